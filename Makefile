@@ -1,0 +1,66 @@
+# Two commands do all the set-up on a fresh machine:
+#   make export   install, export the built-in model to ONNX, prove it against PyTorch, ask the bundle a question
+#   make test     install, run the tests
+# Both are quick when repeated: an installation is redone when pyproject.toml changes, the export when the code does.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# A version that is at hand as a CPU build in many places; a newer one from PyPI brings gigabytes of CUDA libraries.
+TORCH  ?= torch==2.13.0
+WORKERS ?= 2
+
+BIN    := $(VENV)/bin
+BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
+SOURCES := $(wildcard gte_deploy/*.py gte_deploy/*/*.py exporters/*.py exporters/*/*.py models/*.py models/*/*)
+
+.PHONY: help export test test-slow test-gpu lint format clean
+
+help:
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@touch $@
+
+$(VENV)/.export: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[export]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.export
+
+$(BUNDLE)/manifest.json: pyproject.toml $(SOURCES) | $(VENV)/.export
+	@mkdir -p build
+	$(BIN)/gte-export --output $(BUNDLE) --force > build/parity.txt
+
+export: $(BUNDLE)/manifest.json
+	@cat build/parity.txt
+	$(BIN)/gte-deploy fill-mask --model $(BUNDLE) "The president of the united [MASK] of America."
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+# mypy follows folders, not setuptools' package-dir: it is shown the tree as it is installed.
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/mypy && mkdir -p build/mypy/gte_deploy
+	@ln -s $(CURDIR)/gte_deploy/* build/mypy/gte_deploy/
+	@for package in exporters models training; do ln -s $(CURDIR)/$$package build/mypy/gte_deploy/$$package; done
+	cd build/mypy && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p gte_deploy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,243 @@
+"""Why the fused graph has the form it has: its variants on ONNX Runtime's CPU, measured interleaved.
+
+    python benchmarks/graph_variants.py                                  # base model, some ten minutes on two cores
+    python benchmarks/graph_variants.py --layers 2 --cpu-time            # on a shared machine: CPU time of one thread
+    python benchmarks/graph_variants.py --variants plain fused --shapes --memory 8192
+
+    torch                PyTorch eager, SDPA
+    plain                the traced graph, standard operators
+    fused                what `gte-export` writes
+    skip-layer-norm      com.microsoft SkipLayerNormalization instead of Add and LayerNormalization on rows
+    separate-up-gate     two matrices instead of one
+    separate-qkv         three matrices instead of one
+    no-rows              RoPE and attention fused only; the rest on [batch, sequence, hidden]
+    no-mask              attention without the mask's columns: what the folded mask costs (padding would be attended to)
+    key-padding-mask     the mask as an input of MultiHeadAttention, which then holds all scores
+
+Weights are random; every graph is made from one trace. `--memory` runs one text of that length in a fresh process for
+each graph and reports its time and the process's peak resident memory (VmHWM), the session's weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+import transformers
+from onnx_ir.passes import common as ir_passes
+from transformers import GteConfig, GteForMaskedLM
+
+from gte_deploy.exporters.fusion import PASSES, fuse_graph
+from gte_deploy.exporters.fusion.editing import CONTRIB, Builder, operand, producer, replace
+from gte_deploy.exporters.graph import Graph, save_graph
+from gte_deploy.exporters.trace import trace
+from gte_deploy.models.presets import preset
+
+_MEASURE_ONE = """
+import sys, time
+import numpy as np, onnxruntime as ort
+
+def peak_mb():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024 / 1e6
+
+file, tokens, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+options = ort.SessionOptions()
+options.intra_op_num_threads = threads
+session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+loaded = peak_mb()
+ids = np.random.default_rng(0).integers(1000, 30000, (1, tokens))
+start = time.perf_counter()
+session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids), "mask_positions": np.array([[0, 0]])})
+print(f"{time.perf_counter() - start:.1f} | {peak_mb():.0f} | {loaded:.0f}")
+"""
+
+SHAPES = ("1x16", "1x128", "1x512", "8x128")
+
+
+def main() -> None:
+    arguments = _parse()
+    torch.set_num_threads(arguments.threads)
+    model = _model(arguments)
+    traced = trace(model, task="fill-mask", max_length=8192, pooling=None, logits="masked", opset=20)
+    plain = ir.to_proto(traced).SerializeToString()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: _write(name, plain, model, Path(folder)) for name in arguments.variants if name != "torch"}
+        _print_setting(arguments)
+        if arguments.shapes:
+            _latency(arguments, model, files)
+        if arguments.memory:
+            _memory(arguments, files)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("torch", *VARIANTS)
+    parser.add_argument("--preset", default="gte-en-mlm-base")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, metavar="ROWSxTOKENS")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: what others run counts less")
+    parser.add_argument("--memory", type=int, metavar="TOKENS")
+    arguments = parser.parse_args()
+    if arguments.cpu_time:
+        arguments.threads = 1
+    return arguments
+
+
+def _model(arguments: argparse.Namespace) -> GteForMaskedLM:
+    torch.manual_seed(0)
+    fields = dict(preset(arguments.preset))
+    if arguments.layers:
+        fields["num_hidden_layers"] = arguments.layers
+    return GteForMaskedLM(GteConfig(**fields)).eval()
+
+
+def _fused(model: ir.Model, layers: int, *without: str) -> None:
+    fuse_graph(model, num_layers=layers, passes=[each for each in PASSES if each.name not in without])
+
+
+def _skip_layer_norm(model: ir.Model, layers: int) -> None:
+    _fused(model, layers)
+    for norm in [node for node in model.graph if node.op_type == "LayerNormalization" and ".layers." in str(node.name)]:
+        first, second = producer(norm.inputs[0], "Add").inputs
+        build = Builder(model.graph, norm, str(norm.name))
+        options = {"domain": CONTRIB, "epsilon": norm.attributes["epsilon"].value}
+        replace(norm.outputs[0], build.op("SkipLayerNormalization", first, second, *norm.inputs[1:], **options))
+    ir_passes.RemoveUnusedNodesPass()(model)
+
+
+def _no_mask(model: ir.Model, layers: int, *, as_input: bool = False) -> None:
+    _fused(model, layers)
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "MultiHeadAttention"]:
+        for i in (0, 1):
+            with_mask = producer(producer(node.inputs[i], "Reshape").inputs[0], "Concat")
+            node.replace_input_with(i, operand(producer(with_mask.inputs[0], "Reshape"), 0))
+        if as_input:
+            build = Builder(graph, node, f"{node.name}/mask")
+            mask = next(value for value in graph.inputs if value.name == "attention_mask")
+            node.resize_inputs(5)
+            node.replace_input_with(4, build.op("Cast", mask, to=ir.DataType.INT32, dtype=ir.DataType.INT32))
+    ir_passes.RemoveUnusedNodesPass()(model)
+
+
+VARIANTS: dict[str, Callable[[ir.Model, int], None]] = {
+    "plain": lambda model, layers: None,
+    "fused": _fused,
+    "skip-layer-norm": _skip_layer_norm,
+    "separate-up-gate": lambda model, layers: _fused(model, layers, "up_gate", "glu"),
+    "separate-qkv": lambda model, layers: _fused(model, layers, "qkv"),
+    "no-rows": lambda model, layers: _fused(model, layers, "qkv", "up_gate", "glu", "skip_layer_norm"),
+    "no-mask": _no_mask,
+    "key-padding-mask": lambda model, layers: _no_mask(model, layers, as_input=True),
+}
+
+
+def _write(name: str, traced: bytes, model: GteForMaskedLM, folder: Path) -> Path:
+    variant = ir.from_proto(onnx.load_from_string(traced))
+    VARIANTS[name](variant, model.config.num_hidden_layers)
+    file = folder / f"{name}.onnx"
+    save_graph(Graph(variant, {}, 20, (), ()), file)
+    return file
+
+
+def _session(file: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(session: ort.InferenceSession, rows: int, tokens: int) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(1000, 30000, (rows, tokens))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "mask_positions": np.array([[0, 0]])}
+    return {value.name: feeds[value.name] for value in session.get_inputs()}
+
+
+def _latency(arguments: argparse.Namespace, model: GteForMaskedLM, files: dict[str, Path]) -> None:
+    sessions = {name: _session(file, arguments.threads) for name, file in files.items()}
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    rows: dict[str, list[str]] = {name: [] for name in arguments.variants}
+    for shape in arguments.shapes:
+        batch, tokens = map(int, shape.split("x"))
+        calls = {name: _call(session, batch, tokens) for name, session in sessions.items()}
+        if "torch" in arguments.variants:
+            calls["torch"] = _torch_call(model, batch, tokens)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call()
+        for _ in range(arguments.repeats):
+            for name, call in calls.items():
+                start = clock()
+                call()
+                seconds[name].append(clock() - start)
+        base = statistics.median(seconds.get("torch") or seconds[arguments.variants[0]])
+        for name, values in seconds.items():
+            median = statistics.median(values)
+            rows[name].append(f"{median * 1000:.0f} ({min(values) * 1000:.0f}), {base / median:.2f}")
+    print("Median (least) milliseconds, and how many times as fast as the first row:\n")
+    print(f"| | {' | '.join(arguments.shapes)} |\n|---|{'---|' * len(arguments.shapes)}")
+    for name, cells in rows.items():
+        print(f"| {name} | {' | '.join(cells)} |")
+    print()
+
+
+def _call(session: ort.InferenceSession, rows: int, tokens: int) -> Callable[[], object]:
+    feeds = _feeds(session, rows, tokens)
+    return lambda: session.run(None, feeds)
+
+
+def _torch_call(model: GteForMaskedLM, rows: int, tokens: int) -> Callable[[], object]:
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1000, 30000, (rows, tokens)))
+    mask = torch.ones_like(ids)
+
+    def call() -> object:
+        with torch.inference_mode():  # as the graphs do: the head sees one masked row, not all
+            hidden = model.gte(input_ids=ids, attention_mask=mask).last_hidden_state
+            return model.lm_head(hidden[:1, 0])
+
+    return call
+
+
+def _memory(arguments: argparse.Namespace, files: dict[str, Path]) -> None:
+    print(f"One text of {arguments.memory} tokens, each graph in a fresh process:\n")
+    print("| | seconds | peak resident MB | loaded MB |\n|---|---|---|---|")
+    for name, file in files.items():
+        # Not this module: importing torch would count.
+        command = [sys.executable, "-c", _MEASURE_ONE, str(file), str(arguments.memory), str(arguments.threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"| {name} | {done.stdout.strip()} |", flush=True)
+
+
+def _print_setting(arguments: argparse.Namespace) -> None:
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
+    print(f"{datetime.date.today()}, {cpu}, {arguments.threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"onnxruntime {ort.__version__}; {arguments.preset}, {arguments.layers or 'all'} layers, fp32"
+        f"{', CPU time' if arguments.cpu_time else ''}\n"
+    )
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""A bundle on disk, whole or not there: written beside the target, synced, then renamed over it in one step.
+
+A kill at any moment leaves the old bundle, the new one, or (only where the file system cannot exchange two
+directories) neither, with the old one put back by the next export.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from gte_deploy.bundle import MANIFEST_NAME, FileEntry, GraphEntry, Manifest, is_bundle, read_manifest
+from gte_deploy.errors import BundleError, ExportError
+from gte_deploy.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
+from gte_deploy.spec import ModelSpec
+
+_STAGING, _OLD = ".staging", ".old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# What a kernel, C library or file system without renameat2(RENAME_EXCHANGE) answers.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Refuse a target that an export must not replace.
+
+    Raises:
+        ExportError: `target` holds anything and `force` is False, or holds anything but a bundle.
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise ExportError(f"{target} is not a folder. Choose another output, or remove it.")
+    if not any(target.iterdir()):
+        return
+    if not is_bundle(target):
+        raise ExportError(f"{target} holds files and is not a bundle, so nothing replaces it. Choose another output.")
+    if not force:
+        raise ExportError(f"{target} exists already. Replace it with --force, or choose another output.")
+    try:
+        known = {MANIFEST_NAME, *read_manifest(target).files}
+    except BundleError as error:
+        raise ExportError(f"{target} is not replaced: {error} Or remove it, or choose another output.") from error
+    if strangers := sorted(_tree(target) - known):
+        raise ExportError(
+            f"{target} holds files that no export wrote: {', '.join(strangers[:5])}. Move them away first."
+        )
+
+
+@contextlib.contextmanager
+def staging(target: Path, *, force: bool) -> Iterator[Path]:
+    """A new folder beside `target` to fill; removed on leaving, unless `publish` has renamed it.
+
+    What killed exports to the same target left behind is cleaned first.
+
+    Raises:
+        ExportError: the target must not be replaced; see `check_target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(target)
+    check_target(target, force=force)
+    folder, lock = _create_locked(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def clean_stale(target: Path) -> None:
+    """Remove the staging folders of dead exports to `target`; put an old bundle back that one had moved aside."""
+    for folder in _leftovers(target, _OLD):
+        if not os.path.lexists(target):
+            folder.rename(target)
+    for suffix in (_STAGING, _OLD):
+        for folder in _leftovers(target, suffix):
+            lock = _try_lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def seal(
+    folder: Path,
+    *,
+    spec: ModelSpec,
+    precision: str,
+    graph: GraphEntry,
+    versions: Mapping[str, str],
+    source: Mapping[str, str],
+) -> Manifest:
+    """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last."""
+    files = {name: _sealed_entry(folder / name) for name in sorted(_tree(folder))}
+    manifest = Manifest(spec=spec, precision=precision, graph=graph, files=files, versions=versions, source=source)
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", encoding="utf-8")
+    sync_file(path)
+    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        directory.chmod(DIRECTORY_MODE)
+        sync_directory(directory)
+    return manifest
+
+
+def publish(folder: Path, target: Path, *, force: bool) -> None:
+    """Make the sealed `folder` the bundle at `target`.
+
+    Raises:
+        ExportError: the target must not be replaced; see `check_target`.
+    """
+    check_target(target, force=force)
+    if is_bundle(target):
+        _replace(folder, target)
+    else:
+        # Never over a folder with files: rename(2) refuses that, so a target that appeared just now is safe as well.
+        folder.rename(target)
+    sync_directory(target.parent)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    if _exchange(folder, target):
+        return  # `folder` is the old bundle now, and `staging` removes it
+    aside = folder.with_suffix(_OLD)
+    target.rename(aside)
+    try:
+        folder.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; False where this system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    result = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if result == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def _create_locked(target: Path) -> tuple[Path, int]:
+    # A lock on the folder tells the living from the dead: the kernel drops it when its owner dies, however it dies,
+    # and unlike a process id it means the same in every container that mounts the file system.
+    while True:
+        folder = target.parent / f".{target.name}.{secrets.token_hex(4)}{_STAGING}"
+        folder.mkdir(mode=DIRECTORY_MODE)
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever taken for stale
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # another export took it for stale between mkdir and flock
+
+
+def _leftovers(target: Path, suffix: str) -> list[Path]:
+    # The whole name is matched: beside "a" there may be the staging folder of "a.b".
+    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
+    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _try_lock(folder: Path) -> int | None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sealed_entry(path: Path) -> FileEntry:
+    path.chmod(FILE_MODE)
+    sync_file(path)
+    return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}

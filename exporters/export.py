@@ -1,0 +1,308 @@
+"""Checkpoint -> graph -> proof -> bundle: the whole export, from top to bottom."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from gte_deploy.bundle import GraphEntry, Manifest
+from gte_deploy.checkpoint_spec import spec_from_checkpoint
+from gte_deploy.errors import InputError, MissingDependencyError
+from gte_deploy.exporters.bundle_writer import publish, seal, staging
+from gte_deploy.files import sha256_file
+from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
+from gte_deploy.models.config import native_config, read_config, task_of
+from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, Logits, ModelSpec, Precision, Task
+from gte_deploy.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GteConfig
+
+    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.parity import ParityReport
+
+MIN_LENGTH = 8
+GRAPH_PATH = "onnx/model.onnx"
+_EXTRA = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "matplotlib",
+)
+_ST_TYPES = "sentence_transformers.models"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export: where the bundle is, what its manifest says, and how the graph compared with PyTorch."""
+
+    path: Path
+    manifest: Manifest
+    parity: "ParityReport"
+
+
+def export(
+    model: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    task: str = "auto",
+    precision: str = "fp32",
+    max_length: int | None = None,
+    pooling: str = "auto",
+    logits: str = "masked",
+    opset: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export a checkpoint to a verified ONNX bundle.
+
+    Args:
+        model: checkpoint folder, hub id or preset name; None for the built-in model.
+        output: folder of the bundle; None for one named after model, format and precision in the working directory.
+        task: "fill-mask", "embed", "classify", "token-classify", or "auto" for what the checkpoint was made for.
+        precision: "fp32".
+        max_length: longest input in tokens; None for the checkpoint's own limit.
+        pooling: "mean", "cls", or "auto" for what the checkpoint says.
+        logits: "masked" computes the vocabulary logits of the masks alone, "all" those of every token (fill-mask).
+        opset: ONNX opset of the graph; None for the default.
+        force: replace a bundle that is there already.
+        progress: called with one line at every step.
+
+    Raises:
+        InputError: an argument is out of range.
+        CheckpointError, ConfigError: the checkpoint cannot be read, or asks for what is not honoured.
+        ParityError: the graph differs from PyTorch by more than the bound; no bundle is left.
+        ExportError: the target must not be replaced, or the graph could not be built.
+        MissingDependencyError: the [export] extra is not installed.
+    """
+    _check_choices(task=task, precision=precision, pooling=pooling, logits=logits)
+    _require_extra()
+    steps = _Steps(progress or (lambda line: None))
+    path = Path(output if output is not None else default_output(model, precision=precision))
+    # The real path: a rename over a link would replace the link.
+    target = Path(os.path.realpath(path))
+    with staging(target, force=force) as folder:
+        with steps("read the checkpoint"):
+            checkpoint = resolve_checkpoint(model)
+            config, spec = _read_spec(checkpoint, task=task, pooling=pooling, logits=logits, max_length=max_length)
+            source = _source_of(model, checkpoint)
+        graph, parity = _prove(checkpoint, folder, spec, cast(Precision, precision), opset=opset, steps=steps)
+        with steps("write the bundle"):
+            manifest = _write_bundle(
+                folder, checkpoint, config, spec, graph=graph, parity=parity, source=source, timings_s=steps.seconds
+            )
+        steps.tell(f"rename to {path}")
+        publish(folder, target, force=force)
+    return ExportResult(path=path, manifest=manifest, parity=parity)
+
+
+def default_output(model: str | os.PathLike[str] | None, *, precision: str) -> Path:
+    """The folder named after model, format and precision in the working directory, e.g. gte-en-mlm-tiny-onnx-fp32."""
+    return Path(f"{_name_of(model)}-onnx-{precision}")
+
+
+@dataclass
+class _Steps:
+    """Tells each step's name as it starts and keeps how long it took."""
+
+    tell: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.tell(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def _check_choices(*, task: str, precision: str, pooling: str, logits: str) -> None:
+    for name, value, allowed in (
+        ("task", task, ("auto", *TASKS)),
+        ("precision", precision, PRECISIONS),
+        ("pooling", pooling, ("auto", *POOLINGS)),
+        ("logits", logits, LOGITS),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _require_extra() -> None:
+    for module in _EXTRA:
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, "export")
+
+
+def _read_spec(
+    checkpoint: Path, *, task: str, pooling: str, logits: str, max_length: int | None
+) -> tuple["GteConfig", ModelSpec]:
+    config = read_config(checkpoint)
+    resolved = cast(Task, task_of(checkpoint) if task == "auto" else task)
+    if logits == "all" and resolved != "fill-mask":
+        raise InputError(f"logits 'all' is for task fill-mask; the task is {resolved}")
+    spec = spec_from_checkpoint(checkpoint, config, resolved, pooling)
+    limit = config.max_position_embeddings
+    length = spec.max_length if max_length is None else max_length
+    if not MIN_LENGTH <= length <= limit:
+        raise InputError(
+            f"max_length is {length:,}; expected {MIN_LENGTH} to {limit:,}, the checkpoint's max_position_embeddings"
+        )
+    return config, dataclasses.replace(spec, max_length=length, logits=cast(Logits, logits))
+
+
+def _prove(
+    checkpoint: Path, folder: Path, spec: ModelSpec, precision: Precision, *, opset: int | None, steps: _Steps
+) -> tuple["Graph", "ParityReport"]:
+    """Trace the checkpoint into `folder`/onnx and compare the saved graph, as users will run it, with PyTorch.
+
+    Raises:
+        ParityError: a bound is missed.
+    """
+    # Here and not above: `gte-export --help` and a refused target need none of these.
+    from gte_deploy.backends.onnx_backend import OnnxBackend
+    from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graph, save_graph
+    from gte_deploy.exporters.parity import TorchReference, check_parity
+    from gte_deploy.exporters.parity_batches import TokenSource
+    from gte_deploy.models.checkpoint import load_model
+
+    with steps("load the weights"):
+        tokens = TokenSource.from_tokenizer(load_tokenizer(checkpoint))
+        model = load_model(checkpoint, task=spec.task)
+    with steps("trace and fuse"):
+        graph = build_graph(
+            model,
+            task=spec.task,
+            max_length=spec.max_length,
+            pooling=spec.pooling if spec.task == "embed" else None,
+            logits=spec.logits,
+            opset=DEFAULT_OPSET if opset is None else opset,
+        )
+        file = folder / GRAPH_PATH
+        file.parent.mkdir()
+        save_graph(graph, file)
+    with steps("compare with PyTorch"), contextlib.closing(OnnxBackend(file, spec)) as candidate:
+        parity = check_parity(
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            candidate,
+            outputs=[output.name for output in graph.outputs],
+            spec=spec,
+            precision=precision,
+            tokens=tokens,
+            progress=steps.tell,
+        )
+    parity.require()
+    return graph, parity
+
+
+def _write_bundle(
+    folder: Path,
+    checkpoint: Path,
+    config: "GteConfig",
+    spec: ModelSpec,
+    *,
+    graph: "Graph",
+    parity: "ParityReport",
+    source: Mapping[str, str],
+    timings_s: Mapping[str, float],
+) -> Manifest:
+    from gte_deploy.exporters.report import build_report, library_versions, render_html
+    from gte_deploy.models.checkpoint import copy_tokenizer
+
+    copy_tokenizer(checkpoint, folder)
+    # The native layout, which transformers and TEI read without remote code; the positions are those of the graph.
+    native = native_config(config, task=spec.task)
+    _write_json(folder / "config.json", {**native, "max_position_embeddings": spec.max_length})
+    if spec.task in ("fill-mask", "embed"):
+        _write_sentence_transformers(folder, spec)
+    report = build_report(
+        parity, spec=spec, source=source, opset=graph.opset, fusions=graph.fusions, timings_s=timings_s
+    )
+    _write_json(folder / "report.json", report)
+    (folder / "report.html").write_text(render_html(parity, report), encoding="utf-8")
+    entry = GraphEntry(
+        path=GRAPH_PATH,
+        opset=graph.opset,
+        inputs=tuple(graph.inputs),
+        outputs=tuple(graph.outputs),
+        fusions=dict(graph.fusions),
+    )
+    return seal(folder, spec=spec, precision=parity.precision, graph=entry, versions=library_versions(), source=source)
+
+
+def _write_sentence_transformers(folder: Path, spec: ModelSpec) -> None:
+    """How sentence-transformers and TEI pool the hidden states; Pooling in the legacy form, which all versions read."""
+    modules = [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+        *([("2_Normalize", "Normalize")] if spec.normalize else []),
+    ]
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"{_ST_TYPES}.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+    (folder / "1_Pooling").mkdir()
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": spec.hidden_size,
+            "pooling_mode_cls_token": spec.pooling == "cls",
+            "pooling_mode_mean_tokens": spec.pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": spec.max_length, "do_lower_case": False})
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": dict(spec.prompts),
+            "default_prompt_name": spec.default_prompt_name,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def _name_of(model: str | os.PathLike[str] | None) -> str:
+    """Last part of a hub id or of a folder's real path; no directory of this machine gets into a bundle."""
+    if model is None:
+        return BUILTIN_NAME
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def _source_of(model: str | os.PathLike[str] | None, checkpoint: Path) -> dict[str, str]:
+    """Name of the checkpoint, commit of a hub download, and sha256 of the weights: of the one file, or of the lines
+    that sha256sum prints for several.
+    """
+    is_hub_id = model is not None and not Path(model).expanduser().is_dir()
+    source = {"name": str(model) if is_hub_id else _name_of(model)}
+    if checkpoint.parent.name == "snapshots":
+        source["revision"] = checkpoint.name
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    digests = [sha256_file(file) for file in weights]
+    if len(digests) == 1:
+        source["sha256"] = digests[0]
+    elif digests:
+        lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, weights, strict=True))
+        source["sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    return source
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,70 @@
+"""The fusion passes, in the order in which they run: each builds on the form that the ones before it leave.
+
+A pass that does not fire as often as the architecture has sites is an error, never a slower or different graph.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from gte_deploy.errors import ExportError
+from gte_deploy.exporters.fusion.attention import ATTENTION
+from gte_deploy.exporters.fusion.editing import FusionPass
+from gte_deploy.exporters.fusion.glu import GLU
+from gte_deploy.exporters.fusion.qkv import QKV
+from gte_deploy.exporters.fusion.rope import ROPE
+from gte_deploy.exporters.fusion.rows import join_rows
+from gte_deploy.exporters.fusion.skip_layer_norm import SKIP_LAYER_NORM
+from gte_deploy.exporters.fusion.up_gate import UP_GATE
+
+logger = logging.getLogger(__name__)
+
+PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKIP_LAYER_NORM)
+
+_MAX_REASONS = 3
+
+
+def fuse_graph(model: ir.Model, *, num_layers: int, passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
+    """Run `passes` over a traced graph in place; how often each fired, in order.
+
+    Raises:
+        ExportError: a pass fired another number of times than `num_layers` layers have sites; it names the pass, both
+            numbers, and why sites were left alone.
+    """
+    fired = {}
+    for fusion in passes:
+        count, reasons = fusion(model)
+        expected = fusion.per_layer * num_layers
+        if count != expected:
+            raise ExportError(_explain(fusion, count, expected, reasons))
+        logger.debug("fusion pass %s fired %d times", fusion.name, count)
+        fired[fusion.name] = count
+    ir_passes.CommonSubexpressionEliminationPass()(model)
+    join_rows(model.graph)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.TopologicalSortPass()(model)
+    _forget_shapes(model.graph)
+    return fired
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Drop the shapes of values inside the graph.
+
+    Where two values have the same named axes, ONNX Runtime plans one buffer for both and keeps it between them, from
+    layer to layer: one 8,192-token text through the base model then holds a third more.
+    """
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+
+
+def _explain(fusion: FusionPass, count: int, expected: int, reasons: Sequence[str]) -> str:
+    # Nodes outside the layers (the embedding's LayerNorm, the head's Gelu) are left alone rightly: they come last.
+    likely = sorted(reasons, key=lambda reason: "layers." not in reason)[:_MAX_REASONS]
+    why = "; ".join(likely) or f"the graph has no other {fusion.anchor} node"
+    return (
+        f"fusion pass {fusion.name!r} fired {count} times, and this architecture has {expected} sites: {why}. "
+        "The traced graph differs from the one that the pass knows; check the versions of transformers and torch."
+    )

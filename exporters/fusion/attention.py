@@ -1,0 +1,99 @@
+"""Attention: explicit MatMul, Softmax, MatMul -> com.microsoft MultiHeadAttention, with the mask folded into q and k.
+
+ONNX Runtime's CPU kernel works in blocks (flash) only without a mask input; with one it holds all S*S scores of every
+head. So the additive mask becomes part of the dot product: 8 columns (for the kernel's alignment) are appended to
+every head, queries hold [1, 0, …] there and keys [bias / scale, 0, …]:
+
+    scale * (q·k + 1 * bias / scale) = scale * q·k + bias
+
+For a real token the bias is 0 and nothing is rounded. Values keep their size. The columns are made once per run, from
+the graph's own bias [B, 1, 1, S], and shared by the layers.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from gte_deploy.exporters.fusion.editing import (
+    CONTRIB,
+    Builder,
+    FusionPass,
+    array,
+    constant,
+    consumer,
+    dimensions,
+    integers,
+    producer,
+    replace,
+    require,
+    same_constant,
+    scope_of,
+    split_operands,
+)
+from gte_deploy.exporters.fusion.heads import HEADS_FIRST, Heads, require_heads, require_permutation
+
+MASK_COLUMNS = 8
+
+
+def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
+    require(softmax.attributes.get_int("axis", -1) in (-1, 3), "the softmax is not over keys")
+    scores, bias = split_operands(producer(softmax.inputs[0], "Add"), "Mul")
+    product, scale = split_operands(scores, "MatMul")
+    keys_last = producer(product.inputs[1], "Transpose")
+    require_permutation(keys_last, (0, 1, 3, 2))
+    mixed = consumer(softmax.outputs[0], "MatMul")
+    require(mixed.inputs[0] is softmax.outputs[0], "the weights are not the left factor")
+    merged = consumer(mixed.outputs[0], "Transpose")
+    require_permutation(merged, HEADS_FIRST)
+    output = consumer(merged.outputs[0], "Reshape")
+
+    query, key, value = (require_heads(v) for v in (product.inputs[0], keys_last.inputs[0], mixed.inputs[1]))
+    sizes = {(heads.count, heads.size) for heads in (query, key, value)}
+    require(len(sizes) == 1, f"queries, keys and values are split into heads differently: {sorted(sizes)}")
+    width = value.count * value.size
+    require(same_constant(output.inputs[1], [0, 0, width]), f"the heads are not joined to [0, 0, {width}]")
+    shape = dimensions(bias)
+    require(
+        len(shape) == 4 and shape[1:3] == (1, 1),
+        f"the mask {bias.name!r} has shape {list(shape)}, not [batch, 1, 1, sequence]",
+    )
+    factor = float(array(scale).item())
+
+    build = Builder(graph, output, scope_of(output))
+    query_columns, key_columns = _mask_columns(graph, output, bias, factor, query.count)
+    attended = build.op(
+        "MultiHeadAttention",
+        _append(build, query, query_columns, "query"),
+        _append(build, key, key_columns, "key"),
+        value.projection,
+        domain=CONTRIB,
+        num_heads=value.count,
+        scale=factor,
+    )
+    replace(output.outputs[0], attended)
+
+
+def _mask_columns(
+    graph: ir.Graph, anchor: ir.Node, bias: ir.Value, scale: float, num_heads: int
+) -> tuple[ir.Value, ir.Value]:
+    """Columns for queries and for keys, [B, S, N, 8] each; every layer makes the same, and equal nodes are merged."""
+    build = Builder(graph, anchor, "mask")
+    per_key = build.op("Transpose", bias, perm=(0, 3, 1, 2), name="per_key")
+    column = build.op(
+        "Mul", per_key, constant(graph, "mask/inverse_scale", np.array(1.0 / scale, np.float32)), name="column"
+    )
+    padded = build.op("Pad", column, integers(graph, *[0] * 7, MASK_COLUMNS - 1), name="padded")
+    key_columns = build.op("Expand", padded, integers(graph, 1, 1, num_heads, 1), name="key_columns")
+    one_first = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
+    one_first[..., 0] = 1.0
+    size = build.op("Shape", per_key, name="size", dtype=ir.DataType.INT64)
+    query_columns = build.op("Expand", constant(graph, "mask/one_first", one_first), size, name="query_columns")
+    return query_columns, key_columns
+
+
+def _append(build: Builder, heads: Heads, columns: ir.Value, name: str) -> ir.Value:
+    wider = build.op("Concat", heads.view.outputs[0], columns, axis=3, name=f"{name}_and_mask")
+    target = integers(build.graph, 0, 0, heads.count * (heads.size + MASK_COLUMNS))
+    return build.op("Reshape", wider, target, name=name)
+
+
+ATTENTION = FusionPass(name="attention", anchor="Softmax", per_layer=1, rewrite=_rewrite)

@@ -1,0 +1,204 @@
+"""What every fusion pass is made of: matching one site of a graph, building what replaces it, counting.
+
+A pass looks at every node of one operator (its anchors) and either rewrites the site around it or raises `Mismatch`
+with the reason. The new value takes the old one's place; nodes that lose their last use are removed after the pass.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+CONTRIB = "com.microsoft"
+
+
+class Mismatch(Exception):
+    """The graph around an anchor is not the pattern; str() is the reason."""
+
+
+@dataclass(frozen=True)
+class FusionPass:
+    """A named rewrite: `rewrite(graph, anchor)` for every node whose operator is `anchor`.
+
+    Args:
+        name: as reported.
+        anchor: operator type that every site has exactly once.
+        per_layer: sites that one encoder layer of the architecture has.
+        rewrite: rewrites one site, or raises Mismatch.
+    """
+
+    name: str
+    anchor: str
+    per_layer: int
+    rewrite: Callable[[ir.Graph, ir.Node], None]
+
+    def __call__(self, model: ir.Model) -> tuple[int, list[str]]:
+        """Rewrite every site in place, leaving a valid graph; how many, and why each other anchor was left alone."""
+        fired, reasons = 0, []
+        for node in [node for node in model.graph if node.op_type == self.anchor]:
+            try:
+                self.rewrite(model.graph, node)
+                fired += 1
+            except Mismatch as mismatch:
+                reasons.append(f"{node.name}: {mismatch}")
+        ir_passes.RemoveUnusedNodesPass()(model)
+        ir_passes.NameFixPass()(model)
+        return fired, reasons
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node:
+    """The node that makes `value`, which must be an `op_type`."""
+    node = None if value is None else value.producer()
+    if node is None:
+        raise Mismatch(f"{_named(value)} is not made by a node, but {op_type} was expected")
+    if node.op_type != op_type:
+        raise Mismatch(f"{_named(value)} is made by {node.op_type}, not {op_type}")
+    return node
+
+
+def consumer(value: ir.Value, op_type: str) -> ir.Node:
+    """The only node that uses `value`, which must be an `op_type`."""
+    users = [use.node for use in value.uses()]
+    if [user.op_type for user in users] != [op_type] or value.is_graph_output():
+        kinds = ", ".join(user.op_type for user in users) or "nothing"
+        raise Mismatch(f"{_named(value)} is used by {kinds}, not by one {op_type} alone")
+    return users[0]
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that must be there."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        raise Mismatch(f"{node.name} has no input {index}")
+    return value
+
+
+def other_operand(node: ir.Node, one: ir.Value) -> ir.Value:
+    """The operand of a binary node that is not `one`."""
+    first, second = operand(node, 0), operand(node, 1)
+    require(one is first or one is second, f"{node.name} does not use {one.name!r}")
+    return second if one is first else first
+
+
+def dimensions(value: ir.Value) -> tuple[int | str | None, ...]:
+    """The shape of a value, which must be known; a dynamic axis is its name."""
+    if value.shape is None:
+        raise Mismatch(f"the shape of {value.name!r} is not known")
+    return tuple(size if isinstance(size, int) else size.value for size in value.shape)
+
+
+def split_operands(node: ir.Node, op_type: str) -> tuple[ir.Node, ir.Value]:
+    """Of a commutative node's two inputs: the node of the one made by `op_type`, and the other input."""
+    first, second = operand(node, 0), operand(node, 1)
+    for value, other in ((first, second), (second, first)):
+        made = value.producer()
+        if made is not None and made.op_type == op_type:
+            return made, other
+    raise Mismatch(f"no operand of {node.name} is made by {op_type}")
+
+
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
+    """The tensor of an initialiser."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        raise Mismatch(f"{_named(value)} is not a constant")
+    return value.const_value
+
+
+def array(value: ir.Value | None) -> np.ndarray:
+    """The contents of an initialiser."""
+    return tensor_of(value).numpy()
+
+
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add an initialiser to the graph."""
+    value = ir.Value(
+        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise Mismatch(reason) unless `condition`."""
+    if not condition:
+        raise Mismatch(reason)
+
+
+def same_constant(value: ir.Value | None, expected: Sequence[int]) -> bool:
+    """Whether `value` is a constant that holds exactly these integers."""
+    contents = array(value)
+    return contents.size == len(expected) and contents.ravel().tolist() == list(expected)
+
+
+def constant(graph: ir.Graph, name: str, contents: np.ndarray) -> ir.Value:
+    """An initialiser, shared by every pass that asks for this name."""
+    return graph.initializers.get(name) or initializer(graph, name, ir.tensor(contents))
+
+
+def integers(graph: ir.Graph, *numbers: int) -> ir.Value:
+    """A shared int64 vector, such as a Reshape's target."""
+    return constant(graph, "int64_" + "_".join(map(str, numbers)).replace("-", "m"), np.array(numbers, np.int64))
+
+
+@dataclass
+class Builder:
+    """Puts new nodes before `anchor`, named `scope`/what they do."""
+
+    graph: ir.Graph
+    anchor: ir.Node
+    scope: str
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        *,
+        name: str | None = None,
+        domain: str = "",
+        outputs: int = 1,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        shape: ir.Shape | Sequence[int | str | None] | None = None,
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Insert one node; its outputs."""
+        title = f"{self.scope}/{name or op_type}"
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=title)
+        for i, value in enumerate(node.outputs):
+            value.name = title if outputs == 1 else f"{title}_{i}"
+            value.dtype = dtype
+        if shape is not None:
+            node.outputs[0].shape = ir.Shape(shape)
+        self.graph.insert_before(self.anchor, node)
+        if domain:
+            self.graph.opset_imports.setdefault(domain, 1)
+        return list(node.outputs)
+
+    def inside(self, scope: str) -> "Builder":
+        """The same place, for nodes of another module."""
+        return Builder(self.graph, self.anchor, scope)
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **options: Any) -> ir.Value:
+        """Insert one node with one output; the output."""
+        return self.node(op_type, inputs, **options)[0]
+
+
+def scope_of(node: ir.Node) -> str:
+    """The module that a node belongs to: "layers.0.mlp/Gelu" -> "layers.0.mlp"."""
+    return (node.name or "").rpartition("/")[0]
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` take the place of `old`, under `old`'s name where it is an output of the graph."""
+    if old.shape is not None and new.shape is None:
+        new.shape = old.shape
+    if old.is_graph_output():
+        new.name, old.name = old.name, None
+        new.type = old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _named(value: ir.Value | None) -> str:
+    return "an absent input" if value is None else f"{value.name!r}"

@@ -1,0 +1,43 @@
+"""Queries, keys and values: three linear layers of the same input -> one Gemm on token rows, then a split."""
+
+import onnx_ir as ir
+
+from gte_deploy.exporters.fusion.editing import (
+    Builder,
+    FusionPass,
+    integers,
+    operand,
+    producer,
+    replace,
+    require,
+    scope_of,
+)
+from gte_deploy.exporters.fusion.linear import pack, require_linear
+from gte_deploy.exporters.fusion.rows import from_rows, to_rows
+
+
+def _rewrite(graph: ir.Graph, attention: ir.Node) -> None:
+    query, key, value = (operand(attention, i) for i in range(3))
+    projections = [_before_rope(query), _before_rope(key), value]
+    linears = [require_linear(projection, bias=True) for projection in projections]
+    require(len({linear.x for linear in linears}) == 1, "queries, keys and values are not made from the same input")
+
+    build = Builder(graph, attention, scope_of(attention))
+    rows = to_rows(build, linears[0].x)
+    name = f"{build.scope}.qkv_proj"
+    weight = pack(graph, f"{name}.weight.T", [linear.weight for linear in linears])
+    bias = pack(graph, f"{name}.bias", [linear.bias for linear in linears])
+    sizes = [linear.out for linear in linears]
+    packed = build.inside(name).op("Gemm", rows, weight, bias, shape=("tokens", sum(sizes)))
+    parts = build.node("Split", [packed, integers(graph, *sizes)], name="qkv", axis=1, outputs=3)
+    for projection, part, size, kind in zip(projections, parts, sizes, ("query", "key", "value"), strict=True):
+        part.shape = ir.Shape(("tokens", size))
+        replace(projection, from_rows(build, part, name=f"{kind}_proj"))
+
+
+def _before_rope(value: ir.Value) -> ir.Value:
+    with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
+    return operand(producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding"), 0)
+
+
+QKV = FusionPass(name="qkv", anchor="MultiHeadAttention", per_layer=1, rewrite=_rewrite)

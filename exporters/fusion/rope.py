@@ -1,0 +1,86 @@
+"""Rotary position embedding: 4-D slices, negation and products -> one com.microsoft RotaryEmbedding.
+
+    x * cos + concat(-x[D/2:], x[:D/2]) * sin,   x = transpose(reshape(projection, [B, S, N, D]))
+ -> transpose(reshape(RotaryEmbedding(projection, 0, cos table, sin table)))
+
+The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer. The
+position offset 0 stands for positions 0 … S-1 in every row. Two sites a layer: queries and keys.
+"""
+
+import onnx_ir as ir
+
+from gte_deploy.exporters.fusion.editing import (
+    CONTRIB,
+    Builder,
+    FusionPass,
+    Mismatch,
+    array,
+    consumer,
+    integers,
+    operand,
+    other_operand,
+    producer,
+    replace,
+    require,
+    same_constant,
+    scope_of,
+)
+from gte_deploy.exporters.fusion.heads import HEADS_FIRST, require_heads
+
+
+def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
+    upper = producer(negation.inputs[0], "Slice")
+    rotated = consumer(negation.outputs[0], "Concat")
+    lower = producer(rotated.inputs[1], "Slice")
+    heads = require_heads(upper.inputs[0])
+    require(lower.inputs[0] is upper.inputs[0], "the two halves are not of the same tensor")
+    require(rotated.inputs[0] is negation.outputs[0], "the upper half does not come first")
+    half = heads.size // 2
+    require(_slice_bounds(lower) == (0, half), f"the lower half is not [0:{half}]")
+    require(_slice_bounds(upper)[0] == half and _slice_bounds(upper)[1] >= heads.size, "the upper half does not fit")
+
+    sine_term = consumer(rotated.outputs[0], "Mul")
+    total = consumer(sine_term.outputs[0], "Add")
+    sine = other_operand(sine_term, rotated.outputs[0])
+    cosine_term = producer(other_operand(total, sine_term.outputs[0]), "Mul")
+    cosine = other_operand(cosine_term, operand(upper, 0))
+
+    build = Builder(graph, total, scope_of(total))
+    turned = build.op(
+        "RotaryEmbedding",
+        heads.projection,
+        integers(graph, 0),
+        _table(cosine, half),
+        _table(sine, half),
+        domain=CONTRIB,
+        shape=heads.projection.shape,
+        interleaved=0,
+        num_heads=heads.count,
+    )
+    apart = build.op("Reshape", turned, heads.view.inputs[1], shape=heads.view.outputs[0].shape, allowzero=0)
+    replace(total.outputs[0], build.op("Transpose", apart, perm=HEADS_FIRST))
+
+
+def _slice_bounds(node: ir.Node) -> tuple[int, int]:
+    starts, ends, axes, steps = (operand(node, i) for i in range(1, 5))
+    require(same_constant(axes, [3]) and same_constant(steps, [1]), f"{node.name} does not slice the head axis")
+    return int(array(starts).item()), int(array(ends).item())
+
+
+def _table(value: ir.Value, half: int) -> ir.Value:
+    """The [max_length, D/2] initialiser behind unsqueeze(concat(table[:S], table[:S]))."""
+    while (made := value.producer()) is not None and made.op_type == "Unsqueeze":
+        value = operand(made, 0)
+    twice = producer(value, "Concat")
+    require(len(twice.inputs) == 2 and twice.inputs[0] is twice.inputs[1], "the table's halves are not the same")
+    part = producer(twice.inputs[0], "Slice")
+    table, starts, axes, steps = (operand(part, i) for i in (0, 1, 3, 4))
+    from_zero = same_constant(starts, [0]) and same_constant(axes, [0]) and same_constant(steps, [1])
+    require(from_zero, "positions do not start at 0")
+    contents = array(table)
+    if contents.ndim != 2 or contents.shape[1] != half:
+        raise Mismatch(f"the table {table.name!r} is {list(contents.shape)}, not [max_length, {half}]")
+    return table
+
+
+ROPE = FusionPass(name="rope", anchor="Neg", per_layer=2, rewrite=_rewrite)

@@ -1,0 +1,362 @@
+"""Proof that an exported graph computes what PyTorch computes.
+
+Shapes: B rows, S tokens of the longest row, T real (not padding) tokens, M masks, H hidden size, V vocabulary,
+L labels, D the last axis of whatever is compared.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.errors import ParityError
+from gte_deploy.exporters.parity_batches import (
+    Case,
+    TokenSource,
+    last_row_alone,
+    make_batch,
+    max_tokens_of,
+    parity_cases,
+)
+from gte_deploy.spec import Logits, ModelSpec, Pooling, Precision, Task
+
+_CHUNK_ELEMENTS = 1 << 22
+_SEED = 20240729
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a precision may be from PyTorch FP32.
+
+    Args:
+        max_abs: largest absolute difference of hidden states, embeddings and logits.
+        cosine: smallest cosine between any two corresponding vectors.
+    """
+
+    max_abs: float
+    cosine: float
+
+
+TOLERANCES: Mapping[Precision, Tolerance] = {
+    # Holds at every length: both sides take FP32 rotation angles from the same table, so what is left is the order
+    # of FP32 sums, some 1e-6 to 1e-5. Against float64 the angles' own rounding would show (3e-4 at position 2,000).
+    "fp32": Tolerance(max_abs=1e-4, cosine=0.99999),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a candidate differs from a reference; NaN where the candidate is not finite.
+
+    Args:
+        max_abs: largest |candidate − reference|.
+        max_rel: the same over the largest |reference|.
+        cosine_mean: mean cosine of the vectors along the last axis.
+        cosine_min: the smallest of them.
+    """
+
+    max_abs: float
+    max_rel: float
+    cosine_mean: float
+    cosine_min: float
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether both bounds hold; never for NaN."""
+        return self.max_abs <= tolerance.max_abs and self.cosine_min >= tolerance.cosine
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case.
+
+    Args:
+        case: the batch.
+        outputs: output's name -> difference from PyTorch on the real tokens.
+        alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
+        finite: whether every number of every output is finite, padding included.
+        top1: share of masks whose best token is PyTorch's; fill-mask only.
+        top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
+        reference_ms: time of PyTorch's run.
+        candidate_ms: time of the graph's run.
+    """
+
+    case: Case
+    outputs: Mapping[str, Difference]
+    alone: Mapping[str, Difference]
+    finite: bool
+    top1: float | None
+    top5: float | None
+    reference_ms: float
+    candidate_ms: float
+
+    def differences(self) -> list[tuple[str, Difference]]:
+        """Every comparison of the case, named."""
+        return [*self.outputs.items(), *((f"{name}, row alone", found) for name, found in self.alone.items())]
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the case is finite and every comparison is within the bounds."""
+        return self.finite and all(found.within(tolerance) for _, found in self.differences())
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All cases of one export, and the bounds they were held to."""
+
+    precision: Precision
+    tolerance: Tolerance
+    cases: tuple[CaseResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case is within the bounds."""
+        return all(result.within(self.tolerance) for result in self.cases)
+
+    @property
+    def max_abs(self) -> float:
+        """The largest absolute difference of all cases; NaN if any is."""
+        return float(np.max([found.max_abs for result in self.cases for _, found in result.differences()]))
+
+    @property
+    def cosine_min(self) -> float:
+        """The smallest cosine of all cases; NaN if any is."""
+        return float(np.min([found.cosine_min for result in self.cases for _, found in result.differences()]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON data; a number that is not finite becomes null."""
+        cases = [{**dataclasses.asdict(r), "passed": r.within(self.tolerance)} for r in self.cases]
+        data = {
+            "passed": self.passed,
+            "precision": self.precision,
+            "bounds": dataclasses.asdict(self.tolerance),
+            "max_abs": self.max_abs,
+            "cosine_min": self.cosine_min,
+            "cases": [{**case.pop("case"), **case} for case in cases],
+        }
+        return _finite_or_null(data)
+
+    def require(self) -> None:
+        """Raise unless every case passed.
+
+        Raises:
+            BoundMissedError: naming each failed comparison with its numbers, and the bounds.
+        """
+        if not self.passed:
+            raise BoundMissedError(self)
+
+
+class BoundMissedError(ParityError):
+    """A graph that misses its bounds; `report` holds every number."""
+
+    def __init__(self, report: ParityReport) -> None:
+        failures = [_failure(r, report.tolerance) for r in report.cases if not r.within(report.tolerance)]
+        super().__init__(
+            f"the {report.precision} graph differs from PyTorch FP32 in {len(failures)} of {len(report.cases)} cases "
+            f"(bounds: max abs {report.tolerance.max_abs:g}, cosine {report.tolerance.cosine:g}):\n  "
+            + "\n  ".join(failures)
+            + "\nNo bundle was written. This is a bug of the export or of an installed library: please report it."
+        )
+        self.report = report
+
+
+class Runs(Protocol):
+    """The part of `Backend` that parity needs."""
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
+        """See `gte_deploy.backends.base.Backend.run`."""
+        ...
+
+
+class TorchReference:
+    """transformers' own module, as it is, in the model's dtype; heads that see every token see only what is asked."""
+
+    def __init__(self, model: torch.nn.Module, *, task: Task, pooling: Pooling, logits: Logits) -> None:
+        self._model: Any = model.eval()
+        self._task, self._pooling, self._logits = task, pooling, logits
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """See `Backend.run`; every output of the task is returned, whatever is asked."""
+        mask = torch.from_numpy(batch.attention_mask)
+        encoded = self._model.base_model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask)
+        results = {"last_hidden_state": encoded[0], **self._head(batch, encoded, mask)}
+        return {name: value.float().numpy() for name, value in results.items()}
+
+    def _head(self, batch: Batch, encoded: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = encoded[0]
+        match self._task:
+            case "embed":
+                return {"sentence_embedding": _pooled(hidden, mask, self._pooling)}
+            case "fill-mask" if self._logits == "masked" and batch.mask_positions is not None:
+                rows, tokens = torch.from_numpy(batch.mask_positions).unbind(1)
+                return {"logits": self._model.lm_head(hidden[rows, tokens])}
+            case "fill-mask":
+                return {"logits": self._model.lm_head(hidden)}
+            case "classify":
+                return {"logits": self._model.classifier(encoded[1])}
+            case _:
+                return {"logits": self._model.classifier(hidden)}
+
+
+def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Difference:
+    """Compare two arrays of vectors [..., D] in float64.
+
+    Raises:
+        ParityError: the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ParityError(f"PyTorch gives shape {list(reference.shape)} and the graph {list(candidate.shape)}")
+    width = reference.shape[-1]
+    expected, found = reference.reshape(-1, width), candidate.reshape(-1, width)
+    step = max(1, _CHUNK_ELEMENTS // width)  # float64 copies of 1 GiB of logits would be 4 GiB
+    parts = [_compare(expected[i : i + step], found[i : i + step]) for i in range(0, len(expected), step)]
+    cosine = np.concatenate([cosines for _, _, cosines in parts])
+    max_abs = float(np.max([part for part, _, _ in parts]))  # numpy's max keeps a NaN, Python's may lose it
+    scale = float(np.max([part for _, part, _ in parts]))
+    return Difference(
+        max_abs=max_abs,
+        max_rel=max_abs / max(scale, float(np.finfo(np.float32).tiny)),
+        cosine_mean=float(cosine.mean()),
+        cosine_min=float(cosine.min()),
+    )
+
+
+def check_parity(
+    reference: Runs,
+    candidate: Runs,
+    *,
+    outputs: Sequence[str],
+    spec: ModelSpec,
+    precision: Precision,
+    tokens: TokenSource,
+    cases: Sequence[Case] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Run both sides over `cases` (default `parity_cases`) and compare the named outputs.
+
+    Nothing is raised for a difference: see `ParityReport.require`.
+    """
+    if cases is None:
+        cases = parity_cases(spec.max_length, max_tokens=max_tokens_of(spec))
+    rng = np.random.default_rng(_SEED)
+    results = []
+    for number, case in enumerate(cases, 1):
+        if progress is not None:
+            progress(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")
+        batch = make_batch(case, spec, tokens, rng, text_first=number % 2 == 0)
+        if number == 1:  # what is allocated and compiled at a first run is no latency
+            _timed(reference, batch, outputs), _timed(candidate, batch, outputs)
+        results.append(_run_case(case, batch, reference, candidate, outputs=outputs, spec=spec))
+    return ParityReport(precision=precision, tolerance=TOLERANCES[precision], cases=tuple(results))
+
+
+def _run_case(
+    case: Case, batch: Batch, reference: Runs, candidate: Runs, *, outputs: Sequence[str], spec: ModelSpec
+) -> CaseResult:
+    expected, reference_ms = _timed(reference, batch, outputs)
+    found, candidate_ms = _timed(candidate, batch, outputs)
+    alone = {}
+    if case.ragged:
+        single = candidate.run(last_row_alone(batch), outputs)
+        alone = {name: compare(single[name], _of_last_row(found[name], batch)) for name in outputs}
+    top1, top5 = _agreement(expected, found, batch, spec)
+    return CaseResult(
+        case=case,
+        outputs={name: compare(_real(expected[name], batch), _real(found[name], batch)) for name in outputs},
+        alone=alone,
+        finite=all(bool(np.isfinite(found[name]).all()) for name in outputs),
+        top1=top1,
+        top5=top5,
+        reference_ms=reference_ms,
+        candidate_ms=candidate_ms,
+    )
+
+
+def _timed(side: Runs, batch: Batch, outputs: Sequence[str]) -> tuple[Mapping[str, NDArray[np.float32]], float]:
+    started = time.perf_counter()
+    results = side.run(batch, outputs)
+    return results, (time.perf_counter() - started) * 1000
+
+
+def _of_last_row(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """The part of a batch's `values` that belongs to its last row, in the shapes that `last_row_alone` gives."""
+    if values.ndim == 3:  # [B, S, D]
+        return values[-1:, : int(batch.attention_mask[-1].sum())]
+    if batch.mask_positions is not None:  # [M, V]
+        return values[batch.mask_positions[:, 0] == len(batch.input_ids) - 1]
+    return values[-1:]  # [B, D]
+
+
+def _real(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """Drop padding: [B, S, D] -> [T, D]; the outputs with one vector a row or mask have none."""
+    return values[batch.attention_mask.astype(bool)] if values.ndim == 3 else values
+
+
+def _agreement(
+    expected: Mapping[str, NDArray[np.float32]],
+    found: Mapping[str, NDArray[np.float32]],
+    batch: Batch,
+    spec: ModelSpec,
+) -> tuple[float | None, float | None]:
+    """Top-1 agreement and top-5 overlap of fill-mask at the mask positions; (None, None) for other tasks."""
+    if batch.mask_positions is None:
+        return None, None
+    pair = [expected["logits"], found["logits"]]
+    if spec.logits == "all":  # [B, S, V] -> [M, V]
+        rows, places = batch.mask_positions.T
+        pair = [logits[rows, places] for logits in pair]
+    best = [np.argsort(-logits, axis=-1, kind="stable")[:, :5] for logits in pair]
+    shared = [len(np.intersect1d(a, b)) / len(a) for a, b in zip(*best, strict=True)]
+    return float(np.mean(best[0][:, 0] == best[1][:, 0])), float(np.mean(shared))
+
+
+def _compare(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32]
+) -> tuple[float, float, NDArray[np.float64]]:
+    """Largest |difference|, largest |reference|, and the cosine of each pair of rows."""
+    expected, found = reference.astype(np.float64), candidate.astype(np.float64)
+    max_abs, scale = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+    if expected.shape[1] == 1:  # a single label has no direction, only a sign, and max_abs bounds it
+        return max_abs, scale, np.where(np.isfinite(found[:, 0]), 1.0, np.nan)
+    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = np.einsum("ij,ij->i", expected, found) / norms
+    both_zero = ~expected.any(axis=1) & ~found.any(axis=1)
+    return max_abs, scale, np.where(both_zero, 1.0, cosine)
+
+
+def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """[B, S, H] -> [B, H]."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _failure(result: CaseResult, tolerance: Tolerance) -> str:
+    case = f"length {result.case.length:,}, batch {result.case.batch}"
+    parts = [
+        f"{name}: max abs {found.max_abs:.3g} (relative {found.max_rel:.1g}), smallest cosine {found.cosine_min:.7f}"
+        for name, found in result.differences()
+        if not found.within(tolerance)
+    ]
+    if not result.finite:
+        parts.append("a number is not finite")
+    return f"{case}: {'; '.join(parts)}"
+
+
+def _finite_or_null(value: Any) -> Any:
+    # NaN and Infinity are no JSON.
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(item) for item in value]
+    return value

@@ -1,0 +1,57 @@
+"""gte-deploy: train, export, verify and run GTE-v1.5 text encoders.
+
+import gte_deploy
+
+model = gte_deploy.load("my-bundle")
+model.fill_mask("Paris is the [MASK] of France.")
+model.encode(["a text", "another"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from gte_deploy._version import __version__
+from gte_deploy.errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    GteDeployError,
+    InputError,
+    MissingDependencyError,
+    NonFiniteError,
+    ParityError,
+)
+
+if TYPE_CHECKING:
+    from gte_deploy.loading import load
+    from gte_deploy.model import Model
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "ExportError",
+    "GteDeployError",
+    "InputError",
+    "MissingDependencyError",
+    "Model",
+    "NonFiniteError",
+    "ParityError",
+    "__version__",
+    "load",
+]
+
+# Imported on first use: numpy and tokenizers would triple the time of `import gte_deploy` in every command.
+_LAZY = {"load": "gte_deploy.loading", "Model": "gte_deploy.model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

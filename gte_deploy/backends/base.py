@@ -1,0 +1,58 @@
+"""The one seam between the model's graph and everything above it.
+
+A backend knows token ids and tensors. It knows no text, no pooling of its own, no HTTP.
+
+Shapes: B rows, S tokens of the longest row, M masks, H hidden size, V vocabulary, L labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rectangular batch, padded on the right.
+
+    Args:
+        input_ids: [B, S] int64.
+        attention_mask: [B, S] int64, 1 for a token and 0 for padding.
+        mask_positions: [M, 2] int64 of (row, token), the places whose vocabulary logits are wanted; None where the
+            task has none.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    mask_positions: NDArray[np.int64] | None = None
+
+
+class Backend(Protocol):
+    """What runs a batch. Implementations may be called from several threads at once."""
+
+    name: str
+    """ "onnx", "torch" or "tensorrt". """
+    device: str
+    """Where it runs, such as "cpu" or "cuda:0"."""
+    num_threads: int
+    """CPU threads inside one operator."""
+    outputs: tuple[str, ...]
+    """The names that `run` can return."""
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Compute the named outputs.
+
+        `last_hidden_state` [B, S, H], `sentence_embedding` [B, H] (embed), `logits` [M, V] (fill-mask with masked
+        logits), [B, S, V] (fill-mask with all logits), [B, L] (classify) or [B, S, L] (token-classify); all float32.
+
+        Raises:
+            InputError: the batch has a wrong rank, dtype, id or mask position.
+            BackendError: the engine failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine. Idempotent; a later `run` raises BackendError."""
+        ...

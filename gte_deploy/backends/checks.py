@@ -1,0 +1,103 @@
+"""What every backend demands of a batch, and every caller of a backend of its outputs, before anyone sees either."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.errors import BackendError, InputError, NonFiniteError
+from gte_deploy.spec import ModelSpec
+
+
+def check_batch(batch: Batch, spec: ModelSpec) -> None:
+    """Refuse a batch that a graph would answer with garbage, NaN or a crash.
+
+    Raises:
+        InputError: wrong type, rank, dtype or shape; an id outside the vocabulary; a mask value other than 0 and 1; a
+            row without a token; a mask position outside the batch or on padding.
+    """
+    _check_array("input_ids", batch.input_ids, 2)
+    _check_array("attention_mask", batch.attention_mask, 2)
+    rows, length = batch.input_ids.shape
+    if batch.attention_mask.shape != batch.input_ids.shape:
+        raise InputError(
+            f"attention_mask has shape {batch.attention_mask.shape}, and input_ids {batch.input_ids.shape}; "
+            "they must be equal"
+        )
+    if rows < 1 or not 1 <= length <= spec.max_length:
+        raise InputError(f"input_ids has shape {(rows, length)}; expected at least one row of 1 to {spec.max_length:,}")
+    _check_values(batch, spec.vocab_size)
+    if batch.mask_positions is not None:
+        _check_positions(batch.mask_positions, batch.attention_mask)
+
+
+def check_outputs(names: Sequence[str], offered: Sequence[str]) -> None:
+    """Refuse names that a backend does not compute.
+
+    Raises:
+        BackendError: naming what it offers.
+    """
+    for name in names:
+        if name not in offered:
+            raise BackendError(f"this model has no output {name!r}; it offers {', '.join(offered)}")
+
+
+def _check_array(name: str, array: NDArray[np.int64], rank: int) -> None:
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name} must be a numpy array, not {type(array).__name__}")
+    if array.ndim != rank or array.dtype != np.int64:
+        raise InputError(f"{name} must be int64 of rank {rank}, and is {array.dtype} of rank {array.ndim}")
+
+
+def _check_values(batch: Batch, vocab_size: int) -> None:
+    ids, mask = batch.input_ids, batch.attention_mask
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
+        raise InputError(
+            f"input_ids[{row}, {column}] is {ids[row, column]}; ids of this model go from 0 to {vocab_size - 1:,}"
+        )
+    if ((mask != 0) & (mask != 1)).any():
+        row, column = np.argwhere((mask != 0) & (mask != 1))[0]
+        raise InputError(f"attention_mask[{row}, {column}] is {mask[row, column]}; it must be 0 or 1")
+    if not mask.any(axis=1).all():
+        row = int(np.argmin(mask.any(axis=1)))
+        raise InputError(f"attention_mask[{row}] is all zero; every row needs at least one token")
+
+
+def _check_positions(positions: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
+    _check_array("mask_positions", positions, 2)
+    if positions.shape[1] != 2:
+        raise InputError(f"mask_positions must have the shape [num_masks, 2] of (row, token), not {positions.shape}")
+    outside = ((positions < 0) | (positions >= np.array(mask.shape))).any(axis=1)
+    if outside.any():
+        index = int(np.argmax(outside))
+        raise InputError(f"mask_positions[{index}] is {positions[index].tolist()}, outside the batch {mask.shape}")
+    on_padding = mask[positions[:, 0], positions[:, 1]] == 0
+    if on_padding.any():
+        index = int(np.argmax(on_padding))
+        raise InputError(f"mask_positions[{index}] is {positions[index].tolist()}, which is padding")
+
+
+def check_finite(outputs: Mapping[str, NDArray[np.float32]], batch: Batch, indices: Sequence[int]) -> None:
+    """Let no NaN or Inf leave; what stands at padding is nobody's.
+
+    `indices` are the caller's numbers of the batch's rows.
+
+    Raises:
+        NonFiniteError: naming the inputs.
+    """
+    for name, values in outputs.items():
+        finite = np.isfinite(values).all(axis=-1)
+        if finite.ndim == 2:
+            finite = (finite | (batch.attention_mask == 0)).all(axis=1)
+        if finite.all():
+            continue
+        rows = np.flatnonzero(~finite)
+        if name == "logits" and values.ndim == 2 and batch.mask_positions is not None:  # a line for each mask
+            rows = np.unique(batch.mask_positions[rows, 0])
+        named = ", ".join(map(str, sorted(indices[row] for row in rows.tolist())))
+        raise NonFiniteError(
+            f"the model gave NaN or Inf in {name} for the inputs {named}; nothing of this call is returned. "
+            "Verify the bundle with gte-deploy verify."
+        )

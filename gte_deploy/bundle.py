@@ -1,0 +1,197 @@
+"""A bundle: a folder in the Hugging Face layout whose manifest names every file with its size and sha256.
+
+Reading is here and needs nothing but the standard library; writing is in `gte_deploy.exporters.bundle_writer`.
+A bundle that does not match its manifest is refused before any loader sees a byte of it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gte_deploy.errors import BundleError
+from gte_deploy.files import sha256_file
+from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, ModelSpec, TensorSpec
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "gte-deploy-bundle"
+FORMAT_VERSION = 1
+_MAX_MANIFEST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hex sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """The ONNX graph of a bundle: where it is and what goes in and out."""
+
+    path: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    fusions: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that `manifest.json` says.
+
+    Args:
+        spec: the model's facts.
+        precision: "fp32", …
+        graph: the ONNX graph.
+        files: path relative to the bundle, with forward slashes -> size and hash; every file but the manifest.
+        versions: library -> version that the bundle was written with.
+        source: what was exported: `name`, and `sha256` of its weights where known.
+    """
+
+    spec: ModelSpec
+    precision: str
+    graph: GraphEntry
+    files: Mapping[str, FileEntry]
+    versions: Mapping[str, str]
+    source: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON data, with a checksum of all the rest."""
+        data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {**data, "checksum": _checksum(data)}
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check `path`/manifest.json; the files it names are not opened.
+
+    Raises:
+        BundleError: no manifest, not JSON, another format or version, or a field of the wrong form.
+    """
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}. Write one with gte-export.")
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file} has {file.stat().st_size:,} bytes; a manifest has at most {_MAX_MANIFEST_BYTES:,}")
+    try:
+        data = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not valid JSON ({error}). Export the bundle again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f"{file} is not the manifest of a {FORMAT}. Write a bundle with gte-export.")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{file} has format version {data.get('format_version')!r}; this gte-deploy reads {FORMAT_VERSION}. "
+            "Export the bundle again, or install the gte-deploy that wrote it."
+        )
+    checksum = data.pop("checksum", None)
+    if checksum != _checksum(data):
+        raise BundleError(f"{file} does not match its own checksum: it was altered. Export the bundle again.")
+    try:
+        return _manifest_from_json(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{file} is malformed ({type(error).__name__}: {error}). Export the bundle again.") from error
+
+
+def verify_bundle(path: Path, manifest: Manifest) -> None:
+    """Check that every file of the manifest is there with its size and sha256.
+
+    Raises:
+        BundleError: naming the first file that is missing or differs, with both values.
+    """
+    for name, entry in manifest.files.items():
+        file = path / name
+        if file.is_symlink() and not _inside(file, path):
+            raise BundleError(f"{file} is a link that leaves the bundle; a bundle holds its own files.")
+        if not file.is_file():
+            raise BundleError(f"{file} is missing, and the manifest names it. Export the bundle again.")
+        size = file.stat().st_size
+        if size != entry.size:
+            raise BundleError(f"{file} has {size:,} bytes, and the manifest says {entry.size:,}. Export it again.")
+        digest = sha256_file(file)
+        if digest != entry.sha256:
+            raise BundleError(f"{file} has sha256 {digest}, and the manifest says {entry.sha256}. Export it again.")
+
+
+def open_bundle(path: Path) -> Manifest:
+    """Read the manifest of a bundle and verify every file against it."""
+    manifest = read_manifest(path)
+    verify_bundle(path, manifest)
+    return manifest
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    # Through JSON and back first, so that what is hashed is what a reader sees: its keys are strings.
+    text = json.dumps(json.loads(json.dumps(data)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    # A Hugging Face cache links each file of a snapshot into ../../blobs of the same repository.
+    target = file.resolve()
+    root = folder.resolve()
+    return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
+
+
+def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
+    files = {_checked_name(name): FileEntry(**entry) for name, entry in data["files"].items()}
+    for name, entry in files.items():
+        if not isinstance(entry.size, int) or entry.size < 0 or not isinstance(entry.sha256, str):
+            raise ValueError(f"files[{name!r}] needs a size and a sha256")
+    graph = data["graph"]
+    if graph["path"] not in files:
+        raise ValueError(f"graph.path {graph['path']!r} is not among the files")
+    if data["precision"] not in PRECISIONS:
+        raise ValueError(f"precision {data['precision']!r} is none of {', '.join(PRECISIONS)}")
+    return Manifest(
+        spec=_spec_from_json(data["spec"]),
+        precision=data["precision"],
+        graph=GraphEntry(
+            path=graph["path"],
+            opset=int(graph["opset"]),
+            inputs=tuple(_tensor_from_json(tensor) for tensor in graph["inputs"]),
+            outputs=tuple(_tensor_from_json(tensor) for tensor in graph["outputs"]),
+            fusions={str(name): int(count) for name, count in graph["fusions"].items()},
+        ),
+        files=files,
+        versions={str(name): str(version) for name, version in data["versions"].items()},
+        source={str(name): str(value) for name, value in data["source"].items()},
+    )
+
+
+def _spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
+    spec = ModelSpec(**{**data, "id2label": {int(i): str(label) for i, label in data["id2label"].items()}})
+    for name, value, allowed in (
+        ("task", spec.task, TASKS),
+        ("pooling", spec.pooling, POOLINGS),
+        ("logits", spec.logits, LOGITS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(allowed)}")
+    for name in ("max_length", "vocab_size", "hidden_size"):
+        if type(value := getattr(spec, name)) is not int or value < 1:
+            raise ValueError(f"spec.{name} must be a positive integer, not {value!r}")
+    if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
+        raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
+    return spec
+
+
+def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(name=data["name"], dtype=data["dtype"], shape=tuple(data["shape"]))
+
+
+def _checked_name(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+        raise ValueError(f"files: {name!r} is not a plain relative path")
+    return name

@@ -1,0 +1,44 @@
+"""Typed errors. Every message says what was received, what was expected and what to do next."""
+
+
+class GteDeployError(Exception):
+    """Base of every error that gte-deploy raises on purpose."""
+
+
+class InputError(GteDeployError, ValueError):
+    """A text, argument or tensor from the caller is not acceptable; the message names its index and the limit."""
+
+
+class ConfigError(GteDeployError, ValueError):
+    """A config.json asks for something that this package does not honour, or lacks what it needs."""
+
+
+class CheckpointError(GteDeployError, ValueError):
+    """A checkpoint is missing, unreadable, or its tensors do not match the architecture."""
+
+
+class BundleError(GteDeployError, ValueError):
+    """A bundle is missing, incomplete, altered, or of another format version."""
+
+
+class ExportError(GteDeployError, RuntimeError):
+    """An export could not be completed: a pass did not fire as the architecture requires, or a target refused."""
+
+
+class ParityError(ExportError):
+    """An exported graph differs from PyTorch by more than the bound of its precision."""
+
+
+class BackendError(GteDeployError, RuntimeError):
+    """A backend could not be opened or failed while running."""
+
+
+class NonFiniteError(BackendError):
+    """A model produced NaN or Inf; nothing of that batch is returned."""
+
+
+class MissingDependencyError(GteDeployError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module!r} is not installed, and this needs it: pip install 'gte-deploy[{extra}]'")

@@ -1,0 +1,454 @@
+"""The one object that users hold: texts in, answers out, the same on every backend.
+
+Shapes: N inputs, S tokens, H hidden size, V vocabulary, L labels, D embedding size.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy._version import __version__
+from gte_deploy.backends.base import Backend, Batch
+from gte_deploy.backends.checks import check_finite
+from gte_deploy.backends.devices import parse_device
+from gte_deploy.batching import BatchLimits, collate, plan_batches
+from gte_deploy.embedding import EmbeddingRequest, OutputValue, ReturnType
+from gte_deploy.errors import InputError
+from gte_deploy.fill_mask import MaskAnswer, answers, softmax, top_tokens
+from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
+from gte_deploy.pooling import EmbeddingPrecision
+from gte_deploy.spec import ModelSpec, Pooling, Task
+from gte_deploy.tokenization import TextTokenizer, checked_max_length
+
+logger = logging.getLogger(__name__)
+
+# Vocabulary logits held at once: 256 MB. A text with more masks is run again for the rest of them.
+_MAX_LOGITS = 1 << 26
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+Outputs = dict[str, NDArray[np.float32]]
+
+
+class Model:
+    """A loaded model. Methods may be called from several threads at once; results are in the order of the inputs.
+
+    Make one with `gte_deploy.load`. As a context manager it closes on leaving.
+    """
+
+    def __init__(
+        self, backend: Backend, tokenizer: TextTokenizer, spec: ModelSpec, *, max_batch_tokens: int, path: Path
+    ) -> None:
+        """Join a backend and a tokenizer.
+
+        `max_batch_tokens` bounds a batch, padding included; a longer text runs alone. No batch costs more attention
+        (rows times length²) than one text of `spec.max_length`.
+        """
+        self.spec = spec
+        self.path = path
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
+        self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine. Idempotent; later calls that compute raise BackendError."""
+        self._backend.close()
+
+    @property
+    def backend(self) -> str:
+        """Name of what computes: "onnx" or "torch"."""
+        return self._backend.name
+
+    @property
+    def device(self) -> str:
+        """Where it computes, such as "cpu" or "cuda:0"."""
+        return self._backend.device
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded, as plain JSON data."""
+        return {
+            "gte_deploy": __version__,
+            "path": str(self.path),
+            "backend": self.backend,
+            "device": self.device,
+            "num_threads": self._backend.num_threads,
+            "max_batch_tokens": self._max_batch_tokens,
+            "outputs": list(self._backend.outputs),
+            **dataclasses.asdict(self.spec),
+        }
+
+    def tokenize(
+        self, texts: str | Sequence[str], *, truncation: bool = False, max_length: int | None = None
+    ) -> dict[str, NDArray[np.int64]]:
+        """`input_ids` and `attention_mask`, both [N, S] int64 and padded on the right.
+
+        Raises:
+            InputError: see `encode`.
+        """
+        rows = self._token_ids(as_texts(texts, name="texts")[0], truncation, max_length)
+        batch = collate(rows, pad_token_id=self.spec.pad_token_id)
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+    def fill_mask(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Candidates for every mask, in the forms of transformers' fill-mask pipeline.
+
+        A text with one mask gives a list of {score, token, token_str, sequence}, best first; one with several gives
+        such a list for each. A list of texts gives a list of those and, as in the pipeline, a list of one text gives
+        what the text alone does. Scores are probabilities over the whole vocabulary; rows that only pad it have a
+        share in them, as in the pipeline, but are never answered.
+
+        Args:
+            inputs: texts with at least one mask token each.
+            top_k: answers for each mask, at most as many as there are targets.
+            targets: words to choose from. One that is not in the vocabulary stands for its first piece, with a warning.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            batch_size: rows of a batch at most.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+
+        Raises:
+            InputError: not a fill-mask model; no mask, or none left by truncation; `top_k` 0 or above the vocabulary;
+                no usable target; see also `encode`.
+            NonFiniteError, BackendError: the model failed.
+        """
+        self._require_task("fill-mask")
+        top_k = check_integer("top_k", top_k, 1, len(self._answerable))
+        candidates = self._candidates(targets)
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(inputs)
+        rows = self._token_ids(texts, truncation, max_length)
+        self._check_masks(texts, rows)
+        found: list[list[list[MaskAnswer]]] = [[] for _ in rows]
+        for index, position, logits in self._mask_logits(rows, limits):
+            scores, tokens = top_tokens(logits, candidates, top_k)
+            found[index].append(self._answers(rows[index], position, scores, tokens))
+        nested = [masks[0] if len(masks) == 1 else masks for masks in found]
+        return nested[0] if single or len(nested) == 1 else nested
+
+    def encode(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: OutputValue | None = "sentence_embedding",
+        precision: EmbeddingPrecision = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        *,
+        pooling: Pooling | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        sentences: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Embeddings, with the arguments of SentenceTransformer.encode.
+
+        One text gives [D] float32, a list of texts [N, D]. Three things differ from SentenceTransformer: a text that is
+        too long is an error unless `truncation` is on, an empty list is an error, and token embeddings are numpy
+        arrays unless tensors are asked for.
+
+        Args:
+            inputs: a text or a list of texts.
+            prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
+            prompt: text to put before each text; overrides `prompt_name`.
+            batch_size: rows of a batch at most.
+            show_progress_bar: on stderr; by default where this module logs at INFO or DEBUG.
+            output_value: "token_embeddings" gives [S, H] for each text, None a dict of all there is.
+            precision: smaller types for sentence embeddings, see `pooling.quantize`.
+            convert_to_numpy: False gives a list of torch tensors.
+            convert_to_tensor: True gives one torch tensor.
+            device: the device that the model was loaded on, or None.
+            normalize_embeddings: scale to length 1, after `truncate_dim`.
+            truncate_dim: keep this many leading dimensions (Matryoshka).
+            pooling: "mean" or "cls"; the checkpoint's own by default.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            sentences: the former name of `inputs`.
+
+        Raises:
+            InputError: inputs that are not texts, too long, over `inputs.MAX_TEXT_BYTES` or with a lone surrogate (it
+                names the index), or an argument out of its range.
+            NonFiniteError: the model gave NaN or Inf for some inputs; it names their indices.
+            BackendError: the model failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._check_device(device)
+        request = EmbeddingRequest(
+            pooling=self.spec.pooling if pooling is None else pooling,
+            output_value=output_value,
+            precision=precision,
+            return_type=_return_type(convert_to_numpy, convert_to_tensor),
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
+        )
+        request.check(self.spec.hidden_size)
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(_one_of(inputs, sentences), prompt=self._prompt(prompt, prompt_name))
+        rows = self._token_ids(texts, truncation, max_length)
+        outputs = request.graph_outputs(self.spec, self._backend.outputs)
+        results: list[Any] = [None] * len(rows)
+        for indices, batch, values in self._batches(rows, limits, outputs, progress=show_progress_bar):
+            for index, result in zip(indices, request.rows(self.spec, batch, values), strict=True):
+                results[index] = result
+        return request.assemble(results, single=single)
+
+    def encode_query(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`encode` with the prompt "query"; without any where the checkpoint has none of that name."""
+        if prompt_name is None and prompt is None:
+            prompt = self.spec.prompts.get("query", "")
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
+
+    def encode_document(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none."""
+        if prompt_name is None and prompt is None:
+            prompts = self.spec.prompts
+            prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
+
+    def predict(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        activation_fn: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+        apply_softmax: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Scores of a classifier or reranker, as CrossEncoder.predict reads and returns them.
+
+        A text, or a flat list of two texts (a pair), is one input; a list of lists is a batch. With one label a batch
+        gives [N] float32, with several [N, L]; one input gives one element of that.
+
+        Args:
+            inputs: texts or pairs; both texts of a pair have the token type 0.
+            activation_fn: from logits [N, L] to scores of the same shape; by default the sigmoid for one label and
+                nothing for several.
+            apply_softmax: over the labels, where there are several; after `activation_fn`.
+            batch_size: rows of a batch at most.
+            show_progress_bar: as in `encode`.
+            truncation: cut the longer text of a pair first; without it a pair that is too long is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+
+        Raises:
+            InputError: not a classifier, or as `encode`.
+            NonFiniteError, BackendError: the model failed.
+        """
+        self._require_task("classify")
+        limits = self._limits(batch_size, max_batch_tokens)
+        pairs, single = as_pairs(inputs)
+        low = self._tokenizer.min_pair_length
+        limit = checked_max_length(max_length, low=low, limit=self.spec.max_length)
+        rows = self._tokenizer.encode_pairs(pairs, max_length=limit, truncation=truncation)
+        logits = np.empty((len(rows), self.spec.num_labels), dtype=np.float32)
+        for indices, _, values in self._batches(rows, limits, ("logits",), progress=show_progress_bar):
+            logits[indices] = values["logits"]
+        activation = activation_fn or (_sigmoid if self.spec.num_labels == 1 else _identity)
+        scores = activation(logits)
+        if self.spec.num_labels == 1:
+            scores = scores.reshape(len(rows))
+        elif apply_softmax:
+            scores = softmax(scores)
+        return scores[0] if single else scores
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        """Documents by their score with the query, best first: {corpus_id, score} and, where asked, text.
+
+        `kwargs` go to `predict`.
+
+        Raises:
+            InputError: the model has more than one label; `top_k` is not positive; see `predict`.
+        """
+        self._require_task("classify")
+        if self.spec.num_labels != 1:
+            raise InputError(f"rank needs a model with one label, and this has {self.spec.num_labels}; use predict")
+        texts, single = as_texts(documents, name="documents")
+        if single:
+            raise InputError("documents must be a list of texts, not one text")
+        if top_k is not None:
+            check_integer("top_k", top_k, 1, 1 << 31)
+        as_texts([query], name="query")
+        scores = self.predict([(query, text) for text in texts], **kwargs).tolist()
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
+        shown = [{"text": text} if return_documents else {} for text in texts]
+        return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
+
+    def _batches(
+        self, rows: Sequence[Sequence[int]], limits: BatchLimits, outputs: Sequence[str], *, progress: bool | None
+    ) -> Iterator[tuple[list[int], Batch, Outputs]]:
+        """Run every row once; yields the rows' indices, the batch and its outputs, longest rows first."""
+        plan = list(plan_batches([len(row) for row in rows], limits))
+        for indices in _with_progress(plan, progress):
+            batch = collate([rows[i] for i in indices], pad_token_id=self.spec.pad_token_id)
+            yield indices, batch, self._run(batch, outputs, indices)
+
+    def _mask_logits(
+        self, rows: Sequence[Sequence[int]], limits: BatchLimits
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Index of the row, token and logits [V] of every mask; the masks of one row come in order."""
+        at_once = max(1, _MAX_LOGITS // self.spec.vocab_size)
+        for indices in plan_batches([len(row) for row in rows], limits):
+            batch = collate(
+                [rows[i] for i in indices],
+                pad_token_id=self.spec.pad_token_id,
+                mask_token_id=self._tokenizer.mask_token_id,
+            )
+            assert batch.mask_positions is not None  # collate found the masks
+            for start in range(0, len(batch.mask_positions), at_once):
+                positions = batch.mask_positions[start : start + at_once]
+                part = dataclasses.replace(batch, mask_positions=positions)
+                logits = self._run(part, ("logits",), indices)["logits"]
+                if self.spec.logits == "all":
+                    logits = logits[positions[:, 0], positions[:, 1]]
+                for (row, token), values in zip(positions.tolist(), logits, strict=True):
+                    yield indices[row], token, values
+
+    def _run(self, batch: Batch, outputs: Sequence[str], indices: Sequence[int]) -> Outputs:
+        values = self._backend.run(batch, outputs)
+        check_finite(values, batch, indices)
+        return values
+
+    def _answers(
+        self, row: Sequence[int], position: int, scores: NDArray[np.float32], tokens: NDArray[np.int64]
+    ) -> list[MaskAnswer]:
+        return answers(row, position, scores, tokens, self._tokenizer, pad_token_id=self.spec.pad_token_id)
+
+    def _token_ids(self, texts: Sequence[str], truncation: bool, max_length: int | None) -> list[list[int]]:
+        limit = checked_max_length(max_length, low=self._tokenizer.min_length, limit=self.spec.max_length)
+        return self._tokenizer.encode_texts(texts, max_length=limit, truncation=truncation)
+
+    def _limits(self, batch_size: int, max_batch_tokens: int | None) -> BatchLimits:
+        tokens = self._max_batch_tokens if max_batch_tokens is None else max_batch_tokens
+        return BatchLimits(
+            max_rows=check_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE),
+            max_tokens=check_integer("max_batch_tokens", tokens, 1, MAX_BATCH_TOKENS),
+            max_square=self.spec.max_length**2,
+        )
+
+    def _candidates(self, targets: str | Sequence[str] | None) -> NDArray[np.int64]:
+        if targets is None:
+            return self._answerable
+        return np.array(self._tokenizer.target_ids(as_texts(targets, name="targets")[0]))
+
+    def _check_masks(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+        mask = self._tokenizer.mask_token
+        for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
+            if self._tokenizer.mask_token_id in row:
+                continue
+            if mask is not None and mask in text:
+                raise InputError(
+                    f"input {index} lost its {mask} by truncation to {len(row):,} tokens. Move the mask to the front "
+                    "or shorten the text."
+                )
+            raise InputError(f"input {index} has no mask; write {mask} where a word is to be predicted")
+
+    def _require_task(self, task: Task) -> None:
+        if self.spec.task != task:
+            raise InputError(f"this needs a {task} model, and {self.path} is made for {self.spec.task}")
+
+    def _check_device(self, device: str | None) -> None:
+        if device is not None and parse_device(str(device)) != parse_device(self.device):
+            raise InputError(
+                f"this model is on {self.device!r}, not {str(device)!r}; load it with gte_deploy.load(…, device=…)"
+            )
+
+    def _prompt(self, prompt: str | None, name: str | None) -> str:
+        prompts = self.spec.prompts
+        if prompt is not None:
+            if not isinstance(prompt, str):
+                raise InputError(f"prompt must be a text, not {type(prompt).__name__}")
+            if name is not None:
+                logger.warning("both prompt and prompt_name are given; prompt_name %r is ignored", name)
+            return prompt
+        name = self.spec.default_prompt_name if name is None else name
+        if name is None:
+            return ""
+        if name not in prompts:
+            raise InputError(f"prompt_name {name!r} is none of this model's prompts: {', '.join(prompts) or 'none'}")
+        return prompts[name]
+
+
+def _one_of(inputs: Any, sentences: Any) -> Any:
+    if (inputs is None) == (sentences is None):
+        raise InputError("give the texts as `inputs` (or, as before, as `sentences`), once")
+    return sentences if inputs is None else inputs
+
+
+def _return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
+    if convert_to_tensor:
+        return "tensor"
+    return "numpy" if convert_to_numpy else "list of tensors"
+
+
+def _with_progress(batches: list[list[int]], wanted: bool | None) -> Any:
+    if wanted is None:
+        wanted = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    if not wanted:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="Batches")
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    # exp of a positive number may overflow; this form never takes one.
+    small = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return logits

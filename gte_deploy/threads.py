@@ -1,0 +1,59 @@
+"""How many CPUs this process may use: its affinity and its cgroup's quota, not what the host has."""
+
+import os
+from pathlib import Path
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_PROC_CGROUP = Path("/proc/self/cgroup")
+
+
+def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PROC_CGROUP) -> int:
+    """CPUs in the affinity mask, bounded by the CPU quota of the cgroup (version 1 or 2) and of its parents.
+
+    A fraction is rounded down, to at least 1: more threads than the quota are stopped for the rest of each period.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    quota = _cgroup_quota(cgroup_root, proc_cgroup)
+    return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def _cgroup_quota(root: Path, proc_cgroup: Path) -> float | None:
+    try:
+        lines = proc_cgroup.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            quotas += [_quota_v2(folder) for folder in _with_parents(root, path)]
+        elif "cpu" in controllers.split(","):
+            for mount in (root / controllers, root / "cpu"):
+                quotas += [_quota_v1(folder) for folder in _with_parents(mount, path)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _with_parents(mount: Path, path: str) -> list[Path]:
+    """The folder of a cgroup and of its parents; inside a container often only the mount itself exists."""
+    parts = [part for part in path.split("/") if part not in ("", "..")]
+    return [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
+
+
+def _quota_v2(folder: Path) -> float | None:
+    fields = _fields(folder / "cpu.max")
+    return int(fields[0]) / int(fields[1]) if len(fields) == 2 and fields[0] != "max" else None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota, period = _fields(folder / "cpu.cfs_quota_us"), _fields(folder / "cpu.cfs_period_us")
+    return int(quota[0]) / int(period[0]) if quota and period and int(quota[0]) > 0 else None
+
+
+def _fields(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except OSError:
+        return []

@@ -1,0 +1,156 @@
+"""Packed (padding-free) attention for transformers' Gte models, registered as `gte_packed`.
+
+Several sequences lie behind one another in one row `[1, T]`; `cu_seqlens` says where each begins, and no token
+sees another sequence. The stock implementations of transformers cannot do this here: with `position_ids` alone, or
+with `cu_seq_lens_*` under eager, sdpa and flex attention, packed sequences leak into each other without a word.
+
+    register_packed_attention()
+    model = GteForMaskedLM._from_config(config, attn_implementation=PACKED_ATTENTION)
+    model.gte(input_ids=ids[None], position_ids=positions[None], cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+Legend: T tokens of the whole row, N sequences, H heads, D head size, L tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from gte_deploy.errors import InputError
+
+PACKED_ATTENTION = "gte_packed"
+
+
+def register_packed_attention() -> None:
+    """Make `attn_implementation="gte_packed"` known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _refuse_mask)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Full attention inside each packed sequence, in the calling convention of transformers.
+
+    Args:
+        module: the calling attention layer; unused.
+        query: `[1, H, T, D]`.
+        key: as query.
+        value: as query.
+        attention_mask: None; `cu_seqlens` takes its place.
+        scaling: factor of the scores, 1/sqrt(D) where None.
+        dropout: 0; the family has none here, and the variable-length kernels offer none.
+        cu_seqlens: `[N + 1] int32`, where each sequence begins, and T. Equal neighbours are empty sequences.
+        max_seqlen: longest sequence in tokens, or any bound above it; only the CUDA kernel reads it.
+        kwargs: what transformers passes to other implementations; unused.
+
+    Returns:
+        `[1, T, H, D]`, and None in the place of the attention weights.
+
+    Raises:
+        InputError: more than one row, a mask, dropout, no `cu_seqlens`, or one that does not end at T.
+    """
+    if cu_seqlens is None or max_seqlen is None:
+        raise InputError(f"{PACKED_ATTENTION} got no cu_seqlens or max_seqlen: pass both to the model's forward")
+    if query.shape[0] != 1 or attention_mask is not None or dropout:
+        raise InputError(
+            f"{PACKED_ATTENTION} takes one packed row, no mask and no dropout; received {query.shape[0]} rows, "
+            f"mask {attention_mask is not None}, dropout {dropout}"
+        )
+    q, k, v = (_in_autocast_dtype(x)[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    if _has_varlen_kernel(q):
+        out = _attend_varlen(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scaling=scaling)
+    else:
+        out = _attend_per_segment(q, k, v, cu_seqlens, scaling=scaling)
+    return out[None], None
+
+
+def _refuse_mask(*, attention_mask: Tensor | None = None, **kwargs: object) -> None:
+    """Mask of `gte_packed`: none. A padding mask would be ignored by the attention, so it is refused."""
+    if attention_mask is not None:
+        raise InputError(f"{PACKED_ATTENTION} takes cu_seqlens in place of attention_mask; remove the padding first")
+
+
+def _in_autocast_dtype(x: Tensor) -> Tensor:
+    """RoPE multiplies 16-bit q and k by float32 tables, and autocast does not know the flash kernel to undo it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _find_varlen_attn() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # The first versions of the function take no `scale`.
+    return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
+
+
+_VARLEN_ATTN = _find_varlen_attn()
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    """True where the flash kernel runs: CUDA, Ampere or newer, 16-bit. Everything else goes segment by segment."""
+    return (
+        _VARLEN_ATTN is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, scaling: float | None
+) -> Tensor:
+    """`[T, H, D]` through the variable-length flash kernel."""
+    assert _VARLEN_ATTN is not None  # _has_varlen_kernel said so
+    return _VARLEN_ATTN(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
+
+
+@torch.compiler.disable
+def _attend_per_segment(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None
+) -> Tensor:
+    """`[T, H, D]` by one call of scaled_dot_product_attention per distinct length."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != query.shape[0] or min(lengths) < 0:
+        raise InputError(
+            f"cu_seqlens must rise from 0 to the row's {query.shape[0]} tokens; it goes from {bounds[0]} to "
+            f"{bounds[-1]}, with steps from {min(lengths)}. Give padding tokens a sequence of their own"
+        )
+    # split and stack, not indexing: their gradients are plain copies, while index_select's is a slow scattered sum.
+    segments = [x.split(lengths) for x in (query, key, value)]
+    out: list[Tensor] = [query[:0]] * len(lengths)
+    for members in _equal_lengths(lengths):
+        q, k, v = (torch.stack([part[i] for i in members]).transpose(1, 2) for part in segments)  # [n, H, L, D]
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+        for i, rows in zip(members, attended.unbind(), strict=True):
+            out[i] = rows
+    return torch.cat(out)
+
+
+def _equal_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the non-empty segments, grouped by length."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        if length:
+            groups.setdefault(length, []).append(i)
+    return list(groups.values())

@@ -1,0 +1,291 @@
+"""What every backend promises: one suite, run on each."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+
+import gte_deploy
+from gte_deploy.backends.base import Batch
+from gte_deploy.batching import collate
+
+GOLDEN_TOLERANCE, GOLDEN_LONG_TOLERANCE = 1e-4, 5e-4  # see tests/golden/README.md
+# A row beside others against the row alone: the same float32 sums in another order.
+ROW_TOLERANCE = 1e-5
+
+TEXTS = ["the king of france", "a", "", "walking and playing in the old city " * 3, "中国 water!", "the queen is not"]
+
+
+def batch_of(rows, length=None, *, positions=None):
+    batch = collate([list(row) for row in rows], pad_token_id=0)
+    if length is None:
+        return dataclasses.replace(batch, mask_positions=positions)
+    pad = ((0, 0), (0, length - batch.input_ids.shape[1]))
+    return Batch(np.pad(batch.input_ids, pad), np.pad(batch.attention_mask, pad), positions)
+
+
+@pytest.fixture
+def engines(models):
+    return {task: model._backend for task, model in models.items()}
+
+
+ROWS = [[2, 20, 21, 4, 22, 3], [2, 4, 3], [2, 30, 31, 32, 4, 33, 34, 4, 3]]
+POSITIONS = np.array([[0, 3], [1, 1], [2, 4], [2, 7]])
+
+
+def test_it_says_what_it_is(models, backend):
+    for task, model in models.items():
+        info = model.info()
+        assert info["backend"] == model.backend == backend
+        assert (info["task"], info["device"], info["num_threads"]) == (task, "cpu", 1)
+        assert (info["max_length"], info["vocab_size"], info["hidden_size"]) == (128, 128, 32)
+
+
+def test_shapes_and_dtypes(engines):
+    expected = {"fill-mask": (4, 128), "classify": (3, 1)}
+    for task, shape in expected.items():
+        logits = engines[task].run(batch_of(ROWS, positions=POSITIONS), ["logits"])["logits"]
+        assert logits.shape == shape and logits.dtype == np.float32
+    outputs = engines["embed"].run(batch_of(ROWS), ["sentence_embedding", "last_hidden_state"])
+    assert {name: (value.shape, value.dtype) for name, value in outputs.items()} == {
+        "sentence_embedding": ((3, 32), np.float32),
+        "last_hidden_state": ((3, 9, 32), np.float32),
+    }
+
+
+def test_only_what_is_asked_for(engines):
+    for task, engine in engines.items():
+        for name in engine.outputs:
+            assert list(engine.run(batch_of(ROWS, positions=POSITIONS), [name])) == [name], task
+        with pytest.raises(gte_deploy.BackendError, match="no output 'nope'; it offers"):
+            engine.run(batch_of(ROWS), ["nope"])
+
+
+def test_the_graphs_pooling_is_that_of_its_hidden_states(engines):
+    outputs = engines["embed"].run(batch_of(ROWS), ["sentence_embedding", "last_hidden_state"])
+    np.testing.assert_allclose(outputs["sentence_embedding"], outputs["last_hidden_state"][:, 0], atol=1e-6)
+
+
+def test_a_row_in_a_batch_is_the_row_alone(engines):
+    names = {"fill-mask": "logits", "embed": "sentence_embedding", "classify": "logits"}
+    for task, engine in engines.items():
+        name = names[task]
+        positions = np.array([[0, 3], [1, 1], [2, 4]])
+        together = engine.run(batch_of(ROWS, positions=positions), [name])[name]
+        for index, row in enumerate(ROWS):
+            alone = engine.run(batch_of([row], positions=np.array([[0, positions[index, 1]]])), [name])[name]
+            np.testing.assert_allclose(together[index], alone[0], atol=ROW_TOLERANCE, err_msg=task)
+
+
+def test_padding_changes_nothing(engines):
+    for task, engine in engines.items():
+        plain = engine.run(batch_of(ROWS), ["last_hidden_state"])["last_hidden_state"]
+        padded = engine.run(batch_of(ROWS, 40), ["last_hidden_state"])["last_hidden_state"]
+        for index, row in enumerate(ROWS):
+            np.testing.assert_allclose(
+                plain[index, : len(row)], padded[index, : len(row)], atol=ROW_TOLERANCE, err_msg=task
+            )
+
+
+def test_what_stands_in_padding_changes_nothing(engines):
+    batch = batch_of(ROWS, 16)
+    other = dataclasses.replace(batch, input_ids=np.where(batch.attention_mask == 1, batch.input_ids, 77))
+    for engine in engines.values():
+        one = engine.run(batch, ["last_hidden_state"])["last_hidden_state"]
+        two = engine.run(other, ["last_hidden_state"])["last_hidden_state"]
+        mask = batch.attention_mask == 1
+        np.testing.assert_allclose(one[mask], two[mask], atol=ROW_TOLERANCE)
+
+
+def test_no_mask_gives_no_logits(engines):
+    logits = engines["fill-mask"].run(batch_of(ROWS, positions=np.empty((0, 2), np.int64)), ["logits"])["logits"]
+    assert logits.shape == (0, 128)
+
+
+def test_every_length_up_to_the_limit(engines):
+    rng = np.random.default_rng(0)
+    for length in (1, 2, 3, 31, 32, 33, 127, 128):
+        batch = batch_of([rng.integers(5, 80, length).tolist()])
+        hidden = engines["embed"].run(batch, ["last_hidden_state"])["last_hidden_state"]
+        assert hidden.shape == (1, length, 32) and np.isfinite(hidden).all()
+
+
+GOOD = batch_of(ROWS, positions=POSITIONS)
+
+
+def changed(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input_ids": changed(GOOD.input_ids, (1, 1), -1)}, r"input_ids\[1, 1\] is -1"),
+        ({"input_ids": changed(GOOD.input_ids, (2, 8), 128)}, r"input_ids\[2, 8\] is 128; ids .* 0 to 127"),
+        ({"input_ids": GOOD.input_ids.astype(np.int32)}, "input_ids must be int64 of rank 2, and is int32"),
+        ({"input_ids": GOOD.input_ids[0]}, "rank 2, and is int64 of rank 1"),
+        ({"input_ids": GOOD.input_ids.tolist()}, "input_ids must be a numpy array, not list"),
+        ({"input_ids": GOOD.input_ids[:, :-1]}, "must be equal"),
+        ({"attention_mask": changed(GOOD.attention_mask, 1, 0)}, r"attention_mask\[1\] is all zero"),
+        ({"attention_mask": changed(GOOD.attention_mask, (0, 1), 2)}, r"attention_mask\[0, 1\] is 2"),
+        ({"attention_mask": GOOD.attention_mask.astype(bool)}, "attention_mask must be int64"),
+        ({"mask_positions": changed(POSITIONS, (3, 0), 3)}, r"mask_positions\[3\] is \[3, 7\], outside"),
+        ({"mask_positions": changed(POSITIONS, (3, 1), -1)}, r"mask_positions\[3\] is \[2, -1\], outside"),
+        ({"mask_positions": changed(POSITIONS, (1, 1), 8)}, r"mask_positions\[1\] is \[1, 8\], which is padding"),
+        ({"mask_positions": POSITIONS[:, :1]}, "mask_positions must have the shape"),
+        ({"mask_positions": POSITIONS.astype(float)}, "mask_positions must be int64"),
+        ({"input_ids": np.zeros((0, 4), np.int64), "attention_mask": np.zeros((0, 4), np.int64)}, "at least one row"),
+        ({"input_ids": np.ones((1, 129), np.int64), "attention_mask": np.ones((1, 129), np.int64)}, "1 to 128"),
+    ],
+)
+def test_a_bad_batch_is_refused_and_the_next_good_one_unchanged(engines, fields, message):
+    engine = engines["fill-mask"]
+    before = engine.run(GOOD, ["logits"])["logits"]
+    with pytest.raises(gte_deploy.InputError, match=message):
+        engine.run(dataclasses.replace(GOOD, **fields), ["logits"])
+    np.testing.assert_array_equal(engine.run(GOOD, ["logits"])["logits"], before)
+
+
+@pytest.mark.parametrize("name", ["mlm", "embed_ntk", "rerank"])
+def test_golden_results(backend, load_on, golden_dir, name):
+    expected = np.load(golden_dir / name / "expected.npz")
+    with load_on(backend, golden_dir / name, max_length=2000) as model:  # 8,192 would only slow the export
+        engine = model._backend
+        positions = expected["mask_positions"] if name == "mlm" else None
+        batch = Batch(expected["input_ids"], expected["attention_mask"], positions)
+        hidden = engine.run(batch, ["last_hidden_state"])["last_hidden_state"]
+        mask = expected["attention_mask"] == 1
+        np.testing.assert_allclose(hidden[mask], expected["hidden"][mask], atol=GOLDEN_TOLERANCE)
+        logits = {"mlm": "mask_logits", "rerank": "scores"}.get(name)
+        if logits is not None:
+            np.testing.assert_allclose(engine.run(batch, ["logits"])["logits"], expected[logits], atol=GOLDEN_TOLERANCE)
+        ids = expected["long_input_ids"]
+        long = engine.run(Batch(ids, np.ones_like(ids), None), ["last_hidden_state"])["last_hidden_state"]
+        np.testing.assert_allclose(long[:, -8:], expected["long_hidden_tail"], atol=GOLDEN_LONG_TOLERANCE)
+
+
+def test_closed(backend, load_on, word_checkpoints):
+    with load_on(backend, word_checkpoints["embed"]) as model:
+        model.encode("a")
+    model.close()
+    with pytest.raises(gte_deploy.BackendError, match="closed"):
+        model.encode("a")
+
+
+def test_closing_while_others_run_breaks_none_of_them(backend, load_on, word_checkpoints):
+    model = load_on(backend, word_checkpoints["embed"], num_threads=1)
+    expected = model.encode(TEXTS)
+    problems = []
+
+    def work():
+        try:
+            for _ in range(50):
+                np.testing.assert_allclose(model.encode(TEXTS), expected, atol=ROW_TOLERANCE)
+        except gte_deploy.BackendError as error:
+            if "closed" not in str(error):
+                problems.append(error)
+        except AssertionError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    model.close()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+
+
+class TestModel:
+    """The object above a backend, on each of them."""
+
+    def test_order_is_kept_whatever_the_batches(self, models):
+        model = models["embed"]
+        expected = np.stack([model.encode(text) for text in TEXTS])
+        for options in (
+            {},
+            {"batch_size": 1},
+            {"batch_size": 2},
+            {"max_batch_tokens": 1},
+            {"max_batch_tokens": 10_000},
+        ):
+            np.testing.assert_allclose(model.encode(TEXTS, **options), expected, atol=ROW_TOLERANCE)
+            reverse = model.encode(TEXTS[::-1], **options)
+            np.testing.assert_allclose(reverse, expected[::-1], atol=ROW_TOLERANCE)
+
+    def test_fill_mask_of_a_list_is_that_of_each_text(self, models, runtime_models):
+        model, texts = models["fill-mask"], list(runtime_models.TEXTS)
+        together = model.fill_mask(texts, top_k=3)
+        for text, answer in zip(texts, together, strict=True):
+            alone = model.fill_mask(text, top_k=3)
+            flat = [c for masks in (alone if isinstance(alone[0], list) else [alone]) for c in masks]
+            also = [c for masks in (answer if isinstance(answer[0], list) else [answer]) for c in masks]
+            for one, other in zip(flat, also, strict=True):
+                assert {**one, "score": 0} == {**other, "score": 0}
+                assert one["score"] == pytest.approx(other["score"], abs=ROW_TOLERANCE)
+
+    def test_poolings(self, models):
+        for model in (models["embed"], models["fill-mask"]):
+            tokens = model.encode(TEXTS, output_value="token_embeddings")
+            for pooling, expected in (("cls", [t[0] for t in tokens]), ("mean", [t.mean(axis=0) for t in tokens])):
+                np.testing.assert_allclose(model.encode(TEXTS, pooling=pooling), expected, atol=ROW_TOLERANCE)
+
+    def test_tokenize_is_what_is_run(self, models):
+        features = models["embed"].tokenize(TEXTS)
+        assert {name: array.dtype for name, array in features.items()} == {
+            "input_ids": np.int64,
+            "attention_mask": np.int64,
+        }
+        outputs = models["embed"]._backend.run(Batch(**features), ["sentence_embedding"])["sentence_embedding"]
+        np.testing.assert_allclose(models["embed"].encode(TEXTS), outputs, atol=ROW_TOLERANCE)
+
+    def test_rank(self, models):
+        documents = [text for text in TEXTS if text]
+        ranking = models["classify"].rank("the king", documents, return_documents=True)
+        scores = models["classify"].predict([["the king", text] for text in documents])
+        assert [entry["corpus_id"] for entry in ranking] == np.argsort(-scores, kind="stable").tolist()
+        assert [entry["text"] for entry in ranking] == [documents[entry["corpus_id"]] for entry in ranking]
+
+
+def test_backends_agree(load_on, word_checkpoints):
+    """The same texts give the same answers on all of them."""
+    for task, checkpoint in word_checkpoints.items():
+        torch, onnx = (load_on(name, checkpoint) for name in ("torch", "onnx"))
+        if task == "fill-mask":
+            one, two = (model.fill_mask("the [MASK] is old", top_k=20) for model in (torch, onnx))
+            assert [a["token"] for a in one] == [a["token"] for a in two]
+        elif task == "embed":
+            np.testing.assert_allclose(torch.encode(TEXTS), onnx.encode(TEXTS), atol=1e-4)
+        else:
+            pairs = [("the king", text) for text in TEXTS]
+            np.testing.assert_allclose(torch.predict(pairs), onnx.predict(pairs), atol=1e-4)
+
+
+def test_the_classical_graph_answers_the_same(bundle_of, load_on, word_checkpoints, runtime_models):
+    """`logits all` computes every token's logits; what is taken of them, and the embeddings, are those of the masks."""
+    checkpoint = word_checkpoints["fill-mask"]
+    texts = list(runtime_models.TEXTS)
+    with gte_deploy.load(bundle_of(checkpoint, logits="all")) as model, load_on("onnx", checkpoint) as masked:
+        assert model.spec.logits == "all"
+        logits = model._backend.run(batch_of(ROWS), ["logits"])["logits"]
+        assert logits.shape == (3, 9, 128)
+        expected = masked._backend.run(batch_of(ROWS, positions=POSITIONS), ["logits"])["logits"]
+        np.testing.assert_allclose(logits[POSITIONS[:, 0], POSITIONS[:, 1]], expected, atol=1e-4)
+        got = [answer["token"] for answer in model.fill_mask(texts[0], top_k=20)]
+        assert got == [answer["token"] for answer in masked.fill_mask(texts[0], top_k=20)]
+        np.testing.assert_allclose(model.encode(TEXTS), masked.encode(TEXTS), atol=ROW_TOLERANCE)
+
+
+@pytest.mark.gpu
+def test_torch_on_cuda_agrees_with_the_cpu(word_checkpoints):
+    for task, checkpoint in word_checkpoints.items():
+        with gte_deploy.load(checkpoint) as cpu, gte_deploy.load(checkpoint, device="cuda:0") as cuda:
+            assert cuda.device == "cuda:0"
+            for name in cpu._backend.outputs:
+                batch = batch_of(ROWS, positions=POSITIONS)
+                one, two = (model._backend.run(batch, [name])[name] for model in (cpu, cuda))
+                mask = batch.attention_mask == 1 if name == "last_hidden_state" else ...
+                np.testing.assert_allclose(one[mask], two[mask], atol=1e-4, err_msg=f"{task} {name}")

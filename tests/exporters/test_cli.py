@@ -1,0 +1,171 @@
+"""`gte-export`: what it prints where, its exit codes, and that asking for help is quick."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gte_deploy.bundle import open_bundle
+from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.exporters import cli, export
+from gte_deploy.exporters.cli import main
+
+
+@pytest.mark.parametrize("format_name", ["trt", "triton"])
+def test_later_formats_say_so(format_name, capsys, tmp_path):
+    assert main(["--format", format_name, "-o", str(tmp_path / "out")]) == USAGE
+    out, err = capsys.readouterr()
+    assert out == "" and f"--format {format_name} is not in gte-deploy" in err and "onnx" in err
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_later_precisions_say_so(precision, capsys):
+    assert main(["--precision", precision]) == USAGE
+    assert f"--precision {precision} is not in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--format", "coreml"], ["--task", "sing"], ["--max-len", "many"], ["--pooling", "max"], ["a", "b", "c"]],
+)
+def test_wrong_usage_is_told_by_argparse(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == USAGE
+    assert "usage: gte-export" in capsys.readouterr().err
+
+
+def test_a_model_given_twice_is_refused(capsys):
+    assert main(["one", "--model", "two"]) == USAGE
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_positions_and_options_mean_the_same(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "export", lambda *args, **options: calls.append((args, options)))
+    parser = cli._parser()
+    for line in (["model", "out"], ["-m", "model", "-o", "out"], ["model", "--output", "out"]):
+        cli._export(parser.parse_args(line))
+    assert [args for args, _ in calls] == [("model", "out")] * 3
+    cli._export(parser.parse_args([]))
+    args, options = calls[-1]
+    assert args == (None, None)
+    assert options | {"progress": None} == {
+        "task": "auto",
+        "precision": "fp32",
+        "max_length": None,
+        "pooling": "auto",
+        "logits": "masked",
+        "opset": None,
+        "force": False,
+        "progress": None,
+    }
+
+
+@pytest.mark.parametrize("tokens", ["-1", "0", "7", "8193"])
+def test_lengths_that_the_checkpoint_does_not_have(tokens, tiny_mlm, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert main([str(tiny_mlm), str(tmp_path / "out"), "--max-len", tokens]) == USAGE
+    assert "expected 8 to 8,192" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out"), "--json"]) == FAILURE
+    out, err = capsys.readouterr()
+    assert "nowhere" in err and json.loads(out)["exit_code"] == FAILURE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_is_no_bundle(tiny_mlm, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert main([str(tiny_mlm), str(tmp_path / "out"), "--force", "--quiet"]) == FAILURE
+    out, err = capsys.readouterr()
+    assert out == "" and "not a bundle" in err and "Traceback" not in err
+
+
+def test_a_target_that_cannot_be_made(tiny_mlm, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([str(tiny_mlm), str(tmp_path / "file" / "out")]) == FAILURE
+    assert "gte-export: error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["torch", "onnx", "onnxscript"])
+def test_a_missing_library_names_the_extra(module, tiny_mlm, tmp_path, monkeypatch, capsys):
+    find_spec = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    assert main([str(tiny_mlm), str(tmp_path / "out")]) == MISSING_DEPENDENCY
+    err = capsys.readouterr().err
+    assert f"'{module}' is not installed" in err and "gte-deploy[export]" in err
+
+
+def test_help_needs_no_heavy_library():
+    code = (
+        "import sys; from gte_deploy.exporters.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "exit codes:" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "from gte_deploy.exporters import cli\n"
+        "cli.export, cli._result_text = (lambda *args, **options: None), (lambda result: 'table')\n"
+        "raise SystemExit(cli.main(['--quiet']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
+
+
+@pytest.fixture
+def tiny(trace_once, make_checkpoint, tmp_path):
+    return make_checkpoint(tmp_path / "tiny", layers=1)
+
+
+def test_the_table_on_stdout_and_the_progress_on_stderr(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(tiny), "--max-len", "16"]) == OK
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["length", "batch", "padding", "last_hidden_state"]
+    assert lines[-2].startswith("parity passed: ")
+    assert lines[-1].startswith("bundle tiny-onnx-fp32 (")
+    assert open_bundle(tmp_path / "tiny-onnx-fp32").spec.max_length == 16
+    assert all(line.startswith("gte-export: ") for line in err.splitlines()), "nothing of the libraries' own talk"
+    assert "gte-export: parity 1/" in err
+
+
+def test_json_is_one_object_and_quiet_is_quiet(tiny, tmp_path, capsys):
+    assert main(["-m", str(tiny), "-o", str(tmp_path / "out"), "--max-len", "16", "--json", "--quiet"]) == OK
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    assert result["path"] == str(tmp_path / "out") and result["task"] == "fill-mask"
+    assert result["parity"]["passed"] is True and result["parity"]["cases"]
+    assert result["files"] == {name: e.size for name, e in open_bundle(tmp_path / "out").files.items()}
+
+
+def test_a_failed_proof_is_a_failed_command(tiny, tmp_path, monkeypatch, capsys):
+    from gte_deploy.exporters import parity
+
+    bound = parity.TOLERANCES["fp32"]
+    monkeypatch.setitem(parity.TOLERANCES, "fp32", parity.Tolerance(max_abs=-1.0, cosine=bound.cosine))
+    assert main([str(tiny), str(tmp_path / "out"), "--max-len", "16", "--json"]) == FAILURE
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["parity"]["passed"] is False and result["parity"]["cases"][0]["outputs"]["logits"]["max_abs"] >= 0
+    assert "differs from PyTorch" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"], "no bundle and nothing temporary is left"

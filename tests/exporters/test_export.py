@@ -1,0 +1,344 @@
+"""The whole export, checkpoint in and bundle out, for every task and layout; and what happens when it fails."""
+
+import json
+import resource
+import stat
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+onnx = pytest.importorskip("onnx")
+
+from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.backends.onnx_backend import OnnxBackend, check_graph  # noqa: E402
+from gte_deploy.bundle import open_bundle  # noqa: E402
+from gte_deploy.errors import CheckpointError, ExportError, InputError  # noqa: E402
+from gte_deploy.exit_codes import FAILURE  # noqa: E402
+from gte_deploy.exporters import graph as graph_module  # noqa: E402
+from gte_deploy.exporters.cli import main  # noqa: E402
+from gte_deploy.exporters.export import default_output, export  # noqa: E402
+from gte_deploy.exporters.parity import BoundMissedError  # noqa: E402
+from gte_deploy.files import sha256_file  # noqa: E402
+
+LENGTH = 32
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def run(bundle, batch):
+    manifest = open_bundle(bundle)
+    backend = OnnxBackend(bundle / manifest.graph.path, manifest.spec)
+    return backend.run(batch, backend.outputs)
+
+
+@pytest.fixture(scope="module")
+def exported(golden_dir, make_checkpoint, tmp_path_factory):
+    """Name -> bundle: one for each task, over the layouts; the golden checkpoints where there is one."""
+    folder = tmp_path_factory.mktemp("exported")
+    embed = make_checkpoint(
+        folder / "embed",
+        task="fill-mask",
+        layout="native",
+        pooling="mean",
+        normalize=True,
+        prompts={"query": "query: ", "document": ""},
+        shards=2,
+        layers=1,
+        seed=1,
+    )
+    tokens = make_checkpoint(
+        folder / "tokens", task="token-classify", num_labels=3, pack_qkv=False, dtype="float16", layers=1
+    )
+    results = {
+        "fill-mask": export(golden_dir / "mlm", folder / "out/fill-mask", max_length=2048),
+        "embed": export(embed, folder / "out/embed", task="embed", pooling="cls", max_length=LENGTH),
+        "classify": export(golden_dir / "rerank", folder / "out/classify", max_length=64),
+        "token-classify": export(tokens, folder / "out/token-classify", max_length=LENGTH),
+    }
+    return {task: (result.path, result) for task, result in results.items()}
+
+
+@pytest.fixture(scope="module")
+def small(make_checkpoint, tmp_path_factory):
+    """A fill-mask checkpoint of one layer: what its export leaves is not about depth."""
+    return make_checkpoint(tmp_path_factory.mktemp("small") / "small", layers=1)
+
+
+TASKS = ("fill-mask", "embed", "classify", "token-classify")
+OUTPUTS = {
+    "fill-mask": {"last_hidden_state": ("batch", "sequence", 32), "logits": ("num_masks", 256)},
+    "embed": {"last_hidden_state": ("batch", "sequence", 32), "sentence_embedding": ("batch", 32)},
+    "classify": {"last_hidden_state": ("batch", "sequence", 32), "logits": ("batch", 1)},
+    "token-classify": {"last_hidden_state": ("batch", "sequence", 32), "logits": ("batch", "sequence", 3)},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_bundle_is_whole_and_says_what_it_is(exported, task):
+    bundle, result = exported[task]
+    manifest = open_bundle(bundle)
+    check_graph(bundle, manifest)
+    assert manifest == result.manifest
+    assert manifest.spec.task == task and manifest.precision == "fp32"
+    assert {output.name: output.shape for output in manifest.graph.outputs} == OUTPUTS[task]
+    names = ["input_ids", "attention_mask", *(["mask_positions"] if task == "fill-mask" else [])]
+    assert [tensor.name for tensor in manifest.graph.inputs] == names
+    assert manifest.graph.fusions["attention"] == read(bundle / "config.json")["num_hidden_layers"]
+    assert {"torch", "onnx", "onnxruntime", "gte-deploy"} <= set(manifest.versions)
+    tree = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert tree == {*manifest.files, "manifest.json"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_file_is_readable_by_others(exported, task):
+    bundle, _ = exported[task]
+    for path in (bundle, *bundle.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_the_source_is_named_without_the_path_of_this_machine(exported, golden_dir):
+    bundle, result = exported["fill-mask"]
+    weights = sha256_file(golden_dir / "mlm" / "model.safetensors")
+    assert result.manifest.source == {"name": "mlm", "sha256": weights}
+    assert len(exported["embed"][1].manifest.source["sha256"]) == 64  # of two shards
+    for name in ("manifest.json", "report.json", "report.html", "config.json"):
+        assert str(golden_dir.parent) not in (bundle / name).read_text()
+
+
+def test_the_graphs_agree_with_the_golden_results(exported, golden_dir):
+    golden = np.load(golden_dir / "mlm" / "expected.npz")
+    batch = Batch(*(golden[name].astype(np.int64) for name in ("input_ids", "attention_mask", "mask_positions")))
+    results = run(exported["fill-mask"][0], batch)
+    real = batch.attention_mask.astype(bool)
+    np.testing.assert_allclose(results["last_hidden_state"][real], golden["hidden"][real], atol=1e-4)
+    np.testing.assert_allclose(results["logits"], golden["mask_logits"], atol=1e-4)
+    ids = golden["long_input_ids"].astype(np.int64)
+    long = run(exported["fill-mask"][0], Batch(ids, np.ones_like(ids)))
+    np.testing.assert_allclose(long["last_hidden_state"][:, -8:], golden["long_hidden_tail"], atol=5e-4)
+
+    golden = np.load(golden_dir / "rerank" / "expected.npz")
+    batch = Batch(golden["input_ids"].astype(np.int64), golden["attention_mask"].astype(np.int64))
+    np.testing.assert_allclose(run(exported["classify"][0], batch)["logits"], golden["scores"], atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_transformers_reads_config_and_tokenizer_without_remote_code(exported, task):
+    from transformers import AutoConfig, AutoTokenizer
+
+    bundle, result = exported[task]
+    config = AutoConfig.from_pretrained(bundle)
+    assert config.model_type == "gte" and config.hidden_size == 32
+    assert config.max_position_embeddings == result.manifest.spec.max_length
+    assert config.architectures[0].startswith("Gte")
+    assert AutoTokenizer.from_pretrained(bundle)("w5 w6")["input_ids"] == [2, 5, 6, 3]
+    if task == "token-classify":
+        assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_sentence_transformers_reads_the_pooling(exported):
+    Pooling = pytest.importorskip("sentence_transformers.models").Pooling
+
+    hidden, mask = torch.randn(1, 3, 32), torch.tensor([[1, 1, 0]])
+    for task, expected in (("fill-mask", hidden[:, :2].mean(1)), ("embed", hidden[:, 0])):
+        pooling = Pooling.load(str(exported[task][0] / "1_Pooling"))
+        pooled = pooling({"token_embeddings": hidden, "attention_mask": mask})["sentence_embedding"]
+        torch.testing.assert_close(pooled, expected)
+
+
+def test_the_sentence_transformers_files(exported):
+    bundle, _ = exported["embed"]
+    kinds = [module["type"].rpartition(".")[2] for module in read(bundle / "modules.json")]
+    assert kinds == ["Transformer", "Pooling", "Normalize"]
+    assert read(bundle / "config_sentence_transformers.json")["prompts"] == {"query": "query: ", "document": ""}
+    assert read(bundle / "sentence_bert_config.json")["max_seq_length"] == LENGTH
+    plain = read(exported["fill-mask"][0] / "modules.json")
+    assert [module["type"].rpartition(".")[2] for module in plain] == ["Transformer", "Pooling"]
+    for task in ("classify", "token-classify"):
+        assert not (exported[task][0] / "modules.json").exists()
+
+
+def test_a_bundle_says_the_same_of_itself_as_its_checkpoint(exported, make_checkpoint, tmp_path):
+    from gte_deploy.checkpoint_spec import spec_from_checkpoint
+    from gte_deploy.models.config import read_config
+
+    bundle, result = exported["embed"]
+    assert spec_from_checkpoint(bundle, read_config(bundle), "embed") == result.manifest.spec
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_report(exported, task):
+    bundle, result = exported[task]
+    report = read(bundle / "report.json")
+    assert report["parity"] == json.loads(json.dumps(result.parity.to_json()))
+    assert report["parity"]["passed"] is True and report["parity"]["max_abs"] <= 1e-4
+    lengths = {case["length"] for case in report["parity"]["cases"]}
+    assert {1, 2, 17, result.manifest.spec.max_length} <= lengths
+    assert (report["parity"]["cases"][0]["top1"] is not None) == (task == "fill-mask")
+    assert report["fusions"] == result.manifest.graph.fusions
+    assert report["timings_s"]["trace and fuse"] > 0 and report["machine"]["cpus"] >= 1
+    page = (bundle / "report.html").read_text()
+    assert "parity passed" in page and page.count("<svg") == 2
+    assert page.count("<tr>") == 1 + len(report["parity"]["cases"])
+    for remote in ("<script", "<link", "<img", "src=", "@import", "url(http"):
+        assert remote not in page, "one page, nothing fetched"
+
+
+def test_logits_of_every_token(small, tmp_path):
+    result = export(small, tmp_path / "all", logits="all", max_length=LENGTH)
+    assert result.manifest.spec.logits == "all"
+    assert [tensor.name for tensor in result.manifest.graph.inputs] == ["input_ids", "attention_mask"]
+    ids = np.array([[2, 5, 4, 3]])
+    logits = run(result.path, Batch(ids, np.ones_like(ids)))["logits"]
+    assert logits.shape == (1, 4, 256) and np.isfinite(logits).all()
+
+
+def test_another_task_and_pooling_than_the_checkpoints_own(exported):
+    bundle, result = exported["embed"]
+    assert result.manifest.spec.pooling == "cls"
+    assert read(bundle / "1_Pooling/config.json")["pooling_mode_cls_token"] is True
+    ids = np.array([[2, 5, 6, 3]])
+    results = run(bundle, Batch(ids, np.ones_like(ids)))
+    np.testing.assert_array_equal(results["sentence_embedding"], results["last_hidden_state"][:, 0])
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"task": "sing"}, "task is 'sing'"),
+        ({"precision": "fp12"}, "precision is 'fp12'"),
+        ({"pooling": "max"}, "pooling is 'max'"),
+        ({"logits": "some"}, "logits is 'some'"),
+        ({"max_length": 7}, "expected 8 to 8,192"),
+        ({"max_length": 8193}, "expected 8 to 8,192"),
+        ({"task": "embed", "logits": "all"}, "fill-mask"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_any_work(small, tmp_path, options, says):
+    with pytest.raises(InputError, match=says):
+        export(small, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opset_that_is_not_offered(small, tmp_path):
+    with pytest.raises(ExportError, match="opset"):
+        export(small, tmp_path / "out", opset=9, max_length=LENGTH)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", layers=1)
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_weights_is_refused(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", layers=1)
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        export(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        (None, "gte-en-mlm-tiny-onnx-fp32"),
+        ("Alibaba-NLP/gte-base-en-v1.5", "gte-base-en-v1.5-onnx-fp32"),
+        ("/models/mine/", "mine-onnx-fp32"),
+    ],
+)
+def test_the_default_output(model, name):
+    assert str(default_output(model, precision="fp32")) == name
+
+
+def test_the_default_output_of_this_folder(small, monkeypatch):
+    monkeypatch.chdir(small)
+    assert str(default_output(".", precision="fp32")) == "small-onnx-fp32"
+
+
+def perturb(monkeypatch, amount):
+    """Let the graph be saved with one weight of the last layer changed, as a wrong fusion would."""
+    save = graph_module.save_graph
+
+    def save_wrong(graph, path):
+        files = save(graph, path)
+        model = onnx.load(path)
+        weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
+        values = onnx.numpy_helper.to_array(weight).copy()
+        values += np.float32(amount)
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        onnx.save(model, path)
+        return files
+
+    monkeypatch.setattr(graph_module, "save_graph", save_wrong)
+
+
+def test_a_wrong_graph_leaves_no_bundle(trace_once, small, tmp_path, monkeypatch):
+    perturb(monkeypatch, 0.01)
+    with pytest.raises(BoundMissedError, match="(?s)max abs .*No bundle was written") as error:
+        export(small, tmp_path / "out", max_length=LENGTH)
+    assert error.value.report.max_abs > 1e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_graph_leaves_the_old_bundle(trace_once, small, tmp_path, monkeypatch):
+    export(small, tmp_path / "out", max_length=LENGTH)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    perturb(monkeypatch, 0.01)
+    with pytest.raises(BoundMissedError):
+        export(small, tmp_path / "out", max_length=LENGTH, force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_output_that_is_a_link_replaces_what_it_points_to(trace_once, small, tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    result = export(small, link, max_length=LENGTH)
+    assert result.path == link and link.is_symlink()
+    assert open_bundle(tmp_path / "real").spec.max_length == LENGTH
+
+
+def test_a_full_disk_leaves_the_old_bundle(trace_once, small, tmp_path, capsys):
+    """RLIMIT_FSIZE stops every write beyond 64 kB, as a full disk would."""
+    target = tmp_path / "out"
+    export(small, target, max_length=LENGTH)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, limits[1]))
+    try:
+        code = main([str(small), str(target), "--force", "--max-len", str(LENGTH)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == FAILURE
+    assert "gte-export: error: [Errno 27] File too large" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_base_size_checkpoint_in_the_original_layout(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint(
+        tmp_path / "base",
+        vocab_size=30528,
+        hidden_size=768,
+        layers=12,
+        heads=12,
+        intermediate=3072,
+        rope_theta=500_000,
+    )
+    # Matrices as the family initialises them: those of the tiny checkpoints would make logits of some hundreds at this
+    # width, of which float32 itself keeps no four decimals.
+    weights = load_file(checkpoint / "model.safetensors")
+    scaled = {name: value * (0.02 / value.std()) if value.ndim == 2 else value for name, value in weights.items()}
+    save_file(scaled, checkpoint / "model.safetensors")
+    result = export(checkpoint, tmp_path / "bundle")
+    assert result.parity.passed
+    assert {1, 17, 512, 2048, 8192} <= {case.case.length for case in result.parity.cases}
+    assert open_bundle(tmp_path / "bundle").spec.max_length == 8192

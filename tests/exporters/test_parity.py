@@ -1,0 +1,272 @@
+"""The proof itself: it passes what is equal, and fails each way a graph can be wrong."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.errors import ParityError  # noqa: E402
+from gte_deploy.exporters.parity import (  # noqa: E402
+    TOLERANCES,
+    BoundMissedError,
+    TorchReference,
+    check_parity,
+    compare,
+)
+from gte_deploy.exporters.parity_batches import (  # noqa: E402
+    Case,
+    TokenSource,
+    last_row_alone,
+    make_batch,
+    max_tokens_of,
+    parity_cases,
+)
+from gte_deploy.exporters.report import format_table  # noqa: E402
+from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.spec import PRECISIONS, ModelSpec  # noqa: E402
+from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+
+FP32 = TOLERANCES["fp32"]
+SPEC = ModelSpec(task="fill-mask", max_length=64, vocab_size=256, hidden_size=32, pad_token_id=0)
+CASES = (Case(1), Case(17, 2, ragged=True), Case(40, 8, ragged=True))
+
+
+def test_every_precision_has_bounds():
+    assert set(TOLERANCES) == set(PRECISIONS)
+    assert FP32.max_abs <= 1e-4 and FP32.cosine >= 0.99999
+
+
+def test_compare_against_numbers_worked_out_by_hand():
+    found = compare(np.array([[3.0, 4.0], [0.0, 2.0]], np.float32), np.array([[3.0, 4.0], [2.0, 0.0]], np.float32))
+    assert found.max_abs == 2.0
+    assert found.max_rel == 0.5
+    assert found.cosine_min == 0.0
+    assert found.cosine_mean == 0.5
+    assert not found.within(FP32)
+
+
+def test_compare_in_chunks_is_compare(monkeypatch):
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((3, 50, 7)).astype(np.float32)
+    candidate = reference + rng.standard_normal(reference.shape).astype(np.float32) * 1e-3
+    whole = compare(reference, candidate)
+    monkeypatch.setattr("gte_deploy.exporters.parity._CHUNK_ELEMENTS", 70)
+    chunked = compare(reference, candidate)
+    assert chunked.max_abs == whole.max_abs and chunked.cosine_min == whole.cosine_min
+    assert chunked.cosine_mean == pytest.approx(whole.cosine_mean, abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 99])
+def test_what_is_not_finite_is_not_within(bad, where, monkeypatch):
+    monkeypatch.setattr("gte_deploy.exporters.parity._CHUNK_ELEMENTS", 10)
+    reference = np.ones((100, 2), np.float32)
+    candidate = reference.copy()
+    candidate[where] = bad
+    assert not compare(reference, candidate).within(FP32)
+
+
+def test_compare_of_zeros_and_of_single_labels():
+    zeros = np.zeros((2, 3), np.float32)
+    assert compare(zeros, zeros).within(FP32)
+    assert not compare(zeros, zeros + np.float32(1e-5)).within(FP32)  # a direction where there was none
+    near_zero = np.array([[1e-6]], np.float32)
+    assert compare(near_zero, -near_zero).within(FP32)  # a label's sign alone is no direction
+    assert not compare(near_zero, near_zero * np.float32(math.nan)).within(FP32)
+
+
+def test_compare_refuses_other_shapes():
+    with pytest.raises(ParityError, match=r"\[2, 3\].*\[3, 2\]"):
+        compare(np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32))
+
+
+@pytest.mark.parametrize("max_length", [8, 17, 100, 512, 2048, 8192])
+def test_cases_reach_from_one_token_to_the_longest(max_length):
+    cases = parity_cases(max_length)
+    lengths = {case.length for case in cases if case.batch == 1}
+    assert {1, 2, max_length} <= lengths and max(lengths) == max_length
+    assert lengths >= {length for length in (17, 128, 512, 2048) if length <= max_length}
+    assert {case.batch for case in cases} == {1, 2, 8}
+    assert any(case.ragged for case in cases) and any(not case.ragged and case.batch > 1 for case in cases)
+    assert len(set(cases)) == len(cases)
+
+
+def test_classical_logits_are_compared_within_a_gibibyte():
+    spec = dataclasses.replace(SPEC, vocab_size=250_048, logits="all", max_length=8192)
+    limit = max_tokens_of(spec)
+    assert limit is not None and limit * spec.vocab_size * 4 <= 1 << 30
+    cases = parity_cases(spec.max_length, max_tokens=limit)
+    assert max(case.length for case in cases) == limit
+    assert max_tokens_of(dataclasses.replace(spec, logits="masked")) is None
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_mlm):
+    return TokenSource.from_tokenizer(load_tokenizer(tiny_mlm))
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("case", [*CASES, Case(2), Case(3, 2)], ids=str)
+def test_batches_are_what_the_case_says(case, tokens, text_first):
+    rng = np.random.default_rng(0)
+    batch = make_batch(case, SPEC, tokens, rng, text_first=text_first)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (case.batch, case.length)
+    assert batch.attention_mask.sum(1).tolist() == case.row_lengths()
+    assert (batch.input_ids[batch.attention_mask == 0] == SPEC.pad_token_id).all()
+    rows, places = batch.mask_positions.T
+    assert set(rows) == set(range(case.batch)), "every row is masked somewhere"
+    assert batch.attention_mask[rows, places].all()
+    assert (batch.input_ids[rows, places] == tokens.mask).all()
+    assert len(np.unique(batch.mask_positions, axis=0)) == len(batch.mask_positions)
+
+
+def test_rows_are_text_and_random_in_turn_between_special_tokens(tokens):
+    spec = dataclasses.replace(SPEC, task="embed")
+    batch = make_batch(Case(40, 2), spec, tokens, np.random.default_rng(0), text_first=True)
+    assert batch.mask_positions is None
+    assert (batch.input_ids[:, 0] == 2).all() and (batch.input_ids[:, -1] == 3).all()  # [CLS], [SEP]
+    assert (batch.input_ids[0, 1:-1] == np.resize(tokens.text, 38)).all()
+    assert len(set(batch.input_ids[1, 1:-1])) > 20
+
+
+def test_the_shortest_row_alone():
+    batch = Batch(
+        np.array([[5, 6, 7], [8, 9, 0]]), np.array([[1, 1, 1], [1, 1, 0]]), np.array([[0, 1], [1, 0], [1, 1]])
+    )
+    alone = last_row_alone(batch)
+    assert alone.input_ids.tolist() == [[8, 9]]
+    assert alone.attention_mask.tolist() == [[1, 1]]
+    assert alone.mask_positions.tolist() == [[0, 0], [0, 1]]
+
+
+class Wrong:
+    """A candidate that spoils what PyTorch answers."""
+
+    def __init__(self, inner, spoil):
+        self.inner, self.spoil = inner, spoil
+
+    def run(self, batch, outputs):
+        results = {name: value.copy() for name, value in self.inner.run(batch, outputs).items()}
+        self.spoil(results, batch)
+        return results
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_mlm):
+    return TorchReference(load_model(tiny_mlm), task="fill-mask", pooling="mean", logits="masked")
+
+
+def parity_of(reference, candidate, tokens, *, spec=SPEC, outputs=("last_hidden_state", "logits"), **options):
+    return check_parity(
+        reference, candidate, outputs=outputs, spec=spec, precision="fp32", tokens=tokens, cases=CASES, **options
+    )
+
+
+def test_the_same_model_agrees_with_itself(reference, tokens):
+    lines = []
+    report = parity_of(reference, reference, tokens, progress=lines.append)
+    assert report.passed
+    report.require()
+    assert 0 < report.max_abs <= FP32.max_abs  # a row alone is summed in another order
+    assert all(result.top1 == result.top5 == 1 for result in report.cases)
+    assert [bool(result.alone) for result in report.cases] == [False, True, True]
+    assert lines == [
+        "parity 1/3: length 1, batch 1",
+        "parity 2/3: length 17, batch 2",
+        "parity 3/3: length 40, batch 8",
+    ]
+
+
+def add_to_hidden(results, batch):
+    results["last_hidden_state"][0, 0, 0] += 2e-4
+
+
+def add_to_logits(results, batch):
+    results["logits"][-1, 5] += 2e-4
+
+
+def nan_on_padding(results, batch):
+    results["last_hidden_state"][batch.attention_mask == 0] = math.nan
+
+
+def nan_everywhere(results, batch):
+    results["last_hidden_state"][:] = math.nan
+
+
+def depend_on_the_batch(results, batch):
+    if len(batch.input_ids) == 1 and batch.input_ids.shape[1] == 5:  # the last row of the longest case, alone
+        results["last_hidden_state"] += 2e-4
+
+
+@pytest.mark.parametrize(
+    "spoil, failed",
+    [
+        (add_to_hidden, [0, 1, 2]),
+        (add_to_logits, [0, 1, 2]),
+        (nan_on_padding, [1, 2]),
+        (nan_everywhere, [0, 1, 2]),
+        (depend_on_the_batch, [2]),
+    ],
+)
+def test_a_wrong_graph_is_found(reference, tokens, spoil, failed):
+    report = parity_of(reference, Wrong(reference, spoil), tokens)
+    assert [i for i, result in enumerate(report.cases) if not result.within(FP32)] == failed
+    assert not report.passed
+    with pytest.raises(BoundMissedError, match=f"{len(failed)} of 3 cases.*0.0001") as error:
+        report.require()
+    assert error.value.report is report
+    json.dumps(report.to_json(), allow_nan=False)
+    assert format_table(report).count("FAILED") == len(failed) + 1
+
+
+def test_padding_may_hold_anything_finite(reference, tokens):
+    def zero_padding(results, batch):
+        results["last_hidden_state"][batch.attention_mask == 0] = 0
+
+    assert parity_of(reference, Wrong(reference, zero_padding), tokens).passed
+
+
+def test_agreement_counts_the_best_tokens(reference, tokens):
+    def reverse(results, batch):
+        results["logits"] = -results["logits"]
+
+    report = parity_of(reference, Wrong(reference, reverse), tokens)
+    assert all(result.top1 == 0 and result.top5 == 0 for result in report.cases)
+
+
+def test_the_reference_is_transformers_own_forward(tiny_mlm, tokens):
+    model = load_model(tiny_mlm)
+    batch = make_batch(CASES[1], SPEC, tokens, np.random.default_rng(1), text_first=True)
+    with torch.no_grad():
+        expected = model(
+            input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
+        )
+    rows, places = batch.mask_positions.T
+    every = TorchReference(model, task="fill-mask", pooling="mean", logits="all").run(batch, ())["logits"]
+    masked = TorchReference(model, task="fill-mask", pooling="mean", logits="masked").run(batch, ())["logits"]
+    np.testing.assert_allclose(every, expected.logits.numpy(), atol=1e-6)
+    np.testing.assert_allclose(masked, expected.logits.numpy()[rows, places], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_reference_pools_the_real_tokens(tiny_embed, tokens, pooling):
+    spec = dataclasses.replace(SPEC, task="embed")
+    reference = TorchReference(load_model(tiny_embed), task="embed", pooling=pooling, logits="masked")
+    batch = make_batch(CASES[1], spec, tokens, np.random.default_rng(1), text_first=True)
+    results = reference.run(batch, ())
+    for row, length in enumerate(CASES[1].row_lengths()):
+        hidden = results["last_hidden_state"][row, :length]
+        expected = hidden.mean(0) if pooling == "mean" else hidden[0]
+        np.testing.assert_allclose(results["sentence_embedding"][row], expected, atol=1e-6)
+
+
+def test_the_reference_scores_as_the_golden_reranker(golden_dir):
+    golden = np.load(golden_dir / "rerank" / "expected.npz")
+    reference = TorchReference(load_model(golden_dir / "rerank"), task="classify", pooling="cls", logits="masked")
+    results = reference.run(Batch(golden["input_ids"].astype(np.int64), golden["attention_mask"].astype(np.int64)), ())
+    np.testing.assert_allclose(results["logits"], golden["scores"], atol=1e-4)

@@ -1,0 +1,313 @@
+"""Tiny checkpoints in the published layouts, written by hand: no line of the package under test takes part."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = (*SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 256)))
+
+ARCHITECTURES = {
+    "fill-mask": "ForMaskedLM",
+    "embed": "Model",
+    "classify": "ForSequenceClassification",
+    "token-classify": "ForTokenClassification",
+}
+
+
+def make_checkpoint(
+    folder: Path | str,
+    *,
+    task: str = "fill-mask",
+    layout: str = "original",
+    prefix: str | None = None,
+    pack_qkv: bool = True,
+    tie_stored: bool = False,
+    type_vocab_size: int = 0,
+    rope_scaling: Mapping[str, Any] | None = None,
+    rope_theta: float = 160000,
+    num_labels: int = 1,
+    vocab: str | Sequence[str] = "words",
+    vocab_size: int | None = None,
+    hidden_size: int = 32,
+    layers: int = 2,
+    heads: int = 4,
+    intermediate: int = 64,
+    max_positions: int = 8192,
+    shards: int = 1,
+    seed: int = 0,
+    dtype: str = "float32",
+    string_booleans: bool = False,
+    pooling: str | None = None,
+    normalize: bool = False,
+    prompts: Mapping[str, str] | None = None,
+    with_pooler: bool = False,
+) -> Path:
+    """Write config.json, safetensors and a WordPiece tokenizer; the same seed gives the same function in every layout.
+
+    `prefix` None is the published one: none for a bare encoder, else `new.` (original) or `gte.` (native).
+    `vocab` is "words" ([PAD] [UNK] [CLS] [SEP] [MASK] w5 … w255) or a list of word pieces that starts with those five;
+    `vocab_size` above the list's length pads the embedding with rows that no word owns.
+    `pooling` "cls" or "mean" adds modules.json and 1_Pooling/config.json in the legacy form, `normalize`
+    a third module.
+    `rope_scaling` takes the original field, e.g. {"type": "ntk", "factor": 2.0}; native cannot spell mixed_b.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = WORDS if vocab == "words" else tuple(vocab)
+    sizes = {
+        "vocab_size": vocab_size or len(words),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": max_positions,
+        "type_vocab_size": type_vocab_size,
+    }
+    tensors = _original_tensors(sizes, task=task, num_labels=num_labels, with_pooler=with_pooler, seed=seed)
+    if tie_stored:
+        tensors["lm_head.decoder.weight"] = tensors["embeddings.word_embeddings.weight"]
+    if layout == "native":
+        tensors = dict(pair for item in tensors.items() for pair in _native_items(*item))
+        config = _native_config(sizes, rope_theta, rope_scaling)
+    else:
+        if not pack_qkv:
+            tensors = dict(pair for item in tensors.items() for pair in _unpacked_items(*item))
+        config = _original_config(sizes, rope_theta, rope_scaling, pack_qkv)
+    config["architectures"] = [("Gte" if layout == "native" else "New") + ARCHITECTURES[task]]
+    config["torch_dtype" if layout == "original" else "dtype"] = dtype
+    if task in ("classify", "token-classify"):
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(num_labels)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(num_labels)}
+        if layout == "original":
+            config["num_labels"] = num_labels
+    if string_booleans:
+        config = {k: str(v).lower() if isinstance(v, bool) else v for k, v in config.items()}
+    if prefix is None:
+        prefix = "" if task == "embed" else {"original": "new.", "native": "gte."}[layout]
+    heads_of_model = ("lm_head.", "classifier.")
+    named = {(k if k.startswith(heads_of_model) else prefix + k): v for k, v in tensors.items()}
+
+    _write_json(folder / "config.json", config)
+    write_safetensors(folder, named, dtype=dtype, shards=shards)
+    write_tokenizer(folder, words, max_length=max_positions)
+    if pooling is not None:
+        _write_sentence_transformers(folder, hidden_size, max_positions, pooling, normalize)
+    if prompts is not None:
+        _write_json(
+            folder / "config_sentence_transformers.json", {"prompts": dict(prompts), "default_prompt_name": None}
+        )
+    return folder
+
+
+def write_safetensors(folder: Path, tensors: Mapping[str, Any], *, dtype: str = "float32", shards: int = 1) -> None:
+    """Write arrays as model.safetensors, or as `shards` files and their index."""
+    import torch
+    from safetensors.torch import save_file
+
+    ready = {k: torch.as_tensor(v).to(getattr(torch, dtype)).contiguous().clone() for k, v in tensors.items()}
+    if shards == 1:
+        save_file(ready, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(ready)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[i::shards]
+        save_file({k: ready[k] for k in part}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(t.numel() * t.element_size() for t in ready.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: int = 8192) -> None:
+    """Write a lower-casing WordPiece tokenizer that splits at white space, in the files a BERT checkpoint has."""
+    special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+    ids = {word: i for i, word in enumerate(words)}
+    sep = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
+    single = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, sep]
+    second = [{"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": ids[t], "content": t, **flags} for t in SPECIAL_TOKENS],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, *second],
+            "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in ("[CLS]", "[SEP]")},
+        },
+        "decoder": None,
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": ids,
+        },
+    }
+    _write_json(folder / "tokenizer.json", tokenizer)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": max_length, **special},
+    )
+    _write_json(folder / "special_tokens_map.json", special)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+
+
+def _original_tensors(
+    sizes: Mapping[str, int], *, task: str, num_labels: int, with_pooler: bool, seed: int
+) -> dict[str, Any]:
+    """Random weights under original names without prefix; scaled so that every one of them shows in the output."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    hidden, wide, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    tensors: dict[str, Any] = {}
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        tensors[name] = (rng.standard_normal((rows, columns)) * 1.2 / math.sqrt(columns)).astype(np.float32)
+
+    def vector(name: str, size: int, mean: float = 0.0) -> None:
+        tensors[name] = (mean + 0.1 * rng.standard_normal(size)).astype(np.float32)
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        matrix(f"{name}.weight", rows, columns)
+        vector(f"{name}.bias", rows)
+
+    def norm(name: str) -> None:
+        vector(f"{name}.weight", hidden, 1.0)
+        vector(f"{name}.bias", hidden)
+
+    tensors["embeddings.word_embeddings.weight"] = (0.5 * rng.standard_normal((vocab, hidden))).astype(np.float32)
+    if sizes["type_vocab_size"]:
+        matrix("embeddings.token_type_embeddings.weight", sizes["type_vocab_size"], hidden)
+    norm("embeddings.LayerNorm")
+    for i in range(sizes["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}"
+        linear(f"{layer}.attention.qkv_proj", 3 * hidden, hidden)
+        linear(f"{layer}.attention.o_proj", hidden, hidden)
+        norm(f"{layer}.attn_ln")
+        matrix(f"{layer}.mlp.up_gate_proj.weight", 2 * wide, hidden)
+        linear(f"{layer}.mlp.down_proj", hidden, wide)
+        norm(f"{layer}.mlp_ln")
+    if with_pooler or task == "classify":
+        linear("pooler.dense", hidden, hidden)
+    if task in ("classify", "token-classify"):
+        linear("classifier", num_labels, hidden)
+    if task == "fill-mask":
+        linear("lm_head.dense", hidden, hidden)
+        norm("lm_head.norm")
+        vector("lm_head.decoder.bias", vocab)
+    return tensors
+
+
+def _unpacked_items(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Split qkv_proj in three, as originals with `pack_qkv: false` store it."""
+    if ".qkv_proj." not in name:
+        return [(name, value)]
+    rows = value.shape[0] // 3
+    return [(name.replace("qkv_proj", f"{p}_proj"), value[i * rows : (i + 1) * rows]) for i, p in enumerate("qkv")]
+
+
+def _native_items(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Rename, and split the packed matrices, as transformers' own Gte modules name them."""
+    name = name.replace("encoder.layer.", "layers.").replace(".attention.", ".self_attn.")
+    name = name.replace(".attn_ln.", ".post_attention_layernorm.").replace(".mlp_ln.", ".post_mlp_layernorm.")
+    name = name.replace("lm_head.norm.", "lm_head.layer_norm.")
+    if ".up_gate_proj." in name:
+        half = value.shape[0] // 2
+        return [(name.replace("up_gate", "up"), value[:half]), (name.replace("up_gate", "gate"), value[half:])]
+    return _unpacked_items(name, value)
+
+
+def _common_config(sizes: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        **sizes,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12,
+        "classifier_dropout": None,
+        "pad_token_id": 0,
+    }
+
+
+def _original_config(
+    sizes: Mapping[str, int], rope_theta: float, rope_scaling: Mapping[str, Any] | None, pack_qkv: bool
+) -> dict[str, Any]:
+    remote = "Alibaba-NLP/new-impl--modeling.New"
+    return {
+        **_common_config(sizes),
+        "layer_norm_type": "layer_norm",
+        "position_embedding_type": "rope",
+        "rope_theta": rope_theta,
+        "rope_scaling": None if rope_scaling is None else dict(rope_scaling),
+        "pack_qkv": pack_qkv,
+        "unpad_inputs": False,
+        "use_memory_efficient_attention": False,
+        "logn_attention_scale": False,
+        "logn_attention_clip1": False,
+        "model_type": "new",
+        "auto_map": {
+            "AutoConfig": "Alibaba-NLP/new-impl--configuration.NewConfig",
+            "AutoModel": f"{remote}Model",
+            "AutoModelForMaskedLM": f"{remote}ForMaskedLM",
+            "AutoModelForSequenceClassification": f"{remote}ForSequenceClassification",
+        },
+    }
+
+
+def _native_config(
+    sizes: Mapping[str, int], rope_theta: float, rope_scaling: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(rope_theta)}
+    if rope_scaling is not None:
+        if rope_scaling.get("type") != "ntk" or "mixed_b" in rope_scaling:
+            raise ValueError(f"native layout has no spelling for {rope_scaling}")
+        head_size, factor = sizes["hidden_size"] // sizes["num_attention_heads"], rope_scaling["factor"]
+        rope = {"rope_type": "linear", "rope_theta": rope_theta * factor, "factor": factor ** (2 / head_size)}
+    return {**_common_config(sizes), "rope_parameters": rope, "tie_word_embeddings": True, "model_type": "gte"}
+
+
+def _write_sentence_transformers(
+    folder: Path, hidden_size: int, max_positions: int, pooling: str, normalize: bool
+) -> None:
+    kinds = ["", "1_Pooling", "2_Normalize"][: 3 if normalize else 2]
+    names = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{names[i]}"}
+        for i, path in enumerate(kinds)
+    ]
+    _write_json(folder / "modules.json", modules)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_positions, "do_lower_case": False})
+    modes = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
+    others = ("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens")
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": hidden_size,
+            **{key: mode == pooling for mode, key in modes.items()},
+            **dict.fromkeys(others, False),
+        },
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

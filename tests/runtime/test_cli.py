@@ -1,0 +1,216 @@
+"""gte-deploy: results on stdout, the rest on stderr, exit codes, no traceback."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import gte_deploy
+from gte_deploy import cli, exit_codes
+from gte_deploy.errors import BundleError, InputError, MissingDependencyError
+
+TEXT = "Paris is the [MASK] of France."
+
+
+@pytest.fixture(scope="module")
+def checkpoints(word_checkpoints):
+    return {task: str(path) for task, path in word_checkpoints.items()}
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_fill_mask(run, checkpoints):
+    code, out, _ = run("fill-mask", "-m", checkpoints["fill-mask"], "--json", "-k", 2, TEXT, "a [MASK] [MASK]")
+    assert code == exit_codes.OK
+    with gte_deploy.load(checkpoints["fill-mask"]) as model:
+        expected = model.fill_mask([TEXT, "a [MASK] [MASK]"], top_k=2)
+    assert [json.loads(line) for line in out.splitlines()] == expected
+
+
+def test_fill_mask_for_people(run, checkpoints):
+    code, out, _ = run("fill-mask", "-m", checkpoints["fill-mask"], TEXT, "a [MASK] [MASK]", "-k", 2)
+    assert code == exit_codes.OK
+    lines = out.splitlines()
+    assert len(lines) == 1 + 2 + 1 + 4 and lines[0] == TEXT and lines[3] == "a [MASK] [MASK]"
+    assert all(line.startswith("  0.") for line in (*lines[1:3], *lines[4:]))
+
+
+def test_targets(run, checkpoints, caplog):
+    code, out, _ = run("fill-mask", "-m", checkpoints["fill-mask"], TEXT, "--json", "--targets", "city", "kingly")
+    assert code == exit_codes.OK
+    assert {answer["token_str"] for answer in json.loads(out)} == {"city", "king"}
+    assert "kingly" in caplog.text  # the warning
+
+
+def test_encode_prints_a_line_for_each_text(run, checkpoints):
+    code, out, _ = run("encode", "-m", checkpoints["embed"], "--normalize", "--truncate-dim", 8, "a", "the king")
+    assert code == exit_codes.OK
+    got = np.array([json.loads(line) for line in out.splitlines()])
+    with gte_deploy.load(checkpoints["embed"]) as model:
+        expected = model.encode(["a", "the king"], normalize_embeddings=True, truncate_dim=8)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_encode_writes_an_array(run, checkpoints, tmp_path):
+    (tmp_path / "texts").write_bytes("a\r\nthe king\n\nété\n".encode())
+    output = tmp_path / "out.npy"
+    code, out, err = run(
+        "encode", "-m", checkpoints["embed"], "-i", tmp_path / "texts", "-o", output, "--prompt-name", "query"
+    )
+    assert (code, out) == (exit_codes.OK, "") and "(4, 32) float32" in err
+    with gte_deploy.load(checkpoints["embed"]) as model:
+        expected = model.encode(["a", "the king", "", "été"], prompt_name="query")
+    np.testing.assert_allclose(np.load(output, allow_pickle=False), expected, atol=1e-6)
+    assert output.stat().st_mode & 0o777 == 0o644
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts"]
+
+
+def test_rank(run, checkpoints):
+    arguments = ("rank", "-m", checkpoints["classify"], "-q", "the king", "a queen", "water", "time")
+    code, out, _ = run(*arguments, "--json", "-k", 2)
+    assert code == exit_codes.OK
+    with gte_deploy.load(checkpoints["classify"]) as model:
+        expected = model.rank("the king", ["a queen", "water", "time"], 2, return_documents=True)
+    assert [json.loads(line)["corpus_id"] for line in out.splitlines()] == [entry["corpus_id"] for entry in expected]
+    assert len(run(*arguments)[1].splitlines()) == 3
+
+
+def test_verify_and_info_of_a_bundle(run, word_checkpoints, bundle_of, tmp_path):
+    bundle = bundle_of(word_checkpoints["embed"])
+    code, out, _ = run("verify", bundle)
+    assert code == exit_codes.OK and "all as the manifest says" in out
+    code, out, _ = run("verify", bundle, "--json")
+    assert code == exit_codes.OK and json.loads(out)["verified"] is True
+    code, out, _ = run("info", bundle, "--json")
+    facts = json.loads(out)
+    assert code == exit_codes.OK and (facts["kind"], facts["spec"]["task"]) == ("bundle", "embed")
+    assert facts["files"]["tokenizer.json"] == (bundle / "tokenizer.json").stat().st_size
+    assert "kind: bundle" in run("info", bundle)[1]
+
+    shutil.copytree(bundle, tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text("{}")
+    code, out, err = run("verify", tmp_path / "b")
+    assert (code, out) == (exit_codes.FAILURE, "") and "config.json has 2 bytes" in err
+
+
+def test_info_of_a_checkpoint(run, checkpoints):
+    code, out, _ = run("info", checkpoints["classify"], "--json")
+    facts = json.loads(out)
+    assert code == exit_codes.OK and (facts["kind"], facts["spec"]["task"]) == ("checkpoint", "classify")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), exit_codes.USAGE, "COMMAND"),
+        (("fly",), exit_codes.USAGE, "invalid choice"),
+        (("fill-mask", "-m", "{fill-mask}", "no mask here"), exit_codes.USAGE, "input 0 has no mask"),
+        (("fill-mask", "-m", "{fill-mask}", TEXT, "-k", "0"), exit_codes.USAGE, "top_k"),
+        (("fill-mask", "-m", "{embed}", TEXT), exit_codes.USAGE, "needs a fill-mask model"),
+        (("fill-mask", "-m", "{fill-mask}", "[MASK] \udcff"), exit_codes.USAGE, "lone surrogate"),
+        (("encode", "-m", "{embed}", "the " * 200), exit_codes.USAGE, "limit is 128"),
+        (("encode", "-m", "{embed}", "a", "-i", "x"), exit_codes.USAGE, "not both"),
+        (("encode", "-m", "{embed}", "-i", "/nowhere/x"), exit_codes.USAGE, "cannot be read"),
+        (("encode", "-m", "{embed}", "a", "-o", "/nowhere/x.npy"), exit_codes.USAGE, "folder does not exist"),
+        (("encode", "-m", "{embed}", "a", "--device", "tpu"), exit_codes.USAGE, "device must be"),
+        (("encode", "-m", "{embed}", "a", "--backend", "onnx"), exit_codes.FAILURE, "gte-export"),
+        (("encode", "-m", "/nowhere", "a"), exit_codes.FAILURE, "no folder"),
+        (("rank", "-m", "{classify}", "a"), exit_codes.USAGE, "--query"),
+        (("verify", "/nowhere"), exit_codes.FAILURE, "not a bundle"),
+        (("info", "/nowhere"), exit_codes.FAILURE, "no folder"),
+    ],
+)
+def test_exit_codes(run, checkpoints, arguments, code, message):
+    filled = [checkpoints[a[1:-1]] if a.startswith("{") else a for a in arguments]
+    got, out, err = run(*filled)
+    assert (got, out) == (code, "")
+    assert message in err
+
+
+def test_exit_code_of_errors():
+    assert exit_codes.exit_code_of(InputError("x")) == exit_codes.USAGE
+    assert exit_codes.exit_code_of(BundleError("x")) == exit_codes.FAILURE
+    assert exit_codes.exit_code_of(MissingDependencyError("onnxruntime", "cpu")) == exit_codes.MISSING_DEPENDENCY
+
+
+def test_help_states_the_exit_codes(run):
+    for arguments in (["--help"], ["encode", "--help"]):
+        code, out, _ = run(*arguments)
+        assert code == 0 and "exit codes: 0 done" in out
+
+
+@pytest.fixture(scope="module")
+def bundles(word_checkpoints, bundle_of):
+    """For the tests that start a process: a bundle loads without importing torch."""
+    return {task: str(bundle_of(word_checkpoints[task])) for task in ("fill-mask", "embed")}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "gte_deploy", *map(str, arguments)]
+
+
+def test_stdin_and_a_reader_that_leaves(bundles):
+    process = subprocess.Popen(
+        command("encode", "-m", bundles["embed"]),
+        stdin=-1,
+        stdout=-1,
+        stderr=-1,
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
+    process.stdout.close()
+    _, err = process.communicate(b"the king\n" * 400, timeout=120)
+    assert process.returncode == exit_codes.BROKEN_PIPE
+    assert b"Traceback" not in err and b"Exception ignored" not in err
+
+
+def test_warnings_go_to_stderr(bundles):
+    done = subprocess.run(
+        command("fill-mask", "-m", bundles["fill-mask"], TEXT, "--json", "--targets", "kingly"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == exit_codes.OK and json.loads(done.stdout)[0]["token_str"] == "king"
+    assert "gte-deploy: WARNING: The target 'kingly'" in done.stderr
+
+
+def test_input_that_is_not_utf8(bundles):
+    done = subprocess.run(
+        command("encode", "-m", bundles["embed"]), input=b"a\n\xff\n", capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == exit_codes.USAGE
+    assert b"not UTF-8" in done.stderr and b"byte 2" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_interrupted(bundles):
+    process = subprocess.Popen(command("encode", "-m", bundles["embed"], "-i", "-"), stdin=-1, stdout=-1, stderr=-1)
+    time.sleep(1.5)  # it is waiting for its input
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == exit_codes.INTERRUPTED
+    assert b"interrupted" in err and b"Traceback" not in err
+
+
+def test_a_missing_dependency(run, word_checkpoints, bundle_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = run("encode", "-m", bundle_of(word_checkpoints["embed"]), "a")
+    assert code == exit_codes.MISSING_DEPENDENCY and "gte-deploy[cpu]" in err

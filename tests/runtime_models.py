@@ -1,0 +1,112 @@
+"""Small checkpoints with a BERT-like tokenizer, and bundles of them, for the tests of the runtime.
+
+Its fixtures are taken over by tests/conftest.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MAX_LENGTH = 128
+VOCAB_SIZE = 128
+PIECES = (
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    *(".", ",", "!", "?", "'", "-", "(", ")", ":", '"'),
+    *"the a an of in on at to and or is was are it he she they we you this that not".split(),
+    *"paris france capital city river house water light king queen world time year day".split(),
+    *"man woman old new big small good bad walk run play sing read write".split(),
+    *("##s", "##ed", "##ing", "##er", "##ly", "##ness", "##un", "##a", "##b", "##c", "##able"),
+    *("don", "t", "s", "m", "re", "1", "2", "3", "b", "c"),
+    *("中", "国", "é", "ß"),
+)
+TEXTS = (
+    "Paris is the [MASK] of France.",
+    "the king walked to the [MASK], and the queen is [MASK]!",
+    "[MASK]",
+    "the man isn't old ([MASK] is not); readable [MASK] unknownword 中国",
+    "[SEP] the [MASK] [PAD] a [CLS] time",
+)
+
+
+def make_word_checkpoint(make_checkpoint: Callable[..., Path], folder: Path, **options: Any) -> Path:
+    """A checkpoint with the pieces above, whose tokenizer.json is what BERT's is."""
+    options = {"vocab": PIECES, "vocab_size": VOCAB_SIZE, "max_positions": MAX_LENGTH, "layout": "native", **options}
+    make_checkpoint(folder, **options)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {"type": "BertPreTokenizer"}
+    tokenizer["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_checkpoints(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One native-layout checkpoint for each task. Shared by the session: read only."""
+    folder = tmp_path_factory.mktemp("words")
+    options: dict[str, dict[str, Any]] = {
+        "fill-mask": {},
+        "embed": {
+            "pooling": "cls",
+            "seed": 1,
+            "prompts": {"query": "the query: ", "document": "", "passage": "the passage: "},
+        },
+        "classify": {"seed": 2},
+    }
+    return {
+        task: make_word_checkpoint(make_checkpoint, folder / task, task=task, **more) for task, more in options.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """`bundle_of(checkpoint, **options)`: the bundle that the exporter makes of it. Read only.
+
+    Made once for all of pytest-xdist's workers, which share the parent of their temporary folders.
+    """
+    from gte_deploy.exporters.export import export
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def bundle(checkpoint: Path, **options: Any) -> Path:
+        digest = hashlib.sha256(repr(sorted(options.items())).encode())
+        for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+            digest.update(file.read_bytes())
+        target = shared / f"bundle-{digest.hexdigest()[:16]}"
+        with (shared / f"{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return target if target.is_dir() else export(checkpoint, target, **options).path
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def load_on(bundle_of: Callable[..., Path]) -> Callable[..., Any]:
+    """`load_on(backend, checkpoint, max_length=None, **options)`: the checkpoint on "torch", its bundle on "onnx"."""
+    import gte_deploy
+
+    def load(backend: str, checkpoint: Path, *, max_length: int | None = None, **options: Any) -> gte_deploy.Model:
+        options_of_bundle = {} if max_length is None else {"max_length": max_length}
+        path = checkpoint if backend == "torch" else bundle_of(checkpoint, **options_of_bundle)
+        return gte_deploy.load(path, backend=backend, **options)
+
+    return load
+
+
+@pytest.fixture(scope="session", params=["torch", "onnx"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def models(backend: str, load_on: Callable[..., Any], word_checkpoints: dict[str, Path]) -> dict[str, Any]:
+    """The word checkpoints, loaded on the backend under test."""
+    return {task: load_on(backend, checkpoint, num_threads=1) for task, checkpoint in word_checkpoints.items()}

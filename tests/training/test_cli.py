@@ -1,0 +1,141 @@
+"""gte-train: from text to an exported model, its exit codes, and its messages."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
+
+from gte_deploy.exit_codes import FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.training import train as train_module
+from gte_deploy.training.cli import main
+from gte_deploy.training.log import RunLog
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(make_recipe(steps=(2, 2))))
+    return path
+
+
+def test_prepare_takes_the_built_in_tokenizer(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a first document\n\nand a second one")
+    assert main(["prepare", str(tmp_path / "text.txt"), "--output", str(tmp_path / "data"), "--workers=1"]) == OK
+    out, _ = capsys.readouterr()
+    assert "2 documents, 7 tokens" in out and "vocabulary 30,522" in out
+
+
+def test_prepare_run_export(recipe_file, factories, tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    factories.write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"w{i} w{i + 1} w{i + 2} w7" for i in range(5, 100)))
+    data, output = str(tmp_path / "data"), str(tmp_path / "run")
+    prepare = ["prepare", str(tmp_path / "text.txt"), "--output", data, "--tokenizer", str(tmp_path / "tokenizer")]
+    assert main([*prepare, "--workers=1"]) == OK
+    assert f"{data}: 95 documents, 380 tokens" in capsys.readouterr().out
+
+    command = ["run", str(recipe_file), "--data", data, "--output", output, "--set", "stages.1.steps=3"]
+    assert main([*command, "--device=cpu", "--peak-tflops=0.1"]) == OK
+    out, err = capsys.readouterr()
+    assert out == f"{output}/model\n"
+    assert "mlm-32 2/2  loss 5." in err and "mlm-64 3/3" in err and "% of peak" in err
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["stages"][1]["steps"] == 3
+
+    for layout, model_type in (("native", "gte"), ("original", "new")):
+        assert main(["export", output, str(tmp_path / layout), "--layout", layout]) == OK
+        assert json.loads((tmp_path / layout / "config.json").read_text())["model_type"] == model_type
+        assert (tmp_path / layout / "tokenizer.json").is_file()
+    assert main(["export", output, str(tmp_path / "half"), "--dtype", "float16"]) == OK
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    first = f"{output}/checkpoints/00-mlm-32-00000002"
+    assert main(["export", first, str(tmp_path / "first")]) == OK
+    models = [AutoModelForMaskedLM.from_pretrained(tmp_path / name) for name in ("native", "first")]
+    weights = [model.lm_head.dense.weight for model in models]
+    assert not torch.equal(*weights)
+
+
+def test_prepare_of_an_existing_corpus_is_refused(corpus_folder, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("w5")
+    tokenizer = str(corpus_folder / "tokenizer")
+    command = ["prepare", str(tmp_path / "a.txt"), "--output", str(corpus_folder), "--tokenizer", tokenizer]
+    assert main(command) == USAGE
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_stopped_run_has_its_own_exit_code(recipe_file, corpus_folder, tmp_path, monkeypatch, capsys):
+    import signal
+
+    original = RunLog.write
+
+    def write(self, records):
+        original(self, records)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "write", write)
+    monkeypatch.setattr(train_module, "plot_run", lambda folder: None)
+    command = ["run", str(recipe_file), "--data", str(corpus_folder), "--output", str(tmp_path / "o")]
+    assert main(command) == INTERRUPTED == 130
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        (["--set", "stages.0.stepz=1"], FAILURE, "unknown key 'stages.0.stepz'; did you mean 'steps'?"),
+        (["--set", "model=nothing"], FAILURE, "'nothing' is neither a preset"),
+        (["--data", "/nowhere"], USAGE, "/nowhere"),
+        (["--tokenizer", "/nowhere"], FAILURE, "/nowhere/tokenizer.json is missing"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(recipe_file, corpus_folder, tmp_path, capsys, changes, code, message):
+    command = ["run", str(recipe_file), "--data", str(corpus_folder), "--output", str(tmp_path / "out"), *changes]
+    assert main(command) == code
+    err = capsys.readouterr().err
+    assert err.startswith("gte-train: ") and message in err and "Traceback" not in err
+
+
+def test_unknown_recipe_and_checkpoint(corpus_folder, tmp_path, capsys):
+    common = ["--data", str(corpus_folder), "--output", str(tmp_path / "out")]
+    assert main(["run", "gte-en-mlm-bass", *common]) == FAILURE
+    assert "nor a shipped recipe (gte-en-mlm-base, " in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "x")]) == FAILURE
+    assert "is neither a training checkpoint nor" in capsys.readouterr().err
+
+
+def test_wrong_usage_and_help(capsys):
+    for arguments, code in ((["fly"], 2), ([], 2), (["--help"], 0), (["run", "--help"], 0), (["prepare", "-h"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == code
+    assert "130 stopped by SIGTERM" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(recipe_file, corpus_folder, tmp_path):
+    """A write that fails (here: a limit on the size of files) ends with an error and not with half a checkpoint."""
+    limit = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from gte_deploy.training.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["run", str(recipe_file), "--data", str(corpus_folder), "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", limit, *command, "--no-tensorboard"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == FAILURE, done.stderr
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_without_torch_the_message_names_the_extra(recipe_file, corpus_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "gte_deploy.training.train")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    command = ["run", str(recipe_file), "--data", str(corpus_folder), "--output", str(tmp_path / "out")]
+    assert main(command) == MISSING_DEPENDENCY
+    assert "pip install 'gte-deploy[train]'" in capsys.readouterr().err

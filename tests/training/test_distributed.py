@@ -1,0 +1,146 @@
+"""Two gloo ranks on the CPU against one process: DDP and FSDP2."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gte_deploy.exit_codes import INTERRUPTED
+from gte_deploy.training.export import find_checkpoint
+from gte_deploy.training.log import read_log
+from gte_deploy.training.recipe import recipe_from_dict
+from gte_deploy.training.train import train
+
+RUN_ALL = """
+import json, os, sys
+from gte_deploy.training import train as train_module
+from gte_deploy.training.cli import main
+train_module.plot_run = lambda folder: None
+codes = []
+for port, arguments in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    codes.append(main(arguments))
+sys.exit(max(codes))
+"""
+
+
+def start_ranks(commands: list[list[str]], *, size: int = 2) -> list[subprocess.Popen]:
+    """What torchrun does: the same commands in `size` processes, one after the other in each."""
+    # A group needs a port of its own: a rank could else join the one of the command before, as it closes.
+    jobs = json.dumps([(free_port(), arguments) for arguments in commands])
+    common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN_ALL, jobs],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def finish(ranks: list[subprocess.Popen], *, code: int = 0) -> None:
+    try:
+        for rank in ranks:
+            _, log = rank.communicate(timeout=240)
+            assert rank.returncode == code, log
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def command(recipe: dict, corpus_folder: Path, output: Path) -> list[str]:
+    output.mkdir(exist_ok=True)
+    path = output / "given.yaml"
+    path.write_text(json.dumps(recipe))
+    return ["run", str(path), "--data", str(corpus_folder), "--output", str(output), "--device=cpu", "--no-tensorboard"]
+
+
+def losses(output: Path) -> np.ndarray:
+    return np.array([record["loss"] for record in read_log(output / "log.jsonl")])
+
+
+def test_two_ranks_equal_one_process(make_recipe, corpus_folder, tmp_path):
+    """One long test: starting processes takes most of the time.
+
+    20 steps with several micro-batches a rank; and with one sequence a step, which leaves one rank with none. Then a
+    sharded run with dropout, which a signal to one rank stops, and which goes on in both.
+    """
+    recipes = {
+        "many": make_recipe(steps=(20,), dropout=0.0, stage={"batch_size": 13}, checkpoint_every=10),
+        "few": make_recipe(steps=(6,), dropout=0.0, stage={"batch_size": 1}, checkpoint_every=10),
+    }
+    commands = [
+        command({**recipe, "sharding": sharding}, corpus_folder, tmp_path / f"{sharding}-{name}")
+        for sharding in ("ddp", "fsdp")
+        for name, recipe in recipes.items()
+    ]
+    dropout = make_recipe(steps=(20,), dropout=0.1, sharding="fsdp", checkpoint_every=20)
+    stopped, whole = (command(dropout, corpus_folder, tmp_path / name) for name in ("stopped", "whole"))
+    ranks = start_ranks([*commands, whole, stopped])
+    for name, recipe in recipes.items():
+        train(recipe_from_dict(recipe), data=corpus_folder, output=tmp_path / f"single-{name}", tensorboard=False)
+    stop_when_running(ranks, tmp_path / "stopped")
+    finish(start_ranks([stopped]))
+    assert_bitwise_equal(tmp_path / "stopped", tmp_path / "whole")
+    for sharding in ("ddp", "fsdp"):
+        for name in recipes:
+            assert_same_losses(tmp_path / f"{sharding}-{name}", tmp_path / f"single-{name}")
+        assert_same_checkpoint(tmp_path / f"{sharding}-many", tmp_path / "single-many")
+        go_on_alone(recipes["many"], corpus_folder, tmp_path / f"{sharding}-many")
+        assert_same_losses(tmp_path / f"{sharding}-many", tmp_path / "single-many")
+
+
+def assert_same_losses(several: Path, single: Path) -> None:
+    assert len(losses(single)) in (6, 20)
+    np.testing.assert_allclose(losses(several), losses(single), rtol=0, atol=1e-5)
+    masked = [[record["masked_tokens"] for record in read_log(f / "log.jsonl")] for f in (several, single)]
+    assert masked[0] == masked[1]
+
+
+def assert_same_checkpoint(several: Path, single: Path) -> None:
+    """The same names and shapes, and nearly the same numbers, however many ranks wrote them."""
+    for read in ("model_tensors", "optimizer_tensors"):
+        actual, expected = (getattr(find_checkpoint(folder), read)() for folder in (several, single))
+        assert set(actual) == set(expected)
+        for key, tensor in expected.items():
+            assert actual[key].shape == tensor.shape
+            assert (actual[key] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-6, key
+
+
+def go_on_alone(recipe: dict, corpus_folder: Path, output: Path) -> None:
+    """Lose the last checkpoint of a run of two ranks, and let one process do the second half again."""
+    shutil.rmtree(find_checkpoint(output).path)
+    assert find_checkpoint(output).state.step == 10
+    train(recipe_from_dict(recipe), data=corpus_folder, output=output, tensorboard=False)
+
+
+def stop_when_running(ranks: list[subprocess.Popen], output: Path) -> None:
+    """Send SIGTERM to one of the ranks after the second step of `output`; both have to end with a checkpoint."""
+    while len(read_log(output / "log.jsonl")) < 2:
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGTERM)
+    finish(ranks, code=INTERRUPTED)
+    assert 2 <= find_checkpoint(output).state.step < 20
+
+
+def assert_bitwise_equal(first: Path, second: Path) -> None:
+    assert losses(first).tolist() == losses(second).tolist()
+    ends = [find_checkpoint(folder).model_tensors() for folder in (first, second)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])

@@ -1,0 +1,545 @@
+import gzip
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gte_deploy.errors import GteDeployError, InputError
+from gte_deploy.training import prepare as module
+from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.prepare import prepare, read_vocabulary
+
+TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w200 w201"]
+IDS = [[5, 6, 7], [8], [9, 10, 11, 12], [200, 201]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, factories):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    factories.write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    """Prepare into tmp_path/out; keyword arguments as in `prepare`."""
+    return lambda *inputs, **options: prepare(
+        [str(i) for i in inputs], tmp_path / "out", **({"tokenizer": tokenizer} | options)
+    )
+
+
+def documents(corpus):
+    return [corpus.tokens(i, 0, int(length)).tolist() for i, length in enumerate(corpus.lengths)]
+
+
+def write_json_lines(path, texts=TEXTS, *, field="text"):
+    lines = "".join(json.dumps({field: text, "url": "http://x"}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+    return path
+
+
+def write_parquet(path, texts=TEXTS, *, field="text"):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"id": list(range(len(texts))), field: texts}), path, row_group_size=3)
+    return path
+
+
+def tree(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["c4-train.00000.json.gz", "a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
+def test_formats(tmp_path, make, name):
+    path = (write_parquet if name.endswith("parquet") else write_json_lines)(tmp_path / name)
+    corpus = make(path)
+    assert documents(corpus) == IDS
+    assert TokenCorpus.open(tmp_path / "out", verify=True).num_tokens == 10
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_another_column(tmp_path, make, name):
+    path = (write_parquet if name.endswith("parquet") else write_json_lines)(tmp_path / name, field="content")
+    assert documents(make(path, text_column="content")) == IDS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_plain_text_by_blank_lines(tmp_path, make, name):
+    content = "\ufeffw5 w6\r\nw7\r\n\r\n \t\n\nw8\n\nw9 w10\nw11 w12\n\n\nw200 w201".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert documents(make(tmp_path / name)) == IDS
+
+
+def test_plain_text_by_file(tmp_path, make):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text.replace(" ", "\n\n"))
+    corpus = make(tmp_path / "*.txt", document_break="file")
+    assert documents(corpus) == IDS
+    assert len(corpus.index["shards"]) == 1  # small files share a unit
+
+
+def test_a_local_dataset(tmp_path, make):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for i in range(3):
+        write_json_lines(folder / f"train-{i}.jsonl", TEXTS[i : i + 2])
+    corpus = make(f"hf:{folder}::train")
+    assert documents(corpus) == IDS[0:2] + IDS[1:3] + IDS[2:4]
+    assert len(corpus.index["shards"]) == 3
+
+
+def test_a_dataset_that_is_not_there(make, tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(InputError, match="cannot be opened"):
+        make(f"hf:{tmp_path / 'nothing'}")
+
+
+def test_folders_globs_and_order(tmp_path, make):
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    write_json_lines(tmp_path / "b" / "deep" / "2.jsonl", TEXTS[1:2])
+    write_json_lines(tmp_path / "b" / "1.json.gz", TEXTS[0:1])
+    (tmp_path / "b" / "README.md").write_text("not data")
+    write_json_lines(tmp_path / "z.jsonl", TEXTS[3:4])
+    write_json_lines(tmp_path / "y.jsonl", TEXTS[2:3])
+    assert documents(make(tmp_path / "b", tmp_path / "[yz].jsonl")) == IDS
+
+
+def test_languages_lie_side_by_side(tmp_path, make):
+    files = [write_json_lines(tmp_path / f"{i}.jsonl", TEXTS[i : i + 1]) for i in range(4)]
+    corpus = make(f"en={files[0]}", f"zh-Hant={files[1]}", f"en={files[2]}", files[3])
+    assert corpus.languages == ("en", "zh-Hant", "")
+    assert documents(corpus) == [IDS[0], IDS[2], IDS[1], IDS[3]]
+    assert corpus.language_of.tolist() == [0, 0, 1, 2]
+
+
+def test_a_file_name_with_an_equals_sign_is_a_file(tmp_path, make, monkeypatch):
+    write_json_lines(tmp_path / "a=b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert make("a=b.jsonl").languages == ("",)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path, make):
+    corpus = make(write_json_lines(tmp_path / "a.jsonl", ["w5 [MASK] w6 [SEP] [CLS]"]))
+    assert documents(corpus) == [[5, 1, 6, 1, 1]]
+
+
+def test_lone_surrogates_become_u_fffd_and_are_counted(tmp_path, make):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w5 \\ud800 w6"}\n{"text": "w7 \\ud83d\\ude00"}\n')  # the second is a proper pair
+    corpus = make(path)
+    # The replacement character is dropped by BERT's clean-up; the emoji is one unknown word.
+    assert documents(corpus) == [[5, 6], [7, 1]]
+    assert corpus.index["counts"]["documents_with_replaced_surrogates"] == 1
+
+
+def test_empty_documents_are_dropped_and_counted(tmp_path, make):
+    corpus = make(write_json_lines(tmp_path / "a.jsonl", ["", "w5", " \n", "w6"]))
+    assert documents(corpus) == [[5], [6]]
+    assert corpus.index["counts"]["empty_documents"] == 2
+
+
+def test_long_documents_are_not_cut(tmp_path, make, factories):
+    limited = tmp_path / "limited"
+    limited.mkdir()
+    factories.write_tokenizer(limited)
+    content = json.loads((limited / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "[PAD]",
+    }
+    (limited / "tokenizer.json").write_text(json.dumps(content))
+    path = write_json_lines(tmp_path / "a.jsonl", ["w5 " * 5_000, "w6"])
+    assert make(path, tokenizer=limited).lengths.tolist() == [5_000, 1]
+
+
+# --- bad records ----------------------------------------------------------------------------------------------------
+
+BAD_LINES = {
+    "cut": b'{"text": "w9',
+    "a list": b'["text"]',
+    "no text": b'{"body": "w9"}',
+    "null": b'{"text": null}',
+    "a number": b'{"text": 9}',
+    "no UTF-8": b'{"text": "w9 \xff"}',
+    "deep": b'{"text": ' + b"[" * 100_000,
+    "long": b'{"text": "' + b"w9 " * 1_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, make, name):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "w5"}\n\n' + BAD_LINES[name] + b'\n{"text": "w6"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:3: .*skip_bad"):
+        make(path, max_document_bytes=2_000)
+    corpus = make(path, max_document_bytes=2_000, skip_bad=True)
+    assert documents(corpus) == [[5], [6]]
+    assert corpus.index["counts"]["bad_records"] == 1
+
+
+@pytest.mark.parametrize("bad", [b"w9 \xff\nw9", b"w9 " * 700])
+def test_a_bad_paragraph_is_named_or_skipped(tmp_path, make, bad):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"w5\n\n" + bad + b"\n\nw6\n")
+    with pytest.raises(InputError, match=r"a\.txt:3: "):
+        make(path, max_document_bytes=2_000)
+    assert documents(make(path, max_document_bytes=2_000, skip_bad=True)) == [[5], [6]]
+
+
+@pytest.mark.parametrize("bad", [None, "w9 " * 700])
+def test_a_bad_parquet_row_is_named_or_skipped(tmp_path, make, bad):
+    path = write_parquet(tmp_path / "a.parquet", ["w5", "w6", "w7", bad, "w8"])
+    with pytest.raises(InputError, match=r"a\.parquet: row 3: "):
+        make(path, max_document_bytes=2_000)
+    assert documents(make(path, max_document_bytes=2_000, skip_bad=True)) == [[5], [6], [7], [8]]
+
+
+def test_a_wrong_parquet_column_is_named_with_those_there(tmp_path, make):
+    with pytest.raises(InputError, match="no column 'text', only id, content"):
+        make(write_parquet(tmp_path / "a.parquet", field="content"))
+
+
+def cut_gzip(path):
+    path.write_bytes(write_json_lines(path, TEXTS * 50).read_bytes()[:-20])
+
+
+def broken_gzip(path):
+    content = bytearray(write_json_lines(path, TEXTS * 50).read_bytes())
+    content[30:40] = b"0123456789"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_gzip, broken_gzip, lambda p: p.write_bytes(b"plain")], ids=["cut", "bad", "no"])
+def test_a_damaged_file_is_an_error_even_when_bad_records_are_skipped(tmp_path, make, damage):
+    path = tmp_path / "a.json.gz"
+    damage(path)
+    with pytest.raises(InputError, match=r"a\.json\.gz"):
+        make(path, skip_bad=True, restart=True)
+
+
+def test_a_damaged_parquet_file_is_an_error(tmp_path, make):
+    path = write_parquet(tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read"):
+        make(path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(module, "_EXPANSION_FREE_BYTES", 1 << 16)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b"\n" * (1 << 19)))
+    with pytest.raises(InputError, match="expands more than 200 times"):
+        make(path)
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_that_cannot_be_used(tmp_path, make):
+    path = write_json_lines(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for inputs, message in [
+        ([], "no input"),
+        ([tmp_path / "missing.jsonl"], "names no file"),
+        ([tmp_path / "empty"], "names no file"),
+        ([tmp_path / "a.csv"], "no known format"),
+        ([path, f"en={path}"], "given twice"),
+        (["hf:"], "expected hf:NAME"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            make(*inputs)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 0}, {"max_document_bytes": 0}, {"document_break": "line"}], ids=lambda o: next(iter(o))
+)
+def test_options_that_cannot_be_used(tmp_path, make, options):
+    with pytest.raises(InputError):
+        make(write_json_lines(tmp_path / "a.jsonl"), **options)
+
+
+def test_inputs_without_a_token(tmp_path, make):
+    with pytest.raises(InputError, match="no document"):
+        make(write_json_lines(tmp_path / "a.jsonl", [""]))
+
+
+def test_an_output_is_not_replaced_unless_told_to(tmp_path, make):
+    first, second = (write_json_lines(tmp_path / f"{i}.jsonl", TEXTS[i : i + 1]) for i in (0, 1))
+    make(first)
+    with pytest.raises(InputError, match="exists already"):
+        make(second)
+    assert documents(TokenCorpus.open(tmp_path / "out")) == IDS[:1]
+    assert documents(make(second, overwrite=True)) == IDS[1:2]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path, make):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="no corpus"):
+        make(write_json_lines(tmp_path / "a.jsonl"), overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+
+
+# --- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+def test_vocabulary_comes_from_the_tokenizer(tokenizer):
+    vocab, file = read_vocabulary(tokenizer)
+    assert (vocab.size, vocab.special_ids) == (256, (0, 1, 2, 3, 4))
+    assert (vocab.pad_id, vocab.unk_id, vocab.cls_id, vocab.sep_id, vocab.mask_id) == (0, 1, 2, 3, 4)
+    assert read_vocabulary(file) == (vocab, file)
+
+
+def test_roberta_names_and_holes_are_understood(tmp_path):
+    names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 6, "<mask>": 7}  # no word owns 5
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": i, "content": name, **flags} for name, i in names.items() if name.startswith("<")]
+    model = {"type": "WordLevel", "vocab": names, "unk_token": "<unk>"}
+    content = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": {"content": "<mask>"}, "cls_token": "<s>"}')
+    vocab, _ = read_vocabulary(tmp_path)
+    assert (vocab.size, vocab.cls_id, vocab.mask_id, vocab.sep_id) == (8, 0, 7, 2)
+    assert vocab.ordinary_ids.tolist() == [4, 6]
+
+
+def test_tokenizers_that_cannot_be_used(tmp_path, tokenizer):
+    with pytest.raises(InputError, match="is missing"):
+        read_vocabulary(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="no tokenizer that"):
+        read_vocabulary(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "<other>"}')
+    with pytest.raises(InputError, match="no mask token .looked for <other>"):
+        read_vocabulary(tmp_path)
+
+
+# --- parallel, interrupted, resumed ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_units(tmp_path, monkeypatch):
+    """Six inputs, each a unit of its own."""
+    monkeypatch.setattr(module, "_UNIT_BYTES", 1)
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        texts = [" ".join(f"w{w}" for w in rng.integers(5, 256, n)) for n in rng.integers(0, 60, 200)]
+        write_json_lines(tmp_path / f"c4-{i}.json.gz", texts)
+    return str(tmp_path / "c4-*.json.gz")
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer, many_units):
+    for workers in (1, 2):
+        prepare([many_units], tmp_path / f"by{workers}", tokenizer=tokenizer, workers=workers)
+    assert tree(tmp_path / "by1") == tree(tmp_path / "by2")
+    assert len([name for name in tree(tmp_path / "by1") if name.endswith(".tokens")]) == 6
+
+
+def test_files_are_readable_by_others_and_complete(tmp_path, make, many_units):
+    make(many_units)
+    names = set(tree(tmp_path / "out"))
+    assert {"index.json", "histogram.json", "histogram.txt"} < names and not any("tmp" in name for name in names)
+    for file in (tmp_path / "out").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_histogram_files_tell_the_lengths(tmp_path, make):
+    corpus = make(f"en={write_json_lines(tmp_path / 'a.jsonl')}", f"de={write_json_lines(tmp_path / 'b.jsonl')}")
+    plot = json.loads((tmp_path / "out" / "histogram.json").read_text())
+    assert plot["all"] == {"edges": [0, 16], "sequences": [8], "tokens": [20]}
+    assert plot["languages"]["de"]["sequences"] == [4]
+    assert f"{corpus.num_documents} sequences, 20 tokens" in (tmp_path / "out" / "histogram.txt").read_text()
+
+
+def test_a_failed_run_goes_on_with_the_units_that_are_left(tmp_path, make, many_units, monkeypatch, caplog):
+    expected = tree(make(many_units).folder)
+    (tmp_path / "out").rename(tmp_path / "expected")
+
+    good = (tmp_path / "c4-3.json.gz").read_bytes()
+    (tmp_path / "c4-3.json.gz").write_bytes(good[:100])
+    with pytest.raises(InputError, match="c4-3"):
+        make(many_units)
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "c4-3.json.gz").write_bytes(good)
+    encoded = []
+    original = module._Encoder.encode
+    monkeypatch.setattr(
+        module._Encoder, "encode", lambda self, unit: encoded.append(unit.number) or original(self, unit)
+    )
+    with caplog.at_level(logging.INFO):
+        assert tree(make(many_units).folder) == expected
+    assert encoded == [3, 4, 5] and "3 of 6 units are already encoded" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["record", "tokens", "input"])
+def test_a_unit_that_does_not_match_is_done_again(tmp_path, make, many_units, damage):
+    expected = tree(make(many_units).folder)
+    (tmp_path / "out").rename(tmp_path / "expected")
+    last = tmp_path / "c4-5.json.gz"
+    good = last.read_bytes()
+    last.write_bytes(good[:100])
+    with pytest.raises(InputError):
+        make(many_units)
+    last.write_bytes(good)
+
+    work = tmp_path / ".out.partial"
+    if damage == "record":
+        (work / "units" / "shard-00001.json").write_text("{")
+    elif damage == "tokens":
+        os.truncate(work / "corpus" / "shard-00001.tokens", 4)
+    else:
+        write_json_lines(tmp_path / "c4-1.json.gz", TEXTS)
+        expected = None
+    (work / "corpus" / ".shard-00005.tokens.abc.tmp").write_bytes(b"left by a kill")
+    corpus = make(many_units)
+    if expected is not None:
+        assert tree(corpus.folder) == expected
+    else:
+        assert int(corpus.index["shards"][1]["documents"]) == 4
+    TokenCorpus.open(corpus.folder, verify=True)
+
+
+def test_skip_bad_may_be_added_when_resuming(tmp_path, make, many_units):
+    with gzip.open(tmp_path / "c4-4.json.gz", "at") as file:
+        file.write("no json\n")
+    with pytest.raises(InputError, match="c4-4"):
+        make(many_units)
+    assert make(many_units, skip_bad=True).index["counts"]["bad_records"] == 1
+
+
+def test_skipped_records_are_not_accepted_by_a_strict_resume(tmp_path, make, many_units):
+    with gzip.open(tmp_path / "c4-0.json.gz", "at") as file:
+        file.write("no json\n")
+    (tmp_path / "c4-5.json.gz").write_bytes(gzip.compress(b"{}")[:-4])
+    with pytest.raises(InputError, match="c4-5"):
+        make(many_units, skip_bad=True)
+    with pytest.raises(InputError, match="c4-0"):
+        make(many_units)
+
+
+def test_other_options_need_a_restart(tmp_path, make, many_units):
+    good = (tmp_path / "c4-5.json.gz").read_bytes()
+    (tmp_path / "c4-5.json.gz").write_bytes(good[:100])
+    with pytest.raises(InputError):
+        make(many_units)
+    (tmp_path / "c4-5.json.gz").write_bytes(good)
+    with pytest.raises(InputError, match="other options or another tokenizer.*restart"):
+        make(many_units, max_document_bytes=1 << 20)
+    assert make(many_units, max_document_bytes=1 << 20, restart=True).num_documents > 1_000
+
+
+def test_two_runs_do_not_write_one_output(tmp_path, make, many_units):
+    with module._workspace(tmp_path / "out", {}, restart=False), pytest.raises(InputError, match="in use"):
+        make(many_units)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from gte_deploy.training import prepare as module
+module._UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
+
+if __name__ == "__main__":
+    inputs, output, tokenizer, workers = sys.argv[1:]
+    module.prepare([inputs], Path(output), tokenizer=Path(tokenizer), workers=int(workers))
+"""
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer, many_units):
+    """Start a run in a process group of its own, over inputs that take it a while."""
+    for file in tmp_path.glob("c4-*.json.gz"):
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) * 5, mtime=0))
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def start(workers):
+        command = [sys.executable, tmp_path / "script.py", many_units, tmp_path / "out", tokenizer, str(workers)]
+        return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def wait_until(condition, process):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, "it ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def wait_until_gone(process):
+    """Until no process of its group is left: one that was killed is reaped a moment later."""
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 20
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.02)
+    except ProcessLookupError:
+        return
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError("workers outlived their parent")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_and_resumed_it_ends_in_the_same_bytes(tmp_path, tokenizer, many_units, start, workers):
+    expected = tree(prepare([many_units], tmp_path / "expected", tokenizer=tokenizer).folder)
+    work = tmp_path / ".out.partial"
+    for condition in (
+        lambda: any((work / "corpus").glob(".*.tokens.*.tmp")),  # inside a shard
+        lambda: len(list((work / "units").glob("*.json"))) >= 2,
+    ):
+        process = start(workers)
+        wait_until(condition, process)
+        process.kill()
+        wait_until_gone(process)  # the workers end with their parent
+        process.communicate()
+        assert not (tmp_path / "out").exists()
+    process = start(workers)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert tree(tmp_path / "out") == expected
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_interrupt_leaves_no_worker_and_keeps_what_is_done(tmp_path, start):
+    process = start(2)
+    wait_until(lambda: any((tmp_path / ".out.partial/units").glob("*.json")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+    assert errors.count("Traceback") == 1  # the parent's; none from a worker
+    wait_until_gone(process)
+    assert any((tmp_path / ".out.partial/units").glob("*.json")) and not (tmp_path / "out").exists()
+
+
+def test_a_killed_worker_is_said_so(make, many_units, monkeypatch):
+    """As the kernel does when memory runs out."""
+    monkeypatch.setattr(module, "_show", lambda *_: [child.kill() for child in multiprocessing.active_children()])
+    with pytest.raises(GteDeployError, match="a worker process died"):
+        make(many_units, workers=2)

@@ -1,0 +1,135 @@
+"""Recipes: every mistake is named by its path, and the shipped ones hold the published values."""
+
+import pytest
+import yaml
+
+from gte_deploy.errors import ConfigError
+from gte_deploy.training.masking import Masking
+from gte_deploy.training.recipe import (
+    Optimizer,
+    changed_fields,
+    dump_recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    shipped_recipes,
+)
+
+STAGE = {
+    "name": "a",
+    "max_length": 64,
+    "rope_theta": 10000,
+    "steps": 10,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+}
+
+
+def recipe(**stage) -> dict:
+    return {"name": "r", "model": "gte-en-mlm-tiny", "stages": [{**STAGE, **stage}]}
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (recipe(stepz=3), r"unknown key 'stages.0.stepz'; did you mean 'steps'\?"),
+        (recipe(masking={"probability": 0.3, "keep": 1}), "unknown key 'stages.0.masking.keep'; known are probability"),
+        ({**recipe(), "lr": 1}, "unknown key 'lr'; known are name"),
+        ({"name": "r", "stages": [STAGE]}, "missing key 'model'"),
+        (recipe(steps="many"), "stages.0.steps is 'many'; expected a whole number"),
+        (recipe(steps=True), "stages.0.steps is True; expected a whole number"),
+        (recipe(steps=0), "stages.0.steps is 0; expected 1 or more"),
+        (recipe(learning_rate="fast"), "stages.0.learning_rate is nan; expected a finite number .received 'fast'"),
+        (recipe(learning_rate=float("inf")), "stages.0.learning_rate"),
+        (recipe(schedule="cosine"), "stages.0.schedule is 'cosine'; expected one of linear, wsd, one_minus_sqrt"),
+        (recipe(optimizer={"betas": [0.9]}), "stages.0.optimizer.betas has 1 items; expected 2"),
+        (recipe(optimizer={"betas": [0.9, 1.0]}), r"stages.0.optimizer.betas is \(0.9, 1.0\)"),
+        (recipe(masking={"probability": 2}), "stages.0.masking: mask probability 2.0 is outside"),
+        (recipe(max_length=65536), "tokens_per_micro_batch is 32768; expected at least the longest max_length, 65536"),
+        ({**recipe(), "stages": [STAGE, STAGE]}, "stages is .* expected names that differ"),
+        ({**recipe(), "stages": []}, "stages is .* expected at least one"),
+        ({**recipe(), "dtype": "float16"}, "dtype is 'float16'; expected one of bfloat16, float32"),
+        ([1, 2], "the recipe is .* expected keys and values"),
+    ],
+)
+def test_a_mistake_is_named(raw, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe_from_dict(raw)
+
+
+def test_dump_and_read_round_trip():
+    made = recipe_from_dict(recipe(language_exponent=0.5, resampling={"short_threshold": 9, "keep_prob": 0.5}))
+    assert recipe_from_dict(recipe_to_dict(made)) == made
+    assert recipe_from_dict(yaml.safe_load(dump_recipe(made))) == made
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe()))
+    overrides = ["stages.0.steps=7", "stages.0.learning_rate=3e-5", "stages.0.masking.probability=0.2", "seed=5"]
+    made = load_recipe(path, overrides=overrides)
+    assert (made.stages[0].steps, made.stages[0].learning_rate, made.seed) == (7, 3e-5, 5)
+    assert made.stages[0].masking == Masking(probability=0.2)
+    for override, message in [
+        ("stages.1.steps=7", "'1' is not an index below 1"),
+        ("stages.0.stepz=7", "unknown key 'stages.0.stepz'"),
+        ("seed", "is not KEY.KEY=VALUE"),
+        ("seed.x=1", "unknown key|has no fields|expected a whole number"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(path, overrides=[override])
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(ConfigError, match="nor a shipped recipe .*gte-en-mlm-base"):
+        load_recipe("gte-en-mlm-bass")
+    (tmp_path / "r.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_what_a_resumed_run_may_change():
+    old = recipe_to_dict(recipe_from_dict(recipe()))
+    new = recipe_to_dict(recipe_from_dict({**recipe(), "tokens_per_micro_batch": 64, "compile": True}))
+    assert changed_fields(old, new) == []
+    new = recipe_to_dict(recipe_from_dict({**recipe(steps=11, masking={"probability": 0.2}), "seed": 1}))
+    assert sorted(changed_fields(old, new)) == ["seed", "stages.0.masking.probability", "stages.0.steps"]
+
+
+# (max_length, rope base, steps, batch, learning rate): the cards' tables.
+PUBLISHED = {
+    "gte-en-mlm-base": [
+        (512, 1e4, 300_000, 4096, 2e-4),
+        (2048, 1e4, 30_000, 4096, 5e-5),
+        (8192, 5e5, 30_000, 1024, 5e-5),
+    ],
+    "gte-en-mlm-large": [
+        (512, 1e4, 300_000, 4096, 2e-4),
+        (2048, 1e4, 30_000, 4096, 5e-5),
+        (8192, 1.6e5, 30_000, 1024, 5e-5),
+    ],
+    "gte-multilingual-mlm-base": [(2048, 1e4, 250_000, 8192, 2e-4), (8192, 1.6e5, 30_000, 2048, 5e-5)],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_recipes_hold_the_published_values(name):
+    made = load_recipe(name)
+    assert made.model == made.name == name
+    columns = [(s.max_length, s.rope_theta, s.steps, s.batch_size, s.learning_rate) for s in made.stages]
+    assert columns == PUBLISHED[name]
+    for stage in made.stages:
+        assert stage.optimizer == Optimizer(weight_decay=1e-5, betas=(0.9, 0.98), eps=1e-6, clip_norm=None)
+        assert stage.masking == Masking(probability=0.3, mask_share=0.8, random_share=0.1)
+        assert (stage.schedule, stage.warmup_ratio) == ("linear", 0.06)
+        assert stage.language_exponent == (0.5 if "multilingual" in name else None)
+    assert made.dtype == "bfloat16"
+    # Short texts are resampled after the first stage only.
+    assert [stage.resampling.keep_prob < 1 for stage in made.stages] == [False, *[True] * (len(made.stages) - 1)]
+
+
+def test_tiny_recipe_has_the_three_stages():
+    assert set(shipped_recipes()) == {*PUBLISHED, "gte-en-mlm-tiny"}
+    made = load_recipe("gte-en-mlm-tiny")
+    assert [(s.max_length, s.rope_theta) for s in made.stages] == [(512, 1e4), (2048, 1e4), (8192, 1.6e5)]
+    assert sum(s.steps * s.batch_size * s.max_length for s in made.stages) < 5e6  # minutes at some 4k tokens/s and up

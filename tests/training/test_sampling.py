@@ -1,0 +1,276 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from gte_deploy.errors import InputError
+from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.sampling import (
+    ChunkIndex,
+    LanguageMixture,
+    Resampling,
+    permute,
+    philox4x32,
+    sample_at,
+    samples_at,
+)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(counter, key, expected):
+    # Random123 1.14, tests/kat_vectors, philox4x32 10
+    assert tuple(int(word) for word in philox4x32(counter, key)) == expected
+
+
+# --- permutations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 100, 1_000, 4_097, 65_537])
+def test_permute_visits_every_place_once(size):
+    for epoch in range(3):
+        places = permute(np.arange(size), size=size, epochs=epoch, key=(1, 2))
+        assert np.array_equal(np.sort(places), np.arange(size))
+
+
+def test_permute_reaches_every_place_from_every_position():
+    # 64 x 64 cells; if all are equally likely, 4,096 * 40 draws leave none empty and the chi-square near its mean.
+    size, draws = 64, 40 * 64
+    counts = np.zeros((size, size), int)
+    for epoch in range(draws):
+        counts[np.arange(size), permute(np.arange(size), size=size, epochs=epoch, key=(7, 9))] += 1
+    expected = draws / size
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = (size - 1) ** 2
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_permute_leaves_no_order():
+    places = permute(np.arange(10_000), size=10_000, epochs=0, key=(3, 4))
+    assert abs(np.corrcoef(np.arange(10_000), places)[0, 1]) < 0.04
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.04
+    assert np.mean(np.abs(np.diff(places)) == 1) < 0.002
+
+
+def test_permute_handles_a_corpus_of_ten_billion_chunks():
+    size = 10**10
+    places = permute(np.arange(size - 2_000, size), size=size, epochs=2**33, key=(5, 6))
+    assert 0 <= places.min() and places.max() < size
+    assert len(np.unique(places)) == 2_000
+    assert places.max() > 0.99 * size and places.min() < 0.01 * size
+
+
+def test_samples_visit_each_chunk_once_per_epoch():
+    epochs, chunks = samples_at(np.arange(5 * 37), num_chunks=37, seed=11)
+    assert epochs.tolist() == [i // 37 for i in range(5 * 37)]
+    orders = chunks.reshape(5, 37)
+    assert np.array_equal(np.sort(orders, axis=1), np.tile(np.arange(37), (5, 1)))
+    assert len({tuple(order) for order in orders.tolist()}) == 5
+
+
+def test_one_sample_equals_the_vectorised_form_anywhere():
+    epochs, chunks = samples_at(np.arange(10**12, 10**12 + 50), num_chunks=1_234_567, seed=3)
+    for i in (0, 17, 49):
+        assert sample_at(10**12 + i, num_chunks=1_234_567, seed=3) == (epochs[i], chunks[i])
+
+
+def test_the_seed_changes_the_order():
+    first, second = (samples_at(np.arange(100), num_chunks=100, seed=seed)[1] for seed in (0, 2**32))
+    assert np.mean(first == second) < 0.1
+
+
+@pytest.mark.parametrize("arguments", [(-1, 5, 0), (0, 0, 0), (0, 5, -1), (0, 5, 2**64)])
+def test_impossible_samples_are_refused(arguments):
+    index, num_chunks, seed = arguments
+    with pytest.raises(InputError):
+        sample_at(index, num_chunks=num_chunks, seed=seed)
+
+
+# --- chunks ---------------------------------------------------------------------------------------------------------
+
+
+def write_corpus(folder, lengths_by_language):
+    """Documents of random ordinary ids, by hand: one shard per language, vocabulary 256, special ids 0 … 4."""
+    folder.mkdir()
+    rng, shards = np.random.default_rng(0), []
+    for language, lengths in lengths_by_language.items():
+        name, tokens = f"shard-{len(shards)}", int(np.sum(lengths))
+        (folder / f"{name}.tokens").write_bytes(rng.integers(5, 256, tokens).astype("<u2").tobytes())
+        (folder / f"{name}.offsets").write_bytes(np.cumsum([0, *lengths]).astype("<i8").tobytes())
+        shard = {"name": name, "language": language, "documents": len(lengths), "tokens": tokens}
+        shards.append({**shard, "tokens_sha256": "", "offsets_sha256": ""})
+    vocabulary: dict = {"size": 256, "pad_id": 0, "unk_id": 1, "cls_id": 2, "sep_id": 3, "mask_id": 4}
+    index = {"format": "gte-token-corpus", "version": 1, "languages": list(lengths_by_language), "shards": shards}
+    vocabulary["special_ids"] = [0, 1, 2, 3, 4]
+    (folder / "index.json").write_text(json.dumps({**index, "vocabulary": vocabulary}))
+
+
+@pytest.fixture
+def make_index(tmp_path):
+    folders = (tmp_path / f"corpus{i}" for i in itertools.count())
+
+    def make(lengths, *, max_length=12, **options):
+        folder = next(folders)
+        write_corpus(folder, lengths if isinstance(lengths, dict) else {"": lengths})
+        corpus = TokenCorpus.open(folder)
+        return ChunkIndex(corpus, max_length=max_length, **({"seed": 5} | options))
+
+    return make
+
+
+def test_documents_are_cut_and_never_joined(make_index):
+    index = make_index([25, 3, 10, 11, 1])
+    assert index.lengths.tolist() == [12, 12, 7, 5, 12, 12, 3, 3]
+    for document, parts in {0: [0, 1, 2], 1: [3], 2: [4], 3: [5, 6], 4: [7]}.items():
+        chunks = [index.chunk(i) for i in parts]
+        assert all(chunk[0] == 2 and chunk[-1] == 3 for chunk in chunks)
+        body = np.concatenate([chunk[1:-1] for chunk in chunks])
+        np.testing.assert_array_equal(body, index.corpus.tokens(document, 0, int(index.corpus.lengths[document])))
+
+
+def test_chunks_end_to_end_equal_single_ones(make_index):
+    index = make_index([25, 3, 10, 11, 1])
+    picked = np.array([7, 0, 0, 5])
+    token_ids, ends = index.chunks(picked)
+    for i, chunk in enumerate(picked):
+        np.testing.assert_array_equal(token_ids[ends[i] : ends[i + 1]], index.chunk(int(chunk)))
+
+
+def test_resampling_drops_short_chunks_at_the_rate(make_index):
+    lengths = np.tile([4, 25], 20_000)  # chunks of 6 tokens, and 12, 12, 7
+    index = make_index(lengths, resampling=Resampling(short_threshold=7, keep_prob=0.3))
+    kept = np.bincount(index.lengths, minlength=13)
+    assert (kept[12], kept[7]) == (40_000, 20_000)
+    assert abs(kept[6] / 20_000 - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
+    assert index.num_chunks == kept.sum()
+
+
+def test_resampling_finds_the_right_documents(make_index):
+    index = make_index([25, 3, 10, 11, 1] * 20, resampling=Resampling(short_threshold=12, keep_prob=0.5))
+    documents, starts, lengths = index.locate(np.arange(index.num_chunks))
+    # A full chunk always stays; of a document's chunks the last alone may be missing.
+    full = [(d, s) for d, s, n in zip(documents.tolist(), starts.tolist(), lengths.tolist(), strict=True) if n == 10]
+    assert full == [(d, s) for d in range(100) for s in {0: (0, 10), 2: (0,), 3: (0,)}.get(d % 5, ())]
+    assert np.all(starts % 10 == 0) and np.all(starts < index.corpus.lengths[documents])
+    assert 100 * 4 / 5 < index.num_chunks < 100 * 8 / 5
+
+
+def test_resampling_is_a_function_of_the_seed(make_index):
+    options = {"resampling": Resampling(short_threshold=12, keep_prob=0.5)}
+    picks = [make_index([3] * 200, seed=seed, **options).locate(np.arange(50))[0].tolist() for seed in (1, 1, 2)]
+    assert picks[0] == picks[1] != picks[2]
+
+
+def test_keep_prob_bounds(make_index):
+    assert make_index([3, 25], resampling=Resampling(12, 0.0)).num_chunks == 2
+    assert make_index([3, 25], resampling=Resampling(12, 1.0)).num_chunks == 4
+    with pytest.raises(InputError, match="no chunk"):
+        make_index([3, 4], resampling=Resampling(12, 0.0))
+
+
+def test_the_index_does_not_depend_on_the_block_size(make_index, monkeypatch):
+    options = {"resampling": Resampling(short_threshold=12, keep_prob=0.5)}
+    whole = make_index([25, 3, 10, 11, 1] * 20, **options)
+    monkeypatch.setattr("gte_deploy.training.sampling._DOCUMENT_BLOCK", 7)
+    blocked = make_index([25, 3, 10, 11, 1] * 20, **options)
+    assert np.array_equal(whole.lengths, blocked.lengths)
+    assert whole.histogram() == blocked.histogram()
+
+
+def test_histogram_shows_both_sides(make_index):
+    index = make_index([4, 25] * 1_000, resampling=Resampling(short_threshold=7, keep_prob=0.3), max_length=20)
+    report = index.histogram()
+    assert sum(report.before.sequences) == 3_000
+    assert sum(report.before.tokens) == 29_000 + 2 * 3_000
+    assert sum(report.after.sequences) == index.num_chunks
+    assert sum(report.after.tokens) == index.lengths.sum()
+    assert "before resampling" in str(report) and "after resampling" in str(report)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 2},
+        {"resampling": Resampling(13, 0.5)},
+        {"language_exponent": 1.5},
+    ],
+    ids=str,
+)
+def test_impossible_indexes_are_refused(make_index, options):
+    with pytest.raises(InputError):
+        make_index([3, 25], **options)
+
+
+@pytest.mark.parametrize("arguments", [(-1, 1.0), (0, -0.1), (0, 1.1)])
+def test_impossible_resampling_is_refused(arguments):
+    with pytest.raises(InputError):
+        Resampling(*arguments)
+
+
+@pytest.mark.parametrize("chunk", [-1, 2])
+def test_a_chunk_that_is_not_there_is_refused(make_index, chunk):
+    with pytest.raises(InputError, match="not in 0..1"):
+        make_index([3, 4]).chunk(chunk)
+
+
+# --- languages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_languages_are_drawn_by_the_exponent(exponent):
+    sizes = np.array([90_000, 9_000, 0, 1_000])
+    mixture = LanguageMixture(sizes, exponent=exponent)
+    expected = np.where(sizes > 0, (sizes / sizes.sum()) ** exponent, 0)
+    expected /= expected.sum()
+    np.testing.assert_allclose(mixture.probabilities, expected, atol=4 / 65_536)
+    assert mixture.quota.sum() == 65_536
+
+    _, chunks = mixture.samples_at(np.arange(3 * 65_536), seed=1)
+    languages = np.searchsorted(np.cumsum(sizes), chunks, side="right")
+    assert np.bincount(languages, minlength=4).tolist() == (3 * mixture.quota).tolist()
+    # A short run has the shares as well: they are not laid out language by language.
+    early = np.bincount(languages[:4_000], minlength=4) / 4_000
+    np.testing.assert_allclose(early, mixture.probabilities, atol=0.04)
+
+
+def test_a_language_goes_through_its_own_epochs():
+    sizes = np.array([50, 7])
+    mixture = LanguageMixture(sizes, exponent=0.5)
+    epochs, chunks = mixture.samples_at(np.arange(100_000), seed=2)
+    for first, size in ((0, 50), (50, 7)):
+        here = (chunks >= first) & (chunks < first + size)
+        # within a block the places are permuted, so the epoch may go back, but each is visited exactly once
+        pairs = np.unique(epochs[here] * 1_000 + chunks[here])
+        assert len(pairs) == here.sum()
+
+
+def test_every_language_is_drawn_however_rare():
+    mixture = LanguageMixture([10**12, 1], exponent=1.0)
+    assert mixture.quota.tolist() == [65_535, 1]
+
+
+def test_mixture_of_an_index_keeps_languages_apart(make_index):
+    index = make_index({"en": [25] * 300, "sw": [5] * 12}, language_exponent=0.0)
+    epochs, chunks = index.samples_at(np.arange(65_536), seed=9)
+    languages = index.corpus.language_of[index.locate(chunks)[0]]
+    assert np.bincount(languages).tolist() == [32_768, 32_768]
+    assert epochs.max() == 32_767 // 12
+    again = index.samples_at(np.arange(100, 110), seed=9)
+    assert np.array_equal(again[1], chunks[100:110]) and np.array_equal(again[0], epochs[100:110])
+
+
+def test_without_an_exponent_all_chunks_are_alike(make_index):
+    index = make_index({"en": [25] * 30, "sw": [5] * 10})
+    _, chunks = index.samples_at(np.arange(index.num_chunks), seed=9)
+    assert np.array_equal(np.sort(chunks), np.arange(100))

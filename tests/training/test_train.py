@@ -1,0 +1,332 @@
+"""The loop: what a step computes does not depend on how it is cut, stages hand over, the log is complete."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, GteForMaskedLM
+
+from gte_deploy.errors import ConfigError, NonFiniteError
+from gte_deploy.models.checkpoint import load_model
+from gte_deploy.training import train as train_module
+from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.distributed import World
+from gte_deploy.training.export import checkpoint_model, export_checkpoint, find_checkpoint
+from gte_deploy.training.flops import training_flops
+from gte_deploy.training.log import read_log
+from gte_deploy.training.masking import Masking
+from gte_deploy.training.model import PackedMaskedLM, initial_model
+from gte_deploy.training.packing import micro_batches, pack, pad_to_static
+from gte_deploy.training.recipe import recipe_from_dict
+from gte_deploy.training.sampling import ChunkIndex
+from gte_deploy.training.state import stage_seed
+from gte_deploy.training.train import accumulate_gradients, train
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def losses_of(folder) -> list[float]:
+    return [record["loss"] for record in read_log(folder / "log.jsonl")]
+
+
+def run(recipe, corpus_folder, output, **options):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train_module, "plot_run", lambda folder: None)  # it takes longer than the run
+        return train(recipe_from_dict(recipe), data=corpus_folder, output=output, tensorboard=False, **options)
+
+
+@pytest.fixture
+def index(corpus_folder):
+    return ChunkIndex(TokenCorpus.open(corpus_folder), max_length=32, seed=stage_seed(0, 0))
+
+
+@pytest.fixture
+def module(make_architecture):
+    """An untrained model without dropout."""
+    return PackedMaskedLM(initial_model(str(make_architecture(hidden_dropout_prob=0.0)), rope_theta=1e4, seed=1))
+
+
+def step_of(index, *, budget=64, batch_size=16):
+    return micro_batches(
+        index,
+        step=0,
+        batch_size=batch_size,
+        token_budget=budget,
+        rank=0,
+        world_size=1,
+        seed=index.seed,
+        masking=Masking(),
+    )
+
+
+def gradients(module, batches):
+    module.zero_grad()
+    masked = sum(len(batch.labels) for batch in batches)
+    loss = accumulate_gradients(module, batches, world=ALONE, masked_tokens=masked, dtype="float32")
+    return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+# --- what a step computes -------------------------------------------------------------------------------------------
+
+
+def test_losses_do_not_depend_on_accumulation_or_budget(corpus_folder, make_recipe, index, tmp_path):
+    _, chunks = index.samples_at(np.arange(16), seed=index.seed)
+    lengths = index.lengths_of(chunks)
+    budgets = [max(b for b in range(32, 1025) if len(pack(lengths, token_budget=b)) >= count) for count in (1, 2, 8)]
+    assert [len(pack(lengths, token_budget=budget)) for budget in budgets[:2]] == [1, 2]
+    losses = {}
+    for budget in budgets:
+        recipe = make_recipe(steps=(20,), dropout=0.0, tokens_per_micro_batch=budget, stage={"batch_size": 16}, seed=0)
+        run(recipe, corpus_folder, tmp_path / str(budget))
+        losses[budget] = np.array(losses_of(tmp_path / str(budget)))
+    assert len(losses[1024]) == 20 and losses[1024][-1] < losses[1024][0]
+    for budget in budgets:
+        np.testing.assert_allclose(losses[budget], losses[1024], rtol=0, atol=1e-5)
+
+
+def test_every_masked_token_weighs_the_same(module, index):
+    batches = step_of(index)
+    sizes = [len(batch.labels) for batch in batches]
+    assert len(set(sizes)) > 1  # or a mean of means would pass as well
+    loss, _ = gradients(module, batches)
+    singles = [gradients(module, [batch])[0] for batch in batches]
+    assert loss == pytest.approx(np.average(singles, weights=sizes), abs=1e-6)
+    assert loss != pytest.approx(np.mean(singles), abs=1e-6)
+
+
+def test_static_padding_changes_neither_loss_nor_gradients(module, index):
+    batches = step_of(index)
+    padded = [pad_to_static(batch, num_tokens=200, max_length=32, pad_id=0) for batch in batches]
+    loss, expected = gradients(module, batches)
+    padded_loss, actual = gradients(module, padded)
+    assert padded_loss == pytest.approx(loss, abs=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_first_loss_is_near_that_of_a_uniform_guess(module, index):
+    loss, _ = gradients(module, step_of(index))
+    assert loss == pytest.approx(math.log(256), abs=0.1)
+
+
+def test_one_batch_is_learnt_by_heart(module, index):
+    batches = step_of(index, batch_size=8, budget=1024)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(400):
+        optimizer.zero_grad()
+        masked = sum(len(batch.labels) for batch in batches)
+        loss = accumulate_gradients(module, batches, world=ALONE, masked_tokens=masked, dtype="float32").item()
+        optimizer.step()
+        if loss < 0.05:
+            return
+    pytest.fail(f"the loss on one batch is still {loss}")
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_weights(module, index):
+    batches = step_of(index)
+    masked = sum(len(batch.labels) for batch in batches)
+    exact, _ = gradients(module, batches)
+    module.zero_grad()
+    rounded = accumulate_gradients(module, batches, world=ALONE, masked_tokens=masked, dtype="bfloat16").item()
+    assert rounded != exact and rounded == pytest.approx(exact, abs=0.02)
+    assert {p.dtype for p in module.parameters()} == {p.grad.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_gradient_checkpointing_is_bitwise_equal_with_dropout(corpus_folder, make_recipe, tmp_path):
+    recipe = make_recipe(steps=(4,))
+    for flag in (False, True):
+        run({**recipe, "gradient_checkpointing": flag}, corpus_folder, tmp_path / str(flag))
+    assert losses_of(tmp_path / "True") == losses_of(tmp_path / "False")
+
+
+@pytest.mark.slow
+def test_compile_equals_eager(corpus_folder, make_recipe, tmp_path):
+    recipe = make_recipe(steps=(4,), dropout=0.0)
+    for flag in (False, True):
+        run({**recipe, "compile": flag}, corpus_folder, tmp_path / str(flag))
+    np.testing.assert_allclose(losses_of(tmp_path / "True"), losses_of(tmp_path / "False"), rtol=0, atol=1e-5)
+
+
+def test_clipping_bounds_the_step(module, index):
+    gradients(module, step_of(index))
+    norm = train_module._gradient_norm(module, clip_norm=None)
+    assert train_module._gradient_norm(module, clip_norm=0.5) == norm > 0.5
+    assert train_module._gradient_norm(module, clip_norm=None) == pytest.approx(0.5, rel=1e-4)
+
+
+# --- a whole run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_stages(corpus_folder, make_recipe, tmp_path_factory):
+    """A run over three stages of growing length, the last with another RoPE base; and its progress output."""
+    output, progress = tmp_path_factory.mktemp("three"), io.StringIO()
+    recipe = recipe_from_dict(make_recipe(steps=(5, 4, 3), log_every=2))
+    result = train(recipe, data=corpus_folder, output=output, progress=progress, peak_flops=1e12)
+    return result, output, progress.getvalue()
+
+
+def test_exported_run_reloads_with_equal_logits(three_stages, tmp_path):
+    result, output, _ = three_stages
+    assert result.finished and result.model == output / "model"
+    input_ids = AutoTokenizer.from_pretrained(result.model)("w7 w8 [MASK] w9", return_tensors="pt")
+    trained = checkpoint_model(find_checkpoint(output))
+    trained.set_attn_implementation("sdpa")
+    native = AutoModelForMaskedLM.from_pretrained(result.model).eval()
+    assert isinstance(native, GteForMaskedLM)
+    export_checkpoint(find_checkpoint(output), tmp_path / "original", layout="original")
+    assert json.loads((tmp_path / "original" / "config.json").read_text())["model_type"] == "new"
+    original = load_model(tmp_path / "original")
+    with torch.no_grad():
+        logits = trained(**input_ids).logits
+        assert torch.equal(native(**input_ids).logits, logits)
+        assert torch.equal(original(**input_ids).logits, logits)
+    assert AutoConfig.from_pretrained(result.model).rope_parameters["rope_theta"] == 160_000
+
+
+def test_a_stage_with_another_rope_base_gets_its_frequencies(three_stages):
+    _, output, _ = three_stages
+    for stage, base in (("00-mlm-32-00000005", 1e4), ("02-mlm-128-00000003", 1.6e5)):
+        model = checkpoint_model(find_checkpoint(output / "checkpoints" / stage))
+        expected = 1.0 / base ** (torch.arange(0, 8, 2) / 8)
+        torch.testing.assert_close(model.gte.rotary_emb.inv_freq, expected)
+
+
+def test_weights_pass_from_stage_to_stage(three_stages):
+    """With a rate of 0 in its first step, a stage's first loss is the handed-over model's."""
+    _, output, _ = three_stages
+    records = read_log(output / "log.jsonl")
+    last_of_first, first_of_second = records[4]["loss"], records[5]["loss"]
+    assert abs(first_of_second - last_of_first) < abs(first_of_second - math.log(256)) or last_of_first < math.log(256)
+    paths = [output / "checkpoints" / name for name in ("00-mlm-32-00000005", "01-mlm-64-00000004")]
+    first, second = (find_checkpoint(path).model_tensors() for path in paths)
+    for name in first:
+        moved = (second[name] - first[name]).abs().max()
+        assert moved < 4 * 1.5e-3, name  # four steps of AdamW, not another initialisation
+
+
+def test_log_has_each_step_once(three_stages, corpus_folder):
+    _, output, progress = three_stages
+    records = read_log(output / "log.jsonl")
+    assert [(r["stage"], r["step"]) for r in records] == [
+        *[("mlm-32", i) for i in range(1, 6)],
+        *[("mlm-64", i) for i in range(1, 5)],
+        *[("mlm-128", i) for i in range(1, 4)],
+    ]
+    assert [r["total_step"] for r in records] == list(range(1, 13))
+    seed = stage_seed(3, 0)
+    index = ChunkIndex(TokenCorpus.open(corpus_folder), max_length=32, seed=seed)
+    first = micro_batches(
+        index, step=0, batch_size=8, token_budget=128, rank=0, world_size=1, seed=seed, masking=Masking()
+    )
+    assert records[0]["tokens"] == sum(len(batch.input_ids) for batch in first)
+    assert records[0]["masked_tokens"] == sum(len(batch.labels) for batch in first)
+    assert records[-1]["total_tokens"] == sum(r["tokens"] for r in records)
+    assert all(r["tokens_per_second"] > 0 and 0 < r["peak_share"] < 1 and r["gradient_norm"] > 0 for r in records)
+    lines = progress.splitlines()
+    assert lines[0].startswith("mlm-32 2/5  loss 5.") and "% of peak" in lines[0] and "stage ends in 00:" in lines[0]
+    assert len(lines) == 3 + 2 + 2  # every second step, and the end of each stage
+
+
+def test_tensorboard_and_plot_are_written(three_stages):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, output, _ = three_stages
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(r["total_step"], r["loss"]) for r in read_log(output / "log.jsonl")]
+    assert logged == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_says_so_again_without_training(three_stages, corpus_folder, make_recipe, monkeypatch):
+    result, output, _ = three_stages
+    recipe = json.loads((result.checkpoint / "state.json").read_text())["recipe"]
+    monkeypatch.setattr(train_module, "accumulate_gradients", None)
+    assert run(recipe, corpus_folder, output) == result
+
+
+def test_weights_of_a_checkpoint_are_the_start(corpus_folder, make_recipe, three_stages, tmp_path):
+    result, _, _ = three_stages
+    recipe = make_recipe(steps=(1,), model=str(result.model))
+    outcome = run(recipe, corpus_folder, tmp_path)
+    before = load_model(result.model).state_dict()
+    for name, tensor in find_checkpoint(outcome.checkpoint).model_tensors().items():  # the first step's rate is 0
+        assert torch.equal(tensor, before[name]), name
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_continued_as_another(three_stages, make_recipe, corpus_folder, write_corpus, tmp_path):
+    result, output, _ = three_stages
+    recipe = json.loads((result.checkpoint / "state.json").read_text())["recipe"]
+    with pytest.raises(ConfigError, match="differs in seed, stages.2.steps|differs in stages.2.steps, seed"):
+        run(
+            {**recipe, "seed": 4, "stages": [*recipe["stages"][:2], {**recipe["stages"][2], "steps": 9}]},
+            corpus_folder,
+            output,
+        )
+    other = write_corpus(tmp_path / "other", [np.arange(5, 60)])
+    with pytest.raises(ConfigError, match="trained on another corpus"):
+        run(recipe, other, output)
+
+
+def test_what_does_not_fit_is_refused(make_recipe, make_architecture, corpus_folder, tmp_path):
+    for changes, message in [
+        ({"vocab_size": 100}, "vocabulary of 256 is above the model's 100 rows"),
+        ({"pad_token_id": 3}, "padding id is 0, the model's 3"),
+        ({"max_position_embeddings": 16}, "max_length 32 is above the model's 16 positions"),
+        ({"attention_probs_dropout_prob": 0.1}, "packed attention has no dropout"),
+    ]:
+        recipe = make_recipe(steps=(1,), model=str(make_architecture(**changes)))
+        with pytest.raises(ConfigError, match=message):
+            run(recipe, corpus_folder, tmp_path / "out")
+    with pytest.raises(ConfigError, match="'gte-en-mlm-bass' is neither a preset"):
+        run(make_recipe(steps=(1,), model="gte-en-mlm-bass"), corpus_folder, tmp_path / "out")
+
+
+def test_a_tokenizer_that_is_not_the_corpuss_is_refused(make_recipe, corpus_folder, factories, tmp_path):
+    factories.write_tokenizer(tmp_path, factories.WORDS[:-1])
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="is missing, or is not what"):
+            run(make_recipe(steps=(1,)), corpus_folder, tmp_path / "out", tokenizer=folder)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_recipe, corpus_folder, tmp_path, monkeypatch):
+    original = train_module.accumulate_gradients
+    calls = iter(range(100))
+
+    def diverging(*args, **kwargs):
+        loss = original(*args, **kwargs)
+        return loss * math.nan if next(calls) == 3 else loss
+
+    monkeypatch.setattr(train_module, "accumulate_gradients", diverging)
+    with pytest.raises(NonFiniteError, match="stage mlm-32 step 4: loss nan"):
+        run(make_recipe(steps=(8,)), corpus_folder, tmp_path)
+    assert find_checkpoint(tmp_path).state.step == 2
+    assert len(losses_of(tmp_path)) == 3
+
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def test_flops_equal_those_counted_in_a_pass(module, index):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batches = step_of(index)
+    lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in batches]).astype(int)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it knows no flash on the CPU
+        gradients(module, batches)
+    expected = training_flops(
+        module.model.config,
+        tokens=int(lengths.sum()),
+        squared_lengths=int((lengths**2).sum()),
+        masked=sum(len(batch.labels) for batch in batches),
+    )
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)

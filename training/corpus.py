@@ -1,0 +1,287 @@
+"""Token shards on disk, read by memory map: what `prepare` wrote, and what sampling reads.
+
+A corpus folder holds, per shard, `NAME.tokens` (little-endian uint16 or uint32, documents end to end, no special
+tokens) and `NAME.offsets` (little-endian int64 [documents + 1], the first token of each document), and `index.json`
+with the vocabulary, the languages, and the size and sha256 of every file. Shards of one language lie side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.errors import InputError
+from gte_deploy.files import sha256_file
+
+FORMAT = "gte-token-corpus"
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+OFFSET_DTYPE = np.dtype("<i8")
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer's ids. `size` counts real ids, not the padded rows of an embedding.
+
+    `special_ids` are never masked and never drawn as a random replacement: the special tokens, and holes in the
+    numbering, if any. [UNK] is among them: there is nothing to learn from predicting it.
+    """
+
+    size: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    pad_id: int
+    unk_id: int
+    special_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        named = (self.cls_id, self.sep_id, self.mask_id, self.pad_id, self.unk_id)
+        outside = [i for i in (*named, *self.special_ids) if not 0 <= i < self.size]
+        if outside:
+            raise InputError(f"special ids {outside} are outside the vocabulary of {self.size}: check the tokenizer")
+        if not set(named) <= set(self.special_ids):
+            raise InputError(f"special_ids {self.special_ids} must contain cls, sep, mask, pad and unk {named}")
+        if len(set(self.special_ids)) >= self.size:
+            raise InputError(f"all {self.size} ids of the vocabulary are special: there is nothing to train on")
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What one token takes on disk."""
+        return np.dtype("<u2") if self.size < 65_536 else np.dtype("<u4")
+
+    @cached_property
+    def is_special(self) -> NDArray[np.bool_]:
+        """Lookup table [size]."""
+        table = np.zeros(self.size, dtype=bool)
+        table[list(self.special_ids)] = True
+        return table
+
+    @cached_property
+    def ordinary_ids(self) -> NDArray[np.int64]:
+        """The ids a random replacement is drawn from, ascending."""
+        return np.flatnonzero(~self.is_special)
+
+
+class TokenCorpus:
+    """Documents as token ids, memory-mapped. Shapes and dtypes: see the properties. Open it with `TokenCorpus.open`."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any], *, verify: bool = False) -> None:
+        self.folder = folder
+        self.index = index
+        self.vocab = Vocabulary(**{**index["vocabulary"], "special_ids": tuple(index["vocabulary"]["special_ids"])})
+        self.languages: tuple[str, ...] = tuple(index["languages"])
+        numbers = {language: i for i, language in enumerate(self.languages)}
+        self._shard_languages = np.array([numbers[shard["language"]] for shard in index["shards"]], dtype=np.int64)
+        self._tokens = [_map_tokens(folder, shard, self.vocab, verify) for shard in index["shards"]]
+        self._offsets = [_map_offsets(folder, shard, verify) for shard in index["shards"]]
+        counts = np.array([len(offsets) - 1 for offsets in self._offsets], dtype=np.int64)
+        self._first_document = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.num_documents = int(self._first_document[-1])
+        self.num_tokens = sum(len(tokens) for tokens in self._tokens)
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: bool = False) -> TokenCorpus:
+        """Open a prepared folder. `verify` also reads every file: its sha256, its offsets, its ids.
+
+        Raises:
+            InputError: the folder is no corpus, of another format version, incomplete, or altered.
+        """
+        folder = Path(folder)
+        index = _read_index(folder)
+        try:
+            corpus = cls(folder, index, verify=verify)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / INDEX_FILE} is damaged ({error!r}): run `gte-train prepare` again") from error
+        if not corpus.num_documents:
+            raise InputError(f"{folder} holds no document: check the inputs of `gte-train prepare`")
+        return corpus
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per document, special tokens not counted, [num_documents]."""
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64, copy=False)
+
+    @cached_property
+    def language_of(self) -> NDArray[np.int16]:
+        """Position in `languages` per document, [num_documents], ascending."""
+        return np.repeat(self._shard_languages.astype(np.int16), np.diff(self._first_document))
+
+    @property
+    def language_bounds(self) -> NDArray[np.int64]:
+        """First document of each language and the end, [languages + 1]: languages lie side by side."""
+        totals = np.zeros(len(self.languages), dtype=np.int64)
+        np.add.at(totals, self._shard_languages, np.diff(self._first_document))
+        return np.concatenate([[0], np.cumsum(totals)]).astype(np.int64)
+
+    def tokens(self, document: int, start: int, stop: int) -> NDArray[np.unsignedinteger]:
+        """Tokens start..stop of a document, a read-only view, uint16 or uint32.
+
+        Raises:
+            InputError: no such document or range.
+        """
+        if not 0 <= document < self.num_documents:
+            raise InputError(f"document {document} is not in 0..{self.num_documents - 1}")
+        shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        offsets = self._offsets[shard]
+        local = document - int(self._first_document[shard])
+        first, end = int(offsets[local]), int(offsets[local + 1])
+        if not 0 <= start <= stop <= end - first:
+            raise InputError(f"tokens {start}..{stop} are not in document {document} of {end - first} tokens")
+        return self._tokens[shard][first + start : first + stop]
+
+    def gather(
+        self,
+        documents: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        *,
+        out: NDArray[np.int64],
+        at: NDArray[np.int64],
+    ) -> None:
+        """Copy `lengths[i]` tokens of `documents[i]` from `starts[i]` to `out[at[i]:]`, for all i.
+
+        The arguments are trusted: they come from a ChunkIndex. This is `tokens` without its price per call.
+        """
+        shards = np.searchsorted(self._first_document, documents, side="right") - 1
+        local = documents - self._first_document[shards]
+        rows = zip(shards.tolist(), local.tolist(), starts.tolist(), lengths.tolist(), at.tolist(), strict=True)
+        for shard, document, start, length, target in rows:
+            first = int(self._offsets[shard][document]) + start
+            out[target : target + length] = self._tokens[shard][first : first + length]
+
+
+# --- histograms ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LengthHistogram:
+    """How many sequences, and how many tokens in them, fall in [edges[i], edges[i + 1])."""
+
+    edges: tuple[int, ...]
+    sequences: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Iterable[NDArray[np.integer]]) -> LengthHistogram:
+        """Count lengths (given in blocks) in powers of two."""
+        edges = np.concatenate([[0], 1 << np.arange(4, 41)]).astype(np.int64)
+        sequences, tokens = np.zeros(len(edges) - 1, np.int64), np.zeros(len(edges) - 1, np.int64)
+        for block in lengths:
+            bins = np.searchsorted(edges, block, side="right") - 1
+            sequences += np.bincount(bins, minlength=len(sequences))
+            # weights would sum in float64, which is exact below 2**53 tokens a block
+            tokens += np.bincount(bins, weights=block, minlength=len(tokens)).astype(np.int64)
+        used = int(np.flatnonzero(sequences)[-1]) + 1 if sequences.any() else 1
+        return cls(*(tuple(a.tolist()) for a in (edges[: used + 1], sequences[:used], tokens[:used])))
+
+    def as_dict(self) -> dict[str, list[int]]:
+        """For JSON, and for a plot: `edges` has one number more than the counts."""
+        return {"edges": list(self.edges), "sequences": list(self.sequences), "tokens": list(self.tokens)}
+
+    def __str__(self) -> str:
+        total, most = max(sum(self.sequences), 1), max(*self.sequences, 1)
+        all_tokens = max(sum(self.tokens), 1)
+        lines = [f"{'length':>17} {'sequences':>13} {'share':>7} {'tokens':>7}"]
+        for low, high, count, tokens in zip(self.edges, self.edges[1:], self.sequences, self.tokens, strict=False):
+            bar = "#" * round(_BAR_WIDTH * count / most)
+            span = f"{low}-{high - 1}"
+            lines.append(f"{span:>17} {count:>13,} {count / total:>7.2%} {tokens / all_tokens:>7.2%} {bar}".rstrip())
+        lines.append(f"{'all':>17} {sum(self.sequences):>13,} sequences, {sum(self.tokens):,} tokens")
+        return "\n".join(lines)
+
+
+def document_histogram(corpus: TokenCorpus, language: str | None = None) -> LengthHistogram:
+    """Document lengths in tokens, of one language or of all."""
+    blocks = zip(corpus._shard_languages, corpus._offsets, strict=True)
+    wanted = (offsets for i, offsets in blocks if language in (None, corpus.languages[i]))
+    return LengthHistogram.of(np.diff(offsets) for offsets in wanted)
+
+
+def describe(corpus: TokenCorpus) -> str:
+    """What a corpus holds, as text for a person: size, vocabulary, languages, lengths."""
+    lines = [
+        f"{corpus.folder}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens, "
+        f"{len(corpus.index['shards'])} shards of {corpus.vocab.dtype.name}, vocabulary {corpus.vocab.size:,}"
+    ]
+    lines += [f"  {name.replace('_', ' ')}: {count:,}" for name, count in corpus.index.get("counts", {}).items()]
+    if len(corpus.languages) > 1:
+        bounds, ends = corpus.language_bounds, np.concatenate([[0], np.cumsum(corpus.lengths)])
+        for i, language in enumerate(corpus.languages):
+            documents, tokens = bounds[i + 1] - bounds[i], ends[bounds[i + 1]] - ends[bounds[i]]
+            share = tokens / corpus.num_tokens
+            lines.append(f"  {language or '(none)'}: {documents:,} documents, {tokens:,} tokens ({share:.2%})")
+    return "\n".join([*lines, str(document_histogram(corpus))])
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no {INDEX_FILE}: it is no corpus; make one with `gte-train prepare`") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run `gte-train prepare` again") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise InputError(f"{path} is no index of a token corpus: expected format {FORMAT!r}")
+    if index.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {index.get('version')!r}, expected {FORMAT_VERSION}: prepare the corpus again"
+        )
+    return index
+
+
+def _map_file(
+    path: Path, dtype: np.dtype, count: int, sha256: str, *, verify: bool, random_access: bool = False
+) -> NDArray:
+    expected = count * dtype.itemsize
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        came = "is missing" if size is None else f"has {size} bytes"
+        raise InputError(f"{path} {came}, expected {expected}: the corpus is incomplete; prepare or copy it again")
+    if verify and sha256_file(path) != sha256:
+        raise InputError(f"{path} does not match its sha256 in {INDEX_FILE}: the corpus was altered; prepare it again")
+    if not count:
+        return np.empty(0, dtype=dtype)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if random_access:
+        # A sample is a few kilobytes anywhere in the file; read-ahead would fetch a hundred times as much.
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype=dtype)
+
+
+def _map_tokens(folder: Path, shard: Mapping[str, Any], vocab: Vocabulary, verify: bool) -> NDArray:
+    path = folder / f"{_shard_name(shard)}.tokens"
+    tokens = _map_file(path, vocab.dtype, shard["tokens"], shard["tokens_sha256"], verify=verify, random_access=True)
+    if verify and len(tokens) and int(tokens.max()) >= vocab.size:
+        raise InputError(f"{path} holds id {int(tokens.max())}, outside the vocabulary of {vocab.size}")
+    return tokens
+
+
+def _map_offsets(folder: Path, shard: Mapping[str, Any], verify: bool) -> NDArray[np.int64]:
+    path = folder / f"{_shard_name(shard)}.offsets"
+    offsets = _map_file(path, OFFSET_DTYPE, shard["documents"] + 1, shard["offsets_sha256"], verify=verify)
+    ends = (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, shard["tokens"]) or (verify and bool(np.any(np.diff(offsets) <= 0))):
+        raise InputError(f"{path} does not fit its tokens (0..{shard['tokens']}, ascending): prepare the corpus again")
+    return offsets
+
+
+def _shard_name(shard: Mapping[str, Any]) -> str:
+    name = shard["name"]
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise InputError(f"the shard name {name!r} is not a plain file name: the corpus was altered")
+    return name

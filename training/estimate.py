@@ -1,0 +1,421 @@
+"""What a recipe costs on a number of GPUs before it starts: FLOPs, tokens, memory and hours, per stage and in total.
+
+Legend: h hidden size, w intermediate size, L layers, V vocabulary, T tokens of a micro-batch, M masked ones of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GteConfig, GteForMaskedLM
+
+from gte_deploy.errors import ConfigError, InputError
+from gte_deploy.exit_codes import OK
+from gte_deploy.models.config import build_config, read_config
+from gte_deploy.models.presets import PRESETS
+from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.flops import training_flops
+from gte_deploy.training.log import format_seconds
+from gte_deploy.training.recipe import Recipe, Stage, load_recipe
+from gte_deploy.training.sampling import ChunkIndex
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense bfloat16 peak (FLOP/s, fp32 accumulation, no sparsity) and memory (bytes), from NVIDIA's data sheets."""
+
+    peak_flops: float
+    memory: float
+
+
+GPUS = {
+    "b200": Gpu(2250e12, 180e9),
+    "h200": Gpu(989e12, 141e9),
+    "h100": Gpu(989e12, 80e9),
+    "h100-pcie": Gpu(756e12, 80e9),
+    "a100": Gpu(312e12, 80e9),
+    "a100-40gb": Gpu(312e12, 40e9),
+    "l40s": Gpu(362e12, 48e9),
+    "a10g": Gpu(70e12, 24e9),
+    "l4": Gpu(121e12, 24e9),
+    "rtx4090": Gpu(165e12, 24e9),
+}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequence lengths of one stage, in tokens: their mean, and the mean of their squares, which attention costs."""
+
+    mean: float
+    mean_square: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step. Not in it: the CUDA context (about 1 GB) and the allocator's waste."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEstimate:
+    """One stage. `tokens` are real ones, without padding; FLOPs are model FLOPs of forward and backward."""
+
+    name: str
+    steps: int
+    tokens: float
+    flops_per_token: float
+    body_flops_per_token: float
+    attention_flops_per_token: float
+    head_flops_per_token: float
+    flops: float
+    micro_batches_per_gpu: int
+    memory: Memory
+    gpu_hours: float
+    hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A whole recipe; `parameters` counts tied matrices once."""
+
+    recipe: str
+    parameters: int
+    gpus: int
+    peak_flops: float
+    utilization: float
+    sharding: str
+    stages: tuple[StageEstimate, ...]
+
+    @property
+    def tokens(self) -> float:
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def hours(self) -> float:
+        return sum(stage.hours for stage in self.stages)
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(stage.gpu_hours for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, with the totals spelt out."""
+        stages = [{**asdict(s), "memory": {**asdict(s.memory), "total": s.memory.total}} for s in self.stages]
+        total = {"tokens": self.tokens, "flops": self.flops, "hours": self.hours, "gpu_hours": self.gpu_hours}
+        return {**asdict(self), "stages": stages, "total": total}
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    gpus: int = 1,
+    peak_flops: float,
+    utilization: float = 0.4,
+    lengths: Sequence[Lengths] | None = None,
+) -> Estimate:
+    """Count a recipe.
+
+    Args:
+        recipe: its stages, token budget, dtype, gradient checkpointing and sharding are read.
+        gpus: how many, all alike.
+        peak_flops: FLOP/s of one.
+        utilization: share of the peak that model FLOPs reach; what recomputation costs has to be in it.
+        lengths: per stage (see `corpus_lengths`); None takes every sequence as full, which bounds the bill from above.
+
+    Raises:
+        InputError: an impossible number.
+        ConfigError: the recipe's model is neither a preset nor a folder with a config.json.
+    """
+    if gpus < 1 or not peak_flops > 0 or not 0 < utilization <= 1:
+        raise InputError(
+            f"{gpus} GPUs of {peak_flops:g} FLOP/s at {utilization:g} of peak: expected at least one, a positive peak "
+            "and a utilization in (0, 1]"
+        )
+    config = model_config(recipe.model)
+    sizes = parameter_sizes(config)
+    lengths = lengths or [full_lengths(stage) for stage in recipe.stages]
+    stages = tuple(
+        _stage(stage, of, recipe=recipe, config=config, sizes=sizes, gpus=gpus, speed=peak_flops * utilization)
+        for stage, of in zip(recipe.stages, lengths, strict=True)
+    )
+    return Estimate(
+        recipe=recipe.name,
+        parameters=sizes.total,
+        gpus=gpus,
+        peak_flops=peak_flops,
+        utilization=utilization,
+        sharding=recipe.sharding,
+        stages=stages,
+    )
+
+
+def model_config(source: str) -> GteConfig:
+    """The config of a preset's name or of a folder with a config.json.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if source in PRESETS:
+        return build_config(source)
+    if (Path(source) / "config.json").is_file():
+        return read_config(source)
+    raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
+
+
+@dataclass(frozen=True)
+class ParameterSizes:
+    """Numbers of parameters, tied ones once: of the model, of one layer, and of all matrices together."""
+
+    total: int
+    layer: int
+    matrices: int
+
+
+def parameter_sizes(config: GteConfig) -> ParameterSizes:
+    """Count the parameters of GteForMaskedLM without making them."""
+    with torch.device("meta"):
+        model = GteForMaskedLM(config)
+    parameters = list(model.parameters())
+    return ParameterSizes(
+        total=sum(p.numel() for p in parameters),
+        layer=sum(p.numel() for p in model.gte.layers[0].parameters()),
+        matrices=sum(p.numel() for p in parameters if p.ndim > 1),
+    )
+
+
+def full_lengths(stage: Stage) -> Lengths:
+    """Every sequence at the stage's `max_length`."""
+    return Lengths(stage.max_length, stage.max_length**2)
+
+
+def average_lengths(stage: Stage, average: float) -> Lengths:
+    """Sequences of `average` tokens each way they may spread: attention is counted at its bound, max_length.
+
+    Raises:
+        InputError: the average is above max_length.
+    """
+    if not 0 < average <= stage.max_length:
+        raise InputError(f"stage {stage.name}: {average:g} tokens on average are not in (0, {stage.max_length}]")
+    return Lengths(average, average * stage.max_length)
+
+
+def corpus_lengths(corpus: TokenCorpus, stage: Stage, *, seed: int) -> Lengths:
+    """The lengths that a stage really samples from a corpus, after cutting and resampling (languages unweighted)."""
+    index = ChunkIndex(corpus, max_length=stage.max_length, resampling=stage.resampling, seed=seed)
+    lengths = index.lengths.astype(np.float64)
+    return Lengths(float(lengths.mean()), float((lengths**2).mean()))
+
+
+def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient_checkpointing: bool) -> float:
+    """Bytes of one micro-batch that the layers keep for the backward pass, counted tensor by tensor, eager mode.
+
+    With autocast the inputs of q, k, v and of up, gate are cast once each; LayerNorm keeps its float32 input. Dropout
+    keeps a byte per element. `torch.compile` keeps less.
+    """
+    hidden, wide, size = config.hidden_size, config.intermediate_size, 2 if bfloat16 else 4
+    copies = 5 if bfloat16 else 2  # inputs of q, k, v, up, gate; in float32 the three, and the two, share one
+    dropout = 1 if config.hidden_dropout_prob else 0
+    attention = 4 * hidden * size + 4 * config.num_attention_heads  # q, k, v, output; logsumexp
+    norms = 2 * 4 * hidden
+    gated = 4 * wide * size  # gate, activated gate, up, and their product, dropped out
+    layer = copies * hidden * size + attention + norms + gated + dropout * (2 * hidden + wide)
+    if gradient_checkpointing:
+        return tokens * (config.num_hidden_layers * 4 * hidden + layer)
+    return float(tokens * config.num_hidden_layers * layer)
+
+
+def logits_bytes(config: GteConfig, *, masked: float, bfloat16: bool) -> float:
+    """Bytes at the loss: logits, their float32 copy, log-softmax and the gradient of it."""
+    return masked * config.vocab_size * (2 + 4 + 4 + 4 if bfloat16 else 4 + 4 + 4)
+
+
+def _stage(
+    stage: Stage, lengths: Lengths, *, recipe: Recipe, config: GteConfig, sizes: ParameterSizes, gpus: int, speed: float
+) -> StageEstimate:
+    sequences = stage.steps * stage.batch_size
+    masked = stage.masking.probability
+    # One token that attends to `context` others: the sum of squares over the sum of lengths.
+    context = lengths.mean_square / lengths.mean
+    body = training_flops(config, tokens=1, squared_lengths=0, masked=0)
+    attention = training_flops(config, tokens=0, squared_lengths=context, masked=0)
+    head = training_flops(config, tokens=0, squared_lengths=0, masked=masked)
+    tokens = sequences * lengths.mean
+    flops = tokens * (body + attention + head)
+    step_tokens = stage.batch_size * lengths.mean
+    micro_batches = math.ceil(step_tokens / gpus / recipe.tokens_per_micro_batch)
+    return StageEstimate(
+        name=stage.name,
+        steps=stage.steps,
+        tokens=tokens,
+        flops_per_token=body + attention + head,
+        body_flops_per_token=body,
+        attention_flops_per_token=attention,
+        head_flops_per_token=head,
+        flops=flops,
+        micro_batches_per_gpu=micro_batches,
+        memory=_memory(
+            recipe,
+            config,
+            sizes,
+            gpus=gpus,
+            tokens=min(recipe.tokens_per_micro_batch, math.ceil(step_tokens)),
+            masked=masked,
+            accumulates=micro_batches > 1,
+        ),
+        gpu_hours=flops / speed / 3600,
+        hours=flops / speed / 3600 / gpus,
+    )
+
+
+def _memory(
+    recipe: Recipe,
+    config: GteConfig,
+    sizes: ParameterSizes,
+    *,
+    gpus: int,
+    tokens: int,
+    masked: float,
+    accumulates: bool,
+) -> Memory:
+    """Float32 weights and gradients, AdamW's two moments, and what one micro-batch needs.
+
+    FSDP2 shards all three by layers. The root (embedding, head) is gathered and stays so; one layer is gathered in
+    advance of the one that computes. Between the micro-batches of a step gradients are added up unsharded.
+    """
+    bfloat16 = recipe.dtype == "bfloat16"
+    shard = gpus if recipe.sharding == "fsdp" else 1
+    gathered = sizes.total - (config.num_hidden_layers - 2) * sizes.layer if shard > 1 else 0
+    cast = 2 * sizes.matrices if bfloat16 else 0  # autocast keeps the weights' casts until the backward pass
+    return Memory(
+        weights=4 * (sizes.total / shard + gathered) + cast,
+        gradients=4 * (sizes.total if shard == 1 or accumulates else sizes.total / shard + gathered),
+        optimizer=8 * sizes.total / shard,
+        activations=activation_bytes(
+            config, tokens=tokens, bfloat16=bfloat16, gradient_checkpointing=recipe.gradient_checkpointing
+        ),
+        logits=logits_bytes(config, masked=masked * tokens, bfloat16=bfloat16),
+    )
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gte-train estimate`."""
+    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: %(default)s)")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="which (default: %(default)s)")
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of one GPU, in place of --gpu's")
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of peak (default: %(default)s)")
+    parser.add_argument("--sharding", choices=["ddp", "fsdp"], help="in place of the recipe's")
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--avg-tokens",
+        type=float,
+        nargs="+",
+        metavar="N",
+        help="mean tokens of a sequence, one number per stage (default: every sequence is full)",
+    )
+    lengths.add_argument("--data", type=Path, help="corpus folder: count the lengths that the stages sample from it")
+    parser.add_argument("--price", type=float, metavar="P", help="of one GPU-hour, for the bill")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in stages.0.steps=10"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the estimate of a recipe."""
+    sharding = [] if args.sharding is None else [f"sharding={args.sharding}"]
+    recipe = load_recipe(args.recipe, overrides=[*args.set, *sharding])
+    gpu = GPUS[args.gpu]
+    result = estimate(
+        recipe,
+        gpus=args.gpus,
+        peak_flops=gpu.peak_flops if args.peak_tflops is None else args.peak_tflops * 1e12,
+        utilization=args.utilization,
+        lengths=_lengths(recipe, args.avg_tokens, args.data),
+    )
+    if args.json:
+        bill = {} if args.price is None else {"price": result.gpu_hours * args.price}
+        print(json.dumps({**result.to_dict(), **bill}, indent=2))
+        return OK
+    print(table(result))
+    if args.price is not None:
+        print(f"at {args.price:g} a GPU-hour: {result.gpu_hours * args.price:,.0f}")
+    most = max(stage.memory.total for stage in result.stages)
+    if args.peak_tflops is None and most > 0.92 * gpu.memory:
+        logger.warning(
+            "%.0f GB is close to or above the %.0f GB of one %s: lower tokens_per_micro_batch (not below the longest "
+            "max_length), or set gradient_checkpointing, or sharding: fsdp",
+            most / 1e9,
+            gpu.memory / 1e9,
+            args.gpu,
+        )
+    return OK
+
+
+def table(result: Estimate) -> str:
+    """The estimate for a person."""
+    header = (
+        f"{'stage':<14} {'steps':>9} {'tokens':>10} {'MFLOP/token':>12} {'body':>6} {'attn':>6} {'head':>6} "
+        f"{'EFLOP':>9} {'GPU-hours':>10} {'wall time':>14} {'GiB/GPU':>8}"
+    )
+    lines = [
+        f"{result.recipe}: {result.parameters / 1e6:.1f} M parameters, {result.gpus} GPU(s) of "
+        f"{result.peak_flops / 1e12:.0f} TFLOP/s at {result.utilization:.0%} of peak, {result.sharding}",
+        header,
+    ]
+    for stage in result.stages:
+        shares = (stage.body_flops_per_token, stage.attention_flops_per_token, stage.head_flops_per_token)
+        parts = " ".join(f"{part / stage.flops_per_token:>6.0%}" for part in shares)
+        lines.append(
+            f"{stage.name:<14} {stage.steps:>9,} {stage.tokens:>10.3g} {stage.flops_per_token / 1e6:>12,.0f} {parts} "
+            f"{stage.flops / 1e18:>9,.1f} {stage.gpu_hours:>10,.1f} {format_seconds(stage.hours * 3600):>14} "
+            f"{stage.memory.total / GIB:>8.1f}"
+        )
+    lines.append(
+        f"{'total':<14} {sum(s.steps for s in result.stages):>9,} {result.tokens:>10.3g} {'':>33} "
+        f"{result.flops / 1e18:>9,.1f} {result.gpu_hours:>10,.1f} {format_seconds(result.hours * 3600):>14}"
+    )
+    worst = max((stage.memory for stage in result.stages), key=lambda memory: memory.total)
+    parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(worst).items())
+    lines.append(f"memory of the largest stage, GiB per GPU: {parts}")
+    return "\n".join(lines)
+
+
+def _lengths(recipe: Recipe, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
+    if data is not None:
+        corpus = TokenCorpus.open(data)
+        return [corpus_lengths(corpus, stage, seed=recipe.seed) for stage in recipe.stages]
+    if averages is None:
+        return None
+    if len(averages) != len(recipe.stages):
+        raise InputError(f"{len(averages)} average lengths for {len(recipe.stages)} stages; give one for each stage")
+    return [average_lengths(stage, average) for stage, average in zip(recipe.stages, averages, strict=True)]

@@ -1,0 +1,338 @@
+"""Does a checkpoint use long contexts? Masked-token loss by position, and of the same tokens by context length.
+
+Only documents that fill the longest length are read. For the second curve the same rows are cut into windows of each
+context length: the same tokens are predicted from more or fewer neighbours, so that only the context differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GteForMaskedLM
+
+from gte_deploy.errors import ConfigError, InputError, MissingDependencyError, NonFiniteError
+from gte_deploy.exit_codes import OK
+from gte_deploy.files import write_text, write_with
+from gte_deploy.models import resolve_checkpoint
+from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
+from gte_deploy.models.checkpoint import load_model
+from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.masking import Masking
+from gte_deploy.training.model import micro_batch_tensors
+from gte_deploy.training.packing import MicroBatch, micro_batches
+from gte_deploy.training.sampling import NUM_SPECIAL, ChunkIndex, Resampling
+
+RESULT_FILE = "extrapolation.json"
+PLOT_FILE = "extrapolation.png"
+_SHORTEST_CONTEXT = 128
+_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of a vocabulary of 250,000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Mean loss in nats per masked token of the positions [start, stop); `error` is its standard error over rows."""
+
+    start: int
+    stop: int
+    loss: float
+    error: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextLoss:
+    """Mean loss in nats per masked token with windows of `length` tokens; `error` is its standard error over rows."""
+
+    length: int
+    loss: float
+    error: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation:
+    """What `extrapolate` measured over `rows` rows of `max_length` tokens."""
+
+    model: str
+    rows: int
+    max_length: int
+    mask_probability: float
+    seed: int
+    by_position: tuple[Bucket, ...]
+    by_context: tuple[ContextLoss, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def extrapolate(
+    model: str,
+    *,
+    data: Path,
+    max_length: int = 8192,
+    contexts: Sequence[int] | None = None,
+    buckets: int = 16,
+    rows: int = 64,
+    masking: Masking = Masking(mask_share=1.0, random_share=0.0),  # noqa: B008 - frozen
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = False,
+) -> Extrapolation:
+    """Measure a masked-LM checkpoint on a corpus's long documents.
+
+    Args:
+        model: checkpoint folder, preset name or hub id.
+        data: corpus that `gte-train prepare` wrote, best one that the model was not trained on.
+        max_length: tokens of a row; documents that do not fill one are not read.
+        contexts: window lengths, each a divisor of `max_length`; None takes the powers of two from 128 on.
+        buckets: in which the positions are averaged.
+        rows: how many to read; fewer where the corpus has fewer.
+        masking: every chosen token becomes [MASK] by default, as an evaluation has it.
+        seed: of the rows and the masks.
+        device: "cuda" or "cpu"; None takes a GPU where there is one. On a GPU the forward pass is in bfloat16.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: no document is long enough, or lengths that do not divide.
+        ConfigError: the model has fewer positions, or another vocabulary.
+        NonFiniteError: a loss is NaN.
+    """
+    contexts = sorted(_default_contexts(max_length) if contexts is None else {*contexts, max_length})
+    _require_divisors(max_length, contexts, buckets)
+    corpus = TokenCorpus.open(data)
+    index = _full_chunks(corpus, max_length, seed)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network: GteForMaskedLM = _load(model, corpus, max_length).to(place)
+
+    count = min(rows, index.num_chunks)
+    losses = {context: _RowMeans(count, max_length) for context in contexts}
+    numbers = tqdm(range(count), desc="rows", disable=not progress, file=sys.stderr)
+    for number in numbers:
+        (row,) = micro_batches(
+            index,
+            step=number,
+            batch_size=1,
+            token_budget=max_length,
+            rank=0,
+            world_size=1,
+            seed=seed,
+            masking=masking,
+        )
+        for context in contexts:
+            batch = _windows(row, context, cls_id=corpus.vocab.cls_id, sep_id=corpus.vocab.sep_id, shortest=contexts[0])
+            losses[context].add(number, batch.masked_positions, token_losses(network, batch))
+    longest = losses[max_length]
+    size = max_length // buckets
+    return Extrapolation(
+        model=model,
+        rows=count,
+        max_length=max_length,
+        mask_probability=masking.probability,
+        seed=seed,
+        by_position=tuple(
+            Bucket(start=start, stop=start + size, **longest.mean(start, start + size))
+            for start in range(0, max_length, size)
+        ),
+        by_context=tuple(ContextLoss(length=c, **losses[c].mean(0, max_length)) for c in contexts),
+    )
+
+
+@torch.inference_mode()
+def token_losses(model: GteForMaskedLM, batch: MicroBatch) -> NDArray[np.float32]:
+    """Cross-entropy in nats of each masked token [M], through the packed forward that training uses.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    device = model.device
+    tensors: dict[str, Any] = micro_batch_tensors(batch, device)
+    labels, positions = tensors.pop("labels"), tensors.pop("masked_positions")
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        hidden = model.gte(
+            input_ids=tensors.pop("input_ids")[None], position_ids=tensors.pop("position_ids")[None], **tensors
+        ).last_hidden_state[0]
+        parts: list[Tensor] = []
+        for at, wanted in zip(positions.split(_LOGITS_AT_ONCE), labels.split(_LOGITS_AT_ONCE), strict=True):
+            parts.append(F.cross_entropy(model.lm_head(hidden[at]).float(), wanted, reduction="none"))
+    losses = torch.cat(parts).cpu().numpy()
+    if not np.isfinite(losses).all():
+        raise NonFiniteError("the model gives a loss of NaN or infinity; check the checkpoint")
+    return losses
+
+
+def table(result: Extrapolation) -> str:
+    """Both curves, for a person."""
+    lines = [f"{result.rows} rows of {result.max_length} tokens, {result.mask_probability:.0%} masked", ""]
+    lines.append(f"{'position':>13} {'loss':>8} {'error':>7} {'tokens':>8}")
+    for bucket in result.by_position:
+        span = f"{bucket.start}-{bucket.stop - 1}"
+        lines.append(f"{span:>13} {bucket.loss:>8.4f} {bucket.error:>7.4f} {bucket.tokens:>8,}")
+    lines += ["", f"{'context':>13} {'loss':>8} {'error':>7} {'tokens':>8}   the same tokens in each line"]
+    for context in result.by_context:
+        lines.append(f"{context.length:>13} {context.loss:>8.4f} {context.error:>7.4f} {context.tokens:>8,}")
+    return "\n".join(lines)
+
+
+def plot(result: Extrapolation, path: Path) -> None:
+    """Draw both curves with their standard errors into a .png or .svg.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "train") from error
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    buckets, contexts = result.by_position, result.by_context
+    middles = [(bucket.start + bucket.stop) / 2 for bucket in buckets]
+    left.errorbar(middles, [b.loss for b in buckets], [b.error for b in buckets], marker="o", capsize=2)
+    left.set(xlabel=f"position in a row of {result.max_length}", ylabel="loss, nats per masked token")
+    right.errorbar([c.length for c in contexts], [c.loss for c in contexts], [c.error for c in contexts], marker="o")
+    right.set_xscale("log", base=2)
+    right.set_xlabel("context length, the same tokens")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    kind = path.suffix.removeprefix(".") or "png"
+    write_with(path, partial(figure.savefig, format=kind, dpi=120))
+
+
+class _RowMeans:
+    """Losses by row and position; rows are independent, the tokens of one are not: errors go by rows."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        self._losses = np.full((rows, length), np.nan, dtype=np.float32)
+
+    def add(self, row: int, positions: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
+        self._losses[row, positions] = losses
+
+    def mean(self, start: int, stop: int) -> dict[str, Any]:
+        part = self._losses[:, start:stop].astype(np.float64)
+        counts = (~np.isnan(part)).sum(axis=1)
+        sums = np.nansum(part, axis=1)
+        if not counts.sum():
+            raise InputError(f"no token of the positions {start} to {stop - 1} is masked: read more rows")
+        mean = sums.sum() / counts.sum()
+        # of a ratio of sums over rows (the delta method)
+        residuals = sums - mean * counts
+        rows = len(counts)
+        error = math.sqrt(rows / max(1, rows - 1) * np.sum(residuals**2)) / counts.sum()
+        return {"loss": float(mean), "error": float(error), "tokens": int(counts.sum())}
+
+
+def _windows(row: MicroBatch, context: int, *, cls_id: int, sep_id: int, shortest: int) -> MicroBatch:
+    """The row as windows of `context` tokens, each between [CLS] and [SEP] like every text the model was trained on.
+
+    These two take the place of tokens; what they replace at the shortest context is predicted at none.
+    """
+    length = len(row.input_ids)
+    input_ids = row.input_ids.copy()
+    input_ids[::context], input_ids[context - 1 :: context] = cls_id, sep_id
+    place = row.masked_positions % shortest
+    kept = (place != 0) & (place != shortest - 1)
+    return replace(
+        row,
+        input_ids=input_ids,
+        position_ids=np.arange(length) % context,
+        cu_seqlens=np.arange(0, length + 1, context, dtype=np.int32),
+        max_seqlen=context,
+        masked_positions=row.masked_positions[kept],
+        labels=row.labels[kept],
+        num_sequences=length // context,
+    )
+
+
+def _load(model: str, corpus: TokenCorpus, max_length: int) -> Any:
+    register_packed_attention()
+    network = load_model(resolve_checkpoint(model), task="fill-mask", attn_implementation=PACKED_ATTENTION)
+    config = network.config
+    if config.max_position_embeddings < max_length:
+        raise ConfigError(f"{model} has {config.max_position_embeddings} positions, not {max_length}: use --max-length")
+    if not corpus.vocab.size <= config.vocab_size or corpus.vocab.pad_id != config.pad_token_id:
+        raise ConfigError(
+            f"{corpus.folder} has a vocabulary of {corpus.vocab.size} and padding id {corpus.vocab.pad_id}; {model} "
+            f"has {config.vocab_size} and {config.pad_token_id}: prepare the corpus with the model's tokenizer"
+        )
+    return network
+
+
+def _full_chunks(corpus: TokenCorpus, max_length: int, seed: int) -> ChunkIndex:
+    longest = int(corpus.lengths.max()) + NUM_SPECIAL
+    if longest < max_length:
+        raise InputError(f"the longest document of {corpus.folder} has {longest} tokens, not {max_length}")
+    full_only = Resampling(short_threshold=max_length, keep_prob=0.0)
+    return ChunkIndex(corpus, max_length=max_length, resampling=full_only, seed=seed)
+
+
+def _default_contexts(max_length: int) -> set[int]:
+    halves = {max_length >> i for i in range(max_length.bit_length()) if max_length % (1 << i) == 0}
+    return {length for length in halves if length >= _SHORTEST_CONTEXT} | {max_length}
+
+
+def _require_divisors(max_length: int, contexts: Sequence[int], buckets: int) -> None:
+    odd = [context for context in contexts if context < 3 or max_length % context or context % contexts[0]]
+    if odd or buckets < 1 or max_length % buckets:
+        raise InputError(
+            f"max_length {max_length}, contexts {list(contexts)}, {buckets} buckets: expected contexts of 3 or more "
+            "tokens that divide max_length, and are multiples of the shortest, and a number of buckets that divides it"
+        )
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gte-train extrapolate`."""
+    parser.add_argument("model", help="masked-LM checkpoint: folder, preset name or hub id")
+    parser.add_argument("--data", type=Path, required=True, help="corpus folder, best one held out from training")
+    parser.add_argument(
+        "-o", "--output", type=Path, help=f"folder for {RESULT_FILE} and {PLOT_FILE} (default: print only)"
+    )
+    parser.add_argument("--max-length", type=int, default=8192, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", metavar="N", help="window lengths (default: powers of two from 128)"
+    )
+    parser.add_argument("--buckets", type=int, default=16, metavar="N", help="of positions (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="texts to read (default: %(default)s)")
+    parser.add_argument("--mask-probability", type=float, default=0.3, metavar="P", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and write the result and the plot."""
+    result = extrapolate(
+        args.model,
+        data=args.data,
+        max_length=args.max_length,
+        contexts=args.contexts,
+        buckets=args.buckets,
+        rows=args.rows,
+        masking=Masking(probability=args.mask_probability, mask_share=1.0, random_share=0.0),
+        seed=args.seed,
+        device=args.device,
+        progress=True,
+    )
+    text = json.dumps(result.to_dict(), indent=2)
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_text(args.output / RESULT_FILE, text + "\n")
+        plot(result, args.output / PLOT_FILE)
+    print(text if args.json else table(result))
+    return OK

@@ -1,0 +1,509 @@
+"""Fine-tune and score a checkpoint on the eight GLUE tasks, by the protocol of the published averages.
+
+Our checkpoints, of either layout, and every other encoder that transformers knows by itself (RoBERTa, XLM-R,
+nomic-bert) go through the same code. A finished task is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    GteForSequenceClassification,
+    PreTrainedModel,
+    get_linear_schedule_with_warmup,
+)
+
+from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
+from gte_deploy.exit_codes import OK
+from gte_deploy.files import sha256_file, write_text, write_with
+from gte_deploy.models import resolve_checkpoint
+from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.config import read_json
+from gte_deploy.training.glue_tasks import PUBLISHED_AVERAGES, TASKS, Examples, Task, in_order, load_split
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILE = "glue.json"
+_OUR_MODEL_TYPES = ("new", "gte")
+_EVALUATION_BATCH = 128
+_TOKENIZED_AT_ONCE = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a task is fine-tuned. Lengths in tokens, batches in examples; the score is that after the last epoch.
+
+    Published: length, batch, learning rate, epochs, warm-up. Not published, and taken from transformers' own defaults:
+    a linear schedule, no weight decay, gradients clipped at 1.
+    """
+
+    max_length: int = 128
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
+            raise InputError(
+                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
+                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
+            )
+
+
+def glue(
+    model: str,
+    *,
+    output: Path,
+    data: Path | None = None,
+    tasks: Iterable[str] = TASKS,
+    seeds: Sequence[int] = (0,),
+    protocol: Protocol = Protocol(),  # noqa: B008 - frozen
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune on each task with each seed, and write `output`/glue.json.
+
+    Args:
+        model: checkpoint folder, preset name or hub id.
+        output: folder for one result per task and seed, which later calls do not compute again, and for the MNLI
+            checkpoint of each seed, which RTE, MRPC and STS-B start from.
+        data: see `load_split`; None reads the hub.
+        tasks: names; MNLI joins where a task starts from it.
+        seeds: of the new head, dropout and the order of examples.
+        protocol: the published one by default.
+        device: "cuda" or "cpu"; None takes a GPU where there is one.
+        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU.
+        progress: show bars on stderr.
+
+    Returns:
+        What glue.json holds: scores in percent by task and seed, and the averages; see `summarize`.
+
+    Raises:
+        CheckpointError: the model does not load strictly, or has no tokenizer.json.
+        InputError: the data are missing or wrong, or `output` holds results of another model or protocol.
+        NonFiniteError: a fine-tuned model gives NaN.
+    """
+    folder = resolve_checkpoint(model)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = {
+        "model": model,
+        "checkpoint": _checkpoint_hash(folder),
+        "data": "hub" if data is None else str(data.resolve()),
+        "protocol": dataclasses.asdict(protocol),
+        "dtype": dtype or ("bfloat16" if place.type == "cuda" else "float32"),
+    }
+    ordered = in_order(tasks)
+    results = []
+    for seed in seeds:
+        trainer = _Trainer(folder, output / f"seed-{seed}", data, protocol, seed, place, settings, progress)
+        results += [trainer.result(task) for task in ordered]
+    summary = {**settings, **summarize(results)}
+    write_text(output / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores by task and seed, their mean over the seeds, and per seed the average of the eight tasks.
+
+    `average` is None unless all eight were run: an average of fewer compares with nothing.
+    """
+    scores: dict[str, dict[int, float]] = {}
+    for result in results:
+        scores.setdefault(result["task"], {})[result["seed"]] = result["score"]
+    seeds = list(dict.fromkeys(result["seed"] for result in results))
+    averages = {s: statistics.fmean(scores[t][s] for t in scores) for s in seeds} if len(scores) == len(TASKS) else {}
+    return {
+        "scores": {task: {"mean": statistics.fmean(by.values()), "by_seed": by} for task, by in scores.items()},
+        "average": statistics.fmean(averages.values()) if averages else None,
+        "average_by_seed": averages,
+        "published_averages": PUBLISHED_AVERAGES,
+        "results": list(results),
+    }
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The scores beside the published averages, for a person."""
+    rows = []
+    for name, task in TASKS.items():
+        if name in summary["scores"]:
+            score = summary["scores"][name]
+            rows.append((task.folder, task.metric, score["mean"], list(score["by_seed"].values())))
+    if summary["average"] is not None:
+        rows.append(("average", "of eight", summary["average"], list(summary["average_by_seed"].values())))
+    lines = [f"{'task':<10} {'metric':<13} {'score':>6}  by seed"]
+    for label, metric, mean, by_seed in rows:
+        spread = f"  (deviation {statistics.stdev(by_seed):.2f})" if len(by_seed) > 1 else ""
+        lines.append(f"{label:<10} {metric:<13} {mean:>6.2f}  {' '.join(f'{x:.2f}' for x in by_seed)}{spread}")
+    lines.append("")
+    lines.append(f"{'published averages':<34} {'average':>7}")
+    lines += [f"{name:<34} {average:>7.2f}" for name, average in summary["published_averages"].items()]
+    ours = "needs all eight tasks" if summary["average"] is None else f"{summary['average']:>7.2f}"
+    lines.append(f"{'this run: ' + str(summary['model'])[-24:]:<34} {ours}")
+    if summary["protocol"] != dataclasses.asdict(Protocol()):
+        lines.append("this run did not follow the published protocol: the averages do not compare")
+    return "\n".join(lines)
+
+
+# --- one task -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """The tasks of one seed; `folder` is the checkpoint's, `output` that of this seed."""
+
+    folder: Path
+    output: Path
+    data: Path | None
+    protocol: Protocol
+    seed: int
+    device: torch.device
+    settings: Mapping[str, Any]
+    progress: bool
+
+    def result(self, task: Task) -> dict[str, Any]:
+        """The result of a task, computed unless a file holds it."""
+        file = self.output / f"{task.name}.json"
+        if file.is_file():
+            result = _read_result(file)
+            self._require_same_settings(file, result)
+            if any(other.starts_from == task.name for other in TASKS.values()) and not self._weights(task).is_file():
+                raise InputError(f"{self._weights(task)} is gone; remove {file} to fine-tune it again")
+            logger.info("%s, seed %d: %.2f from %s", task.folder, self.seed, result["score"], file)
+            return result
+        self.output.mkdir(parents=True, exist_ok=True)
+        result = self._run(task)
+        write_text(file, json.dumps(result, indent=2) + "\n")
+        logger.info("%s, seed %d: %s %.2f", task.folder, self.seed, task.metric, result["score"])
+        return result
+
+    def _run(self, task: Task) -> dict[str, Any]:
+        started = time.monotonic()
+        train, dev = (load_split(task, split, data=self.data) for split in ("train", "dev"))
+        model: Any = load_classifier(self.folder, num_labels=task.num_labels, seed=self.seed)
+        if task.starts_from is not None:
+            start_from(model, load_file(self._weights(TASKS[task.starts_from])))
+        encode = partial(Encoded.of, folder=self.folder, model=model, max_length=self.protocol.max_length)
+        bfloat16 = self.settings["dtype"] == "bfloat16"
+        model.to(self.device)
+        fine_tune(
+            model,
+            encode(train),
+            protocol=self.protocol,
+            seed=self.seed,
+            bfloat16=bfloat16,
+            progress=f"{task.folder}, seed {self.seed}" if self.progress else None,
+        )
+        outputs = predict(model, encode(dev), bfloat16=bfloat16)
+        if not np.isfinite(outputs).all():
+            raise NonFiniteError(f"{task.folder}, seed {self.seed}: the fine-tuned model gives NaN; lower the rate")
+        predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
+        if any(other.starts_from == task.name for other in TASKS.values()):
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+            write_with(self._weights(task), lambda aside: save_file(tensors, aside))
+        return {
+            "task": task.name,
+            "seed": self.seed,
+            "metric": task.metric,
+            "score": task.score(predictions, dev.labels),
+            "train_examples": len(train),
+            "dev_examples": len(dev),
+            "seconds": round(time.monotonic() - started, 1),
+            "settings": dict(self.settings),
+        }
+
+    def _weights(self, task: Task) -> Path:
+        return self.output / f"{task.name}.safetensors"
+
+    def _require_same_settings(self, file: Path, result: Mapping[str, Any]) -> None:
+        before = result["settings"]
+        changed = [key for key, value in self.settings.items() if key != "model" and before.get(key) != value]
+        if changed:
+            raise InputError(
+                f"{file} was made with other settings ({', '.join(changed)}); use the same, or another output folder"
+            )
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text("utf-8"))
+        return {**result, "score": float(result["score"]), "settings": dict(result["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a result of this command ({error!r}); remove it") from error
+
+
+def _checkpoint_hash(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no checkpoint")
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return "+".join(sha256_file(file)[:16] for file in files)
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def load_classifier(folder: Path, *, num_labels: int, seed: int) -> PreTrainedModel:
+    """A sequence classifier, float32 on the CPU, with a new head over the checkpoint's encoder.
+
+    Every weight of the encoder comes from the checkpoint, or nothing is returned; only the head (and a pooler that the
+    checkpoint does not have) is new, from `seed`.
+
+    Raises:
+        CheckpointError: the weights do not fit, or transformers does not know the architecture by itself.
+        ConfigError: a config of ours that cannot be honoured.
+    """
+    torch.manual_seed(seed)
+    if read_json(folder / "config.json").get("model_type") in _OUR_MODEL_TYPES:
+        return _our_classifier(folder, num_labels)
+    return _other_classifier(folder, num_labels)
+
+
+def _our_classifier(folder: Path, num_labels: int) -> PreTrainedModel:
+    encoder = load_model(folder, task="embed")
+    config = encoder.config
+    config.num_labels = num_labels
+    model = GteForSequenceClassification._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    missing, unexpected = model.gte.load_state_dict(encoder.state_dict(), strict=False)
+    left = [name for name in missing if not name.startswith("pooler.")] + unexpected
+    if left:
+        raise CheckpointError(f"{folder} does not fit GteForSequenceClassification; differing: {', '.join(left[:5])}")
+    return model
+
+
+def _other_classifier(folder: Path, num_labels: int) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=num_labels,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:  # what transformers raises for files, configs and unknown architectures
+        raise CheckpointError(
+            f"transformers cannot load {folder} by itself as a sequence classifier ({error}). It needs a known "
+            "model_type and safetensors weights; remote code is never run"
+        ) from error
+    # transformers only warns of weights that it made up: a score of a half-loaded encoder would look like a result.
+    prefix = f"{model.base_model_prefix}."
+    invented = [name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in f".{name}"]
+    invented += [str(item) for item in info["mismatched_keys"]]
+    if invented:
+        raise CheckpointError(f"{folder} does not fill the encoder; missing: {', '.join(sorted(invented)[:5])}")
+    return model
+
+
+def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put the weights of a classifier with another number of labels into `model`; its last layer stays new.
+
+    Raises:
+        CheckpointError: they differ in more than the layer that has a row per label.
+    """
+    own = model.state_dict()
+    odd = sorted(own.keys() ^ tensors.keys())
+    new = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    odd += [name for name in new if own[name].shape != (model.num_labels, *tensors[name].shape[1:])]
+    if odd:
+        raise CheckpointError(f"the checkpoint to start from does not fit; differing: {', '.join(odd[:5])}")
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in new}, strict=False)
+
+
+# --- examples as tokens ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N examples as tokens, laid end to end: a list of small arrays would take ten times the memory.
+
+    `type_ids` is None for models that know one type of token.
+    """
+
+    input_ids: NDArray[np.int32]  # [T]
+    type_ids: NDArray[np.int8] | None  # [T]
+    ends: NDArray[np.int64]  # [N + 1]
+    labels: NDArray  # [N] int64 or float32
+    pad_id: int
+
+    @classmethod
+    def of(cls, examples: Examples, *, folder: Path, model: PreTrainedModel, max_length: int) -> Encoded:
+        """Tokenise with the checkpoint's tokenizer.json; of two texts the longer one is cut first.
+
+        Raises:
+            CheckpointError: there is no tokenizer.json.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json; write one with AutoTokenizer.save_pretrained")
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length, strategy="longest_first")
+        ids, types, lengths = [], [], []
+        for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
+            texts = examples.texts[start : start + _TOKENIZED_AT_ONCE]
+            for encoding in tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in texts]):
+                ids.append(np.array(encoding.ids, dtype=np.int32))
+                types.append(np.array(encoding.type_ids, dtype=np.int8))
+                lengths.append(len(encoding.ids))
+        return cls(
+            input_ids=np.concatenate(ids),
+            type_ids=np.concatenate(types) if getattr(model.config, "type_vocab_size", 0) > 1 else None,
+            ends=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            labels=examples.labels,
+            pad_id=model.config.pad_token_id or 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, members: NDArray[np.int64], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs [B, S], padded to the longest of the batch, and labels [B]."""
+        starts, lengths = self.ends[members], self.ends[members + 1] - self.ends[members]
+        places = np.arange(int(lengths.max()))
+        mask = places < lengths[:, None]
+        source = np.where(mask, starts[:, None] + places, 0)
+        inputs = {
+            "input_ids": np.where(mask, self.input_ids[source], self.pad_id).astype(np.int64),
+            "attention_mask": mask.astype(np.int64),
+        }
+        if self.type_ids is not None:
+            inputs["token_type_ids"] = np.where(mask, self.type_ids[source], 0).astype(np.int64)
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        return tensors, torch.from_numpy(self.labels[members]).to(device)
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------------------------
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    train: Encoded,
+    *,
+    protocol: Protocol,
+    seed: int,
+    bfloat16: bool = False,
+    progress: str | None = None,
+) -> None:
+    """Fine-tune in place on the model's device: AdamW, linear warm-up and decay, each epoch in an order of its own."""
+    device = model.device
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay, fused=device.type == "cuda"
+    )
+    steps = protocol.epochs * math.ceil(len(train) / protocol.batch_size)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(protocol.warmup_ratio * steps), steps)
+    torch.manual_seed(seed)
+    model.train()
+    with tqdm(total=steps, desc=progress, disable=progress is None, file=sys.stderr, unit="step") as bar:
+        for members in _order(len(train), protocol, seed):
+            inputs, labels = train.batch(members, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                logits = model(**inputs).logits.float()
+            loss = _loss(logits, labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.update()
+            if bar.n % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+@torch.inference_mode()
+def predict(model: PreTrainedModel, data: Encoded, *, bfloat16: bool = False) -> NDArray[np.float32]:
+    """The classifier's outputs [N, labels]; examples of like length share a batch."""
+    model.eval()
+    order = np.argsort(np.diff(data.ends), kind="stable")
+    rows = []
+    for start in range(0, len(order), _EVALUATION_BATCH):
+        inputs, _ = data.batch(order[start : start + _EVALUATION_BATCH], model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+            rows.append(model(**inputs).logits.float().cpu().numpy())
+    outputs = np.concatenate(rows)
+    back = np.empty_like(outputs)
+    back[order] = outputs
+    return back
+
+
+def _order(size: int, protocol: Protocol, seed: int) -> Iterator[NDArray[np.int64]]:
+    generator = np.random.default_rng(seed)
+    for _ in range(protocol.epochs):
+        order = generator.permutation(size)
+        yield from np.split(order, range(protocol.batch_size, size, protocol.batch_size))
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over classes [B], or squared error for a regression's float labels."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0], labels)
+    return F.cross_entropy(logits, labels)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gte-train glue`."""
+    published = Protocol()
+    parser.add_argument("model", help="checkpoint folder, preset name or hub id; also RoBERTa, XLM-R, nomic-bert …")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results; finished tasks stay")
+    parser.add_argument(
+        "--data", type=Path, help="folder with a folder per task (.tsv, .jsonl, .parquet); default: the hub"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each (default: 0)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
+    for name in ("max_length", "batch_size", "learning_rate", "epochs"):
+        value = getattr(published, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(value), default=value, help="published: %(default)s"
+        )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the tasks and print the table."""
+    summary = glue(
+        args.model,
+        output=args.output,
+        data=args.data,
+        tasks=args.tasks,
+        seeds=list(dict.fromkeys(args.seeds)),
+        protocol=Protocol(
+            max_length=args.max_length,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            epochs=args.epochs,
+        ),
+        device=args.device,
+        dtype=args.dtype,
+        progress=True,
+    )
+    print(json.dumps(summary, indent=2) if args.json else table(summary))
+    return OK

@@ -1,0 +1,332 @@
+"""The eight GLUE tasks: columns and files as published, classes, metrics, and which start from the MNLI checkpoint.
+
+WNLI is left out, as in the published table. Metrics are in percent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.errors import InputError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+HUB_DATASET = "nyu-mll/glue"
+
+# Averages over the eight tasks (mGTE, arXiv 2407.19669, and the model cards); the scores by task are not known to us.
+PUBLISHED_AVERAGES = {
+    "gte-en-mlm-base": 85.61,
+    "gte-en-mlm-large": 87.58,
+    "gte-multilingual-mlm-base": 83.47,
+}
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def accuracy(predictions: NDArray, labels: NDArray) -> float:
+    """Share of equal classes, in percent."""
+    return 100 * float(np.mean(predictions == labels))
+
+
+def f1(predictions: NDArray, labels: NDArray) -> float:
+    """F1 of class 1, in percent; 0 where there is no true positive."""
+    both = np.sum((predictions == 1) & (labels == 1))
+    return 100 * float(2 * both / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
+
+
+def matthews(predictions: NDArray, labels: NDArray) -> float:
+    """Matthews' correlation of two classes, in percent; 0 where either side knows one class only."""
+    return 100 * _correlation(predictions.astype(np.float64), labels.astype(np.float64))  # phi is Pearson of 0 and 1
+
+
+def spearman(predictions: NDArray, labels: NDArray) -> float:
+    """Spearman's rank correlation, ties at their mean rank, in percent; 0 where either side is constant."""
+    return 100 * _correlation(_mean_ranks(predictions), _mean_ranks(labels))
+
+
+def _correlation(a: NDArray, b: NDArray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = np.sqrt(np.sum(a * a) * np.sum(b * b))
+    return float(np.sum(a * b) / scale) if scale > 0 else 0.0
+
+
+def _mean_ranks(values: NDArray) -> NDArray[np.float64]:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((2 * last - counts - 1) / 2)[places]
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task.
+
+    Args:
+        name: as on the hub.
+        folder: as in the published archives.
+        columns: alternatives of (text, [second text,] label): the archive's, the hub's.
+        classes: names in the order of the hub's label ids; empty for a regression.
+        metric: its name in the table.
+        score: predictions and labels [N] to percent.
+        dev: stem of the development split, in the archive and on the hub.
+        starts_from: the task whose fine-tuned encoder this one starts from.
+    """
+
+    name: str
+    folder: str
+    columns: tuple[tuple[str, ...], ...]
+    classes: tuple[str, ...]
+    metric: str
+    score: Callable[[NDArray, NDArray], float]
+    dev: tuple[str, str] = ("dev", "validation")
+    starts_from: str | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the classifier; one for a regression."""
+        return len(self.classes) or 1
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.classes
+
+
+_BINARY = ("0", "1")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="cola",
+            folder="CoLA",
+            columns=(("sentence", "label"),),
+            classes=_BINARY,
+            metric="Matthews",
+            score=matthews,
+        ),
+        Task(
+            name="sst2",
+            folder="SST-2",
+            columns=(("sentence", "label"),),
+            classes=_BINARY,
+            metric="accuracy",
+            score=accuracy,
+        ),
+        Task(
+            name="mnli",
+            folder="MNLI",
+            columns=(("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label")),
+            classes=("entailment", "neutral", "contradiction"),
+            metric="accuracy (m)",
+            score=accuracy,
+            dev=("dev_matched", "validation_matched"),
+        ),
+        Task(
+            name="mrpc",
+            folder="MRPC",
+            columns=(("#1 String", "#2 String", "Quality"), ("sentence1", "sentence2", "label")),
+            classes=_BINARY,
+            metric="F1",
+            score=f1,
+            starts_from="mnli",
+        ),
+        Task(
+            name="stsb",
+            folder="STS-B",
+            columns=(("sentence1", "sentence2", "score"), ("sentence1", "sentence2", "label")),
+            classes=(),
+            metric="Spearman",
+            score=spearman,
+            starts_from="mnli",
+        ),
+        Task(
+            name="qqp",
+            folder="QQP",
+            columns=(("question1", "question2", "is_duplicate"), ("question1", "question2", "label")),
+            classes=_BINARY,
+            metric="F1",
+            score=f1,
+        ),
+        Task(
+            name="qnli",
+            folder="QNLI",
+            columns=(("question", "sentence", "label"),),
+            classes=_ENTAILMENT,
+            metric="accuracy",
+            score=accuracy,
+        ),
+        Task(
+            name="rte",
+            folder="RTE",
+            columns=(("sentence1", "sentence2", "label"),),
+            classes=_ENTAILMENT,
+            metric="accuracy",
+            score=accuracy,
+            starts_from="mnli",
+        ),
+    )
+}
+# The archive's CoLA files have no header.
+_COLA_COLUMNS = ("source", "label", "mark", "sentence")
+
+
+def in_order(names: Iterable[str]) -> list[Task]:
+    """The tasks of these names, and those they start from, each after the one it starts from.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    wanted = set(names)
+    if unknown := sorted(wanted - TASKS.keys()):
+        raise InputError(f"unknown GLUE tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    wanted |= {start for name in wanted if (start := TASKS[name].starts_from) is not None}
+    return [task for task in TASKS.values() if task.name in wanted]
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N labelled examples: `texts` [N] of one or two texts each, `labels` [N] int64, or float32 for a regression."""
+
+    texts: list[tuple[str, ...]]
+    labels: NDArray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def load_split(task: Task, split: str, *, data: Path | None) -> Examples:
+    """Read the "train" or the "dev" split of a task.
+
+    Args:
+        task: one of TASKS.
+        split: which.
+        data: folder that holds one folder per task, named as in the archives or as on the hub, with `train` and `dev`
+            (or `validation`; MNLI: `dev_matched`) as .tsv, .jsonl or .parquet; None takes `nyu-mll/glue` from the hub.
+
+    Raises:
+        InputError: a folder, file or column is missing, or a label is not one of the task's.
+        MissingDependencyError: `datasets` or `pyarrow` is not installed.
+    """
+    stems = ("train",) if split == "train" else task.dev
+    rows, where = _rows_of_hub(task, stems[-1]) if data is None else _rows_of_folder(task, stems, data)
+    texts, labels, skipped = [], [], 0
+    columns: tuple[str, ...] | None = None
+    for number, row in enumerate(rows, start=1):
+        columns = columns or _choose_columns(task, row, where)
+        values = [row.get(column) for column in columns]
+        if any(value is None for value in values):  # QQP's archive has a few broken lines
+            skipped += 1
+            continue
+        texts.append(tuple(str(value) for value in values[:-1]))
+        labels.append(_label(task, values[-1], f"{where}, row {number}"))
+    if skipped:
+        logger.warning("%s: %d rows with missing columns are left out", where, skipped)
+    if not texts:
+        raise InputError(f"{where} holds no example")
+    return Examples(texts, np.array(labels, dtype=np.float32 if task.is_regression else np.int64))
+
+
+def _choose_columns(task: Task, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    for columns in task.columns:
+        if set(columns) <= row.keys():
+            return columns
+    expected = " or ".join(", ".join(columns) for columns in task.columns)
+    raise InputError(f"{where} has the columns {', '.join(row)}; expected {expected}")
+
+
+def _label(task: Task, value: Any, where: str) -> float | int:
+    if task.is_regression:
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not 0 <= number <= 5:
+            raise InputError(f"{where}: the score is {value!r}; expected 0 to 5")
+        return number
+    text = str(value)
+    if text in task.classes:
+        return task.classes.index(text)
+    if text.isdecimal() and int(text) < len(task.classes):
+        return int(text)
+    raise InputError(f"{where}: the label is {value!r}; expected one of {', '.join(task.classes)}, or its number")
+
+
+def _rows_of_hub(task: Task, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingDependencyError("datasets", "train") from error
+    return load_dataset(HUB_DATASET, task.name, split=split), f"{HUB_DATASET} {task.name} {split}"
+
+
+def _rows_of_folder(task: Task, stems: Sequence[str], data: Path) -> tuple[Iterator[Mapping[str, Any]], str]:
+    folder = _task_folder(task, data)
+    for stem in stems:
+        for suffix, read in _READERS.items():
+            exact = folder / f"{stem}{suffix}"
+            # The hub's Parquet files are called train-00000-of-00001.parquet.
+            files = [exact] if exact.is_file() else sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
+            if files:
+                return (row for file in files for row in read(file, task)), str(files[0])
+    names = " or ".join(f"{stem}{suffix}" for stem in stems for suffix in _READERS)
+    raise InputError(f"{folder} has no {names}")
+
+
+def _task_folder(task: Task, data: Path) -> Path:
+    for name in (task.folder, task.name, task.folder.lower()):
+        if (data / name).is_dir():
+            return data / name
+    raise InputError(f"{data} has no folder {task.folder} (or {task.name}); leave --data out to read the hub")
+
+
+def _read_tsv(file: Path, task: Task) -> Iterator[dict[str, str | None]]:
+    # The archives quote nothing, and their texts hold quotation marks and line separators of Unicode.
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        rows = (line.rstrip("\r\n").split("\t") for line in lines)
+        header: Sequence[str] = _COLA_COLUMNS if task.name == "cola" else next(rows, [])
+        for values in rows:
+            yield {name: values[i] if i < len(values) else None for i, name in enumerate(header)}
+
+
+def _read_jsonl(file: Path, task: Task) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{file}, line {number}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{file}, line {number}: expected an object")
+            yield row
+
+
+def _read_parquet(file: Path, task: Task) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingDependencyError("pyarrow", "train") from error
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches():
+            yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path, Task], Iterator[Mapping[str, Any]]]] = {
+    ".tsv": _read_tsv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,197 @@
+"""What a run tells: a JSON-lines log, TensorBoard, a progress line, and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from gte_deploy.errors import MissingDependencyError
+from gte_deploy.files import write_text, write_with
+
+LOG_FILE = "log.jsonl"
+PLOT_FILE = "training.png"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step, one line of the log. `step` counts in the stage from 1, `total_step` over all stages.
+
+    `loss` is in nats per masked token of the whole step; `tokens_per_second` and `peak_share` (None where the device's
+    peak is unknown) are means since the record before last was flushed.
+    """
+
+    stage: str
+    stage_index: int
+    step: int
+    total_step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    masked_tokens: int
+    total_tokens: int
+    tokens_per_second: float
+    peak_share: float | None
+    seconds: float
+
+
+class RunLog:
+    """Writes the records of a run; one process only. Use it as a context manager, or call `close`.
+
+    Raises:
+        MissingDependencyError: `tensorboard` is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, *, progress: TextIO | None = None, tensorboard: bool = True) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._progress = progress
+        self._rewrites = progress is not None and progress.isatty()
+        self._tensorboard = tensorboard
+        self._file: TextIO | None = None
+        self._writer: Any = None
+
+    def start(self, *, total_step: int) -> None:
+        """Open the log for a run that has done `total_step` steps; records beyond, from before a kill, are dropped."""
+        path = self.folder / LOG_FILE
+        kept = [record for record in read_log(path) if record["total_step"] <= total_step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+        if self._tensorboard:
+            self._writer = _summary_writer(self.folder / TENSORBOARD_FOLDER, purge_step=total_step + 1)
+
+    def write(self, records: Iterable[StepRecord]) -> None:
+        """Append records to the log and to TensorBoard."""
+        assert self._file is not None  # start comes first
+        for record in records:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+            if self._writer is not None:
+                for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "peak_share"):
+                    if (value := getattr(record, name)) is not None:
+                        self._writer.add_scalar(name, value, record.total_step)
+        self._file.flush()
+
+    def progress(self, record: StepRecord, *, stage_steps: int, seconds_left: float) -> None:
+        """Show where the run stands; on a terminal the line is written over."""
+        if self._progress is None:
+            return
+        peak = "" if record.peak_share is None else f"  {record.peak_share:.0%} of peak"
+        line = (
+            f"{record.stage} {record.step}/{stage_steps}  loss {record.loss:.4f}  "
+            f"{record.tokens_per_second:,.0f} tokens/s{peak}  stage ends in {format_seconds(seconds_left)}"
+        )
+        if self._rewrites:
+            line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        self._progress.write(line if self._rewrites and record.step < stage_steps else line + "\n")
+        self._progress.flush()
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        for file in (self._file, self._writer):
+            if file is not None:
+                file.close()
+        self._file = self._writer = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Meter:
+    """Speed since the last reading: tokens, FLOPs and wall time."""
+
+    def __init__(self, *, peak_flops: float | None) -> None:
+        """`peak_flops`: FLOP/s of all devices together."""
+        self._peak_flops = peak_flops
+        self._started = time.monotonic()
+        self._tokens = self._flops = 0.0
+        self._steps = 0
+
+    def add(self, *, tokens: int, flops: float) -> None:
+        """Count one step."""
+        self._tokens += tokens
+        self._flops += flops
+        self._steps += 1
+
+    def read(self) -> tuple[float, float | None, float]:
+        """(tokens/s, share of peak, seconds per step) since the last call, and start anew."""
+        now = time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        share = None if self._peak_flops is None else self._flops / seconds / self._peak_flops
+        result = self._tokens / seconds, share, seconds / max(1, self._steps)
+        self._started, self._tokens, self._flops, self._steps = now, 0.0, 0.0, 0
+        return result
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw loss, learning rate and speed of `folder`'s log over the steps, stages apart, into training.png.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("matplotlib", "train") from error
+    records = read_log(folder / LOG_FILE)
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    for axes, (name, label) in zip(panels, _PANELS.items(), strict=True):
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        for stage in dict.fromkeys(record["stage"] for record in records):
+            mine = [record for record in records if record["stage"] == stage]
+            axes.plot([record["total_step"] for record in mine], [record[name] for record in mine], label=stage)
+    panels[-1].set_xlabel("optimizer step")
+    if records:
+        panels[0].legend()
+    path = folder / PLOT_FILE
+    write_with(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    return path
+
+
+_PANELS = {
+    "loss": "loss, nats per masked token",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens/s",
+}
+
+
+def format_seconds(seconds: float) -> str:
+    """Days and a clock, as in 2d 03:04:05; "unknown" for what is not finite."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"
+
+
+def _summary_writer(folder: Path, *, purge_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError("tensorboard", "train") from error
+    return SummaryWriter(str(folder), purge_step=purge_step)

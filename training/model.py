@@ -1,0 +1,115 @@
+"""The model as training sees it: packed attention, vocabulary projection at masked positions only, and the loss."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GteConfig, GteForMaskedLM
+
+from gte_deploy.errors import ConfigError
+from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
+from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.config import build_config, read_config
+from gte_deploy.models.presets import PRESETS
+
+if TYPE_CHECKING:
+    from gte_deploy.training.packing import MicroBatch
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100  # of labels: static padding, not to be predicted
+
+
+class PackedMaskedLM(nn.Module):
+    """Sum of the masked-token cross-entropies of one packed micro-batch. T tokens, N sequences, M masked tokens."""
+
+    def __init__(self, model: GteForMaskedLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        masked_positions: Tensor,
+        labels: Tensor,
+    ) -> Tensor:
+        """Loss in nats, a scalar, summed and not averaged: only the caller knows how many tokens the step masks.
+
+        Args:
+            input_ids: `[T] int64`.
+            position_ids: `[T] int64`, from 0 in each sequence.
+            cu_seqlens: `[N + 1] int32`.
+            max_seqlen: a bound of the sequences' lengths.
+            masked_positions: `[M] int64`, places in the row. GteForMaskedLM would project all T tokens.
+            labels: `[M] int64`, the tokens to predict; -100 does not count.
+        """
+        hidden_states = self.model.gte(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        ).last_hidden_state[0]
+        logits = self.model.lm_head(hidden_states[masked_positions])
+        return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+def micro_batch_tensors(batch: MicroBatch, device: torch.device) -> dict[str, Tensor | int]:
+    """The arguments of `PackedMaskedLM.forward` on `device`; copied without waiting where the memory is pinned."""
+    arrays = {
+        name: torch.from_numpy(getattr(batch, name))
+        for name in ("input_ids", "position_ids", "cu_seqlens", "masked_positions", "labels")
+    }
+    if device.type == "cuda":
+        arrays = {name: array.pin_memory().to(device, non_blocking=True) for name, array in arrays.items()}
+    return {**arrays, "max_seqlen": int(batch.max_seqlen)}
+
+
+def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedLM:
+    """The model a run starts from: a preset or a bare config.json with random weights, or a checkpoint's weights.
+
+    Raises:
+        ConfigError: `source` is neither a preset nor a folder with a config.json.
+        CheckpointError: the weights do not fit.
+    """
+    if source in PRESETS:
+        config = build_config(source)
+    elif (Path(source) / "config.json").is_file():
+        config = read_config(source)
+    else:
+        raise ConfigError(
+            f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json"
+        )
+    model = build_model(config, rope_theta=rope_theta, seed=seed)
+    if any(Path(source).glob("*.safetensors*")):
+        logger.info("starting from the weights of %s", source)
+        model.load_state_dict(load_model(source, task="fill-mask", dtype=torch.float32).state_dict())
+    return model
+
+
+def build_model(config: GteConfig, *, rope_theta: float, seed: int = 0) -> GteForMaskedLM:
+    """A fresh float32 model with packed attention and a plain RoPE of base `rope_theta`.
+
+    A stage with another RoPE base needs this: transformers computes the frequencies when the model is built, keeps
+    them out of the state dict, and does not look at the config again.
+    """
+    register_packed_attention()
+    config = copy.deepcopy(config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
+    config.architectures = [GteForMaskedLM.__name__]
+    if config.attention_probs_dropout_prob:
+        raise ConfigError(
+            f"attention_probs_dropout_prob is {config.attention_probs_dropout_prob}; packed attention has no dropout: "
+            "set it to 0, as all published models do"
+        )
+    torch.manual_seed(seed)
+    model = GteForMaskedLM._from_config(config, attn_implementation=PACKED_ATTENTION, dtype=torch.float32)
+    return model.train()

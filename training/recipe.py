@@ -1,0 +1,322 @@
+"""A training recipe: stages and settings, read once from YAML into frozen dataclasses. An unknown key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from gte_deploy.errors import ConfigError, MissingDependencyError
+from gte_deploy.training.masking import Masking
+from gte_deploy.training.sampling import Resampling
+
+T = TypeVar("T")
+
+_SUFFIX = ".yaml"
+# Fields that change how a step is computed but not, up to rounding, what it computes: a resumed run may change them.
+EXECUTION_FIELDS = frozenset(
+    {
+        "tokens_per_micro_batch",
+        "dtype",
+        "gradient_checkpointing",
+        "compile",
+        "sharding",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. The defaults are the published values (mGTE, arXiv 2407.19669).
+
+    `weight_decay` is decoupled from the learning rate: at the peak a step multiplies a weight by 1 - weight_decay, and
+    the schedule scales that factor too (Composer's DecoupledAdamW). `clip_norm` null does not clip.
+    """
+
+    weight_decay: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        _require(self.eps > 0, "eps", self.eps, "more than 0")
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "more than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the pretraining. Lengths in tokens, `batch_size` in sequences over all ranks.
+
+    The default `resampling` keeps every text; `language_exponent` null takes languages as they come, else they are
+    drawn with q ∝ p^exponent.
+    `decay_ratio` is the share of the steps in which wsd and one_minus_sqrt come down; linear does not read it.
+    """
+
+    name: str
+    max_length: int
+    rope_theta: float
+    steps: int
+    batch_size: int
+    learning_rate: float
+    schedule: Literal["linear", "wsd", "one_minus_sqrt"] = "linear"
+    warmup_ratio: float = 0.06
+    decay_ratio: float = 0.1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    masking: Masking = field(default_factory=Masking)
+    resampling: Resampling = field(default_factory=Resampling)
+    language_exponent: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without slashes")
+        _require(self.max_length >= 3, "max_length", self.max_length, "3 or more tokens")
+        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0")
+        _require(self.steps >= 1, "steps", self.steps, "1 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more sequences")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        _require(0 < self.decay_ratio <= 1 - self.warmup_ratio, "decay_ratio", self.decay_ratio, "in (0, 1 - warm-up]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run.
+
+    Args:
+        name: what the run is called.
+        model: a preset's name (random weights), or a folder with a config.json; where it holds weights, they are
+            the start.
+        stages: in order; each starts from the weights of the one before, with a fresh optimizer.
+        seed: of weights, order of samples, masks and dropout.
+        tokens_per_micro_batch: tokens that go through the model at once, per rank; at least the longest `max_length`.
+        dtype: "bfloat16" computes in bfloat16 autocast over float32 weights.
+        gradient_checkpointing: keep only the layers' inputs and compute the rest again in the backward pass.
+        compile: torch.compile of each layer, over micro-batches padded to one static shape.
+        sharding: "ddp" holds the whole model on each rank, "fsdp" shards weights and optimizer (FSDP2).
+        checkpoint_every: steps between checkpoints; one is always written at a stage's end.
+        keep_checkpoints: how many of the newest to keep, besides those at a stage's end.
+        log_every: steps between progress lines and flushes of the log; the log has a line for every step.
+    """
+
+    name: str
+    model: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    tokens_per_micro_batch: int = 32768
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        _require(bool(names), "stages", names, "at least one")
+        _require(len(set(names)) == len(names), "stages", names, "names that differ")
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        longest = max(stage.max_length for stage in self.stages)
+        budget = self.tokens_per_micro_batch
+        _require(budget >= longest, "tokens_per_micro_batch", budget, f"at least the longest max_length, {longest}")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("gte_deploy.training") / "recipes"
+    return sorted(entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX))
+
+
+def load_recipe(source: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a YAML file, or one of `shipped_recipes()` by its name.
+
+    Args:
+        source: path or name.
+        overrides: "stages.0.steps=10"; the value is read as YAML.
+
+    Raises:
+        ConfigError: no such recipe, not YAML, an unknown or missing key, or a value out of range; named by its path.
+        MissingDependencyError: PyYAML is not installed.
+    """
+    raw = _parse_yaml(_read(source), str(source))
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return recipe_from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def recipe_from_dict(raw: object) -> Recipe:
+    """Build a recipe from plain mappings and lists, as YAML or JSON give them.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a wrong value; named by its path.
+    """
+    return _build(Recipe, raw, "")
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain mappings and lists; `recipe_from_dict` gives it back."""
+    return _plain(dataclasses.asdict(recipe))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every field spelt out."""
+    return _yaml().safe_dump(recipe_to_dict(recipe), sort_keys=False)
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Paths at which two dumped recipes differ, `EXECUTION_FIELDS` aside: what a resumed run may not change."""
+    return [path for path in _differences(old, new, "") if path not in EXECUTION_FIELDS]
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(key, old.get(key), new.get(key)) for key in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [path]
+    return [difference for key, a, b in pairs for difference in _differences(a, b, f"{path}.{key}".lstrip("."))]
+
+
+def _read(source: str | Path) -> str:
+    path = Path(source)
+    if str(source) in shipped_recipes() and not path.is_file():
+        return (resources.files("gte_deploy.training") / "recipes" / f"{source}{_SUFFIX}").read_text("utf-8")
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(shipped_recipes())
+        raise ConfigError(f"{source}: not a readable file ({error}), nor a shipped recipe ({names})") from error
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError("yaml", "train") from error
+    return yaml
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    yaml = _yaml()
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+
+
+def _apply_override(raw: Any, override: str) -> None:
+    """Set one value of the nested mappings and lists `raw`; the last key may be new, `_build` judges it."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} is not KEY.KEY=VALUE, as in stages.0.steps=10")
+    node = raw
+    for depth, key in enumerate(keys):
+        place: Any = key
+        if isinstance(node, list):
+            if not key.isdecimal() or int(key) >= len(node):
+                raise ConfigError(f"override {override!r}: {key!r} is not an index below {len(node)}")
+            place = int(key)
+        elif not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} has no fields")
+        if depth == len(keys) - 1:
+            node[place] = _parse_yaml(text, f"override {override!r}")
+        else:
+            node = node[place] if isinstance(node, list) else node.setdefault(place, {})
+
+
+def _build(cls: type[T], raw: object, path: str) -> T:
+    """A dataclass from a mapping, recursively by the fields' type hints."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path or 'the recipe'} is {raw!r}; expected keys and values")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in raw:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise ConfigError(f"unknown key {_join(path, key)!r}; {hint}")
+    required = dataclasses.MISSING
+    for name, f in known.items():
+        if name not in raw and f.default is required and f.default_factory is required:
+            raise ConfigError(f"missing key {_join(path, name)!r}")
+    values = {key: _convert(hints[key], value, _join(path, key)) for key, value in raw.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(_join(path, str(error))) from error
+    except ValueError as error:  # the data side's own checks
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint`: the few kinds that recipes hold."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, path)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)  # type: ignore[arg-type]
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    if origin is Literal:
+        return _checked(value in arguments, value, path, f"one of {', '.join(map(str, arguments))}")
+    if hint is float:
+        return _convert_float(value, path)
+    kinds = {int: "a whole number", str: "a text", bool: "true or false"}
+    return _checked(type(value) is hint, value, path, kinds[hint])
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path} is {value!r}; expected a list")
+    if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+        raise ConfigError(f"{path} has {len(value)} items; expected {len(arguments)}")
+    return tuple(_convert(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
+
+
+def _convert_float(value: Any, path: str) -> float:
+    # YAML 1.1 reads 2e-4, which has no dot, as a text.
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    return _checked(abs(number) < float("inf"), number, path, f"a finite number (received {value!r})")
+
+
+def _checked(condition: bool, value: Any, path: str, expected: str) -> Any:
+    _require(condition, path, value, expected)
+    return value
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a dumped recipe equals one that went through YAML or JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

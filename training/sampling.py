@@ -1,0 +1,320 @@
+"""Which chunk of which document stands at which place of a stage: pure functions of the seed and of indices.
+
+Nothing here has a state to save. The order is a keyed permutation computed per index, so that every rank, every number
+of workers and every resume sees the same samples by arithmetic alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gte_deploy.errors import InputError
+from gte_deploy.training.corpus import LengthHistogram, TokenCorpus
+
+NUM_SPECIAL = 2  # [CLS] and [SEP] of a chunk
+_FEISTEL_ROUNDS = 8
+_MIXTURE_BLOCK = 1 << 16  # samples in which every language has its exact share
+_DOCUMENT_BLOCK = 1 << 20  # documents looked at together: bounds the memory of an index over 10^8 documents
+
+_LOW_32 = np.uint64(0xFFFFFFFF)
+_SHIFT_32 = np.uint64(32)
+_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 10
+
+# One seed feeds several independent streams; the number is part of the key. Changing one changes every run.
+STREAM_RESAMPLE, STREAM_ORDER, STREAM_LANGUAGE, STREAM_MASK = 1, 2, 3, 4
+_FIRST_LANGUAGE_STREAM = 1 << 16
+
+Words = NDArray[np.uint64]
+
+
+# --- counter-based random numbers -----------------------------------------------------------------------------------
+
+
+def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> tuple[Words, ...]:
+    """Philox4x32-10: four 32-bit words, in uint64, per counter of four 32-bit words; counters broadcast.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. numpy's own Philox makes one stream
+    per object; here each token of a batch has its own counter, so that a whole batch is one vectorised call.
+    """
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(_PHILOX_ROUNDS):
+        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0 = (p1 >> _SHIFT_32) ^ c1 ^ np.uint64(k0)
+        c2 = (p0 >> _SHIFT_32) ^ c3 ^ np.uint64(k1)
+        c1, c3 = p1 & _LOW_32, p0 & _LOW_32
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & 0xFFFFFFFF, (k1 + _PHILOX_WEYL[1]) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def stream_key(seed: int, stream: int) -> tuple[int, int]:
+    """The Philox key of one stream of a seed.
+
+    Raises:
+        InputError: the seed is not in 0..2^64 - 1.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise InputError(f"seed {seed} is outside 0..2^64 - 1")
+    word0, word1, _, _ = philox4x32((stream, 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+    return int(word0), int(word1)
+
+
+def split_words(numbers: ArrayLike) -> tuple[Words, Words]:
+    """Low and high 32 bits of non-negative integers."""
+    wide = np.asarray(numbers).astype(np.uint64)
+    return wide & _LOW_32, wide >> _SHIFT_32
+
+
+def join_words(low: Words, high: Words) -> Words:
+    return low | (high << _SHIFT_32)
+
+
+# --- the order of a stage -------------------------------------------------------------------------------------------
+
+
+def permute(positions: ArrayLike, *, size: int, epochs: ArrayLike, key: tuple[int, int]) -> NDArray[np.int64]:
+    """Where a keyed permutation of 0..size-1 sends each position; every epoch has its own permutation.
+
+    A Feistel network over a grid just larger than `size`, whose few surplus cells are left by walking the cycle
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). O(1) per position, no table.
+    """
+    rows = math.isqrt(size - 1) + 1 if size > 1 else 1
+    grid = (np.uint64(rows), np.uint64(-(-size // rows)))
+    places = np.atleast_1d(np.asarray(positions)).astype(np.uint64)
+    epoch_words = np.broadcast_to(np.asarray(epochs, dtype=np.uint64), places.shape)
+    result = _feistel(places, epoch_words, grid, key)
+    while (outside := result >= np.uint64(size)).any():
+        result[outside] = _feistel(result[outside], epoch_words[outside], grid, key)
+    return result.astype(np.int64)
+
+
+def _feistel(places: Words, epochs: Words, grid: tuple[np.uint64, np.uint64], key: tuple[int, int]) -> Words:
+    left, right = places % grid[0], places // grid[0]
+    for number in range(0, _FEISTEL_ROUNDS, 2):
+        left = (left + _round_function(right, number, epochs, key) % grid[0]) % grid[0]
+        right = (right + _round_function(left, number + 1, epochs, key) % grid[1]) % grid[1]
+    return right * grid[0] + left
+
+
+def _round_function(half: Words, number: int, epochs: Words, key: tuple[int, int]) -> Words:
+    low, high, _, _ = philox4x32((half, number, *split_words(epochs)), key)
+    return join_words(low, high)
+
+
+def samples_at(indices: ArrayLike, *, num_chunks: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(epochs, chunks) of the samples at `indices` of a stage, [N] each; every epoch visits every chunk once.
+
+    Raises:
+        InputError: nothing to sample from, or a negative index.
+    """
+    places = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+    if num_chunks < 1:
+        raise InputError("there is no chunk to sample from")
+    if places.size and places.min() < 0:
+        raise InputError(f"sample index {places.min()} is negative")
+    epochs = places // num_chunks
+    key = stream_key(seed, STREAM_ORDER)
+    return epochs, permute(places - epochs * num_chunks, size=num_chunks, epochs=epochs, key=key)
+
+
+def sample_at(index_in_stage: int, *, num_chunks: int, seed: int) -> tuple[int, int]:
+    """(epoch, chunk) of one sample: `samples_at` for a single index."""
+    epochs, chunks = samples_at([index_in_stage], num_chunks=num_chunks, seed=seed)
+    return int(epochs[0]), int(chunks[0])
+
+
+class LanguageMixture:
+    """Draws languages with q proportional to p^exponent, p the language's share of the chunks.
+
+    q is rounded to whole samples per block of 65,536, at least one for each language that has chunks; the places of a
+    block are permuted. So the share is exact in every block, and the how-manieth sample of its language an index is
+    follows by arithmetic: that number runs through the language's own permutations, epoch after epoch.
+    """
+
+    def __init__(self, chunks_per_language: ArrayLike, *, exponent: float) -> None:
+        self._sizes = np.asarray(chunks_per_language, dtype=np.int64)
+        if not 0 <= exponent <= 1:
+            raise InputError(f"language exponent {exponent} is outside 0..1 (1 keeps the shares, 0 makes them equal)")
+        self._first_chunk = np.concatenate([[0], np.cumsum(self._sizes)])
+        self.quota = _quota(self._sizes, exponent)
+        self._quota_ends = np.cumsum(self.quota)
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """Q per language, as it is drawn."""
+        return self.quota / _MIXTURE_BLOCK
+
+    def samples_at(self, indices: ArrayLike, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epochs, chunks) of the samples at `indices`; an epoch is that of the sample's language."""
+        places = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+        blocks, within = np.divmod(places, _MIXTURE_BLOCK)
+        key = stream_key(seed, STREAM_LANGUAGE)
+        drawn = permute(within, size=_MIXTURE_BLOCK, epochs=blocks, key=key)
+        languages = np.searchsorted(self._quota_ends, drawn, side="right")
+        quota = self.quota[languages]
+        ordinals = blocks * quota + drawn - (self._quota_ends[languages] - quota)
+        epochs, chunks = np.empty_like(places), np.empty_like(places)
+        for language in np.unique(languages):
+            here = languages == language
+            # Its own seed: two languages of one size must not walk through their chunks in step.
+            low, high = stream_key(seed, _FIRST_LANGUAGE_STREAM + int(language))
+            size = int(self._sizes[language])
+            epochs[here], local = samples_at(ordinals[here], num_chunks=size, seed=low | high << 32)
+            chunks[here] = local + self._first_chunk[language]
+        return epochs, chunks
+
+
+def _quota(sizes: NDArray[np.int64], exponent: float) -> NDArray[np.int64]:
+    """Largest-remainder rounding of q to whole samples of a block."""
+    used = sizes > 0
+    if used.sum() > _MIXTURE_BLOCK:
+        raise InputError(f"{used.sum()} languages are more than the {_MIXTURE_BLOCK} that a mixture can hold")
+    weights = np.where(used, np.maximum(sizes, 1) / sizes.sum(), 0.0) ** exponent * used
+    spare = _MIXTURE_BLOCK - int(used.sum())
+    exact = weights / weights.sum() * spare
+    quota = np.floor(exact).astype(np.int64) + used
+    rest = _MIXTURE_BLOCK - int(quota.sum())
+    order = np.lexsort((np.arange(len(sizes)), -(exact - np.floor(exact)) * used))
+    quota[order[:rest]] += 1
+    return quota
+
+
+# --- chunks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Chunks of fewer than `short_threshold` tokens ([CLS] and [SEP] counted) stay with probability `keep_prob`."""
+
+    short_threshold: int = 0
+    keep_prob: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.short_threshold < 0:
+            raise InputError(f"short_threshold {self.short_threshold} is negative")
+        if not 0 <= self.keep_prob <= 1:
+            raise InputError(f"keep_prob {self.keep_prob} is outside 0..1")
+
+
+@dataclass(frozen=True)
+class ResamplingReport:
+    """Chunk lengths before and after short ones were dropped; `str` of it is for a person."""
+
+    before: LengthHistogram
+    after: LengthHistogram
+
+    def __str__(self) -> str:
+        return f"chunks before resampling\n{self.before}\nchunks after resampling\n{self.after}"
+
+
+class ChunkIndex:
+    """Documents cut into chunks of at most `max_length` tokens; short documents stay alone, nothing is concatenated.
+
+    A chunk is [CLS], up to `max_length` - 2 tokens of one document, [SEP]. Only the last chunk of a document can be
+    short, so that one number per document, the chunks kept before it, finds any chunk: 8 bytes a document in all.
+    Chunks are numbered after resampling. Whether a short chunk stays is a pure function of the seed and its number
+    before resampling. `language_exponent` None samples all chunks alike; else see LanguageMixture.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        *,
+        max_length: int,
+        resampling: Resampling = Resampling(),  # noqa: B008 - frozen
+        language_exponent: float | None = None,
+        seed: int,
+    ) -> None:
+        if max_length <= NUM_SPECIAL:
+            raise InputError(f"max_length {max_length} leaves no room beside [CLS] and [SEP]: use 3 or more")
+        if resampling.short_threshold > max_length:
+            raise InputError(
+                f"short_threshold {resampling.short_threshold} is above max_length {max_length}: every chunk is short"
+            )
+        self.corpus, self.max_length, self.resampling, self.seed = corpus, max_length, resampling, seed
+        self._body = max_length - NUM_SPECIAL
+        self._first_chunk = np.zeros(corpus.num_documents + 1, dtype=np.int64)
+        for block, chunks, _, keeps in self._blocks():
+            self._first_chunk[block.start + 1 : block.stop + 1] = chunks - ~keeps
+        np.cumsum(self._first_chunk, out=self._first_chunk)
+        self.num_chunks = int(self._first_chunk[-1])
+        if not self.num_chunks:
+            raise InputError(f"no chunk of {corpus.folder} is left after {resampling}: lower the threshold")
+        self.mixture: LanguageMixture | None = None
+        if language_exponent is not None:
+            chunks_per_language = np.diff(self._first_chunk[corpus.language_bounds])
+            self.mixture = LanguageMixture(chunks_per_language, exponent=language_exponent)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of every chunk, [CLS] and [SEP] counted, [num_chunks]. Computed anew at each access."""
+        return self.lengths_of(np.arange(self.num_chunks))
+
+    def lengths_of(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of the given chunks, [CLS] and [SEP] counted."""
+        return self.locate(chunks)[2] + NUM_SPECIAL
+
+    def locate(self, chunks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Document, first token and number of tokens (no special ones) of each chunk, [N] each."""
+        documents = np.searchsorted(self._first_chunk, chunks, side="right") - 1
+        starts = (chunks - self._first_chunk[documents]) * self._body
+        return documents, starts, np.minimum(self.corpus.lengths[documents] - starts, self._body)
+
+    def chunk(self, index: int) -> NDArray[np.int64]:
+        """[CLS] tokens [SEP] of one chunk.
+
+        Raises:
+            InputError: no such chunk.
+        """
+        if not 0 <= index < self.num_chunks:
+            raise InputError(f"chunk {index} is not in 0..{self.num_chunks - 1}")
+        return self.chunks(np.array([index]))[0]
+
+    def chunks(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The given chunks end to end, [T], and where each begins, [N + 1]."""
+        documents, starts, lengths = self.locate(indices)
+        ends = np.concatenate([[0], np.cumsum(lengths + NUM_SPECIAL)])
+        token_ids = np.empty(int(ends[-1]), dtype=np.int64)
+        self.corpus.gather(documents, starts, lengths, out=token_ids, at=ends[:-1] + 1)
+        token_ids[ends[:-1]] = self.corpus.vocab.cls_id
+        token_ids[ends[1:] - 1] = self.corpus.vocab.sep_id
+        return token_ids, ends
+
+    def samples_at(self, indices: ArrayLike, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(epochs, chunks) of the samples at `indices` of a stage, by the mixture of languages if there is one."""
+        if self.mixture is not None:
+            return self.mixture.samples_at(indices, seed=seed)
+        return samples_at(indices, num_chunks=self.num_chunks, seed=seed)
+
+    def histogram(self) -> ResamplingReport:
+        """Chunk lengths before and after resampling."""
+        return ResamplingReport(
+            before=LengthHistogram.of(self._chunk_lengths(resampled=False)),
+            after=LengthHistogram.of(self._chunk_lengths(resampled=True)),
+        )
+
+    def _blocks(self) -> Iterator[tuple[range, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
+        """Per block of documents: chunks before resampling, length of the last one, whether that one stays."""
+        key = stream_key(self.seed, STREAM_RESAMPLE)
+        first = 0
+        for start in range(0, self.corpus.num_documents, _DOCUMENT_BLOCK):
+            lengths = self.corpus.lengths[start : start + _DOCUMENT_BLOCK]
+            chunks = -(-lengths // self._body)
+            tail = lengths - (chunks - 1) * self._body + NUM_SPECIAL
+            numbers = first + np.cumsum(chunks) - 1
+            word, _, _, _ = philox4x32((*split_words(numbers), 0, 0), key)
+            lucky = word < np.uint64(round(self.resampling.keep_prob * (1 << 32)))
+            yield range(start, start + len(lengths)), chunks, tail, (tail >= self.resampling.short_threshold) | lucky
+            first += int(chunks.sum())
+
+    def _chunk_lengths(self, *, resampled: bool) -> Iterator[NDArray[np.int64]]:
+        for _, chunks, tail, keeps in self._blocks():
+            yield tail[keeps] if resampled else tail
+            yield np.full(int((chunks - 1).sum()), self.max_length)
