@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import contextlib
 import glob
 import gzip
 import itertools
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -614,7 +616,8 @@ def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> 
     try:
         with executor:
             try:
-                pending = {executor.submit(encode, unit) for unit in units}
+                with _interrupts_held_back():  # the first submission starts the workers
+                    pending = {executor.submit(encode, unit) for unit in units}
                 while pending:
                     done, pending = futures.wait(pending, _POLL_SECONDS, futures.FIRST_COMPLETED)
                     _show(bar, before, shared)
@@ -648,12 +651,25 @@ def _executor(
     return executor, _encode_in_process
 
 
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches the whole group, and the parent decides: processes started here inherit SIGINT blocked.
+
+    A worker that ignored it itself could be interrupted before it gets so far. This process takes it on leaving.
+    """
+    resource_tracker.ensure_running()  # its start unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 _process_encoder: _Encoder | None = None
 
 
 def _start_worker(job: Job, shared: _Shared, threads: int) -> None:
     global _process_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     threading.Thread(target=_die_with_parent, daemon=True).start()
