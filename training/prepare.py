@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import contextlib
 import glob
 import gzip
 import itertools
