@@ -8,8 +8,8 @@
     plain                the traced graph, standard operators
     fused                what `gte-export` writes
     skip-layer-norm      com.microsoft SkipLayerNormalization instead of Add and LayerNormalization on rows
-    separate-up-gate     two matrices instead of one
-    separate-qkv         three matrices instead of one
+    packed               one matrix for queries, keys and values and one for up and gate, and the splits behind them
+    packed-qkv           the first of the two
     no-rows              RoPE and attention fused only; the rest on [batch, sequence, hidden]
     no-mask              attention without the mask's columns: what the folded mask costs (padding would be attended to)
     key-padding-mask     the mask as an input of MultiHeadAttention, which then holds all scores
@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ import transformers
 from onnx_ir.passes import common as ir_passes
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.exporters.fusion import PASSES, fuse_graph
+from gte_deploy.exporters.fusion import PACKED_PASSES, PASSES, FusionPass, fuse_graph
 from gte_deploy.exporters.fusion.editing import CONTRIB, Builder, operand, producer, replace
 from gte_deploy.exporters.graph import Graph, save_graph
 from gte_deploy.exporters.trace import trace
@@ -108,8 +108,8 @@ def _model(arguments: argparse.Namespace) -> GteForMaskedLM:
     return GteForMaskedLM(GteConfig(**fields)).eval()
 
 
-def _fused(model: ir.Model, layers: int, *without: str) -> None:
-    fuse_graph(model, num_layers=layers, passes=[each for each in PASSES if each.name not in without])
+def _fused(model: ir.Model, layers: int, *without: str, passes: Sequence[FusionPass] = PASSES) -> None:
+    fuse_graph(model, num_layers=layers, passes=[each for each in passes if each.name not in without])
 
 
 def _skip_layer_norm(model: ir.Model, layers: int) -> None:
@@ -141,9 +141,9 @@ VARIANTS: dict[str, Callable[[ir.Model, int], None]] = {
     "plain": lambda model, layers: None,
     "fused": _fused,
     "skip-layer-norm": _skip_layer_norm,
-    "separate-up-gate": lambda model, layers: _fused(model, layers, "up_gate", "glu"),
-    "separate-qkv": lambda model, layers: _fused(model, layers, "qkv"),
-    "no-rows": lambda model, layers: _fused(model, layers, "qkv", "up_gate", "glu", "skip_layer_norm"),
+    "packed": lambda model, layers: _fused(model, layers, passes=PACKED_PASSES),
+    "packed-qkv": lambda model, layers: _fused(model, layers, "up_gate", "glu", passes=PACKED_PASSES),
+    "no-rows": lambda model, layers: _fused(model, layers, "projections", "skip_layer_norm"),
     "no-mask": _no_mask,
     "key-padding-mask": lambda model, layers: _no_mask(model, layers, as_input=True),
 }

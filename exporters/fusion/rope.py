@@ -3,10 +3,12 @@
     x * cos + concat(-x[D/2:], x[:D/2]) * sin,   x = transpose(reshape(projection, [B, S, N, D]))
  -> transpose(reshape(RotaryEmbedding(projection, 0, cos table, sin table)))
 
-The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer. The
-position offset 0 stands for positions 0 … S-1 in every row. Two sites a layer: queries and keys.
+The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer. Positions
+are given as [B, S], made once: ONNX Runtime also takes one offset for all, and OpenVINO would read that as one position
+for every token. Two sites a layer: queries and keys.
 """
 
+import numpy as np
 import onnx_ir as ir
 
 from gte_deploy.exporters.fusion.editing import (
@@ -15,8 +17,8 @@ from gte_deploy.exporters.fusion.editing import (
     FusionPass,
     Mismatch,
     array,
+    constant,
     consumer,
-    integers,
     operand,
     other_operand,
     producer,
@@ -26,6 +28,7 @@ from gte_deploy.exporters.fusion.editing import (
     scope_of,
 )
 from gte_deploy.exporters.fusion.heads import HEADS_FIRST, require_heads
+from gte_deploy.exporters.fusion.rows import FIRST_INPUT
 
 
 def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
@@ -49,7 +52,7 @@ def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
     turned = build.op(
         "RotaryEmbedding",
         heads.projection,
-        integers(graph, 0),
+        _positions(build),
         _table(cosine, half),
         _table(sine, half),
         domain=CONTRIB,
@@ -59,6 +62,16 @@ def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
     )
     apart = build.op("Reshape", turned, heads.view.inputs[1], shape=heads.view.outputs[0].shape, allowzero=0)
     replace(total.outputs[0], build.op("Transpose", apart, perm=HEADS_FIRST))
+
+
+def _positions(build: Builder) -> ir.Value:
+    """0 … S-1 in every row, [B, S] int64; every site makes the same, and equal nodes are merged."""
+    ids = next(value for value in build.graph.inputs if value.name == FIRST_INPUT)
+    build, whole = build.inside("positions"), {"dtype": ir.DataType.INT64}
+    shape = build.op("Shape", ids, name="batch_sequence", **whole)
+    length = build.op("Squeeze", build.op("Shape", ids, name="sequence", start=1, **whole), name="length", **whole)
+    zero, one = (constant(build.graph, f"int64_scalar_{n}", np.array(n, np.int64)) for n in (0, 1))
+    return build.op("Expand", build.op("Range", zero, length, one, name="row", **whole), shape, name="rows", **whole)
 
 
 def _slice_bounds(node: ir.Node) -> tuple[int, int]:

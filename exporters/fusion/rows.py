@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from gte_deploy.exporters.fusion.editing import Builder, Mismatch, dimensions, integers, operand, producer
 
-_FIRST_INPUT = "input_ids"
+FIRST_INPUT = "input_ids"
 
 
 def to_rows(build: Builder, value: ir.Value) -> ir.Value:
@@ -23,7 +23,7 @@ def to_rows(build: Builder, value: ir.Value) -> ir.Value:
 
 def from_rows(build: Builder, value: ir.Value, *, name: str = "from_rows") -> ir.Value:
     """[B*S, width] -> [B, S, width]."""
-    ids = next(value for value in build.graph.inputs if value.name == _FIRST_INPUT)
+    ids = next(value for value in build.graph.inputs if value.name == FIRST_INPUT)
     tokens = build.inside("tokens")
     size = tokens.op("Shape", ids, name="batch_sequence", dtype=ir.DataType.INT64, shape=(2,))
     target = tokens.op(

@@ -147,7 +147,7 @@ def test_interface(graphs, name, inputs, last):
 
 @pytest.mark.parametrize(("name", "layers"), [("embed", 2), ("rerank", 2), ("cls", 1), ("tokens", 1), ("all", 1)])
 def test_counts_follow_the_config(graphs, name, layers):
-    per_layer = {"rope": 2, "attention": 1, "qkv": 1, "up_gate": 1, "glu": 1, "skip_layer_norm": 2}
+    per_layer = {"rope": 2, "attention": 1, "projections": 1, "skip_layer_norm": 2}
     assert graphs(name).fusions == {key: count * layers for key, count in per_layer.items()}
 
 

@@ -41,10 +41,10 @@ def plain(traced_proto: Any) -> ir.Model:
 
 @pytest.fixture
 def apply() -> Callable[..., list[tuple[int, list[str]]]]:
-    """`apply(model, "rope", …)`: run the passes up to and including the last one named; the last one's result."""
+    """`apply(model, "rope", passes=None)`: run the passes up to and including the one named; that one's result."""
 
-    def run(model: ir.Model, last: str) -> tuple[int, list[str]]:
-        for each in fusion.PASSES:
+    def run(model: ir.Model, last: str, passes: Sequence[fusion.FusionPass] | None = None) -> tuple[int, list[str]]:
+        for each in passes or fusion.PACKED_PASSES:
             result = each(model)
             if each.name == last:
                 return result
@@ -57,9 +57,11 @@ def apply() -> Callable[..., list[tuple[int, list[str]]]]:
 def refused() -> Callable[..., str]:
     """`refused(model)`: fuse a graph that must be refused; the message."""
 
-    def run(model: ir.Model, *, layers: int = LAYERS) -> str:
+    def run(
+        model: ir.Model, *, layers: int = LAYERS, passes: Sequence[fusion.FusionPass] = fusion.PACKED_PASSES
+    ) -> str:
         with pytest.raises(fusion.ExportError) as caught:
-            fusion.fuse_graph(model, num_layers=layers)
+            fusion.fuse_graph(model, num_layers=layers, passes=passes)
         return str(caught.value)
 
     return run

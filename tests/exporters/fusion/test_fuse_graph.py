@@ -4,18 +4,20 @@ import pytest
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters import fusion
 
-EXPECTED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}
+CPU = {"rope": 4, "attention": 2, "projections": 2, "skip_layer_norm": 4}
+PACKED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}
 
 
-def test_all_passes_in_order(plain, same_function):
-    fired = fusion.fuse_graph(plain, num_layers=2)
-    assert list(fired.items()) == list(EXPECTED.items())
+@pytest.mark.parametrize(("passes", "expected"), [(fusion.PASSES, CPU), (fusion.PACKED_PASSES, PACKED)])
+def test_all_passes_in_order(plain, same_function, passes, expected):
+    fired = fusion.fuse_graph(plain, num_layers=2, passes=passes)
+    assert list(fired.items()) == list(expected.items())
     same_function(plain, lengths=(1, 2, 40, 2000))
 
 
 def test_layers_run_on_token_rows(plain, kinds):
     """Between a layer's operators nothing turns back and forth: one Reshape in, one out, and those around attention."""
-    fusion.fuse_graph(plain, num_layers=2)
+    fusion.fuse_graph(plain, num_layers=2, passes=fusion.PACKED_PASSES)
     assert not [
         node.name
         for node in plain.graph
@@ -28,7 +30,7 @@ def test_layers_run_on_token_rows(plain, kinds):
 def test_mask_columns_are_made_once(plain, kinds):
     fusion.fuse_graph(plain, num_layers=2)
     assert [node.name for node in plain.graph if node.name.startswith("mask/")].count("mask/key_columns") == 1
-    assert kinds(plain).count("Expand") == 2
+    assert kinds(plain).count("Expand") == 2 + 1  # columns of queries and of keys; positions
     assert kinds(plain).count("Pad") == 1
 
 

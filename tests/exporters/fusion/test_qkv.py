@@ -2,6 +2,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from gte_deploy.exporters import fusion
+
 
 def test_packs_three_projections_of_every_layer(plain, apply, same_function, find):
     assert apply(plain, "qkv") == (2, [])
@@ -23,6 +25,14 @@ def test_packed_matrix_holds_query_key_value_in_order(plain, apply, find, torch_
     np.testing.assert_array_equal(gemm.inputs[2].const_value.numpy(), bias)
     sizes = find(plain, "Split").inputs[1].const_value.numpy()
     assert sizes.tolist() == [32, 32, 32]
+
+
+def test_projections_stay_apart_for_a_cpu(plain, apply, same_function, kinds):
+    assert apply(plain, "projections", passes=fusion.PASSES) == (2, [])
+    names = [node.name for node in plain.graph if node.op_type == "Gemm" and ".layers." in node.name]
+    assert names[:3] == [f"gte.layers.0.self_attn.{kind}_proj/Gemm" for kind in "qkv"] and len(names) == 6
+    assert "Split" not in kinds(plain)
+    same_function(plain)
 
 
 def _values_of_another_tensor(model: ir.Model) -> None:
@@ -55,8 +65,9 @@ def _weight_computed_at_run_time(model: ir.Model) -> None:
         (_weight_computed_at_run_time, "is not a constant"),
     ],
 )
-def test_refuses_other_projections(plain, refused, alter, reason):
+@pytest.mark.parametrize(("name", "passes"), [("qkv", fusion.PACKED_PASSES), ("projections", fusion.PASSES)])
+def test_refuses_other_projections(plain, refused, alter, reason, name, passes):
     alter(plain)
-    message = refused(plain)
-    assert "'qkv' fired 1 times" in message and "has 2 sites" in message
+    message = refused(plain, passes=passes)
+    assert f"{name!r} fired 1 times" in message and "has 2 sites" in message
     assert reason in message
