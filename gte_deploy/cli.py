@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_rank(commands)
     _add_verify(commands)
     _add_info(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -129,6 +130,24 @@ def _add_verify(commands: Any) -> None:
 def _add_info(commands: Any) -> None:
     parser = _add_command(commands, "info", _info, "Say what a bundle or checkpoint is, without loading its weights.")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="default: the built-in model")
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "Time a bundle on every engine that this machine has for it, each in a process of its own."
+    parser = _add_command(commands, "bench", _bench, summary)
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("--backend", choices=("onnx", "openvino"), help="this engine only")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="ROWSxTOKENS", help="of the batches (default: 1x16 1x128 1x512 8x128)"
+    )
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed calls of each (default: 10)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: every CPU it may use)")
+    parser.add_argument(
+        "--pick", action="store_true", help="record the fastest in your cache, for every later load of this bundle here"
+    )
+    parser.add_argument(
+        "--precision-may-change", action="store_true", help="let --pick take bf16, whose answers differ a little"
+    )
 
 
 def _fill_mask(arguments: argparse.Namespace) -> None:
@@ -221,6 +240,32 @@ def _info(arguments: argparse.Namespace) -> None:
         return
     for name, value in facts.items():
         print(f"{name}: {json.dumps(value) if isinstance(value, (dict, list, tuple)) else value}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from gte_deploy.bench import bench, fastest, format_table, record
+
+    if arguments.pick and (arguments.threads is not None or arguments.backend is not None):
+        raise InputError("--pick measures every engine as it is loaded by default; leave out --threads and --backend")
+    report = bench(
+        arguments.bundle,
+        backend=arguments.backend,
+        shapes=arguments.shapes,
+        repeats=arguments.repeats,
+        num_threads=arguments.threads,
+        progress=lambda line: print(f"{_PROG}: {line}", file=sys.stderr, flush=True),
+    )
+    picked = None
+    if arguments.pick:
+        picked = fastest(report, precision_may_change=arguments.precision_may_change)
+        file = record(report, picked)
+        print(f"{_PROG}: recorded {picked.name} in {file}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps({**report.to_json(), "picked": picked and picked.name}))
+        return
+    print(format_table(report))
+    if picked is not None:
+        print(f"picked {picked.name}: load takes it for this bundle, on this machine, with backend 'auto'")
 
 
 def _checkpoint_info(name: str | None) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def lookup(manifest_checksum: str) -> Pick | None:
             return None
         return _parsed(file, key)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        # RuntimeError: a user without a home, or JSON that nests too deep.
+        # RuntimeError: JSON that nests too deep.
         logger.warning("a recorded pick is ignored: %s; measure again with gte-deploy bench --pick", error)
         return None
 
@@ -67,7 +67,7 @@ def save(manifest_checksum: str, pick: Pick) -> Path:
     """Record `pick` for this bundle on this machine, in place of an older one; the file written.
 
     Raises:
-        OSError, RuntimeError: the cache cannot be written, or the user has no home folder.
+        OSError: the cache cannot be written, or the user has no home folder.
     """
     key = _key(manifest_checksum)
     file = _file(key)
@@ -115,7 +115,12 @@ def _file(key: Mapping[str, Any]) -> Path:
 def _cache() -> Path:
     # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
     asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (asked if asked.is_absolute() else Path.home() / ".cache") / "gte-deploy"
+    if asked.is_absolute():
+        return asked / "gte-deploy"
+    try:
+        return Path.home() / ".cache" / "gte-deploy"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder for a cache; set XDG_CACHE_HOME") from error
 
 
 def _parsed(file: Path, key: Mapping[str, Any]) -> Pick:

@@ -102,6 +102,8 @@ def test_a_user_without_a_home_has_no_pick(monkeypatch, caplog):
     monkeypatch.setattr(Path, "home", no_home)
     assert picks.lookup(CHECKSUM) is None
     assert "ignored" in caplog.text
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        picks.save(CHECKSUM, PICK)
 
 
 def test_versions_and_cpu_are_told_without_importing_an_engine():
