@@ -1,0 +1,453 @@
+"""Inference on the CPU, gte-deploy against every way there is to run the same model: speed, memory, accuracy.
+
+    python benchmarks/inference.py                          # everything; an hour and more on two cores
+    python benchmarks/inference.py --quick                  # base without the large corpus; few repeats
+    python benchmarks/inference.py --subjects base --shapes 1x512 8x128 --contestants torch gte-deploy --repeats 3
+    python benchmarks/inference.py --resume benchmarks/results/2026-01-31-inference-some-cpu.json
+
+It needs `pip install '.[bench]'`; a peer that is not installed, or fails, is a row with its reason. Every contestant
+lives in a process of its own, with the same CPUs, that holds still while others run. Calls go round robin with a pause
+of 0.1 s before each; medians and quartiles are over the rounds. What is given to a contestant depends on its
+interface: texts where it takes texts, as a user calls it by default, else one batch of ids, padded.
+
+    1x16 … 1x8192   rows x tokens; from 4,096 tokens on each contestant is alone in memory, and its peak is reported
+    mixed           32 texts, 16 to 512 tokens: 56 % of the tokens of one padded batch are real
+    mixed-padded    the same as one padded batch on our engines: what our own batching gains
+    short-corpus    256 texts of up to 32 tokens
+    corpus          2,000 texts, median 32 tokens, up to 512
+
+Subjects are the base size and, at two points, the large size with seeded random weights, and the built-in trained model
+for the corpora and for accuracy on held-out text. They and all graphs and bundles are made once in the work folder.
+Results go to benchmarks/results/ as JSON, Markdown and a chart after every step; --resume goes on from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from side_by_side.accuracy import agreement, cosines
+from side_by_side.artefacts import ROOT, Artefacts, Subject
+from side_by_side.contestants import CONTESTANTS, REFERENCE, Contestant, reference_of
+from side_by_side.gemm import METHOD, Gemm
+from side_by_side.report import markdown
+from side_by_side.workloads import NAMES, Workload, heldout_job, make_workload, masked
+
+from gte_deploy._version import __version__
+from gte_deploy.files import write_text
+from gte_deploy.measure import Worker, WorkerError, interleaved
+from gte_deploy.models import BUILTIN_NAME
+from gte_deploy.picks import cpu_model
+from gte_deploy.threads import available_cpus
+from gte_deploy.tokenization import load_tokenizer
+
+SUBJECTS = {
+    "base": Subject("base", "gte-en-mlm-base", "embed"),
+    "large": Subject("large", "gte-en-mlm-large", "embed"),
+    "tiny": Subject("tiny", BUILTIN_NAME, "embed"),
+    "tiny-fill-mask": Subject("tiny-fill-mask", BUILTIN_NAME, "fill-mask"),
+}
+WORKLOADS = {
+    "base": NAMES,
+    "large": ("1x128", "1x512"),
+    "tiny": ("short-corpus", "corpus"),
+    "tiny-fill-mask": (),
+}
+DISTRIBUTIONS = (
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "sentence-transformers",
+    "fastembed",
+    "light-embed",
+    "numpy",
+    "tokenizers",
+)
+
+
+@dataclasses.dataclass
+class Run:
+    """The settings of a run, the results so far, and where they are written."""
+
+    arguments: argparse.Namespace
+    report: dict[str, Any]
+    deadline: float
+
+    def has(self, subject: str, workload: str, contestant: str) -> bool:
+        """Whether this was measured; what failed, or was left out, is tried again."""
+        return any(
+            (row["subject"], row["workload"], row["contestant"]) == (subject, workload, contestant)
+            and row["error"] is None
+            for row in self.report["measurements"]
+        )
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        """Put a row in place of an older one of the same subject, workload and contestant."""
+        key = [row.get(name) for name in ("subject", "workload", "contestant")]
+        others = [
+            old for old in self.report[table] if [old.get(k) for k in ("subject", "workload", "contestant")] != key
+        ]
+        self.report[table] = [*others, row]
+
+    def save(self) -> None:
+        """Write the JSON and the table."""
+        output: Path = self.arguments.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, json.dumps(self.report, indent=1) + "\n")
+        write_text(output.with_suffix(".md"), markdown(self.report))
+
+    def open(self, contestant: Contestant, artefacts: Artefacts) -> Worker:
+        """Start a contestant in its own process.
+
+        Raises:
+            WorkerError: its artefact cannot be made, or it cannot be opened.
+        """
+        folder = artefacts.path(contestant.artefact)
+        threads = self.arguments.threads
+        return Worker(
+            _make,
+            contestant.factory,
+            (folder, threads),
+            dict(contestant.options),
+            cpus=threads,
+            timeout_s=self.arguments.call_minutes * 60,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    run = Run(arguments, _report(arguments), deadline=0.0)
+    subjects = [SUBJECTS[name] for name in arguments.subjects]
+    stages = {subject.name: _artefacts(subject, arguments) for subject in subjects}
+    for artefacts in stages.values():
+        _prepare(run, artefacts)
+    run.deadline = time.monotonic() + arguments.minutes * 60
+    _measure_gemm(run)
+    for artefacts in stages.values():
+        _measure_accuracy(run, artefacts)
+    units = [unit for artefacts in stages.values() for unit in _units(run, artefacts)]
+    for number, (artefacts, workload, group) in enumerate(units):
+        budget = (run.deadline - time.monotonic()) / (len(units) - number)
+        _measure(run, artefacts, workload, group, budget)
+        run.save()
+    run.save()
+    _draw(run)
+    print(json.dumps(run.report) if arguments.json else markdown(run.report))
+    _say(f"written to {arguments.output}")
+    return 0
+
+
+def _make(factory: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return factory(*arguments, **options)
+
+
+# --- what there is to do --------------------------------------------------------------------------------------------
+
+
+def _artefacts(subject: Subject, arguments: argparse.Namespace) -> Artefacts:
+    return Artefacts(arguments.work, subject, max_length=arguments.max_length, progress=_say)
+
+
+def _prepare(run: Run, artefacts: Artefacts) -> None:
+    """Make everything before anything is measured: what cannot be made is told once, and again in its rows."""
+    for contestant in run.arguments.contestants:
+        try:
+            artefacts.path(contestant.artefact)
+        except WorkerError as error:
+            _say(f"{artefacts.subject.name}: {contestant.name} is left out: {error}")
+
+
+def _workloads(run: Run, subject: Subject) -> list[Workload]:
+    names = run.arguments.shapes or WORKLOADS[subject.name]
+    if subject.task != "embed":
+        return []
+    if run.arguments.quick and subject.name != "tiny":
+        names = [name for name in names if name != "corpus"]
+    return [make_workload(name, corpus_texts=run.arguments.corpus_texts) for name in names]
+
+
+def _units(run: Run, artefacts: Artefacts) -> Iterator[tuple[Artefacts, Workload, list[Contestant]]]:
+    """Groups of contestants that fit into memory together, the reference in each, and what is measured with them."""
+    for workload in _workloads(run, artefacts.subject):
+        able = [one for one in run.arguments.contestants if one.method_for(workload)]
+        missing = [one for one in able if not run.has(artefacts.subject.name, workload.name, one.name)]
+        reference = [one for one in able if one.name == reference_of(workload.name)]
+        if workload.is_alone:
+            groups = [[one] for one in missing]
+        else:
+            others = [one for one in missing if one not in reference]
+            size = _group_size(run, artefacts)
+            groups = [[*reference, *others[i : i + size]] for i in range(0, len(others), size)]
+            groups = groups or ([reference] if missing else [])
+        for group in groups:
+            yield artefacts, workload, group
+
+
+def _group_size(run: Run, artefacts: Artefacts) -> int:
+    """How many contestants, beside the reference, are held at once: each is taken for twice its weights and 0.5 GB."""
+    if run.arguments.hold:
+        return run.arguments.hold
+    try:
+        weights = (artefacts.path("checkpoint") / "model.safetensors").stat().st_size
+    except WorkerError:
+        return 1
+    return max(1, int(0.8 * _available_bytes() / (2 * weights + 5e8)) - 1)
+
+
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _measure(run: Run, artefacts: Artefacts, workload: Workload, group: list[Contestant], budget_s: float) -> None:
+    """Time one workload on a group of contestants, interleaved, and add their rows."""
+    subject = artefacts.subject.name
+    rows = {one.name: _row(subject, workload, one) for one in group}
+    if time.monotonic() > run.deadline:
+        for row in rows.values():
+            run.add("measurements", {**row, "error": f"left out: the {run.arguments.minutes:g} minutes were over"})
+        return
+    _say(f"{subject} {workload.name}: {', '.join(rows)}")
+    started = time.monotonic()
+    with ExitStack() as stack:
+        calls: dict[str, Callable[[], float]] = {}
+        workers: dict[str, Worker] = {}
+        for one in group:
+            try:
+                worker = stack.enter_context(run.open(one, artefacts))
+                calls[one.name] = _warm_call(worker, one, workload, artefacts)
+                workers[one.name] = worker
+            except WorkerError as error:
+                rows[one.name]["error"] = str(error)
+        left = budget_s - (time.monotonic() - started)
+        seconds, errors = interleaved(calls, repeats=run.arguments.repeats, budget_s=left)
+        for name in calls:
+            rows[name]["error"] = errors.get(name)
+            rows[name]["seconds"] = seconds[name]
+            rows[name]["reference_seconds"] = seconds.get(reference_of(workload.name), [])
+            rows[name]["peak_bytes"] = workers[name].peak_bytes
+    for row in rows.values():
+        if row["error"] is not None:
+            _say(f"{subject} {workload.name}: {row['contestant']}: {row['error']}")
+        elif row["seconds"]:
+            _say(f"{subject} {workload.name}: {row['contestant']}: {statistics.median(row['seconds']):.4f} s")
+        run.add("measurements", row)
+
+
+def _row(subject: str, workload: Workload, contestant: Contestant) -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "workload": workload.name,
+        "contestant": contestant.name,
+        "precision": contestant.precision,
+        "ours": contestant.is_ours,
+        "takes_texts": contestant.takes_texts,
+        "texts": len(workload.lengths),
+        "tokens": workload.tokens,
+        "padded_tokens": workload.padded_tokens,
+        "flops": _flops(subject, workload),
+        "seconds": [],
+        "reference_seconds": [],
+        "peak_bytes": None,
+        "error": None,
+    }
+
+
+def _flops(subject: str, workload: Workload) -> float:
+    """Of the real tokens in the layers, a multiply-add counted as two."""
+    from gte_deploy.models.presets import preset
+
+    config = preset(SUBJECTS[subject].preset)
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    dense = (4 * hidden * hidden + 3 * hidden * wide) * workload.tokens
+    attention = 2 * hidden * sum(length * length for length in workload.lengths)
+    return 2.0 * config["num_hidden_layers"] * (dense + attention)
+
+
+def _warm_call(worker: Worker, contestant: Contestant, workload: Workload, artefacts: Artefacts) -> Callable[[], float]:
+    """Let the contestant allocate and compile what the first call of a shape costs; then the call that is timed."""
+    tokenizer = load_tokenizer(artefacts.path("checkpoint"))
+    method = contestant.method_for(workload)
+    assert method is not None  # the groups hold none for which it is
+    job = workload.job(tokenizer)
+    if workload.is_alone:
+        worker.call(method, make_workload("1x16").job(tokenizer))
+    else:
+        answer = worker.call(method, workload.job(tokenizer, texts=32) if workload.is_corpus else job)
+        if not np.isfinite(answer.value).all():
+            raise WorkerError("an embedding is not finite")
+    return lambda: worker.call(method, job).seconds
+
+
+def _measure_gemm(run: Run) -> None:
+    if run.report["gemm_peak"]:
+        return
+    _say("GEMM peaks")
+    with Worker(Gemm, run.arguments.threads, cpus=run.arguments.threads) as worker:
+        run.report["gemm_peak"] = {"method": METHOD, **worker.call("peaks").value}
+    run.save()
+
+
+def _measure_accuracy(run: Run, artefacts: Artefacts) -> None:
+    """Compare every contestant's answers on held-out text with the reference's."""
+    subject = artefacts.subject
+    done = {(row["subject"], row["contestant"]) for row in run.report["accuracy"] if row["error"] is None}
+    contestants = [one for one in run.arguments.contestants if (subject.name, one.name) not in done]
+    reference = next(one for one in CONTESTANTS if one.name == REFERENCE)
+    if not contestants:
+        return
+    tokenizer = load_tokenizer(artefacts.path("checkpoint"))
+    job = heldout_job(tokenizer, texts=run.arguments.accuracy_texts)
+    methods = ["embed", "token_embeddings"]
+    if subject.task == "fill-mask":
+        assert tokenizer.mask_token_id is not None
+        methods, job = ["mask_logits"], masked(job, tokenizer.mask_token_id)
+
+    def answers(one: Contestant) -> dict[str, Any]:
+        with run.open(one, artefacts) as worker:
+            return {name: worker.call(name, job).value for name in methods if hasattr(one.factory, name)}
+
+    expected = answers(reference)
+    for one in contestants:
+        if not any(hasattr(one.factory, name) for name in methods):
+            continue
+        _say(f"{subject.name} accuracy: {one.name}")
+        row: dict[str, Any] = {"subject": subject.name, "contestant": one.name, "precision": one.precision}
+        row |= {"ours": one.is_ours, "error": None}
+        try:
+            found = answers(one)
+            for name, value in found.items():
+                row[name] = (
+                    agreement(expected[name], value, job) if name == "mask_logits" else cosines(expected[name], value)
+                )
+        except WorkerError as error:
+            row["error"] = str(error)
+        run.add("accuracy", row)
+    run.save()
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    fresh = {
+        "benchmark": "inference",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commands": [shlex.join(["python", *sys.orig_argv[1:]])],
+        "hardware": {
+            "cpu": cpu_model(),
+            "cpus": available_cpus(),
+            "threads": arguments.threads,
+            "instructions": _instructions(),
+        },
+        "versions": _versions(),
+        "gemm_peak": {},
+        "accuracy": [],
+        "measurements": [],
+    }
+    if arguments.resume is None:
+        return fresh
+    report = json.loads(arguments.resume.read_text(encoding="utf-8"))
+    for name in ("benchmark", "hardware", "versions"):
+        if report.get(name) != fresh[name]:
+            raise SystemExit(
+                f"{arguments.resume} cannot be resumed: its {name} is {report.get(name)}, and here it is {fresh[name]}"
+            )
+    return {**report, "commands": [*report["commands"], *fresh["commands"]]}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"gte-deploy": __version__, "python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _instructions() -> list[str]:
+    """Those of the CPU that decide what 16-bit and int8 can gain."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16")
+    return [name for name in known if name in flags]
+
+
+def _draw(run: Run) -> None:
+    from side_by_side.chart import draw
+
+    draw(run.report, run.arguments.output.with_suffix(".png"))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, help="default: all; --quick leaves out large")
+    parser.add_argument("--shapes", nargs="+", metavar="WORKLOAD", help="ROWSxTOKENS or a name from above")
+    parser.add_argument(
+        "--contestants", nargs="+", metavar="PART", help="those whose name has one of these parts (default: all)"
+    )
+    parser.add_argument("--repeats", type=int, help="rounds at most (default: 9; 3 with --quick)")
+    parser.add_argument("--minutes", type=float, default=45, help="of measuring at most (default: 45)")
+    parser.add_argument("--call-minutes", type=float, default=15, help="of one call at most (default: 15)")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="and CPUs of each contestant")
+    parser.add_argument("--hold", type=int, help="contestants in memory at once, beside the reference")
+    parser.add_argument("--corpus-texts", type=int, default=2000, metavar="N")
+    parser.add_argument("--accuracy-texts", type=int, default=24, metavar="N")
+    parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="of the exported bundles")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "inference-benchmark", help="the work folder")
+    parser.add_argument("--resume", type=Path, metavar="JSON", help="go on from, and write to, this result")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-inference-CPU.json")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    arguments = parser.parse_args(argv)
+    if arguments.subjects is None:
+        arguments.subjects = [name for name in SUBJECTS if not (arguments.quick and name == "large")]
+    arguments.repeats = arguments.repeats or (3 if arguments.quick else 9)
+    arguments.contestants = [
+        one
+        for one in CONTESTANTS
+        if arguments.contestants is None or any(part in one.name for part in arguments.contestants)
+    ]
+    for name in arguments.shapes or ():
+        if name not in NAMES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
+            parser.error(f"--shapes: {name!r} is neither ROWSxTOKENS nor one of {', '.join(NAMES)}")
+    if not arguments.contestants:
+        parser.error(f"--contestants: no name has such a part; there are {', '.join(one.name for one in CONTESTANTS)}")
+    default = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-inference-{_slug(cpu_model())}.json"
+    arguments.output = arguments.output or arguments.resume or default
+    return arguments
+
+
+def _slug(cpu: str) -> str:
+    words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", cpu)
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def _say(line: str) -> None:
+    print(f"inference: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""What contestants run, made once and kept in a work folder: checkpoint, graphs, bundles.
+
+Every recipe runs in a process of its own, so that its memory goes with it, writes into a folder beside the wanted one,
+and is renamed when it is complete. What was made by other sources of the exporter is made again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gte_deploy.measure import Worker, WorkerError
+
+ROOT = Path(__file__).resolve().parents[2]
+_STAMP = "made-by.json"
+_CALIBRATION_TEXTS = 64
+_CALIBRATION_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Args:
+        name: for people, and of its folder.
+        preset: of `gte_deploy.models.presets`; its weights are seeded random numbers, but for the built-in model.
+        task: "embed", or "fill-mask" for the agreement of predictions.
+    """
+
+    name: str
+    preset: str
+    task: str
+
+
+class Artefacts:
+    """The work folder of one subject; `path` makes what is missing."""
+
+    def __init__(self, folder: Path, subject: Subject, *, max_length: int, progress: Callable[[str], None]) -> None:
+        self.subject = subject
+        self._folder = folder / subject.name
+        self._max_length = max_length
+        self._progress = progress
+        self._errors: dict[str, str] = {}
+
+    def path(self, name: str) -> Path:
+        """The folder of an artefact: "checkpoint", "plain", "optimizer", "nncf", or "bundle-PRECISION".
+
+        Raises:
+            WorkerError: it cannot be made, as it was told the first time that it was asked for.
+        """
+        if name in self._errors:
+            raise WorkerError(self._errors[name])
+        target = self._folder / name
+        stamp = {"sources": _sources_digest(), "max_length": self._max_length, "task": self.subject.task}
+        if _read_stamp(target) == stamp:
+            return target
+        try:
+            self._make(name, target, stamp)
+        except WorkerError as error:
+            self._errors[name] = str(error)
+            raise
+        return target
+
+    def _make(self, name: str, target: Path, stamp: dict[str, Any]) -> None:
+        subject = self.subject
+        if name == "checkpoint":
+            recipe: tuple[Any, ...] = (make_checkpoint, subject.preset, subject.task)
+        elif name == "plain":
+            recipe = (make_plain, self.path("checkpoint"), subject.task, self._max_length)
+        elif name in ("optimizer", "nncf"):
+            make = make_optimized if name == "optimizer" else make_nncf
+            recipe = (make, self.path("plain"), self.path("checkpoint"))
+        else:
+            precision = name.removeprefix("bundle-")
+            recipe = (make_bundle, self.path("checkpoint"), subject.task, precision, self._max_length)
+        self._progress(f"{subject.name}: make {name}")
+        aside = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        Worker(*recipe, aside).close()
+        (aside / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+
+
+def make_checkpoint(preset_name: str, task: str, target: Path) -> None:
+    """The preset with seeded random weights, or the built-in model; mean pooling, as sentence-transformers reads it."""
+    import torch
+    from transformers import PreTrainedModel
+
+    from gte_deploy.models import BUILTIN_NAME, builtin_path
+    from gte_deploy.models.checkpoint import MODEL_CLASSES, copy_tokenizer, load_model, save_model
+    from gte_deploy.models.config import build_config
+
+    torch.manual_seed(0)
+    if preset_name == BUILTIN_NAME:
+        model: PreTrainedModel = load_model(builtin_path(), task=task)  # type: ignore[arg-type]
+    else:
+        model = MODEL_CLASSES[task](build_config(preset_name))  # type: ignore[index]
+    save_model(model, target, layout="native")
+    copy_tokenizer(builtin_path(), target)
+    if task == "embed":
+        _write_pooling(target, model.config.hidden_size)
+
+
+def make_plain(checkpoint: Path, task: str, max_length: int, target: Path) -> None:
+    """The traced graph in standard operators, nothing fused: what torch.onnx alone gives."""
+    from gte_deploy.exporters.graph import build_graph, save_graph
+    from gte_deploy.models.checkpoint import load_model
+
+    model = load_model(checkpoint, task=task)  # type: ignore[arg-type]
+    pooling = "mean" if task == "embed" else None
+    graph = build_graph(model, task=task, max_length=max_length, pooling=pooling, fuse=False)
+    save_graph(graph, target / "model.onnx")
+
+
+def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
+    """The plain graph through `onnxruntime.transformers.optimizer` for BERT."""
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    config = _config(checkpoint)
+    optimized = optimize_model(
+        str(plain / "model.onnx"),
+        model_type="bert",
+        num_heads=config["num_attention_heads"],
+        hidden_size=config["hidden_size"],
+    )
+    optimized.save_model_to_file(str(target / "model.onnx"), use_external_data_format=True)
+
+
+def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
+    """Static int8 by NNCF's recipe for transformers, calibrated on real texts."""
+    import nncf
+    import numpy as np
+    import openvino
+
+    from gte_deploy.tokenization import load_tokenizer
+    from side_by_side.workloads import heldout_texts
+
+    model = openvino.Core().read_model(str(plain / "model.onnx"))
+    names = {value.any_name for value in model.inputs}
+    texts = heldout_texts()[::2][:_CALIBRATION_TEXTS]
+    rows = load_tokenizer(checkpoint).encode_texts(texts, max_length=_CALIBRATION_TOKENS, truncation=True)
+
+    def feed(row: list[int]) -> dict[str, Any]:
+        ids = np.array([row])
+        offered = {"input_ids": ids, "attention_mask": np.ones_like(ids), "mask_positions": np.array([[0, 1]])}
+        return {name: offered[name] for name in names}
+
+    dataset = nncf.Dataset([feed(row) for row in rows])
+    quantized = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
+    openvino.save_model(quantized, target / "model.xml", compress_to_fp16=False)
+
+
+def make_bundle(checkpoint: Path, task: str, precision: str, max_length: int, target: Path) -> None:
+    """What `gte-export` writes; what it refuses is told in its own words."""
+    command = "from gte_deploy.exporters.cli import main; raise SystemExit(main())"
+    options = ["--task", task, "--precision", precision, "--max-len", str(max_length), "--quiet", "--force"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(checkpoint), str(target / "bundle"), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        told = [line for line in done.stderr.splitlines() if line.startswith("gte-export: ")]
+        raise WorkerError(told[-1] if told else f"gte-export ended with exit code {done.returncode}")
+
+
+def _write_pooling(folder: Path, hidden_size: int) -> None:
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
+    ]
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_mean_tokens": True}
+    pooling |= dict.fromkeys(("pooling_mode_cls_token", "pooling_mode_max_tokens"), False)
+    for name, content in (("modules.json", modules), ("1_Pooling/config.json", pooling)):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+
+
+def _read_stamp(folder: Path) -> Any:
+    try:
+        return json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@functools.cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    files = [Path(__file__), *(file for part in ("exporters", "models") for file in (ROOT / part).rglob("*.py"))]
+    for file in sorted(files):
+        digest.update(os.fspath(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()

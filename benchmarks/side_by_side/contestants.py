@@ -1,0 +1,286 @@
+"""Every way to run the model that is compared, ours and the peers', each as its own documentation tells to use it.
+
+A contestant's class is made in a process of its own, so its libraries are imported there. `embed` gives sentence
+embeddings [B, H] float32, mean pooled and not normalised; `token_embeddings` the hidden states of the real tokens
+[T, H], row after row; `mask_logits` [M, V] at the job's mask positions. A class lacks what its interface does not give.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from side_by_side.workloads import Job, Workload
+
+Array = NDArray[np.float32]
+
+
+class Torch:
+    """transformers' own classes, eager with SDPA, in float32 or bfloat16, or through torch.compile."""
+
+    def __init__(self, checkpoint: Path, threads: int, dtype: str = "float32", compile: bool = False) -> None:
+        import torch
+
+        from gte_deploy.models.checkpoint import load_model
+        from gte_deploy.models.config import task_of
+
+        torch.set_num_threads(threads)
+        self._model: Any = load_model(checkpoint, task=task_of(checkpoint)).eval().to(getattr(torch, dtype))
+        self._encoder = torch.compile(self._model.base_model) if compile else self._model.base_model
+
+    def embed(self, job: Job) -> Array:
+        hidden = self._hidden(job)
+        return mean_pooled(hidden, job.attention_mask)
+
+    def token_embeddings(self, job: Job) -> Array:
+        return self._hidden(job)[job.attention_mask == 1]
+
+    def mask_logits(self, job: Job) -> Array:
+        import torch
+
+        rows, tokens = torch.from_numpy(job.mask_positions).unbind(1)
+        with torch.inference_mode():
+            hidden = self._encode(job)
+            return self._model.lm_head(hidden[rows, tokens]).float().numpy()
+
+    def _hidden(self, job: Job) -> Array:
+        import torch
+
+        with torch.inference_mode():
+            return self._encode(job).float().numpy()
+
+    def _encode(self, job: Job) -> Any:
+        import torch
+
+        ids, mask = torch.from_numpy(job.input_ids), torch.from_numpy(job.attention_mask)
+        return self._encoder(input_ids=ids, attention_mask=mask)[0]
+
+
+class OnnxRuntime:
+    """A bare session with default options."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self._inputs = {value.name for value in self._session.get_inputs()}
+
+    def embed(self, job: Job) -> Array:
+        return self._run(job, "sentence_embedding")
+
+    def token_embeddings(self, job: Job) -> Array:
+        return self._run(job, "last_hidden_state")[job.attention_mask == 1]
+
+    def mask_logits(self, job: Job) -> Array:
+        return self._run(job, "logits")
+
+    def _run(self, job: Job, output: str) -> Array:
+        return self._session.run([output], _feed(job, self._inputs))[0]
+
+
+class OpenVino:
+    """A compiled model on OpenVINO's CPU plugin, hinted for latency."""
+
+    def __init__(self, folder: Path, threads: int, precision: str = "f32") -> None:
+        import openvino
+
+        file = next(folder / name for name in ("model.xml", "model.onnx") if (folder / name).is_file())
+        hints = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        compiled = openvino.Core().compile_model(str(file), "CPU", hints)
+        self._inputs = {value.any_name for value in compiled.inputs}
+        self._request = compiled.create_infer_request()
+
+    def embed(self, job: Job) -> Array:
+        return self._run(job, "sentence_embedding")
+
+    def token_embeddings(self, job: Job) -> Array:
+        return self._run(job, "last_hidden_state")[job.attention_mask == 1]
+
+    def mask_logits(self, job: Job) -> Array:
+        return self._run(job, "logits")
+
+    def _run(self, job: Job, output: str) -> Array:
+        results = self._request.infer(_feed(job, self._inputs), share_inputs=True)
+        return np.array(results[output], dtype=np.float32)
+
+
+class SentenceTransformers:
+    """SentenceTransformer.encode on its torch backend."""
+
+    def __init__(self, checkpoint: Path, threads: int) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(threads)
+        self._model = SentenceTransformer(str(checkpoint), device="cpu", local_files_only=True)
+
+    def embed(self, job: Job) -> Array:
+        return self._model.encode(job.texts, show_progress_bar=False)
+
+    def token_embeddings(self, job: Job) -> Array:
+        rows = self._model.encode(job.texts, output_value="token_embeddings", show_progress_bar=False)
+        return np.concatenate([row.numpy() for row in rows])
+
+
+class FastEmbed:
+    """fastembed.TextEmbedding with the exported graph as a custom model."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        from fastembed import TextEmbedding
+        from fastembed.common.model_description import ModelSource, PoolingType
+
+        bundle = folder / "bundle"
+        more = [str(file.relative_to(bundle)) for file in (bundle / "onnx").glob("*.data")]
+        TextEmbedding.add_custom_model(
+            model="local/gte",
+            pooling=PoolingType.MEAN,
+            normalization=False,
+            sources=ModelSource(hf="local/gte"),
+            dim=1,
+            model_file="onnx/model.onnx",
+            additional_files=more,
+        )
+        self._model = TextEmbedding("local/gte", threads=threads, specific_model_path=str(bundle))
+
+    def embed(self, job: Job) -> Array:
+        return np.stack(list(self._model.embed(job.texts))).astype(np.float32, copy=False)
+
+
+class LightEmbed:
+    """light_embed.TextEmbedding on the exported graph."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        from light_embed import TextEmbedding
+
+        if threads != os.cpu_count():
+            # ONNX Runtime's default is one for every CPU, each pinned to its own, whatever the process is allowed.
+            raise ValueError(f"light-embed takes no number of threads: it can be compared with {os.cpu_count()} only")
+        config = {"onnx_file": "onnx/model.onnx", "pooling_config_path": "1_Pooling", "normalize": False}
+        self._model = TextEmbedding(str(folder / "bundle"), model_config=config, device="cpu")
+
+    def embed(self, job: Job) -> Array:
+        return self._model.encode(job.texts)
+
+
+class GteDeploy:
+    """gte_deploy.load on a bundle."""
+
+    def __init__(self, folder: Path, threads: int, backend: str, precision: str | None = None) -> None:
+        import gte_deploy
+
+        options: dict[str, Any] = {} if precision is None else {"precision": precision}
+        self._model = gte_deploy.load(folder / "bundle", backend=backend, num_threads=threads, **options)
+
+    def embed(self, job: Job) -> Array:
+        return self._model.encode(job.texts)
+
+    def embed_padded(self, job: Job) -> Array:
+        # Not public: `encode` would not pad so much. It is what a caller without a plan of batches would pay.
+        batch = Batch(job.input_ids, job.attention_mask)
+        return self._model._backend.run(batch, ("sentence_embedding",))["sentence_embedding"]
+
+    def token_embeddings(self, job: Job) -> Array:
+        return np.concatenate(self._model.encode(job.texts, output_value="token_embeddings"))
+
+    def mask_logits(self, job: Job) -> Array:
+        # Not public: `fill_mask` gives the best answers, not the logits.
+        batch = Batch(job.input_ids, job.attention_mask, job.mask_positions)
+        return self._model._backend.run(batch, ("logits",))["logits"]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of the result.
+
+    Args:
+        name: for people.
+        precision: contestants are compared within it: "fp32", "16-bit", "int8", "int8-weight", "int4-weight".
+        factory: class of this file.
+        artefact: what it runs, see `artefacts.Artefacts.path`.
+        options: for the factory.
+        takes_texts: whether texts go in, as a user calls it, or a padded batch of ids.
+    """
+
+    name: str
+    precision: str
+    factory: type
+    artefact: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    takes_texts: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this project's."""
+        return self.factory is GteDeploy
+
+    def method_for(self, workload: Workload) -> str | None:
+        """The method that is timed; None where the workload is not for this contestant."""
+        if workload.name == "mixed-padded":
+            return "embed_padded" if self.is_ours else None
+        return None if workload.is_corpus and not self.takes_texts else "embed"
+
+
+REFERENCE = "torch eager fp32"
+TEXT_REFERENCE = "sentence-transformers"
+
+CONTESTANTS = (
+    Contestant(REFERENCE, "fp32", Torch, "checkpoint"),
+    Contestant("torch.compile fp32", "fp32", Torch, "checkpoint", {"compile": True}),
+    Contestant("ORT plain graph", "fp32", OnnxRuntime, "plain"),
+    Contestant("ORT transformers.optimizer", "fp32", OnnxRuntime, "optimizer"),
+    Contestant("OpenVINO direct fp32", "fp32", OpenVino, "plain"),
+    Contestant(TEXT_REFERENCE, "fp32", SentenceTransformers, "checkpoint", takes_texts=True),
+    Contestant("FastEmbed", "fp32", FastEmbed, "bundle-fp32", takes_texts=True),
+    Contestant("light-embed", "fp32", LightEmbed, "bundle-fp32", takes_texts=True),
+    Contestant("gte-deploy onnx fp32", "fp32", GteDeploy, "bundle-fp32", {"backend": "onnx"}, True),
+    Contestant("gte-deploy openvino fp32", "fp32", GteDeploy, "bundle-fp32", {"backend": "openvino"}, True),
+    Contestant("torch bf16", "16-bit", Torch, "checkpoint", {"dtype": "bfloat16"}),
+    Contestant("OpenVINO direct bf16", "16-bit", OpenVino, "plain", {"precision": "bf16"}),
+    Contestant(
+        "gte-deploy openvino bf16",
+        "16-bit",
+        GteDeploy,
+        "bundle-fp32",
+        {"backend": "openvino", "precision": "bf16"},
+        True,
+    ),
+    Contestant("OpenVINO direct NNCF int8", "int8", OpenVino, "nncf"),
+    Contestant("gte-deploy onnx int8", "int8", GteDeploy, "bundle-int8", {"backend": "onnx"}, True),
+    Contestant("gte-deploy openvino int8", "int8", GteDeploy, "bundle-int8", {"backend": "openvino"}, True),
+    Contestant(
+        "gte-deploy onnx int8-weight", "int8-weight", GteDeploy, "bundle-int8-weight", {"backend": "onnx"}, True
+    ),
+    Contestant(
+        "gte-deploy onnx int4-weight", "int4-weight", GteDeploy, "bundle-int4-weight", {"backend": "onnx"}, True
+    ),
+)
+
+
+def reference_of(workload: str) -> str:
+    """Whose speed is 1: torch eager, and where only texts go in, what runs it for texts."""
+    return TEXT_REFERENCE if workload.endswith("corpus") else REFERENCE
+
+
+def mean_pooled(hidden: Array, mask: NDArray[np.int64]) -> Array:
+    """[B, S, H] -> [B, H]."""
+    weights = mask[:, :, None].astype(np.float32)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _feed(job: Job, inputs: set[str]) -> dict[str, NDArray[np.int64]]:
+    positions = np.empty((0, 2), np.int64) if job.mask_positions is None else job.mask_positions
+    offered = {"input_ids": job.input_ids, "attention_mask": job.attention_mask, "mask_positions": positions}
+    return {name: offered[name] for name in inputs}

@@ -1,0 +1,132 @@
+"""What the contestants are given: texts, and the same as token ids.
+
+Shapes: B texts, S tokens of the longest, M masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.batching import collate
+from gte_deploy.bench import synthetic_texts
+from gte_deploy.tokenization import TextTokenizer
+
+HELDOUT = Path(__file__).resolve().parents[2] / "tests" / "data" / "heldout.txt"
+DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048", "1x8192")
+NAMES = (*DENSE[:5], "mixed", "mixed-padded", DENSE[5], "short-corpus", "corpus")
+SEED = 0
+
+# One text in so many tokens takes seconds and gigabytes: such a shape runs with no other contestant in memory.
+_ALONE_TOKENS = 4096
+_MASK_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """Texts as a public interface takes them, and as one batch padded on the right for a bare session.
+
+    `input_ids` and `attention_mask` [B, S] int64; `mask_positions` [M, 2] int64 of (row, token), and `labels` [M] the
+    ids that the masks hide.
+    """
+
+    texts: list[str]
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    mask_positions: NDArray[np.int64] | None = None
+    labels: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Texts of these lengths in tokens, special tokens included."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Real ones."""
+        return sum(self.lengths)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Of one batch of all texts."""
+        return len(self.lengths) * max(self.lengths)
+
+    @property
+    def is_corpus(self) -> bool:
+        """Many texts: for public interfaces only, which cut them in batches; one batch would be no use of a session."""
+        return self.name.endswith("corpus")
+
+    @property
+    def is_alone(self) -> bool:
+        """Too large to hold other contestants in memory."""
+        return not self.is_corpus and self.padded_tokens > _ALONE_TOKENS and len(self.lengths) == 1
+
+    def job(self, tokenizer: TextTokenizer, *, texts: int | None = None) -> Job:
+        """Seeded texts of these lengths; of the first `texts` only, for warming up."""
+        rows = synthetic_texts(tokenizer, self.lengths[:texts], seed=SEED)
+        return padded_job(rows, tokenizer)
+
+
+def make_workload(name: str, *, corpus_texts: int = 2000) -> Workload:
+    """One of NAMES, or any ROWSxTOKENS."""
+    rng = np.random.default_rng(SEED)
+    if name in ("mixed", "mixed-padded"):
+        # 32 texts, 16 to 512 tokens, of whose padded batch 56 % is real.
+        lengths = 16 + 496 * np.linspace(0, 1, 32) ** 0.83
+        return Workload(name, tuple(rng.permutation(lengths.round().astype(int)).tolist()))
+    if name == "short-corpus":  # queries
+        return Workload(name, _log_normal(rng, min(256, corpus_texts), median=10, deviation=0.5, longest=32))
+    if name == "corpus":  # sentences and passages, a few long ones
+        return Workload(name, _log_normal(rng, corpus_texts, median=32, deviation=0.9, longest=512))
+    rows, _, tokens = name.partition("x")
+    return Workload(name, (int(tokens),) * int(rows))
+
+
+def heldout_job(tokenizer: TextTokenizer, *, texts: int = 24, longest: int = 256) -> Job:
+    """Real texts of all lengths up to `longest`; every eighth token of them hidden behind a mask."""
+    lines = heldout_texts()[1::2]
+    rows = tokenizer.encode_texts(lines, max_length=longest, truncation=True)
+    chosen = sorted(range(len(lines)), key=lambda i: len(rows[i]))
+    chosen = [chosen[round(i)] for i in np.linspace(0, len(chosen) - 1, min(texts, len(chosen)))]
+    # Decoded and cut again, so that the texts have exactly the tokens that the sessions get.
+    whole = [tokenizer.decode(rows[i], skip_special_tokens=True) for i in chosen]
+    return padded_job(whole, tokenizer)
+
+
+def masked(job: Job, mask_token_id: int) -> Job:
+    """The same batch with every eighth of its real tokens hidden."""
+    real = job.attention_mask.copy()
+    real[:, 0] = 0
+    real[np.arange(len(real)), job.attention_mask.sum(axis=1) - 1] = 0
+    positions = np.argwhere(real == 1)[::_MASK_EVERY]
+    input_ids = job.input_ids.copy()
+    labels = input_ids[positions[:, 0], positions[:, 1]]
+    input_ids[positions[:, 0], positions[:, 1]] = mask_token_id
+    return Job([], input_ids, job.attention_mask, positions, labels)
+
+
+def heldout_texts() -> list[str]:
+    """The lines of the held-out text; those of even number are for calibration, the others for accuracy."""
+    lines = HELDOUT.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def padded_job(texts: Sequence[str], tokenizer: TextTokenizer) -> Job:
+    """The texts as one batch; pad ids are 0, as all models of the benchmark have them."""
+    rows = tokenizer.encode_texts(texts, max_length=1 << 20, truncation=False)
+    batch = collate(rows, pad_token_id=0)
+    return Job(list(texts), batch.input_ids, batch.attention_mask)
+
+
+def _log_normal(
+    rng: np.random.Generator, count: int, *, median: float, deviation: float, longest: int
+) -> tuple[int, ...]:
+    lengths = np.exp(rng.normal(np.log(median), deviation, count)).round().clip(4, longest)
+    return tuple(lengths.astype(int).tolist())
