@@ -1,0 +1,148 @@
+"""What a precision costs on real text: the candidate's answers beside PyTorch's FP32 answers.
+
+Parity says that a graph computes what the model does; this says how much of the model's use is left where it does not
+quite. Shapes: T real tokens, N rows, M masks, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.exporters.parity import Runs
+from gte_deploy.spec import ModelSpec
+
+Outputs = Mapping[str, NDArray[np.float32]]
+TextBatch = tuple[Batch, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Means over all tokens, rows and masks of the texts.
+
+    Args:
+        token_cosine_mean: of hidden states with the reference's.
+        token_cosine_min: the smallest of them.
+        sentence_cosine_mean: of sentence embeddings; of mean-pooled hidden states where the task has none.
+        sentence_cosine_min: the smallest of them.
+        top1_agreement: share of masks whose best word is the reference's; None for other tasks than fill-mask.
+        top5_agreement: share of the five best words that are among the reference's five; fill-mask only.
+        top1: share of masks whose best word is the one that stood there, [candidate, reference]; fill-mask only.
+        top5: the same of the five best words.
+        tokens: T.
+        masks: M.
+    """
+
+    token_cosine_mean: float
+    token_cosine_min: float
+    sentence_cosine_mean: float
+    sentence_cosine_min: float
+    top1_agreement: float | None
+    top5_agreement: float | None
+    top1: tuple[float, float] | None
+    top5: tuple[float, float] | None
+    tokens: int
+    masks: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class AccuracyBounds:
+    """The least that a precision may keep; see `Accuracy`."""
+
+    cosine_mean: float
+    top1_agreement: float
+
+    def missed(self, found: Accuracy) -> list[str]:
+        """What falls short, in words; empty where all is well. NaN falls short."""
+        parts = [
+            f"{name} cosine {value:.5f} on average, at least {self.cosine_mean} wanted"
+            for name, value in (("token", found.token_cosine_mean), ("sentence", found.sentence_cosine_mean))
+            if not value >= self.cosine_mean
+        ]
+        if found.top1_agreement is not None and not found.top1_agreement >= self.top1_agreement:
+            parts.append(
+                f"the best answer for a mask is PyTorch's in {found.top1_agreement:.1%} of {found.masks:,}, at least "
+                f"{self.top1_agreement:.0%} wanted"
+            )
+        return parts
+
+
+def reference_outputs(reference: Runs, batches: Sequence[TextBatch], spec: ModelSpec) -> list[Outputs]:
+    """The reference's answers to every batch, kept as small as the comparison needs them."""
+    return [_needed(reference.run(batch, _names(spec)), batch, spec) for batch, _ in batches]
+
+
+def measure_accuracy(
+    candidate: Runs,
+    references: Iterable[Outputs],
+    batches: Sequence[TextBatch],
+    spec: ModelSpec,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Accuracy:
+    """Run `batches` through the candidate and compare with `reference_outputs` of the same."""
+    tokens, sentences, masks = [], [], []
+    for number, ((batch, wanted), expected) in enumerate(zip(batches, references, strict=True)):
+        found = _needed(candidate.run(batch, _names(spec)), batch, spec)
+        tokens.append(_cosine(found["tokens"], expected["tokens"]))
+        sentences.append(_cosine(found["sentences"], expected["sentences"]))
+        if "best" in found:
+            masks.append((found["best"], expected["best"], wanted))
+        if progress is not None:
+            progress(number)
+    token, sentence = np.concatenate(tokens), np.concatenate(sentences)
+    words = _words(*(np.concatenate(parts) for parts in zip(*masks, strict=True))) if masks else _NO_WORDS
+    return Accuracy(
+        token_cosine_mean=float(token.mean()),
+        token_cosine_min=float(token.min()),
+        sentence_cosine_mean=float(sentence.mean()),
+        sentence_cosine_min=float(sentence.min()),
+        tokens=len(token),
+        **words,
+    )
+
+
+_NO_WORDS: dict[str, Any] = {"top1_agreement": None, "top5_agreement": None, "top1": None, "top5": None, "masks": 0}
+
+
+def _words(found: NDArray[np.int64], expected: NDArray[np.int64], wanted: NDArray[np.int64]) -> dict[str, Any]:
+    """The five best words of candidate and reference, [M, 5] each, and the right ones [M]."""
+    shared = [len(np.intersect1d(a, b)) / 5 for a, b in zip(found, expected, strict=True)]
+    return {
+        "top1_agreement": float((found[:, 0] == expected[:, 0]).mean()),
+        "top5_agreement": float(np.mean(shared)),
+        "top1": tuple(float((best[:, 0] == wanted).mean()) for best in (found, expected)),
+        "top5": tuple(float((best == wanted[:, None]).any(axis=1).mean()) for best in (found, expected)),
+        "masks": len(wanted),
+    }
+
+
+def _names(spec: ModelSpec) -> tuple[str, ...]:
+    extra = {"fill-mask": ("logits",), "embed": ("sentence_embedding",)}
+    return ("last_hidden_state", *extra.get(spec.task, ()))
+
+
+def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Outputs:
+    """`tokens` [T, H], `sentences` [N, H] and, for fill-mask, `best` [M, 5] ids, best first."""
+    hidden, real = outputs["last_hidden_state"], batch.attention_mask.astype(bool)
+    mean = [rows[mask].mean(axis=0) for rows, mask in zip(hidden, real, strict=True)]
+    needed = {"tokens": hidden[real], "sentences": outputs.get("sentence_embedding", np.array(mean))}
+    if spec.task == "fill-mask" and batch.mask_positions is not None:
+        logits = outputs["logits"]
+        if spec.logits == "all":
+            logits = logits[tuple(batch.mask_positions.T)]
+        needed["best"] = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    return needed
+
+
+def _cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    return np.einsum("ij,ij->i", a, b) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
