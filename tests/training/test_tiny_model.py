@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GteForMaskedLM
 
 import gte_deploy.models
+from gte_deploy.exporters.text_batches import builtin_texts
 
 FOLDER = Path(gte_deploy.models.__file__).parent / "gte_en_mlm_tiny"
-HELDOUT = Path(__file__).parent.parent / "data" / "heldout.txt"
 SIZE_LIMIT = 25_000_000
 REAL_VOCABULARY = 30522
 
@@ -89,7 +89,7 @@ def test_common_phrases_are_completed(model, tokenizer, text, word):
 
 
 def test_heldout_accuracy_is_far_above_the_most_frequent_words(model, tokenizer):
-    ids = np.array(tokenizer(HELDOUT.read_text(), add_special_tokens=False)["input_ids"])
+    ids = np.array(tokenizer("\n".join(builtin_texts("evaluation")), add_special_tokens=False)["input_ids"])
     rows = ids[: len(ids) // 510 * 510].reshape(-1, 510)[:8]
     rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (101, 102)))
     chosen = (np.random.default_rng(0).random(rows.shape) < 0.15) & (rows > tokenizer.mask_token_id)

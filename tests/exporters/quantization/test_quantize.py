@@ -38,7 +38,7 @@ def test_answers_stay_close(quantized, fp32, run, cosines, batches, engine, acti
         (hidden, logits), (found, found_logits) = run(fp32[engine].model, batch), run(model, batch)
         # 32 channels average out little; the bounds of real models are held to in test_export.py.
         assert cosines(hidden[real], found[real]).mean() > 0.99
-        assert cosines(logits, found_logits).mean() > 0.99
+        assert cosines(logits, found_logits).mean() > 0.98
 
 
 @pytest.mark.parametrize(("engine", "activations"), FORMS)
