@@ -63,21 +63,13 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """A backend in a precision; None is the bundle's own."""
-
-    backend: str
-    precision: str | None = None
-
-
-@dataclass(frozen=True)
 class EngineResult:
     """What one engine did.
 
     Args:
         name: backend and precision, for people.
-        engine: as `gte_deploy.load` takes it.
-        same_precision: whether it computes in the bundle's own precision.
+        backend: as `gte_deploy.load` takes it.
+        precision: as `gte_deploy.load` takes it; None for the bundle's own.
         seconds: shape -> of each timed call.
         first_answer_s: from the start of a process to its first answer.
         peak_bytes: highest resident memory of its process over all calls.
@@ -85,8 +77,8 @@ class EngineResult:
     """
 
     name: str
-    engine: Engine
-    same_precision: bool
+    backend: str
+    precision: str | None = None
     seconds: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     first_answer_s: float | None = None
     peak_bytes: int | None = None
@@ -195,7 +187,7 @@ def fastest(report: BenchReport, *, precision_may_change: bool = False) -> Engin
     Raises:
         BackendError: none ran in the bundle's own precision.
     """
-    allowed = [result for result in report.measured if result.same_precision or precision_may_change]
+    allowed = [result for result in report.measured if result.precision is None or precision_may_change]
     if not allowed:
         raise BackendError(
             f"no engine that ran computes in the bundle's own precision, {report.manifest.precision}. "
@@ -211,8 +203,8 @@ def record(report: BenchReport, picked: EngineResult) -> Path:
         OSError: the cache cannot be written, or the user has no home folder.
     """
     pick = Pick(
-        backend=picked.engine.backend,
-        precision=picked.engine.precision,
+        backend=picked.backend,
+        precision=picked.precision,
         measured={
             result.name: {str(shape): result.spread(str(shape)).median for shape in report.shapes}
             for result in report.measured
@@ -284,14 +276,10 @@ def _engines(precision: str, backend: str | None) -> list[EngineResult]:
     """What is to be measured, without any numbers yet."""
     if backend not in (None, *BACKENDS):
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    engines = [Engine("onnx"), Engine("openvino")]
+    engines = [EngineResult(f"{name} {precision}", name) for name in BACKENDS]
     if precision == "fp32":
-        engines.append(Engine("openvino", "bf16"))
-    return [
-        EngineResult(f"{engine.backend} {engine.precision or precision}", engine, engine.precision is None)
-        for engine in engines
-        if backend in (None, engine.backend)
-    ]
+        engines.append(EngineResult("openvino bf16", "openvino", "bf16"))
+    return [engine for engine in engines if backend in (None, engine.backend)]
 
 
 def _shapes(asked: Sequence[str] | None, max_length: int, min_length: int) -> list[Shape]:
@@ -319,7 +307,7 @@ def _measure(
         for result in engines:
             progress(f"{result.name}: load")
             started = time.perf_counter()
-            arguments = (bundle, result.engine.backend, result.engine.precision, num_threads)
+            arguments = (bundle, result.backend, result.precision, num_threads)
             try:
                 worker = stack.enter_context(Worker(LoadedBundle, *arguments))
                 worker.call("encode", next(iter(texts.values())))

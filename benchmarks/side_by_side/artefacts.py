@@ -114,13 +114,15 @@ def make_checkpoint(preset_name: str, task: str, target: Path) -> None:
 
 def make_plain(checkpoint: Path, task: str, max_length: int, target: Path) -> None:
     """The traced graph in standard operators, nothing fused: what torch.onnx alone gives."""
-    from gte_deploy.exporters.graph import build_graph, save_graph
+    import onnx_ir as ir
+
+    from gte_deploy.exporters.trace import trace
     from gte_deploy.models.checkpoint import load_model
 
     model = load_model(checkpoint, task=task)  # type: ignore[arg-type]
     pooling = "mean" if task == "embed" else None
-    graph = build_graph(model, task=task, max_length=max_length, pooling=pooling, fuse=False)
-    save_graph(graph, target / "model.onnx")
+    traced = trace(model, task=task, max_length=max_length, pooling=pooling, logits="masked", opset=20)
+    ir.save(traced, target / "model.onnx", external_data="model.onnx.data")
 
 
 def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
@@ -138,17 +140,17 @@ def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
 
 
 def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
-    """Static int8 by NNCF's recipe for transformers, calibrated on real texts."""
+    """Static int8 by NNCF's recipe for transformers, calibrated on the texts that `gte-export` takes by default."""
     import nncf
     import numpy as np
     import openvino
 
+    from gte_deploy.exporters.text_batches import builtin_texts
     from gte_deploy.tokenization import load_tokenizer
-    from side_by_side.workloads import heldout_texts
 
     model = openvino.Core().read_model(str(plain / "model.onnx"))
     names = {value.any_name for value in model.inputs}
-    texts = heldout_texts()[::2][:_CALIBRATION_TEXTS]
+    texts = builtin_texts("calibration")[:_CALIBRATION_TEXTS]
     rows = load_tokenizer(checkpoint).encode_texts(texts, max_length=_CALIBRATION_TOKENS, truncation=True)
 
     def feed(row: list[int]) -> dict[str, Any]:
@@ -173,8 +175,7 @@ def make_bundle(checkpoint: Path, task: str, precision: str, max_length: int, ta
         check=False,
     )
     if done.returncode != 0:
-        told = [line for line in done.stderr.splitlines() if line.startswith("gte-export: ")]
-        raise WorkerError(told[-1] if told else f"gte-export ended with exit code {done.returncode}")
+        raise WorkerError((done.stderr.strip() or f"gte-export ended with {done.returncode}").splitlines()[-1])
 
 
 def _write_pooling(folder: Path, hidden_size: int) -> None:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.batching import collate
 from gte_deploy.bench import synthetic_texts
+from gte_deploy.exporters.text_batches import builtin_texts
 from gte_deploy.tokenization import TextTokenizer
 
-HELDOUT = Path(__file__).resolve().parents[2] / "tests" / "data" / "heldout.txt"
 DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048", "1x8192")
 NAMES = (*DENSE[:5], "mixed", "mixed-padded", DENSE[5], "short-corpus", "corpus")
 SEED = 0
@@ -89,15 +88,18 @@ def make_workload(name: str, *, corpus_texts: int = 2000) -> Workload:
     return Workload(name, (int(tokens),) * int(rows))
 
 
-def heldout_job(tokenizer: TextTokenizer, *, texts: int = 24, longest: int = 256) -> Job:
-    """Real texts of all lengths up to `longest`; every eighth token of them hidden behind a mask."""
-    lines = heldout_texts()[1::2]
-    rows = tokenizer.encode_texts(lines, max_length=longest, truncation=True)
-    chosen = sorted(range(len(lines)), key=lambda i: len(rows[i]))
-    chosen = [chosen[round(i)] for i in np.linspace(0, len(chosen) - 1, min(texts, len(chosen)))]
-    # Decoded and cut again, so that the texts have exactly the tokens that the sessions get.
-    whole = [tokenizer.decode(rows[i], skip_special_tokens=True) for i in chosen]
-    return padded_job(whole, tokenizer)
+def heldout_job(tokenizer: TextTokenizer, *, texts: int, longest: int) -> Job:
+    """Real texts of all lengths up to `longest` tokens."""
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer.encode_texts([text], max_length=longest, truncation=True)[0]
+
+    # Cut where they are too long, decoded and cut again: the texts have exactly the tokens that the sessions get.
+    whole = [tokenizer.decode(tokens(text), skip_special_tokens=True) for text in builtin_texts("evaluation")]
+    lengths = [len(row) for row in tokenizer.encode_texts(whole, max_length=1 << 20, truncation=True)]
+    fitting = sorted((length, text) for length, text in zip(lengths, whole, strict=True) if length <= longest)
+    chosen = np.linspace(0, len(fitting) - 1, min(texts, len(fitting))).round().astype(int)
+    return padded_job([fitting[i][1] for i in chosen], tokenizer)
 
 
 def masked(job: Job, mask_token_id: int) -> Job:
@@ -110,12 +112,6 @@ def masked(job: Job, mask_token_id: int) -> Job:
     labels = input_ids[positions[:, 0], positions[:, 1]]
     input_ids[positions[:, 0], positions[:, 1]] = mask_token_id
     return Job([], input_ids, job.attention_mask, positions, labels)
-
-
-def heldout_texts() -> list[str]:
-    """The lines of the held-out text; those of even number are for calibration, the others for accuracy."""
-    lines = HELDOUT.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
 
 
 def padded_job(texts: Sequence[str], tokenizer: TextTokenizer) -> Job:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gte_deploy import cli, exit_codes, picks
-from gte_deploy.bench import Engine, EngineResult, bench, fastest, format_table, record, synthetic_texts
+from gte_deploy.bench import EngineResult, bench, fastest, format_table, record, synthetic_texts
 from gte_deploy.bundle import read_manifest
 from gte_deploy.errors import BackendError, InputError
 from gte_deploy.measure import Spread, Worker, WorkerError, interleaved, resident_bytes
@@ -33,11 +33,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def result(name, medians, *, same_precision=True, error=None):
+def result(name, medians, *, error=None):
     seconds = {shape: [median] * 3 for shape, median in zip(SHAPES, medians, strict=True)}
     backend, precision = name.split()
-    engine = Engine(backend, None if same_precision else precision)
-    return EngineResult(name, engine, same_precision, seconds, 1.0, 10**8, error)
+    return EngineResult(name, backend, "bf16" if precision == "bf16" else None, seconds, 1.0, 10**8, error)
 
 
 def test_every_shape_is_timed(report):
@@ -81,7 +80,7 @@ def test_the_fastest_is_chosen_over_all_shapes_and_of_the_same_precision(report)
     engines = (
         result("onnx fp32", [1.0, 10.0]),
         result("openvino fp32", [2.0, 4.0]),  # 8 against 10: slower at one shape, faster in the mean
-        result("openvino bf16", [0.5, 0.5], same_precision=False),
+        result("openvino bf16", [0.5, 0.5]),
     )
     many = dataclasses.replace(report, shapes=tuple(report.shapes), engines=engines)
     assert fastest(many).name == "openvino fp32"
