@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 from side_by_side.accuracy import agreement, cosines
-from side_by_side.artefacts import ROOT, Artefacts, Subject
+from side_by_side.artefacts import SUBJECTS, WORK, Artefacts, Subject, result_file
 from side_by_side.contestants import CONTESTANTS, REFERENCE, Contestant, reference_of
 from side_by_side.gemm import SIZE, Gemm, method
 from side_by_side.report import markdown
@@ -51,17 +51,10 @@ from side_by_side.workloads import NAMES, Workload, heldout_job, make_workload, 
 from gte_deploy._version import __version__
 from gte_deploy.files import write_text
 from gte_deploy.measure import Worker, WorkerError, interleaved
-from gte_deploy.models import BUILTIN_NAME
 from gte_deploy.picks import cpu_model
 from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import load_tokenizer
 
-SUBJECTS = {
-    "base": Subject("base", "gte-en-mlm-base", "embed"),
-    "large": Subject("large", "gte-en-mlm-large", "embed"),
-    "tiny": Subject("tiny", BUILTIN_NAME, "embed"),
-    "tiny-fill-mask": Subject("tiny-fill-mask", BUILTIN_NAME, "fill-mask"),
-}
 WORKLOADS = {
     "base": NAMES,
     "large": ("1x128", "1x512"),
@@ -418,7 +411,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--corpus-texts", type=int, default=2000, metavar="N")
     parser.add_argument("--accuracy-texts", type=int, default=24, metavar="N")
     parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="of the exported bundles")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "inference-benchmark", help="the work folder")
+    parser.add_argument("--work", type=Path, default=WORK, help="the work folder")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="go on from, and write to, this result")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-inference-CPU.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
@@ -436,14 +429,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--shapes: {name!r} is neither ROWSxTOKENS nor one of {', '.join(NAMES)}")
     if not arguments.contestants:
         parser.error(f"--contestants: no name has such a part; there are {', '.join(one.name for one in CONTESTANTS)}")
-    default = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-inference-{_slug(cpu_model())}.json"
-    arguments.output = arguments.output or arguments.resume or default
+    arguments.output = arguments.output or arguments.resume or result_file("inference", "json")
     return arguments
-
-
-def _slug(cpu: str) -> str:
-    words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", cpu)
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def _say(line: str) -> None:

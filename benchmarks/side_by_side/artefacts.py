@@ -6,10 +6,12 @@ and is renamed when it is complete. What was made by other sources of the export
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy.measure import Worker, WorkerError
+from gte_deploy.models import BUILTIN_NAME
+from gte_deploy.picks import cpu_model
 
 ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "inference-benchmark"
 _STAMP = "made-by.json"
 _CALIBRATION_TEXTS = 64
 _CALIBRATION_TOKENS = 256
@@ -39,6 +44,14 @@ class Subject:
     name: str
     preset: str
     task: str
+
+
+SUBJECTS = {
+    "base": Subject("base", "gte-en-mlm-base", "embed"),
+    "large": Subject("large", "gte-en-mlm-large", "embed"),
+    "tiny": Subject("tiny", BUILTIN_NAME, "embed"),
+    "tiny-fill-mask": Subject("tiny-fill-mask", BUILTIN_NAME, "fill-mask"),
+}
 
 
 class Artefacts:
@@ -92,12 +105,19 @@ class Artefacts:
         aside.rename(target)
 
 
+def result_file(benchmark: str, suffix: str) -> Path:
+    """Where today's result of a benchmark on this CPU belongs."""
+    words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", cpu_model())
+    cpu = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{benchmark}-{cpu}.{suffix}"
+
+
 def make_checkpoint(preset_name: str, task: str, target: Path) -> None:
     """The preset with seeded random weights, or the built-in model; mean pooling, as sentence-transformers reads it."""
     import torch
     from transformers import PreTrainedModel
 
-    from gte_deploy.models import BUILTIN_NAME, builtin_path
+    from gte_deploy.models import builtin_path
     from gte_deploy.models.checkpoint import MODEL_CLASSES, copy_tokenizer, load_model, save_model
     from gte_deploy.models.config import build_config
 
