@@ -4,20 +4,27 @@ Parity says that a graph computes what the model does; this says how much of the
 quite. Shapes: T real tokens, N rows, M masks, V vocabulary.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.exporters.parity import Runs
+from gte_deploy.exporters.parity_batches import last_row_alone
 from gte_deploy.spec import ModelSpec, Precision
 
 Outputs = Mapping[str, NDArray[np.float32]]
 TextBatch = tuple[Batch, NDArray[np.int64]]
+
+
+class Runs(Protocol):
+    """The part of `Backend` that a comparison needs."""
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> Outputs:
+        """See `gte_deploy.backends.base.Backend.run`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Accuracy:
         token_cosine_min: the smallest of them.
         sentence_cosine_mean: of sentence embeddings; of mean-pooled hidden states where the task has none.
         sentence_cosine_min: the smallest of them.
+        alone_cosine_mean: of the candidate's hidden states of a row in a padded batch with those of the row alone; 1
+            where no batch has several rows.
         top1_agreement: share of masks whose best word is the reference's; None for other tasks than fill-mask.
         top5_agreement: share of the five best words that are among the reference's five; fill-mask only.
         top1: share of masks whose best word is the one that stood there, [candidate, reference]; fill-mask only.
@@ -41,16 +50,13 @@ class Accuracy:
     token_cosine_min: float
     sentence_cosine_mean: float
     sentence_cosine_min: float
+    alone_cosine_mean: float
     top1_agreement: float | None
     top5_agreement: float | None
     top1: tuple[float, float] | None
     top5: tuple[float, float] | None
     tokens: int
     masks: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,11 @@ class AccuracyBounds:
         """What falls short, in words; empty where all is well. NaN falls short."""
         parts = [
             f"{name} cosine {value:.5f} on average, at least {self.cosine_mean} wanted"
-            for name, value in (("token", found.token_cosine_mean), ("sentence", found.sentence_cosine_mean))
+            for name, value in (
+                ("token", found.token_cosine_mean),
+                ("sentence", found.sentence_cosine_mean),
+                ("row alone", found.alone_cosine_mean),
+            )
             if not value >= self.cosine_mean
         ]
         if found.top1_agreement is not None and not found.top1_agreement >= self.top1_agreement:
@@ -92,19 +102,19 @@ def measure_accuracy(
     references: Iterable[Outputs],
     batches: Sequence[TextBatch],
     spec: ModelSpec,
-    *,
-    progress: Callable[[int], None] | None = None,
 ) -> Accuracy:
     """Run `batches` through the candidate and compare with `reference_outputs` of the same."""
-    tokens, sentences, masks = [], [], []
-    for number, ((batch, wanted), expected) in enumerate(zip(batches, references, strict=True)):
+    tokens, sentences, masks, alone = [], [], [], [np.ones(1)]
+    for (batch, wanted), expected in zip(batches, references, strict=True):
         found = _needed(candidate.run(batch, _names(spec)), batch, spec)
         tokens.append(_cosine(found["tokens"], expected["tokens"]))
         sentences.append(_cosine(found["sentences"], expected["sentences"]))
         if "best" in found:
             masks.append((found["best"], expected["best"], wanted))
-        if progress is not None:
-            progress(number)
+        if len(batch.input_ids) > 1:
+            single = last_row_alone(batch)
+            (row,) = candidate.run(single, ("last_hidden_state",))["last_hidden_state"]
+            alone.append(_cosine(found["tokens"][-len(row) :], row))
     token, sentence = np.concatenate(tokens), np.concatenate(sentences)
     words = _words(*(np.concatenate(parts) for parts in zip(*masks, strict=True))) if masks else _NO_WORDS
     return Accuracy(
@@ -112,6 +122,7 @@ def measure_accuracy(
         token_cosine_min=float(token.min()),
         sentence_cosine_mean=float(sentence.mean()),
         sentence_cosine_min=float(sentence.min()),
+        alone_cosine_mean=float(np.concatenate(alone[1:] or alone).mean()),
         tokens=len(token),
         **words,
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from gte_deploy.bundle import MANIFEST_NAME, FileEntry, GraphEntry, Manifest, is_bundle, read_manifest
 from gte_deploy.errors import BundleError, ExportError
 from gte_deploy.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
-from gte_deploy.spec import ModelSpec
+from gte_deploy.spec import Engine, ModelSpec, Precision
 
 _STAGING, _OLD = ".staging", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -90,14 +90,14 @@ def seal(
     folder: Path,
     *,
     spec: ModelSpec,
-    precision: str,
-    graph: GraphEntry,
+    precision: Precision,
+    graphs: Mapping[Engine, GraphEntry],
     versions: Mapping[str, str],
     source: Mapping[str, str],
 ) -> Manifest:
     """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last."""
     files = {name: _sealed_entry(folder / name) for name in sorted(_tree(folder))}
-    manifest = Manifest(spec=spec, precision=precision, graph=graph, files=files, versions=versions, source=source)
+    manifest = Manifest(spec=spec, precision=precision, graphs=graphs, files=files, versions=versions, source=source)
     path = folder / MANIFEST_NAME
     path.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", encoding="utf-8")
     sync_file(path)

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from gte_deploy._version import __version__
 from gte_deploy.errors import GteDeployError
 from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, USAGE, exit_code_of
-from gte_deploy.exporters.export import ExportResult, export
+from gte_deploy.exporters.export import ACTIVATIONS, ExportResult, export
 from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS
 
 FORMATS = ("onnx", "trt", "triton")
-_LATER_PRECISIONS = ("fp16", "bf16", "int8")
+_LATER_PRECISIONS = ("fp16", "bf16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=(*PRECISIONS, *_LATER_PRECISIONS), default="fp32", help="default: %(default)s"
     )
+    parser.add_argument("--calibration", metavar="FILE", help="int8: UTF-8, one text a line (default: English prose)")
+    parser.add_argument(
+        "--activations", choices=ACTIVATIONS, default="static", help="int8 on ONNX Runtime; default: %(default)s"
+    )
+    parser.add_argument("--reduce-range", action="store_true", help="int8: 7-bit weights, for CPUs without VNNI")
     parser.add_argument("--max-len", type=int, metavar="TOKENS", help="longest input (default: the checkpoint's)")
     parser.add_argument("--opset", type=int, help="ONNX opset (default: the one the graph is tested with)")
     parser.add_argument("--pooling", choices=("auto", *POOLINGS), default="auto", help="default: the checkpoint's")
@@ -73,10 +78,15 @@ def _not_in_this_version(arguments: argparse.Namespace) -> str | None:
     """Why these arguments cannot be served, or None."""
     if arguments.format != "onnx":
         return f"--format {arguments.format} is not in gte-deploy {__version__}; it writes onnx"
-    if arguments.precision not in PRECISIONS:
+    if arguments.precision in _LATER_PRECISIONS:
         return (
-            f"--precision {arguments.precision} is not in gte-deploy {__version__}; it writes {', '.join(PRECISIONS)}"
+            f"--precision {arguments.precision} is not in gte-deploy {__version__}; it writes {', '.join(PRECISIONS)}. "
+            "A CPU that has bfloat16 takes the fp32 bundle: load(…, backend='openvino', precision='bf16')."
         )
+    if arguments.precision != "int8":
+        for name, default in (("calibration", None), ("activations", "static"), ("reduce_range", False)):
+            if getattr(arguments, name) != default:
+                return f"--{name.replace('_', '-')} is for --precision int8"
     for name in ("model", "output"):
         if getattr(arguments, name) is not None and getattr(arguments, f"{name}_argument") is not None:
             return f"{name.upper()} and --{name} are the same; give one of them"
@@ -93,6 +103,9 @@ def _export(arguments: argparse.Namespace) -> ExportResult:
         pooling=arguments.pooling,
         logits=arguments.logits,
         opset=arguments.opset,
+        calibration=arguments.calibration,
+        activations=arguments.activations,
+        reduce_range=arguments.reduce_range,
         force=arguments.force,
         progress=None if arguments.quiet else _tell,
     )
@@ -130,7 +143,7 @@ def _result_json(result: ExportResult) -> dict[str, object]:
         "task": result.manifest.spec.task,
         "precision": result.manifest.precision,
         "files": {name: entry.size for name, entry in result.manifest.files.items()},
-        "fusions": dict(result.manifest.graph.fusions),
+        "fusions": dict(result.manifest.graphs["onnxruntime"].fusions),
         "parity": result.parity.to_json(),
     }
 

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,20 +16,39 @@ from gte_deploy.bundle import GraphEntry, Manifest
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import InputError, MissingDependencyError
 from gte_deploy.exporters.bundle_writer import publish, seal, staging
+from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.config import native_config, read_config, task_of
-from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, Logits, ModelSpec, Precision, Task
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.spec import (
+    LOGITS,
+    POOLINGS,
+    PRECISIONS,
+    TASKS,
+    ComputePrecision,
+    Engine,
+    Logits,
+    ModelSpec,
+    Precision,
+    Task,
+)
+from gte_deploy.tokenization import TextTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GteConfig
 
+    from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.lower_precision import Quantized
     from gte_deploy.exporters.parity import ParityReport
+    from gte_deploy.exporters.quantize import Activations
 
 MIN_LENGTH = 8
-GRAPH_PATH = "onnx/model.onnx"
+GRAPH_PATHS: Mapping[Engine, str] = {"onnxruntime": "onnx/model.onnx", "openvino": "onnx/model_openvino.onnx"}
+WEIGHTS_PATH = "onnx/model.onnx.data"
+ACTIVATIONS = ("static", "dynamic")
+EVALUATION_TOKENS = 6000
+"""Real tokens of text on which a lower precision's accuracy is measured, in texts and again in windows."""
 _EXTRA = (
     "torch",
     "transformers",
@@ -47,7 +66,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: where the bundle is, what its manifest says, and how the graph compared with PyTorch."""
+    """A finished export: where the bundle is, what its manifest says, and how its graphs compared with PyTorch."""
 
     path: Path
     manifest: Manifest
@@ -64,6 +83,9 @@ def export(
     pooling: str = "auto",
     logits: str = "masked",
     opset: int | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    activations: str = "static",
+    reduce_range: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -73,22 +95,34 @@ def export(
         model: checkpoint folder, hub id or preset name; None for the built-in model.
         output: folder of the bundle; None for one named after model, format and precision in the working directory.
         task: "fill-mask", "embed", "classify", "token-classify", or "auto" for what the checkpoint was made for.
-        precision: "fp32".
+        precision: "fp32"; "int8" (weights and activations); "int8-weight" or "int4-weight" (weights alone, for small
+            disks). docs/numerics.md compares them.
         max_length: longest input in tokens; None for the checkpoint's own limit.
         pooling: "mean", "cls", or "auto" for what the checkpoint says.
         logits: "masked" computes the vocabulary logits of the masks alone, "all" those of every token (fill-mask).
         opset: ONNX opset of the graph; None for the default.
+        calibration: for int8, a UTF-8 file with one text a line, like those that will be served; None for English prose
+            that comes along.
+        activations: for int8 on ONNX Runtime, "static" (ranges of the calibration texts: a row's answer does not
+            depend on its batch) or "dynamic" (ranges of each batch). OpenVINO's graph is always static.
+        reduce_range: for int8, weights of 7 bits, for CPUs without VNNI.
         force: replace a bundle that is there already.
         progress: called with one line at every step.
 
     Raises:
         InputError: an argument is out of range.
         CheckpointError, ConfigError: the checkpoint cannot be read, or asks for what is not honoured.
-        ParityError: the graph differs from PyTorch by more than the bound; no bundle is left.
+        ParityError: an engine differs from PyTorch by more than its bound; no bundle is left.
         ExportError: the target must not be replaced, or the graph could not be built.
         MissingDependencyError: the [export] extra is not installed.
     """
-    _check_choices(task=task, precision=precision, pooling=pooling, logits=logits)
+    _check_choices(task=task, precision=precision, pooling=pooling, logits=logits, activations=activations)
+    lower = _LowerPrecision(
+        cast(Precision, precision),
+        None if calibration is None else read_texts(Path(calibration)),
+        cast("Activations", activations),
+        reduce_range,
+    )
     _require_extra()
     steps = _Steps(progress or (lambda line: None))
     path = Path(output if output is not None else default_output(model, precision=precision))
@@ -99,10 +133,18 @@ def export(
             checkpoint = resolve_checkpoint(model)
             config, spec = _read_spec(checkpoint, task=task, pooling=pooling, logits=logits, max_length=max_length)
             source = _source_of(model, checkpoint)
-        graph, parity = _prove(checkpoint, folder, spec, cast(Precision, precision), opset=opset, steps=steps)
+        graphs, parity, sensitivity = _prove(checkpoint, folder, spec, lower, opset=opset, steps=steps)
         with steps("write the bundle"):
             manifest = _write_bundle(
-                folder, checkpoint, config, spec, graph=graph, parity=parity, source=source, timings_s=steps.seconds
+                folder,
+                checkpoint,
+                config,
+                spec,
+                graphs=graphs,
+                parity=parity,
+                source=source,
+                timings_s=steps.seconds,
+                sensitivity=sensitivity,
             )
         steps.tell(f"rename to {path}")
         publish(folder, target, force=force)
@@ -129,12 +171,23 @@ class _Steps:
         self.seconds[name] = time.perf_counter() - started
 
 
-def _check_choices(*, task: str, precision: str, pooling: str, logits: str) -> None:
+@dataclass(frozen=True)
+class _LowerPrecision:
+    """The precision asked for, and how it is to be made; see `export`."""
+
+    precision: Precision
+    calibration: Sequence[str] | None
+    activations: "Activations"
+    reduce_range: bool
+
+
+def _check_choices(*, task: str, precision: str, pooling: str, logits: str, activations: str) -> None:
     for name, value, allowed in (
         ("task", task, ("auto", *TASKS)),
         ("precision", precision, PRECISIONS),
         ("pooling", pooling, ("auto", *POOLINGS)),
         ("logits", logits, LOGITS),
+        ("activations", activations, ACTIVATIONS),
     ):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
@@ -164,25 +217,26 @@ def _read_spec(
 
 
 def _prove(
-    checkpoint: Path, folder: Path, spec: ModelSpec, precision: Precision, *, opset: int | None, steps: _Steps
-) -> tuple["Graph", "ParityReport"]:
-    """Trace the checkpoint into `folder`/onnx and compare the saved graph, as users will run it, with PyTorch.
+    checkpoint: Path, folder: Path, spec: ModelSpec, lower: _LowerPrecision, *, opset: int | None, steps: _Steps
+) -> tuple[dict[Engine, "Graph"], "ParityReport", Mapping[str, float]]:
+    """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch.
+
+    The last result is what a sensitivity sweep measured, if one was needed.
 
     Raises:
         ParityError: a bound is missed.
     """
     # Here and not above: `gte-export --help` and a refused target need none of these.
-    from gte_deploy.backends.onnx_backend import OnnxBackend
-    from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graph, save_graph
+    from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graphs, save_graphs
     from gte_deploy.exporters.parity import TorchReference, check_parity
     from gte_deploy.exporters.parity_batches import TokenSource
     from gte_deploy.models.checkpoint import load_model
 
     with steps("load the weights"):
-        tokens = TokenSource.from_tokenizer(load_tokenizer(checkpoint))
+        tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint, task=spec.task)
     with steps("trace and fuse"):
-        graph = build_graph(
+        graphs = build_graphs(
             model,
             task=spec.task,
             max_length=spec.max_length,
@@ -190,21 +244,79 @@ def _prove(
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
         )
-        file = folder / GRAPH_PATH
-        file.parent.mkdir()
-        save_graph(graph, file)
-    with steps("compare with PyTorch"), contextlib.closing(OnnxBackend(file, spec)) as candidate:
+        not_proven = []
+        if importlib.util.find_spec("openvino") is None:
+            del graphs["openvino"]
+            not_proven.append("openvino is not installed here, so the bundle holds no graph for it.")
+    texts, sensitivity = [], {}
+    if lower.precision != "fp32":
+        with steps(f"quantize to {lower.precision}"):
+            made = _quantize(graphs, lower, spec, tokenizer, steps)
+        graphs, sensitivity = made.graphs, made.sweep.loss if made.sweep else {}
+        texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+        if "openvino" not in graphs:
+            not_proven = [f"{lower.precision} has a graph for ONNX Runtime alone."]
+    with steps("write the graphs"):
+        weights = folder / WEIGHTS_PATH
+        weights.parent.mkdir()
+        save_graphs({folder / GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}, weights)
+    with steps("compare with PyTorch"), contextlib.ExitStack() as stack:
+        candidates = _open_engines(folder, graphs, spec, stack)
+        if "openvino" in graphs and ("openvino", "bf16") not in candidates:
+            not_proven.append("openvino bf16 was not compared: this CPU does not compute in bfloat16.")
         parity = check_parity(
             TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
-            candidate,
-            outputs=[output.name for output in graph.outputs],
+            candidates,
+            outputs=[output.name for output in graphs["onnxruntime"].outputs],
             spec=spec,
-            precision=precision,
-            tokens=tokens,
+            precision=lower.precision,
+            tokens=TokenSource.from_tokenizer(tokenizer),
+            texts=texts,
+            not_proven=not_proven,
             progress=steps.tell,
         )
     parity.require()
-    return graph, parity
+    return graphs, parity, sensitivity
+
+
+def _quantize(
+    graphs: Mapping[Engine, "Graph"],
+    lower: _LowerPrecision,
+    spec: ModelSpec,
+    tokenizer: TextTokenizer,
+    steps: _Steps,
+) -> "Quantized":
+    from gte_deploy.exporters.lower_precision import quantize_graphs
+
+    return quantize_graphs(
+        graphs,
+        lower.precision,
+        spec=spec,
+        tokenizer=tokenizer,
+        calibration=lower.calibration,
+        activations=lower.activations,
+        reduce_range=lower.reduce_range,
+        progress=steps.tell,
+    )
+
+
+def _open_engines(
+    folder: Path, graphs: Mapping[Engine, "Graph"], spec: ModelSpec, stack: contextlib.ExitStack
+) -> dict[tuple[Engine, ComputePrecision], "Backend"]:
+    """Every engine that the bundle is for, in every precision that this CPU computes in; `stack` closes them."""
+    from gte_deploy.backends.onnx_backend import OnnxBackend
+    from gte_deploy.backends.openvino_backend import OpenVinoBackend, has_native_bf16
+
+    opened: dict[tuple[Engine, ComputePrecision], Backend] = {
+        ("onnxruntime", "fp32"): OnnxBackend(folder / GRAPH_PATHS["onnxruntime"], spec)
+    }
+    if "openvino" in graphs:
+        computes: tuple[ComputePrecision, ...] = ("fp32", "bf16") if has_native_bf16() else ("fp32",)
+        for compute in computes:
+            opened["openvino", compute] = OpenVinoBackend(folder / GRAPH_PATHS["openvino"], spec, precision=compute)
+    for backend in opened.values():
+        stack.callback(backend.close)
+    return opened
 
 
 def _write_bundle(
@@ -213,10 +325,11 @@ def _write_bundle(
     config: "GteConfig",
     spec: ModelSpec,
     *,
-    graph: "Graph",
+    graphs: Mapping[Engine, "Graph"],
     parity: "ParityReport",
     source: Mapping[str, str],
     timings_s: Mapping[str, float],
+    sensitivity: Mapping[str, float],
 ) -> Manifest:
     from gte_deploy.exporters.report import build_report, library_versions, render_html
     from gte_deploy.models.checkpoint import copy_tokenizer
@@ -227,19 +340,25 @@ def _write_bundle(
     _write_json(folder / "config.json", {**native, "max_position_embeddings": spec.max_length})
     if spec.task in ("fill-mask", "embed"):
         _write_sentence_transformers(folder, spec)
+    entries: dict[Engine, GraphEntry] = {
+        engine: GraphEntry(
+            path=GRAPH_PATHS[engine],
+            opset=graph.opset,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            fusions=graph.fusions,
+            computes=parity.proven(engine),
+        )
+        for engine, graph in graphs.items()
+    }
     report = build_report(
-        parity, spec=spec, source=source, opset=graph.opset, fusions=graph.fusions, timings_s=timings_s
+        parity, spec=spec, source=source, graphs=entries, timings_s=timings_s, sensitivity=sensitivity
     )
     _write_json(folder / "report.json", report)
     (folder / "report.html").write_text(render_html(parity, report), encoding="utf-8")
-    entry = GraphEntry(
-        path=GRAPH_PATH,
-        opset=graph.opset,
-        inputs=tuple(graph.inputs),
-        outputs=tuple(graph.outputs),
-        fusions=dict(graph.fusions),
+    return seal(
+        folder, spec=spec, precision=parity.precision, graphs=entries, versions=library_versions(), source=source
     )
-    return seal(folder, spec=spec, precision=parity.precision, graph=entry, versions=library_versions(), source=source)
 
 
 def _write_sentence_transformers(folder: Path, spec: ModelSpec) -> None:

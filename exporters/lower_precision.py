@@ -22,7 +22,7 @@ from gte_deploy.exporters.graph import Graph, save_graph
 from gte_deploy.exporters.linears import find_linears
 from gte_deploy.exporters.quantize import Activations, Int8Plan, plan_int8, quantize_int8
 from gte_deploy.exporters.sensitivity import Sweep, sweep_sensitivity
-from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
+from gte_deploy.exporters.text_batches import builtin_texts, text_batches
 from gte_deploy.exporters.weight_only import Bits, quantize_weights
 from gte_deploy.spec import Engine, ModelSpec, Precision
 from gte_deploy.tokenization import TextTokenizer
@@ -55,8 +55,8 @@ def quantize_graphs(
     *,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
-    calibration: Path | None = None,
-    activations: Activations = "dynamic",
+    calibration: Sequence[str] | None = None,
+    activations: Activations = "static",
     reduce_range: bool = False,
     progress: Callable[[str], None],
 ) -> Quantized:
@@ -67,22 +67,21 @@ def quantize_graphs(
         precision: other than "fp32".
         spec: of the model.
         tokenizer: of the model.
-        calibration: a UTF-8 file with one text a line, like those that will be asked; None for texts that come along
-            (English prose). INT8 only, as the next two.
+        calibration: texts like those that will be asked; None for English prose that comes along. INT8 only, as the
+            next two.
         activations: of ONNX Runtime's graph. OpenVINO's is static.
         reduce_range: weights of 7 bits, for CPUs without VNNI.
         progress: called with a line at every step that takes long.
-
-    Raises:
-        InputError: the calibration file holds no text.
     """
     if precision != "int8":
         copy = graphs["onnxruntime"].model.clone()
         counts = quantize_weights(copy, _WEIGHT_BITS[precision])
         return Quantized({"onnxruntime": _with(graphs["onnxruntime"], copy, counts)})
-    texts = builtin_texts("calibration") if calibration is None else read_texts(calibration)
+    texts = calibration or builtin_texts("calibration")
     batches = text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
-    progress(f"calibrate on {sum(int(batch.attention_mask.sum()) for batch, _ in batches):,} tokens")
+    size = sum(int(batch.attention_mask.sum()) for batch, _ in batches)
+    kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
+    progress(f"calibrate on {size:,} tokens of {kind}")
     fp32 = graphs["onnxruntime"]
     ranges = measure_ranges(fp32, spec, [batch for batch, _ in batches])
     plan = plan_int8(fp32.model, ranges, reduce_range=reduce_range)

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,15 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.errors import ParityError
+from gte_deploy.exporters.accuracy import (
+    ACCURACY_BOUNDS,
+    Accuracy,
+    AccuracyBounds,
+    Runs,
+    TextBatch,
+    measure_accuracy,
+    reference_outputs,
+)
 from gte_deploy.exporters.parity_batches import (
     Case,
     TokenSource,
@@ -25,7 +34,7 @@ from gte_deploy.exporters.parity_batches import (
     max_tokens_of,
     parity_cases,
 )
-from gte_deploy.spec import Logits, ModelSpec, Pooling, Precision, Task
+from gte_deploy.spec import ComputePrecision, Engine, Logits, ModelSpec, Pooling, Precision, Task
 
 _CHUNK_ELEMENTS = 1 << 22
 _SEED = 20240729
@@ -33,22 +42,45 @@ _SEED = 20240729
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a precision may be from PyTorch FP32.
+    """How far from PyTorch FP32 a candidate may be. None leaves a measure unbounded.
 
     Args:
         max_abs: largest absolute difference of hidden states, embeddings and logits.
-        cosine: smallest cosine between any two corresponding vectors.
+        max_rel: the same over the largest value of PyTorch's output.
+        cosine_min: smallest cosine between any two corresponding vectors.
+        cosine_mean: mean cosine of an output over all cases, each case counting the same.
+        top1: share of all masks whose best token is PyTorch's.
     """
 
-    max_abs: float
-    cosine: float
+    max_abs: float | None
+    cosine_min: float
+    cosine_mean: float | None = None
+    max_rel: float | None = None
+    top1: float | None = None
+
+    def __str__(self) -> str:
+        """The bounds in words."""
+        bounds = ((field.name.replace("_", " "), getattr(self, field.name)) for field in dataclasses.fields(self))
+        return ", ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
 
 
-TOLERANCES: Mapping[Precision, Tolerance] = {
+TOLERANCES: Mapping[Precision | ComputePrecision, Tolerance] = {
     # Holds at every length: both sides take FP32 rotation angles from the same table, so what is left is the order
     # of FP32 sums, some 1e-6 to 1e-5. Against float64 the angles' own rounding would show (3e-4 at position 2,000).
-    "fp32": Tolerance(max_abs=1e-4, cosine=0.99999),
+    "fp32": Tolerance(max_abs=1e-4, cosine_min=0.99999),
+    # Eight bits of significand in every product.
+    "bf16": Tolerance(max_abs=None, max_rel=0.05, cosine_min=0.999, cosine_mean=0.9999),
+    # Half of these tokens are random ids, far from any calibration text: that nothing is broken. What a precision is
+    # good for is measured on text, see accuracy.py.
+    "int8": Tolerance(max_abs=None, cosine_min=0.9, cosine_mean=0.99),
+    "int8-weight": Tolerance(max_abs=None, cosine_min=0.98, cosine_mean=0.999),
+    "int4-weight": Tolerance(max_abs=None, cosine_min=0.8, cosine_mean=0.97),
 }
+
+
+def tolerance_of(precision: Precision, compute: ComputePrecision) -> Tolerance:
+    """The row for a bundle's precision and what an engine computes in: the coarser of the two decides."""
+    return TOLERANCES[compute if precision == "fp32" else precision]
 
 
 @dataclass(frozen=True)
@@ -68,8 +100,12 @@ class Difference:
     cosine_min: float
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether both bounds hold; never for NaN."""
-        return self.max_abs <= tolerance.max_abs and self.cosine_min >= tolerance.cosine
+        """Whether the bounds of a single comparison hold; never for NaN."""
+        return (
+            self.cosine_min >= tolerance.cosine_min
+            and (tolerance.max_abs is None or self.max_abs <= tolerance.max_abs)
+            and (tolerance.max_rel is None or self.max_rel <= tolerance.max_rel)
+        )
 
 
 @dataclass(frozen=True)
@@ -81,16 +117,18 @@ class CaseResult:
         outputs: output's name -> difference from PyTorch on the real tokens.
         alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
         finite: whether every number of every output is finite, padding included.
+        masks: how many masks the batch has.
         top1: share of masks whose best token is PyTorch's; fill-mask only.
         top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
         reference_ms: time of PyTorch's run.
-        candidate_ms: time of the graph's run.
+        candidate_ms: time of the candidate's run.
     """
 
     case: Case
     outputs: Mapping[str, Difference]
     alone: Mapping[str, Difference]
     finite: bool
+    masks: int
     top1: float | None
     top5: float | None
     reference_ms: float
@@ -106,17 +144,30 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """All cases of one export, and the bounds they were held to."""
+class EngineParity:
+    """All cases of one engine, its accuracy on text where that was asked for, and the bounds they were held to."""
 
-    precision: Precision
+    engine: Engine
+    compute: ComputePrecision
     tolerance: Tolerance
     cases: tuple[CaseResult, ...]
+    accuracy: Accuracy | None = None
+    accuracy_bounds: AccuracyBounds | None = None
+
+    @property
+    def title(self) -> str:
+        """Engine and what it computes in."""
+        return f"{self.engine} {self.compute}"
+
+    @property
+    def optional(self) -> bool:
+        """Whether this is a choice at load: the bundle is good without it, and then does not claim it."""
+        return self.compute != "fp32"
 
     @property
     def passed(self) -> bool:
-        """Whether every case is within the bounds."""
-        return all(result.within(self.tolerance) for result in self.cases)
+        """Whether every case and the means over them are within the bounds."""
+        return not self.failures()
 
     @property
     def max_abs(self) -> float:
@@ -128,21 +179,85 @@ class ParityReport:
         """The smallest cosine of all cases; NaN if any is."""
         return float(np.min([found.cosine_min for result in self.cases for _, found in result.differences()]))
 
+    @property
+    def cosine_mean(self) -> float:
+        """Of the output with the lowest: its mean cosine over the cases; NaN if any is."""
+        means = [[found.cosine_mean for found in result.outputs.values()] for result in self.cases]
+        return float(np.min(np.mean(means, axis=0)))
+
+    @property
+    def top1(self) -> float | None:
+        """Share of all masks whose best token is PyTorch's; fill-mask only."""
+        shares = [(result.top1, result.masks) for result in self.cases if result.top1 is not None]
+        return sum(share * masks for share, masks in shares) / sum(masks for _, masks in shares) if shares else None
+
+    def failures(self) -> list[str]:
+        """What misses the bounds, one line each."""
+        failed = [_failure(result, self.tolerance) for result in self.cases if not result.within(self.tolerance)]
+        for name, found, bound in (
+            ("mean cosine", self.cosine_mean, self.tolerance.cosine_mean),
+            ("top-1 agreement", self.top1, self.tolerance.top1),
+        ):
+            if bound is not None and found is not None and not found >= bound:
+                failed.append(f"{name} over all cases {found:.7f}")
+        if self.accuracy is not None and self.accuracy_bounds is not None:
+            failed += [f"on text: {part}" for part in self.accuracy_bounds.missed(self.accuracy)]
+        return failed
+
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON data; a number that is not finite becomes null."""
+        """As plain JSON data."""
         cases = [{**dataclasses.asdict(r), "passed": r.within(self.tolerance)} for r in self.cases]
-        data = {
+        return {
+            "engine": self.engine,
+            "compute": self.compute,
             "passed": self.passed,
-            "precision": self.precision,
             "bounds": dataclasses.asdict(self.tolerance),
             "max_abs": self.max_abs,
             "cosine_min": self.cosine_min,
+            "cosine_mean": self.cosine_mean,
+            "top1": self.top1,
+            "accuracy": self.accuracy and dataclasses.asdict(self.accuracy),
+            "accuracy_bounds": self.accuracy_bounds and dataclasses.asdict(self.accuracy_bounds),
             "cases": [{**case.pop("case"), **case} for case in cases],
         }
-        return _finite_or_null(data)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How every engine of one export compared with PyTorch.
+
+    Args:
+        precision: of the bundle.
+        engines: each with its own bounds, over the same cases.
+        not_proven: what could not be compared here, or is not claimed, one sentence each.
+    """
+
+    precision: Precision
+    engines: tuple[EngineParity, ...]
+    not_proven: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine is within its bounds, but for those that the bundle can do without."""
+        return all(engine.passed or engine.optional for engine in self.engines)
+
+    def proven(self, engine: Engine) -> tuple[ComputePrecision, ...]:
+        """What `engine` was shown to compute in."""
+        return tuple(found.compute for found in self.engines if found.engine == engine and found.passed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON data; a number that is not finite becomes null."""
+        return _finite_or_null(
+            {
+                "passed": self.passed,
+                "precision": self.precision,
+                "engines": [engine.to_json() for engine in self.engines],
+                "not_proven": list(self.not_proven),
+            }
+        )
 
     def require(self) -> None:
-        """Raise unless every case passed.
+        """Raise unless `passed`.
 
         Raises:
             BoundMissedError: naming each failed comparison with its numbers, and the bounds.
@@ -151,26 +266,28 @@ class ParityReport:
             raise BoundMissedError(self)
 
 
+_ADVICE = {
+    False: "This is a bug of the export or of an installed library: please report it.",
+    True: "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
+}
+
+
 class BoundMissedError(ParityError):
-    """A graph that misses its bounds; `report` holds every number."""
+    """An engine that misses its bounds; `report` holds every number."""
 
     def __init__(self, report: ParityReport) -> None:
-        failures = [_failure(r, report.tolerance) for r in report.cases if not r.within(report.tolerance)]
+        parts = [
+            f"{engine.title} differs from PyTorch FP32 in {len(failures)} respects, over {len(engine.cases)} cases "
+            f"(bounds: {engine.tolerance}):\n  " + "\n  ".join(failures)
+            for engine in report.engines
+            if not engine.optional and (failures := engine.failures())
+        ]
         super().__init__(
-            f"the {report.precision} graph differs from PyTorch FP32 in {len(failures)} of {len(report.cases)} cases "
-            f"(bounds: max abs {report.tolerance.max_abs:g}, cosine {report.tolerance.cosine:g}):\n  "
-            + "\n  ".join(failures)
-            + "\nNo bundle was written. This is a bug of the export or of an installed library: please report it."
+            f"the {report.precision} bundle on "
+            + "\n".join(parts)
+            + f"\nNo bundle was written. {_ADVICE[report.precision != 'fp32']}"
         )
         self.report = report
-
-
-class Runs(Protocol):
-    """The part of `Backend` that parity needs."""
-
-    def run(self, batch: Batch, outputs: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
-        """See `gte_deploy.backends.base.Backend.run`."""
-        ...
 
 
 class TorchReference:
@@ -229,37 +346,68 @@ def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> D
 
 def check_parity(
     reference: Runs,
-    candidate: Runs,
+    candidates: Mapping[tuple[Engine, ComputePrecision], Runs],
     *,
     outputs: Sequence[str],
     spec: ModelSpec,
     precision: Precision,
     tokens: TokenSource,
+    not_proven: Sequence[str] = (),
     cases: Sequence[Case] | None = None,
+    texts: Sequence[TextBatch] = (),
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
-    """Run both sides over `cases` (default `parity_cases`) and compare the named outputs.
+    """Run the reference and every candidate over `cases` (default `parity_cases`) and compare the named outputs.
 
+    With `texts` the accuracy of every candidate on them is measured as well, and held to the precision's bounds.
     Nothing is raised for a difference: see `ParityReport.require`.
     """
     if cases is None:
         cases = parity_cases(spec.max_length, max_tokens=max_tokens_of(spec))
     rng = np.random.default_rng(_SEED)
-    results = []
+    results: dict[tuple[Engine, ComputePrecision], list[CaseResult]] = {key: [] for key in candidates}
     for number, case in enumerate(cases, 1):
         if progress is not None:
             progress(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")
         batch = make_batch(case, spec, tokens, rng, text_first=number % 2 == 0)
         if number == 1:  # what is allocated and compiled at a first run is no latency
-            _timed(reference, batch, outputs), _timed(candidate, batch, outputs)
-        results.append(_run_case(case, batch, reference, candidate, outputs=outputs, spec=spec))
-    return ParityReport(precision=precision, tolerance=TOLERANCES[precision], cases=tuple(results))
+            for side in (reference, *candidates.values()):
+                side.run(batch, outputs)
+        expected = _timed(reference, batch, outputs)
+        for key, candidate in candidates.items():
+            results[key].append(_run_case(case, batch, expected, candidate, outputs=outputs, spec=spec))
+    if progress is not None and texts:
+        progress(f"accuracy on {sum(int(batch.attention_mask.sum()) for batch, _ in texts):,} tokens of text")
+    references = reference_outputs(reference, texts, spec)
+    engines = tuple(
+        EngineParity(
+            engine,
+            compute,
+            tolerance_of(precision, compute),
+            tuple(results[engine, compute]),
+            measure_accuracy(candidate, references, texts, spec) if texts else None,
+            ACCURACY_BOUNDS.get(precision),
+        )
+        for (engine, compute), candidate in candidates.items()
+    )
+    missed = [
+        f"{engine.title} misses its bounds with these weights, and the bundle does not claim it."
+        for engine in engines
+        if engine.optional and not engine.passed
+    ]
+    return ParityReport(precision=precision, engines=engines, not_proven=(*not_proven, *missed))
 
 
 def _run_case(
-    case: Case, batch: Batch, reference: Runs, candidate: Runs, *, outputs: Sequence[str], spec: ModelSpec
+    case: Case,
+    batch: Batch,
+    reference: tuple[Mapping[str, NDArray[np.float32]], float],
+    candidate: Runs,
+    *,
+    outputs: Sequence[str],
+    spec: ModelSpec,
 ) -> CaseResult:
-    expected, reference_ms = _timed(reference, batch, outputs)
+    expected, reference_ms = reference
     found, candidate_ms = _timed(candidate, batch, outputs)
     alone = {}
     if case.ragged:
@@ -271,6 +419,7 @@ def _run_case(
         outputs={name: compare(_real(expected[name], batch), _real(found[name], batch)) for name in outputs},
         alone=alone,
         finite=all(bool(np.isfinite(found[name]).all()) for name in outputs),
+        masks=0 if batch.mask_positions is None else len(batch.mask_positions),
         top1=top1,
         top5=top5,
         reference_ms=reference_ms,

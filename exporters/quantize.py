@@ -42,7 +42,6 @@ from gte_deploy.exporters.linears import Linear, find_linears, linear_of
 from gte_deploy.spec import Engine
 
 Activations = Literal["dynamic", "static"]
-ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "static")
 
 SMOOTHING = 0.7
 """The exponent a. On gte-en-mlm-tiny 0.6 to 0.8 are alike; without any, fill-mask's best answer is PyTorch's in 94 %

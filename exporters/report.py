@@ -2,7 +2,7 @@
 
 import datetime
 import html
-import importlib
+import importlib.util
 import io
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gte_deploy._version import __version__
-from gte_deploy.exporters.parity import CaseResult, ParityReport
-from gte_deploy.spec import ModelSpec
+from gte_deploy.bundle import GraphEntry
+from gte_deploy.exporters.parity import CaseResult, EngineParity, ParityReport
+from gte_deploy.spec import Engine, ModelSpec
 from gte_deploy.threads import available_cpus
 
 FORMAT = "gte-deploy-parity-report"
 FORMAT_VERSION = 1
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "numpy")
+_OPTIONAL_LIBRARIES = ("openvino",)
 _LOWEST_SHOWN = 1e-9  # a logarithmic axis has no zero
-_BLUE, _ORANGE, _GREY, _RED = "#2563eb", "#ea580c", "#6b7280", "#dc2626"
+_GREY = "#6b7280"
+_COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea")  # one an engine
 
 
 def library_versions() -> dict[str, str]:
     """Version of gte-deploy, of Python and of every library that took part in an export."""
+    installed = [*_LIBRARIES, *(name for name in _OPTIONAL_LIBRARIES if importlib.util.find_spec(name))]
     return {
         "gte-deploy": __version__,
         "python": platform.python_version(),
         # The modules', not the distributions': onnxruntime also comes as onnxruntime-gpu.
-        **{name: importlib.import_module(name).__version__ for name in _LIBRARIES},
+        **{name: importlib.import_module(name).__version__ for name in installed},
     }
 
 
@@ -40,11 +44,14 @@ def build_report(
     *,
     spec: ModelSpec,
     source: Mapping[str, str],
-    opset: int,
-    fusions: Mapping[str, int],
+    graphs: Mapping[Engine, GraphEntry],
     timings_s: Mapping[str, float],
+    sensitivity: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """All of report.json: what was exported, how it compared, on what machine, and how long each step took."""
+    """All of report.json: what was exported, how it compared, on what machine, and how long each step took.
+
+    `sensitivity` is what each group of layers costs alone in INT8, where that had to be measured.
+    """
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -54,9 +61,9 @@ def build_report(
         "max_length": spec.max_length,
         "pooling": spec.pooling,
         "logits": spec.logits if spec.task == "fill-mask" else None,
-        "opset": opset,
-        "fusions": dict(fusions),
+        "graphs": {engine: {"opset": graph.opset, "fusions": dict(graph.fusions)} for engine, graph in graphs.items()},
         "parity": parity.to_json(),
+        "sensitivity": dict(sensitivity or {}),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
         "machine": {"cpu": _cpu_name(), "cpus": available_cpus(), "platform": platform.platform()},
         "versions": library_versions(),
@@ -64,24 +71,17 @@ def build_report(
 
 
 def format_table(parity: ParityReport) -> str:
-    """One line a case, columns aligned, and the verdict."""
-    header, rows = _columns(parity.cases)
-    rows = [
-        [*row, "" if result.within(parity.tolerance) else "FAILED"]
-        for row, result in zip(rows, parity.cases, strict=True)
-    ]
-    cells = [[*header, ""], *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([*lines, verdict(parity)])
+    """For each engine one line a case, columns aligned, and the verdict; then what was not proven."""
+    return "\n".join([*("\n".join(_engine_lines(engine)) for engine in parity.engines), *parity.not_proven])
 
 
-def verdict(parity: ParityReport) -> str:
+def verdict(engine: EngineParity) -> str:
     """One sentence: passed or failed, the worst numbers and the bounds."""
+    numbers = f"max abs {engine.max_abs:.2e}, cosine min {engine.cosine_min:.8f}, mean {engine.cosine_mean:.8f}"
+    agreement = "" if engine.top1 is None else f", top-1 {engine.top1:.1%}"
     return (
-        f"parity {'passed' if parity.passed else 'FAILED'}: {len(parity.cases)} cases, "
-        f"max abs {parity.max_abs:.2e} (bound {parity.tolerance.max_abs:g}), "
-        f"smallest cosine {parity.cosine_min:.8f} (bound {parity.tolerance.cosine:g})"
+        f"{engine.title}: parity {'passed' if engine.passed else _miss(engine)}, {len(engine.cases)} cases, {numbers}"
+        f"{agreement} (bounds: {engine.tolerance})"
     )
 
 
@@ -92,22 +92,74 @@ def render_html(parity: ParityReport, report: Mapping[str, Any]) -> str:
     facts = {
         "task": report["task"],
         "precision": parity.precision,
+        **_sensitivity_facts(report),
         "longest input": f"{report['max_length']:,} tokens",
-        "opset": report["opset"],
-        "fusions": ", ".join(f"{fusion} {count}" for fusion, count in report["fusions"].items()) or "none",
+        **{f"graph for {engine}": _graph_facts(graph) for engine, graph in report["graphs"].items()},
     }
     return _PAGE.format(
         title=f"Parity of {name}",
         passed=passed,
-        verdict=html.escape(verdict(parity)),
+        verdict="<br>".join(map(html.escape, _summary(parity))),
         facts=_definitions(facts),
         error_plot=_svg(_plot_error, parity),
         latency_plot=_svg(_plot_latency, parity),
-        table=_html_table(parity),
+        tables="".join(_html_table(engine) for engine in parity.engines),
         machine=_definitions({**report["machine"], "created": report["created"]}),
         versions=_definitions(report["versions"]),
         timings=_definitions({stage: f"{seconds:.1f} s" for stage, seconds in report["timings_s"].items()}),
     )
+
+
+def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
+    loss = report["sensitivity"]
+    alone = ", ".join(f"{group} {cost:.1e}" for group, cost in loss.items())
+    return {"token cosine lost by each group alone in INT8, worst first": alone} if loss else {}
+
+
+def _summary(parity: ParityReport) -> list[str]:
+    return [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))] + [*parity.not_proven]
+
+
+def _graph_facts(graph: Mapping[str, Any]) -> str:
+    fusions = ", ".join(f"{fusion} {count}" for fusion, count in graph["fusions"].items())
+    return f"opset {graph['opset']}, {f'fusions: {fusions}' if fusions else 'standard operators'}"
+
+
+def _miss(engine: EngineParity) -> str:
+    return "missed" if engine.optional else "FAILED"
+
+
+def _engine_lines(engine: EngineParity) -> list[str]:
+    header, rows = _columns(engine.cases)
+    rows = [
+        [*row, "" if result.within(engine.tolerance) else _miss(engine)]
+        for row, result in zip(rows, engine.cases, strict=True)
+    ]
+    cells = [[*header, ""], *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [*lines, verdict(engine), *_accuracy_lines(engine)]
+
+
+def _accuracy_lines(engine: EngineParity) -> list[str]:
+    """What the precision costs on text, in one sentence; none where that was not asked for."""
+    found, bounds = engine.accuracy, engine.accuracy_bounds
+    if found is None or bounds is None:
+        return []
+    parts = [
+        f"token cosine mean {found.token_cosine_mean:.5f}, min {found.token_cosine_min:.5f}",
+        f"sentence cosine mean {found.sentence_cosine_mean:.5f}, min {found.sentence_cosine_min:.5f}",
+        f"row in a batch against alone {found.alone_cosine_mean:.5f}",
+    ]
+    asked = f"mean cosine {bounds.cosine_mean:g}"
+    if found.top1 is not None and found.top5 is not None:
+        parts += [
+            f"same best word as PyTorch for {found.top1_agreement:.1%} of {found.masks:,} masks",
+            f"right word first {found.top1[0]:.1%} (PyTorch {found.top1[1]:.1%})",
+            f"among five {found.top5[0]:.1%} ({found.top5[1]:.1%})",
+        ]
+        asked += f", same best word {bounds.top1_agreement:.0%}"
+    return [f"{engine.title} on {found.tokens:,} tokens of English prose: {'; '.join(parts)} (bounds: {asked})"]
 
 
 def _columns(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]:
@@ -125,17 +177,18 @@ def _columns(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]
         row += ["" if alone is None else f"{alone:.1e}", f"{cosine:.7f}"]
         row += [f"{share:.0%}" for share in (result.top1, result.top5) if share is not None]
         rows.append([*row, f"{result.reference_ms:,.1f}", f"{result.candidate_ms:,.1f}"])
-    return [*header, "torch ms", "onnx ms"], rows
+    return [*header, "torch ms", "ms"], rows
 
 
-def _html_table(parity: ParityReport) -> str:
-    header, rows = _columns(parity.cases)
+def _html_table(engine: EngineParity) -> str:
+    header, rows = _columns(engine.cases)
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = []
-    for row, result in zip(rows, parity.cases, strict=True):
-        style = "" if result.within(parity.tolerance) else ' class="failed"'
+    for row, result in zip(rows, engine.cases, strict=True):
+        style = "" if result.within(engine.tolerance) else ' class="failed"'
         body.append(f"<tr{style}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<h2>{html.escape(engine.title)}: every case</h2><div class="scroll">{table}</div>'
 
 
 def _definitions(items: Mapping[str, Any]) -> str:
@@ -144,21 +197,23 @@ def _definitions(items: Mapping[str, Any]) -> str:
 
 
 def _plot_error(axes: Axes, parity: ParityReport) -> None:
-    names = list(parity.cases[0].outputs)
-    for name, color in zip(names, (_BLUE, _ORANGE), strict=False):
-        lengths = [result.case.length for result in parity.cases]
-        errors = [max(result.outputs[name].max_abs, _LOWEST_SHOWN) for result in parity.cases]
-        axes.scatter(lengths, errors, s=26, color=color, alpha=0.75, linewidths=0, label=name)
-    axes.axhline(parity.tolerance.max_abs, color=_RED, linestyle="--", linewidth=1.2, label="bound")
+    for engine, color in zip(parity.engines, _COLORS, strict=False):
+        lengths = [result.case.length for result in engine.cases]
+        errors = [max(_LOWEST_SHOWN, *(found.max_abs for found in result.outputs.values())) for result in engine.cases]
+        axes.scatter(lengths, errors, s=26, color=color, alpha=0.75, linewidths=0, label=engine.title)
+        if engine.tolerance.max_abs is not None:
+            axes.axhline(engine.tolerance.max_abs, color=color, linestyle="--", linewidth=1.2)
     axes.set_title("Largest absolute difference from PyTorch")
     axes.set_yscale("log")
 
 
 def _plot_latency(axes: Axes, parity: ParityReport) -> None:
-    single = [result for result in parity.cases if result.case.batch == 1]
-    lengths = [result.case.length for result in single]
-    axes.plot(lengths, [r.reference_ms for r in single], "o-", color=_GREY, markersize=4, label="PyTorch FP32")
-    axes.plot(lengths, [r.candidate_ms for r in single], "o-", color=_BLUE, markersize=4, label="exported graph")
+    for number, (engine, color) in enumerate(zip(parity.engines, _COLORS, strict=False)):
+        single = [result for result in engine.cases if result.case.batch == 1]
+        lengths = [result.case.length for result in single]
+        if number == 0:
+            axes.plot(lengths, [r.reference_ms for r in single], "o-", color=_GREY, markersize=4, label="PyTorch fp32")
+        axes.plot(lengths, [r.candidate_ms for r in single], "o-", color=color, markersize=4, label=engine.title)
     axes.set_title("Milliseconds for one text, one run each")
     axes.set_yscale("log")
 
@@ -177,7 +232,7 @@ def _svg(plot: Any, parity: ParityReport) -> str:
         figure = Figure(figsize=(5.6, 3.3), layout="constrained")
         axes = figure.add_subplot()
         plot(axes, parity)
-        lengths = sorted({result.case.length for result in parity.cases})
+        lengths = sorted({result.case.length for result in parity.engines[0].cases})
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
@@ -233,13 +288,12 @@ p {{ margin: .7rem 0 0; color: #4b5563; font-size: .88rem; }}
 <section>{facts}</section>
 <section class="plots">{error_plot}{latency_plot}</section>
 <section>
-<h2>Every case</h2>
-<div class="scroll">{table}</div>
+{tables}
 <p>Under an output's name stands the largest absolute difference from PyTorch FP32 over all real tokens; under
 &ldquo;row alone&rdquo; that of the shortest row in the batch from the same row run alone; &ldquo;relative&rdquo; is the
 largest difference over the largest value of PyTorch's output; &ldquo;cosine&rdquo; is the
 smallest of any vector compared; top-1 and top-5 are the agreement of the best tokens at the masks. Each time is a
-single run.</p>
+single run. Dashed lines are bounds.</p>
 </section>
 <section class="columns">
 <div><h2>Machine</h2>{machine}</div>

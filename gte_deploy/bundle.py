@@ -14,7 +14,19 @@ from typing import Any
 
 from gte_deploy.errors import BundleError
 from gte_deploy.files import sha256_file
-from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, ModelSpec, TensorSpec
+from gte_deploy.spec import (
+    COMPUTE_PRECISIONS,
+    ENGINES,
+    LOGITS,
+    POOLINGS,
+    PRECISIONS,
+    TASKS,
+    ComputePrecision,
+    Engine,
+    ModelSpec,
+    Precision,
+    TensorSpec,
+)
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "gte-deploy-bundle"
@@ -32,13 +44,23 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """The ONNX graph of a bundle: where it is and what goes in and out."""
+    """The ONNX graph of a bundle for one engine.
+
+    Args:
+        path: relative to the bundle, with forward slashes.
+        opset: of the standard operators.
+        inputs: in graph order.
+        outputs: in graph order.
+        fusions: pass -> how often it fired.
+        computes: what the engine was proven to compute it in; it may be asked for others.
+    """
 
     path: str
     opset: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     fusions: Mapping[str, int]
+    computes: tuple[ComputePrecision, ...] = ("fp32",)
 
 
 @dataclass(frozen=True)
@@ -47,16 +69,17 @@ class Manifest:
 
     Args:
         spec: the model's facts.
-        precision: "fp32", …
-        graph: the ONNX graph.
+        precision: of the weights and graphs.
+        graphs: engine -> its graph; "onnxruntime" always, "openvino" where the export has proven one. They read the
+            same weights file.
         files: path relative to the bundle, with forward slashes -> size and hash; every file but the manifest.
         versions: library -> version that the bundle was written with.
         source: what was exported: `name`, and `sha256` of its weights where known.
     """
 
     spec: ModelSpec
-    precision: str
-    graph: GraphEntry
+    precision: Precision
+    graphs: Mapping[Engine, GraphEntry]
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
     source: Mapping[str, str]
@@ -148,24 +171,36 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
     for name, entry in files.items():
         if not isinstance(entry.size, int) or entry.size < 0 or not isinstance(entry.sha256, str):
             raise ValueError(f"files[{name!r}] needs a size and a sha256")
-    graph = data["graph"]
-    if graph["path"] not in files:
-        raise ValueError(f"graph.path {graph['path']!r} is not among the files")
+    graphs: dict[Engine, GraphEntry] = {
+        engine: _graph_from_json(data["graphs"][engine], files) for engine in ENGINES if engine in data["graphs"]
+    }
+    if "onnxruntime" not in graphs or len(graphs) < len(data["graphs"]):
+        raise ValueError(f"graphs has {', '.join(data['graphs'])}; it needs {ENGINES[0]}, and may have {ENGINES[1]}")
     if data["precision"] not in PRECISIONS:
         raise ValueError(f"precision {data['precision']!r} is none of {', '.join(PRECISIONS)}")
     return Manifest(
         spec=_spec_from_json(data["spec"]),
         precision=data["precision"],
-        graph=GraphEntry(
-            path=graph["path"],
-            opset=int(graph["opset"]),
-            inputs=tuple(_tensor_from_json(tensor) for tensor in graph["inputs"]),
-            outputs=tuple(_tensor_from_json(tensor) for tensor in graph["outputs"]),
-            fusions={str(name): int(count) for name, count in graph["fusions"].items()},
-        ),
+        graphs=graphs,
         files=files,
         versions={str(name): str(version) for name, version in data["versions"].items()},
         source={str(name): str(value) for name, value in data["source"].items()},
+    )
+
+
+def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphEntry:
+    if data["path"] not in files:
+        raise ValueError(f"the graph {data['path']!r} is not among the files")
+    computes = tuple(data["computes"])
+    if not set(computes) <= set(COMPUTE_PRECISIONS):
+        raise ValueError(f"computes {', '.join(computes)}; known are {', '.join(COMPUTE_PRECISIONS)}")
+    return GraphEntry(
+        path=data["path"],
+        opset=int(data["opset"]),
+        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
+        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+        fusions={str(name): int(count) for name, count in data["fusions"].items()},
+        computes=computes,
     )
 
 

@@ -212,11 +212,11 @@ def _rank(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from gte_deploy.backends.onnx_backend import check_graph
     from gte_deploy.bundle import open_bundle
+    from gte_deploy.onnx_inspection import check_graphs
 
     manifest = open_bundle(arguments.bundle)
-    check_graph(arguments.bundle, manifest)
+    check_graphs(arguments.bundle, manifest)
     size = sum(entry.size for entry in manifest.files.values())
     if arguments.json:
         print(

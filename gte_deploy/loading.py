@@ -84,10 +84,11 @@ def _open(folder: Path, backend: str, settings: dict[str, Any]) -> tuple[Backend
 
 def _open_bundle(folder: Path, settings: dict[str, Any]) -> tuple[Backend, ModelSpec]:
     manifest = open_bundle(folder)
-    from gte_deploy.backends.onnx_backend import OnnxBackend, check_graph
+    from gte_deploy.backends.onnx_backend import OnnxBackend
+    from gte_deploy.onnx_inspection import check_graphs
 
-    check_graph(folder, manifest)
-    return OnnxBackend(folder / manifest.graph.path, manifest.spec, **settings), manifest.spec
+    check_graphs(folder, manifest)
+    return OnnxBackend(folder / manifest.graphs["onnxruntime"].path, manifest.spec, **settings), manifest.spec
 
 
 def _open_checkpoint(folder: Path, settings: dict[str, Any]) -> tuple[Backend, ModelSpec]:

@@ -7,9 +7,15 @@ numbers are those of onnx.proto3, which are frozen.
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from gte_deploy.bundle import Manifest
 from gte_deploy.errors import BundleError
+
+# Built into every engine: nothing of another domain can run without a custom-operator library.
+_ALLOWED_DOMAINS = frozenset(("", "ai.onnx", "com.microsoft"))
+# A compiled engine of some accelerator wrapped in a node: executable code that no hash of ours describes.
+_REFUSED_OPERATORS = frozenset(("EPContext",))
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 64
@@ -35,6 +41,25 @@ class OnnxContents:
 
     operators: frozenset[tuple[str, str]]
     external_files: frozenset[str]
+
+
+def check_graphs(folder: Path, manifest: Manifest) -> None:
+    """Refuse a bundle with a graph that calls foreign code or reads files that the manifest does not vouch for.
+
+    Raises:
+        BundleError: an operator of another domain, an EPContext node, or external data outside the manifest.
+    """
+    for graph in manifest.graphs.values():
+        contents = inspect_onnx(folder / graph.path)
+        for domain, operator in sorted(contents.operators):
+            if operator in _REFUSED_OPERATORS or domain not in _ALLOWED_DOMAINS:
+                raise BundleError(
+                    f"{graph.path} has a node {domain or 'ai.onnx'}::{operator}. Compiled engines and custom operators "
+                    "are not loaded from a bundle; export the checkpoint with gte-export."
+                )
+        for location in sorted(contents.external_files):
+            if str(PurePosixPath(graph.path).parent / location) not in manifest.files:
+                raise BundleError(f"{graph.path} reads {location!r}, which the manifest does not name.")
 
 
 def inspect_onnx(path: Path) -> OnnxContents:

@@ -7,12 +7,18 @@ from typing import Literal, get_args
 Task = Literal["fill-mask", "embed", "classify", "token-classify"]
 Pooling = Literal["mean", "cls"]
 Logits = Literal["masked", "all"]
-Precision = Literal["fp32"]
+Engine = Literal["onnxruntime", "openvino"]
+Precision = Literal["fp32", "int8", "int8-weight", "int4-weight"]
+"""What a bundle's weights and graphs are made for."""
+ComputePrecision = Literal["fp32", "bf16"]
+"""What an engine computes in wherever the graph leaves it the choice."""
 
 TASKS: tuple[Task, ...] = get_args(Task)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
 
 
 @dataclass(frozen=True)

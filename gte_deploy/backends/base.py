@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.spec import ComputePrecision
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,7 +35,9 @@ class Backend(Protocol):
     """What runs a batch. Implementations may be called from several threads at once."""
 
     name: str
-    """ "onnx", "torch" or "tensorrt". """
+    """ "onnx", "openvino", "torch" or "tensorrt". """
+    precision: ComputePrecision
+    """What it computes in wherever the graph leaves it the choice."""
     device: str
     """Where it runs, such as "cpu" or "cuda:0"."""
     num_threads: int

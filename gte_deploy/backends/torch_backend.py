@@ -16,7 +16,7 @@ from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import BackendError, MissingDependencyError
-from gte_deploy.spec import ModelSpec
+from gte_deploy.spec import ComputePrecision, ModelSpec
 from gte_deploy.threads import available_cpus
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class TorchBackend:
     """One of transformers' Gte modules in evaluation mode; `run` may be called from many threads at once."""
 
     name = "torch"
+    precision: ComputePrecision = "fp32"
 
     def __init__(self, model: Any, spec: ModelSpec, *, device: str = "cpu", num_threads: int | None = None) -> None:
         """Move `model` to `device`.

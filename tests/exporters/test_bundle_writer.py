@@ -15,20 +15,22 @@ from gte_deploy.exporters.bundle_writer import check_target, clean_stale, publis
 from gte_deploy.spec import ModelSpec, TensorSpec
 
 SPEC = ModelSpec(task="embed", max_length=64, vocab_size=256, hidden_size=32, pad_token_id=0)
-GRAPH = GraphEntry(
-    path="onnx/model.onnx",
-    opset=20,
-    inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
-    outputs=(),
-    fusions={"rope": 2},
-)
+GRAPHS = {
+    "onnxruntime": GraphEntry(
+        path="onnx/model.onnx",
+        opset=20,
+        inputs=(TensorSpec("input_ids", "int64", ("batch", "sequence")),),
+        outputs=(),
+        fusions={"rope": 2},
+    )
+}
 
 
 def fill(folder: Path, mark: str) -> None:
     (folder / "onnx").mkdir()
     (folder / "onnx/model.onnx").write_text(f"graph of {mark}")
     (folder / "config.json").write_text("{}")
-    seal(folder, spec=SPEC, precision="fp32", graph=GRAPH, versions={"onnx": "1"}, source={"name": mark})
+    seal(folder, spec=SPEC, precision="fp32", graphs=GRAPHS, versions={"onnx": "1"}, source={"name": mark})
 
 
 def write(target: Path, mark: str, *, force: bool = False) -> None:
@@ -59,7 +61,7 @@ def test_what_is_written_opens_and_lists_every_file(target):
     manifest = open_bundle(target)
     tree = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     assert tree == {*manifest.files, "manifest.json"} == {"config.json", "onnx/model.onnx", "manifest.json"}
-    assert manifest.spec == SPEC and manifest.graph == GRAPH and manifest.source == {"name": "new"}
+    assert manifest.spec == SPEC and manifest.graphs == GRAPHS and manifest.source == {"name": "new"}
     assert leftovers(target) == []
 
 

@@ -141,7 +141,7 @@ def test_the_table_on_stdout_and_the_progress_on_stderr(tiny, tmp_path, monkeypa
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["length", "batch", "padding", "last_hidden_state"]
-    assert lines[-2].startswith("parity passed: ")
+    assert [line for line in lines if line.startswith("onnxruntime fp32: parity passed, ")]
     assert lines[-1].startswith("bundle tiny-onnx-fp32 (")
     assert open_bundle(tmp_path / "tiny-onnx-fp32").spec.max_length == 16
     assert all(line.startswith("gte-export: ") for line in err.splitlines()), "nothing of the libraries' own talk"
@@ -154,7 +154,7 @@ def test_json_is_one_object_and_quiet_is_quiet(tiny, tmp_path, capsys):
     assert err == ""
     result = json.loads(out)
     assert result["path"] == str(tmp_path / "out") and result["task"] == "fill-mask"
-    assert result["parity"]["passed"] is True and result["parity"]["cases"]
+    assert result["parity"]["passed"] is True and result["parity"]["engines"][0]["cases"]
     assert result["files"] == {name: e.size for name, e in open_bundle(tmp_path / "out").files.items()}
 
 
@@ -162,10 +162,11 @@ def test_a_failed_proof_is_a_failed_command(tiny, tmp_path, monkeypatch, capsys)
     from gte_deploy.exporters import parity
 
     bound = parity.TOLERANCES["fp32"]
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", parity.Tolerance(max_abs=-1.0, cosine=bound.cosine))
+    monkeypatch.setitem(parity.TOLERANCES, "fp32", parity.Tolerance(max_abs=-1.0, cosine_min=bound.cosine_min))
     assert main([str(tiny), str(tmp_path / "out"), "--max-len", "16", "--json"]) == FAILURE
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert result["parity"]["passed"] is False and result["parity"]["cases"][0]["outputs"]["logits"]["max_abs"] >= 0
+    assert result["parity"]["passed"] is False
+    assert result["parity"]["engines"][0]["cases"][0]["outputs"]["logits"]["max_abs"] >= 0
     assert "differs from PyTorch" in err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"], "no bundle and nothing temporary is left"

@@ -1,8 +1,10 @@
 """The whole export, checkpoint in and bundle out, for every task and layout; and what happens when it fails."""
 
+import importlib.util
 import json
 import resource
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +13,21 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 onnx = pytest.importorskip("onnx")
+pytest.importorskip("openvino")
 
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.backends.onnx_backend import OnnxBackend, check_graph  # noqa: E402
+from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
+from gte_deploy.backends.openvino_backend import has_native_bf16  # noqa: E402
 from gte_deploy.bundle import open_bundle  # noqa: E402
 from gte_deploy.errors import CheckpointError, ExportError, InputError  # noqa: E402
 from gte_deploy.exit_codes import FAILURE  # noqa: E402
 from gte_deploy.exporters import graph as graph_module  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
-from gte_deploy.exporters.export import default_output, export  # noqa: E402
+from gte_deploy.exporters.export import GRAPH_PATHS, default_output, export  # noqa: E402
 from gte_deploy.exporters.parity import BoundMissedError  # noqa: E402
+from gte_deploy.exporters.report import format_table  # noqa: E402
 from gte_deploy.files import sha256_file  # noqa: E402
+from gte_deploy.onnx_inspection import check_graphs, inspect_onnx  # noqa: E402
 
 LENGTH = 32
 
@@ -32,7 +38,7 @@ def read(path):
 
 def run(bundle, batch):
     manifest = open_bundle(bundle)
-    backend = OnnxBackend(bundle / manifest.graph.path, manifest.spec)
+    backend = OnnxBackend(bundle / manifest.graphs["onnxruntime"].path, manifest.spec)
     return backend.run(batch, backend.outputs)
 
 
@@ -82,13 +88,17 @@ OUTPUTS = {
 def test_the_bundle_is_whole_and_says_what_it_is(exported, task):
     bundle, result = exported[task]
     manifest = open_bundle(bundle)
-    check_graph(bundle, manifest)
+    check_graphs(bundle, manifest)
     assert manifest == result.manifest
     assert manifest.spec.task == task and manifest.precision == "fp32"
-    assert {output.name: output.shape for output in manifest.graph.outputs} == OUTPUTS[task]
-    names = ["input_ids", "attention_mask", *(["mask_positions"] if task == "fill-mask" else [])]
-    assert [tensor.name for tensor in manifest.graph.inputs] == names
-    assert manifest.graph.fusions["attention"] == read(bundle / "config.json")["num_hidden_layers"]
+    assert set(manifest.graphs) == {"onnxruntime", "openvino"}
+    for graph in manifest.graphs.values():
+        assert {output.name: output.shape for output in graph.outputs} == OUTPUTS[task]
+        names = ["input_ids", "attention_mask", *(["mask_positions"] if task == "fill-mask" else [])]
+        assert [tensor.name for tensor in graph.inputs] == names
+        assert inspect_onnx(bundle / graph.path).external_files == {"model.onnx.data"}
+    assert manifest.graphs["onnxruntime"].fusions["attention"] == read(bundle / "config.json")["num_hidden_layers"]
+    assert manifest.graphs["openvino"].fusions == {}
     assert {"torch", "onnx", "onnxruntime", "gte-deploy"} <= set(manifest.versions)
     tree = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     assert tree == {*manifest.files, "manifest.json"}
@@ -175,15 +185,25 @@ def test_the_report(exported, task):
     bundle, result = exported[task]
     report = read(bundle / "report.json")
     assert report["parity"] == json.loads(json.dumps(result.parity.to_json()))
-    assert report["parity"]["passed"] is True and report["parity"]["max_abs"] <= 1e-4
-    lengths = {case["length"] for case in report["parity"]["cases"]}
-    assert {1, 2, 17, result.manifest.spec.max_length} <= lengths
-    assert (report["parity"]["cases"][0]["top1"] is not None) == (task == "fill-mask")
-    assert report["fusions"] == result.manifest.graph.fusions
+    assert report["parity"]["passed"] is True
+    bf16 = [("openvino", "bf16")] if has_native_bf16() else []
+    engines = report["parity"]["engines"]
+    expected = [("onnxruntime", "fp32"), ("openvino", "fp32"), *bf16]
+    assert [(engine["engine"], engine["compute"]) for engine in engines] == expected
+    claimed = result.manifest.graphs["openvino"].computes
+    assert claimed == tuple(
+        engine["compute"] for engine in engines if engine["engine"] == "openvino" and engine["passed"]
+    )
+    assert len(report["parity"]["not_proven"]) == ("bf16" not in claimed)
+    for engine in engines:
+        assert engine["max_abs"] <= 1e-4 or engine["compute"] == "bf16"
+        assert {1, 2, 17, result.manifest.spec.max_length} <= {case["length"] for case in engine["cases"]}
+        assert (engine["cases"][0]["top1"] is not None) == (engine["top1"] is not None) == (task == "fill-mask")
+    assert report["graphs"]["onnxruntime"]["fusions"] == result.manifest.graphs["onnxruntime"].fusions
     assert report["timings_s"]["trace and fuse"] > 0 and report["machine"]["cpus"] >= 1
     page = (bundle / "report.html").read_text()
-    assert "parity passed" in page and page.count("<svg") == 2
-    assert page.count("<tr>") == 1 + len(report["parity"]["cases"])
+    assert page.count("parity passed") == sum(engine["passed"] for engine in engines) >= 2 and page.count("<svg") == 2
+    assert page.count("<tr") == sum(1 + len(engine["cases"]) for engine in engines)
     for remote in ("<script", "<link", "<img", "src=", "@import", "url(http"):
         assert remote not in page, "one page, nothing fetched"
 
@@ -191,7 +211,7 @@ def test_the_report(exported, task):
 def test_logits_of_every_token(small, tmp_path):
     result = export(small, tmp_path / "all", logits="all", max_length=LENGTH)
     assert result.manifest.spec.logits == "all"
-    assert [tensor.name for tensor in result.manifest.graph.inputs] == ["input_ids", "attention_mask"]
+    assert [tensor.name for tensor in result.manifest.graphs["onnxruntime"].inputs] == ["input_ids", "attention_mask"]
     ids = np.array([[2, 5, 4, 3]])
     logits = run(result.path, Batch(ids, np.ones_like(ids)))["logits"]
     assert logits.shape == (1, 4, 256) and np.isfinite(logits).all()
@@ -263,35 +283,56 @@ def test_the_default_output_of_this_folder(small, monkeypatch):
     assert str(default_output(".", precision="fp32")) == "small-onnx-fp32"
 
 
-def perturb(monkeypatch, amount):
-    """Let the graph be saved with one weight of the last layer changed, as a wrong fusion would."""
-    save = graph_module.save_graph
+def perturb(monkeypatch, engine):
+    """Let one engine's graph be saved with a changed weight, as a wrong fusion would."""
+    save = graph_module.save_graphs
 
-    def save_wrong(graph, path):
-        files = save(graph, path)
+    def save_wrong(graphs, data):
+        files = save(graphs, data)
+        path = data.parent / Path(GRAPH_PATHS[engine]).name
         model = onnx.load(path)
         weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
-        values = onnx.numpy_helper.to_array(weight).copy()
-        values += np.float32(amount)
-        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 0.01, weight.name))
         onnx.save(model, path)
         return files
 
-    monkeypatch.setattr(graph_module, "save_graph", save_wrong)
+    monkeypatch.setattr(graph_module, "save_graphs", save_wrong)
 
 
-def test_a_wrong_graph_leaves_no_bundle(trace_once, small, tmp_path, monkeypatch):
-    perturb(monkeypatch, 0.01)
-    with pytest.raises(BoundMissedError, match="(?s)max abs .*No bundle was written") as error:
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_wrong_graph_leaves_no_bundle(trace_once, small, tmp_path, monkeypatch, engine):
+    perturb(monkeypatch, engine)
+    with pytest.raises(BoundMissedError, match=f"(?s){engine} fp32 differs.*max abs .*No bundle was written") as error:
         export(small, tmp_path / "out", max_length=LENGTH)
-    assert error.value.report.max_abs > 1e-4
+    failed = {found.engine for found in error.value.report.engines if not found.passed}
+    assert failed == {engine}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_openvino_there_is_no_graph_for_it_and_the_report_says_so(trace_once, small, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+    result = export(small, tmp_path / "out", max_length=LENGTH)
+    assert set(result.manifest.graphs) == {"onnxruntime"} and "openvino" not in result.manifest.versions
+    assert {"onnx/model.onnx", "onnx/model.onnx.data"} == {
+        name for name in result.manifest.files if name.startswith("onnx")
+    }
+    (sentence,) = result.parity.not_proven
+    assert "openvino is not installed" in sentence
+    assert sentence in (tmp_path / "out" / "report.html").read_text() and sentence in format_table(result.parity)
+
+
+def test_a_cpu_without_bfloat16_leaves_it_unproven_and_the_report_says_so(trace_once, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("gte_deploy.backends.openvino_backend.has_native_bf16", lambda: False)
+    result = export(small, tmp_path / "out", max_length=LENGTH)
+    assert [engine.title for engine in result.parity.engines] == ["onnxruntime fp32", "openvino fp32"]
+    assert len(result.parity.not_proven) == 1 and "bfloat16" in result.parity.not_proven[0]
 
 
 def test_a_wrong_graph_leaves_the_old_bundle(trace_once, small, tmp_path, monkeypatch):
     export(small, tmp_path / "out", max_length=LENGTH)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    perturb(monkeypatch, 0.01)
+    perturb(monkeypatch, "onnxruntime")
     with pytest.raises(BoundMissedError):
         export(small, tmp_path / "out", max_length=LENGTH, force=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

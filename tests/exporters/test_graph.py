@@ -20,9 +20,9 @@ import onnxruntime as ort  # noqa: E402
 from gte_deploy.errors import ExportError  # noqa: E402
 from gte_deploy.exporters import graph as graph_module  # noqa: E402
 from gte_deploy.exporters.fusion import fuse_graph  # noqa: E402
-from gte_deploy.exporters.graph import Graph, build_graph, save_graph  # noqa: E402
+from gte_deploy.exporters.graph import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import TensorSpec  # noqa: E402
+from gte_deploy.spec import Engine, TensorSpec  # noqa: E402
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "sequence"))
@@ -49,7 +49,7 @@ def folders(golden_dir: Path, make_checkpoint: Callable[..., Path], tmp_path_fac
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "mlm": {"task": "fill-mask", "fuse": False},
+    "mlm": {"task": "fill-mask"},
     "embed": {"task": "embed", "pooling": "mean"},
     "rerank": {"task": "classify"},
     "cls": {"task": "embed", "pooling": "cls"},
@@ -60,19 +60,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def graphs(folders: Any) -> Callable[[str], Graph]:
-    """`graphs("mlm")`: each is traced once a session. "mlm" is the plain graph, "mlm fused" the same after fusion."""
-    built: dict[str, Graph] = {}
+    """`graphs("mlm")`: ONNX Runtime's graph, and `graphs("mlm plain")` OpenVINO's; traced once a session."""
+    built: dict[str, dict[Engine, Graph]] = {}
 
     def get(name: str) -> Graph:
-        if name not in built and name == "mlm fused":
-            plain = get("mlm")
-            model = ir.from_proto(ir.to_proto(plain.model))
-            fusions = fuse_graph(model, num_layers=2)
-            built[name] = Graph(model, fusions, plain.opset, plain.inputs, plain.outputs)
-        elif name not in built:
+        name, _, plain = name.partition(" ")
+        if name not in built:
             model = load_model(folders[name], task=OPTIONS[name]["task"])
-            built[name] = build_graph(model, max_length=8192, **OPTIONS[name])
-        return built[name]
+            built[name] = build_graphs(model, max_length=8192, **OPTIONS[name])
+        return built[name]["openvino" if plain else "onnxruntime"]
 
     return get
 
@@ -97,7 +93,7 @@ def golden(folder: Path) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-@pytest.mark.parametrize("name", ["mlm", "mlm fused", "embed", "rerank"])
+@pytest.mark.parametrize("name", ["mlm plain", "mlm", "embed", "rerank"])
 def test_golden_hidden_states(graphs, folders, name):
     expected = golden(folders[name.split()[0]])
     mask = expected["attention_mask"]
@@ -105,14 +101,14 @@ def test_golden_hidden_states(graphs, folders, name):
     np.testing.assert_allclose(hidden, expected["hidden"], rtol=0, atol=GOLDEN_ATOL)
 
 
-@pytest.mark.parametrize("name", ["mlm", "mlm fused", "embed", "rerank"])
+@pytest.mark.parametrize("name", ["mlm plain", "mlm", "embed", "rerank"])
 def test_golden_far_positions(graphs, folders, name):
     expected = golden(folders[name.split()[0]])
     tail = run(graphs(name), expected["long_input_ids"])[0][:, -8:]
     np.testing.assert_allclose(tail, expected["long_hidden_tail"], rtol=0, atol=LONG_ATOL)
 
 
-@pytest.mark.parametrize("name", ["mlm", "mlm fused"])
+@pytest.mark.parametrize("name", ["mlm plain", "mlm"])
 def test_golden_logits_at_masks(graphs, folders, name):
     expected = golden(folders["mlm"])
     found = run(graphs(name), expected["input_ids"], expected["attention_mask"], expected["mask_positions"])[1]
@@ -128,8 +124,8 @@ def test_golden_scores(graphs, folders):
 @pytest.mark.parametrize(
     ("name", "inputs", "last"),
     [
+        ("mlm plain", (IDS, MASK, POSITIONS), TensorSpec("logits", "float32", ("num_masks", 256))),
         ("mlm", (IDS, MASK, POSITIONS), TensorSpec("logits", "float32", ("num_masks", 256))),
-        ("mlm fused", (IDS, MASK, POSITIONS), TensorSpec("logits", "float32", ("num_masks", 256))),
         ("all", (IDS, MASK), TensorSpec("logits", "float32", ("batch", "sequence", 256))),
         ("embed", (IDS, MASK), TensorSpec("sentence_embedding", "float32", ("batch", 32))),
         ("cls", (IDS, MASK), TensorSpec("sentence_embedding", "float32", ("batch", 48))),
@@ -161,7 +157,7 @@ def _reference(folders: Any, name: str, ids: np.ndarray, mask: np.ndarray) -> tu
     return outputs.hidden_states[-1].numpy(), logits
 
 
-@pytest.mark.parametrize("name", ["mlm fused", "embed", "cls", "rerank", "tokens", "all"])
+@pytest.mark.parametrize("name", ["mlm", "embed", "cls", "rerank", "tokens", "all"])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (1, 17), (4, 1), (3, 33), (2, 512)])
 def test_equals_transformers_at_every_shape(graphs, folders, name, rows, tokens):
     rng = np.random.default_rng(tokens)
@@ -173,7 +169,7 @@ def test_equals_transformers_at_every_shape(graphs, folders, name, rows, tokens)
 
     real = mask.astype(bool)
     np.testing.assert_allclose(found_hidden[real], hidden[real], rtol=0, atol=1e-4)
-    if name == "mlm fused":
+    if name == "mlm":
         logits = logits[positions[:, 0], positions[:, 1]]
     if name in ("tokens", "all"):
         found, logits = found[real], logits[real]
@@ -185,7 +181,7 @@ def test_equals_transformers_at_every_shape(graphs, folders, name, rows, tokens)
     np.testing.assert_allclose(found, logits, rtol=0, atol=3e-4)
 
 
-@pytest.mark.parametrize("name", ["mlm", "mlm fused", "embed", "cls"])
+@pytest.mark.parametrize("name", ["mlm plain", "mlm", "embed", "cls"])
 def test_row_without_tokens_is_finite_and_harms_no_other(graphs, name):
     ids = np.random.default_rng(0).integers(5, 256, (3, 20))
     mask = np.ones_like(ids)
@@ -197,7 +193,7 @@ def test_row_without_tokens_is_finite_and_harms_no_other(graphs, name):
     np.testing.assert_allclose(outputs[0][2], run(graphs(name), ids[2:], mask[2:])[0][0], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("name", ["mlm", "mlm fused"])
+@pytest.mark.parametrize("name", ["mlm plain", "mlm"])
 def test_no_masks_gives_no_logits(graphs, name):
     hidden, logits = run(graphs(name), np.full((2, 9), 7), mask_positions=[])
     assert hidden.shape == (2, 9, 32)
@@ -207,12 +203,12 @@ def test_no_masks_gives_no_logits(graphs, name):
 @pytest.mark.parametrize("position", [(0, 9), (2, 0)])
 def test_a_mask_outside_the_batch_is_an_error(graphs, position):
     with pytest.raises(Exception, match="(?i)out of bounds|invalid index"):
-        run(graphs("mlm fused"), np.full((2, 9), 7), mask_positions=[position])
+        run(graphs("mlm"), np.full((2, 9), 7), mask_positions=[position])
 
 
 def test_head_runs_on_masked_rows_only(graphs):
     """Every node between the gather and the logits has as many rows as there are masks."""
-    model = graphs("mlm fused").model
+    model = graphs("mlm").model
     gather = next(node for node in model.graph if node.op_type == "GatherND")
     assert [value.name for value in gather.inputs] == ["last_hidden_state", "mask_positions"]
     logits, value = model.graph.outputs[1], gather.outputs[0]
@@ -225,7 +221,7 @@ def test_head_runs_on_masked_rows_only(graphs):
 
 
 def test_decoder_shares_the_embedding_matrix(graphs):
-    model = graphs("mlm fused").model
+    model = graphs("mlm").model
     gather = next(node for node in model.graph if node.op_type == "Gather")
     decoder = [node for node in model.graph if node.op_type == "Gemm"][-1]
     assert decoder.inputs[1] is gather.inputs[0]
@@ -233,11 +229,11 @@ def test_decoder_shares_the_embedding_matrix(graphs):
 
 def test_longer_than_max_length_is_an_error(graphs):
     with pytest.raises(Exception, match="RotaryEmbedding|rotary"):
-        run(graphs("mlm fused"), np.full((1, 8193), 7))
+        run(graphs("mlm"), np.full((1, 8193), 7))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlm fused", "embed"])
+@pytest.mark.parametrize("name", ["mlm", "embed"])
 @pytest.mark.parametrize("tokens", [2048, 8192])
 def test_equals_transformers_on_long_rows(graphs, folders, name, tokens):
     ids = np.random.default_rng(tokens).integers(5, 256, (1, tokens))
@@ -245,23 +241,41 @@ def test_equals_transformers_on_long_rows(graphs, folders, name, tokens):
     np.testing.assert_allclose(run(graphs(name), ids)[0], hidden, rtol=0, atol=LONG_ATOL)
 
 
+def save_both(graphs: Callable[[str], Graph], folder: Path) -> list[Path]:
+    folder.mkdir()
+    paths = {folder / "model.onnx": graphs("mlm"), folder / "model_openvino.onnx": graphs("mlm plain")}
+    return save_graphs(paths, folder / "model.onnx.data")
+
+
 def test_saved_files_are_the_same_each_time_and_readable_by_others(graphs, tmp_path):
     digests = set()
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        written = save_graph(graphs("mlm fused"), tmp_path / name / "model.onnx")
-        assert written == [tmp_path / name / "model.onnx"]
-        assert [path.name for path in (tmp_path / name).iterdir()] == ["model.onnx"]
-        assert stat.S_IMODE(written[0].stat().st_mode) == 0o644
-        digests.add(hashlib.sha256(written[0].read_bytes()).hexdigest())
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        written = save_both(graphs, folder)
+        assert [path.name for path in written] == ["model.onnx", "model.onnx.data", "model_openvino.onnx"]
+        assert sorted(folder.iterdir()) == written
+        assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o644}
+        digests.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in written))
     assert len(digests) == 1
 
 
-def test_large_weights_go_to_a_second_file(graphs, tmp_path, monkeypatch):
-    monkeypatch.setattr(graph_module, "MAX_INLINE_BYTES", 10_000)
-    written = save_graph(graphs("embed"), tmp_path / "model.onnx")
-    assert [path.name for path in written] == ["model.onnx", "model.onnx.data"]
-    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o644}
+def test_the_graphs_of_both_engines_share_their_weights(graphs, tmp_path):
+    fused, data, plain = save_both(graphs, tmp_path / "both")
+    places = []
+    for path in (fused, plain):
+        tensors = [value.const_value for value in ir.load(path).graph.initializers.values()]
+        external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+        assert {tensor.location for tensor in external} == {data.name}
+        assert all(tensor.offset % 4096 == 0 for tensor in external), "engines map what begins on a page"
+        assert all(tensor.nbytes < 256 for tensor in tensors if tensor not in external)
+        places.append({(tensor.offset, tensor.length) for tensor in external})
+    assert places[0] == places[1]
+    *_, (offset, length) = sorted(places[0])
+    assert data.stat().st_size == offset + length
+
+
+def test_a_saved_graph_computes_what_it_did(graphs, tmp_path):
+    save_graph(graphs("embed"), tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     ids = np.full((1, 5), 9)
     np.testing.assert_array_equal(
@@ -270,7 +284,9 @@ def test_large_weights_go_to_a_second_file(graphs, tmp_path, monkeypatch):
 
 
 def test_a_failed_write_leaves_the_old_file(graphs, tmp_path, monkeypatch):
-    (tmp_path / "model.onnx").write_bytes(b"old")
+    old = {"model.onnx": b"old", "model.onnx.data": b"old weights"}
+    for name, contents in old.items():
+        (tmp_path / name).write_bytes(contents)
 
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -278,11 +294,11 @@ def test_a_failed_write_leaves_the_old_file(graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_module, "sync_file", fail)
     with pytest.raises(OSError, match="No space"):
         save_graph(graphs("embed"), tmp_path / "model.onnx")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"model.onnx": b"old"}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 def test_error_of_a_pass_reaches_the_caller(graphs, monkeypatch):
     """A config with another number of layers than the traced graph has."""
-    model = ir.from_proto(ir.to_proto(graphs("mlm").model))
+    model = ir.from_proto(ir.to_proto(graphs("mlm plain").model))
     with pytest.raises(ExportError, match="6 sites"):
         fuse_graph(model, num_layers=3)

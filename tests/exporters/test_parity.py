@@ -14,6 +14,7 @@ from gte_deploy.errors import ParityError  # noqa: E402
 from gte_deploy.exporters.parity import (  # noqa: E402
     TOLERANCES,
     BoundMissedError,
+    Tolerance,
     TorchReference,
     check_parity,
     compare,
@@ -28,7 +29,7 @@ from gte_deploy.exporters.parity_batches import (  # noqa: E402
 )
 from gte_deploy.exporters.report import format_table  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import PRECISIONS, ModelSpec  # noqa: E402
+from gte_deploy.spec import COMPUTE_PRECISIONS, PRECISIONS, ModelSpec  # noqa: E402
 from gte_deploy.tokenization import load_tokenizer  # noqa: E402
 
 FP32 = TOLERANCES["fp32"]
@@ -37,8 +38,9 @@ CASES = (Case(1), Case(17, 2, ragged=True), Case(40, 8, ragged=True))
 
 
 def test_every_precision_has_bounds():
-    assert set(TOLERANCES) == set(PRECISIONS)
-    assert FP32.max_abs <= 1e-4 and FP32.cosine >= 0.99999
+    assert set(TOLERANCES) == {*PRECISIONS, *COMPUTE_PRECISIONS}
+    assert FP32.max_abs <= 1e-4 and FP32.cosine_min >= 0.99999
+    assert TOLERANCES["bf16"].cosine_mean >= 0.9999
 
 
 def test_compare_against_numbers_worked_out_by_hand():
@@ -162,8 +164,9 @@ def reference(tiny_mlm):
 
 
 def parity_of(reference, candidate, tokens, *, spec=SPEC, outputs=("last_hidden_state", "logits"), **options):
+    candidates = candidate if isinstance(candidate, dict) else {("onnxruntime", "fp32"): candidate}
     return check_parity(
-        reference, candidate, outputs=outputs, spec=spec, precision="fp32", tokens=tokens, cases=CASES, **options
+        reference, candidates, outputs=outputs, spec=spec, precision="fp32", tokens=tokens, cases=CASES, **options
     )
 
 
@@ -172,9 +175,10 @@ def test_the_same_model_agrees_with_itself(reference, tokens):
     report = parity_of(reference, reference, tokens, progress=lines.append)
     assert report.passed
     report.require()
-    assert 0 < report.max_abs <= FP32.max_abs  # a row alone is summed in another order
-    assert all(result.top1 == result.top5 == 1 for result in report.cases)
-    assert [bool(result.alone) for result in report.cases] == [False, True, True]
+    (engine,) = report.engines
+    assert 0 < engine.max_abs <= FP32.max_abs  # a row alone is summed in another order
+    assert engine.top1 == 1 and all(result.top1 == result.top5 == 1 for result in engine.cases)
+    assert [bool(result.alone) for result in engine.cases] == [False, True, True]
     assert lines == [
         "parity 1/3: length 1, batch 1",
         "parity 2/3: length 17, batch 2",
@@ -215,9 +219,10 @@ def depend_on_the_batch(results, batch):
 )
 def test_a_wrong_graph_is_found(reference, tokens, spoil, failed):
     report = parity_of(reference, Wrong(reference, spoil), tokens)
-    assert [i for i, result in enumerate(report.cases) if not result.within(FP32)] == failed
+    (engine,) = report.engines
+    assert [i for i, result in enumerate(engine.cases) if not result.within(FP32)] == failed
     assert not report.passed
-    with pytest.raises(BoundMissedError, match=f"{len(failed)} of 3 cases.*0.0001") as error:
+    with pytest.raises(BoundMissedError, match=f"in {len(failed)} respects, over 3 cases.*0.0001") as error:
         report.require()
     assert error.value.report is report
     json.dumps(report.to_json(), allow_nan=False)
@@ -235,8 +240,85 @@ def test_agreement_counts_the_best_tokens(reference, tokens):
     def reverse(results, batch):
         results["logits"] = -results["logits"]
 
-    report = parity_of(reference, Wrong(reference, reverse), tokens)
-    assert all(result.top1 == 0 and result.top5 == 0 for result in report.cases)
+    (engine,) = parity_of(reference, Wrong(reference, reverse), tokens).engines
+    assert engine.top1 == 0 and all(result.top1 == 0 and result.top5 == 0 for result in engine.cases)
+
+
+def test_the_reference_runs_once_a_case_and_each_engine_has_its_own_bounds(reference, tokens):
+    class Counting:
+        runs = 0
+
+        def run(self, batch, outputs):
+            self.runs += 1
+            return reference.run(batch, outputs)
+
+    counting = Counting()
+    far = Wrong(reference, add_to_hidden)
+    candidates = {("onnxruntime", "fp32"): reference, ("openvino", "fp32"): far, ("openvino", "bf16"): far}
+    report = parity_of(counting, candidates, tokens)
+    assert counting.runs == len(CASES) + 1, "once more before the first is timed"
+    assert [(found.title, found.passed) for found in report.engines] == [
+        ("onnxruntime fp32", True),
+        ("openvino fp32", False),
+        ("openvino bf16", True),
+    ]
+    assert report.proven("onnxruntime") == ("fp32",) and report.proven("openvino") == ("bf16",)
+    assert [found.tolerance for found in report.engines] == [FP32, FP32, TOLERANCES["bf16"]]
+    with pytest.raises(BoundMissedError, match="openvino fp32 differs .* in 3 respects") as error:
+        report.require()
+    assert "onnxruntime" not in str(error.value) and "bf16" not in str(error.value)
+
+
+def test_a_miss_in_bfloat16_is_told_and_fails_nothing(reference, tokens):
+    candidates = {("openvino", "fp32"): reference, ("openvino", "bf16"): Wrong(reference, nan_everywhere)}
+    report = parity_of(reference, candidates, tokens)
+    assert report.passed and report.proven("openvino") == ("fp32",)
+    report.require()
+    (sentence,) = report.not_proven
+    assert "openvino bf16 misses its bounds" in sentence
+    assert sentence in format_table(report) and "parity missed" in format_table(report)
+
+
+def shrink_masks(count):
+    """Answer another token at the first `count` masks of every case, and nothing else."""
+
+    def spoil(results, batch):
+        logits = results["logits"]
+        for row in range(min(count, len(logits))):
+            best, worst = logits[row].argmax(), logits[row].argmin()
+            logits[row, [best, worst]] = logits[row, [worst, best]]
+
+    return spoil
+
+
+LOOSE = Tolerance(max_abs=None, cosine_min=-1)
+
+
+@pytest.mark.parametrize(
+    "bound, spoil, says",
+    [
+        ({"top1": 0.9}, shrink_masks(3), "top-1 agreement over all cases"),
+        ({"cosine_mean": 0.99999}, shrink_masks(1), "mean cosine over all cases"),
+        ({"max_rel": 1e-5}, add_to_hidden, "relative"),
+        ({"top1": 0.9, "cosine_mean": 0.9}, nan_everywhere, "not finite"),
+    ],
+)
+def test_each_bound_can_be_missed_alone(reference, tokens, monkeypatch, bound, spoil, says):
+    monkeypatch.setitem(TOLERANCES, "fp32", LOOSE)
+    if spoil is not nan_everywhere:
+        assert parity_of(reference, Wrong(reference, spoil), tokens).passed
+    monkeypatch.setitem(TOLERANCES, "fp32", dataclasses.replace(LOOSE, **bound))
+    assert parity_of(reference, reference, tokens).passed
+    report = parity_of(reference, Wrong(reference, spoil), tokens)
+    with pytest.raises(BoundMissedError, match=says):
+        report.require()
+    assert "FAILED" in format_table(report)
+
+
+def test_agreement_is_of_all_masks_alike(reference, tokens):
+    (engine,) = parity_of(reference, Wrong(reference, shrink_masks(1)), tokens).engines
+    masks = sum(result.masks for result in engine.cases)
+    assert masks > len(CASES) and engine.top1 == pytest.approx(1 - len(CASES) / masks)
 
 
 def test_the_reference_is_transformers_own_forward(tiny_mlm, tokens):

@@ -148,9 +148,9 @@ def test_other_opsets_fuse_and_run(model, opset):
     import numpy as np
     import onnxruntime as ort
 
-    from gte_deploy.exporters.graph import build_graph
+    from gte_deploy.exporters.graph import build_graphs
 
-    graph = build_graph(model, task="fill-mask", max_length=512, opset=opset)
+    graph = build_graphs(model, task="fill-mask", max_length=512, opset=opset)["onnxruntime"]
     assert graph.model.opset_imports[""] == opset
     session = ort.InferenceSession(ir.to_proto(graph.model).SerializeToString(), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(5, 256, (2, 30))

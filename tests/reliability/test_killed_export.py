@@ -44,12 +44,12 @@ def write_small(target, mark, at, exchange):
     with writer.staging(target, force=True) as folder:
         (folder / "onnx").mkdir()
         (folder / "onnx/model.onnx").write_text(f"graph of {mark}")
-        graph = GraphEntry("onnx/model.onnx", 20, (), (), {})
-        writer.seal(folder, spec=spec, precision="fp32", graph=graph, versions={}, source={"name": mark})
+        graphs = {"onnxruntime": GraphEntry("onnx/model.onnx", 20, (), (), {})}
+        writer.seal(folder, spec=spec, precision="fp32", graphs=graphs, versions={}, source={"name": mark})
         writer.publish(folder, target, force=True)
 
 def run_export(target, checkpoint, at):
-    graph.build_graph = lambda model, **options: traced[checkpoint]
+    graph.build_graphs = lambda model, **options: traced[checkpoint]
     log, countdown = open(target.with_suffix(".log"), "w"), Countdown(at)
     def progress(line):
         print(line, file=log, flush=True)
@@ -58,14 +58,15 @@ def run_export(target, checkpoint, at):
 
 if sys.argv[1] == "export":
     import onnxruntime, torch
-    import gte_deploy.backends.onnx_backend, gte_deploy.exporters.parity, gte_deploy.exporters.report
+    import gte_deploy.backends.onnx_backend, gte_deploy.backends.openvino_backend
+    import gte_deploy.exporters.parity, gte_deploy.exporters.report
     from gte_deploy.exporters import graph
     from gte_deploy.exporters.export import export
     from gte_deploy.models.checkpoint import load_model
     torch.set_num_threads(1)
     traced = {}  # a trace takes seconds; it writes nothing, and the kills around it are those of its neighbours
     for folder in sys.argv[2:]:
-        traced[folder] = graph.build_graph(load_model(folder), task="fill-mask", max_length=32)
+        traced[folder] = graph.build_graphs(load_model(folder), task="fill-mask", max_length=32)
 work = {"small": write_small, "export": run_export}[sys.argv[1]]
 print("ready", flush=True)
 for line in sys.stdin:

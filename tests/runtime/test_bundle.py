@@ -28,12 +28,15 @@ MANIFEST = {
         "normalize": False,
     },
     "precision": "fp32",
-    "graph": {
-        "path": "onnx/model.onnx",
-        "opset": 20,
-        "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
-        "outputs": [{"name": "last_hidden_state", "dtype": "float32", "shape": ["batch", "sequence", 32]}],
-        "fusions": {"attention": 2},
+    "graphs": {
+        "onnxruntime": {
+            "path": "onnx/model.onnx",
+            "opset": 20,
+            "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+            "outputs": [{"name": "last_hidden_state", "dtype": "float32", "shape": ["batch", "sequence", 32]}],
+            "fusions": {"attention": 2},
+            "computes": ["fp32"],
+        },
     },
     "files": {"onnx/model.onnx": {"size": len(GRAPH), "sha256": hashlib.sha256(GRAPH).hexdigest()}},
     "versions": {"onnx": "1.23"},
@@ -62,7 +65,7 @@ def test_a_manifest_survives_the_round_trip(write):
     manifest = open_bundle(path)
     assert is_bundle(path)
     assert manifest.spec.id2label == {0: "LABEL_0"}
-    assert manifest.graph.inputs[0].shape == ("batch", "sequence")
+    assert manifest.graphs["onnxruntime"].inputs[0].shape == ("batch", "sequence")
     assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
 
 
@@ -92,8 +95,13 @@ def change(path: str, value):
         ("spec/pad_token_id", 256, "pad_token_id"),
         ("spec/unknown", 1, "unknown"),
         ("spec", None, "malformed"),
-        ("graph/path", "elsewhere.onnx", "elsewhere.onnx"),
-        ("graph/inputs", 3, "malformed"),
+        ("graphs", {}, "needs onnxruntime"),
+        ("graphs", None, "malformed"),
+        ("graphs/tensorrt", MANIFEST["graphs"]["onnxruntime"], "onnxruntime, tensorrt"),
+        ("graphs/openvino", {**MANIFEST["graphs"]["onnxruntime"], "path": "other.onnx"}, "other.onnx"),
+        ("graphs/onnxruntime/path", "elsewhere.onnx", "elsewhere.onnx"),
+        ("graphs/onnxruntime/inputs", 3, "malformed"),
+        ("graphs/onnxruntime/computes", ["fp64"], "fp64"),
         ("files", [], "malformed"),
         ("files", {"../secret": {"size": 1, "sha256": ""}}, "secret"),
         ("files", {"/etc/passwd": {"size": 1, "sha256": ""}}, "passwd"),

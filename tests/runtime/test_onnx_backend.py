@@ -12,11 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 import gte_deploy
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnx_backend import OnnxBackend, check_graph
+from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.bundle import FileEntry, GraphEntry, Manifest, read_manifest
 from gte_deploy.errors import BackendError, BundleError, InputError, MissingDependencyError, NonFiniteError
 from gte_deploy.files import sha256_file
-from gte_deploy.onnx_inspection import inspect_onnx
+from gte_deploy.onnx_inspection import check_graphs, inspect_onnx
 from gte_deploy.spec import ModelSpec
 
 SPEC = ModelSpec(task="embed", max_length=8, vocab_size=10, hidden_size=4, pad_token_id=0)
@@ -45,7 +45,7 @@ def saved(tmp_path, model, **options):
 def manifest_of(*files):
     entries = {name: FileEntry(1, "0") for name in ("onnx/model.onnx", *files)}
     graph = GraphEntry("onnx/model.onnx", 20, (), (), {})
-    return Manifest(SPEC, "fp32", graph, entries, {}, {})
+    return Manifest(SPEC, "fp32", {"onnxruntime": graph}, entries, {}, {})
 
 
 def batch_of(ids):
@@ -115,7 +115,7 @@ def test_inspection_bounds_its_depth(tmp_path):
 def test_foreign_code_is_refused_by_name(tmp_path, node, name):
     saved(tmp_path, graph_model(nodes=[node]))
     with pytest.raises(BundleError, match=name):
-        check_graph(tmp_path, manifest_of())
+        check_graphs(tmp_path, manifest_of())
 
 
 @pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "other.data"])
@@ -126,14 +126,14 @@ def test_files_outside_the_manifest_are_refused(tmp_path, location):
     weight.external_data.add(key="location", value=location)
     saved(tmp_path, graph_model(initializers=[weight]))
     with pytest.raises(BundleError, match="manifest does not name"):
-        check_graph(tmp_path, manifest_of("onnx/model.onnx.data"))
+        check_graphs(tmp_path, manifest_of("onnx/model.onnx.data"))
     if location == "other.data":
-        check_graph(tmp_path, manifest_of("onnx/other.data"))
+        check_graphs(tmp_path, manifest_of("onnx/other.data"))
 
 
 def test_a_plain_graph_passes_and_runs(tmp_path):
     path = saved(tmp_path, graph_model())
-    check_graph(tmp_path, manifest_of())
+    check_graphs(tmp_path, manifest_of())
     backend = OnnxBackend(path, SPEC, num_threads=1)
     assert backend.outputs == ("last_hidden_state",)
     hidden = backend.run(batch_of([[1, 2]]), ["last_hidden_state"])["last_hidden_state"]
@@ -203,7 +203,7 @@ def rewritten(bundle, target, change):
     manifest = read_manifest(target)
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith("onnx/")}
     files["onnx/model.onnx"] = FileEntry(path.stat().st_size, sha256_file(path))
-    changed = dataclasses.replace(manifest, files=files)
+    changed = dataclasses.replace(manifest, files=files, graphs={"onnxruntime": manifest.graphs["onnxruntime"]})
     (target / "manifest.json").write_text(json.dumps(changed.to_json()))
     return target
 
