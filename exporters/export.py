@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import GteConfig
 
     from gte_deploy.backends.base import Backend
+    from gte_deploy.exporters.accuracy import TextBatch
     from gte_deploy.exporters.graph import Graph
     from gte_deploy.exporters.lower_precision import Quantized
     from gte_deploy.exporters.parity import ParityReport
@@ -248,14 +249,15 @@ def _prove(
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
             not_proven.append("openvino is not installed here, so the bundle holds no graph for it.")
-    texts, sensitivity = [], {}
+    texts: list[TextBatch] = []
+    sensitivity: Mapping[str, float] = {}
     if lower.precision != "fp32":
         with steps(f"quantize to {lower.precision}"):
             made = _quantize(graphs, lower, spec, tokenizer, steps)
+        if len(made.graphs) < len(graphs):
+            not_proven.append(f"{lower.precision} has a graph for ONNX Runtime alone.")
         graphs, sensitivity = made.graphs, made.sweep.loss if made.sweep else {}
         texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
-        if "openvino" not in graphs:
-            not_proven = [f"{lower.precision} has a graph for ONNX Runtime alone."]
     with steps("write the graphs"):
         weights = folder / WEIGHTS_PATH
         weights.parent.mkdir()

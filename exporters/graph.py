@@ -125,7 +125,7 @@ class _WeightStore:
             offset=self.offsets[digest],
             length=len(contents),
             dtype=tensor.dtype,
-            shape=tensor.shape,
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=self.path.parent,
         )

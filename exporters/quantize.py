@@ -201,10 +201,10 @@ def quantize_embeddings(graph: ir.Graph, high: Collection[str] = ()) -> int:
     count = 0
     for node in [node for node in graph if node.op_type == "Gather"]:
         table, ids = operand(node, 0), operand(node, 1)
-        is_table = table.const_value is not None and len(table.const_value.shape) == 2
-        if not is_table or table.name in high or len(table.uses()) > 1:
+        tensor = table.const_value
+        if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
             continue
-        if table.const_value.dtype != ir.DataType.FLOAT or node.attributes.get_int("axis", 0):
+        if table.name in high or len(table.uses()) > 1 or node.attributes.get_int("axis") not in (None, 0):
             continue
         quantized, scale = quantize_columns(array(table).T)
         build = Builder(graph, node, scope_of(node))

@@ -79,7 +79,7 @@ def quantize_blocks(matrix: NDArray[np.float32], bits: Bits) -> tuple[NDArray[np
         error = np.minimum(found, error)
     stored = (quantized + half).astype(np.uint8)
     if bits == 4:
-        stored = stored[..., ::2] | stored[..., 1::2] << 4
+        stored = stored[..., ::2] | np.left_shift(stored[..., 1::2], 4, dtype=np.uint8)
     return stored, scale[..., 0]
 
 

@@ -20,7 +20,7 @@ def test_later_formats_say_so(format_name, capsys, tmp_path):
     assert out == "" and f"--format {format_name} is not in gte-deploy" in err and "onnx" in err
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_later_precisions_say_so(precision, capsys):
     assert main(["--precision", precision]) == USAGE
     assert f"--precision {precision} is not in" in capsys.readouterr().err
@@ -59,6 +59,9 @@ def test_positions_and_options_mean_the_same(monkeypatch):
         "pooling": "auto",
         "logits": "masked",
         "opset": None,
+        "calibration": None,
+        "activations": "static",
+        "reduce_range": False,
         "force": False,
         "progress": None,
     }

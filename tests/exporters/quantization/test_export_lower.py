@@ -1,0 +1,99 @@
+"""The whole way: `gte-export --precision`, and the bundle that answers."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gte_deploy
+from gte_deploy.errors import ParityError
+from gte_deploy.exporters import accuracy
+from gte_deploy.exporters import export as export_module
+from gte_deploy.exporters.cli import main
+from gte_deploy.exporters.export import export
+
+TEXT = "the president of the united [MASK] of america."
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(export_module, "EVALUATION_TOKENS", 1500)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    return export(None, tmp_path_factory.mktemp("int8") / "bundle", precision="int8", max_length=512)
+
+
+def test_the_report_says_what_int8_costs(int8):
+    report = json.loads((int8.path / "report.json").read_text())
+    engines = report["parity"]["engines"]
+    assert {engine["engine"] for engine in engines} == {"onnxruntime", "openvino"}
+    for engine in engines:
+        found, bounds = engine["accuracy"], engine["accuracy_bounds"]
+        assert bounds == {"cosine_mean": 0.999, "top1_agreement": 0.97}
+        assert found["token_cosine_mean"] >= 0.999 and found["sentence_cosine_mean"] >= 0.999
+        assert found["alone_cosine_mean"] == pytest.approx(1, abs=1e-5)
+        assert found["top1_agreement"] >= 0.97 and found["masks"] > 400
+        before, after = found["top1"][1], found["top1"][0]
+        assert after > 0.25 and abs(after - before) < 0.02
+    assert report["sensitivity"] == {}
+    page = (int8.path / "report.html").read_text()
+    assert "same best word as PyTorch" in page and "int8_linears 29" in page
+
+
+def test_the_bundle_answers_like_fp32_and_is_small(int8):
+    sizes = {name: entry.size for name, entry in int8.manifest.files.items()}
+    assert int8.manifest.precision == "int8" and sizes["onnx/model.onnx.data"] < 23e6
+    with gte_deploy.load(int8.path, backend="onnx") as model, gte_deploy.load() as reference:
+        assert model.info()["backend"] == "onnx"
+        assert model.fill_mask(TEXT)[0]["token_str"] == "states"
+        texts = ["A short text.", "a much longer text about the state of the union " * 9, "Zebra"]
+        found, expected = model.encode(texts), reference.encode(texts)
+        cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+        assert cosine.min() > 0.998
+        np.testing.assert_allclose(found[0], model.encode(texts[0]), atol=1e-4)  # whatever else is in the batch
+
+
+def test_a_missed_bound_leaves_no_bundle(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        accuracy.ACCURACY_BOUNDS, "int4-weight", accuracy.AccuracyBounds(cosine_mean=0.999, top1_agreement=0.5)
+    )
+    with pytest.raises(
+        ParityError, match=r"on text: token cosine 0\.99\d+ on average, at least 0\.999 wanted"
+    ) as caught:
+        export(None, tmp_path / "bundle", precision="int4-weight", max_length=64)
+    assert "take a finer precision" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weight_only_on_the_command_line(tmp_path, capsys):
+    assert main(["-o", str(tmp_path / "w8"), "--precision", "int8-weight", "--max-len", "64", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["precision"] == "int8-weight" and result["fusions"]["int8_linears"] == 29
+    assert result["parity"]["not_proven"] == ["int8-weight has a graph for ONNX Runtime alone."]
+    assert "quantize to int8-weight" in err
+    with gte_deploy.load(tmp_path / "w8") as model:
+        assert model.fill_mask(TEXT)[0]["token_str"] == "states"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--calibration", "texts.txt"], "--calibration is for --precision int8"),
+        (["--precision", "int4-weight", "--reduce-range"], "--reduce-range is for --precision int8"),
+        (["--precision", "bf16"], "precision='bf16'"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, reason, capsys):
+    assert main(arguments) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_calibration_file_that_is_not_there(tmp_path, capsys):
+    file = tmp_path / "missing.txt"
+    arguments = ["-o", str(tmp_path / "bundle"), "--precision", "int8", "--max-len", "64", "--calibration", str(file)]
+    assert main(arguments) == 2
+    assert f"{file} cannot be read as text" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
