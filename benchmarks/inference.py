@@ -61,6 +61,8 @@ WORKLOADS = {
     "tiny": ("short-corpus", "corpus"),
     "tiny-fill-mask": (),
 }
+_LEAST_ROUNDS = 3
+
 DISTRIBUTIONS = (
     "torch",
     "transformers",
@@ -83,11 +85,11 @@ class Run:
     report: dict[str, Any]
     deadline: float
 
-    def has(self, subject: str, workload: str, contestant: str) -> bool:
-        """Whether this was measured; what failed, or was left out, is tried again."""
-        return any(
-            (row["subject"], row["workload"], row["contestant"]) == (subject, workload, contestant)
-            and row["error"] is None
+    def lacks(self, subject: Subject, workload: Workload, contestant: Contestant) -> bool:
+        """Whether this is to be measured and was not yet; what failed, or was left out, is tried again."""
+        key = (subject.name, workload.name, contestant.name)
+        return contestant.method_for(workload) is not None and not any(
+            (row["subject"], row["workload"], row["contestant"]) == key and row["error"] is None
             for row in self.report["measurements"]
         )
 
@@ -136,10 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for artefacts in stages.values():
         _measure_accuracy(run, artefacts)
     units = [unit for artefacts in stages.values() for unit in _units(run, artefacts)]
-    for number, (artefacts, workload, group) in enumerate(units):
-        budget = (run.deadline - time.monotonic()) / (len(units) - number)
-        _measure(run, artefacts, workload, group, budget)
-        run.save()
+    left = sum(len(unit.workloads) for unit in units)
+    for unit in units:
+        with ExitStack() as stack:
+            opened: dict[str, Worker | str] = {}
+            for workload in unit.workloads:
+                _measure(run, unit, workload, stack, opened, budget_s=(run.deadline - time.monotonic()) / left)
+                left -= 1
+                run.save()
     run.save()
     _draw(run)
     print(json.dumps(run.report) if arguments.json else markdown(run.report))
@@ -168,6 +174,40 @@ def _prepare(run: Run, artefacts: Artefacts) -> None:
             _say(f"{artefacts.subject.name}: {contestant.name} is left out: {error}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Contestants that are in memory together, and what is measured with them, one after another."""
+
+    artefacts: Artefacts
+    workloads: list[Workload]
+    group: list[Contestant]
+
+
+def _units(run: Run, artefacts: Artefacts) -> Iterator[Unit]:
+    """What is left to measure of a subject. The reference is in every group; a large text has its contestant alone."""
+    subject = artefacts.subject
+    workloads = _workloads(run, subject)
+    together = [one for one in workloads if not one.is_alone and not one.is_corpus]
+    for part in (together, [one for one in workloads if one.is_corpus]):
+        reference = [one for one in run.arguments.contestants if part and one.name == reference_of(part[0].name)]
+        missing = [
+            one
+            for one in run.arguments.contestants
+            if one not in reference and any(run.lacks(subject, workload, one) for workload in part)
+        ]
+        size = _group_size(run, artefacts)
+        groups = [[*reference, *missing[i : i + size]] for i in range(0, len(missing), size)]
+        if not missing and any(run.lacks(subject, workload, one) for workload in part for one in reference):
+            groups = [reference]
+        for group in groups:
+            yield Unit(artefacts, part, group)
+    for workload in workloads:
+        if workload.is_alone:
+            for one in run.arguments.contestants:
+                if run.lacks(subject, workload, one):
+                    yield Unit(artefacts, [workload], [one])
+
+
 def _workloads(run: Run, subject: Subject) -> list[Workload]:
     names = run.arguments.shapes or WORKLOADS[subject.name]
     if subject.task != "embed":
@@ -175,23 +215,6 @@ def _workloads(run: Run, subject: Subject) -> list[Workload]:
     if run.arguments.quick and subject.name != "tiny":
         names = [name for name in names if name != "corpus"]
     return [make_workload(name, corpus_texts=run.arguments.corpus_texts) for name in names]
-
-
-def _units(run: Run, artefacts: Artefacts) -> Iterator[tuple[Artefacts, Workload, list[Contestant]]]:
-    """Groups of contestants that fit into memory together, the reference in each, and what is measured with them."""
-    for workload in _workloads(run, artefacts.subject):
-        able = [one for one in run.arguments.contestants if one.method_for(workload)]
-        missing = [one for one in able if not run.has(artefacts.subject.name, workload.name, one.name)]
-        reference = [one for one in able if one.name == reference_of(workload.name)]
-        if workload.is_alone:
-            groups = [[one] for one in missing]
-        else:
-            others = [one for one in missing if one not in reference]
-            size = _group_size(run, artefacts)
-            groups = [[*reference, *others[i : i + size]] for i in range(0, len(others), size)]
-            groups = groups or ([reference] if missing else [])
-        for group in groups:
-            yield artefacts, workload, group
 
 
 def _group_size(run: Run, artefacts: Artefacts) -> int:
@@ -213,38 +236,53 @@ def _available_bytes() -> int:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def _measure(run: Run, artefacts: Artefacts, workload: Workload, group: list[Contestant], budget_s: float) -> None:
-    """Time one workload on a group of contestants, interleaved, and add their rows."""
-    subject = artefacts.subject.name
-    rows = {one.name: _row(subject, workload, one) for one in group}
+def _measure(
+    run: Run, unit: Unit, workload: Workload, stack: ExitStack, opened: dict[str, Worker | str], *, budget_s: float
+) -> None:
+    """Time one workload on a group of contestants, interleaved, and add their rows.
+
+    `opened` has the group's workers, and the reason of each that could not be opened; it is filled as they are needed.
+    """
+    subject, reference = unit.artefacts.subject, reference_of(workload.name)
+    wanted = [one for one in unit.group if run.lacks(subject, workload, one)]
+    if wanted:
+        wanted = [one for one in unit.group if one in wanted or (one.name == reference and one.method_for(workload))]
+    rows = {one.name: _row(subject.name, workload, one) for one in wanted}
     if time.monotonic() > run.deadline:
         for row in rows.values():
             run.add("measurements", {**row, "error": f"left out: the {run.arguments.minutes:g} minutes were over"})
         return
-    _say(f"{subject} {workload.name}: {', '.join(rows)}")
+    _say(f"{subject.name} {workload.name}: {', '.join(rows)}")
     started = time.monotonic()
-    with ExitStack() as stack:
-        calls: dict[str, Callable[[], float]] = {}
-        workers: dict[str, Worker] = {}
-        for one in group:
-            try:
-                worker = stack.enter_context(run.open(one, artefacts))
-                calls[one.name] = _warm_call(worker, one, workload, artefacts)
-                workers[one.name] = worker
-            except WorkerError as error:
-                rows[one.name]["error"] = str(error)
-        left = budget_s - (time.monotonic() - started)
-        seconds, errors = interleaved(calls, repeats=run.arguments.repeats, budget_s=left)
-        for name in calls:
-            rows[name]["error"] = errors.get(name)
-            rows[name]["seconds"] = seconds[name]
-            rows[name]["reference_seconds"] = seconds.get(reference_of(workload.name), [])
-            rows[name]["peak_bytes"] = workers[name].peak_bytes
-    for row in rows.values():
-        if row["error"] is not None:
-            _say(f"{subject} {workload.name}: {row['contestant']}: {row['error']}")
-        elif row["seconds"]:
-            _say(f"{subject} {workload.name}: {row['contestant']}: {statistics.median(row['seconds']):.4f} s")
+    calls: dict[str, Callable[[], float]] = {}
+    errors: dict[str, str] = {}
+    for one in wanted:
+        try:
+            if one.name not in opened:
+                opened[one.name] = stack.enter_context(run.open(one, unit.artefacts))
+            worker = opened[one.name]
+            if isinstance(worker, str):
+                raise WorkerError(worker)
+            calls[one.name] = _warm_call(worker, one, workload, unit.artefacts)
+        except WorkerError as error:
+            opened.setdefault(one.name, str(error))
+            errors[one.name] = str(error)
+    at_least = 1 if workload.is_alone or workload.is_corpus else min(_LEAST_ROUNDS, run.arguments.repeats)
+    left = budget_s - (time.monotonic() - started)
+    seconds, failed = interleaved(calls, repeats=run.arguments.repeats, at_least=at_least, budget_s=left)
+    errors |= failed
+    for name, row in rows.items():
+        worker = opened[name]
+        if name in errors:
+            row["error"] = errors[name]
+            if isinstance(worker, Worker):  # it may have died: the next workload gets a new one
+                opened.pop(name)
+                worker.close()
+        elif isinstance(worker, Worker):
+            row |= {"seconds": seconds[name], "reference_seconds": seconds.get(reference, [])}
+            row["peak_bytes"] = worker.peak_bytes
+        told = row["error"] or f"{statistics.median(row['seconds']):.4f} s"
+        _say(f"{subject.name} {workload.name}: {name}: {told}")
         run.add("measurements", row)
 
 
@@ -260,6 +298,7 @@ def _row(subject: str, workload: Workload, contestant: Contestant) -> dict[str, 
         "tokens": workload.tokens,
         "padded_tokens": workload.padded_tokens,
         "flops": _flops(subject, workload),
+        "alone": workload.is_alone,
         "seconds": [],
         "reference_seconds": [],
         "peak_bytes": None,

@@ -128,14 +128,15 @@ class Worker:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], float]], *, repeats: int, budget_s: float = math.inf
+    calls: Mapping[str, Callable[[], float]], *, repeats: int, at_least: int = 1, budget_s: float = math.inf
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Call each in turn, `repeats` times over; whatever disturbs the machine for a while disturbs all alike.
 
     Args:
         calls: name -> a call that returns its seconds.
         repeats: rounds at most.
-        budget_s: no round begins that would end after this, but the first.
+        at_least: rounds that are made whatever they take.
+        budget_s: no other round begins that would end after this.
 
     Returns:
         The seconds of each, and the message of each that failed with a WorkerError.
@@ -145,7 +146,7 @@ def interleaved(
     started = time.monotonic()
     for number in range(repeats):
         spent = time.monotonic() - started
-        if number and spent + spent / number > budget_s:
+        if number >= max(1, at_least) and spent + spent / number > budget_s:
             break
         for name, call in calls.items():
             if name in errors:

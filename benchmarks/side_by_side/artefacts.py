@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gte_deploy.picks import cpu_model
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "inference-benchmark"
 _STAMP = "made-by.json"
+_EXPORTS = {"bundle-int8-dynamic": ("--precision", "int8", "--activations", "dynamic")}
 _CALIBRATION_TEXTS = 64
 _CALIBRATION_TOKENS = 256
 
@@ -65,7 +66,8 @@ class Artefacts:
         self._errors: dict[str, str] = {}
 
     def path(self, name: str) -> Path:
-        """The folder of an artefact: "checkpoint", "plain", "optimizer", "nncf", or "bundle-PRECISION".
+        """The folder of an artefact: "checkpoint", "plain", "optimizer", "nncf", or "bundle-PRECISION", what
+        `gte-export --precision PRECISION` writes.
 
         Raises:
             WorkerError: it cannot be made, as it was told the first time that it was asked for.
@@ -73,7 +75,8 @@ class Artefacts:
         if name in self._errors:
             raise WorkerError(self._errors[name])
         target = self._folder / name
-        stamp = {"sources": _sources_digest(), "max_length": self._max_length, "task": self.subject.task}
+        sources = _sources_digest(bundle=name.startswith("bundle-"))
+        stamp = {"sources": sources, "max_length": self._max_length, "task": self.subject.task}
         if _read_stamp(target) == stamp:
             return target
         try:
@@ -93,8 +96,8 @@ class Artefacts:
             make = make_optimized if name == "optimizer" else make_nncf
             recipe = (make, self.path("plain"), self.path("checkpoint"))
         else:
-            precision = name.removeprefix("bundle-")
-            recipe = (make_bundle, self.path("checkpoint"), subject.task, precision, self._max_length)
+            options = _EXPORTS.get(name) or ("--precision", name.removeprefix("bundle-"))
+            recipe = (make_bundle, self.path("checkpoint"), subject.task, options, self._max_length)
         self._progress(f"{subject.name}: make {name}")
         aside = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
@@ -183,10 +186,10 @@ def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
     openvino.save_model(quantized, target / "model.xml", compress_to_fp16=False)
 
 
-def make_bundle(checkpoint: Path, task: str, precision: str, max_length: int, target: Path) -> None:
+def make_bundle(checkpoint: Path, task: str, options: Sequence[str], max_length: int, target: Path) -> None:
     """What `gte-export` writes; what it refuses is told in its own words."""
     command = "from gte_deploy.exporters.cli import main; raise SystemExit(main())"
-    options = ["--task", task, "--precision", precision, "--max-len", str(max_length), "--quiet", "--force"]
+    options = [*options, "--task", task, "--max-len", str(max_length), "--quiet", "--force"]
     done = subprocess.run(
         [sys.executable, "-c", command, str(checkpoint), str(target / "bundle"), *options],
         stdout=subprocess.DEVNULL,
@@ -222,9 +225,12 @@ def _read_stamp(folder: Path) -> Any:
 
 
 @functools.cache
-def _sources_digest() -> str:
+def _sources_digest(*, bundle: bool) -> str:
+    """Of the sources that an artefact comes from: the whole exporter for a bundle, the trace for all else."""
+    files = [Path(__file__), *(ROOT / "models").rglob("*.py"), ROOT / "exporters" / "trace.py"]
+    if bundle:
+        files += (ROOT / "exporters").rglob("*.py")
     digest = hashlib.sha256()
-    files = [Path(__file__), *(file for part in ("exporters", "models") for file in (ROOT / part).rglob("*.py"))]
     for file in sorted(files):
         digest.update(os.fspath(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()

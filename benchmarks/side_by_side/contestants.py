@@ -233,6 +233,11 @@ class Contestant:
         return None if workload.is_corpus and not self.takes_texts else "embed"
 
 
+def _ours(name: str, precision: str, bundle: str, backend: str, compute_precision: str | None = None) -> Contestant:
+    options = {"backend": backend, "precision": compute_precision}
+    return Contestant(f"gte-deploy {name}", precision, GteDeploy, bundle, options, takes_texts=True)
+
+
 REFERENCE = "torch eager fp32"
 TEXT_REFERENCE = "sentence-transformers"
 
@@ -245,27 +250,17 @@ CONTESTANTS = (
     Contestant(TEXT_REFERENCE, "fp32", SentenceTransformers, "checkpoint", takes_texts=True),
     Contestant("FastEmbed", "fp32", FastEmbed, "bundle-fp32", takes_texts=True),
     Contestant("light-embed", "fp32", LightEmbed, "bundle-fp32", takes_texts=True),
-    Contestant("gte-deploy onnx fp32", "fp32", GteDeploy, "bundle-fp32", {"backend": "onnx"}, True),
-    Contestant("gte-deploy openvino fp32", "fp32", GteDeploy, "bundle-fp32", {"backend": "openvino"}, True),
+    _ours("onnx fp32", "fp32", "bundle-fp32", "onnx"),
+    _ours("openvino fp32", "fp32", "bundle-fp32", "openvino"),
     Contestant("torch bf16", "16-bit", Torch, "checkpoint", {"dtype": "bfloat16"}),
     Contestant("OpenVINO direct bf16", "16-bit", OpenVino, "plain", {"precision": "bf16"}),
-    Contestant(
-        "gte-deploy openvino bf16",
-        "16-bit",
-        GteDeploy,
-        "bundle-fp32",
-        {"backend": "openvino", "precision": "bf16"},
-        True,
-    ),
+    _ours("openvino bf16", "16-bit", "bundle-fp32", "openvino", "bf16"),
     Contestant("OpenVINO direct NNCF int8", "int8", OpenVino, "nncf"),
-    Contestant("gte-deploy onnx int8", "int8", GteDeploy, "bundle-int8", {"backend": "onnx"}, True),
-    Contestant("gte-deploy openvino int8", "int8", GteDeploy, "bundle-int8", {"backend": "openvino"}, True),
-    Contestant(
-        "gte-deploy onnx int8-weight", "int8-weight", GteDeploy, "bundle-int8-weight", {"backend": "onnx"}, True
-    ),
-    Contestant(
-        "gte-deploy onnx int4-weight", "int4-weight", GteDeploy, "bundle-int4-weight", {"backend": "onnx"}, True
-    ),
+    _ours("onnx int8", "int8", "bundle-int8", "onnx"),
+    _ours("onnx int8 dynamic", "int8", "bundle-int8-dynamic", "onnx"),
+    _ours("openvino int8", "int8", "bundle-int8", "openvino"),
+    _ours("onnx int8-weight", "int8-weight", "bundle-int8-weight", "onnx"),
+    _ours("onnx int4-weight", "int4-weight", "bundle-int4-weight", "onnx"),
 )
 
 

@@ -242,10 +242,10 @@ def _detail_table(report: Report, subject: str) -> str:
                     str(len(row["seconds"])),
                     f"{row['tokens'] / spread.median:,.0f}",
                     "" if share is None else f"{share:.0%}",
-                    f"{row['peak_bytes'] / 1e6:,.0f}",
+                    f"{row['peak_bytes'] / 1e6:,.0f}" if row["alone"] else "",
                 ]
             )
-    return table(["", "median ms", "quartiles", "rounds", "tokens/s", "of GEMM peak", "peak MB"], rows)
+    return table(["", "median ms", "quartiles", "rounds", "tokens/s", "of GEMM peak", "peak MB, alone"], rows)
 
 
 def _accuracy_table(report: Report) -> str:

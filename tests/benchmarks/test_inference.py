@@ -231,7 +231,7 @@ def test_what_other_sources_made_is_made_again(parts: Any, tmp_path: Path, monke
     artefacts().path("checkpoint")
     assert len(made) == 2
     artefacts(length=16).path("checkpoint")
-    monkeypatch.setattr(parts.artefacts, "_sources_digest", lambda: "another")
+    monkeypatch.setattr(parts.artefacts, "_sources_digest", lambda bundle: "another")
     artefacts(length=16).path("checkpoint")
     assert made[2:] == ["make_checkpoint"] * 2
 
@@ -266,6 +266,7 @@ def made_up(parts: Any) -> dict[str, Any]:
                     "ours": one.is_ours,
                     "tokens": 100,
                     "flops": 5e9,
+                    "alone": workload == "1x8192",
                     "seconds": [1 / speed] * 3,
                     "reference_seconds": [] if workload == "1x8192" else [1.0] * 3,
                     "peak_bytes": 1e9 if one.is_ours else 11e9,

@@ -234,6 +234,7 @@ def test_calls_are_interleaved_and_a_failure_is_left_out(monkeypatch):
     assert (seconds["a"], seconds["b"], errors) == ([1.0, 4.0, 7.0], [2.0], {"b": "b failed"})
     order.clear()
     assert len(interleaved({"a": call("a")}, repeats=9, budget_s=0)[0]["a"]) == 1
+    assert len(interleaved({"a": call("a")}, repeats=9, at_least=3, budget_s=0)[0]["a"]) == 3
 
 
 def test_spread():
