@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy._version import __version__
 from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
-from gte_deploy.spec import POOLINGS
+from gte_deploy.spec import COMPUTE_PRECISIONS, POOLINGS
 
 if TYPE_CHECKING:
     from gte_deploy.model import Model
@@ -73,8 +73,9 @@ def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.A
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", help="bundle, checkpoint folder or hub id (default: the built-in model)")
     parser.add_argument(
-        "--backend", choices=("auto", "onnx", "torch", "tensorrt"), default="auto", help="default: auto"
+        "--backend", choices=("auto", "onnx", "openvino", "torch", "tensorrt"), default="auto", help="default: auto"
     )
+    parser.add_argument("--compute-precision", choices=COMPUTE_PRECISIONS, help="what openvino computes in")
     parser.add_argument("--device", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: every CPU it may use)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows of a batch (default: 32)")
@@ -228,11 +229,13 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     from gte_deploy.bundle import is_bundle, read_manifest
+    from gte_deploy.engine_choice import choose_engine
 
     if arguments.model is not None and is_bundle(Path(arguments.model)):
         manifest = read_manifest(Path(arguments.model))
         facts = {"path": arguments.model, "kind": "bundle", **manifest.to_json()}
         facts["files"] = {name: entry.size for name, entry in manifest.files.items()}
+        facts["engine"] = dataclasses.asdict(choose_engine(manifest))
     else:
         facts = _checkpoint_info(arguments.model)
     if arguments.json:
@@ -285,7 +288,13 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
 def _load(arguments: argparse.Namespace) -> "Model":
     from gte_deploy.loading import load
 
-    return load(arguments.model, backend=arguments.backend, device=arguments.device, num_threads=arguments.threads)
+    return load(
+        arguments.model,
+        backend=arguments.backend,
+        precision=arguments.compute_precision,
+        device=arguments.device,
+        num_threads=arguments.threads,
+    )
 
 
 def _length_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Shapes: N inputs, S tokens, H hidden size, V vocabulary, L labels, D embedding s
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ from gte_deploy._version import __version__
 from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.batching import BatchLimits, collate, plan_batches
+from gte_deploy.batching import BatchLimits, collate, token_batches
 from gte_deploy.embedding import EmbeddingRequest, OutputValue, ReturnType
 from gte_deploy.errors import InputError
 from gte_deploy.fill_mask import MaskAnswer, answers, softmax, top_tokens
@@ -33,6 +34,9 @@ _MAX_LOGITS = 1 << 26
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 Outputs = dict[str, NDArray[np.float32]]
+Rows = list[list[int]]
+Tokenize = Callable[[list[int]], Rows]
+"""From indices of the inputs to their token ids."""
 
 
 class Model:
@@ -42,7 +46,14 @@ class Model:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: TextTokenizer, spec: ModelSpec, *, max_batch_tokens: int, path: Path
+        self,
+        backend: Backend,
+        tokenizer: TextTokenizer,
+        spec: ModelSpec,
+        *,
+        max_batch_tokens: int,
+        path: Path,
+        backend_reason: str,
     ) -> None:
         """Join a backend and a tokenizer.
 
@@ -52,6 +63,7 @@ class Model:
         self.spec = spec
         self.path = path
         self._backend = backend
+        self._backend_reason = backend_reason
         self._tokenizer = tokenizer
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
         self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
@@ -70,7 +82,7 @@ class Model:
 
     @property
     def backend(self) -> str:
-        """Name of what computes: "onnx" or "torch"."""
+        """Name of what computes: "onnx", "openvino" or "torch"."""
         return self._backend.name
 
     @property
@@ -84,6 +96,8 @@ class Model:
             "gte_deploy": __version__,
             "path": str(self.path),
             "backend": self.backend,
+            "backend_reason": self._backend_reason,
+            "precision": self._backend.precision,
             "device": self.device,
             "num_threads": self._backend.num_threads,
             "max_batch_tokens": self._max_batch_tokens,
@@ -99,7 +113,8 @@ class Model:
         Raises:
             InputError: see `encode`.
         """
-        rows = self._token_ids(as_texts(texts, name="texts")[0], truncation, max_length)
+        texts = as_texts(texts, name="texts")[0]
+        rows = self._tokenize_texts(texts, truncation, max_length)(list(range(len(texts))))
         batch = collate(rows, pad_token_id=self.spec.pad_token_id)
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
@@ -140,12 +155,11 @@ class Model:
         candidates = self._candidates(targets)
         limits = self._limits(batch_size, max_batch_tokens)
         texts, single = as_texts(inputs)
-        rows = self._token_ids(texts, truncation, max_length)
-        self._check_masks(texts, rows)
-        found: list[list[list[MaskAnswer]]] = [[] for _ in rows]
-        for index, position, logits in self._mask_logits(rows, limits):
+        tokenize = self._tokenize_texts(texts, truncation, max_length)
+        found: list[list[list[MaskAnswer]]] = [[] for _ in texts]
+        for index, row, position, logits in self._mask_logits(texts, tokenize, limits):
             scores, tokens = top_tokens(logits, candidates, top_k)
-            found[index].append(self._answers(rows[index], position, scores, tokens))
+            found[index].append(self._answers(row, position, scores, tokens))
         nested = [masks[0] if len(masks) == 1 else masks for masks in found]
         return nested[0] if single or len(nested) == 1 else nested
 
@@ -214,10 +228,12 @@ class Model:
         request.check(self.spec.hidden_size)
         limits = self._limits(batch_size, max_batch_tokens)
         texts, single = as_texts(_one_of(inputs, sentences), prompt=self._prompt(prompt, prompt_name))
-        rows = self._token_ids(texts, truncation, max_length)
+        batches = token_batches(
+            [len(text) for text in texts], self._tokenize_texts(texts, truncation, max_length), limits
+        )
         outputs = request.graph_outputs(self.spec, self._backend.outputs)
-        results: list[Any] = [None] * len(rows)
-        for indices, batch, values in self._batches(rows, limits, outputs, progress=show_progress_bar):
+        results: list[Any] = [None] * len(texts)
+        for indices, batch, values in self._run_all(_with_progress(batches, len(texts), show_progress_bar), outputs):
             for index, result in zip(indices, request.rows(self.spec, batch, values), strict=True):
                 results[index] = result
         return request.assemble(results, single=single)
@@ -286,14 +302,19 @@ class Model:
         pairs, single = as_pairs(inputs)
         low = self._tokenizer.min_pair_length
         limit = checked_max_length(max_length, low=low, limit=self.spec.max_length)
-        rows = self._tokenizer.encode_pairs(pairs, max_length=limit, truncation=truncation)
-        logits = np.empty((len(rows), self.spec.num_labels), dtype=np.float32)
-        for indices, _, values in self._batches(rows, limits, ("logits",), progress=show_progress_bar):
+
+        def tokenize(indices: list[int]) -> Rows:
+            chosen = [pairs[i] for i in indices]
+            return self._tokenizer.encode_pairs(chosen, indices, max_length=limit, truncation=truncation)
+
+        batches = token_batches([sum(map(len, pair)) for pair in pairs], tokenize, limits)
+        logits = np.empty((len(pairs), self.spec.num_labels), dtype=np.float32)
+        for indices, _, values in self._run_all(_with_progress(batches, len(pairs), show_progress_bar), ("logits",)):
             logits[indices] = values["logits"]
         activation = activation_fn or (_sigmoid if self.spec.num_labels == 1 else _identity)
         scores = activation(logits)
         if self.spec.num_labels == 1:
-            scores = scores.reshape(len(rows))
+            scores = scores.reshape(len(pairs))
         elif apply_softmax:
             scores = softmax(scores)
         return scores[0] if single else scores
@@ -327,26 +348,21 @@ class Model:
         shown = [{"text": text} if return_documents else {} for text in texts]
         return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
 
-    def _batches(
-        self, rows: Sequence[Sequence[int]], limits: BatchLimits, outputs: Sequence[str], *, progress: bool | None
+    def _run_all(
+        self, batches: Iterable[tuple[list[int], Rows]], outputs: Sequence[str]
     ) -> Iterator[tuple[list[int], Batch, Outputs]]:
-        """Run every row once; yields the rows' indices, the batch and its outputs, longest rows first."""
-        plan = list(plan_batches([len(row) for row in rows], limits))
-        for indices in _with_progress(plan, progress):
-            batch = collate([rows[i] for i in indices], pad_token_id=self.spec.pad_token_id)
+        """The inputs' indices, the batch and its outputs, for each batch of token ids."""
+        for indices, rows in batches:
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id)
             yield indices, batch, self._run(batch, outputs, indices)
 
     def _mask_logits(
-        self, rows: Sequence[Sequence[int]], limits: BatchLimits
-    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Index of the row, token and logits [V] of every mask; the masks of one row come in order."""
+        self, texts: Sequence[str], tokenize: Tokenize, limits: BatchLimits
+    ) -> Iterator[tuple[int, list[int], int, NDArray[np.float32]]]:
+        """Index and token ids of the text, token and logits [V] of every mask; the masks of one text come in order."""
         at_once = max(1, _MAX_LOGITS // self.spec.vocab_size)
-        for indices in plan_batches([len(row) for row in rows], limits):
-            batch = collate(
-                [rows[i] for i in indices],
-                pad_token_id=self.spec.pad_token_id,
-                mask_token_id=self._tokenizer.mask_token_id,
-            )
+        for indices, rows in self._masked_batches(texts, tokenize, limits):
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id, mask_token_id=self._tokenizer.mask_token_id)
             assert batch.mask_positions is not None  # collate found the masks
             for start in range(0, len(batch.mask_positions), at_once):
                 positions = batch.mask_positions[start : start + at_once]
@@ -355,7 +371,22 @@ class Model:
                 if self.spec.logits == "all":
                     logits = logits[positions[:, 0], positions[:, 1]]
                 for (row, token), values in zip(positions.tolist(), logits, strict=True):
-                    yield indices[row], token, values
+                    yield indices[row], rows[row], token, values
+
+    def _masked_batches(
+        self, texts: Sequence[str], tokenize: Tokenize, limits: BatchLimits
+    ) -> Iterator[tuple[list[int], Rows]]:
+        """Batches of token ids that all hold a mask; texts that may hold none are looked at first."""
+        mask = self._tokenizer.mask_token
+
+        def checked(indices: list[int]) -> Rows:
+            rows = tokenize(indices)
+            for index, row in zip(indices, rows, strict=True):
+                self._check_mask(index, texts[index], row)
+            return rows
+
+        sizes = [len(text) if mask is not None and mask in text else math.inf for text in texts]
+        return token_batches(sizes, checked, limits)
 
     def _run(self, batch: Batch, outputs: Sequence[str], indices: Sequence[int]) -> Outputs:
         values = self._backend.run(batch, outputs)
@@ -367,9 +398,14 @@ class Model:
     ) -> list[MaskAnswer]:
         return answers(row, position, scores, tokens, self._tokenizer, pad_token_id=self.spec.pad_token_id)
 
-    def _token_ids(self, texts: Sequence[str], truncation: bool, max_length: int | None) -> list[list[int]]:
+    def _tokenize_texts(self, texts: Sequence[str], truncation: bool, max_length: int | None) -> Tokenize:
         limit = checked_max_length(max_length, low=self._tokenizer.min_length, limit=self.spec.max_length)
-        return self._tokenizer.encode_texts(texts, max_length=limit, truncation=truncation)
+
+        def tokenize(indices: list[int]) -> Rows:
+            chosen = [texts[i] for i in indices]
+            return self._tokenizer.encode_texts(chosen, indices, max_length=limit, truncation=truncation)
+
+        return tokenize
 
     def _limits(self, batch_size: int, max_batch_tokens: int | None) -> BatchLimits:
         tokens = self._max_batch_tokens if max_batch_tokens is None else max_batch_tokens
@@ -384,17 +420,16 @@ class Model:
             return self._answerable
         return np.array(self._tokenizer.target_ids(as_texts(targets, name="targets")[0]))
 
-    def _check_masks(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+    def _check_mask(self, index: int, text: str, row: Sequence[int]) -> None:
         mask = self._tokenizer.mask_token
-        for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
-            if self._tokenizer.mask_token_id in row:
-                continue
-            if mask is not None and mask in text:
-                raise InputError(
-                    f"input {index} lost its {mask} by truncation to {len(row):,} tokens. Move the mask to the front "
-                    "or shorten the text."
-                )
-            raise InputError(f"input {index} has no mask; write {mask} where a word is to be predicted")
+        if self._tokenizer.mask_token_id in row:
+            return
+        if mask is not None and mask in text:
+            raise InputError(
+                f"input {index} lost its {mask} by truncation to {len(row):,} tokens. Move the mask to the front "
+                "or shorten the text."
+            )
+        raise InputError(f"input {index} has no mask; write {mask} where a word is to be predicted")
 
     def _require_task(self, task: Task) -> None:
         if self.spec.task != task:
@@ -434,14 +469,20 @@ def _return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
     return "numpy" if convert_to_numpy else "list of tensors"
 
 
-def _with_progress(batches: list[list[int]], wanted: bool | None) -> Any:
+def _with_progress(
+    batches: Iterator[tuple[list[int], Rows]], total: int, wanted: bool | None
+) -> Iterator[tuple[list[int], Rows]]:
     if wanted is None:
         wanted = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     if not wanted:
-        return batches
+        yield from batches
+        return
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc="Batches")
+    with tqdm(total=total, desc="Inputs") as bar:
+        for indices, rows in batches:
+            yield indices, rows
+            bar.update(len(indices))
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -80,8 +80,12 @@ class TextTokenizer:
         known[ids] = True
         return known
 
-    def encode_texts(self, texts: Sequence[str], *, max_length: int, truncation: bool) -> list[list[int]]:
+    def encode_texts(
+        self, texts: Sequence[str], indices: Sequence[int] | None = None, *, max_length: int, truncation: bool
+    ) -> list[list[int]]:
         """Token ids of each text, special tokens included, at most `max_length` of them.
+
+        `indices` are the caller's numbers of the texts, for errors.
 
         Raises:
             InputError: a text has more tokens and `truncation` is off; it names the index, the count and the limit.
@@ -89,13 +93,21 @@ class TextTokenizer:
         template = self.template
         budget = max_length - self._num_special(1)
         rows = []
-        for index, (ids, whole) in enumerate(self._encode_bounded(texts, budget)):
+        numbers = range(len(texts)) if indices is None else indices
+        for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
             if len(ids) > budget and not truncation:
                 raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
             rows.append([*template.prefix, *ids[:budget], *template.suffix])
         return rows
 
-    def encode_pairs(self, inputs: Sequence[tuple[str, ...]], *, max_length: int, truncation: bool) -> list[list[int]]:
+    def encode_pairs(
+        self,
+        inputs: Sequence[tuple[str, ...]],
+        indices: Sequence[int] | None = None,
+        *,
+        max_length: int,
+        truncation: bool,
+    ) -> list[list[int]]:
         """Token ids of each single text or pair; a pair that is too long loses tokens of its longer text first.
 
         Raises:
@@ -104,7 +116,7 @@ class TextTokenizer:
         flat = [text for texts in inputs for text in texts]
         encoded = iter(self._encode_bounded(flat, max_length))
         rows = []
-        for index, texts in enumerate(inputs):
+        for index, texts in zip(range(len(inputs)) if indices is None else indices, inputs, strict=True):
             parts = [next(encoded) for _ in texts]
             special = self._num_special(len(parts))
             count = sum(len(ids) for ids, _ in parts) + special

@@ -90,19 +90,31 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Calla
 
 @pytest.fixture(scope="session")
 def load_on(bundle_of: Callable[..., Path]) -> Callable[..., Any]:
-    """`load_on(backend, checkpoint, max_length=None, **options)`: the checkpoint on "torch", its bundle on "onnx"."""
+    """`load_on(backend, checkpoint, max_length=None, **options)`: the checkpoint on "torch", its bundle elsewhere."""
     import gte_deploy
 
     def load(backend: str, checkpoint: Path, *, max_length: int | None = None, **options: Any) -> gte_deploy.Model:
         options_of_bundle = {} if max_length is None else {"max_length": max_length}
         path = checkpoint if backend == "torch" else bundle_of(checkpoint, **options_of_bundle)
-        return gte_deploy.load(path, backend=backend, **options)
+        name, _, precision = backend.partition(" ")
+        if name == "openvino":
+            _skip_without_openvino(precision)
+        return gte_deploy.load(path, backend=name, precision=precision or None, **options)
 
     return load
 
 
-@pytest.fixture(scope="session", params=["torch", "onnx"])
+def _skip_without_openvino(precision: str) -> None:
+    pytest.importorskip("openvino")
+    from gte_deploy.backends.openvino_backend import has_native_bf16
+
+    if precision == "bf16" and not has_native_bf16():
+        pytest.skip("this CPU does not compute in bfloat16")
+
+
+@pytest.fixture(scope="session", params=["torch", "onnx", "openvino", "openvino bf16"])
 def backend(request: pytest.FixtureRequest) -> str:
+    """As `load_on` takes it: the name, and what it computes in where that is not fp32."""
     return request.param
 
 

@@ -21,9 +21,10 @@ from gte_deploy.threads import available_cpus
 _HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
 _INPUTS = frozenset(("input_ids", "attention_mask", "mask_positions"))
 _NO_POSITIONS = np.empty((0, 2), dtype=np.int64)
-# Kernels are compiled for every new shape (some 3 ms) and kept. OpenVINO's own limit of 5,000 lets a process grow by
-# 500 MB over texts of all lengths; 512 are those of about a hundred shapes.
-_KEPT_KERNELS = 512
+# Kernels are compiled for every new shape (3 ms for the tiny model, 6 ms for base) and kept: 0.2 to 0.8 MB a shape.
+# OpenVINO's own limit of 5,000 lets a process grow by 500 MB and more over texts of all lengths; 256 are those of about
+# a hundred shapes.
+_KEPT_KERNELS = 256
 # oneDNN keeps another 1,024 for the whole process, even after the model is gone, and saves no time by it.
 _ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 

@@ -211,6 +211,8 @@ def test_interrupted(bundles):
 
 
 def test_a_missing_dependency(run, word_checkpoints, bundle_of, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, err = run("encode", "-m", bundle_of(word_checkpoints["embed"]), "a")
+    bundle = bundle_of(word_checkpoints["embed"])
+    for engine in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, engine, None)
+    code, _, err = run("encode", "-m", bundle, "a")
     assert code == exit_codes.MISSING_DEPENDENCY and "gte-deploy[cpu]" in err

@@ -188,7 +188,7 @@ def test_arguments_out_of_range(ours, options, message):
 def test_progress_bar_is_on_stderr(ours, capsys):
     ours.encode(TEXTS, show_progress_bar=True)
     captured = capsys.readouterr()
-    assert captured.out == "" and "Batches" in captured.err
+    assert captured.out == "" and "Inputs" in captured.err
     ours.encode(TEXTS, show_progress_bar=False)
     ours.encode(TEXTS)
     assert capsys.readouterr() == ("", "")

@@ -1,6 +1,8 @@
 """gte_deploy.load: what fits which backend, and errors that say what to do."""
 
 import builtins
+import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -9,20 +11,89 @@ import textwrap
 import pytest
 
 import gte_deploy
-from gte_deploy import BackendError, BundleError, CheckpointError, InputError, MissingDependencyError
+from gte_deploy import BackendError, BundleError, CheckpointError, InputError, MissingDependencyError, picks
+from gte_deploy.bundle import read_manifest
 
 
-def test_auto_takes_what_fits(word_checkpoints, bundle_of):
+@pytest.fixture(autouse=True)
+def no_picks(monkeypatch, tmp_path):
+    """No pick of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_auto_takes_what_fits_and_says_why(word_checkpoints, bundle_of, caplog):
     checkpoint = word_checkpoints["embed"]
-    for path, backend in ((checkpoint, "torch"), (str(checkpoint), "torch"), (bundle_of(checkpoint), "onnx")):
+    caplog.set_level("INFO", logger="gte_deploy.loading")
+    for path, backend, reason in (
+        (checkpoint, "torch", "torch runs checkpoints"),
+        (str(checkpoint), "torch", "torch runs checkpoints"),
+        (bundle_of(checkpoint), "onnx", "OpenVINO is no faster in fp32"),
+    ):
         with gte_deploy.load(path) as model:
-            assert model.backend == backend
+            info = model.info()
+            assert info["backend"] == model.backend == backend and info["precision"] == "fp32"
+            assert reason in info["backend_reason"]
+            assert f"runs on {backend} in fp32: {info['backend_reason']}" in caplog.messages[-1]
+
+
+def test_a_pick_is_taken_and_what_is_asked_for_comes_first(word_checkpoints, bundle_of):
+    pytest.importorskip("openvino")
+    bundle = bundle_of(word_checkpoints["embed"])
+    checksum = read_manifest(bundle).to_json()["checksum"]
+    picks.save(checksum, picks.Pick("openvino", None, {}, "2026-01-02", picks.engine_versions()))
+    with gte_deploy.load(bundle) as model:
+        assert model.backend == "openvino" and "bench --pick" in model.info()["backend_reason"]
+    with gte_deploy.load(bundle, backend="onnx") as model:
+        assert model.backend == "onnx" and model.info()["backend_reason"] == "it was asked for"
+
+
+def test_bfloat16_is_openvinos_alone(word_checkpoints, bundle_of):
+    checkpoint = word_checkpoints["embed"]
+    for path, backend, runs_on in (
+        (checkpoint, "auto", "torch"),
+        (checkpoint, "torch", "torch"),
+        (bundle_of(checkpoint), "onnx", "onnx"),
+    ):
+        with pytest.raises(InputError, match=f"openvino backend .* would run on {runs_on}, which computes in fp32"):
+            gte_deploy.load(path, backend=backend, precision="bf16")
+
+
+def test_bfloat16_on_a_cpu_without_it_is_refused(word_checkpoints, bundle_of, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("gte_deploy.backends.openvino_backend._has_bf16", lambda core: False)
+    for backend in ("auto", "openvino"):
+        with pytest.raises(BackendError, match=r"this CPU \(.+\) does not compute in bfloat16.*precision='fp32'"):
+            gte_deploy.load(bundle_of(word_checkpoints["embed"]), backend=backend, precision="bf16")
+
+
+def test_what_was_not_proven_is_warned_of(word_checkpoints, bundle_of, tmp_path, monkeypatch, caplog):
+    shutil.copytree(bundle_of(word_checkpoints["embed"]), tmp_path / "b")
+    manifest = read_manifest(tmp_path / "b")
+    graphs = {engine: dataclasses.replace(graph, computes=()) for engine, graph in manifest.graphs.items()}
+    (tmp_path / "b/manifest.json").write_text(json.dumps(dataclasses.replace(manifest, graphs=graphs).to_json()))
+    gte_deploy.load(tmp_path / "b", backend="onnx").close()
+    assert "was not shown to stay within its bounds in fp32" in caplog.text
+    caplog.clear()
+    gte_deploy.load(bundle_of(word_checkpoints["embed"]), backend="onnx").close()
+    assert caplog.text == ""
+
+
+def test_a_bundle_without_a_graph_for_openvino(word_checkpoints, bundle_of, tmp_path):
+    shutil.copytree(bundle_of(word_checkpoints["embed"]), tmp_path / "b")
+    manifest = read_manifest(tmp_path / "b")
+    graphs = {"onnxruntime": manifest.graphs["onnxruntime"]}
+    (tmp_path / "b/manifest.json").write_text(json.dumps(dataclasses.replace(manifest, graphs=graphs).to_json()))
+    with pytest.raises(BackendError, match="no graph for OpenVINO.*backend='onnx'"):
+        gte_deploy.load(tmp_path / "b", backend="openvino")
+    with gte_deploy.load(tmp_path / "b") as model:
+        assert model.info()["backend_reason"] == "the bundle has no graph for OpenVINO"
 
 
 def test_the_wrong_backend_says_what_to_do(word_checkpoints, bundle_of):
     checkpoint = word_checkpoints["embed"]
-    with pytest.raises(BackendError, match="not a bundle.*gte-export"):
-        gte_deploy.load(checkpoint, backend="onnx")
+    for backend in ("onnx", "openvino"):
+        with pytest.raises(BackendError, match="not a bundle.*gte-export"):
+            gte_deploy.load(checkpoint, backend=backend)
     with pytest.raises(BackendError, match="is a bundle.*backend='onnx'"):
         gte_deploy.load(bundle_of(checkpoint), backend="torch")
     for path in (checkpoint, bundle_of(checkpoint)):
@@ -34,6 +105,7 @@ def test_the_wrong_backend_says_what_to_do(word_checkpoints, bundle_of):
     ("options", "message"),
     [
         ({"backend": "jax"}, "backend must be"),
+        ({"precision": "fp16"}, "precision must be"),
         ({"device": "tpu"}, "device must be"),
         ({"num_threads": 0}, "num_threads"),
         ({"num_threads": 10**6}, "num_threads"),
@@ -120,7 +192,7 @@ def test_import_is_light():
         import gte_deploy
         elapsed = time.perf_counter() - started
         import sys
-        heavy = {"torch", "transformers", "onnxruntime", "tensorrt", "numpy", "tokenizers"} & set(sys.modules)
+        heavy = {"torch", "transformers", "onnxruntime", "openvino", "tensorrt", "numpy", "tokenizers"} & set(sys.modules)
         assert not heavy, heavy
         assert elapsed < 0.15, elapsed
         assert gte_deploy.__version__ and gte_deploy.errors.InputError is gte_deploy.InputError
