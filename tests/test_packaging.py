@@ -108,7 +108,7 @@ def test_models_and_training_use_only_the_runtimes_plain_data(folder):
 def test_import_loads_no_engine():
     code = (
         "import sys, gte_deploy\n"
-        "heavy = {'torch', 'onnxruntime', 'tensorrt', 'transformers', 'onnx'} & set(sys.modules)\n"
+        "heavy = {'torch', 'onnxruntime', 'openvino', 'tensorrt', 'transformers', 'onnx'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

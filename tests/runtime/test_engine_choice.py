@@ -20,7 +20,7 @@ def manifest(precision="fp32", engines=("onnxruntime", "openvino")):
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """`machine(installed, flags)`: which engines it has, and its CPU's flags; no picks but those that a test records."""
+    """`machine(installed, flags)`: the engines it has and its CPU's flags; no picks but those that a test records."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def make(installed=("onnxruntime", "openvino"), flags="fpu avx2 avx512_vnni"):
