@@ -347,10 +347,10 @@ def _measure_accuracy(run: Run, artefacts: Artefacts) -> None:
     done = {(row["subject"], row["contestant"]) for row in run.report["accuracy"] if row["error"] is None}
     contestants = [one for one in run.arguments.contestants if (subject.name, one.name) not in done]
     reference = next(one for one in CONTESTANTS if one.name == REFERENCE)
-    if not contestants:
+    if not contestants or not run.arguments.accuracy_texts:
         return
     tokenizer = load_tokenizer(artefacts.path("checkpoint"))
-    longest = min(256, run.arguments.max_length)
+    longest = min(128, run.arguments.max_length)
     job = heldout_job(tokenizer, texts=run.arguments.accuracy_texts, longest=longest)
     methods = ["embed", "token_embeddings"]
     if subject.task == "fill-mask":
@@ -377,7 +377,7 @@ def _measure_accuracy(run: Run, artefacts: Artefacts) -> None:
         except WorkerError as error:
             row["error"] = str(error)
         run.add("accuracy", row)
-    run.save()
+        run.save()
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cpus(), help="and CPUs of each contestant")
     parser.add_argument("--hold", type=int, help="contestants in memory at once, beside the reference")
     parser.add_argument("--corpus-texts", type=int, default=2000, metavar="N")
-    parser.add_argument("--accuracy-texts", type=int, default=24, metavar="N")
+    parser.add_argument("--accuracy-texts", type=int, default=24, metavar="N", help="0 leaves accuracy out")
     parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="of the exported bundles")
     parser.add_argument("--work", type=Path, default=WORK, help="the work folder")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="go on from, and write to, this result")
