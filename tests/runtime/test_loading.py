@@ -187,15 +187,11 @@ def run(script, *arguments):
 def test_import_is_light():
     done = run(
         """
-        import time
-        started = time.perf_counter()
         import gte_deploy
-        elapsed = time.perf_counter() - started
         import sys
         engines = {"torch", "onnxruntime", "openvino", "tensorrt"}
         heavy = (engines | {"transformers", "numpy", "tokenizers"}) & set(sys.modules)
         assert not heavy, heavy
-        assert elapsed < 0.15, elapsed
         assert gte_deploy.__version__ and gte_deploy.errors.InputError is gte_deploy.InputError
         assert callable(gte_deploy.load) and gte_deploy.Model.__name__ == "Model"
         assert not {"torch", "transformers", "onnxruntime", "openvino"} & set(sys.modules)
