@@ -39,7 +39,7 @@ def draw(report: Report, target: Path) -> None:
     axes.axhline(1.0, color="#374151", linewidth=0.9)
     axes.set_xticks(range(len(names)), [name.replace("x", " × ") for name in names])
     axes.set_ylabel("times as fast as torch eager fp32")
-    axes.set_xlabel("rows × tokens, or texts of mixed lengths (corpus: against sentence-transformers on torch)")
+    axes.set_xlabel("rows × tokens, or texts of mixed lengths; corpora against sentence-transformers", fontsize=8)
     hardware = report["hardware"]
     axes.set_title(
         f"GTE base on {hardware['cpu']}, {hardware['threads']} threads, {report['date'][:10]}", fontsize=10, loc="left"
