@@ -57,7 +57,7 @@ def _by_rule(manifest: Manifest) -> EngineChoice:
     if not _is_usable("onnx", manifest):
         return EngineChoice("openvino", "fp32", "onnxruntime is not installed")
     if manifest.precision != "int8":
-        reason = f"OpenVINO is no faster in {manifest.precision}, and needs more memory for long texts"
+        reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick has recorded another engine"
         return EngineChoice("onnx", "fp32", reason)
     if (unit := _int8_unit()) is None:
         return EngineChoice(
