@@ -1,8 +1,6 @@
 """OpenVINO: a bundle's plain graph on the CPU, computed in float32 or bfloat16."""
 
 import contextlib
-import ctypes
-import mmap
 import os
 import queue
 import threading
@@ -79,7 +77,6 @@ class OpenVinoBackend:
             raise BackendError(f"{graph} asks for the inputs {', '.join(unknown)}, which nothing here provides.")
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, ...], _Requests] | None = {}
-        self._folder = graph.parent
         self._requests_for(self.outputs)
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -150,7 +147,6 @@ class OpenVinoBackend:
                 idle.put(request)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile the graph: {error}") from error
-        _forget_mapped(self._folder)
         return idle
 
 
@@ -170,22 +166,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _forget_mapped(folder: Path) -> None:
-    """Let go of the pages of files in `folder` that are mapped to be read; what is needed again is read again.
-
-    OpenVINO computes from packed copies of the weights, and keeps the file mapped beside them: of the base model 1,110
-    MB stay resident, and 570 after this.
-    """
-    files = {str(file.resolve()) for file in folder.iterdir()}
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
-        # A private mapping may hold changes, which this would lose; a shared one that is only read holds none.
-        if permissions == "r--s" and path and path[0] in files:
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def _has_bf16(core: Any) -> bool:

@@ -2,11 +2,9 @@
 
 import concurrent.futures
 import os
-import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import pytest
 pytest.importorskip("openvino")
 
 import gte_deploy  # noqa: E402
-from gte_deploy.backends import openvino_backend  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.openvino_backend import OpenVinoBackend, has_native_bf16  # noqa: E402
 from gte_deploy.bundle import read_manifest  # noqa: E402
@@ -129,21 +126,6 @@ def test_hidden_states_of_the_classical_graph_need_no_head(bundle_of, word_check
         np.testing.assert_allclose(lean["last_hidden_state"], full["last_hidden_state"], atol=1e-6)
         backend.run(batch_of(2, 5), ["last_hidden_state"])
         assert len(backend._idle) == 2
-
-
-def test_weights_are_mapped_and_not_held_twice(graph):
-    path, spec = graph
-    backend = OpenVinoBackend(path, spec, num_threads=1)
-    data = str(path.with_name("model.onnx.data").resolve())
-    found = re.findall(rf"{re.escape(data)}\n(?:Size: +(\d+) kB\n)(?:.*\n)*?Rss: +(\d+) kB", smaps())
-    assert found and all(int(size) > 0 and int(resident) == 0 for size, resident in found)
-    before = backend.run(batch_of(2, 9, 3), ["logits"])["logits"]
-    openvino_backend._forget_mapped(path.parent)
-    np.testing.assert_array_equal(backend.run(batch_of(2, 9, 3), ["logits"])["logits"], before)
-
-
-def smaps():
-    return Path("/proc/self/smaps").read_text()
 
 
 def test_requests_do_not_multiply(graph):
