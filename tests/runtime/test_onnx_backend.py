@@ -118,6 +118,16 @@ def test_foreign_code_is_refused_by_name(tmp_path, node, name):
         check_graphs(tmp_path, manifest_of())
 
 
+def test_the_graph_of_an_engine_that_is_not_to_run_is_looked_at_too(tmp_path):
+    saved(tmp_path, graph_model(nodes=[helper.make_node("Anything", [], ["x"], domain="evil")]))
+    (tmp_path / "onnx/model.onnx").rename(tmp_path / "onnx/model_openvino.onnx")
+    saved(tmp_path, graph_model())
+    check_graphs(tmp_path, manifest_of())
+    graphs = {**manifest_of().graphs, "openvino": GraphEntry("onnx/model_openvino.onnx", 20, (), (), {})}
+    with pytest.raises(BundleError, match="model_openvino.onnx has a node evil::Anything"):
+        check_graphs(tmp_path, dataclasses.replace(manifest_of(), graphs=graphs))
+
+
 @pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "other.data"])
 def test_files_outside_the_manifest_are_refused(tmp_path, location):
     weight = numpy_helper.from_array(np.ones(4, np.float32), "w")
