@@ -122,6 +122,10 @@ class TextTokenizer:
             count = sum(len(ids) for ids, _ in parts) + special
             if count > max_length and not truncation:
                 raise _too_many_tokens(index, count, max_length, whole=all(whole for _, whole in parts))
+            budget = max_length
+            while len(parts) == 2 and not _known_which_is_longer(parts, max_length):
+                budget *= _LOOK_AHEAD_GROWTH
+                parts = self._encode_bounded(texts, budget)
             rows.append(self._joined([ids for ids, _ in parts], max_length - special))
         return rows
 
@@ -261,6 +265,14 @@ def _template(tokenizer: Tokenizer, pad_token: str) -> Template:
         middle=tuple(pair[first + 1 : second]),
         pair_suffix=tuple(pair[second + 1 :]),
     )
+
+
+def _known_which_is_longer(parts: Sequence[tuple[list[int], bool]], budget: int) -> bool:
+    """Whether the two texts' ids, of which a long text's may not be all, tell what `_longest_first` has to know."""
+    (first, first_whole), (second, second_whole) = parts
+    if first_whole and second_whole or min(len(first), len(second)) <= budget:
+        return True  # ids that are not all are more than the budget, and so more than these
+    return (first_whole and len(second) > len(first)) or (second_whole and len(first) > len(second))
 
 
 def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import shutil
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gte_deploy.errors import CheckpointError, InputError
@@ -62,6 +62,10 @@ def test_a_cut_text_is_the_beginning_of_the_whole(ours, theirs, text, max_length
 
 @settings(max_examples=60, deadline=None)
 @given(first=texts_of_words, second=texts_of_words, max_length=st.integers(5, 30))
+@example("walking " * 4, "walking " * 9, 6)  # the second is only looked at in part, and yet the longer one
+@example("walking " * 40, "walking " * 50, 6)
+@example("walking " * 50, "walking " * 40, 6)
+@example("walking " * 40, "walking " * 40, 6)
 def test_pairs_are_cut_longest_first(ours, theirs, first, second, max_length):
     expected = theirs([first], [second], truncation="longest_first", max_length=max_length)["input_ids"]
     assert ours.encode_pairs([(first, second)], max_length=max_length, truncation=True) == expected
