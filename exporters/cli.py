@@ -16,7 +16,7 @@ from gte_deploy.exporters.export import ACTIVATIONS, ExportResult, export
 from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS
 
 FORMATS = ("onnx", "trt", "triton")
-_LATER_PRECISIONS = ("fp16", "bf16")
+_LATER_PRECISIONS = ("fp16", "bf16", "fp8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", help="the same as OUTPUT (default: MODEL-FORMAT-PRECISION, here)")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
     parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: what the checkpoint is for")
-    parser.add_argument(
-        "--precision", choices=(*PRECISIONS, *_LATER_PRECISIONS), default="fp32", help="default: %(default)s"
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     parser.add_argument("--calibration", metavar="FILE", help="int8: UTF-8, one text a line (default: English prose)")
     parser.add_argument(
         "--activations", choices=ACTIVATIONS, default="static", help="int8 on ONNX Runtime; default: %(default)s"
@@ -80,7 +78,8 @@ def _not_in_this_version(arguments: argparse.Namespace) -> str | None:
         return f"--format {arguments.format} is not in gte-deploy {__version__}; it writes onnx"
     if arguments.precision in _LATER_PRECISIONS:
         return (
-            f"--precision {arguments.precision} is not in gte-deploy {__version__}; it writes {', '.join(PRECISIONS)}. "
+            f"--precision {arguments.precision} is not in gte-deploy {__version__}; it writes fp32, int8, "
+            "int8-weight and int4-weight. "
             "A CPU that has bfloat16 takes the fp32 bundle: load(…, backend='openvino', precision='bf16')."
         )
     if arguments.precision != "int8":

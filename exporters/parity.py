@@ -68,11 +68,14 @@ TOLERANCES: Mapping[Precision | ComputePrecision, Tolerance] = {
     # Holds at every length: both sides take FP32 rotation angles from the same table, so what is left is the order
     # of FP32 sums, some 1e-6 to 1e-5. Against float64 the angles' own rounding would show (3e-4 at position 2,000).
     "fp32": Tolerance(max_abs=1e-4, cosine_min=0.99999),
+    # Eleven bits of significand in every product, sums in FP32.
+    "fp16": Tolerance(max_abs=None, max_rel=0.02, cosine_min=0.9999, cosine_mean=0.99999),
     # Eight bits of significand in every product.
     "bf16": Tolerance(max_abs=None, max_rel=0.05, cosine_min=0.999, cosine_mean=0.9999),
     # Half of these tokens are random ids, far from any calibration text: that nothing is broken. What a precision is
     # good for is measured on text, see accuracy.py.
     "int8": Tolerance(max_abs=None, cosine_min=0.9, cosine_mean=0.99),
+    "fp8": Tolerance(max_abs=None, cosine_min=0.8, cosine_mean=0.97),
     "int8-weight": Tolerance(max_abs=None, cosine_min=0.98, cosine_mean=0.999),
     "int4-weight": Tolerance(max_abs=None, cosine_min=0.8, cosine_mean=0.97),
 }

@@ -7,6 +7,7 @@ A bundle that does not match its manifest is refused before any loader sees a by
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,11 +21,16 @@ from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
     PRECISIONS,
+    TARGETS,
     TASKS,
+    TENSORRT_FLAVOURS,
     ComputePrecision,
     Engine,
     ModelSpec,
     Precision,
+    Profile,
+    Target,
+    TensorRTFlavour,
     TensorSpec,
 )
 
@@ -64,17 +70,46 @@ class GraphEntry:
 
 
 @dataclass(frozen=True)
+class PlanEntry:
+    """A built TensorRT engine.
+
+    Args:
+        path: relative to the bundle, with forward slashes.
+        flavour: of the TensorRT that built it, and that must run it.
+        version: the exact version of that, e.g. "1.7.1.116".
+        compute_capabilities: of the GPUs that it runs on, e.g. "8.9".
+        profiles: what shapes it takes; the runtime picks one of them.
+        inputs: as the engine has them.
+        outputs: as the engine has them.
+        layers: what the engine was built of -> how often, e.g. "fused_attention".
+        timing_cache: path of the builder's timing cache in the bundle, or None.
+    """
+
+    path: str
+    flavour: TensorRTFlavour
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: Mapping[str, int]
+    timing_cache: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that `manifest.json` says.
 
     Args:
         spec: the model's facts.
         precision: of the weights and graphs.
-        graphs: engine -> its graph; "onnxruntime" always, "openvino" where the export has proven one. They read the
-            same weights file.
+        graphs: engine -> its graph. An ONNX bundle has "onnxruntime" always, "openvino" where the export has proven
+            one; they read the same weights file. A TensorRT bundle has none, or "tensorrt", what the plan is made of.
         files: path relative to the bundle, with forward slashes -> size and hash; every file but the manifest.
         versions: library -> version that the bundle was written with.
         source: what was exported: `name`, and `sha256` of its weights where known.
+        target: what ONNX Runtime's graph is made for.
+        plan: the TensorRT engine, where the bundle has one.
     """
 
     spec: ModelSpec
@@ -83,6 +118,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
     source: Mapping[str, str]
+    target: Target = "cpu"
+    plan: PlanEntry | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data, with a checksum of all the rest."""
@@ -174,10 +211,18 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
     graphs: dict[Engine, GraphEntry] = {
         engine: _graph_from_json(data["graphs"][engine], files) for engine in ENGINES if engine in data["graphs"]
     }
-    if "onnxruntime" not in graphs or len(graphs) < len(data["graphs"]):
-        raise ValueError(f"graphs has {', '.join(data['graphs'])}; it needs {ENGINES[0]}, and may have {ENGINES[1]}")
-    if data["precision"] not in PRECISIONS:
-        raise ValueError(f"precision {data['precision']!r} is none of {', '.join(PRECISIONS)}")
+    if len(graphs) < len(data["graphs"]):
+        raise ValueError(f"graphs has {', '.join(data['graphs'])}; known are {', '.join(ENGINES)}")
+    if "openvino" in graphs and "onnxruntime" not in graphs:
+        raise ValueError("graphs has openvino without onnxruntime")
+    plan = None if data.get("plan") is None else _plan_from_json(data["plan"], files)
+    if not graphs and plan is None:
+        raise ValueError("graphs is empty and there is no plan: nothing can be run")
+    # Bundles from before there were targets have none.
+    target = data.get("target", "cpu")
+    for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, TARGETS)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
     return Manifest(
         spec=_spec_from_json(data["spec"]),
         precision=data["precision"],
@@ -185,6 +230,40 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
         files=files,
         versions={str(name): str(version) for name, version in data["versions"].items()},
         source={str(name): str(value) for name, value in data["source"].items()},
+        target=target,
+        plan=plan,
+    )
+
+
+def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> PlanEntry:
+    for name in ("path", "timing_cache"):
+        if data[name] not in files and not (name == "timing_cache" and data[name] is None):
+            raise ValueError(f"plan.{name} {data[name]!r} is not among the files")
+    if data["flavour"] not in TENSORRT_FLAVOURS:
+        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_FLAVOURS)}")
+    for name, value, pattern in (
+        ("version", data["version"], r"\d+(\.\d+)+"),
+        *(("compute_capabilities", capability, r"\d+\.\d") for capability in data["compute_capabilities"]),
+    ):
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"plan.{name} has {value!r}, which is not of the form {pattern}")
+    for name in ("compute_capabilities", "profiles", "inputs", "outputs"):
+        if not isinstance(data[name], list) or not data[name]:
+            raise ValueError(f"plan.{name} must be a list with at least one entry")
+    if any(type(count) is not int or count < 0 for count in data["layers"].values()):
+        raise ValueError(f"plan.layers must count layers, not {data['layers']!r}")
+    return PlanEntry(
+        path=data["path"],
+        flavour=data["flavour"],
+        version=data["version"],
+        compute_capabilities=tuple(data["compute_capabilities"]),
+        profiles=tuple(
+            Profile(**{name: tuple(size) for name, size in profile.items()}) for profile in data["profiles"]
+        ),
+        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
+        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+        layers={str(name): count for name, count in data["layers"].items()},
+        timing_cache=data["timing_cache"],
     )
 
 

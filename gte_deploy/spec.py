@@ -7,9 +7,12 @@ from typing import Literal, get_args
 Task = Literal["fill-mask", "embed", "classify", "token-classify"]
 Pooling = Literal["mean", "cls"]
 Logits = Literal["masked", "all"]
-Engine = Literal["onnxruntime", "openvino"]
-Precision = Literal["fp32", "int8", "int8-weight", "int4-weight"]
+Engine = Literal["onnxruntime", "openvino", "tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight"]
 """What a bundle's weights and graphs are made for."""
+Target = Literal["cpu", "cuda"]
+"""What ONNX Runtime's graph is made for."""
+TensorRTFlavour = Literal["tensorrt", "tensorrt-rtx"]
 ComputePrecision = Literal["fp32", "bf16"]
 """What an engine computes in wherever the graph leaves it the choice."""
 
@@ -18,6 +21,8 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TARGETS: tuple[Target, ...] = get_args(Target)
+TENSORRT_FLAVOURS: tuple[TensorRTFlavour, ...] = get_args(TensorRTFlavour)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
 
 
@@ -28,6 +33,30 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile of a TensorRT engine: the (batch, sequence) that it takes, kernels tuned at `opt`."""
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        sizes = (self.min, self.opt, self.max)
+        if not all(len(size) == 2 and all(type(n) is int and n > 0 for n in size) for size in sizes):
+            raise ValueError(f"a profile is three pairs of positive integers (batch, sequence), not {sizes}")
+        if not all(low <= opt <= high for low, opt, high in zip(*sizes, strict=True)):
+            raise ValueError(f"the profile {self} is not in the order min, opt, max")
+
+    def __str__(self) -> str:
+        """As the command line takes it: 1x1:8x128:32x512."""
+        return ":".join(f"{batch}x{sequence}" for batch, sequence in (self.min, self.opt, self.max))
+
+    def takes(self, batch: int, sequence: int) -> bool:
+        """Whether a tensor [batch, sequence] is within the profile."""
+        return self.min[0] <= batch <= self.max[0] and self.min[1] <= sequence <= self.max[1]
 
 
 @dataclass(frozen=True)

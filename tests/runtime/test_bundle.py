@@ -8,6 +8,7 @@ import pytest
 
 from gte_deploy.bundle import FORMAT, FORMAT_VERSION, is_bundle, open_bundle, read_manifest
 from gte_deploy.errors import BundleError
+from gte_deploy.spec import Profile
 
 GRAPH = b"not a graph, but hashed like one"
 MANIFEST = {
@@ -41,6 +42,22 @@ MANIFEST = {
     "files": {"onnx/model.onnx": {"size": len(GRAPH), "sha256": hashlib.sha256(GRAPH).hexdigest()}},
     "versions": {"onnx": "1.23"},
     "source": {"name": "toy"},
+    "target": "cpu",
+    "plan": None,
+}
+PLAN = {
+    "path": "onnx/model.onnx",
+    "flavour": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "compute_capabilities": ["8.9", "12.0"],
+    "profiles": [
+        {"min": [1, 1], "opt": [8, 128], "max": [32, 512]},
+        {"min": [1, 513], "opt": [1, 900], "max": [2, 999]},
+    ],
+    "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+    "outputs": [{"name": "last_hidden_state", "dtype": "float16", "shape": ["batch", "sequence", 32]}],
+    "layers": {"fused_attention": 2},
+    "timing_cache": None,
 }
 
 
@@ -69,6 +86,52 @@ def test_a_manifest_survives_the_round_trip(write):
     assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
 
 
+def test_a_manifest_of_an_earlier_version_has_no_target_and_no_plan(write):
+    def earlier(manifest):
+        del manifest["target"], manifest["plan"]
+
+    manifest = read_manifest(write(earlier))
+    assert (manifest.target, manifest.plan) == ("cpu", None)
+
+
+def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
+    path = write(lambda manifest: manifest.update(graphs={}, plan=copy.deepcopy(PLAN)))
+    manifest = open_bundle(path)
+    assert manifest.plan.profiles[1] == Profile(min=(1, 513), opt=(1, 900), max=(2, 999))
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("path", "elsewhere.plan", "elsewhere.plan"),
+        ("path", None, "None"),
+        ("timing_cache", "elsewhere.cache", "elsewhere.cache"),
+        ("flavour", "tensorrt-lite", "tensorrt-lite"),
+        ("version", "latest", "latest"),
+        ("version", None, "malformed"),
+        ("compute_capabilities", [], "compute_capabilities"),
+        ("compute_capabilities", ["sm89"], "sm89"),
+        ("compute_capabilities", [8.9], "malformed"),
+        ("compute_capabilities", "8.9", "form"),
+        ("profiles", [], "profiles"),
+        ("profiles", [{"min": [1, 1], "opt": [1, 1]}], "malformed"),
+        ("profiles", [{"min": [1, 1], "opt": [1, 9], "max": [1, 8]}], "order"),
+        ("profiles", [{"min": [0, 1], "opt": [1, 1], "max": [1, 1]}], "positive"),
+        ("profiles", [{"min": [1, True], "opt": [1, 1], "max": [1, 1]}], "positive"),
+        ("profiles", [{"min": [1], "opt": [1, 1], "max": [1, 1]}], "pairs"),
+        ("inputs", [], "inputs"),
+        ("outputs", {}, "outputs"),
+        ("layers", {"fused_attention": -1}, "layers"),
+        ("layers", {"fused_attention": "2"}, "layers"),
+        ("layers", None, "malformed"),
+    ],
+)
+def test_a_malformed_plan_is_refused(write, field, value, says):
+    with pytest.raises(BundleError, match=says):
+        read_manifest(write(change("plan", {**PLAN, field: value})))
+
+
 def change(path: str, value):
     *parents, last = path.split("/")
 
@@ -95,9 +158,12 @@ def change(path: str, value):
         ("spec/pad_token_id", 256, "pad_token_id"),
         ("spec/unknown", 1, "unknown"),
         ("spec", None, "malformed"),
-        ("graphs", {}, "needs onnxruntime"),
+        ("target", "tpu", "tpu"),
+        ("plan", [], "malformed"),
+        ("graphs", {}, "no plan"),
         ("graphs", None, "malformed"),
-        ("graphs/tensorrt", MANIFEST["graphs"]["onnxruntime"], "onnxruntime, tensorrt"),
+        ("graphs/coreml", MANIFEST["graphs"]["onnxruntime"], "onnxruntime, coreml"),
+        ("graphs", {"openvino": MANIFEST["graphs"]["onnxruntime"]}, "without onnxruntime"),
         ("graphs/openvino", {**MANIFEST["graphs"]["onnxruntime"], "path": "other.onnx"}, "other.onnx"),
         ("graphs/onnxruntime/path", "elsewhere.onnx", "elsewhere.onnx"),
         ("graphs/onnxruntime/inputs", 3, "malformed"),
