@@ -224,7 +224,7 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
     return Manifest(
-        spec=_spec_from_json(data["spec"]),
+        spec=spec_from_json(data["spec"]),
         precision=data["precision"],
         graphs=graphs,
         files=files,
@@ -283,7 +283,12 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
     )
 
 
-def _spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
+def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
+    """The spec of dataclasses.asdict(spec) after a round through JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not one.
+    """
     spec = ModelSpec(**{**data, "id2label": {int(i): str(label) for i, label in data["id2label"].items()}})
     for name, value, allowed in (
         ("task", spec.task, TASKS),
