@@ -13,8 +13,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gte_deploy.bundle import MANIFEST_NAME, FileEntry, GraphEntry, Manifest, is_bundle, read_manifest
 from gte_deploy.errors import BundleError, ExportError
@@ -27,11 +28,22 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that an export must not replace.
+def bundle_files(folder: Path) -> set[str]:
+    """The files that the manifest of a bundle names.
 
     Raises:
-        ExportError: `target` holds anything and `force` is False, or holds anything but a bundle.
+        BundleError: it is no bundle.
+    """
+    return set(read_manifest(folder).files)
+
+
+def check_target(target: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> None:
+    """Refuse a target that an export must not replace.
+
+    `files_of` names the files of an earlier export, but for its manifest.
+
+    Raises:
+        ExportError: `target` holds anything and `force` is False, or holds anything but such an export.
     """
     if not os.path.lexists(target):
         return
@@ -44,17 +56,18 @@ def check_target(target: Path, *, force: bool) -> None:
     if not force:
         raise ExportError(f"{target} exists already. Replace it with --force, or choose another output.")
     try:
-        known = {MANIFEST_NAME, *read_manifest(target).files}
+        known = {MANIFEST_NAME, *files_of(target)}
     except BundleError as error:
         raise ExportError(f"{target} is not replaced: {error} Or remove it, or choose another output.") from error
-    if strangers := sorted(_tree(target) - known):
+    # A server that imported a Python model of a repository leaves its byte code there.
+    if strangers := sorted(name for name in _tree(target) - known if "__pycache__/" not in name):
         raise ExportError(
             f"{target} holds files that no export wrote: {', '.join(strangers[:5])}. Move them away first."
         )
 
 
 @contextlib.contextmanager
-def staging(target: Path, *, force: bool) -> Iterator[Path]:
+def staging(target: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> Iterator[Path]:
     """A new folder beside `target` to fill; removed on leaving, unless `publish` has renamed it.
 
     What killed exports to the same target left behind is cleaned first.
@@ -64,7 +77,7 @@ def staging(target: Path, *, force: bool) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(target)
-    check_target(target, force=force)
+    check_target(target, force=force, files_of=files_of)
     folder, lock = _create_locked(target)
     try:
         yield folder
@@ -96,24 +109,34 @@ def seal(
     source: Mapping[str, str],
 ) -> Manifest:
     """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last."""
-    files = {name: _sealed_entry(folder / name) for name in sorted(_tree(folder))}
+    files = seal_files(folder)
     manifest = Manifest(spec=spec, precision=precision, graphs=graphs, files=files, versions=versions, source=source)
+    write_manifest(folder, manifest.to_json())
+    return manifest
+
+
+def seal_files(folder: Path) -> dict[str, FileEntry]:
+    """Sync every file of `folder`, make it readable by other users, and hash it."""
+    return {name: _sealed_entry(folder / name) for name in sorted(_tree(folder))}
+
+
+def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
+    """Write the manifest as the last file of `folder`, and sync the directories."""
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps(manifest.to_json(), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     sync_file(path)
     for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         directory.chmod(DIRECTORY_MODE)
         sync_directory(directory)
-    return manifest
 
 
-def publish(folder: Path, target: Path, *, force: bool) -> None:
+def publish(folder: Path, target: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> None:
     """Make the sealed `folder` the bundle at `target`.
 
     Raises:
         ExportError: the target must not be replaced; see `check_target`.
     """
-    check_target(target, force=force)
+    check_target(target, force=force, files_of=files_of)
     if is_bundle(target):
         _replace(folder, target)
     else:
