@@ -1,6 +1,7 @@
 """OpenVINO: a bundle's plain graph on the CPU, computed in float32 or bfloat16."""
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -61,14 +62,14 @@ class OpenVinoBackend:
         self.precision = precision
         self.num_threads = num_threads or available_cpus()
         self._openvino = _import_openvino()
-        self._core: Any = self._openvino.Core()
-        if precision == "bf16" and not _has_bf16(self._core):
+        core = _core(self._openvino)
+        if precision == "bf16" and not has_native_bf16():
             raise BackendError(
-                f"this CPU ({self._core.get_property('CPU', 'FULL_DEVICE_NAME')}) does not compute in bfloat16, and "
+                f"this CPU ({core.get_property('CPU', 'FULL_DEVICE_NAME')}) does not compute in bfloat16, and "
                 "emulating it would be slower than float32. Load with precision='fp32'."
             )
         try:
-            self._model: Any = self._core.read_model(graph)
+            self._model: Any = core.read_model(graph)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
         self.outputs = tuple(output.any_name for output in self._model.outputs)
@@ -97,7 +98,7 @@ class OpenVinoBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         with self._lock:
-            self._idle = self._model = self._core = None
+            self._idle = self._model = None
 
     def _infer(self, request: Any, batch: Batch) -> Any:
         offered = {
@@ -138,7 +139,7 @@ class OpenVinoBackend:
         token = np.zeros((1, 1), np.int64)
         try:
             with _environment(_ONEDNN_CACHE, "0"):
-                compiled = self._core.compile_model(part, "CPU", config)
+                compiled = _core(self._openvino).compile_model(part, "CPU", config)
                 for _ in range(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")):
                     idle.put(compiled.create_infer_request())
                 request = idle.get()
@@ -152,7 +153,18 @@ class OpenVinoBackend:
 
 def has_native_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU without emulating it."""
-    return _has_bf16(_import_openvino().Core())
+    return "BF16" in _core(_import_openvino()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """OpenVINO's entry, one for the whole process and never given up before its end.
+
+    Its CPU plugin gives the thread that first uses it a signal stack, and unmaps that when the plugin goes. Gone from
+    another thread (a collected cycle is enough) it leaves the first one, often the main thread, with a signal stack
+    that is not there: the next SIGTERM would be a segmentation fault.
+    """
+    return openvino.Core()
 
 
 @contextlib.contextmanager
@@ -166,10 +178,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _has_bf16(core: Any) -> bool:
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _import_openvino() -> Any:

@@ -12,7 +12,8 @@ import pytest
 
 import gte_deploy
 from gte_deploy import BackendError, BundleError, CheckpointError, InputError, MissingDependencyError, picks
-from gte_deploy.bundle import read_manifest
+from gte_deploy.bundle import PlanEntry, read_manifest
+from gte_deploy.spec import Profile, TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_bfloat16_is_openvinos_alone(word_checkpoints, bundle_of):
 
 def test_bfloat16_on_a_cpu_without_it_is_refused(word_checkpoints, bundle_of, monkeypatch):
     pytest.importorskip("openvino")
-    monkeypatch.setattr("gte_deploy.backends.openvino_backend._has_bf16", lambda core: False)
+    monkeypatch.setattr("gte_deploy.backends.openvino_backend.has_native_bf16", lambda: False)
     for backend in ("auto", "openvino"):
         with pytest.raises(BackendError, match=r"this CPU \(.+\) does not compute in bfloat16.*precision='fp32'"):
             gte_deploy.load(bundle_of(word_checkpoints["embed"]), backend=backend, precision="bf16")
@@ -91,14 +92,15 @@ def test_a_bundle_without_a_graph_for_openvino(word_checkpoints, bundle_of, tmp_
 
 def test_the_wrong_backend_says_what_to_do(word_checkpoints, bundle_of):
     checkpoint = word_checkpoints["embed"]
-    for backend in ("onnx", "openvino"):
+    for backend in ("onnx", "openvino", "tensorrt"):
         with pytest.raises(BackendError, match="not a bundle.*gte-export"):
             gte_deploy.load(checkpoint, backend=backend)
     with pytest.raises(BackendError, match="is a bundle.*backend='onnx'"):
         gte_deploy.load(bundle_of(checkpoint), backend="torch")
-    for path in (checkpoint, bundle_of(checkpoint)):
-        with pytest.raises(BackendError, match="no TensorRT engine"):
-            gte_deploy.load(path, backend="tensorrt")
+    with pytest.raises(BackendError, match="no TensorRT engine"):
+        gte_deploy.load(bundle_of(checkpoint), backend="tensorrt")
+    with pytest.raises(InputError, match="compile=True is for checkpoints"):
+        gte_deploy.load(bundle_of(checkpoint), compile=True)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,102 @@ def test_cuda_that_is_not_there(word_checkpoints):
     index = torch.cuda.device_count()
     with pytest.raises(BackendError, match=f"PyTorch sees {index} CUDA devices"):
         gte_deploy.load(word_checkpoints["embed"], device=f"cuda:{index}")
+
+
+IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
+PROFILES = (Profile((1, 1), (8, 32), (16, 64)), Profile((1, 65), (2, 128), (2, 128)))
+
+
+@pytest.fixture
+def gpu_bundle(word_checkpoints, bundle_of, tmp_path):
+    """`gpu_bundle(graphs, **more)`: a bundle that says that it is made for a GPU; its graph is one for the CPU."""
+
+    def make(graphs=("tensorrt",), *, with_plan=False, **more):
+        folder = tmp_path / "gpu"
+        shutil.copytree(bundle_of(word_checkpoints["fill-mask"]), folder)
+        manifest = read_manifest(folder)
+        if with_plan:
+            more["plan"] = PlanEntry(
+                "config.json", "tensorrt-rtx", "1.0.0.1", ("8.9",), PROFILES, (IDS,), (IDS,), {"fused_attention": 2}
+            )
+        changes = {"graphs": dict.fromkeys(graphs, manifest.graphs["onnxruntime"]), "precision": "fp16", **more}
+        (folder / "manifest.json").write_text(json.dumps(dataclasses.replace(manifest, **changes).to_json()))
+        return folder
+
+    return make
+
+
+def test_a_graph_for_cuda_is_refused_on_the_cpu(gpu_bundle):
+    folder = gpu_bundle(["onnxruntime"], target="cuda")
+    for backend in ("auto", "onnx"):
+        with pytest.raises(BackendError, match="exported for CUDA.*device='cuda'.*without --target cuda"):
+            gte_deploy.load(folder, backend=backend, device="cpu")
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(BackendError, match="device 'cuda' needs CUDAExecutionProvider"):
+            gte_deploy.load(folder)
+
+
+def test_an_engine_without_its_graph_is_tensorrts_alone(gpu_bundle):
+    pytest.importorskip("tensorrt_rtx")
+    folder = gpu_bundle([], with_plan=True)
+    for backend in ("onnx", "openvino"):
+        with pytest.raises(
+            BackendError, match=f"no ONNX graph, which the {backend} backend needs.*'tensorrt' on a GPU"
+        ):
+            gte_deploy.load(folder, backend=backend)
+    for backend in ("auto", "tensorrt"):
+        with pytest.raises(
+            BackendError, match=r"built with TensorRT-RTX 1\.0\.0\.1, and runs with that alone; here is"
+        ):
+            gte_deploy.load(folder, backend=backend)
+
+
+def test_an_engine_that_does_not_fit_is_passed_over_for_its_graph(gpu_bundle, caplog):
+    folder = gpu_bundle(with_plan=True)
+    with gte_deploy.load(folder, device="cpu") as model:
+        info = model.info()
+        assert (info["backend"], info["device"], info["precision"]) == ("onnx", "cpu", "fp16")
+        assert "TensorRT does not run this bundle here: a TensorRT engine runs on a GPU" in info["backend_reason"]
+        assert model.encode("the king").shape == (32,)
+    assert "a CPU runs its fp16 graph slowly" in caplog.text
+    with pytest.raises(BackendError, match="no graph for OpenVINO"):
+        gte_deploy.load(folder, backend="openvino", device="cpu")
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(InputError, match=f"computes in fp16.* and not in '{precision}'"):
+            gte_deploy.load(folder, precision=precision)
+
+
+@pytest.mark.parametrize("with_plan", [True, False])
+def test_tensorrts_graph_goes_through_onnxruntimes_tensorrt_on_a_gpu(gpu_bundle, monkeypatch, tmp_path, with_plan):
+    opened = {}
+
+    class Backend:
+        name, device, precision = "onnx", "cuda", "fp16"
+
+        def __init__(self, graph, spec, **options):
+            opened.update(options)
+
+    monkeypatch.setattr("gte_deploy.loading.OnnxBackend", Backend)
+    gte_deploy.load(gpu_bundle(with_plan=with_plan), backend="onnx", device="cuda:1")
+    assert (opened["device"], opened["precision"]) == ("cuda:1", "fp16")
+    through = opened["tensorrt"]
+    rows, tuned = (2, (2, 128)) if with_plan else (256, (256, 128))
+    assert through.profile == Profile((1, 1), tuned, (rows, 128)) and through.max_masks == 512
+    assert through.cache.parent == tmp_path / "cache/gte-deploy/tensorrt" and through.cache.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    gte_deploy.load(tmp_path / "gpu", backend="onnx", device="cuda:1")
+    assert opened["tensorrt"].cache is None
+
+
+def test_a_bundle_for_the_cpu_may_run_on_a_gpu(word_checkpoints, bundle_of):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA; tests/contract covers it there")
+    with pytest.raises(BackendError, match="needs CUDAExecutionProvider of onnxruntime-gpu"):
+        gte_deploy.load(bundle_of(word_checkpoints["embed"]), device="cuda")
 
 
 def test_nothing_there(tmp_path):

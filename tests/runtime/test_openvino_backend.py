@@ -181,3 +181,27 @@ def test_kernels_of_many_shapes_are_kept_up_to_a_limit_and_let_go(graph):
     first, *_, half, _, _, _, last, closed = map(float, done.stdout.split())
     assert half - first > 30 and last - half < 20, "megabytes for 256 shapes each"
     assert closed - first < 20
+
+
+def test_signals_are_handled_after_a_model_is_given_up_by_another_thread(graph):
+    """OpenVINO's plugin unmaps the signal stack that it gave to the thread which opened it."""
+    path, spec = graph
+    script = f"""
+        import os, signal, threading
+        from pathlib import Path
+        from gte_deploy.backends.openvino_backend import OpenVinoBackend
+        from gte_deploy.spec import ModelSpec
+
+        def give_up(backends):
+            backends.pop().close()
+
+        received = []
+        signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+        backends = [OpenVinoBackend(Path({str(path)!r}), {spec!r})]
+        thread = threading.Thread(target=give_up, args=(backends,))
+        thread.start()
+        thread.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
