@@ -9,6 +9,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.errors import InputError
 from gte_deploy.tokenization import TextTokenizer
 
 
@@ -65,3 +66,20 @@ def answers(
         sequence = tokenizer.decode([i for i in filled if i != pad_token_id], skip_special_tokens=single)
         result.append({"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence})
     return result
+
+
+def check_mask(index: int, text: str, row: Sequence[int], tokenizer: TextTokenizer) -> None:
+    """Refuse a text whose token ids `row` hold no mask; `index` is the caller's number of it.
+
+    Raises:
+        InputError: it has none, or lost it by truncation.
+    """
+    mask = tokenizer.mask_token
+    if tokenizer.mask_token_id in row:
+        return
+    if mask is not None and mask in text:
+        raise InputError(
+            f"input {index} lost its {mask} by truncation to {len(row):,} tokens. Move the mask to the front "
+            "or shorten the text."
+        )
+    raise InputError(f"input {index} has no mask; write {mask} where a word is to be predicted")

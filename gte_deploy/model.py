@@ -4,12 +4,10 @@ Shapes: N inputs, S tokens, H hidden size, V vocabulary, L labels, D embedding s
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +17,17 @@ from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.batching import BatchLimits, collate, token_batches
-from gte_deploy.embedding import EmbeddingRequest, OutputValue, ReturnType
+from gte_deploy.embedding import EmbeddingRequest, OutputValue
 from gte_deploy.errors import InputError
-from gte_deploy.fill_mask import MaskAnswer, answers, softmax, top_tokens
+from gte_deploy.fill_mask import MaskAnswer, answers, check_mask, top_tokens
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
-from gte_deploy.spec import ModelSpec, Pooling, Task
+from gte_deploy.spec import ModelSpec, Pooling
+from gte_deploy.text_interface import Activation, TextInterface, one_of, prompt_text, return_type, with_progress
 from gte_deploy.tokenization import TextTokenizer, checked_max_length
-
-logger = logging.getLogger(__name__)
 
 # Vocabulary logits held at once: 256 MB. A text with more masks is run again for the rest of them.
 _MAX_LOGITS = 1 << 26
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 Outputs = dict[str, NDArray[np.float32]]
 Rows = list[list[int]]
@@ -39,7 +35,7 @@ Tokenize = Callable[[list[int]], Rows]
 """From indices of the inputs to their token ids."""
 
 
-class Model:
+class Model(TextInterface):
     """A loaded model. Methods may be called from several threads at once; results are in the order of the inputs.
 
     Make one with `gte_deploy.load`. As a context manager it closes on leaving.
@@ -62,19 +58,12 @@ class Model:
         """
         self.spec = spec
         self.path = path
+        self._name = str(path)
         self._backend = backend
         self._backend_reason = backend_reason
         self._tokenizer = tokenizer
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
         self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the engine. Idempotent; later calls that compute raise BackendError."""
@@ -195,7 +184,7 @@ class Model:
             prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
             prompt: text to put before each text; overrides `prompt_name`.
             batch_size: rows of a batch at most.
-            show_progress_bar: on stderr; by default where this module logs at INFO or DEBUG.
+            show_progress_bar: on stderr; by default where the package logs at INFO or DEBUG.
             output_value: "token_embeddings" gives [S, H] for each text, None a dict of all there is.
             precision: smaller types for sentence embeddings, see `pooling.quantize`.
             convert_to_numpy: False gives a list of torch tensors.
@@ -221,55 +210,28 @@ class Model:
             pooling=self.spec.pooling if pooling is None else pooling,
             output_value=output_value,
             precision=precision,
-            return_type=_return_type(convert_to_numpy, convert_to_tensor),
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
             normalize=normalize_embeddings,
             truncate_dim=truncate_dim,
         )
         request.check(self.spec.hidden_size)
         limits = self._limits(batch_size, max_batch_tokens)
-        texts, single = as_texts(_one_of(inputs, sentences), prompt=self._prompt(prompt, prompt_name))
+        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
         batches = token_batches(
             [len(text) for text in texts], self._tokenize_texts(texts, truncation, max_length), limits
         )
         outputs = request.graph_outputs(self.spec, self._backend.outputs)
         results: list[Any] = [None] * len(texts)
-        for indices, batch, values in self._run_all(_with_progress(batches, len(texts), show_progress_bar), outputs):
+        for indices, batch, values in self._run_all(with_progress(batches, len(texts), show_progress_bar), outputs):
             for index, result in zip(indices, request.rows(self.spec, batch, values), strict=True):
                 results[index] = result
         return request.assemble(results, single=single)
-
-    def encode_query(
-        self,
-        inputs: str | Sequence[str] | None = None,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """`encode` with the prompt "query"; without any where the checkpoint has none of that name."""
-        if prompt_name is None and prompt is None:
-            prompt = self.spec.prompts.get("query", "")
-        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
-
-    def encode_document(
-        self,
-        inputs: str | Sequence[str] | None = None,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none."""
-        if prompt_name is None and prompt is None:
-            prompts = self.spec.prompts
-            prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
-        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
 
     def predict(
         self,
         inputs: str | Sequence[str] | Sequence[Sequence[str]],
         *,
-        activation_fn: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
+        activation_fn: Activation | None = None,
         apply_softmax: bool = False,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
@@ -309,44 +271,9 @@ class Model:
 
         batches = token_batches([sum(map(len, pair)) for pair in pairs], tokenize, limits)
         logits = np.empty((len(pairs), self.spec.num_labels), dtype=np.float32)
-        for indices, _, values in self._run_all(_with_progress(batches, len(pairs), show_progress_bar), ("logits",)):
+        for indices, _, values in self._run_all(with_progress(batches, len(pairs), show_progress_bar), ("logits",)):
             logits[indices] = values["logits"]
-        activation = activation_fn or (_sigmoid if self.spec.num_labels == 1 else _identity)
-        scores = activation(logits)
-        if self.spec.num_labels == 1:
-            scores = scores.reshape(len(pairs))
-        elif apply_softmax:
-            scores = softmax(scores)
-        return scores[0] if single else scores
-
-    def rank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        top_k: int | None = None,
-        return_documents: bool = False,
-        **kwargs: Any,
-    ) -> list[dict[str, Any]]:
-        """Documents by their score with the query, best first: {corpus_id, score} and, where asked, text.
-
-        `kwargs` go to `predict`.
-
-        Raises:
-            InputError: the model has more than one label; `top_k` is not positive; see `predict`.
-        """
-        self._require_task("classify")
-        if self.spec.num_labels != 1:
-            raise InputError(f"rank needs a model with one label, and this has {self.spec.num_labels}; use predict")
-        texts, single = as_texts(documents, name="documents")
-        if single:
-            raise InputError("documents must be a list of texts, not one text")
-        if top_k is not None:
-            check_integer("top_k", top_k, 1, 1 << 31)
-        as_texts([query], name="query")
-        scores = self.predict([(query, text) for text in texts], **kwargs).tolist()
-        order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
-        shown = [{"text": text} if return_documents else {} for text in texts]
-        return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
+        return self._scores(logits, activation_fn, apply_softmax, single=single)
 
     def _run_all(
         self, batches: Iterable[tuple[list[int], Rows]], outputs: Sequence[str]
@@ -382,7 +309,7 @@ class Model:
         def checked(indices: list[int]) -> Rows:
             rows = tokenize(indices)
             for index, row in zip(indices, rows, strict=True):
-                self._check_mask(index, texts[index], row)
+                check_mask(index, texts[index], row, self._tokenizer)
             return rows
 
         sizes = [len(text) if mask is not None and mask in text else math.inf for text in texts]
@@ -420,76 +347,8 @@ class Model:
             return self._answerable
         return np.array(self._tokenizer.target_ids(as_texts(targets, name="targets")[0]))
 
-    def _check_mask(self, index: int, text: str, row: Sequence[int]) -> None:
-        mask = self._tokenizer.mask_token
-        if self._tokenizer.mask_token_id in row:
-            return
-        if mask is not None and mask in text:
-            raise InputError(
-                f"input {index} lost its {mask} by truncation to {len(row):,} tokens. Move the mask to the front "
-                "or shorten the text."
-            )
-        raise InputError(f"input {index} has no mask; write {mask} where a word is to be predicted")
-
-    def _require_task(self, task: Task) -> None:
-        if self.spec.task != task:
-            raise InputError(f"this needs a {task} model, and {self.path} is made for {self.spec.task}")
-
     def _check_device(self, device: str | None) -> None:
         if device is not None and parse_device(str(device)) != parse_device(self.device):
             raise InputError(
                 f"this model is on {self.device!r}, not {str(device)!r}; load it with gte_deploy.load(…, device=…)"
             )
-
-    def _prompt(self, prompt: str | None, name: str | None) -> str:
-        prompts = self.spec.prompts
-        if prompt is not None:
-            if not isinstance(prompt, str):
-                raise InputError(f"prompt must be a text, not {type(prompt).__name__}")
-            if name is not None:
-                logger.warning("both prompt and prompt_name are given; prompt_name %r is ignored", name)
-            return prompt
-        name = self.spec.default_prompt_name if name is None else name
-        if name is None:
-            return ""
-        if name not in prompts:
-            raise InputError(f"prompt_name {name!r} is none of this model's prompts: {', '.join(prompts) or 'none'}")
-        return prompts[name]
-
-
-def _one_of(inputs: Any, sentences: Any) -> Any:
-    if (inputs is None) == (sentences is None):
-        raise InputError("give the texts as `inputs` (or, as before, as `sentences`), once")
-    return sentences if inputs is None else inputs
-
-
-def _return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
-    if convert_to_tensor:
-        return "tensor"
-    return "numpy" if convert_to_numpy else "list of tensors"
-
-
-def _with_progress(
-    batches: Iterator[tuple[list[int], Rows]], total: int, wanted: bool | None
-) -> Iterator[tuple[list[int], Rows]]:
-    if wanted is None:
-        wanted = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
-    if not wanted:
-        yield from batches
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="Inputs") as bar:
-        for indices, rows in batches:
-            yield indices, rows
-            bar.update(len(indices))
-
-
-def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    # exp of a positive number may overflow; this form never takes one.
-    small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
-
-
-def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return logits

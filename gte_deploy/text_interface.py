@@ -1,0 +1,199 @@
+"""What `Model` and `triton.Client` share: the methods that are made of others, and the reading of their arguments.
+
+Shapes: N inputs, L labels.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.embedding import ReturnType
+from gte_deploy.errors import InputError
+from gte_deploy.fill_mask import softmax
+from gte_deploy.inputs import as_texts, check_integer
+from gte_deploy.spec import ModelSpec, Task
+
+logger = logging.getLogger(__name__)
+
+Activation = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""From logits [N, L] to scores of the same shape."""
+
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+class TextInterface(ABC):
+    """Texts in, answers out, wherever they are computed."""
+
+    spec: ModelSpec
+    _name: str
+    """Of the model, for messages."""
+
+    @abstractmethod
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Embeddings, with the arguments of SentenceTransformer.encode."""
+
+    @abstractmethod
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Scores, as CrossEncoder.predict returns them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode_query(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`encode` with the prompt "query"; without any where the checkpoint has none of that name."""
+        if prompt_name is None and prompt is None:
+            prompt = self.spec.prompts.get("query", "")
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
+
+    def encode_document(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none."""
+        if prompt_name is None and prompt is None:
+            prompts = self.spec.prompts
+            prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        """Documents by their score with the query, best first: {corpus_id, score} and, where asked, text.
+
+        `kwargs` go to `predict`.
+
+        Raises:
+            InputError: the model has more than one label; `top_k` is not positive; see `predict`.
+        """
+        self._require_task("classify")
+        if self.spec.num_labels != 1:
+            raise InputError(f"rank needs a model with one label, and this has {self.spec.num_labels}; use predict")
+        texts, single = as_texts(documents, name="documents")
+        if single:
+            raise InputError("documents must be a list of texts, not one text")
+        if top_k is not None:
+            check_integer("top_k", top_k, 1, 1 << 31)
+        as_texts([query], name="query")
+        scores = self.predict([(query, text) for text in texts], **kwargs).tolist()
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
+        shown = [{"text": text} if return_documents else {} for text in texts]
+        return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
+
+    def _scores(
+        self, logits: NDArray[np.float32], activation_fn: Activation | None, apply_softmax: bool, *, single: bool
+    ) -> Any:
+        """What `predict` returns for logits [N, L]."""
+        activation = activation_fn or (sigmoid if self.spec.num_labels == 1 else _identity)
+        scores = activation(logits)
+        if self.spec.num_labels == 1:
+            scores = scores.reshape(len(logits))
+        elif apply_softmax:
+            scores = softmax(scores)
+        return scores[0] if single else scores
+
+    def _require_task(self, task: Task) -> None:
+        if self.spec.task != task:
+            raise InputError(f"this needs a {task} model, and {self._name} is made for {self.spec.task}")
+
+
+def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
+    """What to put before each text: `prompt`, else the prompt of that name, else the checkpoint's default, else "".
+
+    Raises:
+        InputError: the prompt is no text, or none of the checkpoint's has that name.
+    """
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt must be a text, not {type(prompt).__name__}")
+        if name is not None:
+            logger.warning("both prompt and prompt_name are given; prompt_name %r is ignored", name)
+        return prompt
+    name = spec.default_prompt_name if name is None else name
+    if name is None:
+        return ""
+    if name not in spec.prompts:
+        known = ", ".join(spec.prompts) or "none"
+        raise InputError(f"prompt_name {name!r} is none of this model's prompts: {known}")
+    return spec.prompts[name]
+
+
+def one_of(inputs: Any, sentences: Any) -> Any:
+    """The texts of `encode`, by their name or their former one.
+
+    Raises:
+        InputError: both or neither are given.
+    """
+    if (inputs is None) == (sentences is None):
+        raise InputError("give the texts as `inputs` (or, as before, as `sentences`), once")
+    return sentences if inputs is None else inputs
+
+
+def return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
+    """What `encode` returns, as SentenceTransformer.encode reads the two."""
+    if convert_to_tensor:
+        return "tensor"
+    return "numpy" if convert_to_numpy else "list of tensors"
+
+
+_Payload = TypeVar("_Payload")
+
+
+def with_progress(
+    batches: Iterator[tuple[list[int], _Payload]], total: int, wanted: bool | None
+) -> Iterator[tuple[list[int], _Payload]]:
+    """The batches, which begin with the indices of their inputs, with a bar on stderr.
+
+    `wanted` None is where the package logs at INFO or DEBUG.
+    """
+    if wanted is None:
+        wanted = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    if not wanted:
+        yield from batches
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="Inputs") as bar:
+        for indices, payload in batches:
+            yield indices, payload
+            bar.update(len(indices))
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of each element."""
+    # exp of a positive number may overflow; this form never takes one.
+    small = np.exp(-np.abs(logits))
+    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return logits
