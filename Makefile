@@ -41,7 +41,8 @@ export: $(BUNDLE)/manifest.json
 	$(BIN)/gte-deploy fill-mask --model $(BUNDLE) "The president of the united [MASK] of America."
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	@$(BIN)/python tests/triton/server.py > /dev/null || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

@@ -21,6 +21,7 @@ from gte_deploy.errors import (
     MissingDependencyError,
     NonFiniteError,
     ParityError,
+    UnavailableError,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "Model",
     "NonFiniteError",
     "ParityError",
+    "UnavailableError",
     "__version__",
     "load",
 ]

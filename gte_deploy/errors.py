@@ -37,8 +37,13 @@ class NonFiniteError(BackendError):
     """A model produced NaN or Inf; nothing of that batch is returned."""
 
 
+class UnavailableError(BackendError):
+    """A server cannot be reached, is overloaded, or gave no answer in time; the same call may succeed later."""
+
+
 class MissingDependencyError(GteDeployError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
-    def __init__(self, module: str, extra: str) -> None:
-        super().__init__(f"{module!r} is not installed, and this needs it: pip install 'gte-deploy[{extra}]'")
+    def __init__(self, module: str, extra: str, advice: str = "") -> None:
+        message = f"{module!r} is not installed, and this needs it: pip install 'gte-deploy[{extra}]'"
+        super().__init__(f"{message}. {advice}" if advice else message)

@@ -1,0 +1,300 @@
+"""Latency and throughput of a Triton server by the number of callers, next to the runtime in this process.
+
+    python benchmarks/serving.py                             # the built-in model; about three minutes
+    python benchmarks/serving.py --subject base --callers 1 4 16 --seconds 30
+    python benchmarks/serving.py --bundle my-bundle --lengths 16 512
+
+The bundle is written out as a model repository and served by a real Triton on the same CPUs (tests/triton/server.py),
+whose ONNX Runtime backend is a stand-in that runs the same library behind Triton's Python interface: what Triton costs
+besides the model is told a little too high. Every caller embeds one text a call and asks again as soon as it has its
+answer. The texts are the same everywhere, in lengths spread evenly on a logarithmic scale over --lengths. For each
+number of callers the ways to ask take turns. Callers, client, server and model share the CPUs.
+
+JSON with every percentile and a chart go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from side_by_side.artefacts import ROOT, SUBJECTS, WORK, Artefacts, result_file
+from side_by_side.report import table
+
+import gte_deploy
+from gte_deploy.bench import synthetic_texts
+from gte_deploy.errors import UnavailableError
+from gte_deploy.files import write_text, write_with
+from gte_deploy.picks import cpu_model, engine_versions
+from gte_deploy.threads import available_cpus
+from gte_deploy.tokenization import load_tokenizer
+
+SEED = 0
+BACKEND = "a stand-in for Triton's ONNX Runtime backend: the onnxruntime wheel behind Triton's Python interface"
+_TEXTS = 256
+_ROUNDS = 3
+_WARM_UP_S = 0.5
+_PERCENTILES = (50, 90, 95, 99)
+_COLOURS = {"in process": "#6b7280", "Triton gRPC": "#2563eb", "Triton HTTP": "#ea580c"}
+
+Ask = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one way to ask did under one number of callers, over all its turns.
+
+    Args:
+        way: "in process", "Triton gRPC" or "Triton HTTP".
+        callers: asking at the same time.
+        answers: calls that were answered.
+        refused: calls that the server was too busy for.
+        texts_per_second: answers by the time they took together.
+        latency_ms: percentile -> milliseconds from question to answer.
+    """
+
+    way: str
+    callers: int
+    answers: int
+    refused: int
+    texts_per_second: float
+    latency_ms: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    triton = server_module()
+    triton.install()
+    bundle = arguments.bundle or _bundle(arguments)
+    texts = load_texts(bundle, *arguments.lengths)
+    with ExitStack() as stack:
+        server = stack.enter_context(triton.Server(_repository(bundle, arguments)))
+        ways = open_ways(stack, server, bundle, arguments)
+        _check_equal(ways, texts[:8])
+        loads = [load for callers in arguments.callers for load in measure(ways, texts, callers, arguments.seconds)]
+    report = {
+        "benchmark": "serving",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "bundle": bundle.name if arguments.bundle else f"{arguments.subject}, fp32",
+        "lengths": arguments.lengths,
+        "seconds": arguments.seconds,
+        "hardware": {"cpu": cpu_model(), "cpus": available_cpus(), "threads": arguments.threads},
+        "versions": {**engine_versions(), "tritonserver": triton.VERSION, "tritonclient": _version("tritonclient")},
+        "backend": BACKEND,
+        "loads": [asdict(load) for load in loads],
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.output, json.dumps(report, indent=1) + "\n")
+    write_with(arguments.output.with_suffix(".png"), partial(draw, report, loads))
+    print(summary(loads))
+    print(f"gte_encoder runs on {BACKEND}.\n{arguments.output}")
+    return 0
+
+
+def server_module() -> ModuleType:
+    """tests/triton/server.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("triton_server", ROOT / "tests" / "triton" / "server.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_texts(bundle: Path, shortest: int, longest: int) -> list[str]:
+    """Texts of lengths between the two, short ones as often as their share on a logarithmic scale."""
+    lengths = np.random.default_rng(SEED).uniform(np.log(shortest), np.log(longest), _TEXTS)
+    return synthetic_texts(load_tokenizer(bundle), np.exp(lengths).round().astype(int).tolist(), seed=SEED)
+
+
+def open_ways(stack: ExitStack, server: Any, bundle: Path, arguments: argparse.Namespace) -> dict[str, Ask]:
+    """Name -> how to embed one text, the client's connections as many as there are callers."""
+    from gte_deploy.triton import Client
+
+    most = max(arguments.callers)
+    local = stack.enter_context(gte_deploy.load(bundle, backend="onnx", num_threads=arguments.threads))
+    grpc = stack.enter_context(Client(f"grpc://{server.grpc}", connections=most))
+    http = stack.enter_context(Client(f"http://{server.http}", connections=most))
+    return {"in process": local.encode, "Triton gRPC": grpc.encode, "Triton HTTP": http.encode}
+
+
+def measure(ways: dict[str, Ask], texts: Sequence[str], callers: int, seconds: float) -> list[Load]:
+    """Let that many callers ask for `seconds` in all, one way after the other, in several turns."""
+    taken: dict[str, list[tuple[float, bool]]] = {way: [] for way in ways}
+    elapsed = dict.fromkeys(ways, 0.0)
+    for ask in ways.values():
+        _turn(ask, texts, callers, _WARM_UP_S)
+    for _ in range(_ROUNDS):
+        for way, ask in ways.items():
+            calls, lasted = _turn(ask, texts, callers, seconds / _ROUNDS)
+            taken[way] += calls
+            elapsed[way] += lasted
+    loads = [_load(way, callers, taken[way], elapsed[way]) for way in ways]
+    for load in loads:
+        _say(
+            f"{load.callers} callers, {load.way}: "
+            f"{load.texts_per_second:.1f} texts/s, median {load.latency_ms['p50']:.1f} ms"
+        )
+    return loads
+
+
+def _turn(ask: Ask, texts: Sequence[str], callers: int, seconds: float) -> tuple[list[tuple[float, bool]], float]:
+    """(seconds, answered) of each call, and how long the turn lasted until the last answer."""
+    numbers = itertools.count()  # next() of it is one step for every thread
+    begin = threading.Barrier(callers + 1)
+
+    def call() -> list[tuple[float, bool]]:
+        calls = []
+        begin.wait()
+        while (started := time.perf_counter()) < end[0]:
+            try:
+                ask(texts[next(numbers) % len(texts)])
+                answered = True
+            except UnavailableError:
+                answered = False
+            calls.append((time.perf_counter() - started, answered))
+        return calls
+
+    end = [0.0]
+    with ThreadPoolExecutor(callers) as pool:
+        futures = [pool.submit(call) for _ in range(callers)]
+        started = time.perf_counter()
+        end[0] = started + seconds
+        begin.wait()
+        calls = [each for future in futures for each in future.result()]
+        return calls, time.perf_counter() - started
+
+
+def _load(way: str, callers: int, calls: Sequence[tuple[float, bool]], elapsed: float) -> Load:
+    answered = [seconds for seconds, was_answered in calls if was_answered]
+    if not answered:
+        raise SystemExit(f"{way} answered none of {len(calls)} calls of {callers} callers")
+    values = np.percentile(answered, _PERCENTILES) * 1e3
+    return Load(
+        way=way,
+        callers=callers,
+        answers=len(answered),
+        refused=len(calls) - len(answered),
+        texts_per_second=len(answered) / elapsed,
+        latency_ms={f"p{percent}": float(value) for percent, value in zip(_PERCENTILES, values, strict=True)},
+    )
+
+
+def summary(loads: Sequence[Load]) -> str:
+    """A line for each way and number of callers."""
+    head = ["way", "callers", "texts/s", *(f"p{percent} ms" for percent in _PERCENTILES), "answers", "refused"]
+    rows = [
+        [
+            load.way,
+            f"{load.callers}",
+            f"{load.texts_per_second:,.1f}",
+            *(f"{value:,.1f}" for value in load.latency_ms.values()),
+            f"{load.answers:,}",
+            f"{load.refused:,}",
+        ]
+        for load in loads
+    ]
+    return table(head, rows)
+
+
+def draw(report: dict[str, Any], loads: Sequence[Load], target: Path) -> None:
+    """Throughput, and latency at the median and the 99th percentile, by callers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for way, colour in _COLOURS.items():
+        mine = [load for load in loads if load.way == way]
+        callers = [load.callers for load in mine]
+        left.plot(callers, [load.texts_per_second for load in mine], "o-", color=colour, label=way)
+        right.plot(callers, [load.latency_ms["p50"] for load in mine], "o-", color=colour, label=f"{way}, median")
+        right.plot(
+            callers, [load.latency_ms["p99"] for load in mine], "^--", color=colour, label=f"{way}, p99", alpha=0.7
+        )
+    left.set_ylabel("texts per second")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("milliseconds from question to answer")
+    right.set_yscale("log")
+    ticks = sorted({load.callers for load in loads})
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xlabel("callers at the same time, one text a call")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e5e7eb", linewidth=0.8)
+        axes.legend(frameon=False, fontsize=8)
+    hardware, (shortest, longest) = report["hardware"], report["lengths"]
+    figure.suptitle(
+        f"{report['bundle']}, {shortest} to {longest} tokens, {hardware['cpu']}, {hardware['cpus']} CPUs for all, "
+        f"{report['date'][:10]}\ntritonserver {report['versions']['tritonserver']} with a stand-in for its ONNX "
+        "Runtime backend",
+        fontsize=9,
+    )
+    figure.savefig(target, format="png", metadata={"Software": None})
+
+
+def _check_equal(ways: dict[str, Ask], texts: Sequence[str]) -> None:
+    for way, ask in ways.items():
+        for text in texts:
+            difference = np.abs(ask(text) - ways["in process"](text)).max()
+            if difference > 1e-5:
+                raise SystemExit(f"{way} differs from the runtime by {difference:.1e}")
+
+
+def _bundle(arguments: argparse.Namespace) -> Path:
+    artefacts = Artefacts(arguments.work, SUBJECTS[arguments.subject], max_length=8192, progress=_say)
+    return artefacts.path("bundle-fp32") / "bundle"
+
+
+def _repository(bundle: Path, arguments: argparse.Namespace) -> Path:
+    from gte_deploy.exporters.triton_repository import export_repository
+
+    target = arguments.work / "triton-repository"
+    shutil.rmtree(target, ignore_errors=True)
+    return Path(export_repository(bundle, target, threads=arguments.threads).path)
+
+
+def _version(distribution: str) -> str:
+    return importlib.metadata.version(distribution)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subject", choices=("tiny", "base"), default="tiny", help="made in the work folder")
+    parser.add_argument("--bundle", type=Path, help="in place of --subject")
+    parser.add_argument("--callers", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
+    parser.add_argument("--seconds", type=float, default=9.0, help="for each way and number of callers")
+    parser.add_argument(
+        "--lengths", nargs=2, type=int, default=[8, 128], metavar=("SHORTEST", "LONGEST"), help="tokens"
+    )
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads of one run of the model")
+    parser.add_argument("--work", type=Path, default=WORK, help="the work folder")
+    parser.add_argument("--output", type=Path, default=result_file("serving", "json"), metavar="JSON")
+    arguments = parser.parse_args(argv)
+    if min(arguments.callers) < 1 or arguments.seconds <= 0 or arguments.threads < 1:
+        parser.error("--callers, --seconds and --threads must be positive")
+    return arguments
+
+
+def _say(line: str) -> None:
+    print(f"serving: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

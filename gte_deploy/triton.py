@@ -1,0 +1,397 @@
+"""A model on a Triton Inference Server, used as one that is loaded here: `encode`, `fill_mask`, `predict`, `rank`.
+
+from gte_deploy.triton import Client
+
+with Client("http://localhost:8000") as model:
+    model.encode(["a text", "another"])
+
+The server runs a repository that `gte-export --format triton` wrote. Texts go in and answers come out; what is done
+here is the checking of arguments, the splitting of long lists, and the last step into the forms that `Model` returns.
+
+Shapes: N inputs, B rows of a request, S tokens, H hidden size, D embedding size, L labels, M masks, K answers.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy._version import __version__
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.checks import check_finite
+from gte_deploy.batching import BatchLimits, plan_batches
+from gte_deploy.bundle import spec_from_json
+from gte_deploy.embedding import EmbeddingRequest, OutputValue
+from gte_deploy.errors import BackendError, InputError, NonFiniteError
+from gte_deploy.fill_mask import MaskAnswer
+from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
+from gte_deploy.pooling import EmbeddingPrecision
+from gte_deploy.spec import ModelSpec, Pooling
+from gte_deploy.text_interface import Activation, TextInterface, one_of, prompt_text, return_type, with_progress
+from gte_deploy.triton_transport import open_transport
+
+DEFAULT_MAX_BATCH_TOKENS = 16_384
+
+_MAX_CONNECTIONS = 1024
+# Tokens are guessed before the server counts them: English has 4 to 5 bytes a token, Chinese 3.
+_BYTES_PER_TOKEN = 3
+_SPECIAL_TOKENS = 4
+_DESCRIPTIONS = ("gte_deploy", "gte_deploy_spec")
+_INDEX = re.compile(r"\b(inputs? )(\d+(?:, \d+)*)\b")
+
+Texts = Mapping[str, Sequence[str]]
+Options = dict[str, NDArray[Any]]
+"""Tensors of one row, which hold for every row."""
+
+
+class Client(TextInterface):
+    """A model on a server. Methods may be called from several threads at once; results are in the order of the inputs.
+
+    As a context manager it closes on leaving. Where an answer depends on the vocabulary, the server's log has the
+    warnings that `Model` gives here.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://localhost:8000",
+        *,
+        timeout_s: float = 60.0,
+        connections: int = 8,
+        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Ask the server what it serves.
+
+        Args:
+            url: http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// with TLS.
+            timeout_s: seconds that one request may take.
+            connections: requests at once for one list of texts, and HTTP connections at most, which are kept.
+            max_batch_tokens: tokens of a request, padding included, as far as the bytes of its texts tell; a longer
+                text goes alone.
+            headers: sent with every request, such as those that a gateway wants.
+
+        Raises:
+            InputError: an argument out of its range.
+            UnavailableError: the server cannot be reached, or not within `timeout_s`.
+            BackendError: it serves no repository that gte-export wrote.
+            MissingDependencyError: tritonclient is not installed.
+        """
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+            raise InputError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
+        check_integer("connections", connections, 1, _MAX_CONNECTIONS)
+        self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
+        self._name = url
+        self._transport = open_transport(url, connections=connections, timeout_s=timeout_s, headers=headers or {})
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="gte-triton")
+        self._closed = False
+        try:
+            config = self._transport.config("gte_embed")
+            self._facts, self.spec = _described(config, url)
+        except BaseException:
+            self.close()
+            raise
+        self._max_rows = int(config.get("max_batch_size", 0)) or int(self._facts.get("max_batch_size", 1))
+
+    def close(self) -> None:
+        """Close the connections. Idempotent; later calls that compute raise BackendError."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
+
+    def info(self) -> dict[str, Any]:
+        """What is served, as plain JSON data."""
+        served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
+        return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
+
+    def fill_mask(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Candidates for every mask; see `Model.fill_mask`.
+
+        Raises:
+            InputError: as there, by the server's word for what only it can tell.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+        """
+        self._require_task("fill-mask")
+        options = _text_options(truncation, max_length)
+        options["TOP_K"] = _one(check_integer("top_k", top_k, 1, self.spec.vocab_size), np.int32)
+        if targets is not None:
+            options["TARGETS"] = _bytes([as_texts(targets, name="targets")[0]])
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(inputs)
+        names = ("MASKS", "TOKEN", "TOKEN_ID", "SCORE", "SEQUENCE")
+        nested: list[Any] = [None] * len(texts)
+        for indices, values in self._infer_all("gte_fill_mask", {"TEXT": texts}, options, names, limits):
+            for row, index in enumerate(indices):
+                masks = [_answers(values, row, mask) for mask in range(values["MASKS"][row, 0])]
+                nested[index] = masks[0] if len(masks) == 1 else masks
+        return nested[0] if single or len(nested) == 1 else nested
+
+    def encode(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: OutputValue | None = "sentence_embedding",
+        precision: EmbeddingPrecision = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        *,
+        pooling: Pooling | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        sentences: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Embeddings; see `Model.encode`. `device` must be None.
+
+        Raises:
+            InputError: as there, by the server's word for what only it can tell.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        if device is not None:
+            raise InputError(f"the server at {self._name} decides where it computes; leave device out")
+        request = EmbeddingRequest(
+            pooling=self.spec.pooling if pooling is None else pooling,
+            output_value=output_value,
+            precision=precision,
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
+        )
+        request.check(self.spec.hidden_size)
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
+        options = _text_options(truncation, max_length) | self._no_prompt()
+        if output_value == "sentence_embedding":
+            options |= self._embedding_options(request)
+            answers = self._infer_all("gte_embed", {"TEXT": texts}, options, ("EMBEDDING",), limits)
+        else:
+            names = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_EMBEDDINGS")
+            answers = self._infer_all("gte_token_embed", {"TEXT": texts}, options, names, limits)
+        results: list[Any] = [None] * len(texts)
+        for indices, values in with_progress(answers, len(texts), show_progress_bar):
+            for index, result in zip(indices, self._rows(request, values), strict=True):
+                results[index] = result
+        return request.assemble(results, single=single)
+
+    def encode_sparse(
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        batch_size: int = 32,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Weights of a sparse model: {token: weight} for a text, heaviest first; a list of those for a list.
+
+        A token's weight is the largest of its places in the text; special tokens and weights of 0 are left out.
+
+        Raises:
+            InputError: not a sparse model, or as `encode`.
+            UnavailableError, NonFiniteError, BackendError: as `encode`.
+        """
+        self._require_task("token-classify")
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(inputs, prompt=prompt_text(self.spec, prompt, prompt_name))
+        options = _text_options(truncation, max_length) | self._no_prompt()
+        names = ("TOKENS", "TOKEN", "TOKEN_ID", "WEIGHT")
+        results: list[dict[str, float]] = [{} for _ in texts]
+        for indices, values in self._infer_all("gte_sparse", {"TEXT": texts}, options, names, limits):
+            for row, index in enumerate(indices):
+                count = int(values["TOKENS"][row, 0])
+                tokens = [token.decode() for token in values["TOKEN"][row, :count]]
+                results[index] = dict(zip(tokens, values["WEIGHT"][row, :count].tolist(), strict=True))
+        return results[0] if single else results
+
+    def predict(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        activation_fn: Activation | None = None,
+        apply_softmax: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Scores of a classifier or reranker; see `Model.predict`.
+
+        Raises:
+            InputError: as there, by the server's word for what only it can tell.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+        """
+        self._require_task("classify")
+        limits = self._limits(batch_size, max_batch_tokens)
+        options = _text_options(truncation, max_length)
+        pairs, single = as_pairs(inputs)
+        logits = np.empty((len(pairs), self.spec.num_labels), dtype=np.float32)
+        answers = self._infer_pairs(pairs, options, limits)
+        for indices, values in with_progress(answers, len(pairs), show_progress_bar):
+            logits[indices] = values["LOGITS"]
+        return self._scores(logits, activation_fn, apply_softmax, single=single)
+
+    def _infer_pairs(
+        self, pairs: Sequence[tuple[str, ...]], options: Options, limits: BatchLimits
+    ) -> Iterator[tuple[list[int], Options]]:
+        # A request holds single texts or pairs, not both.
+        for size in (1, 2):
+            numbers = [i for i, pair in enumerate(pairs) if len(pair) == size]
+            if numbers:
+                columns = zip(*(pairs[i] for i in numbers), strict=True)
+                texts = dict(zip(("TEXT", "TEXT_PAIR"), columns, strict=False))
+                yield from self._infer_all("gte_rerank", texts, options, ("SCORE", "LOGITS"), limits, numbers)
+
+    def _infer_all(
+        self,
+        model: str,
+        texts: Texts,
+        options: Options,
+        outputs: Sequence[str],
+        limits: BatchLimits,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[list[int], Options]]:
+        """The inputs' numbers and the outputs [B, …] of each request, several requests at a time.
+
+        `numbers` are the caller's of the inputs, for results and errors; by default they count from 0.
+        """
+        if self._closed:
+            raise BackendError("this client is closed")
+        rows = list(zip(*texts.values(), strict=True))
+        lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
+        groups = list(plan_batches(lengths, limits))
+        calls = [([i if numbers is None else numbers[i] for i in group], [rows[i] for i in group]) for group in groups]
+
+        def infer(indices: list[int], chosen: list[tuple[str, ...]]) -> Options:
+            columns = zip(*chosen, strict=True)
+            inputs = {name: _bytes([[text] for text in column]) for name, column in zip(texts, columns, strict=True)}
+            inputs |= {name: np.repeat(row, len(indices), axis=0) for name, row in options.items()}
+            return self._infer(model, inputs, outputs, indices)
+
+        if len(calls) == 1:
+            yield calls[0][0], infer(*calls[0])
+            return
+        waiting: list[tuple[list[int], Future[Options]]] = []
+        try:
+            waiting = [(indices, self._pool.submit(infer, indices, chosen)) for indices, chosen in calls]
+            for indices, future in waiting:
+                yield indices, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+    def _infer(self, model: str, inputs: Options, outputs: Sequence[str], indices: list[int]) -> Options:
+        try:
+            values = self._transport.infer(model, inputs, outputs)
+        except (InputError, NonFiniteError) as error:
+            raise type(error)(_INDEX.sub(lambda found: _renumbered(found, indices), str(error))) from error
+        mask = values.get("ATTENTION_MASK", np.ones((len(indices), 1), dtype=np.int64))
+        floats = {name: array for name, array in values.items() if array.dtype == np.float32}
+        check_finite(floats, Batch(values.get("INPUT_IDS", mask), mask), indices)
+        return values
+
+    def _rows(self, request: EmbeddingRequest, values: Options) -> list[Any]:
+        if "EMBEDDING" in values:
+            return list(values["EMBEDDING"])
+        batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"])
+        return request.rows(self.spec, batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
+
+    def _embedding_options(self, request: EmbeddingRequest) -> Options:
+        options: Options = {}
+        if request.pooling != self.spec.pooling:
+            options["POOLING"] = _bytes([[request.pooling]])
+        if request.normalize:
+            options["NORMALIZE"] = _one(True, np.bool_)
+        if request.truncate_dim is not None:
+            options["TRUNCATE_DIM"] = _one(request.truncate_dim, np.int32)
+        return options
+
+    def _no_prompt(self) -> Options:
+        # The prompt already stands before each text: the server must not add the default one.
+        return {} if self.spec.default_prompt_name is None else {"PROMPT": _bytes([[""]])}
+
+    def _limits(self, batch_size: int, max_batch_tokens: int | None) -> BatchLimits:
+        tokens = self._max_batch_tokens if max_batch_tokens is None else max_batch_tokens
+        return BatchLimits(
+            max_rows=min(check_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE), self._max_rows),
+            max_tokens=check_integer("max_batch_tokens", tokens, 1, MAX_BATCH_TOKENS),
+            max_square=self.spec.max_length**2,
+        )
+
+
+def _text_options(truncation: bool, max_length: int | None) -> Options:
+    options: Options = {}
+    if truncation:
+        options["TRUNCATION"] = _one(True, np.bool_)
+    if max_length is not None:
+        options["MAX_LENGTH"] = _one(check_integer("max_length", max_length, 1, (1 << 31) - 1), np.int32)
+    return options
+
+
+def _one(value: Any, dtype: Any) -> NDArray[Any]:
+    return np.array([[value]], dtype=dtype)
+
+
+def _bytes(rows: Sequence[Sequence[str]]) -> NDArray[Any]:
+    return np.array([[text.encode() for text in row] for row in rows], dtype=object)
+
+
+def _guessed_tokens(texts: Sequence[str]) -> int:
+    return sum(len(text.encode()) // _BYTES_PER_TOKEN for text in texts) + _SPECIAL_TOKENS
+
+
+def _answers(values: Options, row: int, mask: int) -> list[MaskAnswer]:
+    columns = zip(
+        values["SCORE"][row, mask].tolist(),
+        values["TOKEN_ID"][row, mask].tolist(),
+        values["TOKEN"][row, mask],
+        values["SEQUENCE"][row, mask],
+        strict=True,
+    )
+    return [
+        {"score": score, "token": token, "token_str": text.decode(), "sequence": sequence.decode()}
+        for score, token, text, sequence in columns
+    ]
+
+
+def _renumbered(found: re.Match[str], indices: Sequence[int]) -> str:
+    rows = [int(row) for row in found[2].split(", ")]
+    return found[1] + ", ".join(str(indices[row]) if row < len(indices) else str(row) for row in rows)
+
+
+def _described(config: Mapping[str, Any], url: str) -> tuple[dict[str, Any], ModelSpec]:
+    """What gte-export wrote about the model into the configuration of every ensemble."""
+    try:
+        facts, spec = (json.loads(config["parameters"][name]["string_value"]) for name in _DESCRIPTIONS)
+        return dict(facts), spec_from_json(spec)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BackendError(
+            f"gte_embed at {url} is not what this version of gte-export writes ({error!r}). Export the repository "
+            "again with gte-export --format triton."
+        ) from error

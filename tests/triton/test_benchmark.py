@@ -1,0 +1,48 @@
+"""The serving benchmark runs on a real Triton and writes what it promises."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("triton")
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield importlib.import_module("serving")
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def test_a_run_writes_its_numbers_and_its_chart(
+    triton: ModuleType,
+    serving: ModuleType,
+    word_checkpoints: dict[str, Path],
+    bundle_of: Callable[..., Path],
+    tmp_path: Path,
+    capsys: Any,
+):
+    bundle, output = bundle_of(word_checkpoints["embed"]), tmp_path / "results" / "serving.json"
+    options = "--callers 1 3 --seconds 0.3 --lengths 4 40 --threads 1".split()
+    assert serving.main([*options, "--bundle", str(bundle), "--work", str(tmp_path), "--output", str(output)]) == 0
+    loads = json.loads(output.read_text())["loads"]
+    assert {(load["way"], load["callers"]) for load in loads} == {
+        (way, callers) for way in ("in process", "Triton gRPC", "Triton HTTP") for callers in (1, 3)
+    }
+    for load in loads:
+        assert load["answers"] > 0 and load["texts_per_second"] > 0
+        assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p90"] <= load["latency_ms"]["p99"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "stand-in" in capsys.readouterr().out

@@ -1,0 +1,282 @@
+"""The client without a server: arguments, splitting, numbering, and what becomes of every kind of failure."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gte_deploy
+from gte_deploy import triton, triton_transport
+from gte_deploy.errors import BackendError, InputError, MissingDependencyError, NonFiniteError, UnavailableError
+from gte_deploy.spec import ModelSpec
+
+SPEC = ModelSpec(task="embed", max_length=512, vocab_size=100, hidden_size=4, pad_token_id=0)
+MAX_BATCH = 8
+
+
+def config_of(spec: ModelSpec = SPEC) -> dict[str, Any]:
+    described = {"gte_deploy_spec": asdict(spec), "gte_deploy": {"version": "1", "precision": "fp32"}}
+    parameters = {name: {"string_value": json.dumps(value)} for name, value in described.items()}
+    return {"name": "gte_embed", "max_batch_size": MAX_BATCH, "parameters": parameters}
+
+
+class FakeTransport:
+    """Answers with the number that each text spells, and keeps what it was asked."""
+
+    def __init__(self, spec: ModelSpec = SPEC) -> None:
+        self.spec = spec
+        self.requests: list[tuple[str, Mapping[str, Any]]] = []
+        self.at_once = self.most_at_once = 0
+        self.wait = threading.Event()
+        self.fail: Callable[[list[str]], None] = lambda texts: None
+        self.value: Callable[[str], float] = float
+        self._lock = threading.Lock()
+
+    def config(self, model: str) -> dict[str, Any]:
+        return config_of(self.spec)
+
+    def infer(self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        texts = [text.decode() for text in inputs["TEXT"][:, 0]]
+        with self._lock:
+            self.requests.append((model, inputs))
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        self.wait.wait(0.02)
+        with self._lock:
+            self.at_once -= 1
+        self.fail(texts)
+        values = np.array([[self.value(text)] for text in texts], dtype=np.float32)
+        return {"EMBEDDING": np.repeat(values, 4, axis=1), "LOGITS": values, "SCORE": values}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> FakeTransport:
+    fake = FakeTransport()
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    return fake
+
+
+@pytest.fixture
+def client(transport: FakeTransport) -> Iterator[triton.Client]:
+    with triton.Client(connections=3) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", ["encode", "encode_query", "encode_document", "fill_mask", "predict", "rank"])
+def test_signatures_are_those_of_a_loaded_model(name: str):
+    ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (triton.Client, gte_deploy.Model))
+    assert ours == theirs
+
+
+def test_a_list_goes_in_bounded_requests_several_at_a_time(client: triton.Client, transport: FakeTransport):
+    numbers = list(np.random.default_rng(0).permutation(100))
+    texts = [f"{number}" + " " * (number % 7) for number in numbers]
+    embeddings = client.encode(texts)
+    np.testing.assert_array_equal(embeddings[:, 0], numbers)
+    assert all(len(inputs["TEXT"]) <= MAX_BATCH for _, inputs in transport.requests)
+    assert len(transport.requests) >= 13
+    assert 2 <= transport.most_at_once <= 3
+
+
+def test_a_request_holds_only_so_many_tokens(client: triton.Client, transport: FakeTransport):
+    client.encode(["7" + " " * 150] * 6, max_batch_tokens=120)  # 54 tokens each, as far as bytes tell
+    assert [len(inputs["TEXT"]) for _, inputs in transport.requests] == [2, 2, 2]
+
+
+def test_options_are_sent_only_where_they_differ(client: triton.Client, transport: FakeTransport):
+    client.encode(["1", "2"])
+    client.encode(["1", "2"], pooling="cls", normalize_embeddings=True, truncate_dim=3, truncation=True, max_length=9)
+    plain, full = (inputs for _, inputs in transport.requests)
+    assert set(plain) == {"TEXT"}
+    assert set(full) == {"TEXT", "POOLING", "NORMALIZE", "TRUNCATE_DIM", "TRUNCATION", "MAX_LENGTH"}
+    assert all(array.shape == (2, 1) for array in full.values())
+    assert [full["POOLING"][0, 0], full["TRUNCATE_DIM"].dtype, full["NORMALIZE"].dtype] == [b"cls", "int32", "bool"]
+
+
+def test_a_default_prompt_is_put_here_and_not_again_there(monkeypatch: pytest.MonkeyPatch):
+    prompts = {"query": "1", "document": "2"}
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), "prompts": prompts, "default_prompt_name": "query"}))
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        values = [client.encode("0")[0], client.encode_document("0")[0], client.encode("0", prompt="")[0]]
+    assert values == [10, 20, 0]
+    assert all(inputs["PROMPT"][0, 0] == b"" for _, inputs in fake.requests)
+
+
+def test_pairs_and_single_texts_go_apart_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch):
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), "task": "classify", "num_labels": 1}))
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        scores = client.predict([("1", "a"), ("2",), ("3", "b")], activation_fn=lambda logits: logits)
+        assert scores.tolist() == [1, 2, 3]
+        assert sorted(set(inputs) == {"TEXT", "TEXT_PAIR"} for _, inputs in fake.requests) == [False, True]
+        assert [item["corpus_id"] for item in client.rank("5", ["a", "b"], top_k=1)] == [0]
+        with pytest.raises(InputError, match="fill-mask"):
+            client.fill_mask("a")
+
+
+def test_an_error_names_the_input_as_the_caller_counts(client: triton.Client, transport: FakeTransport):
+    def fail(texts: list[str]) -> None:
+        if "42" in texts:
+            raise InputError(f"input {texts.index('42')} has 900 tokens")
+
+    transport.fail = fail
+    texts = [str(number) for number in range(50)]
+    with pytest.raises(InputError, match="^input 42 has 900 tokens$"):
+        client.encode(texts)
+    transport.fail = lambda texts: None
+    assert client.encode(texts)[42, 0] == 42  # nothing of the failed call is left behind
+
+
+def test_numbers_that_are_not_finite_do_not_leave(client: triton.Client, transport: FakeTransport):
+    transport.value = lambda text: float("nan") if text == "42" else 1.0
+    with pytest.raises(NonFiniteError, match="for the inputs 42;"):
+        client.encode([str(number) for number in range(50)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "http://HOST:PORT"),
+        ({"url": "ftp://localhost:8000"}, "http://HOST:PORT"),
+        ({"url": "http://"}, "http://HOST:PORT"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"timeout_s": float("nan")}, "timeout_s"),
+        ({"timeout_s": "1"}, "timeout_s"),
+        ({"connections": 0}, "connections"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        triton.Client(**options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"inputs": None}, {"inputs": []}, {"inputs": [1]}, {"inputs": ["\ud800"]}, {"inputs": "1", "device": "cpu"}]
+    + [{"inputs": "1", name: value} for name, value in (("batch_size", 0), ("truncate_dim", 5), ("pooling", "max"))],
+)
+def test_bad_arguments_are_refused_before_anything_is_sent(
+    client: triton.Client, transport: FakeTransport, arguments: dict[str, Any]
+):
+    with pytest.raises(InputError):
+        client.encode(**arguments)
+    assert not transport.requests
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_batch_size": 8},
+        {"parameters": {"gte_deploy": {"string_value": "{"}}},
+        {"parameters": {"gte_deploy": {"string_value": "[]"}}},
+        {"parameters": {name: {"string_value": "{}"} for name in ("gte_deploy", "gte_deploy_spec")}},
+    ],
+)
+def test_a_foreign_repository_is_refused(transport: FakeTransport, config: dict[str, Any]):
+    transport.config = lambda model: config  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="--format triton"):
+        triton.Client()
+
+
+def test_a_closed_client_says_so(transport: FakeTransport):
+    client = triton.Client()
+    client.close()
+    client.close()
+    with pytest.raises(BackendError, match="closed"):
+        client.encode("1")
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_server_that_is_not_there(protocol: str):
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        with pytest.raises(UnavailableError, match="127.0.0.1"):
+            triton.Client(f"{protocol}://127.0.0.1:{free.getsockname()[1]}", timeout_s=5)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_server_that_never_answers(protocol: str):
+    with closing(socket.create_server(("127.0.0.1", 0))) as deaf:
+        with pytest.raises(UnavailableError, match="no answer within 0.5 s"):
+            triton.Client(f"{protocol}://127.0.0.1:{deaf.getsockname()[1]}", timeout_s=0.5)
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, bytes], str]]:
+    """`answering(status, body)`: the URL of an HTTP server that answers everything with it."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(status: int, body: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "message"),
+    [
+        (400, b'{"error": "unexpected shape"}', InputError, "^unexpected shape$"),
+        (500, b'{"error": "in ensemble \'gte_embed\', InputError: input 0 is long"}', InputError, "^input 0 is long$"),
+        (500, b'{"error": "NonFiniteError: for the inputs 0"}', NonFiniteError, "^for the inputs 0$"),
+        (503, b'{"error": "Exceeds maximum queue size"}', UnavailableError, "Exceeds maximum queue size"),
+        (502, b"<html>Bad Gateway</html>", UnavailableError, "Bad Gateway"),
+        (404, b'{"error": "unknown model"}', BackendError, "404: unknown model"),
+        (500, b"", BackendError, "500: no reason given"),
+    ],
+)
+def test_refusals_become_errors_with_their_reason(
+    answering: Callable[[int, bytes], str], status: int, body: bytes, kind: type[Exception], message: str
+):
+    with pytest.raises(kind, match=message) as caught:
+        triton.Client(answering(status, body))
+    assert type(caught.value) is kind
+
+
+def test_without_tritonclient_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    for name in ("tritonclient.http", "tritonclient.grpc"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for protocol in ("http", "grpc"):
+        with pytest.raises(MissingDependencyError, match=r"gte-deploy\[triton\]"):
+            triton_transport.open_transport(f"{protocol}://localhost:1", connections=1, timeout_s=1, headers={})
+
+
+def test_tritonclient_is_loaded_on_first_use():
+    code = (
+        "import sys, gte_deploy.triton\n"
+        "heavy = {'tritonclient', 'grpc', 'gevent', 'torch', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

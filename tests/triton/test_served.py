@@ -1,0 +1,289 @@
+"""The shipped model, and one of base size, on a real Triton: the answers of the runtime, and the rest of a
+server's life: bad input, many callers, overload, metrics, broken repositories.
+
+The ONNX Runtime backend is a stand-in (see server.py); the rest is Triton's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gte_deploy
+from gte_deploy.errors import InputError, UnavailableError
+from gte_deploy.models import builtin_path
+from gte_deploy.models.checkpoint import MODEL_CLASSES, copy_tokenizer, save_model
+from gte_deploy.models.config import build_config
+
+pytestmark = pytest.mark.xdist_group("triton")
+
+TEXTS = [
+    "A text.",
+    "",
+    " ",
+    "Zażółć gęślą jaźń: привет, 你好世界, مرحبا 👩‍👩‍👧 e\u0301 \u202e\ufffd",
+    "one\x00two\nthree\tfour [SEP] [MASK] [PAD]",
+    "a considerably longer text, " * 40,
+    "The president of the united [MASK] of America.",
+]
+MASKED = [
+    "The president of the united [MASK] of America.",
+    "[MASK]",
+    "The [MASK] sat on the [MASK], and żółw 你好 [MASK].",
+    "a long text " * 50 + "[MASK]",
+]
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("base", marks=pytest.mark.slow)])
+def bundle(
+    request: pytest.FixtureRequest, bundle_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    if request.param == "tiny":
+        return bundle_of(builtin_path())
+    import torch
+
+    torch.manual_seed(0)
+    checkpoint = tmp_path_factory.mktemp("base")
+    save_model(MODEL_CLASSES["fill-mask"](build_config("gte-en-mlm-base")), checkpoint, layout="native")
+    copy_tokenizer(builtin_path(), checkpoint)
+    return bundle_of(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def repository(repository_of: Callable[..., Path], bundle: Path) -> Path:
+    return repository_of(bundle)
+
+
+@pytest.fixture(scope="module")
+def local(bundle: Path) -> Iterator[gte_deploy.Model]:
+    with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def server(triton: ModuleType, repository: Path) -> Iterator[Any]:
+    with triton.Server(repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["http", "grpc"])
+def client(request: pytest.FixtureRequest, server: Any, connect: Callable[..., Any]) -> Iterator[Any]:
+    with connect(server, request.param, timeout_s=600) as client:
+        yield client
+
+
+@pytest.fixture
+def raw(server: Any) -> Iterator[Any]:
+    """tritonclient's own, to send what ours would not."""
+    import tritonclient.grpc
+
+    with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+        yield client
+
+
+def assert_same_answers(ours: Any, theirs: Any) -> None:
+    """Fill-mask answers of any nesting: the same but for 1e-5 of a score."""
+    if isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for each, other in zip(ours, theirs, strict=True):
+            assert_same_answers(each, other)
+        return
+    assert {**ours, "score": 0} == {**theirs, "score": 0}
+    assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"normalize_embeddings": True}, {"truncate_dim": 64, "normalize_embeddings": True}, {"pooling": "cls"}]
+    + [{"prompt": "prompt: "}, {"truncation": True, "max_length": 16}, {"precision": "ubinary"}],
+    ids=str,
+)
+def test_encode(client: Any, local: gte_deploy.Model, options: dict[str, Any]):
+    ours, theirs = client.encode(TEXTS, **options), local.encode(TEXTS, **options)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(client.encode(TEXTS[3], **options), theirs[3], rtol=0, atol=1e-5)
+
+
+def test_token_embeddings(client: Any, local: gte_deploy.Model):
+    for ours, theirs in zip(
+        client.encode(TEXTS, output_value="token_embeddings"),
+        local.encode(TEXTS, output_value="token_embeddings"),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    ours, theirs = (model.encode(TEXTS[3], output_value=None) for model in (client, local))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [MASKED[0], MASKED, MASKED[2:3]], ids=["one", "several", "list of one"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"targets": ["states", "kingdom", "żółw"], "top_k": 2}], ids=str)
+def test_fill_mask(client: Any, local: gte_deploy.Model, inputs: Any, options: dict[str, Any]):
+    assert_same_answers(client.fill_mask(inputs, **options), local.fill_mask(inputs, **options))
+
+
+def test_8192_tokens(client: Any, local: gte_deploy.Model):
+    text = "the " * 8189 + "[MASK]"  # with [CLS] and [SEP] 8,192
+    assert local.tokenize(text)["input_ids"].shape == (1, 8192)
+    np.testing.assert_allclose(client.encode(text), local.encode(text), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="input 1 has 8,193 tokens, special tokens included; the limit is 8,192"):
+        client.encode(["short", "the " + text, "also short"])
+    if client.info()["url"].startswith("grpc"):  # the same path as above, once
+        assert_same_answers(client.fill_mask(text), local.fill_mask(text))
+
+
+def test_texts_that_cannot_be_answered_are_named(client: Any):
+    texts = ["The [MASK]."] * 20
+    with pytest.raises(InputError, match=r"^input 13 has no mask; write \[MASK\] where a word is to be predicted$"):
+        client.fill_mask([*texts[:13], "none here", *texts])
+    with pytest.raises(InputError, match=r"^input 20 lost its \[MASK\] by truncation"):
+        client.fill_mask([*texts, "a " * 30 + "[MASK]"], truncation=True, max_length=16)
+    with pytest.raises(InputError, match="max_length"):
+        client.encode("a", max_length=8193)
+    assert client.fill_mask(texts[0], top_k=1)[0]["token_str"]
+
+
+def infer(raw: Any, name: str, array: Any, datatype: str, model: str = "gte_embed") -> Any:
+    import tritonclient.grpc
+
+    tensor = tritonclient.grpc.InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return raw.infer(model, [tensor])
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "datatype", "message"),
+    [
+        ("TEXT", np.array([b"a"], dtype=object), "BYTES", "shape"),
+        ("TEXT", np.array([[b"a", b"b"]], dtype=object), "BYTES", "shape"),
+        ("TEXT", np.array([[b"a"]] * 100, dtype=object), "BYTES", "batch"),
+        ("TEXT", np.array([[1]], dtype=np.int32), "INT32", "data-type"),
+        ("TEXTS", np.array([[b"a"]], dtype=object), "BYTES", "input"),
+        ("TEXT", np.array([[b"\xff\xfe"]], dtype=object), "BYTES", "UTF-8|utf-8"),
+    ],
+    ids=["rank", "columns", "batch", "dtype", "name", "bytes"],
+)
+def test_wrong_tensors_are_refused(raw: Any, name: str, array: Any, datatype: str, message: str):
+    from tritonclient.utils import InferenceServerException
+
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        infer(raw, name, array, datatype)
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert infer(raw, "TEXT", np.array([[b"a"]], dtype=object), "BYTES").as_numpy("EMBEDDING").shape[0] == 1
+
+
+def executed_batches(raw: Any) -> dict[int, int]:
+    """How often the encoder ran with each number of rows."""
+    statistics = raw.get_inference_statistics("gte_encoder", as_json=True)["model_stats"][0]
+    return {int(each["batch_size"]): int(each["compute_infer"]["count"]) for each in statistics["batch_stats"]}
+
+
+def test_requests_of_several_callers_run_as_one_batch(
+    server: Any, connect: Callable[..., Any], raw: Any, local: gte_deploy.Model
+):
+    texts = [f"text number {number} of several callers" for number in range(64)]
+    before = executed_batches(raw)
+    with connect(server, "grpc") as client, ThreadPoolExecutor(32) as pool:
+        embeddings = np.stack(list(pool.map(client.encode, texts)))
+    np.testing.assert_allclose(embeddings, local.encode(texts), rtol=0, atol=1e-5)
+    ran = {size: count - before.get(size, 0) for size, count in executed_batches(raw).items()}
+    assert sum(size * count for size, count in ran.items()) == len(texts)
+    assert sum(ran.values()) <= len(texts) / 2, ran
+    assert max(size for size, count in ran.items() if count) >= 4, ran
+
+
+def test_metrics(server: Any, connect: Callable[..., Any]):
+    def successes(model: str) -> float:
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        return float(re.search(rf'^nv_inference_request_success{{model="{model}",[^}}]*}} (\S+)', text, re.M)[1])
+
+    before = successes("gte_embed"), successes("gte_encoder")
+    with connect(server, "http") as client:
+        client.encode("one more")
+    for _ in range(100):  # they follow the answer by a moment
+        after = successes("gte_embed"), successes("gte_encoder")
+        if after == (before[0] + 1, before[1] + 1):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{before} became {after}")
+
+
+def edited(repository: Path, target: Path, pattern: str, replacement: str, model: str = "gte_encoder") -> Path:
+    """A copy of the repository whose model has another configuration for the CPU."""
+    shutil.copytree(repository, target, copy_function=os.link)
+    config = target / model / "configs" / "cpu.pbtxt"
+    text, count = re.subn(pattern, replacement, config.read_text())
+    assert count, f"nothing to edit in {config}"
+    config.unlink()  # it is a link to the original
+    config.write_text(text)
+    return target
+
+
+def test_overload_is_answered(
+    triton: ModuleType,
+    repository_of: Callable[..., Path],
+    bundle: Path,
+    connect: Callable[..., Any],
+    local: gte_deploy.Model,
+):
+    small = repository_of(bundle, max_queue_size=2)
+    texts = [f"{number} " + "the queue is short " * 100 for number in range(40)]
+    expected = local.encode(texts)
+
+    def outcome(client: Any, text: str) -> Any:
+        try:
+            return client.encode(text)
+        except UnavailableError as error:
+            return str(error)
+
+    with triton.Server(small) as server:
+        for protocol in ("http", "grpc"):
+            with connect(server, protocol, connections=40) as client:
+                with ThreadPoolExecutor(40) as pool:
+                    outcomes = list(pool.map(partial(outcome, client), texts))
+                refused = [each for each in outcomes if isinstance(each, str)]
+                answered = [number for number, each in enumerate(outcomes) if not isinstance(each, str)]
+                assert refused and answered
+                assert all("maximum queue size" in reason for reason in refused), set(refused)
+                np.testing.assert_allclose([outcomes[i] for i in answered], expected[answered], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(client.encode(texts[0]), expected[0], rtol=0, atol=1e-5)  # it lives on
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "reason"),
+    [
+        ('name: "attention_mask"', 'name: "attention_masks"', "attention_masks"),
+        (r"TYPE_INT64", "TYPE_INT32", "TYPE_INT32"),
+        (r"max_batch_size: \d+", "max_batch_size: few", "few|max_batch_size"),
+    ],
+    ids=["name", "dtype", "syntax"],
+)
+def test_a_broken_repository_is_refused_with_its_reason(
+    triton: ModuleType, repository: Path, tmp_path: Path, pattern: str, replacement: str, reason: str
+):
+    broken = edited(repository, tmp_path / "broken", pattern, replacement)
+    with pytest.raises(triton.ServerError, match=reason):
+        triton.Server(broken).close()
+
+
+def test_a_missing_file_is_refused_with_its_name(triton: ModuleType, repository: Path, tmp_path: Path):
+    broken = Path(shutil.copytree(repository, tmp_path / "broken", copy_function=os.link))
+    for graph in (broken / "gte_encoder" / "1").glob("*.onnx"):
+        graph.unlink()
+    with pytest.raises(triton.ServerError, match=r"unable to find .*gte_encoder/1/model\.onnx"):
+        triton.Server(broken).close()

@@ -1,0 +1,135 @@
+"""Every other kind of checkpoint on a real Triton: rerankers, sparse models, prompts; and the response cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gte_deploy.errors import InputError
+
+pytestmark = pytest.mark.xdist_group("triton")
+
+PROTOCOLS = ("http", "grpc")
+
+
+@pytest.fixture
+def serve(triton: ModuleType, bundle_of: Callable[..., Path], repository_of: Callable[..., Path]) -> Callable[..., Any]:
+    """`serve(checkpoint, *server_options, **repository_options)`: a server for a `with` block."""
+
+    def start(checkpoint: Path, *arguments: str, **options: Any) -> Any:
+        return triton.Server(repository_of(bundle_of(checkpoint), **options), *arguments)
+
+    return start
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_reranker(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    load_on: Callable[..., Any],
+    word_checkpoints: dict[str, Path],
+):
+    checkpoint = word_checkpoints["classify"]
+    pairs = [("the king", "the queen"), ("paris", "a city of france " * 9), ("the river",), ("", "中国")]
+    long = [("the king", "the queen " * 80)] * 2
+    with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
+        for protocol in PROTOCOLS:
+            with connect(server, protocol) as client:
+                assert_close(client.predict(pairs), local.predict(pairs))
+                assert_close(client.predict(pairs[0]), local.predict(pairs[0]))
+                assert_close(client.predict(long, truncation=True), local.predict(long, truncation=True))
+                with pytest.raises(InputError, match="input 0 has 165 tokens"):
+                    client.predict(long)
+                ours, theirs = (model.rank("king", ["queen", "river", "time"]) for model in (client, local))
+                assert [item["corpus_id"] for item in ours] == [item["corpus_id"] for item in theirs]
+                assert_close([item["score"] for item in ours], [item["score"] for item in theirs])
+                assert_close(client.encode("the king"), local.encode("the king"))
+
+
+def test_several_labels(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    load_on: Callable[..., Any],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+):
+    checkpoint = make_checkpoint(tmp_path / "labels", task="classify", num_labels=3, max_positions=128)
+    options: tuple[dict[str, Any], ...] = ({}, {"apply_softmax": True}, {"activation_fn": np.tanh})
+    with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
+        with connect(server, "http") as client:
+            for each in options:
+                assert_close(client.predict([["w5 w6"], ["w7"]], **each), local.predict([["w5 w6"], ["w7"]], **each))
+
+
+def test_sparse(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    bundle_of: Callable[..., Path],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+):
+    checkpoint = make_checkpoint(tmp_path / "sparse", task="token-classify", max_positions=128)
+    texts = ["w5 w6 w5 w200", "", "w7 w8 w9 w10 w11 w12 unknown"]
+    expected = [sparse_weights(bundle_of(checkpoint), text) for text in texts]
+    assert expected[0] and expected[2] and not expected[1]
+    with serve(checkpoint) as server:
+        for protocol in PROTOCOLS:
+            with connect(server, protocol) as client:
+                answers = client.encode_sparse(texts)
+                for ours, theirs in zip(answers, expected, strict=True):
+                    assert ours == pytest.approx(theirs, abs=1e-5)
+                    assert list(ours.values()) == sorted(ours.values(), reverse=True)
+                assert client.encode_sparse(texts[0]) == answers[0]
+
+
+def sparse_weights(bundle: Path, text: str) -> dict[str, float]:
+    """By the definition, one text at a time: the largest positive logit of each token that is not special."""
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    fed = {name: np.array([ids]) for name, ids in tokenizer(text).items() if name in ("input_ids", "attention_mask")}
+    logits = onnxruntime.InferenceSession(bundle / "onnx" / "model.onnx").run(["logits"], fed)[0]
+    weights: dict[str, float] = {}
+    for token, weight in zip(fed["input_ids"][0].tolist(), logits[0, :, 0].tolist(), strict=True):
+        if token not in tokenizer.all_special_ids and weight > 0:
+            name = tokenizer.convert_ids_to_tokens(token)
+            weights[name] = max(weight, weights.get(name, 0.0))
+    return weights
+
+
+def test_prompts_and_the_response_cache(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    load_on: Callable[..., Any],
+    word_checkpoints: dict[str, Path],
+):
+    import tritonclient.grpc
+
+    checkpoint = word_checkpoints["embed"]
+    options: tuple[dict[str, Any], ...] = (
+        {},
+        {"prompt_name": "query"},
+        {"normalize_embeddings": True},
+        {"truncate_dim": 8},
+    )
+    with (
+        serve(checkpoint, "--cache-config=local,size=1048576", response_cache=True) as server,
+        load_on("onnx", checkpoint, num_threads=1) as local,
+        tritonclient.grpc.InferenceServerClient(server.grpc) as raw,
+        connect(server, "grpc") as client,
+    ):
+        for _ in range(2):  # the second time from the cache
+            for each in options:
+                assert_close(client.encode("the king", **each), local.encode("the king", **each))
+        (statistics,) = raw.get_inference_statistics("gte_embed", as_json=True)["model_stats"]
+        assert int(statistics["inference_stats"]["cache_hit"]["count"]) == len(options)
+        assert_close(client.encode_document(["the king", "paris"]), local.encode_document(["the king", "paris"]))
