@@ -536,7 +536,7 @@ class _Shared:
 
 
 class _StoppedError(Exception):
-    """The parent is going away; nothing of the unit is kept."""
+    """The parent is going away or another unit has failed; nothing of the unit is kept."""
 
 
 class _Encoder:
@@ -548,6 +548,13 @@ class _Encoder:
 
     def encode(self, unit: Unit) -> None:
         """Write the unit's tokens, its offsets and, last, the record that says it is done."""
+        try:
+            self._encode(unit)
+        except BaseException:
+            self._shared.stop.set()  # before the parent has seen it: no unit is begun after a failed one
+            raise
+
+    def _encode(self, unit: Unit) -> None:
         work, counts = Path(self._job.work), Counter[str]()
         lengths: list[int] = []
         tokens_file = work / "corpus" / f"{unit.name}.tokens"
@@ -616,12 +623,15 @@ def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> 
         with executor:
             try:
                 with _interrupts_held_back():  # the first submission starts the workers
-                    pending = {executor.submit(encode, unit) for unit in units}
+                    order = [executor.submit(encode, unit) for unit in units]
+                pending = set(order)
                 while pending:
                     done, pending = futures.wait(pending, _POLL_SECONDS, futures.FIRST_COMPLETED)
                     _show(bar, before, shared)
-                    for future in done:
-                        future.result()
+                    errors = [error for future in order if future in done and (error := future.exception())]
+                    for error in errors:
+                        if not isinstance(error, _StoppedError):  # what stopped that one comes yet
+                            raise error
             except BaseException:
                 shared.stop.set()
                 executor.shutdown(wait=False, cancel_futures=True)
