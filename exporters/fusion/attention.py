@@ -2,9 +2,9 @@
 
 ONNX Runtime's CPU kernel works in blocks (flash) only without a mask input; with one it holds all S*S scores of every
 head. So the additive mask becomes part of the dot product: 8 columns (for the kernel's alignment) are appended to
-every head, queries hold [1, 0, …] there and keys [bias / scale, 0, …]:
+every head, queries hold [64, 0, …] there and keys [bias / (64 * scale), 0, …], which FP16 can hold as well:
 
-    scale * (q·k + 1 * bias / scale) = scale * q·k + bias
+    scale * (q·k + 64 * bias / (64 * scale)) = scale * q·k + bias
 
 For a real token the bias is 0 and nothing is rounded. Values keep their size. The columns are made once per run, from
 the graph's own bias [B, 1, 1, S], and shared by the layers.
@@ -32,6 +32,7 @@ from gte_deploy.exporters.fusion.editing import (
 from gte_deploy.exporters.fusion.heads import HEADS_FIRST, Heads, require_heads, require_permutation
 
 MASK_COLUMNS = 8
+QUERY_COLUMN = 64.0
 
 
 def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
@@ -78,15 +79,14 @@ def _mask_columns(
     """Columns for queries and for keys, [B, S, N, 8] each; every layer makes the same, and equal nodes are merged."""
     build = Builder(graph, anchor, "mask")
     per_key = build.op("Transpose", bias, perm=(0, 3, 1, 2), name="per_key")
-    column = build.op(
-        "Mul", per_key, constant(graph, "mask/inverse_scale", np.array(1.0 / scale, np.float32)), name="column"
-    )
+    factor = constant(graph, "mask/key_factor", np.array(1.0 / (QUERY_COLUMN * scale), np.float32))
+    column = build.op("Mul", per_key, factor, name="column")
     padded = build.op("Pad", column, integers(graph, *[0] * 7, MASK_COLUMNS - 1), name="padded")
     key_columns = build.op("Expand", padded, integers(graph, 1, 1, num_heads, 1), name="key_columns")
-    one_first = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
-    one_first[..., 0] = 1.0
+    per_query = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
+    per_query[..., 0] = QUERY_COLUMN
     size = build.op("Shape", per_key, name="size", dtype=ir.DataType.INT64)
-    query_columns = build.op("Expand", constant(graph, "mask/one_first", one_first), size, name="query_columns")
+    query_columns = build.op("Expand", constant(graph, "mask/per_query", per_query), size, name="query_columns")
     return query_columns, key_columns
 
 
