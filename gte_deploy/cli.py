@@ -75,8 +75,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("auto", "onnx", "openvino", "torch", "tensorrt"), default="auto", help="default: auto"
     )
-    parser.add_argument("--compute-precision", choices=COMPUTE_PRECISIONS, help="what openvino computes in")
-    parser.add_argument("--device", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--compute-precision", choices=COMPUTE_PRECISIONS, help="of openvino, and of torch on a GPU")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: what the bundle is made for, and else cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: every CPU it may use)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows of a batch (default: 32)")
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="tokens of a batch, padding included")

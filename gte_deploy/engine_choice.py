@@ -6,10 +6,11 @@ from pathlib import Path
 
 from gte_deploy import picks
 from gte_deploy.bundle import Manifest
+from gte_deploy.errors import BackendError, MissingDependencyError
 from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine
 
-ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino"}
-"""Backend, as `gte_deploy.load` takes it -> engine."""
+ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+"""Backend of bundles, as `gte_deploy.load` takes it -> engine."""
 
 # Dot products of eight-bit integers, by the names that Linux gives them.
 _INT8_FLAGS = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "amx_int8": "AMX"}
@@ -18,25 +19,63 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Backend and precision as `gte_deploy.load` takes them, and the reason in one sentence."""
+    """Backend, precision and device as `gte_deploy.load` takes them, and the reason in one sentence."""
 
     backend: str
     precision: ComputePrecision
     reason: str
+    device: str = "cpu"
+
+
+def is_for_gpus(manifest: Manifest) -> bool:
+    """Whether a bundle is made for NVIDIA GPUs: its types are fixed, and CPUs run it slowly or not at all."""
+    return manifest.target == "cuda" or manifest.plan is not None or "tensorrt" in manifest.graphs
 
 
 def choose_engine(
-    manifest: Manifest, *, device: str = "cpu", precision: ComputePrecision | None = None
+    manifest: Manifest, *, device: str | None = None, precision: ComputePrecision | None = None
 ) -> EngineChoice:
     """The engine for a bundle on this machine: the one asked for or recorded, else what was measured to be faster.
 
     bfloat16 changes answers a little, so it is never chosen unasked; a pick may have been recorded with it on request.
     """
+    if is_for_gpus(manifest):
+        return _for_gpus(manifest, device)
     if precision == "bf16":
-        return EngineChoice("openvino", "bf16", "bf16 was asked for, and openvino alone computes in it")
-    if device != "cpu":
-        return EngineChoice("onnx", "fp32", f"of a bundle's engines ONNX Runtime alone runs on {device}")
+        return EngineChoice(
+            "openvino", "bf16", "bf16 was asked for, and openvino alone computes in it", device or "cpu"
+        )
+    if device not in (None, "cpu"):
+        return EngineChoice("onnx", "fp32", f"of a bundle's engines ONNX Runtime alone runs on {device}", device)
     return _picked(manifest, precision) or _by_rule(manifest)
+
+
+def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
+    """TensorRT where the bundle's engine fits the machine; else ONNX Runtime, where there is a graph for it."""
+    if manifest.plan is None:
+        return EngineChoice("onnx", "fp32", "the bundle has no TensorRT engine", device or _device_of_onnx(manifest))
+    from gte_deploy.backends.tensorrt_plan import check_plan
+
+    try:
+        check_plan(manifest.plan, device or "cuda")
+    except (BackendError, MissingDependencyError) as error:
+        reason = f"TensorRT does not run this bundle here: {error}"
+        if manifest.graphs:
+            return EngineChoice("onnx", "fp32", reason, device or _device_of_onnx(manifest))
+        # Opening it raises the same error.
+    else:
+        reason = "the bundle's engine fits this TensorRT and this GPU"
+    return EngineChoice("tensorrt", "fp32", reason, device or "cuda")
+
+
+def _device_of_onnx(manifest: Manifest) -> str:
+    if manifest.target == "cuda":
+        return "cuda"
+    try:
+        from onnxruntime import get_available_providers
+    except ImportError:
+        return "cpu"
+    return "cuda" if "CUDAExecutionProvider" in get_available_providers() else "cpu"
 
 
 def _picked(manifest: Manifest, precision: ComputePrecision | None) -> EngineChoice | None:

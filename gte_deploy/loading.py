@@ -5,15 +5,17 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from gte_deploy import picks
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.bundle import MANIFEST_NAME, Manifest, is_bundle, open_bundle
-from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine
+from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT
+from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle
+from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
 from gte_deploy.errors import BackendError, InputError
 from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model
 from gte_deploy.onnx_inspection import check_graphs
-from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec
+from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile
 from gte_deploy.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ _ASKED = "it was asked for"
 _MAX_THREADS = 1024
 # A CPU is busy with few tokens, and small batches waste little padding; a GPU needs many.
 _MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
+# Of one run through ONNX Runtime's TensorRT provider; of more there are several.
+_MAX_MASKS = 512
 
 
 def load(
@@ -34,20 +38,24 @@ def load(
     device: str | None = None,
     num_threads: int | None = None,
     max_batch_tokens: int | None = None,
+    compile: bool = False,
 ) -> Model:
     """Load a bundle or a checkpoint.
 
     Args:
         path: a bundle folder, a checkpoint folder, a name on the Hugging Face Hub, or None for the built-in model.
-        backend: "onnx" (ONNX Runtime) and "openvino" run a bundle, "torch" a checkpoint. "auto" takes what fits; for a
-            bundle what `gte-deploy bench --pick` recorded on this machine, else what was measured to be faster on CPUs
-            like this. `Model.info` says what was taken and why.
+        backend: "onnx" (ONNX Runtime), "openvino" and "tensorrt" run a bundle, "torch" a checkpoint. "auto" takes what
+            fits: for a bundle its TensorRT engine where that fits GPU and TensorRT, else what
+            `gte-deploy bench --pick` recorded on this machine, else what was measured to be faster on CPUs like this.
+            `Model.info` says what was taken and why. "onnx" compiles the graph of a TensorRT bundle anew, through ONNX
+            Runtime's TensorRT provider.
         precision: what the engine computes in wherever the bundle leaves it the choice: "fp32", or "bf16" with
-            openvino on a CPU that has it. None for fp32, or as recorded.
-        device: "cpu" (the default), "cuda" or "cuda:N".
+            openvino on a CPU that has it and with torch on a GPU. None for fp32, or as recorded.
+        device: "cpu", "cuda" or "cuda:N"; by default the GPU for a bundle that is made for one, and else the CPU.
         num_threads: CPU threads; by default every CPU that the process may use (affinity and cgroup). With torch
-            the count is the whole process's, see `backends.torch_backend.TorchBackend`.
+            the count is the whole process's, see `backends.torch_backend.TorchBackend`. TensorRT uses none.
         max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
+        compile: let torch compile the model, which takes a minute at the first batches. For backend "torch" alone.
 
     Raises:
         InputError: an argument out of its range.
@@ -56,8 +64,8 @@ def load(
         BackendError: the backend cannot run this, or not on this device.
         MissingDependencyError: naming the extra to install.
     """
-    device = "cpu" if device is None else device
-    kind, _ = parse_device(device)
+    if device is not None:
+        parse_device(device)
     if num_threads is not None:
         num_threads = check_integer("num_threads", num_threads, 1, _MAX_THREADS)
     if backend not in get_args(BackendName):
@@ -65,9 +73,15 @@ def load(
     if precision is not None and precision not in COMPUTE_PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(COMPUTE_PRECISIONS)}, not {precision!r}")
     folder = _resolve(path)
-    opened, spec, reason = _open(folder, backend, precision, {"device": device, "num_threads": num_threads})
+    if is_bundle(folder):
+        if compile:
+            raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
+        opened, spec, reason = _open_bundle(folder, backend, precision, device, num_threads)
+    else:
+        opened, spec = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
+        reason = _ASKED if backend == "torch" else "torch runs checkpoints"
     logger.info("%s runs on %s in %s: %s", folder, opened.name, opened.precision, reason)
-    budget = _MAX_BATCH_TOKENS[kind] if max_batch_tokens is None else max_batch_tokens
+    budget = _MAX_BATCH_TOKENS[parse_device(opened.device)[0]] if max_batch_tokens is None else max_batch_tokens
     return Model(opened, load_tokenizer(folder), spec, max_batch_tokens=budget, path=folder, backend_reason=reason)
 
 
@@ -79,64 +93,128 @@ def _resolve(path: str | os.PathLike[str] | None) -> Path:
     return resolve_checkpoint(None if path is None else os.fspath(path))
 
 
-def _open(
-    folder: Path, backend: str, precision: ComputePrecision | None, settings: dict[str, Any]
-) -> tuple[Backend, ModelSpec, str]:
-    """The backend, the model's facts, and why this backend."""
-    if backend == "tensorrt":
-        raise BackendError(f"{folder} holds no TensorRT engine. Load it with backend='auto'.")
-    bundle = is_bundle(folder)
-    if bundle and backend == "torch":
-        raise BackendError(
-            f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
-            "checkpoint that it was exported from."
-        )
-    if not bundle and backend in ENGINE_OF:
+def _open_checkpoint(
+    folder: Path, backend: str, precision: ComputePrecision | None, device: str, num_threads: int | None, compile: bool
+) -> tuple[Backend, ModelSpec]:
+    if backend in ENGINE_OF:
         raise BackendError(
             f"{folder} is not a bundle: it has no {MANIFEST_NAME}. Export it with gte-export and load the result, or "
             "load it with backend='torch'."
         )
-    if precision == "bf16" and (not bundle or backend == "onnx"):
+    if precision == "bf16" and parse_device(device)[0] == "cpu":
         raise InputError(
-            f"precision 'bf16' is what the openvino backend can compute a bundle in; {folder} would run on "
-            f"{'onnx' if bundle else 'torch'}, which computes in fp32. Leave precision out."
+            f"precision 'bf16' on a CPU is what the openvino backend can compute a bundle in; {folder} would run on "
+            "torch, which computes in fp32 there. Leave precision out."
         )
-    if not bundle:
-        opened, spec = _open_checkpoint(folder, settings)
-        return opened, spec, _ASKED if backend == "torch" else "torch runs checkpoints"
+    from gte_deploy.backends.torch_backend import open_torch_backend
+
+    opened = open_torch_backend(
+        folder, device=device, num_threads=num_threads, precision=precision or "fp32", compile=compile
+    )
+    return opened, opened.spec
+
+
+def _open_bundle(
+    folder: Path, backend: str, precision: ComputePrecision | None, device: str | None, num_threads: int | None
+) -> tuple[Backend, ModelSpec, str]:
+    """The backend, the model's facts, and why this backend."""
+    if backend == "torch":
+        raise BackendError(
+            f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
+            "checkpoint that it was exported from."
+        )
     manifest = open_bundle(folder)
     check_graphs(folder, manifest)
+    if is_for_gpus(manifest):
+        if precision not in (None, manifest.precision):
+            raise InputError(
+                f"{folder} computes in {manifest.precision}, as the types of its graph say, and not in {precision!r}. "
+                "Leave precision out, or export it in another."
+            )
+    elif precision == "bf16" and backend == "onnx":
+        raise InputError(
+            f"precision 'bf16' is what the openvino backend can compute a bundle in; {folder} would run on onnx, which "
+            "computes in fp32. Leave precision out."
+        )
     if backend == "auto":
-        choice = choose_engine(manifest, device=settings["device"], precision=precision)
+        choice = choose_engine(manifest, device=device, precision=precision)
     else:
-        choice = EngineChoice(backend, precision or "fp32", _ASKED)
-    return _open_graph(folder, manifest, choice, settings), manifest.spec, choice.reason
+        default = "cuda" if is_for_gpus(manifest) else "cpu"
+        choice = EngineChoice(backend, precision or "fp32", _ASKED, device or default)
+    if choice.backend == "tensorrt":
+        from gte_deploy.backends.tensorrt_backend import open_tensorrt_backend
+
+        return open_tensorrt_backend(folder, manifest, device=choice.device), manifest.spec, choice.reason
+    return _open_graph(folder, manifest, choice, num_threads), manifest.spec, choice.reason
 
 
-def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, settings: dict[str, Any]) -> Backend:
+def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_threads: int | None) -> Backend:
     graph = manifest.graphs.get(ENGINE_OF[choice.backend])
-    if graph is None:
+    on_cpu = parse_device(choice.device)[0] == "cpu"
+    options: dict[str, Any] = {"device": choice.device, "num_threads": num_threads}
+    if choice.backend == "onnx" and graph is not None and manifest.target == "cuda" and on_cpu:
         raise BackendError(
-            f"{folder} has no graph for OpenVINO: openvino was not installed where it was exported, or its precision "
-            f"{manifest.precision} has none. Load it with backend='onnx', or export it again."
+            f"{folder} was exported for CUDA: its {manifest.precision} graph has operators that ONNX Runtime runs on a "
+            "GPU alone. Load it with device='cuda', or export it again without --target cuda."
         )
-    if choice.precision not in graph.computes:
-        logger.warning(
-            "%s was not shown to stay within its bounds in %s when it was exported; see its report.html",
-            folder,
-            choice.precision,
-        )
+    if choice.backend == "onnx" and graph is None and "tensorrt" in manifest.graphs:
+        graph = manifest.graphs["tensorrt"]
+        if on_cpu:
+            logger.warning("%s is made for TensorRT; a CPU runs its %s graph slowly", folder, manifest.precision)
+        else:
+            options["tensorrt"] = _through_tensorrt(manifest, graph)
+    if graph is None:
+        raise BackendError(_no_graph(folder, manifest, choice.backend))
+    if is_for_gpus(manifest):
+        options["precision"] = manifest.precision
+    else:
+        options["precision"] = choice.precision
+        if choice.precision not in graph.computes:
+            logger.warning(
+                "%s was not shown to stay within its bounds in %s when it was exported; see its report.html",
+                folder,
+                choice.precision,
+            )
     if choice.backend == "openvino":
         from gte_deploy.backends.openvino_backend import OpenVinoBackend
 
-        return OpenVinoBackend(folder / graph.path, manifest.spec, precision=choice.precision, **settings)
-    from gte_deploy.backends.onnx_backend import OnnxBackend
-
-    return OnnxBackend(folder / graph.path, manifest.spec, **settings)
+        return OpenVinoBackend(folder / graph.path, manifest.spec, **options)
+    return OnnxBackend(folder / graph.path, manifest.spec, **options)
 
 
-def _open_checkpoint(folder: Path, settings: dict[str, Any]) -> tuple[Backend, ModelSpec]:
-    from gte_deploy.backends.torch_backend import open_torch_backend
+def _no_graph(folder: Path, manifest: Manifest, backend: str) -> str:
+    if not manifest.graphs:
+        return (
+            f"{folder} holds a TensorRT engine and no ONNX graph, which the {backend} backend needs. Load it with "
+            "backend='tensorrt' on a GPU, or export it with --format onnx."
+        )
+    return (
+        f"{folder} has no graph for OpenVINO: openvino was not installed where it was exported, or its precision "
+        f"{manifest.precision} has none. Load it with backend='onnx', or export it again."
+    )
 
-    opened = open_torch_backend(folder, **settings)
-    return opened, opened.spec
+
+def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
+    """One profile of all lengths, with the rows that the engine's longest has; tuned for the middle one's."""
+    length = manifest.spec.max_length
+    if manifest.plan is None:
+        rows = max(1, _MAX_BATCH_TOKENS["cuda"] // length)
+        tuned = (rows, min(512, length))
+    else:
+        profiles = sorted(manifest.plan.profiles, key=lambda profile: profile.max[1])
+        rows, length = profiles[-1].max
+        tuned = profiles[len(profiles) // 2].opt
+    profile = Profile(min=(1, 1), opt=(min(tuned[0], rows), tuned[1]), max=(rows, length))
+    takes_masks = any(tensor.name == "mask_positions" for tensor in graph.inputs)
+    return ThroughTensorRT(profile, _compiled_folder(manifest), _MAX_MASKS if takes_masks else None)
+
+
+def _compiled_folder(manifest: Manifest) -> Path | None:
+    """Where ONNX Runtime keeps what it compiles of this bundle: executable code, so of this user alone."""
+    try:
+        folder = picks.cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("the graph is compiled at every loading, for want of a cache: %s", error)
+        return None
+    return folder

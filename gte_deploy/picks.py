@@ -98,6 +98,22 @@ def cpu_model() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def cache_folder() -> Path:
+    """Where this user's files go that can be made again.
+
+    Raises:
+        OSError: the user has no home folder, and XDG_CACHE_HOME is not set.
+    """
+    # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if asked.is_absolute():
+        return asked / "gte-deploy"
+    try:
+        return Path.home() / ".cache" / "gte-deploy"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder for a cache; set XDG_CACHE_HOME") from error
+
+
 def _key(manifest_checksum: str) -> dict[str, Any]:
     return {
         "manifest_checksum": manifest_checksum,
@@ -109,18 +125,7 @@ def _key(manifest_checksum: str) -> dict[str, Any]:
 
 def _file(key: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return _cache() / "picks" / f"{digest[:32]}.json"
-
-
-def _cache() -> Path:
-    # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if asked.is_absolute():
-        return asked / "gte-deploy"
-    try:
-        return Path.home() / ".cache" / "gte-deploy"
-    except RuntimeError as error:
-        raise OSError("this user has no home folder for a cache; set XDG_CACHE_HOME") from error
+    return cache_folder() / "picks" / f"{digest[:32]}.json"
 
 
 def _parsed(file: Path, key: Mapping[str, Any]) -> Pick:

@@ -94,17 +94,37 @@ def load_on(bundle_of: Callable[..., Path]) -> Callable[..., Any]:
     import gte_deploy
 
     def load(backend: str, checkpoint: Path, *, max_length: int | None = None, **options: Any) -> gte_deploy.Model:
-        options_of_bundle = {} if max_length is None else {"max_length": max_length}
-        path = checkpoint if backend == "torch" else bundle_of(checkpoint, **options_of_bundle)
-        name, _, precision = backend.partition(" ")
+        name, *how = backend.split()
+        precision = "bf16" if "bf16" in how else None
         if name == "openvino":
             _skip_without_openvino(precision)
-        return gte_deploy.load(path, backend=name, precision=precision or None, **options)
+        options_of_bundle: dict[str, Any] = {} if max_length is None else {"max_length": max_length}
+        if name == "tensorrt":
+            options_of_bundle["format"] = "trt"
+        path = checkpoint if name == "torch" else bundle_of(checkpoint, **options_of_bundle)
+        if name == "tensorrt":
+            _skip_where_it_does_not_fit(path)
+        device = "cuda" if "cuda" in how else None
+        return gte_deploy.load(path, backend=name, precision=precision, device=device, **options)
 
     return load
 
 
-def _skip_without_openvino(precision: str) -> None:
+def _skip_where_it_does_not_fit(bundle: Path) -> None:
+    """TensorRT-RTX, which builds where ordinary TensorRT is missing, has no engines for some GPUs."""
+    from gte_deploy.backends.tensorrt_plan import check_plan
+    from gte_deploy.bundle import read_manifest
+    from gte_deploy.errors import BackendError
+
+    plan = read_manifest(bundle).plan
+    assert plan is not None
+    try:
+        check_plan(plan, "cuda")
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def _skip_without_openvino(precision: str | None) -> None:
     pytest.importorskip("openvino")
     from gte_deploy.backends.openvino_backend import has_native_bf16
 
@@ -112,9 +132,21 @@ def _skip_without_openvino(precision: str) -> None:
         pytest.skip("this CPU does not compute in bfloat16")
 
 
-@pytest.fixture(scope="session", params=["torch", "onnx", "openvino", "openvino bf16"])
+_GPU = ("onnx cuda", "torch cuda", "torch cuda bf16", "tensorrt")
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "torch",
+        "onnx",
+        "openvino",
+        "openvino bf16",
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in _GPU),
+    ],
+)
 def backend(request: pytest.FixtureRequest) -> str:
-    """As `load_on` takes it: the name, and what it computes in where that is not fp32."""
+    """As `load_on` takes it: the name, where it runs, and what it computes in where that is not fp32."""
     return request.param
 
 

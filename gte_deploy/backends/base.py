@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.spec import ComputePrecision
+from gte_deploy.spec import Precision
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,17 @@ class Backend(Protocol):
 
     name: str
     """ "onnx", "openvino", "torch" or "tensorrt". """
-    precision: ComputePrecision
-    """What it computes in wherever the graph leaves it the choice."""
     device: str
     """Where it runs, such as "cpu" or "cuda:0"."""
     num_threads: int
     """CPU threads inside one operator."""
     outputs: tuple[str, ...]
     """The names that `run` can return."""
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in wherever the graph leaves it the choice; where its types are fixed, the bundle's."""
+        ...
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Compute the named outputs.

@@ -1,7 +1,8 @@
-"""ONNX Runtime: the graph of a bundle on the CPU or on CUDA."""
+"""ONNX Runtime: the graph of a bundle on the CPU, on CUDA or through TensorRT."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.tensorrt_shapes import Layout, plan_parts, write_inputs
 from gte_deploy.errors import BackendError, MissingDependencyError
-from gte_deploy.spec import ComputePrecision, ModelSpec
+from gte_deploy.spec import ModelSpec, Precision, Profile
 from gte_deploy.threads import available_cpus
 
 logger = logging.getLogger(__name__)
@@ -22,16 +24,42 @@ _LOG_ERRORS_ONLY = 3
 _NO_POSITIONS = np.empty((0, 2), dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class ThroughTensorRT:
+    """How ONNX Runtime's TensorRT provider compiles and runs a graph.
+
+    Args:
+        profile: the shapes that it compiles for. It is one: the provider builds several, and runs only the first.
+            https://github.com/microsoft/onnxruntime/issues/23965
+        cache: folder for what it compiles, this user's alone (it is executable code), and for one graph; None for no
+            cache: every opening compiles anew.
+        max_masks: mask positions of one run at most; None where the graph takes none.
+    """
+
+    profile: Profile
+    cache: Path | None
+    max_masks: int | None = None
+
+
 class OnnxBackend:
     """One inference session; `run` may be called from many threads at once."""
 
     name = "onnx"
-    precision: ComputePrecision = "fp32"
 
-    def __init__(self, graph: Path, spec: ModelSpec, *, device: str = "cpu", num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        spec: ModelSpec,
+        *,
+        device: str = "cpu",
+        num_threads: int | None = None,
+        precision: Precision = "fp32",
+        tensorrt: ThroughTensorRT | None = None,
+    ) -> None:
         """Open a session on an ONNX file; external data beside it is mapped by ONNX Runtime itself.
 
-        `num_threads` are used inside an operator; the default is every CPU that this process may use.
+        `num_threads` are used inside an operator on the CPU; the default is every CPU that this process may use.
+        `precision` is what the graph computes in, as its types say. `tensorrt` runs it through TensorRT on `device`.
 
         Raises:
             MissingDependencyError: onnxruntime is not installed.
@@ -39,14 +67,16 @@ class OnnxBackend:
         """
         self.spec = spec
         self.device = device
+        self.precision = precision
         self.num_threads = num_threads or available_cpus()
+        self._tensorrt = tensorrt
         ort = _import_onnxruntime()
         self._errors = _error_types()
         self._run_options = ort.RunOptions()
         self._session: Any = self._open(ort, graph)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
-        self._inputs = frozenset(node.name for node in self._session.get_inputs())
-        if unknown := sorted(self._inputs - _INPUTS):
+        self._inputs = tuple(node.name for node in self._session.get_inputs())
+        if unknown := sorted(set(self._inputs) - _INPUTS):
             raise BackendError(f"{graph} asks for the inputs {', '.join(unknown)}, which nothing here provides.")
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -56,22 +86,42 @@ class OnnxBackend:
             raise BackendError("this model is closed; load it again")
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
+        if self._tensorrt is not None:
+            return self._run_in_parts(session, self._tensorrt, batch, outputs)
         positions = _NO_POSITIONS if batch.mask_positions is None else batch.mask_positions
         offered = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "mask_positions": positions,
         }
-        feed = {name: offered[name] for name in self._inputs}
-        try:
-            values = session.run(list(outputs), feed, self._options_for(outputs))
-        except self._errors as error:
-            raise BackendError(f"ONNX Runtime failed on a batch of {batch.input_ids.shape}: {error}") from error
+        values = self._run(session, {name: offered[name] for name in self._inputs}, outputs)
         return {name: value.astype(np.float32, copy=False) for name, value in zip(outputs, values, strict=True)}
 
     def close(self) -> None:
         """See `Backend.close`."""
         self._session = None
+
+    def _run(self, session: Any, feed: Mapping[str, NDArray[np.int64]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        try:
+            return session.run(list(outputs), feed, self._options_for(outputs))
+        except self._errors as error:
+            raise BackendError(f"ONNX Runtime failed on a batch of {feed['input_ids'].shape}: {error}") from error
+
+    def _run_in_parts(
+        self, session: Any, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """As TensorRT itself would be run: padded to the profile, in parts where that has fewer rows."""
+        layout = Layout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
+        masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
+        whole = layout.shapes(batch.input_ids.shape, 0 if batch.mask_positions is None else len(batch.mask_positions))
+        results = {name: np.empty(whole[name], np.float32) for name in outputs}
+        for part in plan_parts(batch, [tensorrt.profile], masks):
+            shapes = layout.shapes(part.shape, part.num_masks)
+            feed = {name: np.empty(shapes[name], np.int64) for name in self._inputs}
+            write_inputs(batch, part, feed, pad_token_id=self.spec.pad_token_id)
+            for name, values in zip(outputs, self._run(session, feed, outputs), strict=True):
+                layout.place(name, values, part, results[name])
+        return results
 
     def _options_for(self, outputs: Sequence[str]) -> Any:
         return None if self._needs_every_node(outputs) else self._run_options
@@ -95,7 +145,7 @@ class OnnxBackend:
         # A memory pattern for every shape seen would only add to it.
         options.enable_mem_pattern = False
         self._run_options.only_execute_path_to_fetches = True
-        providers = _providers(ort, self.device)
+        providers = _providers(ort, self.device, self._tensorrt)
         try:
             session = ort.InferenceSession(str(graph), options, providers=providers)
         except self._errors as error:
@@ -103,8 +153,9 @@ class OnnxBackend:
         wanted, active = providers[0][0], session.get_providers()[0]
         if active != wanted:
             raise BackendError(
-                f"device {self.device!r} needs {wanted}, and ONNX Runtime fell back to {active}: its CUDA libraries "
-                "could not be loaded. Install them, or pass device='cpu'."
+                f"device {self.device!r} needs {wanted}, and ONNX Runtime fell back to {active}: the libraries of "
+                f"{'TensorRT 10 (pip install tensorrt-cu12==10.*)' if self._tensorrt else 'CUDA'} could not be loaded. "
+                "Install them, or pass device='cpu'."
             )
         return session
 
@@ -125,14 +176,36 @@ def _error_types() -> tuple[type[Exception], ...]:
     return (*(kind for kind in kinds if issubclass(kind, Exception)), RuntimeError)
 
 
-def _providers(ort: Any, device: str) -> list[tuple[str, dict[str, Any]]]:
+def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """Providers in the order in which they may take a node."""
     kind, index = parse_device(device)
+    cpu: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
     if kind == "cpu":
-        return [("CPUExecutionProvider", {})]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return [cpu]
+    wanted = "CUDAExecutionProvider" if tensorrt is None else "TensorrtExecutionProvider"
+    if wanted not in ort.get_available_providers():
         raise BackendError(
-            f"device {device!r} needs onnxruntime-gpu, and the installed onnxruntime is for the CPU only: "
+            f"device {device!r} needs {wanted} of onnxruntime-gpu, and the installed onnxruntime has none: "
             "pip uninstall onnxruntime && pip install 'gte-deploy[gpu]'. Or pass device='cpu'."
         )
-    cuda = {"device_id": index, "arena_extend_strategy": "kSameAsRequested"}
-    return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
+    # By default the arena doubles, and TF32 rounds what a matrix product reads in FP32 to ten bits.
+    cuda = {"device_id": index, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    providers: list[tuple[str, dict[str, Any]]] = [("CUDAExecutionProvider", cuda), cpu]
+    if tensorrt is not None:
+        providers.insert(0, ("TensorrtExecutionProvider", {"device_id": index, **_tensorrt_options(tensorrt)}))
+    return providers
+
+
+def _tensorrt_options(tensorrt: ThroughTensorRT) -> dict[str, Any]:
+    """None of the precision flags: without them the network is strongly typed, and the graph says every type."""
+    profile = tensorrt.profile
+    options: dict[str, Any] = {}
+    masks = None if tensorrt.max_masks is None else (1, min(8, tensorrt.max_masks), tensorrt.max_masks)
+    for index, (end, (rows, tokens)) in enumerate((("min", profile.min), ("opt", profile.opt), ("max", profile.max))):
+        shapes = [f"{name}:{rows}x{tokens}" for name in ("input_ids", "attention_mask")]
+        shapes += [] if masks is None else [f"mask_positions:{masks[index]}x2"]
+        options[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+    if tensorrt.cache is not None:
+        for name in ("trt_engine_cache", "trt_timing_cache"):
+            options |= {f"{name}_enable": True, f"{name}_path": str(tensorrt.cache)}
+    return options

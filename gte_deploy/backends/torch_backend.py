@@ -1,6 +1,6 @@
-"""PyTorch in float32: the reference that every other backend is compared with.
+"""PyTorch: in float32 the reference that every other backend is compared with, in bfloat16 padding-free on GPUs.
 
-Shapes: B rows, S tokens, M masks, H hidden size, V vocabulary, L labels.
+Shapes: B rows, S tokens, T tokens of all rows without padding, M masks, H hidden size, V vocabulary, L labels.
 """
 
 import logging
@@ -33,80 +33,152 @@ class TorchBackend:
     """One of transformers' Gte modules in evaluation mode; `run` may be called from many threads at once."""
 
     name = "torch"
-    precision: ComputePrecision = "fp32"
 
-    def __init__(self, model: Any, spec: ModelSpec, *, device: str = "cpu", num_threads: int | None = None) -> None:
-        """Move `model` to `device`.
+    def __init__(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        *,
+        device: str = "cpu",
+        num_threads: int | None = None,
+        packed: bool | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Move `model` to `device`; it is in float32 or bfloat16.
 
         PyTorch's thread count belongs to the whole process. `num_threads` sets it; without it the count is left as it
         is, unless it is above the CPUs that the process may use: then it is lowered to them.
 
+        `packed` computes no padding: the rows lie behind one another, and attention is of variable length. Its kernel
+        is CUDA's for 16 bits, so that is the default; elsewhere attention goes row by row, and the answers are the
+        same. `compile` compiles the encoder with torch.compile, for all shapes.
+
         Raises:
             BackendError: the device is not there.
         """
+        import torch
+
         self.spec = spec
         self.device = device
         self.outputs = _OUTPUTS[spec.task]
+        self.precision: ComputePrecision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+        on_cuda = parse_device(device)[0] == "cuda"
+        self._is_packed = on_cuda and self.precision == "bf16" if packed is None else packed
+        if self._is_packed:
+            from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
+
+            register_packed_attention()
+            model.set_attn_implementation(PACKED_ATTENTION)
         self._model: Any = model.to(_torch_device(device)).eval()
+        encoder = self._model if spec.task == "embed" else self._model.gte
+        self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
         import torch
 
-        model = self._model
-        if model is None:
+        model, encoder = self._model, self._encoder
+        if model is None or encoder is None:
             raise BackendError("this model is closed; load it again")
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
+        if "logits" in outputs and self.spec.task == "fill-mask" and batch.mask_positions is None:
+            raise BackendError("logits of a fill-mask model need mask_positions in the batch")
+        compute = self._packed if self._is_packed else self._padded
         try:
             with torch.inference_mode():
-                tensors = self._compute(model, batch, outputs)
+                tensors = compute(model, encoder, batch, outputs)
                 return {name: tensors[name].float().cpu().numpy() for name in outputs}
         except RuntimeError as error:
             raise BackendError(f"PyTorch failed on a batch of {batch.input_ids.shape}: {error}") from error
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._model = None
+        self._model = self._encoder = None
 
-    def _compute(self, model: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
+    def _padded(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
+        # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
+        mask = None if batch.attention_mask.all() else self._tensor(batch.attention_mask)
+        encoded = encoder(input_ids=self._tensor(batch.input_ids), attention_mask=mask)
+        hidden = encoded.last_hidden_state
+        tensors = {"last_hidden_state": hidden}
+        if "sentence_embedding" in outputs:
+            tensors["sentence_embedding"] = self._pooled(hidden, mask)
+        if "logits" not in outputs:
+            return tensors
+        if self.spec.task == "classify":
+            tensors["logits"] = model.classifier(encoded.pooler_output)
+        elif self.spec.task == "token-classify":
+            tensors["logits"] = model.classifier(hidden)
+        else:
+            assert batch.mask_positions is not None  # `run` has looked
+            # Only these rows: the whole [S, V] product of one long text would take a gigabyte.
+            tensors["logits"] = model.lm_head(hidden[batch.mask_positions[:, 0], batch.mask_positions[:, 1]])
+        return tensors
+
+    def _packed(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
+        """As `_padded`, over the T real tokens of all rows as one row; what stands at padding is 0."""
         import torch
 
-        encoder = model if self.spec.task == "embed" else model.gte
-        device = _torch_device(self.device)
-        # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
-        mask = None if batch.attention_mask.all() else torch.tensor(batch.attention_mask, device=device)
-        encoded = encoder(input_ids=torch.tensor(batch.input_ids, device=device), attention_mask=mask)
-        tensors = {"last_hidden_state": encoded.last_hidden_state}
-        if "sentence_embedding" in outputs:
-            tensors["sentence_embedding"] = self._pooled(encoded.last_hidden_state, mask)
-        if "logits" in outputs:
-            tensors["logits"] = self._logits(model, encoded, batch)
+        real = batch.attention_mask == 1
+        rows, columns = (self._tensor(places) for places in np.nonzero(real))
+        lengths = real.sum(axis=1)
+        starts = np.concatenate(([0], lengths.cumsum()))
+        hidden = encoder(
+            input_ids=self._tensor(batch.input_ids[real])[None],
+            position_ids=columns[None],
+            cu_seqlens=self._tensor(starts.astype(np.int32)),
+            # A bound is enough, and few different ones are compiled for less often.
+            max_seqlen=1 << int(lengths.max() - 1).bit_length(),
+        ).last_hidden_state[0]
+
+        def padded(values: Any) -> Any:
+            out = values.new_zeros((*real.shape, values.shape[-1]))
+            out[rows, columns] = values
+            return out
+
+        tensors = {}
+        if "last_hidden_state" in outputs:
+            tensors["last_hidden_state"] = padded(hidden)
+        if "sentence_embedding" in outputs and self.spec.pooling == "cls":
+            tensors["sentence_embedding"] = hidden[starts[:-1]]
+        elif "sentence_embedding" in outputs:
+            tensors["sentence_embedding"] = torch.segment_reduce(hidden.float(), "mean", lengths=self._tensor(lengths))
+        if "logits" not in outputs:
+            return tensors
+        if self.spec.task == "classify":
+            tensors["logits"] = model.classifier(model.gte.pooler(hidden[starts[:-1], None]))
+        elif self.spec.task == "token-classify":
+            tensors["logits"] = padded(model.classifier(hidden))
+        else:
+            assert batch.mask_positions is not None  # `run` has looked
+            row, column = batch.mask_positions.T
+            tensors["logits"] = model.lm_head(hidden[starts[row] + real.cumsum(axis=1)[row, column] - 1])
         return tensors
 
     def _pooled(self, hidden: Any, mask: Any) -> Any:
         if self.spec.pooling == "cls":
             return hidden[:, 0]
         if mask is None:
-            return hidden.mean(dim=1)
-        weights = mask[:, :, None].to(hidden.dtype)
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+            return hidden.float().mean(dim=1)
+        weights = mask[:, :, None]
+        return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
-    def _logits(self, model: Any, encoded: Any, batch: Batch) -> Any:
-        hidden = encoded.last_hidden_state
-        if self.spec.task == "classify":
-            return model.classifier(encoded.pooler_output)
-        if self.spec.task == "token-classify":
-            return model.classifier(hidden)
-        if batch.mask_positions is None:
-            raise BackendError("logits of a fill-mask model need mask_positions in the batch")
-        # Only these rows: the whole [S, V] product of one long text would take a gigabyte.
-        rows, tokens = batch.mask_positions[:, 0], batch.mask_positions[:, 1]
-        return model.lm_head(hidden[rows, tokens])
+    def _tensor(self, array: NDArray[Any]) -> Any:
+        import torch
+
+        return torch.tensor(array, device=_torch_device(self.device))
 
 
-def open_torch_backend(folder: Path, *, device: str = "cpu", num_threads: int | None = None) -> TorchBackend:
+def open_torch_backend(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    num_threads: int | None = None,
+    precision: ComputePrecision = "fp32",
+    compile: bool = False,
+) -> TorchBackend:
     """Load a checkpoint folder of either layout.
 
     Raises:
@@ -116,12 +188,15 @@ def open_torch_backend(folder: Path, *, device: str = "cpu", num_threads: int | 
     for module in ("torch", "transformers"):
         _require(module)
     _torch_device(device)
+    import torch
+
     from gte_deploy.models.checkpoint import load_model
     from gte_deploy.models.config import task_of
 
     task = task_of(folder)
-    model = load_model(folder, task=task)
-    return TorchBackend(model, spec_from_checkpoint(folder, model.config, task), device=device, num_threads=num_threads)
+    model = load_model(folder, task=task, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    spec = spec_from_checkpoint(folder, model.config, task)
+    return TorchBackend(model, spec, device=device, num_threads=num_threads, compile=compile)
 
 
 def _require(module: str) -> None:

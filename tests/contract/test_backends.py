@@ -13,8 +13,11 @@ from gte_deploy.batching import collate
 GOLDEN_TOLERANCE, GOLDEN_LONG_TOLERANCE = 1e-4, 5e-4  # see tests/golden/README.md
 # Of the largest value. Random weights make more of bfloat16's rounding than trained ones, for which parity is strict.
 GOLDEN_BF16_SHARE = 0.1
-# A row beside others against the row alone: the same float32 sums in another order.
-ROW_TOLERANCE = 1e-5
+# A row beside others against the row alone: the same float32 sums in another order, and on a GPU of other tiles.
+ROW_TOLERANCE, ROW_TOLERANCE_ON_GPUS = 1e-5, 1e-4
+# The same where another shape may round to 16 bits elsewhere.
+ROW_TOLERANCE_OF_HALVES = 0.1
+HALVES = ("tensorrt", "torch cuda bf16")
 
 TEXTS = ["the king of france", "a", "", "walking and playing in the old city " * 3, "中国 water!", "the queen is not"]
 
@@ -25,6 +28,23 @@ def batch_of(rows, length=None, *, positions=None):
         return dataclasses.replace(batch, mask_positions=positions)
     pad = ((0, 0), (0, length - batch.input_ids.shape[1]))
     return Batch(np.pad(batch.input_ids, pad), np.pad(batch.attention_mask, pad), positions)
+
+
+@pytest.fixture
+def row_tolerance(backend):
+    if backend in HALVES:
+        return ROW_TOLERANCE_OF_HALVES
+    return ROW_TOLERANCE_ON_GPUS if "cuda" in backend else ROW_TOLERANCE
+
+
+@pytest.fixture
+def same(backend, row_tolerance):
+    """`same(found, expected)`: a batch again. TensorRT-RTX goes over to kernels that it compiles meanwhile."""
+
+    def check(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=row_tolerance if backend == "tensorrt" else 0)
+
+    return check
 
 
 @pytest.fixture
@@ -40,9 +60,10 @@ def test_it_says_what_it_is(models, backend):
     for task, model in models.items():
         info = model.info()
         assert info["backend"] == model.backend == backend.split()[0]
-        assert info["precision"] == ("bf16" if "bf16" in backend else "fp32")
+        assert info["precision"] == {"tensorrt": "fp16"}.get(backend, "bf16" if "bf16" in backend else "fp32")
         assert info["backend_reason"] == "it was asked for"
-        assert (info["task"], info["device"], info["num_threads"]) == (task, "cpu", 1)
+        device = "cuda" if backend == "tensorrt" or "cuda" in backend else "cpu"
+        assert (info["task"], info["device"], info["num_threads"]) == (task, device, 1)
         assert (info["max_length"], info["vocab_size"], info["hidden_size"]) == (128, 128, 32)
 
 
@@ -71,7 +92,7 @@ def test_the_graphs_pooling_is_that_of_its_hidden_states(engines):
     np.testing.assert_allclose(outputs["sentence_embedding"], outputs["last_hidden_state"][:, 0], atol=1e-6)
 
 
-def test_a_row_in_a_batch_is_the_row_alone(engines):
+def test_a_row_in_a_batch_is_the_row_alone(engines, row_tolerance):
     names = {"fill-mask": "logits", "embed": "sentence_embedding", "classify": "logits"}
     for task, engine in engines.items():
         name = names[task]
@@ -79,27 +100,27 @@ def test_a_row_in_a_batch_is_the_row_alone(engines):
         together = engine.run(batch_of(ROWS, positions=positions), [name])[name]
         for index, row in enumerate(ROWS):
             alone = engine.run(batch_of([row], positions=np.array([[0, positions[index, 1]]])), [name])[name]
-            np.testing.assert_allclose(together[index], alone[0], atol=ROW_TOLERANCE, err_msg=task)
+            np.testing.assert_allclose(together[index], alone[0], atol=row_tolerance, err_msg=task)
 
 
-def test_padding_changes_nothing(engines):
+def test_padding_changes_nothing(engines, row_tolerance):
     for task, engine in engines.items():
         plain = engine.run(batch_of(ROWS), ["last_hidden_state"])["last_hidden_state"]
         padded = engine.run(batch_of(ROWS, 40), ["last_hidden_state"])["last_hidden_state"]
         for index, row in enumerate(ROWS):
             np.testing.assert_allclose(
-                plain[index, : len(row)], padded[index, : len(row)], atol=ROW_TOLERANCE, err_msg=task
+                plain[index, : len(row)], padded[index, : len(row)], atol=row_tolerance, err_msg=task
             )
 
 
-def test_what_stands_in_padding_changes_nothing(engines):
+def test_what_stands_in_padding_changes_nothing(engines, row_tolerance):
     batch = batch_of(ROWS, 16)
     other = dataclasses.replace(batch, input_ids=np.where(batch.attention_mask == 1, batch.input_ids, 77))
     for engine in engines.values():
         one = engine.run(batch, ["last_hidden_state"])["last_hidden_state"]
         two = engine.run(other, ["last_hidden_state"])["last_hidden_state"]
         mask = batch.attention_mask == 1
-        np.testing.assert_allclose(one[mask], two[mask], atol=ROW_TOLERANCE)
+        np.testing.assert_allclose(one[mask], two[mask], atol=row_tolerance)
 
 
 def test_no_mask_gives_no_logits(engines):
@@ -145,16 +166,16 @@ def changed(array, index, value):
         ({"input_ids": np.ones((1, 129), np.int64), "attention_mask": np.ones((1, 129), np.int64)}, "1 to 128"),
     ],
 )
-def test_a_bad_batch_is_refused_and_the_next_good_one_unchanged(engines, fields, message):
+def test_a_bad_batch_is_refused_and_the_next_good_one_unchanged(engines, fields, message, same):
     engine = engines["fill-mask"]
     before = engine.run(GOOD, ["logits"])["logits"]
     with pytest.raises(gte_deploy.InputError, match=message):
         engine.run(dataclasses.replace(GOOD, **fields), ["logits"])
-    np.testing.assert_array_equal(engine.run(GOOD, ["logits"])["logits"], before)
+    same(engine.run(GOOD, ["logits"])["logits"], before)
 
 
 def assert_golden(found, expected, backend, atol=GOLDEN_TOLERANCE):
-    atol = GOLDEN_BF16_SHARE * np.abs(expected).max() if "bf16" in backend else atol
+    atol = GOLDEN_BF16_SHARE * np.abs(expected).max() if "bf16" in backend or backend in HALVES else atol
     np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
 
@@ -184,7 +205,7 @@ def test_closed(backend, load_on, word_checkpoints):
         model.encode("a")
 
 
-def test_closing_while_others_run_breaks_none_of_them(backend, load_on, word_checkpoints):
+def test_closing_while_others_run_breaks_none_of_them(backend, load_on, word_checkpoints, row_tolerance):
     model = load_on(backend, word_checkpoints["embed"], num_threads=1)
     expected = model.encode(TEXTS)
     problems = []
@@ -192,7 +213,7 @@ def test_closing_while_others_run_breaks_none_of_them(backend, load_on, word_che
     def work():
         try:
             for _ in range(50):
-                np.testing.assert_allclose(model.encode(TEXTS), expected, atol=ROW_TOLERANCE)
+                np.testing.assert_allclose(model.encode(TEXTS), expected, atol=row_tolerance)
         except gte_deploy.BackendError as error:
             if "closed" not in str(error):
                 problems.append(error)
@@ -211,7 +232,7 @@ def test_closing_while_others_run_breaks_none_of_them(backend, load_on, word_che
 class TestModel:
     """The object above a backend, on each of them."""
 
-    def test_order_is_kept_whatever_the_batches(self, models):
+    def test_order_is_kept_whatever_the_batches(self, models, row_tolerance):
         model = models["embed"]
         expected = np.stack([model.encode(text) for text in TEXTS])
         for options in (
@@ -221,18 +242,18 @@ class TestModel:
             {"max_batch_tokens": 1},
             {"max_batch_tokens": 10_000},
         ):
-            np.testing.assert_allclose(model.encode(TEXTS, **options), expected, atol=ROW_TOLERANCE)
+            np.testing.assert_allclose(model.encode(TEXTS, **options), expected, atol=row_tolerance)
             reverse = model.encode(TEXTS[::-1], **options)
-            np.testing.assert_allclose(reverse, expected[::-1], atol=ROW_TOLERANCE)
+            np.testing.assert_allclose(reverse, expected[::-1], atol=row_tolerance)
 
-    def test_a_list_tokenised_in_parts_answers_the_same(self, models, runtime_models, monkeypatch):
+    def test_a_list_tokenised_in_parts_answers_the_same(self, models, runtime_models, monkeypatch, row_tolerance):
         masked = list(runtime_models.TEXTS) * 3
         pairs = [("the king", text) for text in TEXTS * 3]
         expected = models["embed"].encode(TEXTS * 3), models["classify"].predict(pairs)
         tokens = [[c["token"] for c in np.ravel(answer)] for answer in models["fill-mask"].fill_mask(masked)]
         monkeypatch.setattr("gte_deploy.batching._WINDOW", 4)
-        np.testing.assert_allclose(models["embed"].encode(TEXTS * 3), expected[0], atol=ROW_TOLERANCE)
-        np.testing.assert_allclose(models["classify"].predict(pairs), expected[1], atol=ROW_TOLERANCE)
+        np.testing.assert_allclose(models["embed"].encode(TEXTS * 3), expected[0], atol=row_tolerance)
+        np.testing.assert_allclose(models["classify"].predict(pairs), expected[1], atol=row_tolerance)
         assert [[c["token"] for c in np.ravel(a)] for a in models["fill-mask"].fill_mask(masked)] == tokens
 
     def test_an_input_that_is_refused_costs_no_run(self, models, monkeypatch):
@@ -254,31 +275,32 @@ class TestModel:
             with pytest.raises(gte_deploy.InputError, match=message):
                 getattr(models[task], call)([[text] for text in inputs] if call == "predict" else inputs)
 
-    def test_fill_mask_of_a_list_is_that_of_each_text(self, models, runtime_models):
+    def test_fill_mask_of_a_list_is_that_of_each_text(self, models, runtime_models, row_tolerance):
         model, texts = models["fill-mask"], list(runtime_models.TEXTS)
-        together = model.fill_mask(texts, top_k=3)
+        top_k = 1 if row_tolerance == ROW_TOLERANCE_OF_HALVES else 3  # rounding may swap neighbours
+        together = model.fill_mask(texts, top_k=top_k)
         for text, answer in zip(texts, together, strict=True):
-            alone = model.fill_mask(text, top_k=3)
+            alone = model.fill_mask(text, top_k=top_k)
             flat = [c for masks in (alone if isinstance(alone[0], list) else [alone]) for c in masks]
             also = [c for masks in (answer if isinstance(answer[0], list) else [answer]) for c in masks]
             for one, other in zip(flat, also, strict=True):
                 assert {**one, "score": 0} == {**other, "score": 0}
-                assert one["score"] == pytest.approx(other["score"], abs=ROW_TOLERANCE)
+                assert one["score"] == pytest.approx(other["score"], abs=row_tolerance)
 
-    def test_poolings(self, models):
+    def test_poolings(self, models, row_tolerance):
         for model in (models["embed"], models["fill-mask"]):
             tokens = model.encode(TEXTS, output_value="token_embeddings")
             for pooling, expected in (("cls", [t[0] for t in tokens]), ("mean", [t.mean(axis=0) for t in tokens])):
-                np.testing.assert_allclose(model.encode(TEXTS, pooling=pooling), expected, atol=ROW_TOLERANCE)
+                np.testing.assert_allclose(model.encode(TEXTS, pooling=pooling), expected, atol=row_tolerance)
 
-    def test_tokenize_is_what_is_run(self, models):
+    def test_tokenize_is_what_is_run(self, models, row_tolerance):
         features = models["embed"].tokenize(TEXTS)
         assert {name: array.dtype for name, array in features.items()} == {
             "input_ids": np.int64,
             "attention_mask": np.int64,
         }
         outputs = models["embed"]._backend.run(Batch(**features), ["sentence_embedding"])["sentence_embedding"]
-        np.testing.assert_allclose(models["embed"].encode(TEXTS), outputs, atol=ROW_TOLERANCE)
+        np.testing.assert_allclose(models["embed"].encode(TEXTS), outputs, atol=row_tolerance)
 
     def test_rank(self, models):
         documents = [text for text in TEXTS if text]
@@ -303,7 +325,7 @@ def test_backends_agree(load_on, word_checkpoints, other):
             np.testing.assert_allclose(torch.predict(pairs), engine.predict(pairs), atol=1e-4)
 
 
-def test_arrays_of_any_layout(engines):
+def test_arrays_of_any_layout(engines, same):
     """Views and read-only arrays are answered as their copies are, and are left as they were."""
     batch = batch_of(ROWS, positions=POSITIONS)
     ids = np.repeat(batch.input_ids, 2, axis=1)[:, ::2]
@@ -313,11 +335,11 @@ def test_arrays_of_any_layout(engines):
     engine = engines["fill-mask"]
     for name in engine.outputs:
         found = engine.run(Batch(ids, mask, POSITIONS[::-1][::-1]), [name])[name]
-        np.testing.assert_array_equal(found, engine.run(batch, [name])[name])
+        same(found, engine.run(batch, [name])[name])
     np.testing.assert_array_equal(ids, batch.input_ids)
 
 
-def test_results_are_the_callers_own(engines):
+def test_results_are_the_callers_own(engines, same):
     engine = engines["fill-mask"]
     first = engine.run(GOOD, ["logits", "last_hidden_state"])
     kept = {name: value.copy() for name, value in first.items()}
@@ -326,7 +348,7 @@ def test_results_are_the_callers_own(engines):
         np.testing.assert_array_equal(value, kept[name])
         value[:] = 7
     for name, value in engine.run(GOOD, ["logits", "last_hidden_state"]).items():
-        np.testing.assert_array_equal(value, kept[name])
+        same(value, kept[name])
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])

@@ -5,17 +5,20 @@ import importlib.util
 import pytest
 
 from gte_deploy import engine_choice, picks
-from gte_deploy.bundle import GraphEntry, Manifest
-from gte_deploy.engine_choice import choose_engine
-from gte_deploy.spec import ModelSpec
+from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
+from gte_deploy.engine_choice import choose_engine, is_for_gpus
+from gte_deploy.errors import BackendError, MissingDependencyError
+from gte_deploy.spec import ModelSpec, Profile, TensorSpec
 
 FIND_SPEC = importlib.util.find_spec
 SPEC = ModelSpec(task="embed", max_length=8, vocab_size=10, hidden_size=4, pad_token_id=0)
 GRAPH = GraphEntry("onnx/model.onnx", 20, (), (), {})
+IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
+PLAN = PlanEntry("p", "tensorrt-rtx", "1.7", ("8.9",), (Profile((1, 1), (1, 8), (1, 8)),), (IDS,), (IDS,), {})
 
 
-def manifest(precision="fp32", engines=("onnxruntime", "openvino")):
-    return Manifest(SPEC, precision, dict.fromkeys(engines, GRAPH), {}, {}, {})
+def manifest(precision="fp32", engines=("onnxruntime", "openvino"), **more):
+    return Manifest(SPEC, precision, dict.fromkeys(engines, GRAPH), {}, {}, {}, **more)
 
 
 @pytest.fixture
@@ -105,3 +108,59 @@ def test_a_pick_comes_before_the_rule(machine):
 def test_a_pick_that_means_nothing_here_is_passed_over(machine, backend, precision):
     record(backend, precision)
     assert chosen(manifest()) == ("onnx", "fp32")
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """`fits(error)`: whether the plan fits the machine, or why not."""
+
+    def make(error=None):
+        def check_plan(plan, device):
+            assert plan is PLAN and device.startswith("cuda")
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr("gte_deploy.backends.tensorrt_plan.check_plan", check_plan)
+
+    return make
+
+
+def test_what_is_made_for_gpus():
+    assert not is_for_gpus(manifest("int8"))
+    for bundle in (
+        manifest("fp16", (), plan=PLAN),
+        manifest("fp16", ("tensorrt",)),
+        manifest("fp16", ("onnxruntime",), target="cuda"),
+    ):
+        assert is_for_gpus(bundle)
+
+
+def test_an_engine_that_fits_is_taken(machine, fits):
+    fits()
+    for engines in ((), ("tensorrt",)):
+        choice = choose_engine(manifest("fp16", engines, plan=PLAN))
+        assert (choice.backend, choice.device) == (
+            "tensorrt",
+            "cuda",
+        ) and "fits this TensorRT and this GPU" in choice.reason
+        assert choose_engine(manifest("fp16", engines, plan=PLAN), device="cuda:1").device == "cuda:1"
+
+
+@pytest.mark.parametrize("error", [BackendError("no GPU"), MissingDependencyError("cuda.bindings", "rtx")])
+def test_an_engine_that_does_not_fit_is_left_for_its_graph(machine, fits, error, monkeypatch):
+    fits(error)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    choice = choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN))
+    assert (choice.backend, choice.device) == ("onnx", "cpu") and str(error) in choice.reason
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN)).device == "cuda"
+    assert choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN), device="cuda:1").device == "cuda:1"
+    alone = choose_engine(manifest("fp16", (), plan=PLAN))
+    assert alone.backend == "tensorrt" and str(error) in alone.reason
+
+
+def test_without_an_engine_the_graph_is_taken(machine):
+    choice = choose_engine(manifest("fp16", ("onnxruntime",), target="cuda"))
+    assert (choice.backend, choice.device) == ("onnx", "cuda")
+    choice = choose_engine(manifest("fp16", ("tensorrt",)), device="cpu")
+    assert (choice.backend, choice.device, choice.reason) == ("onnx", "cpu", "the bundle has no TensorRT engine")

@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import gte_deploy
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnx_backend import OnnxBackend
+from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT, _providers
 from gte_deploy.bundle import FileEntry, GraphEntry, Manifest, read_manifest
 from gte_deploy.errors import BackendError, BundleError, InputError, MissingDependencyError, NonFiniteError
 from gte_deploy.files import sha256_file
 from gte_deploy.onnx_inspection import check_graphs, inspect_onnx
-from gte_deploy.spec import ModelSpec
+from gte_deploy.spec import ModelSpec, Profile
 
 SPEC = ModelSpec(task="embed", max_length=8, vocab_size=10, hidden_size=4, pad_token_id=0)
 
@@ -178,6 +178,55 @@ def test_cuda_is_not_replaced_by_the_cpu(tmp_path):
         pytest.skip("this onnxruntime has CUDA; tests/contract covers it there")
     with pytest.raises(BackendError, match=r"gte-deploy\[gpu\]"):
         OnnxBackend(saved(tmp_path, graph_model()), SPEC, device="cuda")
+
+
+TENSORRT = ThroughTensorRT(Profile((1, 1), (2, 4), (2, 8)), None)
+
+
+def test_cuda_and_tensorrt_get_their_options(monkeypatch, tmp_path):
+    import onnxruntime
+
+    every = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    cuda = {"device_id": 1, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    assert _providers(onnxruntime, "cuda:1") == [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
+    options = {
+        "device_id": 1,
+        "trt_profile_min_shapes": "input_ids:1x1,attention_mask:1x1",
+        "trt_profile_opt_shapes": "input_ids:2x4,attention_mask:2x4",
+        "trt_profile_max_shapes": "input_ids:2x8,attention_mask:2x8",
+    }
+    plain = _providers(onnxruntime, "cuda:1", TENSORRT)
+    assert plain == [("TensorrtExecutionProvider", options), *_providers(onnxruntime, "cuda:1")]
+    kept = dataclasses.replace(TENSORRT, cache=tmp_path, max_masks=4)
+    ((_, found), *_) = _providers(onnxruntime, "cuda:1", kept)
+    assert found["trt_profile_min_shapes"].endswith(",mask_positions:1x2")
+    assert found["trt_profile_opt_shapes"].endswith(",mask_positions:4x2")
+    assert found["trt_profile_max_shapes"].endswith(",mask_positions:4x2")
+    assert {name: value for name, value in found.items() if "cache" in name} == {
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(tmp_path),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(tmp_path),
+    }
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every[1:])
+    with pytest.raises(BackendError, match="needs TensorrtExecutionProvider of onnxruntime-gpu"):
+        _providers(onnxruntime, "cuda", TENSORRT)
+
+
+def test_through_tensorrt_a_batch_is_run_in_parts_of_the_profiles_shape(tmp_path):
+    """The provider itself needs a GPU; what is run on it, and what becomes of it, is the same on the CPU."""
+    path = saved(tmp_path, graph_model())
+    plain, backend = OnnxBackend(path, SPEC, num_threads=1), OnnxBackend(path, SPEC, num_threads=1, tensorrt=TENSORRT)
+    shapes = []
+    run = backend._run
+    backend._run = lambda session, feed, outputs: (
+        shapes.append({name: array.shape for name, array in feed.items()}) or run(session, feed, outputs)
+    )
+    batch = batch_of(np.arange(15).reshape(5, 3) % 10)
+    expected = plain.run(batch, ["last_hidden_state"])["last_hidden_state"]
+    np.testing.assert_array_equal(backend.run(batch, ["last_hidden_state"])["last_hidden_state"], expected)
+    assert shapes == [{"input_ids": (rows, 8), "attention_mask": (rows, 8)} for rows in (2, 2, 1)]
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "CPU", "", 0])
