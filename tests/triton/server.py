@@ -43,7 +43,7 @@ _PYTHON = "{}.{}".format(*sys.version_info)
 _LIBRARY_FOLDER = sysconfig.get_config_var("LIBDIR")
 _PORT_TRIES = 3
 _STOP_S = 30.0
-_LOG_CHARS = 6000
+_LOG_CHARS = 20_000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -198,8 +198,9 @@ class Server:
         self.close()
 
     def log(self) -> str:
-        """What the server wrote so far."""
-        return self._log.read_text(encoding="utf-8", errors="replace") if self._log.is_file() else ""
+        """What the server wrote so far, without its tables."""
+        text = self._log.read_text(encoding="utf-8", errors="replace") if self._log.is_file() else ""
+        return "\n".join(line for line in text.splitlines() if not line.startswith(("+", "|")))
 
     def close(self) -> None:
         """Stop it: politely, then not. Idempotent."""
