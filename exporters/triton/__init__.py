@@ -1,0 +1,1 @@
+"""The parts of a Triton model repository: graph, configurations, Python models, checks."""

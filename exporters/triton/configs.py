@@ -1,0 +1,556 @@
+"""What config.pbtxt says of every model of a repository, as plain data, and that data as protobuf text.
+
+Field names and meanings: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gte_deploy._version import __version__
+from gte_deploy.spec import ModelSpec, Precision, Profile, TensorSpec
+
+DeviceName = Literal["gpu", "cpu"]
+Config = dict[str, Any]
+
+TOKENIZER, ENCODER = "gte_tokenizer", "gte_encoder"
+CACHE_FOLDER = "/var/cache/gte-triton"
+"""Where a server keeps the TensorRT engines that ONNX Runtime builds; a volume, so that they outlive it."""
+
+_DATA_TYPES = {
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+}
+_SHORTEST = 16
+# Vocabulary logits of one batch: 256 MB.
+_MAX_LOGITS = 1 << 26
+
+
+class Word(str):
+    """A value of an enumeration, which protobuf text has without quotes."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What differs between the GPU's config.pbtxt and the CPU's configs/cpu.pbtxt.
+
+    Args:
+        name: "gpu" or "cpu".
+        max_batch_size: rows of one run of the encoder, and of one request.
+        preferred_batch_sizes: that the batcher need not wait to exceed.
+        queue_delay_us: how long the batcher waits for company.
+        spare_tokens: padding that one run less is worth.
+        tokenizers: processes that tokenise.
+    """
+
+    name: DeviceName
+    max_batch_size: int
+    preferred_batch_sizes: tuple[int, ...]
+    queue_delay_us: int
+    spare_tokens: int
+    tokenizers: int
+
+    @property
+    def encoder_kind(self) -> Word:
+        return Word("KIND_GPU" if self.name == "gpu" else "KIND_CPU")
+
+
+def default_device(name: DeviceName, max_batch_size: int | None = None) -> Device:
+    """A GPU fills only with large batches; a CPU is busy with few tokens, and gains little from many."""
+    size = max_batch_size or (32 if name == "gpu" else 8)
+    preferred = tuple(n for n in (8, 16, 32, 64, 128) if n <= size)[-2:] if name == "gpu" else ()
+    return Device(
+        name=name,
+        max_batch_size=size,
+        preferred_batch_sizes=preferred,
+        queue_delay_us=1000 if name == "gpu" else 500,
+        spare_tokens=800 if name == "gpu" else 25,
+        tokenizers=2 if name == "gpu" else 1,
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What runs as gte_encoder.
+
+    Args:
+        backend: Triton's name for it.
+        files: device -> name of the graph or plan in the version's folder; a device that is not there is not served.
+        inputs: with the batch axis.
+        outputs: with the batch axis.
+        profiles: of a TensorRT plan.
+        max_masks: that one run takes.
+        accelerator: "tensorrt" where ONNX Runtime hands the graph to TensorRT on a GPU.
+    """
+
+    backend: Literal["onnxruntime", "tensorrt"]
+    files: Mapping[DeviceName, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...] = ()
+    max_masks: int = 1 << 16
+    accelerator: Literal["cuda", "tensorrt"] = "cuda"
+
+    @property
+    def batched(self) -> bool:
+        """Whether Triton may join requests. A plan's (row, token) pairs of masks count rows of one request."""
+        return self.backend == "onnxruntime" or "mask_positions" not in self.input_names
+
+    @property
+    def input_names(self) -> list[str]:
+        return [tensor.name for tensor in self.inputs]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a repository's configurations are made of; lengths and sizes are those of the encoder that was chosen.
+
+    Args:
+        spec: the model's facts; its max_length is what the encoder takes.
+        precision: of the encoder's weights.
+        encoder: what runs.
+        mask_token: of the tokenizer, or None.
+        version: number of the version's folder.
+        max_queue_size: requests that may wait for a model; None for 16 full batches.
+        queue_timeout_s: how long a request may wait for a model.
+        threads: CPU threads inside one operator of the encoder.
+        response_cache: whether the ensembles ask for the server's response cache.
+    """
+
+    spec: ModelSpec
+    precision: Precision
+    encoder: Encoder
+    mask_token: str | None
+    version: int
+    max_queue_size: int | None
+    queue_timeout_s: float
+    threads: int
+    response_cache: bool
+
+    def max_masks(self, device: Device) -> int:
+        """Masks of one text at most, or of one request where Triton does not batch: 256 MB of logits in a batch."""
+        rows = device.max_batch_size if self.encoder.batched else 1
+        most = min(_MAX_LOGITS // (rows * self.spec.vocab_size), self.encoder.max_masks)
+        return 1 << max(0, most.bit_length() - 1)
+
+
+def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
+    """Lengths that rows are padded to: four between a power of two and the next, so 10 % of padding on the average."""
+    steps = (quarter << power for power in range(1, 24) for quarter in (4, 5, 6, 7))
+    inner = {length for length in steps if length % 8 == 0 and shortest <= length < max_length}
+    return [*sorted(inner), max_length]
+
+
+def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
+    """Model name -> its configuration on one kind of device."""
+    spec = serving.spec
+    masks = "mask_positions" in serving.encoder.input_names
+    models = [_tokenizer(serving, device), _encoder(serving, device), _embed_output(serving, device)]
+    ensembles = [
+        _ensemble(serving, device, "gte_embed", _TEXT, models[2]),
+        _token_ensemble(serving, device),
+    ]
+    outputs = {
+        "fill-mask": ("gte_fill_mask", _MASKED_TEXT, _fill_mask_output) if masks else None,
+        "classify": ("gte_rerank", _PAIR, _rerank_output),
+        "token-classify": ("gte_sparse", _TEXT, _sparse_output) if spec.num_labels == 1 else None,
+    }
+    if (wanted := outputs.get(spec.task)) is not None:
+        name, text_inputs, output = wanted
+        models.append(output(serving, device))
+        ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
+    return {config["name"]: config for config in (*models, *ensembles)}
+
+
+# Inputs of an ensemble -> of the tokenizer.
+_LIMITS = {"TRUNCATION": "TRUNCATION", "MAX_LENGTH": "MAX_LENGTH"}
+_TEXT = {"TEXT": "TEXT", "PROMPT": "PROMPT", "PROMPT_NAME": "PROMPT_NAME", **_LIMITS}
+_MASKED_TEXT = {"TEXT": "MASKED_TEXT", **_LIMITS}
+_PAIR = {"TEXT": "FIRST", "TEXT_PAIR": "SECOND", **_LIMITS}
+_OPTION_TYPES = {
+    "TRUNCATION": "TYPE_BOOL",
+    "NORMALIZE": "TYPE_BOOL",
+    "APPLY_SOFTMAX": "TYPE_BOOL",
+    "MAX_LENGTH": "TYPE_INT32",
+    "TRUNCATE_DIM": "TYPE_INT32",
+    "TOP_K": "TYPE_INT32",
+}
+
+
+def _tokenizer(serving: Serving, device: Device) -> Config:
+    encoder = serving.encoder
+    masked = "mask_positions" in encoder.input_names
+    wirings = [_TEXT, *([_MASKED_TEXT] if masked else []), *([_PAIR] if serving.spec.task == "classify" else [])]
+    names = dict.fromkeys(name for wiring in wirings for name in wiring.values())
+    parameters = {
+        "length_buckets": ",".join(map(str, _buckets(serving))),
+        "spare_tokens": str(device.spare_tokens),
+        "max_rows": str(device.max_batch_size),
+    }
+    if masked:
+        parameters |= {
+            "max_masks": str(serving.max_masks(device)),
+            "flat_positions": str(int(not encoder.batched)),
+        }
+    return _python_model(
+        serving,
+        device,
+        TOKENIZER,
+        inputs=[_option(serving, name) for name in names],
+        outputs=[_tensor(serving, tensor) for tensor in encoder.inputs],
+        parameters=parameters,
+        count=device.tokenizers,
+    )
+
+
+def _encoder(serving: Serving, device: Device) -> Config:
+    encoder = serving.encoder
+    instances: Config = {"count": 1, "kind": device.encoder_kind}
+    if len(encoder.profiles) > 1:
+        instances["profile"] = [str(i) for i in range(len(encoder.profiles))]
+    config = {
+        **_head(serving, device, ENCODER),
+        "backend": encoder.backend,
+        "default_model_filename": encoder.files[device.name],
+        "input": [_tensor(serving, tensor) for tensor in encoder.inputs],
+        "output": [_tensor(serving, tensor) for tensor in encoder.outputs],
+        "instance_group": [instances],
+        **_batching(serving, device),
+        "model_warmup": _warmup(serving, device),
+    }
+    if encoder.backend == "onnxruntime":
+        if device.name == "cpu":
+            # The exporter fused the graph; a memory pattern for every shape seen would only take memory.
+            config["optimization"] = {"graph": {"level": 2}}
+            config["parameters"] = _parameters(
+                intra_op_thread_count=str(serving.threads), inter_op_thread_count="1", enable_mem_pattern="0"
+            )
+        elif encoder.accelerator == "tensorrt":
+            config["optimization"] = _tensorrt_accelerator(serving, device)
+        else:
+            config["parameters"] = _parameters(enable_mem_pattern="0", arena_extend_strategy="1")
+    return config
+
+
+def _tensorrt_accelerator(serving: Serving, device: Device) -> Config:
+    rows, length = device.max_batch_size, serving.spec.max_length
+    shapes = {
+        "trt_profile_min_shapes": _shapes(serving, 1, 1, 1),
+        "trt_profile_opt_shapes": _shapes(serving, max(1, rows // 4), min(128, length), 1),
+        "trt_profile_max_shapes": _shapes(serving, rows, length, serving.max_masks(device)),
+    }
+    parameters = {
+        "precision_mode": "FP32",
+        "max_workspace_size_bytes": str(4 << 30),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": CACHE_FOLDER,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": CACHE_FOLDER,
+        **shapes,
+    }
+    accelerator = {"name": "tensorrt", "parameters": [{"key": k, "value": v} for k, v in parameters.items()]}
+    return {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
+
+
+def _shapes(serving: Serving, rows: int, tokens: int, masks: int) -> str:
+    """As ONNX Runtime's TensorRT provider reads them: input_ids:1x16,attention_mask:1x16."""
+    sizes = {"sequence": tokens, "masks": masks}
+    return ",".join(f"{t.name}:{rows}x{sizes[str(t.shape[1])]}" for t in serving.encoder.inputs)
+
+
+def _warmup(serving: Serving, device: Device) -> list[Config]:
+    """The shortest and the longest shape; on a GPU the latter in a full batch, so that memory lacks now or never."""
+    batched = serving.encoder.batched
+    buckets = _buckets(serving)
+    full = device.max_batch_size if device.name == "gpu" and batched else 1
+    return [
+        {
+            "name": name,
+            "batch_size": rows if batched else 0,
+            "inputs": [
+                {
+                    "key": tensor.name,
+                    "value": {
+                        "data_type": Word(_DATA_TYPES[tensor.dtype]),
+                        "dims": warmup_shape(serving.encoder, tensor, length),
+                        "input_data_file": warmup_file(tensor, length),
+                    },
+                }
+                for tensor in serving.encoder.inputs
+            ],
+        }
+        for name, rows, length in (("shortest", 1, buckets[0]), ("longest", full, buckets[-1]))
+    ]
+
+
+def warmup_lengths(serving: Serving) -> tuple[int, int]:
+    """The lengths that `gte_encoder` is warmed up with."""
+    buckets = _buckets(serving)
+    return buckets[0], buckets[-1]
+
+
+def warmup_shape(encoder: Encoder, tensor: TensorSpec, length: int) -> list[int]:
+    """Shape of one warm-up row: without its batch axis where Triton batches, in full where it does not."""
+    shape = [size if isinstance(size, int) else {"sequence": length}.get(size, 1) for size in tensor.shape]
+    return shape[1:] if encoder.batched else shape
+
+
+def warmup_file(tensor: TensorSpec, length: int) -> str:
+    """Name of its values under gte_encoder/warmup; zeros would be a row without any token."""
+    return f"{tensor.name}_{length}"
+
+
+def _embed_output(serving: Serving, device: Device) -> Config:
+    outputs = [{**_tensor(serving, t), "name": _outward(serving, t)} for t in serving.encoder.outputs]
+    pooled = [tensor for tensor in outputs if tensor["name"].startswith("embedding_")]
+    if not pooled:
+        pooled = _of_encoder(serving, "last_hidden_state", "attention_mask")
+    return _python_model(
+        serving,
+        device,
+        "gte_embed_output",
+        inputs=[
+            *pooled,
+            *(_option(serving, name) for name in ("POOLING", "NORMALIZE", "TRUNCATE_DIM")),
+        ],
+        outputs=[_new(serving, "EMBEDDING", "TYPE_FP32", -1)],
+    )
+
+
+def _fill_mask_output(serving: Serving, device: Device) -> Config:
+    answers = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "SCORE": "TYPE_FP32", "SEQUENCE": "TYPE_STRING"}
+    return _python_model(
+        serving,
+        device,
+        "gte_fill_mask_output",
+        inputs=[
+            *_of_encoder(serving, "input_ids", "attention_mask", "logits"),
+            _option(serving, "TOP_K"),
+            {**_new(serving, "TARGETS", "TYPE_STRING", -1), "optional": True},
+        ],
+        outputs=[
+            _new(serving, "MASKS", "TYPE_INT32", 1),
+            *(_new(serving, name, data_type, -1, -1) for name, data_type in answers.items()),
+        ],
+    )
+
+
+def _rerank_output(serving: Serving, device: Device) -> Config:
+    labels = serving.spec.num_labels
+    scores = {**_new(serving, "SCORE", "TYPE_FP32", labels), "label_filename": "labels.txt"}
+    return _python_model(
+        serving,
+        device,
+        "gte_rerank_output",
+        inputs=[*_of_encoder(serving, "logits"), _option(serving, "APPLY_SOFTMAX")],
+        outputs=[scores, _new(serving, "LOGITS", "TYPE_FP32", labels)],
+    )
+
+
+def _sparse_output(serving: Serving, device: Device) -> Config:
+    entries = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "WEIGHT": "TYPE_FP32"}
+    return _python_model(
+        serving,
+        device,
+        "gte_sparse_output",
+        inputs=_of_encoder(serving, "input_ids", "attention_mask", "logits"),
+        outputs=[
+            _new(serving, "TOKENS", "TYPE_INT32", 1),
+            *(_new(serving, name, data_type, -1) for name, data_type in entries.items()),
+        ],
+    )
+
+
+def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, str], output: Config) -> Config:
+    """Tokenizer, encoder and the Python model that makes the answer."""
+    own = {tensor["name"] for tensor in output["input"]}
+    made = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
+    options = [t for t in output["input"] if t["name"] not in {*serving.encoder.input_names, *made.values()}]
+    return {
+        **_ensemble_head(serving, device, name, wiring, options),
+        "output": output["output"],
+        "ensemble_scheduling": {
+            "step": [
+                _tokenizer_step(serving, wiring),
+                _step(ENCODER, serving.encoder.input_names, {k: v for k, v in made.items() if v in own}),
+                _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]]),
+            ]
+        },
+        **_cache(serving),
+    }
+
+
+def _token_ensemble(serving: Serving, device: Device) -> Config:
+    """Tokenizer and encoder: the state of every token."""
+    encoder = serving.encoder
+    tensors = {tensor.name: tensor for tensor in (*encoder.inputs, *encoder.outputs)}
+    names = {"INPUT_IDS": "input_ids", "ATTENTION_MASK": "attention_mask", "TOKEN_EMBEDDINGS": "last_hidden_state"}
+    outward = {inner: outer for outer, inner in names.items()}
+    tokenizer = _tokenizer_step(serving, _TEXT, outward)
+    inputs = {name: outward.get(name, name) for name in encoder.input_names}
+    run = _step(ENCODER, inputs, {"last_hidden_state": "TOKEN_EMBEDDINGS"})
+    return {
+        **_ensemble_head(serving, device, "gte_token_embed", _TEXT, []),
+        "output": [{**_tensor(serving, tensors[inner]), "name": outer} for outer, inner in names.items()],
+        "ensemble_scheduling": {"step": [tokenizer, run]},
+        **_cache(serving),
+    }
+
+
+def _ensemble_head(
+    serving: Serving,
+    device: Device,
+    name: str,
+    wiring: Mapping[str, str],
+    options: Sequence[Config],
+) -> Config:
+    facts = {
+        "version": __version__,
+        "precision": serving.precision,
+        "mask_token": serving.mask_token,
+        "max_masks": serving.max_masks(device) if "mask_positions" in serving.encoder.input_names else None,
+        "max_batch_size": device.max_batch_size,
+    }
+    return {
+        **_head(serving, device, name),
+        "platform": "ensemble",
+        "input": [
+            _new(serving, "TEXT", "TYPE_STRING", 1),
+            *(_option(serving, outer) for outer in wiring if outer != "TEXT"),
+            *options,
+        ],
+        "parameters": _parameters(gte_deploy_spec=_spec_json(serving), gte_deploy=json.dumps(facts)),
+    }
+
+
+def _tokenizer_step(serving: Serving, wiring: Mapping[str, str], names: Mapping[str, str] | None = None) -> Config:
+    outputs = {name: (names or {}).get(name, name) for name in serving.encoder.input_names}
+    return _step(TOKENIZER, {inner: outer for outer, inner in wiring.items()}, outputs)
+
+
+def _step(model: str, inputs: Mapping[str, str] | Iterable[str], outputs: Mapping[str, str] | Iterable[str]) -> Config:
+    """A step whose tensors are named as in the model, or as the mappings say."""
+    return {"model_name": model, "model_version": -1, "input_map": _map(inputs), "output_map": _map(outputs)}
+
+
+def _map(names: Mapping[str, str] | Iterable[str]) -> list[Config]:
+    pairs = names.items() if isinstance(names, Mapping) else ((name, name) for name in names)
+    return [{"key": key, "value": value} for key, value in pairs]
+
+
+def _python_model(
+    serving: Serving,
+    device: Device,
+    name: str,
+    *,
+    inputs: Sequence[Config],
+    outputs: Sequence[Config],
+    parameters: Mapping[str, str] | None = None,
+    count: int = 1,
+) -> Config:
+    return {
+        **_head(serving, device, name),
+        "backend": "python",
+        "input": list(inputs),
+        "output": list(outputs),
+        "instance_group": [{"count": count, "kind": Word("KIND_CPU")}],
+        **_batching(serving, device),
+        "parameters": _parameters(gte_deploy_spec=_spec_json(serving), **(parameters or {})),
+    }
+
+
+def _head(serving: Serving, device: Device, name: str) -> Config:
+    return {
+        "name": name,
+        "max_batch_size": device.max_batch_size if serving.encoder.batched else 0,
+        "version_policy": {"latest": {"num_versions": 1}},
+    }
+
+
+def _batching(serving: Serving, device: Device) -> Config:
+    """Join waiting requests; refuse what would wait too long, so that overload is answered.
+
+    Without batching the queue still has its bounds: Triton's dynamic batcher runs such a model one by one.
+    """
+    policy = {
+        "timeout_action": Word("REJECT"),
+        "default_timeout_microseconds": round(serving.queue_timeout_s * 1e6),
+        "allow_timeout_override": True,
+        "max_queue_size": serving.max_queue_size or 16 * device.max_batch_size,
+    }
+    batching: Config = {"default_queue_policy": policy}
+    if serving.encoder.batched:
+        batching["max_queue_delay_microseconds"] = device.queue_delay_us
+        if device.preferred_batch_sizes:
+            batching["preferred_batch_size"] = list(device.preferred_batch_sizes)
+    return {"dynamic_batching": batching}
+
+
+def _cache(serving: Serving) -> Config:
+    return {"response_cache": {"enable": True}} if serving.response_cache else {}
+
+
+def _buckets(serving: Serving) -> list[int]:
+    shortest = min((profile.min[1] for profile in serving.encoder.profiles), default=_SHORTEST)
+    return length_buckets(serving.spec.max_length, max(shortest, _SHORTEST))
+
+
+def _spec_json(serving: Serving) -> str:
+    return json.dumps(dataclasses.asdict(serving.spec), ensure_ascii=False)
+
+
+def _outward(serving: Serving, tensor: TensorSpec) -> str:
+    """What other models call an output of the encoder; a plan's own pooling has the name of no pooling."""
+    return f"embedding_{serving.spec.pooling}" if tensor.name == "sentence_embedding" else tensor.name
+
+
+def _of_encoder(serving: Serving, *names: str) -> list[Config]:
+    tensors = {tensor.name: tensor for tensor in (*serving.encoder.inputs, *serving.encoder.outputs)}
+    return [_tensor(serving, tensors[name]) for name in names]
+
+
+def _tensor(serving: Serving, tensor: TensorSpec) -> Config:
+    sizes = [size if isinstance(size, int) else -1 for size in tensor.shape]
+    dims = sizes[1:] if serving.encoder.batched else sizes
+    return {"name": tensor.name, "data_type": Word(_DATA_TYPES[tensor.dtype]), "dims": dims}
+
+
+def _option(serving: Serving, name: str) -> Config:
+    return {**_new(serving, name, _OPTION_TYPES.get(name, "TYPE_STRING"), 1), "optional": True}
+
+
+def _new(serving: Serving, name: str, data_type: str, *sizes: int) -> Config:
+    dims = list(sizes) if serving.encoder.batched else [-1, *sizes]
+    return {"name": name, "data_type": Word(data_type), "dims": dims}
+
+
+def _parameters(**values: str) -> list[Config]:
+    return [{"key": name, "value": {"string_value": value}} for name, value in values.items()]
+
+
+def to_pbtxt(config: Config, indent: str = "") -> str:
+    """Protobuf text: scalars as `name: value`, messages in braces, both repeated for lists."""
+    lines = []
+    for name, value in config.items():
+        if name == "dims":
+            lines.append(f"{indent}dims: [ {', '.join(map(str, value))} ]")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                inner = to_pbtxt(item, indent + "  ")
+                lines.append(f"{indent}{name} {{\n{inner}{indent}}}")
+            else:
+                lines.append(f"{indent}{name}: {_scalar(item)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Word):
+        return str(value)
+    # JSON's strings are protobuf text's, but for the escapes of characters that are no ASCII, which it keeps.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,124 @@
+"""README.md and Dockerfile of a repository."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from gte_deploy._version import __version__
+from gte_deploy.exporters.triton.configs import CACHE_FOLDER, TOKENIZER, Config, DeviceName, Serving
+
+TRITON_TAG = "26.07-py3"
+
+_ANSWERS = {
+    "gte_embed": "a text -> its embedding",
+    "gte_token_embed": "a text -> the state of each of its tokens",
+    "gte_fill_mask": "a text with masks -> the best tokens for each",
+    "gte_rerank": "a text, or a pair of texts -> its score for each label",
+    "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
+}
+
+
+def dockerfile() -> str:
+    """An image with what the Python models import; tokenizers as it was when the repository was written."""
+    return f"""\
+# Triton with what the Python models of this repository import.
+ARG TRITON={TRITON_TAG}
+FROM nvcr.io/nvidia/tritonserver:${{TRITON}}
+RUN pip install --no-cache-dir 'tokenizers=={version("tokenizers")}' 'numpy>=1.26'
+"""
+
+
+def readme(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]], source: str) -> str:
+    """What the repository answers, and how to start and ask it."""
+    models = next(iter(configs.values()))
+    ensembles = [config for config in models.values() if config.get("platform") == "ensemble"]
+    return f"""\
+# {source} for Triton Inference Server
+
+Written by gte-export of gte-deploy {__version__}: {serving.spec.task}, {serving.precision}, at most
+{serving.spec.max_length:,} tokens a text.
+
+| ask | for | inputs | outputs |
+|---|---|---|---|
+{"".join(_row(config) for config in ensembles)}
+Texts are BYTES of shape [rows, 1]. Inputs in brackets are options: one value, repeated for every row of the request.
+{_rows_line(configs)} What the caller did wrong comes back as the error of that request alone.
+
+## Start
+
+    docker build -t gte-triton .
+{"".join(_run_lines(serving, device) for device in configs)}{_notes(serving, configs)}
+## Ask
+
+{_client_example(serving)}
+    curl -s localhost:8000/v2/models/gte_embed/infer -d \\
+      '{{"inputs": [{{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["a text"]}}]}}'
+
+JSON is slow for many texts; the client sends them in binary.
+
+## Change
+
+Edit the configurations, then have them checked: `gte-export --check-repository .`. The hashes in manifest.json are
+those of the files as they were written.
+"""
+
+
+def _row(config: Config) -> str:
+    inputs = [f"[{t['name']}]" if t.get("optional") else t["name"] for t in config["input"]]
+    outputs = [tensor["name"] for tensor in config["output"]]
+    return f"| {config['name']} | {_ANSWERS[config['name']]} | {', '.join(inputs)} | {', '.join(outputs)} |\n"
+
+
+def _rows_line(configs: Mapping[DeviceName, Mapping[str, Config]]) -> str:
+    named = ", ".join(f"{_max_rows(models)} ({device.upper()})" for device, models in configs.items())
+    return f"Rows of one request at most: {named}."
+
+
+def _max_rows(models: Mapping[str, Config]) -> str:
+    parameters = {item["key"]: item["value"]["string_value"] for item in models[TOKENIZER]["parameters"]}
+    return parameters["max_rows"]
+
+
+def _run_lines(serving: Serving, device: DeviceName) -> str:
+    gpus = " --gpus all" if device == "gpu" else ""
+    option = " --model-config-name=cpu" if device == "cpu" else ""
+    cache = f" -v gte-triton-cache:{CACHE_FOLDER}" if device == "gpu" and serving.encoder.accelerator != "cuda" else ""
+    if serving.response_cache:
+        option += " --cache-config=local,size=268435456"
+    return f"""
+    # {device.upper()}
+    docker run --rm{gpus} --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models:ro{cache} gte-triton \\
+      tritonserver --model-repository=/models{option}
+"""
+
+
+def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]]) -> str:
+    notes = []
+    encoder = serving.encoder
+    if "cpu" not in configs:
+        notes.append("This repository is for GPUs alone.")
+    if "gpu" not in configs:
+        notes.append("This repository is for CPUs alone.")
+    if encoder.backend == "tensorrt":
+        notes.append(
+            "The plan runs in the TensorRT that built it: build the image with the Triton release that has it "
+            "(`--build-arg TRITON=…`)."
+        )
+    if encoder.accelerator == "tensorrt":
+        notes.append(
+            "ONNX Runtime builds a TensorRT engine at the first start, which takes minutes, and keeps it in the volume."
+        )
+    return "".join(f"\n{note}\n" for note in notes)
+
+
+def _client_example(serving: Serving) -> str:
+    calls = {
+        "fill-mask": f'client.fill_mask("Paris is the {serving.mask_token} of France.")',
+        "classify": 'client.predict([("a query", "a document")])',
+    }
+    ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')
+    return f"""\
+    from gte_deploy.triton import Client  # pip install 'gte-deploy[triton]'
+
+    with Client("grpc://localhost:8001") as client:  # or http://localhost:8000
+        {ask}
+"""

@@ -1,0 +1,44 @@
+"""gte_rerank_output: a classifier's logits to the scores that `Model.predict` returns.
+
+Shapes: B rows of a request, L labels.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+
+from numpy.typing import NDArray  # noqa: E402
+
+from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+    Settings,
+    answer_each,
+    check_finite,
+    floats,
+    option,
+)
+from gte_deploy.fill_mask import softmax  # noqa: E402
+from gte_deploy.text_interface import sigmoid  # noqa: E402
+
+
+class TritonPythonModel:
+    """See the module."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the settings."""
+        self._spec = Settings(args).spec
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """`SCORE` and `LOGITS` [B, L] for each request."""
+        return answer_each(requests, self._answer)
+
+    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+        logits = floats(request, "logits")
+        check_finite("logits", logits)
+        if self._spec.num_labels == 1:
+            scores = sigmoid(logits)
+        else:
+            scores = softmax(logits) if option(request, "APPLY_SOFTMAX", False) else logits
+        return {"SCORE": scores, "LOGITS": logits}

@@ -1,0 +1,141 @@
+"""gte_tokenizer: texts to padded token ids, on the `tokenizers` library alone.
+
+The name of the text input says what the ensemble is for: TEXT (embeddings; the checkpoint's prompts apply), MASKED_TEXT
+(fill-mask; each text needs a mask), FIRST with or without SECOND (texts and pairs for a classifier).
+
+Triton batches only requests of equal shape. So every request is padded to a length bucket, and of those that are here
+at once, short ones to the bucket of longer ones where that costs less than another run of the encoder.
+
+Shapes: B rows of a request, S tokens, M masks of the row that has most.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+
+import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from gte_deploy.batching import collate  # noqa: E402
+from gte_deploy.errors import InputError  # noqa: E402
+from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts  # noqa: E402
+from gte_deploy.fill_mask import check_mask  # noqa: E402
+from gte_deploy.inputs import as_pairs, as_texts  # noqa: E402
+from gte_deploy.text_interface import prompt_text  # noqa: E402
+from gte_deploy.tokenization import checked_max_length, load_tokenizer  # noqa: E402
+
+_TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "FIRST")
+
+
+@dataclass
+class Tokenized:
+    """A request's token ids, and the length that its rows are padded to."""
+
+    rows: list[list[int]]
+    longest: int
+    padded: int
+
+
+class TritonPythonModel:
+    """See the module."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the tokenizer and the settings."""
+        settings = Settings(args)
+        self._spec = settings.spec
+        self._tokenizer = load_tokenizer(settings.folder)
+        self._buckets = settings.integers("length_buckets")
+        self._spare_tokens = settings.integer("spare_tokens")
+        self._max_rows = settings.integer("max_rows")
+        # Places of masks: for each row, or for a plan, which takes (row, token) pairs, for the request as a whole.
+        self._dtypes = settings.outputs
+        self._positions = "mask_positions" in settings.outputs
+        self._flat = self._positions and settings.integer("flat_positions") == 1
+        self._max_masks = settings.integer("max_masks") if self._positions else 0
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """`input_ids`, `attention_mask` [B, S] and `mask_positions` [B, M] for each request, or its error."""
+        results = [attempt(partial(self._tokenize, request)) for request in requests]
+        pad_together([result for result in results if isinstance(result, Tokenized)], self._buckets, self._spare_tokens)
+        return [
+            response(attempt(partial(self._tensors, result)) if isinstance(result, Tokenized) else result)
+            for result in results
+        ]
+
+    def _tokenize(self, request: Any) -> Tokenized:
+        rows = self._rows(request)
+        if len(rows) > self._max_rows:
+            raise InputError(f"the request has {len(rows)} rows; the limit is {self._max_rows}")
+        longest = max(map(len, rows))
+        return Tokenized(rows, longest, longest)
+
+    def _rows(self, request: Any) -> list[list[int]]:
+        given = {name: found for name in _TEXT_INPUTS if (found := texts(request, name)) is not None}
+        if len(given) != 1:
+            raise InputError(f"one of {', '.join(_TEXT_INPUTS)} is needed, and {', '.join(given) or 'none'} came")
+        ((kind, batch),) = given.items()
+        truncation = option(request, "TRUNCATION", False)
+        max_length = option(request, "MAX_LENGTH")
+        if kind == "FIRST":
+            second = texts(request, "SECOND")
+            limit = self._limit(max_length, self._tokenizer.min_pair_length)
+            pairs = as_pairs([[text] for text in batch] if second is None else list(zip(batch, second, strict=True)))[0]
+            return self._tokenizer.encode_pairs(pairs, max_length=limit, truncation=truncation)
+        prompt = ""
+        if kind == "TEXT":
+            prompt = prompt_text(self._spec, option(request, "PROMPT"), option(request, "PROMPT_NAME"))
+        limit = self._limit(max_length, self._tokenizer.min_length)
+        prompted = as_texts(batch, prompt=prompt)[0]
+        rows = self._tokenizer.encode_texts(prompted, max_length=limit, truncation=truncation)
+        if kind == "MASKED_TEXT":
+            for index, (text, row) in enumerate(zip(prompted, rows, strict=True)):
+                check_mask(index, text, row, self._tokenizer)
+        return rows
+
+    def _limit(self, max_length: int | None, low: int) -> int:
+        return checked_max_length(max_length, low=low, limit=self._spec.max_length)
+
+    def _tensors(self, request: Tokenized) -> dict[str, NDArray[Any]]:
+        batch = collate(request.rows, pad_token_id=self._spec.pad_token_id, mask_token_id=self._tokenizer.mask_token_id)
+        padding = ((0, 0), (0, request.padded - batch.input_ids.shape[1]))
+        tensors = {
+            "input_ids": np.pad(batch.input_ids, padding, constant_values=self._spec.pad_token_id),
+            "attention_mask": np.pad(batch.attention_mask, padding),
+        }
+        if self._positions:
+            assert batch.mask_positions is not None  # a fill-mask checkpoint has a mask token
+            tensors["mask_positions"] = self._mask_positions(batch.mask_positions, len(request.rows))
+        return {name: values.astype(self._dtypes[name], copy=False) for name, values in tensors.items()}
+
+    def _mask_positions(self, places: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
+        """(row, token) pairs as the encoder takes them; what fills up points at the first token."""
+        counts = np.bincount(places[:, 0], minlength=num_rows)
+        most = int(counts.sum() if self._flat else counts.max())
+        if most > self._max_masks:
+            where = "the request" if self._flat else f"input {counts.argmax()}"
+            raise InputError(f"{where} has {most:,} masks; this server answers at most {self._max_masks:,}. Split it.")
+        if self._flat:
+            return places if most else np.zeros((1, 2), dtype=np.int64)
+        # A power of two: requests with one and with three masks are not of equal shape, those with three and four are.
+        positions = np.zeros((num_rows, 1 << max(0, most - 1).bit_length()), dtype=np.int64)
+        positions[np.arange(positions.shape[1]) < counts[:, None]] = places[:, 1]
+        return positions
+
+
+def pad_together(requests: Sequence[Tokenized], buckets: Sequence[int], spare_tokens: int) -> None:
+    """Set `padded` of each request to its bucket, or a longer request's where that adds few tokens.
+
+    The encoder runs once for every length. `spare_tokens` is what one more run costs, in tokens.
+    """
+    padded = spent = 0
+    for request in sorted(requests, key=lambda request: -request.longest):
+        own = next((bucket for bucket in buckets if bucket >= request.longest), request.longest)
+        spent += (padded - own) * len(request.rows)
+        if spent > spare_tokens or not padded:
+            padded, spent = own, 0
+        request.padded = padded

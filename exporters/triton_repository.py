@@ -1,0 +1,422 @@
+"""A bundle -> a model repository for Triton Inference Server: the whole export, from top to bottom.
+
+Clients see ensembles: gte_tokenizer (Python) makes padded token ids, gte_encoder (ONNX Runtime or TensorRT) runs them,
+and a Python model makes answers equal to those of `gte_deploy.load`. docs/triton.md has the tensors.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from gte_deploy._version import __version__
+from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle
+from gte_deploy.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
+from gte_deploy.exporters.bundle_writer import publish, seal_files, staging, write_manifest
+from gte_deploy.exporters.export import Progress, export
+from gte_deploy.exporters.profiles import MAX_MASKS
+from gte_deploy.exporters.triton.configs import (
+    ENCODER,
+    Config,
+    Device,
+    DeviceName,
+    Encoder,
+    Serving,
+    all_configs,
+    default_device,
+    to_pbtxt,
+    warmup_file,
+    warmup_lengths,
+    warmup_shape,
+)
+from gte_deploy.exporters.triton.documents import dockerfile, readme
+from gte_deploy.exporters.triton.python_models import write_python_model
+from gte_deploy.inputs import check_integer
+from gte_deploy.onnx_inspection import check_graphs, inspect_onnx
+from gte_deploy.spec import Engine, ModelSpec
+from gte_deploy.threads import available_cpus
+from gte_deploy.tokenization import load_tokenizer
+
+FORMAT = "gte-deploy-triton-repository"
+FORMAT_VERSION = 1
+ACCELERATORS = ("cuda", "tensorrt")
+_MAX_DIFFERENCE = 1e-5
+_MAX_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class RepositoryResult:
+    """A finished repository.
+
+    Args:
+        path: of the repository.
+        ensembles: what clients may ask.
+        devices: what it can run on; the first is what it runs on by default.
+        files: path relative to the repository -> size and hash; every file but the manifest.
+        checked: whether the configurations were parsed and checked, for which tritonclient is needed.
+    """
+
+    path: Path
+    ensembles: tuple[str, ...]
+    devices: tuple[DeviceName, ...]
+    files: Mapping[str, FileEntry]
+    checked: bool
+
+
+def export_repository(
+    model: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    engine: str | os.PathLike[str] | None = None,
+    accelerator: str = "cuda",
+    max_batch_size: int | None = None,
+    max_queue_size: int | None = None,
+    queue_timeout_s: float = 30.0,
+    threads: int | None = None,
+    response_cache: bool = False,
+    model_version: int = 1,
+    force: bool = False,
+    progress: Progress | None = None,
+    **export_options: Any,
+) -> RepositoryResult:
+    """Write a model repository.
+
+    Args:
+        model: a bundle, or what `export` takes: it is exported to a bundle first, with `export_options`.
+        output: folder of the repository; None for one named after model and precision in the working directory.
+        engine: a bundle with a TensorRT plan, in place of `model`.
+        accelerator: what ONNX Runtime runs on on a GPU: "cuda", or "tensorrt", which needs the bundle's graph of
+            standard operators and builds an engine when the server starts.
+        max_batch_size: rows of one run of the encoder and of one request; by default 32 on a GPU and 8 on a CPU, or
+            what a plan takes at every length. A plan that takes so many for short texts only serves only those.
+        max_queue_size: requests that may wait for a model, by default 16 full batches; more are refused.
+        queue_timeout_s: how long a request may wait for a model before it is refused.
+        threads: CPU threads inside one operator; by default the CPUs that this process may use.
+        response_cache: let the server remember answers, where it is started with a cache.
+        model_version: number of the models' version folders.
+        force: replace a repository that is there already.
+        progress: called with one line at every step.
+        **export_options: of `export`, where `model` is not a bundle.
+
+    Raises:
+        InputError: an argument is out of range.
+        BundleError: the bundle is damaged, or holds nothing that Triton can run.
+        ParityError: the encoder's graph differs from the bundle's.
+        ExportError: the target must not be replaced, or the configurations do not pass their checks.
+        MissingDependencyError: the [export] extra is not installed.
+    """
+    _check_arguments(model, engine, accelerator, export_options)
+    _check_numbers(
+        max_batch_size=max_batch_size, max_queue_size=max_queue_size, threads=threads, model_version=model_version
+    )
+    if not 1e-3 <= queue_timeout_s <= 86_400:
+        raise InputError(f"queue_timeout_s is {queue_timeout_s}; expected 0.001 to 86,400 seconds")
+    tell = progress or (lambda line: None)
+    with _bundle(model, output, engine, tell, export_options) as bundle:
+        manifest = open_bundle(bundle)
+        check_graphs(bundle, manifest)
+        path = Path(output if output is not None else f"{_name(manifest)}-triton-{manifest.precision}")
+        target = Path(os.path.realpath(path))
+        with staging(target, force=force, files_of=repository_files) as folder:
+            tell("write the encoder")
+            encoder_folder = folder / ENCODER / str(model_version)
+            encoder = _write_encoder(bundle, manifest, encoder_folder, accelerator, plan=engine is not None)
+            spec, devices = _limits(encoder, manifest.spec, max_batch_size)
+            serving = Serving(
+                spec=spec,
+                precision=manifest.precision,
+                encoder=encoder,
+                mask_token=load_tokenizer(bundle).mask_token,
+                version=model_version,
+                max_queue_size=max_queue_size,
+                queue_timeout_s=queue_timeout_s,
+                threads=threads or available_cpus(),
+                response_cache=response_cache,
+            )
+            tell("write the models and their configurations")
+            configs = {device.name: all_configs(serving, device) for device in devices}
+            _write_models(folder, bundle, serving, configs)
+            _write_documents(folder, bundle, manifest, serving, configs)
+            checked = _check(folder, tell)
+            files = seal_files(folder)
+            write_manifest(folder, _manifest_json(manifest, files))
+            tell(f"rename to {path}")
+            publish(folder, target, force=force, files_of=repository_files)
+    models = configs[devices[0].name].values()
+    return RepositoryResult(
+        path=path,
+        ensembles=tuple(config["name"] for config in models if config.get("platform") == "ensemble"),
+        devices=tuple(configs),
+        files=files,
+        checked=checked,
+    )
+
+
+def repository_files(folder: Path) -> set[str]:
+    """The files that the manifest of a repository names.
+
+    Raises:
+        BundleError: the folder is no repository that `export_repository` wrote.
+    """
+    file = folder / MANIFEST_NAME
+    try:
+        data = json.loads(file.read_bytes())
+        if data["format"] == FORMAT:
+            return set(data["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
+
+
+def _check_arguments(model: Any, engine: Any, accelerator: str, export_options: Mapping[str, Any]) -> None:
+    for module in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, "export")
+    if accelerator not in ACCELERATORS:
+        raise InputError(f"accelerator is {accelerator!r}; expected one of {', '.join(ACCELERATORS)}")
+    if engine is not None and model is not None:
+        raise InputError("engine is a bundle of its own, with tokenizer and all; give it alone, without a model")
+    if engine is not None and accelerator != "cuda":
+        raise InputError("accelerator is for ONNX Runtime, and engine asks for a TensorRT plan; give one of them")
+    bundle = engine if engine is not None else model
+    if bundle is not None and is_bundle(Path(bundle)) and export_options:
+        raise InputError(f"{bundle} is a bundle already; {', '.join(export_options)} is for exporting a checkpoint")
+
+
+def _check_numbers(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None:
+            check_integer(name, value, 1, _MAX_ROWS if name == "max_batch_size" else 1 << 20)
+
+
+@contextmanager
+def _bundle(model: Any, output: Any, engine: Any, tell: Progress, export_options: Mapping[str, Any]) -> Iterator[Path]:
+    """The bundle to serve: one that is there, or one that is exported now and removed afterwards."""
+    given = engine if engine is not None else model
+    if given is not None and is_bundle(Path(given)):
+        yield Path(given)
+        return
+    if engine is not None:
+        raise BundleError(f"{engine} is not a bundle. Write one with gte-export --format trt.")
+    beside = Path.cwd() if output is None else Path(os.path.realpath(output)).parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".gte-export.", suffix=".tmp") as folder:
+        yield export(model, Path(folder) / "bundle", progress=tell, **export_options).path
+
+
+def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: str, *, plan: bool) -> Encoder:
+    from gte_deploy.exporters.triton.graph import tensor_specs
+
+    folder.mkdir(parents=True)
+    if plan:
+        return _write_plan(bundle, manifest, folder)
+    if "onnxruntime" not in manifest.graphs:
+        raise BundleError(f"{bundle} holds no graph for ONNX Runtime; its plan is served with --engine {bundle}.")
+    # INT8 graphs are made of a CPU's operators, and those for CUDA of operators that a CPU does not have.
+    files: dict[DeviceName, str] = {}
+    if manifest.target == "cuda" or not manifest.precision.startswith("int"):
+        files["gpu"] = "model.onnx"
+    if manifest.target == "cpu":
+        files["cpu"] = "model.onnx"
+    graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
+    if accelerator == "tensorrt":
+        files["gpu"] = "model_tensorrt.onnx"
+        graphs["model_tensorrt.onnx"] = _standard_graph(bundle, manifest)
+    for name in dict.fromkeys(files.values()):
+        _write_graph(bundle / manifest.graphs[graphs[name]].path, folder / name, manifest)
+    inputs, outputs = tensor_specs(folder / next(iter(files.values())))
+    return Encoder(
+        backend="onnxruntime",
+        files=files,
+        inputs=inputs,
+        outputs=outputs,
+        accelerator="tensorrt" if accelerator == "tensorrt" else "cuda",
+    )
+
+
+def _standard_graph(bundle: Path, manifest: Manifest) -> Engine:
+    """The graph without ONNX Runtime's own operators, which TensorRT does not know."""
+    for engine in cast(tuple[Engine, ...], ("tensorrt", "openvino")):
+        if engine in manifest.graphs and manifest.precision == "fp32":
+            return engine
+    raise BundleError(
+        f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator 'tensorrt' "
+        "needs. Export it in fp32 where openvino is installed, or build a plan with gte-export --format trt."
+    )
+
+
+def _write_graph(source: Path, target: Path, manifest: Manifest) -> None:
+    from gte_deploy.exporters.triton.graph import write_graph
+
+    write_graph(source, target, manifest.spec)
+    for name in inspect_onnx(source).external_files:
+        if not (target.parent / name).exists():
+            shutil.copyfile(source.parent / name, target.parent / name)
+    if manifest.target == "cpu":
+        _require_equal(source, target, manifest.spec)
+
+
+def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
+    """Run the bundle's graph and the one that was made of it on the same rows.
+
+    Raises:
+        ParityError: an output differs.
+    """
+    import onnxruntime
+
+    from gte_deploy.backends.base import Batch
+    from gte_deploy.backends.onnx_backend import OnnxBackend
+    from gte_deploy.pooling import pool
+
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, spec.vocab_size, (3, 8))
+    mask = (np.arange(8) < np.array([[8], [5], [1]])).astype(np.int64)
+    by_row = np.array([[1, 7], [4, 2], [0, 0]])
+    masked = spec.task == "fill-mask"
+    pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
+    names = ["last_hidden_state", *(["logits"] if spec.task != "embed" else [])]
+    backend = OnnxBackend(source, spec, num_threads=1)
+    try:
+        expected = backend.run(Batch(ids, mask, pairs), names)
+    finally:
+        backend.close()
+    expected |= {f"embedding_{kind}": pool(expected["last_hidden_state"], mask, kind) for kind in ("mean", "cls")}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as it is served
+    session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
+    feed = {"input_ids": ids, "attention_mask": mask, **({"mask_positions": by_row} if masked else {})}
+    found = dict(zip(expected, session.run(list(expected), feed), strict=True))
+    for name, values in expected.items():
+        difference = np.abs(found[name].reshape(values.shape) - values).max() / max(1.0, np.abs(values).max())
+        if not difference <= _MAX_DIFFERENCE:
+            raise ParityError(
+                f"{written.name} differs from {source} by {difference:.2g} in {name}; {_MAX_DIFFERENCE} is allowed"
+            )
+
+
+def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
+    plan = manifest.plan
+    if plan is None:
+        raise BundleError(f"{bundle} holds no TensorRT plan. Write one with gte-export --format trt.")
+    if plan.flavour != "tensorrt":
+        raise BundleError(
+            f"{bundle} holds a {plan.flavour} engine, and Triton runs TensorRT's. Build it where tensorrt is installed."
+        )
+    shutil.copyfile(bundle / plan.path, folder / "model.plan")
+    return Encoder(
+        backend="tensorrt",
+        files={"gpu": "model.plan"},
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        profiles=plan.profiles,
+        max_masks=MAX_MASKS,
+    )
+
+
+def _limits(encoder: Encoder, spec: ModelSpec, max_batch_size: int | None) -> tuple[ModelSpec, list[Device]]:
+    """The spec with the longest text that is served, and the devices with the batches that the encoder takes.
+
+    Triton knows one batch size for all lengths, and a plan's profiles take fewer rows of longer texts.
+    """
+    devices = [default_device(name, max_batch_size) for name in encoder.files]
+    if not encoder.profiles:
+        return spec, devices
+    lengths = sorted({min(profile.max[1], spec.max_length) for profile in encoder.profiles})
+    rows = {length: max((p.max[0] for p in encoder.profiles if p.takes(1, length)), default=0) for length in lengths}
+    if max_batch_size is not None:
+        lengths = [length for length in lengths if min(rows[n] for n in lengths if n <= length) >= max_batch_size]
+    if not lengths or not rows[lengths[-1]]:
+        raise InputError(
+            f"no profile of the plan takes batches of 1 to {max_batch_size or 1} rows: "
+            f"{', '.join(map(str, encoder.profiles))}"
+        )
+    size = max_batch_size or min(rows[length] for length in lengths)
+    return dataclasses.replace(spec, max_length=lengths[-1]), [default_device(name, size) for name in encoder.files]
+
+
+def _write_models(
+    folder: Path, bundle: Path, serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]]
+) -> None:
+    default = next(iter(configs))
+    for name, config in configs[default].items():
+        version = folder / name / str(serving.version)
+        version.mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.pbtxt").write_text(to_pbtxt(config), encoding="utf-8")
+        if "cpu" in configs:
+            (folder / name / "configs").mkdir()
+            (folder / name / "configs" / "cpu.pbtxt").write_text(to_pbtxt(configs["cpu"][name]), encoding="utf-8")
+        if config.get("backend") == "python":
+            write_python_model(name, version, bundle)
+        elif config.get("platform") == "ensemble":
+            (version / ".keep").touch()  # Triton wants the folder, and many a way of copying leaves empty ones out
+        if any("label_filename" in tensor for tensor in config["output"]):
+            labels = (serving.spec.id2label.get(i, str(i)) for i in range(serving.spec.num_labels))
+            (folder / name / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    _write_warmup(folder / ENCODER / "warmup", serving)
+
+
+def _write_warmup(folder: Path, serving: Serving) -> None:
+    folder.mkdir()
+    for length in warmup_lengths(serving):
+        for tensor in serving.encoder.inputs:
+            shape = warmup_shape(serving.encoder, tensor, length)
+            # One token over and over, none of it padding; the masks stand at the first.
+            values = np.full(shape, tensor.name != "mask_positions", dtype=tensor.dtype)
+            (folder / warmup_file(tensor, length)).write_bytes(values.tobytes())
+
+
+def _write_documents(
+    folder: Path,
+    bundle: Path,
+    manifest: Manifest,
+    serving: Serving,
+    configs: Mapping[DeviceName, Mapping[str, Config]],
+) -> None:
+    (folder / "README.md").write_text(readme(serving, configs, _name(manifest)), encoding="utf-8")
+    (folder / "Dockerfile").write_text(dockerfile(), encoding="utf-8")
+    for name in ("report.json", "report.html"):  # how the encoder compared with PyTorch
+        if (bundle / name).is_file():
+            shutil.copyfile(bundle / name, folder / name)
+
+
+def _check(folder: Path, tell: Progress) -> bool:
+    """Whether the configurations could be checked.
+
+    Raises:
+        ExportError: and they have problems.
+    """
+    if importlib.util.find_spec("tritonclient") is None:
+        tell("the configurations are not checked: pip install 'gte-deploy[triton]', then gte-export --check-repository")
+        return False
+    from gte_deploy.exporters.triton.checks import check_repository
+
+    tell("check the configurations")
+    if problems := check_repository(folder):
+        raise ExportError("the repository does not pass its own checks: " + "; ".join(problems))
+    return True
+
+
+def _manifest_json(manifest: Manifest, files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "gte_deploy": __version__,
+        "spec": dataclasses.asdict(manifest.spec),
+        "precision": manifest.precision,
+        "source": dict(manifest.source),
+        "files": {name: dataclasses.asdict(entry) for name, entry in files.items()},
+    }
+
+
+def _name(manifest: Manifest) -> str:
+    return manifest.source.get("name", "gte").rpartition("/")[2]

@@ -1,0 +1,243 @@
+"""The ensembles answer what `gte_deploy.load(bundle)` answers; what is wrong with one request fails that one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import gte_deploy
+
+TEXTS = [
+    "Paris is the capital of France.",
+    "the king",
+    "",
+    "中国 — żółw 🐢 readable unknownword",
+    "the man isn't old. " * 12,
+]
+
+
+@pytest.fixture(scope="module")
+def local(bundles):
+    models = {task: gte_deploy.load(bundle, backend="onnx", num_threads=1) for task, bundle in bundles.items()}
+    yield models
+    for model in models.values():
+        model.close()
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "embed", "classify", "token-classify"])
+def test_embeddings(task, repository, local):
+    (answer,) = repository(task).ask("gte_embed", {"TEXT": TEXTS})
+    assert answer["EMBEDDING"].dtype == np.float32
+    np.testing.assert_allclose(answer["EMBEDDING"], local[task].encode(TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({"NORMALIZE": True}, {"normalize_embeddings": True}),
+        ({"NORMALIZE": True, "TRUNCATE_DIM": 5}, {"normalize_embeddings": True, "truncate_dim": 5}),
+        ({"POOLING": "mean"}, {"pooling": "mean"}),
+        ({"POOLING": "cls"}, {"pooling": "cls"}),
+        ({"PROMPT": "to the "}, {"prompt": "to the "}),
+        ({"PROMPT": ""}, {"prompt": ""}),
+        ({"PROMPT_NAME": "query"}, {"prompt_name": "query"}),
+        ({"TRUNCATION": True, "MAX_LENGTH": 7}, {"truncation": True, "max_length": 7}),
+    ],
+)
+def test_options_of_encode(options, arguments, repository, local):
+    request = {"TEXT": TEXTS, **{name: [value] * len(TEXTS) for name, value in options.items()}}
+    (answer,) = repository("embed").ask("gte_embed", request)
+    np.testing.assert_allclose(answer["EMBEDDING"], local["embed"].encode(TEXTS, **arguments), atol=1e-5)
+
+
+def test_states_of_tokens(repository, local):
+    (answer,) = repository("embed").ask("gte_token_embed", {"TEXT": TEXTS})
+    expected = local["embed"].encode(TEXTS, output_value=None)
+    for row, wanted in enumerate(expected):
+        length = len(wanted["input_ids"])
+        assert answer["ATTENTION_MASK"][row].tolist() == [1] * length + [0] * (answer["INPUT_IDS"].shape[1] - length)
+        np.testing.assert_array_equal(answer["INPUT_IDS"][row, :length], wanted["input_ids"])
+        np.testing.assert_allclose(answer["TOKEN_EMBEDDINGS"][row, :length], wanted["token_embeddings"], atol=1e-5)
+
+
+def assert_equal_answers(answer, expected):
+    """`expected` in the pipeline's forms: a list for a text with one mask, a list of lists for several."""
+    for row, wanted in enumerate(expected):
+        masks = wanted if isinstance(wanted[0], list) else [wanted]
+        assert answer["MASKS"][row, 0] == len(masks)
+        for mask, best in enumerate(masks):
+            assert answer["TOKEN_ID"][row, mask].tolist() == [item["token"] for item in best]
+            assert [b.decode() for b in answer["TOKEN"][row, mask]] == [item["token_str"] for item in best]
+            assert [b.decode() for b in answer["SEQUENCE"][row, mask]] == [item["sequence"] for item in best]
+            np.testing.assert_allclose(answer["SCORE"][row, mask], [item["score"] for item in best], atol=1e-6)
+        assert (answer["TOKEN_ID"][row, len(masks) :] == -1).all()
+
+
+def test_fill_mask(repository, local, runtime_models):
+    texts = list(runtime_models.TEXTS)
+    (answer,) = repository("fill-mask").ask("gte_fill_mask", {"TEXT": texts})
+    assert_equal_answers(answer, local["fill-mask"].fill_mask(texts))
+
+
+def test_options_of_fill_mask(repository, local):
+    texts = ["the [MASK] of [MASK]", "a [MASK]"]
+    targets = np.array([[b"king", b"Paris", b""], [b"king", b"Paris", b""]], dtype=np.object_)
+    (answer,) = repository("fill-mask").ask(
+        "gte_fill_mask", {"TEXT": texts, "TOP_K": [9, 9], "TARGETS": targets, "TRUNCATION": [True, True]}
+    )
+    assert answer["SCORE"].shape == (2, 2, 2)
+    assert_equal_answers(answer, local["fill-mask"].fill_mask(texts, top_k=9, targets=["king", "Paris"]))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_rerank(softmax, repository, local):
+    pairs = [("what is this", "a king"), ("the", "river and water " * 8), ("", "")]
+    request = {"TEXT": [a for a, _ in pairs], "TEXT_PAIR": [b for _, b in pairs], "APPLY_SOFTMAX": [softmax] * 3}
+    (answer,) = repository("classify").ask("gte_rerank", request)
+    np.testing.assert_allclose(answer["SCORE"][:, 0], local["classify"].predict(pairs), atol=1e-6)
+    identity = local["classify"].predict(pairs, activation_fn=lambda logits: logits)
+    np.testing.assert_allclose(answer["LOGITS"][:, 0], identity, atol=1e-5)
+
+
+def test_single_texts_of_a_classifier(repository, local):
+    (answer,) = repository("classify").ask("gte_rerank", {"TEXT": TEXTS})
+    np.testing.assert_allclose(answer["SCORE"][:, 0], local["classify"].predict([[t] for t in TEXTS]), atol=1e-6)
+
+
+def test_several_labels(make_checkpoint, runtime_models, bundle_of, open_repository, tmp_path):
+    from gte_deploy.exporters.triton_repository import export_repository
+
+    checkpoint = runtime_models.make_word_checkpoint(make_checkpoint, tmp_path / "c", task="classify", num_labels=3)
+    bundle = bundle_of(checkpoint)
+    path = export_repository(bundle, tmp_path / "repository").path
+    assert (path / "gte_rerank" / "labels.txt").read_text() == "LABEL_0\nLABEL_1\nLABEL_2\n"
+    with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
+        for softmax in (False, True):
+            request = {"TEXT": ["the king"], "APPLY_SOFTMAX": [softmax]}
+            (answer,) = open_repository(path).ask("gte_rerank", request)
+            expected = model.predict([["the king"]], apply_softmax=softmax)
+            np.testing.assert_allclose(answer["SCORE"], expected, atol=1e-6)
+
+
+def test_sparse_vectors(bundles, repository):
+    """Against the definition: for each entry the largest relu(logit) among its places, special tokens left out."""
+    import onnxruntime
+
+    texts = ["the king and the queen", "[MASK] unknownword", "a river"]
+    (answer,) = repository("token-classify").ask("gte_sparse", {"TEXT": texts})
+    session = onnxruntime.InferenceSession(str(bundles["token-classify"] / "onnx" / "model.onnx"))
+    with gte_deploy.load(bundles["token-classify"], backend="onnx", num_threads=1) as model:
+        rows = [model.tokenize(text)["input_ids"] for text in texts]
+    seen = 0
+    for row, ids in enumerate(rows):
+        (logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        expected: dict[int, float] = {}
+        for token, logit in zip(ids[0].tolist(), logits[0, :, 0].tolist(), strict=True):
+            if logit > 0 and token > 4:  # [PAD], [UNK], [CLS], [SEP], [MASK]
+                expected[token] = max(expected.get(token, 0.0), logit)
+        count = int(answer["TOKENS"][row, 0])
+        found = dict(zip(answer["TOKEN_ID"][row, :count].tolist(), answer["WEIGHT"][row, :count].tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert answer["WEIGHT"][row].tolist() == sorted(answer["WEIGHT"][row].tolist(), reverse=True)
+        seen += count
+    assert seen > 0
+
+
+def test_a_bad_request_fails_alone(repository, local):
+    good = {"TEXT": ["the [MASK]"]}
+    bad = {
+        "no mask": ({"TEXT": ["the king", "a [MASK]"]}, "input 0 has no mask; write [MASK]"),
+        "too long": ({"TEXT": ["a [MASK]", "[MASK] " * 130]}, "input 1 has 132 tokens"),
+        "cut off": (
+            {"TEXT": ["the " * 200 + "[MASK]"], "TRUNCATION": [True]},
+            "input 0 lost its [MASK] by truncation to 128 tokens",
+        ),
+        "no UTF-8": ({"TEXT": np.array([[b"\xff [MASK]"]], dtype=np.object_)}, "input 0 is not UTF-8"),
+        "4 MB": ({"TEXT": ["[MASK]" + "a" * (4 << 20)]}, "a text may have at most"),
+        "top_k": ({"TEXT": ["a [MASK]"], "TOP_K": [0]}, "TOP_K must be an integer from 1 to"),
+        "length": ({"TEXT": ["a [MASK]"], "MAX_LENGTH": [4000]}, "max_length must be an integer from 3 to 128"),
+        "unlike": ({"TEXT": ["a [MASK]"] * 2, "TOP_K": [1, 2]}, "TOP_K differs between the rows"),
+        "targets": ({"TEXT": ["a [MASK]"], "TARGETS": [""]}, "none of the 1 targets has a token"),
+        "masks": ({"TEXT": ["[MASK]"] * 9}, "the request has 9 rows; the limit is 8"),
+    }
+    answers = repository("fill-mask").ask("gte_fill_mask", good, *(request for request, _ in bad.values()), good)
+    for (name, (_, message)), error in zip(bad.items(), answers[1:-1], strict=True):
+        assert isinstance(error, Exception), name
+        assert str(error).startswith("InputError: ") and message in str(error), name
+        assert error.code == "INVALID_ARG"
+    expected = local["fill-mask"].fill_mask(["the [MASK]"] * 2)
+    assert_equal_answers(answers[0], expected[:1])
+    assert_equal_answers(answers[-1], expected[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"POOLING": "max"}, "POOLING must be one of 'mean', 'cls', not 'max'"),
+        ({"TRUNCATE_DIM": 33}, "TRUNCATE_DIM must be an integer from 1 to 32"),
+        ({"PROMPT_NAME": "nobody"}, "prompt_name 'nobody' is none of this model's prompts: query, document, passage"),
+    ],
+)
+def test_bad_options_of_encode(options, message, repository):
+    (error,) = repository("embed").ask("gte_embed", {"TEXT": ["a"], **options})
+    assert f"InputError: {message}" in str(error)
+
+
+def test_more_masks_than_are_answered(repository):
+    opened = repository("fill-mask")
+    opened.model("gte_tokenizer")._max_masks = 4
+    answers = opened.ask("gte_fill_mask", {"TEXT": ["[MASK] " * 4]}, {"TEXT": ["a [MASK]", "[MASK] " * 5]})
+    assert answers[0]["TOKEN_ID"].shape == (1, 4, 5)
+    assert "input 1 has 5 masks; this server answers at most 4" in str(answers[1])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_nan_leaves(value, repository):
+    model = repository("fill-mask").model("gte_embed_output")
+    good, bad = np.ones((2, 32), np.float32), np.ones((2, 32), np.float32)
+    bad[1, 3] = value
+    requests = [{"embedding_mean": states, "embedding_cls": states} for states in (bad, good)]
+    first, second = model.execute(requests)
+    assert str(first.error).startswith("NonFiniteError: ") and "the inputs 1" in str(first.error)
+    assert first.error.code == "INTERNAL"
+    np.testing.assert_array_equal(second.tensors["EMBEDDING"], good)
+
+
+def test_a_failure_nobody_thought_of_fails_that_request(repository):
+    model = repository("fill-mask").model("gte_embed_output")
+    good = {"embedding_mean": np.ones((1, 32), np.float32), "embedding_cls": np.ones((1, 32), np.float32)}
+    first, second = model.execute([{**good, "NORMALIZE": np.empty((0, 1))}, good])
+    assert first.error is not None and second.error is None
+
+
+def test_requests_are_padded_so_that_they_run_together(repository, local):
+    opened = repository("embed")
+    texts = ["the king", "a", "the queen and the man", "river " * 60, "river " * 61]
+    answers = opened.ask("gte_embed", *({"TEXT": [text]} for text in texts))
+    assert opened.runs == [(3, 16), (2, 64)]
+    for text, answer in zip(texts, answers, strict=True):
+        np.testing.assert_allclose(answer["EMBEDDING"][0], local["embed"].encode(text), atol=1e-5)
+
+
+def test_masks_of_requests_that_run_together(repository, local):
+    """The row that a mask stands in counts from the batch's first row, not from its request's."""
+    opened = repository("fill-mask")
+    texts = ["the [MASK] of [MASK]", "a [MASK]", "[MASK] and [MASK]", "[MASK]"]
+    answers = opened.ask("gte_fill_mask", *({"TEXT": [text]} for text in texts))
+    assert opened.runs == [(2, 16), (2, 16)]
+    for text, answer in zip(texts, answers, strict=True):
+        assert_equal_answers(answer, [local["fill-mask"].fill_mask(text)])
+
+
+def test_checkpoints_that_normalise(altered_bundle, bundles, open_repository, tmp_path):
+    from gte_deploy.bundle import read_manifest
+    from gte_deploy.exporters.triton_repository import export_repository
+
+    spec = dataclasses.replace(read_manifest(bundles["embed"]).spec, normalize=True)
+    bundle = altered_bundle("embed", spec=spec)
+    opened = open_repository(export_repository(bundle, tmp_path / "repository").path)
+    with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
+        (answer,) = opened.ask("gte_embed", {"TEXT": TEXTS, "TRUNCATE_DIM": [8] * 5})
+        np.testing.assert_allclose(answer["EMBEDDING"], model.encode(TEXTS, truncate_dim=8), atol=1e-5)
+        (whole,) = opened.ask("gte_embed", {"TEXT": TEXTS})
+        np.testing.assert_allclose(np.linalg.norm(whole["EMBEDDING"], axis=1), 1, atol=1e-5)

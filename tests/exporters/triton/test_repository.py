@@ -1,0 +1,360 @@
+"""The files of a repository: which models, which configurations, what is refused, how it gets its name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gte_deploy.bundle import PlanEntry
+from gte_deploy.errors import BundleError, ExportError, InputError, ParityError
+from gte_deploy.exporters import triton_repository
+from gte_deploy.exporters.triton.checks import check_repository
+from gte_deploy.exporters.triton.configs import length_buckets
+from gte_deploy.exporters.triton_repository import export_repository
+from gte_deploy.files import sha256_file
+from gte_deploy.spec import Profile, TensorSpec
+
+ENSEMBLES = {
+    "fill-mask": {"gte_embed", "gte_token_embed", "gte_fill_mask"},
+    "embed": {"gte_embed", "gte_token_embed"},
+    "classify": {"gte_embed", "gte_token_embed", "gte_rerank"},
+    "token-classify": {"gte_embed", "gte_token_embed", "gte_sparse"},
+}
+
+
+@pytest.mark.parametrize("task", ENSEMBLES)
+def test_models_by_task(task, repository):
+    opened = repository(task)
+    models = {path.name for path in opened.path.iterdir() if path.is_dir()}
+    ensembles = {name for name in models if opened.config(name).platform == "ensemble"}
+    assert ensembles == ENSEMBLES[task]
+    outputs = {f"{name}_output" for name in ensembles - {"gte_token_embed"}}
+    assert models - ensembles == {"gte_tokenizer", "gte_encoder", *outputs}
+    for name in models:
+        assert (opened.path / name / "1").is_dir()
+        assert opened.config(name).version_policy.latest.num_versions == 1
+
+
+@pytest.mark.parametrize("task", ENSEMBLES)
+def test_the_checks_find_nothing(task, repositories):
+    assert check_repository(repositories[task]) == []
+
+
+def test_every_file_is_in_the_manifest_and_readable(repositories):
+    path = repositories["fill-mask"]
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    there = {
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert there == {*files, "manifest.json"}
+    for name, entry in files.items():
+        file = path / name
+        assert (file.stat().st_size, sha256_file(file)) == (entry["size"], entry["sha256"])
+        assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_devices(open_repository, repositories):
+    gpu, cpu = (open_repository(repositories["fill-mask"], variant) for variant in (None, "cpu"))
+    for opened, kind, rows in ((gpu, "KIND_GPU", 32), (cpu, "KIND_CPU", 8)):
+        encoder = opened.config("gte_encoder")
+        (group,) = encoder.instance_group
+        assert (group.Kind.Name(group.kind), group.count, encoder.max_batch_size) == (kind, 1, rows)
+        policy = encoder.dynamic_batching.default_queue_policy
+        assert policy.max_queue_size == 16 * rows
+        assert policy.default_timeout_microseconds == 30_000_000 and policy.timeout_action == policy.REJECT
+        python = opened.config("gte_tokenizer").instance_group[0]
+        assert python.Kind.Name(python.kind) == "KIND_CPU"
+    assert cpu.config("gte_encoder").parameters["intra_op_thread_count"].string_value == "1"
+    assert list(gpu.config("gte_encoder").dynamic_batching.preferred_batch_size) == [16, 32]
+
+
+def test_warm_up_is_the_shortest_and_the_longest(repository):
+    opened = repository("fill-mask")
+    samples = opened.config("gte_encoder").model_warmup
+    lengths = {sample.name: list(sample.inputs["input_ids"].dims) for sample in samples}
+    assert lengths == {"shortest": [16], "longest": [128]}
+    for sample in samples:
+        rows = {}
+        for name, value in sample.inputs.items():
+            data = (opened.path / "gte_encoder" / "warmup" / value.input_data_file).read_bytes()
+            rows[name] = np.frombuffer(data, np.int64).reshape([1, *value.dims])
+        assert (rows["attention_mask"] == 1).all()
+        opened._run("gte_encoder", [rows])
+
+
+def test_options_reach_the_configurations(bundles, open_repository, tmp_path):
+    result = export_repository(
+        bundles["embed"],
+        tmp_path / "r",
+        max_batch_size=4,
+        max_queue_size=7,
+        queue_timeout_s=0.5,
+        threads=3,
+        response_cache=True,
+        model_version=5,
+    )
+    assert result.checked and result.devices == ("gpu", "cpu") and set(result.ensembles) == ENSEMBLES["embed"]
+    opened = open_repository(result.path)
+    encoder = opened.config("gte_encoder")
+    assert encoder.max_batch_size == 4
+    assert encoder.dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert encoder.dynamic_batching.default_queue_policy.default_timeout_microseconds == 500_000
+    assert encoder.parameters["intra_op_thread_count"].string_value == "3"
+    # The key of Triton's cache is made of the inputs' bytes, without their shapes: only texts are told apart by it.
+    models = [path.name for path in result.path.iterdir() if path.is_dir()]
+    cached = {name for name in models if opened.config(name).response_cache.enable}
+    assert cached == ENSEMBLES["embed"]
+    assert (result.path / "gte_encoder" / "5" / "model.onnx").is_file()
+    assert "--cache-config=local" in (result.path / "README.md").read_text()
+
+
+def test_the_spec_reaches_clients_and_python_models(repository, bundles):
+    from gte_deploy.bundle import read_manifest, spec_from_json
+
+    opened = repository("embed")
+    expected = read_manifest(bundles["embed"]).spec
+    for name in ("gte_embed", "gte_token_embed", "gte_tokenizer"):
+        assert spec_from_json(json.loads(opened.config(name).parameters["gte_deploy_spec"].string_value)) == expected
+    facts = json.loads(repository("fill-mask").config("gte_fill_mask").parameters["gte_deploy"].string_value)
+    assert facts["mask_token"] == "[MASK]" and facts["max_batch_size"] == 8
+
+
+def test_a_checkpoint_is_exported_first(word_checkpoints, trace_once, tmp_path):
+    result = export_repository(word_checkpoints["embed"], tmp_path / "r", max_length=64)
+    assert json.loads((result.path / "manifest.json").read_text())["spec"]["max_length"] == 64
+    assert (result.path / "report.html").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_python_models_need_nothing_but_themselves(repositories, tmp_path):
+    """Imported from the repository in a fresh interpreter: the copies are found before any installed gte_deploy."""
+    (tmp_path / "triton_python_backend_utils.py").write_text("class TritonError: pass\n")
+    program = (
+        "import importlib.util, pathlib, sys\n"
+        "file = pathlib.Path(sys.argv[1])\n"
+        "spec = importlib.util.spec_from_file_location('model', file)\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
+        "ours = {n: m for n, m in sys.modules.items() if n.split('.')[0] == 'gte_deploy'}\n"
+        "assert ours and all(m.__file__.startswith(str(file.parent)) for m in ours.values()), ours\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    models = sorted(
+        {path.parents[1].name: path for r in repositories.values() for path in r.glob("*/1/model.py")}.values()
+    )
+    assert len(models) == 5
+    for file in models:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        subprocess.run([sys.executable, "-c", program, file], check=True, env=environment, timeout=60)
+
+
+def test_replacing(bundles, tmp_path):
+    path = export_repository(bundles["embed"], tmp_path / "r").path
+    (path / "gte_tokenizer" / "1" / "__pycache__").mkdir()
+    (path / "gte_tokenizer" / "1" / "__pycache__" / "model.cpython-312.pyc").touch()  # what a server leaves
+    with pytest.raises(ExportError, match="--force"):
+        export_repository(bundles["embed"], path)
+    export_repository(bundles["fill-mask"], path, force=True)
+    assert (path / "gte_fill_mask").is_dir()
+    assert not (path / "gte_tokenizer" / "1" / "__pycache__").exists()
+    (path / "mine.txt").touch()
+    with pytest.raises(ExportError, match=r"no export wrote: mine\.txt"):
+        export_repository(bundles["embed"], path, force=True)
+
+
+def test_a_bundle_is_not_replaced_by_a_repository(altered_bundle, bundles):
+    target = altered_bundle("embed")
+    with pytest.raises(ExportError, match="is not the manifest of a gte-deploy-triton-repository"):
+        export_repository(bundles["embed"], target, force=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size must be an integer from 1 to 1,024"),
+        ({"max_queue_size": -1}, "max_queue_size"),
+        ({"queue_timeout_s": 0}, "queue_timeout_s is 0"),
+        ({"threads": 0}, "threads"),
+        ({"model_version": 0}, "model_version"),
+        ({"accelerator": "magic"}, "accelerator is 'magic'"),
+        ({"precision": "int8"}, "is a bundle already; precision"),
+        ({"engine": "somewhere"}, "give it alone"),
+    ],
+)
+def test_arguments_out_of_range(options, message, bundles, tmp_path):
+    with pytest.raises(InputError, match=message):
+        export_repository(bundles["embed"], tmp_path / "r", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_computes_something_else_is_not_written(bundles, tmp_path, monkeypatch):
+    from gte_deploy.exporters.triton import graph
+
+    write = graph.write_graph
+
+    def wrong(source, target, spec):
+        write(source, target, spec)
+        model = graph.onnx.load(target, load_external_data=False)
+        next(node for node in model.graph.node if node.output[0] == "embedding_cls").op_type = "Neg"
+        wrong_input = next(node for node in model.graph.node if node.output[0] == "embedding_cls")
+        del wrong_input.attribute[:], wrong_input.input[:]
+        wrong_input.input.append("embedding_mean")
+        graph.onnx.save(model, target)
+
+    monkeypatch.setattr(graph, "write_graph", wrong)
+    with pytest.raises(ParityError, match="in embedding_cls"):
+        export_repository(bundles["fill-mask"], tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_pass_the_checks_is_not_written(bundles, tmp_path, monkeypatch):
+    configs = triton_repository.all_configs
+
+    def broken(serving, device):
+        made = configs(serving, device)
+        made["gte_encoder"]["instance_group"][0]["count"] = 0
+        return made
+
+    monkeypatch.setattr(triton_repository, "all_configs", broken)
+    with pytest.raises(ExportError, match="count of 0"):
+        export_repository(bundles["embed"], tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_of_every_token_are_not_served(word_checkpoints, bundle_of, tmp_path):
+    bundle = bundle_of(word_checkpoints["fill-mask"], logits="all")
+    with pytest.raises(ExportError, match="--logits masked"):
+        export_repository(bundle, tmp_path / "r")
+
+
+def test_integer_graphs_are_for_cpus(altered_bundle, open_repository, tmp_path):
+    result = export_repository(altered_bundle("embed", precision="int8"), tmp_path / "r")
+    assert result.devices == ("cpu",)
+    for variant in (None, "cpu"):
+        (group,) = open_repository(result.path, variant).config("gte_encoder").instance_group
+        assert group.kind == group.KIND_CPU
+    assert "--gpus" not in (result.path / "README.md").read_text()
+
+
+def test_graphs_for_cuda_are_for_gpus(altered_bundle, tmp_path):
+    result = export_repository(altered_bundle("embed", target="cuda"), tmp_path / "r")
+    assert result.devices == ("gpu",)
+    assert not (result.path / "gte_encoder" / "configs").exists()
+
+
+def test_tensorrt_in_onnx_runtime(bundles, open_repository, tmp_path):
+    pytest.importorskip("openvino")
+    result = export_repository(bundles["fill-mask"], tmp_path / "r", accelerator="tensorrt")
+    encoder = open_repository(result.path, None).config("gte_encoder")
+    (accelerator,) = encoder.optimization.execution_accelerators.gpu_execution_accelerator
+    assert encoder.default_model_filename == "model_tensorrt.onnx" and accelerator.name == "tensorrt"
+    assert accelerator.parameters["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1,mask_positions:1x1"
+    assert accelerator.parameters["trt_profile_max_shapes"].startswith("input_ids:32x128,attention_mask:32x128,")
+    assert accelerator.parameters["trt_engine_cache_enable"] == accelerator.parameters["trt_timing_cache_enable"] == "1"
+    assert open_repository(result.path, "cpu").config("gte_encoder").default_model_filename == "model.onnx"
+    assert "gte-triton-cache:/var/cache/gte-triton" in (result.path / "README.md").read_text()
+
+
+def plan_entry(task, *profiles, flavour="tensorrt", ids="int32"):
+    tokens = [TensorSpec(name, ids, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
+    masks = [TensorSpec("mask_positions", "int64", ("masks", 2))] if task == "fill-mask" else []
+    outputs = [TensorSpec("last_hidden_state", "float32", ("batch", "sequence", 32))]
+    if task == "fill-mask":
+        outputs.append(TensorSpec("logits", "float32", ("masks", 128)))
+    if task == "embed":
+        outputs.append(TensorSpec("sentence_embedding", "float16", ("batch", 32)))
+    return PlanEntry(
+        path="tensorrt/model.plan",
+        flavour=flavour,
+        version="10.9.0.34",
+        compute_capabilities=("8.9",),
+        profiles=tuple(Profile(*profile) for profile in profiles),
+        inputs=(*tokens, *masks),
+        outputs=tuple(outputs),
+        layers={},
+    )
+
+
+SHORT, LONG = ((1, 1), (8, 16), (64, 32)), ((1, 33), (2, 100), (4, 128))
+
+
+@pytest.mark.parametrize(("wanted", "rows", "length"), [(None, 4, 128), (16, 16, 32), (4, 4, 128)])
+def test_a_plan_serves_what_its_profiles_take(wanted, rows, length, altered_bundle, open_repository, tmp_path):
+    bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("embed", SHORT, LONG))
+    result = export_repository(engine=bundle, output=tmp_path / "r", max_batch_size=wanted)
+    assert result.devices == ("gpu",) and result.checked
+    opened = open_repository(result.path, None)
+    encoder = opened.config("gte_encoder")
+    assert (encoder.backend, encoder.max_batch_size) == ("tensorrt", rows)
+    assert list(encoder.instance_group[0].profile) == ["0", "1"]
+    assert (result.path / "gte_encoder" / "1" / "model.plan").read_bytes() == b"plan"
+    assert json.loads(opened.config("gte_embed").parameters["gte_deploy_spec"].string_value)["max_length"] == length
+    buckets = opened.config("gte_tokenizer").parameters["length_buckets"].string_value
+    assert buckets.split(",")[-1] == str(length)
+    assert {t.name: t.data_type for t in opened.config("gte_tokenizer").output} == {
+        t.name: t.data_type for t in encoder.input
+    }
+
+
+def test_answers_of_a_plan(altered_bundle, bundles, open_repository, tmp_path, monkeypatch):
+    """A plan takes 32-bit ids, (row, token) pairs of masks that Triton cannot join, and pools in no way of its own."""
+    import gte_deploy
+
+    bundle = altered_bundle("fill-mask", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("fill-mask", SHORT, LONG))
+    opened = open_repository(export_repository(engine=bundle, output=tmp_path / "r").path, None)
+    assert all(opened.config(path.name).max_batch_size == 0 for path in opened.path.iterdir() if path.is_dir())
+    run = opened._run
+    with gte_deploy.load(bundles["fill-mask"], backend="onnx", num_threads=1) as model:
+
+        def run_plan(name, inputs):
+            if name != "gte_encoder":
+                return run(name, inputs)
+            assert all(feed["input_ids"].dtype == np.int32 for feed in inputs)
+            batches = [
+                (feed["input_ids"].astype(np.int64), feed["attention_mask"].astype(np.int64), feed["mask_positions"])
+                for feed in inputs
+            ]
+            names = ("last_hidden_state", "logits")
+            return [model._backend.run(gte_deploy.backends.base.Batch(*batch), names) for batch in batches]
+
+        monkeypatch.setattr(opened, "_run", run_plan)
+        texts = ["the [MASK] of [MASK]", "a king", "[MASK]"]
+        (embeddings,) = opened.ask("gte_embed", {"TEXT": texts, "POOLING": ["cls"] * 3})
+        np.testing.assert_allclose(embeddings["EMBEDDING"], model.encode(texts, pooling="cls"), atol=1e-5)
+        (answer,) = opened.ask("gte_fill_mask", {"TEXT": [texts[0], texts[2]], "TOP_K": [2, 2]})
+        first, second = model.fill_mask([texts[0], texts[2]], top_k=2)
+        expected = [[[item["token"] for item in best] for best in masks] for masks in (first, [second])]
+        assert [answer["TOKEN_ID"][0].tolist(), answer["TOKEN_ID"][1, :1].tolist()] == expected
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (None, "holds no TensorRT plan"),
+        (plan_entry("embed", SHORT, flavour="tensorrt-rtx"), "holds a tensorrt-rtx engine"),
+    ],
+)
+def test_plans_that_triton_cannot_run(plan, message, altered_bundle, tmp_path):
+    files = {"tensorrt/model.plan": b"plan"} if plan else None
+    with pytest.raises(BundleError, match=message):
+        export_repository(engine=altered_bundle("embed", files, plan=plan), output=tmp_path / "r")
+
+
+def test_a_plan_without_the_batch_that_is_asked_for(altered_bundle, tmp_path):
+    bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("embed", SHORT))
+    with pytest.raises(InputError, match="no profile of the plan takes batches of 1 to 65 rows"):
+        export_repository(engine=bundle, output=tmp_path / "r", max_batch_size=65)
+
+
+@pytest.mark.parametrize("longest", [8, 16, 20, 128, 8192])
+def test_buckets_waste_little(longest):
+    buckets = length_buckets(longest)
+    assert buckets[-1] == longest and buckets == sorted(set(buckets))
+    for length in range(17, longest + 1):
+        bucket = next(b for b in buckets if b >= length)
+        assert bucket <= max(length + 8, 1.25 * length)
