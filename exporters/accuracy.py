@@ -86,7 +86,10 @@ class AccuracyBounds:
 
 
 ACCURACY_BOUNDS: Mapping[Precision, AccuracyBounds] = {
+    "fp16": AccuracyBounds(cosine_mean=0.9999, top1_agreement=0.99),
+    "bf16": AccuracyBounds(cosine_mean=0.999, top1_agreement=0.98),
     "int8": AccuracyBounds(cosine_mean=0.999, top1_agreement=0.97),
+    "fp8": AccuracyBounds(cosine_mean=0.999, top1_agreement=0.97),
     "int8-weight": AccuracyBounds(cosine_mean=0.9995, top1_agreement=0.98),
     "int4-weight": AccuracyBounds(cosine_mean=0.99, top1_agreement=0.9),
 }

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.bundle import MANIFEST_NAME, FileEntry, GraphEntry, Manifest, is_bundle, read_manifest
+from gte_deploy.bundle import MANIFEST_NAME, FileEntry, GraphEntry, Manifest, PlanEntry, is_bundle, read_manifest
 from gte_deploy.errors import BundleError, ExportError
 from gte_deploy.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
-from gte_deploy.spec import Engine, ModelSpec, Precision
+from gte_deploy.spec import Engine, ModelSpec, Precision, Target
 
 _STAGING, _OLD = ".staging", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -107,10 +107,21 @@ def seal(
     graphs: Mapping[Engine, GraphEntry],
     versions: Mapping[str, str],
     source: Mapping[str, str],
+    target: Target = "cpu",
+    plan: PlanEntry | None = None,
 ) -> Manifest:
     """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last."""
     files = seal_files(folder)
-    manifest = Manifest(spec=spec, precision=precision, graphs=graphs, files=files, versions=versions, source=source)
+    manifest = Manifest(
+        spec=spec,
+        precision=precision,
+        graphs=graphs,
+        files=files,
+        versions=versions,
+        source=source,
+        target=target,
+        plan=plan,
+    )
     write_manifest(folder, manifest.to_json())
     return manifest
 

@@ -6,16 +6,26 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gte_deploy.bundle import GraphEntry, Manifest
+from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import InputError, MissingDependencyError
 from gte_deploy.exporters.bundle_writer import publish, seal, staging
+from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, removes_padding
+from gte_deploy.exporters.profiles import check_profiles, default_profiles, profiles_for_lengths, read_lengths
+from gte_deploy.exporters.tensorrt_engine import (
+    TensorRTOptions,
+    build_plan,
+    choose_runtime,
+    resolve_targets,
+    trtexec_line,
+)
 from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
@@ -23,13 +33,15 @@ from gte_deploy.models.config import native_config, read_config, task_of
 from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
-    PRECISIONS,
+    TARGETS,
     TASKS,
     ComputePrecision,
     Engine,
     Logits,
     ModelSpec,
     Precision,
+    Profile,
+    Target,
     Task,
 )
 from gte_deploy.tokenization import TextTokenizer, load_tokenizer
@@ -45,8 +57,18 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.quantize import Activations
 
 MIN_LENGTH = 8
-GRAPH_PATHS: Mapping[Engine, str] = {"onnxruntime": "onnx/model.onnx", "openvino": "onnx/model_openvino.onnx"}
+GRAPH_PATHS: Mapping[Engine, str] = {
+    "onnxruntime": "onnx/model.onnx",
+    "openvino": "onnx/model_openvino.onnx",
+    "tensorrt": "onnx/model_tensorrt.onnx",
+}
 WEIGHTS_PATH = "onnx/model.onnx.data"
+FORMATS = ("onnx", "trt")
+FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
+    "onnx": ("fp32", "int8", "int8-weight", "int4-weight"),
+    "trt": ("fp16", "bf16", "int8", "fp8"),
+}
+"""Format -> its precisions, the default first."""
 ACTIVATIONS = ("static", "dynamic")
 EVALUATION_TOKENS = 6000
 """Real tokens of text on which a lower precision's accuracy is measured, in texts and again in windows."""
@@ -78,8 +100,10 @@ def export(
     model: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     *,
+    format: str = "onnx",
+    target: str = "cpu",
     task: str = "auto",
-    precision: str = "fp32",
+    precision: str | None = None,
     max_length: int | None = None,
     pooling: str = "auto",
     logits: str = "masked",
@@ -87,26 +111,34 @@ def export(
     calibration: str | os.PathLike[str] | None = None,
     activations: str = "static",
     reduce_range: bool = False,
+    padding: str = "auto",
+    tensorrt: TensorRTOptions | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export a checkpoint to a verified ONNX bundle.
+    """Export a checkpoint to a verified bundle.
 
     Args:
         model: checkpoint folder, hub id or preset name; None for the built-in model.
         output: folder of the bundle; None for one named after model, format and precision in the working directory.
+        format: "onnx" for ONNX Runtime and OpenVINO, "trt" for a TensorRT engine.
+        target: of format onnx, "cpu", or "cuda" for a graph that ONNX Runtime's CUDA provider runs well.
         task: "fill-mask", "embed", "classify", "token-classify", or "auto" for what the checkpoint was made for.
-        precision: "fp32"; "int8" (weights and activations); "int8-weight" or "int4-weight" (weights alone, for small
-            disks). docs/numerics.md compares them.
+        precision: for ONNX "fp32"; "int8" (weights and activations); "int8-weight" or "int4-weight" (weights alone, for
+            small disks). For TensorRT "fp16", "bf16", "int8" or "fp8"; for target cuda "fp16", "bf16" or "fp32". None
+            for the first of these.
+            docs/numerics.md compares them.
         max_length: longest input in tokens; None for the checkpoint's own limit.
         pooling: "mean", "cls", or "auto" for what the checkpoint says.
         logits: "masked" computes the vocabulary logits of the masks alone, "all" those of every token (fill-mask).
         opset: ONNX opset of the graph; None for the default.
-        calibration: for int8, a UTF-8 file with one text a line, like those that will be served; None for English prose
-            that comes along.
+        calibration: for int8 and fp8, a UTF-8 file with one text a line, like those that will be served; None for
+            English prose that comes along.
         activations: for int8 on ONNX Runtime, "static" (ranges of the calibration texts: a row's answer does not
             depend on its batch) or "dynamic" (ranges of each batch). OpenVINO's graph is always static.
         reduce_range: for int8, weights of 7 bits, for CPUs without VNNI.
+        padding: for target cuda, "remove", "keep", or "auto" for what suits the precision; see `cuda_graph`.
+        tensorrt: what the engine is built with and for; see `TensorRTOptions`.
         force: replace a bundle that is there already.
         progress: called with one line at every step.
 
@@ -117,7 +149,22 @@ def export(
         ExportError: the target must not be replaced, or the graph could not be built.
         MissingDependencyError: the [export] extra is not installed.
     """
-    _check_choices(task=task, precision=precision, pooling=pooling, logits=logits, activations=activations)
+    _check_choice("format", format, FORMATS)
+    _check_choice(f"target of format {format}", target, TARGETS if format == "onnx" else ("cpu",))
+    precisions = CUDA_PRECISIONS if target == "cuda" else FORMAT_PRECISIONS[format]
+    precision = precisions[0] if precision is None else precision
+    for name, value, allowed in (
+        ("task", task, ("auto", *TASKS)),
+        (f"precision of format {format}, target {target}", precision, precisions),
+        ("pooling", pooling, ("auto", *POOLINGS)),
+        ("logits", logits, LOGITS),
+        ("activations", activations, ACTIVATIONS),
+    ):
+        _check_choice(name, value, allowed)
+    if target == "cuda":
+        removes_padding(precision, padding)
+    elif padding != "auto":
+        raise InputError(f"padding is {padding!r}; it is for target cuda")
     lower = _LowerPrecision(
         cast(Precision, precision),
         None if calibration is None else read_texts(Path(calibration)),
@@ -126,35 +173,39 @@ def export(
     )
     _require_extra()
     steps = _Steps(progress or (lambda line: None))
-    path = Path(output if output is not None else default_output(model, precision=precision))
+    kind = "cuda" if target == "cuda" else format
+    path = Path(output if output is not None else default_output(model, format=kind, precision=precision))
     # The real path: a rename over a link would replace the link.
-    target = Path(os.path.realpath(path))
-    with staging(target, force=force) as folder:
+    place = Path(os.path.realpath(path))
+    with staging(place, force=force) as folder:
         with steps("read the checkpoint"):
             checkpoint = resolve_checkpoint(model)
             config, spec = _read_spec(checkpoint, task=task, pooling=pooling, logits=logits, max_length=max_length)
             source = _source_of(model, checkpoint)
-        graphs, parity, sensitivity = _prove(checkpoint, folder, spec, lower, opset=opset, steps=steps)
+        if format == "trt":
+            made = _build(checkpoint, folder, spec, lower, tensorrt or TensorRTOptions(), opset=opset, steps=steps)
+        elif target == "cuda":
+            made = _prove_cuda(checkpoint, folder, spec, lower.precision, padding, opset=opset, steps=steps)
+        else:
+            made = _prove(checkpoint, folder, spec, lower, opset=opset, steps=steps)
         with steps("write the bundle"):
             manifest = _write_bundle(
                 folder,
                 checkpoint,
                 config,
                 spec,
-                graphs=graphs,
-                parity=parity,
+                made=made,
                 source=source,
                 timings_s=steps.seconds,
-                sensitivity=sensitivity,
             )
         steps.tell(f"rename to {path}")
-        publish(folder, target, force=force)
-    return ExportResult(path=path, manifest=manifest, parity=parity)
+        publish(folder, place, force=force)
+    return ExportResult(path=path, manifest=manifest, parity=made.parity)
 
 
-def default_output(model: str | os.PathLike[str] | None, *, precision: str) -> Path:
+def default_output(model: str | os.PathLike[str] | None, *, precision: str, format: str = "onnx") -> Path:
     """The folder named after model, format and precision in the working directory, e.g. gte-en-mlm-tiny-onnx-fp32."""
-    return Path(f"{_name_of(model)}-onnx-{precision}")
+    return Path(f"{_name_of(model)}-{format}-{precision}")
 
 
 @dataclass
@@ -182,16 +233,29 @@ class _LowerPrecision:
     reduce_range: bool
 
 
-def _check_choices(*, task: str, precision: str, pooling: str, logits: str, activations: str) -> None:
-    for name, value, allowed in (
-        ("task", task, ("auto", *TASKS)),
-        ("precision", precision, PRECISIONS),
-        ("pooling", pooling, ("auto", *POOLINGS)),
-        ("logits", logits, LOGITS),
-        ("activations", activations, ACTIVATIONS),
-    ):
-        if value not in allowed:
-            raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+@dataclass(frozen=True)
+class _Made:
+    """What stands in the folder of a bundle that is not described yet.
+
+    Args:
+        graphs: engine -> graph; `keeps_graphs` says whether their files stay.
+        parity: passed.
+        sensitivity: what a sweep measured, if one was needed.
+        plan: the TensorRT engine, if there is one.
+        target: what ONNX Runtime's graph is made for.
+    """
+
+    graphs: Mapping[Engine, "Graph"]
+    parity: "ParityReport"
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    plan: PlanEntry | None = None
+    keeps_graphs: bool = True
+    target: Target = "cpu"
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def _require_extra() -> None:
@@ -219,10 +283,8 @@ def _read_spec(
 
 def _prove(
     checkpoint: Path, folder: Path, spec: ModelSpec, lower: _LowerPrecision, *, opset: int | None, steps: _Steps
-) -> tuple[dict[Engine, "Graph"], "ParityReport", Mapping[str, float]]:
+) -> _Made:
     """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch.
-
-    The last result is what a sensitivity sweep measured, if one was needed.
 
     Raises:
         ParityError: a bound is missed.
@@ -278,7 +340,184 @@ def _prove(
             progress=steps.tell,
         )
     parity.require()
-    return graphs, parity, sensitivity
+    return _Made(graphs, parity, sensitivity)
+
+
+def _prove_cuda(
+    checkpoint: Path,
+    folder: Path,
+    spec: ModelSpec,
+    precision: Precision,
+    padding: str,
+    *,
+    opset: int | None,
+    steps: _Steps,
+) -> _Made:
+    """Write the graph for ONNX Runtime's CUDA provider, and compare it, or its stand-in on a CPU, with PyTorch.
+
+    Raises:
+        ParityError: a bound is missed.
+    """
+    from gte_deploy.exporters.cuda_graph import build_cuda_graph, opened_for_proof
+    from gte_deploy.exporters.graph import DEFAULT_OPSET, save_graph
+    from gte_deploy.exporters.parity import TorchReference, check_parity
+    from gte_deploy.exporters.parity_batches import TokenSource
+    from gte_deploy.models.checkpoint import load_model
+
+    with steps("load the weights"):
+        tokenizer = load_tokenizer(checkpoint)
+        model = load_model(checkpoint, task=spec.task)
+    with steps("trace and fuse"):
+        graph = build_cuda_graph(
+            model,
+            task=spec.task,
+            max_length=spec.max_length,
+            precision=precision,
+            padding=padding,
+            pooling=spec.pooling if spec.task == "embed" else None,
+            logits=spec.logits,
+            opset=DEFAULT_OPSET if opset is None else opset,
+        )
+    file = folder / GRAPH_PATHS["onnxruntime"]
+    with steps("write the graph"):
+        file.parent.mkdir()
+        save_graph(graph, file)
+    texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+    with steps("compare with PyTorch"), opened_for_proof(graph, file, spec) as (backend, not_proven):
+        parity = check_parity(
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            {("onnxruntime", "fp32"): backend},
+            outputs=[output.name for output in graph.outputs],
+            spec=spec,
+            precision=precision,
+            tokens=TokenSource.from_tokenizer(tokenizer),
+            texts=[] if precision == "fp32" else texts,
+            not_proven=not_proven,
+            progress=steps.tell,
+        )
+    parity.require()
+    return _Made({"onnxruntime": graph}, parity, target="cuda")
+
+
+def _build(
+    checkpoint: Path,
+    folder: Path,
+    spec: ModelSpec,
+    lower: _LowerPrecision,
+    options: TensorRTOptions,
+    *,
+    opset: int | None,
+    steps: _Steps,
+) -> _Made:
+    """Build the TensorRT engine in `folder`/tensorrt, and compare the ONNX that it is made of with PyTorch.
+
+    Raises:
+        InputError: profiles or targets that do not fit the model or the precision.
+        ExportError: TensorRT refuses the graph, or made of it what was not asked for.
+        ParityError: a bound is missed.
+    """
+    from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graphs, save_graph
+    from gte_deploy.exporters.lower_precision import quantize_for_tensorrt
+    from gte_deploy.exporters.parity import TorchReference, check_parity
+    from gte_deploy.exporters.parity_batches import TokenSource
+    from gte_deploy.exporters.tensorrt_check import CompiledOnnx
+    from gte_deploy.exporters.tensorrt_graph import tensorrt_graph
+    from gte_deploy.models.checkpoint import load_model
+
+    profiles = _profiles_of(options, spec.max_length)
+    runtime = None
+    if not options.onnx_only:
+        runtime = choose_runtime(options.runtime)
+        steps.tell(f"build with {runtime.title}: {runtime.reason}")
+        targets = resolve_targets(runtime, options.targets, lower.precision)
+    with steps("load the weights"):
+        tokenizer = load_tokenizer(checkpoint)
+        model = load_model(checkpoint, task=spec.task)
+    layers = model.config.num_hidden_layers
+    with steps("trace"):
+        graphs = build_graphs(
+            model,
+            task=spec.task,
+            max_length=spec.max_length,
+            pooling=spec.pooling if spec.task == "embed" else None,
+            logits=spec.logits,
+            opset=DEFAULT_OPSET if opset is None else opset,
+        )
+    sensitivity: Mapping[str, float] = {}
+    with steps(f"write the graph in {lower.precision}"):
+        if lower.precision in ("int8", "fp8"):
+            made = quantize_for_tensorrt(
+                graphs,
+                lower.precision,
+                spec=spec,
+                tokenizer=tokenizer,
+                num_layers=layers,
+                calibration=lower.calibration,
+                calibrator=options.calibrator,
+                progress=steps.tell,
+            )
+            graph, sensitivity = made.graphs["tensorrt"], made.sweep.loss if made.sweep else {}
+        else:
+            graph = tensorrt_graph(graphs["openvino"], lower.precision, num_layers=layers)
+        file = folder / GRAPH_PATHS["tensorrt"]
+        file.parent.mkdir()
+        save_graph(graph, file)
+    plan = None
+    not_proven = [_trtexec_advice(profiles, spec)]
+    if runtime is not None:
+        with steps(f"build the engine with {runtime.title}"):
+            plan = build_plan(
+                file,
+                folder,
+                runtime,
+                options,
+                graph=graph,
+                num_layers=layers,
+                targets=targets,
+                profiles=profiles,
+            )
+        not_proven = [_NOT_RUN]
+    texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+    compiled = CompiledOnnx(graph, spec, file=file, num_heads=model.config.num_attention_heads)
+    with steps("compare with PyTorch"), contextlib.closing(compiled):
+        parity = check_parity(
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            {("tensorrt", lower.precision): compiled},
+            outputs=[output.name for output in graph.outputs],
+            spec=spec,
+            precision=lower.precision,
+            tokens=TokenSource.from_tokenizer(tokenizer),
+            texts=texts,
+            not_proven=not_proven,
+            progress=steps.tell,
+        )
+    parity.require()
+    keeps = options.onnx_only or options.keep_onnx
+    if not keeps:
+        shutil.rmtree(file.parent)
+    return _Made({"tensorrt": graph}, parity, sensitivity, plan, keeps)
+
+
+_NOT_RUN = (
+    "What was compared is the ONNX that the engine was compiled from, run by ONNX Runtime on the CPU; the engine "
+    "itself runs on its GPUs alone."
+)
+
+
+def _profiles_of(options: TensorRTOptions, max_length: int) -> tuple[Profile, ...]:
+    if options.profiles and options.lengths is not None:
+        raise InputError("profiles come from --profile or from --lengths, not from both")
+    if options.lengths is not None:
+        return profiles_for_lengths(read_lengths(options.lengths), max_length)
+    profiles = options.profiles or default_profiles(max_length)
+    check_profiles(profiles, max_length)
+    return profiles
+
+
+def _trtexec_advice(profiles: Sequence[Profile], spec: ModelSpec) -> str:
+    has_masks = spec.task == "fill-mask" and spec.logits == "masked"
+    line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, has_masks=has_masks)
+    return f"No engine was built. On the GPU that is to run it, in the bundle's folder:\n{line}"
 
 
 def _quantize(
@@ -327,11 +566,9 @@ def _write_bundle(
     config: "GteConfig",
     spec: ModelSpec,
     *,
-    graphs: Mapping[Engine, "Graph"],
-    parity: "ParityReport",
+    made: _Made,
     source: Mapping[str, str],
     timings_s: Mapping[str, float],
-    sensitivity: Mapping[str, float],
 ) -> Manifest:
     from gte_deploy.exporters.report import build_report, library_versions, render_html
     from gte_deploy.models.checkpoint import copy_tokenizer
@@ -349,17 +586,30 @@ def _write_bundle(
             inputs=graph.inputs,
             outputs=graph.outputs,
             fusions=graph.fusions,
-            computes=parity.proven(engine),
+            computes=made.parity.proven(engine),
         )
-        for engine, graph in graphs.items()
+        for engine, graph in made.graphs.items()
     }
     report = build_report(
-        parity, spec=spec, source=source, graphs=entries, timings_s=timings_s, sensitivity=sensitivity
+        made.parity,
+        spec=spec,
+        source=source,
+        graphs=entries,
+        plan=made.plan,
+        timings_s=timings_s,
+        sensitivity=made.sensitivity,
     )
     _write_json(folder / "report.json", report)
-    (folder / "report.html").write_text(render_html(parity, report), encoding="utf-8")
+    (folder / "report.html").write_text(render_html(made.parity, report, made.plan), encoding="utf-8")
     return seal(
-        folder, spec=spec, precision=parity.precision, graphs=entries, versions=library_versions(), source=source
+        folder,
+        spec=spec,
+        precision=made.parity.precision,
+        graphs=entries if made.keeps_graphs else {},
+        target=made.target,
+        plan=made.plan,
+        versions=library_versions(),
+        source=source,
     )
 
 

@@ -78,7 +78,7 @@ def build_graphs(
     plain = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
     fused = plain.clone()
     fusions = fuse_graph(fused, num_layers=model.config.num_hidden_layers)
-    return {"onnxruntime": _graph(fused, fusions, opset), "openvino": _graph(plain, {}, opset)}
+    return {"onnxruntime": graph_of(fused, fusions, opset), "openvino": graph_of(plain, {}, opset)}
 
 
 def save_graph(graph: Graph, path: Path) -> list[Path]:
@@ -140,7 +140,8 @@ def _with_external_weights(model: ir.Model, store: _WeightStore, file: BinaryIO)
     return model
 
 
-def _graph(model: ir.Model, fusions: dict[str, int], opset: int) -> Graph:
+def graph_of(model: ir.Model, fusions: dict[str, int], opset: int) -> Graph:
+    """A model with its inputs and outputs as they are now."""
     return Graph(
         model=model,
         fusions=fusions,

@@ -1,15 +1,11 @@
 """The FP32 graphs of a bundle -> the same in a lower precision: what `gte-export --precision` does."""
 
-import contextlib
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
-from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.exporters.accuracy import (
     ACCURACY_BOUNDS,
     Accuracy,
@@ -17,11 +13,12 @@ from gte_deploy.exporters.accuracy import (
     measure_accuracy,
     reference_outputs,
 )
-from gte_deploy.exporters.calibration import measure_ranges
-from gte_deploy.exporters.graph import Graph, save_graph
+from gte_deploy.exporters.calibration import Calibrator, Range, measure_peaks, measure_ranges, running
+from gte_deploy.exporters.graph import Graph
 from gte_deploy.exporters.linears import find_linears
 from gte_deploy.exporters.quantize import Activations, Int8Plan, plan_int8, quantize_int8
 from gte_deploy.exporters.sensitivity import Sweep, sweep_sensitivity
+from gte_deploy.exporters.tensorrt_graph import QdqPlan, tensorrt_graph
 from gte_deploy.exporters.text_batches import builtin_texts, text_batches
 from gte_deploy.exporters.weight_only import Bits, quantize_weights
 from gte_deploy.spec import Engine, ModelSpec, Precision
@@ -77,23 +74,20 @@ def quantize_graphs(
         copy = graphs["onnxruntime"].model.clone()
         counts = quantize_weights(copy, _WEIGHT_BITS[precision])
         return Quantized({"onnxruntime": _with(graphs["onnxruntime"], copy, counts)})
-    texts = calibration or builtin_texts("calibration")
-    batches = text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
-    size = sum(int(batch.attention_mask.sum()) for batch, _ in batches)
-    kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
-    progress(f"calibrate on {size:,} tokens of {kind}")
     fp32 = graphs["onnxruntime"]
-    ranges = measure_ranges(fp32, spec, [batch for batch, _ in batches])
+    texts, ranges = _calibrated(fp32, spec, tokenizer, calibration, progress)
     plan = plan_int8(fp32.model, ranges, reduce_range=reduce_range)
     # Static is the stricter form, and OpenVINO's.
     judged: Activations = "static" if "openvino" in graphs else activations
     sample = text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)
-    sweep = sweep_sensitivity(
-        groups_of(fp32, plan),
-        _accuracy_on(fp32, plan, judged, sample, spec),
-        ACCURACY_BOUNDS["int8"],
-        progress=progress,
-    )
+
+    def tried(high: frozenset[str]) -> Graph:
+        model = fp32.model.clone()
+        quantize_int8(model, plan.keeping(high), engine="onnxruntime", activations=judged)
+        return dataclasses.replace(fp32, model=model)
+
+    measure = _accuracy_against(fp32, tried, sample, spec)
+    sweep = sweep_sensitivity(groups_of(fp32, plan), measure, ACCURACY_BOUNDS["int8"], progress=progress)
     plan = plan.keeping(sweep.high)
     made: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
@@ -102,7 +96,54 @@ def quantize_graphs(
     return Quantized(made, sweep)
 
 
-def groups_of(graph: Graph, plan: Int8Plan) -> dict[str, list[str]]:
+def quantize_for_tensorrt(
+    graphs: Mapping[Engine, Graph],
+    precision: Precision,
+    *,
+    spec: ModelSpec,
+    tokenizer: TextTokenizer,
+    num_layers: int,
+    calibration: Sequence[str] | None = None,
+    calibrator: Calibrator = "max",
+    progress: Callable[[str], None],
+) -> Quantized:
+    """TensorRT's graph in INT8 or FP8, made of the FP32 `graphs`; see `quantize_graphs`.
+
+    Args:
+        graphs: of one model, FP32: ONNX Runtime's is calibrated with, OpenVINO's (standard operators) is rewritten.
+        precision: "int8" or "fp8".
+        spec: of the model.
+        tokenizer: of the model.
+        num_layers: of the encoder.
+        calibration: texts like those that will be asked; None for English prose that comes along.
+        calibrator: how the inputs' scales are chosen, see `measure_peaks`.
+        progress: called with a line at every step that takes long.
+    """
+    assert precision in ("int8", "fp8")
+    fp32, plain = graphs["onnxruntime"], graphs["openvino"]
+    texts, ranges = _calibrated(fp32, spec, tokenizer, calibration, progress)
+    base = plan_int8(fp32.model, ranges)
+    quantized = {name: found for name, found in ranges.items() if name not in base.high}
+    batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
+    peaks = measure_peaks(fp32, spec, batches, quantized, smoothing=base.smoothing, calibrator=calibrator)
+    # For a few masked rows an 8-bit matrix saves less than the copy of the embeddings that it would be.
+    rows_only = {name for name in quantized if "decoder" in name and spec.logits == "masked"}
+    plan = QdqPlan(precision, peaks, base.smoothing, base.high | rows_only)
+
+    def made(high: frozenset[str]) -> Graph:
+        return tensorrt_graph(plain, precision, num_layers=num_layers, plan=plan.keeping(high))
+
+    sample = text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)
+    sweep = sweep_sensitivity(
+        groups_of(fp32, plan),
+        _accuracy_against(fp32, made, sample, spec),
+        ACCURACY_BOUNDS[precision],
+        progress=progress,
+    )
+    return Quantized({"tensorrt": made(sweep.high)}, sweep)
+
+
+def groups_of(graph: Graph, plan: Int8Plan | QdqPlan) -> dict[str, list[str]]:
     """Weights that a sweep judges together: "gte.layers.0.self_attn.qkv" -> those of queries, keys and values."""
     groups: dict[str, list[str]] = {}
     for linear in find_linears(graph.model):
@@ -112,29 +153,34 @@ def groups_of(graph: Graph, plan: Int8Plan) -> dict[str, list[str]]:
     return groups
 
 
-def _accuracy_on(
-    fp32: Graph, plan: Int8Plan, activations: Activations, batches: Sequence[TextBatch], spec: ModelSpec
+def _calibrated(
+    fp32: Graph,
+    spec: ModelSpec,
+    tokenizer: TextTokenizer,
+    calibration: Sequence[str] | None,
+    progress: Callable[[str], None],
+) -> tuple[Sequence[str], dict[str, Range]]:
+    """The texts to calibrate with, and the range of every linear layer on them."""
+    texts = calibration or builtin_texts("calibration")
+    batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
+    size = sum(int(batch.attention_mask.sum()) for batch in batches)
+    kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
+    progress(f"calibrate on {size:,} tokens of {kind}")
+    return texts, measure_ranges(fp32, spec, batches)
+
+
+def _accuracy_against(
+    fp32: Graph, made: Callable[[frozenset[str]], Graph], batches: Sequence[TextBatch], spec: ModelSpec
 ) -> Callable[[frozenset[str]], Accuracy]:
-    """`measure(high)`: of the INT8 graph with these weights in FP32, against the FP32 graph, in ONNX Runtime."""
-    with _running(fp32, spec) as backend:
+    """`measure(high)`: of the graph that `made(high)` quantizes but for those weights, against FP32."""
+    with running(fp32, spec) as backend:
         references = reference_outputs(backend, batches, spec)
 
     def measure(high: frozenset[str]) -> Accuracy:
-        model = fp32.model.clone()
-        quantize_int8(model, plan.keeping(high), engine="onnxruntime", activations=activations)
-        with _running(dataclasses.replace(fp32, model=model), spec) as backend:
+        with running(made(high), spec) as backend:
             return measure_accuracy(backend, references, batches, spec)
 
     return measure
-
-
-@contextlib.contextmanager
-def _running(graph: Graph, spec: ModelSpec) -> Iterator[OnnxBackend]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.onnx"
-        save_graph(graph, file)
-        with contextlib.closing(OnnxBackend(file, spec)) as backend:
-            yield backend
 
 
 def _with(graph: Graph, model: ir.Model, counts: Mapping[str, int]) -> Graph:

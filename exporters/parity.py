@@ -34,7 +34,7 @@ from gte_deploy.exporters.parity_batches import (
     max_tokens_of,
     parity_cases,
 )
-from gte_deploy.spec import ComputePrecision, Engine, Logits, ModelSpec, Pooling, Precision, Task
+from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Logits, ModelSpec, Pooling, Precision, Task
 
 _CHUNK_ELEMENTS = 1 << 22
 _SEED = 20240729
@@ -81,7 +81,7 @@ TOLERANCES: Mapping[Precision | ComputePrecision, Tolerance] = {
 }
 
 
-def tolerance_of(precision: Precision, compute: ComputePrecision) -> Tolerance:
+def tolerance_of(precision: Precision, compute: Precision) -> Tolerance:
     """The row for a bundle's precision and what an engine computes in: the coarser of the two decides."""
     return TOLERANCES[compute if precision == "fp32" else precision]
 
@@ -151,7 +151,7 @@ class EngineParity:
     """All cases of one engine, its accuracy on text where that was asked for, and the bounds they were held to."""
 
     engine: Engine
-    compute: ComputePrecision
+    compute: Precision
     tolerance: Tolerance
     cases: tuple[CaseResult, ...]
     accuracy: Accuracy | None = None
@@ -165,7 +165,7 @@ class EngineParity:
     @property
     def optional(self) -> bool:
         """Whether this is a choice at load: the bundle is good without it, and then does not claim it."""
-        return self.compute != "fp32"
+        return self.engine == "openvino" and self.compute != "fp32"
 
     @property
     def passed(self) -> bool:
@@ -246,7 +246,8 @@ class ParityReport:
 
     def proven(self, engine: Engine) -> tuple[ComputePrecision, ...]:
         """What `engine` was shown to compute in."""
-        return tuple(found.compute for found in self.engines if found.engine == engine and found.passed)
+        passed = [found.compute for found in self.engines if found.engine == engine and found.passed]
+        return tuple(compute for compute in COMPUTE_PRECISIONS if compute in passed)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON data; a number that is not finite becomes null."""
@@ -349,7 +350,7 @@ def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> D
 
 def check_parity(
     reference: Runs,
-    candidates: Mapping[tuple[Engine, ComputePrecision], Runs],
+    candidates: Mapping[tuple[Engine, Precision], Runs],
     *,
     outputs: Sequence[str],
     spec: ModelSpec,
@@ -368,7 +369,7 @@ def check_parity(
     if cases is None:
         cases = parity_cases(spec.max_length, max_tokens=max_tokens_of(spec))
     rng = np.random.default_rng(_SEED)
-    results: dict[tuple[Engine, ComputePrecision], list[CaseResult]] = {key: [] for key in candidates}
+    results: dict[tuple[Engine, Precision], list[CaseResult]] = {key: [] for key in candidates}
     for number, case in enumerate(cases, 1):
         if progress is not None:
             progress(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")

@@ -100,9 +100,7 @@ def quantize_int8(model: ir.Model, plan: Int8Plan, *, engine: Engine, activation
     OpenVINO's graph is always static: the engine has no integer kernel for dynamic activations.
     """
     graph = model.graph
-    for down in find_linears(model):
-        if (scales := plan.smoothing.get(down.name)) is not None:
-            _smooth(down, scales)
+    smooth(model, plan.smoothing)
     linears = find_linears(model)
     chosen = [linear for linear in linears if linear.name not in plan.high]
     for linear in chosen:
@@ -115,6 +113,13 @@ def quantize_int8(model: ir.Model, plan: Int8Plan, *, engine: Engine, activation
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return {"int8_linears": len(chosen), "fp32_linears": len(linears) - len(chosen), "int8_embeddings": embeddings}
+
+
+def smooth(model: ir.Model, smoothing: Mapping[str, NDArray[np.float32]]) -> None:
+    """Even out the inputs of the down projections named in `smoothing`, in place."""
+    for down in find_linears(model):
+        if (scales := smoothing.get(down.name)) is not None:
+            _smooth(down, scales)
 
 
 def quantize_columns(matrix: NDArray[np.float32], largest: int = _LARGEST) -> tuple[np.ndarray, np.ndarray]:

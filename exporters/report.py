@@ -1,5 +1,6 @@
 """The parity report in three forms: a table for the terminal, report.json for machines, report.html for people."""
 
+import dataclasses
 import datetime
 import html
 import importlib.util
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gte_deploy._version import __version__
-from gte_deploy.bundle import GraphEntry
+from gte_deploy.bundle import GraphEntry, PlanEntry
 from gte_deploy.exporters.parity import CaseResult, EngineParity, ParityReport
 from gte_deploy.spec import Engine, ModelSpec
 from gte_deploy.threads import available_cpus
@@ -22,7 +23,7 @@ from gte_deploy.threads import available_cpus
 FORMAT = "gte-deploy-parity-report"
 FORMAT_VERSION = 1
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "numpy")
-_OPTIONAL_LIBRARIES = ("openvino",)
+_OPTIONAL_LIBRARIES = ("openvino", "tensorrt", "tensorrt_rtx")
 _LOWEST_SHOWN = 1e-9  # a logarithmic axis has no zero
 _GREY = "#6b7280"
 _COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea")  # one an engine
@@ -47,10 +48,11 @@ def build_report(
     graphs: Mapping[Engine, GraphEntry],
     timings_s: Mapping[str, float],
     sensitivity: Mapping[str, float] | None = None,
+    plan: PlanEntry | None = None,
 ) -> dict[str, Any]:
     """All of report.json: what was exported, how it compared, on what machine, and how long each step took.
 
-    `sensitivity` is what each group of layers costs alone in INT8, where that had to be measured.
+    `sensitivity` is what each group of layers costs alone in INT8 or FP8, where that had to be measured.
     """
     return {
         "format": FORMAT,
@@ -62,6 +64,7 @@ def build_report(
         "pooling": spec.pooling,
         "logits": spec.logits if spec.task == "fill-mask" else None,
         "graphs": {engine: {"opset": graph.opset, "fusions": dict(graph.fusions)} for engine, graph in graphs.items()},
+        "plan": plan and dataclasses.asdict(plan),
         "parity": parity.to_json(),
         "sensitivity": dict(sensitivity or {}),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
@@ -85,7 +88,19 @@ def verdict(engine: EngineParity) -> str:
     )
 
 
-def render_html(parity: ParityReport, report: Mapping[str, Any]) -> str:
+def plan_lines(plan: PlanEntry) -> list[str]:
+    """What a TensorRT engine is: what built it, for which GPUs and shapes, and of which kernels."""
+    layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in plan.layers.items())
+    tensors = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in (*plan.inputs, *plan.outputs))
+    targets = ", ".join(f"sm{target.replace('.', '')}" for target in plan.compute_capabilities)
+    return [
+        f"engine: {plan.flavour} {plan.version} for {targets}: {layers}",
+        f"takes and gives {tensors}",
+        f"profiles (batch x sequence, min:opt:max): {', '.join(map(str, plan.profiles))}",
+    ]
+
+
+def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry | None = None) -> str:
     """One page that needs nothing else: verdict, plots, every case, and where it was measured."""
     name = html.escape(report["source"]["name"])
     passed = "passed" if parity.passed else "failed"
@@ -95,6 +110,7 @@ def render_html(parity: ParityReport, report: Mapping[str, Any]) -> str:
         **_sensitivity_facts(report),
         "longest input": f"{report['max_length']:,} tokens",
         **{f"graph for {engine}": _graph_facts(graph) for engine, graph in report["graphs"].items()},
+        **({"engine": "; ".join(plan_lines(plan))} if plan is not None else {}),
     }
     return _PAGE.format(
         title=f"Parity of {name}",
@@ -113,7 +129,7 @@ def render_html(parity: ParityReport, report: Mapping[str, Any]) -> str:
 def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
     loss = report["sensitivity"]
     alone = ", ".join(f"{group} {cost:.1e}" for group, cost in loss.items())
-    return {"token cosine lost by each group alone in INT8, worst first": alone} if loss else {}
+    return {"token cosine lost by each group alone, worst first": alone} if loss else {}
 
 
 def _summary(parity: ParityReport) -> list[str]:

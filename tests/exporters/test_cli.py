@@ -13,19 +13,6 @@ from gte_deploy.exporters import cli, export
 from gte_deploy.exporters.cli import main
 
 
-@pytest.mark.parametrize("format_name", ["trt", "triton"])
-def test_later_formats_say_so(format_name, capsys, tmp_path):
-    assert main(["--format", format_name, "-o", str(tmp_path / "out")]) == USAGE
-    out, err = capsys.readouterr()
-    assert out == "" and f"--format {format_name} is not in gte-deploy" in err and "onnx" in err
-
-
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_later_precisions_say_so(precision, capsys):
-    assert main(["--precision", precision]) == USAGE
-    assert f"--precision {precision} is not in" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "arguments",
     [["--format", "coreml"], ["--task", "sing"], ["--max-len", "many"], ["--pooling", "max"], ["a", "b", "c"]],
@@ -53,8 +40,9 @@ def test_positions_and_options_mean_the_same(monkeypatch):
     args, options = calls[-1]
     assert args == (None, None)
     assert options | {"progress": None} == {
+        "format": "onnx",
         "task": "auto",
-        "precision": "fp32",
+        "precision": None,
         "max_length": None,
         "pooling": "auto",
         "logits": "masked",
@@ -62,6 +50,7 @@ def test_positions_and_options_mean_the_same(monkeypatch):
         "calibration": None,
         "activations": "static",
         "reduce_range": False,
+        "tensorrt": None,
         "force": False,
         "progress": None,
     }

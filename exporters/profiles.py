@@ -1,0 +1,124 @@
+"""Which shapes a TensorRT engine takes: its optimisation profiles.
+
+TensorRT tunes its kernels for a profile's `opt` shape and reserves memory for its `max`, so an engine for texts of all
+lengths has several: (batch, sequence) of each is kept within a budget of tokens.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gte_deploy.errors import InputError
+from gte_deploy.spec import Profile
+
+TOKEN_BUDGET = 32_768
+"""Rows times tokens of a batch at most, as the runtime makes them on a GPU."""
+MAX_PROFILES = 8
+MAX_MASKS = 512
+"""Mask positions of one run at most; the runtime makes several runs of more."""
+
+_OPT_TOKENS = 4096
+_MAX_ROWS = 256
+_CUTS = (128, 512)
+_QUANTILES = (0.5, 0.95)
+_MAX_FILE_BYTES = 1 << 28
+
+
+def default_profiles(max_length: int) -> tuple[Profile, ...]:
+    """Short, middle and long: up to 128, up to 512 and up to `max_length` tokens."""
+    ends = [*(cut for cut in _CUTS if cut < max_length), max_length]
+    return tuple(_profile(start + 1, (start + 1 + end) // 2, end) for start, end in zip([0, *ends], ends, strict=False))
+
+
+def profiles_for_lengths(lengths: Sequence[int], max_length: int) -> tuple[Profile, ...]:
+    """For a distribution of lengths in tokens: the shorter half, up to the 95th percentile, and the rest.
+
+    Each is tuned for the median of the lengths that fall in it. The last goes to `max_length`.
+    """
+    found = np.clip(np.sort(np.asarray(lengths, np.int64)), 1, max_length)
+    # Whole eights: tensor cores work on nothing less.
+    cuts = {min(max_length, -(-int(np.quantile(found, share)) // 8) * 8) for share in _QUANTILES}
+    ends = sorted({*cuts, max_length})
+    profiles = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        inside = found[(found > start) & (found <= end)]
+        profiles.append(_profile(start + 1, int(np.median(inside)) if len(inside) else (start + 1 + end) // 2, end))
+    return tuple(profiles)
+
+
+def read_lengths(path: Path) -> list[int]:
+    """The lengths of a file: one integer a line, in tokens, special tokens included.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no positive integer.
+    """
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InputError(f"{path} has {path.stat().st_size:,} bytes; a sample of a million lengths says as much")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Expected one length in tokens a line.") from error
+    lengths = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not line.strip().isascii() or not line.strip().isdigit() or int(line) < 1:
+            raise InputError(f"{path}, line {number}: {line[:40]!r} is no length in tokens, such as 128")
+        lengths.append(int(line))
+    if not lengths:
+        raise InputError(f"{path} holds no length; expected one length in tokens a line")
+    return lengths
+
+
+def parse_profile(text: str) -> Profile:
+    """A profile from "1x1:8x128:32x512", batch x sequence at min, opt and max.
+
+    Raises:
+        InputError: another form, or an order other than min, opt, max.
+    """
+    try:
+        low, opt, high = (_pair(size) for size in text.split(":"))
+        return Profile(low, opt, high)
+    except ValueError as error:
+        raise InputError(
+            f"the profile {text!r} is not of the form MIN:OPT:MAX with BATCHxSEQUENCE, such as 1x1:8x128:32x512 "
+            f"({error})"
+        ) from error
+
+
+def check_profiles(profiles: Sequence[Profile], max_length: int) -> None:
+    """Check that an engine with these profiles takes every length up to `max_length`, and none above.
+
+    Raises:
+        InputError: naming the first length that none takes, or the profile that goes beyond.
+    """
+    if not 1 <= len(profiles) <= MAX_PROFILES:
+        raise InputError(f"there are {len(profiles)} profiles; an engine has 1 to {MAX_PROFILES}")
+    for profile in profiles:
+        if profile.max[1] > max_length:
+            raise InputError(
+                f"the profile {profile} goes to {profile.max[1]:,} tokens, and the longest input has {max_length:,} "
+                "(--max-len)"
+            )
+    if (longest := max(profile.max[1] for profile in profiles)) < max_length:
+        raise InputError(
+            f"the longest profile ends at {longest:,} tokens, and inputs may have {max_length:,}: add a profile, or "
+            f"export with --max-len {longest}"
+        )
+
+
+def mask_profile(profile: Profile) -> tuple[int, int, int]:
+    """Mask positions at min, opt and max: one a row at the optimum."""
+    most = min(MAX_MASKS, profile.max[0] * profile.max[1])
+    return 1, min(profile.opt[0], most), most
+
+
+def _profile(shortest: int, typical: int, longest: int) -> Profile:
+    rows = min(_MAX_ROWS, max(1, TOKEN_BUDGET // longest))
+    return Profile((1, shortest), (min(rows, max(1, _OPT_TOKENS // typical)), typical), (rows, longest))
+
+
+def _pair(text: str) -> tuple[int, int]:
+    batch, sequence = text.split("x")
+    return int(batch), int(sequence)

@@ -1,0 +1,144 @@
+"""The ONNX that TensorRT compiles, run by ONNX Runtime on the CPU: what its numbers are compared by.
+
+ONNX Runtime's CPU has no kernels for most of FP16, none for BF16, and holds every score of explicit attention. So
+beside the graph itself there are two forms of it with the same arithmetic:
+
+* BF16 tensors as FP32 ones that are rounded to BF16 where they are made (`cpu_stand_in`). ONNX Runtime does the same
+  with FP16 by itself.
+* `head_by_head`: attention one head after the other, for inputs whose scores would not fit.
+
+Shapes: B rows, S tokens, N heads, D head size.
+"""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as ir_passes
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.onnx_backend import OnnxBackend
+from gte_deploy.errors import ExportError
+from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
+from gte_deploy.exporters.fusion.editing import Builder, integers, operand, replace, scope_of
+from gte_deploy.exporters.graph import Graph, save_graph
+from gte_deploy.spec import ModelSpec
+
+_MAX_SCORES = 1 << 27
+"""B · N · S · S elements that one run may hold; some five FP32 and FP16 copies of them are alive at once."""
+
+
+class CompiledOnnx:
+    """A graph for TensorRT in ONNX Runtime, in the form that each batch needs; closed by `close`."""
+
+    def __init__(self, graph: Graph, spec: ModelSpec, *, file: Path | None = None, num_heads: int) -> None:
+        """Open `graph`; `file` is where it is saved already."""
+        self._num_heads, self._spec = num_heads, spec
+        self._stack = contextlib.ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._graph = cpu_stand_in(graph) if _has_bf16(graph) else graph
+        if file is None or self._graph is not graph:
+            file = self._save("whole.onnx", self._graph)
+        self._whole = self._open(file)
+        self._by_head: OnnxBackend | None = None
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """See `Backend.run`."""
+        rows, length = batch.input_ids.shape
+        if rows * self._num_heads * length**2 <= _MAX_SCORES:
+            return self._whole.run(batch, outputs)
+        if self._by_head is None:
+            self._by_head = self._open(self._save("by_head.onnx", head_by_head(self._graph)))
+        return self._by_head.run(batch, outputs)
+
+    def close(self) -> None:
+        """Let go of the sessions and their files."""
+        self._stack.close()
+
+    def _save(self, name: str, graph: Graph) -> Path:
+        save_graph(graph, self._folder / name)
+        return self._folder / name
+
+    def _open(self, file: Path) -> OnnxBackend:
+        return self._stack.enter_context(contextlib.closing(OnnxBackend(file, self._spec)))
+
+
+def _has_bf16(graph: Graph) -> bool:
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in graph.model.graph.initializers.values())
+
+
+def head_by_head(graph: Graph) -> Graph:
+    """The same graph with every MatMul, Mul, Add, Softmax, MatMul of attention in a Scan over the heads."""
+    model = graph.model.clone()
+    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
+        _scan_heads(model.graph, softmax)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.TopologicalSortPass()(model)
+    return dataclasses.replace(graph, model=model)
+
+
+def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
+    """softmax(q·k * scale + bias)·v on [B, N, …] -> the very nodes on [B, …] for one head after the other."""
+    chain = [_last_product(softmax)]
+    while chain[-1] is chain[0] or chain[-1].op_type != "MatMul":
+        chain.append(_producer_of_scores(chain[-1]))
+    chain.reverse()
+    first, last = chain[0], chain[-1]
+    build = Builder(graph, last, scope_of(last))
+    sliced = [operand(first, 0), operand(first, 1), operand(last, 1)]
+    inside = {value: ir.Value(name=f"{value.name}/head", type=value.type) for value in sliced}
+    ends = dict(inside)
+    body = []
+    for node in chain:
+        inputs = [ends.get(value, value) if value is not None else None for value in node.inputs]
+        if node.op_type == "Add":  # the mask, [B, 1, 1, S] -> [B, 1, S]
+            inputs = [
+                value if value in ends.values() else build.op("Squeeze", value, integers(graph, 1), dtype=_dtype(value))
+                for value in inputs
+            ]
+        copy = ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=1, name=f"{node.name}/head")
+        copy.outputs[0].name, copy.outputs[0].dtype = f"{node.outputs[0].name}/head", node.outputs[0].dtype
+        ends[node.outputs[0]] = copy.outputs[0]
+        body.append(copy)
+    one_head = ir.Graph(list(inside.values()), [ends[last.outputs[0]]], nodes=body, name=f"{build.scope}/one_head")
+    attended = build.op(
+        "Scan",
+        *sliced,
+        name="heads",
+        dtype=_dtype(last.outputs[0]),
+        body=one_head,
+        num_scan_inputs=len(sliced),
+        scan_input_axes=[1] * len(sliced),
+        scan_output_axes=[1],
+    )
+    replace(last.outputs[0], attended)
+
+
+def _last_product(softmax: ir.Node) -> ir.Node:
+    """The MatMul of weights and values; in a simulated graph it is behind the weights' rounding."""
+    node = softmax
+    while node.op_type != "MatMul":
+        ((node, _),) = node.outputs[0].uses()
+    return node
+
+
+def _producer_of_scores(node: ir.Node) -> ir.Node:
+    """The node before `node` on the way from q·k; what else it reads is a constant or the mask."""
+    candidates = node.inputs[:1] if node.op_type == "MatMul" else node.inputs
+    for value in candidates:
+        made = behind = None if value is None else value.producer()
+        while behind is not None and behind.op_type == "Cast":
+            behind = operand(behind, 0).producer()
+        if made is not None and behind is not None and behind.op_type in ("MatMul", "Mul", "Add", "Softmax"):
+            return made
+    raise ExportError(f"{node.name} is not part of softmax(q·k * scale + mask)·v")
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType:
+    assert value is not None and value.dtype is not None
+    return value.dtype

@@ -1,0 +1,297 @@
+"""The plain FP32 graph -> what TensorRT compiles: strongly typed, standard operators of ONNX opset 20 alone.
+
+TensorRT takes every tensor's type from the graph, so the graph says all of it:
+
+* GEMMs and attention are in FP16 or BF16, the weights stored so. In INT8 and FP8 QuantizeLinear and DequantizeLinear
+  stand around the GEMMs, never in or around attention: its fused kernel would be lost, and its scratch grow
+  twentyfold. TensorRT wants them symmetric: zero points are 0.
+* In FP32 between them: residual sums with their LayerNorms, the rotation of queries and keys by PyTorch's own FP32
+  cosines and sines (no angle is ever computed, let alone in FP16), the gated unit, the mask until it is added to the
+  scores, pooling, and the graph's outputs. All of it is elementwise work that fuses into one kernel, so what it reads
+  and writes stays 16 bits wide. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
+* Up and gate projection are one GEMM, split in two.
+
+Shapes: B rows, S tokens, H hidden size, F width of the gated MLP.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as ir_passes
+
+from gte_deploy.exporters.fusion import fuse_graph
+from gte_deploy.exporters.fusion.editing import (
+    Builder,
+    FusionPass,
+    constant,
+    consumer,
+    initializer,
+    integers,
+    operand,
+    other_operand,
+    producer,
+    replace,
+    require,
+    scope_of,
+    tensor_of,
+)
+from gte_deploy.exporters.fusion.linear import pack, require_linear
+from gte_deploy.exporters.graph import Graph, graph_of
+from gte_deploy.exporters.linears import Linear, find_linears
+from gte_deploy.exporters.quantize import smooth
+from gte_deploy.spec import Precision
+
+EightBits = Literal["int8", "fp8"]
+
+WIDE: Mapping[Precision, ir.DataType] = {
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.FLOAT16,
+    "fp8": ir.DataType.FLOAT16,
+}
+"""Precision -> type of everything that is neither FP32 nor quantized."""
+
+_FP32 = ir.DataType.FLOAT
+_LARGEST: Mapping[EightBits, int] = {"int8": 127, "fp8": 448}
+_STORED: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+# Scales are FP16 in the graph; smaller ones would be rounded coarsely there.
+_MIN_SCALE = 2.0**-20
+
+
+@dataclass(frozen=True)
+class QdqPlan:
+    """Which GEMMs are quantized and how.
+
+    Args:
+        kind: 8-bit integers, or E4M3 floating point.
+        peaks: weight's name -> largest magnitude of the GEMM's input that is represented, after smoothing.
+        smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantize`.
+        high: names of weights whose GEMMs stay in FP16.
+    """
+
+    kind: EightBits
+    peaks: Mapping[str, float]
+    smoothing: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    high: frozenset[str] = frozenset()
+
+    def keeping(self, high: Collection[str]) -> "QdqPlan":
+        """The same with these weights in FP16 as well."""
+        return dataclasses.replace(self, high=self.high | frozenset(high))
+
+
+def tensorrt_graph(plain: Graph, precision: Precision, *, num_layers: int, plan: QdqPlan | None = None) -> Graph:
+    """The graph to compile, made of a copy of the plain FP32 one.
+
+    Args:
+        plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build_graphs`.
+        precision: one of `WIDE`.
+        num_layers: of the encoder.
+        plan: for int8 and fp8.
+
+    Raises:
+        ExportError: a pass did not fire as often as the architecture has sites.
+    """
+    model = plain.model.clone()
+    _state_types(model.graph)
+    if plan is not None:
+        smooth(model, plan.smoothing)
+    counts = fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
+    if plan is not None:
+        counts |= _quantize(model, plan)
+    _give_types(model.graph, WIDE[precision])
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.TopologicalSortPass()(model)
+    return graph_of(model, counts, plain.opset)
+
+
+def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
+    """Up · gelu(gate), two GEMMs of the same input -> one of [up; gate] and a Split."""
+    product = consumer(gelu.outputs[0], "Mul")
+    gate = operand(gelu, 0)
+    up = other_operand(product, gelu.outputs[0])
+    linears = [require_linear(value, bias=False) for value in (up, gate)]
+    require(linears[0].x is linears[1].x, "up and gate are not made from the same input")
+    build = Builder(graph, gelu, scope_of(product))
+    weight = pack(graph, packed_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
+    packed = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
+    sizes = integers(graph, *(linear.out for linear in linears))
+    parts = build.node("Split", [packed, sizes], name="up_gate", axis=-1, outputs=2)
+    for old, part in zip((up, gate), parts, strict=True):
+        replace(old, part)
+
+
+UP_GATE = FusionPass(name="up_gate", anchor="Gelu", per_layer=1, rewrite=_pack_gate)
+
+
+def packed_name(up: str) -> str:
+    """Name of the matrix that holds the up projection `up` and its gate."""
+    return up.replace("up_proj", "up_gate_proj")
+
+
+def _quantize(model: ir.Model, plan: QdqPlan) -> dict[str, int]:
+    peaks = {**plan.peaks, **{packed_name(name): peak for name, peak in plan.peaks.items()}}
+    high = plan.high | {packed_name(name) for name in plan.high}
+    linears = find_linears(model)
+    chosen = [linear for linear in linears if linear.name not in high]
+    for linear in chosen:
+        _quantize_linear(model.graph, linear, plan.kind, peaks[linear.name])
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.CommonSubexpressionEliminationPass()(model)  # GEMMs that share an input quantize it once
+    wide = len(linears) - len(chosen)
+    return {f"{plan.kind}_linears": len(chosen), "fp16_linears": wide}
+
+
+def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: float) -> None:
+    build = Builder(graph, linear.node, scope_of(linear.node))
+    stored, largest = _STORED[kind], _LARGEST[kind]
+    zero = constant(graph, f"zero_{kind}", np.zeros((), stored.numpy()))
+    scale = constant(graph, f"{linear.x.name}/{kind}.scale", _scales(np.float32(peak), largest))
+    quantized = build.op("QuantizeLinear", linear.x, scale, zero, name="quantized", dtype=stored)
+    x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
+    matrix = linear.matrix()
+    # INT8 has a scale for every output, FP8 one for all: what TensorRT has kernels for.
+    scales = _scales(np.abs(matrix).max(axis=0 if kind == "int8" else None), largest)
+    inside = np.clip(matrix / scales, -largest, largest)
+    narrow = np.rint(inside).astype(np.int8) if kind == "int8" else inside.astype(ml_dtypes.float8_e4m3fn)
+    weight = build.op(
+        "DequantizeLinear",
+        initializer(graph, f"{linear.name}.{kind}", ir.tensor(narrow)),
+        initializer(graph, f"{linear.name}.{kind}.scale", ir.tensor(scales)),
+        name="weight",
+        **({"axis": 1} if kind == "int8" else {}),
+    )
+    product = build.op("MatMul", x, weight)
+    replace(linear.node.outputs[0], product if linear.bias is None else build.op("Add", product, linear.bias))
+
+
+def _scales(peak: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
+    """Scales that FP16 holds exactly, no smaller than the peak needs."""
+    exact = np.maximum(np.asarray(peak, np.float32) / largest, _MIN_SCALE)
+    near = exact.astype(np.float16)
+    up = np.where(near.astype(np.float32) < exact, np.nextafter(near, np.float16(np.inf)), near)
+    return up.astype(np.float32)
+
+
+def _state_types(graph: ir.Graph) -> None:
+    """Give the FP32 values that the trace left without a type theirs."""
+    for node in graph:
+        floats = any(value is not None and value.dtype == _FP32 for value in node.inputs)
+        for output in node.outputs:
+            if output.dtype is None and floats:
+                output.type = ir.TensorType(_FP32)
+
+
+def _give_types(graph: ir.Graph, wide: ir.DataType) -> None:
+    """Give every node its type and put a Cast wherever an edge joins two of them."""
+    fp32 = _kept_in_fp32(graph)
+    pooling = _pooling_nodes(graph)
+    copies: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if (value, dtype) not in copies:
+            copies[value, dtype] = (
+                _converted(graph, value, dtype) if value.is_initializer() else _cast(graph, value, dtype)
+            )
+        return copies[value, dtype]
+
+    for node in list(graph):
+        dtype = _FP32 if node in fp32 or node in pooling else wide
+        for i, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (_FP32, wide) and value.dtype != dtype:
+                node.replace_input_with(i, typed(value, dtype))
+        for output in node.outputs:
+            if output.dtype == _FP32:
+                output.type = ir.TensorType(dtype)  # not `output.dtype`: clones share their type objects
+        if node.op_type == "LayerNormalization":
+            # The residual that goes on from here is read twice as fast in 16 bits; the graph's output stays FP32.
+            (output,) = node.outputs
+            uses = [use for use in output.uses() if use.node not in pooling]
+            for user, index in uses:
+                user.replace_input_with(index, typed(output, wide))
+    for i, output in enumerate(graph.outputs):
+        if output.dtype == wide:
+            name = output.name
+            output.name = f"{name}/{wide.name}"
+            cast = _cast(graph, output, _FP32)
+            cast.name, cast.shape = name, output.shape
+            graph.outputs[i] = cast
+
+
+def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    made = value.producer()
+    assert made is not None  # the graph's own inputs are int64
+    node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}/{dtype.name.lower()}")
+    node.outputs[0].name, node.outputs[0].dtype = node.name, dtype
+    graph.insert_after(made, node)
+    return node.outputs[0]
+
+
+def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The same initialiser in another type, made when it is read."""
+    tensor = tensor_of(value)
+    name = f"{value.name}.{dtype.name.lower()}"
+
+    def convert() -> ir.Tensor:
+        return ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=name)
+
+    return graph.initializers.get(name) or initializer(
+        graph, name, ir.LazyTensor(convert, dtype=dtype, shape=tensor.shape, name=name)
+    )
+
+
+def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
+    """The mask, the rotation and its tables, gated units, LayerNorms and the sums that they normalise."""
+    kept, of_tokens = set(), set[ir.Value]()
+    for node in graph:
+        table = operand(node, 0) if node.op_type == "Gather" else None
+        reads_table = table is not None and table.is_initializer() and table.dtype == _FP32
+        if reads_table or node.op_type == "DequantizeLinear" or of_tokens & set(node.inputs):
+            of_tokens.update(node.outputs)
+        else:
+            kept.add(node)  # made of the mask, of tables and of shapes alone
+        if node.op_type == "LayerNormalization":
+            kept.add(node)
+            total = operand(node, 0).producer()
+            if total is not None and total.op_type == "Add":
+                kept.add(total)
+        elif node.op_type == "Gelu":
+            kept.add(node)
+            kept.update(use.node for use in node.outputs[0].uses() if use.node.op_type == "Mul")
+        elif node.op_type == "Neg":
+            kept.update(_rotation(node))
+    return kept
+
+
+def _rotation(negation: ir.Node) -> Iterator[ir.Node]:
+    """X * cos + concat(-x[D/2:], x[:D/2]) * sin, as the trace has it."""
+    upper = producer(negation.inputs[0], "Slice")
+    rotated = consumer(negation.outputs[0], "Concat")
+    sine = consumer(rotated.outputs[0], "Mul")
+    total = consumer(sine.outputs[0], "Add")
+    cosine = producer(other_operand(total, sine.outputs[0]), "Mul")
+    yield from (upper, producer(rotated.inputs[1], "Slice"), negation, rotated, sine, cosine, total)
+
+
+def _pooling_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """What makes the sentence embedding of the hidden states."""
+    names = {value.name: value for value in graph.outputs}
+    if "sentence_embedding" not in names:
+        return set()
+    return _ancestors(names["sentence_embedding"]) - _ancestors(names["last_hidden_state"])
+
+
+def _ancestors(value: ir.Value) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    waiting = [value]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [each for each in node.inputs if each is not None]
+    return found
