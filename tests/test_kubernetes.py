@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,9 @@ import promql_parser
 import pytest
 import yaml
 
+from gte_deploy.exporters.triton.configs import CACHE_FOLDER, ENCODER, TOKENIZER
+from gte_deploy.exporters.triton.documents import TRITON_TAG
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "kubernetes"
 ADAPTER = EXAMPLES / "components" / "hpa" / "values.yaml"
@@ -40,7 +44,7 @@ METRICS = {*_RECORDED["metrics"], *_RECORDED["gpu_metrics"]}
 OPTIONS = set(_RECORDED["options"])
 
 KUBERNETES_VERSIONS = ("1.35", kubernetes_validate.latest_version())
-MODELS = {"gte_tokenizer", "gte_encoder", "gte_embed", "gte_fill_mask"}
+MODELS = {TOKENIZER, ENCODER, "gte_embed", "gte_fill_mask"}
 FAILURE_REASONS = {"REJECTED", "CANCELED", "BACKEND", "OTHER"}
 REPOSITORIES = ("repository-pvc", "repository-object-store", "repository-image")
 BUILDS = {
@@ -418,6 +422,7 @@ def test_overlays_change_what_they_mean_to() -> None:
     (cpu_triton,), (gpu_triton,) = (_pod(each["Deployment", "gte-triton"])["containers"] for each in (cpu, gpu))
     assert set(cpu_triton["args"]) - set(gpu_triton["args"]) == {"--model-config-name=cpu", "--allow-gpu-metrics=false"}
     assert set(gpu_triton["args"]) <= set(cpu_triton["args"])
+    assert CACHE_FOLDER in {mount["mountPath"] for mount in gpu_triton["volumeMounts"]}
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -565,55 +570,87 @@ def test_adapter_values_are_checked() -> None:
 
 
 def test_names_are_those_of_a_real_triton(tmp_path: Path) -> None:
-    """Its options and metrics; and the queue's metrics tell what the autoscaler takes them to tell."""
+    """Its options and metrics; and they tell what the autoscalers and the alerts take them to tell."""
     server = _module(Path(__file__).with_name("triton") / "server.py")
     try:
         folder = server.install()
     except server.Unavailable as error:
         pytest.skip(f"no Triton here: {error}")
-    (tmp_path / "gte_encoder" / "1").mkdir(parents=True)
-    (tmp_path / "gte_encoder" / "1" / "model.py").write_text(_SLEEPER, encoding="utf-8")
-    (tmp_path / "gte_encoder" / "config.pbtxt").write_text(_SLEEPER_CONFIG, encoding="utf-8")
+    assert _known_options(folder) == OPTIONS
+    for name, text in _SLEEPER.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    (tmp_path / "gte_embed" / "1").mkdir()
     (deployment,) = _of(_build(EXAMPLES / "cpu"), "Deployment")
     options = [each for each in _pod(deployment)["containers"][0]["args"][1:] if "model-repository" not in each]
-    with server.Server(tmp_path, *options, folder=folder) as triton, ThreadPoolExecutor(8) as callers:
-        before = _scrape(triton.metrics)
-        began = time.monotonic()
-        answers = [callers.submit(_ask, triton.http) for _ in range(8)]
-        time.sleep(0.5)
-        during = _scrape(triton.metrics)
+    with server.Server(tmp_path, *options, folder=folder) as triton, ThreadPoolExecutor(24) as callers:
+        metrics = _scrape(triton.metrics)
+        assert {name for name, _, _ in metrics} == set(_RECORDED["metrics"])
+        # There before the first request: where it is absent, no server has the model.
+        assert metrics["nv_inference_request_success", "gte_encoder", ""] == 0
+        assert {reason for name, _, reason in metrics if name == "nv_inference_request_failure"} == FAILURE_REASONS
+
+        # Little's law: the time that requests waited is the area under the number of those that wait.
+        answers = [callers.submit(_ask, triton.http, 1.0) for _ in range(8)]
+        area, then = 0.0, time.monotonic()
+        while not all(answer.done() for answer in answers):
+            pending = _scrape(triton.metrics)["nv_inference_pending_request_count", "gte_encoder", ""]
+            area, then = area + pending * (time.monotonic() - then), time.monotonic()
+            time.sleep(0.01)
         assert [answer.result() for answer in answers] == [200] * 8
-        seconds = time.monotonic() - began
-        after = _scrape(triton.metrics)
-    assert {name.split("{")[0] for name in after} == set(_RECORDED["metrics"])
-    assert _known_options(folder) == OPTIONS
-    of_model = '{model="gte_encoder",version="1"}'
-    # There before the first request: where it is absent, no server has the model.
-    assert before[f"nv_inference_request_success{of_model}"] == 0
-    assert {reason for name in before for reason in re.findall('reason="(.+?)"', name)} == FAILURE_REASONS
-    # One at a time, 0.2 s each: after 0.5 s two are done and one runs. 0 + 0.2 + … + 1.4 s of waiting in all.
-    assert 4 <= during[f"nv_inference_pending_request_count{of_model}"] <= 6
-    assert after[f"nv_inference_pending_request_count{of_model}"] == 0
-    assert after[f"nv_inference_queue_duration_us{of_model}"] / 1e6 == pytest.approx(5.6, rel=0.3)
-    assert seconds >= 1.6
+        waited_s = _scrape(triton.metrics)["nv_inference_queue_duration_us", "gte_encoder", ""] / 1e6
+        assert waited_s == pytest.approx(area, rel=0.25)
+        assert waited_s > 1
+
+        # A model that answers with an error, and a full queue, are counted by the ensemble alone, and twice.
+        assert _ask(triton.http, -1.0) == 400
+        answers = [callers.submit(_ask, triton.http, 1.0) for _ in range(24)]
+        statuses = [answer.result() for answer in answers]
+        refused = statuses.count(503)
+        assert refused >= 8 and refused + statuses.count(200) == 24
+        metrics = _scrape(triton.metrics)
+        assert metrics["nv_inference_request_failure", "gte_embed", "OTHER"] == 2 * (refused + 1)
+        assert all(metrics["nv_inference_request_failure", "gte_encoder", reason] == 0 for reason in FAILURE_REASONS)
 
 
-# A model that takes one request at a time, and 0.2 s for it.
-_SLEEPER = """
+# A model that takes 0.2 s for a request, one at a time, and refuses negative numbers; and an ensemble around it.
+_SLEEPER = {
+    "gte_encoder/1/model.py": """
 import time
-import triton_python_backend_utils as backend
+import triton_python_backend_utils as triton
 
 class TritonPythonModel:
     def execute(self, requests):
         time.sleep(0.2)
-        return [backend.InferenceResponse([backend.get_input_tensor_by_name(each, "X")]) for each in requests]
-"""
-_SLEEPER_CONFIG = """
+        return [self.answer(triton.get_input_tensor_by_name(request, "X")) for request in requests]
+
+    def answer(self, tensor):
+        if tensor.as_numpy().min() < 0:
+            return triton.InferenceResponse(error=triton.TritonError("negative", triton.TritonError.INVALID_ARG))
+        return triton.InferenceResponse([tensor])
+""",
+    "gte_encoder/config.pbtxt": """
 backend: "python"
+max_batch_size: 1
 input [{ name: "X" data_type: TYPE_FP32 dims: [1] }]
 output [{ name: "X" data_type: TYPE_FP32 dims: [1] }]
 instance_group [{ kind: KIND_CPU count: 1 }]
-"""
+dynamic_batching { default_queue_policy { max_queue_size: 8 } }
+""",
+    "gte_embed/config.pbtxt": """
+platform: "ensemble"
+max_batch_size: 1
+input [{ name: "X" data_type: TYPE_FP32 dims: [1] }]
+output [{ name: "Y" data_type: TYPE_FP32 dims: [1] }]
+ensemble_scheduling {
+  step [{
+    model_name: "gte_encoder" model_version: -1
+    input_map { key: "X" value: "X" } output_map { key: "X" value: "Y" }
+  }]
+}
+""",
+}
 
 
 def _known_options(folder: Path) -> set[str]:
@@ -631,17 +668,25 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _scrape(address: str) -> dict[str, float]:
+def _scrape(address: str) -> dict[tuple[str, str, str], float]:
+    """(metric, its label model, its label reason) -> value."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+        lines = [line for line in response.read().decode().splitlines() if not line.startswith("#")]
+    values = {}
+    for name, value in (line.rsplit(" ", 1) for line in lines):
+        labels = dict(re.findall(r'(\w+)="(.*?)"', name))
+        values[name.split("{")[0], labels.get("model", ""), labels.get("reason", "")] = float(value)
+    return values
 
 
-def _ask(address: str) -> int:
-    body = json.dumps({"inputs": [{"name": "X", "shape": [1], "datatype": "FP32", "data": [1.0]}]}).encode()
-    request = urllib.request.Request(f"http://{address}/v2/models/gte_encoder/infer", body, method="POST")
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return int(response.status)
+def _ask(address: str, number: float) -> int:
+    body = json.dumps({"inputs": [{"name": "X", "shape": [1, 1], "datatype": "FP32", "data": [number]}]}).encode()
+    request = urllib.request.Request(f"http://{address}/v2/models/gte_embed/infer", body, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_docs() -> None:
@@ -653,5 +698,5 @@ def test_docs() -> None:
         assert list(_query_problems(query)) == []
     for path in set(re.findall(r"examples/kubernetes/[\w./-]*\w", text)):
         assert (ROOT / path).exists(), path
-    metrics = set(re.findall(r"\bnv_[a-z_]+", text))
-    assert metrics <= METRICS
+    assert set(re.findall(r"\bnv_[a-z_]+", text)) <= METRICS
+    assert set(re.findall(r"nvidia/tritonserver:([\w.-]+)", text)) == {f"{TRITON_TAG}-sdk"}
