@@ -18,12 +18,11 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
 from gte_deploy.backends.onnx_backend import OnnxBackend
-from gte_deploy.errors import InputError
+from gte_deploy.exporters.cuda_options import removes_padding
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
 from gte_deploy.exporters.fusion import PACKED_PASSES, fuse_graph
 from gte_deploy.exporters.fusion.flash import FLASH
@@ -33,29 +32,11 @@ from gte_deploy.exporters.half import HALVES, lower_to_half
 from gte_deploy.exporters.trace import trace
 from gte_deploy.spec import ModelSpec
 
-Padding = Literal["auto", "keep", "remove"]
-PADDINGS: tuple[Padding, ...] = get_args(Padding)
-CUDA_PRECISIONS = ("fp32", *HALVES)
 _NOT_ON_CUDA = (
     "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. What was compared is the "
     "graph's stand-in on the CPU: the same operators, half precision as float32 that is rounded behind each of them. "
     "An export on a machine with both compares the CUDA run."
 )
-
-
-def check_cuda_options(precision: str, padding: str) -> bool:
-    """Whether padding is to be removed: by default in FP16, where the kernels are made for it.
-
-    Raises:
-        InputError: ONNX Runtime's CUDA provider has no kernels for this.
-    """
-    if precision not in CUDA_PRECISIONS:
-        raise InputError(f"target cuda is written in {', '.join(CUDA_PRECISIONS)}, not in {precision}")
-    if padding not in PADDINGS:
-        raise InputError(f"padding is {padding!r}; expected one of {', '.join(PADDINGS)}")
-    if precision == "bf16" and padding == "remove":
-        raise InputError("ONNX Runtime removes padding in fp16 and fp32 only; take one of them, or padding='keep'")
-    return padding == "remove" or (padding == "auto" and precision == "fp16")
 
 
 def build_cuda_graph(
@@ -85,7 +66,7 @@ def build_cuda_graph(
         InputError: precision and padding do not go together.
         ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
     """
-    removes = check_cuda_options(precision, padding)
+    removes = removes_padding(precision, padding)
     graph = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
     layers = model.config.num_hidden_layers
     fusions = fuse_graph(graph, num_layers=layers, passes=PACKED_PASSES if removes else (*PACKED_PASSES, FLASH))

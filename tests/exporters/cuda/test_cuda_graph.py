@@ -29,7 +29,8 @@ from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
 from gte_deploy.checkpoint_spec import spec_from_checkpoint  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters import cuda_graph  # noqa: E402
-from gte_deploy.exporters.cuda_graph import build_cuda_graph, check_cuda_options  # noqa: E402
+from gte_deploy.exporters.cuda_graph import build_cuda_graph  # noqa: E402
+from gte_deploy.exporters.cuda_options import removes_padding  # noqa: E402
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in  # noqa: E402
 from gte_deploy.exporters.fusion import fuse_graph  # noqa: E402
 from gte_deploy.exporters.fusion.padding import remove_padding  # noqa: E402
@@ -382,15 +383,15 @@ def test_types_and_shapes_are_accepted(graphs, tmp_path, precision, padding):
 
 
 def test_precision_and_padding_go_together():
-    assert check_cuda_options("fp16", "auto") and check_cuda_options("fp32", "remove")
-    assert not check_cuda_options("bf16", "auto") and not check_cuda_options("fp32", "auto")
+    assert removes_padding("fp16", "auto") and removes_padding("fp32", "remove")
+    assert not removes_padding("bf16", "auto") and not removes_padding("fp32", "auto")
     for options, message in (
         (("bf16", "remove"), "fp16 and fp32 only"),
         (("int8", "auto"), "not in int8"),
         (("fp16", "some"), "expected one of auto, keep, remove"),
     ):
         with pytest.raises(InputError, match=message):
-            check_cuda_options(*options)
+            removes_padding(*options)
 
 
 def test_padding_is_not_removed_from_another_graph(traced):
