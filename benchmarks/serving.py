@@ -139,7 +139,7 @@ def measure(ways: dict[str, Ask], texts: Sequence[str], callers: int, seconds: f
     taken: dict[str, list[tuple[float, bool]]] = {way: [] for way in ways}
     elapsed = dict.fromkeys(ways, 0.0)
     for ask in ways.values():
-        _turn(ask, texts, callers, _WARM_UP_S)
+        _turn(ask, texts, callers, min(_WARM_UP_S, seconds / _ROUNDS))
     for _ in range(_ROUNDS):
         for way, ask in ways.items():
             calls, lasted = _turn(ask, texts, callers, seconds / _ROUNDS)

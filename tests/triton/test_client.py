@@ -41,7 +41,7 @@ class FakeTransport:
         self.at_once = self.most_at_once = 0
         self.wait = threading.Event()
         self.fail: Callable[[list[str]], None] = lambda texts: None
-        self.value: Callable[[str], float] = float
+        self.value: Callable[[str], Any] = float
         self._lock = threading.Lock()
 
     def config(self, model: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class FakeTransport:
         with self._lock:
             self.at_once -= 1
         self.fail(texts)
-        values = np.array([[self.value(text)] for text in texts], dtype=np.float32)
+        values = np.array([self.value(text) for text in texts], dtype=np.float32).reshape(len(texts), -1)
         return {"EMBEDDING": np.repeat(values, 4, axis=1), "LOGITS": values, "SCORE": values}
 
     def close(self) -> None:
@@ -128,6 +128,17 @@ def test_pairs_and_single_texts_go_apart_and_come_back_in_order(monkeypatch: pyt
         assert [item["corpus_id"] for item in client.rank("5", ["a", "b"], top_k=1)] == [0]
         with pytest.raises(InputError, match="fill-mask"):
             client.fill_mask("a")
+
+
+def test_several_labels(monkeypatch: pytest.MonkeyPatch):
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), "task": "classify", "num_labels": 4}))
+    fake.value = lambda text: [float(text), 0, 1, 2]
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        np.testing.assert_array_equal(client.predict([["3"]] * 3), [[3, 0, 1, 2]] * 3)
+        assert client.predict("3", apply_softmax=True).sum() == pytest.approx(1)
+        with pytest.raises(InputError, match="one label"):
+            client.rank("3", ["4"])
 
 
 def test_an_error_names_the_input_as_the_caller_counts(client: triton.Client, transport: FakeTransport):

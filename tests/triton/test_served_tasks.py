@@ -54,21 +54,6 @@ def test_reranker(
                 assert_close(client.encode("the king"), local.encode("the king"))
 
 
-def test_several_labels(
-    serve: Callable[..., Any],
-    connect: Callable[..., Any],
-    load_on: Callable[..., Any],
-    make_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-):
-    checkpoint = make_checkpoint(tmp_path / "labels", task="classify", num_labels=3, max_positions=128)
-    options: tuple[dict[str, Any], ...] = ({}, {"apply_softmax": True}, {"activation_fn": np.tanh})
-    with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
-        with connect(server, "http") as client:
-            for each in options:
-                assert_close(client.predict([["w5 w6"], ["w7"]], **each), local.predict([["w5 w6"], ["w7"]], **each))
-
-
 def test_sparse(
     serve: Callable[..., Any],
     connect: Callable[..., Any],
