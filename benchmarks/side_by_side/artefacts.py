@@ -27,7 +27,17 @@ from gte_deploy.picks import cpu_model
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "inference-benchmark"
 _STAMP = "made-by.json"
-_EXPORTS = {"bundle-int8-dynamic": ("--precision", "int8", "--activations", "dynamic")}
+_EXPORTS = {
+    "bundle-int8-dynamic": ("--precision", "int8", "--activations", "dynamic"),
+    "bundle-cuda-fp16-padded": ("--target", "cuda", "--precision", "fp16", "--padding", "keep"),
+    **{f"bundle-cuda-{name}": ("--target", "cuda", "--precision", name) for name in ("fp32", "fp16", "bf16")},
+    "bundle-onnx-only-fp16": ("--format", "trt", "--precision", "fp16", "--onnx-only"),
+    **{
+        f"bundle-{runtime}-{name}": ("--format", "trt", "--runtime", runtime, "--precision", name)
+        for runtime in ("tensorrt", "rtx")
+        for name in ("fp16", "bf16", "int8", "fp8")
+    },
+}
 _CALIBRATION_TEXTS = 64
 _CALIBRATION_TOKENS = 256
 
@@ -66,8 +76,8 @@ class Artefacts:
         self._errors: dict[str, str] = {}
 
     def path(self, name: str) -> Path:
-        """The folder of an artefact: "checkpoint", "plain", "optimizer", "nncf", or "bundle-PRECISION", what
-        `gte-export --precision PRECISION` writes.
+        """The folder of an artefact: "checkpoint", "plain", "optimizer", "nncf", or a bundle: one of `_EXPORTS`, or
+        "bundle-PRECISION", what `gte-export --precision PRECISION` writes.
 
         Raises:
             WorkerError: it cannot be made, as it was told the first time that it was asked for.
@@ -108,11 +118,11 @@ class Artefacts:
         aside.rename(target)
 
 
-def result_file(benchmark: str, suffix: str) -> Path:
-    """Where today's result of a benchmark on this CPU belongs."""
-    words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", cpu_model())
-    cpu = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{benchmark}-{cpu}.{suffix}"
+def result_file(benchmark: str, suffix: str, *, hardware: str | None = None) -> Path:
+    """Where today's result of a benchmark on `hardware`, by default this CPU, belongs."""
+    words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", hardware or cpu_model())
+    name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{benchmark}-{name}.{suffix}"
 
 
 def make_checkpoint(preset_name: str, task: str, target: Path) -> None:

@@ -146,8 +146,8 @@ def markdown(report: Report) -> str:
         parts.append(f"## {subject}\n\n{_speed_table(report, subject)}")
         parts.append(_detail_table(report, subject))
     if report["accuracy"]:
-        parts.append("## Accuracy against torch fp32, held-out text\n\n" + _accuracy_table(report))
-    parts.append(_failures(report))
+        parts.append("## Accuracy against torch fp32, held-out text\n\n" + accuracy_table(report))
+    parts.append(failures(report))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -248,7 +248,9 @@ def _detail_table(report: Report, subject: str) -> str:
     return table(["", "median ms", "quartiles", "rounds", "tokens/s", "of GEMM peak", "peak MB, alone"], rows)
 
 
-def _accuracy_table(report: Report) -> str:
+def accuracy_table(report: Report) -> str:
+    """Every contestant's answers beside the reference's."""
+
     def number(value: dict[str, float] | None, key: str, form: str) -> str:
         return "" if value is None else format(value[key], form)
 
@@ -270,13 +272,13 @@ def _accuracy_table(report: Report) -> str:
     return table(head, rows)
 
 
-def _failures(report: Report) -> str:
+def failures(report: Report, tables: Sequence[str] = ("measurements", "accuracy")) -> str:
     """Who has no number, and why: once for each reason."""
     places: dict[tuple[str, str], list[str]] = {}
-    for kind, rows in (("", report["measurements"]), ("accuracy", report["accuracy"])):
-        for row in rows:
+    for name in tables:
+        for row in report[name]:
             if row["error"] is not None:
-                where = f"{row['subject']} {row.get('workload', kind)}"
+                where = f"{row['subject']} {row.get('workload', name)}"
                 places.setdefault((row["contestant"], row["error"]), []).append(where)
     if not places:
         return ""

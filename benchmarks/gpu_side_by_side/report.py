@@ -1,0 +1,74 @@
+"""From the numbers of a GPU run to tables. All of it can be computed again from the JSON."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from side_by_side.report import accuracy_table, failures, measured, table
+
+from gpu_side_by_side.contestants import EXACT, REFERENCE
+from gte_deploy.measure import Spread
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+def speed(row: Row) -> float | None:
+    """How many times as fast as the reference in the same rounds."""
+    if not row["reference_seconds"]:
+        return None
+    return statistics.median(row["reference_seconds"]) / statistics.median(row["seconds"])
+
+
+def markdown(report: Report) -> str:
+    """Everything as Markdown tables."""
+    hardware = report["hardware"]
+    parts = [
+        f"# Inference on a GPU, {report['date'][:10]}",
+        ", ".join(f"{name} {value}" for name, value in hardware.items()) + ".",
+        ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
+        "\n".join(f"    {command}" for command in report["commands"]),
+        "One padded batch of ids in host memory in, float32 in host memory out. Interleaved rounds. Memory is what "
+        "the GPU holds at most above what it held before the contestant was there, contexts included.",
+    ]
+    for subject in dict.fromkeys(row["subject"] for row in report["measurements"]):
+        if measured(report, subject):
+            parts.append(f"## {subject}\n\nTimes as fast as {REFERENCE}:\n\n{_speeds(report, subject)}")
+            parts.append(f"Milliseconds, median and quartiles:\n\n{_times(report, subject)}")
+        if any(row["subject"] == subject and row["error"] is None for row in report["memory"]):
+            parts.append(f"Peak GPU memory, MB:\n\n{_memory(report, subject)}")
+    if report["accuracy"]:
+        parts.append(f"## Accuracy against {EXACT}, held-out text\n\n{accuracy_table(report)}")
+    parts.append(failures(report, ("measurements", "memory", "accuracy")))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _speeds(report: Report, subject: str) -> str:
+    def cell(row: Row) -> str:
+        value = speed(row)
+        return "" if value is None else f"{value:.2f}"
+
+    return _grid(measured(report, subject), cell)
+
+
+def _times(report: Report, subject: str) -> str:
+    def cell(row: Row) -> str:
+        spread = Spread.of(row["seconds"])
+        return f"{spread.median * 1000:,.2f} ({spread.q1 * 1000:,.2f} – {spread.q3 * 1000:,.2f})"
+
+    return _grid(measured(report, subject), cell)
+
+
+def _memory(report: Report, subject: str) -> str:
+    rows = [row for row in report["memory"] if row["subject"] == subject and row["error"] is None]
+    return _grid(rows, lambda row: f"{row['peak_bytes'] / 1e6:,.0f}")
+
+
+def _grid(rows: list[Row], cell: Any) -> str:
+    """A row for each contestant, a column for each workload."""
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    cells = {(row["contestant"], row["workload"]): cell(row) for row in rows}
+    names = dict.fromkeys(row["contestant"] for row in rows)
+    lines = [[name, *(cells.get((name, workload), "") for workload in workloads)] for name in names]
+    return table(["", *workloads], lines)
