@@ -37,7 +37,14 @@ TEXTS = (
 
 def make_word_checkpoint(make_checkpoint: Callable[..., Path], folder: Path, **options: Any) -> Path:
     """A checkpoint with the pieces above, whose tokenizer.json is what BERT's is."""
-    options = {"vocab": PIECES, "vocab_size": VOCAB_SIZE, "max_positions": MAX_LENGTH, "layout": "native", **options}
+    options = {
+        "vocab": PIECES,
+        "vocab_size": VOCAB_SIZE,
+        "max_positions": MAX_LENGTH,
+        "layout": "native",
+        "heads": 2,  # of 16: TensorRT fuses attention with no smaller ones
+        **options,
+    }
     make_checkpoint(folder, **options)
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text(encoding="utf-8"))

@@ -215,6 +215,27 @@ def test_tensorrts_graph_goes_through_onnxruntimes_tensorrt_on_a_gpu(gpu_bundle,
     assert opened["tensorrt"].cache is None
 
 
+def test_a_bundle_with_a_real_engine(word_checkpoints, bundle_of):
+    """As the exporter writes it, as far as it goes without a GPU: the engine is refused, and its graph answers."""
+    pytest.importorskip("tensorrt_rtx")
+    import torch
+
+    from gte_deploy.exporters.tensorrt_engine import TensorRTOptions
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU; tests/contract covers it there")
+    checkpoint = word_checkpoints["fill-mask"]
+    bundle = bundle_of(checkpoint, format="trt", tensorrt=TensorRTOptions(runtime="rtx", keep_onnx=True))
+    with pytest.raises(BackendError, match="no NVIDIA GPU can be used here"):
+        gte_deploy.load(bundle, backend="tensorrt")
+    with gte_deploy.load(bundle) as model, gte_deploy.load(checkpoint) as reference:
+        info = model.info()
+        assert (info["backend"], info["device"], info["precision"]) == ("onnx", "cpu", "fp16")
+        assert "TensorRT does not run this bundle here: no NVIDIA GPU" in info["backend_reason"]
+        one, two = (loaded.fill_mask("the [MASK] is old", top_k=1)[0]["token"] for loaded in (model, reference))
+        assert one == two
+
+
 def test_a_bundle_for_the_cpu_may_run_on_a_gpu(word_checkpoints, bundle_of):
     import onnxruntime
 
