@@ -177,9 +177,6 @@ def _scheduling(config: Any) -> Iterator[str]:
     for size in batching.preferred_batch_size:
         if not 1 <= size <= max(1, config.max_batch_size):
             yield f"preferred_batch_size {size} is outside 1 to {config.max_batch_size}, the max_batch_size"
-    policy = batching.default_queue_policy
-    if policy.max_queue_size and policy.max_queue_size < config.max_batch_size:
-        yield f"max_queue_size {policy.max_queue_size} never lets a batch of {config.max_batch_size} come together"
 
 
 def _by_backend(model: Path, config: Any) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """What `gte-export` has for Triton: its options, the export, and the check of a repository."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from gte_deploy.exit_codes import FAILURE, OK
 from gte_deploy.exporters.export import Progress
 from gte_deploy.exporters.triton_repository import ACCELERATORS, RepositoryResult, export_repository
 
@@ -20,11 +22,9 @@ _OPTIONS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(group: "argparse._ArgumentGroup") -> None:
     """Add the options that only `--format triton` takes; where they are not given, they are not in the namespace."""
-    group = parser.add_argument_group("--format triton", "MODEL may be a bundle; docs/triton.md says more")
-    add = group.add_argument
-    suppress = argparse.SUPPRESS
+    add, suppress = group.add_argument, argparse.SUPPRESS
     add("--engine", metavar="BUNDLE", default=suppress, help="serve this bundle's TensorRT plan, in place of MODEL")
     add("--accelerator", choices=ACCELERATORS, default=suppress, help="of ONNX Runtime on a GPU (default: cuda)")
     add("--max-batch-size", type=int, metavar="ROWS", default=suppress, help="default: 32 on a GPU, 8 on a CPU")
@@ -37,8 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_options` that were given, as arguments of `export_repository`."""
-    return {argument: getattr(arguments, name) for name, argument in _OPTIONS.items() if name in arguments}
+    """The options of `add_options` that were given."""
+    return {name: getattr(arguments, name) for name in _OPTIONS if name in arguments}
 
 
 def run(
@@ -49,9 +49,20 @@ def run(
     **export_options: Any,
 ) -> RepositoryResult:
     """Export as the command line says; `export_options` are those that differ from their defaults."""
-    return export_repository(
-        model, output, force=arguments.force, progress=progress, **given_options(arguments), **export_options
-    )
+    options = {_OPTIONS[name]: value for name, value in given_options(arguments).items()}
+    return export_repository(model, output, force=arguments.force, progress=progress, **options, **export_options)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """`--check-repository`: print what is wrong, a line for each; the exit code."""
+    from gte_deploy.exporters.triton.checks import check_repository
+
+    problems = check_repository(arguments.check_repository)
+    if arguments.json:
+        print(json.dumps({"path": str(arguments.check_repository), "problems": problems}))
+    else:
+        print("\n".join(problems) or f"{arguments.check_repository}: no problem was found")
+    return FAILURE if problems else OK
 
 
 def result_json(result: RepositoryResult) -> dict[str, object]:

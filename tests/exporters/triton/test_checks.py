@@ -29,7 +29,6 @@ MISTAKES = {
     "kind": (CPU, "kind: KIND_CPU", "kind: KIND_GPU", "which a machine without a GPU refuses"),
     "parameter": (CPU, "intra_op_thread_count", "intra_op_threads", "reads no parameter intra_op_threads"),
     "preferred": (ENCODER, "preferred_batch_size: 32", "preferred_batch_size: 64", "outside 1 to 32"),
-    "queue": (ENCODER, "max_queue_size: 512", "max_queue_size: 5", "never lets a batch of 32 come together"),
     "warm-up file": (ENCODER, '"input_ids_16"', '"input_ids_17"', "warmup/input_ids_17 is missing"),
     "warm-up shape": (ENCODER, "dims: [ 16 ]", "dims: [ 17 ]", "has 128 bytes, and its shape 136"),
     "warm-up input": (ENCODER, 'key: "input_ids"', 'key: "ids"', "has ids, which is no input"),

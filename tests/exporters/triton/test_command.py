@@ -1,0 +1,72 @@
+"""`gte-export --format triton` and `--check-repository`."""
+
+import json
+
+import pytest
+
+from gte_deploy.exit_codes import FAILURE, OK, USAGE
+from gte_deploy.exporters import cli
+from gte_deploy.exporters.triton import command
+
+
+def test_a_repository_of_a_bundle(bundles, tmp_path, capsys):
+    assert cli.main(["--format", "triton", str(bundles["embed"]), str(tmp_path / "r"), "--max-queue-size", "9"]) == OK
+    out, err = capsys.readouterr()
+    assert out.startswith(f"repository {tmp_path / 'r'} (") and "ask gte_embed, gte_token_embed" in out
+    assert "gte-export: check the configurations" in err
+    assert "max_queue_size: 9" in (tmp_path / "r" / "gte_encoder" / "config.pbtxt").read_text()
+
+
+def test_json(bundles, tmp_path, capsys):
+    arguments = ["--format", "triton", "-m", str(bundles["classify"]), "-o", str(tmp_path / "r"), "--json", "--quiet"]
+    assert cli.main(arguments) == OK
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["ensembles"] == ["gte_embed", "gte_token_embed", "gte_rerank"] and result["checked"] is True
+    assert err == ""
+
+
+def test_every_option_reaches_the_export(monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "export_repository", lambda *args, **options: calls.append((args, options)))
+    line = "model out --format triton --precision int8 --max-len 64 --max-batch-size 4 --max-queue-size 5 --threads 3"
+    line += " --queue-timeout 0.5 --response-cache --model-version 2 --accelerator tensorrt --force --quiet"
+    parser = cli._parser()
+    arguments = parser.parse_args(line.split())
+    arguments.format, arguments.triton = "onnx", True
+    cli._export(arguments)
+    assert calls == [
+        (
+            ("model", "out"),
+            {
+                "precision": "int8",
+                "max_length": 64,
+                "max_batch_size": 4,
+                "max_queue_size": 5,
+                "threads": 3,
+                "queue_timeout_s": 0.5,
+                "response_cache": True,
+                "model_version": 2,
+                "accelerator": "tensorrt",
+                "force": True,
+                "progress": None,
+            },
+        )
+    ]
+
+
+@pytest.mark.parametrize("option", ["--engine=x", "--max-batch-size=3", "--response-cache", "--threads=1"])
+def test_options_for_triton_alone(option, capsys):
+    assert cli.main(["model", option]) == USAGE
+    assert f"{option.partition('=')[0]} is for --format triton" in capsys.readouterr().err
+
+
+def test_checking(repositories, tmp_path, capsys):
+    path = repositories["embed"]
+    assert cli.main(["--check-repository", str(path)]) == OK
+    assert "no problem was found" in capsys.readouterr().out
+    (tmp_path / "gte_encoder").mkdir()
+    (tmp_path / "gte_encoder" / "config.pbtxt").write_text('name: "encoder"')
+    assert cli.main(["--check-repository", str(tmp_path), "--json"]) == FAILURE
+    assert "'encoder' is not that of the folder" in json.loads(capsys.readouterr().out)["problems"][0]
+    assert cli.main(["--check-repository", str(tmp_path / "gte_encoder")]) == USAGE
