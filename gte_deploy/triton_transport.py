@@ -157,7 +157,7 @@ def _tritonclient(protocol: str) -> ModuleType:
             import tritonclient.grpc as module
     except (ModuleNotFoundError, RuntimeError) as error:  # RuntimeError: tritonclient without this protocol
         raise MissingDependencyError(f"tritonclient[{protocol}]", "triton") from error
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _as_inputs(codec: ModuleType, tensors: Tensors) -> list[Any]:
