@@ -149,7 +149,7 @@ class Server:
         *arguments: str,
         folder: Path = FOLDER,
         config_name: str = "cpu",
-        timeout_s: float = 120.0,
+        timeout_s: float = 600.0,
     ) -> None:
         """Start it and wait until every model is ready.
 

@@ -230,13 +230,22 @@ def test_a_server_that_never_answers(protocol: str):
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[int, bytes], str]]:
+def callers() -> list[tuple[str, Any]]:
+    """Path and address of everyone who asked what `answering` started."""
+    return []
+
+
+@pytest.fixture
+def answering(callers: list[tuple[str, Any]]) -> Iterator[Callable[[int, bytes], str]]:
     """`answering(status, body)`: the URL of an HTTP server that answers everything with it."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(status: int, body: bytes) -> str:
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_GET(self) -> None:
+                callers.append((self.path, self.client_address))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -273,6 +282,18 @@ def test_refusals_become_errors_with_their_reason(
     with pytest.raises(kind, match=message) as caught:
         triton.Client(answering(status, body))
     assert type(caught.value) is kind
+
+
+def test_connections_are_kept_and_closed(answering: Callable[[int, bytes], str], callers: list[tuple[str, Any]]):
+    url = answering(200, json.dumps(config_of()).encode()) + "/gateway/"
+    transport = triton_transport.open_transport(url, connections=2, timeout_s=5, headers={})
+    for _ in range(3):
+        assert transport.config("gte_embed") == config_of()
+    assert {path for path, _ in callers} == {"/gateway/v2/models/gte_embed/config"}
+    assert len(callers) == 3 and len({address for _, address in callers}) == 1
+    transport.close()
+    with pytest.raises(BackendError, match="closed"):
+        transport.config("gte_embed")
 
 
 def test_without_tritonclient_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
