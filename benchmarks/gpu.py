@@ -6,9 +6,9 @@
     python benchmarks/gpu.py --device cpu --subjects tiny --shapes 2x16    # a rehearsal of the benchmark itself
 
 torch eager, compiled and padding-free, ONNX Runtime's CUDA provider on the traced graph and on ours, its TensorRT
-provider, TensorRT and TensorRT-RTX in FP16, BF16, INT8 and FP8. It needs `pip install '.[bench]'` and, for their rows, onnxruntime-gpu, tensorrt or
-tensorrt-rtx; a contestant that is not installed, cannot be exported for this GPU, or fails, is a row with its reason.
-Without a GPU nothing is measured, and the exit code is 1.
+provider, TensorRT and TensorRT-RTX in FP16, BF16, INT8 and FP8. It needs `pip install '.[bench]'` and, for their rows,
+onnxruntime-gpu, tensorrt or tensorrt-rtx; a contestant that is not installed, cannot be exported for this GPU, or
+fails, is a row with its reason. Without a GPU nothing is measured, and the exit code is 1.
 
 Every contestant lives in a process of its own. First each is alone on the GPU: accuracy on held-out text against torch
 in FP32, and the GPU memory that it takes at most for every shape. Then they are timed, as many together as fit into

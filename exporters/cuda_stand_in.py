@@ -89,7 +89,7 @@ class _Builder:
     def ints(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         return self._build.op(op_type, *inputs, dtype=ir.DataType.INT64, **attributes)
 
-    def floats(self, op_type: str, *inputs: ir.Value, **options: Any) -> ir.Value:
+    def floats(self, op_type: str, *inputs: ir.Value | None, **options: Any) -> ir.Value:
         return self._build.op(op_type, *inputs, **options)
 
     def bools(self, op_type: str, *inputs: ir.Value) -> ir.Value:

@@ -7,6 +7,8 @@ mask must be padding on the right. RoPE is given the position of each row in its
 padding is zero.
 """
 
+from typing import Any
+
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
@@ -16,11 +18,13 @@ from gte_deploy.exporters.fusion.editing import (
     Builder,
     Mismatch,
     consumer,
+    dimensions,
     integers,
     operand,
     producer,
     replace,
     scope_of,
+    tensor_of,
 )
 from gte_deploy.exporters.fusion.rows import FIRST_INPUT
 
@@ -114,10 +118,11 @@ def _pack(graph: ir.Graph, attention: ir.Node, packed: _Packed) -> None:
 def _turned(build: Builder, rotary: ir.Node, packed: _Packed) -> ir.Value:
     """RoPE on rows: one text of T tokens whose positions start again with every row of the batch."""
     rows = operand(producer(operand(rotary, 0), "Reshape"), 0)
-    width = rotary.attributes.get_int("num_heads", 0) * 2 * int(operand(rotary, 2).shape[1])  # type: ignore[index]
+    half = tensor_of(operand(rotary, 2)).shape.numpy()[1]
+    width = rotary.attributes.get_int("num_heads", 0) * 2 * half
     one = build.op("Reshape", rows, integers(build.graph, 1, -1, width), name="one_text")
-    inputs = [one, packed.positions, *rotary.inputs[2:]]
-    turned = build.node("RotaryEmbedding", inputs, domain=CONTRIB, **_attributes(rotary))[0]
+    attributes: dict[str, Any] = {name: attribute.value for name, attribute in rotary.attributes.items()}
+    turned = build.op("RotaryEmbedding", one, packed.positions, *rotary.inputs[2:], domain=CONTRIB, **attributes)
     return build.op("Reshape", turned, integers(build.graph, -1, width), name="rows")
 
 
@@ -129,8 +134,10 @@ def _leave(graph: ir.Graph, packed: _Packed) -> None:
     others = [use for use in rows.uses() if use.node is not from_rows]
     restored = build.op("RestorePadding", rows, packed.offset, domain=CONTRIB, shape=graph.outputs[0].shape)
     if others:
-        width = graph.outputs[0].shape[-1]  # type: ignore[index]
-        padded = build.op("Reshape", restored, integers(graph, -1, int(width)), name="padded_rows")
+        width = dimensions(graph.outputs[0])[-1]
+        if not isinstance(width, int):
+            raise Mismatch(f"the width of the hidden states is {width}")
+        padded = build.op("Reshape", restored, integers(graph, -1, width), name="padded_rows")
         for user, index in others:
             user.replace_input_with(index, padded)
     replace(from_rows.outputs[0], restored)
@@ -139,10 +146,6 @@ def _leave(graph: ir.Graph, packed: _Packed) -> None:
 def _rotary(value: ir.Value) -> ir.Node:
     with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
     return producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding")
-
-
-def _attributes(node: ir.Node) -> dict[str, int]:
-    return {name: int(attribute.value) for name, attribute in node.attributes.items()}
 
 
 def _input(graph: ir.Graph, name: str) -> ir.Value:
