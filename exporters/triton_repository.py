@@ -9,9 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +17,11 @@ from typing import Any, cast
 import numpy as np
 
 from gte_deploy._version import __version__
-from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle
+from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
 from gte_deploy.exporters.bundle_writer import publish, seal_files, staging, write_manifest
-from gte_deploy.exporters.export import Progress, export
+from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS
+from gte_deploy.exporters.export import FORMAT_PRECISIONS, Progress, default_output, export
 from gte_deploy.exporters.profiles import MAX_MASKS
 from gte_deploy.exporters.triton.configs import (
     ENCODER,
@@ -49,6 +48,7 @@ from gte_deploy.tokenization import load_tokenizer
 FORMAT = "gte-deploy-triton-repository"
 FORMAT_VERSION = 1
 ACCELERATORS = ("cuda", "tensorrt")
+_BUNDLE = "bundle"  # of a checkpoint that is exported on the way, inside the folder that is filled
 _MAX_DIFFERENCE = 1e-5
 _MAX_ROWS = 1024
 
@@ -121,36 +121,41 @@ def export_repository(
     if not 1e-3 <= queue_timeout_s <= 86_400:
         raise InputError(f"queue_timeout_s is {queue_timeout_s}; expected 0.001 to 86,400 seconds")
     tell = progress or (lambda line: None)
-    with _bundle(model, output, engine, tell, export_options) as bundle:
+    given = engine if engine is not None else model
+    served = Path(given) if given is not None and is_bundle(Path(given)) else None
+    if served is None and engine is not None:
+        raise BundleError(f"{engine} is not a bundle. Write one with gte-export --format trt.")
+    path = Path(output if output is not None else _default_output(model, served, export_options))
+    target = Path(os.path.realpath(path))
+    with staging(target, force=force, files_of=repository_files) as folder:
+        bundle = served or export(model, folder / _BUNDLE, progress=tell, **export_options).path
         manifest = open_bundle(bundle)
         check_graphs(bundle, manifest)
-        path = Path(output if output is not None else f"{_name(manifest)}-triton-{manifest.precision}")
-        target = Path(os.path.realpath(path))
-        with staging(target, force=force, files_of=repository_files) as folder:
-            tell("write the encoder")
-            encoder_folder = folder / ENCODER / str(model_version)
-            encoder = _write_encoder(bundle, manifest, encoder_folder, accelerator, plan=engine is not None)
-            spec, devices = _limits(encoder, manifest.spec, max_batch_size)
-            serving = Serving(
-                spec=spec,
-                precision=manifest.precision,
-                encoder=encoder,
-                mask_token=load_tokenizer(bundle).mask_token,
-                version=model_version,
-                max_queue_size=max_queue_size,
-                queue_timeout_s=queue_timeout_s,
-                threads=threads or available_cpus(),
-                response_cache=response_cache,
-            )
-            tell("write the models and their configurations")
-            configs = {device.name: all_configs(serving, device) for device in devices}
-            _write_models(folder, bundle, serving, configs)
-            _write_documents(folder, bundle, manifest, serving, configs)
-            checked = _check(folder, tell)
-            files = seal_files(folder)
-            write_manifest(folder, _manifest_json(manifest, files))
-            tell(f"rename to {path}")
-            publish(folder, target, force=force, files_of=repository_files)
+        tell("write the encoder")
+        encoder_folder = folder / ENCODER / str(model_version)
+        encoder = _write_encoder(bundle, manifest, encoder_folder, accelerator, plan=engine is not None)
+        spec, devices = _limits(encoder, manifest.spec, max_batch_size)
+        serving = Serving(
+            spec=spec,
+            precision=manifest.precision,
+            encoder=encoder,
+            mask_token=load_tokenizer(bundle).mask_token,
+            version=model_version,
+            max_queue_size=max_queue_size,
+            queue_timeout_s=queue_timeout_s,
+            threads=threads or available_cpus(),
+            response_cache=response_cache,
+        )
+        tell("write the models and their configurations")
+        configs = {device.name: all_configs(serving, device) for device in devices}
+        _write_models(folder, bundle, serving, configs)
+        _write_documents(folder, bundle, manifest, serving, configs)
+        shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
+        checked = _check(folder, tell)
+        files = seal_files(folder)
+        write_manifest(folder, _manifest_json(manifest, files))
+        tell(f"rename to {path}")
+        publish(folder, target, force=force, files_of=repository_files)
     models = configs[devices[0].name].values()
     return RepositoryResult(
         path=path,
@@ -198,19 +203,15 @@ def _check_numbers(**values: int | None) -> None:
             check_integer(name, value, 1, _MAX_ROWS if name == "max_batch_size" else 1 << 20)
 
 
-@contextmanager
-def _bundle(model: Any, output: Any, engine: Any, tell: Progress, export_options: Mapping[str, Any]) -> Iterator[Path]:
-    """The bundle to serve: one that is there, or one that is exported now and removed afterwards."""
-    given = engine if engine is not None else model
-    if given is not None and is_bundle(Path(given)):
-        yield Path(given)
-        return
-    if engine is not None:
-        raise BundleError(f"{engine} is not a bundle. Write one with gte-export --format trt.")
-    beside = Path.cwd() if output is None else Path(os.path.realpath(output)).parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".gte-export.", suffix=".tmp") as folder:
-        yield export(model, Path(folder) / "bundle", progress=tell, **export_options).path
+def _default_output(
+    model: str | os.PathLike[str] | None, bundle: Path | None, export_options: Mapping[str, Any]
+) -> Path:
+    if bundle is not None:
+        manifest = read_manifest(bundle)
+        return default_output(_name(manifest), format="triton", precision=manifest.precision)
+    precisions = CUDA_PRECISIONS if export_options.get("target") == "cuda" else FORMAT_PRECISIONS["onnx"]
+    precision = export_options.get("precision") or precisions[0]
+    return default_output(model, format="triton", precision=precision)
 
 
 def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: str, *, plan: bool) -> Encoder:

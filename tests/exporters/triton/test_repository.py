@@ -167,6 +167,37 @@ def test_replacing(bundles, tmp_path):
         export_repository(bundles["embed"], path, force=True)
 
 
+def test_a_target_is_refused_before_anything_is_exported(word_checkpoints, tmp_path, monkeypatch):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "mine.txt").touch()
+    monkeypatch.setattr(triton_repository, "export", lambda *args, **options: pytest.fail("exported"))
+    with pytest.raises(ExportError, match="is not a bundle, so nothing replaces it"):
+        export_repository(word_checkpoints["embed"], tmp_path / "r")
+
+
+def test_a_failed_export_leaves_nothing(word_checkpoints, tmp_path, monkeypatch):
+    def fail(model, output, **options):
+        output.mkdir()
+        raise ParityError("differs")
+
+    monkeypatch.setattr(triton_repository, "export", fail)
+    with pytest.raises(ParityError):
+        export_repository(word_checkpoints["embed"], tmp_path / "r")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        (None, {}, "gte-en-mlm-tiny-triton-fp32"),
+        ("Alibaba-NLP/gte-large-en-v1.5", {"precision": "int8"}, "gte-large-en-v1.5-triton-int8"),
+        ("somewhere/my-model", {"target": "cuda"}, "my-model-triton-fp16"),
+    ],
+)
+def test_names(model, options, name):
+    assert str(triton_repository._default_output(model, None, options)) == name
+
+
 def test_a_bundle_is_not_replaced_by_a_repository(altered_bundle, bundles):
     target = altered_bundle("embed")
     with pytest.raises(ExportError, match="is not the manifest of a gte-deploy-triton-repository"):
