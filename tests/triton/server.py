@@ -209,7 +209,7 @@ class Server:
             try:
                 self._process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                os.killpg(self._process.pid, signal.SIGKILL)  # its Python models live in processes of their own
                 self._process.wait()
         self._log.unlink(missing_ok=True)
 
@@ -224,7 +224,12 @@ class Server:
         ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
+                command,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+                preexec_fn=_end_with_parent,
             )
         end = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < end:
