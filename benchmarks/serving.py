@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 import sys
 import threading
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     triton.install()
     bundle = arguments.bundle or _bundle(arguments)
     texts = load_texts(bundle, *arguments.lengths)
+    load_before = os.getloadavg()[0]
     with ExitStack() as stack:
         server = stack.enter_context(triton.Server(_repository(bundle, arguments)))
         ways = open_ways(stack, server, bundle, arguments)
@@ -95,7 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bundle": bundle.name if arguments.bundle else f"{arguments.subject}, fp32",
         "lengths": arguments.lengths,
         "seconds": arguments.seconds,
-        "hardware": {"cpu": cpu_model(), "cpus": available_cpus(), "threads": arguments.threads},
+        "hardware": {
+            "cpu": cpu_model(),
+            "cpus": available_cpus(),
+            "threads": arguments.threads,
+            "load_average_before": load_before,
+        },
         "versions": {**engine_versions(), "tritonserver": triton.VERSION, "tritonclient": _version("tritonclient")},
         "backend": BACKEND,
         "loads": [asdict(load) for load in loads],
