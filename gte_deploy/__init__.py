@@ -7,6 +7,7 @@ model.fill_mask("Paris is the [MASK] of France.")
 model.encode(["a text", "another"])
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
@@ -44,6 +45,10 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+# From 1.29 on, ONNX Runtime for Linux tells Microsoft of its sessions (names and hashes of models, the device), unless
+# this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Imported on first use: numpy and tokenizers would triple the time of `import gte_deploy` in every command.
 _LAZY = {"load": "gte_deploy.loading", "Model": "gte_deploy.model"}
