@@ -204,7 +204,7 @@ class HostContext:
         return True
 
     def execute_async_v3(self, stream):
-        if self.engine.fails:
+        if self.engine.fails or (self.engine.cannot_be_captured and stream in self.engine.runtime.capturing):
             return False
         assert self.scratch in self.engine.runtime.memory
         state = dict(self.shapes), dict(self.addresses)
@@ -225,7 +225,7 @@ class HostEngine:
         self.plan, self.runtime = plan, runtime
         self.tensors = {tensor.name: tensor for tensor in (*plan.inputs, *plan.outputs)}
         self.contexts = []
-        self.fails = False
+        self.fails = self.cannot_be_captured = False
 
     num_io_tensors = property(lambda self: len(self.tensors))
     num_optimization_profiles = property(lambda self: len(self.plan.profiles))
@@ -394,6 +394,7 @@ def test_a_shape_that_comes_again_is_replayed_as_a_graph(make, runtime):
         assert_right(backend, random_batch(rng, 2, 8, 2))
         assert_right(backend, random_batch(rng, 2, 20, 2))
     assert len(runtime.graphs) == 2 and runtime.calls.count("cudaGraphLaunch") == 2 * 4
+    assert runtime.calls.count("cudaGraphDestroy") == 2, "what they were instantiated of"
     # One context for each profile, and one for each graph.
     assert engine_of(backend).contexts == ["user managed"] * 4
     assert_right(backend, random_batch(rng, 2, 8, 2), ("logits",))
@@ -432,12 +433,16 @@ def test_graphs_are_bounded(make, runtime, monkeypatch):
     assert len(lane._seen) == 3
 
 
-def test_an_engine_that_cannot_be_captured_runs_without_graphs(make, runtime, caplog):
+@pytest.mark.parametrize(
+    "what", ["cudaGraphInstantiate: CUDA error 900, it broke", "TensorRT refused to run the engine"]
+)
+def test_an_engine_that_cannot_be_captured_runs_without_graphs(make, runtime, caplog, what):
     backend, rng = make(), np.random.default_rng(0)
-    runtime.breaks.add("cudaGraphInstantiate")
+    engine_of(backend).cannot_be_captured = "refused" in what
+    runtime.breaks.add(what.partition(":")[0])
     for _ in range(5):
         assert_right(backend, random_batch(rng, 2, 8, 2))
-    assert caplog.text.count("without CUDA graphs: cudaGraphInstantiate: CUDA error 900, it broke") == 1
+    assert caplog.text.count(f"without CUDA graphs: {what}") == 1
     assert runtime.calls.count("cudaStreamBeginCapture") == 1 and not runtime.capturing
 
 
@@ -526,15 +531,15 @@ def test_closing_lets_what_runs_end_and_wakes_who_waits(make, runtime):
         except BackendError as error:
             errors.append(str(error))
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
     for thread in threads:
         thread.start()
     assert started.acquire(timeout=10) and started.acquire(timeout=10)
     backend.close()
     go_on.set()
     for thread in threads:
-        thread.join()
-    assert errors == ["this model is closed; load it again"]
+        thread.join(10)
+    assert errors == ["this model is closed; load it again"] * 4
     assert not runtime.memory and not runtime.streams
 
 
@@ -555,7 +560,7 @@ def test_a_failure_is_typed_and_costs_one_lane(make, runtime, what):
     engine.fails = what == "engine"
     with pytest.raises(BackendError, match=r"TensorRT failed on a batch of \(1, 8\): .*(it broke|refused to run)"):
         backend.run(batch, ["logits"])
-    assert not runtime.memory and not runtime.streams
+    assert not runtime.memory and not runtime.streams and backend._lanes == 0
     runtime.breaks.clear()
     engine.fails = False
     assert_right(backend, batch)
