@@ -42,8 +42,8 @@ class Device:
     Args:
         name: "gpu" or "cpu".
         max_batch_size: rows of one run of the encoder, and of one request.
-        preferred_batch_sizes: that the batcher need not wait to exceed.
-        queue_delay_us: how long the batcher waits for company.
+        preferred_batch_sizes: with which the encoder waits no longer.
+        queue_delay_us: how long the encoder waits for company.
         spare_tokens: padding that one run less is worth.
         tokenizers: processes that tokenise.
     """
@@ -68,7 +68,7 @@ def default_device(name: DeviceName, max_batch_size: int | None = None) -> Devic
         name=name,
         max_batch_size=size,
         preferred_batch_sizes=preferred,
-        queue_delay_us=1000 if name == "gpu" else 500,
+        queue_delay_us=500,
         spare_tokens=800 if name == "gpu" else 25,
         tokenizers=2 if name == "gpu" else 1,
     )
@@ -220,7 +220,7 @@ def _encoder(serving: Serving, device: Device) -> Config:
         "input": [_tensor(serving, tensor) for tensor in encoder.inputs],
         "output": [_tensor(serving, tensor) for tensor in encoder.outputs],
         "instance_group": [instances],
-        **_batching(serving, device),
+        **_batching(serving, device, waits=True),
         "model_warmup": _warmup(serving, device),
     }
     if encoder.backend == "onnxruntime":
@@ -472,10 +472,11 @@ def _head(serving: Serving, device: Device, name: str) -> Config:
     }
 
 
-def _batching(serving: Serving, device: Device) -> Config:
-    """Join waiting requests; refuse what would wait too long, so that overload is answered.
+def _batching(serving: Serving, device: Device, *, waits: bool = False) -> Config:
+    """Join the requests that are there; refuse what would wait too long, so that overload is answered.
 
-    Without batching the queue still has its bounds: Triton's dynamic batcher runs such a model one by one.
+    The encoder `waits` a little for more of them; a Python model would only add to every answer's time. Without a batch
+    axis the queue still has its bounds: Triton's dynamic batcher runs such a model one by one.
     """
     policy = {
         "timeout_action": Word("REJECT"),
@@ -484,7 +485,7 @@ def _batching(serving: Serving, device: Device) -> Config:
         "max_queue_size": serving.max_queue_size or 16 * device.max_batch_size,
     }
     batching: Config = {"default_queue_policy": policy}
-    if serving.encoder.batched:
+    if waits and serving.encoder.batched:
         batching["max_queue_delay_microseconds"] = device.queue_delay_us
         if device.preferred_batch_sizes:
             batching["preferred_batch_size"] = list(device.preferred_batch_sizes)

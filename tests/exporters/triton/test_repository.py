@@ -67,8 +67,11 @@ def test_devices(open_repository, repositories):
         policy = encoder.dynamic_batching.default_queue_policy
         assert policy.max_queue_size == 16 * rows
         assert policy.default_timeout_microseconds == 30_000_000 and policy.timeout_action == policy.REJECT
-        python = opened.config("gte_tokenizer").instance_group[0]
-        assert python.Kind.Name(python.kind) == "KIND_CPU"
+        assert encoder.dynamic_batching.max_queue_delay_microseconds == 500
+        python = opened.config("gte_tokenizer")
+        assert python.instance_group[0].Kind.Name(python.instance_group[0].kind) == "KIND_CPU"
+        assert python.dynamic_batching.default_queue_policy.max_queue_size == 16 * rows
+        assert python.dynamic_batching.max_queue_delay_microseconds == 0
     assert cpu.config("gte_encoder").parameters["intra_op_thread_count"].string_value == "1"
     assert list(gpu.config("gte_encoder").dynamic_batching.preferred_batch_size) == [16, 32]
 
