@@ -71,7 +71,7 @@ class Model(TextInterface):
 
     @property
     def backend(self) -> str:
-        """Name of what computes: "onnx", "openvino" or "torch"."""
+        """Name of what computes: "onnx", "openvino", "torch" or "tensorrt"."""
         return self._backend.name
 
     @property

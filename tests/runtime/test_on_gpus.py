@@ -67,10 +67,15 @@ def test_tensorrt(bundle_of, checkpoint, batches, expected, precision):
         assert_near(model, batches, expected, precision)
 
 
-def test_onnxruntime_on_cuda(bundle_of, checkpoint, batches, expected):
+@pytest.mark.parametrize(
+    ("target", "precision"), [("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16"), ("cuda", "bf16")]
+)
+def test_onnxruntime_on_cuda(bundle_of, checkpoint, batches, expected, target, precision):
     _need_provider("CUDAExecutionProvider")
-    with gte_deploy.load(bundle_of(checkpoint), backend="onnx", device="cuda") as model:
-        assert_near(model, batches, expected, "fp32")
+    bundle = bundle_of(checkpoint, target=target, precision=precision)
+    with gte_deploy.load(bundle, device="cuda") as model:
+        assert (model.backend, model.info()["precision"]) == ("onnx", precision)
+        assert_near(model, batches, expected, precision)
 
 
 def test_onnxruntime_through_tensorrt(bundle_of, checkpoint, batches, expected, monkeypatch, tmp_path):
