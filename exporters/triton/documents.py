@@ -24,6 +24,7 @@ def dockerfile() -> str:
 ARG TRITON={TRITON_TAG}
 FROM nvcr.io/nvidia/tritonserver:${{TRITON}}
 RUN pip install --no-cache-dir 'tokenizers=={version("tokenizers")}' 'numpy>=1.26'
+ENV ORT_DISABLE_TELEMETRY=1
 """
 
 
