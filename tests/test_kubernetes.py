@@ -394,14 +394,14 @@ def _kserve(manifests: list[Manifest]) -> Iterator[str]:
             yield f"the runtime reads {path}; KServe puts the models into /mnt/models"
 
 
-@pytest.fixture(scope="module", params=BUILDS)
-def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
-    overlay, components = BUILDS[request.param]
+def _built(name: str) -> list[Manifest]:
+    overlay, components = BUILDS[name]
     return _build(EXAMPLES / overlay, components)
 
 
-def test_manifests_are_valid(manifests: list[Manifest]) -> None:
-    assert _problems(manifests) == []
+@pytest.mark.parametrize("name", BUILDS)
+def test_manifests_are_valid(name: str) -> None:
+    assert _problems(_built(name)) == []
 
 
 def test_every_file_is_in_a_build() -> None:
@@ -417,7 +417,7 @@ def test_every_file_is_in_a_build() -> None:
 
 
 def test_overlays_change_what_they_mean_to() -> None:
-    cpu, gpu = ({_id(each): each for each in _build(EXAMPLES / overlay)} for overlay in ("cpu", "gpu"))
+    cpu, gpu = ({_id(each): each for each in _built(name)} for name in ("cpu", "gpu"))
     assert {name for name in cpu if cpu[name] != gpu[name]} == {("Deployment", "gte-triton")}
     (cpu_triton,), (gpu_triton,) = (_pod(each["Deployment", "gte-triton"])["containers"] for each in (cpu, gpu))
     assert set(cpu_triton["args"]) - set(gpu_triton["args"]) == {"--model-config-name=cpu", "--allow-gpu-metrics=false"}
@@ -425,17 +425,16 @@ def test_overlays_change_what_they_mean_to() -> None:
     assert CACHE_FOLDER in {mount["mountPath"] for mount in gpu_triton["volumeMounts"]}
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_build_is_what_kubectl_builds(build: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BUILDS)
+def test_build_is_what_kubectl_builds(name: str, tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
-    overlay, components = BUILDS[build]
+    overlay, components = BUILDS[name]
     folder = Path(shutil.copytree(EXAMPLES, tmp_path / "kubernetes")) / overlay
     with (folder / "kustomization.yaml").open("a", encoding="utf-8") as file:
         yaml.safe_dump({"components": [f"../components/{each}" for each in components]}, file)
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
-    ours, theirs = _build(EXAMPLES / overlay, components), list(yaml.safe_load_all(done.stdout))
-    assert _ordered(ours) == _ordered(theirs)
+    assert _ordered(_built(name)) == _ordered(list(yaml.safe_load_all(done.stdout)))
 
 
 def _ordered(value: Any, field: str = "") -> Any:
@@ -543,8 +542,7 @@ BREAKS: dict[str, tuple[str, str, str, object, str]] = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_manifest_is_found(name: str) -> None:
     build, kind, path, value, complaint = BREAKS[name]
-    overlay, components = BUILDS[build]
-    manifests = _build(EXAMPLES / overlay, components)
+    manifests = _built(build)
     _put(next(_of(manifests, kind)), path, value)
     problems = _problems(manifests)
     assert any(re.match(complaint, problem) for problem in problems), problems
@@ -582,7 +580,7 @@ def test_names_are_those_of_a_real_triton(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     (tmp_path / "gte_embed" / "1").mkdir()
-    (deployment,) = _of(_build(EXAMPLES / "cpu"), "Deployment")
+    (deployment,) = _of(_built("cpu"), "Deployment")
     options = [each for each in _pod(deployment)["containers"][0]["args"][1:] if "model-repository" not in each]
     with server.Server(tmp_path, *options, folder=folder) as triton, ThreadPoolExecutor(24) as callers:
         metrics = _scrape(triton.metrics)
