@@ -55,7 +55,7 @@ def load(
         num_threads: CPU threads; by default every CPU that the process may use (affinity and cgroup). With torch
             the count is the whole process's, see `backends.torch_backend.TorchBackend`. TensorRT uses none.
         max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
-        compile: let torch compile the model, which takes a minute at the first batches. For backend "torch" alone.
+        compile: let torch compile the model, at its first batches. For backend "torch" alone.
 
     Raises:
         InputError: an argument out of its range.

@@ -128,8 +128,9 @@ class Memory:
         if size <= self._size:
             return False
         self.close()
-        # To a power of two, so that texts of growing length move it a few times and not at each.
-        wanted = 1 << (size - 1).bit_length()
+        # In steps of up to an eighth, so that texts of growing length do not move it each time.
+        step = max(1, (1 << (size - 1).bit_length()) // 16)
+        wanted = -(-size // step) * step
         self.address = self._allocate(wanted)
         self._size = wanted
         return True

@@ -30,7 +30,7 @@ class ThroughTensorRT:
 
     Args:
         profile: the shapes that it compiles for. It is one: the provider builds several, and runs only the first.
-            https://github.com/microsoft/onnxruntime/issues/23965
+            https://github.com/microsoft/onnxruntime/pull/31624
         cache: folder for what it compiles, this user's alone (it is executable code), and for one graph; None for no
             cache: every opening compiles anew.
         max_masks: mask positions of one run at most; None where the graph takes none.

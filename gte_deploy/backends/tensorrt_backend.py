@@ -29,7 +29,7 @@ from gte_deploy.spec import ModelSpec, Precision
 logger = logging.getLogger(__name__)
 
 _LANES = 2
-# A captured graph keeps a context: some megabytes of the host's memory, and none of the GPU's.
+# Of a lane. Each keeps a context, without memory for activations of its own.
 _KEPT_GRAPHS = 32
 _REMEMBERED_SHAPES = 1024
 # As the manifest names them -> as they lie in memory. numpy has no bfloat16: it is the upper half of a float32.
