@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -114,17 +114,15 @@ def export_repository(
         ExportError: the target must not be replaced, or the configurations do not pass their checks.
         MissingDependencyError: the [export] extra is not installed.
     """
-    _check_arguments(model, engine, accelerator, export_options)
+    given = model if engine is None else engine
+    served = Path(given) if given is not None and is_bundle(Path(given)) else None
+    _check_arguments(model, engine, served, accelerator, export_options)
     _check_numbers(
         max_batch_size=max_batch_size, max_queue_size=max_queue_size, threads=threads, model_version=model_version
     )
     if not 1e-3 <= queue_timeout_s <= 86_400:
         raise InputError(f"queue_timeout_s is {queue_timeout_s}; expected 0.001 to 86,400 seconds")
     tell = progress or (lambda line: None)
-    given = engine if engine is not None else model
-    served = Path(given) if given is not None and is_bundle(Path(given)) else None
-    if served is None and engine is not None:
-        raise BundleError(f"{engine} is not a bundle. Write one with gte-export --format trt.")
     path = Path(output if output is not None else _default_output(model, served, export_options))
     target = Path(os.path.realpath(path))
     with staging(target, force=force, files_of=repository_files) as folder:
@@ -182,7 +180,9 @@ def repository_files(folder: Path) -> set[str]:
     raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
 
 
-def _check_arguments(model: Any, engine: Any, accelerator: str, export_options: Mapping[str, Any]) -> None:
+def _check_arguments(
+    model: Any, engine: Any, served: Path | None, accelerator: str, export_options: Mapping[str, Any]
+) -> None:
     for module in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(module, "export")
@@ -192,9 +192,10 @@ def _check_arguments(model: Any, engine: Any, accelerator: str, export_options: 
         raise InputError("engine is a bundle of its own, with tokenizer and all; give it alone, without a model")
     if engine is not None and accelerator != "cuda":
         raise InputError("accelerator is for ONNX Runtime, and engine asks for a TensorRT plan; give one of them")
-    bundle = engine if engine is not None else model
-    if bundle is not None and is_bundle(Path(bundle)) and export_options:
-        raise InputError(f"{bundle} is a bundle already; {', '.join(export_options)} is for exporting a checkpoint")
+    if served is None and engine is not None:
+        raise BundleError(f"{engine} is not a bundle. Write one with gte-export --format trt.")
+    if served is not None and export_options:
+        raise InputError(f"{served} is a bundle already; {', '.join(export_options)} is for exporting a checkpoint")
 
 
 def _check_numbers(**values: int | None) -> None:
@@ -230,8 +231,15 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: 
         files["cpu"] = "model.onnx"
     graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
     if accelerator == "tensorrt":
+        # TensorRT knows standard operators alone, which the graph for OpenVINO is made of.
+        if "openvino" not in manifest.graphs or manifest.precision != "fp32":
+            raise BundleError(
+                f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator "
+                "'tensorrt' needs. Export it in fp32 where openvino is installed, or build a plan with gte-export "
+                "--format trt."
+            )
         files["gpu"] = "model_tensorrt.onnx"
-        graphs["model_tensorrt.onnx"] = _standard_graph(bundle, manifest)
+        graphs["model_tensorrt.onnx"] = "openvino"
     for name in dict.fromkeys(files.values()):
         _write_graph(bundle / manifest.graphs[graphs[name]].path, folder / name, manifest)
     inputs, outputs = tensor_specs(folder / next(iter(files.values())))
@@ -241,17 +249,6 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: 
         inputs=inputs,
         outputs=outputs,
         accelerator="tensorrt" if accelerator == "tensorrt" else "cuda",
-    )
-
-
-def _standard_graph(bundle: Path, manifest: Manifest) -> Engine:
-    """The graph without ONNX Runtime's own operators, which TensorRT does not know."""
-    for engine in cast(tuple[Engine, ...], ("tensorrt", "openvino")):
-        if engine in manifest.graphs and manifest.precision == "fp32":
-            return engine
-    raise BundleError(
-        f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator 'tensorrt' "
-        "needs. Export it in fp32 where openvino is installed, or build a plan with gte-export --format trt."
     )
 
 

@@ -294,6 +294,12 @@ def test_tensorrt_in_onnx_runtime(bundles, open_repository, tmp_path):
     assert "gte-triton-cache:/var/cache/gte-triton" in (result.path / "README.md").read_text()
 
 
+def test_tensorrt_in_onnx_runtime_needs_standard_operators(altered_bundle, tmp_path):
+    bundle = altered_bundle("embed", precision="int8")
+    with pytest.raises(BundleError, match="holds no FP32 graph of standard operators"):
+        export_repository(bundle, tmp_path / "r", accelerator="tensorrt")
+
+
 def plan_entry(task, *profiles, flavour="tensorrt", ids="int32"):
     tokens = [TensorSpec(name, ids, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
     masks = [TensorSpec("mask_positions", "int64", ("masks", 2))] if task == "fill-mask" else []
