@@ -543,12 +543,12 @@ def _quantize(
 
 def _open_engines(
     folder: Path, graphs: Mapping[Engine, "Graph"], spec: ModelSpec, stack: contextlib.ExitStack
-) -> dict[tuple[Engine, ComputePrecision], "Backend"]:
+) -> dict[tuple[Engine, Precision], "Backend"]:
     """Every engine that the bundle is for, in every precision that this CPU computes in; `stack` closes them."""
     from gte_deploy.backends.onnx_backend import OnnxBackend
     from gte_deploy.backends.openvino_backend import OpenVinoBackend, has_native_bf16
 
-    opened: dict[tuple[Engine, ComputePrecision], Backend] = {
+    opened: dict[tuple[Engine, Precision], Backend] = {
         ("onnxruntime", "fp32"): OnnxBackend(folder / GRAPH_PATHS["onnxruntime"], spec)
     }
     if "openvino" in graphs:

@@ -102,7 +102,7 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
                 for value in inputs
             ]
         copy = ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=1, name=f"{node.name}/head")
-        copy.outputs[0].name, copy.outputs[0].dtype = f"{node.outputs[0].name}/head", node.outputs[0].dtype
+        copy.outputs[0].name, copy.outputs[0].dtype = f"{node.outputs[0].name}/head", _dtype(node.outputs[0])
         ends[node.outputs[0]] = copy.outputs[0]
         body.append(copy)
     one_head = ir.Graph(list(inside.values()), [ends[last.outputs[0]]], nodes=body, name=f"{build.scope}/one_head")

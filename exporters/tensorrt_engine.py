@@ -339,7 +339,7 @@ class _Log:
         self._errors: list[str] = []
         severity = runtime.module.ILogger.Severity
 
-        class Logger(runtime.module.ILogger):  # type: ignore[misc, name-defined]
+        class Logger(runtime.module.ILogger):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 runtime.module.ILogger.__init__(self)
 

@@ -241,7 +241,7 @@ def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value
         return ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=name)
 
     return graph.initializers.get(name) or initializer(
-        graph, name, ir.LazyTensor(convert, dtype=dtype, shape=tensor.shape, name=name)
+        graph, name, ir.LazyTensor(convert, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
     )
 
 
