@@ -382,6 +382,18 @@ def test_types_and_shapes_are_accepted(graphs, tmp_path, precision, padding):
         ]
 
 
+def test_the_runtime_fuses_no_sum_into_layer_norm(graphs, tmp_path):
+    """Its SkipLayerNormalization may sum in FP16 on CUDA; the same optimizer runs there."""
+    save_graph(graphs("mlm", "fp32", "keep"), tmp_path / "model.onnx")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    left = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert left.count("LayerNormalization") >= 2 * LAYERS and "SkipLayerNormalization" not in left
+
+
 def test_precision_and_padding_go_together():
     assert removes_padding("fp16", "auto") and removes_padding("fp32", "remove")
     assert not removes_padding("bf16", "auto") and not removes_padding("fp32", "auto")
