@@ -1,6 +1,6 @@
 """Latency and throughput of a Triton server by the number of callers, next to the runtime in this process.
 
-    python benchmarks/serving.py                             # the built-in model; about three minutes
+    python benchmarks/serving.py                             # the built-in model; about six minutes
     python benchmarks/serving.py --subject base --callers 1 4 16 --seconds 30
     python benchmarks/serving.py --bundle my-bundle --lengths 16 512
 
@@ -59,6 +59,15 @@ Ask = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
+class Call:
+    """One question: how long it took, whether it was answered, and whether before its turn was over."""
+
+    seconds: float
+    answered: bool
+    in_time: bool
+
+
+@dataclass(frozen=True)
 class Load:
     """What one way to ask did under one number of callers, over all its turns.
 
@@ -67,7 +76,7 @@ class Load:
         callers: asking at the same time.
         answers: calls that were answered.
         refused: calls that the server was too busy for.
-        texts_per_second: answers by the time they took together.
+        texts_per_second: answers within the turns, by their seconds.
         latency_ms: percentile -> milliseconds from question to answer.
     """
 
@@ -143,16 +152,13 @@ def open_ways(stack: ExitStack, server: Any, bundle: Path, arguments: argparse.N
 
 def measure(ways: dict[str, Ask], texts: Sequence[str], callers: int, seconds: float) -> list[Load]:
     """Let that many callers ask for `seconds` in all, one way after the other, in several turns."""
-    taken: dict[str, list[tuple[float, bool]]] = {way: [] for way in ways}
-    elapsed = dict.fromkeys(ways, 0.0)
+    calls: dict[str, list[Call]] = {way: [] for way in ways}
     for ask in ways.values():
         _turn(ask, texts, callers, min(_WARM_UP_S, seconds / _ROUNDS))
     for _ in range(_ROUNDS):
         for way, ask in ways.items():
-            calls, lasted = _turn(ask, texts, callers, seconds / _ROUNDS)
-            taken[way] += calls
-            elapsed[way] += lasted
-    loads = [_load(way, callers, taken[way], elapsed[way]) for way in ways]
+            calls[way] += _turn(ask, texts, callers, seconds / _ROUNDS)
+    loads = [_load(way, callers, calls[way], seconds) for way in ways]
     for load in loads:
         _say(
             f"{load.callers} callers, {load.way}: "
@@ -161,35 +167,29 @@ def measure(ways: dict[str, Ask], texts: Sequence[str], callers: int, seconds: f
     return loads
 
 
-def _turn(ask: Ask, texts: Sequence[str], callers: int, seconds: float) -> tuple[list[tuple[float, bool]], float]:
-    """(seconds, answered) of each call, and how long the turn lasted until the last answer."""
+def _turn(ask: Ask, texts: Sequence[str], callers: int, seconds: float) -> list[Call]:
     numbers = itertools.count()  # next() of it is one step for every thread
-    begin = threading.Barrier(callers + 1)
+    begin = threading.Barrier(callers)
 
-    def call() -> list[tuple[float, bool]]:
-        calls = []
+    def call() -> list[Call]:
         begin.wait()
-        while (started := time.perf_counter()) < end[0]:
+        calls, end = [], time.perf_counter() + seconds
+        while (started := time.perf_counter()) < end:
             try:
                 ask(texts[next(numbers) % len(texts)])
                 answered = True
             except UnavailableError:
                 answered = False
-            calls.append((time.perf_counter() - started, answered))
+            finished = time.perf_counter()
+            calls.append(Call(seconds=finished - started, answered=answered, in_time=finished <= end))
         return calls
 
-    end = [0.0]
     with ThreadPoolExecutor(callers) as pool:
-        futures = [pool.submit(call) for _ in range(callers)]
-        started = time.perf_counter()
-        end[0] = started + seconds
-        begin.wait()
-        calls = [each for future in futures for each in future.result()]
-        return calls, time.perf_counter() - started
+        return [each for future in [pool.submit(call) for _ in range(callers)] for each in future.result()]
 
 
-def _load(way: str, callers: int, calls: Sequence[tuple[float, bool]], elapsed: float) -> Load:
-    answered = [seconds for seconds, was_answered in calls if was_answered]
+def _load(way: str, callers: int, calls: Sequence[Call], seconds: float) -> Load:
+    answered = [call.seconds for call in calls if call.answered]
     if not answered:
         raise SystemExit(f"{way} answered none of {len(calls)} calls of {callers} callers")
     values = np.percentile(answered, _PERCENTILES) * 1e3
@@ -198,7 +198,7 @@ def _load(way: str, callers: int, calls: Sequence[tuple[float, bool]], elapsed: 
         callers=callers,
         answers=len(answered),
         refused=len(calls) - len(answered),
-        texts_per_second=len(answered) / elapsed,
+        texts_per_second=sum(call.answered and call.in_time for call in calls) / seconds,
         latency_ms={f"p{percent}": float(value) for percent, value in zip(_PERCENTILES, values, strict=True)},
     )
 
@@ -286,7 +286,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--subject", choices=("tiny", "base"), default="tiny", help="made in the work folder")
     parser.add_argument("--bundle", type=Path, help="in place of --subject")
     parser.add_argument("--callers", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
-    parser.add_argument("--seconds", type=float, default=9.0, help="for each way and number of callers")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each way and number of callers")
     parser.add_argument(
         "--lengths", nargs=2, type=int, default=[8, 128], metavar=("SHORTEST", "LONGEST"), help="tokens"
     )

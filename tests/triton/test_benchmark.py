@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from gte_deploy.errors import UnavailableError
+
 pytestmark = pytest.mark.xdist_group("triton")
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -42,7 +44,30 @@ def test_a_run_writes_its_numbers_and_its_chart(
         (way, callers) for way in ("in process", "Triton gRPC", "Triton HTTP") for callers in (1, 3)
     }
     for load in loads:
-        assert load["answers"] > 0 and load["texts_per_second"] > 0
+        assert load["answers"] > 0
         assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p90"] <= load["latency_ms"]["p99"]
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "stand-in" in capsys.readouterr().out
+
+
+def test_calls_become_a_rate_and_percentiles(serving: ModuleType):
+    calls = [serving.Call(0.1, True, True), serving.Call(0.3, True, False), serving.Call(9.0, False, True)]
+    load = serving._load("Triton HTTP", 2, calls, 4.0)
+    assert (load.answers, load.refused, load.texts_per_second) == (2, 1, 0.25)
+    assert load.latency_ms["p50"] == pytest.approx(200)
+    assert "| Triton HTTP | 2 | 0.2 | 200.0 |" in serving.summary([load])
+    with pytest.raises(SystemExit, match="answered none of 1 calls"):
+        serving._load("Triton HTTP", 2, calls[2:], 4.0)
+
+
+def test_a_caller_that_is_refused_asks_on(serving: ModuleType):
+    asked: list[str] = []
+
+    def ask(text: str) -> None:
+        asked.append(text)
+        if len(asked) % 2:
+            raise UnavailableError("full")
+
+    calls = serving._turn(ask, ["a", "b"], 1, 0.05)
+    assert len(calls) == len(asked) >= 2
+    assert [call.answered for call in calls[:2]] == [False, True]
