@@ -35,6 +35,7 @@ bundle_of = _runtime_models.bundle_of
 load_on = _runtime_models.load_on
 backend = _runtime_models.backend
 models = _runtime_models.models
+repeat_tolerance = _runtime_models.repeat_tolerance
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -42,7 +43,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         return
     torch = pytest.importorskip("torch", reason="gpu test: torch is not installed")
     if not torch.cuda.is_available():
-        pytest.skip(f"{item.name}: needs an NVIDIA GPU, and torch.cuda.is_available() is False")
+        # Without its parameters: pytest folds equal reasons into one line.
+        name = getattr(item, "originalname", item.name)
+        pytest.skip(f"{name}: needs an NVIDIA GPU, and torch.cuda.is_available() is False")
 
 
 @pytest.fixture(scope="session")

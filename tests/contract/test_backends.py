@@ -38,11 +38,11 @@ def row_tolerance(backend):
 
 
 @pytest.fixture
-def same(backend, row_tolerance):
-    """`same(found, expected)`: a batch again. TensorRT-RTX goes over to kernels that it compiles meanwhile."""
+def same(repeat_tolerance):
+    """`same(found, expected)`: of a batch that came again."""
 
     def check(found, expected):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=row_tolerance if backend == "tensorrt" else 0)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=repeat_tolerance)
 
     return check
 
