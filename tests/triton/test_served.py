@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy.errors import InputError, UnavailableError
+from gte_deploy.errors import BackendError, InputError, UnavailableError
 from gte_deploy.exporters import parity
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.parity_batches import Case
@@ -287,3 +287,16 @@ def test_a_broken_repository_is_refused_with_its_reason(
     broken = edited_encoder(repository, tmp_path / "broken", pattern, replacement)
     with pytest.raises(triton.ServerError, match=reason):
         triton.Server(broken).close()
+
+
+def test_a_server_of_something_else_and_one_that_is_gone(
+    triton: ModuleType, repository: Path, tmp_path: Path, connect: Callable[..., Any]
+):
+    shutil.copytree(repository / "gte_encoder", tmp_path / "gte_encoder", copy_function=os.link)
+    with triton.Server(tmp_path) as server:
+        for protocol in ("http", "grpc"):
+            with pytest.raises(BackendError, match="gte_embed"):
+                connect(server, protocol)
+    for protocol in ("http", "grpc"):
+        with pytest.raises(UnavailableError):
+            connect(server, protocol)
