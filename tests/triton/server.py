@@ -164,7 +164,9 @@ class Server:
             ServerError: it ended or did not get ready in time.
         """
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = Path(tempfile.mkstemp(prefix="triton-", suffix=".log")[1])
+        descriptor, name = tempfile.mkstemp(prefix="triton-", suffix=".log")
+        os.close(descriptor)
+        self._log = Path(name)
         self._bin = _server(folder) / "bin" / "tritonserver"
         self._environment = _environment(folder)
         options = [
