@@ -424,6 +424,8 @@ def _build(
     from gte_deploy.exporters.tensorrt_graph import tensorrt_graph
     from gte_deploy.models.checkpoint import load_model
 
+    if lower.precision == "fp8" and options.calibrator == "entropy":
+        raise InputError("calibrator entropy is about 128 integer levels; for fp8 take max or percentile")
     profiles = _profiles_of(options, spec.max_length)
     runtime = None
     if not options.onnx_only:

@@ -1,4 +1,4 @@
-"""Which layers stay in FP32 where INT8 misses its bounds: measured one by one, not guessed."""
+"""Which layers stay higher where 8 bits miss their bounds: measured one by one, not guessed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def sweep_sensitivity(
     accuracy = measure(frozenset())
     if not bounds.missed(accuracy):
         return Sweep(frozenset(), {}, accuracy)
-    progress(f"INT8 everywhere misses its bounds ({'; '.join(bounds.missed(accuracy))})")
+    progress(f"8 bits everywhere miss the bounds ({'; '.join(bounds.missed(accuracy))})")
     everything = frozenset(name for names in groups.values() for name in names)
     loss = {}
     for number, (group, names) in enumerate(groups.items(), 1):
@@ -59,5 +59,5 @@ def sweep_sensitivity(
             low = middle
         else:
             high, kept, accuracy = middle, candidate, found
-    progress(f"{high} of {len(order)} groups stay FP32: {', '.join(order[:high])}")
+    progress(f"{high} of {len(order)} groups stay higher: {', '.join(order[:high])}")
     return Sweep(kept, {group: loss[group] for group in order}, accuracy)

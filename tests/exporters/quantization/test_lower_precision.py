@@ -60,7 +60,7 @@ def test_the_most_sensitive_layers_stay_high_where_a_bound_is_missed(quantize, t
     assert not bounds.missed(made.sweep.accuracy)
     found = counts(made.graphs["onnxruntime"])
     assert found["fp32_linears"] == 1 + len(made.sweep.high) and found["int8_linears"] > 10
-    assert lines[-1].endswith(f"stay FP32: {', '.join(list(made.sweep.loss)[: len(made.sweep.high)])}")
+    assert lines[-1].endswith(f"stay higher: {', '.join(list(made.sweep.loss)[: len(made.sweep.high)])}")
 
 
 def test_a_users_texts_decide_the_ranges(quantize, tiny):
