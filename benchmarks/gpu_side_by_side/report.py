@@ -25,7 +25,7 @@ def markdown(report: Report) -> str:
     """Everything as Markdown tables."""
     hardware = report["hardware"]
     parts = [
-        f"# Inference on a GPU, {report['date'][:10]}",
+        f"# Inference on {hardware.get('gpu', 'no GPU: a rehearsal')}, {report['date'][:10]}",
         ", ".join(f"{name} {value}" for name, value in hardware.items()) + ".",
         ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
         "\n".join(f"    {command}" for command in report["commands"]),
