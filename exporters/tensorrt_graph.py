@@ -4,7 +4,7 @@ TensorRT takes every tensor's type from the graph, so the graph says all of it:
 
 * GEMMs and attention are in FP16 or BF16, the weights stored so. In INT8 and FP8 QuantizeLinear and DequantizeLinear
   stand around the GEMMs, never in or around attention: its fused kernel would be lost, and its scratch grow
-  twentyfold. TensorRT wants them symmetric: zero points are 0.
+  sixteenfold. TensorRT wants them symmetric: zero points are 0.
 * In FP32 between them: residual sums with their LayerNorms, the rotation of queries and keys by PyTorch's own FP32
   cosines and sines (no angle is ever computed, let alone in FP16), the gated unit, the mask until it is added to the
   scores, pooling, and the graph's outputs. All of it is elementwise work that fuses into one kernel, so what it reads
