@@ -41,6 +41,8 @@ def test_positions_and_options_mean_the_same(monkeypatch):
     assert args == (None, None)
     assert options | {"progress": None} == {
         "format": "onnx",
+        "target": "cpu",
+        "padding": "auto",
         "task": "auto",
         "precision": None,
         "max_length": None,
