@@ -32,7 +32,7 @@ def report(gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
     options = "--device cpu --subjects tiny --shapes 2x8 1x16 --repeats 2 --accuracy-texts 2 --max-length 64 --json"
     paths = ["--work", str(folder / "work"), "--output", str(folder / "result.json")]
     # The plain graph runs anywhere; what is made for CUDA is a row with its reason on a CPU.
-    assert gpu.main([*options.split(), *paths, "--contestants", "plain graph", "TensorRT fp16"]) == 0
+    assert gpu.main([*options.split(), *paths, "--contestants", "plain graph", "gte-deploy TensorRT fp16"]) == 0
     return json.loads((folder / "result.json").read_text()), folder
 
 
