@@ -137,9 +137,15 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return f"--precision {precision} is not for --target cuda, which is written in {', '.join(precisions)}"
     if precision not in precisions:
         served = [name for name, precisions in FORMAT_PRECISIONS.items() if precision in precisions]
-        return (
+        reason = (
             f"--precision {precision} is for --format {' or '.join(served)}; --format {arguments.format} is written in "
             f"{', '.join(FORMAT_PRECISIONS[arguments.format])}"
+        )
+        if arguments.format == "trt":
+            return reason
+        return (
+            f"{reason}, or with --target cuda in {', '.join(CUDA_PRECISIONS)}. A CPU that has bfloat16 takes the fp32 "
+            "bundle: load(…, backend='openvino', precision='bf16')."
         )
     unused = {**({} if arguments.format == "trt" else _TENSORRT), **({} if precision == "int8" else _INT8_ONNX)}
     for name, default in unused.items():
