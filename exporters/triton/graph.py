@@ -85,17 +85,19 @@ def _pool_both_ways(graph: onnx.GraphProto, spec: ModelSpec) -> None:
 
 
 def _mean(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
-    """As trace.py pools: [B, 1, S] times [B, S, H], over the number of tokens."""
+    """As `gte_deploy.pooling.pool`, in float64 (8,192 float32 sums lose digits): [B, 1, S] times [B, S, H] / tokens."""
     axis = _integers(graph, "mean_axis", [1])
-    graph.initializer.append(helper.make_tensor("triton/at_least_one", TensorProto.FLOAT, [], [1.0]))
+    graph.initializer.append(helper.make_tensor("triton/at_least_one", TensorProto.DOUBLE, [], [1.0]))
     return [
-        _node("Cast", ["attention_mask"], "mask", to=TensorProto.FLOAT),
+        _node("Cast", ["attention_mask"], "mask", to=TensorProto.DOUBLE),
+        _node("Cast", ["last_hidden_state"], "states", to=TensorProto.DOUBLE),
         _node("Unsqueeze", ["triton/mask", axis], "weights"),
-        _node("MatMul", ["triton/weights", "last_hidden_state"], "sum_of_row"),
+        _node("MatMul", ["triton/weights", "triton/states"], "sum_of_row"),
         _node("Squeeze", ["triton/sum_of_row", axis], "sum"),
         _node("ReduceSum", ["triton/mask", axis], "count_or_zero", keepdims=1),
         _node("Max", ["triton/count_or_zero", "triton/at_least_one"], "count"),
-        helper.make_node("Div", ["triton/sum", "triton/count"], [name], _PREFIX + name),
+        _node("Div", ["triton/sum", "triton/count"], "mean"),
+        helper.make_node("Cast", ["triton/mean"], [name], _PREFIX + name, to=TensorProto.FLOAT),
     ]
 
 

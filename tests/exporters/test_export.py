@@ -381,5 +381,5 @@ def test_a_base_size_checkpoint_in_the_original_layout(make_checkpoint, tmp_path
     save_file(scaled, checkpoint / "model.safetensors")
     result = export(checkpoint, tmp_path / "bundle")
     assert result.parity.passed
-    assert {1, 17, 512, 2048, 8192} <= {case.case.length for case in result.parity.cases}
+    assert {1, 17, 512, 2048, 8192} <= {case.case.length for case in result.parity.engines[0].cases}
     assert open_bundle(tmp_path / "bundle").spec.max_length == 8192
