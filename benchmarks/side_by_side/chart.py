@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def draw(report: Report, target: Path) -> None:
         labels = [f"{height:.1f}" if height else "" for height in heights]
         axes.bar_label(drawn, labels, fontsize=6, padding=1, rotation=90 if width < 0.12 else 0)
     axes.axhline(1.0, color="#374151", linewidth=0.9)
-    axes.set_xticks(range(len(names)), [name.replace("x", " × ") for name in names])
+    axes.set_xticks(range(len(names)), [re.sub(r"(\d)x(\d)", r"\1 × \2", name) for name in names])
     axes.set_ylabel("times as fast as torch eager fp32")
     axes.set_xlabel("rows × tokens, or texts of mixed lengths; corpora against sentence-transformers", fontsize=8)
     hardware = report["hardware"]
