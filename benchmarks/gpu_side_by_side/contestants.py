@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from side_by_side import contestants
 from side_by_side.workloads import Job
 
 from gte_deploy.backends.base import Batch
@@ -69,7 +70,7 @@ class Torch:
         return torch.from_numpy(array).to(self._device)
 
 
-class OnnxRuntime:
+class OnnxRuntime(contestants.OnnxRuntime):
     """A bare session with default options on the traced graph, nothing fused by us."""
 
     def __init__(self, folder: Path, device: str) -> None:
@@ -80,20 +81,6 @@ class OnnxRuntime:
         if self._session.get_providers()[0] != provider:
             raise RuntimeError(f"ONNX Runtime has no {provider} here: pip install onnxruntime-gpu")
         self._inputs = {value.name for value in self._session.get_inputs()}
-
-    def embed(self, job: Job) -> Array:
-        return self._run(job, "sentence_embedding")
-
-    def token_embeddings(self, job: Job) -> Array:
-        return self._run(job, "last_hidden_state")[job.attention_mask == 1]
-
-    def mask_logits(self, job: Job) -> Array:
-        return self._run(job, "logits")
-
-    def _run(self, job: Job, output: str) -> Array:
-        positions = np.empty((0, 2), np.int64) if job.mask_positions is None else job.mask_positions
-        offered = {"input_ids": job.input_ids, "attention_mask": job.attention_mask, "mask_positions": positions}
-        return self._session.run([output], {name: offered[name] for name in self._inputs})[0]
 
 
 class GteDeploy:
