@@ -80,7 +80,7 @@ def export_repository(
     accelerator: str = "cuda",
     max_batch_size: int | None = None,
     max_queue_size: int | None = None,
-    queue_timeout_s: float = 30.0,
+    queue_timeout_s: float | None = None,
     threads: int | None = None,
     response_cache: bool = False,
     model_version: int = 1,
@@ -98,8 +98,10 @@ def export_repository(
             standard operators and builds an engine when the server starts.
         max_batch_size: rows of one run of the encoder and of one request; by default 32 on a GPU and 8 on a CPU, or
             what a plan takes at every length. A plan that takes so many for short texts only serves only those.
-        max_queue_size: requests that may wait for a model, by default 16 full batches; more are refused.
-        queue_timeout_s: how long a request may wait for a model before it is refused.
+        max_queue_size: requests that may wait for a model; more are refused. By default there is no limit, since with
+            one Triton's batcher lets single requests wait for half a second: see docs/triton.md.
+        queue_timeout_s: how long a request may wait for a model before it is refused; by default there is no limit, for
+            the same reason.
         threads: CPU threads inside one operator; by default the CPUs that this process may use.
         response_cache: let the server remember answers, where it is started with a cache.
         model_version: number of the models' version folders.
@@ -120,7 +122,7 @@ def export_repository(
     _check_numbers(
         max_batch_size=max_batch_size, max_queue_size=max_queue_size, threads=threads, model_version=model_version
     )
-    if not 1e-3 <= queue_timeout_s <= 86_400:
+    if queue_timeout_s is not None and not 1e-3 <= queue_timeout_s <= 86_400:
         raise InputError(f"queue_timeout_s is {queue_timeout_s}; expected 0.001 to 86,400 seconds")
     tell = progress or (lambda line: None)
     path = Path(output if output is not None else _default_output(model, served, export_options))

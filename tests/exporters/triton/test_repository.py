@@ -64,16 +64,21 @@ def test_devices(open_repository, repositories):
         encoder = opened.config("gte_encoder")
         (group,) = encoder.instance_group
         assert (group.Kind.Name(group.kind), group.count, encoder.max_batch_size) == (kind, 1, rows)
-        policy = encoder.dynamic_batching.default_queue_policy
-        assert policy.max_queue_size == 16 * rows
-        assert policy.default_timeout_microseconds == 30_000_000 and policy.timeout_action == policy.REJECT
         assert encoder.dynamic_batching.max_queue_delay_microseconds == 500
         python = opened.config("gte_tokenizer")
         assert python.instance_group[0].Kind.Name(python.instance_group[0].kind) == "KIND_CPU"
-        assert python.dynamic_batching.default_queue_policy.max_queue_size == 16 * rows
         assert python.dynamic_batching.max_queue_delay_microseconds == 0
     assert cpu.config("gte_encoder").parameters["intra_op_thread_count"].string_value == "1"
     assert list(gpu.config("gte_encoder").dynamic_batching.preferred_batch_size) == [16, 32]
+
+
+@pytest.mark.parametrize("variant", [None, "cpu"])
+def test_every_model_batches_and_no_queue_has_a_policy(open_repository, repositories, variant):
+    """With one, Triton's batcher lets single requests wait for 500 ms: exporters/triton/configs.py, `_batching`."""
+    opened = open_repository(repositories["fill-mask"], variant)
+    for name in ("gte_tokenizer", "gte_encoder", "gte_embed_output", "gte_fill_mask_output"):
+        batching = opened.config(name).dynamic_batching
+        assert opened.config(name).HasField("dynamic_batching") and not batching.HasField("default_queue_policy")
 
 
 def test_warm_up_is_the_shortest_and_the_longest(repository):
@@ -105,8 +110,10 @@ def test_options_reach_the_configurations(bundles, open_repository, tmp_path):
     opened = open_repository(result.path)
     encoder = opened.config("gte_encoder")
     assert encoder.max_batch_size == 4
-    assert encoder.dynamic_batching.default_queue_policy.max_queue_size == 7
-    assert encoder.dynamic_batching.default_queue_policy.default_timeout_microseconds == 500_000
+    for name in ("gte_tokenizer", "gte_encoder", "gte_embed_output"):
+        policy = opened.config(name).dynamic_batching.default_queue_policy
+        assert policy.max_queue_size == 7 and policy.allow_timeout_override
+        assert policy.default_timeout_microseconds == 500_000 and policy.timeout_action == policy.REJECT
     assert encoder.parameters["intra_op_thread_count"].string_value == "3"
     # The key of Triton's cache is made of the inputs' bytes, without their shapes: only texts are told apart by it.
     models = [path.name for path in result.path.iterdir() if path.is_dir()]
