@@ -57,7 +57,8 @@ def run_export(target, checkpoint, at):
     export(checkpoint, target, max_length=32, force=True, progress=progress)
 
 if sys.argv[1] == "export":
-    import onnxruntime, torch
+    import onnxruntime, torch, tqdm
+    tqdm.tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
     import gte_deploy.backends.onnx_backend, gte_deploy.backends.openvino_backend
     import gte_deploy.exporters.parity, gte_deploy.exporters.report
     from gte_deploy.exporters import graph

@@ -14,7 +14,6 @@ of this one.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -44,7 +43,15 @@ _LIBRARY_FOLDER = sysconfig.get_config_var("LIBDIR")
 _PORT_TRIES = 3
 _STOP_S = 30.0
 _LOG_CHARS = 20_000
-_PR_SET_PDEATHSIG = 1
+# Runs before the server in its process. A preexec_fn would run between fork and exec, where a process with other threads
+# (gRPC's, an engine's) may only call what is safe in a signal handler, and can lock up for good.
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Unavailable(Exception):
@@ -220,6 +227,7 @@ class Server:
         self.http, self.grpc, self.metrics = (f"127.0.0.1:{port}" for port in ports)
         names = ("http", "grpc", "metrics")
         command = [
+            *(sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid())),
             str(self._bin),
             *options,
             *(f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)),
@@ -231,7 +239,6 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 process_group=0,
-                preexec_fn=_end_with_parent,
             )
         end = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < end:
@@ -264,10 +271,6 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":
