@@ -43,8 +43,8 @@ _LIBRARY_FOLDER = sysconfig.get_config_var("LIBDIR")
 _PORT_TRIES = 3
 _STOP_S = 30.0
 _LOG_CHARS = 20_000
-# Runs before the server in its process. A preexec_fn would run between fork and exec, where a process with other threads
-# (gRPC's, an engine's) may only call what is safe in a signal handler, and can lock up for good.
+# Runs before the server in its process. A preexec_fn would run between fork and exec, where a process with other
+# threads (gRPC's, an engine's) may only call what is safe in a signal handler, and can lock up for good.
 _END_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
