@@ -21,7 +21,7 @@ from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import TextTokenizer, load_tokenizer
 
 DEFAULT_SHAPES = ("1x16", "1x128", "1x512", "8x128")
-BACKENDS = ("onnx", "openvino")
+BACKENDS = ("onnx", "openvino", "tensorrt")
 MAX_REPEATS = 10_000
 MAX_THREADS = 1024
 
@@ -145,7 +145,7 @@ def bench(
 
     Args:
         bundle: its folder.
-        backend: "onnx" or "openvino"; None for both.
+        backend: "onnx", "openvino" or "tensorrt"; None for each that the bundle has something for.
         shapes: as ROWSxTOKENS; by default DEFAULT_SHAPES, as far as the model takes them.
         repeats: timed calls of each engine and shape.
         num_threads: CPU threads of each engine; by default every CPU that the process may use.
@@ -162,7 +162,7 @@ def bench(
     tokenizer = load_tokenizer(bundle)
     chosen = _shapes(shapes, manifest.spec.max_length, tokenizer.min_length)
     texts = {str(shape): synthetic_texts(tokenizer, [shape.tokens] * shape.rows) for shape in chosen}
-    results = _measure(bundle, _engines(manifest.precision, backend), texts, repeats, threads, progress)
+    results = _measure(bundle, _engines(manifest, backend), texts, repeats, threads, progress)
     report = BenchReport(
         bundle=bundle,
         manifest=manifest,
@@ -272,14 +272,17 @@ class LoadedBundle:
         self._model.encode(texts, batch_size=len(texts), max_batch_tokens=MAX_BATCH_TOKENS)
 
 
-def _engines(precision: str, backend: str | None) -> list[EngineResult]:
+def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     """What is to be measured, without any numbers yet."""
     if backend not in (None, *BACKENDS):
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    engines = [EngineResult(f"{name} {precision}", name) for name in BACKENDS]
-    if precision == "fp32":
+    # What was asked for is tried where the bundle has nothing for it, too: the backend says best what is missing.
+    here = [name for name in BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
+    names = [backend] if backend else here
+    engines = [EngineResult(f"{name} {manifest.precision}", name) for name in names]
+    if manifest.precision == "fp32" and "openvino" in names:
         engines.append(EngineResult("openvino bf16", "openvino", "bf16"))
-    return [engine for engine in engines if backend in (None, engine.backend)]
+    return engines
 
 
 def _shapes(asked: Sequence[str] | None, max_length: int, min_length: int) -> list[Shape]:

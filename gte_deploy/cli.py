@@ -137,7 +137,7 @@ def _add_bench(commands: Any) -> None:
     summary = "Time a bundle on every engine that this machine has for it, each in a process of its own."
     parser = _add_command(commands, "bench", _bench, summary)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    parser.add_argument("--backend", choices=("onnx", "openvino"), help="this engine only")
+    parser.add_argument("--backend", choices=("onnx", "openvino", "tensorrt"), help="this engine only")
     parser.add_argument(
         "--shapes", nargs="+", metavar="ROWSxTOKENS", help="of the batches (default: 1x16 1x128 1x512 8x128)"
     )

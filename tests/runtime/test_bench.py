@@ -10,9 +10,10 @@ import pytest
 
 from gte_deploy import cli, exit_codes, picks
 from gte_deploy.bench import EngineResult, bench, fastest, format_table, record, synthetic_texts
-from gte_deploy.bundle import read_manifest
+from gte_deploy.bundle import PlanEntry, read_manifest
 from gte_deploy.errors import BackendError, InputError
 from gte_deploy.measure import Spread, Worker, WorkerError, interleaved, resident_bytes
+from gte_deploy.spec import Profile
 from gte_deploy.tokenization import load_tokenizer
 
 SHAPES = ["1x8", "3x16"]
@@ -65,6 +66,32 @@ def test_an_engine_that_cannot_run_is_named_with_its_reason(report, monkeypatch)
     assert "openvino fp32" in format_table(both) and "not measured: openvino is not installed" in format_table(both)
     assert both.to_json()["engines"][1]["shapes"] == {}
     assert fastest(both) == report.engines[0]
+
+
+@pytest.mark.parametrize(
+    ("with_plan", "backend", "tried"),
+    [
+        (False, None, ["onnx", "openvino", "openvino"]),
+        (True, None, ["tensorrt"]),
+        (False, "openvino", ["openvino", "openvino"]),
+        (False, "tensorrt", ["tensorrt"]),
+    ],
+)
+def test_the_engines_of_a_bundle(bundle, monkeypatch, with_plan, backend, tried):
+    opened = []
+
+    def worker(factory, path, *arguments):
+        opened.append(arguments[0])
+        raise WorkerError("not here")
+
+    manifest = read_manifest(bundle)
+    plan = PlanEntry("p", "tensorrt", "11.0", ("8.9",), (Profile((1, 1), (1, 8), (4, 32)),), (), (), {})
+    given = dataclasses.replace(manifest, plan=plan) if with_plan else manifest
+    monkeypatch.setattr("gte_deploy.bench.read_manifest", lambda path: given)
+    monkeypatch.setattr("gte_deploy.bench.Worker", worker)
+    with pytest.raises(BackendError, match="no engine here could run"):
+        bench(bundle, backend=backend, shapes=SHAPES)
+    assert opened == tried
 
 
 def test_no_engine_at_all(bundle, monkeypatch):
