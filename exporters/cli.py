@@ -82,7 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target", metavar="WHERE", help="onnx: cpu (default) or cuda; trt: GPUs, such as sm86,sm89,sm120"
     )
-    parser.add_argument("--padding", choices=PADDINGS, default="auto", help="--target cuda: default: removed in fp16")
+    parser.add_argument(
+        "--padding",
+        choices=PADDINGS,
+        default="auto",
+        help="default: --target cuda removes it in fp16, --format trt keeps it; remove takes TensorRT 11.1",
+    )
     parser.add_argument(
         "--calibration", metavar="FILE", help="int8, fp8: UTF-8, one text a line (default: English prose)"
     )
@@ -112,7 +117,8 @@ def _add_tensorrt(group: "argparse._ArgumentGroup") -> None:
         "--profile",
         action="append",
         metavar="MIN:OPT:MAX",
-        help="batch x sequence, such as 1x1:8x128:32x512; several times for several (default: short, middle, long)",
+        help="batch x sequence, such as 1x1:8x128:32x512 (with --padding remove, texts x tokens of all); several times "
+        "for several (default: short, middle, long)",
     )
     group.add_argument("--lengths", metavar="FILE", help="make profiles of your lengths: one number of tokens a line")
     group.add_argument("--calibrator", choices=CALIBRATORS, help="int8, fp8: how ranges are cut (default: max)")
@@ -131,8 +137,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
     precision = arguments.precision or precisions[0]
     if arguments.format == "onnx" and arguments.target not in (None, "cpu", "cuda"):
         return f"--target {arguments.target} is for --format trt; --format onnx takes cpu or cuda"
-    if arguments.padding != "auto" and not is_cuda:
-        return "--padding is for --target cuda"
+    if arguments.padding != "auto" and not (is_cuda or arguments.format == "trt"):
+        return "--padding is for --target cuda and --format trt"
     if is_cuda and precision not in precisions:
         return f"--precision {precision} is not for --target cuda, which is written in {', '.join(precisions)}"
     if precision not in precisions:

@@ -17,12 +17,20 @@ from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import InputError, MissingDependencyError
 from gte_deploy.exporters.bundle_writer import publish, seal, staging
-from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, removes_padding
-from gte_deploy.exporters.profiles import check_profiles, default_profiles, profiles_for_lengths, read_lengths
+from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, PADDINGS, removes_padding
+from gte_deploy.exporters.profiles import (
+    check_packed_profiles,
+    check_profiles,
+    default_profiles,
+    packed_profiles,
+    profiles_for_lengths,
+    read_lengths,
+)
 from gte_deploy.exporters.tensorrt_engine import (
     TensorRTOptions,
     build_plan,
     choose_runtime,
+    require_padding_free,
     resolve_targets,
     trtexec_line,
 )
@@ -137,7 +145,8 @@ def export(
         activations: for int8 on ONNX Runtime, "static" (ranges of the calibration texts: a row's answer does not
             depend on its batch) or "dynamic" (ranges of each batch). OpenVINO's graph is always static.
         reduce_range: for int8, weights of 7 bits, for CPUs without VNNI.
-        padding: for target cuda, "remove", "keep", or "auto" for what suits the precision; see `cuda_graph`.
+        padding: for target cuda, "remove", "keep", or "auto" for what suits the precision; see `cuda_graph`. For format
+            trt, "remove" is for ordinary TensorRT from 11.1 on, see `tensorrt_packed`, and "auto" keeps it.
         tensorrt: what the engine is built with and for; see `TensorRTOptions`.
         force: replace a bundle that is there already.
         progress: called with one line at every step.
@@ -163,8 +172,10 @@ def export(
         _check_choice(name, value, allowed)
     if target == "cuda":
         removes_padding(precision, padding)
+    elif format == "trt":
+        _check_choice("padding", padding, PADDINGS)
     elif padding != "auto":
-        raise InputError(f"padding is {padding!r}; it is for target cuda")
+        raise InputError(f"padding is {padding!r}; it is for target cuda and for format trt")
     lower = _LowerPrecision(
         cast(Precision, precision),
         None if calibration is None else read_texts(Path(calibration)),
@@ -183,7 +194,9 @@ def export(
             config, spec = _read_spec(checkpoint, task=task, pooling=pooling, logits=logits, max_length=max_length)
             source = _source_of(model, checkpoint)
         if format == "trt":
-            made = _build(checkpoint, folder, spec, lower, tensorrt or TensorRTOptions(), opset=opset, steps=steps)
+            options = tensorrt or TensorRTOptions()
+            removes = padding == "remove"
+            made = _build(checkpoint, folder, spec, lower, options, padding_free=removes, opset=opset, steps=steps)
         elif target == "cuda":
             made = _prove_cuda(checkpoint, folder, spec, lower.precision, padding, opset=opset, steps=steps)
         else:
@@ -406,6 +419,7 @@ def _build(
     lower: _LowerPrecision,
     options: TensorRTOptions,
     *,
+    padding_free: bool,
     opset: int | None,
     steps: _Steps,
 ) -> _Made:
@@ -420,16 +434,18 @@ def _build(
     from gte_deploy.exporters.lower_precision import quantize_for_tensorrt
     from gte_deploy.exporters.parity import TorchReference, check_parity
     from gte_deploy.exporters.parity_batches import TokenSource
-    from gte_deploy.exporters.tensorrt_check import CompiledOnnx
+    from gte_deploy.exporters.tensorrt_check import CompiledOnnx, PackedOnnx
     from gte_deploy.exporters.tensorrt_graph import tensorrt_graph
     from gte_deploy.models.checkpoint import load_model
 
     if lower.precision == "fp8" and options.calibrator == "entropy":
         raise InputError("calibrator entropy is about 128 integer levels; for fp8 take max or percentile")
-    profiles = _profiles_of(options, spec.max_length)
+    profiles = _profiles_of(options, spec.max_length, padding_free=padding_free)
     runtime = None
     if not options.onnx_only:
         runtime = choose_runtime(options.runtime)
+        if padding_free:
+            require_padding_free(runtime)
         steps.tell(f"build with {runtime.title}: {runtime.reason}")
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
@@ -456,16 +472,18 @@ def _build(
                 num_layers=layers,
                 calibration=lower.calibration,
                 calibrator=options.calibrator,
+                padding_free=padding_free,
                 progress=steps.tell,
             )
             graph, sensitivity = made.graphs["tensorrt"], made.sweep.loss if made.sweep else {}
         else:
-            graph = tensorrt_graph(graphs["openvino"], lower.precision, num_layers=layers)
+            plain = graphs["openvino"]
+            graph = tensorrt_graph(plain, lower.precision, num_layers=layers, padding_free=padding_free)
         file = folder / GRAPH_PATHS["tensorrt"]
         file.parent.mkdir()
         save_graph(graph, file)
     plan = None
-    not_proven = [_trtexec_advice(profiles, spec)]
+    not_proven = [_trtexec_advice(profiles, spec, padding_free=padding_free)]
     if runtime is not None:
         with steps(f"build the engine with {runtime.title}"):
             plan = build_plan(
@@ -480,7 +498,14 @@ def _build(
             )
         not_proven = [_NOT_RUN]
     texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
-    compiled = CompiledOnnx(graph, spec, file=file, num_heads=model.config.num_attention_heads)
+    heads = model.config.num_attention_heads
+    compiled = (
+        PackedOnnx(graph, spec, profiles=profiles, num_heads=heads)
+        if padding_free
+        else CompiledOnnx(graph, spec, file=file, num_heads=heads)
+    )
+    if padding_free:
+        not_proven.append(_STAND_IN)
     with steps("compare with PyTorch"), contextlib.closing(compiled):
         parity = check_parity(
             TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
@@ -506,19 +531,30 @@ _NOT_RUN = (
 )
 
 
-def _profiles_of(options: TensorRTOptions, max_length: int) -> tuple[Profile, ...]:
+_STAND_IN = (
+    "In place of TRT_Attention, which ONNX Runtime does not have, each text attended to itself, as TensorRT's "
+    "documentation says of the operator."
+)
+
+
+def _profiles_of(options: TensorRTOptions, max_length: int, *, padding_free: bool) -> tuple[Profile, ...]:
     if options.profiles and options.lengths is not None:
         raise InputError("profiles come from --profile or from --lengths, not from both")
-    if options.lengths is not None:
-        return profiles_for_lengths(read_lengths(options.lengths), max_length)
+    lengths = [] if options.lengths is None else read_lengths(options.lengths)
+    if padding_free:
+        profiles = options.profiles or packed_profiles(max_length, lengths)
+        check_packed_profiles(profiles, max_length)
+        return profiles
+    if lengths:
+        return profiles_for_lengths(lengths, max_length)
     profiles = options.profiles or default_profiles(max_length)
     check_profiles(profiles, max_length)
     return profiles
 
 
-def _trtexec_advice(profiles: Sequence[Profile], spec: ModelSpec) -> str:
+def _trtexec_advice(profiles: Sequence[Profile], spec: ModelSpec, *, padding_free: bool) -> str:
     has_masks = spec.task == "fill-mask" and spec.logits == "masked"
-    line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, has_masks=has_masks)
+    line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, has_masks=has_masks, padding_free=padding_free)
     return f"No engine was built. On the GPU that is to run it, in the bundle's folder:\n{line}"
 
 

@@ -105,6 +105,7 @@ def quantize_for_tensorrt(
     num_layers: int,
     calibration: Sequence[str] | None = None,
     calibrator: Calibrator = "max",
+    padding_free: bool = False,
     progress: Callable[[str], None],
 ) -> Quantized:
     """TensorRT's graph in INT8 or FP8, made of the FP32 `graphs`; see `quantize_graphs`.
@@ -117,6 +118,7 @@ def quantize_for_tensorrt(
         num_layers: of the encoder.
         calibration: texts like those that will be asked; None for English prose that comes along.
         calibrator: how the inputs' scales are chosen, see `measure_peaks`.
+        padding_free: see `tensorrt_graph`. The sweep judges the padded form, whose GEMMs are the same.
         progress: called with a line at every step that takes long.
     """
     assert precision in ("int8", "fp8")
@@ -130,8 +132,9 @@ def quantize_for_tensorrt(
     rows_only = {name for name in quantized if "decoder" in name and spec.logits == "masked"}
     plan = QdqPlan(precision, peaks, base.smoothing, base.high | rows_only)
 
-    def made(high: frozenset[str]) -> Graph:
-        return tensorrt_graph(plain, precision, num_layers=num_layers, plan=plan.keeping(high))
+    def made(high: frozenset[str], padding_free: bool = False) -> Graph:
+        kept = plan.keeping(high)
+        return tensorrt_graph(plain, precision, num_layers=num_layers, plan=kept, padding_free=padding_free)
 
     sample = text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)
     sweep = sweep_sensitivity(
@@ -140,7 +143,7 @@ def quantize_for_tensorrt(
         ACCURACY_BOUNDS[precision],
         progress=progress,
     )
-    return Quantized({"tensorrt": made(sweep.high)}, sweep)
+    return Quantized({"tensorrt": made(sweep.high, padding_free)}, sweep)
 
 
 def groups_of(graph: Graph, plan: Int8Plan | QdqPlan) -> dict[str, list[str]]:

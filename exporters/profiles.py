@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.errors import InputError
 from gte_deploy.spec import Profile
 
@@ -22,6 +23,9 @@ _OPT_TOKENS = 4096
 _MAX_ROWS = 256
 _CUTS = (128, 512)
 _QUANTILES = (0.5, 0.95)
+# Tokens of all texts; and of one, where nothing is known of them.
+_PACKED_CUTS = (512, 4096)
+_TYPICAL = 128
 _MAX_FILE_BYTES = 1 << 28
 
 
@@ -93,8 +97,7 @@ def check_profiles(profiles: Sequence[Profile], max_length: int) -> None:
     Raises:
         InputError: naming the first length that none takes, or the profile that goes beyond.
     """
-    if not 1 <= len(profiles) <= MAX_PROFILES:
-        raise InputError(f"there are {len(profiles)} profiles; an engine has 1 to {MAX_PROFILES}")
+    _check_number(profiles)
     for profile in profiles:
         if profile.max[1] > max_length:
             raise InputError(
@@ -108,10 +111,62 @@ def check_profiles(profiles: Sequence[Profile], max_length: int) -> None:
         )
 
 
+def packed_profiles(max_length: int, lengths: Sequence[int] = ()) -> tuple[Profile, ...]:
+    """For a padding-free engine, (texts, tokens of all): small, middle and large batches.
+
+    Each is tuned for half its tokens, in texts of the median of `lengths`, where there are any.
+    """
+    typical = int(np.median(lengths)) if lengths else _TYPICAL
+    profiles = []
+    for tokens in (*_PACKED_CUTS, max(TOKEN_BUDGET, max_length)):
+        half = tokens // 2
+        texts = min(_MAX_ROWS, max(1, half // typical))
+        profiles.append(Profile((1, 1), (texts, half), (_MAX_ROWS, tokens)))
+    return tuple(profiles)
+
+
+def check_packed_profiles(profiles: Sequence[Profile], max_length: int) -> None:
+    """Check that a padding-free engine with these profiles, (texts, tokens of all), takes a text of `max_length`.
+
+    Raises:
+        InputError: none does, or a profile has more texts than tokens, or does not begin with one of one token, which
+            would be padded in vain.
+    """
+    _check_number(profiles)
+    for profile in profiles:
+        if profile.min != (1, 1) or any(texts > tokens for texts, tokens in (profile.opt, profile.max)):
+            raise InputError(
+                f"the profile {profile} does not suit a padding-free engine, whose profiles are texts x tokens of all "
+                "of them, from 1x1 on, such as 1x1:32x2048:256x4096"
+            )
+    if (most := max(profile.max[1] for profile in profiles)) < max_length:
+        raise InputError(
+            f"the largest profile ends at {most:,} tokens of all texts, and one text may have {max_length:,}: add a "
+            f"profile, or export with --max-len {most}"
+        )
+
+
+def profile_shapes(profile: Profile, *, padding_free: bool = False) -> dict[str, list[tuple[int, ...]]]:
+    """Input's name -> its shapes at min, opt and max; a graph has all of them, or all but `mask_positions`."""
+    ends, masks = (profile.min, profile.opt, profile.max), mask_profile(profile)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    if padding_free:
+        shapes |= {name: [(tokens,) for _, tokens in ends] for name in ("input_ids", POSITIONS)}
+        shapes |= {name: [(texts + 1,) for texts, _ in ends] for name in (QUERY_LENGTHS, KV_LENGTHS)}
+    else:
+        shapes |= {name: [*ends] for name in ("input_ids", "attention_mask")}
+    return shapes | {"mask_positions": [(count,) if padding_free else (count, 2) for count in masks]}
+
+
 def mask_profile(profile: Profile) -> tuple[int, int, int]:
     """Mask positions at min, opt and max: one a row at the optimum."""
     most = min(MAX_MASKS, profile.max[0] * profile.max[1])
     return 1, min(profile.opt[0], most), most
+
+
+def _check_number(profiles: Sequence[Profile]) -> None:
+    if not 1 <= len(profiles) <= MAX_PROFILES:
+        raise InputError(f"there are {len(profiles)} profiles; an engine has 1 to {MAX_PROFILES}")
 
 
 def _profile(shortest: int, typical: int, longest: int) -> Profile:

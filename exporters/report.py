@@ -93,10 +93,11 @@ def plan_lines(plan: PlanEntry) -> list[str]:
     layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in plan.layers.items())
     tensors = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in (*plan.inputs, *plan.outputs))
     targets = ", ".join(f"sm{target.replace('.', '')}" for target in plan.compute_capabilities)
+    axes = "texts x tokens of all" if plan.padding_free else "batch x sequence"
     return [
         f"engine: {plan.flavour} {plan.version} for {targets}: {layers}",
         f"takes and gives {tensors}",
-        f"profiles (batch x sequence, min:opt:max): {', '.join(map(str, plan.profiles))}",
+        f"profiles ({axes}, min:opt:max): {', '.join(map(str, plan.profiles))}",
     ]
 
 

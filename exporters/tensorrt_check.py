@@ -7,7 +7,10 @@ beside the graph itself there are two forms of it with the same arithmetic:
   with FP16 by itself.
 * `head_by_head`: attention one head after the other, for inputs whose scores would not fit.
 
-Shapes: B rows, S tokens, N heads, D head size.
+And ONNX Runtime has no TRT_Attention. A padding-free graph is run with what TensorRT documents of it in its place
+(`packed_stand_in`), packed by the very code that packs for an engine.
+
+Shapes: B rows, S tokens, N heads, D head size; of a padding-free graph, T tokens of all rows.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,11 +27,15 @@ from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnx_backend import OnnxBackend
+from gte_deploy.backends.tensorrt_packed import PackedLayout
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
-from gte_deploy.exporters.fusion.editing import Builder, integers, operand, replace, scope_of
+from gte_deploy.exporters.fusion.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
 from gte_deploy.exporters.graph import Graph, save_graph
-from gte_deploy.spec import ModelSpec
+from gte_deploy.exporters.profiles import mask_profile
+from gte_deploy.exporters.tensorrt_packed import TRT_ATTENTION
+from gte_deploy.spec import ModelSpec, Profile
+from gte_deploy.threads import available_cpus
 
 _MAX_SCORES = 1 << 27
 """B · N · S · S elements that one run may hold; some five FP32 and FP16 copies of them are alive at once."""
@@ -117,6 +125,83 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
         scan_output_axes=[1],
     )
     replace(last.outputs[0], attended)
+
+
+class PackedOnnx:
+    """A padding-free graph for TensorRT in ONNX Runtime, fed as the runtime feeds an engine; closed by `close`."""
+
+    def __init__(self, graph: Graph, spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int) -> None:
+        """Open the stand-in of `graph`, for batches in these profiles."""
+        import onnxruntime
+
+        self._spec, self._profiles = spec, profiles
+        self._layout = PackedLayout({tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)})
+        self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
+        masks = "mask_positions" in self._dtypes
+        self._masks = [mask_profile(profile)[::2] for profile in profiles] if masks else None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = available_cpus()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_mem_pattern = False
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "packed.onnx"
+            save_graph(packed_stand_in(graph, num_heads=num_heads), file)
+            self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """See `Backend.run`."""
+        results = self._layout.results(batch, outputs)
+        for part in self._layout.parts(batch, self._profiles, self._masks):
+            shapes = self._layout.shapes(part.shape, part.num_masks)
+            feed = {name: np.empty(shapes[name], dtype) for name, dtype in self._dtypes.items()}
+            self._layout.write(batch, part, feed, pad_token_id=self._spec.pad_token_id)
+            for name, values in zip(outputs, self._session.run(list(outputs), feed), strict=True):
+                self._layout.place(name, values, part, results[name])
+        return results
+
+    def close(self) -> None:
+        """Let go of the session."""
+        self._session = None
+
+
+def packed_stand_in(graph: Graph, *, num_heads: int) -> Graph:
+    """`cpu_stand_in` of a padding-free graph, in which each text attends to itself, one after the other."""
+    stand_in = cpu_stand_in(graph)
+    model = stand_in.model
+    for node in [node for node in model.graph if node.op_type == TRT_ATTENTION]:
+        replace(node.outputs[0], _text_by_text(Builder(model.graph, node, scope_of(node)), node, num_heads))
+    for clean in (ir_passes.RemoveUnusedNodesPass(), ir_passes.NameFixPass()):
+        clean(model)
+    return stand_in
+
+
+def _text_by_text(build: Builder, node: ir.Node, num_heads: int) -> ir.Value:
+    """TRT_Attention(q, k, v [T, N, D], …, query_lengths, kv_lengths [B + 1]) -> a Loop over the texts."""
+    graph = build.graph
+    whole, small, scalar = ir.DataType.INT64, ir.DataType.INT32, ir.Shape(())
+    number = ir.Value(name=f"{node.name}/number", type=ir.TensorType(whole), shape=scalar)
+    keep = ir.Value(name=f"{node.name}/keep", type=ir.TensorType(ir.DataType.BOOL), shape=scalar)
+    before = ir.Value(name=f"{node.name}/before", type=ir.TensorType(ir.DataType.FLOAT))
+    going_on = ir.node("Identity", [keep], name=f"{node.name}/going_on")
+    body = ir.Graph([number, keep, before], [*going_on.outputs], nodes=[going_on], name=f"{node.name}/text")
+    text = Builder(body, going_on, f"{node.name}/text")
+    zero, one = (integers(graph, n) for n in (0, 1))
+    axis = constant(graph, "int32_0", np.zeros(1, np.int32))
+    this = text.op("Unsqueeze", number, zero, name="this", dtype=whole)
+    following = text.op("Add", this, one, name="following", dtype=whole)
+    parts = []
+    for name, index, of in (("query", 0, 4), ("key", 1, 5), ("value", 2, 5)):
+        bounds = [text.op("Gather", operand(node, of), i, name=f"{name}_bound", dtype=small) for i in (this, following)]
+        parts.append(text.op("Slice", operand(node, index), *bounds, axis, name=name))
+    rows = [text.op("Unsqueeze", text.op("Flatten", part, axis=1), zero) for part in parts]
+    attended = text.op("MultiHeadAttention", *rows, domain=CONTRIB, num_heads=num_heads, scale=1.0)
+    split = text.op("Reshape", attended, text.op("Shape", parts[0], dtype=whole))
+    body.outputs.append(text.op("Concat", before, split, axis=0))
+    graph.opset_imports.setdefault(CONTRIB, 1)
+    count = build.op("Sub", build.op("Size", operand(node, 4), dtype=whole), one, dtype=whole)
+    nothing = build.op("Slice", operand(node, 0), zero, zero, zero)
+    return build.op("Loop", count, constant(graph, "true", np.array(True)), nothing, name="texts", body=body)
 
 
 def _last_product(softmax: ir.Node) -> ir.Node:

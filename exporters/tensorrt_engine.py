@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.bundle import PlanEntry
 from gte_deploy.errors import ExportError, InputError, MissingDependencyError
-from gte_deploy.exporters.profiles import mask_profile
-from gte_deploy.spec import Precision, Profile, TensorRTFlavour, TensorSpec
+from gte_deploy.exporters.profiles import profile_shapes
+from gte_deploy.spec import Precision, Profile, TensorRTFlavour, TensorSpec, is_packed
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.calibration import Calibrator
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RUNTIMES = ("auto", "tensorrt", "rtx")
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
 DEFAULT_WORKSPACE = 4 << 30
+PADDING_FREE_FROM = (11, 1)
+"""The first TensorRT with kernels for attention over texts in a row. TensorRT-RTX has none."""
 PLAN_PATH = "tensorrt/model.plan"
 TIMING_CACHE_PATH = "tensorrt/timing.cache"
 _MODULES: Mapping[TensorRTFlavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -129,6 +131,25 @@ _INSTALL = (
 )
 
 
+def require_padding_free(runtime: Runtime) -> None:
+    """Check that `runtime` can build an engine without padding.
+
+    Raises:
+        ExportError: it is TensorRT-RTX, or too old.
+    """
+    wanted = ".".join(map(str, PADDING_FREE_FROM))
+    if runtime.flavour != "tensorrt":
+        reason = f"{runtime.title} has no kernel for it; it was taken because {runtime.reason}"
+    elif tuple(map(int, re.findall(r"\d+", runtime.version)[:2])) < PADDING_FREE_FROM:
+        reason = f"this is {runtime.title}"
+    else:
+        return
+    raise ExportError(
+        f"Attention without padding needs ordinary TensorRT {wanted} or later and the GPU that the engine is for: "
+        f"{reason}. Leave --padding remove away, or write the graph with --onnx-only and build it there."
+    )
+
+
 def parse_targets(text: str) -> tuple[str, ...]:
     """Compute capabilities from "sm86,sm89,sm120": ("8.6", "8.9", "12.0").
 
@@ -210,7 +231,8 @@ def build_plan(
         runtime: what builds.
         options: workspace and timing cache.
         graph: what `onnx` holds.
-        num_layers: of the encoder; each must have got a fused attention kernel.
+        num_layers: of the encoder; each must have got a fused attention kernel. TensorRT builds no other for a
+            padding-free graph, so there its attentions are counted in the network, whatever their kernels are named.
         targets: compute capabilities, of `resolve_targets`.
         profiles: that the engine takes.
 
@@ -226,12 +248,13 @@ def build_plan(
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise ExportError(f"{runtime.title} cannot read the graph: {errors}")
     _check_types(trt, network, graph, runtime)
+    padding_free = is_packed(graph.inputs)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # what is FP32 in the graph is meant so
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles:
-        config.add_optimization_profile(_profile(builder, network, profile))
+        config.add_optimization_profile(_profile(builder, network, profile, padding_free=padding_free))
     if runtime.flavour == "tensorrt-rtx":
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
@@ -241,6 +264,8 @@ def build_plan(
     if plan is None:
         raise ExportError(f"{runtime.title} cannot build the engine: {log.last_errors()}")
     layers = count_layers(_layer_lines(trt, plan, log))
+    if padding_free:
+        layers["fused_attention"] = _count_attentions(trt, network)
     _check_layers(layers, graph, num_layers, runtime)
     path = folder / PLAN_PATH
     path.parent.mkdir()
@@ -313,20 +338,20 @@ def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, ru
         )
 
 
-def trtexec_line(onnx: str, profiles: Sequence[Profile], *, has_masks: bool) -> str:
+def trtexec_line(onnx: str, profiles: Sequence[Profile], *, has_masks: bool, padding_free: bool = False) -> str:
     """The command that builds the same engine with TensorRT's own tool; for TensorRT-RTX the tool is tensorrt_rtx."""
-    parts = [f"trtexec --onnx={onnx} --saveEngine=model.plan --stronglyTyped"]
+    parts = [f"trtexec --onnx={onnx} --saveEngine=model.plan"]
+    if not padding_free:  # that needs a TensorRT in which every network is
+        parts.append("--stronglyTyped")
     for index, profile in enumerate(profiles):
         if len(profiles) > 1:
             parts.append(f"--profile={index}")
-        masks = mask_profile(profile)
-        for name, (batch, sequence), count in zip(
-            ("min", "opt", "max"), (profile.min, profile.opt, profile.max), masks, strict=True
-        ):
-            shapes = [f"{tensor}:{batch}x{sequence}" for tensor in ("input_ids", "attention_mask")]
-            if has_masks:
-                shapes.append(f"mask_positions:{count}x2")
-            parts.append(f"--{name}Shapes={','.join(shapes)}")
+        shapes = profile_shapes(profile, padding_free=padding_free)
+        if not has_masks:
+            del shapes["mask_positions"]
+        for end, name in enumerate(("min", "opt", "max")):
+            sizes = (f"{tensor}:{'x'.join(map(str, found[end]))}" for tensor, found in shapes.items())
+            parts.append(f"--{name}Shapes={','.join(sizes)}")
     return " ".join(parts)
 
 
@@ -370,12 +395,14 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _profile(builder: Any, network: Any, profile: Profile) -> Any:
+def _count_attentions(trt: Any, network: Any) -> int:
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    return kinds.count(trt.LayerType.ATTENTION_OUTPUT)
+
+
+def _profile(builder: Any, network: Any, profile: Profile, *, padding_free: bool) -> Any:
     made = builder.create_optimization_profile()
-    shapes = {
-        "mask_positions": [(count, 2) for count in mask_profile(profile)],
-        **dict.fromkeys(("input_ids", "attention_mask"), [profile.min, profile.opt, profile.max]),
-    }
+    shapes = profile_shapes(profile, padding_free=padding_free)
     for index in range(network.num_inputs):
         name = network.get_input(index).name
         made.set_shape(name, *shapes[name])

@@ -10,6 +10,8 @@ TensorRT takes every tensor's type from the graph, so the graph says all of it:
   scores, pooling, and the graph's outputs. All of it is elementwise work that fuses into one kernel, so what it reads
   and writes stays 16 bits wide. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
 * Up and gate projection are one GEMM, split in two.
+* Where padding is to be removed, `gte_deploy.exporters.tensorrt_packed` makes the graph one of tokens first: then
+  attention is an operator of TensorRT's own, TRT_Attention.
 
 Shapes: B rows, S tokens, H hidden size, F width of the gated MLP.
 """
@@ -25,6 +27,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
+from gte_deploy.backends.tensorrt_packed import POSITIONS
 from gte_deploy.exporters.fusion import fuse_graph
 from gte_deploy.exporters.fusion.editing import (
     Builder,
@@ -41,10 +44,12 @@ from gte_deploy.exporters.fusion.editing import (
     scope_of,
     tensor_of,
 )
-from gte_deploy.exporters.fusion.linear import pack, require_linear
+from gte_deploy.exporters.fusion.linear import pack as pack_weights
+from gte_deploy.exporters.fusion.linear import require_linear
 from gte_deploy.exporters.graph import Graph, graph_of
 from gte_deploy.exporters.linears import Linear, find_linears
 from gte_deploy.exporters.quantize import smooth
+from gte_deploy.exporters.tensorrt_packed import pack
 from gte_deploy.spec import Precision
 
 EightBits = Literal["int8", "fp8"]
@@ -85,7 +90,9 @@ class QdqPlan:
         return dataclasses.replace(self, high=self.high | frozenset(high))
 
 
-def tensorrt_graph(plain: Graph, precision: Precision, *, num_layers: int, plan: QdqPlan | None = None) -> Graph:
+def tensorrt_graph(
+    plain: Graph, precision: Precision, *, num_layers: int, plan: QdqPlan | None = None, padding_free: bool = False
+) -> Graph:
     """The graph to compile, made of a copy of the plain FP32 one.
 
     Args:
@@ -93,6 +100,7 @@ def tensorrt_graph(plain: Graph, precision: Precision, *, num_layers: int, plan:
         precision: one of `WIDE`.
         num_layers: of the encoder.
         plan: for int8 and fp8.
+        padding_free: take the tokens of all texts in a row; see `gte_deploy.exporters.tensorrt_packed`.
 
     Raises:
         ExportError: a pass did not fire as often as the architecture has sites.
@@ -101,7 +109,8 @@ def tensorrt_graph(plain: Graph, precision: Precision, *, num_layers: int, plan:
     _state_types(model.graph)
     if plan is not None:
         smooth(model, plan.smoothing)
-    counts = fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
+    counts = pack(model, num_layers=num_layers) if padding_free else {}
+    counts |= fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
     if plan is not None:
         counts |= _quantize(model, plan)
     _give_types(model.graph, WIDE[precision])
@@ -118,7 +127,7 @@ def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
     linears = [require_linear(value, bias=False) for value in (up, gate)]
     require(linears[0].x is linears[1].x, "up and gate are not made from the same input")
     build = Builder(graph, gelu, scope_of(product))
-    weight = pack(graph, packed_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
+    weight = pack_weights(graph, packed_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
     packed = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
     sizes = integers(graph, *(linear.out for linear in linears))
     parts = build.node("Split", [packed, sizes], name="up_gate", axis=-1, outputs=2)
@@ -249,9 +258,9 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
     """The mask, the rotation and its tables, gated units, LayerNorms and the sums that they normalise."""
     kept, of_tokens = set(), set[ir.Value]()
     for node in graph:
-        table = operand(node, 0) if node.op_type == "Gather" else None
-        reads_table = table is not None and table.is_initializer() and table.dtype == _FP32
-        if reads_table or node.op_type == "DequantizeLinear" or of_tokens & set(node.inputs):
+        table = operand(node, 0) if node.op_type == "Gather" and operand(node, 1).name != POSITIONS else None
+        reads_words = table is not None and table.is_initializer() and table.dtype == _FP32
+        if reads_words or node.op_type == "DequantizeLinear" or of_tokens & set(node.inputs):
             of_tokens.update(node.outputs)
         else:
             kept.add(node)  # made of the mask, of tables and of shapes alone
@@ -269,13 +278,14 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _rotation(negation: ir.Node) -> Iterator[ir.Node]:
-    """X * cos + concat(-x[D/2:], x[:D/2]) * sin, as the trace has it."""
+    """X * cos + concat(-x[D/2:], x[:D/2]) * sin, as the trace has it, and the scale of queries where they have one."""
     upper = producer(negation.inputs[0], "Slice")
     rotated = consumer(negation.outputs[0], "Concat")
     sine = consumer(rotated.outputs[0], "Mul")
     total = consumer(sine.outputs[0], "Add")
     cosine = producer(other_operand(total, sine.outputs[0]), "Mul")
     yield from (upper, producer(rotated.inputs[1], "Slice"), negation, rotated, sine, cosine, total)
+    yield from (use.node for use in total.outputs[0].uses() if use.node.op_type == "Mul")
 
 
 def _pooling_nodes(graph: ir.Graph) -> set[ir.Node]:

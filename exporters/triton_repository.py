@@ -312,6 +312,11 @@ def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
         raise BundleError(
             f"{bundle} holds a {plan.flavour} engine, and Triton runs TensorRT's. Build it where tensorrt is installed."
         )
+    if plan.padding_free:
+        raise BundleError(
+            f"{bundle} holds a padding-free engine, and the repository's models send padded batches. Export it without "
+            "--padding remove."
+        )
     shutil.copyfile(bundle / plan.path, folder / "model.plan")
     return Encoder(
         backend="tensorrt",

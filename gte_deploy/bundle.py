@@ -32,6 +32,7 @@ from gte_deploy.spec import (
     Target,
     TensorRTFlavour,
     TensorSpec,
+    is_packed,
 )
 
 MANIFEST_NAME = "manifest.json"
@@ -94,6 +95,11 @@ class PlanEntry:
     outputs: tuple[TensorSpec, ...]
     layers: Mapping[str, int]
     timing_cache: str | None = None
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether it takes the tokens of all texts in a row, and its profiles are (texts, tokens of all)."""
+        return is_packed(self.inputs)
 
 
 @dataclass(frozen=True)

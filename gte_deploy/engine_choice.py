@@ -60,7 +60,7 @@ def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
         check_plan(manifest.plan, device or "cuda")
     except (BackendError, MissingDependencyError) as error:
         reason = f"TensorRT does not run this bundle here: {error}"
-        if manifest.graphs:
+        if manifest.graphs and not manifest.plan.padding_free:  # else ONNX Runtime has no operators for its graph
             return EngineChoice("onnx", "fp32", reason, device or _device_of_onnx(manifest))
         # Opening it raises the same error.
     else:

@@ -15,7 +15,7 @@ from gte_deploy.errors import BackendError, InputError
 from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model
 from gte_deploy.onnx_inspection import check_graphs
-from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile
+from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, is_packed
 from gte_deploy.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -159,6 +159,11 @@ def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_thre
         )
     if choice.backend == "onnx" and graph is None and "tensorrt" in manifest.graphs:
         graph = manifest.graphs["tensorrt"]
+        if is_packed(graph.inputs):
+            raise BackendError(
+                f"{folder} holds a padding-free graph, which TensorRT 11.1 and later alone can run. Build its engine "
+                "and load it with backend='tensorrt', or export it again without --padding remove."
+            )
         if on_cpu:
             logger.warning("%s is made for TensorRT; a CPU runs its %s graph slowly", folder, manifest.precision)
         else:

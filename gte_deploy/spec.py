@@ -1,6 +1,6 @@
 """What a model offers, in plain data: the same facts for a bundle and for a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -35,9 +35,17 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+def is_packed(inputs: Iterable[TensorSpec]) -> bool:
+    """Whether a graph takes the tokens of all texts in a row, without padding, rather than [batch, sequence]."""
+    return any(tensor.name == "input_ids" and len(tensor.shape) == 1 for tensor in inputs)
+
+
 @dataclass(frozen=True)
 class Profile:
-    """One optimisation profile of a TensorRT engine: the (batch, sequence) that it takes, kernels tuned at `opt`."""
+    """One optimisation profile of a TensorRT engine: the (batch, sequence) that it takes, kernels tuned at `opt`.
+
+    Of a padding-free engine, (texts, tokens of all).
+    """
 
     min: tuple[int, int]
     opt: tuple[int, int]

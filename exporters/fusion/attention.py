@@ -10,6 +10,8 @@ For a real token the bias is 0 and nothing is rounded. Values keep their size. T
 the graph's own bias [B, 1, 1, S], and shared by the layers.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -22,6 +24,7 @@ from gte_deploy.exporters.fusion.editing import (
     consumer,
     dimensions,
     integers,
+    operand,
     producer,
     replace,
     require,
@@ -35,7 +38,27 @@ MASK_COLUMNS = 8
 QUERY_COLUMN = 64.0
 
 
-def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
+@dataclass(frozen=True)
+class Attention:
+    """softmax(query · key^T * scale + bias) · value, heads joined.
+
+    Args:
+        query, key, value: [B, N, S, D].
+        scale: of the scores.
+        bias: additive mask.
+        output: the Reshape that gives [B, S, N*D].
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    scale: float
+    bias: ir.Value
+    output: ir.Node
+
+
+def require_attention(softmax: ir.Node) -> Attention:
+    """The attention around a Softmax, or Mismatch."""
     require(softmax.attributes.get_int("axis", -1) in (-1, 3), "the softmax is not over keys")
     scores, bias = split_operands(producer(softmax.inputs[0], "Add"), "Mul")
     product, scale = split_operands(scores, "MatMul")
@@ -46,18 +69,28 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     merged = consumer(mixed.outputs[0], "Transpose")
     require_permutation(merged, HEADS_FIRST)
     output = consumer(merged.outputs[0], "Reshape")
+    query, key, value = operand(product, 0), operand(keys_last, 0), operand(mixed, 1)
+    return Attention(query, key, value, float(array(scale).item()), bias, output)
 
-    query, key, value = (require_heads(v) for v in (product.inputs[0], keys_last.inputs[0], mixed.inputs[1]))
+
+def require_same_heads(attention: Attention, query: Heads, key: Heads, value: Heads) -> None:
+    """Mismatch unless all three are split alike, and joined so again."""
     sizes = {(heads.count, heads.size) for heads in (query, key, value)}
     require(len(sizes) == 1, f"queries, keys and values are split into heads differently: {sorted(sizes)}")
     width = value.count * value.size
-    require(same_constant(output.inputs[1], [0, 0, width]), f"the heads are not joined to [0, 0, {width}]")
+    require(same_constant(attention.output.inputs[1], [0, 0, width]), f"the heads are not joined to [0, 0, {width}]")
+
+
+def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
+    found = require_attention(softmax)
+    output, bias, factor = found.output, found.bias, found.scale
+    query, key, value = (require_heads(v) for v in (found.query, found.key, found.value))
+    require_same_heads(found, query, key, value)
     shape = dimensions(bias)
     require(
         len(shape) == 4 and shape[1:3] == (1, 1),
         f"the mask {bias.name!r} has shape {list(shape)}, not [batch, 1, 1, sequence]",
     )
-    factor = float(array(scale).item())
 
     build = Builder(graph, output, scope_of(output))
     query_columns, key_columns = _mask_columns(graph, output, bias, factor, query.count)

@@ -8,6 +8,8 @@ are given as [B, S], made once: ONNX Runtime also takes one offset for all, and 
 for every token. Two sites a layer: queries and keys.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -27,11 +29,28 @@ from gte_deploy.exporters.fusion.editing import (
     same_constant,
     scope_of,
 )
-from gte_deploy.exporters.fusion.heads import HEADS_FIRST, require_heads
+from gte_deploy.exporters.fusion.heads import HEADS_FIRST, Heads, require_heads
 from gte_deploy.exporters.fusion.rows import FIRST_INPUT
 
 
-def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
+@dataclass(frozen=True)
+class Rotation:
+    """x * cos + concat(-x[D/2:], x[:D/2]) * sin, of x split into heads.
+
+    Args:
+        heads: x, [B, N, S, D].
+        cosines, sines: the tables that cos and sin are cut from, initialisers [max_length, D/2].
+        total: the Add that gives [B, N, S, D].
+    """
+
+    heads: Heads
+    cosines: ir.Value
+    sines: ir.Value
+    total: ir.Node
+
+
+def require_rotation(negation: ir.Node) -> Rotation:
+    """The rotation around a Neg, or Mismatch."""
     upper = producer(negation.inputs[0], "Slice")
     rotated = consumer(negation.outputs[0], "Concat")
     lower = producer(rotated.inputs[1], "Slice")
@@ -47,14 +66,20 @@ def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
     sine = other_operand(sine_term, rotated.outputs[0])
     cosine_term = producer(other_operand(total, sine_term.outputs[0]), "Mul")
     cosine = other_operand(cosine_term, operand(upper, 0))
+    return Rotation(heads, _table(cosine, half), _table(sine, half), total)
+
+
+def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
+    found = require_rotation(negation)
+    heads, total = found.heads, found.total
 
     build = Builder(graph, total, scope_of(total))
     turned = build.op(
         "RotaryEmbedding",
         heads.projection,
         _positions(build),
-        _table(cosine, half),
-        _table(sine, half),
+        found.cosines,
+        found.sines,
         domain=CONTRIB,
         shape=heads.projection.shape,
         interleaved=0,

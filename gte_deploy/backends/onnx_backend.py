@@ -113,8 +113,7 @@ class OnnxBackend:
         """As TensorRT itself would be run: padded to the profile, in parts where that has fewer rows."""
         layout = Layout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
         masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
-        whole = layout.shapes(batch.input_ids.shape, 0 if batch.mask_positions is None else len(batch.mask_positions))
-        results = {name: np.empty(whole[name], np.float32) for name in outputs}
+        results = layout.results(batch, outputs)
         for part in plan_parts(batch, [tensorrt.profile], masks):
             shapes = layout.shapes(part.shape, part.num_masks)
             feed = {name: np.empty(shapes[name], np.int64) for name in self._inputs}

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.cuda import Cuda
+from gte_deploy.backends.tensorrt_packed import PackedLayout
 from gte_deploy.backends.tensorrt_plan import open_plan
-from gte_deploy.backends.tensorrt_shapes import Layout, Part, plan_parts, write_inputs
+from gte_deploy.backends.tensorrt_shapes import Layout, Part
 from gte_deploy.bundle import Manifest, PlanEntry
 from gte_deploy.errors import BackendError
 from gte_deploy.spec import ModelSpec, Precision
@@ -79,17 +80,16 @@ class TensorRTBackend:
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`.
 
-        A batch is padded to a profile; one of more rows or masks than a profile takes is run in parts.
+        A batch is padded to a profile, or packed for a padding-free engine; one of more rows or masks than a profile
+        takes is run in parts.
         """
         engine = self._engine
         if engine is None:
             raise BackendError("this model is closed; load it again")
         check_outputs(outputs, self.outputs)
         check_batch(batch, self.spec)
-        parts = list(plan_parts(batch, engine.plan.profiles, engine.masks))
-        num_masks = 0 if batch.mask_positions is None else len(batch.mask_positions)
-        shapes = engine.layout.shapes(batch.input_ids.shape, num_masks)
-        results = {name: np.empty(shapes[name], dtype=np.float32) for name in outputs}
+        parts = list(engine.layout.parts(batch, engine.plan.profiles, engine.masks))
+        results = engine.layout.results(batch, outputs)
         with self._borrowed_lane(engine) as lane:
             try:
                 for part in parts:
@@ -159,7 +159,8 @@ class _Engine:
         self.cuda = cuda
         self.inputs = [tensor.name for tensor in plan.inputs]
         tensors = (*plan.inputs, *plan.outputs)
-        self.layout = Layout({tensor.name: tensor.shape for tensor in tensors})
+        axes = {tensor.name: tensor.shape for tensor in tensors}
+        self.layout: Layout | PackedLayout = PackedLayout(axes) if plan.padding_free else Layout(axes)
         self.dtypes = {tensor.name: _DTYPES[tensor.dtype] for tensor in tensors}
         self.masks: list[tuple[int, int]] | None = None
         """(least, most) mask positions of each profile."""
@@ -212,7 +213,7 @@ class _Lane:
         shapes = engine.layout.shapes(part.shape, part.num_masks)
         self._reserve(shapes, results)
         inputs = {name: self._array(name, shapes) for name in engine.inputs}
-        write_inputs(batch, part, inputs, pad_token_id=pad_token_id)
+        engine.layout.write(batch, part, inputs, pad_token_id=pad_token_id)
         self._compute(part.profile, shapes, tuple(results))
         for name, result in results.items():
             values = self._array(name, shapes)

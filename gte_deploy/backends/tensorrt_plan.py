@@ -8,6 +8,7 @@ from typing import Any
 
 from gte_deploy.backends.cuda import Cuda
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.tensorrt_packed import QUERY_LENGTHS
 from gte_deploy.bundle import FileEntry, PlanEntry
 from gte_deploy.errors import BackendError, BundleError
 from gte_deploy.spec import TensorRTFlavour
@@ -97,13 +98,19 @@ def _check_engine(engine: Any, plan: PlanEntry) -> None:
     }
     if tensors != said:
         raise BundleError(f"the engine {plan.path} has the tensors {tensors}, and the manifest says {said}.")
-    profiles = [
-        tuple(tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index))
-        for index in range(engine.num_optimization_profiles)
-    ]
+    profiles = [_profile(engine, plan, index) for index in range(engine.num_optimization_profiles)]
     expected = [(profile.min, profile.opt, profile.max) for profile in plan.profiles]
     if profiles != expected:
         raise BundleError(f"the engine {plan.path} has the profiles {profiles}, and the manifest says {expected}.")
+
+
+def _profile(engine: Any, plan: PlanEntry, index: int) -> tuple[tuple[int, ...], ...]:
+    """(batch, sequence), or (texts, tokens of all), at min, opt and max."""
+    shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index)]
+    if not plan.padding_free:
+        return tuple(shapes)
+    lengths = engine.get_tensor_profile_shape(QUERY_LENGTHS, index)
+    return tuple((number - 1, tokens) for (number,), (tokens,) in zip(lengths, shapes, strict=True))
 
 
 _LOGGERS: dict[str, Any] = {}

@@ -31,6 +31,7 @@ class Part:
         profile: index of the engine's profile.
         shape: (rows, tokens) after padding.
         num_masks: mask positions after padding.
+        places: of every token, its row among `rows` and its place there, [T] each; of a padding-free engine.
     """
 
     rows: slice
@@ -38,6 +39,7 @@ class Part:
     profile: int
     shape: tuple[int, int]
     num_masks: int
+    places: tuple[NDArray[np.int64], ...] | None = None
 
 
 def choose_profile(profiles: Sequence[Profile], rows: int, length: int) -> int:
@@ -85,48 +87,30 @@ def plan_parts(
     count, length = batch.input_ids.shape
     index = choose_profile(profiles, count, length)
     profile = profiles[index]
-    rows_of_masks = None if masks is None or batch.mask_positions is None else batch.mask_positions[:, 0]
     for start in range(0, count, profile.max[0]):
         rows = slice(start, min(start + profile.max[0], count))
         shape = (max(rows.stop - start, profile.min[0]), padded_length(length, profile))
-        if masks is None or rows_of_masks is None:
-            yield Part(rows, np.empty(0, np.int64), index, shape, 0 if masks is None else masks[index][0])
-            continue
-        inside = np.flatnonzero((rows_of_masks >= start) & (rows_of_masks < rows.stop))
-        least, most = masks[index]
-        for first in range(0, max(len(inside), 1), most):
-            chosen = inside[first : first + most]
-            # Powers of two: as lengths are, so that counts repeat.
-            wanted = 1 << max(len(chosen) - 1, 0).bit_length()
-            yield Part(rows, chosen, index, shape, min(max(wanted, least), most))
+        for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
+            yield Part(rows, chosen, index, shape, number)
 
 
-class Layout:
-    """How the shapes of a graph's tensors follow from a batch."""
+def mask_groups(batch: Batch, rows: slice, limits: tuple[int, int] | None) -> Iterator[tuple[NDArray[np.int64], int]]:
+    """Indices of the mask positions in `rows`, no more at once than the engine takes, and the number to pad them to.
 
-    def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:
-        """`tensors` gives the axes of each: a size, or a name that the inputs have too."""
-        self.tensors = dict(tensors)
-        self._rows, self._tokens = self.tensors["input_ids"]
-        self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
-
-    def shapes(self, batch: tuple[int, ...], num_masks: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, for a batch of (rows, tokens)."""
-        sizes = {self._rows: batch[0], self._tokens: batch[1], self._masks: num_masks}
-        return {
-            name: tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes)
-            for name, axes in self.tensors.items()
-        }
-
-    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
-        """Put what a part gave for an output to its rows or masks of the whole batch's result, without the padding."""
-        axes = self.tensors[name]
-        if len(axes) > 1 and axes[1] == self._tokens:
-            values = values[:, : result.shape[1]]
-        if axes[0] == self._masks:
-            result[part.masks] = values[: len(part.masks)]
-        else:
-            result[part.rows] = values[: part.rows.stop - part.rows.start]
+    One group, which may be empty, where they fit. `limits` are the (least, most) that the profile takes; None where the
+    engine takes none.
+    """
+    if limits is None or batch.mask_positions is None:
+        yield np.empty(0, np.int64), 0 if limits is None else limits[0]
+        return
+    least, most = limits
+    row = batch.mask_positions[:, 0]
+    inside = np.flatnonzero((row >= rows.start) & (row < rows.stop))
+    for first in range(0, max(len(inside), 1), most):
+        chosen = inside[first : first + most]
+        # Powers of two: as lengths are, so that counts repeat.
+        wanted = 1 << max(len(chosen) - 1, 0).bit_length()
+        yield chosen, min(max(wanted, least), most)
 
 
 def write_inputs(batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
@@ -148,3 +132,40 @@ def write_inputs(batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *
         if len(part.masks):
             assert batch.mask_positions is not None  # the part's masks are indices into it
             positions[: len(part.masks)] = batch.mask_positions[part.masks] - (part.rows.start, 0)
+
+
+class Layout:
+    """How the shapes of a graph's tensors follow from a batch."""
+
+    def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:
+        """`tensors` gives the axes of each: a size, or a name that the inputs have too."""
+        self.tensors = dict(tensors)
+        self._rows, self._tokens = self.tensors["input_ids"]
+        self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
+
+    parts = staticmethod(plan_parts)
+    write = staticmethod(write_inputs)
+
+    def shapes(self, batch: tuple[int, ...], num_masks: int) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, for a batch of (rows, tokens)."""
+        sizes = {self._rows: batch[0], self._tokens: batch[1], self._masks: num_masks}
+        return {
+            name: tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes)
+            for name, axes in self.tensors.items()
+        }
+
+    def results(self, batch: Batch, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Arrays for a whole batch, as every backend gives them."""
+        num_masks = 0 if batch.mask_positions is None else len(batch.mask_positions)
+        shapes = self.shapes(batch.input_ids.shape, num_masks)
+        return {name: np.empty(shapes[name], np.float32) for name in names}
+
+    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
+        """Put what a part gave for an output to its rows or masks of the whole batch's result, without the padding."""
+        axes = self.tensors[name]
+        if len(axes) > 1 and axes[1] == self._tokens:
+            values = values[:, : result.shape[1]]
+        if axes[0] == self._masks:
+            result[part.masks] = values[: len(part.masks)]
+        else:
+            result[part.rows] = values[: part.rows.stop - part.rows.start]

@@ -1,0 +1,255 @@
+"""A plain FP32 graph on padded texts [B, S] -> the same on the tokens of all texts in a row [T], without padding.
+
+Everything but attention works on tokens and does not care which text they are of. Attention becomes TensorRT's own
+operator, TRT_Attention in its packed form, which ordinary TensorRT has kernels for from 11.1 on:
+https://github.com/onnx/onnx-tensorrt/blob/main/docs (TensorRT Custom Operator Schemas)
+https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html
+
+Inputs, in place of [batch, sequence] and its mask:
+
+* `input_ids` [tokens] int64; `position_ids` [tokens] int64, the place of each token in its own text;
+* `query_lengths` and `kv_lengths` [batch + 1] int32, where each text begins and the last one ends: 0, n0, n0 + n1, …
+  They hold the same. They are two tensors because TensorRT was reported to crash where one is wired to both places;
+* `mask_positions` [num_masks] int64 (fill-mask), numbers of tokens among all T.
+
+Outputs by token lose their axis of texts: [tokens, …] for [batch, sequence, …]. The others stay as they are. The
+runtime packs and unpacks (`gte_deploy.backends.tensorrt_packed`), so no shape in the graph depends on data.
+
+Shapes: B texts, T tokens of all, N heads, D head size, H hidden size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
+from gte_deploy.errors import ExportError
+from gte_deploy.exporters.fusion import fuse_graph
+from gte_deploy.exporters.fusion.attention import require_attention, require_same_heads
+from gte_deploy.exporters.fusion.editing import (
+    Builder,
+    FusionPass,
+    Mismatch,
+    array,
+    constant,
+    consumer,
+    dimensions,
+    integers,
+    operand,
+    producer,
+    replace,
+    require,
+    same_constant,
+    scope_of,
+)
+from gte_deploy.exporters.fusion.heads import require_heads
+from gte_deploy.exporters.fusion.rope import Rotation, require_rotation
+from gte_deploy.exporters.fusion.rows import FIRST_INPUT
+
+TRT_DOMAIN = "trt"
+TRT_ATTENTION = "TRT_Attention"
+
+_MASK, _MASKED, _HIDDEN, _POOLED, _LOGITS = (
+    "attention_mask",
+    "mask_positions",
+    "last_hidden_state",
+    "sentence_embedding",
+    "logits",
+)
+_BATCH, _TOKENS, _BATCH_AND_ONE = "batch", "tokens", "batch_and_one"
+_WHOLE, _SMALL = ir.DataType.INT64, ir.DataType.INT32
+_TO_END = (1 << 31) - 1
+
+
+def pack(model: ir.Model, *, num_layers: int) -> dict[str, int]:
+    """Rewrite a plain graph in place; how many attentions there are.
+
+    Raises:
+        ExportError: the graph is not of that form.
+    """
+    graph = model.graph
+    _add_inputs(graph)
+    counts = fuse_graph(model, num_layers=num_layers, passes=(PACKED_ATTENTION,))
+    try:
+        _flatten_embedding(graph)
+        _rewrite_heads(graph)
+    except Mismatch as mismatch:
+        raise ExportError(
+            f"padding cannot be removed from this graph: {mismatch}. "
+            "Export with padding 'keep', and check the versions of transformers and torch."
+        ) from mismatch
+    for clean in (
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.TopologicalSortPass(),
+        ir_passes.NameFixPass(),
+    ):
+        clean(model)
+    graph.inputs.remove(_value(graph.inputs, _MASK))
+    _state_shapes(graph)
+    return counts
+
+
+def _add_inputs(graph: ir.Graph) -> None:
+    for name, dtype, axis in (
+        (POSITIONS, _WHOLE, _TOKENS),
+        (QUERY_LENGTHS, _SMALL, _BATCH_AND_ONE),
+        (KV_LENGTHS, _SMALL, _BATCH_AND_ONE),
+    ):
+        graph.inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape((axis,))))
+
+
+def _pack_attention(graph: ir.Graph, softmax: ir.Node) -> None:
+    """MatMul, Softmax, MatMul on [B, N, S, …] -> TRT_Attention on [T, N, D]."""
+    found = require_attention(softmax)
+    query, key = (require_rotation(_negation(value)) for value in (found.query, found.key))
+    value = require_heads(found.value)
+    require_same_heads(found, query.heads, key.heads, value)
+    build = Builder(graph, found.output, scope_of(found.output))
+    split = integers(graph, -1, value.count, value.size)
+    # TensorRT takes no scale beside the operator: queries come scaled.
+    scale = constant(graph, "query_scale", np.array(found.scale, np.float32))
+    require(bool(array(scale) == np.float32(found.scale)), "the layers' scores are scaled differently")
+    attended = build.op(
+        TRT_ATTENTION,
+        build.op("Mul", _turned(build, query, split, "query"), scale, name="scaled_query"),
+        _turned(build, key, split, "key"),
+        build.op("Reshape", value.projection, split, name="value"),
+        None,  # no mask: a token attends to its own text, and there is no padding
+        _value(graph.inputs, QUERY_LENGTHS),
+        _value(graph.inputs, KV_LENGTHS),
+        domain=TRT_DOMAIN,
+        query_form="packed_nhd",
+        kv_form="packed_nhd",
+        causal_kind="none",
+        TRT_decomposable=0,
+    )
+    joined = build.op("Reshape", attended, integers(graph, -1, value.count * value.size), name="joined")
+    replace(found.output.outputs[0], joined)
+
+
+def _negation(turned: ir.Value) -> ir.Node:
+    """The Neg of the rotation that made `turned`."""
+    for term in producer(turned, "Add").inputs:
+        for factor in producer(term, "Mul").inputs:
+            made = None if factor is None else factor.producer()
+            if made is not None and made.op_type == "Concat" and (node := operand(made, 0).producer()) is not None:
+                if node.op_type == "Neg":
+                    return node
+    raise Mismatch(f"{turned.name!r} is not a rotation")
+
+
+def _turned(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> ir.Value:
+    """[T, H] -> rotated [T, N, D]: the trace's own steps, cosines and sines by each token's place in its text."""
+    graph, half = build.graph, rotation.heads.size // 2
+    cosine, sine = (_of_positions(build, table) for table in (rotation.cosines, rotation.sines))
+    x = build.op("Reshape", rotation.heads.projection, split, name=name)
+    start, middle, end, axis = (integers(graph, n) for n in (0, half, _TO_END, 2))
+    lower = build.op("Slice", x, start, middle, axis, name=f"{name}_lower")
+    upper = build.op("Slice", x, middle, end, axis, name=f"{name}_upper")
+    crossed = build.op("Concat", build.op("Neg", upper, name=f"{name}_negated"), lower, axis=-1, name=f"{name}_crossed")
+    terms = [
+        build.op("Mul", values, factor, name=f"{name}_{kind}")
+        for kind, values, factor in (("cosine", x, cosine), ("sine", crossed, sine))
+    ]
+    return build.op("Add", *terms, name=f"{name}_turned")
+
+
+def _of_positions(build: Builder, table: ir.Value) -> ir.Value:
+    """Table [max_length, D/2] -> [T, 1, D] by position; every site makes the same, and equal nodes are merged."""
+    build = build.inside(str(table.name))
+    rows = build.op("Gather", table, _value(build.graph.inputs, POSITIONS), axis=0, name="rows")
+    twice = build.op("Concat", rows, rows, axis=-1, name="twice")
+    return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
+
+
+PACKED_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", per_layer=1, rewrite=_pack_attention)
+
+
+def _flatten_embedding(graph: ir.Graph) -> None:
+    """Let what is added to every token, such as the row of token type 0, [1, 1, H], be [H]: words are [T, H] now."""
+    words = next(use.node for use in _value(graph.inputs, FIRST_INPUT).uses() if use.node.op_type == "Gather")
+    for use in list(words.outputs[0].uses()):
+        for i, value in enumerate(use.node.inputs):
+            if value is not None and value.is_initializer() and (row := array(value)).ndim > 1:
+                require(row.size == row.shape[-1], f"{value.name!r} has the shape {row.shape}, not that of one token")
+                use.node.replace_input_with(i, constant(graph, f"{value.name}.row", row.reshape(-1)))
+
+
+def _rewrite_heads(graph: ir.Graph) -> None:
+    """What reads the hidden states by text and place reads them by number of token."""
+    hidden = _value(graph.outputs, _HIDDEN)
+    for node in [use.node for use in hidden.uses()]:
+        build = Builder(graph, node, "texts")
+        match node.op_type:
+            case "GatherND":
+                replace(node.outputs[0], build.op("Gather", hidden, operand(node, 1), axis=0, name="masked"))
+            case "Slice":  # of all texts, before the first token of each is taken
+                first = consumer(node.outputs[0], "Gather")
+                require(first.attributes.get_int("axis", 0) == 1, f"{first.name} does not take tokens")
+                require(same_constant(first.inputs[1], [0]), f"{first.name} does not take the first token")
+                replace(first.outputs[0], build.op("Gather", hidden, _starts(build), axis=0, name="first"))
+            case "MatMul" if node.inputs[1] is hidden:
+                replace(_value(graph.outputs, _POOLED), _mean(build, hidden))
+            case "MatMul":
+                pass  # a head that sees every token, whatever text it is of
+            case "Reshape":
+                node.outputs[0].replace_all_uses_with(hidden)
+                logits = _value(graph.outputs, _LOGITS)
+                replace(logits, operand(producer(logits, "Reshape"), 0))
+            case other:
+                raise Mismatch(f"{node.name} reads the hidden states, and no {other} does so in this architecture")
+
+
+def _starts(build: Builder) -> ir.Value:
+    """[B]: the first token of each text."""
+    first, last, axis = (integers(build.graph, n) for n in (0, -1, 0))
+    return build.op("Slice", _value(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="starts", dtype=_SMALL)
+
+
+def _ends(build: Builder) -> ir.Value:
+    """[B]: the number after the last token of each text."""
+    first, last, axis = (integers(build.graph, n) for n in (1, _TO_END, 0))
+    return build.op("Slice", _value(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="ends", dtype=_SMALL)
+
+
+def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
+    """Mean of each text's tokens, [B, H]: a product with [B, T] of ones and zeros, whose sums are in FP32."""
+    graph = build.graph
+    ids = _value(graph.inputs, FIRST_INPUT)
+    column, row = integers(graph, 1), integers(graph, 0)
+    starts, ends = _starts(build), _ends(build)
+    zero, one = (constant(graph, f"int64_scalar_{n}", np.array(n, np.int64)) for n in (0, 1))
+    size = build.op("Squeeze", build.op("Shape", ids, name="size", dtype=_WHOLE), row, name="count", dtype=_WHOLE)
+    numbers = build.op("Range", zero, size, one, name="numbers", dtype=_WHOLE)
+    numbers = build.op("Cast", numbers, to=_SMALL, name="small_numbers", dtype=_SMALL)
+    numbers = build.op("Unsqueeze", numbers, row, name="number_row", dtype=_SMALL)
+
+    def before(limits: ir.Value, name: str) -> ir.Value:
+        limits = build.op("Unsqueeze", limits, column, name=f"{name}_column", dtype=_SMALL)
+        found = build.op("Less", numbers, limits, name=f"before_{name}", dtype=ir.DataType.BOOL)
+        return build.op("Cast", found, to=ir.DataType.FLOAT, name=f"is_before_{name}")
+
+    inside = build.op("Sub", before(ends, "ends"), before(starts, "starts"), name="inside")
+    lengths = build.op("Sub", ends, starts, name="lengths", dtype=_SMALL)
+    lengths = build.op("Cast", lengths, to=ir.DataType.FLOAT, name="float_lengths")
+    # A text without any token has the zero vector, not 0/0.
+    lengths = build.op("Max", lengths, constant(graph, "float_one", np.array(1, np.float32)), name="at_least_one")
+    total = build.op("MatMul", inside, hidden, name="total")
+    return build.op("Div", total, build.op("Unsqueeze", lengths, column, name="length_column"), name="mean")
+
+
+def _state_shapes(graph: ir.Graph) -> None:
+    """Shapes of inputs and outputs."""
+    for value in graph.inputs:
+        if value.name in (FIRST_INPUT, _MASKED):
+            value.shape = ir.Shape((_TOKENS if value.name == FIRST_INPUT else dimensions(value)[0],))
+    for value in graph.outputs:
+        shape = dimensions(value)
+        value.shape = ir.Shape((_TOKENS, shape[-1]) if len(shape) == 3 else shape)
+
+
+def _value(values: Sequence[ir.Value], name: str) -> ir.Value:
+    return next(value for value in values if value.name == name)
