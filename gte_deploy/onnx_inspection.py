@@ -14,6 +14,8 @@ from gte_deploy.errors import BundleError
 
 # Built into every engine: nothing of another domain can run without a custom-operator library.
 _ALLOWED_DOMAINS = frozenset(("", "ai.onnx", "com.microsoft"))
+# Of TensorRT's own parser, in its padding-free graphs.
+_ALLOWED_OPERATORS = frozenset((("trt", "TRT_Attention"),))
 # A compiled engine of some accelerator wrapped in a node: executable code that no hash of ours describes.
 _REFUSED_OPERATORS = frozenset(("EPContext",))
 
@@ -52,7 +54,8 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
     for graph in manifest.graphs.values():
         contents = inspect_onnx(folder / graph.path)
         for domain, operator in sorted(contents.operators):
-            if operator in _REFUSED_OPERATORS or domain not in _ALLOWED_DOMAINS:
+            known = domain in _ALLOWED_DOMAINS or (domain, operator) in _ALLOWED_OPERATORS
+            if operator in _REFUSED_OPERATORS or not known:
                 raise BundleError(
                     f"{graph.path} has a node {domain or 'ai.onnx'}::{operator}. Compiled engines and custom operators "
                     "are not loaded from a bundle; export the checkpoint with gte-export."

@@ -108,6 +108,7 @@ def test_inspection_bounds_its_depth(tmp_path):
 @pytest.mark.parametrize(
     ("node", "name"),
     [
+        (helper.make_node("DequantizeLinear", ["a"], ["x"], domain="trt"), "trt::DequantizeLinear"),
         (helper.make_node("EPContext", [], ["x"], domain="com.microsoft", ep_cache_context=b"code"), "EPContext"),
         (helper.make_node("Anything", [], ["x"], domain="evil"), "evil::Anything"),
     ],

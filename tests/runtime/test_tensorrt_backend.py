@@ -53,6 +53,27 @@ def plan_of(flavour="tensorrt", dtype="float32", **changes):
     return PlanEntry(**fields | changes)
 
 
+PACKED_PROFILES = (Profile((1, 1), (2, 16), (4, 32)), Profile((1, 1), (4, 64), (8, 128)))
+
+
+def packed_plan(**changes):
+    fields = {
+        "profiles": PACKED_PROFILES,
+        "inputs": (
+            TensorSpec("input_ids", "int64", ("tokens",)),
+            TensorSpec("mask_positions", "int64", ("num_masks",)),
+            TensorSpec("position_ids", "int64", ("tokens",)),
+            TensorSpec("query_lengths", "int32", ("batch_and_one",)),
+            TensorSpec("kv_lengths", "int32", ("batch_and_one",)),
+        ),
+        "outputs": (
+            TensorSpec("last_hidden_state", "float32", ("tokens", HIDDEN)),
+            TensorSpec("logits", "float32", ("num_masks", VOCABULARY)),
+        ),
+    }
+    return plan_of(**fields | changes)
+
+
 def formula(ids, mask, positions):
     """Every value depends on all real tokens of its row, on nothing else, and is a float16."""
     real = np.where(mask == 1, ids, 0)
@@ -61,6 +82,21 @@ def formula(ids, mask, positions):
     row, token = positions.T
     logits = hidden[row, token, :1] + np.arange(VOCABULARY)
     return {"last_hidden_state": hidden.astype(np.float32), "logits": logits.astype(np.float32)}
+
+
+def packed_formula(input_ids, mask_positions, position_ids, query_lengths, kv_lengths):
+    """The same of texts in a row, as TRT_Attention takes them."""
+    assert query_lengths.tolist() == kv_lengths.tolist() and query_lengths[0] == 0
+    assert query_lengths[-1] == len(input_ids) and (np.diff(query_lengths) > 0).all(), "a text without a token"
+    parts = []
+    for start, end in zip(query_lengths, query_lengths[1:], strict=False):
+        text, places = input_ids[None, start:end], position_ids[start:end]
+        assert places.tolist() == list(range(len(places))) or not (text.any() or places.any()), (
+            "neither text nor padding"
+        )
+        parts.append(formula(text, np.ones_like(text), np.zeros((1, 2), int))["last_hidden_state"][0])
+    hidden = np.concatenate(parts)
+    return {"last_hidden_state": hidden, "logits": hidden[mask_positions, :1] + np.arange(VOCABULARY, dtype=np.float32)}
 
 
 class HostRuntime:
@@ -240,10 +276,13 @@ class HostEngine:
         return [-1 if isinstance(size, str) else size for size in self.tensors[name].shape]
 
     def get_tensor_profile_shape(self, name, index):
+        profile, is_packed = self.plan.profiles[index], len(self.tensors["input_ids"].shape) == 1
         if name == "mask_positions":
-            return [(1, 2), (2, 2), (4, 2)]
-        profile = self.plan.profiles[index]
-        return [profile.min, profile.opt, profile.max]
+            return [(count,) if is_packed else (count, 2) for count in (1, 2, 4)]
+        ends = [profile.min, profile.opt, profile.max]
+        if not is_packed:
+            return ends
+        return [(texts + 1,) if name.endswith("_lengths") else (tokens,) for texts, tokens in ends]
 
     def create_runtime_config(self):
         return types.SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
@@ -268,9 +307,13 @@ class HostEngine:
             memory = (ctypes.c_byte * (count * dtype.itemsize)).from_address(addresses[name])
             return np.frombuffer(memory, dtype).reshape(shape)
 
-        ids, mask, positions = (view(tensor.name) for tensor in self.plan.inputs)
-        assert mask.any(axis=1).all(), "a row without a token"
-        for name, values in formula(ids, mask, positions).items():
+        inputs = {tensor.name: view(tensor.name) for tensor in self.plan.inputs}
+        if "query_lengths" in inputs:
+            found = packed_formula(**inputs)
+        else:
+            assert inputs["attention_mask"].any(axis=1).all(), "a row without a token"
+            found = formula(*inputs.values())
+        for name, values in found.items():
             out = view(name)
             out[:] = values.view(np.uint32) >> 16 if out.dtype == np.uint16 else values
 
@@ -331,6 +374,39 @@ def test_batches_of_every_shape(make, flavour, dtype):
         rows, length, masks = rng.integers(1, 12), rng.integers(1, 65), rng.integers(0, 12)
         outputs = [("last_hidden_state", "logits"), ("logits",), ("last_hidden_state",)][rng.integers(3)]
         assert_right(backend, random_batch(rng, rows, length, masks), outputs)
+
+
+def test_a_padding_free_engine_gives_what_others_do(make):
+    backend, rng = make(packed_plan()), np.random.default_rng(0)
+    for _ in range(60):
+        rows, length, masks = rng.integers(1, 20), rng.integers(1, 65), rng.integers(0, 12)
+        outputs = [("last_hidden_state", "logits"), ("logits",), ("last_hidden_state",)][rng.integers(3)]
+        batch = random_batch(rng, rows, length, masks)
+        assert_right(backend, batch, outputs)
+        if "last_hidden_state" in outputs:
+            assert not backend.run(batch, outputs)["last_hidden_state"][batch.attention_mask == 0].any()
+
+
+def test_a_padding_free_engine_computes_no_padding_and_replays_its_graphs(make, runtime):
+    backend, rng = make(packed_plan()), np.random.default_rng(0)
+    lengths = np.array([64, 1, 2, 5])
+    mask = (np.arange(64) < lengths[:, None]).astype(np.int64)
+    batch = Batch(rng.integers(1, VOCABULARY, mask.shape), mask, np.array([[3, 4]]))
+    seen, engine = [], engine_of(backend)
+    compute = engine.compute
+    engine.compute = lambda shapes, addresses: (seen.append(shapes["input_ids"]), compute(shapes, addresses))
+    for _ in range(3):
+        assert_right(backend, batch)
+    assert seen == [(72,)] * 3, "72 tokens, and not 4 x 64"
+    assert len(runtime.graphs) == 1
+
+
+def test_a_text_that_a_padding_free_engine_does_not_take(make, runtime):
+    backend = make(packed_plan(profiles=PACKED_PROFILES[:1]))
+    ids = np.ones((2, 33), np.int64)
+    with pytest.raises(InputError, match=r"33 tokens, and the engine's profiles \(texts x tokens.* are 1x1:2x16:4x32"):
+        backend.run(Batch(ids, ids), ["logits"])
+    assert not runtime.streams
 
 
 def test_bfloat16_comes_back_as_float32(make):
@@ -608,6 +684,14 @@ FILE = FileEntry(8, hashlib.sha256(b"the plan").hexdigest())
 def test_a_plan_that_fits_is_opened(module, folder):
     trt, _, engine = open_plan(folder, plan_of(), FILE, "cuda")
     assert trt is module and engine.num_io_tensors == 5 and module.deserialised == [b"the plan"]
+
+
+def test_a_padding_free_plan_is_held_against_its_manifest(module, folder):
+    module.plan = packed_plan()
+    assert open_plan(folder, packed_plan(), FILE, "cuda")[2].num_io_tensors == 7
+    for plan in (packed_plan(profiles=PACKED_PROFILES[:1]), packed_plan(profiles=PACKED_PROFILES[::-1]), plan_of()):
+        with pytest.raises(BundleError, match="the engine .* has the (tensors|profiles) .*, and the manifest says"):
+            open_plan(folder, plan, FILE, "cuda")
 
 
 @pytest.mark.parametrize(

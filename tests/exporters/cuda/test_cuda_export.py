@@ -56,7 +56,7 @@ def test_names_and_choices(tiny_mlm: Path, tmp_path: Path):
         ({"target": "cuda", "format": "trt"}, "target of format trt is 'cuda'; expected one of cpu"),
         ({"target": "cuda", "precision": "int8"}, "expected one of fp16, bf16, fp32"),
         ({"precision": "fp16"}, "precision of format onnx, target cpu is 'fp16'"),
-        ({"padding": "keep"}, "it is for target cuda"),
+        ({"padding": "keep"}, "it is for target cuda and for format trt"),
         ({"target": "cuda", "precision": "bf16", "padding": "remove"}, "fp16 and fp32 only"),
     ):
         with pytest.raises(InputError, match=message):
@@ -67,7 +67,7 @@ def test_names_and_choices(tiny_mlm: Path, tmp_path: Path):
     ("options", "message"),
     [
         ("--target sm86", "--target sm86 is for --format trt"),
-        ("--padding keep", "--padding is for --target cuda"),
+        ("--padding keep", "--padding is for --target cuda and --format trt"),
         ("--target cuda --precision int8", "--precision int8 is not for --target cuda"),
         ("--target cuda --format trt", "sm"),
     ],
