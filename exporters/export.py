@@ -499,13 +499,12 @@ def _build(
         not_proven = [_NOT_RUN]
     texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
     heads = model.config.num_attention_heads
-    compiled = (
-        PackedOnnx(graph, spec, profiles=profiles, num_heads=heads)
-        if padding_free
-        else CompiledOnnx(graph, spec, file=file, num_heads=heads)
-    )
+    compiled: CompiledOnnx | PackedOnnx
     if padding_free:
+        compiled = PackedOnnx(graph, spec, profiles=profiles, num_heads=heads)
         not_proven.append(_STAND_IN)
+    else:
+        compiled = CompiledOnnx(graph, spec, file=file, num_heads=heads)
     with steps("compare with PyTorch"), contextlib.closing(compiled):
         parity = check_parity(
             TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
@@ -529,8 +528,6 @@ _NOT_RUN = (
     "What was compared is the ONNX that the engine was compiled from, run by ONNX Runtime on the CPU; the engine "
     "itself runs on its GPUs alone."
 )
-
-
 _STAND_IN = (
     "In place of TRT_Attention, which ONNX Runtime does not have, each text attended to itself, as TensorRT's "
     "documentation says of the operator."

@@ -58,7 +58,7 @@ _MASK, _MASKED, _HIDDEN, _POOLED, _LOGITS = (
     "sentence_embedding",
     "logits",
 )
-_BATCH, _TOKENS, _BATCH_AND_ONE = "batch", "tokens", "batch_and_one"
+_TOKENS, _BATCH_AND_ONE = "tokens", "batch_and_one"
 _WHOLE, _SMALL = ir.DataType.INT64, ir.DataType.INT32
 _TO_END = (1 << 31) - 1
 
@@ -109,7 +109,7 @@ def _pack_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     require_same_heads(found, query.heads, key.heads, value)
     build = Builder(graph, found.output, scope_of(found.output))
     split = integers(graph, -1, value.count, value.size)
-    # TensorRT takes no scale beside the operator: queries come scaled.
+    # The operator has no scale: queries come scaled.
     scale = constant(graph, "query_scale", np.array(found.scale, np.float32))
     require(bool(array(scale) == np.float32(found.scale)), "the layers' scores are scaled differently")
     attended = build.op(

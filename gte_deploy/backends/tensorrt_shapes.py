@@ -29,7 +29,7 @@ class Part:
         rows: of the batch.
         masks: indices of the batch's mask positions that lie in those rows.
         profile: index of the engine's profile.
-        shape: (rows, tokens) after padding.
+        shape: (rows, tokens of each) after padding; of a padding-free engine, (texts, tokens of all).
         num_masks: mask positions after padding.
         places: of every token, its row among `rows` and its place there, [T] each; of a padding-free engine.
     """

@@ -1,5 +1,6 @@
 """The rule behind backend="auto", on machines and bundles of every kind."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -15,6 +16,7 @@ SPEC = ModelSpec(task="embed", max_length=8, vocab_size=10, hidden_size=4, pad_t
 GRAPH = GraphEntry("onnx/model.onnx", 20, (), (), {})
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 PLAN = PlanEntry("p", "tensorrt-rtx", "1.7", ("8.9",), (Profile((1, 1), (1, 8), (1, 8)),), (IDS,), (IDS,), {})
+PACKED_PLAN = dataclasses.replace(PLAN, inputs=(TensorSpec("input_ids", "int64", ("tokens",)),))
 
 
 def manifest(precision="fp32", engines=("onnxruntime", "openvino"), **more):
@@ -116,7 +118,7 @@ def fits(monkeypatch):
 
     def make(error=None):
         def check_plan(plan, device):
-            assert plan is PLAN and device.startswith("cuda")
+            assert plan in (PLAN, PACKED_PLAN) and device.startswith("cuda")
             if error is not None:
                 raise error
 
@@ -157,6 +159,9 @@ def test_an_engine_that_does_not_fit_is_left_for_its_graph(machine, fits, error,
     assert choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN), device="cuda:1").device == "cuda:1"
     alone = choose_engine(manifest("fp16", (), plan=PLAN))
     assert alone.backend == "tensorrt" and str(error) in alone.reason
+    # ONNX Runtime has no operators for the graph of a padding-free one.
+    packed = choose_engine(manifest("fp16", ("tensorrt",), plan=PACKED_PLAN))
+    assert packed.backend == "tensorrt" and str(error) in packed.reason
 
 
 def test_without_an_engine_the_graph_is_taken(machine):

@@ -18,6 +18,7 @@ from gte_deploy.exporters.fusion.editing import Builder, replace
 from gte_deploy.exporters.graph import build_graphs, save_graph
 from gte_deploy.exporters.parity import TOLERANCES, TorchReference, compare
 from gte_deploy.exporters.profiles import check_packed_profiles, packed_profiles, parse_profile
+from gte_deploy.exporters.report import plan_lines
 from gte_deploy.exporters.tensorrt_check import PackedOnnx
 from gte_deploy.exporters.tensorrt_engine import (
     Runtime,
@@ -196,6 +197,7 @@ def test_everything_but_the_kernel_becomes_an_engine(build, packed, num_layers, 
         model.graph.remove(node, safe=True)
     plan = build(dataclasses.replace(packed(precision), model=model))
     assert plan.padding_free and plan.profiles == packed_profiles(8192)
+    assert "texts x tokens of all, min:opt:max" in plan_lines(plan)[-1]
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*plan.inputs, *plan.outputs)}
     assert shapes["query_lengths"] == shapes["kv_lengths"] == ("int32", ("batch_and_one",))
     assert shapes["input_ids"] == shapes["position_ids"] == ("int64", ("tokens",))
