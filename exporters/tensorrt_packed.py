@@ -22,10 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
-from gte_deploy.errors import ExportError
 from gte_deploy.exporters.fusion import fuse_graph
 from gte_deploy.exporters.fusion.attention import require_attention, require_same_heads
 from gte_deploy.exporters.fusion.editing import (
@@ -45,6 +43,7 @@ from gte_deploy.exporters.fusion.editing import (
     scope_of,
 )
 from gte_deploy.exporters.fusion.heads import require_heads
+from gte_deploy.exporters.fusion.padding import rewriting
 from gte_deploy.exporters.fusion.rope import Rotation, require_rotation
 from gte_deploy.exporters.fusion.rows import FIRST_INPUT
 
@@ -72,21 +71,9 @@ def pack(model: ir.Model, *, num_layers: int) -> dict[str, int]:
     graph = model.graph
     _add_inputs(graph)
     counts = fuse_graph(model, num_layers=num_layers, passes=(PACKED_ATTENTION,))
-    try:
+    with rewriting(model):
         _flatten_embedding(graph)
         _rewrite_heads(graph)
-    except Mismatch as mismatch:
-        raise ExportError(
-            f"padding cannot be removed from this graph: {mismatch}. "
-            "Export with padding 'keep', and check the versions of transformers and torch."
-        ) from mismatch
-    for clean in (
-        ir_passes.RemoveUnusedNodesPass(),
-        ir_passes.CommonSubexpressionEliminationPass(),
-        ir_passes.TopologicalSortPass(),
-        ir_passes.NameFixPass(),
-    ):
-        clean(model)
     graph.inputs.remove(_value(graph.inputs, _MASK))
     _state_shapes(graph)
     return counts

@@ -7,6 +7,8 @@ mask must be padding on the right. RoPE is given the position of each row in its
 padding is zero.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -39,11 +41,23 @@ def remove_padding(model: ir.Model) -> int:
     """
     graph = model.graph
     attentions = [node for node in graph if node.op_type == "MultiHeadAttention"]
-    try:
+    with rewriting(model):
         packed = _enter(graph, attentions[0])
         for attention in attentions:
             _pack(graph, attention, packed)
         _leave(graph, packed)
+    return len(attentions)
+
+
+@contextmanager
+def rewriting(model: ir.Model) -> Iterator[None]:
+    """Say of a Mismatch inside what it means for padding; clean up behind what was rewritten.
+
+    Raises:
+        ExportError: the graph is not of the form that was looked for.
+    """
+    try:
+        yield
     except Mismatch as mismatch:
         raise ExportError(
             f"padding cannot be removed from this graph: {mismatch}. "
@@ -56,7 +70,6 @@ def remove_padding(model: ir.Model) -> int:
         ir_passes.NameFixPass(),
     ):
         clean(model)
-    return len(attentions)
 
 
 class _Packed:
