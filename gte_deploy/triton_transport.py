@@ -99,11 +99,13 @@ class HttpTransport:
         self, method: str, model: str, what: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Any:
         path = f"{self._path}/v2/models/{urllib.parse.quote(model)}/{what}"
+        sent = {**self._headers, **(headers or {})}
         try:
-            response = self._pool.urlopen(method, path, body=body, headers={**self._headers, **(headers or {})})
+            # Without a limit of its own, who waits for a connection while the pool is closed would wait for good.
+            response = self._pool.urlopen(method, path, body=body, headers=sent, pool_timeout=self._timeout_s)
         except self._urllib3.exceptions.ClosedPoolError as error:
             raise _closed() from error
-        except self._urllib3.exceptions.TimeoutError as error:
+        except (self._urllib3.exceptions.TimeoutError, self._urllib3.exceptions.EmptyPoolError) as error:
             raise _no_answer(self._url, self._timeout_s) from error
         except self._urllib3.exceptions.HTTPError as error:
             raise UnavailableError(f"{self._url} cannot be reached: {error}") from error

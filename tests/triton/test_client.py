@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -294,6 +296,20 @@ def test_connections_are_kept_and_closed(answering: Callable[[int, bytes], str],
     transport.close()
     with pytest.raises(BackendError, match="closed"):
         transport.config("gte_embed")
+
+
+def test_who_waits_for_a_connection_waits_no_longer_than_for_an_answer():
+    with closing(socket.create_server(("127.0.0.1", 0))) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        transport = triton_transport.open_transport(url, connections=1, timeout_s=1, headers={})
+        with ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(transport.config, "gte_embed") for _ in range(2)]
+            deaf.accept()  # one call holds the connection; the other waits for it, or is about to
+            time.sleep(0.3)
+            transport.close()
+            for call in calls:
+                with pytest.raises(BackendError, match="no answer within 1 s|closed"):
+                    call.result(timeout=30)
 
 
 def test_without_tritonclient_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
