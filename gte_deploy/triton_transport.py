@@ -73,7 +73,10 @@ class HttpTransport:
         self._url, self._timeout_s = url, timeout_s
         self._path = urllib.parse.urlsplit(url).path
         self._headers = dict(headers)
-        self._pool = urllib3.connection_from_url(url, maxsize=connections, block=True, timeout=timeout_s, retries=False)
+        # Any: urllib3's annotations want whole seconds for the wait of a connection.
+        self._pool: Any = urllib3.connection_from_url(
+            url, maxsize=connections, block=True, timeout=timeout_s, retries=False
+        )
 
     def config(self, model: str) -> dict[str, Any]:
         """See Transport."""
