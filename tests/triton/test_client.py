@@ -304,12 +304,12 @@ def test_who_waits_for_a_connection_waits_no_longer_than_for_an_answer():
         transport = triton_transport.open_transport(url, connections=1, timeout_s=1, headers={})
         with ThreadPoolExecutor(2) as pool:
             calls = [pool.submit(transport.config, "gte_embed") for _ in range(2)]
-            deaf.accept()  # one call holds the connection; the other waits for it, or is about to
-            time.sleep(0.3)
-            transport.close()
-            for call in calls:
-                with pytest.raises(BackendError, match="no answer within 1 s|closed"):
-                    call.result(timeout=30)
+            with closing(deaf.accept()[0]):  # one call holds the connection; the other waits for it, or is about to
+                time.sleep(0.3)
+                transport.close()
+                for call in calls:
+                    with pytest.raises(BackendError, match="no answer within 1 s|closed"):
+                        call.result(timeout=30)
 
 
 def test_without_tritonclient_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
