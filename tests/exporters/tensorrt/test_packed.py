@@ -312,8 +312,9 @@ def test_triton_is_not_given_such_a_plan(tmp_path):
 def test_the_engine_itself(model, spec, tmp_path, precision):
     """Built and run by ordinary TensorRT on its GPU, against PyTorch on the CPU."""
     pytest.importorskip("tensorrt", reason="ordinary TensorRT is not installed")
+    runtime = choose_runtime("tensorrt")
     try:
-        require_padding_free(choose_runtime("tensorrt"))
+        require_padding_free(runtime)
     except ExportError as error:
         pytest.skip(str(error))
     options = TensorRTOptions(runtime="tensorrt")
