@@ -21,6 +21,7 @@ from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
     PRECISIONS,
+    SIMILARITIES,
     TARGETS,
     TASKS,
     TENSORRT_FLAVOURS,
@@ -29,6 +30,7 @@ from gte_deploy.spec import (
     ModelSpec,
     Precision,
     Profile,
+    SparseSpec,
     Target,
     TensorRTFlavour,
     TensorSpec,
@@ -37,7 +39,9 @@ from gte_deploy.spec import (
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "gte-deploy-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had no token types, Dense modules, activations and sparse embeddings; what it says means the same today.
+_READ_VERSIONS = (1, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
 
 
@@ -155,9 +159,10 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{file} is not valid JSON ({error}). Export the bundle again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{file} is not the manifest of a {FORMAT}. Write a bundle with gte-export.")
-    if data.get("format_version") != FORMAT_VERSION:
+    if data.get("format_version") not in _READ_VERSIONS:
         raise BundleError(
-            f"{file} has format version {data.get('format_version')!r}; this gte-deploy reads {FORMAT_VERSION}. "
+            f"{file} has format version {data.get('format_version')!r}; this gte-deploy reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}. "
             "Export the bundle again, or install the gte-deploy that wrote it."
         )
     checksum = data.pop("checksum", None)
@@ -295,11 +300,14 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
     Raises:
         ValueError, TypeError, KeyError: it is not one.
     """
-    spec = ModelSpec(**{**data, "id2label": {int(i): str(label) for i, label in data["id2label"].items()}})
+    id2label = {int(i): str(label) for i, label in data["id2label"].items()}
+    sparse = None if data.get("sparse") is None else SparseSpec(**data["sparse"])
+    spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse})
     for name, value, allowed in (
         ("task", spec.task, TASKS),
         ("pooling", spec.pooling, POOLINGS),
         ("logits", spec.logits, LOGITS),
+        ("similarity", spec.similarity, (None, *SIMILARITIES)),
     ):
         if value not in allowed:
             raise ValueError(f"spec.{name} {value!r} is none of {', '.join(allowed)}")

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 Task = Literal["fill-mask", "embed", "classify", "token-classify"]
 Pooling = Literal["mean", "cls"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+"""How two embeddings are compared, under sentence-transformers' names."""
 Logits = Literal["masked", "all"]
 Engine = Literal["onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight"]
@@ -18,6 +20,7 @@ ComputePrecision = Literal["fp32", "bf16"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -68,6 +71,27 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class SparseSpec:
+    """How sparse embeddings are made; a vector has a weight for each entry of the vocabulary.
+
+    Args:
+        head: "splade" pools the masked-LM logits of all tokens; "token-weights" gives each token one weight.
+        activation: before the logarithm of a splade head: "relu" for log1p(relu(x)), "log1p_relu" for
+            log1p(log1p(relu(x))). A token-weights head knows "relu" alone, and takes no logarithm.
+        pooling: over the tokens, "max" or "sum".
+        query_weights: path of the weights that a query's tokens get without the model, float32 [vocabulary], relative
+            to the folder; None where queries go through the model as documents do.
+        max_active_dims: entries that a vector keeps, the heaviest; None for all.
+    """
+
+    head: Literal["splade", "token-weights"]
+    activation: Literal["relu", "log1p_relu"] = "relu"
+    pooling: Literal["max", "sum"] = "max"
+    query_weights: str | None = None
+    max_active_dims: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The facts that the runtime needs of a model, whatever runs it.
 
@@ -84,6 +108,13 @@ class ModelSpec:
         prompts: name -> text put before an input, as sentence-transformers' config has them.
         default_prompt_name: the prompt used where the caller names none.
         normalize: whether the checkpoint's own modules end in a Normalize step.
+        token_types: whether the model is fed the token types that its tokenizer gives: 1 for the second text of a pair.
+        embedding_size: width of the sentence embedding where Dense modules follow the pooling; None for `hidden_size`.
+        truncate_dim: leading dimensions that the checkpoint's own configuration keeps; None for all.
+        similarity: how the checkpoint's embeddings are meant to be compared; None where it does not say.
+        activation: what a classifier's logits go through by default, a key of `activations.ACTIVATIONS`; None for the
+            sigmoid of one label, and nothing for several.
+        sparse: how sparse embeddings are made, where the model is for them.
     """
 
     task: Task
@@ -98,3 +129,9 @@ class ModelSpec:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     normalize: bool = False
+    token_types: bool = False
+    embedding_size: int | None = None
+    truncate_dim: int | None = None
+    similarity: Similarity | None = None
+    activation: str | None = None
+    sparse: SparseSpec | None = None

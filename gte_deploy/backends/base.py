@@ -24,11 +24,13 @@ class Batch:
         attention_mask: [B, S] int64, 1 for a token and 0 for padding.
         mask_positions: [M, 2] int64 of (row, token), the places whose vocabulary logits are wanted; None where the
             task has none.
+        token_type_ids: [B, S] int64; None is all 0. For a model whose spec has `token_types` alone.
     """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     mask_positions: NDArray[np.int64] | None = None
+    token_type_ids: NDArray[np.int64] | None = None
 
 
 class Backend(Protocol):
