@@ -1,10 +1,14 @@
 """Files that are either whole or not there: written aside, synced, renamed, readable by other users."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from gte_deploy.errors import CheckpointError
 
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
@@ -18,6 +22,32 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of a checkpoint, or None where there is none.
+
+    Raises:
+        CheckpointError: the file is not JSON.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON object of a checkpoint; {} where there is no file.
+
+    Raises:
+        CheckpointError: the file holds anything else.
+    """
+    data = read_json(path)
+    if data is not None and not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds {type(data).__name__}")
+    return data or {}
 
 
 def sync_directory(path: Path) -> None:

@@ -5,6 +5,7 @@ that set them differently get each other's lengths without an error. Ids are cut
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
-from gte_deploy.checkpoint_spec import read_json
 from gte_deploy.errors import CheckpointError, InputError
+from gte_deploy.files import read_json_object
 from gte_deploy.inputs import check_integer
 
 logger = logging.getLogger(__name__)
@@ -40,14 +41,28 @@ class Template:
 class TextTokenizer:
     """A checkpoint's tokenizer. Nothing in it changes after construction, so threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, *, pad_token: str, mask_token: str | None, clean_up: bool) -> None:
-        """Take over `tokenizer`, whose stored truncation and padding are switched off."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        pad_token: str,
+        mask_token: str | None,
+        clean_up: bool,
+        truncation_side: str = "right",
+    ) -> None:
+        """Take over `tokenizer`, whose stored truncation and padding are switched off.
+
+        `truncation_side` says where a text that is too long loses tokens: at its end ("right") or its beginning.
+        """
+        if truncation_side not in ("right", "left"):
+            raise CheckpointError(f"truncation_side is {truncation_side!r}; expected 'right' or 'left'")
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if tokenizer.decoder is None and type(tokenizer.model).__name__ == "WordPiece":
             tokenizer.decoder = decoders.WordPiece(prefix="##")
         self._tokenizer = tokenizer
         self._clean_up = clean_up
+        self._cuts_left = truncation_side == "left"
         self.template = _template(tokenizer, pad_token)
         self.mask_token = mask_token
         self.mask_token_id = None if mask_token is None else tokenizer.token_to_id(mask_token)
@@ -97,7 +112,7 @@ class TextTokenizer:
         for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
             if len(ids) > budget and not truncation:
                 raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
-            rows.append([*template.prefix, *ids[:budget], *template.suffix])
+            rows.append([*template.prefix, *self._cut(ids, budget), *template.suffix])
         return rows
 
     def encode_pairs(
@@ -168,13 +183,17 @@ class TextTokenizer:
 
     def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
         """Ids of each text without special tokens, and whether they are all: a long text may stop above `budget`."""
-        look_ahead = _CHARS_PER_TOKEN * budget
+        # Only the end of a text says which tokens are its last.
+        look_ahead = math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
         short = [text for text in texts if len(text) <= look_ahead]
         encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
         return [
             (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget)
             for text in texts
         ]
+
+    def _cut(self, ids: list[int], budget: int) -> list[int]:
+        return ids[max(0, len(ids) - budget) :] if self._cuts_left else ids[:budget]
 
     def _encode_long(self, text: str, budget: int) -> tuple[list[int], bool]:
         """Tokenise ever longer beginnings of `text` until one holds more than `budget` tokens that no cut changed."""
@@ -198,13 +217,13 @@ class TextTokenizer:
     def _joined(self, parts: list[list[int]], budget: int) -> list[int]:
         template = self.template
         if len(parts) == 1:
-            return [*template.prefix, *parts[0][:budget], *template.suffix]
+            return [*template.prefix, *self._cut(parts[0], budget), *template.suffix]
         first, second = _longest_first(len(parts[0]), len(parts[1]), budget)
         return [
             *template.prefix,
-            *parts[0][:first],
+            *self._cut(parts[0], first),
             *template.middle,
-            *parts[1][:second],
+            *self._cut(parts[1], second),
             *template.pair_suffix,
         ]
 
@@ -225,8 +244,8 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises plain Exception for every malformed file
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
-    config = read_json(folder / "tokenizer_config.json") or {}
-    special = {**(read_json(folder / "special_tokens_map.json") or {}), **config}
+    config = read_json_object(folder / "tokenizer_config.json")
+    special = {**read_json_object(folder / "special_tokens_map.json"), **config}
     pad_token = _content(special.get("pad_token"))
     if pad_token is None:
         raise CheckpointError(f"{folder}: neither tokenizer_config.json nor special_tokens_map.json names a pad_token")
@@ -235,6 +254,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         pad_token=pad_token,
         mask_token=_content(special.get("mask_token")),
         clean_up=config.get("clean_up_tokenization_spaces") is True and type(tokenizer.model).__name__ != "BPE",
+        truncation_side=config.get("truncation_side", "right"),
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.models.fields import CONFIG, check_fields
 from gte_deploy.models.presets import USAGE_FIELDS, preset
 from gte_deploy.spec import Task
 
@@ -72,8 +73,8 @@ def task_of(folder: str | Path) -> Task:
     return _TASKS[match[1]]
 
 
-def read_config(folder: str | Path) -> GteConfig:
-    """Read `folder`/config.json of either layout.
+def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> GteConfig:
+    """Read `folder`/config.json of either layout; `overrides` replace fields of it.
 
     Raises:
         CheckpointError: there is no config.json.
@@ -82,17 +83,14 @@ def read_config(folder: str | Path) -> GteConfig:
     from transformers import GteConfig
 
     file = Path(folder) / "config.json"
-    raw = read_json(file)
+    raw = read_json(file) | dict(overrides or {})
     model_type = raw.get("model_type")
-    if model_type == "new":
-        reader = _Reader(raw, file, _ORIGINAL_DEFAULTS)
-        _refuse_original(reader)
-        rope = _original_rope(reader)
-    elif model_type == "gte":
-        reader = _Reader(raw, file, {f.name: f.default for f in dataclasses.fields(GteConfig)})
-        rope = _native_rope(reader)
-    else:
+    if model_type not in ("new", "gte"):
         raise ConfigError(f'{file}: model_type is {model_type!r}; expected "new" (original layout) or "gte" (native)')
+    check_fields(raw, file, CONFIG)
+    native = {f.name: f.default for f in dataclasses.fields(GteConfig)}
+    reader = _Reader(raw, file, _ORIGINAL_DEFAULTS if model_type == "new" else native)
+    rope = _rope(reader, default_theta=None if model_type == "new" else GteConfig.default_theta)
     register_rope()
     return GteConfig(**_common_fields(reader), **_label_fields(reader), rope_parameters=rope)
 
@@ -247,20 +245,6 @@ class _Reader:
             raise self.refuse(key, value, f"a number of at least {at_least} and below {below}")
         return value
 
-    def boolean(self, key: str, default: bool) -> bool:
-        """Published configs also spell booleans "true" and "false": as strings both would be true."""
-        value = self.raw.get(key, default)
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if not isinstance(value, bool):
-            raise self.refuse(key, value, "true or false")
-        return value
-
-    def only(self, key: str, allowed: Any, *, default: Any) -> None:
-        value = self.raw.get(key, default)
-        if value != allowed:
-            raise self.refuse(key, value, f"{allowed!r}, the only one this package computes")
-
 
 _SIZES = (
     "vocab_size",
@@ -300,12 +284,8 @@ def _common_fields(reader: _Reader) -> dict[str, Any]:
     fields["pad_token_id"] = _pad_token_id(reader, fields["vocab_size"])
     passed_on = ("bos_token_id", "eos_token_id", "problem_type")
     fields.update({key: reader.raw[key] for key in passed_on if key in reader.raw})
-    reader.only("hidden_act", "gelu", default=reader.defaults["hidden_act"])
-    # transformers would read these two and change the head, which neither layout's tensors describe.
-    reader.only("head_dim", hidden // heads, default=hidden // heads)
-    reader.only("partial_rotary_factor", 1.0, default=1.0)
-    if not reader.boolean("tie_word_embeddings", True):
-        raise reader.refuse("tie_word_embeddings", False, "true: the decoder is the word embedding")
+    if reader.raw.get("head_dim", hidden // heads) != hidden // heads:
+        raise reader.refuse("head_dim", reader.raw["head_dim"], f"{hidden // heads}: hidden_size over the heads")
     return {**fields, "architectures": _native_architectures(reader.raw.get("architectures"))}
 
 
@@ -339,58 +319,54 @@ def _label_fields(reader: _Reader) -> dict[str, Any]:
     return fields
 
 
-def _refuse_original(reader: _Reader) -> None:
-    reader.only("position_embedding_type", "rope", default="rope")
-    reader.only("layer_norm_type", "layer_norm", default="layer_norm")
-    if reader.boolean("logn_attention_scale", False):
-        raise reader.refuse("logn_attention_scale", True, "false: no published model scales by the logarithm")
+def _rope(reader: _Reader, *, default_theta: float | None) -> dict[str, Any]:
+    """`rope_parameters` of the config, from whichever of its spellings the file has.
+
+    The published files say `rope_theta` and `rope_scaling`; transformers 5 writes both into `rope_parameters`, also for
+    a config class of remote code that it knows nothing of.
+    """
+    spelled = {key: reader.raw[key] for key in ("rope_scaling", "rope_parameters") if reader.raw.get(key)}
+    found = [_rope_of(reader, key, value, default_theta) for key, value in spelled.items()]
+    if not found:
+        return {"rope_type": "default", "rope_theta": _theta(reader, _outer_theta(reader, default_theta))}
+    if found[0] != found[-1]:
+        raise reader.refuse("rope_scaling", spelled["rope_scaling"], "what rope_parameters says, or one of the two")
+    return found[0]
 
 
-def _original_rope(reader: _Reader) -> dict[str, Any]:
-    theta = _theta(reader, reader.get("rope_theta"))
-    scaling = reader.raw.get("rope_scaling")
-    if scaling is None:
-        return {"rope_type": "default", "rope_theta": theta}
-    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else None
-    if kind != "ntk":
-        raise reader.refuse("rope_scaling", scaling, 'null or {"type": "ntk", "factor": …}')
-    unknown = sorted(set(scaling) - {"type", "rope_type", "factor", "mixed_b"})
-    if unknown:
-        raise reader.refuse("rope_scaling", scaling, f"no field {', '.join(unknown)}")
-    inner = _Reader(scaling, reader.file, {})
-    mixed_b = inner.number("mixed_b") if scaling.get("mixed_b") is not None else None
-    return ntk_rope(
-        theta=theta,
-        factor=inner.number("factor", at_least=1.0),
-        head_dim=reader.integer("hidden_size", at_least=1) // reader.integer("num_attention_heads", at_least=1),
-        mixed_b=mixed_b,
-    )
+def _outer_theta(reader: _Reader, default: float | None) -> Any:
+    return reader.get("rope_theta") if default is None else reader.raw.get("rope_theta", default)
 
 
-def _native_rope(reader: _Reader) -> dict[str, Any]:
-    # transformers also reads the older spelling: rope_scaling and a rope_theta beside it.
-    rope = reader.raw.get("rope_scaling") or reader.raw.get("rope_parameters") or {}
+def _rope_of(reader: _Reader, key: str, rope: Any, default_theta: float | None) -> dict[str, Any]:
     if not isinstance(rope, dict):
-        raise reader.refuse("rope_parameters", rope, "an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = _theta(reader, rope.get("rope_theta", reader.raw.get("rope_theta", 160_000.0)))
-    if kind == "default":
-        fields: dict[str, Any] = {}
-    elif kind == "linear":
-        fields = {"factor": _Reader(rope, reader.file, {}).number("factor", at_least=1.0)}
-    elif kind in (NTK_MIXED, "longrope") and {"factor", "mixed_b"} <= set(rope):
-        inner = _Reader(rope, reader.file, {})
-        fields = {"factor": inner.number("factor", at_least=1.0), "mixed_b": inner.number("mixed_b")}
-    else:
-        raise reader.refuse("rope_parameters", rope, '"default", "linear", or longrope as this package writes mixed_b')
-    if kind == "longrope":
-        _check_longrope(reader, rope, fields)
-        kind = NTK_MIXED
-    known = {"rope_type", "type", "rope_theta", "factor", "mixed_b", "partial_rotary_factor"}
-    unknown = sorted(set(rope) - known - (set(_LONGROPE_FIELDS) if kind == NTK_MIXED else set()))
+        raise reader.refuse(key, rope, 'null or an object such as {"type": "ntk", "factor": …}')
+    kind = rope.get("rope_type", rope.get("type", None if reader.raw["model_type"] == "new" else "default"))
+    if rope.get("type", kind) != kind:
+        raise reader.refuse(key, rope, "a type and a rope_type that agree")
+    # The implementation that the original layout comes with computes no linear scaling.
+    linear = () if reader.raw["model_type"] == "new" else ("linear",)
+    mixed = kind in (NTK_MIXED, "longrope") and {"factor", "mixed_b"} <= set(rope)
+    if kind not in ("default", "ntk", *linear) and not mixed:
+        raise reader.refuse(key, rope, f"a type of {', '.join(('default', 'ntk', *linear))}")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    known |= set() if kind == "default" else {"factor"}
+    known |= {"mixed_b"} if mixed or kind == "ntk" else set()
+    unknown = sorted(set(rope) - known - (set(_LONGROPE_FIELDS) if mixed else set()))
     if unknown or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise reader.refuse("rope_parameters", rope, f"none of {', '.join(unknown) or 'partial_rotary_factor'}")
-    return {"rope_type": kind, "rope_theta": theta, **fields}
+        raise reader.refuse(key, rope, f"no field {', '.join(unknown) or 'partial_rotary_factor other than 1'}")
+    inner = _Reader(rope, reader.file, {"rope_theta": default_theta})
+    theta = _theta(reader, rope["rope_theta"] if "rope_theta" in rope else _outer_theta(reader, default_theta))
+    if kind == "default":
+        return {"rope_type": kind, "rope_theta": theta}
+    factor = inner.number("factor", at_least=1.0)
+    if kind == "linear":
+        return {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    mixed_b = inner.number("mixed_b") if rope.get("mixed_b") is not None else None
+    if kind == "longrope":
+        _check_longrope(reader, rope, {"factor": factor, "mixed_b": inner.number("mixed_b")})
+    head_dim = reader.integer("hidden_size", at_least=1) // reader.integer("num_attention_heads", at_least=1)
+    return ntk_rope(theta=theta, factor=factor, head_dim=head_dim, mixed_b=mixed_b)
 
 
 def _theta(reader: _Reader, value: Any) -> float:

@@ -1,0 +1,301 @@
+"""What is done with every field of a checkpoint's files: the table that the readers go by, and that the docs show.
+
+A field is *honoured* (it changes the answers as it changes those of the checkpoint's own library), *fixed* (only the
+values listed are computed; another one is refused by name), or *without effect* on the answers. `check_fields` refuses
+what the table refuses; docs/checkpoints.md is made of the same table:
+
+    python -m gte_deploy.models.fields > docs/checkpoints.md
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gte_deploy.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is done with one field.
+
+    Args:
+        effect: see the module.
+        note: how it is honoured, why it may be ignored, or what the fixed value means; a sentence for the docs.
+        allowed: of a fixed field, the values that are accepted; null always is, where the field may be left out.
+    """
+
+    effect: Literal["honoured", "fixed", "without effect"]
+    note: str
+    allowed: tuple[Any, ...] = ()
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a file may have this value. Published configs also spell booleans "true" and "false"."""
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        if self.effect != "fixed" or value is None:
+            return True
+        # A number is no boolean here, though Python says that 1 == True.
+        return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.allowed)
+
+
+@dataclass(frozen=True)
+class FileFields:
+    """The fields of one kind of file.
+
+    Args:
+        name: of the file, as the docs show it.
+        reads: who reads it, and when.
+        fields: by name; a name that ends in * stands for all that begin so.
+        unknown: what a field that is not listed is: "ignored" where the checkpoint's own library passes over it, and
+            "refused" where that takes every field for an argument.
+    """
+
+    name: str
+    reads: str
+    fields: Mapping[str, Field]
+    unknown: Literal["ignored", "refused"]
+
+    def field(self, name: str) -> Field | None:
+        """The entry for a field, or None."""
+        found = self.fields.get(name)
+        if found is None:
+            found = next((f for key, f in self.fields.items() if key.endswith("*") and name.startswith(key[:-1])), None)
+        return found
+
+
+def check_fields(raw: Mapping[str, Any], file: Path, table: FileFields) -> None:
+    """Refuse what `table` does not allow in `raw`, the contents of `file`.
+
+    Raises:
+        ConfigError: naming the file, the field, its value and what is accepted.
+    """
+    for name, value in raw.items():
+        field = table.field(name)
+        if field is None and table.unknown == "refused":
+            raise ConfigError(
+                f"{file}: {name} is {value!r}; expected no such field: this package does not know it, and leaving it "
+                "out could change the answers."
+            )
+        if field is None:
+            logger.debug("%s: the field %s is not known, and nothing reads it", file, name)
+        elif not field.accepts(value):
+            allowed = " or ".join(map(_spelled, field.allowed)) or "none, or null"
+            raise ConfigError(f"{file}: {name} is {value!r}; expected {allowed}. {field.note}")
+
+
+def _spelled(value: Any) -> str:
+    return "true or false" if value == (True, False) else {True: "true", False: "false"}.get(value, repr(value))
+
+
+def _honoured(note: str) -> Field:
+    return Field("honoured", note)
+
+
+def _fixed(note: str, *allowed: Any) -> Field:
+    return Field("fixed", note, allowed)
+
+
+def _ignored(note: str) -> Field:
+    return Field("without effect", note)
+
+
+_SIZE = _honoured("It is checked against the shapes of the tensors.")
+_TRAINING = _ignored("It says how the model was trained.")
+_BOOKKEEPING = _ignored("It names versions, sources or classes.")
+_PRINTED = _ignored("It changes what transformers returns beside the answer.")
+
+CONFIG = FileFields(
+    name="config.json",
+    reads='Both layouts, `model_type` "new" and "gte", by the same rules.',
+    fields={
+        "model_type": _honoured('"new" is the original layout, "gte" is transformers\' own; another is refused.'),
+        "architectures": _honoured("Its head decides the task, unless modules.json or `--task` does."),
+        "vocab_size": _SIZE,
+        "hidden_size": _SIZE,
+        "num_hidden_layers": _SIZE,
+        "num_attention_heads": _SIZE,
+        "intermediate_size": _SIZE,
+        "type_vocab_size": _honoured("0 means no token types; with 2 or more the tokenizer's are fed."),
+        "max_position_embeddings": _honoured("No text may have more tokens."),
+        "layer_norm_eps": _honoured("Of every LayerNorm."),
+        "rope_theta": _honoured("Base of the rotary embedding."),
+        "rope_scaling": _honoured("null, default, ntk (with mixed_b), and linear in the native layout; else refused."),
+        "rope_parameters": _honoured("As transformers 5 writes rope_theta and rope_scaling, in both layouts."),
+        "pad_token_id": _honoured("Where it is missing, and where the two differ, the tokenizer's is taken."),
+        "id2label": _honoured("Names of a classifier's labels."),
+        "label2id": _honoured("Is made of id2label."),
+        "num_labels": _honoured("It is checked against id2label and the shape of the head."),
+        "sentence_transformers": _honoured("`activation_fn` is what predict applies to a reranker's logits."),
+        "sbert_ce_default_activation_function": _honoured("The same, as it was spelled before version 4."),
+        "hidden_act": _fixed("Only the exact GELU is computed.", "gelu"),
+        "layer_norm_type": _fixed("Only LayerNorm is computed.", "layer_norm"),
+        "position_embedding_type": _fixed("Only rotary positions are computed.", "rope"),
+        "logn_attention_scale": _fixed("Scores are not scaled by the logarithm of the length.", False),
+        "partial_rotary_factor": _fixed("The whole head is rotated.", 1, 1.0),
+        "tie_word_embeddings": _fixed("The decoder of the masked-LM head is the word embedding.", True),
+        "quantization_config": _fixed("Quantised weights are not read; take the checkpoint they were made of."),
+        "is_decoder": _fixed("Attention sees both sides.", False),
+        "add_cross_attention": _fixed("There is no second input to attend to.", False),
+        "head_dim": _honoured("It must be hidden_size over num_attention_heads; else it is refused."),
+        "logn_attention_clip1": _ignored("It belongs to logn_attention_scale, which is refused."),
+        "pack_qkv": _ignored("The names of the tensors say it."),
+        "unpad_inputs": _ignored("It changes the speed."),
+        "use_memory_efficient_attention": _ignored("It changes the speed."),
+        "use_cache": _ignored("An encoder has no cache."),
+        "torch_dtype": _ignored("The tensors have types of their own; PyTorch computes in float32 here."),
+        "dtype": _ignored("As torch_dtype."),
+        "bos_token_id": _ignored("The tokenizer has its own."),
+        "eos_token_id": _ignored("The tokenizer has its own."),
+        "sep_token_id": _ignored("The tokenizer has its own."),
+        "cls_token_id": _ignored("The tokenizer has its own."),
+        "mask_token_id": _ignored("The tokenizer has its own."),
+        "decoder_start_token_id": _ignored("Nothing is generated."),
+        "tokenizer_class": _ignored("tokenizer_config.json decides; where that does not, AutoTokenizer reads it."),
+        "problem_type": _ignored("It chooses a loss for training."),
+        "hidden_dropout_prob": _TRAINING,
+        "attention_probs_dropout_prob": _TRAINING,
+        "classifier_dropout": _TRAINING,
+        "initializer_range": _TRAINING,
+        "gradient_checkpointing": _TRAINING,
+        "output_attentions": _PRINTED,
+        "output_hidden_states": _PRINTED,
+        "return_dict": _PRINTED,
+        "auto_map": _ignored("It names remote code, which is never run."),
+        "_name_or_path": _BOOKKEEPING,
+        "transformers_version": _BOOKKEEPING,
+        "finetuning_task": _BOOKKEEPING,
+        "torchscript": _BOOKKEEPING,
+    },
+    unknown="ignored",
+)
+
+TOKENIZER = FileFields(
+    name="tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.txt, *.model",
+    reads=(
+        "transformers' `AutoTokenizer`, without remote code: what it makes of these files is the truth. A bundle gets "
+        "a tokenizer.json that alone gives AutoTokenizer's ids."
+    ),
+    fields={
+        "model_max_length": _honoured("It limits the tokens of a text, where no other file does."),
+        "do_lower_case": _honoured("By AutoTokenizer, as is the next."),
+        "strip_accents, tokenize_chinese_chars": _honoured("By AutoTokenizer."),
+        "added_tokens_decoder, additional_special_tokens, extra_special_tokens": _honoured("By AutoTokenizer."),
+        "pad_token, unk_token, cls_token, sep_token, mask_token, bos_token, eos_token": _honoured("By AutoTokenizer."),
+        "model_input_names": _honoured("With token_type_ids, and a model that has token types, these are fed."),
+        "truncation_side": _honoured('"left" keeps the last tokens of a text that is cut.'),
+        "clean_up_tokenization_spaces": _honoured("In the texts that fill_mask gives."),
+        "split_special_tokens": _fixed("Special tokens in a text stay whole.", False),
+        "padding_side": _ignored("Padding is masked, and rotary positions are relative."),
+        "auto_map": _ignored("It names remote code, which is never run."),
+        "chat_template": _ignored("There is no chat."),
+    },
+    unknown="ignored",
+)
+
+MODULES = FileFields(
+    name="modules.json",
+    reads="sentence-transformers' list of modules; it matters for the task that it belongs to.",
+    fields={
+        "idx": _ignored("The order of the list counts."),
+        "name": _ignored("It is a label."),
+        "path": _honoured("Folder of the module's files; config.json may be in the Transformer's."),
+        "type": _honoured(
+            "Transformer, Pooling, Dense, Normalize (and Dropout, which does nothing here) for embeddings; Transformer "
+            "for a reranker; MLMTransformer, SpladePooling, Router and SparseStaticEmbedding for sparse embeddings. "
+            "Others are refused by name."
+        ),
+        "kwargs": _fixed("They are arguments for calls of the module.", (), []),
+    },
+    unknown="refused",
+)
+
+_NO_LENGTH = "Queries and documents have the same limit."
+SENTENCE_BERT = FileFields(
+    name="sentence_bert_config.json",
+    reads="Settings of the Transformer module: for embeddings always, for rerankers where there is a modules.json.",
+    fields={
+        "max_seq_length": _honoured("It limits the tokens of a text, before tokenizer_config.json does."),
+        "do_lower_case": _honoured("A Lowercase step comes before the tokenizer's own normalizer."),
+        "tokenizer_args": _honoured("Arguments of AutoTokenizer; those that load code or other files are refused."),
+        "processor_kwargs": _honoured("The newer name of tokenizer_args."),
+        "config_args": _honoured("They replace fields of config.json."),
+        "config_kwargs": _honoured("The newer name of config_args."),
+        "model_args": _honoured("Types, devices and kinds of attention do not change the answers; others are refused."),
+        "model_kwargs": _honoured("The newer name of model_args."),
+        "transformer_task": _honoured("It must be the task's own; else it is refused."),
+        "modality_config": _honoured("It must be the forward pass over text; else it is refused."),
+        "module_output_name": _honoured("It must be what modality_config goes with; else it is refused."),
+        "processing_kwargs": _fixed("Texts are cut and padded in one way.", {}),
+        "query_length": _fixed(_NO_LENGTH),
+        "document_length": _fixed(_NO_LENGTH),
+        "query_expansion": _fixed("Queries are not lengthened by mask tokens."),
+        "tokenizer_name_or_path": _fixed("The tokenizer is the checkpoint's own."),
+        "unpad_inputs": _ignored("It changes the speed."),
+    },
+    unknown="refused",
+)
+
+SENTENCE_TRANSFORMERS = FileFields(
+    name="config_sentence_transformers.json",
+    reads="Settings of the whole: for embeddings always, for rerankers where there is a modules.json.",
+    fields={
+        "prompts": _honoured("Texts to put before the input, by name."),
+        "default_prompt_name": _honoured("The prompt that is used where the caller names none."),
+        "similarity_fn_name": _honoured("It goes into the bundle; `Model.spec` has it."),
+        "truncate_dim": _honoured("Leading dimensions that encode keeps by default."),
+        "max_active_dims": _honoured("Entries that a sparse vector keeps."),
+        "activation_fn": _honoured("What predict applies to a reranker's logits (see below)."),
+        "model_type": _honoured("A file of another kind of model is passed over, as the library passes over it."),
+        "keep_in_fp32_modules": _ignored("PyTorch computes in float32 here."),
+        "__version__": _BOOKKEEPING,
+        "requirements": _ignored("They are for the library's own installation."),
+    },
+    unknown="ignored",
+)
+
+POOLING = FileFields(
+    name="1_Pooling/config.json",
+    reads="The Pooling module, in the folder that modules.json names.",
+    fields={
+        "pooling_mode": _honoured('"cls" or "mean"; others, and several at once, are refused.'),
+        "pooling_mode_*": _honoured("The older spelling, a boolean for each mode."),
+        "word_embedding_dimension": _ignored("The tensors have it."),
+        "embedding_dimension": _ignored("The tensors have it."),
+        "include_prompt": _fixed("The prompt's tokens are pooled as well.", True),
+    },
+    unknown="refused",
+)
+
+DENSE = FileFields(
+    name="2_Dense/config.json",
+    reads="Dense modules after the pooling, in the folders that modules.json names, with model.safetensors beside it.",
+    fields={
+        "in_features": _honoured("It is checked against the weights."),
+        "out_features": _honoured("Width of the embedding."),
+        "bias": _honoured("It is checked against the weights."),
+        "activation_function": _honoured("One of the functions below; where it is missing, Tanh."),
+        "use_residual": _honoured("The input is added, through a matrix where the widths differ."),
+        "module_input_name": _fixed("It projects the pooled embedding.", "sentence_embedding"),
+        "module_output_name": _fixed("It projects the pooled embedding.", "sentence_embedding"),
+    },
+    unknown="ignored",
+)
+
+ADAPTER = FileFields(
+    name="adapter_config.json, adapter_model.safetensors",
+    reads=(
+        "A PEFT adapter (LoRA and its kin), in place of weights or beside them. It is merged where `peft` is "
+        "installed, and refused by name where it is not."
+    ),
+    fields={
+        "base_model_name_or_path": _honoured("The weights that it adapts; the folder's own where that is not found."),
+        "*": _honoured("By peft."),
+    },
+    unknown="ignored",
+)
+
+TABLES = (CONFIG, TOKENIZER, MODULES, SENTENCE_BERT, SENTENCE_TRANSFORMERS, POOLING, DENSE, ADAPTER)

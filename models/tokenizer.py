@@ -1,0 +1,184 @@
+"""A checkpoint's tokenizer as transformers' AutoTokenizer makes it of all its files, and that as one tokenizer.json.
+
+A dozen fields of four files decide the ids of a text, and each version of transformers has its own rules for them. So
+AutoTokenizer itself reads them, without remote code, and what it made is written down: the tokenizer.json of a bundle
+alone gives its ids, whatever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer, normalizers
+
+from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.files import write_text
+from gte_deploy.models.weight_files import refuse_pointer
+from gte_deploy.tokenization import TextTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What sentence_bert_config.json may hand to AutoTokenizer. Others load code, other files or another class.
+_ARGUMENTS = frozenset(
+    {
+        "model_max_length",
+        "padding_side",
+        "truncation_side",
+        "do_lower_case",
+        "strip_accents",
+        "tokenize_chinese_chars",
+        "clean_up_tokenization_spaces",
+        "add_prefix_space",
+        "use_fast",
+        *(f"{name}_token" for name in ("pad", "unk", "cls", "sep", "mask", "bos", "eos")),
+    }
+)
+# transformers' own stand-in for "no limit" is 1e30.
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class ResolvedTokenizer:
+    """What AutoTokenizer made of a checkpoint's files.
+
+    Args:
+        theirs: the tokenizer of transformers; nothing in it is changed any more.
+        backend: the tokenizer of the tokenizers library that gives the ids.
+        lowercases: whether sentence-transformers' own Lowercase step was put before its normalizer.
+    """
+
+    theirs: PreTrainedTokenizerBase
+    backend: Tokenizer
+    lowercases: bool
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that fills short rows."""
+        return int(self.theirs.pad_token_id)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the tokenizer's files allow, special tokens included; None for no limit."""
+        limit = self.theirs.model_max_length
+        return None if limit is None or limit >= _NO_LIMIT else int(limit)
+
+    @property
+    def gives_token_types(self) -> bool:
+        """Whether a model is to be fed `token_type_ids`."""
+        return "token_type_ids" in self.theirs.model_input_names
+
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer as the runtime uses it."""
+        return TextTokenizer(
+            Tokenizer.from_str(self.backend.to_str()),
+            pad_token=str(self.theirs.pad_token),
+            mask_token=None if self.theirs.mask_token is None else str(self.theirs.mask_token),
+            clean_up=_cleans_up(self.theirs, self.backend),
+            truncation_side=self.theirs.truncation_side,
+        )
+
+    def save(self, folder: Path, *, max_length: int) -> None:
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json with a limit of `max_length` tokens.
+
+        The class is the plain one: it takes tokenizer.json as it is, where others build their own anew.
+        """
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        names = {f"{name}_token": getattr(self.theirs, f"{name}_token") for name in _SPECIAL_TOKENS}
+        special = {name: str(token) for name, token in names.items() if token is not None}
+        others = [str(token) for token in self.theirs.all_special_tokens if str(token) not in special.values()]
+        if others:
+            special["additional_special_tokens"] = others  # type: ignore[assignment]
+        config = {
+            **special,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "model_input_names": list(self.theirs.model_input_names),
+            "padding_side": "right",
+            "truncation_side": self.theirs.truncation_side,
+            "clean_up_tokenization_spaces": _cleans_up(self.theirs, self.backend),
+        }
+        write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
+        write_text(folder / "tokenizer_config.json", _json(config))
+        # Older readers take the special tokens from this file alone.
+        write_text(folder / "special_tokens_map.json", _json(special))
+
+
+_SPECIAL_TOKENS = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+
+
+def resolve_tokenizer(
+    folder: Path, *, arguments: Mapping[str, Any] | None = None, lowercase: bool = False
+) -> ResolvedTokenizer:
+    """Read the tokenizer of a checkpoint folder; no network, no remote code.
+
+    Args:
+        folder: with the tokenizer's files.
+        arguments: for AutoTokenizer, as sentence_bert_config.json has them.
+        lowercase: put a Lowercase step before the normalizer, as sentence-transformers does for `do_lower_case`.
+
+    Raises:
+        ConfigError: an argument, or a field of tokenizer_config.json, is not honoured.
+        CheckpointError: AutoTokenizer cannot read the files, or makes something that is not a fast tokenizer.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        refuse_pointer(folder / name)
+    if unknown := sorted(set(arguments or {}) - _ARGUMENTS):
+        raise ConfigError(
+            f"{folder}: sentence_bert_config.json has the tokenizer argument {unknown[0]!r}, which is not "
+            f"honoured; known are {', '.join(sorted(_ARGUMENTS))}."
+        )
+    theirs = _auto_tokenizer(folder, dict(arguments or {}))
+    backend = getattr(theirs, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise CheckpointError(
+            f"{folder}: transformers reads a {type(theirs).__name__}, which runs in Python and has no tokenizer.json. "
+            "Convert it with transformers to a fast tokenizer, and save that."
+        )
+    if theirs.pad_token is None:
+        raise CheckpointError(f"{folder}: no file of the tokenizer names a pad_token. Add it to tokenizer_config.json.")
+    if getattr(theirs, "split_special_tokens", False):
+        raise ConfigError(
+            f"{folder}: split_special_tokens is true; expected false: special tokens stay whole"
+        )
+    if lowercase and not _has_lowercase(backend.normalizer):
+        backend.normalizer = _lowercase_first(backend.normalizer)
+    return ResolvedTokenizer(theirs, backend, lowercase)
+
+
+def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **arguments)
+    except Exception as error:  # of many libraries; the tokenizers library raises plain Exception
+        raise CheckpointError(
+            f"{folder}: transformers' AutoTokenizer cannot read the tokenizer ({type(error).__name__}: {error}). "
+            "A checkpoint has a tokenizer.json, or a vocab.txt with a tokenizer_config.json that names its class."
+        ) from error
+
+
+def _has_lowercase(normalizer: Any) -> bool:
+    if isinstance(normalizer, normalizers.Sequence):
+        return any(isinstance(step, normalizers.Lowercase) for step in normalizer)
+    return isinstance(normalizer, normalizers.Lowercase)
+
+
+def _lowercase_first(normalizer: Any) -> Any:
+    steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer]
+    return normalizers.Sequence([normalizers.Lowercase(), *(step for step in steps if step is not None)])
+
+
+def _cleans_up(theirs: PreTrainedTokenizerBase, backend: Tokenizer) -> bool:
+    # transformers ignores it for a BPE, whose texts it would damage.
+    return bool(theirs.clean_up_tokenization_spaces) and type(backend.model).__name__ != "BPE"
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
