@@ -272,16 +272,14 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint_info(name: str | None) -> dict[str, Any]:
-    from gte_deploy.checkpoint_spec import spec_from_checkpoint
     from gte_deploy.models import resolve_checkpoint
-    from gte_deploy.models.config import read_config, task_of
+    from gte_deploy.models.description import describe
 
     folder = resolve_checkpoint(name)
     try:
-        config = read_config(folder)
+        spec = describe(folder).spec
     except ModuleNotFoundError as error:
         raise MissingDependencyError("transformers", "torch") from error
-    spec = spec_from_checkpoint(folder, config, task_of(folder))
     return {"path": str(folder), "kind": "checkpoint", "spec": dataclasses.asdict(spec)}
 
 

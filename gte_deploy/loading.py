@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gte_deploy import picks
 from gte_deploy.backends.base import Backend
@@ -16,7 +16,10 @@ from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model
 from gte_deploy.onnx_inspection import check_graphs
 from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, is_packed
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.tokenization import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from gte_deploy.backends.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +80,14 @@ def load(
         if compile:
             raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
         opened, spec, reason = _open_bundle(folder, backend, precision, device, num_threads)
+        tokenizer = load_tokenizer(folder)
     else:
-        opened, spec = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
+        opened, tokenizer = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
+        spec = opened.spec
         reason = _ASKED if backend == "torch" else "torch runs checkpoints"
     logger.info("%s runs on %s in %s: %s", folder, opened.name, opened.precision, reason)
     budget = _MAX_BATCH_TOKENS[parse_device(opened.device)[0]] if max_batch_tokens is None else max_batch_tokens
-    return Model(opened, load_tokenizer(folder), spec, max_batch_tokens=budget, path=folder, backend_reason=reason)
+    return Model(opened, tokenizer, spec, max_batch_tokens=budget, path=folder, backend_reason=reason)
 
 
 def _resolve(path: str | os.PathLike[str] | None) -> Path:
@@ -95,7 +100,7 @@ def _resolve(path: str | os.PathLike[str] | None) -> Path:
 
 def _open_checkpoint(
     folder: Path, backend: str, precision: ComputePrecision | None, device: str, num_threads: int | None, compile: bool
-) -> tuple[Backend, ModelSpec]:
+) -> "tuple[TorchBackend, TextTokenizer]":
     if backend in ENGINE_OF:
         raise BackendError(
             f"{folder} is not a bundle: it has no {MANIFEST_NAME}. Export it with gte-export and load the result, or "
@@ -108,10 +113,9 @@ def _open_checkpoint(
         )
     from gte_deploy.backends.torch_backend import open_torch_backend
 
-    opened = open_torch_backend(
+    return open_torch_backend(
         folder, device=device, num_threads=num_threads, precision=precision or "fp32", compile=compile
     )
-    return opened, opened.spec
 
 
 def _open_bundle(

@@ -33,7 +33,11 @@ from transformers import (
 
 from gte_deploy.errors import CheckpointError
 from gte_deploy.files import write_text, write_with
-from gte_deploy.models.config import native_config, original_config, read_config, read_json, task_of
+from gte_deploy.models.adapters import find_adapter, merge_adapter
+from gte_deploy.models.config import config_folder, native_config, original_config, read_config, task_of
+from gte_deploy.models.dense import load_dense
+from gte_deploy.models.modules import model_folder, read_settings
+from gte_deploy.models.weight_files import INDEX, weight_files
 from gte_deploy.spec import Task
 
 logger = logging.getLogger(__name__)
@@ -57,8 +61,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _EMBEDDING = "embeddings.word_embeddings.weight"
 _DECODER = "lm_head.decoder.weight"
 _MAX_NAMED = 10
@@ -97,15 +99,33 @@ def load_model(
         dtype: of the parameters; stored ones are cast. RoPE frequencies stay float32.
         attn_implementation: a name known to transformers' AttentionInterface.
 
+    An adapter in the folder is merged, for which peft is needed. Dense modules after the pooling of an embedding model
+    become its submodule `sentence_projection`.
+
     Raises:
         ConfigError: config.json asks for what the model cannot honour.
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or misshapen; it is named.
     """
     folder = Path(folder)
-    config = read_config(folder)
     task = task or task_of(folder)
     if task not in MODEL_CLASSES:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(MODEL_CLASSES)}")
+    settings = read_settings(folder, task)
+    config = read_config(config_folder(folder), settings.config_overrides)
+    inner = model_folder(folder)
+    adapter = find_adapter(inner)
+    model = _load_weights(inner if adapter is None else model_folder(adapter.base), config, task, dtype)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+    if settings.dense:
+        model.sentence_projection = load_dense(folder, settings.dense, width=config.hidden_size, dtype=dtype)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.set_attn_implementation(attn_implementation)
+    return model.eval()
+
+
+def _load_weights(folder: Path, config: GteConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:
     with ExitStack() as stack:
         stored = _open_tensors(folder, stack)
         if task == "embed":
@@ -116,10 +136,7 @@ def load_model(
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     _require_materialised(model)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = dtype
-    model.set_attn_implementation(attn_implementation)
-    return model.eval()
+    return model
 
 
 def save_model(
@@ -228,7 +245,7 @@ class _Problems:
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
     """Every tensor of the folder by its stored name; files stay open until `stack` closes."""
     stored: dict[str, _Stored] = {}
-    for file, expected in _weight_files(folder).items():
+    for file, expected in weight_files(folder).items():
         try:
             handle = stack.enter_context(safe_open(file, framework="pt"))
             names = list(handle.keys())
@@ -237,31 +254,10 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
             raise CheckpointError(f"{file} is not a whole safetensors file ({error}). Copy it again.") from error
         if expected is not None and set(names) != expected:
             odd = sorted(set(names) ^ expected)
-            raise CheckpointError(f"{file} does not hold what {_INDEX} says: {', '.join(odd[:_MAX_NAMED])}")
+            raise CheckpointError(f"{file} does not hold what {INDEX} says: {', '.join(odd[:_MAX_NAMED])}")
         for name, part in slices.items():
             stored[name] = _Stored(handle, name, file, tuple(part.get_shape()), part.get_dtype())
     return stored
-
-
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Weight files and, for shards, the names the index gives to each."""
-    if (folder / _WEIGHTS).exists():
-        return {folder / _WEIGHTS: None}
-    if not (folder / _INDEX).exists():
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f"only {', '.join(pickles)}, which are pickles and are never loaded" if pickles else "none"
-        raise CheckpointError(
-            f"{folder} has no {_WEIGHTS} and no {_INDEX}; weights found: {found}. Convert them to safetensors first."
-        )
-    weight_map = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / _INDEX} has no weight_map")
-    files: dict[Path, set[str] | None] = {}
-    for file in sorted(set(map(str, weight_map.values()))):
-        if Path(file).name != file or not (folder / file).is_file():
-            raise CheckpointError(f"{folder / _INDEX} names the shard {file!r}, which is not a file in {folder}")
-        files[folder / file] = {name for name, shard in weight_map.items() if shard == file}
-    return files
 
 
 def _bare(name: str) -> str:
@@ -396,9 +392,9 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: in
         write_with(folder / name, partial(_save_tensors, tensors))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_text(folder / _INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     # Weights of an earlier save in the same folder would be read instead of these.
-    kept = {*split.filename_to_tensors, *([_INDEX] if split.is_sharded else [])}
+    kept = {*split.filename_to_tensors, *([INDEX] if split.is_sharded else [])}
     for file in folder.glob("model*.safetensors*"):
         if file.name not in kept:
             file.unlink()

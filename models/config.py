@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.fields import CONFIG, check_fields
+from gte_deploy.models.modules import model_folder, read_modules
 from gte_deploy.models.presets import USAGE_FIELDS, preset
+from gte_deploy.models.weight_files import tensor_names, weight_files
 from gte_deploy.spec import Task
 
 if TYPE_CHECKING:
@@ -59,9 +62,10 @@ def task_of(folder: str | Path) -> Task:
         CheckpointError: the folder holds no checkpoint.
         ConfigError: `architectures` names a head that this package does not know.
     """
-    folder = Path(folder)
+    outer = Path(folder)
+    folder = config_folder(outer)
     raw = read_json(folder / "config.json")
-    if _has_pooling_module(folder):
+    if any(module.kind == "Pooling" for module in read_modules(outer) or ()):
         return "embed"
     names = raw.get("architectures")
     if not names:
@@ -71,6 +75,17 @@ def task_of(folder: str | Path) -> Task:
         known = ", ".join(f"New{suffix}" for suffix in _TASKS)
         raise ConfigError(f"{folder / 'config.json'}: architectures is {names!r}; this package knows {known} and Gte…")
     return _TASKS[match[1]]
+
+
+def config_folder(folder: Path) -> Path:
+    """Where the config.json of a checkpoint is: in the folder, in its Transformer module's, or in an adapter's base.
+
+    Raises:
+        CheckpointError: the base of an adapter is not to be had.
+    """
+    inner = model_folder(folder)
+    adapter = None if (inner / "config.json").is_file() else find_adapter(inner)
+    return inner if adapter is None else model_folder(adapter.base)
 
 
 def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> GteConfig:
@@ -196,23 +211,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{file} holds a {type(value).__name__}; expected a JSON object")
     return value
-
-
-def tensor_names(file: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, from its header alone.
-
-    Raises:
-        CheckpointError: the file is missing or its header is damaged.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if not 0 < size <= file.stat().st_size - 8:
-                raise ValueError(f"its header claims {size:,} bytes")
-            header = json.loads(stream.read(size))
-        return [name for name in header if name != "__metadata__"]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}). Copy it again.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,23 +447,8 @@ def _compute_ntk_mixed(
     return torch.tensor(inv_freq, dtype=torch.float32, device=device), 1.0
 
 
-def _has_pooling_module(folder: Path) -> bool:
-    file = folder / "modules.json"
-    if not file.is_file():
-        return False
-    try:
-        modules = json.loads(file.read_bytes())
-        return any(module["type"].rpartition(".")[2] == "Pooling" for module in modules)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{file} is not a list of sentence-transformers modules ({error!r})") from error
-
-
 def _task_of_tensors(folder: Path) -> Task:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        names = tensor_names(folder / "model.safetensors")
-    else:
-        names = list(read_json(index).get("weight_map", {}))
+    names = [name for file in weight_files(folder) for name in tensor_names(file)]
     if any(name.startswith("lm_head.") for name in names):
         return "fill-mask"
     if not any(name.startswith("classifier.") for name in names):

@@ -208,9 +208,9 @@ MODULES = FileFields(
             "for a reranker; MLMTransformer, SpladePooling, Router and SparseStaticEmbedding for sparse embeddings. "
             "Others are refused by name."
         ),
-        "kwargs": _fixed("They are arguments for calls of the module.", (), []),
+        "kwargs": _fixed("They are arguments for calls of the module.", []),
     },
-    unknown="refused",
+    unknown="ignored",
 )
 
 _NO_LENGTH = "Queries and documents have the same limit."

@@ -144,9 +144,7 @@ def resolve_tokenizer(
     if theirs.pad_token is None:
         raise CheckpointError(f"{folder}: no file of the tokenizer names a pad_token. Add it to tokenizer_config.json.")
     if getattr(theirs, "split_special_tokens", False):
-        raise ConfigError(
-            f"{folder}: split_special_tokens is true; expected false: special tokens stay whole"
-        )
+        raise ConfigError(f"{folder}: split_special_tokens is true; expected false: special tokens stay whole")
     if lowercase and not _has_lowercase(backend.normalizer):
         backend.normalizer = _lowercase_first(backend.normalizer)
     return ResolvedTokenizer(theirs, backend, lowercase)

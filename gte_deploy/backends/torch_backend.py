@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import BackendError, MissingDependencyError
 from gte_deploy.spec import ComputePrecision, ModelSpec
 from gte_deploy.threads import available_cpus
+from gte_deploy.tokenization import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class TorchBackend:
         hidden = encoded.last_hidden_state
         tensors = {"last_hidden_state": hidden}
         if "sentence_embedding" in outputs:
-            tensors["sentence_embedding"] = self._pooled(hidden, mask)
+            tensors["sentence_embedding"] = self._projected(model, self._pooled(hidden, mask))
         if "logits" not in outputs:
             return tensors
         if self.spec.task == "classify":
@@ -141,10 +141,12 @@ class TorchBackend:
         tensors = {}
         if "last_hidden_state" in outputs:
             tensors["last_hidden_state"] = padded(hidden)
-        if "sentence_embedding" in outputs and self.spec.pooling == "cls":
-            tensors["sentence_embedding"] = hidden[starts[:-1]]
-        elif "sentence_embedding" in outputs:
-            tensors["sentence_embedding"] = torch.segment_reduce(hidden.float(), "mean", lengths=self._tensor(lengths))
+        if "sentence_embedding" in outputs:
+            if self.spec.pooling == "cls":
+                pooled = hidden[starts[:-1]]
+            else:
+                pooled = torch.segment_reduce(hidden.float(), "mean", lengths=self._tensor(lengths))
+            tensors["sentence_embedding"] = self._projected(model, pooled)
         if "logits" not in outputs:
             return tensors
         if self.spec.task == "classify":
@@ -165,6 +167,10 @@ class TorchBackend:
         weights = mask[:, :, None]
         return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 
+    def _projected(self, model: Any, pooled: Any) -> Any:
+        projection = getattr(model, "sentence_projection", None)
+        return pooled if projection is None else projection(pooled.to(model.dtype))
+
     def _tensor(self, array: NDArray[Any]) -> Any:
         import torch
 
@@ -178,8 +184,8 @@ def open_torch_backend(
     num_threads: int | None = None,
     precision: ComputePrecision = "fp32",
     compile: bool = False,
-) -> TorchBackend:
-    """Load a checkpoint folder of either layout.
+) -> tuple[TorchBackend, TextTokenizer]:
+    """Load a checkpoint folder of either layout, and its tokenizer as transformers makes it.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
@@ -191,12 +197,13 @@ def open_torch_backend(
     import torch
 
     from gte_deploy.models.checkpoint import load_model
-    from gte_deploy.models.config import task_of
+    from gte_deploy.models.description import describe
 
-    task = task_of(folder)
-    model = load_model(folder, task=task, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    spec = spec_from_checkpoint(folder, model.config, task)
-    return TorchBackend(model, spec, device=device, num_threads=num_threads, compile=compile)
+    description = describe(folder)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = load_model(folder, task=description.task, dtype=dtype)
+    backend = TorchBackend(model, description.spec, device=device, num_threads=num_threads, compile=compile)
+    return backend, description.tokenizer.text_tokenizer()
 
 
 def _require(module: str) -> None:

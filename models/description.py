@@ -1,0 +1,131 @@
+"""What a checkpoint folder is: every file that can change an answer, read once, for all who need to know.
+
+Models, exporters, the runtime and Triton share what `describe` gives. Which field of which file is honoured, and which
+is refused, stands in `models.fields`, and in docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gte_deploy.errors import CheckpointError
+from gte_deploy.models.config import read_config, task_of
+from gte_deploy.models.modules import (
+    DenseModule,
+    SentenceSettings,
+    checked_pooling,
+    model_folder,
+    read_settings,
+    reranker_activation,
+)
+from gte_deploy.models.tokenizer import ResolvedTokenizer, resolve_tokenizer
+from gte_deploy.spec import TASKS, ModelSpec, Pooling, Task
+
+if TYPE_CHECKING:
+    from transformers import GteConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A checkpoint, read but for its weights.
+
+    Args:
+        folder: of the checkpoint.
+        model_folder: with config.json, weights and tokenizer: the same, or the Transformer module's.
+        task: what the head computes.
+        config: of the model; its padding id is the tokenizer's.
+        spec: the facts that the runtime needs.
+        tokenizer: as AutoTokenizer makes it.
+        settings: what sentence-transformers' files say.
+    """
+
+    folder: Path
+    model_folder: Path
+    task: Task
+    config: GteConfig
+    spec: ModelSpec
+    tokenizer: ResolvedTokenizer
+    settings: SentenceSettings
+
+    @property
+    def dense(self) -> tuple[DenseModule, ...]:
+        """Dense modules after the pooling."""
+        return self.settings.dense
+
+
+def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -> Description:
+    """Read every file of a checkpoint folder but its weights.
+
+    Args:
+        folder: a local checkpoint (see `resolve_checkpoint`).
+        task: one of gte_deploy.spec.TASKS, or "auto" for what the checkpoint was made for.
+        pooling: "mean", "cls", or "auto" for what the checkpoint says; where it says nothing, "cls" for an embedding
+            checkpoint, as the family was trained, and "mean" for the others.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: a file asks for what is not honoured; the message names file, field and value.
+    """
+    folder = Path(folder)
+    resolved: Task = task_of(folder) if task == "auto" else task  # type: ignore[assignment]
+    if resolved not in TASKS:
+        raise CheckpointError(f"task is {task!r}; expected one of auto, {', '.join(TASKS)}")
+    settings = read_settings(folder, resolved)
+    inner = model_folder(folder)
+    config = read_config(inner, settings.config_overrides)
+    tokenizer = resolve_tokenizer(inner, arguments=settings.tokenizer_arguments, lowercase=settings.lowercase)
+    config.pad_token_id = tokenizer.pad_token_id
+    return Description(
+        folder=folder,
+        model_folder=inner,
+        task=resolved,
+        config=config,
+        spec=_spec(inner, config, resolved, settings, tokenizer, pooling),
+        tokenizer=tokenizer,
+        settings=settings,
+    )
+
+
+def _spec(
+    folder: Path,
+    config: GteConfig,
+    task: Task,
+    settings: SentenceSettings,
+    tokenizer: ResolvedTokenizer,
+    pooling: str,
+) -> ModelSpec:
+    labels = config.id2label or {}
+    is_classifier = task in ("classify", "token-classify")
+    return ModelSpec(
+        task=task,
+        max_length=_max_length(config, settings, tokenizer),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        pad_token_id=tokenizer.pad_token_id,
+        pooling=_pooling(task, settings, pooling),
+        num_labels=config.num_labels if is_classifier else 0,
+        id2label={int(i): str(label) for i, label in labels.items()} if is_classifier else {},
+        prompts=settings.prompts,
+        default_prompt_name=settings.default_prompt_name,
+        normalize=settings.normalize,
+        token_types=config.type_vocab_size > 1 and tokenizer.gives_token_types,
+        embedding_size=settings.dense[-1].out_features if settings.dense else None,
+        truncate_dim=settings.truncate_dim,
+        similarity=settings.similarity,
+        activation=(settings.activation or reranker_activation(folder / "config.json")) if task == "classify" else None,
+    )
+
+
+def _max_length(config: GteConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
+    # max_seq_length takes the place of the tokenizer's own limit, as in sentence-transformers.
+    own = tokenizer.max_length if settings.max_length is None else settings.max_length
+    limit = config.max_position_embeddings
+    return limit if own is None else min(own, limit)
+
+
+def _pooling(task: Task, settings: SentenceSettings, pooling: str) -> Pooling:
+    if pooling != "auto":
+        return checked_pooling(pooling, "the `pooling` argument")
+    return settings.pooling or ("cls" if task == "embed" else "mean")
