@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
-from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import InputError, MissingDependencyError
 from gte_deploy.exporters.bundle_writer import publish, seal, staging
 from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, PADDINGS, removes_padding
@@ -37,7 +36,7 @@ from gte_deploy.exporters.tensorrt_engine import (
 from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
-from gte_deploy.models.config import native_config, read_config, task_of
+from gte_deploy.models.description import Description, describe
 from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
@@ -50,13 +49,10 @@ from gte_deploy.spec import (
     Precision,
     Profile,
     Target,
-    Task,
 )
-from gte_deploy.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
-    from transformers import GteConfig
-
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.accuracy import TextBatch
     from gte_deploy.exporters.graph import Graph
@@ -90,7 +86,6 @@ _EXTRA = (
     "onnxruntime",
     "matplotlib",
 )
-_ST_TYPES = "sentence_transformers.models"
 
 Progress = Callable[[str], None]
 
@@ -190,23 +185,22 @@ def export(
     place = Path(os.path.realpath(path))
     with staging(place, force=force) as folder:
         with steps("read the checkpoint"):
-            checkpoint = resolve_checkpoint(model)
-            config, spec = _read_spec(checkpoint, task=task, pooling=pooling, logits=logits, max_length=max_length)
+            checkpoint = _describe(
+                resolve_checkpoint(model), task=task, pooling=pooling, logits=logits, max_length=max_length
+            )
             source = _source_of(model, checkpoint)
         if format == "trt":
             options = tensorrt or TensorRTOptions()
             removes = padding == "remove"
-            made = _build(checkpoint, folder, spec, lower, options, padding_free=removes, opset=opset, steps=steps)
+            made = _build(checkpoint, folder, lower, options, padding_free=removes, opset=opset, steps=steps)
         elif target == "cuda":
-            made = _prove_cuda(checkpoint, folder, spec, lower.precision, padding, opset=opset, steps=steps)
+            made = _prove_cuda(checkpoint, folder, lower.precision, padding, opset=opset, steps=steps)
         else:
-            made = _prove(checkpoint, folder, spec, lower, opset=opset, steps=steps)
+            made = _prove(checkpoint, folder, lower, opset=opset, steps=steps)
         with steps("write the bundle"):
             manifest = _write_bundle(
                 folder,
                 checkpoint,
-                config,
-                spec,
                 made=made,
                 source=source,
                 timings_s=steps.seconds,
@@ -277,26 +271,24 @@ def _require_extra() -> None:
             raise MissingDependencyError(module, "export")
 
 
-def _read_spec(
-    checkpoint: Path, *, task: str, pooling: str, logits: str, max_length: int | None
-) -> tuple["GteConfig", ModelSpec]:
-    config = read_config(checkpoint)
-    resolved = cast(Task, task_of(checkpoint) if task == "auto" else task)
-    if logits == "all" and resolved != "fill-mask":
-        raise InputError(f"logits 'all' is for task fill-mask; the task is {resolved}")
-    spec = spec_from_checkpoint(checkpoint, config, resolved, pooling)
-    limit = config.max_position_embeddings
+def _describe(folder: Path, *, task: str, pooling: str, logits: str, max_length: int | None) -> Description:
+    """What the checkpoint is, with the limits of this export in its spec."""
+    checkpoint = describe(folder, task=task, pooling=pooling)
+    spec = checkpoint.spec
+    if logits == "all" and spec.task != "fill-mask":
+        raise InputError(f"logits 'all' is for task fill-mask; the task is {spec.task}")
+    limit = checkpoint.config.max_position_embeddings
     length = spec.max_length if max_length is None else max_length
     if not MIN_LENGTH <= length <= limit:
         raise InputError(
             f"max_length is {length:,}; expected {MIN_LENGTH} to {limit:,}, the checkpoint's max_position_embeddings"
         )
-    return config, dataclasses.replace(spec, max_length=length, logits=cast(Logits, logits))
+    return dataclasses.replace(
+        checkpoint, spec=dataclasses.replace(spec, max_length=length, logits=cast(Logits, logits))
+    )
 
 
-def _prove(
-    checkpoint: Path, folder: Path, spec: ModelSpec, lower: _LowerPrecision, *, opset: int | None, steps: _Steps
-) -> _Made:
+def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, opset: int | None, steps: _Steps) -> _Made:
     """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch.
 
     Raises:
@@ -308,9 +300,10 @@ def _prove(
     from gte_deploy.exporters.parity_batches import TokenSource
     from gte_deploy.models.checkpoint import load_model
 
+    spec = checkpoint.spec
     with steps("load the weights"):
-        tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, task=spec.task)
+        tokenizer = checkpoint.tokenizer.text_tokenizer()
+        model = load_model(checkpoint.folder, task=spec.task)
     with steps("trace and fuse"):
         graphs = build_graphs(
             model,
@@ -357,9 +350,8 @@ def _prove(
 
 
 def _prove_cuda(
-    checkpoint: Path,
+    checkpoint: Description,
     folder: Path,
-    spec: ModelSpec,
     precision: Precision,
     padding: str,
     *,
@@ -377,9 +369,10 @@ def _prove_cuda(
     from gte_deploy.exporters.parity_batches import TokenSource
     from gte_deploy.models.checkpoint import load_model
 
+    spec = checkpoint.spec
     with steps("load the weights"):
-        tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, task=spec.task)
+        tokenizer = checkpoint.tokenizer.text_tokenizer()
+        model = load_model(checkpoint.folder, task=spec.task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
             model,
@@ -413,9 +406,8 @@ def _prove_cuda(
 
 
 def _build(
-    checkpoint: Path,
+    checkpoint: Description,
     folder: Path,
-    spec: ModelSpec,
     lower: _LowerPrecision,
     options: TensorRTOptions,
     *,
@@ -438,6 +430,7 @@ def _build(
     from gte_deploy.exporters.tensorrt_graph import tensorrt_graph
     from gte_deploy.models.checkpoint import load_model
 
+    spec = checkpoint.spec
     if lower.precision == "fp8" and options.calibrator == "entropy":
         raise InputError("calibrator entropy is about 128 integer levels; for fp8 take max or percentile")
     profiles = _profiles_of(options, spec.max_length, padding_free=padding_free)
@@ -449,8 +442,8 @@ def _build(
         steps.tell(f"build with {runtime.title}: {runtime.reason}")
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
-        tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, task=spec.task)
+        tokenizer = checkpoint.tokenizer.text_tokenizer()
+        model = load_model(checkpoint.folder, task=spec.task)
     layers = model.config.num_hidden_layers
     with steps("trace"):
         graphs = build_graphs(
@@ -597,23 +590,17 @@ def _open_engines(
 
 def _write_bundle(
     folder: Path,
-    checkpoint: Path,
-    config: "GteConfig",
-    spec: ModelSpec,
+    checkpoint: Description,
     *,
     made: _Made,
     source: Mapping[str, str],
     timings_s: Mapping[str, float],
 ) -> Manifest:
+    from gte_deploy.exporters.hub_files import write_hub_files
     from gte_deploy.exporters.report import build_report, library_versions, render_html
-    from gte_deploy.models.checkpoint import copy_tokenizer
 
-    copy_tokenizer(checkpoint, folder)
-    # The native layout, which transformers and TEI read without remote code; the positions are those of the graph.
-    native = native_config(config, task=spec.task)
-    _write_json(folder / "config.json", {**native, "max_position_embeddings": spec.max_length})
-    if spec.task in ("fill-mask", "embed"):
-        _write_sentence_transformers(folder, spec)
+    spec = checkpoint.spec
+    write_hub_files(folder, checkpoint)
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(
             path=GRAPH_PATHS[engine],
@@ -648,42 +635,6 @@ def _write_bundle(
     )
 
 
-def _write_sentence_transformers(folder: Path, spec: ModelSpec) -> None:
-    """How sentence-transformers and TEI pool the hidden states; Pooling in the legacy form, which all versions read."""
-    modules = [
-        ("", "Transformer"),
-        ("1_Pooling", "Pooling"),
-        *([("2_Normalize", "Normalize")] if spec.normalize else []),
-    ]
-    _write_json(
-        folder / "modules.json",
-        [
-            {"idx": i, "name": str(i), "path": path, "type": f"{_ST_TYPES}.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ],
-    )
-    (folder / "1_Pooling").mkdir()
-    _write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": spec.hidden_size,
-            "pooling_mode_cls_token": spec.pooling == "cls",
-            "pooling_mode_mean_tokens": spec.pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    )
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": spec.max_length, "do_lower_case": False})
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "prompts": dict(spec.prompts),
-            "default_prompt_name": spec.default_prompt_name,
-            "similarity_fn_name": "cosine",
-        },
-    )
-
-
 def _name_of(model: str | os.PathLike[str] | None) -> str:
     """Last part of a hub id or of a folder's real path; no directory of this machine gets into a bundle."""
     if model is None:
@@ -692,15 +643,15 @@ def _name_of(model: str | os.PathLike[str] | None) -> str:
     return path.resolve().name if path.is_dir() else path.name
 
 
-def _source_of(model: str | os.PathLike[str] | None, checkpoint: Path) -> dict[str, str]:
+def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) -> dict[str, str]:
     """Name of the checkpoint, commit of a hub download, and sha256 of the weights: of the one file, or of the lines
     that sha256sum prints for several.
     """
     is_hub_id = model is not None and not Path(model).expanduser().is_dir()
     source = {"name": str(model) if is_hub_id else _name_of(model)}
-    if checkpoint.parent.name == "snapshots":
-        source["revision"] = checkpoint.name
-    weights = sorted(checkpoint.glob("*.safetensors"))
+    if checkpoint.folder.parent.name == "snapshots":
+        source["revision"] = checkpoint.folder.name
+    weights = checkpoint.weight_files()
     digests = [sha256_file(file) for file in weights]
     if len(digests) == 1:
         source["sha256"] = digests[0]

@@ -2,8 +2,9 @@
 
 Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]; fill-mask also `mask_positions` [num_masks, 2] of
 (row, token), which may be empty. Outputs, all float32: `last_hidden_state` [batch, sequence, hidden]; then
-`sentence_embedding` [batch, hidden] (embed) or `logits`: [num_masks, vocabulary] (fill-mask), [batch, sequence,
-vocabulary] (fill-mask with logits="all"), [batch, labels] (classify), [batch, sequence, labels] (token-classify).
+`sentence_embedding` [batch, embedding] (embed; after the Dense modules, where there are any) or `logits`: [num_masks,
+vocabulary] (fill-mask), [batch, sequence, vocabulary] (fill-mask with logits="all"), [batch, labels] (classify),
+[batch, sequence, labels] (token-classify).
 """
 
 import hashlib

@@ -7,6 +7,9 @@ import onnx_ir as ir
 
 from gte_deploy.exporters.fusion.editing import array, operand
 
+# Dense modules after the pooling: one row for a text, so that fewer bits would gain nothing there.
+_PROJECTION = "sentence_projection."
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -45,6 +48,8 @@ def linear_of(node: ir.Node | None) -> Linear | None:
         return None
     weight = operand(node, 1)
     if weight.const_value is None or len(weight.const_value.shape) != 2:
+        return None
+    if str(weight.name).startswith(_PROJECTION):
         return None
     return Linear(
         name=str(weight.name).removesuffix(".T"),

@@ -313,7 +313,9 @@ class TorchReference:
         hidden = encoded[0]
         match self._task:
             case "embed":
-                return {"sentence_embedding": _pooled(hidden, mask, self._pooling)}
+                pooled = _pooled(hidden, mask, self._pooling)
+                projection = getattr(self._model, "sentence_projection", None)
+                return {"sentence_embedding": pooled if projection is None else projection(pooled)}
             case "fill-mask" if self._logits == "masked" and batch.mask_positions is not None:
                 rows, tokens = torch.from_numpy(batch.mask_positions).unbind(1)
                 return {"logits": self._model.lm_head(hidden[rows, tokens])}

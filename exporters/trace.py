@@ -139,23 +139,28 @@ class _FillMaskAll(_Wrapper):
         return hidden, logits.reshape(*hidden.shape[:2], -1)
 
 
-class _EmbedMean(_Wrapper):
+class _Embed(_Wrapper):
     output_names = ("last_hidden_state", "sentence_embedding")
 
+    def projected(self, pooled: Tensor) -> Tensor:
+        """The pooled states [B, H] through the checkpoint's Dense modules, where it has any."""
+        projection = getattr(self.model, "sentence_projection", None)
+        return pooled if projection is None else projection(pooled)
+
+
+class _EmbedMean(_Embed):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden, _ = self.encode(input_ids, attention_mask)
         mask = attention_mask.to(torch.float32)
         total = torch.matmul(mask.unsqueeze(1), hidden).squeeze(1)
         # A row without any token has the zero vector, not 0/0.
-        return hidden, total / mask.sum(1, keepdim=True).clamp(min=1.0)
+        return hidden, self.projected(total / mask.sum(1, keepdim=True).clamp(min=1.0))
 
 
-class _EmbedCls(_Wrapper):
-    output_names = ("last_hidden_state", "sentence_embedding")
-
+class _EmbedCls(_Embed):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden, _ = self.encode(input_ids, attention_mask)
-        return hidden, hidden[:, 0]
+        return hidden, self.projected(hidden[:, 0])
 
 
 class _Classify(_Wrapper):

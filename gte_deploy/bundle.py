@@ -310,7 +310,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         ("similarity", spec.similarity, (None, *SIMILARITIES)),
     ):
         if value not in allowed:
-            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(map(str, allowed))}")
     for name in ("max_length", "vocab_size", "hidden_size"):
         if type(value := getattr(spec, name)) is not int or value < 1:
             raise ValueError(f"spec.{name} must be a positive integer, not {value!r}")

@@ -40,8 +40,8 @@ class EmbeddingRequest:
     normalize: bool
     truncate_dim: int | None
 
-    def check(self, hidden_size: int) -> None:
-        """Refuse what cannot be honoured, before any work.
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse what cannot be honoured of a model with this spec, before any work.
 
         Raises:
             InputError: naming the argument and what it may be.
@@ -51,7 +51,8 @@ class EmbeddingRequest:
         check_choice("output_value", self.output_value, ("sentence_embedding", "token_embeddings", None))
         check_choice("precision", self.precision, EMBEDDING_PRECISIONS)
         if self.truncate_dim is not None:
-            check_integer("truncate_dim", self.truncate_dim, 1, hidden_size)
+            check_integer("truncate_dim", self.truncate_dim, 1, spec.embedding_width)
+        check_pooling(spec, self.pooling)
         if self.precision != "float32" and self.output_value != "sentence_embedding":
             raise InputError(f"precision {self.precision!r} is for sentence embeddings, not {self.output_value!r}")
         if self.return_type != "numpy":
@@ -104,6 +105,19 @@ class EmbeddingRequest:
         # The checkpoint's own Normalize module comes before the caller's truncation.
         embeddings = l2_normalize(embeddings) if spec.normalize else embeddings
         return embeddings[:, : self.truncate_dim]
+
+
+def check_pooling(spec: ModelSpec, pooling: str) -> None:
+    """Refuse another pooling than the checkpoint's own where Dense modules follow it: they were trained behind that.
+
+    Raises:
+        InputError: naming both.
+    """
+    if spec.embedding_size is not None and pooling != spec.pooling:
+        raise InputError(
+            f"pooling is {pooling!r}; this model's Dense modules follow its own pooling, {spec.pooling!r}. Leave "
+            "pooling out, or take the token embeddings."
+        )
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -191,7 +191,7 @@ class Model(TextInterface):
             convert_to_tensor: True gives one torch tensor.
             device: the device that the model was loaded on, or None.
             normalize_embeddings: scale to length 1, after `truncate_dim`.
-            truncate_dim: keep this many leading dimensions (Matryoshka).
+            truncate_dim: keep this many leading dimensions (Matryoshka); by default as the checkpoint says.
             pooling: "mean" or "cls"; the checkpoint's own by default.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
             max_length: tokens to allow, special tokens included; the model's own limit by default.
@@ -212,9 +212,9 @@ class Model(TextInterface):
             precision=precision,
             return_type=return_type(convert_to_numpy, convert_to_tensor),
             normalize=normalize_embeddings,
-            truncate_dim=truncate_dim,
+            truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
         )
-        request.check(self.spec.hidden_size)
+        request.check(self.spec)
         limits = self._limits(batch_size, max_batch_tokens)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
         batches = token_batches(

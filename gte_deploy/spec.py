@@ -135,3 +135,8 @@ class ModelSpec:
     similarity: Similarity | None = None
     activation: str | None = None
     sparse: SparseSpec | None = None
+
+    @property
+    def embedding_width(self) -> int:
+        """Dimensions of a sentence embedding, before any is left out."""
+        return self.embedding_size or self.hidden_size

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 Activation = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """From logits [N, L] to scores of the same shape."""
 
+# sentence-transformers knows these two of every model.
+_EMPTY_PROMPTS = ("query", "document")
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -140,6 +142,8 @@ def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
         return prompt
     name = spec.default_prompt_name if name is None else name
     if name is None:
+        return ""
+    if name not in spec.prompts and name in _EMPTY_PROMPTS:
         return ""
     if name not in spec.prompts:
         known = ", ".join(spec.prompts) or "none"

@@ -178,9 +178,9 @@ class Client(TextInterface):
             precision=precision,
             return_type=return_type(convert_to_numpy, convert_to_tensor),
             normalize=normalize_embeddings,
-            truncate_dim=truncate_dim,
+            truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
         )
-        request.check(self.spec.hidden_size)
+        request.check(self.spec)
         limits = self._limits(batch_size, max_batch_tokens)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
         options = _text_options(truncation, max_length) | self._no_prompt()

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gte_deploy.errors import CheckpointError
-from gte_deploy.models.config import read_config, task_of
+from gte_deploy.models.adapters import find_adapter
+from gte_deploy.models.config import config_folder, read_config, task_of
 from gte_deploy.models.modules import (
     DenseModule,
     SentenceSettings,
@@ -20,7 +21,8 @@ from gte_deploy.models.modules import (
     read_settings,
     reranker_activation,
 )
-from gte_deploy.models.tokenizer import ResolvedTokenizer, resolve_tokenizer
+from gte_deploy.models.tokenizer import ResolvedTokenizer, has_tokenizer, resolve_tokenizer
+from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_files
 from gte_deploy.spec import TASKS, ModelSpec, Pooling, Task
 
 if TYPE_CHECKING:
@@ -54,6 +56,13 @@ class Description:
         """Dense modules after the pooling."""
         return self.settings.dense
 
+    def weight_files(self) -> list[Path]:
+        """Every safetensors file that the model's weights are read from."""
+        adapter = find_adapter(self.model_folder)
+        base = self.model_folder if adapter is None else model_folder(adapter.base)
+        files = [*weight_files(base), *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
+        return files if adapter is None else [*files, adapter.folder / ADAPTER_WEIGHTS]
+
 
 def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -> Description:
     """Read every file of a checkpoint folder but its weights.
@@ -73,16 +82,25 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
     if resolved not in TASKS:
         raise CheckpointError(f"task is {task!r}; expected one of auto, {', '.join(TASKS)}")
     settings = read_settings(folder, resolved)
-    inner = model_folder(folder)
-    config = read_config(inner, settings.config_overrides)
-    tokenizer = resolve_tokenizer(inner, arguments=settings.tokenizer_arguments, lowercase=settings.lowercase)
+    inner, base = model_folder(folder), config_folder(folder)
+    config = read_config(base, settings.config_overrides)
+    tokenizer = resolve_tokenizer(
+        inner if has_tokenizer(inner) else base,
+        arguments=settings.tokenizer_arguments,
+        lowercase=settings.lowercase,
+    )
+    if tokenizer.pad_token_id >= config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer's padding has id {tokenizer.pad_token_id}, and the model's vocabulary "
+            f"{config.vocab_size:,} rows. Take the tokenizer that belongs to the checkpoint."
+        )
     config.pad_token_id = tokenizer.pad_token_id
     return Description(
         folder=folder,
         model_folder=inner,
         task=resolved,
         config=config,
-        spec=_spec(inner, config, resolved, settings, tokenizer, pooling),
+        spec=_spec(base, config, resolved, settings, tokenizer, pooling),
         tokenizer=tokenizer,
         settings=settings,
     )
@@ -105,7 +123,7 @@ def _spec(
         hidden_size=config.hidden_size,
         pad_token_id=tokenizer.pad_token_id,
         pooling=_pooling(task, settings, pooling),
-        num_labels=config.num_labels if is_classifier else 0,
+        num_labels=(config.num_labels or 0) if is_classifier else 0,
         id2label={int(i): str(label) for i, label in labels.items()} if is_classifier else {},
         prompts=settings.prompts,
         default_prompt_name=settings.default_prompt_name,

@@ -113,6 +113,11 @@ class ResolvedTokenizer:
 _SPECIAL_TOKENS = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer; an adapter's may leave them to its base."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def resolve_tokenizer(
     folder: Path, *, arguments: Mapping[str, Any] | None = None, lowercase: bool = False
 ) -> ResolvedTokenizer:
@@ -163,14 +168,17 @@ def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokeni
 
 
 def _has_lowercase(normalizer: Any) -> bool:
-    if isinstance(normalizer, normalizers.Sequence):
-        return any(isinstance(step, normalizers.Lowercase) for step in normalizer)
-    return isinstance(normalizer, normalizers.Lowercase)
+    return any(isinstance(step, normalizers.Lowercase) for step in _steps(normalizer))
 
 
 def _lowercase_first(normalizer: Any) -> Any:
-    steps = list(normalizer) if isinstance(normalizer, normalizers.Sequence) else [normalizer]
-    return normalizers.Sequence([normalizers.Lowercase(), *(step for step in steps if step is not None)])
+    return normalizers.Sequence([normalizers.Lowercase(), *_steps(normalizer)])
+
+
+def _steps(normalizer: Any) -> list[Any]:
+    if isinstance(normalizer, normalizers.Sequence):
+        return [normalizer[i] for i in range(len(normalizer))]
+    return [] if normalizer is None else [normalizer]
 
 
 def _cleans_up(theirs: PreTrainedTokenizerBase, backend: Tokenizer) -> bool:

@@ -70,7 +70,7 @@ def _take_masks_by_row(graph: onnx.GraphProto, spec: ModelSpec) -> None:
 
 def _pool_both_ways(graph: onnx.GraphProto, spec: ModelSpec) -> None:
     own = "sentence_embedding" in {value.name for value in graph.output}
-    for pooling in POOLINGS:
+    for pooling in POOLINGS if spec.embedding_size is None else (spec.pooling,):
         name = f"embedding_{pooling}"
         if own and pooling == spec.pooling:
             graph.node.append(helper.make_node("Identity", ["sentence_embedding"], [name], _PREFIX + name))
@@ -79,7 +79,7 @@ def _pool_both_ways(graph: onnx.GraphProto, spec: ModelSpec) -> None:
             graph.node.append(helper.make_node("Gather", ["last_hidden_state", first], [name], _PREFIX + name, axis=1))
         else:
             graph.node.extend(_mean(graph, name))
-        graph.output.append(_value(name, TensorProto.FLOAT, ["batch", spec.hidden_size]))
+        graph.output.append(_value(name, TensorProto.FLOAT, ["batch", spec.embedding_width]))
     if own:
         graph.output.remove(next(value for value in graph.output if value.name == "sentence_embedding"))
 

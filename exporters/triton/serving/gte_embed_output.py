@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from gte_deploy.embedding import check_choice  # noqa: E402
+from gte_deploy.embedding import check_choice, check_pooling  # noqa: E402
 from gte_deploy.errors import InputError  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
@@ -44,8 +44,9 @@ class TritonPythonModel:
         return answer_each(requests, self._answer)
 
     def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
-        size = option(request, "TRUNCATE_DIM", self._spec.hidden_size)
-        check_integer("TRUNCATE_DIM", size, 1, self._spec.hidden_size)
+        width = self._spec.embedding_width
+        size = option(request, "TRUNCATE_DIM", self._spec.truncate_dim or width)
+        check_integer("TRUNCATE_DIM", size, 1, width)
         embeddings = self._pooled(request, option(request, "POOLING", self._spec.pooling))
         check_finite("the embedding", embeddings)
         # The checkpoint's own Normalize module comes before the caller's truncation.
@@ -56,6 +57,7 @@ class TritonPythonModel:
 
     def _pooled(self, request: Any, pooling: Any) -> NDArray[np.float32]:
         check_choice("POOLING", pooling, POOLINGS)
+        check_pooling(self._spec, pooling)
         name = f"embedding_{pooling}"
         if name in self._inputs:
             return floats(request, name)
