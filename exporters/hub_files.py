@@ -74,7 +74,7 @@ def _write_embedding(folder: Path, checkpoint: Description) -> None:
         folder / "config_sentence_transformers.json",
         {
             **_prompts(spec),
-            "similarity_fn_name": spec.similarity or "cosine",
+            "similarity_fn_name": spec.similarity,
             **({} if spec.truncate_dim is None else {"truncate_dim": spec.truncate_dim}),
         },
     )

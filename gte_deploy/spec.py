@@ -111,7 +111,7 @@ class ModelSpec:
         token_types: whether the model is fed the token types that its tokenizer gives: 1 for the second text of a pair.
         embedding_size: width of the sentence embedding where Dense modules follow the pooling; None for `hidden_size`.
         truncate_dim: leading dimensions that the checkpoint's own configuration keeps; None for all.
-        similarity: how the checkpoint's embeddings are meant to be compared; None where it does not say.
+        similarity: how the checkpoint's embeddings are meant to be compared; None of a model that has none.
         activation: what a classifier's logits go through by default, a key of `activations.ACTIVATIONS`; None for the
             sigmoid of one label, and nothing for several.
         sparse: how sparse embeddings are made, where the model is for them.

@@ -58,8 +58,6 @@ class TextTokenizer:
             raise CheckpointError(f"truncation_side is {truncation_side!r}; expected 'right' or 'left'")
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if tokenizer.decoder is None and type(tokenizer.model).__name__ == "WordPiece":
-            tokenizer.decoder = decoders.WordPiece(prefix="##")
         self._tokenizer = tokenizer
         self._clean_up = clean_up
         self._cuts_left = truncation_side == "left"
@@ -245,6 +243,8 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     except Exception as error:  # the Rust library raises plain Exception for every malformed file
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
     config = read_json_object(folder / "tokenizer_config.json")
+    if tokenizer.decoder is None and str(config.get("tokenizer_class")).startswith("Bert"):
+        tokenizer.decoder = decoders.WordPiece(prefix="##")  # which that class of transformers brings along
     special = {**read_json_object(folder / "special_tokens_map.json"), **config}
     pad_token = _content(special.get("pad_token"))
     if pad_token is None:

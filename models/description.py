@@ -131,7 +131,7 @@ def _spec(
         token_types=config.type_vocab_size > 1 and tokenizer.gives_token_types,
         embedding_size=settings.dense[-1].out_features if settings.dense else None,
         truncate_dim=settings.truncate_dim,
-        similarity=settings.similarity,
+        similarity=(settings.similarity or "cosine") if task in ("embed", "fill-mask") else None,
         activation=(settings.activation or reranker_activation(folder / "config.json")) if task == "classify" else None,
     )
 

@@ -88,7 +88,7 @@ def check_fields(raw: Mapping[str, Any], file: Path, table: FileFields) -> None:
 
 
 def _spelled(value: Any) -> str:
-    return "true or false" if value == (True, False) else {True: "true", False: "false"}.get(value, repr(value))
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _honoured(note: str) -> Field:

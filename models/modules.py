@@ -296,10 +296,12 @@ def _transformer_settings(folder: Path, task: Task) -> SentenceSettings:
             if argument not in _HARMLESS_MODEL_ARGUMENTS:
                 raise ConfigError(f"{file}: {name} has {argument!r}, which is not honoured; leave it out")
     limit = config.get("max_seq_length")
+    arguments = _arguments(file, config, "tokenizer_args", "processor_kwargs")
+    is_limit = type(limit) is int and limit > 0 and "model_max_length" not in arguments
     return SentenceSettings(
-        max_length=limit if type(limit) is int and limit > 0 else None,
+        max_length=limit if is_limit else None,
         lowercase=_boolean(file, config, "do_lower_case", False),
-        tokenizer_arguments=_arguments(file, config, "tokenizer_args", "processor_kwargs"),
+        tokenizer_arguments=arguments,
         config_overrides=_arguments(file, config, "config_args", "config_kwargs"),
     )
 

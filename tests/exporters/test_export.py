@@ -173,11 +173,10 @@ def test_the_sentence_transformers_files(exported):
 
 
 def test_a_bundle_says_the_same_of_itself_as_its_checkpoint(exported, make_checkpoint, tmp_path):
-    from gte_deploy.checkpoint_spec import spec_from_checkpoint
-    from gte_deploy.models.config import read_config
+    from gte_deploy.models.description import describe
 
     bundle, result = exported["embed"]
-    assert spec_from_checkpoint(bundle, read_config(bundle), "embed") == result.manifest.spec
+    assert describe(bundle, task="embed").spec == result.manifest.spec
 
 
 @pytest.mark.parametrize("task", TASKS)

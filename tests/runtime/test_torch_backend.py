@@ -5,18 +5,15 @@ import pytest
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.torch_backend import TorchBackend, open_torch_backend
-from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.models.checkpoint import load_model
 
 TOLERANCE = 1e-5  # the same float32 sums in another order
 
 
 def packed_backend(folder, **options):
-    from gte_deploy.models.config import task_of
+    from gte_deploy.models.description import describe
 
-    task = task_of(folder)
-    model = load_model(folder, task=task)
-    return TorchBackend(model, spec_from_checkpoint(folder, model.config, task), packed=True, **options)
+    return TorchBackend(load_model(folder), describe(folder).spec, packed=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def batches():
 
 @pytest.mark.parametrize("name", ["fill-mask", "embed", "embed-mean", "classify", "token-classify"])
 def test_packed_is_padded(checkpoints, name):
-    padded, packed = open_torch_backend(checkpoints[name]), packed_backend(checkpoints[name])
+    padded, packed = open_torch_backend(checkpoints[name])[0], packed_backend(checkpoints[name])
     assert packed.outputs == padded.outputs and packed.precision == padded.precision == "fp32"
     for batch in batches():
         for asked in (packed.outputs, packed.outputs[1:]):
@@ -70,7 +67,9 @@ def test_bfloat16_keeps_the_angles_of_far_positions(checkpoints):
     """Weights are rounded and RoPE's frequencies are not: far positions stay as near to float32 as the first ones."""
     import torch
 
-    exact, rounded = (open_torch_backend(checkpoints["embed"], precision=precision) for precision in ("fp32", "bf16"))
+    exact, rounded = (
+        open_torch_backend(checkpoints["embed"], precision=precision)[0] for precision in ("fp32", "bf16")
+    )
     assert rounded.precision == "bf16" and rounded._model.rotary_emb.inv_freq.dtype == torch.float32
     ids = np.random.default_rng(0).integers(5, 80, (1, 128))
     one, two = (
@@ -100,8 +99,8 @@ def test_compiled_is_the_same(checkpoints, packed):
     if packed:
         compiled = packed_backend(checkpoints["fill-mask"], compile=True)
     else:
-        compiled = open_torch_backend(checkpoints["fill-mask"], compile=True)
-    plain = open_torch_backend(checkpoints["fill-mask"])
+        compiled, _ = open_torch_backend(checkpoints["fill-mask"], compile=True)
+    plain, _ = open_torch_backend(checkpoints["fill-mask"])
     for batch in batches():
         found, expected = (backend.run(batch, ["logits"])["logits"] for backend in (compiled, plain))
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)

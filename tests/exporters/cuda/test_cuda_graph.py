@@ -26,7 +26,6 @@ from onnx.reference.op_run import OpRun  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
-from gte_deploy.checkpoint_spec import spec_from_checkpoint  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters import cuda_graph  # noqa: E402
 from gte_deploy.exporters.cuda_graph import build_cuda_graph  # noqa: E402
@@ -37,6 +36,7 @@ from gte_deploy.exporters.fusion.padding import remove_padding  # noqa: E402
 from gte_deploy.exporters.graph import Graph, save_graph  # noqa: E402
 from gte_deploy.exporters.trace import trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.models.description import describe  # noqa: E402
 
 TASKS: dict[str, dict[str, Any]] = {
     "mlm": {"task": "fill-mask"},
@@ -433,9 +433,7 @@ def test_cuda_equals_pytorch(graphs, models, golden_dir, tmp_path, precision, pa
     save_graph(graphs("mlm", precision, padding), tmp_path / "model.onnx")
     folder = golden_dir / "mlm"
     model = models("mlm")
-    backend = OnnxBackend(
-        tmp_path / "model.onnx", spec_from_checkpoint(folder, model.config, "fill-mask"), device="cuda"
-    )
+    backend = OnnxBackend(tmp_path / "model.onnx", describe(folder, task="fill-mask").spec, device="cuda")
     for rows, tokens in ((1, 1), (1, 128), (3, 40), (8, 512), (2, 2048), (1, 8192)):
         feeds = feeds_of(rows, tokens)
         expected, logits = reference(model, "mlm", feeds)
