@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.fields import CONFIG, check_fields
@@ -107,7 +109,11 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     reader = _Reader(raw, file, _ORIGINAL_DEFAULTS if model_type == "new" else native)
     rope = _rope(reader, default_theta=None if model_type == "new" else GteConfig.default_theta)
     register_rope()
-    return GteConfig(**_common_fields(reader), **_label_fields(reader), rope_parameters=rope)
+    fields = {**_common_fields(reader), **_label_fields(reader), "rope_parameters": rope}
+    try:
+        return GteConfig(**fields)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: transformers' GteConfig refuses it: {error}") from error
 
 
 def build_config(name: str) -> GteConfig:

@@ -299,3 +299,66 @@ ADAPTER = FileFields(
 )
 
 TABLES = (CONFIG, TOKENIZER, MODULES, SENTENCE_BERT, SENTENCE_TRANSFORMERS, POOLING, DENSE, ADAPTER)
+
+_INTRODUCTION = """# Checkpoints: what is read, what is honoured, what is refused
+
+A checkpoint carries its behaviour in a dozen small files. `gte_deploy.models.description.describe` reads them once, for
+models, exporters, runtime and Triton alike, by the tables below: they are made from the reader's own, with
+`python -m gte_deploy.models.fields`. Every field that can change an answer is honoured, as the checkpoint's own library
+honours it, or refused by name.
+
+| | |
+|---|---|
+| **honoured** | it changes the answers as it does in transformers or sentence-transformers |
+| **fixed** | only the values named are computed; another one is an error that names file, field and value |
+| without effect | it does not change an answer |
+
+No remote code runs, nothing is unpickled, and a local folder is read without the network.
+
+## Weights
+
+`model.safetensors`, or shards with their index, in the original layout or transformers' own. Every tensor must be one
+of the model's, and every parameter must be filled. Anything else is named for what it is, with the command that helps:
+pickles (`*.bin`, `*.pt`), pointers that Git LFS left, GGUF, ONNX, TensorFlow and Flax files, quantised weights, and
+adapters where `peft` is not installed.
+"""
+_EFFECTS = {"honoured": "**honoured**", "fixed": "**fixed**", "without effect": "without effect"}
+_UNKNOWN = {
+    "ignored": "Other fields are passed over, as the library passes over them.",
+    "refused": "Any other field is refused, since the library would take it for an argument.",
+}
+
+
+def document() -> str:
+    """docs/checkpoints.md: every table in Markdown."""
+    from gte_deploy.activations import TORCH_CLASSES
+
+    functions = ", ".join(f"`{name}`" for name in sorted(TORCH_CLASSES.values()))
+    activations = (
+        "\n## Functions of torch.nn\n\nWhat a reranker's logits go through, and a Dense module's activation, is one of "
+        f"these,\nunder each of its paths (`torch.nn.Sigmoid`, `torch.nn.modules.activation.Sigmoid`): {functions}.\n"
+        "\nA reranker's is looked for in config_sentence_transformers.json, then in config.json; without one it is "
+        "the\nsigmoid of one label, and nothing of several. A path that is not torch's is somebody's code: a reranker then "
+        "has\nthe default, as in the library, and a Dense module is refused.\n"
+    )
+    return "\n".join([_INTRODUCTION, *(_section(table) for table in TABLES)]) + activations
+
+
+def _section(table: FileFields) -> str:
+    rows = [f"| {_named(name)} | {_cell(field)} |" for name, field in table.fields.items()]
+    head = "| field | |\n|---|---|\n"
+    return f"## {table.name}\n\n{table.reads}\n\n{head}" + "\n".join(rows) + f"\n\n{_UNKNOWN[table.unknown]}\n"
+
+
+def _named(name: str) -> str:
+    return ", ".join(f"`{part}`" for part in name.split(", "))
+
+
+def _cell(field: Field) -> str:
+    values = " or ".join(f"`{spelled}`" for spelled in dict.fromkeys(map(_spelled, field.allowed)))
+    allowed = "" if field.effect != "fixed" else f" {values or '`null`'}:"
+    return f"{_EFFECTS[field.effect]}{allowed or '.'} {field.note}"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

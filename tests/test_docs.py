@@ -25,6 +25,13 @@ def test_readme_names_every_document() -> None:
     assert [path.name for path in DOCUMENTS[1:] if f"(docs/{path.name})" not in text] == []
 
 
+def test_the_table_of_fields_is_the_readers_own() -> None:
+    from gte_deploy.models.fields import document
+
+    written = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    assert written == document(), "write it anew: python -m gte_deploy.models.fields > docs/checkpoints.md"
+
+
 def _anchors(path: Path) -> set[str]:
     """GitHub's: lower case, spaces as hyphens, no punctuation."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
