@@ -334,13 +334,16 @@ def document() -> str:
     from gte_deploy.activations import TORCH_CLASSES
 
     functions = ", ".join(f"`{name}`" for name in sorted(TORCH_CLASSES.values()))
-    activations = (
-        "\n## Functions of torch.nn\n\nWhat a reranker's logits go through, and a Dense module's activation, is one of "
-        f"these,\nunder each of its paths (`torch.nn.Sigmoid`, `torch.nn.modules.activation.Sigmoid`): {functions}.\n"
-        "\nA reranker's is looked for in config_sentence_transformers.json, then in config.json; without one it is "
-        "the\nsigmoid of one label, and nothing of several. A path that is not torch's is somebody's code: a reranker then "
-        "has\nthe default, as in the library, and a Dense module is refused.\n"
-    )
+    activations = f"""
+## Functions of torch.nn
+
+What a reranker's logits go through, and a Dense module's activation, is one of these, under each of its paths
+(`torch.nn.Sigmoid`, `torch.nn.modules.activation.Sigmoid`): {functions}.
+
+A reranker's is looked for in config_sentence_transformers.json, then in config.json; without one it is the sigmoid of
+one label, and nothing of several. A path that is not torch's is somebody's code: a reranker then has the default, as in
+the library, and a Dense module is refused.
+"""
     return "\n".join([_INTRODUCTION, *(_section(table) for table in TABLES)]) + activations
 
 
