@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,18 +15,23 @@ from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.config import task_of
 from gte_deploy.models.description import describe
 from gte_deploy.tokenization import load_tokenizer
-from tests.factories import SPECIAL_TOKENS, write_tokenizer
 
 WORDS = ("the", "cat", "sat", "on", "mat", "Paris", "PARIS", "red", "e", "##d", "é", "中", "国", "?", "!", ".")
-VOCAB = (*SPECIAL_TOKENS, *WORDS)
+VOCAB = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
 TEXTS = ["the cat sat on the mat", "Paris, the RED cat!", "中国 é the [MASK] [SEP] ed", "", "the " * 40]
 HIDDEN = 32
 
 
-def make_model(folder, cls=GteModel, *, seed=0, vocab=VOCAB, **config):
-    torch.manual_seed(seed)
+@pytest.fixture(scope="session")
+def make_model(factories):
+    """Write a model of transformers and its tokenizer; the model."""
+    return partial(_make_model, factories.write_tokenizer)
+
+
+def _make_model(write_tokenizer, folder, cls=GteModel, **config):
+    torch.manual_seed(0)
     fields = {
-        "vocab_size": len(vocab) + 8,
+        "vocab_size": len(VOCAB) + 8,
         "hidden_size": HIDDEN,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -38,7 +44,7 @@ def make_model(folder, cls=GteModel, *, seed=0, vocab=VOCAB, **config):
     }
     model = cls(GteConfig(**{**fields, **config})).eval()
     model.save_pretrained(folder)
-    write_tokenizer(folder, vocab, max_length=8192)
+    write_tokenizer(folder, VOCAB, max_length=8192)
     return model
 
 
@@ -76,7 +82,7 @@ def cosine(found, expected):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, make_model):
     make_model(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
@@ -318,7 +324,7 @@ def with_adapter(model, folder, **config):
         (GteForSequenceClassification, {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}),
     ],
 )
-def test_an_adapter_is_merged(tmp_path, place, cls, config):
+def test_an_adapter_is_merged(tmp_path, make_model, place, cls, config):
     pytest.importorskip("peft")
     model = make_model(tmp_path / "base", cls, num_labels=3)
     folder = tmp_path / "adapted"
@@ -338,7 +344,7 @@ def test_an_adapter_is_merged(tmp_path, place, cls, config):
     np.testing.assert_allclose(found, right, atol=1e-5)
 
 
-def test_an_adapter_is_never_ignored(tmp_path, monkeypatch):
+def test_an_adapter_is_never_ignored(tmp_path, make_model, monkeypatch):
     pytest.importorskip("peft")
     with_adapter(make_model(tmp_path / "base"), tmp_path / "adapted")
     folder = tmp_path / "adapted"
@@ -388,7 +394,7 @@ def test_quantised_weights_are_refused(folder):
         gte_deploy.load(folder, backend="torch")
 
 
-def test_fill_mask_does_not_care_for_modules(tmp_path):
+def test_fill_mask_does_not_care_for_modules(tmp_path, make_model):
     folder = tmp_path / "checkpoint"
     make_model(folder, GteForMaskedLM)
     before = gte_deploy.load(folder, backend="torch").fill_mask("the [MASK] sat")
