@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gte_deploy.activations import ACTIVATIONS
 from gte_deploy.errors import BundleError
 from gte_deploy.files import sha256_file
 from gte_deploy.spec import (
@@ -308,9 +309,10 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         ("pooling", spec.pooling, POOLINGS),
         ("logits", spec.logits, LOGITS),
         ("similarity", spec.similarity, (None, *SIMILARITIES)),
+        ("activation", spec.activation, (None, *ACTIVATIONS)),
     ):
         if value not in allowed:
-            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(allowed)}")
+            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(map(str, allowed))}")
     for name in ("max_length", "vocab_size", "hidden_size"):
         if type(value := getattr(spec, name)) is not int or value < 1:
             raise ValueError(f"spec.{name} must be a positive integer, not {value!r}")

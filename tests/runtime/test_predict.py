@@ -102,7 +102,7 @@ def test_wrong_arguments_of_rank(ours):
 
 def test_sigmoid_of_large_logits_is_finite(ours):
     if ours.spec.num_labels == 1:
-        from gte_deploy.text_interface import sigmoid
+        from gte_deploy.activations import sigmoid
 
         with np.errstate(all="raise", under="ignore"):
             np.testing.assert_array_equal(
