@@ -106,15 +106,14 @@ def _activated(activation_fn: ActivationFn, logits: NDArray[np.float32]) -> NDAr
     """What the activation makes of the logits, given to it as the array or the tensor that it takes."""
     torch = sys.modules.get("torch")  # a torch module can only come from a process that has torch
     try:
-        if torch is not None and isinstance(activation_fn, torch.nn.Module):
-            return _activated_tensor(torch, activation_fn, logits)
-        try:
-            return _as_array(activation_fn(logits.copy()))
-        except (TypeError, AttributeError):
-            # What torch's functions, and those that call a tensor's methods, raise for an array.
-            if torch is None:
-                raise
-            return _activated_tensor(torch, activation_fn, logits)
+        if torch is None or not isinstance(activation_fn, torch.nn.Module):
+            try:
+                return _as_array(activation_fn(logits.copy()))
+            except Exception:
+                # Functions of tensors fail for arrays in many ways: a wrong type, no such method, another meaning.
+                if torch is None:
+                    raise
+        return _activated_tensor(torch, activation_fn, logits)
     except Exception as error:
         raise InputError(
             f"activation_fn failed for logits {list(logits.shape)}: {type(error).__name__}: {error}"
