@@ -226,7 +226,7 @@ class _Tagger:
 
     def _word(self, parts: list[_Token]) -> _Token:
         """The tokens of a word as one, whose scores make its one label."""
-        if self.strategy == "first":
+        if self.strategy == "first" or len(parts) == 1:
             scores = parts[0].scores
         elif self.strategy == "max":
             scores = max(parts, key=lambda part: float(part.scores.max())).scores
@@ -238,7 +238,7 @@ class _Tagger:
     def _group(self, parts: list[Entity]) -> Entity:
         return {
             "entity_group": parts[0]["entity"].split("-", 1)[-1],
-            "score": float(np.mean([part["score"] for part in parts])),
+            "score": sum(part["score"] for part in parts) / len(parts),
             "word": self.tokenizer.joined_tokens([part["word"] for part in parts]),
             "start": parts[0]["start"],
             "end": parts[-1]["end"],

@@ -210,7 +210,7 @@ class TextTokenizer:
             words=words,
         )
 
-    @property
+    @cached_property
     def marks_subwords(self) -> bool:
         """Whether a token says that it continues a word, as WordPiece's "##" does."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
