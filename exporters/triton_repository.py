@@ -134,6 +134,7 @@ def export_repository(
         tell("write the encoder")
         encoder_folder = folder / ENCODER / str(model_version)
         encoder = _write_encoder(bundle, manifest, encoder_folder, accelerator, plan=engine is not None)
+        _require_head(encoder, manifest.spec, bundle)
         spec, devices = _limits(encoder, manifest.spec, max_batch_size)
         serving = Serving(
             spec=spec,
@@ -252,6 +253,23 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: 
         outputs=outputs,
         accelerator="tensorrt" if accelerator == "tensorrt" else "cuda",
     )
+
+
+def _require_head(encoder: Encoder, spec: ModelSpec, bundle: Path) -> None:
+    """Refuse an encoder that leaves out what the model was made for, so that no repository lacks it without a word.
+
+    Raises:
+        ExportError: saying what is missing.
+    """
+    if spec.task == "embed":
+        return
+    if "logits" not in {tensor.name for tensor in encoder.outputs}:
+        raise ExportError(f"{bundle} is made for {spec.task}, and its encoder gives no logits. Export it again.")
+    if spec.task == "fill-mask" and "mask_positions" not in encoder.input_names:
+        raise ExportError(
+            f"{bundle} computes the logits of every token, which no server should send. Export the checkpoint with "
+            "--logits masked."
+        )
 
 
 def _write_graph(source: Path, target: Path, manifest: Manifest) -> None:

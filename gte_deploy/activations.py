@@ -62,8 +62,13 @@ def _elu(values: Floats) -> Floats:
     return np.where(values > 0, values, np.expm1(np.minimum(values, 0)))
 
 
+def _hard_sigmoid(values: Floats) -> Floats:
+    return np.clip(values + 3, 0, 6) / np.float32(6)
+
+
 def _selu(values: Floats) -> Floats:
-    return _SELU_SCALE * np.where(values > 0, values, _SELU_ALPHA * np.expm1(np.minimum(values, 0)))
+    below = np.float32(_SELU_ALPHA) * np.expm1(np.minimum(values, 0))
+    return np.float32(_SELU_SCALE) * np.where(values > 0, values, below)
 
 
 # Class of torch.nn -> the function. Left out are those that draw at random (RReLU), learn (PReLU), change the shape
@@ -73,8 +78,8 @@ _BY_CLASS: dict[str, Activation] = {
     "ELU": _elu,
     "GELU": _gelu,
     "Hardshrink": lambda x: np.where(np.abs(x) > _SHRINK, x, 0),
-    "Hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
-    "Hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "Hardsigmoid": _hard_sigmoid,
+    "Hardswish": lambda x: x * _hard_sigmoid(x),
     "Hardtanh": lambda x: np.clip(x, -1, 1),
     "Identity": identity,
     "LeakyReLU": lambda x: np.where(x > 0, x, _LEAK * x),

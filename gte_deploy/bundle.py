@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gte_deploy.activations import ACTIVATIONS
 from gte_deploy.errors import BundleError
 from gte_deploy.files import sha256_file
 from gte_deploy.spec import (
@@ -308,6 +309,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         ("pooling", spec.pooling, POOLINGS),
         ("logits", spec.logits, LOGITS),
         ("similarity", spec.similarity, (None, *SIMILARITIES)),
+        ("activation", spec.activation, (None, *ACTIVATIONS)),
     ):
         if value not in allowed:
             raise ValueError(f"spec.{name} {value!r} is none of {', '.join(map(str, allowed))}")

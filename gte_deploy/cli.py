@@ -49,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=_PROG, description="Run GTE models: fill masks, embed, rank; verify bundles.", epilog=HELP
+        prog=_PROG, description="Run GTE models: fill masks, embed, rank, classify tokens; verify bundles.", epilog=HELP
     )
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fill_mask(commands)
     _add_encode(commands)
     _add_rank(commands)
+    _add_classify_tokens(commands)
     _add_verify(commands)
     _add_info(commands)
     _add_bench(commands)
@@ -103,8 +104,7 @@ def _add_encode(commands: Any) -> None:
     _add_model_options(parser)
     parser.add_argument("-o", "--output", metavar="FILE.npy", help="write one array [texts, size] instead of printing")
     parser.add_argument("--pooling", choices=POOLINGS, help="default: the checkpoint's")
-    parser.add_argument("--prompt-name", metavar="NAME", help="put this prompt of the model before each text")
-    parser.add_argument("--prompt", metavar="TEXT", help="put this text before each text")
+    _add_prompts(parser, "each text")
     parser.add_argument("--normalize", action="store_true", help="scale embeddings to length 1")
     parser.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dimensions")
     parser.add_argument(
@@ -120,7 +120,32 @@ def _add_rank(commands: Any) -> None:
     parser.add_argument("-q", "--query", required=True, metavar="TEXT")
     _add_texts(parser)
     _add_model_options(parser)
+    _add_prompts(parser, "the query")
     parser.add_argument("-k", "--top-k", type=int, metavar="N", help="documents to print (default: all)")
+
+
+def _add_classify_tokens(commands: Any) -> None:
+    summary = "Label the tokens of each text, such as the names in it."
+    parser = _add_command(commands, "classify-tokens", _classify_tokens, summary)
+    _add_texts(parser)
+    _add_model_options(parser)
+    parser.add_argument(
+        "--aggregation-strategy",
+        choices=("none", "simple", "first", "average", "max"),
+        default="none",
+        help="join neighbours with one label, as transformers' pipeline does (default: none, each token alone)",
+    )
+    parser.add_argument(
+        "--ignore-labels", nargs="*", default=["O"], metavar="LABEL", help="labels not to print (default: O)"
+    )
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="cut long texts into windows that overlap by N tokens, and join them"
+    )
+
+
+def _add_prompts(parser: argparse.ArgumentParser, where: str) -> None:
+    parser.add_argument("--prompt-name", metavar="NAME", help=f"put this prompt of the model before {where}")
+    parser.add_argument("--prompt", metavar="TEXT", help=f"put this text before {where}")
 
 
 def _add_verify(commands: Any) -> None:
@@ -205,11 +230,34 @@ def _rank(arguments: argparse.Namespace) -> None:
             texts,
             arguments.top_k,
             return_documents=True,
+            prompt_name=arguments.prompt_name,
+            prompt=arguments.prompt,
             **_length_options(arguments),
             **_batch_options(arguments),
         )
     for entry in ranking:
         print(json.dumps(entry) if arguments.json else f"{entry['score']:.4f}  {entry['corpus_id']}  {entry['text']}")
+
+
+def _classify_tokens(arguments: argparse.Namespace) -> None:
+    texts = _texts(arguments)
+    with _load(arguments) as model:
+        answers = model.classify_tokens(
+            texts,
+            aggregation_strategy=arguments.aggregation_strategy,
+            ignore_labels=arguments.ignore_labels,
+            stride=arguments.stride,
+            **_length_options(arguments),
+            **_batch_options(arguments),
+        )
+    label = "entity" if arguments.aggregation_strategy == "none" else "entity_group"
+    for text, entities in zip(texts, answers, strict=True):
+        if arguments.json:
+            print(json.dumps(entities))
+            continue
+        print(text)
+        for entity in entities:
+            print(f"  {entity['score']:.4f}  {entity[label]:<8} {entity['start']}-{entity['end']}  {entity['word']}")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.activations import softmax
 from gte_deploy.errors import InputError
 from gte_deploy.tokenization import TextTokenizer
 
@@ -20,12 +21,6 @@ class MaskAnswer(TypedDict):
     token: int
     token_str: str
     sequence: str
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities along the last axis."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def top_tokens(

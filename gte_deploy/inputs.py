@@ -35,25 +35,40 @@ def as_texts(inputs: Any, *, name: str = "inputs", prompt: str = "") -> tuple[li
     return [_prompted(text, prompt, f"{name}[{i}]") for i, text in enumerate(_as_list(inputs, name))], False
 
 
-def as_pairs(inputs: Any) -> tuple[list[tuple[str, ...]], bool]:
+def as_words(inputs: Any) -> list[list[str]]:
+    """The words of each text; a flat sequence of words is one text.
+
+    Raises:
+        InputError: not a non-empty sequence of words or of such sequences; a text that `as_texts` refuses.
+    """
+    if isinstance(inputs, str):
+        raise InputError("inputs is one text, and with is_split_into_words a text is a list of its words")
+    items = _as_list(inputs, "inputs")
+    if isinstance(items[0], str):
+        return [as_texts(items)[0]]
+    return [as_texts(_as_list(item, f"inputs[{i}]"), name=f"inputs[{i}]")[0] for i, item in enumerate(items)]
+
+
+def as_pairs(inputs: Any, *, prompt: str = "") -> tuple[list[tuple[str, ...]], bool]:
     """Each input as a tuple of one or two texts, and whether a single one was given, as CrossEncoder reads them.
 
-    A text is one input, and so is a flat sequence of two texts (a pair); a sequence of sequences is a batch.
+    A text is one input, and so is a flat sequence of two texts (a pair); a sequence of sequences is a batch. `prompt`
+    is put before the first text of each.
 
     Raises:
         InputError: another form, or a text that `as_texts` refuses.
     """
     if isinstance(inputs, str):
-        return [(_checked_text(inputs, "inputs (one text)"),)], True
+        return [(_checked_text(prompt + inputs, "inputs (one text)"),)], True
     items = _as_list(inputs, "inputs")
     if not any(isinstance(item, str) for item in items):
-        return [_as_pair(item, f"inputs[{i}]") for i, item in enumerate(items)], False
+        return [_as_pair(item, f"inputs[{i}]", prompt) for i, item in enumerate(items)], False
     if len(items) != 2:
         raise InputError(
             f"inputs is a flat list of {len(items)} texts; one pair has two. For a batch give a list of pairs "
             "[[query, document], …], or of single texts [[text], …]."
         )
-    return [_as_pair(items, "inputs")], True
+    return [_as_pair(items, "inputs", prompt)], True
 
 
 def _as_list(inputs: Any, name: str) -> list[Any]:
@@ -66,13 +81,11 @@ def _as_list(inputs: Any, name: str) -> list[Any]:
     return list(inputs)
 
 
-def _as_pair(item: Any, where: str) -> tuple[str, ...]:
-    if isinstance(item, str):
-        return (_checked_text(item, where),)
+def _as_pair(item: Any, where: str, prompt: str) -> tuple[str, ...]:
     texts = _as_list(item, where)
     if len(texts) > 2:
         raise InputError(f"{where} has {len(texts)} texts; expected one text or a pair")
-    return tuple(_prompted(text, "", f"{where}[{i}]") for i, text in enumerate(texts))
+    return tuple(_prompted(text, "" if i else prompt, f"{where}[{i}]") for i, text in enumerate(texts))
 
 
 def _prompted(text: Any, prompt: str, where: str) -> str:

@@ -1,6 +1,6 @@
 """The one object that users hold: texts in, answers out, the same on every backend.
 
-Shapes: N inputs, S tokens, H hidden size, V vocabulary, L labels, D embedding size.
+Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V vocabulary, L labels, D embedding size.
 """
 
 import dataclasses
@@ -22,12 +22,15 @@ from gte_deploy.errors import InputError
 from gte_deploy.fill_mask import MaskAnswer, answers, check_mask, top_tokens
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
+from gte_deploy.scores import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.spec import ModelSpec, Pooling
-from gte_deploy.text_interface import Activation, TextInterface, one_of, prompt_text, return_type, with_progress
-from gte_deploy.tokenization import TextTokenizer, checked_max_length
+from gte_deploy.text_interface import TextInterface, one_of, prompt_text, return_type, with_progress
+from gte_deploy.token_classification import AggregationStrategy, TaggedTexts, TaggingRequest
+from gte_deploy.tokenization import Piece, TextTokenizer, checked_max_length
 
 # Vocabulary logits held at once: 256 MB. A text with more masks is run again for the rest of them.
 _MAX_LOGITS = 1 << 26
+_NO_LOGITS = np.empty((0, 0), dtype=np.float32)
 
 Outputs = dict[str, NDArray[np.float32]]
 Rows = list[list[int]]
@@ -229,39 +232,179 @@ class Model(TextInterface):
 
     def predict(
         self,
-        inputs: str | Sequence[str] | Sequence[Sequence[str]],
-        *,
-        activation_fn: Activation | None = None,
-        apply_softmax: bool = False,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        activation_fn: ActivationFn | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        *,
         truncation: bool = False,
         max_length: int | None = None,
         max_batch_tokens: int | None = None,
+        num_workers: int | None = None,
+        sentences: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        activation_fct: ActivationFn | None = None,
     ) -> Any:
-        """Scores of a classifier or reranker, as CrossEncoder.predict reads and returns them.
+        """Scores of a classifier, with the arguments of CrossEncoder.predict; the logits of a token classifier.
 
         A text, or a flat list of two texts (a pair), is one input; a list of lists is a batch. With one label a batch
         gives [N] float32, with several [N, L]; one input gives one element of that.
 
+        A token classifier takes a text or a list of texts, and gives [T, L] float32 for each: the logits of the text's
+        own tokens, special tokens left out, in the order of `classify_tokens`.
+
+        Three things differ from CrossEncoder: an input that is too long is an error unless `truncation` is on, an
+        empty list is an error, and an activation that gives NaN or another shape is refused.
+
         Args:
-            inputs: texts or pairs; both texts of a pair have the token type 0.
-            activation_fn: from logits [N, L] to scores of the same shape; by default the sigmoid for one label and
-                nothing for several.
-            apply_softmax: over the labels, where there are several; after `activation_fn`.
+            inputs: texts or pairs.
+            prompt_name: the prompt of this name is put before the first text of each input; by default the
+                checkpoint's own.
+            prompt: text to put there; overrides `prompt_name`.
             batch_size: rows of a batch at most.
             show_progress_bar: as in `encode`.
+            activation_fn: from logits [N, L] to scores of the same shape, in numpy or torch; a torch module, too. By
+                default what the checkpoint says (`spec.activation`), and else the sigmoid for one label and nothing
+                for several, or for tokens.
+            apply_softmax: over the labels, where there are several; after `activation_fn`.
+            convert_to_numpy: False gives a list of torch tensors.
+            convert_to_tensor: True gives one torch tensor; of a token classifier one for each text.
+            device: the device that the model was loaded on, or None.
+            pool: None; CrossEncoder's processes have no counterpart here, and nor has `chunk_size`.
+            chunk_size: None.
             truncation: cut the longer text of a pair first; without it a pair that is too long is an error.
             max_length: tokens to allow, special tokens included; the model's own limit by default.
             max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            num_workers: without effect, as in CrossEncoder.
+            sentences: the former name of `inputs`.
+            activation_fct: the former name of `activation_fn`.
 
         Raises:
-            InputError: not a classifier, or as `encode`.
+            InputError: not a classifier, an activation that fails, or as `encode`.
+            NonFiniteError, BackendError: the model failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._require_task("classify", "token-classify")
+        self._check_device(device)
+        refuse_processes(pool, chunk_size)
+        request = ScoreRequest(
+            activation_fn=former_arguments(activation_fn, activation_fct, num_workers),
+            apply_softmax=bool(apply_softmax),
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
+        )
+        request.check()
+        limits = self._limits(batch_size, max_batch_tokens)
+        given, before = one_of(inputs, sentences), prompt_text(self.spec, prompt, prompt_name)
+        if self.spec.task == "token-classify":
+            texts, single = as_texts(given, prompt=before)
+            tokens = self._token_logits(texts, limits, show_progress_bar, truncation, max_length)
+            return request.of_tokens(tokens, self.spec, single=single)
+        pairs, single = as_pairs(given, prompt=before)
+        logits = self._pair_logits(pairs, limits, show_progress_bar, truncation, max_length)
+        return request.of_inputs(logits, self.spec, single=single)
+
+    def classify_tokens(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        offset_mapping: Sequence[Any] | None = None,
+        is_split_into_words: bool = False,
+        delimiter: str = " ",
+        stride: int | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Labels of the tokens of each text, in the forms of transformers' token-classification pipeline.
+
+        A text gives a list of {entity, score, index, word, start, end}, one for each token; with an
+        `aggregation_strategy` of {entity_group, score, word, start, end}, one for each group of neighbours with one
+        label. A list of texts gives a list of those. Special tokens are left out. Two things differ from the pipeline:
+        a text that is too long is an error unless `truncation` or `stride` says what to do, and scores are Python
+        floats.
+
+        Args:
+            inputs: a text or a list of texts; with `is_split_into_words` the words of a text or a list of those, which
+                is a batch in both cases, as in the pipeline.
+            aggregation_strategy: "none"; "simple" joins neighbours whose labels agree but for "B-" and "I-", and a
+                "B-" begins a new group; "first", "average" and "max" give all tokens of a word one label first: that
+                of its first token, of the mean of its tokens' scores, or of its surest token.
+            ignore_labels: labels not to answer, as they stand in `entity` or `entity_group`.
+            offset_mapping: places (start, end) to answer with in place of the tokenizer's, for each token of a text,
+                special tokens included; for several texts a list of those.
+            is_split_into_words: whether the texts come as lists of words.
+            delimiter: what stands between words where `start` and `end` are counted.
+            stride: cut a text that is too long into windows that overlap by so many tokens, and join their answers.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens of a text or a window, special tokens included; the model's own limit by default.
+            batch_size: rows of a batch at most.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+
+        Raises:
+            InputError: not a token classifier; an argument out of its range; see also `encode`.
             NonFiniteError, BackendError: the model failed.
         """
-        self._require_task("classify")
+        self._require_task("token-classify")
+        request = TaggingRequest.of(aggregation_strategy, ignore_labels, stride)
         limits = self._limits(batch_size, max_batch_tokens)
-        pairs, single = as_pairs(inputs)
+        given = TaggedTexts.of(
+            inputs, is_split_into_words=is_split_into_words, delimiter=delimiter, offset_mapping=offset_mapping
+        )
+        limit = checked_max_length(max_length, low=self._tokenizer.min_length, limit=self.spec.max_length)
+        pieces = self._tokenizer.encode_places(given.encoded, max_length=limit, truncation=truncation, stride=stride)
+        answers = request.answers(given, pieces, self._piece_logits(pieces, limits), self._tokenizer, self.spec)
+        return answers[0] if given.single else answers
+
+    def _piece_logits(self, pieces: Sequence[Piece], limits: BatchLimits) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Number of the piece and logits [T, L] of its own tokens, for each in some order."""
+        batches = token_batches(
+            [len(piece.ids) for piece in pieces], lambda numbers: [pieces[i].ids for i in numbers], limits
+        )
+        for numbers, rows in batches:
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id)
+            logits = self._run(batch, ("logits",), [pieces[number].index for number in numbers])["logits"]
+            for number, values in zip(numbers, logits, strict=True):
+                piece = pieces[number]
+                yield number, values[piece.first : piece.first + len(piece.offsets)]
+
+    def _token_logits(
+        self,
+        texts: Sequence[str],
+        limits: BatchLimits,
+        show_progress_bar: bool | None,
+        truncation: bool,
+        max_length: int | None,
+    ) -> list[NDArray[np.float32]]:
+        """Logits [T, L] of the own tokens of each text."""
+        template = self._tokenizer.template
+        tokenize = self._tokenize_texts(texts, truncation, max_length)
+        batches = token_batches([len(text) for text in texts], tokenize, limits)
+        found: list[NDArray[np.float32]] = [_NO_LOGITS] * len(texts)
+        for indices, batch, values in self._run_all(with_progress(batches, len(texts), show_progress_bar), ("logits",)):
+            ends = batch.attention_mask.sum(axis=1) - len(template.suffix)
+            for index, logits, end in zip(indices, values["logits"], ends.tolist(), strict=True):
+                found[index] = logits[len(template.prefix) : end]
+        return found
+
+    def _pair_logits(
+        self,
+        pairs: Sequence[tuple[str, ...]],
+        limits: BatchLimits,
+        show_progress_bar: bool | None,
+        truncation: bool,
+        max_length: int | None,
+    ) -> NDArray[np.float32]:
+        """Logits [N, L]."""
         low = self._tokenizer.min_pair_length
         limit = checked_max_length(max_length, low=low, limit=self.spec.max_length)
 
@@ -273,7 +416,7 @@ class Model(TextInterface):
         logits = np.empty((len(pairs), self.spec.num_labels), dtype=np.float32)
         for indices, _, values in self._run_all(with_progress(batches, len(pairs), show_progress_bar), ("logits",)):
             logits[indices] = values["logits"]
-        return self._scores(logits, activation_fn, apply_softmax, single=single)
+        return logits
 
     def _run_all(
         self, batches: Iterable[tuple[list[int], Rows]], outputs: Sequence[str]

@@ -5,26 +5,21 @@ Shapes: N inputs, L labels.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gte_deploy.embedding import ReturnType
 from gte_deploy.errors import InputError
-from gte_deploy.fill_mask import softmax
 from gte_deploy.inputs import as_texts, check_integer
+from gte_deploy.scores import ActivationFn
 from gte_deploy.spec import ModelSpec, Task
 
 logger = logging.getLogger(__name__)
 
-Activation = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""From logits [N, L] to scores of the same shape."""
-
 # sentence-transformers knows these two of every model.
 _EMPTY_PROMPTS = ("query", "document")
+_NO_EFFECT_IN_RANK = ("apply_softmax", "convert_to_numpy", "convert_to_tensor")
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
@@ -88,11 +83,21 @@ class TextInterface(ABC):
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: ActivationFn | None = None,
+        device: str | None = None,
+        pool: None = None,
+        chunk_size: None = None,
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
         """Documents by their score with the query, best first: {corpus_id, score} and, where asked, text.
 
-        `kwargs` go to `predict`.
+        The arguments are those of CrossEncoder.rank, in its order; see `predict` for the later ones. `kwargs` are the
+        keyword-only arguments of `predict`. `apply_softmax`, `convert_to_numpy` and `convert_to_tensor` have no effect,
+        as in CrossEncoder.
 
         Raises:
             InputError: the model has more than one label; `top_k` is not positive; see `predict`.
@@ -106,26 +111,33 @@ class TextInterface(ABC):
         if top_k is not None:
             check_integer("top_k", top_k, 1, 1 << 31)
         as_texts([query], name="query")
-        scores = self.predict([(query, text) for text in texts], **kwargs).tolist()
+        scores = self.predict(
+            [(query, text) for text in texts],
+            prompt_name,
+            prompt,
+            batch_size,
+            show_progress_bar,
+            activation_fn,
+            device=device,
+            pool=pool,
+            chunk_size=chunk_size,
+            **_without_effect(kwargs),
+        ).tolist()
         order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
         shown = [{"text": text} if return_documents else {} for text in texts]
         return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
 
-    def _scores(
-        self, logits: NDArray[np.float32], activation_fn: Activation | None, apply_softmax: bool, *, single: bool
-    ) -> Any:
-        """What `predict` returns for logits [N, L]."""
-        activation = activation_fn or (sigmoid if self.spec.num_labels == 1 else _identity)
-        scores = activation(logits)
-        if self.spec.num_labels == 1:
-            scores = scores.reshape(len(logits))
-        elif apply_softmax:
-            scores = softmax(scores)
-        return scores[0] if single else scores
+    def _require_task(self, *tasks: Task) -> None:
+        if self.spec.task not in tasks:
+            raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
 
-    def _require_task(self, task: Task) -> None:
-        if self.spec.task != task:
-            raise InputError(f"this needs a {task} model, and {self._name} is made for {self.spec.task}")
+
+def _without_effect(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `rank` that go to `predict`: without those that CrossEncoder.rank takes and ignores."""
+    for name in _NO_EFFECT_IN_RANK:
+        if name in options:
+            logger.warning("%s has no effect in rank, which returns Python floats", name)
+    return {name: value for name, value in options.items() if name not in _NO_EFFECT_IN_RANK}
 
 
 def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
@@ -190,14 +202,3 @@ def with_progress(
         for indices, payload in batches:
             yield indices, payload
             bar.update(len(indices))
-
-
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each element."""
-    # exp of a positive number may overflow; this form never takes one.
-    small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
-
-
-def _identity(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    return logits

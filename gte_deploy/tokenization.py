@@ -6,8 +6,10 @@ that set them differently get each other's lengths without an error. Ids are cut
 
 import logging
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ _CHARS_PER_TOKEN = 8
 _LOOK_AHEAD_GROWTH = 4
 # Words at the end of a look-ahead that the cut may have changed: "[MASK]" cut in two becomes up to three words.
 _UNSAFE_WORDS = 8
+# Unicode's last code point, which it assigns to nothing.
+_NO_CHARACTER = "\U0010ffff"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,31 @@ class Template:
     suffix: tuple[int, ...]
     middle: tuple[int, ...]
     pair_suffix: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text's tokens with their places, or those of one window of it.
+
+    Args:
+        index: number of the text.
+        ids: token ids, special tokens included.
+        first: place of the first token that is not special; those of the text are in a row.
+        offsets: [T, 2] int64, where in the text each of its T tokens begins and ends, in characters; in its word where
+            the text came as words.
+        words: [T] int64, which word each token belongs to; None where the text did not come as words.
+    """
+
+    index: int
+    ids: list[int]
+    first: int
+    offsets: NDArray[np.int64]
+    words: NDArray[np.int64] | None
+
+    @property
+    def own_ids(self) -> list[int]:
+        """The ids of the text's own tokens."""
+        return self.ids[self.first : self.first + len(self.offsets)]
 
 
 class TextTokenizer:
@@ -142,6 +171,82 @@ class TextTokenizer:
             rows.append(self._joined([ids for ids, _ in parts], max_length - special))
         return rows
 
+    def encode_places(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        truncation: bool,
+        stride: int | None = None,
+    ) -> list[Piece]:
+        """The tokens of each text with their places in it. A text may come as a list of words.
+
+        With `stride` a text that is too long is cut into windows, each of which repeats so many tokens of the one
+        before; without, it has one piece.
+
+        Raises:
+            InputError: as `encode_texts`; `stride` leaves a window no token of its own.
+        """
+        budget = max_length - self._num_special(1)
+        if stride is not None:
+            check_integer("stride", stride, 0, budget - 1)
+        pieces: list[Piece] = []
+        for index, (encoding, kept, whole) in enumerate(self._encodings(texts, None if stride is not None else budget)):
+            if kept > budget and stride is None and not truncation:
+                raise _too_many_tokens(index, kept + max_length - budget, max_length, whole=whole)
+            cuts = [(0, min(kept, budget))] if stride is None else _windows(kept, budget, stride)
+            as_words = not isinstance(texts[index], str)
+            pieces.extend(self._piece(index, encoding, cut, as_words=as_words) for cut in cuts)
+        return pieces
+
+    def _encodings(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], budget: int | None
+    ) -> Iterator[tuple[Any, int, bool]]:
+        """Encoding of each text without special tokens, how many of its tokens are right, and whether they are all."""
+        for text in texts:
+            if isinstance(text, str) and budget is not None and len(text) > _CHARS_PER_TOKEN * budget:
+                found = next((found for found in self._beginnings(text, budget) if found[1] > budget), None)
+                if found is not None:
+                    yield *found, False
+                    continue
+            encoding = self._tokenizer.encode(text, is_pretokenized=not isinstance(text, str), add_special_tokens=False)
+            yield encoding, len(encoding.ids), True
+
+    def _piece(self, index: int, encoding: Any, cut: tuple[int, int], *, as_words: bool) -> Piece:
+        chosen = slice(*cut)
+        words = np.array(encoding.word_ids[chosen], dtype=np.int64) if as_words else None
+        return Piece(
+            index=index,
+            ids=[*self.template.prefix, *encoding.ids[chosen], *self.template.suffix],
+            first=len(self.template.prefix),
+            offsets=np.array(encoding.offsets[chosen], dtype=np.int64).reshape(-1, 2),
+            words=words,
+        )
+
+    @cached_property
+    def marks_subwords(self) -> bool:
+        """Whether a token says that it continues a word, as WordPiece's "##" does."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
+
+    @cached_property
+    def unk_token_id(self) -> int | None:
+        """The id that stands for what is not in the vocabulary; None where the model has none."""
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        if name is not None:
+            return self._id(name)
+        # Unigram does not say which it is, but gives it to a character that no vocabulary holds.
+        found = self._tokenizer.model.tokenize(_NO_CHARACTER)
+        return int(found[0].id) if len(found) == 1 else None
+
+    def token(self, token_id: int) -> str:
+        """The token itself, marks and all."""
+        return str(self._tokenizer.id_to_token(token_id))
+
+    def joined_tokens(self, tokens: Sequence[str]) -> str:
+        """The text of tokens, as transformers' `convert_tokens_to_string` makes it."""
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids, as transformers decodes them."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -161,9 +266,12 @@ class TextTokenizer:
             raise InputError(f"none of the {len(targets)} targets has a token; at least one must be given")
         return list(dict.fromkeys(ids))
 
+    def _id(self, token: str) -> int | None:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
     def _target_id(self, target: str) -> int | None:
-        token_id: int | None = self._tokenizer.token_to_id(target)
-        if token_id is not None:
+        if (token_id := self._id(target)) is not None:
             return token_id
         pieces = self._encode(target).ids
         if not pieces:
@@ -195,16 +303,20 @@ class TextTokenizer:
 
     def _encode_long(self, text: str, budget: int) -> tuple[list[int], bool]:
         """Tokenise ever longer beginnings of `text` until one holds more than `budget` tokens that no cut changed."""
+        for encoding, safe in self._beginnings(text, budget):
+            if safe > budget:
+                return encoding.ids[:safe], False
+        return self._encode(text).ids, True
+
+    def _beginnings(self, text: str, budget: int) -> Iterator[tuple[Any, int]]:
+        """Encodings of ever longer beginnings of `text`, and how many of their tokens no cut changed."""
         size = _CHARS_PER_TOKEN * budget
         while size < len(text):
             encoding = self._tokenizer.encode(text[:size], add_special_tokens=False)  # the fast one gives no word ids
             words = [word or 0 for word in encoding.word_ids]
             last_safe = (words[-1] if words else 0) - _UNSAFE_WORDS
-            ids = [token for token, word in zip(encoding.ids, words, strict=True) if word <= last_safe]
-            if len(ids) > budget:
-                return ids, False
+            yield encoding, bisect_right(words, last_safe)
             size *= _LOOK_AHEAD_GROWTH
-        return self._encode(text).ids, True
 
     def _num_special(self, num_texts: int) -> int:
         template = self.template
@@ -304,6 +416,15 @@ def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
     if short + long > budget:
         short, long = budget // 2, budget // 2 + budget % 2
     return (long, short) if first > second else (short, long)
+
+
+def _windows(count: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Begin and end of windows of `size` that cover `count` tokens, each with the last `stride` of the one before."""
+    windows = [(0, min(count, size))]
+    while windows[-1][1] < count:
+        start = windows[-1][0] + size - stride
+        windows.append((start, min(count, start + size)))
+    return windows
 
 
 def _too_many_tokens(index: int, count: int, limit: int, *, whole: bool) -> InputError:

@@ -31,8 +31,10 @@ from gte_deploy.errors import BackendError, InputError, NonFiniteError
 from gte_deploy.fill_mask import MaskAnswer
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
+from gte_deploy.scores import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.spec import ModelSpec, Pooling
-from gte_deploy.text_interface import Activation, TextInterface, one_of, prompt_text, return_type, with_progress
+from gte_deploy.text_interface import TextInterface, one_of, prompt_text, return_type, with_progress
+from gte_deploy.token_classification import AggregationStrategy, Entity, TaggingRequest
 from gte_deploy.triton_transport import open_transport
 
 DEFAULT_MAX_BATCH_TOKENS = 16_384
@@ -170,8 +172,7 @@ class Client(TextInterface):
             NonFiniteError, BackendError: the model or the server failed.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
-        if device is not None:
-            raise InputError(f"the server at {self._name} decides where it computes; leave device out")
+        self._refuse_device(device)
         request = EmbeddingRequest(
             pooling=self.spec.pooling if pooling is None else pooling,
             output_value=output_value,
@@ -230,32 +231,107 @@ class Client(TextInterface):
 
     def predict(
         self,
-        inputs: str | Sequence[str] | Sequence[Sequence[str]],
-        *,
-        activation_fn: Activation | None = None,
-        apply_softmax: bool = False,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
+        activation_fn: ActivationFn | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        *,
         truncation: bool = False,
         max_length: int | None = None,
         max_batch_tokens: int | None = None,
+        num_workers: int | None = None,
+        sentences: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        activation_fct: ActivationFn | None = None,
     ) -> Any:
-        """Scores of a classifier or reranker; see `Model.predict`.
+        """Scores of a classifier, or logits of a token classifier; see `Model.predict`. `device` must be None.
+
+        Raises:
+            InputError: as there, by the server's word for what only it can tell.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._require_task("classify", "token-classify")
+        self._refuse_device(device)
+        refuse_processes(pool, chunk_size)
+        request = ScoreRequest(
+            activation_fn=former_arguments(activation_fn, activation_fct, num_workers),
+            apply_softmax=bool(apply_softmax),
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
+        )
+        request.check()
+        limits = self._limits(batch_size, max_batch_tokens)
+        given, before = one_of(inputs, sentences), prompt_text(self.spec, prompt, prompt_name)
+        options = _text_options(truncation, max_length)
+        if self.spec.task == "token-classify":
+            texts, single = as_texts(given, prompt=before)
+            names = ("TOKENS", "LOGITS")
+            tokens: list[Any] = [None] * len(texts)
+            answers = self._infer_all("gte_classify_tokens", {"TEXT": texts}, options, names, limits)
+            for indices, values in with_progress(answers, len(texts), show_progress_bar):
+                for index, count, logits in zip(indices, values["TOKENS"][:, 0], values["LOGITS"], strict=True):
+                    tokens[index] = logits[:count]
+            return request.of_tokens(tokens, self.spec, single=single)
+        pairs, single = as_pairs(given, prompt=before)
+        logits = np.empty((len(pairs), self.spec.num_labels), dtype=np.float32)
+        answers = self._infer_pairs(pairs, options | self._no_prompt(), limits)
+        for indices, values in with_progress(answers, len(pairs), show_progress_bar):
+            logits[indices] = values["LOGITS"]
+        return request.of_inputs(logits, self.spec, single=single)
+
+    def classify_tokens(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        offset_mapping: Sequence[Any] | None = None,
+        is_split_into_words: bool = False,
+        delimiter: str = " ",
+        stride: int | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Labels of the tokens of each text; see `Model.classify_tokens`.
+
+        Windows of long texts (`stride`), words (`is_split_into_words`) and places of the caller's (`offset_mapping`)
+        are for a model that is loaded here: the server takes whole texts, and must not be asked for them.
 
         Raises:
             InputError: as there, by the server's word for what only it can tell.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
         """
-        self._require_task("classify")
-        limits = self._limits(batch_size, max_batch_tokens)
+        self._require_task("token-classify")
+        for name, asked in (
+            ("stride", stride is not None),
+            ("is_split_into_words", is_split_into_words),
+            ("offset_mapping", offset_mapping is not None),
+        ):
+            if asked:
+                raise InputError(f"{name} is not served: {self._name} takes whole texts. Load the model for it.")
+        request = TaggingRequest.of(aggregation_strategy, ignore_labels, None)
         options = _text_options(truncation, max_length)
-        pairs, single = as_pairs(inputs)
-        logits = np.empty((len(pairs), self.spec.num_labels), dtype=np.float32)
-        answers = self._infer_pairs(pairs, options, limits)
-        for indices, values in with_progress(answers, len(pairs), show_progress_bar):
-            logits[indices] = values["LOGITS"]
-        return self._scores(logits, activation_fn, apply_softmax, single=single)
+        options["AGGREGATION_STRATEGY"] = _bytes([[request.aggregation_strategy]])
+        options["IGNORE_LABELS"] = _bytes([request.ignore_labels or [""]])
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(inputs)
+        names = ("ENTITIES", "LABEL", "SCORE", "INDEX", "WORD", "START", "END")
+        results: list[Any] = [None] * len(texts)
+        for indices, values in self._infer_all("gte_classify_tokens", {"TEXT": texts}, options, names, limits):
+            for row, index in enumerate(indices):
+                results[index] = _entities(values, row, grouped=request.aggregation_strategy != "none")
+        return results[0] if single else results
 
     def _infer_pairs(
         self, pairs: Sequence[tuple[str, ...]], options: Options, limits: BatchLimits
@@ -322,6 +398,10 @@ class Client(TextInterface):
         batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"])
         return request.rows(self.spec, batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
 
+    def _refuse_device(self, device: str | None) -> None:
+        if device is not None:
+            raise InputError(f"the server at {self._name} decides where it computes; leave device out")
+
     def _embedding_options(self, request: EmbeddingRequest) -> Options:
         options: Options = {}
         if request.pooling != self.spec.pooling:
@@ -378,6 +458,19 @@ def _answers(values: Options, row: int, mask: int) -> list[MaskAnswer]:
         {"score": score, "token": token, "token_str": text.decode(), "sequence": sequence.decode()}
         for score, token, text, sequence in columns
     ]
+
+
+def _entities(values: Options, row: int, *, grouped: bool) -> list[Entity]:
+    count = int(values["ENTITIES"][row, 0])
+    columns = {
+        "entity_group" if grouped else "entity": [label.decode() for label in values["LABEL"][row, :count]],
+        "score": values["SCORE"][row, :count].tolist(),
+        **({} if grouped else {"index": values["INDEX"][row, :count].tolist()}),
+        "word": [word.decode() for word in values["WORD"][row, :count]],
+        "start": values["START"][row, :count].tolist(),
+        "end": values["END"][row, :count].tolist(),
+    }
+    return [dict(zip(columns, entity, strict=True)) for entity in zip(*columns.values(), strict=True)]
 
 
 def _renumbered(found: re.Match[str], indices: Sequence[int]) -> str:

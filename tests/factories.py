@@ -169,6 +169,29 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: i
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
+def write_unigram_tokenizer(folder: Path, pieces: Sequence[str], *, max_length: int = 8192) -> None:
+    """Write an XLM-R tokenizer in place of what is there: Unigram pieces, of which "\u2581" begins a word."""
+    from transformers import XLMRobertaTokenizer
+
+    special = ("<s>", "<pad>", "</s>", "<unk>")
+    vocab = [*((token, 0.0) for token in special), *((piece, -1.0 - i / 100) for i, piece in enumerate(pieces))]
+    vocab += [("<mask>", 0.0)]
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    XLMRobertaTokenizer(vocab=vocab, model_max_length=max_length).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "config.json", {**config, "pad_token_id": 1})
+
+
+def write_labels(folder: Path, labels: Sequence[str]) -> None:
+    """Name the labels of a classifier that is there."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {str(i): label for i, label in enumerate(labels)}
+    _write_json(
+        folder / "config.json", {**config, "id2label": names, "label2id": {v: int(k) for k, v in names.items()}}
+    )
+
+
 def _original_tensors(
     sizes: Mapping[str, int], *, task: str, num_labels: int, with_pooler: bool, seed: int
 ) -> dict[str, Any]:

@@ -5,12 +5,12 @@ Field names and meanings: https://github.com/triton-inference-server/common/blob
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gte_deploy._version import __version__
-from gte_deploy.spec import ModelSpec, Precision, Profile, TensorSpec
+from gte_deploy.spec import ModelSpec, Precision, Profile, Task, TensorSpec
 
 DeviceName = Literal["gpu", "cpu"]
 Config = dict[str, Any]
@@ -148,30 +148,39 @@ def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
 
 def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
     """Model name -> its configuration on one kind of device."""
-    spec = serving.spec
-    masks = "mask_positions" in serving.encoder.input_names
     models = [_tokenizer(serving, device), _encoder(serving, device), _embed_output(serving, device)]
     ensembles = [
         _ensemble(serving, device, "gte_embed", _TEXT, models[2]),
         _token_ensemble(serving, device),
     ]
-    outputs = {
-        "fill-mask": ("gte_fill_mask", _MASKED_TEXT, _fill_mask_output) if masks else None,
-        "classify": ("gte_rerank", _PAIR, _rerank_output),
-        "token-classify": ("gte_sparse", _TEXT, _sparse_output) if spec.num_labels == 1 else None,
-    }
-    if (wanted := outputs.get(spec.task)) is not None:
-        name, text_inputs, output = wanted
+    for name, text_inputs, output in _heads(serving):
         models.append(output(serving, device))
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
     return {config["name"]: config for config in (*models, *ensembles)}
 
 
+_Head = tuple[str, Mapping[str, str], Callable[[Serving, Device], Config]]
+
+
+def _heads(serving: Serving) -> list[_Head]:
+    """Ensemble, its text inputs and the Python model behind it, for each use of the task's own head."""
+    spec = serving.spec
+    sparse: list[_Head] = [("gte_sparse", _TEXT, _sparse_output)] if spec.num_labels == 1 else []
+    heads: dict[Task, list[_Head]] = {
+        "embed": [],
+        "fill-mask": [("gte_fill_mask", _MASKED_TEXT, _fill_mask_output)],
+        "classify": [("gte_rerank", _PAIR, _rerank_output)],
+        "token-classify": [("gte_classify_tokens", _PLAIN_TEXT, _classify_tokens_output), *sparse],
+    }
+    return heads[spec.task]
+
+
 # Inputs of an ensemble -> of the tokenizer.
 _LIMITS = {"TRUNCATION": "TRUNCATION", "MAX_LENGTH": "MAX_LENGTH"}
 _TEXT = {"TEXT": "TEXT", "PROMPT": "PROMPT", "PROMPT_NAME": "PROMPT_NAME", **_LIMITS}
+_PLAIN_TEXT = {"TEXT": "PLAIN_TEXT", **_LIMITS}
 _MASKED_TEXT = {"TEXT": "MASKED_TEXT", **_LIMITS}
-_PAIR = {"TEXT": "FIRST", "TEXT_PAIR": "SECOND", **_LIMITS}
+_PAIR = {"TEXT": "FIRST", "TEXT_PAIR": "SECOND", "PROMPT": "PROMPT", "PROMPT_NAME": "PROMPT_NAME", **_LIMITS}
 _OPTION_TYPES = {
     "TRUNCATION": "TYPE_BOOL",
     "NORMALIZE": "TYPE_BOOL",
@@ -185,7 +194,7 @@ _OPTION_TYPES = {
 def _tokenizer(serving: Serving, device: Device) -> Config:
     encoder = serving.encoder
     masked = "mask_positions" in encoder.input_names
-    wirings = [_TEXT, *([_MASKED_TEXT] if masked else []), *([_PAIR] if serving.spec.task == "classify" else [])]
+    wirings = [_TEXT, *(text_inputs for _, text_inputs, _ in _heads(serving))]
     names = dict.fromkeys(name for wiring in wirings for name in wiring.values())
     parameters = {
         "length_buckets": ",".join(map(str, _buckets(serving))),
@@ -352,6 +361,28 @@ def _rerank_output(serving: Serving, device: Device) -> Config:
     )
 
 
+def _classify_tokens_output(serving: Serving, device: Device) -> Config:
+    columns = {"LABEL": "TYPE_STRING", "SCORE": "TYPE_FP32", "INDEX": "TYPE_INT32", "WORD": "TYPE_STRING"}
+    columns |= {"START": "TYPE_INT32", "END": "TYPE_INT32"}
+    return _python_model(
+        serving,
+        device,
+        "gte_classify_tokens_output",
+        inputs=[
+            _new(serving, "TEXT", "TYPE_STRING", 1),
+            *_of_encoder(serving, "attention_mask", "logits"),
+            *(_option(serving, name) for name in ("TRUNCATION", "MAX_LENGTH", "AGGREGATION_STRATEGY")),
+            {**_new(serving, "IGNORE_LABELS", "TYPE_STRING", -1), "optional": True},
+        ],
+        outputs=[
+            _new(serving, "ENTITIES", "TYPE_INT32", 1),
+            *(_new(serving, name, data_type, -1) for name, data_type in columns.items()),
+            _new(serving, "TOKENS", "TYPE_INT32", 1),
+            _new(serving, "LOGITS", "TYPE_FP32", -1, serving.spec.num_labels),
+        ],
+    )
+
+
 def _sparse_output(serving: Serving, device: Device) -> Config:
     entries = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "WEIGHT": "TYPE_FP32"}
     return _python_model(
@@ -370,7 +401,8 @@ def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, 
     """Tokenizer, encoder and the Python model that makes the answer."""
     own = {tensor["name"] for tensor in output["input"]}
     made = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
-    options = [t for t in output["input"] if t["name"] not in {*serving.encoder.input_names, *made.values()}]
+    known = {*serving.encoder.input_names, *made.values(), *wiring}
+    options = [tensor for tensor in output["input"] if tensor["name"] not in known]
     return {
         **_ensemble_head(serving, device, name, wiring, options),
         "output": output["output"],

@@ -13,6 +13,7 @@ _ANSWERS = {
     "gte_token_embed": "a text -> the state of each of its tokens",
     "gte_fill_mask": "a text with masks -> the best tokens for each",
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
+    "gte_classify_tokens": "a text -> the labels of its tokens",
     "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
 }
 
@@ -115,6 +116,7 @@ def _client_example(serving: Serving) -> str:
     calls = {
         "fill-mask": f'client.fill_mask("Paris is the {serving.mask_token} of France.")',
         "classify": 'client.predict([("a query", "a document")])',
+        "token-classify": 'client.classify_tokens("Paris is in France.", aggregation_strategy="simple")',
     }
     ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')
     return f"""\

@@ -156,6 +156,7 @@ def change(path: str, value):
         ("spec/max_length", True, "max_length"),
         ("spec/vocab_size", "256", "vocab_size"),
         ("spec/pad_token_id", 256, "pad_token_id"),
+        ("spec/activation", "swish", "swish"),
         ("spec/unknown", 1, "unknown"),
         ("spec", None, "malformed"),
         ("target", "tpu", "tpu"),

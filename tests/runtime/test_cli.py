@@ -93,6 +93,56 @@ def test_rank(run, checkpoints):
     assert len(run(*arguments)[1].splitlines()) == 3
 
 
+def test_prompts_of_rank(run, checkpoints):
+    arguments = ("rank", "-m", checkpoints["classify"], "-q", "the king", "a queen", "water", "--json")
+    code, out, _ = run(*arguments, "--prompt", "time ")
+    assert code == exit_codes.OK
+    with gte_deploy.load(checkpoints["classify"]) as model:
+        expected = model.rank("time the king", ["a queen", "water"], return_documents=True)
+    assert [json.loads(line) for line in out.splitlines()] == expected
+    assert run(*arguments, "--prompt-name", "nobody")[0] == exit_codes.USAGE
+
+
+@pytest.fixture(scope="module")
+def tagger(make_checkpoint, factories, runtime_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tagger") / "c"
+    runtime_models.make_word_checkpoint(make_checkpoint, folder, task="token-classify", num_labels=3, seed=4)
+    factories.write_labels(folder, ["O", "B-PER", "I-PER"])
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ((), {}),
+        (
+            ("--aggregation-strategy", "average", "--ignore-labels"),
+            {"aggregation_strategy": "average", "ignore_labels": ()},
+        ),
+        (
+            ("--aggregation-strategy", "simple", "--stride", 2, "--max-length", 8, "--ignore-labels", "PER"),
+            {"aggregation_strategy": "simple", "stride": 2, "max_length": 8, "ignore_labels": ["PER"]},
+        ),
+        (("--truncation", "--max-length", 4), {"truncation": True, "max_length": 4}),
+    ],
+)
+def test_classify_tokens(options, arguments, run, tagger):
+    texts = ["the king walked to the old city of france", "paris"]
+    code, out, _ = run("classify-tokens", *texts, "-m", tagger, "--json", *options)
+    assert code == exit_codes.OK
+    with gte_deploy.load(tagger) as model:
+        expected = model.classify_tokens(texts, **arguments)
+    assert [json.loads(line) for line in out.splitlines()] == expected
+
+
+def test_classify_tokens_for_people(run, tagger):
+    text = "the old king of france"
+    code, out, _ = run("classify-tokens", text, "-m", tagger, "--ignore-labels")
+    lines = out.splitlines()
+    assert code == exit_codes.OK and lines[0] == text and len(lines) == 6
+    assert lines[1].split()[2:] == ["0-3", "the"] and lines[1].split()[1] in ("O", "B-PER", "I-PER")
+
+
 def test_verify_and_info_of_a_bundle(run, word_checkpoints, bundle_of, tmp_path):
     bundle = bundle_of(word_checkpoints["embed"])
     code, out, _ = run("verify", bundle)

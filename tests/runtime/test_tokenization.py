@@ -207,6 +207,38 @@ def unigram(tmp_path_factory):
 unigram_words = ["the", "king", "walking", " <mask>", "<mask>", "</s>", "中国", "?!", "  ", "\n", "z" * 90]
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=texts_of_words, max_length=st.integers(3, 20), stride=st.one_of(st.none(), st.integers(0, 17)))
+def test_places_are_those_of_transformers(ours, theirs, text, max_length, stride):
+    if stride is not None and stride >= max_length - 2:
+        with pytest.raises(InputError, match="stride must be an integer from 0 to"):
+            ours.encode_places([text], max_length=max_length, truncation=False, stride=stride)
+        return
+    windows = {} if stride is None else {"stride": stride, "return_overflowing_tokens": True}
+    expected = theirs([text], truncation=True, max_length=max_length, return_offsets_mapping=True, **windows)
+    pieces = ours.encode_places([text], max_length=max_length, truncation=stride is None, stride=stride)
+    assert [piece.ids for piece in pieces] == expected["input_ids"]
+    assert [piece.offsets.tolist() for piece in pieces] == [
+        [list(place) for place in places[1:-1]] for places in expected["offset_mapping"]
+    ]
+    assert all(piece.own_ids == piece.ids[1:-1] and piece.words is None for piece in pieces)
+
+
+@settings(max_examples=30, deadline=None)
+@given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=9))
+def test_words_are_those_of_transformers(ours, theirs, words):
+    expected = theirs(words, is_split_into_words=True, return_offsets_mapping=True)
+    (piece,) = ours.encode_places([words], max_length=10_000, truncation=False)
+    assert piece.ids == expected["input_ids"]
+    assert piece.words.tolist() == expected.word_ids()[1:-1]
+    assert piece.offsets.tolist() == [list(place) for place in expected["offset_mapping"][1:-1]]
+
+
+def test_the_unknown_token(ours, theirs, unigram):
+    assert ours.unk_token_id == theirs.unk_token_id
+    assert unigram[1].unk_token_id == unigram[0].token_to_id("<unk>") == 3
+
+
 def test_template_of_another_family(unigram):
     template = unigram[1].template
     assert (template.prefix, template.suffix, template.middle, template.pair_suffix) == ((0,), (2,), (2, 2), (2,))

@@ -79,7 +79,9 @@ def client(transport: FakeTransport) -> Iterator[triton.Client]:
         yield client
 
 
-@pytest.mark.parametrize("name", ["encode", "encode_query", "encode_document", "fill_mask", "predict", "rank"])
+@pytest.mark.parametrize(
+    "name", ["encode", "encode_query", "encode_document", "fill_mask", "predict", "rank", "classify_tokens"]
+)
 def test_signatures_are_those_of_a_loaded_model(name: str):
     ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (triton.Client, gte_deploy.Model))
     assert ours == theirs
@@ -130,6 +132,36 @@ def test_pairs_and_single_texts_go_apart_and_come_back_in_order(monkeypatch: pyt
         assert [item["corpus_id"] for item in client.rank("5", ["a", "b"], top_k=1)] == [0]
         with pytest.raises(InputError, match="fill-mask"):
             client.fill_mask("a")
+
+
+def test_prompts_of_pairs_are_put_here_and_not_again_there(monkeypatch: pytest.MonkeyPatch):
+    spec = {"task": "classify", "num_labels": 1, "prompts": {"query": "1"}, "default_prompt_name": "query"}
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), **spec}))
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        identity = {"activation_fn": lambda logits: logits}
+        assert client.predict([("2", "7")], **identity).tolist() == [12]
+        assert client.predict([("2", "7")], prompt="3", **identity).tolist() == [32]
+        assert client.rank("2", ["7"], prompt="", **identity) == [{"corpus_id": 0, "score": 2.0}]
+    assert [inputs["TEXT_PAIR"][0, 0] for _, inputs in fake.requests] == [b"7"] * 3
+    assert all(inputs["PROMPT"][0, 0] == b"" for _, inputs in fake.requests)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": 3, "aggregation_strategy": "simple"}, "stride is not served"),
+        ({"is_split_into_words": True}, "is_split_into_words is not served"),
+        ({"offset_mapping": [(0, 1)]}, "offset_mapping is not served"),
+        ({"aggregation_strategy": "best"}, "aggregation_strategy must be one of"),
+    ],
+)
+def test_what_a_server_does_not_tag(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), "task": "token-classify", "num_labels": 2}))
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client, pytest.raises(InputError, match=message):
+        client.classify_tokens("the king", **options)
+    assert fake.requests == []
 
 
 def test_several_labels(monkeypatch: pytest.MonkeyPatch):

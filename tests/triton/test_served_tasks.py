@@ -54,6 +54,44 @@ def test_reranker(
                 assert_close(client.encode("the king"), local.encode("the king"))
 
 
+def test_labels_of_tokens(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    load_on: Callable[..., Any],
+    make_checkpoint: Callable[..., Path],
+    runtime_models: ModuleType,
+    factories: ModuleType,
+    tmp_path: Path,
+):
+    labels = ("O", "B-PER", "I-PER", "LOC")
+    checkpoint = runtime_models.make_word_checkpoint(
+        make_checkpoint, tmp_path / "tagger", task="token-classify", num_labels=len(labels), seed=5
+    )
+    factories.write_labels(checkpoint, labels)
+    texts = ["the king, readable café (中国)!", "", "paris is a city of france 🙂", *["the queen"] * 9]
+    with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
+        for protocol in PROTOCOLS:
+            with connect(server, protocol) as client:
+                for options in (
+                    {},
+                    {"ignore_labels": ()},
+                    {"aggregation_strategy": "simple"},
+                    {"aggregation_strategy": "average", "ignore_labels": ["PER"]},
+                ):
+                    ours, theirs = (model.classify_tokens(texts, **options) for model in (client, local))
+                    assert [[{**e, "score": 0} for e in each] for each in ours] == [
+                        [{**e, "score": 0} for e in each] for each in theirs
+                    ]
+                    assert_close([e["score"] for e in sum(ours, [])], [e["score"] for e in sum(theirs, [])])
+                assert client.classify_tokens(texts[0])[0].keys() == local.classify_tokens(texts[0])[0].keys()
+                long = "the king " * 100
+                with pytest.raises(InputError, match="input 1 has 202 tokens"):
+                    client.classify_tokens([texts[0], long])
+                assert len(client.classify_tokens(long, truncation=True, ignore_labels=())) == 126
+                for ours, theirs in zip(client.predict(texts), local.predict(texts), strict=True):
+                    assert_close(ours, theirs)
+
+
 def test_sparse(
     serve: Callable[..., Any],
     connect: Callable[..., Any],

@@ -91,6 +91,22 @@ def option(request: Any, name: str, default: Any = None) -> Any:
     return _decoded(first, name) if isinstance(first, bytes) else first
 
 
+def shared_texts(request: Any, name: str, shown: str) -> list[str] | None:
+    """The texts of an optional BYTES input, of which every row of a request has the same several.
+
+    Raises:
+        InputError: bytes that are no UTF-8; rows with different texts.
+    """
+    values = texts(request, name, shown)
+    if values is None:
+        return None
+    width = required(request, name).shape[-1]
+    first = values[:width]
+    if values != first * (len(values) // max(width, 1)):
+        raise InputError(f"{name} differ between the rows of one request; send those rows in requests of their own")
+    return first
+
+
 def check_finite(name: str, values: NDArray[np.floating[Any]]) -> None:
     """Let no NaN or Inf leave.
 

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from gte_deploy.errors import InputError  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
@@ -21,7 +20,7 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     floats,
     option,
     required,
-    texts,
+    shared_texts,
 )
 from gte_deploy.fill_mask import MaskAnswer, answers, top_tokens  # noqa: E402
 from gte_deploy.inputs import as_texts, check_integer  # noqa: E402
@@ -88,11 +87,7 @@ class TritonPythonModel:
         return answers(row, place, scores, tokens, self._tokenizer, pad_token_id=self._spec.pad_token_id)
 
     def _candidates(self, request: Any) -> NDArray[np.int64]:
-        targets = texts(request, "TARGETS", "target")
+        targets = shared_texts(request, "TARGETS", "target")
         if targets is None:
             return self._answerable
-        width = len(targets) // len(required(request, "input_ids"))
-        first = targets[:width]
-        if targets != first * (len(targets) // max(width, 1)):
-            raise InputError("TARGETS differ between the rows of one request; send those rows in requests of their own")
-        return np.array(self._tokenizer.target_ids(as_texts(first, name="TARGETS")[0]))
+        return np.array(self._tokenizer.target_ids(as_texts(targets, name="TARGETS")[0]))

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 
 from numpy.typing import NDArray  # noqa: E402
 
+from gte_deploy.activations import default_activation, softmax  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
@@ -19,8 +20,6 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     floats,
     option,
 )
-from gte_deploy.fill_mask import softmax  # noqa: E402
-from gte_deploy.text_interface import sigmoid  # noqa: E402
 
 
 class TritonPythonModel:
@@ -37,8 +36,7 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
         logits = floats(request, "logits")
         check_finite("logits", logits)
-        if self._spec.num_labels == 1:
-            scores = sigmoid(logits)
-        else:
-            scores = softmax(logits) if option(request, "APPLY_SOFTMAX", False) else logits
+        scores = default_activation(self._spec.activation, self._spec.num_labels)(logits)
+        if self._spec.num_labels > 1 and option(request, "APPLY_SOFTMAX", False):
+            scores = softmax(scores)
         return {"SCORE": scores, "LOGITS": logits}

@@ -1,7 +1,8 @@
 """gte_tokenizer: texts to padded token ids, on the `tokenizers` library alone.
 
 The name of the text input says what the ensemble is for: TEXT (embeddings; the checkpoint's prompts apply), MASKED_TEXT
-(fill-mask; each text needs a mask), FIRST with or without SECOND (texts and pairs for a classifier).
+(fill-mask; each text needs a mask), PLAIN_TEXT (for a classifier of tokens), FIRST with or without SECOND (texts and
+pairs for a classifier; the checkpoint's prompts apply to the first).
 
 Triton batches only requests of equal shape. So every request is padded to a length bucket, and of those that are here
 at once, short ones to the bucket of longer ones where that costs less than another run of the encoder.
@@ -29,7 +30,7 @@ from gte_deploy.inputs import as_pairs, as_texts  # noqa: E402
 from gte_deploy.text_interface import prompt_text  # noqa: E402
 from gte_deploy.tokenization import checked_max_length, load_tokenizer  # noqa: E402
 
-_TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "FIRST")
+_TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "PLAIN_TEXT", "FIRST")
 
 
 @dataclass
@@ -84,18 +85,19 @@ class TritonPythonModel:
         if kind == "FIRST":
             second = texts(request, "SECOND")
             limit = self._limit(max_length, self._tokenizer.min_pair_length)
-            pairs = as_pairs([[text] for text in batch] if second is None else list(zip(batch, second, strict=True)))[0]
+            columns = (batch,) if second is None else (batch, second)
+            pairs = as_pairs(list(zip(*columns, strict=True)), prompt=self._prompt(request))[0]
             return self._tokenizer.encode_pairs(pairs, max_length=limit, truncation=truncation)
-        prompt = ""
-        if kind == "TEXT":
-            prompt = prompt_text(self._spec, option(request, "PROMPT"), option(request, "PROMPT_NAME"))
         limit = self._limit(max_length, self._tokenizer.min_length)
-        prompted = as_texts(batch, prompt=prompt)[0]
+        prompted = as_texts(batch, prompt=self._prompt(request) if kind == "TEXT" else "")[0]
         rows = self._tokenizer.encode_texts(prompted, max_length=limit, truncation=truncation)
         if kind == "MASKED_TEXT":
             for index, (text, row) in enumerate(zip(prompted, rows, strict=True)):
                 check_mask(index, text, row, self._tokenizer)
         return rows
+
+    def _prompt(self, request: Any) -> str:
+        return prompt_text(self._spec, option(request, "PROMPT"), option(request, "PROMPT_NAME"))
 
     def _limit(self, max_length: int | None, low: int) -> int:
         return checked_max_length(max_length, low=low, limit=self._spec.max_length)

@@ -119,6 +119,111 @@ def test_several_labels(make_checkpoint, runtime_models, bundle_of, open_reposit
             np.testing.assert_allclose(answer["SCORE"], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", [None, "identity", "tanh"])
+@pytest.mark.parametrize("labels", [1, 3])
+def test_the_stored_activation(activation, labels, altered_spec):
+    opened, model = altered_spec("classify", num_labels=labels, activation=activation)
+    pairs = [("the king", "a queen"), ("water", "")]
+    request = {"TEXT": [a for a, _ in pairs], "TEXT_PAIR": [b for _, b in pairs]}
+    (answer,) = opened.ask("gte_rerank", request)
+    logits = answer["LOGITS"]
+    expected = {None: 1 / (1 + np.exp(-logits)) if labels == 1 else logits, "identity": logits}.get(
+        activation, np.tanh(logits)
+    )
+    np.testing.assert_allclose(answer["SCORE"], expected, atol=1e-6)
+    np.testing.assert_allclose(model.predict(pairs), expected.reshape(model.predict(pairs).shape), atol=1e-5)
+
+
+def test_prompts_of_a_reranker(altered_spec):
+    opened, model = altered_spec("classify", prompts={"query": "the king ", "x": "a "}, default_prompt_name="query")
+    pairs = [("water", "a queen"), ("", "time")]
+    request = {"TEXT": [a for a, _ in pairs], "TEXT_PAIR": [b for _, b in pairs]}
+    plain = opened.ask("gte_rerank", {"TEXT": ["the king water", "the king "], "TEXT_PAIR": request["TEXT_PAIR"]})
+    for options, arguments in (
+        ({}, {}),
+        ({"PROMPT_NAME": ["x"] * 2}, {"prompt_name": "x"}),
+        ({"PROMPT": ["time "] * 2}, {"prompt": "time "}),
+        ({"PROMPT": [""] * 2}, {"prompt": ""}),
+    ):
+        (answer,) = opened.ask("gte_rerank", {**request, **options})
+        np.testing.assert_allclose(answer["SCORE"][:, 0], model.predict(pairs, **arguments), atol=1e-6)
+    (answer,) = opened.ask("gte_rerank", {**request, "PROMPT": [""] * 2})
+    assert np.abs(answer["LOGITS"] - plain[0]["LOGITS"]).max() > 1e-3
+
+
+LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+
+
+@pytest.fixture(scope="module")
+def tagger(make_checkpoint, factories, runtime_models, bundle_of, tmp_path_factory):
+    """A checkpoint that classifies tokens, and the repository of its bundle."""
+    from gte_deploy.exporters.triton_repository import export_repository
+
+    folder = tmp_path_factory.mktemp("tagger")
+    checkpoint = runtime_models.make_word_checkpoint(
+        make_checkpoint, folder / "c", task="token-classify", num_labels=len(LABELS), seed=5
+    )
+    factories.write_labels(checkpoint, LABELS)
+    return checkpoint, export_repository(bundle_of(checkpoint), folder / "repository", threads=1).path
+
+
+@pytest.mark.parametrize("strategy", [None, "none", "simple", "first", "average", "max"])
+@pytest.mark.parametrize("ignored", [None, [""], ["B-PER", "LOC"]])
+def test_labels_of_tokens(strategy, ignored, tagger, open_repository):
+    """Against transformers' pipeline on the checkpoint; entities of rows with fewer are padded."""
+    from transformers import pipeline
+
+    checkpoint, path = tagger
+    texts = [*TEXTS, "", "the café, readable (中国)!", "unknownword 🙂 queens"]
+    options = {} if strategy is None else {"AGGREGATION_STRATEGY": [strategy] * 8}
+    if ignored is not None:
+        options["IGNORE_LABELS"] = np.array([[label.encode() for label in ignored]] * 8, dtype=np.object_)
+    (answer,) = open_repository(path).ask("gte_classify_tokens", {"TEXT": texts, **options})
+    pipe = pipeline("token-classification", model=str(checkpoint), device="cpu")
+    pipe.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    expected = pipe(texts, aggregation_strategy=strategy or "none", ignore_labels=ignored)
+    grouped = strategy not in (None, "none")
+    for row, entities in enumerate(expected):
+        count = int(answer["ENTITIES"][row, 0])
+        assert count == len(entities)
+        for name, key in (("LABEL", "entity_group" if grouped else "entity"), ("WORD", "word")):
+            assert [value.decode() for value in answer[name][row, :count]] == [entity[key] for entity in entities]
+        for name, key in (("START", "start"), ("END", "end"), ("INDEX", "index")):
+            assert answer[name][row, :count].tolist() == [entity.get(key, -1) for entity in entities]
+        np.testing.assert_allclose(answer["SCORE"][row, :count], [entity["score"] for entity in entities], atol=1e-4)
+
+
+def test_logits_of_tokens(tagger, bundle_of, open_repository):
+    checkpoint, path = tagger
+    texts = [*TEXTS, "the king " * 200]
+    (answer,) = open_repository(path).ask("gte_classify_tokens", {"TEXT": texts, "TRUNCATION": [True] * len(texts)})
+    with gte_deploy.load(bundle_of(checkpoint), backend="onnx", num_threads=1) as model:
+        for count, logits, expected in zip(
+            answer["TOKENS"][:, 0], answer["LOGITS"], model.predict(texts, truncation=True), strict=True
+        ):
+            np.testing.assert_allclose(logits[:count], expected, atol=1e-5)
+
+
+def test_bad_requests_for_labels(tagger, open_repository):
+    opened = open_repository(tagger[1])
+    for options, message in (
+        ({"AGGREGATION_STRATEGY": ["best"]}, "aggregation_strategy must be one of"),
+        ({"MAX_LENGTH": [999]}, "max_length must be an integer from 3 to 128"),
+        ({"TEXT": ["the " * 200]}, "input 0 has 202 tokens"),
+    ):
+        (error,) = opened.ask("gte_classify_tokens", {"TEXT": ["a"], **options})
+        assert f"InputError: {message}" in str(error)
+    labels = np.array([[b"O"], [b"X"]], dtype=np.object_)
+    (error,) = opened.ask("gte_classify_tokens", {"TEXT": ["a", "b"], "IGNORE_LABELS": labels})
+    assert "IGNORE_LABELS differ between the rows" in str(error)
+    model = opened.model("gte_classify_tokens_output")
+    logits = np.zeros((1, 3, len(LABELS)), dtype=np.float32)
+    logits[0, 1, 2] = np.nan
+    text, mask = np.array([[b"the"]], dtype=np.object_), np.ones((1, 3), dtype=np.int64)
+    (response,) = model.execute([{"TEXT": text, "attention_mask": mask, "logits": logits}])
+    assert str(response.error).startswith("NonFiniteError: ")
+
+
 def test_sparse_vectors(bundles, repository):
     """Against the definition: for each entry the largest relu(logit) among its places, special tokens left out."""
     import onnxruntime
@@ -227,6 +332,34 @@ def test_masks_of_requests_that_run_together(repository, local):
     assert opened.runs == [(2, 16), (2, 16)]
     for text, answer in zip(texts, answers, strict=True):
         assert_equal_answers(answer, [local["fill-mask"].fill_mask(text)])
+
+
+@pytest.fixture
+def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tmp_path):
+    """`altered_spec(task, num_labels=1, **fields)`: repository and model of a bundle with these fields in its spec."""
+    import json
+    import shutil
+
+    from gte_deploy.bundle import MANIFEST_NAME, read_manifest
+    from gte_deploy.exporters.triton_repository import export_repository
+
+    opened = []
+
+    def make(task, num_labels=1, **fields):
+        checkpoint = runtime_models.make_word_checkpoint(
+            make_checkpoint, tmp_path / "checkpoint", task=task, num_labels=num_labels, seed=2
+        )
+        bundle = tmp_path / "bundle"
+        shutil.copytree(bundle_of(checkpoint), bundle)
+        manifest = read_manifest(bundle)
+        changed = dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, **fields))
+        (bundle / MANIFEST_NAME).write_text(json.dumps(changed.to_json()), encoding="utf-8")
+        opened.append(gte_deploy.load(bundle, backend="onnx", num_threads=1))
+        return open_repository(export_repository(bundle, tmp_path / "repository").path), opened[-1]
+
+    yield make
+    for model in opened:
+        model.close()
 
 
 def test_checkpoints_that_normalise(altered_bundle, bundles, open_repository, tmp_path):

@@ -1,5 +1,6 @@
 """The files of a repository: which models, which configurations, what is refused, how it gets its name."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ ENSEMBLES = {
     "fill-mask": {"gte_embed", "gte_token_embed", "gte_fill_mask"},
     "embed": {"gte_embed", "gte_token_embed"},
     "classify": {"gte_embed", "gte_token_embed", "gte_rerank"},
-    "token-classify": {"gte_embed", "gte_token_embed", "gte_sparse"},
+    "token-classify": {"gte_embed", "gte_token_embed", "gte_classify_tokens", "gte_sparse"},
 }
 
 
@@ -157,7 +158,7 @@ def test_python_models_need_nothing_but_themselves(repositories, tmp_path):
     models = sorted(
         {path.parents[1].name: path for r in repositories.values() for path in r.glob("*/1/model.py")}.values()
     )
-    assert len(models) == 5
+    assert len(models) == 6
     for file in models:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
         subprocess.run([sys.executable, "-c", program, file], check=True, env=environment, timeout=60)
@@ -271,6 +272,23 @@ def test_logits_of_every_token_are_not_served(word_checkpoints, bundle_of, tmp_p
     bundle = bundle_of(word_checkpoints["fill-mask"], logits="all")
     with pytest.raises(ExportError, match="--logits masked"):
         export_repository(bundle, tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("task", "missing", "message"),
+    [
+        ("fill-mask", "mask_positions", "logits of every token"),
+        ("classify", "logits", "made for classify, and its encoder gives no logits"),
+    ],
+)
+def test_a_plan_without_its_head_is_refused(task, missing, message, altered_bundle, tmp_path):
+    plan = plan_entry(task, SHORT)
+    without = {name: tuple(t for t in getattr(plan, name) if t.name != missing) for name in ("inputs", "outputs")}
+    plan = dataclasses.replace(plan, **without)
+    bundle = altered_bundle(task, {"tensorrt/model.plan": b"plan"}, plan=plan)
+    with pytest.raises(ExportError, match=message):
+        export_repository(engine=bundle, output=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_integer_graphs_are_for_cpus(altered_bundle, open_repository, tmp_path):

@@ -1,0 +1,98 @@
+"""gte_classify_tokens_output: logits of tokens to the answers that `Model.classify_tokens` returns.
+
+The texts are tokenised again, for where their tokens stand in them.
+
+Shapes: B rows of a request, S tokens, T tokens without special ones of the row that has most, N entities of the row
+that has most, L labels.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+
+import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+    Settings,
+    answer_each,
+    check_finite,
+    filled,
+    floats,
+    option,
+    required,
+    shared_texts,
+    texts,
+)
+from gte_deploy.token_classification import Entity, TaggedTexts, TaggingRequest  # noqa: E402
+from gte_deploy.tokenization import Piece, checked_max_length, load_tokenizer  # noqa: E402
+
+_NO_INDEX = -1
+
+
+class TritonPythonModel:
+    """See the module."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the tokenizer, which knows where tokens stand."""
+        settings = Settings(args)
+        self._spec = settings.spec
+        self._tokenizer = load_tokenizer(settings.folder)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """For each request: the entities of each row and their number; the logits of its tokens and their number.
+
+        `ENTITIES` [B, 1]; `LABEL`, `SCORE`, `INDEX`, `WORD`, `START` and `END` [B, N]; `TOKENS` [B, 1], `LOGITS`
+        [B, T, L].
+        """
+        return answer_each(requests, self._answer)
+
+    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+        # An empty name is no label: a request cannot say "none" by a tensor without elements.
+        ignored = shared_texts(request, "IGNORE_LABELS", "label")
+        wanted = TaggingRequest.of(option(request, "AGGREGATION_STRATEGY"), ignored, None)
+        given = TaggedTexts.of(texts(request, "TEXT"), is_split_into_words=False, delimiter=None, offset_mapping=None)
+        limit = checked_max_length(
+            option(request, "MAX_LENGTH"), low=self._tokenizer.min_length, limit=self._spec.max_length
+        )
+        truncation = option(request, "TRUNCATION", False)
+        pieces = self._tokenizer.encode_places(given.texts, max_length=limit, truncation=truncation)
+        logits = self._own_logits(request, pieces)
+        found = wanted.answers(given, pieces, enumerate(logits), self._tokenizer, self._spec)
+        return {**_entity_tensors(found), **self._logit_tensors(logits)}
+
+    def _own_logits(self, request: Any, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+        """Logits [T, L] of each row's own tokens."""
+        mask = required(request, "attention_mask") == 1
+        logits = np.where(mask[:, :, None], floats(request, "logits"), np.float32(0))
+        check_finite("logits", logits)
+        return [row[piece.first : piece.first + len(piece.offsets)] for row, piece in zip(logits, pieces, strict=True)]
+
+    def _logit_tensors(self, logits: Sequence[NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+        counts = [len(row) for row in logits]
+        together = np.zeros((len(logits), max(1, *counts), self._spec.num_labels), dtype=np.float32)
+        for target, row in zip(together, logits, strict=True):
+            target[: len(row)] = row
+        return {"TOKENS": np.array(counts, dtype=np.int32)[:, None], "LOGITS": together}
+
+
+def _entity_tensors(found: Sequence[Sequence[Entity]]) -> dict[str, NDArray[Any]]:
+    width = max(1, *map(len, found))
+
+    def column(name: str, filler: Any, dtype: Any) -> NDArray[Any]:
+        return filled([[entity.get(name, filler) for entity in entities] for entities in found], width, filler, dtype)
+
+    labels = [[entity["entity" if "entity" in entity else "entity_group"].encode() for entity in row] for row in found]
+    words = [[entity["word"].encode() for entity in row] for row in found]
+    return {
+        "ENTITIES": np.array([[len(entities)] for entities in found], dtype=np.int32),
+        "LABEL": filled(labels, width, b"", np.object_),
+        "SCORE": column("score", 0.0, np.float32),
+        "INDEX": column("index", _NO_INDEX, np.int32),
+        "WORD": filled(words, width, b"", np.object_),
+        "START": column("start", 0, np.int32),
+        "END": column("end", 0, np.int32),
+    }

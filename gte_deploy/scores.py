@@ -1,0 +1,143 @@
+"""What `Model.predict` returns, from logits to the forms of CrossEncoder.predict.
+
+Shapes: N inputs, T tokens of a text, L labels.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.activations import default_activation, softmax
+from gte_deploy.embedding import ReturnType, import_torch
+from gte_deploy.errors import InputError
+from gte_deploy.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+ActivationFn = Callable[[Any], Any]
+"""From logits [N, L] to scores of the same shape: a function of numpy arrays or of torch tensors, or a torch module."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The checked arguments of one call that say what to return.
+
+    Args:
+        activation_fn: what the logits go through; None for the checkpoint's own.
+        apply_softmax: over the labels, where there are several; after the activation.
+        return_type: "numpy", one "tensor", or a "list of tensors".
+    """
+
+    activation_fn: ActivationFn | None
+    apply_softmax: bool
+    return_type: ReturnType
+
+    def check(self) -> None:
+        """Refuse what cannot be honoured, before any work.
+
+        Raises:
+            InputError: naming the argument and what it may be.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        if self.activation_fn is not None and not callable(self.activation_fn):
+            raise InputError(
+                f"activation_fn must be a function or a torch module, such as torch.nn.Sigmoid(), not "
+                f"{self.activation_fn!r}"
+            )
+        if isinstance(self.activation_fn, type):
+            raise InputError(f"activation_fn is the class {self.activation_fn.__name__}; give an instance of it")
+        if self.return_type != "numpy":
+            import_torch()
+
+    def of_inputs(self, logits: NDArray[np.float32], spec: ModelSpec, *, single: bool) -> Any:
+        """Scores of inputs with the logits [N, L]: [N] for one label, else [N, L]; for a `single` one its element."""
+        scores = self._scores(logits, spec)
+        if spec.num_labels == 1:
+            scores = scores.reshape(len(logits))
+        whole: Any = scores if self.return_type == "numpy" else import_torch().from_numpy(scores)
+        if single:
+            return whole[0]
+        return list(whole) if self.return_type == "list of tensors" else whole
+
+    def of_tokens(self, logits: Sequence[NDArray[np.float32]], spec: ModelSpec, *, single: bool) -> Any:
+        """Scores [T, L] of the tokens of each text, whose logits are [T, L]."""
+        scores = self._scores(np.concatenate(logits), spec)
+        parts: list[Any] = np.split(scores, np.cumsum([len(each) for each in logits])[:-1])
+        if self.return_type != "numpy":
+            parts = [import_torch().from_numpy(np.ascontiguousarray(part)) for part in parts]
+        return parts[0] if single else parts
+
+    def _scores(self, logits: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
+        if self.activation_fn is None:
+            # The sigmoid of one label is CrossEncoder's; the logits of tokens have no such custom.
+            labels = spec.num_labels if spec.task == "classify" else 0
+            scores = default_activation(spec.activation, labels)(logits)
+        else:
+            scores = _checked_scores(_activated(self.activation_fn, logits), logits)
+        return softmax(scores) if self.apply_softmax and spec.num_labels > 1 else scores
+
+
+def refuse_processes(pool: Any, chunk_size: Any) -> None:
+    """Refuse CrossEncoder's arguments for several processes.
+
+    Raises:
+        InputError: one of them is given.
+    """
+    for name, value in (("pool", pool), ("chunk_size", chunk_size)):
+        if value is not None:
+            raise InputError(f"{name} is for CrossEncoder's pools of processes, which this has not; leave it out")
+
+
+def former_arguments(activation_fn: Any, activation_fct: Any, num_workers: Any) -> Any:
+    """The activation, by its name or its former one; `num_workers` had an effect once and has none now."""
+    if num_workers is not None:
+        logger.warning("num_workers has no effect, as in CrossEncoder since its version 5.4")
+    if activation_fct is not None:
+        logger.warning("activation_fct is now called activation_fn")
+    return activation_fct if activation_fn is None else activation_fn
+
+
+def _activated(activation_fn: ActivationFn, logits: NDArray[np.float32]) -> NDArray[Any]:
+    """What the activation makes of the logits, given to it as the array or the tensor that it takes."""
+    torch = sys.modules.get("torch")  # a torch module can only come from a process that has torch
+    try:
+        if torch is None or not isinstance(activation_fn, torch.nn.Module):
+            try:
+                return _as_array(activation_fn(logits.copy()))
+            except Exception:
+                # Functions of tensors fail for arrays in many ways: a wrong type, no such method, another meaning.
+                if torch is None:
+                    raise
+        return _activated_tensor(torch, activation_fn, logits)
+    except Exception as error:
+        raise InputError(
+            f"activation_fn failed for logits {list(logits.shape)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _activated_tensor(torch: Any, activation_fn: ActivationFn, logits: NDArray[np.float32]) -> NDArray[Any]:
+    with torch.inference_mode():
+        return _as_array(activation_fn(torch.from_numpy(logits.copy())))
+
+
+def _as_array(scores: Any) -> NDArray[Any]:
+    if hasattr(scores, "detach"):
+        scores = scores.detach().float().cpu()
+    return np.asarray(scores)
+
+
+def _checked_scores(scores: NDArray[Any], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    shape = logits.shape
+    if scores.shape != shape and not (shape[1] == 1 and scores.shape == shape[:1]):
+        raise InputError(f"activation_fn gave the shape {list(scores.shape)} for logits {list(shape)}; keep the shape")
+    if scores.dtype.kind not in "fiub":
+        raise InputError(f"activation_fn gave {scores.dtype}, which are no scores; it must give floating-point numbers")
+    scores = scores.astype(np.float32).reshape(shape)
+    if np.isnan(scores).any():
+        raise InputError("activation_fn gave NaN for finite logits; nothing of it is returned")
+    return scores
