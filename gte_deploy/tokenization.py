@@ -194,7 +194,8 @@ class TextTokenizer:
         for index, (encoding, kept, whole) in enumerate(self._encodings(texts, None if stride is not None else budget)):
             if kept > budget and stride is None and not truncation:
                 raise _too_many_tokens(index, kept + max_length - budget, max_length, whole=whole)
-            cuts = [(0, min(kept, budget))] if stride is None else _windows(kept, budget, stride)
+            first = max(0, kept - budget) if self._cuts_left else 0
+            cuts = [(first, min(kept, first + budget))] if stride is None else _windows(kept, budget, stride)
             as_words = not isinstance(texts[index], str)
             pieces.extend(self._piece(index, encoding, cut, as_words=as_words) for cut in cuts)
         return pieces
@@ -204,7 +205,7 @@ class TextTokenizer:
     ) -> Iterator[tuple[Any, int, bool]]:
         """Encoding of each text without special tokens, how many of its tokens are right, and whether they are all."""
         for text in texts:
-            if isinstance(text, str) and budget is not None and len(text) > _CHARS_PER_TOKEN * budget:
+            if isinstance(text, str) and budget is not None and len(text) > self._look_ahead(budget):
                 found = next((found for found in self._beginnings(text, budget) if found[1] > budget), None)
                 if found is not None:
                     yield *found, False
@@ -289,14 +290,17 @@ class TextTokenizer:
 
     def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
         """Ids of each text without special tokens, and whether they are all: a long text may stop above `budget`."""
-        # Only the end of a text says which tokens are its last.
-        look_ahead = math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
+        look_ahead = self._look_ahead(budget)
         short = [text for text in texts if len(text) <= look_ahead]
         encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
         return [
             (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget)
             for text in texts
         ]
+
+    def _look_ahead(self, budget: int) -> float:
+        """Characters up to which a text is tokenised whole; only its end says which tokens are its last."""
+        return math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
 
     def _cut(self, ids: list[int], budget: int) -> list[int]:
         return ids[max(0, len(ids) - budget) :] if self._cuts_left else ids[:budget]

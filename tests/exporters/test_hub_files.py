@@ -1,4 +1,4 @@
-"""A bundle's own Hugging Face files say what the bundle does, and the bundle does what the checkpoint's library does."""
+"""A bundle's Hugging Face files say what the bundle does, and the bundle does what the checkpoint's library does."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from gte_deploy.exporters.tensorrt_engine import TensorRTOptions  # noqa: E402
 TEXTS = ["w5 w6 w7", "W9 w8 [MASK]", "w10 " * 40, "w11"]
 PAIRS = [("w5 w6", "w7 W8"), ("w9", "w10 w11 w12"), ("w13 " * 30, "w14 " * 9)]
 WIDTH = 24
+TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
 
 
 def read(path):
@@ -142,9 +143,7 @@ RERANKERS = {
             prompts={"q": "w20 "},
             default_prompt_name="q",
         ),
-        (f / "modules.json").write_text(
-            '[{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}]'
-        ),
+        (f / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER}])),
         edit(
             f / "sentence_bert_config.json",
             transformer_task="sequence-classification",

@@ -27,6 +27,18 @@ MANIFEST = {
         "prompts": {},
         "default_prompt_name": None,
         "normalize": False,
+        "token_types": True,
+        "embedding_size": 16,
+        "truncate_dim": 8,
+        "similarity": "dot",
+        "activation": None,
+        "sparse": {
+            "head": "splade",
+            "activation": "log1p_relu",
+            "pooling": "max",
+            "query_weights": "query_weights.npy",
+            "max_active_dims": 64,
+        },
     },
     "precision": "fp32",
     "graphs": {
@@ -86,12 +98,16 @@ def test_a_manifest_survives_the_round_trip(write):
     assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
 
 
-def test_a_manifest_of_an_earlier_version_has_no_target_and_no_plan(write):
+def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
     def earlier(manifest):
+        manifest["format_version"] = 1
         del manifest["target"], manifest["plan"]
+        for name in ("token_types", "embedding_size", "truncate_dim", "similarity", "activation", "sparse"):
+            del manifest["spec"][name]
 
     manifest = read_manifest(write(earlier))
     assert (manifest.target, manifest.plan) == ("cpu", None)
+    assert (manifest.spec.token_types, manifest.spec.embedding_width, manifest.spec.sparse) == (False, 32, None)
 
 
 def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
@@ -147,7 +163,7 @@ def change(path: str, value):
     "path, value, says",
     [
         ("format", "something", "not the manifest"),
-        ("format_version", 2, "format version 2"),
+        ("format_version", 3, "format version 3"),
         ("precision", "fp17", "fp17"),
         ("spec/task", "sing", "sing"),
         ("spec/pooling", "max", "max"),
