@@ -302,7 +302,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
 
     spec = checkpoint.spec
     with steps("load the weights"):
-        tokenizer = checkpoint.tokenizer.text_tokenizer()
+        tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
         model = load_model(checkpoint.folder, task=spec.task)
     with steps("trace and fuse"):
         graphs = build_graphs(
@@ -371,7 +371,7 @@ def _prove_cuda(
 
     spec = checkpoint.spec
     with steps("load the weights"):
-        tokenizer = checkpoint.tokenizer.text_tokenizer()
+        tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
         model = load_model(checkpoint.folder, task=spec.task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
@@ -442,7 +442,7 @@ def _build(
         steps.tell(f"build with {runtime.title}: {runtime.reason}")
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
-        tokenizer = checkpoint.tokenizer.text_tokenizer()
+        tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
         model = load_model(checkpoint.folder, task=spec.task)
     layers = model.config.num_hidden_layers
     with steps("trace"):

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, normalizers
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.files import write_text
 from gte_deploy.models.weight_files import refuse_pointer
-from gte_deploy.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,15 +71,15 @@ class ResolvedTokenizer:
         """Whether a model is to be fed `token_type_ids`."""
         return "token_type_ids" in self.theirs.model_input_names
 
-    def text_tokenizer(self) -> TextTokenizer:
-        """The tokenizer as the runtime uses it."""
-        return TextTokenizer(
-            Tokenizer.from_str(self.backend.to_str()),
-            pad_token=str(self.theirs.pad_token),
-            mask_token=None if self.theirs.mask_token is None else str(self.theirs.mask_token),
-            clean_up=_cleans_up(self.theirs, self.backend),
-            truncation_side=self.theirs.truncation_side,
-        )
+    def parts(self) -> dict[str, Any]:
+        """What the runtime's tokenizer is made of: the arguments of `gte_deploy.tokenization.TextTokenizer`."""
+        return {
+            "tokenizer": Tokenizer.from_str(self.backend.to_str()),
+            "pad_token": str(self.theirs.pad_token),
+            "mask_token": None if self.theirs.mask_token is None else str(self.theirs.mask_token),
+            "clean_up": _cleans_up(self.theirs, self.backend),
+            "truncation_side": self.theirs.truncation_side,
+        }
 
     def save(self, folder: Path, *, max_length: int) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json with a limit of `max_length` tokens.

@@ -203,7 +203,7 @@ def open_torch_backend(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(folder, task=description.task, dtype=dtype)
     backend = TorchBackend(model, description.spec, device=device, num_threads=num_threads, compile=compile)
-    return backend, description.tokenizer.text_tokenizer()
+    return backend, TextTokenizer(**description.tokenizer.parts())
 
 
 def _require(module: str) -> None:

@@ -14,7 +14,7 @@ import gte_deploy
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.config import task_of
 from gte_deploy.models.description import describe
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.tokenization import TextTokenizer, load_tokenizer
 
 WORDS = ("the", "cat", "sat", "on", "mat", "Paris", "PARIS", "red", "e", "##d", "é", "中", "国", "?", "!", ".")
 VOCAB = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
@@ -155,7 +155,7 @@ def test_a_tokenizer_may_cut_at_the_beginning(folder, max_length):
     text = "the red cat sat on the mat in Paris " * 200
     expected = theirs(text, truncation=True, max_length=max_length)["input_ids"]
     assert ids_of(folder, text, truncation=True, max_length=max_length) == expected
-    ours = describe(folder).tokenizer.text_tokenizer()
+    ours = TextTokenizer(**describe(folder).tokenizer.parts())
     for pair in (("the cat", text), (text, "the cat"), (text, text + "red")):
         expected = theirs(*pair, truncation="longest_first", max_length=max_length + 4)["input_ids"]
         assert ours.encode_pairs([pair], max_length=max_length + 4, truncation=True) == [expected]
@@ -182,7 +182,7 @@ def test_a_tokenizer_that_is_refused(folder, name, content, error, message):
     if name == "tokenizer_config.json" and content.startswith("{"):
         edit(folder / name, **{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": config["pad_token"]})
     with pytest.raises(error, match=message):
-        describe(folder).tokenizer.text_tokenizer()
+        TextTokenizer(**describe(folder).tokenizer.parts())
 
 
 def test_the_padding_is_the_tokenizers(folder):
