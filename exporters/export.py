@@ -319,6 +319,7 @@ def _prove(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            token_types=spec.token_types,
         )
         not_proven = []
         if importlib.util.find_spec("openvino") is None:
@@ -390,6 +391,7 @@ def _prove_cuda(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            token_types=spec.token_types,
         )
     file = folder / GRAPH_PATHS["onnxruntime"]
     with steps("write the graph"):
@@ -460,6 +462,7 @@ def _build(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            token_types=spec.token_types,
         )
     sensitivity: Mapping[str, float] = {}
     with steps(f"write the graph in {lower.precision}"):
@@ -551,7 +554,13 @@ def _profiles_of(options: TensorRTOptions, max_length: int, *, padding_free: boo
 
 def _trtexec_advice(profiles: Sequence[Profile], spec: ModelSpec, *, padding_free: bool) -> str:
     has_masks = spec.task == "fill-mask" and spec.logits == "masked"
-    line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, has_masks=has_masks, padding_free=padding_free)
+    line = trtexec_line(
+        GRAPH_PATHS["tensorrt"],
+        profiles,
+        has_masks=has_masks,
+        has_types=spec.token_types,
+        padding_free=padding_free,
+    )
     return f"No engine was built. On the GPU that is to run it, in the bundle's folder:\n{line}"
 
 

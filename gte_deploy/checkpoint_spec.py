@@ -11,6 +11,8 @@ from gte_deploy.spec import POOLINGS, ModelSpec, Pooling, Task
 # sentence-transformers writes one boolean for each mode ("legacy", which every reader knows) or `pooling_mode`.
 _LEGACY_POOLING_PREFIX = "pooling_mode_"
 _LEGACY_POOLING_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+# transformers' tokenizer classes that give token types where tokenizer_config.json does not say.
+_TYPING_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", "ElectraTokenizer", "ElectraTokenizerFast")
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
@@ -21,6 +23,8 @@ class ConfigFacts(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def hidden_size(self) -> int: ...
+    @property
+    def type_vocab_size(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
     @property
@@ -57,7 +61,22 @@ def spec_from_checkpoint(folder: Path, config: ConfigFacts, task: Task, pooling:
         prompts=prompts,
         default_prompt_name=default_prompt_name,
         normalize="Normalize" in modules,
+        token_types=config.type_vocab_size > 1 and tokenizer_gives_types(folder),
+        type_vocab_size=config.type_vocab_size,
     )
+
+
+def tokenizer_gives_types(folder: Path) -> bool:
+    """Whether transformers' tokenizer of this folder gives `token_type_ids`, which a model of two types is then fed.
+
+    Raises:
+        CheckpointError: tokenizer_config.json is unreadable.
+    """
+    config = _read_object(folder / "tokenizer_config.json")
+    names = config.get("model_input_names")
+    if isinstance(names, list):
+        return "token_type_ids" in names
+    return config.get("tokenizer_class") in _TYPING_TOKENIZERS
 
 
 def read_json(path: Path) -> Any:

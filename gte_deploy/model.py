@@ -99,13 +99,16 @@ class Model(TextInterface):
     ) -> dict[str, NDArray[np.int64]]:
         """`input_ids` and `attention_mask`, both [N, S] int64 and padded on the right.
 
+        `token_type_ids`, of the same form, too where the model is fed them (`spec.token_types`).
+
         Raises:
             InputError: see `encode`.
         """
         texts = as_texts(texts, name="texts")[0]
         rows = self._tokenize_texts(texts, truncation, max_length)(list(range(len(texts))))
-        batch = collate(rows, pad_token_id=self.spec.pad_token_id)
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **types}
 
     def fill_mask(
         self,
@@ -245,7 +248,8 @@ class Model(TextInterface):
         gives [N] float32, with several [N, L]; one input gives one element of that.
 
         Args:
-            inputs: texts or pairs; both texts of a pair have the token type 0.
+            inputs: texts or pairs. Where the model is fed token types (`spec.token_types`), a pair has those that the
+                checkpoint's tokenizer gives, 1 for the second text as a rule; else the model tells none apart.
             activation_fn: from logits [N, L] to scores of the same shape; by default the sigmoid for one label and
                 nothing for several.
             apply_softmax: over the labels, where there are several; after `activation_fn`.
@@ -280,7 +284,7 @@ class Model(TextInterface):
     ) -> Iterator[tuple[list[int], Batch, Outputs]]:
         """The inputs' indices, the batch and its outputs, for each batch of token ids."""
         for indices, rows in batches:
-            batch = collate(rows, pad_token_id=self.spec.pad_token_id)
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
             yield indices, batch, self._run(batch, outputs, indices)
 
     def _mask_logits(
@@ -289,7 +293,12 @@ class Model(TextInterface):
         """Index and token ids of the text, token and logits [V] of every mask; the masks of one text come in order."""
         at_once = max(1, _MAX_LOGITS // self.spec.vocab_size)
         for indices, rows in self._masked_batches(texts, tokenize, limits):
-            batch = collate(rows, pad_token_id=self.spec.pad_token_id, mask_token_id=self._tokenizer.mask_token_id)
+            batch = collate(
+                rows,
+                pad_token_id=self.spec.pad_token_id,
+                mask_token_id=self._tokenizer.mask_token_id,
+                token_types=self.spec.token_types,
+            )
             assert batch.mask_positions is not None  # collate found the masks
             for start in range(0, len(batch.mask_positions), at_once):
                 positions = batch.mask_positions[start : start + at_once]

@@ -7,6 +7,7 @@ that set them differently get each other's lengths without an error. Ids are cut
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
+from gte_deploy.batching import TypedRow
 from gte_deploy.checkpoint_spec import read_json
 from gte_deploy.errors import CheckpointError, InputError
 from gte_deploy.inputs import check_integer
@@ -29,12 +31,29 @@ _UNSAFE_WORDS = 8
 
 @dataclass(frozen=True)
 class Template:
-    """Special tokens around one text (`prefix` A `suffix`) and a pair (`prefix` A `middle` B `pair_suffix`)."""
+    """Special tokens around one text (`prefix` A `suffix`) and a pair (`prefix` A `middle` B `pair_suffix`).
+
+    `types` are those of `prefix`, A and `suffix`: one for each special token, and one for all of A. `pair_types` are
+    those of `prefix`, A, `middle`, B and `pair_suffix`.
+    """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     middle: tuple[int, ...]
     pair_suffix: tuple[int, ...]
+    types: tuple[tuple[int, ...], ...] = ((), (0,), ())
+    pair_types: tuple[tuple[int, ...], ...] = ((), (0,), (), (0,), ())
+
+    def row(self, *texts: Sequence[int]) -> list[int]:
+        """Token ids of one or two texts with the special tokens; a `TypedRow` where not every type is 0."""
+        if len(texts) == 1:
+            parts, types = (self.prefix, texts[0], self.suffix), self.types
+        else:
+            parts, types = (self.prefix, texts[0], self.middle, texts[1], self.pair_suffix), self.pair_types
+        ids = list(chain.from_iterable(parts))
+        if not any(map(any, types)):
+            return ids
+        return TypedRow(ids, _runs(parts, types))
 
 
 class TextTokenizer:
@@ -83,7 +102,7 @@ class TextTokenizer:
     def encode_texts(
         self, texts: Sequence[str], indices: Sequence[int] | None = None, *, max_length: int, truncation: bool
     ) -> list[list[int]]:
-        """Token ids of each text, special tokens included, at most `max_length` of them.
+        """Token ids of each text, special tokens included, at most `max_length` of them; see `Template.row`.
 
         `indices` are the caller's numbers of the texts, for errors.
 
@@ -97,7 +116,7 @@ class TextTokenizer:
         for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
             if len(ids) > budget and not truncation:
                 raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
-            rows.append([*template.prefix, *ids[:budget], *template.suffix])
+            rows.append(template.row(ids[:budget]))
         return rows
 
     def encode_pairs(
@@ -126,7 +145,7 @@ class TextTokenizer:
             while len(parts) == 2 and not _known_which_is_longer(parts, max_length):
                 budget *= _LOOK_AHEAD_GROWTH
                 parts = self._encode_bounded(texts, budget)
-            rows.append(self._joined([ids for ids, _ in parts], max_length - special))
+            rows.append(self.template.row(*_cut([ids for ids, _ in parts], max_length - special)))
         return rows
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -195,19 +214,6 @@ class TextTokenizer:
             return len(template.prefix) + len(template.suffix)
         return len(template.prefix) + len(template.middle) + len(template.pair_suffix)
 
-    def _joined(self, parts: list[list[int]], budget: int) -> list[int]:
-        template = self.template
-        if len(parts) == 1:
-            return [*template.prefix, *parts[0][:budget], *template.suffix]
-        first, second = _longest_first(len(parts[0]), len(parts[1]), budget)
-        return [
-            *template.prefix,
-            *parts[0][:first],
-            *template.middle,
-            *parts[1][:second],
-            *template.pair_suffix,
-        ]
-
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """The tokenizer of a checkpoint or bundle folder.
@@ -252,19 +258,49 @@ def _content(token: Any) -> str | None:
 def _template(tokenizer: Tokenizer, pad_token: str) -> Template:
     """Find the special tokens by looking where the post-processor puts a marker: the pad token, which no text holds."""
     marker = tokenizer.token_to_id(pad_token)
-    single = tokenizer.encode(pad_token).ids
-    pair = tokenizer.encode(pad_token, pad_token).ids
+    encoded, encoded_pair = tokenizer.encode(pad_token), tokenizer.encode(pad_token, pad_token)
+    single, types = encoded.ids, encoded.type_ids
+    pair, pair_types = encoded_pair.ids, encoded_pair.type_ids
     if marker is None or single.count(marker) != 1 or pair.count(marker) != 2:
         raise CheckpointError(f"tokenizer.json does not hold the pad token {pad_token!r} as one special token")
     at = single.index(marker)
     first = pair.index(marker)
     second = pair.index(marker, first + 1)
+    if pair[:first] != single[:at]:
+        raise CheckpointError(
+            f"tokenizer.json puts the tokens {single[:at]} before one text and {pair[:first]} before a pair; only the "
+            "same before both are supported"
+        )
     return Template(
         prefix=tuple(single[:at]),
         suffix=tuple(single[at + 1 :]),
         middle=tuple(pair[first + 1 : second]),
         pair_suffix=tuple(pair[second + 1 :]),
+        types=_split(types, at, at + 1),
+        pair_types=_split(pair_types, first, first + 1, second, second + 1),
     )
+
+
+def _split(values: Sequence[int], *places: int) -> tuple[tuple[int, ...], ...]:
+    bounds = (0, *places, len(values))
+    return tuple(tuple(values[start:end]) for start, end in pairwise(bounds))
+
+
+def _runs(parts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(type, count) of consecutive tokens; of the parts, every second is a text, whose one type all its tokens have."""
+    runs: list[tuple[int, int]] = []
+    for index, (part, kinds) in enumerate(zip(parts, types, strict=True)):
+        counts = [len(part)] if index % 2 else [1] * len(part)
+        runs += zip(kinds, counts, strict=True)
+    return runs
+
+
+def _cut(parts: list[list[int]], budget: int) -> list[list[int]]:
+    """One text or two, with no more tokens than `budget`."""
+    if len(parts) == 1:
+        return [parts[0][:budget]]
+    first, second = _longest_first(len(parts[0]), len(parts[1]), budget)
+    return [parts[0][:first], parts[1][:second]]
 
 
 def _known_which_is_longer(parts: Sequence[tuple[list[int], bool]], budget: int) -> bool:
