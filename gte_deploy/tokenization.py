@@ -46,10 +46,11 @@ class Template:
 
     def row(self, *texts: Sequence[int]) -> list[int]:
         """Token ids of one or two texts with the special tokens; a `TypedRow` where not every type is 0."""
-        if len(texts) == 1:
-            parts, types = (self.prefix, texts[0], self.suffix), self.types
-        else:
-            parts, types = (self.prefix, texts[0], self.middle, texts[1], self.pair_suffix), self.pair_types
+        parts: tuple[Sequence[int], ...] = (self.prefix, texts[0], self.suffix)
+        types = self.types
+        if len(texts) == 2:
+            parts = (self.prefix, texts[0], self.middle, texts[1], self.pair_suffix)
+            types = self.pair_types
         ids = list(chain.from_iterable(parts))
         if not any(map(any, types)):
             return ids
