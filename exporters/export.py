@@ -310,6 +310,8 @@ def _prove(
 
     with steps("load the weights"):
         tokenizer = load_tokenizer(checkpoint)
+        if spec.token_types:
+            tokenizer.check_types(spec.type_vocab_size)
         model = load_model(checkpoint, task=spec.task)
     with steps("trace and fuse"):
         graphs = build_graphs(
@@ -380,6 +382,8 @@ def _prove_cuda(
 
     with steps("load the weights"):
         tokenizer = load_tokenizer(checkpoint)
+        if spec.token_types:
+            tokenizer.check_types(spec.type_vocab_size)
         model = load_model(checkpoint, task=spec.task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
@@ -452,6 +456,8 @@ def _build(
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
         tokenizer = load_tokenizer(checkpoint)
+        if spec.token_types:
+            tokenizer.check_types(spec.type_vocab_size)
         model = load_model(checkpoint, task=spec.task)
     layers = model.config.num_hidden_layers
     with steps("trace"):

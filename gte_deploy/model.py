@@ -63,6 +63,8 @@ class Model(TextInterface):
         self._backend_reason = backend_reason
         self._tokenizer = tokenizer
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
+        if spec.token_types:
+            tokenizer.check_types(spec.type_vocab_size)
         self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
 
     def close(self) -> None:

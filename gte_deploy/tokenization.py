@@ -84,6 +84,19 @@ class TextTokenizer:
         """Fewest tokens that `max_length` may ask of a pair: its special tokens and one of each text."""
         return self._num_special(2) + 2
 
+    def check_types(self, type_vocab_size: int) -> None:
+        """Check that a model of so many token types knows all that the template gives.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        given = max(max(part, default=0) for part in (*self.template.types, *self.template.pair_types))
+        if given >= type_vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json gives tokens the type {given}, and the model's type_vocab_size is {type_vocab_size}. "
+                "Take the tokenizer that belongs to the checkpoint."
+            )
+
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
         """[vocab_size] bool: which ids have a token. The rows that pad the embedding have none.
 

@@ -35,6 +35,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from gte_deploy.checkpoint_spec import tokenizer_gives_types
 from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
 from gte_deploy.exit_codes import OK
 from gte_deploy.files import sha256_file, write_text, write_with
@@ -342,7 +343,7 @@ def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 class Encoded:
     """N examples as tokens, laid end to end: a list of small arrays would take ten times the memory.
 
-    `type_ids` is None for models that know one type of token.
+    `type_ids` is None for models that know one type of token, and where the checkpoint's tokenizer gives no types.
     """
 
     input_ids: NDArray[np.int32]  # [T]
@@ -363,6 +364,8 @@ class Encoded:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, strategy="longest_first")
+        # As whoever loads the result will feed it: the runtime, and transformers' own tokenizer.
+        has_types = getattr(model.config, "type_vocab_size", 0) > 1 and tokenizer_gives_types(folder)
         ids, types, lengths = [], [], []
         for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
             texts = examples.texts[start : start + _TOKENIZED_AT_ONCE]
@@ -372,7 +375,7 @@ class Encoded:
                 lengths.append(len(encoding.ids))
         return cls(
             input_ids=np.concatenate(ids),
-            type_ids=np.concatenate(types) if getattr(model.config, "type_vocab_size", 0) > 1 else None,
+            type_ids=np.concatenate(types) if has_types else None,
             ends=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             labels=examples.labels,
             pad_id=model.config.pad_token_id or 0,

@@ -11,6 +11,7 @@ from gte_deploy.errors import CheckpointError, ConfigError
 CONFIG = SimpleNamespace(
     vocab_size=100,
     hidden_size=8,
+    type_vocab_size=0,
     max_position_embeddings=64,
     pad_token_id=1,
     num_labels=2,
