@@ -61,22 +61,9 @@ def spec_from_checkpoint(folder: Path, config: ConfigFacts, task: Task, pooling:
         prompts=prompts,
         default_prompt_name=default_prompt_name,
         normalize="Normalize" in modules,
-        token_types=config.type_vocab_size > 1 and tokenizer_gives_types(folder),
+        token_types=config.type_vocab_size > 1 and _tokenizer_gives_types(folder),
         type_vocab_size=config.type_vocab_size,
     )
-
-
-def tokenizer_gives_types(folder: Path) -> bool:
-    """Whether transformers' tokenizer of this folder gives `token_type_ids`, which a model of two types is then fed.
-
-    Raises:
-        CheckpointError: tokenizer_config.json is unreadable.
-    """
-    config = _read_object(folder / "tokenizer_config.json")
-    names = config.get("model_input_names")
-    if isinstance(names, list):
-        return "token_type_ids" in names
-    return config.get("tokenizer_class") in _TYPING_TOKENIZERS
 
 
 def read_json(path: Path) -> Any:
@@ -98,6 +85,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     if data is not None and not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object, and holds {type(data).__name__}")
     return data or {}
+
+
+def _tokenizer_gives_types(folder: Path) -> bool:
+    """Whether transformers' tokenizer of this folder gives `token_type_ids`, which a model of two types is then fed."""
+    config = _read_object(folder / "tokenizer_config.json")
+    names = config.get("model_input_names")
+    if isinstance(names, list):
+        return "token_type_ids" in names
+    return config.get("tokenizer_class") in _TYPING_TOKENIZERS
 
 
 def _module_types(folder: Path) -> list[str]:

@@ -30,12 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GteForSequenceClassification,
     PreTrainedModel,
     get_linear_schedule_with_warmup,
 )
 
-from gte_deploy.checkpoint_spec import tokenizer_gives_types
 from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
 from gte_deploy.exit_codes import OK
 from gte_deploy.files import sha256_file, write_text, write_with
@@ -365,7 +365,7 @@ class Encoded:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, strategy="longest_first")
         # As whoever loads the result will feed it: the runtime, and transformers' own tokenizer.
-        has_types = getattr(model.config, "type_vocab_size", 0) > 1 and tokenizer_gives_types(folder)
+        has_types = getattr(model.config, "type_vocab_size", 0) > 1 and _tokenizer_gives_types(folder)
         ids, types, lengths = [], [], []
         for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
             texts = examples.texts[start : start + _TOKENIZED_AT_ONCE]
@@ -398,6 +398,17 @@ class Encoded:
             inputs["token_type_ids"] = np.where(mask, self.type_ids[source], 0).astype(np.int64)
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
         return tensors, torch.from_numpy(self.labels[members]).to(device)
+
+
+def _tokenizer_gives_types(folder: Path) -> bool:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"transformers cannot open the tokenizer of {folder} ({error}), which says whether pairs have types. "
+            "Name its class in tokenizer_config.json, such as BertTokenizer."
+        ) from error
+    return "token_type_ids" in tokenizer.model_input_names
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
