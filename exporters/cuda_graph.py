@@ -49,6 +49,7 @@ def build_cuda_graph(
     pooling: str | None = None,
     logits: str = "masked",
     opset: int = DEFAULT_OPSET,
+    token_types: bool = False,
 ) -> Graph:
     """Trace `model` and fuse it for CUDA.
 
@@ -61,13 +62,22 @@ def build_cuda_graph(
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.
         opset: version of the standard operators.
+        token_types: whether the graph takes `token_type_ids`; without, every token has type 0.
 
     Raises:
         InputError: precision and padding do not go together.
         ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
     """
     removes = removes_padding(precision, padding)
-    graph = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
+    graph = trace(
+        model,
+        task=task,
+        max_length=max_length,
+        pooling=pooling,
+        logits=logits,
+        opset=opset,
+        token_types=token_types,
+    )
     layers = model.config.num_hidden_layers
     fusions = fuse_graph(graph, num_layers=layers, passes=PACKED_PASSES if removes else (*PACKED_PASSES, FLASH))
     if removes:

@@ -288,6 +288,13 @@ def _describe(folder: Path, *, task: str, pooling: str, logits: str, max_length:
     )
 
 
+def _tokenizer_of(checkpoint: Description) -> TextTokenizer:
+    tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
+    if checkpoint.spec.token_types:
+        tokenizer.check_types(checkpoint.spec.type_vocab_size)
+    return tokenizer
+
+
 def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, opset: int | None, steps: _Steps) -> _Made:
     """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch.
 
@@ -302,7 +309,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
 
     spec = checkpoint.spec
     with steps("load the weights"):
-        tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
+        tokenizer = _tokenizer_of(checkpoint)
         model = load_model(checkpoint.folder, task=spec.task)
     with steps("trace and fuse"):
         graphs = build_graphs(
@@ -312,6 +319,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            token_types=spec.token_types,
         )
         not_proven = []
         if importlib.util.find_spec("openvino") is None:
@@ -371,7 +379,7 @@ def _prove_cuda(
 
     spec = checkpoint.spec
     with steps("load the weights"):
-        tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
+        tokenizer = _tokenizer_of(checkpoint)
         model = load_model(checkpoint.folder, task=spec.task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
@@ -383,6 +391,7 @@ def _prove_cuda(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            token_types=spec.token_types,
         )
     file = folder / GRAPH_PATHS["onnxruntime"]
     with steps("write the graph"):
@@ -442,7 +451,7 @@ def _build(
         steps.tell(f"build with {runtime.title}: {runtime.reason}")
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
-        tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
+        tokenizer = _tokenizer_of(checkpoint)
         model = load_model(checkpoint.folder, task=spec.task)
     layers = model.config.num_hidden_layers
     with steps("trace"):
@@ -453,6 +462,7 @@ def _build(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            token_types=spec.token_types,
         )
     sensitivity: Mapping[str, float] = {}
     with steps(f"write the graph in {lower.precision}"):
@@ -544,7 +554,13 @@ def _profiles_of(options: TensorRTOptions, max_length: int, *, padding_free: boo
 
 def _trtexec_advice(profiles: Sequence[Profile], spec: ModelSpec, *, padding_free: bool) -> str:
     has_masks = spec.task == "fill-mask" and spec.logits == "masked"
-    line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, has_masks=has_masks, padding_free=padding_free)
+    line = trtexec_line(
+        GRAPH_PATHS["tensorrt"],
+        profiles,
+        has_masks=has_masks,
+        has_types=spec.token_types,
+        padding_free=padding_free,
+    )
     return f"No engine was built. On the GPU that is to run it, in the bundle's folder:\n{line}"
 
 

@@ -1,10 +1,11 @@
 """A model and a task -> the ONNX graphs of a bundle, one for each engine, and the weights file that they share.
 
 Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]; fill-mask also `mask_positions` [num_masks, 2] of
-(row, token), which may be empty. Outputs, all float32: `last_hidden_state` [batch, sequence, hidden]; then
-`sentence_embedding` [batch, embedding] (embed; after the Dense modules, where there are any) or `logits`: [num_masks,
-vocabulary] (fill-mask), [batch, sequence, vocabulary] (fill-mask with logits="all"), [batch, labels] (classify),
-[batch, sequence, labels] (token-classify).
+(row, token), which may be empty; where the model is fed token types also `token_type_ids` [batch, sequence].
+
+Outputs, float32: `last_hidden_state` [batch, sequence, hidden]; then `sentence_embedding` [batch, embedding] (embed,
+after any Dense modules) or `logits`: [num_masks, vocabulary] (fill-mask), [batch, sequence, vocabulary] (fill-mask with
+all logits), [batch, labels] (classify), [batch, sequence, labels] (token-classify).
 """
 
 import hashlib
@@ -59,6 +60,7 @@ def build_graphs(
     pooling: str | None = None,
     logits: str = "masked",
     opset: int = DEFAULT_OPSET,
+    token_types: bool = False,
 ) -> dict[Engine, Graph]:
     """Trace `model` once; a graph for each engine, sharing its weights.
 
@@ -72,11 +74,20 @@ def build_graphs(
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.
         opset: version of the standard operators.
+        token_types: whether the graphs take `token_type_ids`; without, every token has type 0.
 
     Raises:
         ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
     """
-    plain = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
+    plain = trace(
+        model,
+        task=task,
+        max_length=max_length,
+        pooling=pooling,
+        logits=logits,
+        opset=opset,
+        token_types=token_types,
+    )
     fused = plain.clone()
     fusions = fuse_graph(fused, num_layers=model.config.num_hidden_layers)
     return {"onnxruntime": graph_of(fused, fusions, opset), "openvino": graph_of(plain, {}, opset)}

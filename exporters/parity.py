@@ -305,7 +305,10 @@ class TorchReference:
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`; every output of the task is returned, whatever is asked."""
         mask = torch.from_numpy(batch.attention_mask)
-        encoded = self._model.base_model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask)
+        types = None if batch.token_type_ids is None else torch.from_numpy(batch.token_type_ids)
+        encoded = self._model.base_model(
+            input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, token_type_ids=types
+        )
         results = {"last_hidden_state": encoded[0], **self._head(batch, encoded, mask)}
         return {name: value.float().numpy() for name, value in results.items()}
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.batching import collate
 from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import TextTokenizer
+from gte_deploy.tokenization import Template, TextTokenizer
 
 LENGTHS = (1, 2, 17, 128, 512, 2048)
 _MAX_PAIR_LENGTH = 2048
@@ -56,12 +57,14 @@ class TokenSource:
         prefix: ids that every input starts with, such as [CLS].
         suffix: ids that every input ends with, such as [SEP].
         mask: id put at mask positions; None where the tokenizer has none.
+        template: of the tokenizer's pairs, for models that are fed token types; None where there is no such model.
     """
 
     text: NDArray[np.int64]
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     mask: int | None
+    template: Template | None = None
 
     @classmethod
     def from_tokenizer(cls, tokenizer: TextTokenizer) -> "TokenSource":
@@ -69,13 +72,26 @@ class TokenSource:
         prefix, suffix = tokenizer.template.prefix, tokenizer.template.suffix
         (row,) = tokenizer.encode_texts([_PASSAGE], max_length=len(_PASSAGE), truncation=True)
         text = np.array(row[len(prefix) : len(row) - len(suffix)], np.int64)
-        return cls(text=text, prefix=prefix, suffix=suffix, mask=tokenizer.mask_token_id)
+        return cls(text, prefix, suffix, tokenizer.mask_token_id, tokenizer.template)
 
     def row(self, length: int, *, vocab_size: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
         """`length` ids: random ones below `vocab_size` where `rng` is given, else the passage over and over."""
         inner = max(0, length - len(self.prefix) - len(self.suffix))
         body = np.resize(self.text, inner) if rng is None else rng.integers(0, vocab_size, inner)
         return np.concatenate([self.prefix, body, self.suffix])[:length].astype(np.int64)
+
+    def pair(
+        self, length: int, *, vocab_size: int, rng: np.random.Generator | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`length` ids as `row` gives them, but of a pair of texts of equal length, and the types of them."""
+        assert self.template is not None  # only a tokenizer gives types
+        special = len(self.template.row([], []))
+        inner = max(0, length - special)
+        body = (np.resize(self.text, inner) if rng is None else rng.integers(0, vocab_size, inner)).tolist()
+        first = inner // 2
+        batch = collate([self.template.row(body[:first], body[first:])], pad_token_id=0, token_types=True)
+        assert batch.token_type_ids is not None  # they were asked for
+        return batch.input_ids[0, :length], batch.token_type_ids[0, :length]
 
 
 def parity_cases(max_length: int, *, max_tokens: int | None = None) -> tuple[Case, ...]:
@@ -107,20 +123,27 @@ def max_tokens_of(spec: ModelSpec) -> int | None:
 def make_batch(
     case: Case, spec: ModelSpec, tokens: TokenSource, rng: np.random.Generator, *, text_first: bool
 ) -> Batch:
-    """Rows of real text and of random ids in turn, padded on the right, masks spread over the real tokens."""
+    """Rows of real text and of random ids in turn, padded on the right, masks spread over the real tokens.
+
+    Where the model is fed token types, two of three rows are pairs.
+    """
     lengths = case.row_lengths()
     input_ids = np.full((case.batch, case.length), spec.pad_token_id, np.int64)
     attention_mask = np.zeros((case.batch, case.length), np.int64)
+    types = np.zeros_like(attention_mask) if spec.token_types else None
     for i, length in enumerate(lengths):
-        is_text = (i % 2 == 0) == text_first
-        input_ids[i, :length] = tokens.row(length, vocab_size=spec.vocab_size, rng=None if is_text else rng)
+        source = None if (i % 2 == 0) == text_first else rng
+        if types is not None and i % 3 != 1:
+            input_ids[i, :length], types[i, :length] = tokens.pair(length, vocab_size=spec.vocab_size, rng=source)
+        else:
+            input_ids[i, :length] = tokens.row(length, vocab_size=spec.vocab_size, rng=source)
         attention_mask[i, :length] = 1
     if spec.task != "fill-mask":
-        return Batch(input_ids, attention_mask)
+        return Batch(input_ids, attention_mask, None, types)
     positions = _mask_positions(lengths)
     if tokens.mask is not None:
         input_ids[positions[:, 0], positions[:, 1]] = tokens.mask
-    return Batch(input_ids, attention_mask, positions)
+    return Batch(input_ids, attention_mask, positions, types)
 
 
 def last_row_alone(batch: Batch) -> Batch:
@@ -129,7 +152,8 @@ def last_row_alone(batch: Batch) -> Batch:
     positions = batch.mask_positions
     if positions is not None:
         positions = positions[positions[:, 0] == row] * np.array([0, 1])
-    return Batch(batch.input_ids[row:, :length], batch.attention_mask[row:, :length], positions)
+    types = None if batch.token_type_ids is None else batch.token_type_ids[row:, :length]
+    return Batch(batch.input_ids[row:, :length], batch.attention_mask[row:, :length], positions, types)
 
 
 def _mask_positions(lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -147,14 +147,14 @@ def check_packed_profiles(profiles: Sequence[Profile], max_length: int) -> None:
 
 
 def profile_shapes(profile: Profile, *, padding_free: bool = False) -> dict[str, list[tuple[int, ...]]]:
-    """Input's name -> its shapes at min, opt and max; a graph has all of them, or all but `mask_positions`."""
+    """Input's name -> its shapes at min, opt and max; not every graph has `mask_positions` and `token_type_ids`."""
     ends, masks = (profile.min, profile.opt, profile.max), mask_profile(profile)
     shapes: dict[str, list[tuple[int, ...]]] = {}
     if padding_free:
-        shapes |= {name: [(tokens,) for _, tokens in ends] for name in ("input_ids", POSITIONS)}
+        shapes |= {name: [(tokens,) for _, tokens in ends] for name in ("input_ids", POSITIONS, "token_type_ids")}
         shapes |= {name: [(texts + 1,) for texts, _ in ends] for name in (QUERY_LENGTHS, KV_LENGTHS)}
     else:
-        shapes |= {name: [*ends] for name in ("input_ids", "attention_mask")}
+        shapes |= {name: [*ends] for name in ("input_ids", "attention_mask", "token_type_ids")}
     return shapes | {"mask_positions": [(count,) if padding_free else (count, 2) for count in masks]}
 
 

@@ -211,6 +211,8 @@ def quantize_embeddings(graph: ir.Graph, high: Collection[str] = ()) -> int:
             continue
         if table.name in high or len(table.uses()) > 1 or node.attributes.get_int("axis") not in (None, 0):
             continue
+        if ids.name == "token_type_ids":  # the few rows of token types would save nothing
+            continue
         quantized, scale = quantize_columns(array(table).T)
         build = Builder(graph, node, scope_of(node))
         rows = initializer(graph, f"{table.name}.rows.int8", ir.tensor(np.ascontiguousarray(quantized.T)))

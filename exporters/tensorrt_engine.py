@@ -338,7 +338,14 @@ def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, ru
         )
 
 
-def trtexec_line(onnx: str, profiles: Sequence[Profile], *, has_masks: bool, padding_free: bool = False) -> str:
+def trtexec_line(
+    onnx: str,
+    profiles: Sequence[Profile],
+    *,
+    has_masks: bool,
+    has_types: bool = False,
+    padding_free: bool = False,
+) -> str:
     """The command that builds the same engine with TensorRT's own tool; for TensorRT-RTX the tool is tensorrt_rtx."""
     parts = [f"trtexec --onnx={onnx} --saveEngine=model.plan"]
     if not padding_free:  # that needs a TensorRT in which every network is
@@ -347,8 +354,9 @@ def trtexec_line(onnx: str, profiles: Sequence[Profile], *, has_masks: bool, pad
         if len(profiles) > 1:
             parts.append(f"--profile={index}")
         shapes = profile_shapes(profile, padding_free=padding_free)
-        if not has_masks:
-            del shapes["mask_positions"]
+        for name, taken in (("mask_positions", has_masks), ("token_type_ids", has_types)):
+            if not taken:
+                del shapes[name]
         for end, name in enumerate(("min", "opt", "max")):
             sizes = (f"{tensor}:{'x'.join(map(str, found[end]))}" for tensor, found in shapes.items())
             parts.append(f"--{name}Shapes={','.join(sizes)}")

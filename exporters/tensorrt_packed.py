@@ -7,7 +7,8 @@ https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transform
 
 Inputs, in place of [batch, sequence] and its mask:
 
-* `input_ids` [tokens] int64; `position_ids` [tokens] int64, the place of each token in its own text;
+* `input_ids` [tokens] int64; `position_ids` [tokens] int64, the place of each token in its own text; where the model is
+  fed them `token_type_ids` [tokens] int64;
 * `query_lengths` and `kv_lengths` [batch + 1] int32, where each text begins and the last one ends: 0, n0, n0 + n1, …
   They hold the same. They are two tensors because TensorRT was reported to crash where one is wired to both places;
 * `mask_positions` [num_masks] int64 (fill-mask), numbers of tokens among all T.
@@ -50,8 +51,9 @@ from gte_deploy.exporters.fusion.rows import FIRST_INPUT
 TRT_DOMAIN = "trt"
 TRT_ATTENTION = "TRT_Attention"
 
-_MASK, _MASKED, _HIDDEN, _POOLED, _LOGITS = (
+_MASK, _TYPES, _MASKED, _HIDDEN, _POOLED, _LOGITS = (
     "attention_mask",
+    "token_type_ids",
     "mask_positions",
     "last_hidden_state",
     "sentence_embedding",
@@ -231,8 +233,8 @@ def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
 def _state_shapes(graph: ir.Graph) -> None:
     """Shapes of inputs and outputs."""
     for value in graph.inputs:
-        if value.name in (FIRST_INPUT, _MASKED):
-            value.shape = ir.Shape((_TOKENS if value.name == FIRST_INPUT else dimensions(value)[0],))
+        if value.name in (FIRST_INPUT, _TYPES, _MASKED):
+            value.shape = ir.Shape((dimensions(value)[0] if value.name == _MASKED else _TOKENS,))
     for value in graph.outputs:
         shape = dimensions(value)
         value.shape = ir.Shape((_TOKENS, shape[-1]) if len(shape) == 3 else shape)

@@ -4,8 +4,10 @@ Both are Addresses on the State of the Union, in the public domain; none is in t
 the two files share none.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +51,9 @@ def text_batches(
     """Token ids of `texts` in all lengths: every text alone, sorted and padded in batches of four, and the whole run
     together and cut into windows of 32 to 2,048 tokens, up to the model's own limit.
 
-    With a fill-mask model, 15 % of the words are masked (seeded); the array holds what stood there, [num_masks] int64,
-    empty for other tasks.
+    With a classifier that is fed token types, half of the texts are pairs, and every second window is a pair of its
+    halves. With a fill-mask model, 15 % of the words are masked (seeded); the array holds what stood there,
+    [num_masks] int64, empty for other tasks.
 
     Args:
         texts: at least one.
@@ -59,16 +62,30 @@ def text_batches(
         max_tokens: real tokens of each kind (texts, and windows of each length) at most.
     """
     rng = np.random.default_rng(_SEED)
-    rows = tokenizer.encode_texts([text for text in texts if text.strip()], max_length=spec.max_length, truncation=True)
+    whole_texts = [text for text in texts if text.strip()]
+    rows = tokenizer.encode_texts(whole_texts, max_length=spec.max_length, truncation=True)
     prefix, suffix = list(tokenizer.template.prefix), list(tokenizer.template.suffix)
     words = [token for row in rows for token in row[len(prefix) : len(row) - len(suffix)]]
+    has_pairs = spec.task == "classify" and spec.token_types
+    if has_pairs:
+        pairs = tokenizer.encode_pairs(list(pairwise(whole_texts)), max_length=spec.max_length, truncation=True)
+        rows = [*_at_most(rows, max_tokens // 2), *_at_most(pairs, max_tokens // 2)]
     groups = list(_grouped(_at_most(rows, max_tokens)))
     for window in _WINDOWS:
         inner = window - len(prefix) - len(suffix)
         if window <= spec.max_length:
             whole = [words[i : i + inner] for i in range(0, len(words) - inner + 1, inner)]
-            groups += [[prefix + row + suffix] for row in _at_most(whole, max_tokens // len(_WINDOWS))]
+            for index, row in enumerate(_at_most(whole, max_tokens // len(_WINDOWS))):
+                is_pair = has_pairs and index % 2 == 0
+                groups.append([_pair_of(row, tokenizer) if is_pair else tokenizer.template.row(row)])
     return [_masked(group, tokenizer, spec, rng) for group in groups]
+
+
+def _pair_of(words: Sequence[int], tokenizer: TextTokenizer) -> list[int]:
+    """A row as long as one text of these words, of their two halves; the last ones give way to special tokens."""
+    template = tokenizer.template
+    inner = len(words) - (tokenizer.min_pair_length - 2) + (tokenizer.min_length - 1)
+    return template.row(words[: inner // 2], words[inner // 2 : inner])
 
 
 def _at_most(rows: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
@@ -87,7 +104,7 @@ def _grouped(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
 def _masked(
     rows: Sequence[list[int]], tokenizer: TextTokenizer, spec: ModelSpec, rng: np.random.Generator
 ) -> tuple[Batch, np.ndarray]:
-    batch = collate(rows, pad_token_id=spec.pad_token_id)
+    batch = collate(rows, pad_token_id=spec.pad_token_id, token_types=spec.token_types)
     if spec.task != "fill-mask" or tokenizer.mask_token_id is None:
         return batch, np.empty(0, np.int64)
     special = (*tokenizer.template.prefix, *tokenizer.template.suffix)
@@ -97,4 +114,4 @@ def _masked(
         positions = np.argwhere(words if words.any() else batch.attention_mask == 1)[:1]
     wanted = batch.input_ids[tuple(positions.T)]
     batch.input_ids[tuple(positions.T)] = tokenizer.mask_token_id
-    return Batch(batch.input_ids, batch.attention_mask, positions.astype(np.int64)), wanted
+    return dataclasses.replace(batch, mask_positions=positions.astype(np.int64)), wanted

@@ -49,20 +49,32 @@ _SHARED_LIMIT = 4
 
 
 def trace(
-    model: PreTrainedModel, *, task: str, max_length: int, pooling: str | None, logits: str, opset: int
+    model: PreTrainedModel,
+    *,
+    task: str,
+    max_length: int,
+    pooling: str | None,
+    logits: str,
+    opset: int,
+    token_types: bool = False,
 ) -> ir.Model:
     """Trace `model` for `task`; inputs and outputs as `gte_deploy.exporters.graph` states them.
+
+    With `token_types` the graph takes the type of every token; without, all have type 0.
 
     The model is put in eval mode with eager attention for the trace and is given back as it came; it must not run
     elsewhere meanwhile. Its weights are referenced by the graph, not copied.
 
     Raises:
         ExportError: an unknown task, pooling or logits; a model of another class or dtype; a length that the model
-            does not have; a RoPE that depends on the length; an opset outside 20–23.
+            does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
+            not tell any apart.
     """
     _check_arguments(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
+    if token_types and model.config.type_vocab_size < 2:
+        raise ExportError(f"token types need a type_vocab_size above 1, and it is {model.config.type_vocab_size}")
     with _traceable(model, max_length):
-        traced = _export(_wrap(model, task, pooling, logits).eval(), max_length, opset)
+        traced = _export(_wrap(model, task, pooling, logits).eval(), max_length, opset, token_types=token_types)
     _name(traced.graph)
     _tidy(traced)
     return traced
@@ -89,27 +101,29 @@ class RotaryTable(nn.Module):
 
 
 class _Wrapper(nn.Module):
-    """Graph inputs -> the encoder -> the task's outputs."""
+    """Graph inputs -> the encoder -> the task's outputs. `forward` takes what `input_names` has, then token types."""
 
     output_names: tuple[str, ...]
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
-    token_type_ids: Tensor
+    type_zero: Tensor
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model: Any = model
         # One id, broadcast: ids of [B, S] would look the same row up for every token.
-        self.register_buffer("token_type_ids", torch.zeros((1, 1), dtype=torch.long))
+        self.register_buffer("type_zero", torch.zeros((1, 1), dtype=torch.long))
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [B, S, H], and the pooler's output [B, H] where the model has a pooler."""
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, S, H], and the pooler's output [B, H] where the model has a pooler; types None is all 0."""
         bias = (1.0 - attention_mask.to(torch.float32)) * MASK_BIAS
         outputs = self.model.base_model(
             input_ids=input_ids,
             # A 4-D mask passes through transformers unchanged and is added to the scores.
             attention_mask=bias.unsqueeze(1).unsqueeze(1),
-            token_type_ids=self.token_type_ids,
+            token_type_ids=self.type_zero if token_type_ids is None else token_type_ids,
         )
         return outputs.last_hidden_state, outputs.pooler_output
 
@@ -118,8 +132,14 @@ class _FillMask(_Wrapper):
     input_names = (*_Wrapper.input_names, "mask_positions")
     output_names = ("last_hidden_state", "logits")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, mask_positions: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask_positions: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
         rows = torch.onnx.ops.symbolic(
             "GatherND",  # checks row and token; an index into flattened rows would wrap into the next text
             (hidden, mask_positions),
@@ -132,8 +152,10 @@ class _FillMask(_Wrapper):
 class _FillMaskAll(_Wrapper):
     output_names = ("last_hidden_state", "logits")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
         # On rows [B*S, H] the decoder is a Gemm that shares the embedding's matrix as it is stored.
         logits = self.model.lm_head(hidden.reshape(-1, hidden.shape[-1]))
         return hidden, logits.reshape(*hidden.shape[:2], -1)
@@ -149,8 +171,10 @@ class _Embed(_Wrapper):
 
 
 class _EmbedMean(_Embed):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
         mask = attention_mask.to(torch.float32)
         total = torch.matmul(mask.unsqueeze(1), hidden).squeeze(1)
         # A row without any token has the zero vector, not 0/0.
@@ -158,24 +182,30 @@ class _EmbedMean(_Embed):
 
 
 class _EmbedCls(_Embed):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
         return hidden, self.projected(hidden[:, 0])
 
 
 class _Classify(_Wrapper):
     output_names = ("last_hidden_state", "logits")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, pooled = self.encode(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, pooled = self.encode(input_ids, attention_mask, token_type_ids)
         return hidden, self.model.classifier(self.model.dropout(pooled))
 
 
 class _TokenClassify(_Wrapper):
     output_names = ("last_hidden_state", "logits")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
         return hidden, self.model.classifier(self.model.dropout(hidden))
 
 
@@ -230,7 +260,7 @@ def _traceable(model: PreTrainedModel, max_length: int) -> Iterator[None]:
             module.training = training
 
 
-def _export(wrapper: _Wrapper, max_length: int, opset: int) -> ir.Model:
+def _export(wrapper: _Wrapper, max_length: int, opset: int, *, token_types: bool) -> ir.Model:
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max_length)
     # Sizes other than 0 and 1: torch would take those for constants.
     ones = functools.partial(torch.ones, dtype=torch.long, device=wrapper.model.device)
@@ -238,8 +268,10 @@ def _export(wrapper: _Wrapper, max_length: int, opset: int) -> ir.Model:
         "input_ids": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
         "attention_mask": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
         "mask_positions": (ones(3, 2), {0: torch.export.Dim("num_masks")}),
+        "token_type_ids": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
     }
-    chosen = [arguments[name] for name in wrapper.input_names]
+    input_names = (*wrapper.input_names, *(["token_type_ids"] if token_types else []))
+    chosen = [arguments[name] for name in input_names]
     with warnings.catch_warnings(), _quiet("torch.onnx._internal.exporter"), torch.no_grad():
         warnings.simplefilter("ignore")  # about axis names shared by two inputs, and torch's own deprecations
         program: Any = torch.onnx.export(
@@ -250,7 +282,7 @@ def _export(wrapper: _Wrapper, max_length: int, opset: int) -> ir.Model:
             verbose=False,
             opset_version=opset,
             dynamic_shapes=tuple(axes for _, axes in chosen),
-            input_names=wrapper.input_names,
+            input_names=input_names,
             output_names=wrapper.output_names,
         )
     if program is None:

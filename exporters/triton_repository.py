@@ -302,9 +302,10 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     masked = spec.task == "fill-mask"
     pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
     names = ["last_hidden_state", *(["logits"] if spec.task != "embed" else [])]
+    types = generator.integers(0, spec.type_vocab_size, ids.shape) if spec.token_types else None
     backend = OnnxBackend(source, spec, num_threads=1)
     try:
-        expected = backend.run(Batch(ids, mask, pairs), names)
+        expected = backend.run(Batch(ids, mask, pairs, types), names)
     finally:
         backend.close()
     expected |= {f"embedding_{kind}": pool(expected["last_hidden_state"], mask, kind) for kind in ("mean", "cls")}
@@ -313,6 +314,7 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as it is served
     session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
     feed = {"input_ids": ids, "attention_mask": mask, **({"mask_positions": by_row} if masked else {})}
+    feed |= {} if types is None else {"token_type_ids": types}
     found = dict(zip(expected, session.run(list(expected), feed), strict=True))
     for name, values in expected.items():
         difference = np.abs(found[name].reshape(values.shape) - values).max() / max(1.0, np.abs(values).max())
@@ -393,8 +395,8 @@ def _write_warmup(folder: Path, serving: Serving) -> None:
     for length in warmup_lengths(serving):
         for tensor in serving.encoder.inputs:
             shape = warmup_shape(serving.encoder, tensor, length)
-            # One token over and over, none of it padding; the masks stand at the first.
-            values = np.full(shape, tensor.name != "mask_positions", dtype=tensor.dtype)
+            # One token over and over, none of it padding; the masks stand at the first, and the types are 0.
+            values = np.full(shape, tensor.name in ("input_ids", "attention_mask"), dtype=tensor.dtype)
             (folder / warmup_file(tensor, length)).write_bytes(values.tobytes())
 
 

@@ -3,12 +3,13 @@
 Both are sorted by length, so that neighbours differ little; results are put back in the caller's order by index.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 
@@ -17,6 +18,19 @@ from gte_deploy.backends.base import Batch
 _PADDING_SHARE = 1 / 40
 # Inputs tokenised at once, while the model runs on those before.
 _WINDOW = 512
+
+
+class TypedRow(list[int]):
+    """Token ids of one input in which not every token has type 0."""
+
+    __slots__ = ("type_runs",)
+
+    type_runs: Sequence[tuple[int, int]]
+    """(type, how many tokens in a row have it), from the first token to the last."""
+
+    def __init__(self, ids: Iterable[int], type_runs: Sequence[tuple[int, int]]) -> None:
+        super().__init__(ids)
+        self.type_runs = type_runs
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,17 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[i
         yield group
 
 
-def collate(rows: Sequence[Sequence[int]], *, pad_token_id: int, mask_token_id: int | None = None) -> Batch:
-    """Pad rows on the right into one batch; with `mask_token_id`, list the places that hold it, row by row."""
+def collate(
+    rows: Sequence[Sequence[int]], *, pad_token_id: int, mask_token_id: int | None = None, token_types: bool = False
+) -> Batch:
+    """Pad rows on the right into one batch.
+
+    Args:
+        rows: token ids; a `TypedRow` has types other than 0.
+        pad_token_id: fills short rows; its type is 0.
+        mask_token_id: the places that hold it are listed, row by row; None for no list.
+        token_types: whether the batch is to have the types, for a model that is fed them.
+    """
     lengths = np.array([len(row) for row in rows])
     attention_mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
     input_ids = np.full(attention_mask.shape, pad_token_id, dtype=np.int64)
@@ -79,7 +102,16 @@ def collate(rows: Sequence[Sequence[int]], *, pad_token_id: int, mask_token_id: 
     positions = None
     if mask_token_id is not None:
         positions = np.argwhere((input_ids == mask_token_id) & (attention_mask == 1)).astype(np.int64)
-    return Batch(input_ids, attention_mask, positions)
+    return Batch(input_ids, attention_mask, positions, _types(rows, attention_mask) if token_types else None)
+
+
+def _types(rows: Sequence[Sequence[int]], attention_mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    types = np.zeros_like(attention_mask)
+    for index, row in enumerate(rows):
+        if isinstance(row, TypedRow):
+            kinds, counts = zip(*row.type_runs, strict=True)
+            types[index, : len(row)] = np.repeat(kinds, counts)
+    return types
 
 
 def _fits(rows: int, longest: int, real: int, limits: BatchLimits) -> bool:

@@ -316,6 +316,10 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
     for name in ("max_length", "vocab_size", "hidden_size"):
         if type(value := getattr(spec, name)) is not int or value < 1:
             raise ValueError(f"spec.{name} must be a positive integer, not {value!r}")
+    if type(spec.token_types) is not bool or type(spec.type_vocab_size) is not int:
+        raise ValueError(f"spec.token_types must be a boolean and spec.type_vocab_size an integer, not {spec}")
+    if spec.token_types and spec.type_vocab_size < 2:
+        raise ValueError(f"spec.token_types is true, and spec.type_vocab_size {spec.type_vocab_size} is below 2")
     if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
         raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
     return spec

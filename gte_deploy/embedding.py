@@ -75,10 +75,12 @@ class EmbeddingRequest:
         sentences = self._sentence_embeddings(spec, batch, outputs)
         if self.output_value == "sentence_embedding":
             return list(l2_normalize(sentences) if self.normalize else sentences)
+        types = batch.token_type_ids
         return [
             {
                 "input_ids": batch.input_ids[row, :length],
                 "attention_mask": batch.attention_mask[row, :length],
+                **({} if types is None else {"token_type_ids": types[row, :length]}),
                 "token_embeddings": outputs["last_hidden_state"][row, :length],
                 "sentence_embedding": sentences[row],
             }

@@ -215,7 +215,8 @@ def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
         tuned = profiles[len(profiles) // 2].opt
     profile = Profile(min=(1, 1), opt=(min(tuned[0], rows), tuned[1]), max=(rows, length))
     takes_masks = any(tensor.name == "mask_positions" for tensor in graph.inputs)
-    return ThroughTensorRT(profile, _compiled_folder(manifest), _MAX_MASKS if takes_masks else None)
+    max_masks, token_types = _MAX_MASKS if takes_masks else None, manifest.spec.token_types
+    return ThroughTensorRT(profile, _compiled_folder(manifest), max_masks, token_types)
 
 
 def _compiled_folder(manifest: Manifest) -> Path | None:

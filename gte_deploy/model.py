@@ -66,6 +66,8 @@ class Model(TextInterface):
         self._backend_reason = backend_reason
         self._tokenizer = tokenizer
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
+        if spec.token_types:
+            tokenizer.check_types(spec.type_vocab_size)
         self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
 
     def close(self) -> None:
@@ -102,13 +104,16 @@ class Model(TextInterface):
     ) -> dict[str, NDArray[np.int64]]:
         """`input_ids` and `attention_mask`, both [N, S] int64 and padded on the right.
 
+        `token_type_ids`, of the same form, too where the model is fed them (`spec.token_types`).
+
         Raises:
             InputError: see `encode`.
         """
         texts = as_texts(texts, name="texts")[0]
         rows = self._tokenize_texts(texts, truncation, max_length)(list(range(len(texts))))
-        batch = collate(rows, pad_token_id=self.spec.pad_token_id)
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
+        types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **types}
 
     def fill_mask(
         self,
@@ -264,7 +269,8 @@ class Model(TextInterface):
         empty list is an error, and an activation that gives NaN or another shape is refused.
 
         Args:
-            inputs: texts or pairs.
+            inputs: texts or pairs. Where the model is fed token types (`spec.token_types`), a pair has those that the
+                checkpoint's tokenizer gives, 1 for the second text as a rule; else the model tells none apart.
             prompt_name: the prompt of this name is put before the first text of each input; by default the
                 checkpoint's own.
             prompt: text to put there; overrides `prompt_name`.
@@ -423,7 +429,7 @@ class Model(TextInterface):
     ) -> Iterator[tuple[list[int], Batch, Outputs]]:
         """The inputs' indices, the batch and its outputs, for each batch of token ids."""
         for indices, rows in batches:
-            batch = collate(rows, pad_token_id=self.spec.pad_token_id)
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
             yield indices, batch, self._run(batch, outputs, indices)
 
     def _mask_logits(
@@ -432,7 +438,12 @@ class Model(TextInterface):
         """Index and token ids of the text, token and logits [V] of every mask; the masks of one text come in order."""
         at_once = max(1, _MAX_LOGITS // self.spec.vocab_size)
         for indices, rows in self._masked_batches(texts, tokenize, limits):
-            batch = collate(rows, pad_token_id=self.spec.pad_token_id, mask_token_id=self._tokenizer.mask_token_id)
+            batch = collate(
+                rows,
+                pad_token_id=self.spec.pad_token_id,
+                mask_token_id=self._tokenizer.mask_token_id,
+                token_types=self.spec.token_types,
+            )
             assert batch.mask_positions is not None  # collate found the masks
             for start in range(0, len(batch.mask_positions), at_once):
                 positions = batch.mask_positions[start : start + at_once]

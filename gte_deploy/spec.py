@@ -109,6 +109,7 @@ class ModelSpec:
         default_prompt_name: the prompt used where the caller names none.
         normalize: whether the checkpoint's own modules end in a Normalize step.
         token_types: whether the model is fed the token types that its tokenizer gives: 1 for the second text of a pair.
+        type_vocab_size: token types that the model knows; ids at or above it are refused. 0 or 1: it does not tell any.
         embedding_size: width of the sentence embedding where Dense modules follow the pooling; None for `hidden_size`.
         truncate_dim: leading dimensions that the checkpoint's own configuration keeps; None for all.
         similarity: how the checkpoint's embeddings are meant to be compared; None of a model that has none.
@@ -130,6 +131,7 @@ class ModelSpec:
     default_prompt_name: str | None = None
     normalize: bool = False
     token_types: bool = False
+    type_vocab_size: int = 0
     embedding_size: int | None = None
     truncate_dim: int | None = None
     similarity: Similarity | None = None

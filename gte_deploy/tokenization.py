@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
+from gte_deploy.batching import TypedRow
 from gte_deploy.errors import CheckpointError, InputError
 from gte_deploy.files import read_json_object
 from gte_deploy.inputs import check_integer
@@ -34,12 +36,30 @@ _NO_CHARACTER = "\U0010ffff"
 
 @dataclass(frozen=True)
 class Template:
-    """Special tokens around one text (`prefix` A `suffix`) and a pair (`prefix` A `middle` B `pair_suffix`)."""
+    """Special tokens around one text (`prefix` A `suffix`) and a pair (`prefix` A `middle` B `pair_suffix`).
+
+    `types` are those of `prefix`, A and `suffix`: one for each special token, and one for all of A. `pair_types` are
+    those of `prefix`, A, `middle`, B and `pair_suffix`.
+    """
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     middle: tuple[int, ...]
     pair_suffix: tuple[int, ...]
+    types: tuple[tuple[int, ...], ...] = ((), (0,), ())
+    pair_types: tuple[tuple[int, ...], ...] = ((), (0,), (), (0,), ())
+
+    def row(self, *texts: Sequence[int]) -> list[int]:
+        """Token ids of one or two texts with the special tokens; a `TypedRow` where not every type is 0."""
+        parts: tuple[Sequence[int], ...] = (self.prefix, texts[0], self.suffix)
+        types = self.types
+        if len(texts) == 2:
+            parts = (self.prefix, texts[0], self.middle, texts[1], self.pair_suffix)
+            types = self.pair_types
+        ids = list(chain.from_iterable(parts))
+        if not any(map(any, types)):
+            return ids
+        return TypedRow(ids, _runs(parts, types))
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,19 @@ class TextTokenizer:
         """Fewest tokens that `max_length` may ask of a pair: its special tokens and one of each text."""
         return self._num_special(2) + 2
 
+    def check_types(self, type_vocab_size: int) -> None:
+        """Check that a model of so many token types knows all that the template gives.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        given = max(max(part, default=0) for part in (*self.template.types, *self.template.pair_types))
+        if given >= type_vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json gives tokens the type {given}, and the model's type_vocab_size is {type_vocab_size}. "
+                "Take the tokenizer that belongs to the checkpoint."
+            )
+
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
         """[vocab_size] bool: which ids have a token. The rows that pad the embedding have none.
 
@@ -125,7 +158,7 @@ class TextTokenizer:
     def encode_texts(
         self, texts: Sequence[str], indices: Sequence[int] | None = None, *, max_length: int, truncation: bool
     ) -> list[list[int]]:
-        """Token ids of each text, special tokens included, at most `max_length` of them.
+        """Token ids of each text, special tokens included, at most `max_length` of them; see `Template.row`.
 
         `indices` are the caller's numbers of the texts, for errors.
 
@@ -139,7 +172,7 @@ class TextTokenizer:
         for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
             if len(ids) > budget and not truncation:
                 raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
-            rows.append([*template.prefix, *self._cut(ids, budget), *template.suffix])
+            rows.append(template.row(*self._cut([ids], budget)))
         return rows
 
     def encode_pairs(
@@ -168,7 +201,7 @@ class TextTokenizer:
             while len(parts) == 2 and not _known_which_is_longer(parts, max_length):
                 budget *= _LOOK_AHEAD_GROWTH
                 parts = self._encode_bounded(texts, budget)
-            rows.append(self._joined([ids for ids, _ in parts], max_length - special))
+            rows.append(self.template.row(*self._cut([ids for ids, _ in parts], max_length - special)))
         return rows
 
     def encode_places(
@@ -218,7 +251,7 @@ class TextTokenizer:
         words = np.array(encoding.word_ids[chosen], dtype=np.int64) if as_words else None
         return Piece(
             index=index,
-            ids=[*self.template.prefix, *encoding.ids[chosen], *self.template.suffix],
+            ids=self.template.row(encoding.ids[chosen]),
             first=len(self.template.prefix),
             offsets=np.array(encoding.offsets[chosen], dtype=np.int64).reshape(-1, 2),
             words=words,
@@ -302,8 +335,12 @@ class TextTokenizer:
         """Characters up to which a text is tokenised whole; only its end says which tokens are its last."""
         return math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
 
-    def _cut(self, ids: list[int], budget: int) -> list[int]:
-        return ids[max(0, len(ids) - budget) :] if self._cuts_left else ids[:budget]
+    def _cut(self, parts: list[list[int]], budget: int) -> list[list[int]]:
+        """One text or two, with no more tokens than `budget`."""
+        sizes = (budget,) if len(parts) == 1 else _longest_first(len(parts[0]), len(parts[1]), budget)
+        if self._cuts_left:
+            return [ids[max(0, len(ids) - size) :] for ids, size in zip(parts, sizes, strict=True)]
+        return [ids[:size] for ids, size in zip(parts, sizes, strict=True)]
 
     def _encode_long(self, text: str, budget: int) -> tuple[list[int], bool]:
         """Tokenise ever longer beginnings of `text` until one holds more than `budget` tokens that no cut changed."""
@@ -327,19 +364,6 @@ class TextTokenizer:
         if num_texts == 1:
             return len(template.prefix) + len(template.suffix)
         return len(template.prefix) + len(template.middle) + len(template.pair_suffix)
-
-    def _joined(self, parts: list[list[int]], budget: int) -> list[int]:
-        template = self.template
-        if len(parts) == 1:
-            return [*template.prefix, *self._cut(parts[0], budget), *template.suffix]
-        first, second = _longest_first(len(parts[0]), len(parts[1]), budget)
-        return [
-            *template.prefix,
-            *self._cut(parts[0], first),
-            *template.middle,
-            *self._cut(parts[1], second),
-            *template.pair_suffix,
-        ]
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
@@ -388,19 +412,41 @@ def _content(token: Any) -> str | None:
 def _template(tokenizer: Tokenizer, pad_token: str) -> Template:
     """Find the special tokens by looking where the post-processor puts a marker: the pad token, which no text holds."""
     marker = tokenizer.token_to_id(pad_token)
-    single = tokenizer.encode(pad_token).ids
-    pair = tokenizer.encode(pad_token, pad_token).ids
+    encoded, encoded_pair = tokenizer.encode(pad_token), tokenizer.encode(pad_token, pad_token)
+    single, types = encoded.ids, encoded.type_ids
+    pair, pair_types = encoded_pair.ids, encoded_pair.type_ids
     if marker is None or single.count(marker) != 1 or pair.count(marker) != 2:
         raise CheckpointError(f"tokenizer.json does not hold the pad token {pad_token!r} as one special token")
     at = single.index(marker)
     first = pair.index(marker)
     second = pair.index(marker, first + 1)
+    if pair[:first] != single[:at]:
+        raise CheckpointError(
+            f"tokenizer.json puts the tokens {single[:at]} before one text and {pair[:first]} before a pair; only the "
+            "same before both are supported"
+        )
     return Template(
         prefix=tuple(single[:at]),
         suffix=tuple(single[at + 1 :]),
         middle=tuple(pair[first + 1 : second]),
         pair_suffix=tuple(pair[second + 1 :]),
+        types=_split(types, at, at + 1),
+        pair_types=_split(pair_types, first, first + 1, second, second + 1),
     )
+
+
+def _split(values: Sequence[int], *places: int) -> tuple[tuple[int, ...], ...]:
+    bounds = (0, *places, len(values))
+    return tuple(tuple(values[start:end]) for start, end in pairwise(bounds))
+
+
+def _runs(parts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(type, count) of consecutive tokens; of the parts, every second is a text, whose one type all its tokens have."""
+    runs: list[tuple[int, int]] = []
+    for index, (part, kinds) in enumerate(zip(parts, types, strict=True)):
+        counts = [len(part)] if index % 2 else [1] * len(part)
+        runs += zip(kinds, counts, strict=True)
+    return runs
 
 
 def _known_which_is_longer(parts: Sequence[tuple[list[int], bool]], budget: int) -> bool:

@@ -189,7 +189,8 @@ class Client(TextInterface):
             options |= self._embedding_options(request)
             answers = self._infer_all("gte_embed", {"TEXT": texts}, options, ("EMBEDDING",), limits)
         else:
-            names = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_EMBEDDINGS")
+            types = ["TOKEN_TYPE_IDS"] if self.spec.token_types else []
+            names = ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_EMBEDDINGS", *types)
             answers = self._infer_all("gte_token_embed", {"TEXT": texts}, options, names, limits)
         results: list[Any] = [None] * len(texts)
         for indices, values in with_progress(answers, len(texts), show_progress_bar):
@@ -395,7 +396,7 @@ class Client(TextInterface):
     def _rows(self, request: EmbeddingRequest, values: Options) -> list[Any]:
         if "EMBEDDING" in values:
             return list(values["EMBEDDING"])
-        batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"])
+        batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"], None, values.get("TOKEN_TYPE_IDS"))
         return request.rows(self.spec, batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
 
     def _refuse_device(self, device: str | None) -> None:

@@ -129,6 +129,7 @@ def _spec(
         default_prompt_name=settings.default_prompt_name,
         normalize=settings.normalize,
         token_types=config.type_vocab_size > 1 and tokenizer.gives_token_types,
+        type_vocab_size=config.type_vocab_size,
         embedding_size=settings.dense[-1].out_features if settings.dense else None,
         truncate_dim=settings.truncate_dim,
         similarity=(settings.similarity or "cosine") if task in ("embed", "fill-mask") else None,

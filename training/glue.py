@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GteForSequenceClassification,
     PreTrainedModel,
     get_linear_schedule_with_warmup,
@@ -342,7 +343,7 @@ def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 class Encoded:
     """N examples as tokens, laid end to end: a list of small arrays would take ten times the memory.
 
-    `type_ids` is None for models that know one type of token.
+    `type_ids` is None for models that know one type of token, and where the checkpoint's tokenizer gives no types.
     """
 
     input_ids: NDArray[np.int32]  # [T]
@@ -363,6 +364,8 @@ class Encoded:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, strategy="longest_first")
+        # As whoever loads the result will feed it: the runtime, and transformers' own tokenizer.
+        has_types = getattr(model.config, "type_vocab_size", 0) > 1 and _tokenizer_gives_types(folder)
         ids, types, lengths = [], [], []
         for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
             texts = examples.texts[start : start + _TOKENIZED_AT_ONCE]
@@ -372,7 +375,7 @@ class Encoded:
                 lengths.append(len(encoding.ids))
         return cls(
             input_ids=np.concatenate(ids),
-            type_ids=np.concatenate(types) if getattr(model.config, "type_vocab_size", 0) > 1 else None,
+            type_ids=np.concatenate(types) if has_types else None,
             ends=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             labels=examples.labels,
             pad_id=model.config.pad_token_id or 0,
@@ -395,6 +398,17 @@ class Encoded:
             inputs["token_type_ids"] = np.where(mask, self.type_ids[source], 0).astype(np.int64)
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
         return tensors, torch.from_numpy(self.labels[members]).to(device)
+
+
+def _tokenizer_gives_types(folder: Path) -> bool:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"transformers cannot open the tokenizer of {folder} ({error}), which says whether pairs have types. "
+            "Name its class in tokenizer_config.json, such as BertTokenizer."
+        ) from error
+    return "token_type_ids" in tokenizer.model_input_names
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------

@@ -418,10 +418,12 @@ def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, 
 
 
 def _token_ensemble(serving: Serving, device: Device) -> Config:
-    """Tokenizer and encoder: the state of every token."""
+    """Tokenizer and encoder: the state of every token, and what the encoder was given."""
     encoder = serving.encoder
     tensors = {tensor.name: tensor for tensor in (*encoder.inputs, *encoder.outputs)}
     names = {"INPUT_IDS": "input_ids", "ATTENTION_MASK": "attention_mask", "TOKEN_EMBEDDINGS": "last_hidden_state"}
+    if serving.spec.token_types:
+        names["TOKEN_TYPE_IDS"] = "token_type_ids"
     outward = {inner: outer for outer, inner in names.items()}
     tokenizer = _tokenizer_step(serving, _TEXT, outward)
     inputs = {name: outward.get(name, name) for name in encoder.input_names}

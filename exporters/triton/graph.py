@@ -22,7 +22,8 @@ _PREFIX = "triton/"
 def write_graph(source: Path, target: Path, spec: ModelSpec) -> None:
     """Write the graph of a bundle at `source` in its batchable form; both refer to external data of the same name.
 
-    Inputs, int64: `input_ids`, `attention_mask` [B, S]; for fill-mask `mask_positions` [B, M], tokens of each row.
+    Inputs, int64: `input_ids`, `attention_mask` and, where the source takes them, `token_type_ids` [B, S]; for
+    fill-mask `mask_positions` [B, M], tokens of each row.
     Outputs, float32: `last_hidden_state` [B, S, H], `embedding_mean` and `embedding_cls` [B, H]; where the task has
     them `logits`, [B, M, V] for fill-mask.
 

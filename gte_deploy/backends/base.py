@@ -32,6 +32,16 @@ class Batch:
     mask_positions: NDArray[np.int64] | None = None
     token_type_ids: NDArray[np.int64] | None = None
 
+    def graph_inputs(self) -> dict[str, NDArray[np.int64]]:
+        """All that a graph of padded texts may ask for, by its name there: what is None as what it stands for."""
+        types, positions = self.token_type_ids, self.mask_positions
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "token_type_ids": np.zeros_like(self.input_ids) if types is None else types,
+            "mask_positions": np.empty((0, 2), np.int64) if positions is None else positions,
+        }
+
 
 class Backend(Protocol):
     """What runs a batch. Implementations may be called from several threads at once."""

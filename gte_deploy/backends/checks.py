@@ -1,6 +1,6 @@
 """What every backend demands of a batch, and every caller of a backend of its outputs, before anyone sees either."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ def check_batch(batch: Batch, spec: ModelSpec) -> None:
 
     Raises:
         InputError: wrong type, rank, dtype or shape; an id outside the vocabulary; a mask value other than 0 and 1; a
-            row without a token; a mask position outside the batch or on padding.
+            row without a token; a token type that the model does not know; a mask position outside the batch or on
+            padding.
     """
     _check_array("input_ids", batch.input_ids, 2)
     _check_array("attention_mask", batch.attention_mask, 2)
@@ -28,8 +29,33 @@ def check_batch(batch: Batch, spec: ModelSpec) -> None:
     if rows < 1 or not 1 <= length <= spec.max_length:
         raise InputError(f"input_ids has shape {(rows, length)}; expected at least one row of 1 to {spec.max_length:,}")
     _check_values(batch, spec.vocab_size)
+    if batch.token_type_ids is not None:
+        _check_types(batch.token_type_ids, batch.input_ids.shape, spec)
     if batch.mask_positions is not None:
         _check_positions(batch.mask_positions, batch.attention_mask)
+
+
+def check_graph_inputs(graph: object, names: Collection[str], spec: ModelSpec) -> None:
+    """Refuse a graph of padded texts that nothing feeds, or that leaves out what `spec` says must be fed.
+
+    Raises:
+        BackendError: naming `graph` and the inputs.
+    """
+    known = {"input_ids", "attention_mask", "mask_positions", *(["token_type_ids"] if spec.token_types else [])}
+    if unknown := sorted(set(names) - known):
+        raise BackendError(f"{graph} asks for the inputs {', '.join(unknown)}, which nothing here provides.")
+    check_takes_types(graph, names, spec)
+
+
+def check_takes_types(graph: object, names: Collection[str], spec: ModelSpec) -> None:
+    """Refuse a graph that takes token types where the model has none, or the other way round.
+
+    Raises:
+        BackendError: naming `graph`.
+    """
+    if ("token_type_ids" in names) != spec.token_types:
+        has, says = ("takes", "has none") if "token_type_ids" in names else ("does not take", "has them")
+        raise BackendError(f"{graph} {has} token_type_ids, and the model {says}. Export the bundle again.")
 
 
 def check_outputs(names: Sequence[str], offered: Sequence[str]) -> None:
@@ -63,6 +89,20 @@ def _check_values(batch: Batch, vocab_size: int) -> None:
     if not mask.any(axis=1).all():
         row = int(np.argmin(mask.any(axis=1)))
         raise InputError(f"attention_mask[{row}] is all zero; every row needs at least one token")
+
+
+def _check_types(types: NDArray[np.int64], shape: tuple[int, ...], spec: ModelSpec) -> None:
+    if not spec.token_types:
+        raise InputError("token_type_ids is given, and this model tells no types of tokens apart; leave it out")
+    _check_array("token_type_ids", types, 2)
+    if types.shape != shape:
+        raise InputError(f"token_type_ids has shape {types.shape}, and input_ids {shape}; they must be equal")
+    if types.min() < 0 or types.max() >= spec.type_vocab_size:
+        row, column = np.argwhere((types < 0) | (types >= spec.type_vocab_size))[0]
+        raise InputError(
+            f"token_type_ids[{row}, {column}] is {types[row, column]}; token types of this model go from 0 to "
+            f"{spec.type_vocab_size - 1}"
+        )
 
 
 def _check_positions(positions: NDArray[np.int64], mask: NDArray[np.int64]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_outputs
+from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.tensorrt_shapes import Layout, plan_parts, write_inputs
 from gte_deploy.errors import BackendError, MissingDependencyError
@@ -19,9 +19,7 @@ from gte_deploy.threads import available_cpus
 
 logger = logging.getLogger(__name__)
 
-_INPUTS = frozenset(("input_ids", "attention_mask", "mask_positions"))
 _LOG_ERRORS_ONLY = 3
-_NO_POSITIONS = np.empty((0, 2), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -34,11 +32,13 @@ class ThroughTensorRT:
         cache: folder for what it compiles, this user's alone (it is executable code), and for one graph; None for no
             cache: every opening compiles anew.
         max_masks: mask positions of one run at most; None where the graph takes none.
+        token_types: whether the graph takes them.
     """
 
     profile: Profile
     cache: Path | None
     max_masks: int | None = None
+    token_types: bool = False
 
 
 class OnnxBackend:
@@ -76,8 +76,7 @@ class OnnxBackend:
         self._session: Any = self._open(ort, graph)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
         self._inputs = tuple(node.name for node in self._session.get_inputs())
-        if unknown := sorted(set(self._inputs) - _INPUTS):
-            raise BackendError(f"{graph} asks for the inputs {', '.join(unknown)}, which nothing here provides.")
+        check_graph_inputs(graph, self._inputs, spec)
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
@@ -88,12 +87,7 @@ class OnnxBackend:
         check_outputs(outputs, self.outputs)
         if self._tensorrt is not None:
             return self._run_in_parts(session, self._tensorrt, batch, outputs)
-        positions = _NO_POSITIONS if batch.mask_positions is None else batch.mask_positions
-        offered = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "mask_positions": positions,
-        }
+        offered = batch.graph_inputs()
         values = self._run(session, {name: offered[name] for name in self._inputs}, outputs)
         return {name: value.astype(np.float32, copy=False) for name, value in zip(outputs, values, strict=True)}
 
@@ -200,8 +194,9 @@ def _tensorrt_options(tensorrt: ThroughTensorRT) -> dict[str, Any]:
     profile = tensorrt.profile
     options: dict[str, Any] = {}
     masks = None if tensorrt.max_masks is None else (1, min(8, tensorrt.max_masks), tensorrt.max_masks)
+    by_token = ["input_ids", "attention_mask", *(["token_type_ids"] if tensorrt.token_types else [])]
     for index, (end, (rows, tokens)) in enumerate((("min", profile.min), ("opt", profile.opt), ("max", profile.max))):
-        shapes = [f"{name}:{rows}x{tokens}" for name in ("input_ids", "attention_mask")]
+        shapes = [f"{name}:{rows}x{tokens}" for name in by_token]
         shapes += [] if masks is None else [f"mask_positions:{masks[index]}x2"]
         options[f"trt_profile_{end}_shapes"] = ",".join(shapes)
     if tensorrt.cache is not None:

@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_outputs
+from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.errors import BackendError, MissingDependencyError
 from gte_deploy.spec import ComputePrecision, ModelSpec
 from gte_deploy.threads import available_cpus
 
 _HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
-_INPUTS = frozenset(("input_ids", "attention_mask", "mask_positions"))
-_NO_POSITIONS = np.empty((0, 2), dtype=np.int64)
 # Kernels are compiled for every new shape (3 ms for the tiny model, 6 ms for base) and kept: 0.2 to 0.8 MB a shape.
 # OpenVINO's own limit of 5,000 lets a process grow by 500 MB and more over texts of all lengths; 256 are those of about
 # a hundred shapes.
@@ -74,8 +72,7 @@ class OpenVinoBackend:
             raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
         self.outputs = tuple(output.any_name for output in self._model.outputs)
         self._inputs = tuple(node.any_name for node in self._model.inputs)
-        if unknown := sorted(set(self._inputs) - _INPUTS):
-            raise BackendError(f"{graph} asks for the inputs {', '.join(unknown)}, which nothing here provides.")
+        check_graph_inputs(graph, self._inputs, spec)
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, ...], _Requests] | None = {}
         self._requests_for(self.outputs)
@@ -101,11 +98,7 @@ class OpenVinoBackend:
             self._idle = self._model = None
 
     def _infer(self, request: Any, batch: Batch) -> Any:
-        offered = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "mask_positions": _NO_POSITIONS if batch.mask_positions is None else batch.mask_positions,
-        }
+        offered = batch.graph_inputs()
         feed = {name: offered[name] for name in self._inputs}
         return request.infer(feed, share_inputs=True, share_outputs=True)
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_outputs
+from gte_deploy.backends.checks import check_batch, check_outputs, check_takes_types
 from gte_deploy.backends.cuda import Cuda
 from gte_deploy.backends.tensorrt_packed import PackedLayout
 from gte_deploy.backends.tensorrt_plan import open_plan
@@ -65,7 +65,11 @@ class TensorRTBackend:
         """Run `engine`, which the module `trt` has deserialised from the plan; see `open_tensorrt_backend`.
 
         `precision` is that of the plan, whose types are fixed.
+
+        Raises:
+            BackendError: the engine takes token types and the model has none, or the other way round.
         """
+        check_takes_types(f"the engine {plan.path}", [tensor.name for tensor in plan.inputs], spec)
         self.spec = spec
         self.device = device
         self.precision = precision

@@ -105,6 +105,11 @@ class PackedLayout:
         ids[:count], ids[count:] = batch.input_ids[part.rows][rows, columns], pad_token_id
         # As other engines number them, whatever the mask leaves out.
         positions[:count], positions[count:] = columns, 0
+        if "token_type_ids" in inputs:
+            types = inputs["token_type_ids"]
+            types[:] = 0
+            if batch.token_type_ids is not None:
+                types[:count] = batch.token_type_ids[part.rows][rows, columns]
         ends = np.cumsum(batch.attention_mask[part.rows].sum(axis=1))
         for name in (QUERY_LENGTHS, KV_LENGTHS):
             lengths = inputs[name]

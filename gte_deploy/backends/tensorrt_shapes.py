@@ -126,6 +126,11 @@ def write_inputs(batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *
     mask[rows:, 0] = 1
     ids[:rows, :length] = batch.input_ids[part.rows]
     mask[:rows, :length] = batch.attention_mask[part.rows]
+    if "token_type_ids" in inputs:
+        types = inputs["token_type_ids"]
+        types[:] = 0
+        if batch.token_type_ids is not None:
+            types[:rows, :length] = batch.token_type_ids[part.rows]
     if "mask_positions" in inputs:
         positions = inputs["mask_positions"]
         positions[:] = 0

@@ -100,7 +100,8 @@ class TorchBackend:
     def _padded(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
         # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
         mask = None if batch.attention_mask.all() else self._tensor(batch.attention_mask)
-        encoded = encoder(input_ids=self._tensor(batch.input_ids), attention_mask=mask)
+        types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
+        encoded = encoder(input_ids=self._tensor(batch.input_ids), attention_mask=mask, token_type_ids=types)
         hidden = encoded.last_hidden_state
         tensors = {"last_hidden_state": hidden}
         if "sentence_embedding" in outputs:
@@ -125,8 +126,10 @@ class TorchBackend:
         rows, columns = (self._tensor(places) for places in np.nonzero(real))
         lengths = real.sum(axis=1)
         starts = np.concatenate(([0], lengths.cumsum()))
+        types = batch.token_type_ids
         hidden = encoder(
             input_ids=self._tensor(batch.input_ids[real])[None],
+            token_type_ids=None if types is None else self._tensor(types[real])[None],
             position_ids=columns[None],
             cu_seqlens=self._tensor(starts.astype(np.int32)),
             # A bound is enough, and few different ones are compiled for less often.

@@ -161,6 +161,7 @@ def changed(array, index, value):
         ({"mask_positions": changed(POSITIONS, (3, 1), -1)}, r"mask_positions\[3\] is \[2, -1\], outside"),
         ({"mask_positions": changed(POSITIONS, (1, 1), 8)}, r"mask_positions\[1\] is \[1, 8\], which is padding"),
         ({"mask_positions": POSITIONS[:, :1]}, "mask_positions must have the shape"),
+        ({"token_type_ids": np.zeros_like(GOOD.input_ids)}, "this model tells no types of tokens apart"),
         ({"mask_positions": POSITIONS.astype(float)}, "mask_positions must be int64"),
         ({"input_ids": np.zeros((0, 4), np.int64), "attention_mask": np.zeros((0, 4), np.int64)}, "at least one row"),
         ({"input_ids": np.ones((1, 129), np.int64), "attention_mask": np.ones((1, 129), np.int64)}, "1 to 128"),

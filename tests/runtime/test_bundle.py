@@ -28,6 +28,7 @@ MANIFEST = {
         "default_prompt_name": None,
         "normalize": False,
         "token_types": True,
+        "type_vocab_size": 2,
         "embedding_size": 16,
         "truncate_dim": 8,
         "similarity": "dot",
@@ -102,7 +103,15 @@ def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
     def earlier(manifest):
         manifest["format_version"] = 1
         del manifest["target"], manifest["plan"]
-        for name in ("token_types", "embedding_size", "truncate_dim", "similarity", "activation", "sparse"):
+        for name in (
+            "token_types",
+            "type_vocab_size",
+            "embedding_size",
+            "truncate_dim",
+            "similarity",
+            "activation",
+            "sparse",
+        ):
             del manifest["spec"][name]
 
     manifest = read_manifest(write(earlier))

@@ -210,9 +210,15 @@ def test_tensorrts_graph_goes_through_onnxruntimes_tensorrt_on_a_gpu(gpu_bundle,
     rows, tuned = (2, (2, 128)) if with_plan else (256, (256, 128))
     assert through.profile == Profile((1, 1), tuned, (rows, 128)) and through.max_masks == 512
     assert through.cache.parent == tmp_path / "cache/gte-deploy/tensorrt" and through.cache.stat().st_mode & 0o077 == 0
+    assert not through.token_types
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     gte_deploy.load(tmp_path / "gpu", backend="onnx", device="cuda:1")
     assert opened["tensorrt"].cache is None
+    shutil.rmtree(tmp_path / "gpu")
+    spec = dataclasses.replace(read_manifest(gpu_bundle()).spec, token_types=True, type_vocab_size=2)
+    shutil.rmtree(tmp_path / "gpu")
+    gte_deploy.load(gpu_bundle(spec=spec), backend="onnx", device="cuda:1")
+    assert opened["tensorrt"].token_types
 
 
 def test_a_bundle_with_a_real_engine(word_checkpoints, bundle_of):

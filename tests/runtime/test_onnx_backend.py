@@ -199,6 +199,8 @@ def test_cuda_and_tensorrt_get_their_options(monkeypatch, tmp_path):
     }
     plain = _providers(onnxruntime, "cuda:1", TENSORRT)
     assert plain == [("TensorrtExecutionProvider", options), *_providers(onnxruntime, "cuda:1")]
+    ((_, found), *_) = _providers(onnxruntime, "cuda:1", dataclasses.replace(TENSORRT, token_types=True))
+    assert found["trt_profile_max_shapes"] == "input_ids:2x8,attention_mask:2x8,token_type_ids:2x8"
     kept = dataclasses.replace(TENSORRT, cache=tmp_path, max_masks=4)
     ((_, found), *_) = _providers(onnxruntime, "cuda:1", kept)
     assert found["trt_profile_min_shapes"].endswith(",mask_positions:1x2")
@@ -228,6 +230,17 @@ def test_through_tensorrt_a_batch_is_run_in_parts_of_the_profiles_shape(tmp_path
     expected = plain.run(batch, ["last_hidden_state"])["last_hidden_state"]
     np.testing.assert_array_equal(backend.run(batch, ["last_hidden_state"])["last_hidden_state"], expected)
     assert shapes == [{"input_ids": (rows, 8), "attention_mask": (rows, 8)} for rows in (2, 2, 1)]
+
+
+def test_through_tensorrt_types_go_with_their_tokens(tmp_path):
+    model = graph_model(extra_input="token_type_ids")  # table[ids + types]
+    model.graph.node[0].input[1] = "typed_ids"
+    model.graph.node.insert(0, helper.make_node("Add", ["input_ids", "token_type_ids"], ["typed_ids"]))
+    spec = dataclasses.replace(SPEC, token_types=True, type_vocab_size=2)
+    backend = OnnxBackend(saved(tmp_path, model), spec, num_threads=1, tensorrt=TENSORRT)
+    ids, types = np.arange(15).reshape(5, 3) % 9, np.arange(15).reshape(5, 3) % 2
+    found = backend.run(Batch(ids, np.ones_like(ids), None, types), ["last_hidden_state"])["last_hidden_state"]
+    np.testing.assert_array_equal(found[..., 0], 4 * (ids + types))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "CPU", "", 0])

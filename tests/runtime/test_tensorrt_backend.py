@@ -5,6 +5,7 @@ formula over its input buffers. That a GPU computes what PyTorch does is tested 
 """
 
 import ctypes
+import dataclasses
 import enum
 import gc
 import hashlib
@@ -82,6 +83,11 @@ def formula(ids, mask, positions):
     row, token = positions.T
     logits = hidden[row, token, :1] + np.arange(VOCABULARY)
     return {"last_hidden_state": hidden.astype(np.float32), "logits": logits.astype(np.float32)}
+
+
+def with_types(ids, types):
+    """Another id where the type is 1: what `formula` makes of it differs."""
+    return ids + 16 * types
 
 
 def packed_formula(input_ids, mask_positions, position_ids, query_lengths, kv_lengths):
@@ -308,6 +314,8 @@ class HostEngine:
             return np.frombuffer(memory, dtype).reshape(shape)
 
         inputs = {tensor.name: view(tensor.name) for tensor in self.plan.inputs}
+        if "token_type_ids" in inputs:
+            inputs["input_ids"] = with_types(inputs["input_ids"], inputs.pop("token_type_ids"))
         if "query_lengths" in inputs:
             found = packed_formula(**inputs)
         else:
@@ -357,7 +365,8 @@ def random_batch(rng, rows, length, masks):
 
 def assert_right(backend, batch, outputs=("last_hidden_state", "logits")):
     found = backend.run(batch, outputs)
-    expected = formula(batch.input_ids, batch.attention_mask, batch.mask_positions)
+    ids = with_types(batch.input_ids, batch.graph_inputs()["token_type_ids"])
+    expected = formula(ids, batch.attention_mask, batch.mask_positions)
     real = batch.attention_mask == 1
     assert list(found) == list(outputs)
     for name, values in found.items():
@@ -374,6 +383,30 @@ def test_batches_of_every_shape(make, flavour, dtype):
         rows, length, masks = rng.integers(1, 12), rng.integers(1, 65), rng.integers(0, 12)
         outputs = [("last_hidden_state", "logits"), ("logits",), ("last_hidden_state",)][rng.integers(3)]
         assert_right(backend, random_batch(rng, rows, length, masks), outputs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_types_reach_the_engine_and_those_of_the_batch_before_do_not(make, packed):
+    plan = packed_plan() if packed else plan_of()
+    shape = ("tokens",) if packed else ("batch", "sequence")
+    typed = dataclasses.replace(plan, inputs=(*plan.inputs, TensorSpec("token_type_ids", "int64", shape)))
+    spec = dataclasses.replace(SPEC, token_types=True, type_vocab_size=2)
+    backend, rng = make(typed, spec), np.random.default_rng(0)
+    for number in range(40):
+        batch = random_batch(rng, rng.integers(1, 12), rng.integers(1, 65), rng.integers(1, 12))
+        types = None if number % 4 == 3 else rng.integers(0, 2, batch.input_ids.shape)
+        assert_right(backend, dataclasses.replace(batch, token_type_ids=types))
+
+
+@pytest.mark.parametrize("token_types", [False, True])
+def test_an_engine_that_does_not_fit_the_models_types_is_refused(make, token_types):
+    plan = plan_of()
+    inputs = (
+        plan.inputs if token_types else (*plan.inputs, TensorSpec("token_type_ids", "int64", ("batch", "sequence")))
+    )
+    spec = dataclasses.replace(SPEC, token_types=token_types, type_vocab_size=2)
+    with pytest.raises(BackendError, match=r"the engine .* token_type_ids, and the model has"):
+        make(dataclasses.replace(plan, inputs=inputs), spec)
 
 
 def test_a_padding_free_engine_gives_what_others_do(make):

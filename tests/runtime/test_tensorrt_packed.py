@@ -1,5 +1,7 @@
 """Texts in a row for a padding-free engine: how a batch is cut and packed, and that nothing is lost on the way."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,6 +83,17 @@ def test_tokens_places_and_lengths():
     assert inputs["position_ids"].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4] + [0] * 7
     assert inputs["query_lengths"].tolist() == inputs["kv_lengths"].tolist() == [0, 3, 4, 9, 16]
     assert inputs["mask_positions"].tolist() == [8, 1, 4, 0]
+
+
+def test_types_are_packed_as_tokens_are():
+    batch = batch_of([3, 1, 5])
+    types = np.array([[0, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]])  # at padding, too, where none is taken
+    (part,) = plan_packed_parts(batch, (LARGE,), [(1, 8)])
+    inputs = {**arrays_for(part), "token_type_ids": np.full(16, -7)}
+    LAYOUT.write(dataclasses.replace(batch, token_type_ids=types), part, inputs, pad_token_id=0)
+    assert inputs["token_type_ids"].tolist() == [0, 1, 1, 1, 0, 0, 1, 1, 0] + [0] * 7
+    LAYOUT.write(batch, part, inputs, pad_token_id=0)
+    assert not inputs["token_type_ids"].any()
 
 
 def test_positions_are_those_of_other_engines_whatever_the_mask_leaves_out():

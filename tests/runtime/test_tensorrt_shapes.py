@@ -1,5 +1,7 @@
 """Which profile runs a batch, how it is cut and padded, and that nothing is lost on the way."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -95,6 +97,19 @@ def test_inputs_are_padded_so_that_no_row_is_empty(dtype):
     write_inputs(batch, parts[0], arrays, pad_token_id=9)
     assert arrays["attention_mask"].tolist() == [[1, 1, 1] + [0] * 5, [1] * 5 + [0] * 3]
     assert arrays["mask_positions"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+
+
+def test_types_are_padded_with_type_0():
+    batch = dataclasses.replace(batch_of(3, 5), token_type_ids=np.tile([0, 0, 1, 1, 1], (3, 1)))
+    (first, last) = plan_parts(batch, [Profile((2, 8), (2, 8), (2, 16))])
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    arrays = {name: np.full((2, 8), -7, np.int64) for name in names}
+    write_inputs(batch, first, arrays, pad_token_id=9)
+    assert arrays["token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 0, 0, 0]] * 2
+    write_inputs(batch, last, arrays, pad_token_id=9)
+    assert arrays["token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 0, 0, 0], [0] * 8]
+    write_inputs(dataclasses.replace(batch, token_type_ids=None), first, arrays, pad_token_id=9)
+    assert not arrays["token_type_ids"].any()
 
 
 def test_what_comes_back_is_put_in_its_place():

@@ -20,8 +20,9 @@ from transformers import (
     RobertaModel,
 )
 
+import gte_deploy
 from gte_deploy.errors import CheckpointError, InputError
-from gte_deploy.models.checkpoint import load_model, save_model
+from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
 from gte_deploy.training import glue as glue_module
 from gte_deploy.training.cli import main
 from gte_deploy.training.glue import Encoded, Protocol, fine_tune, glue, load_classifier, predict, start_from, table
@@ -285,6 +286,38 @@ def test_start_from_keeps_all_but_the_last_layer(tiny_mlm: Path):
     assert torch.equal(target.gte.layers[1].mlp.down_proj.weight, source.gte.layers[1].mlp.down_proj.weight + 1)
     with pytest.raises(CheckpointError, match="gte.pooler.dense.bias"):
         start_from(target, {k: v for k, v in source.state_dict().items() if k != "gte.pooler.dense.bias"})
+
+
+@pytest.mark.parametrize("names", [None, ["input_ids", "attention_mask"]])
+def test_a_trained_pair_classifier_answers_alike_wherever_it_is_loaded(tmp_path: Path, make_checkpoint, names):
+    """It is trained with the token types that the runtime and CrossEncoder feed it with: the tokenizer's, or none."""
+    from sentence_transformers import CrossEncoder
+
+    folder = make_checkpoint(tmp_path / "mlm", type_vocab_size=2, layers=1, layout="native", max_positions=64)
+    if names is not None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": names}))
+    # Which of the two texts has the word w10: types tell it best.
+    noise = random.Random(0)
+    texts = [[f"w{noise.randint(50, 255)}" for _ in range(3)] for _ in range(64)]
+    labels = [number % 2 for number in range(32)]
+    pairs = [(" ".join(texts[2 * i]), " ".join(texts[2 * i + 1])) for i in range(32)]
+    pairs = [
+        tuple("w10 " + t if at == label else t for at, t in enumerate(p))
+        for p, label in zip(pairs, labels, strict=True)
+    ]
+    model = load_classifier(folder, num_labels=2, seed=0)
+    data = Encoded.of(Examples(pairs, np.array(labels)), folder=folder, model=model, max_length=32)
+    assert (data.type_ids is None) == (names is not None)
+    fine_tune(model, data, protocol=Protocol(max_length=32, batch_size=8, learning_rate=1e-3, epochs=2), seed=0)
+    trained = predict(model, data)
+
+    save_model(model, tmp_path / "trained", layout="native")
+    copy_tokenizer(folder, tmp_path / "trained")
+    with gte_deploy.load(tmp_path / "trained") as runtime:
+        np.testing.assert_allclose(runtime.predict(pairs), trained, atol=1e-4)
+    theirs = CrossEncoder(str(tmp_path / "trained"), device="cpu").predict(pairs)
+    np.testing.assert_allclose(theirs, trained, atol=1e-4)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

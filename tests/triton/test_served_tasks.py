@@ -92,6 +92,27 @@ def test_labels_of_tokens(
                     assert_close(ours, theirs)
 
 
+def test_pairs_with_token_types(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    make_checkpoint: Callable[..., Path],
+    runtime_models: ModuleType,
+    tmp_path: Path,
+):
+    from sentence_transformers import CrossEncoder
+
+    options = {"task": "classify", "num_labels": 3, "type_vocab_size": 2, "layers": 1, "seed": 2}
+    checkpoint = runtime_models.make_word_checkpoint(make_checkpoint, tmp_path / "typed", **options)
+    pairs = [("the king", "the queen"), ("paris", "a city of france " * 9), ("", "中国")]
+    expected = CrossEncoder(str(checkpoint), device="cpu").predict(pairs)
+    with serve(checkpoint) as server:
+        for protocol in PROTOCOLS:
+            with connect(server, protocol) as client:
+                np.testing.assert_allclose(client.predict(pairs), expected, atol=1e-4)
+                (states,) = client.encode(["the king"], output_value=None)
+                assert states["token_type_ids"].tolist() == [0] * len(states["input_ids"])
+
+
 def test_sparse(
     serve: Callable[..., Any],
     connect: Callable[..., Any],

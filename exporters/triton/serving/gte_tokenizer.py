@@ -60,7 +60,10 @@ class TritonPythonModel:
         self._max_masks = settings.integer("max_masks") if self._positions else 0
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """`input_ids`, `attention_mask` [B, S] and `mask_positions` [B, M] for each request, or its error."""
+        """`input_ids`, `attention_mask`, `token_type_ids` [B, S] and `mask_positions` [B, M] for each request.
+
+        The last two where the encoder takes them. Where a request is at fault, its error.
+        """
         results = [attempt(partial(self._tokenize, request)) for request in requests]
         pad_together([result for result in results if isinstance(result, Tokenized)], self._buckets, self._spare_tokens)
         return [
@@ -103,12 +106,19 @@ class TritonPythonModel:
         return checked_max_length(max_length, low=low, limit=self._spec.max_length)
 
     def _tensors(self, request: Tokenized) -> dict[str, NDArray[Any]]:
-        batch = collate(request.rows, pad_token_id=self._spec.pad_token_id, mask_token_id=self._tokenizer.mask_token_id)
+        batch = collate(
+            request.rows,
+            pad_token_id=self._spec.pad_token_id,
+            mask_token_id=self._tokenizer.mask_token_id,
+            token_types=self._spec.token_types,
+        )
         padding = ((0, 0), (0, request.padded - batch.input_ids.shape[1]))
         tensors = {
             "input_ids": np.pad(batch.input_ids, padding, constant_values=self._spec.pad_token_id),
             "attention_mask": np.pad(batch.attention_mask, padding),
         }
+        if batch.token_type_ids is not None:
+            tensors["token_type_ids"] = np.pad(batch.token_type_ids, padding)
         if self._positions:
             assert batch.mask_positions is not None  # a fill-mask checkpoint has a mask token
             tensors["mask_positions"] = self._mask_positions(batch.mask_positions, len(request.rows))
