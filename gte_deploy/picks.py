@@ -95,7 +95,7 @@ def cpu_model() -> str:
     except OSError:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return next(named, platform.machine())
 
 
 def cache_folder() -> Path:

@@ -73,6 +73,7 @@ class TorchBackend:
         encoder = self._model if spec.task == "embed" else self._model.gte
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
+        self._is_forked = False
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
@@ -87,6 +88,8 @@ class TorchBackend:
             raise BackendError("logits of a fill-mask model need mask_positions in the batch")
         compute = self._packed if self._is_packed else self._padded
         try:
+            if self._is_forked and torch.get_num_threads() != 1:
+                torch.set_num_threads(1)
             with torch.inference_mode():
                 tensors = compute(model, encoder, batch, outputs)
                 return {name: tensors[name].float().cpu().numpy() for name in outputs}
@@ -96,6 +99,17 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._model = self._encoder = None
+
+    def compute_in_forked_process(self) -> None:
+        """Go on in a child of the process that loaded the model, with one thread.
+
+        OpenMP's threads did not survive the fork, and whoever shared work with them would wait for good. Compiled code
+        has its number of threads in it, so the encoder is no longer compiled.
+        """
+        self._is_forked = True
+        self.num_threads = 1
+        if self._model is not None:
+            self._encoder = self._model if self.spec.task == "embed" else self._model.gte
 
     def _padded(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
         # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
