@@ -275,7 +275,9 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
     from gte_deploy.checkpoint_spec import spec_from_checkpoint
     from gte_deploy.models import resolve_checkpoint
     from gte_deploy.models.config import read_config, task_of
+    from gte_deploy.quiet import keep_caches_in_ours
 
+    keep_caches_in_ours()
     folder = resolve_checkpoint(name)
     try:
         config = read_config(folder)

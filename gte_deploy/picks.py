@@ -54,6 +54,9 @@ def lookup(manifest_checksum: str) -> Pick | None:
     key = _key(manifest_checksum)
     try:
         file = _file(key)
+    except OSError:  # without a cache there are no picks
+        return None
+    try:
         if not file.exists():
             return None
         return _parsed(file, key)

@@ -33,7 +33,7 @@ def turn_off_telemetry() -> None:
 
 
 def keep_caches_in_ours() -> None:
-    """Let PyTorch and Matplotlib keep their caches in ours; to be called before either is imported.
+    """Let PyTorch and Matplotlib make their caches in ours; to be called before either is imported.
 
     Without a home folder, or where it cannot be written, that is a temporary folder, gone at the end of the process.
     What the user has set stays.
@@ -89,13 +89,11 @@ def _writable_folder() -> "Path | None":
 
     from gte_deploy.picks import cache_folder
 
-    try:
+    with contextlib.suppress(OSError):
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if there.is_dir() and os.access(there, os.W_OK):
             return folder
-    except OSError:
-        pass
     try:
         folder = Path(tempfile.mkdtemp(prefix="gte-deploy-"))
     except OSError:

@@ -16,6 +16,7 @@ from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import BackendError, MissingDependencyError
+from gte_deploy.quiet import keep_caches_in_ours
 from gte_deploy.spec import ComputePrecision, ModelSpec
 from gte_deploy.threads import available_cpus
 
@@ -199,6 +200,7 @@ def open_torch_backend(
         MissingDependencyError: torch or transformers is not installed.
         CheckpointError, ConfigError: the folder cannot be honoured.
     """
+    keep_caches_in_ours()
     for module in ("torch", "transformers"):
         _require(module)
     _torch_device(device)
@@ -220,6 +222,8 @@ def _require(module: str) -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(module, "torch") from error
+    except OSError as error:  # PyTorch looks for a folder for temporary files
+        raise BackendError(f"{module} is installed and cannot be imported: {error}") from error
 
 
 def _torch_device(device: str) -> Any:
