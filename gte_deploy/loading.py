@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from gte_deploy import picks
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT
 from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle
 from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
 from gte_deploy.errors import BackendError, BundleError, InputError
+from gte_deploy.files import cache_folder
 from gte_deploy.forking import in_use
 from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model, Origin
@@ -304,7 +304,7 @@ def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
 def _compiled_folder(manifest: Manifest) -> Path | None:
     """Where ONNX Runtime keeps what it compiles of this bundle: executable code, so of this user alone."""
     try:
-        folder = picks.cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
+        folder = cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         logger.warning("the graph is compiled at every loading, for want of a cache: %s", error)

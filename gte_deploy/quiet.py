@@ -87,7 +87,7 @@ def _writable_folder() -> "Path | None":
     import tempfile
     from pathlib import Path
 
-    from gte_deploy.picks import cache_folder
+    from gte_deploy.files import cache_folder
 
     with contextlib.suppress(OSError):
         folder = cache_folder()
