@@ -53,11 +53,11 @@ def lookup(manifest_checksum: str) -> Pick | None:
     key = _key(manifest_checksum)
     try:
         file = _file(key)
-    except OSError:  # without a cache there are no picks
-        return None
-    try:
         if not file.exists():
             return None
+    except OSError:  # without a cache, or in another user's home, there are no picks
+        return None
+    try:
         return _parsed(file, key)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         # RuntimeError: JSON that nests too deep.

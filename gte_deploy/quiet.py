@@ -91,8 +91,8 @@ def _writable_folder() -> "Path | None":
 
     with contextlib.suppress(OSError):
         folder = cache_folder()
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if there.is_dir() and os.access(there, os.W_OK):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
             return folder
     try:
         folder = Path(tempfile.mkdtemp(prefix="gte-deploy-"))

@@ -352,3 +352,21 @@ def test_only_one_place_imports_openvino_and_nncf() -> None:
     found = sorted(str(file.relative_to(ROOT)) for file in files if importing.search(file.read_text(encoding="utf-8")))
     assert found == ["benchmarks/side_by_side/artefacts.py", "gte_deploy/quiet.py"]
     assert "with without_openvino_telemetry():\n        import nncf" in (ROOT / found[0]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere", "/proc/1/root/private"])
+def test_a_home_that_cannot_be_used_is_none(home: str, tmp_path: Path, bundle: Path) -> None:
+    place = Place(tmp_path / "place", home=False)
+    place.environment["HOME"] = home
+    script = """
+        import os, sys
+        import gte_deploy
+        from gte_deploy.quiet import keep_caches_in_ours
+        gte_deploy.load(sys.argv[1]).encode("the king")
+        if os.geteuid() or os.environ["HOME"].startswith("/proc"):
+            keep_caches_in_ours()
+            assert os.environ["MPLCONFIGDIR"].startswith(os.environ["TMPDIR"]), os.environ["MPLCONFIGDIR"]
+    """
+    done = place.run(textwrap.dedent(script), bundle)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert place.left() == []
