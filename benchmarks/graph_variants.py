@@ -32,6 +32,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import gte_deploy  # noqa: F401 - before ONNX Runtime, whose telemetry it turns off
+
+# isort: split
 import numpy as np
 import onnx
 import onnx_ir as ir

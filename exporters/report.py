@@ -5,6 +5,7 @@ import datetime
 import html
 import importlib.util
 import io
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from gte_deploy._version import __version__
 from gte_deploy.bundle import GraphEntry, PlanEntry
 from gte_deploy.exporters.parity import CaseResult, EngineParity, ParityReport
+from gte_deploy.quiet import import_openvino
 from gte_deploy.spec import Engine, ModelSpec
 from gte_deploy.threads import available_cpus
 
@@ -36,8 +38,12 @@ def library_versions() -> dict[str, str]:
         "gte-deploy": __version__,
         "python": platform.python_version(),
         # The modules', not the distributions': onnxruntime also comes as onnxruntime-gpu.
-        **{name: importlib.import_module(name).__version__ for name in installed},
+        **{name: _module(name).__version__ for name in installed},
     }
+
+
+def _module(name: str) -> Any:
+    return import_openvino() if name == "openvino" else importlib.import_module(name)
 
 
 def build_report(
@@ -68,7 +74,7 @@ def build_report(
         "parity": parity.to_json(),
         "sensitivity": dict(sensitivity or {}),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
-        "machine": {"cpu": _cpu_name(), "cpus": available_cpus(), "platform": platform.platform()},
+        "machine": {"cpu": _cpu_name(), "cpus": available_cpus(), "platform": _platform()},
         "versions": library_versions(),
     }
 
@@ -262,13 +268,19 @@ def _svg(plot: Any, parity: ParityReport) -> str:
     return text[text.index("<svg") :]  # the XML prologue has no place inside a page
 
 
+def _platform() -> str:
+    # platform.platform() starts `uname -p` for a word that it then leaves out.
+    system = os.uname()
+    return "-".join((system.sysname, system.release, system.machine, "with", "".join(platform.libc_ver())))
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine()
 
 
 _PAGE = """<!doctype html>

@@ -7,7 +7,6 @@ model.fill_mask("Paris is the [MASK] of France.")
 model.encode(["a text", "another"])
 """
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
@@ -24,6 +23,7 @@ from gte_deploy.errors import (
     ParityError,
     UnavailableError,
 )
+from gte_deploy.quiet import turn_off_telemetry
 
 if TYPE_CHECKING:
     from gte_deploy.loading import load
@@ -46,9 +46,7 @@ __all__ = [
     "load",
 ]
 
-# From 1.29 on, ONNX Runtime for Linux tells Microsoft of its sessions (names and hashes of models, the device), unless
-# this is set before it is imported.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+turn_off_telemetry()
 
 # Imported on first use: numpy and tokenizers would triple the time of `import gte_deploy` in every command.
 _LAZY = {"load": "gte_deploy.loading", "Model": "gte_deploy.model"}

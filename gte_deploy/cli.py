@@ -322,7 +322,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _checkpoint_info(name: str | None) -> dict[str, Any]:
     from gte_deploy.models import resolve_checkpoint
     from gte_deploy.models.description import describe
+    from gte_deploy.quiet import keep_caches_in_ours
 
+    keep_caches_in_ours()
     folder = resolve_checkpoint(name)
     try:
         spec = describe(folder).spec

@@ -96,3 +96,19 @@ def write_text(path: Path, text: str) -> None:
 
 def _fill(path: Path, data: bytes) -> None:
     path.write_bytes(data)
+
+
+def cache_folder() -> Path:
+    """Where this user's files go that can be made again.
+
+    Raises:
+        OSError: the user has no home folder, and XDG_CACHE_HOME is not set.
+    """
+    # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if asked.is_absolute():
+        return asked / "gte-deploy"
+    try:
+        return Path.home() / ".cache" / "gte-deploy"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder for a cache; set XDG_CACHE_HOME") from error

@@ -2,24 +2,28 @@
 
 import logging
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gte_deploy import picks
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT
 from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle
 from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
-from gte_deploy.errors import BackendError, InputError
+from gte_deploy.errors import BackendError, BundleError, InputError
+from gte_deploy.files import cache_folder
+from gte_deploy.forking import in_use
 from gte_deploy.inputs import check_integer
-from gte_deploy.model import Model
+from gte_deploy.model import Model, Origin
+from gte_deploy.models import BUILTIN_NAME
 from gte_deploy.onnx_inspection import check_graphs
 from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, is_packed
 from gte_deploy.tokenization import TextTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from gte_deploy.backends.torch_backend import TorchBackend
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -76,18 +80,74 @@ def load(
     if precision is not None and precision not in COMPUTE_PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(COMPUTE_PRECISIONS)}, not {precision!r}")
     folder = _resolve(path)
-    if is_bundle(folder):
-        if compile:
-            raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
-        opened, spec, reason = _open_bundle(folder, backend, precision, device, num_threads)
-        tokenizer = load_tokenizer(folder)
-    else:
-        opened, tokenizer = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
-        spec = opened.spec
-        reason = _ASKED if backend == "torch" else "torch runs checkpoints"
-    logger.info("%s runs on %s in %s: %s", folder, opened.name, opened.precision, reason)
-    budget = _MAX_BATCH_TOKENS[parse_device(opened.device)[0]] if max_batch_tokens is None else max_batch_tokens
-    return Model(opened, tokenizer, spec, max_batch_tokens=budget, path=folder, backend_reason=reason)
+    if compile and is_bundle(folder):
+        raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
+    with in_use():
+        if is_bundle(folder):
+            opened = _open_bundle(folder, backend, precision, device, num_threads)
+        else:
+            opened = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
+    engine = opened.backend
+    logger.info("%s runs on %s in %s: %s", folder, engine.name, engine.precision, opened.reason)
+    options = {
+        "backend": engine.name,
+        "precision": opened.precision,
+        "device": engine.device,
+        "num_threads": num_threads,
+        "max_batch_tokens": max_batch_tokens,
+        "compile": compile,
+    }
+    where = None if path is None or str(path) == BUILTIN_NAME else str(folder.absolute())
+    budget = _MAX_BATCH_TOKENS[parse_device(engine.device)[0]] if max_batch_tokens is None else max_batch_tokens
+    return Model(
+        engine,
+        opened.tokenizer,
+        opened.spec,
+        max_batch_tokens=budget,
+        path=folder,
+        backend_reason=opened.reason,
+        origin=Origin(load_again, (where, opened.checksum, options), opened.reopen),
+    )
+
+
+def load_again(path: str | None, checksum: str | None, options: Mapping[str, Any]) -> Model:
+    """What a pickled Model becomes where it arrives; `checksum` is its bundle's, None for a checkpoint.
+
+    Raises:
+        BundleError: another bundle is there now. See also `load`.
+    """
+    model = load(path, **options)
+    found = model._origin and model._origin.arguments[1]
+    if found != checksum:
+        model.close()
+        raise BundleError(
+            f"{path} is not what the pickled model was loaded from: the bundle's checksum is {found}, not {checksum}. "
+            "Load it with gte_deploy.load."
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An engine, and what is known of it.
+
+    Args:
+        backend: the engine.
+        tokenizer: the model's.
+        spec: the model's facts.
+        reason: why this engine.
+        precision: as `load` takes it, to get this engine again.
+        checksum: of the bundle's manifest.
+        reopen: opens the engine again in a forked process.
+    """
+
+    backend: Backend
+    tokenizer: TextTokenizer
+    spec: ModelSpec
+    reason: str
+    precision: ComputePrecision | None = None
+    checksum: str | None = None
+    reopen: Callable[[int], Backend] | None = None
 
 
 def _resolve(path: str | os.PathLike[str] | None) -> Path:
@@ -100,7 +160,7 @@ def _resolve(path: str | os.PathLike[str] | None) -> Path:
 
 def _open_checkpoint(
     folder: Path, backend: str, precision: ComputePrecision | None, device: str, num_threads: int | None, compile: bool
-) -> "tuple[TorchBackend, TextTokenizer]":
+) -> _Opened:
     if backend in ENGINE_OF:
         raise BackendError(
             f"{folder} is not a bundle: it has no {MANIFEST_NAME}. Export it with gte-export and load the result, or "
@@ -113,15 +173,16 @@ def _open_checkpoint(
         )
     from gte_deploy.backends.torch_backend import open_torch_backend
 
-    return open_torch_backend(
+    opened, tokenizer = open_torch_backend(
         folder, device=device, num_threads=num_threads, precision=precision or "fp32", compile=compile
     )
+    reason = _ASKED if backend == "torch" else "torch runs checkpoints"
+    return _Opened(opened, tokenizer, opened.spec, reason, precision)
 
 
 def _open_bundle(
     folder: Path, backend: str, precision: ComputePrecision | None, device: str | None, num_threads: int | None
-) -> tuple[Backend, ModelSpec, str]:
-    """The backend, the model's facts, and why this backend."""
+) -> _Opened:
     if backend == "torch":
         raise BackendError(
             f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
@@ -148,8 +209,36 @@ def _open_bundle(
     if choice.backend == "tensorrt":
         from gte_deploy.backends.tensorrt_backend import open_tensorrt_backend
 
-        return open_tensorrt_backend(folder, manifest, device=choice.device), manifest.spec, choice.reason
-    return _open_graph(folder, manifest, choice, num_threads), manifest.spec, choice.reason
+        opened: Backend = open_tensorrt_backend(folder, manifest, device=choice.device)
+        reopen = None
+    else:
+        reopen = _reopening(folder, manifest, choice)
+        opened = _open_graph(folder, manifest, choice, num_threads)
+    again = precision if is_for_gpus(manifest) else choice.precision
+    checksum = manifest.to_json()["checksum"]
+    return _Opened(opened, load_tokenizer(folder), manifest.spec, choice.reason, again, checksum, reopen)
+
+
+def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callable[[int], Backend]:
+    """What opens the graph again, with a number of threads; it refuses other files than those that were verified."""
+    folder = folder.absolute()  # a child may change its working directory
+    found = _identities(folder, manifest)
+
+    def reopen(num_threads: int) -> Backend:
+        if _identities(folder, manifest) != found:
+            raise BackendError(f"{folder} has changed since it was loaded; load it again in this process")
+        return _open_graph(folder, manifest, choice, num_threads)
+
+    return reopen
+
+
+def _identities(folder: Path, manifest: Manifest) -> list[tuple[int, ...]]:
+    """What changes where a file is replaced or written to; empty where one cannot be seen."""
+    try:
+        stats = [(folder / name).stat() for name in sorted(manifest.files)]
+    except OSError:
+        return []
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_threads: int | None) -> Backend:
@@ -222,7 +311,7 @@ def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
 def _compiled_folder(manifest: Manifest) -> Path | None:
     """Where ONNX Runtime keeps what it compiles of this bundle: executable code, so of this user alone."""
     try:
-        folder = picks.cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
+        folder = cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         logger.warning("the graph is compiled at every loading, for want of a cache: %s", error)

@@ -6,6 +6,7 @@ Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V voca
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.batching import BatchLimits, collate, token_batches
 from gte_deploy.embedding import EmbeddingRequest, OutputValue
-from gte_deploy.errors import InputError
+from gte_deploy.errors import BackendError, InputError
 from gte_deploy.fill_mask import MaskAnswer, answers, check_mask, top_tokens
+from gte_deploy.forking import follow, in_use
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
 from gte_deploy.scores import ActivationFn, ScoreRequest, former_arguments, refuse_processes
@@ -38,6 +40,21 @@ Tokenize = Callable[[list[int]], Rows]
 """From indices of the inputs to their token ids."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How a model was made, for other processes.
+
+    Args:
+        again: with `arguments` makes the same model, in any process; both can be pickled.
+        arguments: see `again`.
+        reopen: opens the engine alone again, with a number of threads; None where that cannot be.
+    """
+
+    again: Callable[..., "Model"]
+    arguments: tuple[Any, ...]
+    reopen: Callable[[int], Backend] | None = None
+
+
 class Model(TextInterface):
     """A loaded model. Methods may be called from several threads at once; results are in the order of the inputs.
 
@@ -53,8 +70,9 @@ class Model(TextInterface):
         max_batch_tokens: int,
         path: Path,
         backend_reason: str,
+        origin: Origin | None = None,
     ) -> None:
-        """Join a backend and a tokenizer.
+        """Join a backend and a tokenizer; `origin` tells other processes how.
 
         `max_batch_tokens` bounds a batch, padding included; a longer text runs alone. No batch costs more attention
         (rows times length²) than one text of `spec.max_length`.
@@ -68,11 +86,38 @@ class Model(TextInterface):
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
         if spec.token_types:
             tokenizer.check_types(spec.type_vocab_size)
+        self._origin = origin
+        self._is_closed = False
+        follow(self)
         self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
 
     def close(self) -> None:
         """Free the engine. Idempotent; later calls that compute raise BackendError."""
+        self._is_closed = True
         self._backend.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, or copied, a model is loaded again from its path: `load` is called where it arrives.
+
+        Raises:
+            BackendError: the model is closed, or was not made by `load`.
+        """
+        if self._is_closed:
+            raise BackendError("this model is closed, so it cannot be pickled or copied; load it again")
+        if self._origin is None:
+            raise BackendError(
+                "this model was not made by gte_deploy.load, so nothing tells how to open it elsewhere. Call "
+                "gte_deploy.load in the process that needs it."
+            )
+        return self._origin.again, self._origin.arguments
+
+    def after_fork(self, *, idle: bool) -> None:
+        """See `forking.Follower`."""
+        if not self._is_closed:
+            from gte_deploy.backends.inherited import after_fork
+
+            reopen = self._origin.reopen if self._origin is not None else None
+            self._backend = after_fork(self._backend, reopen, idle=idle)
 
     @property
     def backend(self) -> str:
@@ -470,7 +515,8 @@ class Model(TextInterface):
         return token_batches(sizes, checked, limits)
 
     def _run(self, batch: Batch, outputs: Sequence[str], indices: Sequence[int]) -> Outputs:
-        values = self._backend.run(batch, outputs)
+        with in_use():
+            values = self._backend.run(batch, outputs)
         check_finite(values, batch, indices)
         return values
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy._version import __version__
-from gte_deploy.files import write_text
+from gte_deploy.files import cache_folder, write_text
 from gte_deploy.threads import available_cpus
 
 logger = logging.getLogger(__name__)
@@ -56,6 +55,9 @@ def lookup(manifest_checksum: str) -> Pick | None:
         file = _file(key)
         if not file.exists():
             return None
+    except OSError:  # without a cache, or in another user's home, there are no picks
+        return None
+    try:
         return _parsed(file, key)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         # RuntimeError: JSON that nests too deep.
@@ -95,23 +97,7 @@ def cpu_model() -> str:
     except OSError:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
-def cache_folder() -> Path:
-    """Where this user's files go that can be made again.
-
-    Raises:
-        OSError: the user has no home folder, and XDG_CACHE_HOME is not set.
-    """
-    # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if asked.is_absolute():
-        return asked / "gte-deploy"
-    try:
-        return Path.home() / ".cache" / "gte-deploy"
-    except RuntimeError as error:
-        raise OSError("this user has no home folder for a cache; set XDG_CACHE_HOME") from error
+    return next(named, platform.machine())
 
 
 def _key(manifest_checksum: str) -> dict[str, Any]:

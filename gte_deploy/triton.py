@@ -29,6 +29,7 @@ from gte_deploy.bundle import spec_from_json
 from gte_deploy.embedding import EmbeddingRequest, OutputValue
 from gte_deploy.errors import BackendError, InputError, NonFiniteError
 from gte_deploy.fill_mask import MaskAnswer
+from gte_deploy.forking import follow, keep_for_good
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
 from gte_deploy.scores import ActivationFn, ScoreRequest, former_arguments, refuse_processes
@@ -88,9 +89,16 @@ class Client(TextInterface):
         check_integer("connections", connections, 1, _MAX_CONNECTIONS)
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
         self._name = url
-        self._transport = open_transport(url, connections=connections, timeout_s=timeout_s, headers=headers or {})
-        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="gte-triton")
-        self._closed = False
+        self._options: dict[str, Any] = {
+            "url": url,
+            "timeout_s": timeout_s,
+            "connections": connections,
+            "max_batch_tokens": max_batch_tokens,
+            "headers": dict(headers or {}),
+        }
+        self._closed = self._is_cut_off = False
+        self._connect()
+        follow(self)
         try:
             config = self._transport.config("gte_embed")
             self._facts, self.spec = _described(config, url)
@@ -103,7 +111,34 @@ class Client(TextInterface):
         """Close the connections. Idempotent; later calls that compute raise BackendError."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._transport.close()
+        if not self._is_cut_off:
+            self._transport.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, or copied, a client is made again from its URL and options, `headers` included: it asks the server.
+
+        Raises:
+            BackendError: the client is closed.
+        """
+        if self._closed:
+            raise BackendError("this client is closed, so it cannot be pickled or copied; make another")
+        return _client, (self._options,)
+
+    def after_fork(self, *, idle: bool) -> None:
+        """See `forking.Follower`: in a child, HTTP connections are new ones; those of gRPC cannot be had."""
+        if self._closed:
+            return
+        if self._options["url"].startswith("grpc"):
+            keep_for_good(self._transport)
+            self._is_cut_off = True
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        """Connections and threads of this process's own: answers on a socket that two share would go to either."""
+        options = {name: self._options[name] for name in ("url", "connections", "timeout_s", "headers")}
+        self._transport = open_transport(**options)
+        self._pool = ThreadPoolExecutor(self._options["connections"], thread_name_prefix="gte-triton")
 
     def info(self) -> dict[str, Any]:
         """What is served, as plain JSON data."""
@@ -360,6 +395,11 @@ class Client(TextInterface):
         """
         if self._closed:
             raise BackendError("this client is closed")
+        if self._is_cut_off:
+            raise BackendError(
+                "this client was made before the process forked, and gRPC does not survive a fork. Make the client "
+                "after the fork, in each process that uses it, or use an http:// URL."
+            )
         rows = list(zip(*texts.values(), strict=True))
         lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
         groups = list(plan_batches(lengths, limits))
@@ -445,6 +485,10 @@ def _bytes(rows: Sequence[Sequence[str]]) -> NDArray[Any]:
 
 def _guessed_tokens(texts: Sequence[str]) -> int:
     return sum(len(text.encode()) // _BYTES_PER_TOKEN for text in texts) + _SPECIAL_TOKENS
+
+
+def _client(options: Mapping[str, Any]) -> Client:
+    return Client(**options)
 
 
 def _answers(values: Options, row: int, mask: int) -> list[MaskAnswer]:

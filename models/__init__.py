@@ -37,7 +37,10 @@ def resolve_checkpoint(
     """
     if name_or_path is None or str(name_or_path) == BUILTIN_NAME:
         return builtin_path()
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home folder
+        raise CheckpointError(f"{name_or_path}: {error} Give the whole path instead of ~.") from error
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given for the folder {path}; only hub ids have revisions")

@@ -66,8 +66,10 @@ def test_wheel_takes_no_other_top_level_name(wheel_names):
 
 
 # Imports point one way: models <- training; models, gte_deploy <- exporters; the command lines <- everything.
-# errors, files, spec and activations are plain data at the bottom.
-BOTTOM = {f"gte_deploy.{name}" for name in ("errors", "files", "spec", "activations", "_version", "exit_codes")}
+# Those of BOTTOM stand at the bottom: they import nothing but one another.
+BOTTOM = {
+    f"gte_deploy.{name}" for name in ("errors", "files", "quiet", "spec", "activations", "_version", "exit_codes")
+}
 MAY_NOT_IMPORT = {
     "models": ("gte_deploy.exporters", "gte_deploy.training"),
     "training": ("gte_deploy.exporters",),

@@ -174,9 +174,12 @@ def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
 
 def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
     """Static int8 by NNCF's recipe for transformers, calibrated on the texts that `gte-export` takes by default."""
-    import nncf
+    from gte_deploy.quiet import without_openvino_telemetry
+
+    with without_openvino_telemetry():
+        import nncf
+        import openvino
     import numpy as np
-    import openvino
 
     from gte_deploy.exporters.text_batches import builtin_texts
     from gte_deploy.tokenization import load_tokenizer

@@ -91,7 +91,9 @@ class OpenVino:
     """A compiled model on OpenVINO's CPU plugin, hinted for latency."""
 
     def __init__(self, folder: Path, threads: int, precision: str = "f32") -> None:
-        import openvino
+        from gte_deploy.quiet import import_openvino
+
+        openvino = import_openvino()
 
         file = next(folder / name for name in ("model.xml", "model.onnx") if (folder / name).is_file())
         hints = {

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.errors import BackendError, MissingDependencyError
+from gte_deploy.errors import BackendError
+from gte_deploy.quiet import import_openvino
 from gte_deploy.spec import ComputePrecision, ModelSpec
 from gte_deploy.threads import available_cpus
 
@@ -59,7 +60,7 @@ class OpenVinoBackend:
         self.device = device
         self.precision = precision
         self.num_threads = num_threads or available_cpus()
-        self._openvino = _import_openvino()
+        self._openvino = import_openvino()
         core = _core(self._openvino)
         if precision == "bf16" and not has_native_bf16():
             raise BackendError(
@@ -146,7 +147,7 @@ class OpenVinoBackend:
 
 def has_native_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU without emulating it."""
-    return "BF16" in _core(_import_openvino()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _core(import_openvino()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @functools.cache
@@ -171,11 +172,3 @@ def _environment(name: str, value: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
-
-
-def _import_openvino() -> Any:
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("openvino", "openvino") from error
-    return openvino

@@ -15,6 +15,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.errors import BackendError, MissingDependencyError
+from gte_deploy.quiet import keep_caches_in_ours
 from gte_deploy.spec import ComputePrecision, ModelSpec
 from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import TextTokenizer
@@ -73,6 +74,7 @@ class TorchBackend:
         encoder = self._model if spec.task == "embed" else self._model.gte
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
+        self._is_forked = False
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
@@ -87,6 +89,8 @@ class TorchBackend:
             raise BackendError("logits of a fill-mask model need mask_positions in the batch")
         compute = self._packed if self._is_packed else self._padded
         try:
+            if self._is_forked and torch.get_num_threads() != 1:
+                torch.set_num_threads(1)
             with torch.inference_mode():
                 tensors = compute(model, encoder, batch, outputs)
                 return {name: tensors[name].float().cpu().numpy() for name in outputs}
@@ -96,6 +100,17 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._model = self._encoder = None
+
+    def compute_in_forked_process(self) -> None:
+        """Go on in a child of the process that loaded the model, with one thread.
+
+        OpenMP's threads did not survive the fork, and whoever shared work with them would wait for good. Compiled code
+        has its number of threads in it, so the encoder is no longer compiled.
+        """
+        self._is_forked = True
+        self.num_threads = 1
+        if self._model is not None:
+            self._encoder = self._model if self.spec.task == "embed" else self._model.gte
 
     def _padded(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
         # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
@@ -194,6 +209,7 @@ def open_torch_backend(
         MissingDependencyError: torch or transformers is not installed.
         CheckpointError, ConfigError: the folder cannot be honoured.
     """
+    keep_caches_in_ours()
     for module in ("torch", "transformers"):
         _require(module)
     _torch_device(device)
@@ -216,6 +232,8 @@ def _require(module: str) -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(module, "torch") from error
+    except OSError as error:  # PyTorch looks for a folder for temporary files
+        raise BackendError(f"{module} is installed and cannot be imported: {error}") from error
 
 
 def _torch_device(device: str) -> Any:

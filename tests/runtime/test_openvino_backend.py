@@ -16,6 +16,7 @@ from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.openvino_backend import OpenVinoBackend, has_native_bf16  # noqa: E402
 from gte_deploy.bundle import read_manifest  # noqa: E402
 from gte_deploy.errors import BackendError, InputError, MissingDependencyError  # noqa: E402
+from gte_deploy.quiet import import_openvino  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,7 @@ def test_what_it_computes_in_is_what_was_asked_for(graph):
         compiled = next(iter(backend._idle.values())).get().get_compiled_model()
         return {name: compiled.get_property(name) for name in ("INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS")}
 
-    import openvino
-
+    openvino = import_openvino()
     found = properties(OpenVinoBackend(*graph, num_threads=1))
     assert found == {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "INFERENCE_NUM_THREADS": 1}
     if has_native_bf16():

@@ -1,0 +1,113 @@
+"""What holds for loaded models when the process forks: a child answers, or raises; it never waits for good.
+
+A child has one thread, the one that forked. An engine's other threads are gone, and what they held is held for good. So
+
+- a fork waits until no engine computes, and none begins meanwhile: nothing is held (`in_use`);
+- in the child each model gives up its engine, untouched, and opens another at its first use (`follow`).
+
+Forks are those of `os.fork`, `os.forkpty` and multiprocessing. A process that is started, as `subprocess` and
+multiprocessing's "spawn" do, inherits nothing.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+# A fork waits no longer for computations to end. A batch on a CPU takes less; what is opened may take more.
+_PATIENCE_S = 10.0
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_OFF = ("", "off", "false", "f", "no", "n", "0")  # as tokenizers reads it
+
+
+class Follower(Protocol):
+    """What has to do something in a forked child."""
+
+    def after_fork(self, *, idle: bool) -> None:
+        """Called in the child before anything else; `idle` is whether no engine computed at the fork."""
+        ...
+
+
+class _Gate:
+    """Computations pass many at once; a fork, when none is inside."""
+
+    def __init__(self) -> None:
+        self.followers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._inside: dict[int, int] = {}  # thread -> how often
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        # A signal handler may fork while its own thread is in here: an RLock, which Condition takes by default.
+        self._changed = threading.Condition()
+        self._forks = 0
+        self._idle = True
+
+    def enter(self) -> None:
+        if self._pid != os.getpid():  # C code forked, and told nobody
+            self.after_in_child()
+        me = threading.get_ident()
+        with self._changed:
+            while self._forks and me not in self._inside:
+                self._changed.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
+
+    def leave(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._inside[me] -= 1
+            if not self._inside[me]:
+                del self._inside[me]
+                self._changed.notify_all()
+
+    def before(self) -> None:
+        self._changed.acquire()
+        self._forks += 1
+        me = threading.get_ident()
+        others_left = self._changed.wait_for(lambda: not self._inside.keys() - {me}, _PATIENCE_S)
+        self._idle = others_left and me not in self._inside
+
+    def after_in_parent(self) -> None:
+        self._forks -= 1
+        self._changed.notify_all()
+        self._changed.release()
+
+    def after_in_child(self) -> None:
+        idle = self._idle if self._forks else not self._inside
+        me = threading.get_ident()
+        self._inside = {thread: depth for thread, depth in self._inside.items() if thread == me}
+        self._reset()
+        if "tokenizers" in sys.modules and os.environ.get(_PARALLELISM, "").lower() not in _OFF:
+            # Its threads are gone. It sees to this itself only where the variable is not set.
+            os.environ[_PARALLELISM] = "false"
+        for follower in list(self.followers):
+            follower.after_fork(idle=idle)
+
+
+_gate = _Gate()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_gate.before, after_in_parent=_gate.after_in_parent, after_in_child=_gate.after_in_child)
+
+
+@contextlib.contextmanager
+def in_use() -> Iterator[None]:
+    """Around what an engine does: no other thread forks in the midst of it. It may be nested."""
+    _gate.enter()
+    try:
+        yield
+    finally:
+        _gate.leave()
+
+
+def follow(follower: Follower) -> None:
+    """Call `follower.after_fork` in every forked child; it is held weakly."""
+    _gate.followers.add(follower)
+
+
+def keep_for_good(engine: object) -> None:
+    """Never free an engine that a child has inherited: it would wait for the end of threads that are not there."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
