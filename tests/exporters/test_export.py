@@ -251,7 +251,8 @@ def test_an_opset_that_is_not_offered(small, tmp_path):
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", layers=1)
-    (checkpoint / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (checkpoint / name).unlink()
     with pytest.raises(CheckpointError, match="tokenizer.json"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -115,11 +115,10 @@ def test_the_files_of_the_bundle_say_what_it_does(bundle, checkpoint, theirs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"precision": "int8"},
+        {"precision": "int8-weight"},
         {"target": "cuda"},
         {"target": "cuda", "precision": "bf16"},
         {"format": "trt", "tensorrt": TensorRTOptions(onnx_only=True)},
-        {"format": "trt", "precision": "int8", "tensorrt": TensorRTOptions(onnx_only=True)},
     ],
     ids=str,
 )
