@@ -125,7 +125,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Any], *, dtype: str = 
 
 
 def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: int = 8192) -> None:
-    """Write a lower-casing WordPiece tokenizer that splits at white space, in the files a BERT checkpoint has."""
+    """Write a lower-casing WordPiece tokenizer in the files that a BERT checkpoint has."""
     special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     ids = {word: i for i, word in enumerate(words)}
     sep = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
@@ -144,7 +144,7 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: i
             "strip_accents": None,
             "lowercase": True,
         },
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {
             "type": "TemplateProcessing",
             "single": single,
