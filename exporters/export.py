@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import InputError, MissingDependencyError
-from gte_deploy.exporters.answers import Asked, check_bundle, library_of
+from gte_deploy.exporters.answers import Asked, check_bundle
 from gte_deploy.exporters.bundle_writer import publish, seal, staging
 from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, PADDINGS, removes_padding
 from gte_deploy.exporters.profiles import (
@@ -27,6 +27,7 @@ from gte_deploy.exporters.profiles import (
     profiles_for_lengths,
     read_lengths,
 )
+from gte_deploy.exporters.source_libraries import library_of
 from gte_deploy.exporters.tensorrt_engine import (
     TensorRTOptions,
     build_plan,
