@@ -27,7 +27,15 @@ from gte_deploy.checkpoint_spec import read_json
 from gte_deploy.errors import CheckpointError, GteDeployError, MissingDependencyError, ParityError
 from gte_deploy.exporters.checks import Check
 from gte_deploy.exporters.closeness import Closeness, Question, named
-from gte_deploy.exporters.odd_texts import ODD_TEXTS, PLAIN_TEXTS, long_text, pairs_of, token_texts, vocabulary_texts
+from gte_deploy.exporters.odd_texts import (
+    ODD_TEXTS,
+    PLAIN_TEXTS,
+    long_pairs,
+    long_text,
+    short_pairs,
+    token_texts,
+    vocabulary_texts,
+)
 from gte_deploy.exporters.source_libraries import (
     SENTENCE_TRANSFORMERS,
     Library,
@@ -81,7 +89,7 @@ class _Findings:
         for what, lines in self.failures.items():
             more = [f"and {len(lines) - _MOST_SHOWN:,} more of {what}"] if len(lines) > _MOST_SHOWN else []
             failures += [*lines[:_MOST_SHOWN], *more]
-        return Check(NAME, tuple(failures), self.compared, tuple(self.skipped))
+        return Check(NAME, tuple(failures), self.compared, tuple(dict.fromkeys(self.skipped)))
 
 
 def check_bundle(
@@ -280,7 +288,8 @@ def _compare_ids(model: Model, source: _Source, findings: _Findings) -> None:
         f"{source.tokenizer_class} of transformers {importlib.metadata.version('transformers')}"
     )
     if model.spec.task == "classify":
-        for pair in pairs_of([*PLAIN_TEXTS[:4], *vocabulary_texts(tokenizer, 4)], long):
+        some = [*PLAIN_TEXTS[:4], *vocabulary_texts(tokenizer, 4)]
+        for pair in (*short_pairs(some), *long_pairs(some, long)):
             _compare_tokens([pair], partial(_fed, model, pair), source, limit, findings)
 
 

@@ -155,18 +155,14 @@ def long_text(tokenizer: Any, tokens: int) -> str:
     return " ".join(f"{text} {number}" for number in range(tokens // per_text + 1))
 
 
-def pairs_of(short: Sequence[str], long: str) -> list[tuple[str, str]]:
-    """Pairs in which neither, the first, the second and both texts are long, and some with an empty text."""
-    first, second = short[0], short[1]
-    neighbours = list(zip(short[::2], short[1::2], strict=False))
-    return [
-        *neighbours,
-        (second, first),
-        (long, second),
-        (first, long),
-        (long, long),
-        (long, long[: len(long) // 2]),
-        (first, ""),
-        ("", second),
-        ("", ""),
-    ]
+def short_pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of neighbours, one of them the other way round, and some with an empty text."""
+    first, second = texts[:2]
+    neighbours = list(zip(texts[::2], texts[1::2], strict=False))
+    return [*neighbours, (second, first), (first, ""), ("", second), ("", "")]
+
+
+def long_pairs(texts: Sequence[str], long: str) -> list[tuple[str, str]]:
+    """Pairs of which the second, the first, and both texts are long, as long as the other and half as long."""
+    first, second = texts[:2]
+    return [(first, long), (long, second), (long, long), (long, long[: len(long) // 2])]

@@ -16,7 +16,7 @@ import numpy as np
 
 from gte_deploy.batching import collate
 from gte_deploy.exporters.closeness import Question
-from gte_deploy.exporters.odd_texts import pairs_of
+from gte_deploy.exporters.odd_texts import long_pairs, short_pairs
 from gte_deploy.model import Model
 from gte_deploy.spec import ModelSpec
 
@@ -40,6 +40,11 @@ class Texts:
     def all(self) -> list[str]:
         """The short texts and the long one."""
         return [*self.texts, self.long]
+
+    @property
+    def ragged(self) -> list[str]:
+        """A batch with much padding."""
+        return [self.texts[0], self.long]
 
     @property
     def few(self) -> list[str]:
@@ -121,7 +126,9 @@ def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
                 lambda: getattr(opened, method)(texts, **options, show_progress_bar=False),
             )
 
-        yield ask("encode", given.all)
+        # Apart: the library pads every row of a batch to the longest.
+        yield ask("encode", given.texts)
+        yield ask("encode", given.ragged)
         for name, prompt in opened.prompts.items():
             if prompt or name in model.spec.prompts:  # the library has empty ones of its own
                 yield ask(f"encode with the prompt {name!r}", given.few, prompt_name=name)
@@ -143,12 +150,16 @@ def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
 
     def questions(model: Any, given: Texts) -> Iterator[Question]:
         dense = {"convert_to_sparse_tensor": False}
-        yield Question(
-            "encode_sparse",
-            given.all,
-            lambda: model.encode_sparse(given.all, convert_to_tensor=True, **dense, **given.length).numpy(),
-            lambda: opened.encode(given.all, **dense, show_progress_bar=False).numpy(),
-        )
+
+        def ask(texts: list[str]) -> Question:
+            return Question(
+                "encode_sparse",
+                texts,
+                lambda: model.encode_sparse(texts, convert_to_tensor=True, **dense, **given.length).numpy(),
+                lambda: opened.encode(texts, **dense, show_progress_bar=False).numpy(),
+            )
+
+        yield from map(ask, (given.texts, given.ragged))
 
     return _library("SparseEncoder", opened, spec, questions)
 
@@ -163,7 +174,7 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
     opened.model.register_forward_hook(seen.remember)
 
     def questions(model: Model, given: Texts) -> Iterator[Question]:
-        pairs = pairs_of(given.texts, given.long)
+        pairs = short_pairs(given.texts)
 
         def ask(what: str, inputs: list[Any], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Question:
             return Question(
@@ -176,6 +187,7 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
             )
 
         yield ask("predict", pairs, {}, {})
+        yield ask("predict", long_pairs(given.texts, given.long)[:3], {}, {})
         raw = ({"activation_fn": lambda logits: logits}, {"activation_fn": torch.nn.Identity()})
         yield ask("predict without activation", pairs[:_FEW], *raw)
         if spec.num_labels > 1:
@@ -277,13 +289,14 @@ class _Network:
         seen = _Seen()
         self.network.register_forward_hook(seen.remember)
         cut = {"truncation": True, "max_length": given.cut}
+        ours, theirs = min(_TOP_K, len(self.known)), min(_LOOKED_AT, self.network.config.vocab_size)
 
         def ask(text: str) -> Question:
             return Question(
                 "fill_mask",
                 [text],
-                lambda: model.fill_mask(text, top_k=_TOP_K, **given.length),
-                lambda: self._known(pipe(text, top_k=_LOOKED_AT, tokenizer_kwargs=cut)),
+                lambda: model.fill_mask(text, top_k=ours, **given.length),
+                lambda: self._known(pipe(text, top_k=theirs, tokenizer_kwargs=cut)),
                 "masks",
                 seen.scale,
             )

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("sentence_transformers")
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import GteConfig  # noqa: E402
 from transformers.models.gte.modeling_gte import GteRotaryEmbedding  # noqa: E402
 
@@ -109,6 +109,23 @@ def test_a_sound_reading_passes(make, name, capfd):
     assert check.compared["texts tokenised"] > 100 and check.compared["answers"] > 10
     assert ("pairs tokenised" in check.compared) == (options.get("task") == "classify")
     assert capfd.readouterr() == ("", "")  # no bars, no warnings
+
+
+@pytest.mark.parametrize(("task", "tensor"), [("fill-mask", "lm_head.norm.weight"), ("classify", "classifier.weight")])
+def test_large_outputs_pass(make, task, tensor):
+    """Float32 rounds relative to a logit, and the sigmoid and softmax of large logits show all of that."""
+    checkpoint = make(task=task)
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({**weights, tensor: weights[tensor] * 300}, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with gte_deploy.load(checkpoint, backend="torch") as model:
+        assert check_answers(checkpoint, model).failures == ()
+
+
+def test_a_vocabulary_smaller_than_what_is_looked_at(make):
+    checkpoint = make(vocab=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"))
+    with gte_deploy.load(checkpoint, backend="torch") as model:
+        check = check_answers(checkpoint, model)
+    assert check.passed and check.skipped == ()
 
 
 def without_added_token(folder):
