@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gte_deploy.batching import collate
+from gte_deploy.checkpoint_spec import read_json
 from gte_deploy.exporters.closeness import Question
 from gte_deploy.exporters.odd_texts import long_pairs, short_pairs
 from gte_deploy.model import Model
@@ -147,19 +148,26 @@ def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
     from sentence_transformers import SparseEncoder
 
     opened: Any = SparseEncoder(str(folder), **_options())
+    stored = read_json(folder / "modules.json")
+    if stored and len(stored) != len(opened):
+        # What does not call itself a SparseEncoder gets an autoencoder with random weights.
+        raise ValueError(f"it adds modules to the {len(stored)} of modules.json")
 
     def questions(model: Any, given: Texts) -> Iterator[Question]:
         dense = {"convert_to_sparse_tensor": False}
 
-        def ask(texts: list[str]) -> Question:
+        def ask(method: str, texts: list[str]) -> Question:
+            theirs = getattr(opened, method.removesuffix("_sparse"))
             return Question(
-                "encode_sparse",
+                method,
                 texts,
-                lambda: model.encode_sparse(texts, convert_to_tensor=True, **dense, **given.length).numpy(),
-                lambda: opened.encode(texts, **dense, show_progress_bar=False).numpy(),
+                lambda: getattr(model, method)(texts, convert_to_tensor=True, **dense, **given.length).numpy(),
+                lambda: theirs(texts, **dense, show_progress_bar=False).numpy(),
             )
 
-        yield from map(ask, (given.texts, given.ragged))
+        yield ask("encode_sparse", given.texts)
+        yield ask("encode_document", given.ragged)
+        yield ask("encode_query", given.few)
 
     return _library("SparseEncoder", opened, spec, questions)
 
@@ -250,7 +258,8 @@ def _library(
     questions: Callable[[Model, Texts], Iterator[Question]],
     similarity: str | None = None,
 ) -> Library:
-    config = opened[0].auto_model.config
+    # A Router holds the transformer a level down.
+    config = next(part for part in opened.modules() if hasattr(part, "auto_model")).auto_model.config
     limit = min(opened.max_seq_length or spec.max_length, config.max_position_embeddings)
     return Library(title, limit, lambda cut: setattr(opened, "max_seq_length", cut), questions, config, similarity)
 
