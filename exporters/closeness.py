@@ -107,10 +107,16 @@ class Closeness:
         if len(found) != len(wanted):
             return [f"{question.named()}: {len(found)} masks here, {len(wanted)} in the library"]
         for a, b in zip(found, wanted, strict=True):
-            allowed = self.relative * max(1.0, question.scale()) * (b[0]["score"] if self.each else 1.0)
-            if difference := self._mask(a, b, allowed):
+            if difference := self._mask(a, b, self._allowed(question.scale(), b[0]["score"])):
                 return [f"{question.named()}: {difference}"]
         return []
+
+    def _allowed(self, scale: float, best: float) -> float:
+        """Of a probability: a logit that is off by little changes it by that share of itself."""
+        if self.each:
+            return self.relative * max(1.0, scale) * best
+        # The largest logit is about four times as large as most are, and one of many answers is off the most.
+        return min(self.relative, 2 * self.relative * max(1.0, scale / 4) * best)
 
     def _mask(self, ours: Sequence[Any], theirs: Sequence[Any], allowed: float) -> str | None:
         by_token = {answer["token"]: answer for answer in theirs}

@@ -23,7 +23,7 @@ import gte_deploy  # noqa: E402
 from gte_deploy.backends.torch_backend import TorchBackend  # noqa: E402
 from gte_deploy.errors import ParityError  # noqa: E402
 from gte_deploy.exporters import export  # noqa: E402
-from gte_deploy.exporters.answers import Asked, check_answers  # noqa: E402
+from gte_deploy.exporters.answers import Asked, check_answers, check_bundle  # noqa: E402
 from gte_deploy.exporters.bundle_writer import seal  # noqa: E402
 from gte_deploy.exporters.source_view import native_fields, rotation_frequencies  # noqa: E402
 from gte_deploy.model import Model  # noqa: E402
@@ -328,6 +328,58 @@ def test_a_missing_library_is_named(embedder, tmp_path, monkeypatch):
     assert check.passed  # hidden states are compared, and pooling is not
     assert check.compared["library"].startswith("GteModel of transformers")
     assert len(check.skipped) == 1 and "pip install sentence-transformers" in check.skipped[0]
+
+
+class Noisy:
+    """A backend whose numbers are off by `share` of their size, as a lower precision's are."""
+
+    def __init__(self, backend, share):
+        self._backend, self._share, self._random = backend, share, np.random.default_rng(0)
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def run(self, batch, outputs):
+        def noise(values):
+            return self._share * np.sqrt(np.mean(values**2)) * self._random.standard_normal(values.shape)
+
+        found = self._backend.run(batch, outputs)
+        return {name: (values + noise(values)).astype(np.float32) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("task", ["embed", "classify", "fill-mask", "token-classify"])
+@pytest.mark.parametrize(
+    ("precision", "share", "passes"),
+    [("fp32", 1e-6, True), ("fp32", 1e-2, False), ("int8", 1e-2, True), ("int8", 0.6, False), ("fp16", 0.2, False)],
+)
+def test_the_bounds_follow_the_precision(make, task, precision, share, passes):
+    checkpoint = make(task=task, num_labels=3, layout="native", pooling="mean" if task == "embed" else None)
+    with gte_deploy.load(checkpoint, backend="torch") as model:
+        noisy = Noisy(model._backend, share)
+        tokenizer = load_tokenizer(checkpoint)
+        other = Model(noisy, tokenizer, model.spec, max_batch_tokens=4096, path=checkpoint, backend_reason="a test")
+        assert check_answers(checkpoint, other, precision=precision).passed == passes
+
+
+@pytest.mark.parametrize("misread", [{"pooling": "cls"}, {"normalize": False}, {"default_prompt_name": None}])
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_a_misreading_is_caught_within_the_bounds_of_a_lower_precision(embedder, tmp_path, misread, precision):
+    model = reading(embedder, tmp_path / "bundle", **misread)
+    assert not check_answers(embedder, model, precision=precision).passed
+
+
+def test_an_engine_for_gpus_is_represented_by_pytorch(embedder):
+    """Of a TensorRT bundle nothing runs here but its tokenizer and what its spec says."""
+    spec = gte_deploy.load(embedder, backend="torch").spec
+    check = check_bundle(embedder, embedder, spec, precision="fp16", graph=None)
+    assert check.passed and check.compared["answers"] > 10
+    assert "PyTorch gave them" in check.skipped[0]
+    misread = dataclasses.replace(spec, normalize=False)
+    assert not check_bundle(embedder, embedder, misread, precision="fp16", graph=None).passed
+    other = dataclasses.replace(spec, task="fill-mask")
+    check = check_bundle(embedder, embedder, other, precision="fp16", graph=None)
+    assert check.compared["texts tokenised"] > 100 and "answers" not in check.compared
+    assert "no engine of this bundle runs here" in check.skipped[0]
 
 
 @pytest.mark.parametrize(
