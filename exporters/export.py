@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
 from gte_deploy.errors import InputError, MissingDependencyError
+from gte_deploy.exporters.answers import Asked, check_bundle
 from gte_deploy.exporters.bundle_writer import publish, seal, staging
 from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, PADDINGS, removes_padding
 from gte_deploy.exporters.profiles import (
@@ -25,6 +26,7 @@ from gte_deploy.exporters.profiles import (
     profiles_for_lengths,
     read_lengths,
 )
+from gte_deploy.exporters.source_libraries import library_of
 from gte_deploy.exporters.tensorrt_engine import (
     TensorRTOptions,
     build_plan,
@@ -189,6 +191,7 @@ def export(
                 resolve_checkpoint(model), task=task, pooling=pooling, logits=logits, max_length=max_length
             )
             source = _source_of(model, checkpoint)
+            asked = Asked(pooling=pooling, limit="own" if max_length is None else "asked")
         if format == "trt":
             options = tensorrt or TensorRTOptions()
             removes = padding == "remove"
@@ -198,16 +201,17 @@ def export(
         else:
             made = _prove(checkpoint, folder, lower, opset=opset, steps=steps)
         with steps("write the bundle"):
-            manifest = _write_bundle(
+            manifest, parity = _write_bundle(
                 folder,
                 checkpoint,
                 made=made,
+                asked=asked,
                 source=source,
-                timings_s=steps.seconds,
+                steps=steps,
             )
         steps.tell(f"rename to {path}")
         publish(folder, place, force=force)
-    return ExportResult(path=path, manifest=manifest, parity=made.parity)
+    return ExportResult(path=path, manifest=manifest, parity=parity)
 
 
 def default_output(model: str | os.PathLike[str] | None, *, precision: str, format: str = "onnx") -> Path:
@@ -609,14 +613,16 @@ def _write_bundle(
     checkpoint: Description,
     *,
     made: _Made,
+    asked: Asked,
     source: Mapping[str, str],
-    timings_s: Mapping[str, float],
-) -> Manifest:
+    steps: _Steps,
+) -> tuple[Manifest, "ParityReport"]:
     from gte_deploy.exporters.hub_files import write_hub_files
     from gte_deploy.exporters.report import build_report, library_versions, render_html
 
     spec = checkpoint.spec
     write_hub_files(folder, checkpoint)
+    made = _with_answers(folder, checkpoint, made, asked, steps)
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(
             path=GRAPH_PATHS[engine],
@@ -634,12 +640,12 @@ def _write_bundle(
         source=source,
         graphs=entries,
         plan=made.plan,
-        timings_s=timings_s,
+        timings_s=steps.seconds,
         sensitivity=made.sensitivity,
     )
     _write_json(folder / "report.json", report)
     (folder / "report.html").write_text(render_html(made.parity, report, made.plan), encoding="utf-8")
-    return seal(
+    manifest = seal(
         folder,
         spec=spec,
         precision=made.parity.precision,
@@ -649,6 +655,28 @@ def _write_bundle(
         versions=library_versions(),
         source=source,
     )
+    return manifest, made.parity
+
+
+def _with_answers(folder: Path, checkpoint: Description, made: _Made, asked: Asked, steps: _Steps) -> _Made:
+    """Compare what the files in `folder` answer to texts with the checkpoint's own library, and report that as well.
+
+    Raises:
+        ParityError: they differ.
+    """
+    with steps(f"compare answers with {library_of(checkpoint.folder, checkpoint.task)}"):
+        check = check_bundle(
+            folder,
+            checkpoint.folder,
+            checkpoint.spec,
+            precision=made.parity.precision,
+            graph=folder / GRAPH_PATHS["onnxruntime"] if "onnxruntime" in made.graphs else None,
+            target=made.target,
+            asked=asked,
+        )
+    parity = made.parity.with_checks(check)
+    parity.require()
+    return dataclasses.replace(made, parity=parity)
 
 
 def _name_of(model: str | os.PathLike[str] | None) -> str:

@@ -26,6 +26,7 @@ from gte_deploy.exporters.accuracy import (
     measure_accuracy,
     reference_outputs,
 )
+from gte_deploy.exporters.checks import Check
 from gte_deploy.exporters.parity_batches import (
     Case,
     TokenSource,
@@ -233,16 +234,29 @@ class ParityReport:
         precision: of the bundle.
         engines: each with its own bounds, over the same cases.
         not_proven: what could not be compared here, or is not claimed, one sentence each.
+        checks: others than the comparison of graphs; see `with_checks`.
     """
 
     precision: Precision
     engines: tuple[EngineParity, ...]
     not_proven: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every engine is within its bounds, but for those that the bundle can do without."""
-        return all(engine.passed or engine.optional for engine in self.engines)
+        """Whether every check passed and every engine is within its bounds, but for those that are `optional`."""
+        return not self.failures()
+
+    def with_checks(self, *checks: Check) -> "ParityReport":
+        """The same with further checks, whose failures count like missed bounds."""
+        return dataclasses.replace(self, checks=(*self.checks, *checks))
+
+    def failures(self) -> list[str]:
+        """Everything that misses a bound or fails a check, one line each."""
+        required = (engine for engine in self.engines if not engine.optional)
+        return [f"{engine.title}: {line}" for engine in required for line in engine.failures()] + [
+            f"{check.name}: {line}" for check in self.checks for line in (*check.broken, *check.failures)
+        ]
 
     def proven(self, engine: Engine) -> tuple[ComputePrecision, ...]:
         """What `engine` was shown to compute in."""
@@ -257,6 +271,7 @@ class ParityReport:
                 "precision": self.precision,
                 "engines": [engine.to_json() for engine in self.engines],
                 "not_proven": list(self.not_proven),
+                "checks": [check.to_json() for check in self.checks],
             }
         )
 
@@ -285,6 +300,11 @@ class BoundMissedError(ParityError):
             f"(bounds: {engine.tolerance}):\n  " + "\n  ".join(failures)
             for engine in report.engines
             if not engine.optional and (failures := engine.failures())
+        ]
+        parts += [
+            f"the check of {check.name} failed:\n  " + "\n  ".join((*check.broken, *check.failures))
+            for check in report.checks
+            if not check.passed
         ]
         super().__init__(
             f"the {report.precision} bundle on "

@@ -151,6 +151,12 @@ def _add_prompts(parser: argparse.ArgumentParser, where: str) -> None:
 def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", _verify, "Check every file of a bundle against its manifest.")
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        type=Path,
+        help="also compare its answers to texts with those of the checkpoint's own library (needs the [export] extra)",
+    )
 
 
 def _add_info(commands: Any) -> None:
@@ -267,12 +273,19 @@ def _verify(arguments: argparse.Namespace) -> None:
     manifest = open_bundle(arguments.bundle)
     check_graphs(arguments.bundle, manifest)
     size = sum(entry.size for entry in manifest.files.values())
+    check = None
+    if arguments.checkpoint is not None:
+        from gte_deploy.exporters.answers import verify_against
+
+        check = verify_against(arguments.bundle, arguments.checkpoint)
     if arguments.json:
-        print(
-            json.dumps({"path": str(arguments.bundle), "verified": True, "files": len(manifest.files), "bytes": size})
-        )
-    else:
-        print(f"{arguments.bundle}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says")
+        facts = {"path": str(arguments.bundle), "verified": True, "files": len(manifest.files), "bytes": size}
+        print(json.dumps(facts if check is None else {**facts, "answers": check.to_json()}))
+        return
+    print(f"{arguments.bundle}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says")
+    if check is not None:
+        compared = ", ".join(f"{what} {value}" for what, value in check.compared.items())
+        print("\n".join([f"It answers as {arguments.checkpoint} does: {compared}", *check.skipped]))
 
 
 def _info(arguments: argparse.Namespace) -> None:

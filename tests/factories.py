@@ -125,7 +125,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Any], *, dtype: str = 
 
 
 def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: int = 8192) -> None:
-    """Write a lower-casing WordPiece tokenizer that splits at white space, in the files a BERT checkpoint has."""
+    """Write a lower-casing WordPiece tokenizer in the files that a BERT checkpoint has."""
     special = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     ids = {word: i for i, word in enumerate(words)}
     sep = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
@@ -144,7 +144,7 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: i
             "strip_accents": None,
             "lowercase": True,
         },
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {
             "type": "TemplateProcessing",
             "single": single,
@@ -169,7 +169,7 @@ def write_tokenizer(folder: Path, words: Sequence[str] = WORDS, *, max_length: i
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
-def write_unigram_tokenizer(folder: Path, pieces: Sequence[str], *, max_length: int = 8192) -> None:
+def write_xlmr_tokenizer(folder: Path, pieces: Sequence[str], *, max_length: int = 8192) -> None:
     """Write an XLM-R tokenizer in place of what is there: Unigram pieces, of which "\u2581" begins a word."""
     from transformers import XLMRobertaTokenizer
 
@@ -190,6 +190,49 @@ def write_labels(folder: Path, labels: Sequence[str]) -> None:
     _write_json(
         folder / "config.json", {**config, "id2label": names, "label2id": {v: int(k) for k, v in names.items()}}
     )
+
+
+def write_unigram_tokenizer(folder: Path, *, size: int = 256, max_length: int = 8192) -> None:
+    """Write a cased Unigram tokenizer of `size` pieces, with the special tokens and ids of XLM-R: <pad> is 1."""
+    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?", "\u2581"]
+    words = [f"\u2581w{i}" for i in range(size - len(special) - len(letters))]
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+    begin, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>"))
+    single, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": token, "lstrip": token == "<mask>", **flags} for i, token in enumerate(special)
+        ],
+        "normalizer": {"type": "NFKC"},
+        "pre_tokenizer": space,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, single, end],
+            "pair": [begin, single, end, end, second, end],
+            "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (("<s>", 0), ("</s>", 2))},
+        },
+        "decoder": space,
+        "model": {
+            "type": "Unigram",
+            "unk_id": 3,
+            "vocab": [*((token, 0.0) for token in special), *((w, -5.0) for w in words), *((c, -9.0) for c in letters)],
+            "byte_fallback": False,
+        },
+    }
+    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
+    tokens = {f"{name}_token": token for name, token in names.items()}
+    _write_json(folder / "tokenizer.json", tokenizer)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **tokens},
+    )
+    _write_json(folder / "special_tokens_map.json", tokens)
+    (folder / "vocab.txt").unlink(missing_ok=True)
 
 
 def _original_tensors(

@@ -32,7 +32,7 @@ def make_tagger(make_checkpoint, factories, runtime_models, folder, *, unigram=F
     )
     factories.write_labels(folder, LABELS)
     if unigram:
-        factories.write_unigram_tokenizer(folder, UNIGRAM, max_length=runtime_models.MAX_LENGTH)
+        factories.write_xlmr_tokenizer(folder, UNIGRAM, max_length=runtime_models.MAX_LENGTH)
     return folder
 
 

@@ -1,0 +1,239 @@
+"""A checkpoint as its own library can load it, and its rotation angles, read without the rest of this package.
+
+The published layout (model_type "new") needs remote code in transformers, which is never run. Its weights and its
+config.json are therefore converted here once more, by other lines than those of `models/`: what both sides of a
+comparison had read wrongly in the same way would agree. Every other file is the checkpoint's own, behind a link.
+Legend: theta = RoPE base, s = NTK factor, d = head size, b = mixed_b, i = 0 … d/2 - 1.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.errors import CheckpointError
+
+# Fields of the original config.json that the native one spells otherwise, or that change no answer.
+_ORIGINAL_ONLY = frozenset(
+    "auto_map logn_attention_clip1 logn_attention_scale layer_norm_type model_type pack_qkv position_embedding_type "
+    "rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype dtype unpad_inputs "
+    "use_memory_efficient_attention architectures".split()
+)
+_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_HEADS = ("lm_head.", "classifier.")
+_DERIVED = ("position_ids", "inv_freq", "cos_cached", "sin_cached")
+_SPLIT = {
+    "attention.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.up_gate_proj": ("mlp.up_proj", "mlp.gate_proj"),
+}
+_RENAMED = {
+    "encoder.layer.": "layers.",
+    "attention.": "self_attn.",
+    "attn_ln.": "post_attention_layernorm.",
+    "mlp_ln.": "post_mlp_layernorm.",
+}
+
+
+def is_original(checkpoint: Path) -> bool:
+    """Whether config.json is in the layout that transformers reads with remote code alone."""
+    file = checkpoint / "config.json"
+    return file.is_file() and _read(file).get("model_type") == "new"
+
+
+@contextlib.contextmanager
+def loadable(checkpoint: Path, *, tokenizer_class: str, pad_token_id: int | None, pooling: str) -> Iterator[Path]:
+    """The folder that the libraries load: the checkpoint, or a temporary one that stands for it.
+
+    Args:
+        checkpoint: of either layout.
+        tokenizer_class: what AutoTokenizer makes of the checkpoint, for an original one that does not name it: under
+            another `model_type` it could make something else.
+        pad_token_id: the tokenizer's, for a config.json without one.
+        pooling: "mean" or "cls" in place of the checkpoint's own, or "auto".
+
+    Raises:
+        CheckpointError: a file of it cannot be converted.
+    """
+    original = is_original(checkpoint)
+    if not original and pooling == "auto":
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="gte-source-") as folder:
+        view = Path(folder)
+        _link(checkpoint, view, without=("config.json", *_WEIGHTS) if original else ())
+        if original:
+            config = native_fields(_read(checkpoint / "config.json"), pad_token_id)
+            (view / "config.json").write_text(json.dumps(config))
+            _convert_weights(_weight_files(checkpoint), view)
+            _name_tokenizer(view, tokenizer_class)
+        if pooling != "auto":
+            _set_pooling(view, pooling)
+        yield view
+
+
+def native_fields(raw: Mapping[str, Any], pad_token_id: int | None = None) -> dict[str, Any]:
+    """The native config.json that means what the original one `raw` means."""
+    fields = {key: value for key, value in raw.items() if key not in _ORIGINAL_ONLY}
+    if fields.get("pad_token_id") is None:
+        fields["pad_token_id"] = pad_token_id
+    names = [str(name) for name in raw.get("architectures") or []]
+    if names:
+        fields["architectures"] = ["Gte" + name.removeprefix("New") for name in names]
+    return {"layer_norm_eps": 1e-12, **fields, "model_type": "gte", "rope_parameters": _rope_parameters(raw)}
+
+
+def rotation_frequencies(raw: Mapping[str, Any]) -> NDArray[np.float64]:
+    """inv_freq [d/2] of an original config.json, from the formulas of the family's paper and code.
+
+    Raises:
+        CheckpointError: a scaling that the family does not have.
+    """
+    theta, scaling = _theta_and_scaling(raw)
+    head = _head_size(raw)
+    i = np.arange(head // 2, dtype=np.float64)
+    if scaling is None:
+        return theta ** (-2 * i / head)
+    factor, mixed_b = scaling
+    if mixed_b is None:
+        return (theta * factor) ** (-2 * i / head) / factor ** (2 / head)
+    return theta ** (-2 * i / head) / np.exp(math.log(factor) / (head / 2) ** mixed_b * (i + 1) ** mixed_b)
+
+
+def _theta_and_scaling(raw: Mapping[str, Any]) -> tuple[float, tuple[float, float | None] | None]:
+    """The base theta and, where there is NTK scaling, (s, b).
+
+    transformers 5 moves both fields into `rope_parameters` whenever it saves a config.
+    """
+    fields = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
+    theta = fields.get("rope_theta", raw.get("rope_theta"))
+    kind = fields.get("type") or fields.get("rope_type") or "default"
+    if not isinstance(theta, int | float) or kind not in ("default", "ntk"):
+        raise CheckpointError(f"config.json has rope_theta {theta!r} and RoPE type {kind!r}; expected default or ntk")
+    if kind == "default":
+        return float(theta), None
+    mixed_b = fields.get("mixed_b")
+    return float(theta), (float(fields["factor"]), None if mixed_b is None else float(mixed_b))
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    theta, scaling = _theta_and_scaling(raw)
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    factor, mixed_b = scaling
+    head = _head_size(raw)
+    if mixed_b is None:
+        return {"rope_type": "linear", "rope_theta": theta * factor, "factor": factor ** (2 / head)}
+    # The one type of transformers that takes a divisor for each frequency.
+    plain = theta ** (-2 * np.arange(head // 2) / head)
+    divisors = (plain / rotation_frequencies(raw)).tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": divisors,
+        "long_factor": divisors,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": raw["max_position_embeddings"],
+    }
+
+
+def _head_size(raw: Mapping[str, Any]) -> int:
+    return int(raw["hidden_size"]) // int(raw["num_attention_heads"])
+
+
+def _link(source: Path, view: Path, *, without: Sequence[str]) -> None:
+    for path in source.iterdir():
+        if not any(path.match(pattern) for pattern in without):
+            os.symlink(path.resolve(), view / path.name)
+
+
+def _weight_files(checkpoint: Path) -> list[Path]:
+    if (checkpoint / "model.safetensors").exists():
+        return [checkpoint / "model.safetensors"]
+    index = _read(checkpoint / "model.safetensors.index.json")
+    return [checkpoint / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def _convert_weights(files: list[Path], view: Path) -> None:
+    """Write each file under the native names; the tensors are views of the mapped file, so none is held twice."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    places: dict[str, str] = {}
+    for number, file in enumerate(files):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        tensors: dict[str, Any] = {}
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 - it is no mapping
+                tensors.update(_native_tensors(key, stored.get_tensor(key)))
+            save_file(tensors, view / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, name))
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": places}
+        (view / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _native_tensors(key: str, tensor: Any) -> dict[str, Any]:
+    name = key.removeprefix("new.")
+    if name.endswith(_DERIVED) or name == "lm_head.decoder.weight":  # the last is tied to the word embedding
+        return {}
+    if name.startswith(_HEADS):
+        return {name.replace("lm_head.norm.", "lm_head.layer_norm."): tensor}
+    for packed, parts in _SPLIT.items():
+        if packed in name:
+            names = [_native_name(name.replace(packed, part)) for part in parts]
+            return dict(zip(names, tensor.chunk(len(parts)), strict=True))
+    return {_native_name(name): tensor}
+
+
+def _native_name(name: str) -> str:
+    for original, native in _RENAMED.items():
+        name = name.replace(original, native)
+    # "self_attn." holds "attn.", never "attention.": the names converted before are left as they are.
+    return f"gte.{name}"
+
+
+def _name_tokenizer(view: Path, tokenizer_class: str) -> None:
+    file = view / "tokenizer_config.json"
+    config = _read(file) if file.exists() else {}
+    if "tokenizer_class" not in config:
+        file.unlink(missing_ok=True)  # a link to the checkpoint's
+        file.write_text(json.dumps({**config, "tokenizer_class": tokenizer_class}))
+
+
+def _set_pooling(view: Path, pooling: str) -> None:
+    """Let every Pooling module pool as the export was asked to."""
+    modules = json.loads((view / "modules.json").read_bytes()) if (view / "modules.json").exists() else []
+    for module in modules:
+        if not str(module["type"]).endswith(".Pooling"):
+            continue
+        file = view / module["path"] / "config.json"
+        config = {key: value for key, value in _read(file).items() if not key.startswith("pooling_mode")}
+        config |= {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+        _own_copy(view / Path(module["path"]).parts[0])
+        file.write_text(json.dumps(config))
+
+
+def _own_copy(link: Path) -> None:
+    """Put a copy in the place of a link to a folder, so that nothing is written into the checkpoint."""
+    if link.is_symlink():
+        target = link.resolve()
+        link.unlink()
+        shutil.copytree(target, link)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a {type(value).__name__}; expected a JSON object")
+    return value
