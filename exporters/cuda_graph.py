@@ -30,7 +30,7 @@ from gte_deploy.exporters.fusion.padding import remove_padding
 from gte_deploy.exporters.graph import DEFAULT_OPSET, Graph, graph_of, save_graph
 from gte_deploy.exporters.half import HALVES, lower_to_half
 from gte_deploy.exporters.trace import trace
-from gte_deploy.spec import ModelSpec
+from gte_deploy.spec import ModelSpec, SparseSpec
 
 _NOT_ON_CUDA = (
     "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. What was compared is the "
@@ -49,6 +49,7 @@ def build_cuda_graph(
     pooling: str | None = None,
     logits: str = "masked",
     opset: int = DEFAULT_OPSET,
+    sparse: SparseSpec | None = None,
 ) -> Graph:
     """Trace `model` and fuse it for CUDA.
 
@@ -61,13 +62,14 @@ def build_cuda_graph(
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.
         opset: version of the standard operators.
+        sparse: how to pool, for sparse.
 
     Raises:
         InputError: precision and padding do not go together.
         ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
     """
     removes = removes_padding(precision, padding)
-    graph = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
+    graph = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset, sparse=sparse)
     layers = model.config.num_hidden_layers
     fusions = fuse_graph(graph, num_layers=layers, passes=PACKED_PASSES if removes else (*PACKED_PASSES, FLASH))
     if removes:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import InputError, MissingDependencyError
@@ -38,6 +40,7 @@ from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_ba
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.config import native_config, read_config, task_of
+from gte_deploy.models.sparse_modules import read_query_weights
 from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
@@ -131,7 +134,8 @@ def export(
         output: folder of the bundle; None for one named after model, format and precision in the working directory.
         format: "onnx" for ONNX Runtime and OpenVINO, "trt" for a TensorRT engine.
         target: of format onnx, "cpu", or "cuda" for a graph that ONNX Runtime's CUDA provider runs well.
-        task: "fill-mask", "embed", "classify", "token-classify", or "auto" for what the checkpoint was made for.
+        task: "fill-mask", "embed", "classify", "token-classify", "sparse", or "auto" for what the checkpoint was made
+            for.
         precision: for ONNX "fp32"; "int8" (weights and activations); "int8-weight" or "int4-weight" (weights alone, for
             small disks). For TensorRT "fp16", "bf16", "int8" or "fp8"; for target cuda "fp16", "bf16" or "fp32". None
             for the first of these.
@@ -310,7 +314,7 @@ def _prove(
 
     with steps("load the weights"):
         tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, task=spec.task)
+        model = load_model(checkpoint, task=spec.head_task)
     with steps("trace and fuse"):
         graphs = build_graphs(
             model,
@@ -319,6 +323,7 @@ def _prove(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            sparse=spec.sparse,
         )
         not_proven = []
         if importlib.util.find_spec("openvino") is None:
@@ -342,7 +347,7 @@ def _prove(
         if "openvino" in graphs and ("openvino", "bf16") not in candidates:
             not_proven.append("openvino bf16 was not compared: this CPU does not compute in bfloat16.")
         parity = check_parity(
-            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             candidates,
             outputs=[output.name for output in graphs["onnxruntime"].outputs],
             spec=spec,
@@ -379,7 +384,7 @@ def _prove_cuda(
 
     with steps("load the weights"):
         tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, task=spec.task)
+        model = load_model(checkpoint, task=spec.head_task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
             model,
@@ -390,6 +395,7 @@ def _prove_cuda(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            sparse=spec.sparse,
         )
     file = folder / GRAPH_PATHS["onnxruntime"]
     with steps("write the graph"):
@@ -398,7 +404,7 @@ def _prove_cuda(
     texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
     with steps("compare with PyTorch"), opened_for_proof(graph, file, spec) as (backend, not_proven):
         parity = check_parity(
-            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             {("onnxruntime", "fp32"): backend},
             outputs=[output.name for output in graph.outputs],
             spec=spec,
@@ -438,6 +444,10 @@ def _build(
     from gte_deploy.exporters.tensorrt_graph import tensorrt_graph
     from gte_deploy.models.checkpoint import load_model
 
+    if padding_free and spec.task == "sparse":
+        raise InputError(
+            "padding 'remove' is not for task sparse with format trt: its head pools padded rows. Keep it."
+        )
     if lower.precision == "fp8" and options.calibrator == "entropy":
         raise InputError("calibrator entropy is about 128 integer levels; for fp8 take max or percentile")
     profiles = _profiles_of(options, spec.max_length, padding_free=padding_free)
@@ -450,7 +460,7 @@ def _build(
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
         tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint, task=spec.task)
+        model = load_model(checkpoint, task=spec.head_task)
     layers = model.config.num_hidden_layers
     with steps("trace"):
         graphs = build_graphs(
@@ -460,6 +470,7 @@ def _build(
             pooling=spec.pooling if spec.task == "embed" else None,
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
+            sparse=spec.sparse,
         )
     sensitivity: Mapping[str, float] = {}
     with steps(f"write the graph in {lower.precision}"):
@@ -507,7 +518,7 @@ def _build(
         compiled = CompiledOnnx(graph, spec, file=file, num_heads=heads)
     with steps("compare with PyTorch"), contextlib.closing(compiled):
         parity = check_parity(
-            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             {("tensorrt", lower.precision): compiled},
             outputs=[output.name for output in graph.outputs],
             spec=spec,
@@ -610,10 +621,12 @@ def _write_bundle(
 
     copy_tokenizer(checkpoint, folder)
     # The native layout, which transformers and TEI read without remote code; the positions are those of the graph.
-    native = native_config(config, task=spec.task)
+    native = native_config(config, task=spec.head_task)
     _write_json(folder / "config.json", {**native, "max_position_embeddings": spec.max_length})
     if spec.task in ("fill-mask", "embed"):
         _write_sentence_transformers(folder, spec)
+    if spec.sparse is not None and spec.sparse.query_weights is not None:
+        _write_query_weights(folder / spec.sparse.query_weights, checkpoint, spec.vocab_size)
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(
             path=GRAPH_PATHS[engine],
@@ -646,6 +659,12 @@ def _write_bundle(
         versions=library_versions(),
         source=source,
     )
+
+
+def _write_query_weights(file: Path, checkpoint: Path, vocab_size: int) -> None:
+    weights = read_query_weights(checkpoint, vocab_size)
+    assert weights is not None  # the spec names them
+    np.save(file, weights, allow_pickle=False)
 
 
 def _write_sentence_transformers(folder: Path, spec: ModelSpec) -> None:

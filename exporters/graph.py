@@ -3,7 +3,8 @@
 Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]; fill-mask also `mask_positions` [num_masks, 2] of
 (row, token), which may be empty. Outputs, all float32: `last_hidden_state` [batch, sequence, hidden]; then
 `sentence_embedding` [batch, hidden] (embed) or `logits`: [num_masks, vocabulary] (fill-mask), [batch, sequence,
-vocabulary] (fill-mask with logits="all"), [batch, labels] (classify), [batch, sequence, labels] (token-classify).
+vocabulary] (fill-mask with logits="all"), [batch, labels] (classify), [batch, sequence, labels] (token-classify); or
+`sparse_embedding` [batch, vocabulary] (sparse), pooled and activated.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
@@ -21,7 +23,7 @@ from gte_deploy.exporters.fusion import fuse_graph
 from gte_deploy.exporters.fusion.editing import dimensions, tensor_of
 from gte_deploy.exporters.trace import trace
 from gte_deploy.files import sync_directory, sync_file
-from gte_deploy.spec import Engine, TensorSpec
+from gte_deploy.spec import Engine, SparseSpec, TensorSpec
 
 DEFAULT_OPSET = 20
 
@@ -58,6 +60,7 @@ def build_graphs(
     pooling: str | None = None,
     logits: str = "masked",
     opset: int = DEFAULT_OPSET,
+    sparse: SparseSpec | None = None,
 ) -> dict[Engine, Graph]:
     """Trace `model` once; a graph for each engine, sharing its weights.
 
@@ -71,11 +74,12 @@ def build_graphs(
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.
         opset: version of the standard operators.
+        sparse: how to pool, for sparse.
 
     Raises:
         ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
     """
-    plain = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
+    plain = trace(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset, sparse=sparse)
     fused = plain.clone()
     fusions = fuse_graph(fused, num_layers=model.config.num_hidden_layers)
     return {"onnxruntime": graph_of(fused, fusions, opset), "openvino": graph_of(plain, {}, opset)}
@@ -111,29 +115,47 @@ class _WeightStore:
 
     path: Path
     offsets: dict[bytes, int] = field(default_factory=dict)
+    written: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    """Arrays and where they stand; held, so that no other gets their memory meanwhile."""
 
     def add(self, tensor: ir.TensorProtocol, name: str, file: BinaryIO) -> ir.ExternalTensor:
         """The tensor's place in the file; what is not there yet is appended."""
-        contents = tensor.tobytes()
-        digest = hashlib.sha256(contents).digest()
-        if digest not in self.offsets:
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            self.offsets[digest] = file.tell()
-            file.write(contents)
+        array = tensor.numpy()
+        offset = self._place_of_part(array)
+        if offset is None:
+            contents = tensor.tobytes()
+            digest = hashlib.sha256(contents).digest()
+            if digest not in self.offsets:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                self.offsets[digest] = file.tell()
+                file.write(contents)
+            offset = self.offsets[digest]
+            self.written.append((array, offset))
         return ir.ExternalTensor(
             location=self.path.name,
-            offset=self.offsets[digest],
-            length=len(contents),
+            offset=offset,
+            length=tensor.nbytes,
             dtype=tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=self.path.parent,
         )
 
+    def _place_of_part(self, array: np.ndarray) -> int | None:
+        """Where some rows of a stored matrix stand, such as a part of a tied vocabulary's."""
+        if not array.flags.c_contiguous:
+            return None
+        for whole, offset in self.written:
+            before = array.ctypes.data - whole.ctypes.data
+            if whole.flags.c_contiguous and 0 <= before and before + array.nbytes <= whole.nbytes:
+                return offset + before
+        return None
+
 
 def _with_external_weights(model: ir.Model, store: _WeightStore, file: BinaryIO) -> ir.Model:
     model = model.clone()
-    for name, value in model.graph.initializers.items():
+    # Matrices before the parts of them.
+    for name, value in sorted(model.graph.initializers.items(), key=lambda item: -tensor_of(item[1]).nbytes):
         tensor = tensor_of(value)
         if tensor.nbytes >= _MIN_EXTERNAL_BYTES:
             value.const_value = store.add(tensor, name, file)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from gte_deploy.errors import CheckpointError, ConfigError
-from gte_deploy.spec import POOLINGS, ModelSpec, Pooling, Task
+from gte_deploy.spec import POOLINGS, ModelSpec, Pooling, SparseSpec, Task
 
 # sentence-transformers writes one boolean for each mode ("legacy", which every reader knows) or `pooling_mode`.
 _LEGACY_POOLING_PREFIX = "pooling_mode_"
@@ -41,7 +41,8 @@ def spec_from_checkpoint(folder: Path, config: ConfigFacts, task: Task, pooling:
         ConfigError: the folder asks for a pooling, a module or a prompt rule that is not honoured.
         CheckpointError: a JSON file is unreadable.
     """
-    modules = _module_types(folder)
+    # Modules matter only for the task they belong to.
+    modules = _module_types(folder) if task == "embed" else _all_module_types(folder)
     prompts, default_prompt_name = _prompts(folder)
     is_classifier = task in ("classify", "token-classify")
     labels = config.id2label or {}
@@ -57,7 +58,14 @@ def spec_from_checkpoint(folder: Path, config: ConfigFacts, task: Task, pooling:
         prompts=prompts,
         default_prompt_name=default_prompt_name,
         normalize="Normalize" in modules,
+        sparse=_sparse(folder, config) if task == "sparse" else None,
     )
+
+
+def _sparse(folder: Path, config: ConfigFacts) -> SparseSpec:
+    from gte_deploy.models.sparse_modules import read_sparse_spec
+
+    return read_sparse_spec(folder, config)
 
 
 def read_json(path: Path) -> Any:
@@ -82,12 +90,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _module_types(folder: Path) -> list[str]:
-    modules = read_json(folder / "modules.json") or []
-    if not isinstance(modules, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules
-    ):
-        raise CheckpointError(f"{folder / 'modules.json'} must list objects with a `type`")
-    types = [str(module["type"]).rpartition(".")[2] for module in modules]
+    types = _all_module_types(folder)
     for name in types:
         if name not in _KNOWN_MODULES:
             raise ConfigError(
@@ -95,6 +98,15 @@ def _module_types(folder: Path) -> list[str]:
                 "and leaving it out would change the embeddings."
             )
     return types
+
+
+def _all_module_types(folder: Path) -> list[str]:
+    modules = read_json(folder / "modules.json") or []
+    if not isinstance(modules, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules
+    ):
+        raise CheckpointError(f"{folder / 'modules.json'} must list objects with a `type`")
+    return [str(module["type"]).rpartition(".")[2] for module in modules]
 
 
 def _max_length(folder: Path, max_position_embeddings: int) -> int:

@@ -55,7 +55,7 @@ class EmbeddingRequest:
         if self.precision != "float32" and self.output_value != "sentence_embedding":
             raise InputError(f"precision {self.precision!r} is for sentence embeddings, not {self.output_value!r}")
         if self.return_type != "numpy":
-            _import_torch()
+            import_torch()
 
     def graph_outputs(self, spec: ModelSpec, offered: Sequence[str]) -> tuple[str, ...]:
         """Names to ask the backend for: its own pooling where that is the one wanted."""
@@ -88,7 +88,7 @@ class EmbeddingRequest:
         """All rows, in the caller's order, in the form asked for."""
         if self.output_value == "sentence_embedding":
             embeddings = quantize(np.stack(results), self.precision)
-            whole = embeddings if self.return_type == "numpy" else _import_torch().from_numpy(embeddings)
+            whole = embeddings if self.return_type == "numpy" else import_torch().from_numpy(embeddings)
             if self.return_type == "list of tensors":
                 whole = list(whole)
         else:
@@ -117,13 +117,13 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def _as_tensors(result: Any) -> Any:
-    torch = _import_torch()
+    torch = import_torch()
     if isinstance(result, dict):
         return {name: torch.tensor(value) for name, value in result.items()}
     return torch.tensor(result)
 
 
-def _import_torch() -> Any:
+def import_torch() -> Any:
     try:
         import torch
     except ModuleNotFoundError as error:

@@ -5,17 +5,20 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gte_deploy import picks
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT
-from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle
+from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
-from gte_deploy.errors import BackendError, InputError
+from gte_deploy.errors import BackendError, BundleError, InputError
 from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model
 from gte_deploy.onnx_inspection import check_graphs
-from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, is_packed
+from gte_deploy.spec import COMPUTE_PRECISIONS, TASKS, ComputePrecision, ModelSpec, Profile, Task, is_packed
 from gte_deploy.tokenization import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ def load(
     num_threads: int | None = None,
     max_batch_tokens: int | None = None,
     compile: bool = False,
+    task: Task | Literal["auto"] = "auto",
 ) -> Model:
     """Load a bundle or a checkpoint.
 
@@ -56,6 +60,8 @@ def load(
             the count is the whole process's, see `backends.torch_backend.TorchBackend`. TensorRT uses none.
         max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
         compile: let torch compile the model, at its first batches. For backend "torch" alone.
+        task: what a checkpoint is loaded for, one of `spec.TASKS`, or "auto" for what it was made for. A bundle has one
+            task, and is refused for any other.
 
     Raises:
         InputError: an argument out of its range.
@@ -72,17 +78,55 @@ def load(
         raise InputError(f"backend must be one of {', '.join(get_args(BackendName))}, not {backend!r}")
     if precision is not None and precision not in COMPUTE_PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(COMPUTE_PRECISIONS)}, not {precision!r}")
+    if task not in ("auto", *TASKS):
+        raise InputError(f"task must be one of auto, {', '.join(TASKS)}, not {task!r}")
     folder = _resolve(path)
     if is_bundle(folder):
         if compile:
             raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
+        _require_task_of_bundle(folder, task)
         opened, spec, reason = _open_bundle(folder, backend, precision, device, num_threads)
     else:
-        opened, spec = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
+        wanted = None if task == "auto" else task
+        opened, spec = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile, wanted)
         reason = _ASKED if backend == "torch" else "torch runs checkpoints"
     logger.info("%s runs on %s in %s: %s", folder, opened.name, opened.precision, reason)
     budget = _MAX_BATCH_TOKENS[parse_device(opened.device)[0]] if max_batch_tokens is None else max_batch_tokens
-    return Model(opened, load_tokenizer(folder), spec, max_batch_tokens=budget, path=folder, backend_reason=reason)
+    return Model(
+        opened,
+        load_tokenizer(folder),
+        spec,
+        max_batch_tokens=budget,
+        path=folder,
+        backend_reason=reason,
+        query_weights=_query_weights(folder, spec),
+    )
+
+
+def _query_weights(folder: Path, spec: ModelSpec) -> NDArray[np.float32] | None:
+    """Of a sparse model whose queries need none: a bundle's own file, or what a checkpoint's modules hold."""
+    if spec.sparse is None or spec.sparse.query_weights is None:
+        return None
+    if not is_bundle(folder):
+        from gte_deploy.models.sparse_modules import read_query_weights
+
+        return read_query_weights(folder, spec.vocab_size)
+    file = folder / spec.sparse.query_weights
+    try:
+        weights = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file} cannot be read as query weights ({error}). Export the bundle again.") from error
+    if weights.dtype != np.float32 or weights.shape != (spec.vocab_size,):
+        raise BundleError(f"{file} must be float32 [{spec.vocab_size}], and is {weights.dtype} {list(weights.shape)}")
+    return weights
+
+
+def _require_task_of_bundle(folder: Path, task: str) -> None:
+    if task != "auto" and (own := read_manifest(folder).spec.task) != task:
+        raise InputError(
+            f"{folder} is a bundle for {own}, not for {task}. Export its checkpoint again with --task {task}, or leave "
+            "task out."
+        )
 
 
 def _resolve(path: str | os.PathLike[str] | None) -> Path:
@@ -94,7 +138,13 @@ def _resolve(path: str | os.PathLike[str] | None) -> Path:
 
 
 def _open_checkpoint(
-    folder: Path, backend: str, precision: ComputePrecision | None, device: str, num_threads: int | None, compile: bool
+    folder: Path,
+    backend: str,
+    precision: ComputePrecision | None,
+    device: str,
+    num_threads: int | None,
+    compile: bool,
+    task: Task | None,
 ) -> tuple[Backend, ModelSpec]:
     if backend in ENGINE_OF:
         raise BackendError(
@@ -109,7 +159,7 @@ def _open_checkpoint(
     from gte_deploy.backends.torch_backend import open_torch_backend
 
     opened = open_torch_backend(
-        folder, device=device, num_threads=num_threads, precision=precision or "fp32", compile=compile
+        folder, task=task, device=device, num_threads=num_threads, precision=precision or "fp32", compile=compile
     )
     return opened, opened.spec
 

@@ -4,6 +4,8 @@ The shared `tokenizers.Tokenizer` is never told to truncate or pad: such setting
 that set them differently get each other's lengths without an error. Ids are cut here, special tokens kept.
 """
 
+import functools
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._clean_up = clean_up
         self.template = _template(tokenizer, pad_token)
+        self.pad_token_id: int | None = tokenizer.token_to_id(pad_token)
         self.mask_token = mask_token
         self.mask_token_id = None if mask_token is None else tokenizer.token_to_id(mask_token)
         if mask_token is not None and self.mask_token_id is None:
@@ -63,6 +66,26 @@ class TextTokenizer:
     def min_pair_length(self) -> int:
         """Fewest tokens that `max_length` may ask of a pair: its special tokens and one of each text."""
         return self._num_special(2) + 2
+
+    @functools.cached_property
+    def unknown_token_id(self) -> int | None:
+        """Id of what is not in the vocabulary; None where the model of the tokenizer has none."""
+        token = getattr(self._tokenizer.model, "unk_token", None)
+        if token is not None:
+            return self.token_to_id(token)
+        # A Unigram model tells it in its file alone.
+        found = json.loads(self._tokenizer.to_str())["model"].get("unk_id")
+        return found if type(found) is int else None
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a vocabulary entry, or None where it is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary entry of an id, as the vocabulary has it; None where the id only pads the embedding."""
+        found: str | None = self._tokenizer.id_to_token(token_id)
+        return found
 
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
         """[vocab_size] bool: which ids have a token. The rows that pad the embedding have none.

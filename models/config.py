@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.presets import USAGE_FIELDS, preset
+from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.spec import Task
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ _REMOTE_CODE = "Alibaba-NLP/new-impl--"
 
 
 def task_of(folder: str | Path) -> Task:
-    """The task a checkpoint was made for: "fill-mask", "embed", "classify" or "token-classify". Needs no torch.
+    """The task a checkpoint was made for, one of gte_deploy.spec.TASKS. Needs no torch.
 
-    A sentence-transformers Pooling module (modules.json) makes it "embed" whatever head is stored beside the encoder
-    (gte-multilingual-base stores a token-weight head); else `architectures` decides, and where that is missing the
-    names of the tensors.
+    A SparseEncoder's modules make it "sparse", where they can be honoured. A sentence-transformers Pooling module
+    (modules.json) makes it "embed" whatever head is stored beside the encoder (gte-multilingual-base stores a
+    token-weight head); else `architectures` decides, and where that is missing the names of the tensors.
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
@@ -60,11 +61,13 @@ def task_of(folder: str | Path) -> Task:
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
+    if is_sparse_encoder(folder):
+        return "sparse"
     if _has_pooling_module(folder):
         return "embed"
     names = raw.get("architectures")
     if not names:
-        return _task_of_tensors(folder)
+        return task_of_tensors(folder)
     match = re.fullmatch(r"(?:New|Gte)(\w+)", str(names[0])) if isinstance(names, list) else None
     if match is None or match[1] not in _TASKS:
         known = ", ".join(f"New{suffix}" for suffix in _TASKS)
@@ -484,7 +487,8 @@ def _has_pooling_module(folder: Path) -> bool:
         raise ConfigError(f"{file} is not a list of sentence-transformers modules ({error!r})") from error
 
 
-def _task_of_tensors(folder: Path) -> Task:
+def task_of_tensors(folder: Path) -> Task:
+    """The task that the names of the stored tensors tell: of the head, whatever modules stand beside it."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         names = tensor_names(folder / "model.safetensors")

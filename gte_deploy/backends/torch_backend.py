@@ -16,7 +16,7 @@ from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.checkpoint_spec import spec_from_checkpoint
 from gte_deploy.errors import BackendError, MissingDependencyError
-from gte_deploy.spec import ComputePrecision, ModelSpec
+from gte_deploy.spec import ComputePrecision, ModelSpec, Task
 from gte_deploy.threads import available_cpus
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "embed": ("last_hidden_state", "sentence_embedding"),
     "classify": ("last_hidden_state", "logits"),
     "token-classify": ("last_hidden_state", "logits"),
+    "sparse": ("last_hidden_state", "sparse_embedding"),
 }
 
 
@@ -61,6 +62,8 @@ class TorchBackend:
         self.spec = spec
         self.device = device
         self.outputs = _OUTPUTS[spec.task]
+        if spec.head_task == "fill-mask":  # a splade model's checkpoint fills masks, too
+            self.outputs = tuple(dict.fromkeys((*self.outputs, "logits")))
         self.precision: ComputePrecision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         on_cuda = parse_device(device)[0] == "cuda"
         self._is_packed = on_cuda and self.precision == "bf16" if packed is None else packed
@@ -70,6 +73,11 @@ class TorchBackend:
             register_packed_attention()
             model.set_attn_implementation(PACKED_ATTENTION)
         self._model: Any = model.to(_torch_device(device)).eval()
+        self._sparse: Any = None
+        if spec.sparse is not None:
+            from gte_deploy.models.sparse_heads import sparse_head
+
+            self._sparse = sparse_head(self._model, spec.sparse)
         encoder = self._model if spec.task == "embed" else self._model.gte
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
@@ -83,7 +91,7 @@ class TorchBackend:
             raise BackendError("this model is closed; load it again")
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
-        if "logits" in outputs and self.spec.task == "fill-mask" and batch.mask_positions is None:
+        if "logits" in outputs and self.spec.head_task == "fill-mask" and batch.mask_positions is None:
             raise BackendError("logits of a fill-mask model need mask_positions in the batch")
         compute = self._packed if self._is_packed else self._padded
         try:
@@ -95,7 +103,7 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._model = self._encoder = None
+        self._model = self._encoder = self._sparse = None
 
     def _padded(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
         # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
@@ -105,6 +113,8 @@ class TorchBackend:
         tensors = {"last_hidden_state": hidden}
         if "sentence_embedding" in outputs:
             tensors["sentence_embedding"] = self._pooled(hidden, mask)
+        if "sparse_embedding" in outputs:
+            tensors["sparse_embedding"] = self._sparse_embedding(hidden, batch)
         if "logits" not in outputs:
             return tensors
         if self.spec.task == "classify":
@@ -145,6 +155,8 @@ class TorchBackend:
             tensors["sentence_embedding"] = hidden[starts[:-1]]
         elif "sentence_embedding" in outputs:
             tensors["sentence_embedding"] = torch.segment_reduce(hidden.float(), "mean", lengths=self._tensor(lengths))
+        if "sparse_embedding" in outputs:
+            tensors["sparse_embedding"] = self._sparse_embedding(padded(hidden), batch)
         if "logits" not in outputs:
             return tensors
         if self.spec.task == "classify":
@@ -156,6 +168,9 @@ class TorchBackend:
             row, column = batch.mask_positions.T
             tensors["logits"] = model.lm_head(hidden[starts[row] + real.cumsum(axis=1)[row, column] - 1])
         return tensors
+
+    def _sparse_embedding(self, hidden: Any, batch: Batch) -> Any:
+        return self._sparse(hidden, self._tensor(batch.attention_mask), self._tensor(batch.input_ids))
 
     def _pooled(self, hidden: Any, mask: Any) -> Any:
         if self.spec.pooling == "cls":
@@ -174,12 +189,13 @@ class TorchBackend:
 def open_torch_backend(
     folder: Path,
     *,
+    task: Task | None = None,
     device: str = "cpu",
     num_threads: int | None = None,
     precision: ComputePrecision = "fp32",
     compile: bool = False,
 ) -> TorchBackend:
-    """Load a checkpoint folder of either layout.
+    """Load a checkpoint folder of either layout, for `task` or for what it was made for.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
@@ -193,7 +209,7 @@ def open_torch_backend(
     from gte_deploy.models.checkpoint import load_model
     from gte_deploy.models.config import task_of
 
-    task = task_of(folder)
+    task = task_of(folder) if task is None else task
     model = load_model(folder, task=task, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     spec = spec_from_checkpoint(folder, model.config, task)
     return TorchBackend(model, spec, device=device, num_threads=num_threads, compile=compile)
