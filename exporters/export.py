@@ -40,7 +40,7 @@ from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_ba
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.config import native_config, read_config, task_of
-from gte_deploy.models.sparse_modules import read_query_weights
+from gte_deploy.models.sparse_modules import encoder_folder, read_query_weights
 from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
@@ -313,7 +313,7 @@ def _prove(
     from gte_deploy.models.checkpoint import load_model
 
     with steps("load the weights"):
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(encoder_folder(checkpoint))
         model = load_model(checkpoint, task=spec.head_task)
     with steps("trace and fuse"):
         graphs = build_graphs(
@@ -383,7 +383,7 @@ def _prove_cuda(
     from gte_deploy.models.checkpoint import load_model
 
     with steps("load the weights"):
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(encoder_folder(checkpoint))
         model = load_model(checkpoint, task=spec.head_task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
@@ -459,7 +459,7 @@ def _build(
         steps.tell(f"build with {runtime.title}: {runtime.reason}")
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(encoder_folder(checkpoint))
         model = load_model(checkpoint, task=spec.head_task)
     layers = model.config.num_hidden_layers
     with steps("trace"):
@@ -619,7 +619,7 @@ def _write_bundle(
     from gte_deploy.exporters.report import build_report, library_versions, render_html
     from gte_deploy.models.checkpoint import copy_tokenizer
 
-    copy_tokenizer(checkpoint, folder)
+    copy_tokenizer(encoder_folder(checkpoint), folder)
     # The native layout, which transformers and TEI read without remote code; the positions are those of the graph.
     native = native_config(config, task=spec.head_task)
     _write_json(folder / "config.json", {**native, "max_position_embeddings": spec.max_length})
@@ -719,7 +719,7 @@ def _source_of(model: str | os.PathLike[str] | None, checkpoint: Path) -> dict[s
     source = {"name": str(model) if is_hub_id else _name_of(model)}
     if checkpoint.parent.name == "snapshots":
         source["revision"] = checkpoint.name
-    weights = sorted(checkpoint.glob("*.safetensors"))
+    weights = sorted(encoder_folder(checkpoint).glob("*.safetensors"))
     digests = [sha256_file(file) for file in weights]
     if len(digests) == 1:
         source["sha256"] = digests[0]

@@ -110,7 +110,9 @@ def _all_module_types(folder: Path) -> list[str]:
 
 
 def _max_length(folder: Path, max_position_embeddings: int) -> int:
-    limit = _read_object(folder / "sentence_bert_config.json").get("max_seq_length")
+    from gte_deploy.models.sparse_modules import encoder_folder
+
+    limit = _read_object(encoder_folder(folder) / "sentence_bert_config.json").get("max_seq_length")
     if type(limit) is int and 0 < limit < max_position_embeddings:
         return limit
     return max_position_embeddings

@@ -94,13 +94,21 @@ def load(
     budget = _MAX_BATCH_TOKENS[parse_device(opened.device)[0]] if max_batch_tokens is None else max_batch_tokens
     return Model(
         opened,
-        load_tokenizer(folder),
+        load_tokenizer(_tokenizer_folder(folder)),
         spec,
         max_batch_tokens=budget,
         path=folder,
         backend_reason=reason,
         query_weights=_query_weights(folder, spec),
     )
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    if is_bundle(folder):
+        return folder
+    from gte_deploy.models.sparse_modules import encoder_folder
+
+    return encoder_folder(folder)
 
 
 def _query_weights(folder: Path, spec: ModelSpec) -> NDArray[np.float32] | None:

@@ -34,6 +34,7 @@ from transformers import (
 from gte_deploy.errors import CheckpointError
 from gte_deploy.files import write_text, write_with
 from gte_deploy.models.config import native_config, original_config, read_config, read_json, task_of, task_of_tensors
+from gte_deploy.models.sparse_modules import encoder_folder
 from gte_deploy.spec import Task
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def load_model(
     if task not in MODEL_CLASSES:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(MODEL_CLASSES)}")
     with ExitStack() as stack:
-        stored = _open_tensors(folder, stack)
+        stored = _open_tensors(encoder_folder(folder), stack)
         if task == "embed":
             stored = _without_head(stored, folder)
         with_pooler = any(_bare(name).startswith("pooler.") for name in stored)

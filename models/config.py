@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.presets import USAGE_FIELDS, preset
-from gte_deploy.models.sparse_modules import is_sparse_encoder
+from gte_deploy.models.sparse_modules import encoder_folder, is_sparse_encoder
 from gte_deploy.spec import Task
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def task_of(folder: str | Path) -> Task:
         ConfigError: `architectures` names a head that this package does not know.
     """
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
+    raw = read_json(encoder_folder(folder) / "config.json")
     if is_sparse_encoder(folder):
         return "sparse"
     if _has_pooling_module(folder):
@@ -84,7 +84,7 @@ def read_config(folder: str | Path) -> GteConfig:
     """
     from transformers import GteConfig
 
-    file = Path(folder) / "config.json"
+    file = encoder_folder(folder) / "config.json"
     raw = read_json(file)
     model_type = raw.get("model_type")
     if model_type == "new":
@@ -489,6 +489,7 @@ def _has_pooling_module(folder: Path) -> bool:
 
 def task_of_tensors(folder: Path) -> Task:
     """The task that the names of the stored tensors tell: of the head, whatever modules stand beside it."""
+    folder = encoder_folder(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         names = tensor_names(folder / "model.safetensors")

@@ -83,6 +83,15 @@ def read_sparse_modules(folder: Path) -> SparseModules | None:
         return SparseModules(None, str(error))
 
 
+def encoder_folder(folder: str | Path) -> Path:
+    """Where configuration, weights and tokenizer are: the folder itself, or below it where a Router has them there."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file() or not (folder / _ROUTER).is_file():
+        return folder
+    found = read_sparse_modules(folder)
+    return folder if found is None else folder / found.transformer
+
+
 def is_sparse_encoder(folder: Path) -> bool:
     """Whether the checkpoint's own task is sparse embeddings; modules that cannot be honoured are logged."""
     found = read_sparse_modules(folder)
@@ -118,7 +127,7 @@ def read_sparse_spec(folder: Path, config: ConfigFacts) -> SparseSpec:
             from gte_deploy.sparse import unweighted_ids
             from gte_deploy.tokenization import load_tokenizer
 
-            ids = unweighted_ids(load_tokenizer(folder), config.pad_token_id)
+            ids = unweighted_ids(load_tokenizer(encoder_folder(folder)), config.pad_token_id)
             return SparseSpec("token-weights", unweighted=ids, max_active_dims=_max_active_dims(folder))
         case other:
             labels = f" with {config.num_labels} labels" if other == "token-classify" else ""
