@@ -283,7 +283,8 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     by_row = np.array([[1, 7], [4, 2], [0, 0]])
     masked = spec.task == "fill-mask"
     pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
-    names = ["last_hidden_state", *(["logits"] if spec.task != "embed" else [])]
+    head = {"embed": [], "sparse": ["sparse_embedding"]}.get(spec.task, ["logits"])
+    names = ["last_hidden_state", *head]
     backend = OnnxBackend(source, spec, num_threads=1)
     try:
         expected = backend.run(Batch(ids, mask, pairs), names)
@@ -362,6 +363,9 @@ def _write_models(
             (folder / name / "configs" / "cpu.pbtxt").write_text(to_pbtxt(configs["cpu"][name]), encoding="utf-8")
         if config.get("backend") == "python":
             write_python_model(name, version, bundle)
+        if name == "gte_sparse_query_output":
+            assert serving.spec.sparse is not None and serving.spec.sparse.query_weights is not None
+            shutil.copyfile(bundle / serving.spec.sparse.query_weights, version / serving.spec.sparse.query_weights)
         elif config.get("platform") == "ensemble":
             (version / ".keep").touch()  # Triton wants the folder, and many a way of copying leaves empty ones out
         if any("label_filename" in tensor for tensor in config["output"]):

@@ -159,11 +159,15 @@ def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
         "fill-mask": ("gte_fill_mask", _MASKED_TEXT, _fill_mask_output) if masks else None,
         "classify": ("gte_rerank", _PAIR, _rerank_output),
         "token-classify": ("gte_sparse", _TEXT, _sparse_output) if spec.num_labels == 1 else None,
+        "sparse": ("gte_sparse", _TEXT, _sparse_output),
     }
     if (wanted := outputs.get(spec.task)) is not None:
         name, text_inputs, output = wanted
         models.append(output(serving, device))
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
+    if spec.sparse is not None and spec.sparse.query_weights is not None:
+        models.append(_sparse_query_output(serving, device))
+        ensembles.append(_sparse_query_ensemble(serving, device, models[-1]))
     return {config["name"]: config for config in (*models, *ensembles)}
 
 
@@ -179,6 +183,7 @@ _OPTION_TYPES = {
     "MAX_LENGTH": "TYPE_INT32",
     "TRUNCATE_DIM": "TYPE_INT32",
     "TOP_K": "TYPE_INT32",
+    "MAX_ACTIVE_DIMS": "TYPE_INT32",
 }
 
 
@@ -353,17 +358,44 @@ def _rerank_output(serving: Serving, device: Device) -> Config:
 
 
 def _sparse_output(serving: Serving, device: Device) -> Config:
+    pooled = serving.spec.task == "sparse"
+    names = ("sparse_embedding",) if pooled else ("input_ids", "attention_mask", "logits")
+    return _sparse_model(serving, device, "gte_sparse_output", _of_encoder(serving, *names))
+
+
+def _sparse_query_output(serving: Serving, device: Device) -> Config:
+    inputs = _of_encoder(serving, *_QUERY_INPUTS)
+    return _sparse_model(serving, device, "gte_sparse_query_output", inputs)
+
+
+_QUERY_INPUTS = ("input_ids", "attention_mask")
+
+
+def _sparse_model(serving: Serving, device: Device, name: str, inputs: Sequence[Config]) -> Config:
     entries = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "WEIGHT": "TYPE_FP32"}
     return _python_model(
         serving,
         device,
-        "gte_sparse_output",
-        inputs=_of_encoder(serving, "input_ids", "attention_mask", "logits"),
+        name,
+        inputs=[*inputs, _option(serving, "MAX_ACTIVE_DIMS")],
         outputs=[
             _new(serving, "TOKENS", "TYPE_INT32", 1),
             *(_new(serving, name, data_type, -1) for name, data_type in entries.items()),
         ],
     )
+
+
+def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> Config:
+    """Tokenizer and the stored weights: queries go through no encoder."""
+    names = {name: name for name in _QUERY_INPUTS}
+    weigh = _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]])
+    tokenize = _step(TOKENIZER, {inner: outer for outer, inner in _TEXT.items()}, names)
+    return {
+        **_ensemble_head(serving, device, "gte_sparse_query", _TEXT, [_option(serving, "MAX_ACTIVE_DIMS")]),
+        "output": output["output"],
+        "ensemble_scheduling": {"step": [tokenize, weigh]},
+        **_cache(serving),
+    }
 
 
 def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, str], output: Config) -> Config:

@@ -14,6 +14,7 @@ _ANSWERS = {
     "gte_fill_mask": "a text with masks -> the best tokens for each",
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
     "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
+    "gte_sparse_query": "a query -> the same, by stored weights alone",
 }
 
 
@@ -115,6 +116,7 @@ def _client_example(serving: Serving) -> str:
     calls = {
         "fill-mask": f'client.fill_mask("Paris is the {serving.mask_token} of France.")',
         "classify": 'client.predict([("a query", "a document")])',
+        "sparse": 'client.encode_document(["a text", "another"])',
     }
     ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')
     return f"""\
