@@ -79,7 +79,7 @@ class TokenWeightsHead(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
         """[B, S, H], [B, S] and [B, S] to [B, V]."""
         weights = torch.relu(self.classifier(hidden)[:, :, 0].float()) * attention_mask
-        none = weights.new_zeros(1, 1).expand(len(weights), len(self.keep))
+        none = weights.new_zeros(1, 1).expand(weights.shape[0], self.keep.shape[0])
         return none.scatter_reduce(1, input_ids, weights, reduce="amax", include_self=True) * self.keep
 
 
