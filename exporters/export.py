@@ -197,6 +197,9 @@ def export(
             checkpoint = resolve_checkpoint(model)
             config, spec = _read_spec(checkpoint, task=task, pooling=pooling, logits=logits, max_length=max_length)
             source = _source_of(model, checkpoint)
+        _check_sparse(
+            spec, on_gpu=format == "trt" or target == "cuda", padding_free=format == "trt" and padding == "remove"
+        )
         if format == "trt":
             options = tensorrt or TensorRTOptions()
             removes = padding == "remove"
@@ -279,6 +282,20 @@ def _require_extra() -> None:
     for module in _EXTRA:
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(module, "export")
+
+
+def _check_sparse(spec: ModelSpec, *, on_gpu: bool, padding_free: bool) -> None:
+    if spec.sparse is None:
+        return
+    if padding_free:
+        raise InputError(
+            "padding 'remove' is not for task sparse with format trt: its head pools padded rows. Keep it."
+        )
+    if spec.sparse.head == "token-weights" and on_gpu:
+        raise InputError(
+            "a token-weights head is pooled by ScatterElements with a maximum, which not every CUDA or TensorRT has. "
+            "Export it with --task token-classify: encode_sparse answers the same there."
+        )
 
 
 def _read_spec(

@@ -304,7 +304,7 @@ def _name(graph: ir.Graph) -> None:
     for name in list(graph.initializers):
         graph.initializers[name].name = name.removeprefix("model.")
     for node in graph:
-        scopes = [scope for scope in _scopes(node) if scope.startswith("model.")]
+        scopes = [scope for scope in _scopes(node) if scope.startswith(("model.", "lm_head."))]
         node.name = "/".join((*(scopes[-1:] and [scopes[-1].removeprefix("model.")]), node.op_type))
 
 
