@@ -258,7 +258,7 @@ class Model(TextInterface):
         max_length: int | None = None,
         max_batch_tokens: int | None = None,
         route: SparseRoute | None = None,
-        as_dict: bool = False,
+        as_dict: bool | None = None,
         sentences: str | Sequence[str] | None = None,
     ) -> Any:
         """Sparse embeddings: a weight for some entries of the vocabulary, with the arguments of SparseEncoder.encode.
@@ -283,7 +283,7 @@ class Model(TextInterface):
             max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
             route: "query" or "document" where the checkpoint encodes the two in different ways; its default otherwise.
                 `encode_query` and `encode_document` say it for you.
-            as_dict: {token: weight} for each text, heaviest first, in place of vectors; not with tensors.
+            as_dict: True gives {token: weight} for each text, heaviest first, in place of vectors; not with tensors.
             sentences: the former name of `inputs`.
 
         Raises:
@@ -293,7 +293,7 @@ class Model(TextInterface):
         """
         self._require_sparse()
         self._check_device(device)
-        form = SparseForm(convert_to_tensor, convert_to_sparse_tensor, as_dict)
+        form = SparseForm(convert_to_tensor, convert_to_sparse_tensor, bool(as_dict))
         form.check()
         kept = self._max_active_dims(max_active_dims)
         chosen = self._route(route)

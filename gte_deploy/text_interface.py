@@ -169,7 +169,7 @@ class TextInterface(ABC):
 
     def _max_active_dims(self, wanted: int | None) -> int | None:
         if wanted is not None:
-            return check_integer("max_active_dims", wanted, 1, 1 << 31)
+            return check_integer("max_active_dims", wanted, 1, (1 << 31) - 1)
         return None if self.spec.sparse is None else self.spec.sparse.max_active_dims
 
     def _require_task(self, task: Task) -> None:

@@ -237,8 +237,8 @@ class Client(TextInterface):
         limits = self._limits(batch_size, max_batch_tokens)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
         options = _text_options(truncation, max_length) | self._no_prompt()
-        if (kept := self._max_active_dims(max_active_dims)) is not None:
-            options["MAX_ACTIVE_DIMS"] = _one(kept, np.int32)
+        if max_active_dims is not None:
+            options["MAX_ACTIVE_DIMS"] = _one(self._max_active_dims(max_active_dims), np.int32)
         found: list[Any] = [None] * len(texts)
         called: dict[int, str] = {}
         names = ("TOKENS", "TOKEN", "TOKEN_ID", "WEIGHT")

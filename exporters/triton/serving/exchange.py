@@ -123,7 +123,7 @@ def sparse_vectors(
     """
     kept = option(request, "MAX_ACTIVE_DIMS")
     if kept is not None:
-        check_integer("MAX_ACTIVE_DIMS", kept, 1, 1 << 31)
+        check_integer("MAX_ACTIVE_DIMS", kept, 1, (1 << 31) - 1)
     elif spec.sparse is not None:
         kept = spec.sparse.max_active_dims
     rows = [sparsify(row, kept).ordered() for row in weights]
