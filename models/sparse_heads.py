@@ -30,9 +30,10 @@ def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead
 class SpladeHead(nn.Module):
     """sentence-transformers' SpladePooling over a masked-LM head."""
 
-    def __init__(self, lm_head: Any, sparse: SparseSpec, part: int = PART) -> None:
+    def __init__(self, lm_head: Any, sparse: SparseSpec, part: int | None = None) -> None:
         super().__init__()
         self._sparse = sparse
+        part = PART if part is None else part
         self.dense, self.layer_norm = lm_head.dense, lm_head.layer_norm
         self.decoder = nn.ModuleList(
             _LinearOf(weight, bias)
