@@ -679,7 +679,8 @@ def _write_bundle(
 
 
 def _write_query_weights(file: Path, checkpoint: Path, vocab_size: int) -> None:
-    weights = read_query_weights(checkpoint, vocab_size)
+    tokenizer = load_tokenizer(encoder_folder(checkpoint))
+    weights = read_query_weights(checkpoint, vocab_size, tokenizer.known_or_unknown_id)
     assert weights is not None  # the spec names them
     np.save(file, weights, allow_pickle=False)
 

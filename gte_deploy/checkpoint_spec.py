@@ -63,9 +63,15 @@ def spec_from_checkpoint(folder: Path, config: ConfigFacts, task: Task, pooling:
 
 
 def _sparse(folder: Path, config: ConfigFacts) -> SparseSpec:
-    from gte_deploy.models.sparse_modules import read_sparse_spec
+    from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_spec
 
-    return read_sparse_spec(folder, config)
+    def unweighted() -> tuple[int, ...]:
+        from gte_deploy.sparse import unweighted_ids
+        from gte_deploy.tokenization import load_tokenizer
+
+        return unweighted_ids(load_tokenizer(encoder_folder(folder)), config.pad_token_id)
+
+    return read_sparse_spec(folder, config.num_labels, unweighted)
 
 
 def read_json(path: Path) -> Any:

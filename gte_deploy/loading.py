@@ -19,7 +19,7 @@ from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model
 from gte_deploy.onnx_inspection import check_graphs
 from gte_deploy.spec import COMPUTE_PRECISIONS, TASKS, ComputePrecision, ModelSpec, Profile, Task, is_packed
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.tokenization import TextTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +92,15 @@ def load(
         reason = _ASKED if backend == "torch" else "torch runs checkpoints"
     logger.info("%s runs on %s in %s: %s", folder, opened.name, opened.precision, reason)
     budget = _MAX_BATCH_TOKENS[parse_device(opened.device)[0]] if max_batch_tokens is None else max_batch_tokens
+    tokenizer = load_tokenizer(_tokenizer_folder(folder))
     return Model(
         opened,
-        load_tokenizer(_tokenizer_folder(folder)),
+        tokenizer,
         spec,
         max_batch_tokens=budget,
         path=folder,
         backend_reason=reason,
-        query_weights=_query_weights(folder, spec),
+        query_weights=_query_weights(folder, spec, tokenizer),
     )
 
 
@@ -111,14 +112,14 @@ def _tokenizer_folder(folder: Path) -> Path:
     return encoder_folder(folder)
 
 
-def _query_weights(folder: Path, spec: ModelSpec) -> NDArray[np.float32] | None:
+def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
     """Of a sparse model whose queries need none: a bundle's own file, or what a checkpoint's modules hold."""
     if spec.sparse is None or spec.sparse.query_weights is None:
         return None
     if not is_bundle(folder):
         from gte_deploy.models.sparse_modules import read_query_weights
 
-        return read_query_weights(folder, spec.vocab_size)
+        return read_query_weights(folder, spec.vocab_size, tokenizer.known_or_unknown_id)
     file = folder / spec.sparse.query_weights
     try:
         weights = np.load(file, allow_pickle=False)

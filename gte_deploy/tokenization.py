@@ -82,6 +82,11 @@ class TextTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def known_or_unknown_id(self, token: str) -> int | None:
+        """As transformers' convert_tokens_to_ids: the id of [UNK] where the vocabulary has no such entry."""
+        found = self.token_to_id(token)
+        return self.unknown_token_id if found is None else found
+
     def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary entry of an id, as the vocabulary has it; None where the id only pads the embedding."""
         found: str | None = self._tokenizer.id_to_token(token_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -16,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.checkpoint_spec import ConfigFacts, read_json
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 
@@ -69,7 +68,8 @@ def read_sparse_modules(folder: Path) -> SparseModules | None:
     """The modules of a checkpoint folder, or None where they are not a SparseEncoder's.
 
     Raises:
-        CheckpointError: modules.json is not a list of modules.
+        ConfigError: modules.json is not a list of modules.
+        CheckpointError: it is not JSON.
     """
     modules = _modules(folder)
     if not _are_sparse(folder, modules):
@@ -100,11 +100,16 @@ def is_sparse_encoder(folder: Path) -> bool:
     return found is not None and found.spec is not None
 
 
-def read_sparse_spec(folder: Path, config: ConfigFacts) -> SparseSpec:
+def read_sparse_spec(folder: Path, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]) -> SparseSpec:
     """How a checkpoint makes sparse embeddings: by its modules; else by its head.
 
     A token classifier of one label gives token weights, whatever modules stand beside it (gte-multilingual-base has a
     Pooling). A masked-LM head without modules is pooled as SparseEncoder does it then: the maximum of log1p(relu(x)).
+
+    Args:
+        folder: the checkpoint.
+        num_labels: of a classifier.
+        unweighted: called for the ids that a token-weights head gives no weight.
 
     Raises:
         ConfigError: its modules cannot be honoured, or it has no head for sparse embeddings.
@@ -123,24 +128,23 @@ def read_sparse_spec(folder: Path, config: ConfigFacts) -> SparseSpec:
                 "%s has no SpladePooling; the maximum of log1p(relu(x)) is taken, as SparseEncoder does", folder
             )
             return SparseSpec("splade", max_active_dims=_max_active_dims(folder))
-        case "token-classify" if config.num_labels == 1:
-            from gte_deploy.sparse import unweighted_ids
-            from gte_deploy.tokenization import load_tokenizer
-
-            ids = unweighted_ids(load_tokenizer(encoder_folder(folder)), config.pad_token_id)
-            return SparseSpec("token-weights", unweighted=ids, max_active_dims=_max_active_dims(folder))
+        case "token-classify" if num_labels == 1:
+            return SparseSpec("token-weights", unweighted=unweighted(), max_active_dims=_max_active_dims(folder))
         case other:
-            labels = f" with {config.num_labels} labels" if other == "token-classify" else ""
+            labels = f" with {num_labels} labels" if other == "token-classify" else ""
             raise ConfigError(
                 f"{folder} has no head for sparse embeddings: they need a masked-LM head or a token classifier of one "
                 f"label, and this is {other}{labels}."
             )
 
 
-def read_query_weights(folder: Path, vocab_size: int) -> NDArray[np.float32] | None:
+def read_query_weights(
+    folder: Path, vocab_size: int, token_id: Callable[[str], int | None]
+) -> NDArray[np.float32] | None:
     """The weights that a query's tokens get without the model, [vocab_size] float32; None where there are none.
 
-    Words that the weights do not reach, such as the rows that pad the vocabulary, weigh 0.
+    Words that the weights do not reach, such as the rows that pad the vocabulary, weigh 0. `token_id` gives the id of a
+    word that weights are stored by: that of [UNK] where the vocabulary does not have it.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -152,9 +156,9 @@ def read_query_weights(folder: Path, vocab_size: int) -> NDArray[np.float32] | N
     place = folder / found.query
     documents = folder / found.transformer
     _require_same_tokenizer(place, documents)
-    path = (read_json(place / "config.json") or {}).get("path")
+    path = (_json(place / "config.json") or {}).get("path")
     if isinstance(path, str) and path.endswith(".json"):
-        stored = _weights_of_json(folder, place, path, documents, vocab_size)
+        stored = _weights_of_json(folder, place, path, vocab_size, token_id)
     else:
         stored = _stored_weights(place / "model.safetensors")
     if stored.ndim != 1 or len(stored) > vocab_size:
@@ -170,11 +174,11 @@ def read_query_weights(folder: Path, vocab_size: int) -> NDArray[np.float32] | N
 
 def _modules(folder: Path) -> list[Module]:
     file = folder / _MODULES
-    data = read_json(file)
+    data = _json(file)
     if data is None:
         return []
     if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in data):
-        raise CheckpointError(f"{file} must list objects with a `type`")
+        raise ConfigError(f"{file} is not a list of sentence-transformers modules: objects with a `type`")
     return [Module(_kind(m["type"]), str(m.get("path") or "")) for m in data]
 
 
@@ -196,8 +200,18 @@ def _are_sparse(folder: Path, modules: Sequence[Module]) -> bool:
     return modules[0].kind == "Transformer" and _is_masked_lm(folder, modules[0])
 
 
+def _json(file: Path) -> Any:
+    """Parse a JSON file, or None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}). Download the checkpoint again.") from error
+
+
 def _facts(file: Path) -> dict[str, Any]:
-    data = read_json(file)
+    data = _json(file)
     return data if isinstance(data, dict) else {}
 
 
@@ -224,7 +238,7 @@ def _splade(folder: Path, modules: Sequence[Module]) -> SparseModules:
 
 def _pooling(folder: Path, module: Module) -> SparseSpec:
     file = folder / _relative(module.path) / "config.json"
-    config = read_json(file)
+    config = _json(file)
     if not isinstance(config, dict):
         raise _RefusedError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
     known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
@@ -242,7 +256,7 @@ def _routed(folder: Path, modules: Sequence[Module]) -> SparseModules:
     if len(modules) != 1 or modules[0].path:
         raise _RefusedError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
     file = folder / _ROUTER
-    config = read_json(file)
+    config = _json(file)
     if not isinstance(config, dict):
         raise _RefusedError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
     routes = _routes(config)
@@ -315,21 +329,18 @@ def _cutting(file: Path) -> dict[str, Any]:
     return {name: value for name, value in _facts(file).items() if name not in ("truncation", "padding", "version")}
 
 
-def _weights_of_json(folder: Path, place: Path, path: str, documents: Path, vocab_size: int) -> NDArray[np.float32]:
+def _weights_of_json(
+    folder: Path, place: Path, path: str, vocab_size: int, token_id: Callable[[str], int | None]
+) -> NDArray[np.float32]:
     """Weights by word, as idf.json has them."""
     name = PurePosixPath(path).name
     file = next((file for file in (place / name, folder / name) if file.is_file()), None)
     weights = {} if file is None else _facts(file)
     if file is None or not all(type(weight) in (int, float) for weight in weights.values()) or not weights:
         raise CheckpointError(f"{place} names the query weights {path!r}, and {name} is no object of word -> weight")
-    from gte_deploy.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(documents)
     stored = np.zeros(vocab_size, np.float32)
     for word, weight in weights.items():
-        # A word that the tokenizer lacks has the id of [UNK] in transformers' convert_tokens_to_ids.
-        token = tokenizer.token_to_id(word)
-        token = tokenizer.unknown_token_id if token is None else token
+        token = token_id(word)
         if token is not None and token < vocab_size:
             stored[token] = weight
     return stored

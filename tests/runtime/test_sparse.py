@@ -13,6 +13,7 @@ from gte_deploy.models.sparse_heads import SpladeHead
 from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
 from gte_deploy.sparse import SparseEmbedding
 from gte_deploy.spec import SparseSpec
+from gte_deploy.tokenization import load_tokenizer
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -145,7 +146,7 @@ def test_query_weights_by_word(masked_lm, factories, tmp_path, libraries):
     (place / "config.json").write_text(json.dumps({"path": "idf.json"}), encoding="utf-8")
     judge = SparseStaticEmbedding.from_json(str(place / "idf.json"), AutoTokenizer.from_pretrained(str(folder)))
     expected = judge.weight.detach().numpy()
-    found = read_query_weights(folder, SIZE)
+    found = read_query_weights(folder, SIZE, load_tokenizer(folder).known_or_unknown_id)
     np.testing.assert_array_equal(found[: len(expected)], expected)
     assert not found[len(expected) :].any()
 
