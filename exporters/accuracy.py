@@ -34,7 +34,8 @@ class Accuracy:
     Args:
         token_cosine_mean: of hidden states with the reference's.
         token_cosine_min: the smallest of them.
-        sentence_cosine_mean: of sentence embeddings; of mean-pooled hidden states where the task has none.
+        sentence_cosine_mean: of sentence embeddings, or of sparse ones; of mean-pooled hidden states where the task has
+            neither.
         sentence_cosine_min: the smallest of them.
         alone_cosine_mean: of the candidate's hidden states of a row in a padded batch with those of the row alone; 1
             where no batch has several rows.
@@ -131,6 +132,7 @@ def measure_accuracy(
     )
 
 
+_SENTENCES = ("sentence_embedding", "sparse_embedding")
 _NO_WORDS: dict[str, Any] = {"top1_agreement": None, "top5_agreement": None, "top1": None, "top5": None, "masks": 0}
 
 
@@ -147,7 +149,7 @@ def _words(found: NDArray[np.int64], expected: NDArray[np.int64], wanted: NDArra
 
 
 def _names(spec: ModelSpec) -> tuple[str, ...]:
-    extra = {"fill-mask": ("logits",), "embed": ("sentence_embedding",)}
+    extra = {"fill-mask": ("logits",), "embed": ("sentence_embedding",), "sparse": ("sparse_embedding",)}
     return ("last_hidden_state", *extra.get(spec.task, ()))
 
 
@@ -155,7 +157,8 @@ def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Outputs:
     """`tokens` [T, H], `sentences` [N, H] and, for fill-mask, `best` [M, 5] ids, best first."""
     hidden, real = outputs["last_hidden_state"], batch.attention_mask.astype(bool)
     mean = [rows[mask].mean(axis=0) for rows, mask in zip(hidden, real, strict=True)]
-    needed = {"tokens": hidden[real], "sentences": outputs.get("sentence_embedding", np.array(mean))}
+    sentences = next((outputs[name] for name in _SENTENCES if name in outputs), np.array(mean))
+    needed = {"tokens": hidden[real], "sentences": sentences}
     if spec.task == "fill-mask" and batch.mask_positions is not None:
         logits = outputs["logits"]
         if spec.logits == "all":
@@ -172,4 +175,7 @@ def _five_best(logits: NDArray[np.float32]) -> NDArray[np.int64]:
 
 def _cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
     a, b = found.astype(np.float64), expected.astype(np.float64)
-    return np.einsum("ij,ij->i", a, b) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    # A text may have no sparse weight at all: the same on both sides is equal, on one side alone as far as can be.
+    none = ~a.any(axis=1), ~b.any(axis=1)
+    norms = np.where(none[0] | none[1], 1.0, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return np.where(none[0] & none[1], 1.0, np.einsum("ij,ij->i", a, b) / norms)

@@ -46,6 +46,7 @@ from gte_deploy.exporters.source_libraries import (
 from gte_deploy.exporters.source_view import is_original, loadable, rotation_frequencies
 from gte_deploy.files import read_json
 from gte_deploy.inputs import MAX_BATCH_TOKENS
+from gte_deploy.loading import stored_query_weights
 from gte_deploy.model import Model
 from gte_deploy.spec import ModelSpec, Precision, Target, Task
 from gte_deploy.tokenization import load_tokenizer
@@ -118,10 +119,9 @@ def check_bundle(
     """
     skipped: list[str] = []
     backend = _open_backend(checkpoint, spec, graph, target, skipped)
-    answering = backend if backend is not None else _Recorder(spec)
-    with contextlib.closing(_model(answering, bundle, spec)) as model:
-        in_precision: Precision = "fp32" if answering.name == "torch" else precision
-        check = check_answers(checkpoint, model, precision=in_precision, asked=asked, ids_only=backend is None)
+    with contextlib.closing(_model(backend, bundle, spec)) as model:
+        in_precision: Precision = "fp32" if backend.name == "torch" else precision
+        check = check_answers(checkpoint, model, precision=in_precision, asked=asked)
     return dataclasses.replace(check, skipped=(*skipped, *check.skipped))
 
 
@@ -158,7 +158,6 @@ def check_answers(
     *,
     precision: Precision = "fp32",
     asked: Asked | None = None,
-    ids_only: bool = False,
 ) -> Check:
     """Compare an open model with the checkpoint's own library: token ids on odd texts, then answers on a few.
 
@@ -167,20 +166,17 @@ def check_answers(
         model: on any backend; it is left open.
         precision: of its weights; the bounds follow it.
         asked: what differs from the checkpoint on purpose; None for nothing.
-        ids_only: whether the model cannot answer here.
     """
     findings, asked = _Findings(), asked or Asked()
     with _quiet():
         try:
-            _compare_all(checkpoint, model, Closeness.of(precision), asked, ids_only, findings)
+            _compare_all(checkpoint, model, Closeness.of(precision), asked, findings)
         except CheckpointError as error:
             findings.skipped.append(f"The checkpoint's own library was not asked: {error}")
     return findings.check()
 
 
-def _compare_all(
-    checkpoint: Path, model: Model, close: Closeness, asked: Asked, ids_only: bool, findings: _Findings
-) -> None:
+def _compare_all(checkpoint: Path, model: Model, close: Closeness, asked: Asked, findings: _Findings) -> None:
     from transformers import AutoTokenizer
 
     inner = _transformer_folder(checkpoint)
@@ -204,7 +200,7 @@ def _compare_all(
         findings.skipped.append("Answers were not compared: the checkpoint has an adapter, which peft has merged.")
     elif inner != checkpoint and is_original(inner):
         findings.skipped.append("Answers were not compared: an original checkpoint in a module's folder is not opened.")
-    elif not ids_only:
+    else:
         _compare_answers(checkpoint, model, source, close, asked, findings)
 
 
@@ -266,22 +262,25 @@ class _Recorder:
 
 def _model(backend: Backend, bundle: Path, spec: ModelSpec) -> Model:
     tokenizer = load_tokenizer(bundle)
-    return Model(backend, tokenizer, spec, max_batch_tokens=MAX_BATCH_TOKENS, path=bundle, backend_reason="a check")
+    return Model(
+        backend,
+        tokenizer,
+        spec,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        path=bundle,
+        backend_reason="a check",
+        query_weights=None if spec.sparse is None else stored_query_weights(bundle, spec),
+    )
 
 
-def _open_backend(
-    checkpoint: Path, spec: ModelSpec, graph: Path | None, target: Target, skipped: list[str]
-) -> Backend | None:
+def _open_backend(checkpoint: Path, spec: ModelSpec, graph: Path | None, target: Target, skipped: list[str]) -> Backend:
     from gte_deploy.backends.onnx_backend import OnnxBackend
     from gte_deploy.backends.torch_backend import open_torch_backend
     from gte_deploy.exporters.cuda_graph import has_cuda
 
     if graph is not None and (target == "cpu" or has_cuda()):
         return OnnxBackend(graph, spec, device="cuda" if target == "cuda" else "cpu")
-    backend, _ = open_torch_backend(checkpoint)
-    if backend.spec.task != spec.task:
-        skipped.append(f"Answers were not compared: no engine of this bundle runs here, for task {spec.task}.")
-        return None
+    backend, _ = open_torch_backend(checkpoint, task=spec.task)
     skipped.append("The engine's own answers were not compared: PyTorch gave them, with the bundle's tokenizer.")
     return backend
 

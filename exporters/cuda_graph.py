@@ -30,7 +30,7 @@ from gte_deploy.exporters.fusion.padding import remove_padding
 from gte_deploy.exporters.graph import DEFAULT_OPSET, Graph, graph_of, save_graph
 from gte_deploy.exporters.half import HALVES, lower_to_half
 from gte_deploy.exporters.trace import trace
-from gte_deploy.spec import ModelSpec
+from gte_deploy.spec import ModelSpec, SparseSpec
 
 _NOT_ON_CUDA = (
     "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. What was compared is the "
@@ -50,6 +50,7 @@ def build_cuda_graph(
     logits: str = "masked",
     opset: int = DEFAULT_OPSET,
     token_types: bool = False,
+    sparse: SparseSpec | None = None,
 ) -> Graph:
     """Trace `model` and fuse it for CUDA.
 
@@ -63,6 +64,7 @@ def build_cuda_graph(
         logits: "masked" or "all", for fill-mask.
         opset: version of the standard operators.
         token_types: whether the graph takes `token_type_ids`; without, every token has type 0.
+        sparse: how to pool, for sparse.
 
     Raises:
         InputError: precision and padding do not go together.
@@ -77,6 +79,7 @@ def build_cuda_graph(
         logits=logits,
         opset=opset,
         token_types=token_types,
+        sparse=sparse,
     )
     layers = model.config.num_hidden_layers
     fusions = fuse_graph(graph, num_layers=layers, passes=PACKED_PASSES if removes else (*PACKED_PASSES, FLASH))

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from gte_deploy.bundle import GraphEntry, Manifest, PlanEntry
 from gte_deploy.errors import InputError, MissingDependencyError
 from gte_deploy.exporters.answers import Asked, check_bundle
@@ -39,6 +41,7 @@ from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_ba
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
+from gte_deploy.models.sparse_modules import read_query_weights
 from gte_deploy.spec import (
     LOGITS,
     POOLINGS,
@@ -128,7 +131,8 @@ def export(
         output: folder of the bundle; None for one named after model, format and precision in the working directory.
         format: "onnx" for ONNX Runtime and OpenVINO, "trt" for a TensorRT engine.
         target: of format onnx, "cpu", or "cuda" for a graph that ONNX Runtime's CUDA provider runs well.
-        task: "fill-mask", "embed", "classify", "token-classify", or "auto" for what the checkpoint was made for.
+        task: "fill-mask", "embed", "classify", "token-classify", "sparse", or "auto" for what the checkpoint was made
+            for.
         precision: for ONNX "fp32"; "int8" (weights and activations); "int8-weight" or "int4-weight" (weights alone, for
             small disks). For TensorRT "fp16", "bf16", "int8" or "fp8"; for target cuda "fp16", "bf16" or "fp32". None
             for the first of these.
@@ -192,6 +196,11 @@ def export(
             )
             source = _source_of(model, checkpoint)
             asked = Asked(pooling=pooling, limit="own" if max_length is None else "asked")
+        _check_sparse(
+            checkpoint.spec,
+            on_gpu=format == "trt" or target == "cuda",
+            padding_free=format == "trt" and padding == "remove",
+        )
         if format == "trt":
             options = tensorrt or TensorRTOptions()
             removes = padding == "remove"
@@ -275,6 +284,20 @@ def _require_extra() -> None:
             raise MissingDependencyError(module, "export")
 
 
+def _check_sparse(spec: ModelSpec, *, on_gpu: bool, padding_free: bool) -> None:
+    if spec.sparse is None:
+        return
+    if padding_free:
+        raise InputError(
+            "padding 'remove' is not for task sparse with format trt: its head pools padded rows. Keep it."
+        )
+    if spec.sparse.head == "token-weights" and on_gpu:
+        raise InputError(
+            "a token-weights head is pooled by ScatterElements with a maximum, which not every CUDA or TensorRT has. "
+            "Export it with --task token-classify: encode_sparse answers the same there."
+        )
+
+
 def _describe(folder: Path, *, task: str, pooling: str, logits: str, max_length: int | None) -> Description:
     """What the checkpoint is, with the limits of this export in its spec."""
     checkpoint = describe(folder, task=task, pooling=pooling)
@@ -314,7 +337,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
     spec = checkpoint.spec
     with steps("load the weights"):
         tokenizer = _tokenizer_of(checkpoint)
-        model = load_model(checkpoint.folder, task=spec.task)
+        model = load_model(checkpoint.folder, task=spec.head_task)
     with steps("trace and fuse"):
         graphs = build_graphs(
             model,
@@ -324,6 +347,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
             token_types=spec.token_types,
+            sparse=spec.sparse,
         )
         not_proven = []
         if importlib.util.find_spec("openvino") is None:
@@ -347,7 +371,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
         if "openvino" in graphs and ("openvino", "bf16") not in candidates:
             not_proven.append("openvino bf16 was not compared: this CPU does not compute in bfloat16.")
         parity = check_parity(
-            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             candidates,
             outputs=[output.name for output in graphs["onnxruntime"].outputs],
             spec=spec,
@@ -384,7 +408,7 @@ def _prove_cuda(
     spec = checkpoint.spec
     with steps("load the weights"):
         tokenizer = _tokenizer_of(checkpoint)
-        model = load_model(checkpoint.folder, task=spec.task)
+        model = load_model(checkpoint.folder, task=spec.head_task)
     with steps("trace and fuse"):
         graph = build_cuda_graph(
             model,
@@ -396,6 +420,7 @@ def _prove_cuda(
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
             token_types=spec.token_types,
+            sparse=spec.sparse,
         )
     file = folder / GRAPH_PATHS["onnxruntime"]
     with steps("write the graph"):
@@ -404,7 +429,7 @@ def _prove_cuda(
     texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
     with steps("compare with PyTorch"), opened_for_proof(graph, file, spec) as (backend, not_proven):
         parity = check_parity(
-            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             {("onnxruntime", "fp32"): backend},
             outputs=[output.name for output in graph.outputs],
             spec=spec,
@@ -456,7 +481,7 @@ def _build(
         targets = resolve_targets(runtime, options.targets, lower.precision)
     with steps("load the weights"):
         tokenizer = _tokenizer_of(checkpoint)
-        model = load_model(checkpoint.folder, task=spec.task)
+        model = load_model(checkpoint.folder, task=spec.head_task)
     layers = model.config.num_hidden_layers
     with steps("trace"):
         graphs = build_graphs(
@@ -467,6 +492,7 @@ def _build(
             logits=spec.logits,
             opset=DEFAULT_OPSET if opset is None else opset,
             token_types=spec.token_types,
+            sparse=spec.sparse,
         )
     sensitivity: Mapping[str, float] = {}
     with steps(f"write the graph in {lower.precision}"):
@@ -514,7 +540,7 @@ def _build(
         compiled = CompiledOnnx(graph, spec, file=file, num_heads=heads)
     with steps("compare with PyTorch"), contextlib.closing(compiled):
         parity = check_parity(
-            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
+            TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             {("tensorrt", lower.precision): compiled},
             outputs=[output.name for output in graph.outputs],
             spec=spec,
@@ -622,6 +648,8 @@ def _write_bundle(
 
     spec = checkpoint.spec
     write_hub_files(folder, checkpoint)
+    if spec.sparse is not None and spec.sparse.query_weights is not None:
+        _write_query_weights(folder / spec.sparse.query_weights, checkpoint)
     made = _with_answers(folder, checkpoint, made, asked, steps)
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(
@@ -677,6 +705,13 @@ def _with_answers(folder: Path, checkpoint: Description, made: _Made, asked: Ask
     parity = made.parity.with_checks(check)
     parity.require()
     return dataclasses.replace(made, parity=parity)
+
+
+def _write_query_weights(file: Path, checkpoint: Description) -> None:
+    tokenizer = _tokenizer_of(checkpoint)
+    weights = read_query_weights(checkpoint.folder, checkpoint.spec.vocab_size, tokenizer.known_or_unknown_id)
+    assert weights is not None  # the spec names them
+    np.save(file, weights, allow_pickle=False)
 
 
 def _name_of(model: str | os.PathLike[str] | None) -> str:

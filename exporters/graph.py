@@ -5,7 +5,8 @@ Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]; fill-mask
 
 Outputs, float32: `last_hidden_state` [batch, sequence, hidden]; then `sentence_embedding` [batch, embedding] (embed,
 after any Dense modules) or `logits`: [num_masks, vocabulary] (fill-mask), [batch, sequence, vocabulary] (fill-mask with
-all logits), [batch, labels] (classify), [batch, sequence, labels] (token-classify).
+all logits), [batch, labels] (classify), [batch, sequence, labels] (token-classify);
+or `sparse_embedding` [batch, vocabulary] (sparse), pooled and activated.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
@@ -23,7 +25,7 @@ from gte_deploy.exporters.fusion import fuse_graph
 from gte_deploy.exporters.fusion.editing import dimensions, tensor_of
 from gte_deploy.exporters.trace import trace
 from gte_deploy.files import sync_directory, sync_file
-from gte_deploy.spec import Engine, TensorSpec
+from gte_deploy.spec import Engine, SparseSpec, TensorSpec
 
 DEFAULT_OPSET = 20
 
@@ -61,6 +63,7 @@ def build_graphs(
     logits: str = "masked",
     opset: int = DEFAULT_OPSET,
     token_types: bool = False,
+    sparse: SparseSpec | None = None,
 ) -> dict[Engine, Graph]:
     """Trace `model` once; a graph for each engine, sharing its weights.
 
@@ -75,6 +78,7 @@ def build_graphs(
         logits: "masked" or "all", for fill-mask.
         opset: version of the standard operators.
         token_types: whether the graphs take `token_type_ids`; without, every token has type 0.
+        sparse: how to pool, for sparse.
 
     Raises:
         ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
@@ -87,6 +91,7 @@ def build_graphs(
         logits=logits,
         opset=opset,
         token_types=token_types,
+        sparse=sparse,
     )
     fused = plain.clone()
     fusions = fuse_graph(fused, num_layers=model.config.num_hidden_layers)
@@ -123,29 +128,47 @@ class _WeightStore:
 
     path: Path
     offsets: dict[bytes, int] = field(default_factory=dict)
+    written: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    """Arrays and where they stand; held, so that no other gets their memory meanwhile."""
 
     def add(self, tensor: ir.TensorProtocol, name: str, file: BinaryIO) -> ir.ExternalTensor:
         """The tensor's place in the file; what is not there yet is appended."""
-        contents = tensor.tobytes()
-        digest = hashlib.sha256(contents).digest()
-        if digest not in self.offsets:
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            self.offsets[digest] = file.tell()
-            file.write(contents)
+        array = tensor.numpy()
+        offset = self._place_of_part(array)
+        if offset is None:
+            contents = tensor.tobytes()
+            digest = hashlib.sha256(contents).digest()
+            if digest not in self.offsets:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                self.offsets[digest] = file.tell()
+                file.write(contents)
+            offset = self.offsets[digest]
+            self.written.append((array, offset))
         return ir.ExternalTensor(
             location=self.path.name,
-            offset=self.offsets[digest],
-            length=len(contents),
+            offset=offset,
+            length=tensor.nbytes,
             dtype=tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=self.path.parent,
         )
 
+    def _place_of_part(self, array: np.ndarray) -> int | None:
+        """Where some rows of a stored matrix stand, such as a part of a tied vocabulary's."""
+        if not array.flags.c_contiguous:
+            return None
+        for whole, offset in self.written:
+            before = array.ctypes.data - whole.ctypes.data
+            if whole.flags.c_contiguous and 0 <= before and before + array.nbytes <= whole.nbytes:
+                return offset + before
+        return None
+
 
 def _with_external_weights(model: ir.Model, store: _WeightStore, file: BinaryIO) -> ir.Model:
     model = model.clone()
-    for name, value in model.graph.initializers.items():
+    # Matrices before the parts of them.
+    for name, value in sorted(model.graph.initializers.items(), key=lambda item: -tensor_of(item[1]).nbytes):
         tensor = tensor_of(value)
         if tensor.nbytes >= _MIN_EXTERNAL_BYTES:
             value.const_value = store.add(tensor, name, file)

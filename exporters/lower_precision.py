@@ -129,7 +129,8 @@ def quantize_for_tensorrt(
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     peaks = measure_peaks(fp32, spec, batches, quantized, smoothing=base.smoothing, calibrator=calibrator)
     # For a few masked rows an 8-bit matrix saves less than the copy of the embeddings that it would be.
-    rows_only = {name for name in quantized if "decoder" in name and spec.logits == "masked"}
+    few_rows = spec.task == "fill-mask" and spec.logits == "masked"
+    rows_only = {name for name in quantized if "decoder" in name and few_rows}
     plan = QdqPlan(precision, peaks, base.smoothing, base.high | rows_only)
 
     def made(high: frozenset[str], padding_free: bool = False) -> Graph:
@@ -152,6 +153,8 @@ def groups_of(graph: Graph, plan: Int8Plan | QdqPlan) -> dict[str, list[str]]:
     for linear in find_linears(graph.model):
         if linear.name not in plan.high:
             module, _, role = linear.name.removesuffix(".weight").rpartition(".")
+            if role.isdigit():  # a part of the vocabulary's matrix
+                module, _, role = module.rpartition(".")
             groups.setdefault(f"{module}.{_ROLES.get(role, role)}", []).append(linear.name)
     return groups
 

@@ -35,10 +35,22 @@ from gte_deploy.exporters.parity_batches import (
     max_tokens_of,
     parity_cases,
 )
-from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Logits, ModelSpec, Pooling, Precision, Task
+from gte_deploy.spec import (
+    COMPUTE_PRECISIONS,
+    ComputePrecision,
+    Engine,
+    Logits,
+    ModelSpec,
+    Pooling,
+    Precision,
+    SparseSpec,
+    Task,
+)
 
 _CHUNK_ELEMENTS = 1 << 22
 _SEED = 20240729
+# Of which the reference has the whole vocabulary's logits at the same time.
+_TOKENS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -317,9 +329,17 @@ class BoundMissedError(ParityError):
 class TorchReference:
     """transformers' own module, as it is, in the model's dtype; heads that see every token see only what is asked."""
 
-    def __init__(self, model: torch.nn.Module, *, task: Task, pooling: Pooling, logits: Logits) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        task: Task,
+        pooling: Pooling,
+        logits: Logits,
+        sparse: SparseSpec | None = None,
+    ) -> None:
         self._model: Any = model.eval()
-        self._task, self._pooling, self._logits = task, pooling, logits
+        self._task, self._pooling, self._logits, self._sparse = task, pooling, logits, sparse
 
     @torch.inference_mode()
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -346,8 +366,29 @@ class TorchReference:
                 return {"logits": self._model.lm_head(hidden)}
             case "classify":
                 return {"logits": self._model.classifier(encoded[1])}
+            case "sparse":
+                assert self._sparse is not None
+                return {"sparse_embedding": self._sparse_embedding(batch, hidden, mask, self._sparse)}
             case _:
                 return {"logits": self._model.classifier(hidden)}
+
+    def _sparse_embedding(
+        self, batch: Batch, hidden: torch.Tensor, mask: torch.Tensor, sparse: SparseSpec
+    ) -> torch.Tensor:
+        """[B, V] token by token, as the definitions have it: padding is a logit of 0, and no weight is below 0."""
+        weights = hidden.new_zeros(len(hidden), self._model.config.vocab_size)
+        if sparse.head == "token-weights":
+            rows = torch.arange(len(hidden))
+            for place, ids in enumerate(torch.from_numpy(batch.input_ids).T):
+                found = (self._model.classifier(hidden[:, place])[:, 0] * mask[:, place]).relu()
+                weights[rows, ids] = torch.maximum(weights[rows, ids], found)
+            weights[:, list(sparse.unweighted)] = 0
+            return weights
+        for part, kept in zip(hidden.split(_TOKENS_AT_ONCE, 1), mask.split(_TOKENS_AT_ONCE, 1), strict=True):
+            active = (self._model.lm_head(part) * kept[:, :, None]).relu().log1p()
+            active = active.log1p() if sparse.activation == "log1p_relu" else active
+            weights = torch.maximum(weights, active.amax(1)) if sparse.pooling == "max" else weights + active.sum(1)
+        return weights
 
 
 def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Difference:

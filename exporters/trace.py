@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters.fusion.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.checkpoint import MODEL_CLASSES
-from gte_deploy.spec import LOGITS, POOLINGS, TASKS
+from gte_deploy.models.sparse_heads import sparse_head
+from gte_deploy.spec import LOGITS, POOLINGS, TASKS, SparseSpec, head_task
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def trace(
     logits: str,
     opset: int,
     token_types: bool = False,
+    sparse: SparseSpec | None = None,
 ) -> ir.Model:
     """Trace `model` for `task`; inputs and outputs as `gte_deploy.exporters.graph` states them.
 
@@ -70,11 +72,14 @@ def trace(
             does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
             not tell any apart.
     """
-    _check_arguments(model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset)
+    _check_arguments(
+        model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset, sparse=sparse
+    )
     if token_types and model.config.type_vocab_size < 2:
         raise ExportError(f"token types need a type_vocab_size above 1, and it is {model.config.type_vocab_size}")
     with _traceable(model, max_length):
-        traced = _export(_wrap(model, task, pooling, logits).eval(), max_length, opset, token_types=token_types)
+        wrapper = _wrap(model, task, pooling, logits, sparse).eval()
+        traced = _export(wrapper, max_length, opset, token_types=token_types)
     _name(traced.graph)
     _tidy(traced)
     return traced
@@ -209,7 +214,24 @@ class _TokenClassify(_Wrapper):
         return hidden, self.model.classifier(self.model.dropout(hidden))
 
 
-def _wrap(model: PreTrainedModel, task: str, pooling: str | None, logits: str) -> _Wrapper:
+class _Sparse(_Wrapper):
+    output_names = ("last_hidden_state", "sparse_embedding")
+
+    def __init__(self, model: PreTrainedModel, sparse: SparseSpec) -> None:
+        super().__init__(model)
+        self.lm_head = sparse_head(model, sparse)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        return hidden, self.lm_head(hidden, attention_mask, input_ids)
+
+
+def _wrap(model: PreTrainedModel, task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> _Wrapper:
+    if task == "sparse":
+        assert sparse is not None  # _check_arguments has looked
+        return _Sparse(model, sparse)
     if task == "fill-mask":
         return _FillMask(model) if logits == "masked" else _FillMaskAll(model)
     if task == "embed":
@@ -218,11 +240,20 @@ def _wrap(model: PreTrainedModel, task: str, pooling: str | None, logits: str) -
 
 
 def _check_arguments(
-    model: PreTrainedModel, *, task: str, max_length: int, pooling: str | None, logits: str, opset: int
+    model: PreTrainedModel,
+    *,
+    task: str,
+    max_length: int,
+    pooling: str | None,
+    logits: str,
+    opset: int,
+    sparse: SparseSpec | None,
 ) -> None:
     if task not in TASKS:
         raise ExportError(f"task {task!r} is none of {', '.join(TASKS)}")
-    expected = MODEL_CLASSES[task]
+    if task == "sparse" and sparse is None:
+        raise ExportError("task 'sparse' needs to be told how: give a SparseSpec")
+    expected = MODEL_CLASSES[head_task(task, sparse)]
     if not isinstance(model, expected):
         raise ExportError(f"task {task!r} needs a {expected.__name__}, and the model is a {type(model).__name__}")
     if task == "embed" and pooling not in POOLINGS:
@@ -307,7 +338,7 @@ def _name(graph: ir.Graph) -> None:
     for name in list(graph.initializers):
         graph.initializers[name].name = name.removeprefix("model.")
     for node in graph:
-        scopes = [scope for scope in _scopes(node) if scope.startswith("model.")]
+        scopes = [scope for scope in _scopes(node) if scope.startswith(("model.", "lm_head."))]
         node.name = "/".join((*(scopes[-1:] and [scopes[-1].removeprefix("model.")]), node.op_type))
 
 

@@ -263,8 +263,9 @@ def _require_head(encoder: Encoder, spec: ModelSpec, bundle: Path) -> None:
     """
     if spec.task == "embed":
         return
-    if "logits" not in {tensor.name for tensor in encoder.outputs}:
-        raise ExportError(f"{bundle} is made for {spec.task}, and its encoder gives no logits. Export it again.")
+    head = "sparse_embedding" if spec.task == "sparse" else "logits"
+    if head not in {tensor.name for tensor in encoder.outputs}:
+        raise ExportError(f"{bundle} is made for {spec.task}, and its encoder gives no {head}. Export it again.")
     if spec.task == "fill-mask" and "mask_positions" not in encoder.input_names:
         raise ExportError(
             f"{bundle} computes the logits of every token, which no server should send. Export the checkpoint with "
@@ -301,7 +302,8 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     by_row = np.array([[1, 7], [4, 2], [0, 0]])
     masked = spec.task == "fill-mask"
     pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
-    names = ["last_hidden_state", *(["logits"] if spec.task != "embed" else [])]
+    head = {"embed": [], "sparse": ["sparse_embedding"]}.get(spec.task, ["logits"])
+    names = ["last_hidden_state", *head]
     types = generator.integers(0, spec.type_vocab_size, ids.shape) if spec.token_types else None
     backend = OnnxBackend(source, spec, num_threads=1)
     try:
@@ -382,6 +384,9 @@ def _write_models(
             (folder / name / "configs" / "cpu.pbtxt").write_text(to_pbtxt(configs["cpu"][name]), encoding="utf-8")
         if config.get("backend") == "python":
             write_python_model(name, version, bundle)
+        if name == "gte_sparse_query_output":
+            assert serving.spec.sparse is not None and serving.spec.sparse.query_weights is not None
+            shutil.copyfile(bundle / serving.spec.sparse.query_weights, version / serving.spec.sparse.query_weights)
         elif config.get("platform") == "ensemble":
             (version / ".keep").touch()  # Triton wants the folder, and many a way of copying leaves empty ones out
         if any("label_filename" in tensor for tensor in config["output"]):

@@ -23,6 +23,10 @@ from gte_deploy.spec import (
     POOLINGS,
     PRECISIONS,
     SIMILARITIES,
+    SPARSE_ACTIVATIONS,
+    SPARSE_HEADS,
+    SPARSE_POOLINGS,
+    SPARSE_ROUTES,
     TARGETS,
     TASKS,
     TENSORRT_FLAVOURS,
@@ -302,7 +306,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         ValueError, TypeError, KeyError: it is not one.
     """
     id2label = {int(i): str(label) for i, label in data["id2label"].items()}
-    sparse = None if data.get("sparse") is None else SparseSpec(**data["sparse"])
+    sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
     spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse})
     for name, value, allowed in (
         ("task", spec.task, TASKS),
@@ -320,9 +324,30 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         raise ValueError(f"spec.token_types must be a boolean and spec.type_vocab_size an integer, not {spec}")
     if spec.token_types and spec.type_vocab_size < 2:
         raise ValueError(f"spec.token_types is true, and spec.type_vocab_size {spec.type_vocab_size} is below 2")
+    if (spec.task == "sparse") > (sparse is not None):
+        raise ValueError("spec.sparse is missing, and the task is sparse")
     if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
         raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
     return spec
+
+
+def _sparse_from_json(data: Mapping[str, Any]) -> SparseSpec:
+    unweighted = tuple(data.get("unweighted", ()))
+    sparse = SparseSpec(**{**data, "unweighted": unweighted})
+    for name, allowed in (
+        ("head", SPARSE_HEADS),
+        ("activation", SPARSE_ACTIVATIONS),
+        ("pooling", SPARSE_POOLINGS),
+        ("default_route", (None, *SPARSE_ROUTES)),
+    ):
+        if (value := getattr(sparse, name)) not in allowed:
+            raise ValueError(f"spec.sparse.{name} {value!r} is none of {', '.join(map(str, allowed))}")
+    if sparse.query_weights is not None:
+        _checked_name(sparse.query_weights)
+    for name, numbers in (("max_active_dims", (sparse.max_active_dims or 1,)), ("unweighted", unweighted)):
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"spec.sparse.{name} must have whole numbers, not {numbers!r}")
+    return sparse
 
 
 def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:

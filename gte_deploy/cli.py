@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy._version import __version__
 from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
-from gte_deploy.spec import COMPUTE_PRECISIONS, POOLINGS
+from gte_deploy.spec import COMPUTE_PRECISIONS, POOLINGS, SPARSE_ROUTES, Task
 
 if TYPE_CHECKING:
     from gte_deploy.model import Model
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fill_mask(commands)
     _add_encode(commands)
+    _add_encode_sparse(commands)
     _add_rank(commands)
     _add_classify_tokens(commands)
     _add_verify(commands)
@@ -113,6 +114,17 @@ def _add_encode(commands: Any) -> None:
         default="float32",
         help="default: float32",
     )
+
+
+def _add_encode_sparse(commands: Any) -> None:
+    summary = "Weigh the vocabulary for each text: one JSON object of token and weight a line, heaviest first."
+    parser = _add_command(commands, "encode-sparse", _encode_sparse, summary)
+    _add_texts(parser)
+    _add_model_options(parser)
+    parser.add_argument("--route", choices=SPARSE_ROUTES, help="where queries and documents are encoded differently")
+    parser.add_argument("--prompt-name", metavar="NAME", help="put this prompt of the model before each text")
+    parser.add_argument("--prompt", metavar="TEXT", help="put this text before each text")
+    parser.add_argument("--max-active-dims", type=int, metavar="N", help="keep the N heaviest (default: the model's)")
 
 
 def _add_rank(commands: Any) -> None:
@@ -226,6 +238,24 @@ def _encode(arguments: argparse.Namespace) -> None:
         return
     _save_array(Path(arguments.output), embeddings)
     print(f"{_PROG}: wrote {arguments.output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
+
+
+def _encode_sparse(arguments: argparse.Namespace) -> None:
+    texts = _texts(arguments)
+    with _load(arguments, task="sparse") as model:
+        embeddings = model.encode_sparse(
+            texts,
+            arguments.prompt_name,
+            arguments.prompt,
+            show_progress_bar=sys.stderr.isatty(),
+            max_active_dims=arguments.max_active_dims,
+            route=arguments.route,
+            as_dict=True,
+            **_length_options(arguments),
+            **_batch_options(arguments),
+        )
+    for embedding in embeddings:
+        print(json.dumps(embedding, ensure_ascii=arguments.json))
 
 
 def _rank(arguments: argparse.Namespace) -> None:
@@ -346,7 +376,9 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
     return {"path": str(folder), "kind": "checkpoint", "spec": dataclasses.asdict(spec)}
 
 
-def _load(arguments: argparse.Namespace) -> "Model":
+def _load(arguments: argparse.Namespace, task: Task | None = None) -> "Model":
+    """The model of the command line; `task` is what a checkpoint is loaded for, where it is made for another."""
+    from gte_deploy.bundle import is_bundle
     from gte_deploy.loading import load
 
     return load(
@@ -355,6 +387,7 @@ def _load(arguments: argparse.Namespace) -> "Model":
         precision=arguments.compute_precision,
         device=arguments.device,
         num_threads=arguments.threads,
+        task="auto" if task is None or (arguments.model is not None and is_bundle(Path(arguments.model))) else task,
     )
 
 

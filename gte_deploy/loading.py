@@ -5,12 +5,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT
-from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle
+from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
 from gte_deploy.errors import BackendError, BundleError, InputError
 from gte_deploy.files import cache_folder
@@ -19,11 +22,8 @@ from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model, Origin
 from gte_deploy.models import BUILTIN_NAME
 from gte_deploy.onnx_inspection import check_graphs
-from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, is_packed
+from gte_deploy.spec import COMPUTE_PRECISIONS, TASKS, ComputePrecision, ModelSpec, Profile, Task, is_packed
 from gte_deploy.tokenization import TextTokenizer, load_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def load(
     num_threads: int | None = None,
     max_batch_tokens: int | None = None,
     compile: bool = False,
+    task: Task | Literal["auto"] = "auto",
 ) -> Model:
     """Load a bundle or a checkpoint.
 
@@ -63,6 +64,8 @@ def load(
             the count is the whole process's, see `backends.torch_backend.TorchBackend`. TensorRT uses none.
         max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
         compile: let torch compile the model, at its first batches. For backend "torch" alone.
+        task: what a checkpoint is loaded for, one of `spec.TASKS`, or "auto" for what it was made for. A bundle has one
+            task, and is refused for any other.
 
     Raises:
         InputError: an argument out of its range.
@@ -79,14 +82,17 @@ def load(
         raise InputError(f"backend must be one of {', '.join(get_args(BackendName))}, not {backend!r}")
     if precision is not None and precision not in COMPUTE_PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(COMPUTE_PRECISIONS)}, not {precision!r}")
+    if task not in ("auto", *TASKS):
+        raise InputError(f"task must be one of auto, {', '.join(TASKS)}, not {task!r}")
     folder = _resolve(path)
     if compile and is_bundle(folder):
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
     with in_use():
         if is_bundle(folder):
+            _require_task_of_bundle(folder, task)
             opened = _open_bundle(folder, backend, precision, device, num_threads)
         else:
-            opened = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile)
+            opened = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile, task)
     engine = opened.backend
     logger.info("%s runs on %s in %s: %s", folder, engine.name, engine.precision, opened.reason)
     options = {
@@ -96,6 +102,7 @@ def load(
         "num_threads": num_threads,
         "max_batch_tokens": max_batch_tokens,
         "compile": compile,
+        "task": task,
     }
     where = None if path is None or str(path) == BUILTIN_NAME else str(folder.absolute())
     budget = _MAX_BATCH_TOKENS[parse_device(engine.device)[0]] if max_batch_tokens is None else max_batch_tokens
@@ -106,6 +113,7 @@ def load(
         max_batch_tokens=budget,
         path=folder,
         backend_reason=opened.reason,
+        query_weights=_query_weights(folder, opened.spec, opened.tokenizer),
         origin=Origin(load_again, (where, opened.checksum, options), opened.reopen),
     )
 
@@ -150,6 +158,41 @@ class _Opened:
     reopen: Callable[[int], Backend] | None = None
 
 
+def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
+    """Of a sparse model whose queries need none: a bundle's own file, or what a checkpoint's modules hold."""
+    if spec.sparse is None or is_bundle(folder):
+        return stored_query_weights(folder, spec)
+    from gte_deploy.models.sparse_modules import read_query_weights
+
+    return read_query_weights(folder, spec.vocab_size, tokenizer.known_or_unknown_id)
+
+
+def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] | None:
+    """The weights [V] that a bundle holds for queries, or None where queries go through the model.
+
+    Raises:
+        BundleError: the file is missing, or is not what the spec says.
+    """
+    if spec.sparse is None or spec.sparse.query_weights is None:
+        return None
+    file = bundle / spec.sparse.query_weights
+    try:
+        weights = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file} cannot be read as query weights ({error}). Export the bundle again.") from error
+    if weights.dtype != np.float32 or weights.shape != (spec.vocab_size,):
+        raise BundleError(f"{file} must be float32 [{spec.vocab_size}], and is {weights.dtype} {list(weights.shape)}")
+    return weights
+
+
+def _require_task_of_bundle(folder: Path, task: str) -> None:
+    if task != "auto" and (own := read_manifest(folder).spec.task) != task:
+        raise InputError(
+            f"{folder} is a bundle for {own}, not for {task}. Export its checkpoint again with --task {task}, or leave "
+            "task out."
+        )
+
+
 def _resolve(path: str | os.PathLike[str] | None) -> Path:
     if path is not None and is_bundle(Path(path)):
         return Path(path)
@@ -159,7 +202,13 @@ def _resolve(path: str | os.PathLike[str] | None) -> Path:
 
 
 def _open_checkpoint(
-    folder: Path, backend: str, precision: ComputePrecision | None, device: str, num_threads: int | None, compile: bool
+    folder: Path,
+    backend: str,
+    precision: ComputePrecision | None,
+    device: str,
+    num_threads: int | None,
+    compile: bool,
+    task: Task | Literal["auto"],
 ) -> _Opened:
     if backend in ENGINE_OF:
         raise BackendError(
@@ -174,7 +223,12 @@ def _open_checkpoint(
     from gte_deploy.backends.torch_backend import open_torch_backend
 
     opened, tokenizer = open_torch_backend(
-        folder, device=device, num_threads=num_threads, precision=precision or "fp32", compile=compile
+        folder,
+        task=None if task == "auto" else task,
+        device=device,
+        num_threads=num_threads,
+        precision=precision or "fp32",
+        compile=compile,
     )
     reason = _ASKED if backend == "torch" else "torch runs checkpoints"
     return _Opened(opened, tokenizer, opened.spec, reason, precision)

@@ -18,6 +18,7 @@ from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.batching import BatchLimits, collate, token_batches
+from gte_deploy.bundle import is_bundle
 from gte_deploy.embedding import EmbeddingRequest, OutputValue
 from gte_deploy.errors import BackendError, InputError
 from gte_deploy.fill_mask import MaskAnswer, answers, check_mask, top_tokens
@@ -25,7 +26,17 @@ from gte_deploy.forking import follow, in_use
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
 from gte_deploy.scores import ActivationFn, ScoreRequest, former_arguments, refuse_processes
-from gte_deploy.spec import ModelSpec, Pooling
+from gte_deploy.sparse import (
+    SparseEmbedding,
+    SparseForm,
+    as_embeddings,
+    entry_names,
+    sparsify,
+    unweighted_ids,
+    weights_of_query,
+    weights_of_tokens,
+)
+from gte_deploy.spec import ModelSpec, Pooling, SparseRoute
 from gte_deploy.text_interface import TextInterface, one_of, prompt_text, return_type, with_progress
 from gte_deploy.token_classification import AggregationStrategy, TaggedTexts, TaggingRequest
 from gte_deploy.tokenization import Piece, TextTokenizer, checked_max_length
@@ -70,9 +81,12 @@ class Model(TextInterface):
         max_batch_tokens: int,
         path: Path,
         backend_reason: str,
+        query_weights: NDArray[np.float32] | None = None,
         origin: Origin | None = None,
     ) -> None:
         """Join a backend and a tokenizer; `origin` tells other processes how.
+
+        `query_weights` [V] are those of a sparse model's queries.
 
         `max_batch_tokens` bounds a batch, padding included; a longer text runs alone. No batch costs more attention
         (rows times length²) than one text of `spec.max_length`.
@@ -83,6 +97,7 @@ class Model(TextInterface):
         self._backend = backend
         self._backend_reason = backend_reason
         self._tokenizer = tokenizer
+        self._query_weights = query_weights
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
         if spec.token_types:
             tokenizer.check_types(spec.type_vocab_size)
@@ -192,7 +207,7 @@ class Model(TextInterface):
                 no usable target; see also `encode`.
             NonFiniteError, BackendError: the model failed.
         """
-        self._require_task("fill-mask")
+        self._require_masked_lm()
         top_k = check_integer("top_k", top_k, 1, len(self._answerable))
         candidates = self._candidates(targets)
         limits = self._limits(batch_size, max_batch_tokens)
@@ -258,6 +273,7 @@ class Model(TextInterface):
             BackendError: the model failed.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
+        self._refuse_sparse()
         self._check_device(device)
         request = EmbeddingRequest(
             pooling=self.spec.pooling if pooling is None else pooling,
@@ -279,6 +295,95 @@ class Model(TextInterface):
             for index, result in zip(indices, request.rows(self.spec, batch, values), strict=True):
                 results[index] = result
         return request.assemble(results, single=single)
+
+    def encode_sparse(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        convert_to_sparse_tensor: bool = True,
+        save_to_cpu: bool = False,
+        device: str | None = None,
+        max_active_dims: int | None = None,
+        *,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        route: SparseRoute | None = None,
+        as_dict: bool | None = None,
+        sentences: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Sparse embeddings: a weight for some entries of the vocabulary, with the arguments of SparseEncoder.encode.
+
+        One text gives a `SparseEmbedding` (`indices` int64 and `values` float32), a list of texts a list of those.
+        Differences from SparseEncoder: tensors come only where they are asked for, and on the CPU; a text that is too
+        long is an error unless `truncation` is on; an empty list is an error.
+
+        Args:
+            inputs: a text or a list of texts.
+            prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
+            prompt: text to put before each text; overrides `prompt_name`.
+            batch_size: rows of a batch at most.
+            show_progress_bar: as in `encode`.
+            convert_to_tensor: True gives a torch tensor [V], of a list [N, V], float32.
+            convert_to_sparse_tensor: with `convert_to_tensor`, whether it is a sparse COO tensor or a dense one.
+            save_to_cpu: answers are on the CPU in either case.
+            device: the device that the model was loaded on, or None.
+            max_active_dims: keep this many entries, the heaviest; by default as the checkpoint says, else all.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            route: "query" or "document" where the checkpoint encodes the two in different ways; its default otherwise.
+                `encode_query` and `encode_document` say it for you.
+            as_dict: True gives {token: weight} for each text, heaviest first, in place of vectors; not with tensors.
+            sentences: the former name of `inputs`.
+
+        Raises:
+            InputError: not a sparse model; see also `encode`.
+            NonFiniteError, BackendError: the model failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._require_sparse()
+        self._check_device(device)
+        form = SparseForm(convert_to_tensor, convert_to_sparse_tensor, bool(as_dict))
+        form.check()
+        kept = self._max_active_dims(max_active_dims)
+        chosen = self._route(route)
+        limits = self._limits(batch_size, max_batch_tokens)
+        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
+        if chosen == "query" and self._query_weights is not None:
+            found = self._query_embeddings(texts, self._query_weights, truncation, max_length, kept)
+        else:
+            tokenize = self._tokenize_texts(texts, truncation, max_length)
+            batches = token_batches([len(text) for text in texts], tokenize, limits)
+            found = self._sparse_embeddings(with_progress(batches, len(texts), show_progress_bar), len(texts), kept)
+        return form.assemble(found, entry_names(self._tokenizer, self.spec), single=single)
+
+    def decode(self, embeddings: Any, top_k: int | None = None) -> Any:
+        """Sparse embeddings as (token, weight) pairs, heaviest first, as SparseEncoder.decode.
+
+        Args:
+            embeddings: what `encode_sparse` gives, or an array or tensor [V] or [N, V].
+            top_k: pairs at most; None for all.
+
+        Raises:
+            InputError: another form, or an entry that the vocabulary does not have.
+        """
+        if top_k is not None:
+            check_integer("top_k", top_k, 1, 1 << 31)
+        vectors, single = as_embeddings(embeddings)
+        name = entry_names(self._tokenizer, self.spec)
+        for vector in vectors:
+            if vector.size != self.spec.vocab_size:
+                raise InputError(
+                    f"the embedding has {vector.size:,} entries, and the vocabulary of {self._name} "
+                    f"{self.spec.vocab_size:,}"
+                )
+        found = [[(name(index), weight) for index, weight in vector.ordered()[:top_k]] for vector in vectors]
+        return found[0] if single else found
 
     def predict(
         self,
@@ -468,6 +573,50 @@ class Model(TextInterface):
         for indices, _, values in self._run_all(with_progress(batches, len(pairs), show_progress_bar), ("logits",)):
             logits[indices] = values["logits"]
         return logits
+
+    def _sparse_embeddings(
+        self, batches: Iterable[tuple[list[int], Rows]], count: int, max_active_dims: int | None
+    ) -> list[SparseEmbedding]:
+        """By the model, in the order of the texts."""
+        by_token = self.spec.task == "token-classify"
+        found: list[Any] = [None] * count
+        for indices, batch, values in self._run_all(batches, ("logits" if by_token else "sparse_embedding",)):
+            rows = self._token_weights(batch, values["logits"]) if by_token else values["sparse_embedding"]
+            for index, row in zip(indices, rows, strict=True):
+                found[index] = sparsify(row, max_active_dims)
+        return found
+
+    def _token_weights(self, batch: Batch, logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """[V] of each row, of a token classifier's logits [B, S, 1]."""
+        unweighted = unweighted_ids(self._tokenizer, self.spec.pad_token_id)
+        for ids, mask, values in zip(batch.input_ids, batch.attention_mask == 1, logits[:, :, 0], strict=True):
+            yield weights_of_tokens(ids[mask], values[mask], self.spec.vocab_size, unweighted)
+
+    def _query_embeddings(
+        self,
+        texts: Sequence[str],
+        weights: NDArray[np.float32],
+        truncation: bool,
+        max_length: int | None,
+        max_active_dims: int | None,
+    ) -> list[SparseEmbedding]:
+        """By the stored weights of the tokens, special ones around the text left out."""
+        rows = self._tokenize_texts(texts, truncation, max_length)(list(range(len(texts))))
+        first, last = len(self._tokenizer.template.prefix), len(self._tokenizer.template.suffix)
+        return [sparsify(weights_of_query(row[first : len(row) - last], weights), max_active_dims) for row in rows]
+
+    def _why_not_sparse(self) -> str:
+        if is_bundle(self.path):
+            return ""
+        from gte_deploy.models.sparse_modules import read_sparse_modules
+
+        found = read_sparse_modules(self.path)
+        return f" But of this one {found.reason}" if found is not None and found.reason else ""
+
+    def _require_masked_lm(self) -> None:
+        # A splade checkpoint has the logits of masks as well; its bundle has their pooled form alone.
+        if self.spec.task != "sparse" or "logits" not in self._backend.outputs:
+            self._require_task("fill-mask")
 
     def _run_all(
         self, batches: Iterable[tuple[list[int], Rows]], outputs: Sequence[str]

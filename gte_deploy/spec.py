@@ -4,11 +4,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Task = Literal["fill-mask", "embed", "classify", "token-classify"]
+Task = Literal["fill-mask", "embed", "classify", "token-classify", "sparse"]
 Pooling = Literal["mean", "cls"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 """How two embeddings are compared, under sentence-transformers' names."""
 Logits = Literal["masked", "all"]
+SparseHead = Literal["splade", "token-weights"]
+SparseActivation = Literal["relu", "log1p_relu"]
+SparsePooling = Literal["max", "sum"]
+SparseRoute = Literal["query", "document"]
 Engine = Literal["onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight"]
 """What a bundle's weights and graphs are made for."""
@@ -22,6 +26,10 @@ TASKS: tuple[Task, ...] = get_args(Task)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
+SPARSE_HEADS: tuple[SparseHead, ...] = get_args(SparseHead)
+SPARSE_ACTIVATIONS: tuple[SparseActivation, ...] = get_args(SparseActivation)
+SPARSE_POOLINGS: tuple[SparsePooling, ...] = get_args(SparsePooling)
+SPARSE_ROUTES: tuple[SparseRoute, ...] = get_args(SparseRoute)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -81,14 +89,19 @@ class SparseSpec:
         pooling: over the tokens, "max" or "sum".
         query_weights: path of the weights that a query's tokens get without the model, float32 [vocabulary], relative
             to the folder; None where queries go through the model as documents do.
+        default_route: how a text is encoded that is said to be neither a query nor a document, where the two differ;
+            None where that must be said.
         max_active_dims: entries that a vector keeps, the heaviest; None for all.
+        unweighted: token ids that never have a weight, of a token-weights head.
     """
 
-    head: Literal["splade", "token-weights"]
-    activation: Literal["relu", "log1p_relu"] = "relu"
-    pooling: Literal["max", "sum"] = "max"
+    head: SparseHead
+    activation: SparseActivation = "relu"
+    pooling: SparsePooling = "max"
     query_weights: str | None = None
+    default_route: SparseRoute | None = "document"
     max_active_dims: int | None = None
+    unweighted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,3 +155,15 @@ class ModelSpec:
     def embedding_width(self) -> int:
         """Dimensions of a sentence embedding, before any is left out."""
         return self.embedding_size or self.hidden_size
+
+    @property
+    def head_task(self) -> Task:
+        """The task whose head the model has; see `head_task`."""
+        return head_task(self.task, self.sparse)
+
+
+def head_task(task: Task, sparse: SparseSpec | None) -> Task:
+    """The task whose head a model has: a sparse model pools that of fill-mask or of token-classify."""
+    if task != "sparse" or sparse is None:
+        return task
+    return "fill-mask" if sparse.head == "splade" else "token-classify"

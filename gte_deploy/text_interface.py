@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from gte_deploy.embedding import ReturnType
+from gte_deploy.embedding import ReturnType, check_choice
 from gte_deploy.errors import InputError
 from gte_deploy.inputs import as_texts, check_integer
 from gte_deploy.scores import ActivationFn
-from gte_deploy.spec import ModelSpec, Task
+from gte_deploy.spec import SPARSE_ROUTES, ModelSpec, SparseRoute, Task
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ class TextInterface(ABC):
     @abstractmethod
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Embeddings, with the arguments of SentenceTransformer.encode."""
+
+    @abstractmethod
+    def encode_sparse(self, *args: Any, **kwargs: Any) -> Any:
+        """Sparse embeddings, with the arguments of SparseEncoder.encode."""
 
     @abstractmethod
     def predict(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,9 +62,14 @@ class TextInterface(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`encode` with the prompt "query"; without any where the checkpoint has none of that name."""
+        """`encode` with the prompt "query"; without any where the checkpoint has none of that name.
+
+        Of a sparse model `encode_sparse`, by the route of queries where they have their own.
+        """
         if prompt_name is None and prompt is None:
             prompt = self.spec.prompts.get("query", "")
+        if self.spec.task == "sparse":
+            return self.encode_sparse(inputs, prompt_name, prompt, *args, route="query", **kwargs)
         return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
 
     def encode_document(
@@ -71,10 +80,15 @@ class TextInterface(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none."""
+        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none.
+
+        Of a sparse model `encode_sparse`, by the route of documents.
+        """
         if prompt_name is None and prompt is None:
             prompts = self.spec.prompts
             prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
+        if self.spec.task == "sparse":
+            return self.encode_sparse(inputs, prompt_name, prompt, *args, route="document", **kwargs)
         return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
 
     def rank(
@@ -130,6 +144,43 @@ class TextInterface(ABC):
     def _require_task(self, *tasks: Task) -> None:
         if self.spec.task not in tasks:
             raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
+
+    def _refuse_sparse(self) -> None:
+        if self.spec.task == "sparse":
+            raise InputError(
+                f"{self._name} is made for sparse embeddings: use encode_sparse, encode_query or encode_document"
+            )
+
+    def _require_sparse(self) -> None:
+        """A token classifier with one label gives the weights of tokens, too."""
+        one_label = self.spec.task == "token-classify" and self.spec.num_labels == 1
+        if self.spec.task != "sparse" and not one_label:
+            raise InputError(
+                f"this needs a sparse model, and {self._name} is made for {self.spec.task}. A checkpoint with a "
+                "masked-LM head or with a token classifier of one label is loaded (task='sparse') or exported "
+                f"(--task sparse) as one.{self._why_not_sparse()}"
+            )
+
+    def _why_not_sparse(self) -> str:
+        """What the checkpoint itself says of it, to end a message with."""
+        return ""
+
+    def _route(self, route: str | None) -> SparseRoute:
+        """Which way texts go; see `SparseSpec.default_route`."""
+        sparse = self.spec.sparse
+        if route is None and sparse is not None and sparse.query_weights is not None:
+            route = sparse.default_route
+            if route is None:
+                raise InputError(
+                    f"{self._name} encodes queries and documents in different ways: use encode_query or encode_document"
+                )
+        check_choice("route", route, (None, *SPARSE_ROUTES))
+        return "query" if route == "query" else "document"
+
+    def _max_active_dims(self, wanted: int | None) -> int | None:
+        if wanted is not None:
+            return check_integer("max_active_dims", wanted, 1, (1 << 31) - 1)
+        return None if self.spec.sparse is None else self.spec.sparse.max_active_dims
 
 
 def _without_effect(options: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The shared `tokenizers.Tokenizer` is never told to truncate or pad: such setting
 that set them differently get each other's lengths without an error. Ids are cut here, special tokens kept.
 """
 
+import json
 import logging
 import math
 from bisect import bisect_right
@@ -111,6 +112,7 @@ class TextTokenizer:
         self._clean_up = clean_up
         self._cuts_left = truncation_side == "left"
         self.template = _template(tokenizer, pad_token)
+        self.pad_token_id: int | None = tokenizer.token_to_id(pad_token)
         self.mask_token = mask_token
         self.mask_token_id = None if mask_token is None else tokenizer.token_to_id(mask_token)
         if mask_token is not None and self.mask_token_id is None:
@@ -138,6 +140,31 @@ class TextTokenizer:
                 f"tokenizer.json gives tokens the type {given}, and the model's type_vocab_size is {type_vocab_size}. "
                 "Take the tokenizer that belongs to the checkpoint."
             )
+
+    @cached_property
+    def unknown_token_id(self) -> int | None:
+        """Id of what is not in the vocabulary; None where the model of the tokenizer has none."""
+        token = getattr(self._tokenizer.model, "unk_token", None)
+        if token is not None:
+            return self.token_to_id(token)
+        # A Unigram model tells it in its file alone.
+        found = json.loads(self._tokenizer.to_str())["model"].get("unk_id")
+        return found if type(found) is int else None
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a vocabulary entry, or None where it is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def known_or_unknown_id(self, token: str) -> int | None:
+        """As transformers' convert_tokens_to_ids: the id of [UNK] where the vocabulary has no such entry."""
+        found = self.token_to_id(token)
+        return self.unknown_token_id if found is None else found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary entry of an id, as the vocabulary has it; None where the id only pads the embedding."""
+        found: str | None = self._tokenizer.id_to_token(token_id)
+        return found
 
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
         """[vocab_size] bool: which ids have a token. The rows that pad the embedding have none.

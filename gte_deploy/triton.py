@@ -33,7 +33,8 @@ from gte_deploy.forking import follow, keep_for_good
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
 from gte_deploy.scores import ActivationFn, ScoreRequest, former_arguments, refuse_processes
-from gte_deploy.spec import ModelSpec, Pooling
+from gte_deploy.sparse import SparseEmbedding, SparseForm
+from gte_deploy.spec import ModelSpec, Pooling, SparseRoute
 from gte_deploy.text_interface import TextInterface, one_of, prompt_text, return_type, with_progress
 from gte_deploy.token_classification import AggregationStrategy, Entity, TaggingRequest
 from gte_deploy.triton_transport import open_transport
@@ -207,6 +208,7 @@ class Client(TextInterface):
             NonFiniteError, BackendError: the model or the server failed.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
+        self._refuse_sparse()
         self._refuse_device(device)
         request = EmbeddingRequest(
             pooling=self.spec.pooling if pooling is None else pooling,
@@ -235,35 +237,62 @@ class Client(TextInterface):
 
     def encode_sparse(
         self,
-        inputs: str | Sequence[str],
+        inputs: str | Sequence[str] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
-        *,
         batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        convert_to_sparse_tensor: bool = True,
+        save_to_cpu: bool = False,
+        device: str | None = None,
+        max_active_dims: int | None = None,
+        *,
         truncation: bool = False,
         max_length: int | None = None,
         max_batch_tokens: int | None = None,
+        route: SparseRoute | None = None,
+        as_dict: bool | None = None,
+        sentences: str | Sequence[str] | None = None,
     ) -> Any:
-        """Weights of a sparse model: {token: weight} for a text, heaviest first; a list of those for a list.
+        """Sparse embeddings; see `Model.encode_sparse`. `device` must be None.
 
-        A token's weight is the largest of its places in the text; special tokens and weights of 0 are left out.
+        `as_dict` is True by default where no tensors are asked for: {token: weight} for a text, heaviest first, and a
+        list of those for a list. False gives the vectors that `Model` gives.
 
         Raises:
             InputError: not a sparse model, or as `encode`.
-            UnavailableError, NonFiniteError, BackendError: as `encode`.
+            UnavailableError, NonFiniteError, BackendError, MissingDependencyError: as `encode`.
         """
-        self._require_task("token-classify")
+        self._require_sparse()
+        self._refuse_device(device)
+        form = SparseForm(
+            convert_to_tensor, convert_to_sparse_tensor, not convert_to_tensor if as_dict is None else as_dict
+        )
+        form.check()
+        stored = self.spec.sparse is not None and self.spec.sparse.query_weights is not None
+        model = "gte_sparse_query" if self._route(route) == "query" and stored else "gte_sparse"
         limits = self._limits(batch_size, max_batch_tokens)
-        texts, single = as_texts(inputs, prompt=prompt_text(self.spec, prompt, prompt_name))
+        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
         options = _text_options(truncation, max_length) | self._no_prompt()
+        if max_active_dims is not None:
+            options["MAX_ACTIVE_DIMS"] = _one(self._max_active_dims(max_active_dims), np.int32)
+        found: list[Any] = [None] * len(texts)
+        called: dict[int, str] = {}
         names = ("TOKENS", "TOKEN", "TOKEN_ID", "WEIGHT")
-        results: list[dict[str, float]] = [{} for _ in texts]
-        for indices, values in self._infer_all("gte_sparse", {"TEXT": texts}, options, names, limits):
+        answers = self._infer_all(model, {"TEXT": texts}, options, names, limits)
+        for indices, values in with_progress(answers, len(texts), show_progress_bar):
             for row, index in enumerate(indices):
-                count = int(values["TOKENS"][row, 0])
-                tokens = [token.decode() for token in values["TOKEN"][row, :count]]
-                results[index] = dict(zip(tokens, values["WEIGHT"][row, :count].tolist(), strict=True))
-        return results[0] if single else results
+                found[index] = self._sparse_embedding(values, row, called)
+        return form.assemble(found, called, single=single)
+
+    def _sparse_embedding(self, values: Options, row: int, called: dict[int, str]) -> SparseEmbedding:
+        """One row of an answer; `called` learns the names of its entries."""
+        count = int(values["TOKENS"][row, 0])
+        ids = values["TOKEN_ID"][row, :count]
+        called.update((token, name.decode()) for token, name in zip(ids.tolist(), values["TOKEN"][row], strict=False))
+        order = np.argsort(ids)
+        return SparseEmbedding(ids[order], values["WEIGHT"][row, :count][order], self.spec.vocab_size)
 
     def predict(
         self,

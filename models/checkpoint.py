@@ -34,7 +34,14 @@ from transformers import (
 from gte_deploy.errors import CheckpointError
 from gte_deploy.files import write_text, write_with
 from gte_deploy.models.adapters import find_adapter, merge_adapter
-from gte_deploy.models.config import config_folder, native_config, original_config, read_config, task_of
+from gte_deploy.models.config import (
+    config_folder,
+    native_config,
+    original_config,
+    read_config,
+    task_of,
+    task_of_tensors,
+)
 from gte_deploy.models.dense import load_dense
 from gte_deploy.models.modules import model_folder, read_settings
 from gte_deploy.models.weight_files import INDEX, weight_files
@@ -94,8 +101,9 @@ def load_model(
     Args:
         folder: a local checkpoint (see `resolve_checkpoint`).
         task: which head: "fill-mask" (GteForMaskedLM), "embed" (GteModel), "classify" (GteForSequenceClassification),
-            "token-classify" (GteForTokenClassification). None takes what the checkpoint was made for. "embed" leaves
-            out a stored masked-LM or token head, and logs it.
+            "token-classify" (GteForTokenClassification), "sparse" (that of fill-mask or token-classify, whichever is
+            stored). None takes what the checkpoint was made for. "embed" leaves out a stored masked-LM or token head,
+            and logs it.
         dtype: of the parameters; stored ones are cast. RoPE frequencies stay float32.
         attn_implementation: a name known to transformers' AttentionInterface.
 
@@ -108,6 +116,8 @@ def load_model(
     """
     folder = Path(folder)
     task = task or task_of(folder)
+    if task == "sparse":
+        task = task_of_tensors(folder)
     if task not in MODEL_CLASSES:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(MODEL_CLASSES)}")
     settings = read_settings(folder, task)

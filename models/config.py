@@ -21,6 +21,7 @@ from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.fields import CONFIG, check_fields
 from gte_deploy.models.modules import model_folder, read_modules
 from gte_deploy.models.presets import USAGE_FIELDS, preset
+from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.models.weight_files import tensor_names, weight_files
 from gte_deploy.spec import Task
 
@@ -54,11 +55,11 @@ _REMOTE_CODE = "Alibaba-NLP/new-impl--"
 
 
 def task_of(folder: str | Path) -> Task:
-    """The task a checkpoint was made for: "fill-mask", "embed", "classify" or "token-classify". Needs no torch.
+    """The task a checkpoint was made for, one of gte_deploy.spec.TASKS. Needs no torch.
 
-    A sentence-transformers Pooling module (modules.json) makes it "embed" whatever head is stored beside the encoder
-    (gte-multilingual-base stores a token-weight head); else `architectures` decides, and where that is missing the
-    names of the tensors.
+    A SparseEncoder's modules make it "sparse", where they can be honoured. A sentence-transformers Pooling module
+    (modules.json) makes it "embed" whatever head is stored beside the encoder (gte-multilingual-base stores a
+    token-weight head); else `architectures` decides, and where that is missing the names of the tensors.
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
@@ -67,11 +68,13 @@ def task_of(folder: str | Path) -> Task:
     outer = Path(folder)
     folder = config_folder(outer)
     raw = read_json(folder / "config.json")
+    if is_sparse_encoder(outer):
+        return "sparse"
     if any(module.kind == "Pooling" for module in read_modules(outer) or ()):
         return "embed"
     names = raw.get("architectures")
     if not names:
-        return _task_of_tensors(folder)
+        return task_of_tensors(folder)
     match = re.fullmatch(r"(?:New|Gte)(\w+)", str(names[0])) if isinstance(names, list) else None
     if match is None or match[1] not in _TASKS:
         known = ", ".join(f"New{suffix}" for suffix in _TASKS)
@@ -453,8 +456,9 @@ def _compute_ntk_mixed(
     return torch.tensor(inv_freq, dtype=torch.float32, device=device), 1.0
 
 
-def _task_of_tensors(folder: Path) -> Task:
-    names = [name for file in weight_files(folder) for name in tensor_names(file)]
+def task_of_tensors(folder: Path) -> Task:
+    """The task that the names of the stored tensors tell: of the head, whatever modules stand beside it."""
+    names = [name for file in weight_files(config_folder(folder)) for name in tensor_names(file)]
     if any(name.startswith("lm_head.") for name in names):
         return "fill-mask"
     if not any(name.startswith("classifier.") for name in names):

@@ -7,6 +7,7 @@ is refused, stands in `models.fields`, and in docs/checkpoints.md.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,16 @@ from gte_deploy.models.modules import (
     read_settings,
     reranker_activation,
 )
+from gte_deploy.models.sparse_modules import read_sparse_spec
 from gte_deploy.models.tokenizer import ResolvedTokenizer, has_tokenizer, resolve_tokenizer
 from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_files
-from gte_deploy.spec import TASKS, ModelSpec, Pooling, Task
+from gte_deploy.spec import TASKS, ModelSpec, Pooling, Similarity, SparseSpec, Task
 
 if TYPE_CHECKING:
     from transformers import GteConfig
+
+# What sentence-transformers compares by where the checkpoint does not say.
+_SIMILARITIES: Mapping[Task, Similarity] = {"embed": "cosine", "fill-mask": "cosine", "sparse": "dot"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +105,14 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
         model_folder=inner,
         task=resolved,
         config=config,
-        spec=_spec(base, config, resolved, settings, tokenizer, pooling),
+        spec=_spec(folder, base, config, resolved, settings, tokenizer, pooling),
         tokenizer=tokenizer,
         settings=settings,
     )
 
 
 def _spec(
+    outer: Path,
     folder: Path,
     config: GteConfig,
     task: Task,
@@ -132,9 +138,14 @@ def _spec(
         type_vocab_size=config.type_vocab_size,
         embedding_size=settings.dense[-1].out_features if settings.dense else None,
         truncate_dim=settings.truncate_dim,
-        similarity=(settings.similarity or "cosine") if task in ("embed", "fill-mask") else None,
+        similarity=settings.similarity or _SIMILARITIES.get(task),
+        sparse=_sparse(outer, config, tokenizer) if task == "sparse" else None,
         activation=(settings.activation or reranker_activation(folder / "config.json")) if task == "classify" else None,
     )
+
+
+def _sparse(folder: Path, config: GteConfig, tokenizer: ResolvedTokenizer) -> SparseSpec:
+    return read_sparse_spec(folder, config.num_labels, lambda: tokenizer.unweighted_ids)
 
 
 def _max_length(config: GteConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:

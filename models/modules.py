@@ -14,6 +14,7 @@ from gte_deploy.activations import TORCH_CLASSES, activation_of
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.files import read_json, read_json_object
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
+from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
 
@@ -40,8 +41,13 @@ _FORWARD = "forward"
 _TRANSFORMER_TASKS: Mapping[Task, tuple[str, str, str]] = {
     "embed": ("feature-extraction", "last_hidden_state", "token_embeddings"),
     "classify": ("sequence-classification", "logits", "scores"),
+    "sparse": ("fill-mask", "logits", "token_embeddings"),
 }
-_MODEL_TYPES: Mapping[Task, str] = {"embed": "SentenceTransformer", "classify": "CrossEncoder"}
+_MODEL_TYPES: Mapping[Task, str] = {
+    "embed": "SentenceTransformer",
+    "classify": "CrossEncoder",
+    "sparse": "SparseEncoder",
+}
 _NO_SIZES = frozenset({"in_features", "out_features"})
 
 
@@ -140,11 +146,15 @@ def read_modules(folder: Path) -> list[Module] | None:
 def model_folder(folder: Path) -> Path:
     """Where config.json, weights and tokenizer are: the folder itself, or that of its Transformer module.
 
+    A Router may have that in the folder of a route.
+
     Raises:
         CheckpointError, ConfigError: modules.json is not readable or not honoured.
     """
     if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
         return folder
+    if (folder / "router_config.json").is_file():
+        return encoder_folder(folder)
     modules = read_modules(folder) or []
     inner = next((module.path for module in modules if module.kind in ("Transformer", "MLMTransformer")), "")
     return folder / inner
@@ -162,6 +172,8 @@ def read_settings(folder: Path, task: Task) -> SentenceSettings:
         if modules is None or _model_type(folder) != _MODEL_TYPES["classify"]:
             return SentenceSettings()
         _require_kinds(folder, modules, ("Transformer",), "a reranker")
+        return _with_whole(folder, task, _transformer_settings(model_folder(folder), task))
+    if task == "sparse" and read_sparse_modules(folder) is not None:
         return _with_whole(folder, task, _transformer_settings(model_folder(folder), task))
     if task != "embed":
         return _beside_another_task(folder, modules)

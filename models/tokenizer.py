@@ -71,6 +71,15 @@ class ResolvedTokenizer:
         """Whether a model is to be fed `token_type_ids`."""
         return "token_type_ids" in self.theirs.model_input_names
 
+    @property
+    def unweighted_ids(self) -> tuple[int, ...]:
+        """Ids to which a token-weights head gives no weight, in rising order: cls, sep or eos, pad and unk.
+
+        The rule is gte-multilingual-base's own (`_process_token_weights` of its scripts/gte_embedding.py).
+        """
+        ids = (getattr(self.theirs, f"{name}_token_id") for name in ("cls", "sep", "eos", "pad", "unk"))
+        return tuple(sorted({int(token_id) for token_id in ids if token_id is not None}))
+
     def parts(self) -> dict[str, Any]:
         """What the runtime's tokenizer is made of: the arguments of `gte_deploy.tokenization.TextTokenizer`."""
         return {

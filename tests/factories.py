@@ -104,6 +104,51 @@ def make_checkpoint(
     return folder
 
 
+def add_sparse_modules(
+    folder: Path,
+    *,
+    pooling: str = "max",
+    activation: str = "relu",
+    query_weights: Sequence[float] | None = None,
+    default_route: str | None = "document",
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make a fill-mask checkpoint a SparseEncoder's, in the published layout: the transformer stays in the root.
+
+    With `query_weights` a Router sends queries to a SparseStaticEmbedding. `config` are further fields of
+    config_sentence_transformers.json.
+    """
+    sparse = "sentence_transformers.sparse_encoder.models"
+    transformer, splade = f"{sparse}.MLMTransformer.MLMTransformer", f"{sparse}.SpladePooling.SpladePooling"
+    name = "1_SpladePooling" if query_weights is None else "document_1_SpladePooling"
+    (folder / name).mkdir()
+    _write_json(folder / name / "config.json", {"pooling_strategy": pooling, "activation_function": activation})
+    _write_json(folder / "config_sentence_transformers.json", {"model_type": "SparseEncoder", **(config or {})})
+    kinds = [("", transformer), (name, splade)]
+    if query_weights is not None:
+        kinds = [("", "sentence_transformers.models.Router")]
+        queries = folder / "query_0_SparseStaticEmbedding"
+        queries.mkdir()
+        static = f"{sparse}.SparseStaticEmbedding.SparseStaticEmbedding"
+        _write_json(
+            folder / "router_config.json",
+            {
+                "types": {queries.name: static, "": transformer, name: splade},
+                "structure": {"query": [queries.name], "document": ["", name]},
+                "parameters": {"default_route": default_route, "allow_empty_key": default_route is not None},
+            },
+        )
+        _write_json(queries / "config.json", {"frozen": True})
+        write_safetensors(queries, {"weight": list(query_weights)})
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            (queries / file).write_bytes((folder / file).read_bytes())
+    _write_json(
+        folder / "modules.json",
+        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)],
+    )
+    return folder
+
+
 def write_safetensors(folder: Path, tensors: Mapping[str, Any], *, dtype: str = "float32", shards: int = 1) -> None:
     """Write arrays as model.safetensors, or as `shards` files and their index."""
     import torch

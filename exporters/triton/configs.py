@@ -156,6 +156,10 @@ def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
     for name, text_inputs, output in _heads(serving):
         models.append(output(serving, device))
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
+    sparse = serving.spec.sparse
+    if sparse is not None and sparse.query_weights is not None:
+        models.append(_sparse_query_output(serving, device))
+        ensembles.append(_sparse_query_ensemble(serving, device, models[-1]))
     return {config["name"]: config for config in (*models, *ensembles)}
 
 
@@ -171,6 +175,7 @@ def _heads(serving: Serving) -> list[_Head]:
         "fill-mask": [("gte_fill_mask", _MASKED_TEXT, _fill_mask_output)],
         "classify": [("gte_rerank", _PAIR, _rerank_output)],
         "token-classify": [("gte_classify_tokens", _PLAIN_TEXT, _classify_tokens_output), *sparse],
+        "sparse": [("gte_sparse", _TEXT, _sparse_output)],
     }
     return heads[spec.task]
 
@@ -188,6 +193,7 @@ _OPTION_TYPES = {
     "MAX_LENGTH": "TYPE_INT32",
     "TRUNCATE_DIM": "TYPE_INT32",
     "TOP_K": "TYPE_INT32",
+    "MAX_ACTIVE_DIMS": "TYPE_INT32",
 }
 
 
@@ -384,17 +390,44 @@ def _classify_tokens_output(serving: Serving, device: Device) -> Config:
 
 
 def _sparse_output(serving: Serving, device: Device) -> Config:
+    pooled = serving.spec.task == "sparse"
+    names = ("sparse_embedding",) if pooled else ("input_ids", "attention_mask", "logits")
+    return _sparse_model(serving, device, "gte_sparse_output", _of_encoder(serving, *names))
+
+
+def _sparse_query_output(serving: Serving, device: Device) -> Config:
+    inputs = _of_encoder(serving, *_QUERY_INPUTS)
+    return _sparse_model(serving, device, "gte_sparse_query_output", inputs)
+
+
+_QUERY_INPUTS = ("input_ids", "attention_mask")
+
+
+def _sparse_model(serving: Serving, device: Device, name: str, inputs: Sequence[Config]) -> Config:
     entries = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "WEIGHT": "TYPE_FP32"}
     return _python_model(
         serving,
         device,
-        "gte_sparse_output",
-        inputs=_of_encoder(serving, "input_ids", "attention_mask", "logits"),
+        name,
+        inputs=[*inputs, _option(serving, "MAX_ACTIVE_DIMS")],
         outputs=[
             _new(serving, "TOKENS", "TYPE_INT32", 1),
             *(_new(serving, name, data_type, -1) for name, data_type in entries.items()),
         ],
     )
+
+
+def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> Config:
+    """Tokenizer and the stored weights: queries go through no encoder."""
+    names = {name: name for name in _QUERY_INPUTS}
+    weigh = _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]])
+    tokenize = _step(TOKENIZER, {inner: outer for outer, inner in _TEXT.items()}, names)
+    return {
+        **_ensemble_head(serving, device, "gte_sparse_query", _TEXT, [_option(serving, "MAX_ACTIVE_DIMS")]),
+        "output": output["output"],
+        "ensemble_scheduling": {"step": [tokenize, weigh]},
+        **_cache(serving),
+    }
 
 
 def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, str], output: Config) -> Config:

@@ -15,6 +15,7 @@ _ANSWERS = {
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
     "gte_classify_tokens": "a text -> the labels of its tokens",
     "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
+    "gte_sparse_query": "a query -> the same, by stored weights alone",
 }
 
 
@@ -117,6 +118,7 @@ def _client_example(serving: Serving) -> str:
         "fill-mask": f'client.fill_mask("Paris is the {serving.mask_token} of France.")',
         "classify": 'client.predict([("a query", "a document")])',
         "token-classify": 'client.classify_tokens("Paris is in France.", aggregation_strategy="simple")',
+        "sparse": 'client.encode_document(["a text", "another"])',
     }
     ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')
     return f"""\

@@ -9,7 +9,13 @@ import gte_deploy
 
 SERVING = "gte_deploy.exporters.triton.serving"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_TOKENIZING = ("gte_tokenizer", "gte_fill_mask_output", "gte_sparse_output", "gte_classify_tokens_output")
+_TOKENIZING = (
+    "gte_tokenizer",
+    "gte_fill_mask_output",
+    "gte_sparse_output",
+    "gte_sparse_query_output",
+    "gte_classify_tokens_output",
+)
 
 
 def write_python_model(name: str, folder: Path, tokenizer: Path) -> None:

@@ -64,7 +64,8 @@ class Backend(Protocol):
         """Compute the named outputs.
 
         `last_hidden_state` [B, S, H], `sentence_embedding` [B, H] (embed), `logits` [M, V] (fill-mask with masked
-        logits), [B, S, V] (fill-mask with all logits), [B, L] (classify) or [B, S, L] (token-classify); all float32.
+        logits), [B, S, V] (fill-mask with all logits), [B, L] (classify) or [B, S, L] (token-classify),
+        `sparse_embedding` [B, V] (sparse); all float32.
 
         Raises:
             InputError: the batch has a wrong rank, dtype, id or mask position.

@@ -9,6 +9,14 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.errors import BackendError, InputError, NonFiniteError
 from gte_deploy.spec import ModelSpec
 
+COSTLY_OUTPUTS = frozenset(("logits", "sparse_embedding"))
+"""What a head computes; see `has_costly_head`."""
+
+
+def has_costly_head(spec: ModelSpec) -> bool:
+    """Whether the graph's head works on the whole vocabulary for every token, asked for or not."""
+    return spec.logits == "all" or spec.task == "sparse"
+
 
 def check_batch(batch: Batch, spec: ModelSpec) -> None:
     """Refuse a batch that a graph would answer with garbage, NaN or a crash.

@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
+from gte_deploy.backends.checks import (
+    COSTLY_OUTPUTS,
+    check_batch,
+    check_graph_inputs,
+    check_outputs,
+    has_costly_head,
+)
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.tensorrt_shapes import Layout, plan_parts, write_inputs
 from gte_deploy.errors import BackendError, MissingDependencyError
@@ -120,8 +126,8 @@ class OnnxBackend:
         return None if self._needs_every_node(outputs) else self._run_options
 
     def _needs_every_node(self, outputs: Sequence[str]) -> bool:
-        # Only the classical graph has a costly head that runs without being asked for.
-        return self.spec.logits == "masked" or "logits" in outputs
+        # Only the classical graph and a sparse one have a costly head that runs without being asked for.
+        return not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
 
     def _open(self, ort: Any, graph: Path) -> Any:
         options = ort.SessionOptions()

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
+from gte_deploy.backends.checks import (
+    COSTLY_OUTPUTS,
+    check_batch,
+    check_graph_inputs,
+    check_outputs,
+    has_costly_head,
+)
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.errors import BackendError
 from gte_deploy.quiet import import_openvino
@@ -106,11 +112,11 @@ class OpenVinoBackend:
     def _requests_for(self, outputs: Sequence[str]) -> _Requests:
         """The idle requests of a model that computes `outputs`, compiled at the first need.
 
-        A model computes all its outputs at every run. Only the classical graph has a costly one, so its hidden states
-        alone are a model of their own, with its own copy of the weights.
+        A model computes all its outputs at every run. Only the classical graph and a sparse one have a costly one, so
+        its hidden states alone are a model of their own, with its own copy of the weights.
         """
-        needs_all = self.spec.logits == "masked" or "logits" in outputs
-        computed = tuple(name for name in self.outputs if needs_all or name != "logits")
+        needs_all = not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
+        computed = tuple(name for name in self.outputs if needs_all or name not in COSTLY_OUTPUTS)
         with self._lock:
             if self._idle is None:
                 raise BackendError("this model is closed; load it again")

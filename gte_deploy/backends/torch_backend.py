@@ -16,7 +16,7 @@ from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.errors import BackendError, MissingDependencyError
 from gte_deploy.quiet import keep_caches_in_ours
-from gte_deploy.spec import ComputePrecision, ModelSpec
+from gte_deploy.spec import ComputePrecision, ModelSpec, Task
 from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import TextTokenizer
 
@@ -27,6 +27,7 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "embed": ("last_hidden_state", "sentence_embedding"),
     "classify": ("last_hidden_state", "logits"),
     "token-classify": ("last_hidden_state", "logits"),
+    "sparse": ("last_hidden_state", "sparse_embedding"),
 }
 
 
@@ -62,6 +63,8 @@ class TorchBackend:
         self.spec = spec
         self.device = device
         self.outputs = _OUTPUTS[spec.task]
+        if spec.head_task == "fill-mask":  # a splade model's checkpoint fills masks, too
+            self.outputs = tuple(dict.fromkeys((*self.outputs, "logits")))
         self.precision: ComputePrecision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         on_cuda = parse_device(device)[0] == "cuda"
         self._is_packed = on_cuda and self.precision == "bf16" if packed is None else packed
@@ -71,6 +74,11 @@ class TorchBackend:
             register_packed_attention()
             model.set_attn_implementation(PACKED_ATTENTION)
         self._model: Any = model.to(_torch_device(device)).eval()
+        self._sparse: Any = None
+        if spec.sparse is not None:
+            from gte_deploy.models.sparse_heads import sparse_head
+
+            self._sparse = sparse_head(self._model, spec.sparse)
         encoder = self._model if spec.task == "embed" else self._model.gte
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
@@ -85,7 +93,7 @@ class TorchBackend:
             raise BackendError("this model is closed; load it again")
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
-        if "logits" in outputs and self.spec.task == "fill-mask" and batch.mask_positions is None:
+        if "logits" in outputs and self.spec.head_task == "fill-mask" and batch.mask_positions is None:
             raise BackendError("logits of a fill-mask model need mask_positions in the batch")
         compute = self._packed if self._is_packed else self._padded
         try:
@@ -99,7 +107,7 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._model = self._encoder = None
+        self._model = self._encoder = self._sparse = None
 
     def compute_in_forked_process(self) -> None:
         """Go on in a child of the process that loaded the model, with one thread.
@@ -121,6 +129,8 @@ class TorchBackend:
         tensors = {"last_hidden_state": hidden}
         if "sentence_embedding" in outputs:
             tensors["sentence_embedding"] = self._projected(model, self._pooled(hidden, mask))
+        if "sparse_embedding" in outputs:
+            tensors["sparse_embedding"] = self._sparse_embedding(hidden, batch)
         if "logits" not in outputs:
             return tensors
         if self.spec.task == "classify":
@@ -165,6 +175,8 @@ class TorchBackend:
             else:
                 pooled = torch.segment_reduce(hidden.float(), "mean", lengths=self._tensor(lengths))
             tensors["sentence_embedding"] = self._projected(model, pooled)
+        if "sparse_embedding" in outputs:
+            tensors["sparse_embedding"] = self._sparse_embedding(padded(hidden), batch)
         if "logits" not in outputs:
             return tensors
         if self.spec.task == "classify":
@@ -176,6 +188,9 @@ class TorchBackend:
             row, column = batch.mask_positions.T
             tensors["logits"] = model.lm_head(hidden[starts[row] + real.cumsum(axis=1)[row, column] - 1])
         return tensors
+
+    def _sparse_embedding(self, hidden: Any, batch: Batch) -> Any:
+        return self._sparse(hidden, self._tensor(batch.attention_mask), self._tensor(batch.input_ids))
 
     def _pooled(self, hidden: Any, mask: Any) -> Any:
         if self.spec.pooling == "cls":
@@ -198,12 +213,13 @@ class TorchBackend:
 def open_torch_backend(
     folder: Path,
     *,
+    task: Task | None = None,
     device: str = "cpu",
     num_threads: int | None = None,
     precision: ComputePrecision = "fp32",
     compile: bool = False,
 ) -> tuple[TorchBackend, TextTokenizer]:
-    """Load a checkpoint folder of either layout, and its tokenizer as transformers makes it.
+    """Load a checkpoint folder of either layout, for `task` or for what it was made for, and its tokenizer.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
@@ -218,7 +234,7 @@ def open_torch_backend(
     from gte_deploy.models.checkpoint import load_model
     from gte_deploy.models.description import describe
 
-    description = describe(folder)
+    description = describe(folder, task=task or "auto")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = load_model(folder, task=description.task, dtype=dtype)
     backend = TorchBackend(model, description.spec, device=device, num_threads=num_threads, compile=compile)

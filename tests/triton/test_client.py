@@ -80,7 +80,17 @@ def client(transport: FakeTransport) -> Iterator[triton.Client]:
 
 
 @pytest.mark.parametrize(
-    "name", ["encode", "encode_query", "encode_document", "fill_mask", "predict", "rank", "classify_tokens"]
+    "name",
+    [
+        "encode",
+        "encode_query",
+        "encode_document",
+        "encode_sparse",
+        "fill_mask",
+        "predict",
+        "rank",
+        "classify_tokens",
+    ],
 )
 def test_signatures_are_those_of_a_loaded_model(name: str):
     ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (triton.Client, gte_deploy.Model))
@@ -162,6 +172,53 @@ def test_what_a_server_does_not_tag(options: dict[str, Any], message: str, monke
     with triton.Client() as client, pytest.raises(InputError, match=message):
         client.classify_tokens("the king", **options)
     assert fake.requests == []
+
+
+class SparseTransport(FakeTransport):
+    """Answers with words 7 ("a", of the weight that the text spells) and 3 ("b", 9), padded to three."""
+
+    def infer(self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        values = super().infer(model, inputs, outputs)["SCORE"]
+        rows = len(values)
+        return {
+            "TOKENS": np.full((rows, 1), 2, np.int32),
+            "TOKEN": np.array([[b"b", b"a", b""]] * rows, object),
+            "TOKEN_ID": np.array([[3, 7, -1]] * rows),
+            "WEIGHT": np.concatenate([np.full((rows, 1), 9), values, np.zeros((rows, 1))], axis=1, dtype=np.float32),
+        }
+
+
+def test_sparse_vectors_and_dictionaries(monkeypatch: pytest.MonkeyPatch):
+    sparse = {"head": "splade", "query_weights": "query_weights.npy"}
+    fake = SparseTransport(ModelSpec(**{**asdict(SPEC), "task": "sparse", "sparse": sparse}))
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client(connections=3) as client:
+        texts = [str(number) for number in range(1, 9)] * 3
+        assert client.encode_sparse(texts) == [{"b": 9.0, "a": float(text)} for text in texts]
+        assert client.encode_sparse("5") == {"b": 9.0, "a": 5.0}
+        vector = client.encode_document("5", as_dict=False, max_active_dims=2)
+        assert (vector.indices.tolist(), vector.values.tolist(), vector.size) == ([3, 7], [5.0, 9.0][::-1], 100)
+        assert fake.requests[-1][0] == "gte_sparse" and fake.requests[-1][1]["MAX_ACTIVE_DIMS"].tolist() == [[2]]
+        client.encode_query("5", truncation=True)
+        assert fake.requests[-1][0] == "gte_sparse_query" and set(fake.requests[-1][1]) == {"TEXT", "TRUNCATION"}
+        for call, message in (
+            (lambda: client.encode("5"), "use encode_sparse"),
+            (lambda: client.encode_sparse("5", device="cuda"), "leave device out"),
+            (lambda: client.encode_sparse("5", max_active_dims=0), "max_active_dims must be"),
+            (lambda: client.encode_sparse("5", route="both"), "route must be one of"),
+        ):
+            with pytest.raises(InputError, match=message):
+                call()
+
+
+def test_equal_names_keep_the_heaviest(monkeypatch: pytest.MonkeyPatch):
+    """Two entries of a vocabulary may decode to the same word."""
+    fake = SparseTransport(ModelSpec(**{**asdict(SPEC), "task": "token-classify", "num_labels": 1}))
+    infer = fake.infer
+    fake.infer = lambda *args: {**infer(*args), "TOKEN": np.array([[b"a", b"a", b""]], object)}  # type: ignore[method-assign]
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        assert client.encode_sparse("5") == {"a": 9.0}
 
 
 def test_several_labels(monkeypatch: pytest.MonkeyPatch):

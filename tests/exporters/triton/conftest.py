@@ -203,6 +203,7 @@ def bundles(
     word_checkpoints: dict[str, Path],
     bundle_of: Callable[..., Path],
     runtime_models: types.ModuleType,
+    factories: types.ModuleType,
     make_checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
@@ -216,7 +217,10 @@ def bundles(
     tensors = load_file(sparse / "model.safetensors")
     tensors["classifier.bias"] = tensors["classifier.bias"] + 1
     save_file(tensors, sparse / "model.safetensors", metadata={"format": "pt"})
-    return {task: bundle_of(path) for task, path in {**word_checkpoints, "token-classify": sparse}.items()}
+    splade = runtime_models.make_word_checkpoint(make_checkpoint, tmp_path_factory.mktemp("splade") / "checkpoint")
+    factories.add_sparse_modules(splade, query_weights=np.linspace(0.5, 3, runtime_models.VOCAB_SIZE).tolist())
+    more = {"token-classify": sparse, "sparse": splade}
+    return {task: bundle_of(path) for task, path in {**word_checkpoints, **more}.items()}
 
 
 @pytest.fixture(scope="session")

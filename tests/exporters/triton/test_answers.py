@@ -225,7 +225,7 @@ def test_bad_requests_for_labels(tagger, open_repository):
 
 
 def test_sparse_vectors(bundles, repository):
-    """Against the definition: for each entry the largest relu(logit) among its places, special tokens left out."""
+    """By the definition: for each entry the largest relu(logit) among its places; cls, sep, pad and unk have none."""
     import onnxruntime
 
     texts = ["the king and the queen", "[MASK] unknownword", "a river"]
@@ -238,7 +238,7 @@ def test_sparse_vectors(bundles, repository):
         (logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
         expected: dict[int, float] = {}
         for token, logit in zip(ids[0].tolist(), logits[0, :, 0].tolist(), strict=True):
-            if logit > 0 and token > 4:  # [PAD], [UNK], [CLS], [SEP], [MASK]
+            if logit > 0 and token > 3:  # [PAD], [UNK], [CLS], [SEP]
                 expected[token] = max(expected.get(token, 0.0), logit)
         count = int(answer["TOKENS"][row, 0])
         found = dict(zip(answer["TOKEN_ID"][row, :count].tolist(), answer["WEIGHT"][row, :count].tolist(), strict=True))
@@ -246,6 +246,38 @@ def test_sparse_vectors(bundles, repository):
         assert answer["WEIGHT"][row].tolist() == sorted(answer["WEIGHT"][row].tolist(), reverse=True)
         seen += count
     assert seen > 0
+
+
+def vectors_of(answer):
+    counts = answer["TOKENS"][:, 0].tolist()
+    return [
+        dict(zip(answer["TOKEN_ID"][row, :count].tolist(), answer["WEIGHT"][row, :count].tolist(), strict=True))
+        for row, count in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize("kept", [None, 3])
+def test_sparse_vectors_of_a_masked_lm_head(kept, repository, local):
+    """As `Model` answers, which tests/runtime/test_sparse.py compares with SparseEncoder."""
+    options = {} if kept is None else {"MAX_ACTIVE_DIMS": [kept] * len(TEXTS)}
+    (answer,) = repository("sparse").ask("gte_sparse", {"TEXT": TEXTS, **options})
+    expected = local["sparse"].encode_document(TEXTS, max_active_dims=kept)
+    for found, wanted in zip(vectors_of(answer), expected, strict=True):
+        assert found == pytest.approx(dict(wanted.ordered()), abs=1e-5)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert kept is None or len(found) <= kept
+
+
+def test_queries_of_a_sparse_model_are_stored_weights(repository, runtime_models):
+    opened = repository("sparse")
+    texts = ["the king and the king", "[MASK] water"]
+    (answer,) = opened.ask("gte_sparse_query", {"TEXT": texts})
+    weights = np.linspace(0.5, 3, 128).astype(np.float32)
+    words = {word: i for i, word in enumerate(runtime_models.PIECES)}
+    for found, text in zip(vectors_of(answer), texts, strict=True):
+        ids = {words[word] for word in text.split()}
+        assert found == {token: pytest.approx(weights[token]) for token in ids}
+    assert opened.runs == []  # the encoder had nothing to do
 
 
 def test_a_bad_request_fails_alone(repository, local):

@@ -23,6 +23,7 @@ ENSEMBLES = {
     "embed": {"gte_embed", "gte_token_embed"},
     "classify": {"gte_embed", "gte_token_embed", "gte_rerank"},
     "token-classify": {"gte_embed", "gte_token_embed", "gte_classify_tokens", "gte_sparse"},
+    "sparse": {"gte_embed", "gte_token_embed", "gte_sparse", "gte_sparse_query"},
 }
 
 

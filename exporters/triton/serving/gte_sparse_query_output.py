@@ -1,0 +1,48 @@
+"""gte_sparse_query_output: a query's token ids to the stored weights of its entries, without the encoder.
+
+Shapes: B rows of a request, S tokens, N entries of the vector that has most.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+
+import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+    Settings,
+    answer_each,
+    required,
+    sparse_vectors,
+)
+from gte_deploy.sparse import entry_names, weights_of_query  # noqa: E402
+from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+
+
+class TritonPythonModel:
+    """See the module."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the weights, and the tokenizer, which names the entries."""
+        settings = Settings(args)
+        self._spec = settings.spec
+        assert self._spec.sparse is not None and self._spec.sparse.query_weights is not None
+        tokenizer = load_tokenizer(settings.folder)
+        self._name = entry_names(tokenizer, self._spec)
+        self._template = tokenizer.template
+        self._weights = np.load(settings.folder / self._spec.sparse.query_weights, allow_pickle=False)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """`TOKENS` [B, 1]; `TOKEN`, `TOKEN_ID` and `WEIGHT` [B, N], heaviest first, for each request."""
+        return answer_each(requests, self._answer)
+
+    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+        first, last = len(self._template.prefix), len(self._template.suffix)
+        lengths = required(request, "attention_mask").sum(axis=1)
+        rows = zip(required(request, "input_ids"), lengths, strict=True)
+        weights = [weights_of_query(ids[first : length - last], self._weights) for ids, length in rows]
+        return sparse_vectors(request, weights, self._spec, self._name)

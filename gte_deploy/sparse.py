@@ -1,0 +1,182 @@
+"""Sparse embeddings without torch: vectors with a weight for few of a vocabulary's entries, and what is made of them.
+
+Shapes: N texts, S tokens, V vocabulary, K entries that a vector has.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.embedding import import_torch
+from gte_deploy.errors import InputError
+from gte_deploy.spec import ModelSpec
+from gte_deploy.tokenization import TextTokenizer
+
+Names = Callable[[int], str] | Mapping[int, str] | Sequence[str]
+"""From vocabulary ids to what they are called."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseEmbedding:
+    """The weights of one text.
+
+    Args:
+        indices: [K] int64, vocabulary ids in rising order, each once.
+        values: [K] float32, their weights; none is 0.
+        size: V.
+    """
+
+    indices: NDArray[np.int64]
+    values: NDArray[np.float32]
+    size: int
+
+    def __len__(self) -> int:
+        """Entries that have a weight."""
+        return len(self.indices)
+
+    def to_dense(self) -> NDArray[np.float32]:
+        """[V] float32, 0 where there is no weight."""
+        dense = np.zeros(self.size, np.float32)
+        dense[self.indices] = self.values
+        return dense
+
+    def ordered(self) -> list[tuple[int, float]]:
+        """(vocabulary id, weight), heaviest first; equal weights by id."""
+        order = np.argsort(-self.values, kind="stable")
+        return list(zip(self.indices[order].tolist(), self.values[order].tolist(), strict=True))
+
+    def as_dict(self, names: Names) -> dict[str, float]:
+        """Name -> weight, heaviest first; of entries with the same name the heaviest stands."""
+        found: dict[str, float] = {}
+        for index, weight in self.ordered():
+            found.setdefault(names(index) if callable(names) else names[index], weight)
+        return found
+
+
+def sparsify(weights: NDArray[np.float32], max_active_dims: int | None = None) -> SparseEmbedding:
+    """A row of weights [V] as a vector; `max_active_dims` keeps the heaviest."""
+    indices = np.flatnonzero(weights)
+    if max_active_dims is not None and max_active_dims < len(indices):
+        heaviest = np.argsort(-np.abs(weights[indices]), kind="stable")[:max_active_dims]
+        indices = np.sort(indices[heaviest])
+    return SparseEmbedding(indices.astype(np.int64), weights[indices].astype(np.float32), len(weights))
+
+
+def weights_of_tokens(
+    ids: NDArray[np.int64], logits: NDArray[np.float32], size: int, unweighted: Collection[int]
+) -> NDArray[np.float32]:
+    """[V] weights of a text's token ids [S] and logits [S], as gte-multilingual-base defines them.
+
+    An entry weighs the largest relu(logit) of its places; `unweighted` ids weigh nothing.
+    """
+    weights = np.zeros(size, np.float32)
+    np.maximum.at(weights, ids, logits)
+    weights[list(unweighted)] = 0
+    return weights
+
+
+def weights_of_query(ids: Sequence[int], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[V]: the stored weight of each entry that is there, however often."""
+    found = np.zeros_like(weights)
+    present = np.unique(np.asarray(ids, dtype=np.int64))
+    found[present] = weights[present]
+    return found
+
+
+def unweighted_ids(tokenizer: TextTokenizer, pad_token_id: int | None = None) -> tuple[int, ...]:
+    """Ids that a token-weights head gives no weight: those put around a text (cls, sep or eos), pad and unk.
+
+    The rule is gte-multilingual-base's own (`_process_token_weights` of its scripts/gte_embedding.py). [MASK] and added
+    words keep their weights.
+    """
+    template = tokenizer.template
+    around = (*template.prefix, *template.suffix, *template.middle, *template.pair_suffix)
+    others = (tokenizer.pad_token_id, tokenizer.unknown_token_id, pad_token_id)
+    return tuple(sorted({*around, *(token for token in others if token is not None)}))
+
+
+def entry_names(tokenizer: TextTokenizer, spec: ModelSpec) -> Callable[[int], str]:
+    """What an entry is called, in the words of the model's own library.
+
+    For token weights the decoded token, as gte-multilingual-base's dictionaries have it; else the vocabulary's entry,
+    as SparseEncoder.decode gives it. An id that only pads the vocabulary is called "[ID]".
+    """
+    decodes = spec.head_task == "token-classify"
+
+    def name(token_id: int) -> str:
+        token = tokenizer.id_to_token(token_id)
+        if token is None:
+            return f"[{token_id}]"
+        return tokenizer.decode([token_id]) if decodes else token
+
+    return name
+
+
+@dataclass(frozen=True)
+class SparseForm:
+    """What `encode_sparse` returns: vectors, one torch tensor (sparse or dense), or dictionaries."""
+
+    tensor: bool
+    sparse_tensor: bool
+    as_dict: bool
+
+    def check(self) -> None:
+        """Refuse what cannot be honoured, before any work.
+
+        Raises:
+            InputError: tensors and dictionaries are asked for.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        if self.tensor and self.as_dict:
+            raise InputError("convert_to_tensor and as_dict are different forms; ask for one of them")
+        if self.tensor:
+            import_torch()
+
+    def assemble(self, embeddings: Sequence[SparseEmbedding], names: Names, *, single: bool) -> Any:
+        """All texts, in the caller's order, in the form asked for."""
+        if self.tensor:
+            whole = as_tensors(embeddings, sparse=self.sparse_tensor)
+        else:
+            whole = [embedding.as_dict(names) for embedding in embeddings] if self.as_dict else list(embeddings)
+        return whole[0] if single else whole
+
+
+def as_tensors(embeddings: Sequence[SparseEmbedding], *, sparse: bool) -> Any:
+    """One torch tensor [N, V] float32: sparse COO, or dense.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+    """
+    torch = import_torch()
+    if not sparse:
+        return torch.from_numpy(np.stack([embedding.to_dense() for embedding in embeddings]))
+    rows = np.repeat(np.arange(len(embeddings)), [len(embedding) for embedding in embeddings])
+    places = np.stack([rows, np.concatenate([embedding.indices for embedding in embeddings])])
+    values = np.concatenate([embedding.values for embedding in embeddings])
+    size = (len(embeddings), embeddings[0].size)
+    return torch.sparse_coo_tensor(
+        torch.from_numpy(places), torch.from_numpy(values), size, check_invariants=False, is_coalesced=True
+    )
+
+
+def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
+    """Vectors of any form that `encode_sparse` gives, or arrays and tensors [V] or [N, V]; and whether it was one.
+
+    Raises:
+        InputError: another form.
+    """
+    if isinstance(embeddings, SparseEmbedding):
+        return [embeddings], True
+    if isinstance(embeddings, list | tuple) and all(isinstance(each, SparseEmbedding) for each in embeddings):
+        return list(embeddings), False
+    if hasattr(embeddings, "to_dense"):  # a tensor of torch
+        embeddings = embeddings.detach().to_dense().cpu().numpy()
+    if isinstance(embeddings, np.ndarray) and embeddings.ndim in (1, 2) and embeddings.dtype.kind == "f":
+        return [sparsify(row) for row in np.atleast_2d(embeddings)], embeddings.ndim == 1
+    raise InputError(
+        "embeddings must be what encode_sparse gives, or an array or tensor of floats [V] or [N, V], not "
+        f"{type(embeddings).__name__}"
+    )

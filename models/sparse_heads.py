@@ -1,0 +1,96 @@
+"""From hidden states to sparse embeddings, in torch: what the torch backend runs and what graphs are traced from.
+
+The vocabulary logits of a long text are large: 8,192 tokens x 30,528 words are 1 GB. They are made, and pooled over the
+tokens, for one part of the vocabulary after another, so no more than a part's exist at once; the answer is the same.
+
+Shapes: B rows, S tokens, H hidden size, V vocabulary, W words of a part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gte_deploy.spec import SparseSpec
+
+PART = 2048
+"""Words of a part: 64 MB of logits at 8,192 tokens. Measured in docs/performance.md."""
+
+
+def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead:
+    """The head of a GteForMaskedLM or a GteForTokenClassification; its parameters are the model's own, uncopied."""
+    if sparse.head == "splade":
+        return SpladeHead(model.lm_head, sparse)
+    return TokenWeightsHead(model.classifier, model.config.vocab_size, sparse)
+
+
+class SpladeHead(nn.Module):
+    """sentence-transformers' SpladePooling over a masked-LM head."""
+
+    def __init__(self, lm_head: Any, sparse: SparseSpec, part: int | None = None) -> None:
+        super().__init__()
+        self._sparse = sparse
+        part = PART if part is None else part
+        self.dense, self.layer_norm = lm_head.dense, lm_head.layer_norm
+        self.decoder = nn.ModuleList(
+            _LinearOf(weight, bias)
+            for weight, bias in zip(
+                lm_head.decoder.weight.detach().split(part), lm_head.decoder.bias.detach().split(part), strict=True
+            )
+        )
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        """[B, S, H], [B, S] and [B, S] to [B, V]; the first token of each row is real, padding stands on the right."""
+        is_max = self._sparse.pooling == "max"
+        if is_max:
+            # Padding repeats the first token, which changes no maximum: cheaper than a mask on [B, S, V].
+            hidden = torch.where(attention_mask[:, :, None] == 1, hidden, hidden[:, :1])
+        rows = self.layer_norm(F.gelu(self.dense(hidden.reshape(-1, hidden.shape[-1]))))
+        pooled = [self._pooled(part(rows).reshape(*hidden.shape[:2], -1), attention_mask) for part in self.decoder]
+        weights = torch.cat(pooled, dim=-1)
+        # The activation only rises, so it commutes with the maximum: [B, V] instead of [B, S, V].
+        return self._activated(weights) if is_max else weights
+
+    def _pooled(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """[B, S, W] to [B, W]."""
+        if self._sparse.pooling == "max":
+            return logits.amax(dim=1)
+        return torch.matmul(mask[:, None].to(logits.dtype), self._activated(logits)).squeeze(1)
+
+    def _activated(self, logits: Tensor) -> Tensor:
+        weights = torch.log1p(torch.relu(logits))
+        return torch.log1p(weights) if self._sparse.activation == "log1p_relu" else weights
+
+
+class TokenWeightsHead(nn.Module):
+    """gte-multilingual-base's: a vocabulary entry weighs the largest relu(logit) among its places."""
+
+    keep: Tensor
+
+    def __init__(self, classifier: nn.Module, vocab_size: int, sparse: SparseSpec) -> None:
+        super().__init__()
+        self.classifier = classifier
+        keep = torch.ones(vocab_size, device=next(classifier.parameters()).device)
+        keep[list(sparse.unweighted)] = 0
+        self.register_buffer("keep", keep)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        """[B, S, H], [B, S] and [B, S] to [B, V]."""
+        weights = torch.relu(self.classifier(hidden)[:, :, 0].float()) * attention_mask
+        none = weights.new_zeros(1, 1).expand(weights.shape[0], self.keep.shape[0])
+        return none.scatter_reduce(1, input_ids, weights, reduce="amax", include_self=True) * self.keep
+
+
+class _LinearOf(nn.Module):
+    """A linear layer on some rows of another's matrix; not a copy of them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)

@@ -1,0 +1,362 @@
+"""What a checkpoint's files say of sparse embeddings: SparseEncoder's modules, or a head with one weight a token.
+
+Read here: modules.json, router_config.json, the configurations of MLMTransformer, Transformer, SpladePooling and
+SparseStaticEmbedding, and `max_active_dims` of config_sentence_transformers.json. Importing this needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
+
+logger = logging.getLogger(__name__)
+
+QUERY_WEIGHTS_FILE = "query_weights.npy"
+"""Where a bundle holds the weights of queries that need no model: float32 [vocabulary]."""
+
+_MODULES, _ROUTER, _SENTENCE_BERT = "modules.json", "router_config.json", "sentence_bert_config.json"
+_SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
+_ROUTERS = ("Router", "Asym")
+# Modules that only SparseEncoder has. Transformer is one of its as well where its task is fill-mask.
+_SPARSE_TYPES = frozenset(("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder"))
+# Fields that change no answer: the width is the vocabulary's, and parts of a sum are no other sum.
+_INERT_POOLING_FIELDS = frozenset(("embedding_dimension", "word_embedding_dimension", "chunk_size"))
+_ROUTER_FIELDS = frozenset(("default_route", "allow_empty_key", "route_mappings"))
+
+
+@dataclass(frozen=True)
+class Module:
+    """An entry of modules.json or router_config.json: the last part of its type, and its folder in the checkpoint's."""
+
+    kind: str
+    path: str
+
+
+@dataclass(frozen=True)
+class SparseModules:
+    """The modules of a SparseEncoder's checkpoint.
+
+    Args:
+        spec: how they make sparse embeddings; None where they cannot be honoured.
+        reason: why not; "" where they can.
+        transformer: folder of the encoder's configuration, weights and tokenizer in the checkpoint's; "" for that
+            itself.
+        query: folder of the weights of queries, where queries go through no model.
+    """
+
+    spec: SparseSpec | None
+    reason: str = ""
+    transformer: str = ""
+    query: str | None = None
+
+
+class _RefusedError(Exception):
+    """Why the modules cannot be honoured; never leaves this file."""
+
+
+def read_sparse_modules(folder: Path) -> SparseModules | None:
+    """The modules of a checkpoint folder, or None where they are not a SparseEncoder's.
+
+    Raises:
+        ConfigError: modules.json is not a list of modules.
+        CheckpointError: it is not JSON.
+    """
+    modules = _modules(folder)
+    if not _are_sparse(folder, modules):
+        return None
+    try:
+        found = _routed(folder, modules) if any(m.kind in _ROUTERS for m in modules) else _splade(folder, modules)
+        if found.spec is not None:
+            found = replace(found, spec=replace(found.spec, max_active_dims=_max_active_dims(folder)))
+        return found
+    except (_RefusedError, CheckpointError) as error:
+        return SparseModules(None, str(error))
+
+
+def encoder_folder(folder: str | Path) -> Path:
+    """Where configuration, weights and tokenizer are: the folder itself, or below it where a Router has them there."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file() or not (folder / _ROUTER).is_file():
+        return folder
+    found = read_sparse_modules(folder)
+    return folder if found is None else folder / found.transformer
+
+
+def is_sparse_encoder(folder: Path) -> bool:
+    """Whether the checkpoint's own task is sparse embeddings; modules that cannot be honoured are logged."""
+    found = read_sparse_modules(folder)
+    if found is not None and found.spec is None:
+        logger.warning("%s gives no sparse embeddings here: %s", folder, found.reason)
+    return found is not None and found.spec is not None
+
+
+def read_sparse_spec(folder: Path, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]) -> SparseSpec:
+    """How a checkpoint makes sparse embeddings: by its modules; else by its head.
+
+    A token classifier of one label gives token weights, whatever modules stand beside it (gte-multilingual-base has a
+    Pooling). A masked-LM head without modules is pooled as SparseEncoder does it then: the maximum of log1p(relu(x)).
+
+    Args:
+        folder: the checkpoint.
+        num_labels: of a classifier.
+        unweighted: called for the ids that a token-weights head gives no weight.
+
+    Raises:
+        ConfigError: its modules cannot be honoured, or it has no head for sparse embeddings.
+        CheckpointError: a file is missing or unreadable.
+    """
+    found = read_sparse_modules(folder)
+    if found is not None:
+        if found.spec is None:
+            raise ConfigError(f"{folder} gives no sparse embeddings: {found.reason}")
+        return found.spec
+    from gte_deploy.models.config import task_of_tensors
+
+    match task_of_tensors(folder):
+        case "fill-mask":
+            logger.info(
+                "%s has no SpladePooling; the maximum of log1p(relu(x)) is taken, as SparseEncoder does", folder
+            )
+            return SparseSpec("splade", max_active_dims=_max_active_dims(folder))
+        case "token-classify" if num_labels == 1:
+            return SparseSpec("token-weights", unweighted=unweighted(), max_active_dims=_max_active_dims(folder))
+        case other:
+            labels = f" with {num_labels} labels" if other == "token-classify" else ""
+            raise ConfigError(
+                f"{folder} has no head for sparse embeddings: they need a masked-LM head or a token classifier of one "
+                f"label, and this is {other}{labels}."
+            )
+
+
+def read_query_weights(
+    folder: Path, vocab_size: int, token_id: Callable[[str], int | None]
+) -> NDArray[np.float32] | None:
+    """The weights that a query's tokens get without the model, [vocab_size] float32; None where there are none.
+
+    Words that the weights do not reach, such as the rows that pad the vocabulary, weigh 0. `token_id` gives the id of a
+    word that weights are stored by: that of [UNK] where the vocabulary does not have it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigError: the queries' tokenizer is not the documents'.
+    """
+    found = read_sparse_modules(folder)
+    if found is None or found.query is None:
+        return None
+    place = folder / found.query
+    documents = folder / found.transformer
+    _require_same_tokenizer(place, documents)
+    path = (_json(place / "config.json") or {}).get("path")
+    if isinstance(path, str) and path.endswith(".json"):
+        stored = _weights_of_json(folder, place, path, vocab_size, token_id)
+    else:
+        stored = _stored_weights(place / "model.safetensors")
+    if stored.ndim != 1 or len(stored) > vocab_size:
+        raise CheckpointError(
+            f"{place} has query weights of shape {list(stored.shape)}, and the model a vocabulary of {vocab_size:,}"
+        )
+    if not np.isfinite(stored).all():
+        raise CheckpointError(f"{place} has query weights that are NaN or Inf. Download the checkpoint again.")
+    weights = np.zeros(vocab_size, np.float32)
+    weights[: len(stored)] = stored
+    return weights
+
+
+def _modules(folder: Path) -> list[Module]:
+    file = folder / _MODULES
+    data = _json(file)
+    if data is None:
+        return []
+    if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in data):
+        raise ConfigError(f"{file} is not a list of sentence-transformers modules: objects with a `type`")
+    return [Module(_kind(m["type"]), str(m.get("path") or "")) for m in data]
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _are_sparse(folder: Path, modules: Sequence[Module]) -> bool:
+    if not modules:
+        return False
+    if any(module.kind in _SPARSE_TYPES for module in modules):
+        return True
+    if _facts(folder / _SENTENCE_TRANSFORMERS).get("model_type") == "SparseEncoder":
+        return True
+    if modules[0].kind in _ROUTERS:
+        # One without its configuration may be anything; one of embeddings is not for here.
+        types = _facts(folder / _ROUTER).get("types")
+        return not isinstance(types, dict) or any(_kind(str(name)) in _SPARSE_TYPES for name in types.values())
+    return modules[0].kind == "Transformer" and _is_masked_lm(folder, modules[0])
+
+
+def _json(file: Path) -> Any:
+    """Parse a JSON file, or None where there is none."""
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}). Download the checkpoint again.") from error
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    data = _json(file)
+    return data if isinstance(data, dict) else {}
+
+
+def _is_masked_lm(folder: Path, module: Module) -> bool:
+    """Whether a module gives the logits of a masked-LM head."""
+    default = "fill-mask" if module.kind == "MLMTransformer" else "feature-extraction"
+    file = folder / _relative(module.path) / _SENTENCE_BERT
+    return bool(_facts(file).get("transformer_task", default) == "fill-mask")
+
+
+def _splade(folder: Path, modules: Sequence[Module]) -> SparseModules:
+    """MLMTransformer, or Transformer for fill-mask, then SpladePooling."""
+    kinds = [module.kind for module in modules]
+    if len(kinds) != 2 or kinds[0] not in ("MLMTransformer", "Transformer") or kinds[1] != "SpladePooling":
+        raise _RefusedError(
+            f"its modules are {', '.join(kinds)}; honoured are MLMTransformer (or Transformer for fill-mask) and "
+            "SpladePooling."
+        )
+    transformer, pooling = modules
+    if not _is_masked_lm(folder, transformer):
+        raise _RefusedError(f"its {transformer.kind} is not for fill-mask, and SpladePooling needs those logits.")
+    return SparseModules(_pooling(folder, pooling), transformer=_relative(transformer.path))
+
+
+def _pooling(folder: Path, module: Module) -> SparseSpec:
+    file = folder / _relative(module.path) / "config.json"
+    config = _json(file)
+    if not isinstance(config, dict):
+        raise _RefusedError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
+    known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
+    if unknown := sorted(config.keys() - known.keys() - _INERT_POOLING_FIELDS):
+        raise _RefusedError(f"{module.path}/config.json has the fields {', '.join(unknown)}, which are not honoured.")
+    for name, allowed in known.items():
+        if (value := config.get(name, allowed[0])) not in allowed:
+            raise _RefusedError(f"{module.path}/config.json: {name} is {value!r}; expected {' or '.join(allowed)}.")
+    activation = config.get("activation_function", "relu")
+    return SparseSpec("splade", activation=activation, pooling=config.get("pooling_strategy", "max"))
+
+
+def _routed(folder: Path, modules: Sequence[Module]) -> SparseModules:
+    """A Router alone: documents by a splade model, queries by the same or by weights."""
+    if len(modules) != 1 or modules[0].path:
+        raise _RefusedError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
+    file = folder / _ROUTER
+    config = _json(file)
+    if not isinstance(config, dict):
+        raise _RefusedError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
+    routes = _routes(config)
+    if set(routes) != set(SPARSE_ROUTES):
+        raise _RefusedError(f"its Router has the routes {', '.join(routes)}; honoured are query and document.")
+    documents = _splade(folder, routes["document"])
+    assert documents.spec is not None
+    default = _default_route(config.get("parameters") or {}, list(routes))
+    if routes["query"] == routes["document"]:
+        return documents
+    kinds = [module.kind for module in routes["query"]]
+    if kinds != ["SparseStaticEmbedding"]:
+        raise _RefusedError(f"its queries go through {', '.join(kinds)}; honoured is SparseStaticEmbedding.")
+    spec = replace(documents.spec, query_weights=QUERY_WEIGHTS_FILE, default_route=default)
+    return replace(documents, spec=spec, query=_relative(routes["query"][0].path))
+
+
+def _routes(config: Mapping[str, Any]) -> dict[str, list[Module]]:
+    try:
+        types = {str(path): _kind(str(name)) for path, name in config["types"].items()}
+        return {
+            str(route): [Module(types[path], str(path)) for path in paths]
+            for route, paths in config["structure"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _RefusedError(f"{_ROUTER} is malformed ({type(error).__name__}: {error}).") from error
+
+
+def _default_route(parameters: Mapping[str, Any], routes: Sequence[str]) -> SparseRoute | None:
+    if unknown := sorted(parameters.keys() - _ROUTER_FIELDS):
+        raise _RefusedError(f"{_ROUTER} has the parameters {', '.join(unknown)}, which are not honoured.")
+    if parameters.get("route_mappings"):
+        raise _RefusedError(f"{_ROUTER} maps routes by their modality (route_mappings), which is not honoured.")
+    default = parameters.get("default_route")
+    if default is None:
+        default = routes[0] if parameters.get("allow_empty_key", True) else None
+    elif default not in routes:
+        raise _RefusedError(f"{_ROUTER} names the default route {default!r}, and has {', '.join(routes)}.")
+    return cast("SparseRoute | None", default)
+
+
+def _relative(path: str) -> str:
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise _RefusedError(f"its module path {path!r} leaves the checkpoint's folder.")
+    return path
+
+
+def _max_active_dims(folder: Path) -> int | None:
+    value = _facts(folder / _SENTENCE_TRANSFORMERS).get("max_active_dims")
+    if value is not None and (type(value) is not int or value < 1):
+        raise CheckpointError(
+            f"{folder / _SENTENCE_TRANSFORMERS}: max_active_dims is {value!r}, not a positive integer"
+        )
+    return value
+
+
+def _require_same_tokenizer(queries: Path, documents: Path) -> None:
+    """Refuse weights of another vocabulary: their ids would be those of other words."""
+    file = queries / "tokenizer.json"
+    if file.is_file() and _cutting(file) != _cutting(documents / "tokenizer.json"):
+        raise ConfigError(
+            f"{file} is another tokenizer than that of documents; one for both is honoured. Replace it where they cut "
+            "alike."
+        )
+
+
+def _cutting(file: Path) -> dict[str, Any]:
+    """What of a tokenizer.json decides ids: all but how it would cut and pad."""
+    return {name: value for name, value in _facts(file).items() if name not in ("truncation", "padding", "version")}
+
+
+def _weights_of_json(
+    folder: Path, place: Path, path: str, vocab_size: int, token_id: Callable[[str], int | None]
+) -> NDArray[np.float32]:
+    """Weights by word, as idf.json has them."""
+    name = PurePosixPath(path).name
+    file = next((file for file in (place / name, folder / name) if file.is_file()), None)
+    weights = {} if file is None else _facts(file)
+    if file is None or not all(type(weight) in (int, float) for weight in weights.values()) or not weights:
+        raise CheckpointError(f"{place} names the query weights {path!r}, and {name} is no object of word -> weight")
+    stored = np.zeros(vocab_size, np.float32)
+    for word, weight in weights.items():
+        token = token_id(word)
+        if token is not None and token < vocab_size:
+            stored[token] = weight
+    return stored
+
+
+def _stored_weights(file: Path) -> NDArray[np.float32]:
+    """The tensor `weight` of a safetensors file, read by its own plain format: the base runtime has no torch."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}, which holds the weights of queries, is missing. Download the checkpoint again.")
+    data = file.read_bytes()
+    try:
+        size = int.from_bytes(data[:8], "little")
+        entry = json.loads(data[8 : 8 + size])["weight"]
+        first, last = entry["data_offsets"]
+        dtype = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}[entry["dtype"]]
+        values = np.frombuffer(data[8 + size + first : 8 + size + last], dtype).reshape(entry["shape"])
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has no readable tensor `weight` ({type(error).__name__}: {error})") from error
+    return values.astype(np.float32)
