@@ -27,7 +27,7 @@ def write_hub_files(folder: Path, checkpoint: Description) -> None:
     spec = checkpoint.spec
     checkpoint.tokenizer.save(folder, max_length=spec.max_length)
     # The native layout, which transformers and TEI read without remote code; the positions are those of the graph.
-    config = {**native_config(checkpoint.config, task=spec.task), "max_position_embeddings": spec.max_length}
+    config = {**native_config(checkpoint.config, task=spec.head_task), "max_position_embeddings": spec.max_length}
     if spec.activation is not None:
         config["sentence_transformers"] = {"activation_fn": _torch_path(spec.activation)}
     _write_json(folder / "config.json", config)

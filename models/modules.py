@@ -125,7 +125,6 @@ def read_modules(folder: Path) -> list[Module] | None:
 
     Raises:
         CheckpointError: it is not a list of modules.
-        ConfigError: a module's path leaves the folder.
     """
     file = folder / "modules.json"
     data = read_json(file)
@@ -136,7 +135,7 @@ def read_modules(folder: Path) -> list[Module] | None:
     return [
         Module(
             kind=entry["type"].rpartition(".")[2] if entry["type"].startswith(_LIBRARY) else entry["type"],
-            path=_checked_path(file, entry.get("path", "")),
+            path=str(entry.get("path", "")),
             arguments=tuple(map(str, entry.get("kwargs") or ())),
         )
         for entry in data
@@ -156,8 +155,8 @@ def model_folder(folder: Path) -> Path:
     if (folder / "router_config.json").is_file():
         return encoder_folder(folder)
     modules = read_modules(folder) or []
-    inner = next((module.path for module in modules if module.kind in ("Transformer", "MLMTransformer")), "")
-    return folder / inner
+    inner = next((module for module in modules if module.kind in ("Transformer", "MLMTransformer")), None)
+    return folder if inner is None else folder / _checked_path(folder, inner)
 
 
 def read_settings(folder: Path, task: Task) -> SentenceSettings:
@@ -291,6 +290,8 @@ def _beside_another_task(folder: Path, modules: list[Module] | None) -> Sentence
         if kinds:
             logger.info("%s: the modules %s are for another task, and passed over", folder, ", ".join(kinds))
         return SentenceSettings()
+    for module in modules or ():
+        _checked_path(folder, module)
     settings = SentenceSettings(
         pooling=read_pooling(folder / (paths.get("Pooling") or "1_Pooling") / "config.json"),
         normalize="Normalize" in paths,
@@ -364,6 +365,7 @@ def _require_kinds(folder: Path, modules: list[Module], known: tuple[str, ...], 
                 f"{file} has a {module.kind} module; only {', '.join(known)} are honoured for {purpose}, and leaving "
                 "it out would change the answers."
             )
+        _checked_path(folder, module)
         if module.arguments:
             raise ConfigError(f"{file}: kwargs of {module.kind} is {list(module.arguments)}; expected none")
 
@@ -421,8 +423,8 @@ def _boolean(file: Path, config: Mapping[str, Any], name: str, default: bool) ->
     return value
 
 
-def _checked_path(file: Path, path: Any) -> str:
-    parts = PurePosixPath(str(path)).parts
-    if not isinstance(path, str) or ".." in parts or PurePosixPath(path).is_absolute() or "\\" in path:
-        raise ConfigError(f"{file}: path is {path!r}; expected a folder below the checkpoint")
-    return path
+def _checked_path(folder: Path, module: Module) -> str:
+    path = PurePosixPath(module.path)
+    if ".." in path.parts or path.is_absolute() or "\\" in module.path:
+        raise ConfigError(f"{folder / 'modules.json'}: path is {module.path!r}; expected a folder below the checkpoint")
+    return module.path

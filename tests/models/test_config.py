@@ -274,7 +274,7 @@ def test_a_pooling_module_makes_an_embedding_model(tmp_path, make_checkpoint):
     assert type(load_model(folder)).__name__ == "GteModel"
     assert type(load_model(folder, task="token-classify")).__name__ == "GteForTokenClassification"
     (folder / "modules.json").write_text('{"type": 3}')
-    with pytest.raises(CheckpointError, match=r"modules\.json"):
+    with pytest.raises(ConfigError, match=r"modules\.json"):
         task_of(folder)
 
 

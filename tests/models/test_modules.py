@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gte_deploy.errors import CheckpointError, ConfigError
-from gte_deploy.models.modules import model_folder, read_modules, read_settings, reranker_activation
+from gte_deploy.models.modules import model_folder, read_settings, reranker_activation
 
 KIND = "sentence_transformers.models."
 IDENTITY, SIGMOID = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Sigmoid"
@@ -232,11 +232,15 @@ def test_the_transformer_may_have_a_folder_of_its_own(tmp_path):
     assert model_folder(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b", 3])
+@pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b", "..\\other"])
 def test_a_module_stays_in_its_folder(tmp_path, path):
-    write(tmp_path, "modules.json", [{"idx": 0, "name": "0", "path": path, "type": f"{KIND}Transformer"}])
-    with pytest.raises(ConfigError, match="path"):
-        read_modules(tmp_path)
+    write_modules(tmp_path, "Transformer", "Pooling", Pooling=path)
+    for task in ("embed", "token-classify"):
+        with pytest.raises(ConfigError, match="path is"):
+            read_settings(tmp_path, task)
+    write_modules(tmp_path, "Transformer", Transformer=path)
+    with pytest.raises(ConfigError, match="path is"):
+        model_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
