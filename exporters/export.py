@@ -34,7 +34,7 @@ from gte_deploy.exporters.tensorrt_engine import (
     resolve_targets,
     trtexec_line,
 )
-from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
+from gte_deploy.exporters.text_batches import ROUNDS, builtin_texts, read_texts, text_batches
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.config import native_config, read_config, task_of
@@ -58,11 +58,11 @@ if TYPE_CHECKING:
     from transformers import GteConfig
 
     from gte_deploy.backends.base import Backend
-    from gte_deploy.exporters.accuracy import TextBatch
     from gte_deploy.exporters.graph import Graph
     from gte_deploy.exporters.lower_precision import Quantized
     from gte_deploy.exporters.parity import ParityReport
     from gte_deploy.exporters.quantize import Activations
+    from gte_deploy.exporters.text_batches import TextBatch
 
 MIN_LENGTH = 8
 GRAPH_PATHS: Mapping[Engine, str] = {
@@ -79,7 +79,7 @@ FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
 """Format -> its precisions, the default first."""
 ACTIVATIONS = ("static", "dynamic")
 EVALUATION_TOKENS = 6000
-"""Real tokens of text on which a lower precision's accuracy is measured, in texts and again in windows."""
+"""Words of text on which a lower precision's accuracy is measured, in texts and again in windows."""
 _EXTRA = (
     "torch",
     "transformers",
@@ -324,7 +324,7 @@ def _prove(
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
             not_proven.append("openvino is not installed here, so the bundle holds no graph for it.")
-    texts: list[TextBatch] = []
+    texts: list[list[TextBatch]] = []
     sensitivity: Mapping[str, float] = {}
     if lower.precision != "fp32":
         with steps(f"quantize to {lower.precision}"):
@@ -332,7 +332,7 @@ def _prove(
         if len(made.graphs) < len(graphs):
             not_proven.append(f"{lower.precision} has a graph for ONNX Runtime alone.")
         graphs, sensitivity = made.graphs, made.sweep.loss if made.sweep else {}
-        texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+        texts = _evaluation(tokenizer, spec)
     with steps("write the graphs"):
         weights = folder / WEIGHTS_PATH
         weights.parent.mkdir()
@@ -395,7 +395,7 @@ def _prove_cuda(
     with steps("write the graph"):
         file.parent.mkdir()
         save_graph(graph, file)
-    texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+    texts = _evaluation(tokenizer, spec)
     with steps("compare with PyTorch"), opened_for_proof(graph, file, spec) as (backend, not_proven):
         parity = check_parity(
             TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits),
@@ -497,7 +497,7 @@ def _build(
                 profiles=profiles,
             )
         not_proven = [_NOT_RUN]
-    texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+    texts = _evaluation(tokenizer, spec)
     heads = model.config.num_attention_heads
     compiled: CompiledOnnx | PackedOnnx
     if padding_free:
@@ -574,6 +574,12 @@ def _quantize(
         reduce_range=lower.reduce_range,
         progress=steps.tell,
     )
+
+
+def _evaluation(tokenizer: TextTokenizer, spec: ModelSpec) -> "list[list[TextBatch]]":
+    """Held-out text, in as many rounds as a verdict may need."""
+    texts = builtin_texts("evaluation")
+    return [text_batches(texts, tokenizer, spec, max_tokens=EVALUATION_TOKENS, round=i) for i in range(ROUNDS)]
 
 
 def _open_engines(
