@@ -18,9 +18,10 @@ from gte_deploy.exporters.text_batches import TextBatch
 from gte_deploy.spec import ModelSpec, Precision
 
 Outputs = Mapping[str, NDArray[np.float32]]
+Needed = Mapping[str, NDArray[Any]]
 
 _Z = 1.96
-"""Of the 95 % interval: of a hundred models that just keep a bound, two or three would be refused."""
+"""Of the 95 % interval: of a hundred models that just keep a bound, two to five are refused in up to three rounds."""
 
 
 class Runs(Protocol):
@@ -127,7 +128,7 @@ class TextReference:
 
     def __init__(self, reference: Runs, rounds: Sequence[Sequence[TextBatch]], spec: ModelSpec) -> None:
         self._reference, self._rounds, self._spec = reference, rounds, spec
-        self._answers: dict[int, list[Outputs]] = {}
+        self._answers: dict[int, list[Needed]] = {}
 
     def compare(self, candidate: Runs, bounds: AccuracyBounds | None = None) -> Accuracy:
         """The candidate's accuracy on the first round, and with `bounds` on further ones while these are `open`."""
@@ -144,7 +145,7 @@ class TextReference:
                 break
         return accuracy
 
-    def _expected(self, number: int) -> list[Outputs]:
+    def _expected(self, number: int) -> list[Needed]:
         """Of one round, kept as small as the comparison needs them."""
         if number not in self._answers:
             self._answers[number] = [
@@ -166,7 +167,7 @@ class _Cosines:
         self._sentences: list[NDArray[np.float64]] = []
         self._alone: list[NDArray[np.float64]] = []
 
-    def add(self, found: Outputs, expected: Outputs, batch: Batch, candidate: Runs) -> None:
+    def add(self, found: Needed, expected: Needed, batch: Batch, candidate: Runs) -> None:
         self._tokens.append(_cosine(found["tokens"], expected["tokens"]))
         self._sentences.append(_cosine(found["sentences"], expected["sentences"]))
         if len(batch.input_ids) > 1:
@@ -242,10 +243,10 @@ def interval(same: NDArray[np.bool_], texts: NDArray[np.int64]) -> tuple[float, 
     spread = _Z**2 / count
     centre = (rate + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (rate * (1 - rate) + spread / 4)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return centre - half if rate > 0 else 0.0, centre + half if rate < 1 else 1.0
 
 
-def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Outputs:
+def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Needed:
     """What is kept of `outputs`: of hidden states `tokens` [T, H] and `sentences` [N, H], of logits `best` [M, 5]
     ids, best first (fill-mask).
     """

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph import Graph
     from gte_deploy.exporters.lower_precision import Quantized
-    from gte_deploy.exporters.parity import ParityReport
+    from gte_deploy.exporters.parity import Bounds, ParityReport
     from gte_deploy.exporters.quantize import Activations
     from gte_deploy.exporters.text_batches import TextBatch
 
@@ -78,6 +78,7 @@ FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
 }
 """Format -> its precisions, the default first."""
 ACTIVATIONS = ("static", "dynamic")
+BOUNDS = ("strict", "report")
 EVALUATION_TOKENS = 6000
 """Words of text on which a lower precision's accuracy is measured, in texts and again in windows."""
 _EXTRA = (
@@ -121,6 +122,7 @@ def export(
     reduce_range: bool = False,
     padding: str = "auto",
     tensorrt: TensorRTOptions | None = None,
+    bounds: str = "strict",
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -148,13 +150,16 @@ def export(
         padding: for target cuda, "remove", "keep", or "auto" for what suits the precision; see `cuda_graph`. For format
             trt, "remove" is for ordinary TensorRT from 11.1 on, see `tensorrt_packed`, and "auto" keeps it.
         tensorrt: what the engine is built with and for; see `TensorRTOptions`.
+        bounds: what happens where a bound is missed or a check fails: "strict" raises and leaves no bundle; "report"
+            writes it with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. What
+            gives numbers that are not finite, has other shapes or does not run is not written either way.
         force: replace a bundle that is there already.
         progress: called with one line at every step.
 
     Raises:
         InputError: an argument is out of range.
         CheckpointError, ConfigError: the checkpoint cannot be read, or asks for what is not honoured.
-        ParityError: an engine differs from PyTorch by more than its bound; no bundle is left.
+        ParityError: an engine differs from PyTorch by more than its bound, or a check fails; no bundle is left.
         ExportError: the target must not be replaced, or the graph could not be built.
         MissingDependencyError: the [export] extra is not installed.
     """
@@ -168,6 +173,7 @@ def export(
         ("pooling", pooling, ("auto", *POOLINGS)),
         ("logits", logits, LOGITS),
         ("activations", activations, ACTIVATIONS),
+        ("bounds", bounds, BOUNDS),
     ):
         _check_choice(name, value, allowed)
     if target == "cuda":
@@ -201,6 +207,7 @@ def export(
             made = _prove_cuda(checkpoint, folder, spec, lower.precision, padding, opset=opset, steps=steps)
         else:
             made = _prove(checkpoint, folder, spec, lower, opset=opset, steps=steps)
+        made.parity.require(cast("Bounds", bounds))
         with steps("write the bundle"):
             manifest = _write_bundle(
                 folder,
@@ -252,7 +259,7 @@ class _Made:
 
     Args:
         graphs: engine -> graph; `keeps_graphs` says whether their files stay.
-        parity: passed.
+        parity: not judged yet.
         sensitivity: what a sweep measured, if one was needed.
         plan: the TensorRT engine, if there is one.
         target: what ONNX Runtime's graph is made for.
@@ -297,11 +304,7 @@ def _read_spec(
 def _prove(
     checkpoint: Path, folder: Path, spec: ModelSpec, lower: _LowerPrecision, *, opset: int | None, steps: _Steps
 ) -> _Made:
-    """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch.
-
-    Raises:
-        ParityError: a bound is missed.
-    """
+    """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch."""
     # Here and not above: `gte-export --help` and a refused target need none of these.
     from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graphs, save_graphs
     from gte_deploy.exporters.parity import TorchReference, check_parity
@@ -352,7 +355,6 @@ def _prove(
             not_proven=not_proven,
             progress=steps.tell,
         )
-    parity.require()
     return _Made(graphs, parity, sensitivity)
 
 
@@ -366,11 +368,7 @@ def _prove_cuda(
     opset: int | None,
     steps: _Steps,
 ) -> _Made:
-    """Write the graph for ONNX Runtime's CUDA provider, and compare it, or its stand-in on a CPU, with PyTorch.
-
-    Raises:
-        ParityError: a bound is missed.
-    """
+    """Write the graph for ONNX Runtime's CUDA provider, and compare it, or its stand-in on a CPU, with PyTorch."""
     from gte_deploy.exporters.cuda_graph import build_cuda_graph, opened_for_proof
     from gte_deploy.exporters.graph import DEFAULT_OPSET, save_graph
     from gte_deploy.exporters.parity import TorchReference, check_parity
@@ -408,7 +406,6 @@ def _prove_cuda(
             not_proven=not_proven,
             progress=steps.tell,
         )
-    parity.require()
     return _Made({"onnxruntime": graph}, parity, target="cuda")
 
 
@@ -428,7 +425,6 @@ def _build(
     Raises:
         InputError: profiles or targets that do not fit the model or the precision.
         ExportError: TensorRT refuses the graph, or made of it what was not asked for.
-        ParityError: a bound is missed.
     """
     from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graphs, save_graph
     from gte_deploy.exporters.lower_precision import quantize_for_tensorrt
@@ -517,7 +513,6 @@ def _build(
             not_proven=not_proven,
             progress=steps.tell,
         )
-    parity.require()
     keeps = options.onnx_only or options.keep_onnx
     if not keeps:
         shutil.rmtree(file.parent)
@@ -651,6 +646,7 @@ def _write_bundle(
         plan=made.plan,
         versions=library_versions(),
         source=source,
+        missed_bounds=made.parity.failures(),
     )
 
 

@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import ParityError
+from gte_deploy.errors import CheckpointError, ParityError
 from gte_deploy.exporters.accuracy import (
     ACCURACY_BOUNDS,
     Accuracy,
@@ -36,6 +36,7 @@ from gte_deploy.exporters.parity_batches import (
 from gte_deploy.exporters.text_batches import TextBatch
 from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Logits, ModelSpec, Pooling, Precision, Task
 
+Bounds = Literal["strict", "report"]
 _CHUNK_ELEMENTS = 1 << 22
 _SEED = 20240729
 
@@ -264,6 +265,13 @@ class EngineParity:
         shares = [(result.top1, result.masks) for result in self.cases if result.top1 is not None]
         return sum(share * masks for share, masks in shares) / sum(masks for _, masks in shares) if shares else None
 
+    def broken(self) -> list[str]:
+        """What no bundle may do, whatever its bounds: numbers that are not finite."""
+        lines = [f"{_title(result.case)}: a number is not finite" for result in self.cases if not result.finite]
+        if self.accuracy is not None and not math.isfinite(self.accuracy.token_cosine_mean):
+            lines.append("on text: a number is not finite")
+        return lines
+
     def failures(self) -> list[str]:
         """What misses the bounds, one line each."""
         failed = [_failure(result, self.tolerance) for result in self.cases if not result.within(self.tolerance)]
@@ -328,6 +336,13 @@ class ParityReport:
             f"{check.name}: {line}" for check in self.checks for line in (*check.broken, *check.failures)
         ]
 
+    def broken(self) -> list[str]:
+        """Those of them that no bundle may do, whatever bounds were asked for."""
+        required = (engine for engine in self.engines if not engine.optional)
+        return [f"{engine.title}: {line}" for engine in required for line in engine.broken()] + [
+            f"{check.name}: {line}" for check in self.checks for line in check.broken
+        ]
+
     def proven(self, engine: Engine) -> tuple[ComputePrecision, ...]:
         """What `engine` was shown to compute in."""
         passed = [found.compute for found in self.engines if found.engine == engine and found.passed]
@@ -345,24 +360,18 @@ class ParityReport:
             }
         )
 
-    def require(self) -> None:
-        """Raise unless `passed`.
+    def require(self, bounds: Bounds = "strict") -> None:
+        """Raise unless `passed`; with bounds "report", only where something is `broken`.
 
         Raises:
             BoundMissedError: naming each failed comparison with its numbers, and the bounds.
         """
-        if not self.passed:
+        if self.broken() if bounds == "report" else self.failures():
             raise BoundMissedError(self)
 
 
-_ADVICE = {
-    False: "This is a bug of the export or of an installed library: please report it.",
-    True: "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
-}
-
-
 class BoundMissedError(ParityError):
-    """An engine that misses its bounds; `report` holds every number."""
+    """An engine that misses its bounds, or a check that failed; `report` holds every number."""
 
     def __init__(self, report: ParityReport) -> None:
         parts = [
@@ -377,11 +386,42 @@ class BoundMissedError(ParityError):
             if not check.passed
         ]
         super().__init__(
-            f"the {report.precision} bundle on "
-            + "\n".join(parts)
-            + f"\nNo bundle was written. {_ADVICE[report.precision != 'fp32']}"
+            f"the {report.precision} bundle on " + "\n".join(parts) + f"\nNo bundle was written. {_advice(report)}"
         )
         self.report = report
+
+
+# What may be tried where a precision costs too much.
+_FINER: Mapping[Precision, str] = {
+    "int8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
+    "fp8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
+    "int8-weight": "Take a finer precision: fp32.",
+    "int4-weight": "Take a finer precision: int8-weight or fp32.",
+    "fp16": "Take bf16, which has the range of fp32, or fp32.",
+    "bf16": "Take fp16, which has three bits more, or fp32.",
+}
+_REPORT = "--bounds report writes the bundle with its misses stamped into it."
+# FP32 that misses by less than this may be rounding that the model's weights amplify; a wrong graph misses by more.
+_ROUNDING = 1e-2
+
+
+def _advice(report: ParityReport) -> str:
+    """What to do next."""
+    missed = [engine for engine in report.engines if not engine.optional and engine.failures()]
+    if report.broken():
+        if report.precision == "fp16":
+            return f"FP16 ends at 65,504, and values of this model lie beyond. {_FINER['fp16']}"
+        return "PyTorch's numbers are finite, and these are not: please report it, with the model's name."
+    if not missed:
+        return _REPORT
+    if report.precision != "fp32":
+        return f"{_FINER[report.precision]} {_REPORT}"
+    if max(engine.max_rel for engine in missed) < _ROUNDING:
+        return f"That is little for a wrong graph: the weights may amplify FP32's rounding. {_REPORT}"
+    fine = [engine.title for engine in report.engines if engine.passed]
+    names = " and ".join(engine.engine for engine in missed)
+    blame = f"{' and '.join(fine)} agrees, so {names} is at fault, or its graph" if fine else "That is no rounding"
+    return f"{blame}: please report it, with the versions of the libraries. {_REPORT}"
 
 
 class TorchReference:
@@ -498,6 +538,7 @@ def check_parity(
             scales.add(name, _real(expected[0][name], batch))
         for key, candidate in candidates.items():
             runs[key].append(_run_case(case, batch, expected, candidate, outputs=outputs, spec=spec, scales=scales))
+    _require_finite(scales, outputs)
     terms = reference.terms if isinstance(reference, TorchReference) else {}
     scale_of = {name: scales.of(name, terms.get(name)) for name in outputs}
     if progress is not None and texts:
@@ -520,6 +561,15 @@ def check_parity(
         if engine.optional and not engine.passed
     ]
     return ParityReport(precision=precision, engines=engines, not_proven=(*not_proven, *missed))
+
+
+def _require_finite(scales: Scales, outputs: Sequence[str]) -> None:
+    for name in outputs:
+        if not np.isfinite(scales.of(name)).all():
+            raise CheckpointError(
+                f"PyTorch itself computes {name} with numbers that are not finite: weights of the checkpoint are NaN, "
+                "infinite or overflow FP32. Nothing can be compared with that; look at the weights."
+            )
 
 
 @dataclass(frozen=True)
@@ -636,8 +686,11 @@ def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
+def _title(case: Case) -> str:
+    return f"length {case.length:,}, batch {case.batch}"
+
+
 def _failure(result: CaseResult, tolerance: Tolerance) -> str:
-    case = f"length {result.case.length:,}, batch {result.case.batch}"
     parts = [
         f"{name}: max abs {found.max_abs:.3g} (relative {found.max_rel:.2g}), smallest cosine {found.cosine_min:.7f}"
         for name, found in result.differences()
@@ -645,7 +698,7 @@ def _failure(result: CaseResult, tolerance: Tolerance) -> str:
     ]
     if not result.finite:
         parts.append("a number is not finite")
-    return f"{case}: {'; '.join(parts)}"
+    return f"{_title(result.case)}: {'; '.join(parts)}"
 
 
 def _finite_or_null(value: Any) -> Any:

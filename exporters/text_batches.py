@@ -89,7 +89,9 @@ def text_batches(
         padded = collate(
             [[*prefix, *stream[slice(*span)].tolist(), *suffix] for span in spans], pad_token_id=spec.pad_token_id
         )
-        places = [(i, len(prefix) + n) for i, span in enumerate(spans) for n in np.flatnonzero(masked[slice(*span)])]
+        places = [
+            (i, len(prefix) + n) for i, span in enumerate(spans) for n in np.flatnonzero(masked[slice(*span)]).tolist()
+        ]
         return _masked(padded, places or [(0, min(len(prefix), padded.input_ids.shape[1] - 1))], tokenizer, spec)
 
     return [batch(group, 0) for group in _grouped(pieces)] + [batch(group, 1) for group in windows]
