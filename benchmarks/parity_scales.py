@@ -142,8 +142,8 @@ def _reference(task: Any, model: Any) -> TorchReference:
     return TorchReference(model, task=task, pooling="mean", logits="masked")
 
 
-def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, float, float, str]:
-    """Largest absolute and relative difference of the engines; the smallest relative one of a fault, and which."""
+def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, float, str, float, str]:
+    """Largest absolute and relative difference of the engines, the bounds; the smallest of a fault, and which."""
     model = random_model(task, width, layers)
     change(model)
     pooling = "mean" if task == "embed" else None
@@ -169,10 +169,12 @@ def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, 
         name: judge(task, model, {("onnxruntime", "fp32"): candidate}, names).engines[0].max_rel
         for name, candidate in wrong.items()
     }
+    bounds = sound.engines[0].tolerance
     least = min(found, key=lambda name: found[name])
     return (
         max(engine.max_abs for engine in sound.engines),
         max(engine.max_rel for engine in sound.engines),
+        f"{bounds.max_rel:g}, {bounds.labels:g}{'' if sound.passed else ' MISSED'}",
         found[least],
         least,
     )
@@ -184,13 +186,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["32:2", "128:6", "384:12", "768:12"], metavar="WIDTH:LAYERS")
     parser.add_argument("--tasks", nargs="+", default=list(MODELS), choices=MODELS)
     arguments = parser.parse_args()
-    print("| width × layers | task | change | sound: largest absolute | relative | wrong: least relative |")
-    print("|---|---|---|---|---|---|")
+    print("| width × layers | task | change | sound: absolute | relative | bounds: vectors, labels | wrong: least |")
+    print("|---|---|---|---|---|---|---|")
     for size in arguments.sizes:
         width, layers = map(int, size.split(":"))
         for task in arguments.tasks:
             for name, change in changes(task):
-                absolute, relative, fault, which = measure(task, width, layers, change)
+                absolute, relative, bound, fault, which = measure(task, width, layers, change)
                 cells = (
                     f"{width} × {layers}",
                     task,

@@ -177,6 +177,24 @@ class Scales:
         return np.maximum(self._peaks[name], floor)
 
 
+# Deep models with peaked attention, and saturated poolers, amplify FP32's rounding. How much shows in PyTorch itself,
+# where a row alone is summed in another order than in a batch. That sample is of few rows, hence the factor; a wrong
+# graph of such a model is off by more than the cap, since it is amplified too (docs/numerics.md).
+_ROUNDING_FACTOR = 10
+_ROUNDING_CAP = 1e-3
+
+
+def _widened(tolerance: Tolerance, rounding: Sequence[Difference]) -> Tolerance:
+    """FP32's row for a model in which PyTorch's own rounding makes the differences `rounding`."""
+
+    def bound(labels: bool) -> float | None:
+        found = max((each.max_rel for each in rounding if each.labels == labels), default=0.0)
+        most = tolerance.max_rel
+        return None if most is None else max(most, min(_ROUNDING_CAP, float(f"{_ROUNDING_FACTOR * found:.2g}")))
+
+    return dataclasses.replace(tolerance, max_rel=bound(False), labels=bound(True))
+
+
 @dataclass(frozen=True)
 class CaseResult:
     """What came of one case.
@@ -528,6 +546,7 @@ def check_parity(
     rng = np.random.default_rng(_SEED)
     scales = Scales(["logits"] if spec.task in ("classify", "token-classify") else [])
     runs: dict[tuple[Engine, Precision], list[_CaseRun]] = {key: [] for key in candidates}
+    rounding: list[tuple[str, Deviation]] = []
     for number, case in enumerate(cases, 1):
         if progress is not None:
             progress(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")
@@ -538,11 +557,14 @@ def check_parity(
         expected = _timed(reference, batch, outputs)
         for name in outputs:
             scales.add(name, _real(expected[0][name], batch))
+        if case.ragged:
+            rounding += _alone(reference, expected[0], batch, outputs, scales).items()
         for key, candidate in candidates.items():
             runs[key].append(_run_case(case, batch, expected, candidate, outputs=outputs, spec=spec, scales=scales))
     _require_finite(scales, outputs)
     terms = reference.terms if isinstance(reference, TorchReference) else {}
     scale_of = {name: scales.of(name, terms.get(name)) for name in outputs}
+    own = [found.over(scale_of[name]) for name, found in rounding]
     if progress is not None and texts:
         progress(f"accuracy on {sum(int(batch.attention_mask.sum()) for batch, _ in texts[0]):,} tokens of text")
     bounds, on_text = ACCURACY_BOUNDS.get(precision), TextReference(reference, texts, spec)
@@ -550,7 +572,7 @@ def check_parity(
         EngineParity(
             engine,
             compute,
-            tolerance_of(precision, compute),
+            _widened(TOLERANCES["fp32"], own) if precision == compute == "fp32" else tolerance_of(precision, compute),
             tuple(run.over(scale_of) for run in runs[engine, compute]),
             on_text.compare(candidate, bounds) if texts else None,
             bounds,
@@ -602,12 +624,7 @@ def _run_case(
     expected, reference_ms = reference
     found, candidate_ms = _timed(candidate, batch, outputs)
     labels = {name: name in scales.labels for name in outputs}
-    alone = {}
-    if case.ragged:
-        single = candidate.run(last_row_alone(batch), outputs)
-        alone = {
-            name: deviation(single[name], _of_last_row(found[name], batch), labels=labels[name]) for name in outputs
-        }
+    alone = _alone(candidate, found, batch, outputs, scales) if case.ragged else {}
     top1, top5 = _agreement(expected, found, batch, spec)
     result = CaseResult(
         case=case,
@@ -625,6 +642,17 @@ def _run_case(
         for name in outputs
     }
     return _CaseRun(result, compared, alone)
+
+
+def _alone(
+    side: Runs, found: Mapping[str, NDArray[np.float32]], batch: Batch, outputs: Sequence[str], scales: Scales
+) -> dict[str, Deviation]:
+    """The last row of `found`, which `side` computed in a batch, against the same row alone."""
+    single = side.run(last_row_alone(batch), outputs)
+    return {
+        name: deviation(single[name], _of_last_row(found[name], batch), labels=name in scales.labels)
+        for name in outputs
+    }
 
 
 def _timed(side: Runs, batch: Batch, outputs: Sequence[str]) -> tuple[Mapping[str, NDArray[np.float32]], float]:
