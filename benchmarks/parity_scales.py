@@ -199,6 +199,7 @@ def main() -> None:
                     name,
                     f"{absolute:.1e}",
                     f"{relative:.1e}",
+                    bound,
                     f"{fault:.1e} ({which})",
                 )
                 print("|", " | ".join(cells), "|", flush=True)

@@ -70,20 +70,22 @@ class Tolerance:
 
 
 TOLERANCES: Mapping[Precision | ComputePrecision, Tolerance] = {
-    # Both sides take FP32 rotation angles from the same table, so what is left is the order of FP32 sums. Measured
-    # (benchmarks/parity_scales.py, docs/numerics.md): at most MEASURED at every scale from 1e-3 to 1e4, every width to
-    # 768 and depth to 12; a bias dropped, an angle or a weight wrong, or padding that leaks: at least FAULT.
+    # Both sides take FP32 rotation angles from the same table, so what is left is the order of FP32 sums. Measured with
+    # outputs multiplied by 1e-3 to 1e4 (benchmarks/parity_scales.py, docs/numerics.md): 1e-6 to 1e-5 for models of few
+    # layers and trained ones, the same at every scale; 1e-4 to 4e-4 for random ones of twelve, see `_widened`. A bias
+    # dropped, an angle or a weight wrong, or padding that leaks gives some 1e-2 to 1.
     "fp32": Tolerance(max_rel=1e-4, cosine_min=0.99999),
     # Eleven bits of significand in every product, sums in FP32.
     "fp16": Tolerance(max_rel=0.02, cosine_min=0.9999, cosine_mean=0.99999),
     # Eight bits of significand in every product.
     "bf16": Tolerance(max_rel=0.05, cosine_min=0.999, cosine_mean=0.9999),
     # Half of these tokens are random ids, far from any calibration text: that nothing is broken. What a precision is
-    # good for is measured on text, see accuracy.py.
-    "int8": Tolerance(cosine_min=0.9, cosine_mean=0.99, labels=0.5),
-    "fp8": Tolerance(cosine_min=0.8, cosine_mean=0.97, labels=0.5),
-    "int8-weight": Tolerance(cosine_min=0.98, cosine_mean=0.999, labels=0.25),
-    "int4-weight": Tolerance(cosine_min=0.8, cosine_mean=0.97, labels=0.5),
+    # good for is measured on text, see accuracy.py. A label may be as far off as a vector at the smallest cosine c:
+    # √(2(1 − c)) of its size.
+    "int8": Tolerance(cosine_min=0.9, cosine_mean=0.99, labels=0.45),
+    "fp8": Tolerance(cosine_min=0.8, cosine_mean=0.97, labels=0.63),
+    "int8-weight": Tolerance(cosine_min=0.98, cosine_mean=0.999, labels=0.2),
+    "int4-weight": Tolerance(cosine_min=0.8, cosine_mean=0.97, labels=0.63),
 }
 
 

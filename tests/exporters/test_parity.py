@@ -43,6 +43,9 @@ def test_every_precision_has_bounds():
     assert set(TOLERANCES) == {*PRECISIONS, *COMPUTE_PRECISIONS}
     assert FP32.max_rel <= 1e-4 and FP32.cosine_min >= 0.99999
     assert TOLERANCES["bf16"].cosine_mean >= 0.9999
+    for tolerance in TOLERANCES.values():  # a label has no cosine, and must be bounded all the same
+        bound = tolerance.max_rel if tolerance.labels is None else tolerance.labels
+        assert 0 < bound <= max(0.05, 1.01 * math.sqrt(2 * (1 - tolerance.cosine_min)))
 
 
 def test_compare_against_numbers_worked_out_by_hand():
