@@ -448,7 +448,7 @@ class Rounding:
 
 
 @pytest.mark.parametrize(
-    ("size", "bound"), [(0, (1e-4, 1e-4)), (1e-7, (1e-4, 1e-4)), (1e-5, (1.1e-4, 9.9e-4)), (1e-2, (1e-3, 1e-3))]
+    ("size", "bound"), [(0, (1e-4, 1e-4)), (3e-8, (1e-4, 1e-4)), (5e-6, (1.1e-4, 9.9e-4)), (1e-2, (1e-3, 1e-3))]
 )
 def test_a_model_that_amplifies_rounding_is_judged_by_how_much_it_does(reference, tokens, size, bound):
     report = parity_of(Rounding(reference, size), Rounding(reference, size), tokens)

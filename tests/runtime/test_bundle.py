@@ -44,6 +44,7 @@ MANIFEST = {
     "source": {"name": "toy"},
     "target": "cpu",
     "plan": None,
+    "missed_bounds": [],
 }
 PLAN = {
     "path": "onnx/model.onnx",
