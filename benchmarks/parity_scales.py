@@ -174,7 +174,7 @@ def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, 
     return (
         max(engine.max_abs for engine in sound.engines),
         max(engine.max_rel for engine in sound.engines),
-        f"{bounds.max_rel:g}, {bounds.labels:g}{'' if sound.passed else ' MISSED'}",
+        f"{bounds.max_rel:g}, {bounds.labels or bounds.max_rel:g}{'' if sound.passed else ' MISSED'}",
         found[least],
         least,
     )

@@ -190,11 +190,12 @@ def _widened(tolerance: Tolerance, rounding: Sequence[Difference]) -> Tolerance:
     """FP32's row for a model in which PyTorch's own rounding makes the differences `rounding`."""
 
     def bound(labels: bool) -> float | None:
-        found = max((each.max_rel for each in rounding if each.labels == labels), default=0.0)
-        most = tolerance.max_rel
-        return None if most is None else max(most, min(_ROUNDING_CAP, float(f"{_ROUNDING_FACTOR * found:.2g}")))
+        found = [each.max_rel for each in rounding if each.labels == labels]
+        if tolerance.max_rel is None or not found:
+            return None
+        return max(tolerance.max_rel, min(_ROUNDING_CAP, float(f"{_ROUNDING_FACTOR * max(found):.2g}")))
 
-    return dataclasses.replace(tolerance, max_rel=bound(False), labels=bound(True))
+    return dataclasses.replace(tolerance, max_rel=bound(False) or tolerance.max_rel, labels=bound(True))
 
 
 @dataclass(frozen=True)
