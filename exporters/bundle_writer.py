@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def seal(
     source: Mapping[str, str],
     target: Target = "cpu",
     plan: PlanEntry | None = None,
+    missed_bounds: Sequence[str] = (),
 ) -> Manifest:
     """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last."""
     files = seal_files(folder)
@@ -121,6 +122,7 @@ def seal(
         source=source,
         target=target,
         plan=plan,
+        missed_bounds=tuple(missed_bounds),
     )
     write_manifest(folder, manifest.to_json())
     return manifest

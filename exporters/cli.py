@@ -17,7 +17,7 @@ from gte_deploy._version import __version__
 from gte_deploy.errors import GteDeployError
 from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, USAGE, exit_code_of
 from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, PADDINGS
-from gte_deploy.exporters.export import ACTIVATIONS, FORMAT_PRECISIONS, ExportResult, export
+from gte_deploy.exporters.export import ACTIVATIONS, BOUNDS, FORMAT_PRECISIONS, ExportResult, export
 from gte_deploy.exporters.profiles import parse_profile
 from gte_deploy.exporters.tensorrt_engine import RUNTIMES, TensorRTOptions, parse_targets
 from gte_deploy.exporters.triton import command as triton
@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pooling", choices=("auto", *POOLINGS), default="auto", help="default: the checkpoint's")
     parser.add_argument(
         "--logits", choices=LOGITS, default="masked", help="fill-mask: logits of the masks (default) or of every token"
+    )
+    parser.add_argument(
+        "--bounds",
+        choices=BOUNDS,
+        default="strict",
+        help="report: write a bundle that misses its bounds too, with the misses in its manifest; default: %(default)s",
     )
     _add_tensorrt(parser.add_argument_group("TensorRT (--format trt)"))
     triton.add_options(parser.add_argument_group("Triton (--format triton, where MODEL may be a bundle)"))
@@ -185,6 +191,7 @@ def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
         "activations": arguments.activations,
         "reduce_range": arguments.reduce_range,
         "padding": arguments.padding,
+        "bounds": arguments.bounds,
         "tensorrt": _tensorrt_options(arguments) if arguments.format == "trt" else None,
     }
     if arguments.triton:
@@ -247,6 +254,7 @@ def _result_json(result: ExportResult | RepositoryResult) -> dict[str, object]:
         "files": {name: entry.size for name, entry in result.manifest.files.items()},
         "fusions": dict(next(iter(result.manifest.graphs.values())).fusions) if result.manifest.graphs else {},
         "plan": result.manifest.plan and dataclasses.asdict(result.manifest.plan),
+        "missed_bounds": list(result.manifest.missed_bounds),
         "parity": result.parity.to_json(),
     }
 
@@ -257,11 +265,13 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
     from gte_deploy.exporters.report import format_table, plan_lines  # matplotlib; --help does without
 
     megabytes = sum(entry.size for entry in result.manifest.files.values()) / 1e6
-    plan = result.manifest.plan
+    plan, missed = result.manifest.plan, result.manifest.missed_bounds
     return "\n".join(
         [
             format_table(result.parity),
             *(() if plan is None else plan_lines(plan)),
+            *(("the bundle MISSES ITS BOUNDS, which its manifest says:",) if missed else ()),
+            *(f"  {line}" for line in missed),
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",
         ]
     )

@@ -37,7 +37,7 @@ from gte_deploy.exporters.tensorrt_engine import (
     resolve_targets,
     trtexec_line,
 )
-from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
+from gte_deploy.exporters.text_batches import ROUNDS, builtin_texts, read_texts, text_batches
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
@@ -59,11 +59,11 @@ from gte_deploy.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
-    from gte_deploy.exporters.accuracy import TextBatch
     from gte_deploy.exporters.graph import Graph
     from gte_deploy.exporters.lower_precision import Quantized
-    from gte_deploy.exporters.parity import ParityReport
+    from gte_deploy.exporters.parity import Bounds, ParityReport
     from gte_deploy.exporters.quantize import Activations
+    from gte_deploy.exporters.text_batches import TextBatch
 
 MIN_LENGTH = 8
 GRAPH_PATHS: Mapping[Engine, str] = {
@@ -79,8 +79,9 @@ FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = {
 }
 """Format -> its precisions, the default first."""
 ACTIVATIONS = ("static", "dynamic")
+BOUNDS = ("strict", "report")
 EVALUATION_TOKENS = 6000
-"""Real tokens of text on which a lower precision's accuracy is measured, in texts and again in windows."""
+"""Words of text on which a lower precision's accuracy is measured, in texts and again in windows."""
 _EXTRA = (
     "torch",
     "transformers",
@@ -121,6 +122,7 @@ def export(
     reduce_range: bool = False,
     padding: str = "auto",
     tensorrt: TensorRTOptions | None = None,
+    bounds: str = "strict",
     force: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -149,13 +151,16 @@ def export(
         padding: for target cuda, "remove", "keep", or "auto" for what suits the precision; see `cuda_graph`. For format
             trt, "remove" is for ordinary TensorRT from 11.1 on, see `tensorrt_packed`, and "auto" keeps it.
         tensorrt: what the engine is built with and for; see `TensorRTOptions`.
+        bounds: what happens where a bound is missed or a check fails: "strict" raises and leaves no bundle; "report"
+            writes it with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. What
+            gives numbers that are not finite, has other shapes or does not run is not written either way.
         force: replace a bundle that is there already.
         progress: called with one line at every step.
 
     Raises:
         InputError: an argument is out of range.
         CheckpointError, ConfigError: the checkpoint cannot be read, or asks for what is not honoured.
-        ParityError: an engine differs from PyTorch by more than its bound; no bundle is left.
+        ParityError: an engine differs from PyTorch by more than its bound, or a check fails; no bundle is left.
         ExportError: the target must not be replaced, or the graph could not be built.
         MissingDependencyError: the [export] extra is not installed.
     """
@@ -169,6 +174,7 @@ def export(
         ("pooling", pooling, ("auto", *POOLINGS)),
         ("logits", logits, LOGITS),
         ("activations", activations, ACTIVATIONS),
+        ("bounds", bounds, BOUNDS),
     ):
         _check_choice(name, value, allowed)
     if target == "cuda":
@@ -209,12 +215,14 @@ def export(
             made = _prove_cuda(checkpoint, folder, lower.precision, padding, opset=opset, steps=steps)
         else:
             made = _prove(checkpoint, folder, lower, opset=opset, steps=steps)
+        made.parity.require(cast("Bounds", bounds))
         with steps("write the bundle"):
             manifest, parity = _write_bundle(
                 folder,
                 checkpoint,
                 made=made,
                 asked=asked,
+                bounds=cast("Bounds", bounds),
                 source=source,
                 steps=steps,
             )
@@ -259,7 +267,7 @@ class _Made:
 
     Args:
         graphs: engine -> graph; `keeps_graphs` says whether their files stay.
-        parity: passed.
+        parity: not judged yet.
         sensitivity: what a sweep measured, if one was needed.
         plan: the TensorRT engine, if there is one.
         target: what ONNX Runtime's graph is made for.
@@ -323,11 +331,7 @@ def _tokenizer_of(checkpoint: Description) -> TextTokenizer:
 
 
 def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, opset: int | None, steps: _Steps) -> _Made:
-    """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch.
-
-    Raises:
-        ParityError: a bound is missed.
-    """
+    """Trace the checkpoint into `folder`/onnx and compare the saved graphs, as users will run them, with PyTorch."""
     # Here and not above: `gte-export --help` and a refused target need none of these.
     from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graphs, save_graphs
     from gte_deploy.exporters.parity import TorchReference, check_parity
@@ -353,7 +357,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
             not_proven.append("openvino is not installed here, so the bundle holds no graph for it.")
-    texts: list[TextBatch] = []
+    texts: list[list[TextBatch]] = []
     sensitivity: Mapping[str, float] = {}
     if lower.precision != "fp32":
         with steps(f"quantize to {lower.precision}"):
@@ -361,7 +365,7 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
         if len(made.graphs) < len(graphs):
             not_proven.append(f"{lower.precision} has a graph for ONNX Runtime alone.")
         graphs, sensitivity = made.graphs, made.sweep.loss if made.sweep else {}
-        texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+        texts = _evaluation(tokenizer, spec)
     with steps("write the graphs"):
         weights = folder / WEIGHTS_PATH
         weights.parent.mkdir()
@@ -381,7 +385,6 @@ def _prove(checkpoint: Description, folder: Path, lower: _LowerPrecision, *, ops
             not_proven=not_proven,
             progress=steps.tell,
         )
-    parity.require()
     return _Made(graphs, parity, sensitivity)
 
 
@@ -394,11 +397,7 @@ def _prove_cuda(
     opset: int | None,
     steps: _Steps,
 ) -> _Made:
-    """Write the graph for ONNX Runtime's CUDA provider, and compare it, or its stand-in on a CPU, with PyTorch.
-
-    Raises:
-        ParityError: a bound is missed.
-    """
+    """Write the graph for ONNX Runtime's CUDA provider, and compare it, or its stand-in on a CPU, with PyTorch."""
     from gte_deploy.exporters.cuda_graph import build_cuda_graph, opened_for_proof
     from gte_deploy.exporters.graph import DEFAULT_OPSET, save_graph
     from gte_deploy.exporters.parity import TorchReference, check_parity
@@ -426,7 +425,7 @@ def _prove_cuda(
     with steps("write the graph"):
         file.parent.mkdir()
         save_graph(graph, file)
-    texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+    texts = _evaluation(tokenizer, spec)
     with steps("compare with PyTorch"), opened_for_proof(graph, file, spec) as (backend, not_proven):
         parity = check_parity(
             TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
@@ -439,7 +438,6 @@ def _prove_cuda(
             not_proven=not_proven,
             progress=steps.tell,
         )
-    parity.require()
     return _Made({"onnxruntime": graph}, parity, target="cuda")
 
 
@@ -458,7 +456,6 @@ def _build(
     Raises:
         InputError: profiles or targets that do not fit the model or the precision.
         ExportError: TensorRT refuses the graph, or made of it what was not asked for.
-        ParityError: a bound is missed.
     """
     from gte_deploy.exporters.graph import DEFAULT_OPSET, build_graphs, save_graph
     from gte_deploy.exporters.lower_precision import quantize_for_tensorrt
@@ -530,7 +527,7 @@ def _build(
                 profiles=profiles,
             )
         not_proven = [_NOT_RUN]
-    texts = text_batches(builtin_texts("evaluation"), tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+    texts = _evaluation(tokenizer, spec)
     heads = model.config.num_attention_heads
     compiled: CompiledOnnx | PackedOnnx
     if padding_free:
@@ -550,7 +547,6 @@ def _build(
             not_proven=not_proven,
             progress=steps.tell,
         )
-    parity.require()
     keeps = options.onnx_only or options.keep_onnx
     if not keeps:
         shutil.rmtree(file.parent)
@@ -615,6 +611,12 @@ def _quantize(
     )
 
 
+def _evaluation(tokenizer: TextTokenizer, spec: ModelSpec) -> "list[list[TextBatch]]":
+    """Held-out text, in as many rounds as a verdict may need."""
+    texts = builtin_texts("evaluation")
+    return [text_batches(texts, tokenizer, spec, max_tokens=EVALUATION_TOKENS, round=i) for i in range(ROUNDS)]
+
+
 def _open_engines(
     folder: Path, graphs: Mapping[Engine, "Graph"], spec: ModelSpec, stack: contextlib.ExitStack
 ) -> dict[tuple[Engine, Precision], "Backend"]:
@@ -640,6 +642,7 @@ def _write_bundle(
     *,
     made: _Made,
     asked: Asked,
+    bounds: "Bounds",
     source: Mapping[str, str],
     steps: _Steps,
 ) -> tuple[Manifest, "ParityReport"]:
@@ -650,7 +653,7 @@ def _write_bundle(
     write_hub_files(folder, checkpoint)
     if spec.sparse is not None and spec.sparse.query_weights is not None:
         _write_query_weights(folder / spec.sparse.query_weights, checkpoint)
-    made = _with_answers(folder, checkpoint, made, asked, steps)
+    made = _with_answers(folder, checkpoint, made, asked, bounds, steps)
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(
             path=GRAPH_PATHS[engine],
@@ -682,11 +685,14 @@ def _write_bundle(
         plan=made.plan,
         versions=library_versions(),
         source=source,
+        missed_bounds=made.parity.failures(),
     )
     return manifest, made.parity
 
 
-def _with_answers(folder: Path, checkpoint: Description, made: _Made, asked: Asked, steps: _Steps) -> _Made:
+def _with_answers(
+    folder: Path, checkpoint: Description, made: _Made, asked: Asked, bounds: "Bounds", steps: _Steps
+) -> _Made:
     """Compare what the files in `folder` answer to texts with the checkpoint's own library, and report that as well.
 
     Raises:
@@ -703,7 +709,7 @@ def _with_answers(folder: Path, checkpoint: Description, made: _Made, asked: Ask
             asked=asked,
         )
     parity = made.parity.with_checks(check)
-    parity.require()
+    parity.require(bounds)
     return dataclasses.replace(made, parity=parity)
 
 

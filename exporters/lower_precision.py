@@ -9,9 +9,8 @@ import onnx_ir as ir
 from gte_deploy.exporters.accuracy import (
     ACCURACY_BOUNDS,
     Accuracy,
-    TextBatch,
-    measure_accuracy,
-    reference_outputs,
+    AccuracyBounds,
+    TextReference,
 )
 from gte_deploy.exporters.calibration import Calibrator, Range, measure_peaks, measure_ranges, running
 from gte_deploy.exporters.graph import Graph
@@ -19,12 +18,12 @@ from gte_deploy.exporters.linears import find_linears
 from gte_deploy.exporters.quantize import Activations, Int8Plan, plan_int8, quantize_int8
 from gte_deploy.exporters.sensitivity import Sweep, sweep_sensitivity
 from gte_deploy.exporters.tensorrt_graph import QdqPlan, tensorrt_graph
-from gte_deploy.exporters.text_batches import builtin_texts, text_batches
+from gte_deploy.exporters.text_batches import ROUNDS, builtin_texts, text_batches
 from gte_deploy.exporters.weight_only import Bits, quantize_weights
 from gte_deploy.spec import Engine, ModelSpec, Precision
 from gte_deploy.tokenization import TextTokenizer
 
-# Real tokens of each kind of batch; see `text_batches`. A sweep measures every layer, on fewer.
+# Words of each kind of batch; see `text_batches`. A sweep measures every layer, on fewer, and judges on all of them.
 CALIBRATION_TOKENS = 4000
 _SWEEP_TOKENS = 1000
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
@@ -79,15 +78,13 @@ def quantize_graphs(
     plan = plan_int8(fp32.model, ranges, reduce_range=reduce_range)
     # Static is the stricter form, and OpenVINO's.
     judged: Activations = "static" if "openvino" in graphs else activations
-    sample = text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)
 
     def tried(high: frozenset[str]) -> Graph:
         model = fp32.model.clone()
         quantize_int8(model, plan.keeping(high), engine="onnxruntime", activations=judged)
         return dataclasses.replace(fp32, model=model)
 
-    measure = _accuracy_against(fp32, tried, sample, spec)
-    sweep = sweep_sensitivity(groups_of(fp32, plan), measure, ACCURACY_BOUNDS["int8"], progress=progress)
+    sweep = _sweep(fp32, plan, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
     plan = plan.keeping(sweep.high)
     made: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
@@ -137,13 +134,7 @@ def quantize_for_tensorrt(
         kept = plan.keeping(high)
         return tensorrt_graph(plain, precision, num_layers=num_layers, plan=kept, padding_free=padding_free)
 
-    sample = text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)
-    sweep = sweep_sensitivity(
-        groups_of(fp32, plan),
-        _accuracy_against(fp32, made, sample, spec),
-        ACCURACY_BOUNDS[precision],
-        progress=progress,
-    )
+    sweep = _sweep(fp32, plan, made, precision, texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
     return Quantized({"tensorrt": made(sweep.high, padding_free)}, sweep)
 
 
@@ -175,18 +166,33 @@ def _calibrated(
     return texts, measure_ranges(fp32, spec, batches)
 
 
-def _accuracy_against(
-    fp32: Graph, made: Callable[[frozenset[str]], Graph], batches: Sequence[TextBatch], spec: ModelSpec
-) -> Callable[[frozenset[str]], Accuracy]:
-    """`measure(high)`: of the graph that `made(high)` quantizes but for those weights, against FP32."""
+def _sweep(
+    fp32: Graph,
+    plan: Int8Plan | QdqPlan,
+    made: Callable[[frozenset[str]], Graph],
+    precision: Precision,
+    *,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+    spec: ModelSpec,
+    progress: Callable[[str], None],
+) -> Sweep:
+    """`made(high)` quantizes but for those weights, and is judged against FP32 on the calibration texts."""
+    bounds = ACCURACY_BOUNDS[precision]
+    groups = groups_of(fp32, plan)
+    sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
+    rounds = [text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS, round=i) for i in range(ROUNDS)]
     with running(fp32, spec) as backend:
-        references = reference_outputs(backend, batches, spec)
+        few, all_of_them = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
 
-    def measure(high: frozenset[str]) -> Accuracy:
-        with running(made(high), spec) as backend:
-            return measure_accuracy(backend, references, batches, spec)
+        def measured(by: TextReference, bounds: AccuracyBounds | None = None) -> Callable[[frozenset[str]], Accuracy]:
+            def measure(high: frozenset[str]) -> Accuracy:
+                with running(made(high), spec) as candidate:
+                    return by.compare(candidate, bounds)
 
-    return measure
+            return measure
+
+        return sweep_sensitivity(groups, measured(few), measured(all_of_them, bounds), bounds, progress=progress)
 
 
 def _with(graph: Graph, model: ir.Model, counts: Mapping[str, int]) -> Graph:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from gte_deploy._version import __version__
 from gte_deploy.bundle import GraphEntry, PlanEntry
+from gte_deploy.exporters.checks import Check
 from gte_deploy.exporters.parity import CaseResult, EngineParity, ParityReport
 from gte_deploy.quiet import import_openvino
 from gte_deploy.spec import Engine, ModelSpec
@@ -80,18 +81,29 @@ def build_report(
 
 
 def format_table(parity: ParityReport) -> str:
-    """For each engine one line a case, columns aligned, and the verdict; then what was not proven."""
-    return "\n".join([*("\n".join(_engine_lines(engine)) for engine in parity.engines), *parity.not_proven])
+    """For each engine one line a case, columns aligned, and the verdict; then other checks and what was not proven."""
+    engines = ("\n".join(_engine_lines(engine)) for engine in parity.engines)
+    return "\n".join([*engines, *map(check_line, parity.checks), *parity.not_proven])
 
 
 def verdict(engine: EngineParity) -> str:
     """One sentence: passed or failed, the worst numbers and the bounds."""
-    numbers = f"max abs {engine.max_abs:.2e}, cosine min {engine.cosine_min:.8f}, mean {engine.cosine_mean:.8f}"
+    numbers = (
+        f"max rel {engine.max_rel:.2e} (abs {engine.max_abs:.2e}), "
+        f"cosine min {engine.cosine_min:.8f}, mean {engine.cosine_mean:.8f}"
+    )
     agreement = "" if engine.top1 is None else f", top-1 {engine.top1:.1%}"
     return (
         f"{engine.title}: parity {'passed' if engine.passed else _miss(engine)}, {len(engine.cases)} cases, {numbers}"
         f"{agreement} (bounds: {engine.tolerance})"
     )
+
+
+def check_line(check: Check) -> str:
+    """One sentence: passed or failed, what was compared, and what failed or was skipped."""
+    compared = ", ".join(f"{name} {value}" for name, value in check.compared.items())
+    parts = [f"{check.name}: {'passed' if check.passed else 'FAILED'}{f', {compared}' if compared else ''}"]
+    return "; ".join([*parts, *check.broken, *check.failures, *(f"skipped: {reason}" for reason in check.skipped)])
 
 
 def plan_lines(plan: PlanEntry) -> list[str]:
@@ -140,7 +152,8 @@ def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _summary(parity: ParityReport) -> list[str]:
-    return [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))] + [*parity.not_proven]
+    engines = [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))]
+    return [*engines, *map(check_line, parity.checks), *parity.not_proven]
 
 
 def _graph_facts(graph: Mapping[str, Any]) -> str:
@@ -175,9 +188,11 @@ def _accuracy_lines(engine: EngineParity) -> list[str]:
         f"row in a batch against alone {found.alone_cosine_mean:.5f}",
     ]
     asked = f"mean cosine {bounds.cosine_mean:g}"
-    if found.top1 is not None and found.top5 is not None:
+    if found.top1 is not None and found.top5 is not None and found.top1_interval is not None:
+        low, high = found.top1_interval
         parts += [
-            f"same best word as PyTorch for {found.top1_agreement:.1%} of {found.masks:,} masks",
+            f"same best word as PyTorch for {found.top1_agreement:.1%} of {found.masks:,} masks (95 % interval "
+            f"{low:.1%} to {high:.1%})",
             f"right word first {found.top1[0]:.1%} (PyTorch {found.top1[1]:.1%})",
             f"among five {found.top5[0]:.1%} ({found.top5[1]:.1%})",
         ]
@@ -222,11 +237,11 @@ def _definitions(items: Mapping[str, Any]) -> str:
 def _plot_error(axes: Axes, parity: ParityReport) -> None:
     for engine, color in zip(parity.engines, _COLORS, strict=False):
         lengths = [result.case.length for result in engine.cases]
-        errors = [max(_LOWEST_SHOWN, *(found.max_abs for found in result.outputs.values())) for result in engine.cases]
+        errors = [max(_LOWEST_SHOWN, *(found.max_rel for found in result.outputs.values())) for result in engine.cases]
         axes.scatter(lengths, errors, s=26, color=color, alpha=0.75, linewidths=0, label=engine.title)
-        if engine.tolerance.max_abs is not None:
-            axes.axhline(engine.tolerance.max_abs, color=color, linestyle="--", linewidth=1.2)
-    axes.set_title("Largest absolute difference from PyTorch")
+        if engine.tolerance.max_rel is not None:
+            axes.axhline(engine.tolerance.max_rel, color=color, linestyle="--", linewidth=1.2)
+    axes.set_title("Largest difference from PyTorch over the output's scale")
     axes.set_yscale("log")
 
 
@@ -320,8 +335,9 @@ p {{ margin: .7rem 0 0; color: #4b5563; font-size: .88rem; }}
 {tables}
 <p>Under an output's name stands the largest absolute difference from PyTorch FP32 over all real tokens; under
 &ldquo;row alone&rdquo; that of the shortest row in the batch from the same row run alone; &ldquo;relative&rdquo; is the
-largest difference over the largest value of PyTorch's output; &ldquo;cosine&rdquo; is the
-smallest of any vector compared; top-1 and top-5 are the agreement of the best tokens at the masks. Each time is a
+largest difference over the largest value that PyTorch gives for the same channel, word or label in any case, and has a
+bound; &ldquo;cosine&rdquo; is the smallest of any vector compared (labels are numbers and have none); top-1 and top-5
+are the agreement of the best tokens at the masks. Each time is a
 single run. Dashed lines are bounds.</p>
 </section>
 <section class="columns">

@@ -19,7 +19,13 @@ from gte_deploy.spec import ModelSpec
 from gte_deploy.tokenization import TextTokenizer
 
 MASK_PROBABILITY = 0.15
+ROUNDS = 3
+"""How often `text_batches` can mask other words of the same texts."""
+TextBatch = tuple[Batch, np.ndarray]
+Span = tuple[int, int]
+"""First word and the one after the last, of all words in a row."""
 _WINDOWS = (32, 128, 512, 2048)
+_WINDOW_TOKENS = 512  # of a batch of windows; longer ones stand alone
 _ROWS_OF_A_BATCH = 4
 _SEED = 20240729
 
@@ -46,46 +52,79 @@ def read_texts(path: Path) -> list[str]:
 
 
 def text_batches(
-    texts: Sequence[str], tokenizer: TextTokenizer, spec: ModelSpec, *, max_tokens: int
-) -> list[tuple[Batch, np.ndarray]]:
-    """Token ids of `texts` in all lengths: every text alone, sorted and padded in batches of four, and the whole run
-    together and cut into windows of 32 to 2,048 tokens, up to the model's own limit.
+    texts: Sequence[str], tokenizer: TextTokenizer, spec: ModelSpec, *, max_tokens: int, round: int = 0
+) -> list[TextBatch]:
+    """Token ids of `texts` in all lengths: every text alone, sorted and padded in batches of four, and all their words
+    run together and cut into windows of 32 to 2,048 tokens.
 
-    With a classifier that is fed token types, half of the texts are pairs, and every second window is a pair of its
-    halves. With a fill-mask model, 15 % of the words are masked (seeded); the array holds what stood there,
+    The words are the same for every limit of the model, and so are those that are masked: what is longer than the
+    limit is cut into pieces, so that a verdict on these batches does not hang on where the limit falls.
+
+    With a classifier that is fed token types, every second row is a pair of its halves. With a fill-mask model, 15 % of
+    the words are masked (seeded), others in every round and others in the windows; the array holds what stood there,
     [num_masks] int64, empty for other tasks.
 
     Args:
         texts: at least one.
         tokenizer: of the model.
         spec: of the model.
-        max_tokens: real tokens of each kind (texts, and windows of each length) at most.
+        max_tokens: words of the texts at most, and as many again in windows.
+        round: up to `ROUNDS` - 1; all rounds together mask nine words in ten once.
     """
     rng = np.random.default_rng(_SEED)
-    whole_texts = [text for text in texts if text.strip()]
-    rows = tokenizer.encode_texts(whole_texts, max_length=spec.max_length, truncation=True)
-    prefix, suffix = list(tokenizer.template.prefix), list(tokenizer.template.suffix)
-    words = [token for row in rows for token in row[len(prefix) : len(row) - len(suffix)]]
+    prefix, suffix = tokenizer.template.prefix, tokenizer.template.suffix
+    special = len(prefix) + len(suffix)
     has_pairs = spec.task == "classify" and spec.token_types
-    if has_pairs:
-        pairs = tokenizer.encode_pairs(list(pairwise(whole_texts)), max_length=spec.max_length, truncation=True)
-        rows = [*_at_most(rows, max_tokens // 2), *_at_most(pairs, max_tokens // 2)]
-    groups = list(_grouped(_at_most(rows, max_tokens)))
-    for window in _WINDOWS:
-        inner = window - len(prefix) - len(suffix)
-        if window <= spec.max_length:
-            whole = [words[i : i + inner] for i in range(0, len(words) - inner + 1, inner)]
-            for index, row in enumerate(_at_most(whole, max_tokens // len(_WINDOWS))):
-                is_pair = has_pairs and index % 2 == 0
-                groups.append([_pair_of(row, tokenizer) if is_pair else tokenizer.template.row(row)])
-    return [_masked(group, tokenizer, spec, rng) for group in groups]
+    rows = tokenizer.encode_texts(
+        [text for text in texts if text.strip()], max_length=max(max_tokens, special + 1), truncation=True
+    )
+    words = [row[len(prefix) : len(row) - len(suffix)] for row in _at_most(rows, max_tokens)]
+    ends = np.cumsum([0, *map(len, words)])
+    inner = max(1, spec.max_length - special)
+    pieces = [span for start, end in pairwise(ends) for span in _cut(start, end, inner)]
+    windows = _windows(int(ends[-1]), [min(window - special, inner) for window in _WINDOWS])
+    stream, luck = np.concatenate(words).astype(np.int64), rng.random(ends[-1])
+
+    def batch(spans: Sequence[Span], kind: int) -> TextBatch:
+        # Each round and kind masks its own 15 % of all words.
+        masked = np.floor(luck / MASK_PROBABILITY) == 2 * round + kind
+        rows = [
+            _row(stream[slice(*span)].tolist(), tokenizer, is_pair=has_pairs and i % 2 == 0)
+            for i, span in enumerate(spans)
+        ]
+        padded = collate(rows, pad_token_id=spec.pad_token_id, token_types=spec.token_types)
+        places = [
+            (i, len(prefix) + n) for i, span in enumerate(spans) for n in np.flatnonzero(masked[slice(*span)]).tolist()
+        ]
+        return _masked(padded, places or [(0, min(len(prefix), padded.input_ids.shape[1] - 1))], tokenizer, spec)
+
+    return [batch(group, 0) for group in _grouped(pieces)] + [batch(group, 1) for group in windows]
 
 
-def _pair_of(words: Sequence[int], tokenizer: TextTokenizer) -> list[int]:
-    """A row as long as one text of these words, of their two halves; the last ones give way to special tokens."""
-    template = tokenizer.template
+def _cut(start: int, end: int, length: int) -> list[Span]:
+    """Spans of `length` that cover `start` to `end`; the last is what is left. One, empty, where there is nothing."""
+    return [(i, min(i + length, end)) for i in range(start, end, length)] or [(start, end)]
+
+
+def _windows(total: int, lengths: Sequence[int]) -> list[list[Span]]:
+    """Every word once: a sixth of them in windows of each shorter length, the rest in the longest; in batches."""
+    parts = [total * i // 6 for i in range(len(lengths))] + [total]
+    groups = []
+    for (start, end), length in zip(pairwise(parts), lengths, strict=True):
+        spans = _cut(start, end, length) if start < end else []
+        whole, rest = [span for span in spans if span[1] - span[0] == length], spans[-1:]
+        rows = max(1, _WINDOW_TOKENS // length)
+        groups += [whole[i : i + rows] for i in range(0, len(whole), rows)]
+        groups += [rest] if rest and rest != whole[-1:] else []
+    return groups
+
+
+def _row(words: list[int], tokenizer: TextTokenizer, *, is_pair: bool) -> list[int]:
+    """A text of these words; or a pair of their halves, as long as that, the last words making room for [SEP]."""
     inner = len(words) - (tokenizer.min_pair_length - 2) + (tokenizer.min_length - 1)
-    return template.row(words[: inner // 2], words[inner // 2 : inner])
+    if not is_pair or inner < 2:
+        return tokenizer.template.row(words)
+    return tokenizer.template.row(words[: inner // 2], words[inner // 2 : inner])
 
 
 def _at_most(rows: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
@@ -95,23 +134,19 @@ def _at_most(rows: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
     return [rows[i] for i in np.linspace(0, len(rows) - 1, keep).round().astype(int)] if rows else []
 
 
-def _grouped(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    by_length = sorted(rows, key=len)
+def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    by_length = sorted(spans, key=lambda span: span[1] - span[0])
     for start in range(0, len(by_length), _ROWS_OF_A_BATCH):
         yield by_length[start : start + _ROWS_OF_A_BATCH]
 
 
-def _masked(
-    rows: Sequence[list[int]], tokenizer: TextTokenizer, spec: ModelSpec, rng: np.random.Generator
-) -> tuple[Batch, np.ndarray]:
-    batch = collate(rows, pad_token_id=spec.pad_token_id, token_types=spec.token_types)
+def _masked(batch: Batch, places: Sequence[tuple[int, int]], tokenizer: TextTokenizer, spec: ModelSpec) -> TextBatch:
+    """The batch with the mask token at `places` (row, token), of which there is one at least: a batch without any would
+    say nothing of the vocabulary projection.
+    """
     if spec.task != "fill-mask" or tokenizer.mask_token_id is None:
         return batch, np.empty(0, np.int64)
-    special = (*tokenizer.template.prefix, *tokenizer.template.suffix)
-    words = (batch.attention_mask == 1) & ~np.isin(batch.input_ids, special)
-    positions = np.argwhere(words & (rng.random(words.shape) < MASK_PROBABILITY))
-    if not len(positions):  # a batch without any would say nothing of the vocabulary projection
-        positions = np.argwhere(words if words.any() else batch.attention_mask == 1)[:1]
+    positions = np.array(places, np.int64)
     wanted = batch.input_ids[tuple(positions.T)]
     batch.input_ids[tuple(positions.T)] = tokenizer.mask_token_id
-    return dataclasses.replace(batch, mask_positions=positions.astype(np.int64)), wanted
+    return dataclasses.replace(batch, mask_positions=positions), wanted

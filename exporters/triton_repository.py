@@ -131,6 +131,8 @@ def export_repository(
         bundle = served or export(model, folder / _BUNDLE, progress=tell, **export_options).path
         manifest = open_bundle(bundle)
         check_graphs(bundle, manifest)
+        if manifest.missed_bounds:
+            tell(f"the bundle misses its bounds in {len(manifest.missed_bounds)} respects; the README names them")
         tell("write the encoder")
         encoder_folder = folder / ENCODER / str(model_version)
         encoder = _write_encoder(bundle, manifest, encoder_folder, accelerator, plan=engine is not None)
@@ -412,7 +414,9 @@ def _write_documents(
     serving: Serving,
     configs: Mapping[DeviceName, Mapping[str, Config]],
 ) -> None:
-    (folder / "README.md").write_text(readme(serving, configs, _name(manifest)), encoding="utf-8")
+    (folder / "README.md").write_text(
+        readme(serving, configs, _name(manifest), manifest.missed_bounds), encoding="utf-8"
+    )
     (folder / "Dockerfile").write_text(dockerfile(), encoding="utf-8")
     for name in ("report.json", "report.html"):  # how the encoder compared with PyTorch
         if (bundle / name).is_file():
@@ -444,6 +448,7 @@ def _manifest_json(manifest: Manifest, files: Mapping[str, FileEntry]) -> dict[s
         "spec": dataclasses.asdict(manifest.spec),
         "precision": manifest.precision,
         "source": dict(manifest.source),
+        "missed_bounds": list(manifest.missed_bounds),
         "files": {name: dataclasses.asdict(entry) for name, entry in files.items()},
     }
 

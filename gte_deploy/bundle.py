@@ -125,6 +125,8 @@ class Manifest:
         source: what was exported: `name`, and `sha256` of its weights where known.
         target: what ONNX Runtime's graph is made for.
         plan: the TensorRT engine, where the bundle has one.
+        missed_bounds: where the export missed its bounds or failed a check and was written all the same
+            (`gte-export --bounds report`), one line each.
     """
 
     spec: ModelSpec
@@ -135,6 +137,7 @@ class Manifest:
     source: Mapping[str, str]
     target: Target = "cpu"
     plan: PlanEntry | None = None
+    missed_bounds: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data, with a checksum of all the rest."""
@@ -239,6 +242,9 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
     for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, TARGETS)):
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+    missed = data.get("missed_bounds", [])  # bundles from before there was a choice have none
+    if not isinstance(missed, list) or not all(isinstance(line, str) for line in missed):
+        raise ValueError(f"missed_bounds must be a list of sentences, not {missed!r}")
     return Manifest(
         spec=spec_from_json(data["spec"]),
         precision=data["precision"],
@@ -248,6 +254,7 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
         source={str(name): str(value) for name, value in data["source"].items()},
         target=target,
         plan=plan,
+        missed_bounds=tuple(missed),
     )
 
 

@@ -95,6 +95,11 @@ def _by_rule(manifest: Manifest) -> EngineChoice:
         return EngineChoice("onnx", "fp32", "openvino is not installed")
     if not _is_usable("onnx", manifest):
         return EngineChoice("openvino", "fp32", "onnxruntime is not installed")
+    proven = [engine for engine, graph in manifest.graphs.items() if "fp32" in graph.computes]
+    if "openvino" in proven and "onnxruntime" not in proven:
+        return EngineChoice("openvino", "fp32", "the graph for ONNX Runtime missed its bounds at export")
+    if "onnxruntime" in proven and "openvino" not in proven:
+        return EngineChoice("onnx", "fp32", "the graph for OpenVINO missed its bounds at export")
     if manifest.precision != "int8":
         reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick has recorded another engine"
         return EngineChoice("onnx", "fp32", reason)

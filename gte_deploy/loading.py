@@ -244,6 +244,13 @@ def _open_bundle(
         )
     manifest = open_bundle(folder)
     check_graphs(folder, manifest)
+    if manifest.missed_bounds:
+        logger.warning(
+            "%s was exported with --bounds report and misses its bounds in %d respects; the first: %s",
+            folder,
+            len(manifest.missed_bounds),
+            manifest.missed_bounds[0],
+        )
     if is_for_gpus(manifest):
         if precision not in (None, manifest.precision):
             raise InputError(

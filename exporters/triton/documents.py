@@ -1,6 +1,6 @@
 """README.md and Dockerfile of a repository."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from gte_deploy._version import __version__
@@ -30,8 +30,10 @@ ENV ORT_DISABLE_TELEMETRY=1
 """
 
 
-def readme(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]], source: str) -> str:
-    """What the repository answers, and how to start and ask it."""
+def readme(
+    serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]], source: str, missed_bounds: Sequence[str] = ()
+) -> str:
+    """What the repository answers, and how to start and ask it; first of all, which bounds its export missed."""
     models = next(iter(configs.values()))
     ensembles = [config for config in models.values() if config.get("platform") == "ensemble"]
     return f"""\
@@ -39,7 +41,7 @@ def readme(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]],
 
 Written by gte-export of gte-deploy {__version__}: {serving.spec.task}, {serving.precision}, at most
 {serving.spec.max_length:,} tokens a text.
-
+{_missed(missed_bounds)}
 | ask | for | inputs | outputs |
 |---|---|---|---|
 {"".join(_row(config) for config in ensembles)}
@@ -63,6 +65,16 @@ JSON is slow for many texts; the client sends them in binary.
 Edit the configurations, then have them checked: `gte-export --check-repository .`. The hashes in manifest.json are
 those of the files as they were written.
 """
+
+
+def _missed(lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    listed = "".join(f"- {line}\n" for line in lines)
+    return (
+        f"\n**This model misses its bounds**: it was exported with `--bounds report`, and is not as accurate as it "
+        f"should be.\n\n{listed}"
+    )
 
 
 def _row(config: Config) -> str:

@@ -57,6 +57,7 @@ MANIFEST = {
     "source": {"name": "toy"},
     "target": "cpu",
     "plan": None,
+    "missed_bounds": [],
 }
 PLAN = {
     "path": "onnx/model.onnx",
@@ -194,6 +195,8 @@ def change(path: str, value):
         ("graphs/onnxruntime/path", "elsewhere.onnx", "elsewhere.onnx"),
         ("graphs/onnxruntime/inputs", 3, "malformed"),
         ("graphs/onnxruntime/computes", ["fp64"], "fp64"),
+        ("missed_bounds", "one", "missed_bounds"),
+        ("missed_bounds", [1], "missed_bounds"),
         ("files", [], "malformed"),
         ("files", {"../secret": {"size": 1, "sha256": ""}}, "secret"),
         ("files", {"/etc/passwd": {"size": 1, "sha256": ""}}, "passwd"),

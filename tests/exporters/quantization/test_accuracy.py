@@ -1,8 +1,11 @@
+import dataclasses
+from collections import Counter
+
 import numpy as np
 import pytest
 
 from gte_deploy.errors import InputError
-from gte_deploy.exporters.accuracy import measure_accuracy, reference_outputs
+from gte_deploy.exporters.accuracy import AccuracyBounds, TextReference, interval
 from gte_deploy.exporters.text_batches import builtin_texts, read_texts, text_batches
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.spec import ModelSpec
@@ -42,8 +45,7 @@ class Answers:
 
 
 def test_the_same_answers_are_perfect(batches):
-    reference = reference_outputs(Answers("half"), batches, SPEC)
-    found = measure_accuracy(Answers("half"), reference, batches, SPEC)
+    found = TextReference(Answers("half"), [batches], SPEC).compare(Answers("half"))
     assert found.token_cosine_min == pytest.approx(1) and found.sentence_cosine_min == pytest.approx(1)
     assert found.top1_agreement == found.top5_agreement == 1
     assert found.tokens == sum(int(batch.attention_mask.sum()) for batch, _ in batches)
@@ -51,22 +53,117 @@ def test_the_same_answers_are_perfect(batches):
 
 
 def test_differences_show(batches):
-    reference = reference_outputs(Answers("half"), batches, SPEC)
-    found = measure_accuracy(Answers("none", turn=0.25), reference, batches, SPEC)
+    found = TextReference(Answers("half"), [batches], SPEC).compare(Answers("none", turn=0.25))
     assert found.token_cosine_mean == pytest.approx(0.5, abs=0.05) and found.token_cosine_min == pytest.approx(-1)
     assert found.top1_agreement == pytest.approx(0.5, abs=0.1)
     assert found.top1 == (0, 0)
 
 
-def test_texts_come_alone_together_and_in_windows(batches, tokenizer):
+LIMITS = (8, 16, 64, 100, 128, 512, 2048, 8192)
+
+
+@pytest.fixture(scope="module")
+def at_every_limit(tokenizer):
+    """Longest input -> the batches of three rounds."""
+    texts = builtin_texts("evaluation")
+    return {
+        limit: [
+            text_batches(texts, tokenizer, dataclasses.replace(SPEC, max_length=limit), max_tokens=3000, round=i)
+            for i in range(3)
+        ]
+        for limit in LIMITS
+    }
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_texts_come_alone_together_and_in_windows_up_to_the_limit(at_every_limit, tokenizer, limit):
+    batches = at_every_limit[limit][0]
     lengths = [int(batch.attention_mask.sum(axis=1).max()) for batch, _ in batches]
-    assert {32, 128, 512} <= set(lengths) and 2048 not in lengths
+    longest = max(lengths)
+    assert longest == limit or 1400 < longest < 1600 < limit, "half of the words are in one window of up to 2,048"
+    assert {min(window, limit) for window in (32, 128, 512)} <= set(lengths)
     assert any(len(batch.input_ids) == 4 and (batch.attention_mask == 0).any() for batch, _ in batches)
-    share = sum(len(wanted) for _, wanted in batches) / sum(int(batch.attention_mask.sum()) for batch, _ in batches)
-    assert 0.12 < share < 0.18
     for batch, wanted in batches:
         assert (batch.input_ids[tuple(batch.mask_positions.T)] == tokenizer.mask_token_id).all()
+        assert (batch.input_ids[:, 0] == 101).all() and len(wanted) == len(batch.mask_positions) > 0
         assert not np.isin(wanted, (0, 101, 102, 103)).any()
+
+
+def test_the_words_and_the_masks_are_the_same_at_every_limit(at_every_limit):
+    def masked(batches):
+        return Counter(word for _, wanted in batches for word in wanted.tolist())
+
+    def words(batches):
+        ids = (id for batch, _ in batches for id in batch.input_ids[batch.attention_mask == 1].tolist())
+        return sum(id not in (101, 102) for id in ids)
+
+    whole = at_every_limit[8192]
+    for limit, rounds in at_every_limit.items():
+        for found, expected in zip(rounds, whole, strict=True):
+            assert words(found) == words(expected)
+            # A batch of a few short pieces may have no mask by chance, and then gets one.
+            extra = masked(found) - masked(expected)
+            assert not masked(expected) - masked(found) and extra.total() <= (40 if limit < 32 else 2), limit
+    shares = [masked(batches).total() / words(batches) for batches in whole]
+    assert all(0.13 < share < 0.17 for share in shares)
+
+
+def test_rounds_mask_other_words(at_every_limit):
+    places = [
+        {(number, *place) for number, (batch, _) in enumerate(batches) for place in batch.mask_positions.tolist()}
+        for batches in at_every_limit[512]
+    ]
+    assert not places[0] & places[1] and not places[0] & places[2] and not places[1] & places[2]
+
+
+def test_the_interval_is_wilsons_and_wider_where_texts_err_together():
+    same = np.array([True] * 97 + [False] * 3)
+    low, high = interval(same, np.arange(100))
+    assert (low, high) == pytest.approx((0.9155, 0.9897), abs=5e-4)  # R: binom.confint(97, 100, methods = "wilson")
+    together = interval(same, np.arange(100) // 10)  # the three stand in one text
+    assert together[0] < low and together[1] > high
+    assert interval(np.ones(50, bool), np.arange(50)) == pytest.approx((0.9287, 1), abs=5e-4)
+    assert interval(np.zeros(50, bool), np.arange(50)) == pytest.approx((0, 1 - 0.9287), abs=5e-4)
+
+
+@pytest.mark.parametrize("rate", [0.90, 0.97])
+def test_the_interval_holds_the_true_rate_as_often_as_it_says(rate):
+    rng = np.random.default_rng(5)
+    texts = np.arange(1500) // 15
+    held = 0
+    for _ in range(400):  # three words in ten have the luck of their text
+        shared = np.where(rng.random(1500) < 0.3, rng.random(100)[texts], rng.random(1500))
+        low, high = interval(shared < rate, texts)
+        held += low <= rate <= high
+    assert 0.92 <= held / 400 <= 0.985
+
+
+class Flips:
+    """The best word of `share` of all masks is another than the reference's, which is always word 5."""
+
+    def __init__(self, share):
+        self.share, self.rng, self.masks = share, np.random.default_rng(0), 0
+
+    def run(self, batch, outputs):
+        logits = np.zeros((len(batch.mask_positions), 64), np.float32)
+        logits[:, 5] = 1
+        logits[self.rng.random(len(logits)) < self.share, 7] = 2
+        self.masks += len(logits)
+        return {"last_hidden_state": np.ones((*batch.input_ids.shape, 8), np.float32), "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("share", "rounds", "missed"), [(0.0, 1, False), (0.027, 3, False), (0.03, 3, False), (0.1, 1, True)]
+)
+def test_what_is_open_is_measured_on_more_masks(at_every_limit, share, rounds, missed):
+    bounds = AccuracyBounds(cosine_mean=0.999, top1_agreement=0.97)
+    rounds_of = at_every_limit[128]
+    found = TextReference(Flips(0), rounds_of, SPEC).compare(Flips(share), bounds)
+    assert found.masks == sum(len(wanted) for batches in rounds_of[:rounds] for _, wanted in batches)
+    assert bool(bounds.missed(found)) == missed
+    low, high = found.top1_interval
+    assert low <= found.top1_agreement <= high
+    assert bool(bounds.missed(found, by_estimate=True)) == (found.top1_agreement < 0.97)
 
 
 def test_the_same_every_time(batches, tokenizer):
@@ -80,8 +177,8 @@ def test_calibration_and_evaluation_share_no_text():
 
 
 def test_a_short_text_is_enough(tokenizer):
-    (batch, wanted), *rest = text_batches(["Hello"], tokenizer, SPEC, max_tokens=1000)
-    assert not rest and batch.input_ids.shape == (1, 3) and len(wanted) == 1
+    for batch, wanted in text_batches(["Hello"], tokenizer, SPEC, max_tokens=1000):
+        assert batch.input_ids.shape == (1, 3) and len(wanted) == 1
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"\n \n", "holds no text"), (b"\xff\xfe\xff", "cannot be read")])

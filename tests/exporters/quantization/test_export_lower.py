@@ -34,12 +34,13 @@ def test_the_report_says_what_int8_costs(int8):
         assert bounds == {"cosine_mean": 0.999, "top1_agreement": 0.97}
         assert found["token_cosine_mean"] >= 0.999 and found["sentence_cosine_mean"] >= 0.999
         assert found["alone_cosine_mean"] == pytest.approx(1, abs=1e-5)
-        assert found["top1_agreement"] >= 0.97 and found["masks"] > 400
+        low, high = found["top1_interval"]
+        assert low < found["top1_agreement"] < high and high >= 0.97 and found["masks"] > 400
         before, after = found["top1"][1], found["top1"][0]
         assert after > 0.25 and abs(after - before) < 0.02
     assert report["sensitivity"] == {}
     page = (int8.path / "report.html").read_text()
-    assert "same best word as PyTorch" in page and "int8_linears 29" in page
+    assert "same best word as PyTorch" in page and "masks (95 % interval" in page and "int8_linears 29" in page
 
 
 def test_the_bundle_answers_like_fp32_and_is_small(int8):
@@ -63,7 +64,7 @@ def test_a_missed_bound_leaves_no_bundle(tmp_path, monkeypatch):
         ParityError, match=r"on text: token cosine 0\.99\d+ on average, at least 0\.999 wanted"
     ) as caught:
         export(None, tmp_path / "bundle", precision="int4-weight", max_length=64)
-    assert "take a finer precision" in str(caught.value)
+    assert "Take a finer precision: int8-weight or fp32." in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
