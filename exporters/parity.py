@@ -414,12 +414,12 @@ class BoundMissedError(ParityError):
             if not engine.optional and (failures := engine.failures())
         ]
         parts += [
-            f"the check of {check.name} failed:\n  " + "\n  ".join((*check.broken, *check.failures))
+            f"the {check.name} are not the checkpoint's own:\n  " + "\n  ".join((*check.broken, *check.failures))
             for check in report.checks
             if not check.passed
         ]
         super().__init__(
-            f"the {report.precision} bundle on " + "\n".join(parts) + f"\nNo bundle was written. {_advice(report)}"
+            f"the {report.precision} bundle: " + "\n".join(parts) + f"\nNo bundle was written. {_advice(report)}"
         )
         self.report = report
 
@@ -446,7 +446,7 @@ def _advice(report: ParityReport) -> str:
             return f"FP16 ends at 65,504, and values of this model lie beyond. {_FINER['fp16']}"
         return "PyTorch's numbers are finite, and these are not: please report it, with the model's name."
     if not missed:
-        return _REPORT
+        return f"The checkpoint's own library is right: please report it, with the checkpoint's files. {_REPORT}"
     if report.precision != "fp32":
         return f"{_FINER[report.precision]} {_REPORT}"
     fine = [engine.title for engine in report.engines if engine.passed and not engine.optional]

@@ -196,7 +196,7 @@ def test_a_check_counts_like_a_bound(sound, broken):
     report = sound.parity.with_checks(check)
     assert not report.passed and report.failures() == [f"answers: {line}"]
     assert [entry["name"] for entry in report.to_json()["checks"]] == ["answers"]
-    with pytest.raises(BoundMissedError, match="the check of answers failed:\n  'Größe'"):
+    with pytest.raises(BoundMissedError, match="the answers are not the checkpoint's own:\n  'Größe'"):
         report.require()
     table = format_table(report)
     assert "answers: FAILED, texts 3" in table and line in table and "skipped: sentence-transformers" in table
