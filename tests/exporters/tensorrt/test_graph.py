@@ -125,7 +125,8 @@ def test_the_stand_in_for_bf16_computes_what_the_graph_does(graphs, saved, spec,
     exact, stand_in = OnnxBackend(saved("fp16"), spec), OnnxBackend(tmp_path / "stand_in.onnx", spec)
     batch = make_batch(2, 50)
     for name in OUTPUTS:
-        assert compare(exact.run(batch, OUTPUTS)[name], stand_in.run(batch, OUTPUTS)[name]).max_rel < 2e-3, name
+        difference = compare(exact.run(batch, OUTPUTS)[name], stand_in.run(batch, OUTPUTS)[name])
+        assert difference.max_rel < 4e-3, name  # of each channel's own size: some steps of FP16, 4.9e-4 each
 
 
 def test_far_positions_turn_as_pytorch_turns_them(graphs, saved, model, spec, make_batch):
