@@ -285,6 +285,43 @@ DENSE = FileFields(
     unknown="ignored",
 )
 
+SPLADE = FileFields(
+    name="1_SpladePooling/config.json",
+    reads="The SpladePooling module of a sparse model, in the folder that modules.json or a Router names.",
+    fields={
+        "pooling_strategy": _honoured('"max" or "sum" over the tokens.'),
+        "activation_function": _honoured('"relu" for log1p(relu(x)), "log1p_relu" for log1p(log1p(relu(x))).'),
+        "embedding_dimension": _ignored("It is the vocabulary's size."),
+        "word_embedding_dimension": _ignored("It is the vocabulary's size."),
+        "chunk_size": _ignored("It changes the memory that is needed."),
+    },
+    unknown="refused",
+)
+
+ROUTER = FileFields(
+    name="router_config.json",
+    reads="A Router of a sparse model whose routes are query and document; others are refused by name.",
+    fields={
+        "types": _honoured(
+            "Documents: MLMTransformer or Transformer, and SpladePooling; queries: the same, or weights."
+        ),
+        "structure": _honoured("Which modules belong to which route."),
+        "parameters": _honoured("`default_route` and `allow_empty_key`; `route_mappings` is refused."),
+    },
+    unknown="ignored",
+)
+
+STATIC = FileFields(
+    name="query_0_SparseStaticEmbedding/config.json, model.safetensors, idf.json",
+    reads="Weights of queries that need no model; they come into the bundle as query_weights.npy.",
+    fields={
+        "weight": _honoured("float32 [vocabulary], in model.safetensors."),
+        "path": _honoured("Of a JSON file of token -> weight, in place of the tensor."),
+        "frozen": _TRAINING,
+    },
+    unknown="ignored",
+)
+
 ADAPTER = FileFields(
     name="adapter_config.json, adapter_model.safetensors",
     reads=(
@@ -298,7 +335,19 @@ ADAPTER = FileFields(
     unknown="ignored",
 )
 
-TABLES = (CONFIG, TOKENIZER, MODULES, SENTENCE_BERT, SENTENCE_TRANSFORMERS, POOLING, DENSE, ADAPTER)
+TABLES = (
+    CONFIG,
+    TOKENIZER,
+    MODULES,
+    SENTENCE_BERT,
+    SENTENCE_TRANSFORMERS,
+    POOLING,
+    DENSE,
+    SPLADE,
+    ROUTER,
+    STATIC,
+    ADAPTER,
+)
 
 _INTRODUCTION = """# Checkpoints: what is read, what is honoured, what is refused
 

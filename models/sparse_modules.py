@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.models.fields import SPLADE
 from gte_deploy.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ _SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _ROUTERS = ("Router", "Asym")
 # Modules that only SparseEncoder has. Transformer is one of its as well where its task is fill-mask.
 _SPARSE_TYPES = frozenset(("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder"))
-# Fields that change no answer: the width is the vocabulary's, and parts of a sum are no other sum.
-_INERT_POOLING_FIELDS = frozenset(("embedding_dimension", "word_embedding_dimension", "chunk_size"))
 _ROUTER_FIELDS = frozenset(("default_route", "allow_empty_key", "route_mappings"))
 
 
@@ -242,7 +241,7 @@ def _pooling(folder: Path, module: Module) -> SparseSpec:
     if not isinstance(config, dict):
         raise _RefusedError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
     known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
-    if unknown := sorted(config.keys() - known.keys() - _INERT_POOLING_FIELDS):
+    if unknown := sorted(name for name in config if SPLADE.field(name) is None):
         raise _RefusedError(f"{module.path}/config.json has the fields {', '.join(unknown)}, which are not honoured.")
     for name, allowed in known.items():
         if (value := config.get(name, allowed[0])) not in allowed:

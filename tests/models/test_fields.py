@@ -16,6 +16,8 @@ from gte_deploy.models.fields import (
     POOLING,
     SENTENCE_BERT,
     SENTENCE_TRANSFORMERS,
+    SPLADE,
+    STATIC,
     TABLES,
     TOKENIZER,
     check_fields,
@@ -39,11 +41,15 @@ def test_every_field_that_sentence_transformers_reads_is_in_the_table():
     from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 
     arguments = set(inspect.signature(Transformer.__init__).parameters) - {"self", "model_name_or_path", "backend"}
     assert known(SENTENCE_BERT, arguments | set(Transformer.config_keys)) == []
     assert known(POOLING, [*Pooling.config_keys, *Pooling.config_key_renames]) == []
     assert known(DENSE, Dense.config_keys) == []
+    arguments = {*SpladePooling.config_keys, *inspect.signature(SpladePooling.__init__).parameters}
+    assert known(SPLADE, arguments - {"self", "args", "kwargs"}) == []
+    assert known(STATIC, SparseStaticEmbedding.config_keys) == []
     written = set()
     for model in (SentenceTransformer, CrossEncoder, SparseEncoder):
         for method in (model._get_model_config, model._parse_model_config):
