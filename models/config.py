@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.fields import CONFIG, check_fields
@@ -100,6 +98,7 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
         CheckpointError: there is no config.json.
         ConfigError: a field is missing, malformed, or asks for what the model cannot honour; the message names it.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import GteConfig
 
     file = Path(folder) / "config.json"

@@ -7,8 +7,10 @@ alone gives its ids, whatever reads it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,12 +169,27 @@ def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **arguments)
+        with _without_warning_of_the_type():
+            return AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, **arguments
+            )
     except Exception as error:  # of many libraries; the tokenizers library raises plain Exception
         raise CheckpointError(
             f"{folder}: transformers' AutoTokenizer cannot read the tokenizer ({type(error).__name__}: {error}). "
             "A checkpoint has a tokenizer.json, or a vocab.txt with a tokenizer_config.json that names its class."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warning_of_the_type() -> Iterator[None]:
+    """Transformers warns of `model_type` "new", which it does not know: its tokenizer does not depend on that."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _has_lowercase(normalizer: Any) -> bool:

@@ -187,21 +187,21 @@ def sound(small, tmp_path_factory):
 def test_a_check_counts_like_a_bound(sound, broken):
     line = "'Größe' gives 0.1 and not 0.9"
     check = Check(
-        "answers",
+        "words",
         failures=() if broken else (line,),
         broken=(line,) if broken else (),
         compared={"texts": 3},
         skipped=("sentence-transformers is not installed",),
     )
     report = sound.parity.with_checks(check)
-    assert not report.passed and report.failures() == [f"answers: {line}"]
-    assert [entry["name"] for entry in report.to_json()["checks"]] == ["answers"]
-    with pytest.raises(BoundMissedError, match="the answers are not the checkpoint's own:\n  'Größe'"):
+    assert not report.passed and report.failures() == [f"words: {line}"]
+    assert [entry["name"] for entry in report.to_json()["checks"]] == ["answers", "words"]
+    with pytest.raises(BoundMissedError, match="the words are not the checkpoint's own:\n  'Größe'"):
         report.require()
     table = format_table(report)
-    assert "answers: FAILED, texts 3" in table and line in table and "skipped: sentence-transformers" in table
+    assert "words: FAILED, texts 3" in table and line in table and "skipped: sentence-transformers" in table
     page = render_html(report, json.loads((sound.path / "report.json").read_text()))
-    assert "answers: FAILED" in page and 'class="verdict failed"' in page
+    assert "words: FAILED" in page and 'class="verdict failed"' in page
     if broken:
         with pytest.raises(BoundMissedError):
             report.require("report")
