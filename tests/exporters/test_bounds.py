@@ -208,7 +208,7 @@ def test_a_check_counts_like_a_bound(sound, broken):
     else:
         report.require("report")
     passed = sound.parity.with_checks(dataclasses.replace(check, failures=(), broken=()))
-    assert passed.passed and "answers: passed, texts 3" in format_table(passed)
+    assert passed.passed and "words: passed, texts 3" in format_table(passed)
 
 
 ADVICE = [
