@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -129,6 +130,23 @@ def bundle(bundle_of: Callable[..., Path], word_checkpoints: dict[str, Path]) ->
     return bundle_of(word_checkpoints["embed"])
 
 
+@pytest.fixture(scope="module")
+def checkpoints(
+    word_checkpoints: dict[str, Path],
+    make_checkpoint: Callable[..., Path],
+    runtime_models: ModuleType,
+    factories: ModuleType,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """One for each task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    sparse = runtime_models.make_word_checkpoint(make_checkpoint, folder / "sparse")
+    tagger = runtime_models.make_word_checkpoint(
+        make_checkpoint, folder / "tagger", task="token-classify", num_labels=3
+    )
+    return {**word_checkpoints, "sparse": factories.add_sparse_modules(sparse), "token-classify": tagger}
+
+
 @pytest.fixture
 def read_only(bundle: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "read-only" / "bundle"
@@ -146,6 +164,9 @@ def deploy_commands(bundle: Path, checkpoints: dict[str, Path]) -> list[Any]:
         ["info", str(bundle)],
         ["verify", str(bundle)],
         ["encode", "-m", embed, "-o", "embeddings.npy", "the king"],
+        ["verify", str(bundle), "--checkpoint", embed],
+        ["encode-sparse", "-m", str(checkpoints["sparse"]), "the king"],
+        ["classify-tokens", "-m", str(checkpoints["token-classify"]), "the king"],
         ["fill-mask", "-m", mlm, "the [MASK]"],
         ["rank", "-m", reranker, "-q", "the king", "the queen", "a man"],
         ["info", embed],
@@ -170,9 +191,9 @@ def assert_done(done: subprocess.CompletedProcess[str], commands: list[Any]) -> 
 
 
 @pytest.mark.parametrize("home", [True, False], ids=["home", "no home, unknown user"])
-def test_gte_deploy(home: bool, tmp_path: Path, read_only: Path, word_checkpoints: dict[str, Path]) -> None:
+def test_gte_deploy(home: bool, tmp_path: Path, read_only: Path, checkpoints: dict[str, Path]) -> None:
     place = Place(tmp_path / "place", home=home)
-    commands = deploy_commands(read_only, word_checkpoints)
+    commands = deploy_commands(read_only, checkpoints)
     done = place.audited(COMMANDS, json.dumps(commands), prelude="" if home else NO_PASSWD_ENTRY)
     assert_done(done, commands)
     assert place.events() == []
@@ -186,18 +207,44 @@ def test_gte_deploy(home: bool, tmp_path: Path, read_only: Path, word_checkpoint
 def test_gte_export(home: bool, tmp_path: Path, word_checkpoints: dict[str, Path]) -> None:
     pytest.importorskip("onnxscript")
     place = Place(tmp_path / "place", home=home)
-    commands = [["gte_deploy.exporters.cli", [str(word_checkpoints["embed"]), "bundle", "--max-len", "16", "--quiet"]]]
+    arguments = [
+        [str(word_checkpoints["embed"]), "bundle", "--max-len", "16", "--quiet"],
+        ["bundle", "repository", "--format", "triton", "--quiet"],
+    ]
+    commands = [["gte_deploy.exporters.cli", command] for command in arguments]
     done = place.audited(COMMANDS, json.dumps(commands), prelude="" if home else NO_PASSWD_ENTRY)
     assert_done(done, commands)
     assert place.events() == []
     assert place.left() == []
 
 
-def test_gte_train(tmp_path: Path) -> None:
+def test_gte_train(tmp_path: Path, word_checkpoints: dict[str, Path]) -> None:
     pytest.importorskip("yaml")
-    place = Place(tmp_path / "place", home=False)
-    (place.out / "text.txt").write_text("the king walked to the city.\n\nthe queen is old.\n" * 50)
-    commands = [["gte_deploy.training.cli", ["prepare", "text.txt", "-o", "corpus", "--workers=1"]]]
+    place, mlm = Place(tmp_path / "place", home=False), str(word_checkpoints["fill-mask"])
+    (place.out / "text.txt").write_text(("the king walked to the city. " * 9 + "\n\n") * 30)
+    stage = {
+        "name": "mlm-32",
+        "max_length": 32,
+        "rope_theta": 10000,
+        "steps": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+    }
+    (place.out / "recipe.yaml").write_text(
+        json.dumps({"name": "quiet", "model": mlm, "stages": [stage]})
+    )  # JSON is YAML
+    (place.out / "glue" / "CoLA").mkdir(parents=True)
+    for split in ("train", "dev"):
+        (place.out / "glue" / "CoLA" / f"{split}.tsv").write_text("x\t1\t\tthe king\nx\t0\t\tking the\n" * 8)
+    arguments = [
+        ["prepare", "text.txt", "-o", "corpus", "--workers=1", "--tokenizer", mlm],
+        ["estimate", "recipe.yaml", "--data", "corpus"],
+        ["run", "recipe.yaml", "--data", "corpus", "-o", "run", "--device=cpu", "--tokenizer", mlm],
+        ["export", "run", "exported", "--layout", "original"],
+        ["extrapolate", "exported", "--data", "corpus", "-o", "curve", "--max-length", "32", "--device=cpu"],
+        ["glue", "exported", "-o", "scores", "--data", "glue", "--tasks", "cola", "--epochs", "1", "--device=cpu"],
+    ]
+    commands = [["gte_deploy.training.cli", command] for command in arguments]
     done = place.audited(COMMANDS, json.dumps(commands), prelude=NO_PASSWD_ENTRY)
     assert_done(done, commands)
     assert place.events() == []
