@@ -198,7 +198,7 @@ def export(
     with staging(place, force=force) as folder:
         with steps("read the checkpoint"):
             checkpoint = _describe(
-                resolve_checkpoint(model), task=task, pooling=pooling, logits=logits, max_length=max_length
+                resolve_checkpoint(model), task=task, pooling=pooling, logits=logits, max_length=max_length, steps=steps
             )
             source = _source_of(model, checkpoint)
             asked = Asked(pooling=pooling, limit="own" if max_length is None else "asked")
@@ -306,7 +306,9 @@ def _check_sparse(spec: ModelSpec, *, on_gpu: bool, padding_free: bool) -> None:
         )
 
 
-def _describe(folder: Path, *, task: str, pooling: str, logits: str, max_length: int | None) -> Description:
+def _describe(
+    folder: Path, *, task: str, pooling: str, logits: str, max_length: int | None, steps: _Steps
+) -> Description:
     """What the checkpoint is, with the limits of this export in its spec."""
     checkpoint = describe(folder, task=task, pooling=pooling)
     spec = checkpoint.spec
@@ -318,6 +320,8 @@ def _describe(folder: Path, *, task: str, pooling: str, logits: str, max_length:
         raise InputError(
             f"max_length is {length:,}; expected {MIN_LENGTH} to {limit:,}, the checkpoint's max_position_embeddings"
         )
+    if length > spec.max_length:
+        steps.tell(f"the bundle takes {length:,} tokens; the checkpoint's own files cut texts at {spec.max_length:,}")
     return dataclasses.replace(
         checkpoint, spec=dataclasses.replace(spec, max_length=length, logits=cast(Logits, logits))
     )

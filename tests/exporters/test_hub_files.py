@@ -111,6 +111,18 @@ def test_the_files_of_the_bundle_say_what_it_does(bundle, checkpoint, theirs):
     assert AutoTokenizer.from_pretrained(bundle)("W5 W6")["input_ids"] == [2, 5, 6, 3]
 
 
+def test_a_limit_above_the_checkpoints_own_is_told(checkpoint, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    told = []
+    bundle = export(checkpoint, tmp_path / "bundle", max_length=100, progress=told.append).path
+    assert "the bundle takes 100 tokens; the checkpoint's own files cut texts at 24" in told
+    theirs = SentenceTransformer(str(checkpoint))
+    theirs.max_seq_length = 100
+    with gte_deploy.load(bundle, backend="onnx") as model:
+        np.testing.assert_allclose(model.encode(TEXTS), theirs.encode(TEXTS), atol=2e-6)
+
+
 @pytest.mark.usefixtures("trace_once")
 @pytest.mark.parametrize(
     "options",
