@@ -298,7 +298,9 @@ class _Network:
         seen = _Seen()
         self.network.register_forward_hook(seen.remember)
         cut = {"truncation": True, "max_length": given.cut}
-        ours, theirs = min(_TOP_K, len(self.known)), min(_LOOKED_AT, self.network.config.vocab_size)
+        size = self.network.config.vocab_size
+        # The pipeline answers with rows that no token owns, too.
+        ours, theirs = min(_TOP_K, len(self.known)), min(_LOOKED_AT + size - len(self.known), size)
 
         def ask(text: str) -> Question:
             return Question(

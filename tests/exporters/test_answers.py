@@ -87,6 +87,7 @@ def reading(checkpoint, folder, *, read=None, tokenizer=lambda folder: None, **s
 
 SOUND = {
     "fill-mask": {"layout": "original", "shards": 2},
+    "fill-mask, most rows without a token": {"layout": "native", "vocab_size": 30000},
     "fill-mask, native, XLM-R": {"layout": "native", "unigram": True, "vocab_size": 264},
     "embed": {"task": "embed", "layout": "original", "unigram": True, "rope_scaling": {"type": "ntk", "factor": 8.0}},
     "embed, mixed": {"task": "embed", "rope_scaling": {"type": "ntk", "factor": 8.0, "mixed_b": 0.75}},
