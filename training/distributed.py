@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +77,22 @@ def join_world(device: str | None = None) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), kind)
     finally:
         dist.destroy_process_group()
+        # Only then: the caller's model is a part of what keeps them.
+        atexit.unregister(_end_group_threads)
+        atexit.register(_end_group_threads)
+
+
+def _end_group_threads() -> None:
+    """End the threads of groups that were left, which could else abort the process while the interpreter ends.
+
+    Sharded parameters keep their mesh, a mesh its group, and a group its threads; so does torch's cache of how
+    operators shard.
+    """
+    from torch.distributed.tensor import debug
+
+    if clear := getattr(debug, "_clear_sharding_prop_cache", None):
+        clear()
+    gc.collect()
 
 
 def distribute(module: PackedMaskedLM, world: World, *, sharding: str) -> nn.Module:

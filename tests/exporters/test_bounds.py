@@ -108,7 +108,8 @@ def test_a_bundle_within_its_bounds_is_the_same_either_way(trace_once, small, tm
     assert manifests[0].graphs == manifests[1].graphs
     with caplog.at_level(logging.WARNING), gte_deploy.load(tmp_path / "report"):
         pass
-    assert not caplog.text
+    # torch's own tracing may log while the bundles are made.
+    assert [record for record in caplog.records if record.name.startswith("gte_deploy")] == []
 
 
 def not_a_number(values):

@@ -71,6 +71,42 @@ def command(recipe: dict, corpus_folder: Path, output: Path) -> list[str]:
     return ["run", str(path), "--data", str(corpus_folder), "--output", str(output), "--device=cpu", "--no-tensorboard"]
 
 
+LEAVE_A_GROUP = """
+import atexit
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from gte_deploy.training.distributed import join_world
+
+def names():
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+atexit.register(lambda: print(*(name for name in names() if "gloo" in name or "store" in name), sep="\\n"))  # the last
+
+def work():
+    with join_world("cpu"):
+        layer = fully_shard(torch.nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
+        layer(torch.ones(2, 4)).sum().backward()
+        assert any("gloo" in name for name in names())
+
+work()
+"""
+
+
+def test_no_thread_of_a_group_outlives_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE_A_GROUP],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
 def losses(output: Path) -> np.ndarray:
     return np.array([record["loss"] for record in read_log(output / "log.jsonl")])
 
