@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.errors import CheckpointError, ConfigError
 from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.fields import CONFIG, check_fields
-from gte_deploy.models.modules import model_folder, read_modules
+from gte_deploy.models.module_list import read_modules
+from gte_deploy.models.modules import model_folder
 from gte_deploy.models.presets import USAGE_FIELDS, preset
 from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.models.weight_files import tensor_names, weight_files

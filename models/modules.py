@@ -7,20 +7,20 @@ a reranker's settings are read, as the library reads them, where there is a modu
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 from gte_deploy.activations import TORCH_CLASSES, activation_of
 from gte_deploy.errors import CheckpointError, ConfigError
-from gte_deploy.files import read_json, read_json_object
+from gte_deploy.files import read_json_object
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
+from gte_deploy.models.module_list import MODULES, Module, folder_of, read_modules, refuse_arguments
 from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
 
 logger = logging.getLogger(__name__)
 
-_LIBRARY = "sentence_transformers."
 # Old saves name the file after the kind of encoder; the library reads the first that is there.
 _SETTINGS_FILES = (
     "sentence_bert_config.json",
@@ -49,21 +49,6 @@ _MODEL_TYPES: Mapping[Task, str] = {
     "sparse": "SparseEncoder",
 }
 _NO_SIZES = frozenset({"in_features", "out_features"})
-
-
-@dataclass(frozen=True)
-class Module:
-    """One entry of modules.json.
-
-    Args:
-        kind: name of its class, such as "Pooling"; the whole path of a class of somebody else.
-        path: of its folder, relative to the checkpoint; "" for the checkpoint's own.
-        arguments: names of the arguments for its calls.
-    """
-
-    kind: str
-    path: str
-    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,28 +105,6 @@ class SentenceSettings:
     activation: str | None = None
 
 
-def read_modules(folder: Path) -> list[Module] | None:
-    """The entries of modules.json in their order, or None where there is no such file.
-
-    Raises:
-        CheckpointError: it is not a list of modules.
-    """
-    file = folder / "modules.json"
-    data = read_json(file)
-    if data is None:
-        return None
-    if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in data):
-        raise CheckpointError(f"{file} must list objects with a `type`")
-    return [
-        Module(
-            kind=entry["type"].rpartition(".")[2] if entry["type"].startswith(_LIBRARY) else entry["type"],
-            path=str(entry.get("path", "")),
-            arguments=tuple(map(str, entry.get("kwargs") or ())),
-        )
-        for entry in data
-    ]
-
-
 def model_folder(folder: Path) -> Path:
     """Where config.json, weights and tokenizer are: the folder itself, or that of its Transformer module.
 
@@ -156,7 +119,7 @@ def model_folder(folder: Path) -> Path:
         return encoder_folder(folder)
     modules = read_modules(folder) or []
     inner = next((module for module in modules if module.kind in ("Transformer", "MLMTransformer")), None)
-    return folder if inner is None else folder / _checked_path(folder, inner)
+    return folder if inner is None else folder_of(folder, inner)
 
 
 def read_settings(folder: Path, task: Task) -> SentenceSettings:
@@ -291,7 +254,7 @@ def _beside_another_task(folder: Path, modules: list[Module] | None) -> Sentence
             logger.info("%s: the modules %s are for another task, and passed over", folder, ", ".join(kinds))
         return SentenceSettings()
     for module in modules or ():
-        _checked_path(folder, module)
+        folder_of(folder, module)  # or a refusal
     settings = SentenceSettings(
         pooling=read_pooling(folder / (paths.get("Pooling") or "1_Pooling") / "config.json"),
         normalize="Normalize" in paths,
@@ -347,13 +310,13 @@ def _require_embedding(folder: Path, modules: list[Module]) -> None:
     orders = ([*known[:2], *["Dense"] * dense], [*known[:2], *["Dense"] * dense, "Normalize"])
     if kinds not in orders and kinds != ["Transformer"]:
         raise ConfigError(
-            f"{folder / 'modules.json'} lists {', '.join(kinds)}; expected Transformer, Pooling, any number of Dense "
+            f"{folder / MODULES} lists {', '.join(kinds)}; expected Transformer, Pooling, any number of Dense "
             "and at most one Normalize, in this order."
         )
 
 
 def _require_kinds(folder: Path, modules: list[Module], known: tuple[str, ...], purpose: str) -> None:
-    file = folder / "modules.json"
+    file = folder / MODULES
     for module in modules:
         if "." in module.kind:
             raise ConfigError(
@@ -365,9 +328,8 @@ def _require_kinds(folder: Path, modules: list[Module], known: tuple[str, ...], 
                 f"{file} has a {module.kind} module; only {', '.join(known)} are honoured for {purpose}, and leaving "
                 "it out would change the answers."
             )
-        _checked_path(folder, module)
-        if module.arguments:
-            raise ConfigError(f"{file}: kwargs of {module.kind} is {list(module.arguments)}; expected none")
+        folder_of(folder, module)  # or a refusal
+        refuse_arguments(folder, module)
 
 
 def _model_type(folder: Path) -> str:
@@ -421,10 +383,3 @@ def _boolean(file: Path, config: Mapping[str, Any], name: str, default: bool) ->
     if not isinstance(value, bool):
         raise ConfigError(f"{file}: {name} is {value!r}; expected true or false")
     return value
-
-
-def _checked_path(folder: Path, module: Module) -> str:
-    path = PurePosixPath(module.path)
-    if ".." in path.parts or path.is_absolute() or "\\" in module.path:
-        raise ConfigError(f"{folder / 'modules.json'}: path is {module.path!r}; expected a folder below the checkpoint")
-    return module.path

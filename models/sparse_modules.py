@@ -6,7 +6,6 @@ SparseStaticEmbedding, and `max_active_dims` of config_sentence_transformers.jso
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.files import read_json
 from gte_deploy.models.fields import SPLADE
+from gte_deploy.models.module_list import Module, folder_of, kind_of, read_modules, refuse_arguments
+from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
 from gte_deploy.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 
 logger = logging.getLogger(__name__)
@@ -25,20 +27,12 @@ logger = logging.getLogger(__name__)
 QUERY_WEIGHTS_FILE = "query_weights.npy"
 """Where a bundle holds the weights of queries that need no model: float32 [vocabulary]."""
 
-_MODULES, _ROUTER, _SENTENCE_BERT = "modules.json", "router_config.json", "sentence_bert_config.json"
+_ROUTER, _SENTENCE_BERT = "router_config.json", "sentence_bert_config.json"
 _SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _ROUTERS = ("Router", "Asym")
 # Modules that only SparseEncoder has. Transformer is one of its as well where its task is fill-mask.
 _SPARSE_TYPES = frozenset(("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder"))
 _ROUTER_FIELDS = frozenset(("default_route", "allow_empty_key", "route_mappings"))
-
-
-@dataclass(frozen=True)
-class Module:
-    """An entry of modules.json or router_config.json: the last part of its type, and its folder in the checkpoint's."""
-
-    kind: str
-    path: str
 
 
 @dataclass(frozen=True)
@@ -59,26 +53,24 @@ class SparseModules:
     query: str | None = None
 
 
-class _RefusedError(Exception):
-    """Why the modules cannot be honoured; never leaves this file."""
-
-
 def read_sparse_modules(folder: Path) -> SparseModules | None:
     """The modules of a checkpoint folder, or None where they are not a SparseEncoder's.
 
     Raises:
-        ConfigError: modules.json is not a list of modules.
-        CheckpointError: it is not JSON.
+        CheckpointError: modules.json is not JSON.
+        ConfigError: it is not a list of modules.
     """
-    modules = _modules(folder)
+    modules = read_modules(folder) or []
     if not _are_sparse(folder, modules):
         return None
     try:
+        for module in modules:
+            refuse_arguments(folder, module)
         found = _routed(folder, modules) if any(m.kind in _ROUTERS for m in modules) else _splade(folder, modules)
         if found.spec is not None:
             found = replace(found, spec=replace(found.spec, max_active_dims=_max_active_dims(folder)))
         return found
-    except (_RefusedError, CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:
         return SparseModules(None, str(error))
 
 
@@ -155,11 +147,11 @@ def read_query_weights(
     place = folder / found.query
     documents = folder / found.transformer
     _require_same_tokenizer(place, documents)
-    path = (_json(place / "config.json") or {}).get("path")
+    path = (read_json(place / "config.json") or {}).get("path")
     if isinstance(path, str) and path.endswith(".json"):
         stored = _weights_of_json(folder, place, path, vocab_size, token_id)
     else:
-        stored = _stored_weights(place / "model.safetensors")
+        stored = _stored_weights(place)
     if stored.ndim != 1 or len(stored) > vocab_size:
         raise CheckpointError(
             f"{place} has query weights of shape {list(stored.shape)}, and the model a vocabulary of {vocab_size:,}"
@@ -169,20 +161,6 @@ def read_query_weights(
     weights = np.zeros(vocab_size, np.float32)
     weights[: len(stored)] = stored
     return weights
-
-
-def _modules(folder: Path) -> list[Module]:
-    file = folder / _MODULES
-    data = _json(file)
-    if data is None:
-        return []
-    if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in data):
-        raise ConfigError(f"{file} is not a list of sentence-transformers modules: objects with a `type`")
-    return [Module(_kind(m["type"]), str(m.get("path") or "")) for m in data]
-
-
-def _kind(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _are_sparse(folder: Path, modules: Sequence[Module]) -> bool:
@@ -195,29 +173,19 @@ def _are_sparse(folder: Path, modules: Sequence[Module]) -> bool:
     if modules[0].kind in _ROUTERS:
         # One without its configuration may be anything; one of embeddings is not for here.
         types = _facts(folder / _ROUTER).get("types")
-        return not isinstance(types, dict) or any(_kind(str(name)) in _SPARSE_TYPES for name in types.values())
+        return not isinstance(types, dict) or any(kind_of(str(name)) in _SPARSE_TYPES for name in types.values())
     return modules[0].kind == "Transformer" and _is_masked_lm(folder, modules[0])
 
 
-def _json(file: Path) -> Any:
-    """Parse a JSON file, or None where there is none."""
-    if not file.is_file():
-        return None
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}). Download the checkpoint again.") from error
-
-
 def _facts(file: Path) -> dict[str, Any]:
-    data = _json(file)
+    data = read_json(file)
     return data if isinstance(data, dict) else {}
 
 
 def _is_masked_lm(folder: Path, module: Module) -> bool:
     """Whether a module gives the logits of a masked-LM head."""
     default = "fill-mask" if module.kind == "MLMTransformer" else "feature-extraction"
-    file = folder / _relative(module.path) / _SENTENCE_BERT
+    file = folder_of(folder, module) / _SENTENCE_BERT
     return bool(_facts(file).get("transformer_task", default) == "fill-mask")
 
 
@@ -225,27 +193,27 @@ def _splade(folder: Path, modules: Sequence[Module]) -> SparseModules:
     """MLMTransformer, or Transformer for fill-mask, then SpladePooling."""
     kinds = [module.kind for module in modules]
     if len(kinds) != 2 or kinds[0] not in ("MLMTransformer", "Transformer") or kinds[1] != "SpladePooling":
-        raise _RefusedError(
+        raise ConfigError(
             f"its modules are {', '.join(kinds)}; honoured are MLMTransformer (or Transformer for fill-mask) and "
             "SpladePooling."
         )
     transformer, pooling = modules
     if not _is_masked_lm(folder, transformer):
-        raise _RefusedError(f"its {transformer.kind} is not for fill-mask, and SpladePooling needs those logits.")
-    return SparseModules(_pooling(folder, pooling), transformer=_relative(transformer.path))
+        raise ConfigError(f"its {transformer.kind} is not for fill-mask, and SpladePooling needs those logits.")
+    return SparseModules(_pooling(folder, pooling), transformer=transformer.path)
 
 
 def _pooling(folder: Path, module: Module) -> SparseSpec:
-    file = folder / _relative(module.path) / "config.json"
-    config = _json(file)
+    file = folder_of(folder, module) / "config.json"
+    config = read_json(file)
     if not isinstance(config, dict):
-        raise _RefusedError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
+        raise ConfigError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
     known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
     if unknown := sorted(name for name in config if SPLADE.field(name) is None):
-        raise _RefusedError(f"{module.path}/config.json has the fields {', '.join(unknown)}, which are not honoured.")
+        raise ConfigError(f"{module.path}/config.json has the fields {', '.join(unknown)}, which are not honoured.")
     for name, allowed in known.items():
         if (value := config.get(name, allowed[0])) not in allowed:
-            raise _RefusedError(f"{module.path}/config.json: {name} is {value!r}; expected {' or '.join(allowed)}.")
+            raise ConfigError(f"{module.path}/config.json: {name} is {value!r}; expected {' or '.join(allowed)}.")
     activation = config.get("activation_function", "relu")
     return SparseSpec("splade", activation=activation, pooling=config.get("pooling_strategy", "max"))
 
@@ -253,14 +221,14 @@ def _pooling(folder: Path, module: Module) -> SparseSpec:
 def _routed(folder: Path, modules: Sequence[Module]) -> SparseModules:
     """A Router alone: documents by a splade model, queries by the same or by weights."""
     if len(modules) != 1 or modules[0].path:
-        raise _RefusedError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
+        raise ConfigError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
     file = folder / _ROUTER
-    config = _json(file)
+    config = read_json(file)
     if not isinstance(config, dict):
-        raise _RefusedError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
+        raise ConfigError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
     routes = _routes(config)
     if set(routes) != set(SPARSE_ROUTES):
-        raise _RefusedError(f"its Router has the routes {', '.join(routes)}; honoured are query and document.")
+        raise ConfigError(f"its Router has the routes {', '.join(routes)}; honoured are query and document.")
     documents = _splade(folder, routes["document"])
     assert documents.spec is not None
     default = _default_route(config.get("parameters") or {}, list(routes))
@@ -268,40 +236,35 @@ def _routed(folder: Path, modules: Sequence[Module]) -> SparseModules:
         return documents
     kinds = [module.kind for module in routes["query"]]
     if kinds != ["SparseStaticEmbedding"]:
-        raise _RefusedError(f"its queries go through {', '.join(kinds)}; honoured is SparseStaticEmbedding.")
+        raise ConfigError(f"its queries go through {', '.join(kinds)}; honoured is SparseStaticEmbedding.")
     spec = replace(documents.spec, query_weights=QUERY_WEIGHTS_FILE, default_route=default)
-    return replace(documents, spec=spec, query=_relative(routes["query"][0].path))
+    (query,) = routes["query"]
+    folder_of(folder, query)  # or a refusal
+    return replace(documents, spec=spec, query=query.path)
 
 
 def _routes(config: Mapping[str, Any]) -> dict[str, list[Module]]:
     try:
-        types = {str(path): _kind(str(name)) for path, name in config["types"].items()}
+        types = {str(path): kind_of(str(name)) for path, name in config["types"].items()}
         return {
             str(route): [Module(types[path], str(path)) for path in paths]
             for route, paths in config["structure"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise _RefusedError(f"{_ROUTER} is malformed ({type(error).__name__}: {error}).") from error
+        raise ConfigError(f"{_ROUTER} is malformed ({type(error).__name__}: {error}).") from error
 
 
 def _default_route(parameters: Mapping[str, Any], routes: Sequence[str]) -> SparseRoute | None:
     if unknown := sorted(parameters.keys() - _ROUTER_FIELDS):
-        raise _RefusedError(f"{_ROUTER} has the parameters {', '.join(unknown)}, which are not honoured.")
+        raise ConfigError(f"{_ROUTER} has the parameters {', '.join(unknown)}, which are not honoured.")
     if parameters.get("route_mappings"):
-        raise _RefusedError(f"{_ROUTER} maps routes by their modality (route_mappings), which is not honoured.")
+        raise ConfigError(f"{_ROUTER} maps routes by their modality (route_mappings), which is not honoured.")
     default = parameters.get("default_route")
     if default is None:
         default = routes[0] if parameters.get("allow_empty_key", True) else None
     elif default not in routes:
-        raise _RefusedError(f"{_ROUTER} names the default route {default!r}, and has {', '.join(routes)}.")
+        raise ConfigError(f"{_ROUTER} names the default route {default!r}, and has {', '.join(routes)}.")
     return cast("SparseRoute | None", default)
-
-
-def _relative(path: str) -> str:
-    parts = PurePosixPath(path)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in path:
-        raise _RefusedError(f"its module path {path!r} leaves the checkpoint's folder.")
-    return path
 
 
 def _max_active_dims(folder: Path) -> int | None:
@@ -345,17 +308,15 @@ def _weights_of_json(
     return stored
 
 
-def _stored_weights(file: Path) -> NDArray[np.float32]:
-    """The tensor `weight` of a safetensors file, read by its own plain format: the base runtime has no torch."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}, which holds the weights of queries, is missing. Download the checkpoint again.")
-    data = file.read_bytes()
+def _stored_weights(folder: Path) -> NDArray[np.float32]:
+    """The tensor `weight` of the folder's model.safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file  # unlike its numpy side, it knows bfloat16
+
+    refuse_pickle(folder, WEIGHTS)
     try:
-        size = int.from_bytes(data[:8], "little")
-        entry = json.loads(data[8 : 8 + size])["weight"]
-        first, last = entry["data_offsets"]
-        dtype = {"F32": "<f4", "F64": "<f8", "F16": "<f2"}[entry["dtype"]]
-        values = np.frombuffer(data[8 + size + first : 8 + size + last], dtype).reshape(entry["shape"])
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has no readable tensor `weight` ({type(error).__name__}: {error})") from error
-    return values.astype(np.float32)
+        return load_file(folder / WEIGHTS)["weight"].float().numpy()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has no readable tensor `weight` ({type(error).__name__}: {error})"
+        ) from error

@@ -244,17 +244,17 @@ def test_a_module_stays_in_its_folder(tmp_path, path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "error"),
     [
-        ("modules.json", "[[["),
-        ("modules.json", {"a": 1}),
-        ("modules.json", ["Transformer"]),
-        ("1_Pooling/config.json", "[1]"),
-        ("sentence_bert_config.json", "[1]"),
-        ("config_sentence_transformers.json", {"prompts": ["a"]}),
+        ("modules.json", "[[[", CheckpointError),
+        ("modules.json", {"a": 1}, ConfigError),
+        ("modules.json", ["Transformer"], ConfigError),
+        ("1_Pooling/config.json", "[1]", CheckpointError),
+        ("sentence_bert_config.json", "[1]", CheckpointError),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, CheckpointError),
     ],
 )
-def test_broken_files(tmp_path, name, value):
+def test_broken_files(tmp_path, name, value, error):
     write(tmp_path, name, value)
-    with pytest.raises(CheckpointError, match=name.rpartition("/")[2]):
+    with pytest.raises(error, match=name.rpartition("/")[2]):
         read_settings(tmp_path, "embed")

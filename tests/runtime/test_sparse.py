@@ -87,11 +87,12 @@ def assert_like(found, expected, tolerance):
     assert (expected != 0).any(axis=1).sum() >= len(expected) - 1  # the comparison is of something
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("pooling", "activation"), POOLINGS)
-def test_as_sparse_encoder(pooling, activation, backend, saved, load_on):
-    if backend != "torch" and (pooling, activation) not in (POOLINGS[0], POOLINGS[3]):
-        pytest.skip("the graphs of two of the four are enough")
+# The graphs of two of the four are enough.
+@pytest.mark.parametrize(
+    ("backend", "pooling", "activation"),
+    [(backend, *each) for backend in BACKENDS for each in (POOLINGS if backend == "torch" else POOLINGS[::3])],
+)
+def test_as_sparse_encoder(backend, pooling, activation, saved, load_on):
     folder = saved(pooling, activation, legacy=pooling == "sum")
     expected = sparse_encoder(folder).encode(TEXTS)
     with load_on(backend, folder, num_threads=1) as model:
@@ -337,9 +338,9 @@ def _set(folder, name, **fields):
     file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **fields}))
 
 
-def _modules(*kinds):
+def _modules(*kinds, library="sentence_transformers", **more):
     def change(folder):
-        modules = [{"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.{t}"} for i, (p, t) in kinds]
+        modules = [{"idx": i, "name": str(i), "path": p, "type": f"{library}.{t}", **more} for i, (p, t) in kinds]
         (folder / "modules.json").write_text(json.dumps(modules))
 
     kinds = list(enumerate(kinds))
@@ -376,6 +377,11 @@ REFUSED = {
     "modalities": (_router(parameters={"route_mappings": {"(None, 'text')": "query"}}), "route_mappings"),
     "a parameter": (_router(parameters={"temperature": 2}), "the parameters temperature"),
     "no such default": (_router(parameters={"default_route": "image"}), "default route 'image'"),
+    "arguments": (_modules(("", "MLMTransformer"), SPLADE, kwargs=["task"]), "kwargs of MLMTransformer is ['task']"),
+    "somebody's class": (
+        _modules(("", "MLMTransformer"), SPLADE, library="custom_code"),
+        "custom_code.MLMTransformer, custom_code.SpladePooling",
+    ),
     "outside": (_modules(("", "MLMTransformer"), ("../elsewhere", "SpladePooling")), "leaves the checkpoint's folder"),
     "active dims": (lambda folder: _set(folder, "config_sentence_transformers.json", max_active_dims=0), "max_active"),
 }
@@ -404,7 +410,15 @@ def test_modules_that_are_not_honoured(case, masked_lm, factories, tmp_path, cap
 
 
 DAMAGED = {
-    "no file": (lambda place: (place / "model.safetensors").unlink(), "is missing"),
+    "no file": (lambda place: (place / "model.safetensors").unlink(), "has no model.safetensors"),
+    "a pickle alone": (
+        lambda place: (place / "model.safetensors").rename(place / "pytorch_model.bin"),
+        "pytorch_model.bin, which are pickles",
+    ),
+    "a pointer": (
+        lambda place: (place / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "is a Git LFS pointer",
+    ),
     "no safetensors": (lambda place: (place / "model.safetensors").write_bytes(b"\x80" * 64), "no readable tensor"),
     "empty": (lambda place: (place / "model.safetensors").write_bytes(b""), "no readable tensor"),
     "other tokenizer": (lambda place: _set(place, "tokenizer.json", normalizer=None), "another tokenizer"),
