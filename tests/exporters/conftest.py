@@ -1,6 +1,7 @@
 """Tracing is nine tenths of a tiny export's time; a test that is about something else takes a graph traced before."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,3 +26,28 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return dict(_traced[key])
 
     monkeypatch.setattr(graph, "build_graphs", build_once)
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`spoil(engine, change)`: let this engine's graph be saved with its largest weight changed."""
+    onnx = pytest.importorskip("onnx")
+    from gte_deploy.exporters import graph
+    from gte_deploy.exporters.export import GRAPH_PATHS
+
+    save: Callable[..., Any] = graph.save_graphs
+
+    def spoil_graph(engine: str, change: Callable[[Any], Any]) -> None:
+        def save_wrong(graphs: Any, data: Path) -> Any:
+            files = save(graphs, data)
+            path = data.parent / Path(GRAPH_PATHS[engine]).name
+            model = onnx.load(path)
+            weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
+            values = onnx.numpy_helper.to_array(weight)
+            weight.CopyFrom(onnx.numpy_helper.from_array(change(values).astype(values.dtype), weight.name))
+            onnx.save(model, path)
+            return files
+
+        monkeypatch.setattr(graph, "save_graphs", save_wrong)
+
+    return spoil_graph

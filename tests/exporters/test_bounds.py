@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +19,10 @@ from gte_deploy.bundle import read_manifest  # noqa: E402
 from gte_deploy.engine_choice import choose_engine  # noqa: E402
 from gte_deploy.errors import BackendError, InputError, ParityError  # noqa: E402
 from gte_deploy.exit_codes import FAILURE, OK  # noqa: E402
-from gte_deploy.exporters import graph as graph_module  # noqa: E402
 from gte_deploy.exporters import parity  # noqa: E402
 from gte_deploy.exporters.checks import Check  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
-from gte_deploy.exporters.export import GRAPH_PATHS, export  # noqa: E402
+from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.parity import BoundMissedError  # noqa: E402
 from gte_deploy.exporters.report import format_table, render_html  # noqa: E402
 from gte_deploy.exporters.triton_repository import export_repository  # noqa: E402
@@ -40,28 +38,6 @@ def _quick(monkeypatch):
 @pytest.fixture(scope="module")
 def small(make_checkpoint, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("small") / "small", layers=1)
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """`spoil(engine, change)`: let this engine's graph be saved with its largest weight changed."""
-
-    def spoil_graph(engine, change):
-        save = graph_module.save_graphs
-
-        def save_wrong(graphs, data):
-            files = save(graphs, data)
-            path = data.parent / Path(GRAPH_PATHS[engine]).name
-            model = onnx.load(path)
-            weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
-            values = onnx.numpy_helper.to_array(weight)
-            weight.CopyFrom(onnx.numpy_helper.from_array(change(values).astype(values.dtype), weight.name))
-            onnx.save(model, path)
-            return files
-
-        monkeypatch.setattr(graph_module, "save_graphs", save_wrong)
-
-    return spoil_graph
 
 
 def shift(values):

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import resource
 import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +20,8 @@ from gte_deploy.backends.openvino_backend import has_native_bf16  # noqa: E402
 from gte_deploy.bundle import open_bundle  # noqa: E402
 from gte_deploy.errors import CheckpointError, ExportError, InputError  # noqa: E402
 from gte_deploy.exit_codes import FAILURE  # noqa: E402
-from gte_deploy.exporters import graph as graph_module  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
-from gte_deploy.exporters.export import GRAPH_PATHS, default_output, export  # noqa: E402
+from gte_deploy.exporters.export import default_output, export  # noqa: E402
 from gte_deploy.exporters.parity import BoundMissedError  # noqa: E402
 from gte_deploy.exporters.report import format_table  # noqa: E402
 from gte_deploy.files import sha256_file  # noqa: E402
@@ -285,25 +283,14 @@ def test_the_default_output_of_this_folder(small, monkeypatch):
     assert str(default_output(".", precision="fp32")) == "small-onnx-fp32"
 
 
-def perturb(monkeypatch, engine):
-    """Let one engine's graph be saved with a changed weight, as a wrong fusion would."""
-    save = graph_module.save_graphs
-
-    def save_wrong(graphs, data):
-        files = save(graphs, data)
-        path = data.parent / Path(GRAPH_PATHS[engine]).name
-        model = onnx.load(path)
-        weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
-        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 0.01, weight.name))
-        onnx.save(model, path)
-        return files
-
-    monkeypatch.setattr(graph_module, "save_graphs", save_wrong)
+def shift(weights):
+    """As a wrong fusion would."""
+    return weights + 0.01
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_wrong_graph_leaves_no_bundle(trace_once, small, tmp_path, monkeypatch, engine):
-    perturb(monkeypatch, engine)
+def test_a_wrong_graph_leaves_no_bundle(trace_once, small, tmp_path, spoil, engine):
+    spoil(engine, shift)
     with pytest.raises(BoundMissedError, match=f"(?s){engine} fp32 differs.*max abs .*No bundle was written") as error:
         export(small, tmp_path / "out", max_length=LENGTH)
     failed = {found.engine for found in error.value.report.engines if not found.passed}
@@ -331,10 +318,10 @@ def test_a_cpu_without_bfloat16_leaves_it_unproven_and_the_report_says_so(trace_
     assert len(result.parity.not_proven) == 1 and "bfloat16" in result.parity.not_proven[0]
 
 
-def test_a_wrong_graph_leaves_the_old_bundle(trace_once, small, tmp_path, monkeypatch):
+def test_a_wrong_graph_leaves_the_old_bundle(trace_once, small, tmp_path, spoil):
     export(small, tmp_path / "out", max_length=LENGTH)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    perturb(monkeypatch, "onnxruntime")
+    spoil("onnxruntime", shift)
     with pytest.raises(BoundMissedError):
         export(small, tmp_path / "out", max_length=LENGTH, force=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
