@@ -308,9 +308,9 @@ def test_a_graph_that_does_not_fit_the_spec_is_refused(bundle_of, typed, tmp_pat
         gte_deploy.load(altered(path, tmp_path / "bundle", change), backend=engine)
 
 
-def test_more_types_than_the_model_knows_are_refused(typed, tmp_path):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(typed(), folder)
+def with_type_two(checkpoint, folder):
+    """A copy whose tokenizer gives the second text of a pair the type 2."""
+    shutil.copytree(checkpoint, folder)
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace('"type_id": 1', '"type_id": 2'))
     # The generic class takes the file as it is; BertTokenizer has a template of its own.
@@ -319,6 +319,11 @@ def test_more_types_than_the_model_knows_are_refused(typed, tmp_path):
         tokenizer_class="PreTrainedTokenizerFast",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+    return folder
+
+
+def test_more_types_than_the_model_knows_are_refused(typed, tmp_path):
+    folder = with_type_two(typed(), tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="gives tokens the type 2, and the model's type_vocab_size is 2"):
         gte_deploy.load(folder)
     from gte_deploy.exporters.export import export
@@ -329,15 +334,7 @@ def test_more_types_than_the_model_knows_are_refused(typed, tmp_path):
 
 
 def test_three_types(typed, tmp_path):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(typed(type_vocab_size=3), folder)
-    file = folder / "tokenizer.json"
-    file.write_text(file.read_text().replace('"type_id": 1', '"type_id": 2'))
-    edit_config(
-        folder,
-        tokenizer_class="PreTrainedTokenizerFast",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    folder = with_type_two(typed(type_vocab_size=3), tmp_path / "checkpoint")
     encoded, expected = by_transformers(folder, PAIRS)
     assert encoded["token_type_ids"].max() == 2
     with gte_deploy.load(folder) as model:
