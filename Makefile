@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 BIN    := $(VENV)/bin
 BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
-SOURCES := $(wildcard gte_deploy/*.py gte_deploy/*/*.py exporters/*.py exporters/*/*.py models/*.py models/*/*)
+SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 
 .PHONY: help export test test-slow test-gpu lint format clean
 
@@ -50,14 +50,10 @@ test-slow: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu --timeout 0
 
-# mypy follows folders, not setuptools' package-dir: it is shown the tree as it is installed.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build/mypy && mkdir -p build/mypy/gte_deploy
-	@ln -s $(CURDIR)/gte_deploy/* build/mypy/gte_deploy/
-	@for package in exporters models training; do ln -s $(CURDIR)/$$package build/mypy/gte_deploy/$$package; done
-	cd build/mypy && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p gte_deploy
+	$(BIN)/mypy -p gte_deploy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,10 @@
-"""One distribution over four top-level folders: what is listed, what is there, and what may import what."""
+"""One distribution over four top-level folders: what is built of them, and what may import what."""
 
 import ast
+import shutil
 import subprocess
 import sys
-import tomllib
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,38 +19,44 @@ FOLDERS = {
 }
 
 
-def python_packages() -> set[str]:
-    """Every folder of the four that holds Python files, under its installed name."""
-    packages = set()
-    for folder, name in FOLDERS.items():
-        for file in (ROOT / folder).rglob("*.py"):
-            relative = file.parent.relative_to(ROOT / folder)
-            packages.add(".".join((name, *relative.parts)))
-    return packages
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """What is packaged, apart from what earlier builds left beside it."""
+    copy = tmp_path_factory.mktemp("tree")
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
 
 
-def setuptools_section() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+def build(kind: str, source: Path, out: Path) -> Path:
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out, source]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (built,) = out.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
 
 
-def test_listed_packages_equal_the_tree():
-    assert set(setuptools_section()["packages"]) == python_packages()
+def names_in(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_every_package_has_an_init():
-    for name in python_packages():
-        folder, _, rest = name.removeprefix("gte_deploy.").partition(".")
-        path = ROOT / folder / rest.replace(".", "/") if folder in FOLDERS else ROOT / name.replace(".", "/")
-        assert (path / "__init__.py").is_file(), name
+    for folder in FOLDERS:
+        for file in (ROOT / folder).rglob("*.py"):
+            assert (file.parent / "__init__.py").is_file(), file
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if folder != "gte_deploy"])
+def test_a_link_shows_each_folder_where_it_is_installed(folder):
+    link = ROOT / "gte_deploy" / folder
+    assert link.is_symlink() and link.readlink() == Path("..") / folder
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory) -> set[str]:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, ROOT]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (wheel,) = out.glob("gte_deploy-*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+def wheel_names(tree, tmp_path_factory) -> set[str]:
+    return names_in(build("wheel", tree, tmp_path_factory.mktemp("wheel")))
 
 
 def test_wheel_holds_every_module_and_data_file(wheel_names):
@@ -63,6 +70,30 @@ def test_wheel_holds_every_module_and_data_file(wheel_names):
 
 def test_wheel_takes_no_other_top_level_name(wheel_names):
     assert {name.split("/")[0] for name in wheel_names if ".dist-info" not in name} == {"gte_deploy"}
+
+
+def test_a_wheel_of_the_sdist_holds_the_same(wheel_names, tree, tmp_path):
+    archive = build("sdist", tree, tmp_path / "sdist")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    assert names_in(build("wheel", source, tmp_path / "wheel")) == wheel_names
+
+
+def test_an_editable_install_is_the_tree(tree, tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--disable-pip-version-check", "--target", tmp_path, "--editable", tree]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    code = (
+        "import importlib, site, sys\n"
+        "site.addsitedir(sys.argv[1])\n"
+        "for name in sys.argv[2:]:\n"
+        "    print(importlib.import_module(name).__file__)"
+    )
+    # -I and elsewhere: neither this folder nor the environment's own installation may answer.
+    run = [sys.executable, "-I", "-S", "-c", code, tmp_path, *FOLDERS.values()]
+    found = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path, timeout=60).stdout.split()
+    assert [Path(file).resolve() for file in found] == [tree / folder / "__init__.py" for folder in FOLDERS]
 
 
 # Imports point one way: models <- training; models, gte_deploy <- exporters; the command lines <- everything.
