@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.bundle import read_manifest
-from gte_deploy.errors import CheckpointError, GteDeployError, MissingDependencyError, ParityError
+from gte_deploy.engine_choice import ENGINE_OF
+from gte_deploy.errors import BackendError, CheckpointError, GteDeployError, MissingDependencyError, ParityError
 from gte_deploy.exporters.checks import Check
 from gte_deploy.exporters.closeness import Closeness, Question, named
 from gte_deploy.exporters.odd_texts import (
@@ -46,9 +47,9 @@ from gte_deploy.exporters.source_libraries import (
 from gte_deploy.exporters.source_view import is_original, loadable, rotation_frequencies
 from gte_deploy.files import read_json
 from gte_deploy.inputs import MAX_BATCH_TOKENS
-from gte_deploy.loading import stored_query_weights
+from gte_deploy.loading import BackendName, load, stored_query_weights
 from gte_deploy.model import Model
-from gte_deploy.spec import ModelSpec, Precision, Target, Task
+from gte_deploy.spec import ModelSpec, Precision, Task
 from gte_deploy.tokenization import load_tokenizer
 
 NAME = "answers"
@@ -99,26 +100,28 @@ def check_bundle(
     spec: ModelSpec,
     *,
     precision: Precision,
-    graph: Path | None,
-    target: Target = "cpu",
+    backend: Backend | None,
     asked: Asked | None = None,
 ) -> Check:
     """Compare a bundle's folder, which needs no manifest yet, with the checkpoint that it was exported from.
 
-    Where its graph runs on a GPU alone and there is none, PyTorch answers in its place, from the checkpoint as this
-    package reads it, with the bundle's tokenizer and spec.
+    Where this machine cannot run it, PyTorch answers in its place, from the checkpoint as this package reads it, with
+    the bundle's tokenizer and spec.
 
     Args:
         bundle: the folder; its tokenizer files are read.
         checkpoint: the folder of either layout.
         spec: of the bundle.
         precision: of the bundle.
-        graph: of ONNX Runtime, or None.
-        target: what that is made for.
+        backend: runs the bundle's graph, and is closed here; None where this machine cannot run it.
         asked: what the export was asked for; None for nothing.
     """
+    from gte_deploy.backends.torch_backend import open_torch_backend
+
     skipped: list[str] = []
-    backend = _open_backend(checkpoint, spec, graph, target, skipped)
+    if backend is None:
+        backend, _ = open_torch_backend(checkpoint, task=spec.task)
+        skipped.append("The engine's own answers were not compared: PyTorch gave them, with the bundle's tokenizer.")
     with contextlib.closing(_model(backend, bundle, spec)) as model:
         in_precision: Precision = "fp32" if backend.name == "torch" else precision
         check = check_answers(checkpoint, model, precision=in_precision, asked=asked)
@@ -136,17 +139,18 @@ def verify_against(bundle: Path, checkpoint: Path) -> Check:
     for module in ("torch", "transformers", "onnxruntime"):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(module, "export")
-    manifest = read_manifest(bundle)
-    entry = manifest.graphs.get("onnxruntime")
-    check = check_bundle(
-        bundle,
-        checkpoint,
-        manifest.spec,
-        precision=manifest.precision,
-        graph=None if entry is None else bundle / entry.path,
-        target=manifest.target,
-        asked=Asked(limit="shorter"),
-    )
+    manifest, asked = read_manifest(bundle), Asked(limit="shorter")
+    of_cpus: tuple[BackendName, ...] = ("onnx", "openvino")
+    engine = next((name for name in of_cpus if ENGINE_OF[name] in manifest.graphs), None)
+    try:
+        model = None if engine is None else load(bundle, backend=engine)
+    except BackendError:  # its engine needs another machine
+        model = None
+    if model is None:
+        check = check_bundle(bundle, checkpoint, manifest.spec, precision="fp32", backend=None, asked=asked)
+    else:
+        with contextlib.closing(model):
+            check = check_answers(checkpoint, model, precision=manifest.precision, asked=asked)
     if not check.passed:
         raise ParityError(f"{bundle} does not answer as {checkpoint} does:\n  " + "\n  ".join(check.failures))
     return check
@@ -271,18 +275,6 @@ def _model(backend: Backend, bundle: Path, spec: ModelSpec) -> Model:
         backend_reason="a check",
         query_weights=None if spec.sparse is None else stored_query_weights(bundle, spec),
     )
-
-
-def _open_backend(checkpoint: Path, spec: ModelSpec, graph: Path | None, target: Target, skipped: list[str]) -> Backend:
-    from gte_deploy.backends.onnx_backend import OnnxBackend
-    from gte_deploy.backends.torch_backend import open_torch_backend
-    from gte_deploy.exporters.cuda_graph import has_cuda
-
-    if graph is not None and (target == "cpu" or has_cuda()):
-        return OnnxBackend(graph, spec, device="cuda" if target == "cuda" else "cpu")
-    backend, _ = open_torch_backend(checkpoint, task=spec.task)
-    skipped.append("The engine's own answers were not compared: PyTorch gave them, with the bundle's tokenizer.")
-    return backend
 
 
 # --- token ids ------------------------------------------------------------------------------------------------------

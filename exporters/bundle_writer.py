@@ -6,6 +6,7 @@ directories) neither, with the old one put back by the next export.
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import fcntl
 import json
@@ -13,14 +14,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.bundle import MANIFEST_NAME, FileEntry, GraphEntry, Manifest, PlanEntry, is_bundle, read_manifest
+from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.errors import BundleError, ExportError
 from gte_deploy.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
-from gte_deploy.spec import Engine, ModelSpec, Precision, Target
+from gte_deploy.onnx_inspection import check_graphs
 
 _STAGING, _OLD = ".staging", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -99,33 +100,24 @@ def clean_stale(target: Path) -> None:
                 os.close(lock)
 
 
-def seal(
-    folder: Path,
-    *,
-    spec: ModelSpec,
-    precision: Precision,
-    graphs: Mapping[Engine, GraphEntry],
-    versions: Mapping[str, str],
-    source: Mapping[str, str],
-    target: Target = "cpu",
-    plan: PlanEntry | None = None,
-    missed_bounds: Sequence[str] = (),
-) -> Manifest:
-    """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last."""
-    files = seal_files(folder)
-    manifest = Manifest(
-        spec=spec,
-        precision=precision,
-        graphs=graphs,
-        files=files,
-        versions=versions,
-        source=source,
-        target=target,
-        plan=plan,
-        missed_bounds=tuple(missed_bounds),
-    )
+def seal(folder: Path, described: Manifest) -> Manifest:
+    """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last.
+
+    Args:
+        folder: of a bundle whose files are all there.
+        described: the manifest but for its files.
+
+    Returns:
+        The manifest that was written, as the runtime's own reader read it back.
+
+    Raises:
+        BundleError: the runtime would refuse this bundle.
+    """
+    manifest = dataclasses.replace(described, files=seal_files(folder))
     write_manifest(folder, manifest.to_json())
-    return manifest
+    read = open_bundle(folder)
+    check_graphs(folder, read)
+    return read
 
 
 def seal_files(folder: Path) -> dict[str, FileEntry]:

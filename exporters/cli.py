@@ -3,53 +3,44 @@
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gte_deploy._version import __version__
-from gte_deploy.errors import GteDeployError
-from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, USAGE, exit_code_of
-from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS, PADDINGS
-from gte_deploy.exporters.export import ACTIVATIONS, BOUNDS, FORMAT_PRECISIONS, ExportResult, export
-from gte_deploy.exporters.profiles import parse_profile
-from gte_deploy.exporters.tensorrt_engine import RUNTIMES, TensorRTOptions, parse_targets
-from gte_deploy.exporters.triton import command as triton
-from gte_deploy.exporters.triton_repository import RepositoryResult
-from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS
+from gte_deploy.errors import GteDeployError, InputError
+from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
+from gte_deploy.exporters.export import ExportResult, export
+from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
+from gte_deploy.exporters.targets import target_classes
+from gte_deploy.exporters.targets.base import Target
+from gte_deploy.exporters.triton.options import TritonOptions
+from gte_deploy.exporters.triton_repository import RepositoryResult, export_repository
+from gte_deploy.options import add_arguments, flags_of, options_of, parse_given
 
-CALIBRATORS = ("max", "percentile", "entropy")
-# Option -> its value where nothing was said, by what it is for.
-_INT8_ONNX = {"activations": "static", "reduce_range": False}
-_TENSORRT = {
-    "runtime": "auto",
-    "profile": None,
-    "lengths": None,
-    "calibrator": None,
-    "onnx_only": False,
-    "keep_onnx": False,
-    "workspace": None,
-    "timing_cache": None,
+TRITON, CHECK = "triton", "check"
+_COMMANDS = {
+    "onnx": "a bundle for ONNX Runtime and OpenVINO (the same as --format onnx)",
+    "trt": "a bundle with a TensorRT engine (--format trt)",
+    TRITON: "a model repository for Triton (--format triton)",
+    CHECK: "check the configurations of a Triton model repository",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gte-export`; returns the exit code (see `gte_deploy.exit_codes`)."""
-    arguments = _parser().parse_args(argv)
-    arguments.triton = arguments.format == "triton"
-    if arguments.triton:
-        arguments.format = "onnx"  # what a repository is made of
-    if (reason := _contradiction(arguments)) is not None:
-        return _fail(arguments, reason, USAGE)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A folder of such a name is written ./onnx.
+    command = words.pop(0) if words and words[0] in _COMMANDS else None
+    arguments = _parser(command, command or _format_in(words)).parse_args(words)
     try:
-        if "check_repository" in arguments:
-            return triton.check(arguments)
+        if command == CHECK or "check_repository" in arguments:
+            return _check(arguments)
         with _quiet_libraries():
             result = _export(arguments)
         print(json.dumps(_result_json(result)) if arguments.json else _result_text(result), flush=True)
@@ -66,156 +57,169 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def _format_in(words: Sequence[str]) -> str:
+    """The value of `--format` where the words have one that is known, else the default."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--format", default=FORMATS[0])
+    try:
+        found = str(finder.parse_known_args(list(words))[0].format)
+    except argparse.ArgumentError:  # the whole parser will say so
+        return FORMATS[0]
+    return found if found in (*FORMATS, TRITON) else FORMATS[0]
+
+
+def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
+    """The parser for one format: `--help` shows what concerns it, and the options of others are known to be refused."""
+    if command == CHECK:
+        return _check_parser()
+    lines = "".join(f"\n  gte-export {name:<7} {text}" for name, text in _COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="gte-export",
-        description="Export a GTE checkpoint to a bundle that is proven equal to PyTorch before it is written.",
-        epilog=HELP,
+        prog="gte-export" if command is None else f"gte-export {command}",
+        description="Export a GTE checkpoint to a bundle that is compared with PyTorch before it is written.",
+        epilog=HELP if command else f"commands, each with a --help of its own:{lines}\n\n{HELP}",
+        formatter_class=_Formatter,
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="checkpoint folder, hub id or preset name")
     parser.add_argument("output_argument", nargs="?", metavar="OUTPUT", help="folder of the bundle")
     parser.add_argument("-m", "--model", help="the same as MODEL (default: the built-in gte-en-mlm-tiny)")
     parser.add_argument("-o", "--output", help="the same as OUTPUT (default: MODEL-FORMAT-PRECISION, here)")
-    parser.add_argument("--format", choices=(*FORMAT_PRECISIONS, "triton"), default="onnx", help="default: %(default)s")
-    parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: what the checkpoint is for")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: fp32 for onnx, fp16 for trt and cuda")
-    parser.add_argument(
-        "--target", metavar="WHERE", help="onnx: cpu (default) or cuda; trt: GPUs, such as sm86,sm89,sm120"
-    )
-    parser.add_argument(
-        "--padding",
-        choices=PADDINGS,
-        default="auto",
-        help="default: --target cuda removes it in fp16, --format trt keeps it; remove takes TensorRT 11.1",
-    )
-    parser.add_argument(
-        "--calibration", metavar="FILE", help="int8, fp8: UTF-8, one text a line (default: English prose)"
-    )
-    parser.add_argument(
-        "--activations", choices=ACTIVATIONS, default="static", help="int8 on ONNX Runtime; default: %(default)s"
-    )
-    parser.add_argument("--reduce-range", action="store_true", help="int8: 7-bit weights, for CPUs without VNNI")
-    parser.add_argument("--max-len", type=int, metavar="TOKENS", help="longest input (default: the checkpoint's)")
-    parser.add_argument("--opset", type=int, help="ONNX opset (default: the one the graph is tested with)")
-    parser.add_argument("--pooling", choices=("auto", *POOLINGS), default="auto", help="default: the checkpoint's")
-    parser.add_argument(
-        "--logits", choices=LOGITS, default="masked", help="fill-mask: logits of the masks (default) or of every token"
-    )
-    parser.add_argument(
-        "--bounds",
-        choices=BOUNDS,
-        default="strict",
-        help="report: write a bundle that misses its bounds too, with the misses in its manifest; default: %(default)s",
-    )
-    _add_tensorrt(parser.add_argument_group("TensorRT (--format trt)"))
-    triton.add_options(parser.add_argument_group("Triton (--format triton, where MODEL may be a bundle)"))
-    parser.set_defaults(triton=False)
+    hint = argparse.SUPPRESS if command else "what is written; --help shows the options of each (default: onnx)"
+    parser.add_argument("--format", choices=(*FORMATS, TRITON), default=format, help=hint)
+    targets = _targets_for(format)
+    if len(targets) > 1:
+        text = f"where the graph runs (default: {next(iter(targets))})"
+        parser.add_argument("--target", default=argparse.SUPPRESS, metavar="{" + ",".join(targets) + "}", help=text)
+    add_arguments(parser, ExportOptions)
+    precisions = dict.fromkeys(precision for kind in targets.values() for precision in kind.precisions)
+    parser._option_string_actions["--precision"].metavar = "{" + ",".join(precisions) + "}"
+    if format == TRITON:
+        add_arguments(parser.add_argument_group("the repository (MODEL may be a bundle)"), TritonOptions)
+    for kind in targets.values():
+        if options_of(kind.Options):
+            add_arguments(parser.add_argument_group(f"options for {kind.title}"), kind.Options)
+    for other in (*(kind.Options for kind in target_classes()), TritonOptions):
+        add_arguments(parser, other, hidden=True)
+    parser.add_argument("--check-repository", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--version", action="version", version=f"gte-deploy {__version__}")
+    _add_output_options(parser)
     return parser
 
 
-def _add_tensorrt(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--runtime", choices=RUNTIMES, default="auto", help="default: tensorrt with a GPU, else rtx")
-    group.add_argument(
-        "--profile",
-        action="append",
-        metavar="MIN:OPT:MAX",
-        help="batch x sequence, such as 1x1:8x128:32x512 (with --padding remove, texts x tokens of all); several times "
-        "for several (default: short, middle, long)",
-    )
-    group.add_argument("--lengths", metavar="FILE", help="make profiles of your lengths: one number of tokens a line")
-    group.add_argument("--calibrator", choices=CALIBRATORS, help="int8, fp8: how ranges are cut (default: max)")
-    group.add_argument("--onnx-only", action="store_true", help="write the graph and the trtexec line, no engine")
-    group.add_argument("--keep-onnx", action="store_true", help="leave the graph in the bundle, beside the engine")
-    group.add_argument("--workspace", type=int, metavar="MIB", help="scratch of the builder (default: 4096)")
-    group.add_argument("--timing-cache", metavar="FILE", help="of an earlier build, to make this one faster")
+def _targets_for(format: str) -> dict[str, type[Target]]:
+    """The targets of a format by name; Triton serves what ONNX Runtime runs."""
+    if format != TRITON:
+        return dict(targets_of(format))
+    return {name: kind for name, kind in targets_of("onnx").items() if "onnxruntime" in kind.engines}
 
 
-def _contradiction(arguments: argparse.Namespace) -> str | None:
-    """Why these arguments do not go together, or None."""
-    if not arguments.triton and (given := triton.given_options(arguments)):
-        return f"--{next(iter(given)).replace('_', '-')} is for --format triton"
-    is_cuda = arguments.format == "onnx" and arguments.target == "cuda"
-    precisions = CUDA_PRECISIONS if is_cuda else FORMAT_PRECISIONS[arguments.format]
-    precision = arguments.precision or precisions[0]
-    if arguments.format == "onnx" and arguments.target not in (None, "cpu", "cuda"):
-        return f"--target {arguments.target} is for --format trt; --format onnx takes cpu or cuda"
-    if arguments.padding != "auto" and not (is_cuda or arguments.format == "trt"):
-        return "--padding is for --target cuda and --format trt"
-    if is_cuda and precision not in precisions:
-        return f"--precision {precision} is not for --target cuda, which is written in {', '.join(precisions)}"
-    if precision not in precisions:
-        served = [name for name, precisions in FORMAT_PRECISIONS.items() if precision in precisions]
-        reason = (
-            f"--precision {precision} is for --format {' or '.join(served)}; --format {arguments.format} is written in "
-            f"{', '.join(FORMAT_PRECISIONS[arguments.format])}"
-        )
-        if arguments.format == "trt":
-            return reason
-        return (
-            f"{reason}, or with --target cuda in {', '.join(CUDA_PRECISIONS)}. A CPU that has bfloat16 takes the fp32 "
-            "bundle: load(…, backend='openvino', precision='bf16')."
-        )
-    unused = {**({} if arguments.format == "trt" else _TENSORRT), **({} if precision == "int8" else _INT8_ONNX)}
-    for name, default in unused.items():
-        if getattr(arguments, name) != default:
-            wanted = "--format trt" if name in _TENSORRT else "--precision int8"
-            return f"--{name.replace('_', '-')} is for {wanted}"
-    if precision not in ("int8", "fp8"):
-        for name in ("calibration", "calibrator"):
-            if getattr(arguments, name) is not None:
-                return f"--{name} is for --precision int8 and fp8"
-    for name in ("model", "output"):
-        if getattr(arguments, name) is not None and getattr(arguments, f"{name}_argument") is not None:
-            return f"{name.upper()} and --{name} are the same; give one of them"
-    return None
+class _Formatter(argparse.HelpFormatter):
+    """Fills paragraphs, and keeps lines that are indented as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(line if line[:1] in ("", " ") else fill(line, width, indent) for line in text.split("\n"))
+
+
+def _check_parser() -> argparse.ArgumentParser:
+    text = "Check the configurations of a Triton model repository, and print what is wrong, a line for each."
+    parser = argparse.ArgumentParser(prog=f"gte-export {CHECK}", description=text, epilog=HELP)
+    parser.add_argument("check_repository", type=Path, metavar="DIR", help="folder of the repository")
+    _add_output_options(parser)
+    return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--version", action="version", version=f"gte-deploy {__version__}")
 
 
 def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
-    model = arguments.model or arguments.model_argument
-    output = arguments.output or arguments.output_argument
-    progress = None if arguments.quiet else _tell
-    options: dict[str, Any] = {
-        "format": arguments.format,
-        "target": (arguments.target or "cpu") if arguments.format == "onnx" else "cpu",
-        "task": arguments.task,
-        "precision": arguments.precision,
-        "max_length": arguments.max_len,
-        "pooling": arguments.pooling,
-        "logits": arguments.logits,
-        "opset": arguments.opset,
-        "calibration": arguments.calibration,
-        "activations": arguments.activations,
-        "reduce_range": arguments.reduce_range,
-        "padding": arguments.padding,
-        "bounds": arguments.bounds,
-        "tensorrt": _tensorrt_options(arguments) if arguments.format == "trt" else None,
-    }
-    if arguments.triton:
-        defaults = inspect.signature(export).parameters
-        given = {name: value for name, value in options.items() if value != defaults[name].default}
-        return triton.run(arguments, model, output, progress, **given)
-    return export(model, output, force=arguments.force, progress=progress, **options)
+    given = vars(arguments)
+    model, output = (_given_once(given, name) for name in ("model", "output"))
+    is_triton = arguments.format == TRITON
+    target = _target_of(arguments.format, given.get("target"))
+    kinds = (ExportOptions, target.Options, *((TritonOptions,) if is_triton else ()))
+    _refuse_others(given, target, kinds)
+    options = {name: value for kind in kinds for name, value in parse_given(kind, given).items()}
+    if "target" in given:
+        options["target"] = target.name
+    common: dict[str, Any] = {"force": arguments.force, "progress": None if arguments.quiet else _tell}
+    if is_triton:
+        return export_repository(model, output, **common, **options)
+    return export(model, output, **common, format=arguments.format, **options)
 
 
-def _tensorrt_options(arguments: argparse.Namespace) -> TensorRTOptions:
-    given = {
-        "targets": arguments.target and parse_targets(arguments.target),
-        "profiles": tuple(map(parse_profile, arguments.profile or ())),
-        "lengths": arguments.lengths and Path(arguments.lengths),
-        "calibrator": arguments.calibrator,
-        "workspace": arguments.workspace and arguments.workspace << 20,
-        "timing_cache": arguments.timing_cache and Path(arguments.timing_cache),
-    }
-    return TensorRTOptions(
-        runtime=arguments.runtime,
-        onnx_only=arguments.onnx_only,
-        keep_onnx=arguments.keep_onnx,
-        **{name: value for name, value in given.items() if value},
+def _given_once(given: Mapping[str, Any], name: str) -> str | None:
+    """What was given by its place or by its flag."""
+    by_flag, by_place = given[name], given[f"{name}_argument"]
+    if by_flag is not None and by_place is not None:
+        raise InputError(f"{name.upper()} and --{name} are the same; give one of them")
+    return by_place if by_flag is None else by_flag
+
+
+def _target_of(format: str, name: str | None) -> type[Target]:
+    known = _targets_for(format)
+    if name is None:
+        return next(iter(known.values()))
+    if name not in known:
+        other = "" if name in targets_of("onnx") else f"--target {name} is for --format trt; "
+        raise InputError(f"{other}--format {format} takes --target {' or '.join(known)}, not {name}")
+    return known[name]
+
+
+def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequence[type]) -> None:
+    """Refuse what was given and is not for this target, or not for this precision.
+
+    Raises:
+        InputError: saying what it is for.
+    """
+    precision = given.get("precision") or target.precisions[0]
+    if precision not in target.precisions:
+        raise InputError(_not_in_precision(precision, target))
+    known = {name: described for kind in kinds for name, (_, described) in options_of(kind).items()}
+    for kind in (*(other.Options for other in target_classes()), TritonOptions):
+        for name, (_, described) in options_of(kind).items():
+            if name not in given:
+                continue
+            flag = flags_of(name, described)[0]
+            if name not in known:
+                raise InputError(f"{flag} is for {_takers(name)}")
+            if (allowed := known[name].precisions) and precision not in allowed:
+                raise InputError(f"{flag} is for --precision {' and '.join(allowed)}")
+
+
+def _takers(name: str) -> str:
+    """What takes an option of this name, as it is asked for on the command line."""
+    if name in options_of(TritonOptions):
+        return f"--format {TRITON}"
+    return " and ".join(_asked_by(kind) for kind in target_classes() if name in options_of(kind.Options))
+
+
+def _asked_by(kind: type[Target]) -> str:
+    """How a target is asked for on the command line."""
+    return f"--format {kind.format}" if len(targets_of(kind.format)) == 1 else f"--target {kind.name}"
+
+
+def _not_in_precision(precision: str, target: type[Target]) -> str:
+    takers = " or ".join(_asked_by(kind) for kind in target_classes() if precision in kind.precisions)
+    return (
+        f"--precision {precision} is for {takers}; {_asked_by(target)} is written in {', '.join(target.precisions)}. A "
+        "CPU that has bfloat16 computes an fp32 bundle in it: load(…, backend='openvino', precision='bf16')."
     )
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Print what is wrong with a repository, a line for each; the exit code."""
+    from gte_deploy.exporters.triton.checks import check_repository
+
+    path = arguments.check_repository
+    problems = check_repository(path)
+    if arguments.json:
+        print(json.dumps({"path": str(path), "problems": problems}))
+    else:
+        print("\n".join(problems) or f"{path}: no problem was found")
+    return FAILURE if problems else OK
 
 
 @contextlib.contextmanager
@@ -246,7 +250,13 @@ def _fail(arguments: argparse.Namespace, message: str, code: int, error: GteDepl
 
 def _result_json(result: ExportResult | RepositoryResult) -> dict[str, object]:
     if isinstance(result, RepositoryResult):
-        return triton.result_json(result)
+        return {
+            "path": str(result.path),
+            "ensembles": list(result.ensembles),
+            "devices": list(result.devices),
+            "checked": result.checked,
+            "files": {name: entry.size for name, entry in result.files.items()},
+        }
     return {
         "path": str(result.path),
         "task": result.manifest.spec.task,
@@ -260,11 +270,16 @@ def _result_json(result: ExportResult | RepositoryResult) -> dict[str, object]:
 
 
 def _result_text(result: ExportResult | RepositoryResult) -> str:
+    megabytes = sum(size.size for size in _files(result).values()) / 1e6
     if isinstance(result, RepositoryResult):
-        return triton.result_text(result)
+        checks = "its configurations pass the checks" if result.checked else "its configurations were not checked"
+        devices = " and ".join(name.upper() for name in result.devices)
+        return (
+            f"repository {result.path} ({megabytes:.1f} MB) for {devices}; {checks}\n"
+            f"ask {', '.join(result.ensembles)}; how to start it: {result.path}/README.md"
+        )
     from gte_deploy.exporters.report import format_table, plan_lines  # matplotlib; --help does without
 
-    megabytes = sum(entry.size for entry in result.manifest.files.values()) / 1e6
     plan, missed = result.manifest.plan, result.manifest.missed_bounds
     return "\n".join(
         [
@@ -275,3 +290,7 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",
         ]
     )
+
+
+def _files(result: ExportResult | RepositoryResult) -> Mapping[str, Any]:
+    return result.files if isinstance(result, RepositoryResult) else result.manifest.files

@@ -1,7 +1,7 @@
 """The FP32 graphs of a bundle -> the same in a lower precision: what `gte-export --precision` does."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,12 +12,11 @@ from gte_deploy.exporters.accuracy import (
     AccuracyBounds,
     TextReference,
 )
-from gte_deploy.exporters.calibration import Calibrator, Range, measure_peaks, measure_ranges, running
+from gte_deploy.exporters.calibration import Range, measure_ranges, running
 from gte_deploy.exporters.graph import Graph
 from gte_deploy.exporters.linears import find_linears
-from gte_deploy.exporters.quantize import Activations, Int8Plan, plan_int8, quantize_int8
+from gte_deploy.exporters.quantize import Activations, plan_int8, quantize_int8
 from gte_deploy.exporters.sensitivity import Sweep, sweep_sensitivity
-from gte_deploy.exporters.tensorrt_graph import QdqPlan, tensorrt_graph
 from gte_deploy.exporters.text_batches import ROUNDS, builtin_texts, text_batches
 from gte_deploy.exporters.weight_only import Bits, quantize_weights
 from gte_deploy.spec import Engine, ModelSpec, Precision
@@ -74,7 +73,7 @@ def quantize_graphs(
         counts = quantize_weights(copy, _WEIGHT_BITS[precision])
         return Quantized({"onnxruntime": _with(graphs["onnxruntime"], copy, counts)})
     fp32 = graphs["onnxruntime"]
-    texts, ranges = _calibrated(fp32, spec, tokenizer, calibration, progress)
+    texts, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
     plan = plan_int8(fp32.model, ranges, reduce_range=reduce_range)
     # Static is the stricter form, and OpenVINO's.
     judged: Activations = "static" if "openvino" in graphs else activations
@@ -84,65 +83,23 @@ def quantize_graphs(
         quantize_int8(model, plan.keeping(high), engine="onnxruntime", activations=judged)
         return dataclasses.replace(fp32, model=model)
 
-    sweep = _sweep(fp32, plan, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
-    plan = plan.keeping(sweep.high)
+    found = sweep(fp32, plan.high, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
+    plan = plan.keeping(found.high)
     made: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
         copy = graph.model.clone()
         made[engine] = _with(graph, copy, quantize_int8(copy, plan, engine=engine, activations=activations))
-    return Quantized(made, sweep)
+    return Quantized(made, found)
 
 
-def quantize_for_tensorrt(
-    graphs: Mapping[Engine, Graph],
-    precision: Precision,
-    *,
-    spec: ModelSpec,
-    tokenizer: TextTokenizer,
-    num_layers: int,
-    calibration: Sequence[str] | None = None,
-    calibrator: Calibrator = "max",
-    padding_free: bool = False,
-    progress: Callable[[str], None],
-) -> Quantized:
-    """TensorRT's graph in INT8 or FP8, made of the FP32 `graphs`; see `quantize_graphs`.
+def groups_of(graph: Graph, high: Collection[str]) -> dict[str, list[str]]:
+    """Weights that a sweep judges together: "gte.layers.0.self_attn.qkv" -> those of queries, keys and values.
 
-    Args:
-        graphs: of one model, FP32: ONNX Runtime's is calibrated with, OpenVINO's (standard operators) is rewritten.
-        precision: "int8" or "fp8".
-        spec: of the model.
-        tokenizer: of the model.
-        num_layers: of the encoder.
-        calibration: texts like those that will be asked; None for English prose that comes along.
-        calibrator: how the inputs' scales are chosen, see `measure_peaks`.
-        padding_free: see `tensorrt_graph`. The sweep judges the padded form, whose GEMMs are the same.
-        progress: called with a line at every step that takes long.
+    The weights named in `high` stay in a higher precision and are left out.
     """
-    assert precision in ("int8", "fp8")
-    fp32, plain = graphs["onnxruntime"], graphs["openvino"]
-    texts, ranges = _calibrated(fp32, spec, tokenizer, calibration, progress)
-    base = plan_int8(fp32.model, ranges)
-    quantized = {name: found for name, found in ranges.items() if name not in base.high}
-    batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
-    peaks = measure_peaks(fp32, spec, batches, quantized, smoothing=base.smoothing, calibrator=calibrator)
-    # For a few masked rows an 8-bit matrix saves less than the copy of the embeddings that it would be.
-    few_rows = spec.task == "fill-mask" and spec.logits == "masked"
-    rows_only = {name for name in quantized if "decoder" in name and few_rows}
-    plan = QdqPlan(precision, peaks, base.smoothing, base.high | rows_only)
-
-    def made(high: frozenset[str], padding_free: bool = False) -> Graph:
-        kept = plan.keeping(high)
-        return tensorrt_graph(plain, precision, num_layers=num_layers, plan=kept, padding_free=padding_free)
-
-    sweep = _sweep(fp32, plan, made, precision, texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
-    return Quantized({"tensorrt": made(sweep.high, padding_free)}, sweep)
-
-
-def groups_of(graph: Graph, plan: Int8Plan | QdqPlan) -> dict[str, list[str]]:
-    """Weights that a sweep judges together: "gte.layers.0.self_attn.qkv" -> those of queries, keys and values."""
     groups: dict[str, list[str]] = {}
     for linear in find_linears(graph.model):
-        if linear.name not in plan.high:
+        if linear.name not in high:
             module, _, role = linear.name.removesuffix(".weight").rpartition(".")
             if role.isdigit():  # a part of the vocabulary's matrix
                 module, _, role = module.rpartition(".")
@@ -150,7 +107,7 @@ def groups_of(graph: Graph, plan: Int8Plan | QdqPlan) -> dict[str, list[str]]:
     return groups
 
 
-def _calibrated(
+def calibrated(
     fp32: Graph,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
@@ -166,10 +123,10 @@ def _calibrated(
     return texts, measure_ranges(fp32, spec, batches)
 
 
-def _sweep(
+def sweep(
     fp32: Graph,
-    plan: Int8Plan | QdqPlan,
-    made: Callable[[frozenset[str]], Graph],
+    high: Collection[str],
+    quantize: Callable[[frozenset[str]], Graph],
     precision: Precision,
     *,
     texts: Sequence[str],
@@ -177,9 +134,20 @@ def _sweep(
     spec: ModelSpec,
     progress: Callable[[str], None],
 ) -> Sweep:
-    """`made(high)` quantizes but for those weights, and is judged against FP32 on the calibration texts."""
+    """Find what must stay in a higher precision, judged against FP32 on the calibration texts.
+
+    Args:
+        fp32: the graph that is quantized.
+        high: weights that stay in a higher precision anyhow.
+        quantize: makes the graph in which these weights stay in a higher precision as well.
+        precision: sets the bounds of accuracy.
+        texts: the calibration texts.
+        tokenizer: of the model.
+        spec: of the model.
+        progress: called with a line for every measurement.
+    """
     bounds = ACCURACY_BOUNDS[precision]
-    groups = groups_of(fp32, plan)
+    groups = groups_of(fp32, high)
     sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
     rounds = [text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS, round=i) for i in range(ROUNDS)]
     with running(fp32, spec) as backend:
@@ -187,7 +155,7 @@ def _sweep(
 
         def measured(by: TextReference, bounds: AccuracyBounds | None = None) -> Callable[[frozenset[str]], Accuracy]:
             def measure(high: frozenset[str]) -> Accuracy:
-                with running(made(high), spec) as candidate:
+                with running(quantize(high), spec) as candidate:
                     return by.compare(candidate, bounds)
 
             return measure

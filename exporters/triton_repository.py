@@ -20,9 +20,10 @@ from gte_deploy._version import __version__
 from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
 from gte_deploy.exporters.bundle_writer import publish, seal_files, staging, write_manifest
-from gte_deploy.exporters.cuda_options import CUDA_PRECISIONS
-from gte_deploy.exporters.export import FORMAT_PRECISIONS, Progress, default_output, export
-from gte_deploy.exporters.profiles import MAX_MASKS
+from gte_deploy.exporters.export import default_output, export
+from gte_deploy.exporters.job import Progress
+from gte_deploy.exporters.options import make_request
+from gte_deploy.exporters.targets.tensorrt.profiles import MAX_MASKS
 from gte_deploy.exporters.triton.configs import (
     ENCODER,
     Config,
@@ -38,19 +39,18 @@ from gte_deploy.exporters.triton.configs import (
     warmup_shape,
 )
 from gte_deploy.exporters.triton.documents import dockerfile, readme
+from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.python_models import write_python_model
-from gte_deploy.inputs import check_integer
 from gte_deploy.onnx_inspection import check_graphs, inspect_onnx
+from gte_deploy.options import options_of
 from gte_deploy.spec import Engine, ModelSpec
 from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import load_tokenizer
 
 FORMAT = "gte-deploy-triton-repository"
 FORMAT_VERSION = 1
-ACCELERATORS = ("cuda", "tensorrt")
 _BUNDLE = "bundle"  # of a checkpoint that is exported on the way, inside the folder that is filled
 _MAX_DIFFERENCE = 1e-5
-_MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -75,90 +75,71 @@ class RepositoryResult:
 def export_repository(
     model: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
+    options: TritonOptions | None = None,
     *,
-    engine: str | os.PathLike[str] | None = None,
-    accelerator: str = "cuda",
-    max_batch_size: int | None = None,
-    max_queue_size: int | None = None,
-    queue_timeout_s: float | None = None,
-    threads: int | None = None,
-    response_cache: bool = False,
-    model_version: int = 1,
     force: bool = False,
     progress: Progress | None = None,
-    **export_options: Any,
+    **given: Any,
 ) -> RepositoryResult:
     """Write a model repository.
 
     Args:
-        model: a bundle, or what `export` takes: it is exported to a bundle first, with `export_options`.
+        model: a bundle, or what `export` takes: it is exported to a bundle first.
         output: folder of the repository; None for one named after model and precision in the working directory.
-        engine: a bundle with a TensorRT plan, in place of `model`.
-        accelerator: what ONNX Runtime runs on on a GPU: "cuda", or "tensorrt", which needs the bundle's graph of
-            standard operators and builds an engine when the server starts.
-        max_batch_size: rows of one run of the encoder and of one request; by default 32 on a GPU and 8 on a CPU, or
-            what a plan takes at every length. A plan that takes so many for short texts only serves only those.
-        max_queue_size: requests that may wait for a model; more are refused. By default there is no limit, since with
-            one Triton's batcher lets single requests wait for half a second: see docs/triton.md.
-        queue_timeout_s: how long a request may wait for a model before it is refused; by default there is no limit, for
-            the same reason.
-        threads: CPU threads inside one operator; by default the CPUs that this process may use.
-        response_cache: let the server remember answers, where it is started with a cache.
-        model_version: number of the models' version folders.
+        options: how the bundle is served.
         force: replace a repository that is there already.
         progress: called with one line at every step.
-        **export_options: of `export`, where `model` is not a bundle.
+        **given: fields of `TritonOptions` by themselves; and where `model` is not a bundle, what `export` takes.
 
     Raises:
         InputError: an argument is out of range.
         BundleError: the bundle is damaged, or holds nothing that Triton can run.
         ParityError: the encoder's graph differs from the bundle's.
-        ExportError: the target must not be replaced, or the configurations do not pass their checks.
+        ExportError: the output must not be replaced, or the configurations do not pass their checks.
         MissingDependencyError: the [export] extra is not installed.
     """
-    given = model if engine is None else engine
-    served = Path(given) if given is not None and is_bundle(Path(given)) else None
-    _check_arguments(model, engine, served, accelerator, export_options)
-    _check_numbers(
-        max_batch_size=max_batch_size, max_queue_size=max_queue_size, threads=threads, model_version=model_version
-    )
-    if queue_timeout_s is not None and not 1e-3 <= queue_timeout_s <= 86_400:
-        raise InputError(f"queue_timeout_s is {queue_timeout_s}; expected 0.001 to 86,400 seconds")
-    tell = progress or (lambda line: None)
+    own = {name: value for name, value in given.items() if name in options_of(TritonOptions)}
+    export_options = {name: value for name, value in given.items() if name not in own}
+    options = dataclasses.replace(options or TritonOptions(), **own)
+    options.check()
+    engine = options.engine
+    bundle_given = model if engine is None else engine
+    served = Path(bundle_given) if bundle_given is not None and is_bundle(Path(bundle_given)) else None
+    _check_arguments(model, served, options, export_options)
+    report = progress or (lambda line: None)
     path = Path(output if output is not None else _default_output(model, served, export_options))
-    target = Path(os.path.realpath(path))
-    with staging(target, force=force, files_of=repository_files) as folder:
-        bundle = served or export(model, folder / _BUNDLE, progress=tell, **export_options).path
+    destination = Path(os.path.realpath(path))
+    with staging(destination, force=force, files_of=repository_files) as folder:
+        bundle = served or export(model, folder / _BUNDLE, progress=report, **export_options).path
         manifest = open_bundle(bundle)
         check_graphs(bundle, manifest)
         if manifest.missed_bounds:
-            tell(f"the bundle misses its bounds in {len(manifest.missed_bounds)} respects; the README names them")
-        tell("write the encoder")
-        encoder_folder = folder / ENCODER / str(model_version)
-        encoder = _write_encoder(bundle, manifest, encoder_folder, accelerator, plan=engine is not None)
+            report(f"the bundle misses its bounds in {len(manifest.missed_bounds)} respects; the README names them")
+        report("write the encoder")
+        encoder = _write_encoder(bundle, manifest, folder / ENCODER / str(options.model_version), options)
         _require_head(encoder, manifest.spec, bundle)
-        spec, devices = _limits(encoder, manifest.spec, max_batch_size)
+        spec, devices = _limits(encoder, manifest.spec, options.max_batch_size)
         serving = Serving(
             spec=spec,
             precision=manifest.precision,
             encoder=encoder,
             mask_token=load_tokenizer(bundle).mask_token,
-            version=model_version,
-            max_queue_size=max_queue_size,
-            queue_timeout_s=queue_timeout_s,
-            threads=threads or available_cpus(),
-            response_cache=response_cache,
+            version=options.model_version,
+            max_queue_size=options.max_queue_size,
+            queue_timeout_s=options.queue_timeout_s,
+            threads=options.threads or available_cpus(),
+            response_cache=options.response_cache,
         )
-        tell("write the models and their configurations")
+        report("write the models and their configurations")
         configs = {device.name: all_configs(serving, device) for device in devices}
         _write_models(folder, bundle, serving, configs)
         _write_documents(folder, bundle, manifest, serving, configs)
         shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
-        checked = _check(folder, tell)
+        checked = _check(folder, report)
         files = seal_files(folder)
         write_manifest(folder, _manifest_json(manifest, files))
-        tell(f"rename to {path}")
-        publish(folder, target, force=force, files_of=repository_files)
+        report(f"rename to {path}")
+        publish(folder, destination, force=force, files_of=repository_files)
     models = configs[devices[0].name].values()
     return RepositoryResult(
         path=path,
@@ -186,27 +167,21 @@ def repository_files(folder: Path) -> set[str]:
 
 
 def _check_arguments(
-    model: Any, engine: Any, served: Path | None, accelerator: str, export_options: Mapping[str, Any]
+    model: Any, served: Path | None, options: TritonOptions, export_options: Mapping[str, Any]
 ) -> None:
     for module in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(module, "export")
-    if accelerator not in ACCELERATORS:
-        raise InputError(f"accelerator is {accelerator!r}; expected one of {', '.join(ACCELERATORS)}")
-    if engine is not None and model is not None:
+    if options.engine is not None and model is not None:
         raise InputError("engine is a bundle of its own, with tokenizer and all; give it alone, without a model")
-    if engine is not None and accelerator != "cuda":
+    if options.engine is not None and options.accelerator != "cuda":
         raise InputError("accelerator is for ONNX Runtime, and engine asks for a TensorRT plan; give one of them")
-    if served is None and engine is not None:
-        raise BundleError(f"{engine} is not a bundle. Write one with gte-export --format trt.")
+    if served is None and options.engine is not None:
+        raise BundleError(f"{options.engine} is not a bundle. Write one with gte-export --format trt.")
     if served is not None and export_options:
         raise InputError(f"{served} is a bundle already; {', '.join(export_options)} is for exporting a checkpoint")
-
-
-def _check_numbers(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None:
-            check_integer(name, value, 1, _MAX_ROWS if name == "max_batch_size" else 1 << 20)
+    if served is None and "onnxruntime" not in (target := make_request(**export_options).target).engines:
+        raise InputError(f"Triton serves graphs of ONNX Runtime, and target {target.name} has none")
 
 
 def _default_output(
@@ -215,16 +190,14 @@ def _default_output(
     if bundle is not None:
         manifest = read_manifest(bundle)
         return default_output(_name(manifest), format="triton", precision=manifest.precision)
-    precisions = CUDA_PRECISIONS if export_options.get("target") == "cuda" else FORMAT_PRECISIONS["onnx"]
-    precision = export_options.get("precision") or precisions[0]
-    return default_output(model, format="triton", precision=precision)
+    return default_output(model, format="triton", precision=make_request(**export_options).precision)
 
 
-def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: str, *, plan: bool) -> Encoder:
+def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: TritonOptions) -> Encoder:
     from gte_deploy.exporters.triton.graph import tensor_specs
 
     folder.mkdir(parents=True)
-    if plan:
+    if options.engine is not None:
         return _write_plan(bundle, manifest, folder)
     if "onnxruntime" not in manifest.graphs:
         raise BundleError(f"{bundle} holds no graph for ONNX Runtime; its plan is served with --engine {bundle}.")
@@ -235,7 +208,7 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: 
     if manifest.target == "cpu":
         files["cpu"] = "model.onnx"
     graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
-    if accelerator == "tensorrt":
+    if options.accelerator == "tensorrt":
         # TensorRT knows standard operators alone, which the graph for OpenVINO is made of.
         if "openvino" not in manifest.graphs or manifest.precision != "fp32":
             raise BundleError(
@@ -253,7 +226,7 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, accelerator: 
         files=files,
         inputs=inputs,
         outputs=outputs,
-        accelerator="tensorrt" if accelerator == "tensorrt" else "cuda",
+        accelerator=options.accelerator,
     )
 
 
@@ -423,18 +396,18 @@ def _write_documents(
             shutil.copyfile(bundle / name, folder / name)
 
 
-def _check(folder: Path, tell: Progress) -> bool:
+def _check(folder: Path, report: Progress) -> bool:
     """Whether the configurations could be checked.
 
     Raises:
         ExportError: and they have problems.
     """
     if importlib.util.find_spec("tritonclient") is None:
-        tell("the configurations are not checked: pip install 'gte-deploy[triton]', then gte-export --check-repository")
+        report("the configurations are not checked: pip install 'gte-deploy[triton]', then gte-export check")
         return False
     from gte_deploy.exporters.triton.checks import check_repository
 
-    tell("check the configurations")
+    report("check the configurations")
     if problems := check_repository(folder):
         raise ExportError("the repository does not pass its own checks: " + "; ".join(problems))
     return True

@@ -118,8 +118,8 @@ class Manifest:
     Args:
         spec: the model's facts.
         precision: of the weights and graphs.
-        graphs: engine -> its graph. An ONNX bundle has "onnxruntime" always, "openvino" where the export has proven
-            one; they read the same weights file. A TensorRT bundle has none, or "tensorrt", what the plan is made of.
+        graphs: engine -> its graph, for every engine that the export has verified; they read the same weights file. A
+            TensorRT bundle has none, or "tensorrt", from which the plan is compiled.
         files: path relative to the bundle, with forward slashes -> size and hash; every file but the manifest.
         versions: library -> version that the bundle was written with.
         source: what was exported: `name`, and `sha256` of its weights where known.
@@ -232,8 +232,6 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
     }
     if len(graphs) < len(data["graphs"]):
         raise ValueError(f"graphs has {', '.join(data['graphs'])}; known are {', '.join(ENGINES)}")
-    if "openvino" in graphs and "onnxruntime" not in graphs:
-        raise ValueError("graphs has openvino without onnxruntime")
     plan = None if data.get("plan") is None else _plan_from_json(data["plan"], files)
     if not graphs and plan is None:
         raise ValueError("graphs is empty and there is no plan: nothing can be run")

@@ -89,6 +89,8 @@ def _picked(manifest: Manifest, precision: ComputePrecision | None) -> EngineCho
 
 
 def _by_rule(manifest: Manifest) -> EngineChoice:
+    if "onnxruntime" not in manifest.graphs:
+        return EngineChoice("openvino", "fp32", "the bundle has no graph for ONNX Runtime")
     if "openvino" not in manifest.graphs:
         return EngineChoice("onnx", "fp32", "the bundle has no graph for OpenVINO")
     if not _is_usable("openvino", manifest):

@@ -347,6 +347,11 @@ def _no_graph(folder: Path, manifest: Manifest, backend: str) -> str:
             f"{folder} holds a TensorRT engine and no ONNX graph, which the {backend} backend needs. Load it with "
             "backend='tensorrt' on a GPU, or export it with --format onnx."
         )
+    if backend == "onnx":
+        return (
+            f"{folder} has no graph for ONNX Runtime: it was exported for {', '.join(manifest.graphs)} alone. Load it "
+            "with backend='openvino' on a CPU, or export it again with --target cpu."
+        )
     return (
         f"{folder} has no graph for OpenVINO: openvino was not installed where it was exported, or its precision "
         f"{manifest.precision} has none. Load it with backend='onnx', or export it again."

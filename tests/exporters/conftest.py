@@ -33,7 +33,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`spoil(engine, change)`: let this engine's graph be saved with its largest weight changed."""
     onnx = pytest.importorskip("onnx")
     from gte_deploy.exporters import graph
-    from gte_deploy.exporters.export import GRAPH_PATHS
+    from gte_deploy.exporters.job import GRAPH_PATHS
 
     save: Callable[..., Any] = graph.save_graphs
 

@@ -372,11 +372,11 @@ def test_a_misreading_is_caught_within_the_bounds_of_a_lower_precision(embedder,
 def test_an_engine_for_gpus_is_represented_by_pytorch(embedder):
     """Of a TensorRT bundle nothing runs here but its tokenizer and what its spec says."""
     spec = gte_deploy.load(embedder, backend="torch").spec
-    check = check_bundle(embedder, embedder, spec, precision="fp16", graph=None)
+    check = check_bundle(embedder, embedder, spec, precision="fp16", backend=None)
     assert check.passed and check.compared["answers"] > 10
     assert "PyTorch gave them" in check.skipped[0]
     misread = dataclasses.replace(spec, normalize=False)
-    assert not check_bundle(embedder, embedder, misread, precision="fp16", graph=None).passed
+    assert not check_bundle(embedder, embedder, misread, precision="fp16", backend=None).passed
 
 
 @pytest.mark.parametrize(
@@ -451,14 +451,7 @@ def _seal_again(result, folder, **spec):
     shutil.copytree(result.path, folder)
     (folder / "manifest.json").unlink()
     manifest = result.manifest
-    seal(
-        folder,
-        spec=dataclasses.replace(manifest.spec, **spec),
-        precision=manifest.precision,
-        graphs=manifest.graphs,
-        versions=manifest.versions,
-        source=manifest.source,
-    )
+    seal(folder, dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, **spec)))
 
 
 @pytest.mark.parametrize("altered", [{}, {"normalize": False}, {"max_length": LIMIT // 2}, "tokenizer"])

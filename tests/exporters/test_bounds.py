@@ -135,7 +135,7 @@ def tighten(monkeypatch, precision):
     [({"target": "cuda", "precision": "fp16"}, "fp16"), ({"format": "trt", "precision": "bf16"}, "bf16")],
 )
 def test_formats_for_gpus(small, tmp_path, monkeypatch, options, precision):
-    from gte_deploy.exporters.tensorrt_engine import TensorRTOptions
+    from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 
     tighten(monkeypatch, precision)
     if options.get("format") == "trt":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gte_deploy.bundle import GraphEntry, open_bundle
+from gte_deploy.bundle import GraphEntry, Manifest, open_bundle
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters import bundle_writer
 from gte_deploy.exporters.bundle_writer import check_target, clean_stale, publish, seal, staging
@@ -28,9 +28,10 @@ GRAPHS = {
 
 def fill(folder: Path, mark: str) -> None:
     (folder / "onnx").mkdir()
-    (folder / "onnx/model.onnx").write_text(f"graph of {mark}")
+    # The smallest ONNX file: a producer_name.
+    (folder / "onnx/model.onnx").write_bytes(b"\x12" + bytes([len(mark)]) + mark.encode())
     (folder / "config.json").write_text("{}")
-    seal(folder, spec=SPEC, precision="fp32", graphs=GRAPHS, versions={"onnx": "1"}, source={"name": mark})
+    seal(folder, Manifest(SPEC, "fp32", GRAPHS, files={}, versions={"onnx": "1"}, source={"name": mark}))
 
 
 def write(target: Path, mark: str, *, force: bool = False) -> None:

@@ -11,6 +11,7 @@ from gte_deploy.bundle import open_bundle
 from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.exporters import cli, export
 from gte_deploy.exporters.cli import main
+from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
 
 
 @pytest.mark.parametrize(
@@ -32,31 +33,57 @@ def test_a_model_given_twice_is_refused(capsys):
 def test_positions_and_options_mean_the_same(monkeypatch):
     calls = []
     monkeypatch.setattr(cli, "export", lambda *args, **options: calls.append((args, options)))
-    parser = cli._parser()
-    for line in (["model", "out"], ["-m", "model", "-o", "out"], ["model", "--output", "out"]):
-        cli._export(parser.parse_args(line))
-    assert [args for args, _ in calls] == [("model", "out")] * 3
-    cli._export(parser.parse_args([]))
-    args, options = calls[-1]
-    assert args == (None, None)
-    assert options | {"progress": None} == {
-        "format": "onnx",
-        "target": "cpu",
-        "padding": "auto",
-        "task": "auto",
-        "precision": None,
-        "max_length": None,
-        "pooling": "auto",
-        "logits": "masked",
-        "opset": None,
-        "calibration": None,
-        "activations": "static",
-        "reduce_range": False,
-        "tensorrt": None,
-        "bounds": "strict",
-        "force": False,
-        "progress": None,
-    }
+    monkeypatch.setattr(cli, "_result_text", str)
+    for line in ("model out", "-m model -o out", "model --output out", "onnx model out"):
+        assert main([*line.split(), "--quiet"]) == OK
+    common = {"format": "onnx", "force": False, "progress": None}
+    assert calls == [(("model", "out"), common)] * 4
+    assert main(["--quiet"]) == OK
+    assert calls[-1] == ((None, None), common), "what is not given is left to the function's own defaults"
+
+
+@pytest.mark.parametrize("form", [["trt"], ["--format", "trt"], ["--format=trt"]])
+def test_a_command_and_the_flat_form_mean_the_same(form, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "export", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(cli, "_result_text", str)
+    given = "model out --precision int8 --target sm86,sm120 --profile 1x1:1x8:2x16 --profile 1x17:2x32:2x64 --quiet"
+    given += " --workspace 512 --calibrator percentile --max-length 64 --keep-onnx --force"
+    assert main([*form, *given.split()]) == OK
+    assert calls == [
+        (
+            ("model", "out"),
+            {
+                "format": "trt",
+                "precision": "int8",
+                "targets": ("8.6", "12.0"),
+                "profiles": (parse_profile("1x1:1x8:2x16"), parse_profile("1x17:2x32:2x64")),
+                "workspace": 512 << 20,
+                "calibrator": "percentile",
+                "max_length": 64,
+                "keep_onnx": True,
+                "force": True,
+                "progress": None,
+            },
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown", "not_shown"),
+    [
+        ([], ["--reduce-range", "--target {cpu,cuda,openvino}", "gte-export trt "], ["--profile", "--engine"]),
+        (["--format", "trt"], ["--profile", "--precision {fp16,bf16,int8,fp8}"], ["--reduce-range", "--engine"]),
+        (["trt"], ["--profile", "--target GPUS"], ["--reduce-range", "--engine", "--format {"]),
+        (["triton"], ["--engine", "--reduce-range", "--target {cpu,cuda}"], ["--profile"]),
+        (["check"], ["DIR"], ["--profile", "--precision"]),
+    ],
+)
+def test_help_shows_what_concerns_the_format(arguments, shown, not_shown, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    out = capsys.readouterr().out
+    assert all(text in out for text in shown) and not any(text in out for text in not_shown)
 
 
 @pytest.mark.parametrize("tokens", ["-1", "0", "7", "8193"])

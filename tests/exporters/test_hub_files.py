@@ -12,7 +12,7 @@ pytest.importorskip("onnx")
 
 import gte_deploy  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
-from gte_deploy.exporters.tensorrt_engine import TensorRTOptions  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 
 TEXTS = ["w5 w6 w7", "W9 w8 [MASK]", "w10 " * 40, "w11"]
 PAIRS = [("w5 w6", "w7 W8"), ("w9", "w10 w11 w12"), ("w13 " * 30, "w14 " * 9)]

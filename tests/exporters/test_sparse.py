@@ -20,13 +20,14 @@ from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.calibration import measure_ranges  # noqa: E402
-from gte_deploy.exporters.cuda_graph import build_cuda_graph, opened_for_proof  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.graph import build_graphs, save_graph, save_graphs  # noqa: E402
 from gte_deploy.exporters.linears import find_linears  # noqa: E402
 from gte_deploy.exporters.lower_precision import groups_of  # noqa: E402
 from gte_deploy.exporters.quantize import plan_int8, quantize_int8  # noqa: E402
-from gte_deploy.exporters.tensorrt_graph import tensorrt_graph  # noqa: E402
+from gte_deploy.exporters.targets.cuda.graph import cuda_graph, opened_for_comparison  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE  # noqa: E402
 from gte_deploy.models import sparse_heads  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.spec import ModelSpec, SparseSpec  # noqa: E402
@@ -111,8 +112,8 @@ def test_parts_in_8_bits(model, batch, tmp_path):
     graph = graphs["onnxruntime"]
     ranges = measure_ranges(graph, SPEC, [batch])
     plan = plan_int8(graph.model, ranges)
-    parts = [name for name in groups_of(graph, plan) if "decoder" in name]
-    assert parts == ["lm_head.decoder"] and len(groups_of(graph, plan)["lm_head.decoder"]) == PARTS
+    parts = [name for name in groups_of(graph, plan.high) if "decoder" in name]
+    assert parts == ["lm_head.decoder"] and len(groups_of(graph, plan.high)["lm_head.decoder"]) == PARTS
     high = {linear.name for linear in find_linears(graph.model) if "decoder" not in linear.name}
     wanted = expected(model, batch, SPARSE)
     for engine in ("onnxruntime", "openvino"):
@@ -126,15 +127,15 @@ def test_parts_in_8_bits(model, batch, tmp_path):
         assert cosine.min() > 0.999 and not np.array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(("precision", "padding", "share"), [("fp32", "remove", 1e-4), ("fp16", "auto", 0.02)])
-def test_for_cuda(precision, padding, share, model, batch, tmp_path):
+@pytest.mark.parametrize(("precision", "removes", "share"), [("fp32", True, 1e-4), ("fp16", True, 0.02)])
+def test_for_cuda(precision, removes, share, model, batch, tmp_path):
     """The CPU's stand-in for what a GPU runs."""
-    options = {"task": "sparse", "max_length": LENGTH, "sparse": SPARSE}
-    graph = build_cuda_graph(model, precision=precision, padding=padding, **options)
+    plain = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)["openvino"]
+    graph = cuda_graph(plain, num_layers=1, precision=precision, removes_padding=removes)
     file = tmp_path / "model.onnx"
     save_graph(graph, file)
     wanted = expected(model, batch, SPARSE)
-    with opened_for_proof(graph, file, SPEC) as (backend, _):
+    with opened_for_comparison(graph, file, SPEC) as (backend, _):
         found = backend.run(batch, ("sparse_embedding",))["sparse_embedding"]
     assert np.abs(found - wanted).max() < share * np.abs(wanted).max()
 
@@ -147,7 +148,7 @@ def test_for_tensorrt(model):
     assert not {"ScatterElements", "Loop", "Scan"} & {node.op_type for node in graph.model.graph}
     assert [output.name for output in graph.outputs] == ["last_hidden_state", "sparse_embedding"]
     with pytest.raises(ExportError, match="padding cannot be removed"):
-        tensorrt_graph(plain, "fp16", num_layers=1, padding_free=True)
+        tensorrt_graph(plain, "fp16", num_layers=1, layout=PADDING_FREE)
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,16 @@ import onnxruntime as ort  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.errors import ExportError  # noqa: E402
-from gte_deploy.exporters import cuda_graph  # noqa: E402
-from gte_deploy.exporters.cuda_graph import build_cuda_graph  # noqa: E402
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in  # noqa: E402
 from gte_deploy.exporters.graph import Graph, build_graphs, save_graph  # noqa: E402
 from gte_deploy.exporters.parity import TorchReference, check_parity  # noqa: E402
 from gte_deploy.exporters.parity_batches import Case, TokenSource, last_row_alone, make_batch  # noqa: E402
-from gte_deploy.exporters.profiles import packed_profiles, parse_profile  # noqa: E402
 from gte_deploy.exporters.quantize import quantize_embeddings  # noqa: E402
-from gte_deploy.exporters.tensorrt_check import CompiledOnnx, PackedOnnx  # noqa: E402
-from gte_deploy.exporters.tensorrt_engine import trtexec_line  # noqa: E402
-from gte_deploy.exporters.tensorrt_graph import tensorrt_graph  # noqa: E402
+from gte_deploy.exporters.targets.cuda.graph import cuda_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, PackedOnnx  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE, trtexec_line  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.profiles import packed_profiles, parse_profile  # noqa: E402
 from gte_deploy.exporters.text_batches import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.exporters.trace import trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
@@ -156,30 +155,24 @@ def test_the_same_passes_fire(graphs):
 
 @pytest.mark.parametrize(("precision", "padding"), [("fp32", "remove"), ("fp16", "remove"), ("bf16", "keep")])
 @pytest.mark.parametrize("name", ["classify", "fill-mask"])
-def test_cuda(models, graphs, monkeypatch, name, precision, padding):
+def test_cuda(models, graphs, name, precision, padding):
     """Through the stand-in for operators that a CPU does not have."""
-
-    def traced(model: Any, *, token_types: bool, **options: Any) -> ir.Model:
-        assert token_types
-        return graphs(name)["openvino"].model.clone()  # tracing is nine tenths of the time
-
-    monkeypatch.setattr(cuda_graph, "trace", traced)
-    options = {"max_length": 256, "precision": precision, "padding": padding, "token_types": True, **TASKS[name]}
-    graph, batch = build_cuda_graph(models(name), **options), batch_of(name)
+    options = {"precision": precision, "removes_padding": padding == "remove"}
+    graph, batch = cuda_graph(graphs(name)["openvino"], num_layers=1, **options), batch_of(name)
     assert TYPES in graph.inputs
     atol = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15}[precision]
     assert_same(run(cpu_stand_in(graph), batch), by_transformers(models(name), name, batch), batch, atol)
 
 
-@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("layout", [PADDED, PADDING_FREE])
 @pytest.mark.parametrize("name", ALL_TASKS)
-def test_tensorrt(graphs, models, tmp_path, name, padding_free):
+def test_tensorrt(graphs, models, tmp_path, name, layout):
     graph, batch = (
-        tensorrt_graph(graphs(name)["openvino"], "fp16", num_layers=1, padding_free=padding_free),
+        tensorrt_graph(graphs(name)["openvino"], "fp16", num_layers=1, layout=layout),
         batch_of(name),
     )
     spec = spec_of(name)
-    if padding_free:
+    if layout is PADDING_FREE:
         assert dataclasses.replace(TYPES, shape=("tokens",)) in graph.inputs
         compiled: Any = PackedOnnx(graph, spec, profiles=[parse_profile("1x1:2x32:3x64")], num_heads=2)
     else:
@@ -191,17 +184,25 @@ def test_tensorrt(graphs, models, tmp_path, name, padding_free):
 
 
 def test_profiles_and_the_trtexec_line_have_the_types():
-    line = trtexec_line("m.onnx", [parse_profile("1x1:8x64:16x128")], has_masks=False, has_types=True)
+    inputs = [
+        TensorSpec(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask", "token_type_ids")
+    ]
+    line = trtexec_line("m.onnx", [parse_profile("1x1:8x64:16x128")], inputs)
     for end, size in (("min", "1x1"), ("opt", "8x64"), ("max", "16x128")):
         assert f"--{end}Shapes=input_ids:{size},attention_mask:{size},token_type_ids:{size}" in line
-    packed = trtexec_line("m.onnx", packed_profiles(512)[:1], has_masks=False, has_types=True, padding_free=True)
-    assert "--optShapes=input_ids:256,position_ids:256,token_type_ids:256,query_lengths:3,kv_lengths:3" in packed
-    assert "token_type_ids" not in trtexec_line("m.onnx", packed_profiles(512), has_masks=True, padding_free=True)
+    names = ("input_ids", "position_ids", "token_type_ids", "query_lengths", "kv_lengths")
+    packed = [TensorSpec(name, "int64", ("tokens",)) for name in names]
+    line = trtexec_line("m.onnx", packed_profiles(512)[:1], packed)
+    assert "--optShapes=input_ids:256,position_ids:256,token_type_ids:256,query_lengths:3,kv_lengths:3" in line
+    packed.pop(2)
+    assert "token_type_ids" not in trtexec_line("m.onnx", packed_profiles(512), packed)
 
 
 def test_tensorrt_rtx_builds_an_engine_of_it(graphs, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
-    from gte_deploy.exporters.tensorrt_engine import TensorRTOptions, build_plan, choose_runtime
+    from gte_deploy.exporters.targets.tensorrt.engine import build_plan
+    from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+    from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime
 
     graph = tensorrt_graph(graphs("classify")["openvino"], "fp16", num_layers=1)
     save_graph(graph, tmp_path / "model.onnx")

@@ -1,5 +1,6 @@
 """A bundle that was altered anywhere is refused before any loader sees it."""
 
+import dataclasses
 import random
 import shutil
 
@@ -12,7 +13,8 @@ pytest.importorskip("onnx")
 from gte_deploy.bundle import MANIFEST_NAME, open_bundle, read_manifest  # noqa: E402
 from gte_deploy.errors import BundleError  # noqa: E402
 from gte_deploy.exporters.bundle_writer import seal  # noqa: E402
-from gte_deploy.exporters.export import WEIGHTS_PATH, export  # noqa: E402
+from gte_deploy.exporters.export import export  # noqa: E402
+from gte_deploy.exporters.job import WEIGHTS_PATH  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,7 @@ def exported(make_checkpoint, tmp_path_factory):
     weights = second / WEIGHTS_PATH
     weights.write_bytes((-np.fromfile(weights, np.float32)).tobytes())
     (second / MANIFEST_NAME).unlink()
-    facts = {"spec": manifest.spec, "graphs": manifest.graphs, "versions": manifest.versions}
-    seal(second, precision="fp32", source={"name": "second"}, **facts)
+    seal(second, dataclasses.replace(manifest, source={"name": "second"}))
     open_bundle(second)
     return first, second
 

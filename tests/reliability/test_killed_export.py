@@ -30,7 +30,7 @@ class Countdown:
             die()
 
 def write_small(target, mark, at, exchange):
-    from gte_deploy.bundle import GraphEntry
+    from gte_deploy.bundle import GraphEntry, Manifest
     from gte_deploy.exporters import bundle_writer as writer
     from gte_deploy.spec import ModelSpec
     if not exchange:
@@ -43,9 +43,9 @@ def write_small(target, mark, at, exchange):
     sys.addaudithook(hook)
     with writer.staging(target, force=True) as folder:
         (folder / "onnx").mkdir()
-        (folder / "onnx/model.onnx").write_text(f"graph of {mark}")
+        (folder / "onnx/model.onnx").write_bytes(b"\x12" + bytes([len(mark)]) + mark.encode())  # producer_name
         graphs = {"onnxruntime": GraphEntry("onnx/model.onnx", 20, (), (), {})}
-        writer.seal(folder, spec=spec, precision="fp32", graphs=graphs, versions={}, source={"name": mark})
+        writer.seal(folder, Manifest(spec, "fp32", graphs, files={}, versions={}, source={"name": mark}))
         writer.publish(folder, target, force=True)
 
 def run_export(target, checkpoint, at):

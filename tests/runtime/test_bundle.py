@@ -192,7 +192,6 @@ def change(path: str, value):
         ("graphs", {}, "no plan"),
         ("graphs", None, "malformed"),
         ("graphs/coreml", MANIFEST["graphs"]["onnxruntime"], "onnxruntime, coreml"),
-        ("graphs", {"openvino": MANIFEST["graphs"]["onnxruntime"]}, "without onnxruntime"),
         ("graphs/openvino", {**MANIFEST["graphs"]["onnxruntime"], "path": "other.onnx"}, "other.onnx"),
         ("graphs/onnxruntime/path", "elsewhere.onnx", "elsewhere.onnx"),
         ("graphs/onnxruntime/inputs", 3, "malformed"),

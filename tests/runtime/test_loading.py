@@ -226,7 +226,7 @@ def test_a_bundle_with_a_real_engine(word_checkpoints, bundle_of):
     pytest.importorskip("tensorrt_rtx")
     import torch
 
-    from gte_deploy.exporters.tensorrt_engine import TensorRTOptions
+    from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; tests/contract covers it there")

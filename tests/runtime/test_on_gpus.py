@@ -79,7 +79,7 @@ def test_onnxruntime_on_cuda(bundle_of, checkpoint, batches, expected, target, p
 
 
 def test_onnxruntime_through_tensorrt(bundle_of, checkpoint, batches, expected, monkeypatch, tmp_path):
-    from gte_deploy.exporters.tensorrt_engine import TensorRTOptions
+    from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 
     _need_provider("TensorrtExecutionProvider")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

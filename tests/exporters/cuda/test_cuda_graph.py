@@ -27,13 +27,12 @@ from onnx.reference.op_run import OpRun  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
-from gte_deploy.exporters import cuda_graph  # noqa: E402
-from gte_deploy.exporters.cuda_graph import build_cuda_graph  # noqa: E402
-from gte_deploy.exporters.cuda_options import removes_padding  # noqa: E402
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in  # noqa: E402
 from gte_deploy.exporters.fusion import fuse_graph  # noqa: E402
 from gte_deploy.exporters.fusion.padding import remove_padding  # noqa: E402
-from gte_deploy.exporters.graph import Graph, save_graph  # noqa: E402
+from gte_deploy.exporters.graph import Graph, graph_of, save_graph  # noqa: E402
+from gte_deploy.exporters.targets.cuda.graph import cuda_graph  # noqa: E402
+from gte_deploy.exporters.targets.cuda.target import CudaOptions, CudaTarget  # noqa: E402
 from gte_deploy.exporters.trace import trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
@@ -84,10 +83,9 @@ def graphs(models: Callable[[str], Any], traced: Callable[[str], ir.Model]) -> C
     def get(name: str, precision: str = "fp32", padding: str = "auto") -> Graph:
         key = (name, precision, padding)
         if key not in built:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cuda_graph, "trace", lambda model, **options: traced(name))
-                options = {"max_length": 8192, "precision": precision, "padding": padding}
-                built[key] = build_cuda_graph(models(name), **TASKS[name], **options)
+            removes = padding == "remove" or (padding == "auto" and precision == "fp16")
+            plain = graph_of(traced(name), {}, 20)
+            built[key] = cuda_graph(plain, num_layers=LAYERS, precision=precision, removes_padding=removes)
         return built[key]
 
     return get
@@ -395,15 +393,17 @@ def test_the_runtime_fuses_no_sum_into_layer_norm(graphs, tmp_path):
 
 
 def test_precision_and_padding_go_together():
-    assert removes_padding("fp16", "auto") and removes_padding("fp32", "remove")
-    assert not removes_padding("bf16", "auto") and not removes_padding("fp32", "auto")
-    for options, message in (
-        (("bf16", "remove"), "fp16 and fp32 only"),
-        (("int8", "auto"), "not in int8"),
-        (("fp16", "some"), "expected one of auto, keep, remove"),
-    ):
-        with pytest.raises(InputError, match=message):
-            removes_padding(*options)
+    def removes(precision: Any, padding: Any) -> bool:
+        target = CudaTarget(CudaOptions(padding))
+        target.check(precision)
+        return target.removes_padding(precision)
+
+    assert removes("fp16", "auto") and removes("fp32", "remove")
+    assert not removes("bf16", "auto") and not removes("fp32", "auto")
+    with pytest.raises(InputError, match="fp16 and fp32 only"):
+        removes("bf16", "remove")
+    with pytest.raises(InputError, match="expected one of auto, keep, remove"):
+        removes("fp16", "some")
 
 
 def test_padding_is_not_removed_from_another_graph(traced):

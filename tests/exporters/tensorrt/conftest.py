@@ -15,7 +15,7 @@ from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.exporters.calibration import measure_peaks, measure_ranges  # noqa: E402
 from gte_deploy.exporters.graph import Graph, build_graphs, save_graph  # noqa: E402
 from gte_deploy.exporters.quantize import plan_int8  # noqa: E402
-from gte_deploy.exporters.tensorrt_graph import QdqPlan, tensorrt_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph  # noqa: E402
 from gte_deploy.exporters.text_batches import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models import resolve_checkpoint  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402

@@ -16,8 +16,8 @@ import json, resource, sys
 from pathlib import Path
 import onnx_ir as ir
 from gte_deploy.exporters.graph import graph_of
-from gte_deploy.exporters.profiles import default_profiles
-from gte_deploy.exporters.tensorrt_engine import TensorRTOptions, build_plan, choose_runtime
+from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles
+from gte_deploy.exporters.targets.tensorrt.engine import TensorRTOptions, build_plan, choose_runtime
 file, counts = Path(sys.argv[1]), json.loads(sys.argv[2])
 plan = build_plan(
     file, file.parent, choose_runtime("rtx"), TensorRTOptions(), graph=graph_of(ir.load(file), counts, 20),
@@ -45,7 +45,7 @@ def base():
 def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
     from gte_deploy.exporters.graph import save_graph
     from gte_deploy.exporters.linears import find_linears
-    from gte_deploy.exporters.tensorrt_graph import QdqPlan, tensorrt_graph
+    from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph
 
     # What the scales are does not matter to the builder.
     peaks = {linear.name: 8.0 for linear in find_linears(base["openvino"].model)}

@@ -10,17 +10,13 @@ trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed:
 
 from gte_deploy.bundle import open_bundle  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
-from gte_deploy.exporters import tensorrt_engine  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.graph import save_graph  # noqa: E402
-from gte_deploy.exporters.profiles import default_profiles, parse_profile  # noqa: E402
-from gte_deploy.exporters.tensorrt_engine import (  # noqa: E402
-    PLAN_PATH,
-    TensorRTOptions,
-    build_plan,
-    choose_runtime,
-    resolve_targets,
-)
+from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, build_plan  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_targets  # noqa: E402
 
 OPTIONS = TensorRTOptions()
 PROFILES = default_profiles(8192)
@@ -135,7 +131,7 @@ def test_without_keep_onnx_the_bundle_holds_the_engine_alone(small, tmp_path, ca
 
 
 def test_onnx_only_needs_no_tensorrt_and_prints_the_line(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tensorrt_engine, "_import", lambda flavour: None)
+    monkeypatch.setattr(runtimes, "_import", lambda flavour: None)
     out = tmp_path / "bundle"
     assert main([str(small), str(out), "--format", "trt", "--max-len", "32"]) == 3
     assert "gte-deploy[rtx]" in capsys.readouterr().err and not out.exists()

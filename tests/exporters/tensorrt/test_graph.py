@@ -11,8 +11,8 @@ from gte_deploy.errors import ExportError
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
 from gte_deploy.exporters.graph import save_graph
 from gte_deploy.exporters.parity import TorchReference, compare
-from gte_deploy.exporters.tensorrt_check import CompiledOnnx, head_by_head
-from gte_deploy.exporters.tensorrt_graph import WIDE, QdqPlan, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, head_by_head
+from gte_deploy.exporters.targets.tensorrt.graph import WIDE, QdqPlan, tensorrt_graph
 
 OUTPUTS = ("last_hidden_state", "logits")
 FP32 = ir.DataType.FLOAT

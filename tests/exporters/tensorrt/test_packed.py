@@ -11,28 +11,24 @@ import gte_deploy
 from gte_deploy.backends.base import Batch
 from gte_deploy.bundle import open_bundle
 from gte_deploy.errors import BackendError, BundleError, ExportError, InputError
-from gte_deploy.exporters import tensorrt_engine
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.fusion.editing import Builder, replace
 from gte_deploy.exporters.graph import build_graphs, save_graph
 from gte_deploy.exporters.parity import TOLERANCES, TorchReference, compare
-from gte_deploy.exporters.profiles import check_packed_profiles, packed_profiles, parse_profile
 from gte_deploy.exporters.report import plan_lines
-from gte_deploy.exporters.tensorrt_check import PackedOnnx
-from gte_deploy.exporters.tensorrt_engine import (
-    Runtime,
-    TensorRTOptions,
-    build_plan,
-    choose_runtime,
-    require_padding_free,
-    trtexec_line,
-)
-from gte_deploy.exporters.tensorrt_graph import WIDE, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine
+from gte_deploy.exporters.targets.tensorrt.emulation import PackedOnnx
+from gte_deploy.exporters.targets.tensorrt.engine import build_plan
+from gte_deploy.exporters.targets.tensorrt.graph import WIDE, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE, trtexec_line
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+from gte_deploy.exporters.targets.tensorrt.profiles import check_packed_profiles, packed_profiles, parse_profile
+from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime
 from gte_deploy.exporters.triton_repository import _write_plan
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.spec import ModelSpec, Profile
+from gte_deploy.spec import ModelSpec, Profile, TensorSpec
 
 FP32, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 # Texts of one token, short and long ones, in runs of up to four.
@@ -49,7 +45,7 @@ def packed(plain, plan, num_layers):
         if precision not in made:
             quantized = plan(precision) if precision in ("int8", "fp8") else None
             made[precision] = tensorrt_graph(
-                plain["openvino"], precision, num_layers=num_layers, plan=quantized, padding_free=True
+                plain["openvino"], precision, num_layers=num_layers, plan=quantized, layout=PADDING_FREE
             )
         return made[precision]
 
@@ -100,7 +96,7 @@ def test_every_head_finds_its_tokens(make_checkpoint, tmp_path, task, more):
     sizes = {"hidden_size": 32, "heads": 2, "layers": 1, "max_positions": 1024, "type_vocab_size": 2}
     model = load_model(make_checkpoint(tmp_path / "model", task=task, **sizes), task=task)
     plain = build_graphs(model, task=task, max_length=1024, **more)["openvino"]
-    graph = tensorrt_graph(plain, "fp16", num_layers=1, padding_free=True)
+    graph = tensorrt_graph(plain, "fp16", num_layers=1, layout=PADDING_FREE)
     spec = ModelSpec(task, 1024, model.config.vocab_size, 32, 0, **more)
     for name, found in differences(graph, model, spec, ragged(model.config.vocab_size, masks=False)).items():
         assert found.within(TOLERANCES["fp16"]), (name, found)
@@ -153,7 +149,7 @@ def test_its_inputs_operators_and_types(packed, graphs, num_layers, precision):
 
 def test_another_architecture_is_an_error(plain, num_layers):
     with pytest.raises(ExportError, match="packed_attention"):
-        tensorrt_graph(plain["openvino"], "fp16", num_layers=num_layers + 1, padding_free=True)
+        tensorrt_graph(plain["openvino"], "fp16", num_layers=num_layers + 1, layout=PADDING_FREE)
 
 
 # What TensorRT says of it.
@@ -230,12 +226,14 @@ def test_attentions_are_counted_in_the_network(rtx, packed, num_layers, tmp_path
 )
 def test_a_tensorrt_without_the_kernel_is_refused(flavour, version, says):
     with pytest.raises(ExportError, match=says):
-        require_padding_free(Runtime(flavour, "no GPU was found here", types.SimpleNamespace(__version__=version)))
+        PADDING_FREE.check_runtime(
+            Runtime(flavour, "no GPU was found here", types.SimpleNamespace(__version__=version))
+        )
 
 
 @pytest.mark.parametrize("version", ["11.1.0.106", "11.3", "12.0.1"])
 def test_a_tensorrt_with_the_kernel_is_not(version):
-    require_padding_free(Runtime("tensorrt", "", types.SimpleNamespace(__version__=version)))
+    PADDING_FREE.check_runtime(Runtime("tensorrt", "", types.SimpleNamespace(__version__=version)))
 
 
 def test_the_export_refuses_before_a_model_is_loaded(rtx, tmp_path):
@@ -267,7 +265,9 @@ def test_profiles_are_of_texts_and_of_all_their_tokens():
 
 
 def test_the_trtexec_line_has_its_shapes():
-    line = trtexec_line("model.onnx", packed_profiles(512)[:1], has_masks=True, padding_free=True)
+    names = ("input_ids", "position_ids", "query_lengths", "kv_lengths", "mask_positions")
+    inputs = [TensorSpec(name, "int64", ("tokens",)) for name in names]
+    line = trtexec_line("model.onnx", packed_profiles(512)[:1], inputs)
     assert line == (
         "trtexec --onnx=model.onnx --saveEngine=model.plan "
         "--minShapes=input_ids:1,position_ids:1,query_lengths:2,kv_lengths:2,mask_positions:1 "
@@ -315,7 +315,7 @@ def test_the_engine_itself(model, spec, tmp_path, precision):
     pytest.importorskip("tensorrt", reason="ordinary TensorRT is not installed")
     runtime = choose_runtime("tensorrt")
     try:
-        require_padding_free(runtime)
+        PADDING_FREE.check_runtime(runtime)
     except ExportError as error:
         pytest.skip(str(error))
     options = TensorRTOptions(runtime="tensorrt")

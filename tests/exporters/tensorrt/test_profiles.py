@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gte_deploy.errors import InputError
-from gte_deploy.exporters.profiles import (
+from gte_deploy.exporters.targets.tensorrt.profiles import (
     MAX_MASKS,
     TOKEN_BUDGET,
     check_profiles,

@@ -5,16 +5,12 @@ import types
 import pytest
 
 from gte_deploy.errors import ExportError, InputError, MissingDependencyError
-from gte_deploy.exporters import tensorrt_engine
 from gte_deploy.exporters.cli import main
-from gte_deploy.exporters.profiles import parse_profile
-from gte_deploy.exporters.tensorrt_engine import (
-    Runtime,
-    choose_runtime,
-    parse_targets,
-    resolve_targets,
-    trtexec_line,
-)
+from gte_deploy.exporters.targets.tensorrt import runtimes
+from gte_deploy.exporters.targets.tensorrt.layouts import trtexec_line
+from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
+from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, parse_targets, resolve_targets
+from gte_deploy.spec import TensorSpec
 
 MODULE = types.SimpleNamespace(
     __version__="9.9.9", ComputeCapability=types.SimpleNamespace(SM75=1, SM86=2, SM89=3, SM120=4)
@@ -28,8 +24,8 @@ def machine(monkeypatch):
     """`machine(gpu, flavours)`: a machine with this GPU and these TensorRTs."""
 
     def set_up(gpu, *flavours):
-        monkeypatch.setattr(tensorrt_engine, "gpu_capability", lambda: gpu)
-        monkeypatch.setattr(tensorrt_engine, "_import", lambda flavour: MODULE if flavour in flavours else None)
+        monkeypatch.setattr(runtimes, "gpu_capability", lambda: gpu)
+        monkeypatch.setattr(runtimes, "_import", lambda flavour: MODULE if flavour in flavours else None)
 
     return set_up
 
@@ -105,7 +101,9 @@ def test_ordinary_tensorrt_builds_for_the_gpu_here(machine):
 
 def test_the_trtexec_line_has_every_profile():
     profiles = [parse_profile("1x1:8x64:32x128"), parse_profile("1x129:4x512:4x1024")]
-    assert trtexec_line("model.onnx", profiles, has_masks=True) == (
+    inputs = [TensorSpec(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
+    masks = TensorSpec("mask_positions", "int64", ("num_masks", 2))
+    assert trtexec_line("model.onnx", profiles, [*inputs, masks]) == (
         "trtexec --onnx=model.onnx --saveEngine=model.plan --stronglyTyped "
         "--profile=0 --minShapes=input_ids:1x1,attention_mask:1x1,mask_positions:1x2 "
         "--optShapes=input_ids:8x64,attention_mask:8x64,mask_positions:8x2 "
@@ -114,18 +112,21 @@ def test_the_trtexec_line_has_every_profile():
         "--optShapes=input_ids:4x512,attention_mask:4x512,mask_positions:4x2 "
         "--maxShapes=input_ids:4x1024,attention_mask:4x1024,mask_positions:512x2"
     )
-    assert "--profile" not in trtexec_line("model.onnx", profiles[:1], has_masks=False)
+    assert "--profile" not in trtexec_line("model.onnx", profiles[:1], inputs)
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--precision", "fp16"], "--precision fp16 is for --format trt"),
-        (["--format", "trt", "--precision", "int8-weight"], "int8-weight is for --format onnx"),
+        (["--precision", "fp16"], "--precision fp16 is for --target cuda or --format trt; --target cpu is"),
+        (
+            ["--format", "trt", "--precision", "int8-weight"],
+            "int8-weight is for --target cpu; --format trt is",
+        ),
         (["--onnx-only"], "--onnx-only is for --format trt"),
         (["--profile", "1x1:1x8:1x16"], "--profile is for --format trt"),
         (["--format", "trt", "--calibrator", "max"], "--calibrator is for --precision int8 and fp8"),
-        (["--format", "trt", "--reduce-range"], "--reduce-range is for --precision int8"),
+        (["--format", "trt", "--reduce-range"], "--reduce-range is for --target cpu"),
         (["--format", "trt", "--profile", "1x1"], "MIN:OPT:MAX"),
         (["--format", "trt", "--target", "ada"], "sm86,sm89,sm120"),
     ],

@@ -1,4 +1,4 @@
-"""`gte-export --format triton` and `--check-repository`."""
+"""`gte-export triton` and `gte-export check`, and the flat forms of both."""
 
 import json
 
@@ -6,7 +6,6 @@ import pytest
 
 from gte_deploy.exit_codes import FAILURE, OK, USAGE
 from gte_deploy.exporters import cli
-from gte_deploy.exporters.triton import command
 
 
 def test_a_repository_of_a_bundle(bundles, tmp_path, capsys):
@@ -28,13 +27,11 @@ def test_json(bundles, tmp_path, capsys):
 
 def test_every_option_reaches_the_export(monkeypatch):
     calls = []
-    monkeypatch.setattr(command, "export_repository", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(cli, "export_repository", lambda *args, **options: calls.append((args, options)))
     line = "model out --format triton --precision int8 --max-len 64 --max-batch-size 4 --max-queue-size 5 --threads 3"
     line += " --queue-timeout 0.5 --response-cache --model-version 2 --accelerator tensorrt --force --quiet"
-    parser = cli._parser()
-    arguments = parser.parse_args(line.split())
-    arguments.format, arguments.triton = "onnx", True
-    cli._export(arguments)
+    monkeypatch.setattr(cli, "_result_text", str)
+    assert cli.main(line.split()) == OK
     assert calls == [
         (
             ("model", "out"),
@@ -63,6 +60,7 @@ def test_options_for_triton_alone(option, capsys):
 
 def test_checking(repositories, tmp_path, capsys):
     path = repositories["embed"]
+    assert cli.main(["check", str(path)]) == OK
     assert cli.main(["--check-repository", str(path)]) == OK
     assert "no problem was found" in capsys.readouterr().out
     (tmp_path / "gte_encoder").mkdir()

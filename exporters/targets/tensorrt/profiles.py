@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.errors import InputError
 from gte_deploy.spec import Profile
 
@@ -144,18 +143,6 @@ def check_packed_profiles(profiles: Sequence[Profile], max_length: int) -> None:
             f"the largest profile ends at {most:,} tokens of all texts, and one text may have {max_length:,}: add a "
             f"profile, or export with --max-len {most}"
         )
-
-
-def profile_shapes(profile: Profile, *, padding_free: bool = False) -> dict[str, list[tuple[int, ...]]]:
-    """Input's name -> its shapes at min, opt and max; not every graph has `mask_positions` and `token_type_ids`."""
-    ends, masks = (profile.min, profile.opt, profile.max), mask_profile(profile)
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    if padding_free:
-        shapes |= {name: [(tokens,) for _, tokens in ends] for name in ("input_ids", POSITIONS, "token_type_ids")}
-        shapes |= {name: [(texts + 1,) for texts, _ in ends] for name in (QUERY_LENGTHS, KV_LENGTHS)}
-    else:
-        shapes |= {name: [*ends] for name in ("input_ids", "attention_mask", "token_type_ids")}
-    return shapes | {"mask_positions": [(count,) if padding_free else (count, 2) for count in masks]}
 
 
 def mask_profile(profile: Profile) -> tuple[int, int, int]:

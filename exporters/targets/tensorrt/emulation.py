@@ -32,8 +32,8 @@ from gte_deploy.errors import ExportError
 from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
 from gte_deploy.exporters.fusion.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
 from gte_deploy.exporters.graph import Graph, save_graph
-from gte_deploy.exporters.profiles import mask_profile
-from gte_deploy.exporters.tensorrt_packed import TRT_ATTENTION
+from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
+from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
 from gte_deploy.spec import ModelSpec, Profile
 from gte_deploy.threads import available_cpus
 

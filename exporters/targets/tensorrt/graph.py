@@ -10,8 +10,8 @@ TensorRT takes every tensor's type from the graph, so the graph says all of it:
   scores, pooling, and the graph's outputs. All of it is elementwise work that fuses into one kernel, so what it reads
   and writes stays 16 bits wide. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
 * Up and gate projection are one GEMM, split in two.
-* Where padding is to be removed, `gte_deploy.exporters.tensorrt_packed` makes the graph one of tokens first: then
-  attention is an operator of TensorRT's own, TRT_Attention.
+* Without padding, `padding_free` beside this file makes the graph one of tokens first. Attention is an operator of
+  TensorRT's own then, TRT_Attention.
 
 Shapes: B rows, S tokens, H hidden size, F width of the gated MLP.
 """
@@ -49,7 +49,7 @@ from gte_deploy.exporters.fusion.linear import require_linear
 from gte_deploy.exporters.graph import Graph, graph_of
 from gte_deploy.exporters.linears import Linear, find_linears
 from gte_deploy.exporters.quantize import smooth
-from gte_deploy.exporters.tensorrt_packed import pack
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
 from gte_deploy.spec import Precision
 
 EightBits = Literal["int8", "fp8"]
@@ -91,7 +91,7 @@ class QdqPlan:
 
 
 def tensorrt_graph(
-    plain: Graph, precision: Precision, *, num_layers: int, plan: QdqPlan | None = None, padding_free: bool = False
+    plain: Graph, precision: Precision, *, num_layers: int, plan: QdqPlan | None = None, layout: Layout = PADDED
 ) -> Graph:
     """The graph to compile, made of a copy of the plain FP32 one.
 
@@ -100,7 +100,7 @@ def tensorrt_graph(
         precision: one of `WIDE`.
         num_layers: of the encoder.
         plan: for int8 and fp8.
-        padding_free: take the tokens of all texts in a row; see `gte_deploy.exporters.tensorrt_packed`.
+        layout: how texts lie in the graph's inputs.
 
     Raises:
         ExportError: a pass did not fire as often as the architecture has sites.
@@ -109,7 +109,7 @@ def tensorrt_graph(
     _state_types(model.graph)
     if plan is not None:
         smooth(model, plan.smoothing)
-    counts = pack(model, num_layers=num_layers) if padding_free else {}
+    counts = layout.rewrite(model, num_layers)
     counts |= fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
     if plan is not None:
         counts |= _quantize(model, plan)

@@ -1,0 +1,102 @@
+"""One export: what was read of the checkpoint, how far the work is, and what was built."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gte_deploy.bundle import PlanEntry
+from gte_deploy.models.description import Description
+from gte_deploy.spec import Engine, ModelSpec, Precision, Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.tokenization import TextTokenizer
+
+Progress = Callable[[str], None]
+
+GRAPH_PATHS: Mapping[Engine, str] = {
+    "onnxruntime": "onnx/model.onnx",
+    "openvino": "onnx/model_openvino.onnx",
+    "tensorrt": "onnx/model_tensorrt.onnx",
+}
+"""Engine -> where its graph lies in a bundle."""
+WEIGHTS_PATH = "onnx/model.onnx.data"
+"""Where the weights lie that several graphs share."""
+
+
+@dataclass
+class Steps:
+    """Reports each step as it starts and records how many seconds it took."""
+
+    report: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.report(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export, with everything read that a target needs.
+
+    Args:
+        checkpoint: what the checkpoint is; the limits of this export are in its spec.
+        folder: the folder of the bundle, filled step by step.
+        precision: the precision of the bundle.
+        opset: the ONNX opset of the graphs.
+        model: the PyTorch model, float32.
+        tokenizer: the checkpoint's tokenizer.
+        steps: reports progress.
+    """
+
+    checkpoint: Description
+    folder: Path
+    precision: Precision
+    opset: int
+    model: "PreTrainedModel"
+    tokenizer: "TextTokenizer"
+    steps: Steps
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's facts, with the limits of this export."""
+        return self.checkpoint.spec
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the encoder."""
+        return int(self.model.config.num_hidden_layers)
+
+    def graph_file(self, engine: Engine) -> Path:
+        """Where an engine's graph is written."""
+        return self.folder / GRAPH_PATHS[engine]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a target wrote to the folder of the bundle.
+
+    Args:
+        graphs: engine -> its graph, saved at `GRAPH_PATHS`.
+        sensitivity: group of layers -> its loss in low precision, where a sweep was needed.
+        plan: the TensorRT engine, where there is one.
+        keeps_graphs: whether the graphs stay in the bundle.
+        made_for: what ONNX Runtime's graph is made for.
+        caveats: what this machine could not verify, one sentence each.
+    """
+
+    graphs: Mapping[Engine, "Graph"]
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    plan: PlanEntry | None = None
+    keeps_graphs: bool = True
+    made_for: Target = "cpu"
+    caveats: Sequence[str] = ()

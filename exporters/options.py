@@ -1,0 +1,133 @@
+"""What an export is asked for: the options of every target, and those of the one target that was chosen."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from gte_deploy.errors import InputError
+from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
+from gte_deploy.exporters.targets.base import Target
+from gte_deploy.options import check_choice, check_choices, option, options_of
+from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, Logits, Precision
+
+Bounds = Literal["strict", "report"]
+FORMATS = tuple(dict.fromkeys(kind.format for kind in target_classes()))
+"""What `format` may be, the default first."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What every target takes.
+
+    Args:
+        task: "fill-mask", "embed", "classify", "token-classify", "sparse", or "auto" for what the checkpoint was made
+            for.
+        precision: a precision of the target, by default its first. On CPUs "fp32"; "int8" (weights and activations);
+            "int8-weight" or "int4-weight" (weights alone, for small disks). For target cuda "fp16", "bf16" or "fp32".
+            For TensorRT "fp16", "bf16", "int8" or "fp8". docs/numerics.md compares them.
+        max_length: longest input in tokens; None for the checkpoint's own limit.
+        pooling: "mean", "cls", or "auto" for what the checkpoint says.
+        logits: "masked" computes the vocabulary logits of the masks alone, "all" those of every token (fill-mask).
+        opset: ONNX opset of the graph; None for the default.
+        bounds: what happens where a bound is missed or a check fails: "strict" raises and leaves no bundle; "report"
+            writes it with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. What
+            gives numbers that are not finite, has other shapes or does not run is not written either way.
+    """
+
+    task: str = option("auto", "what the model is for (default: what the checkpoint is for)", choices=("auto", *TASKS))
+    precision: str | None = option(
+        None, "precision of weights and graphs (default: fp32 on CPUs, fp16 on GPUs)", choices=PRECISIONS
+    )
+    max_length: int | None = option(
+        None,
+        "longest input in tokens (default: the checkpoint's own limit)",
+        flags=("--max-len", "--max-length"),
+        metavar="TOKENS",
+        parse=int,
+    )
+    pooling: str = option(
+        "auto", "how an embedding is made (default: as the checkpoint says)", choices=("auto", *POOLINGS)
+    )
+    logits: Logits = option(
+        "masked", "fill-mask: compute logits for the masks alone or for every token", choices=LOGITS
+    )
+    opset: int | None = option(
+        None, "ONNX opset (default: the one that the graph is tested with)", metavar="N", parse=int
+    )
+    bounds: Bounds = option(
+        "strict",
+        "report: write a bundle that misses its bounds too, with the misses in its manifest",
+        choices=get_args(Bounds),
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: the target with its own options, and the options of every target."""
+
+    target: Target
+    options: ExportOptions
+    precision: Precision
+
+    @property
+    def kind(self) -> str:
+        """How the default output folder calls it: the format, or the target where it is not the format's first."""
+        first = next(kind for kind in target_classes() if kind.format == self.target.format)
+        return self.target.format if type(self.target) is first else self.target.name
+
+
+def make_request(
+    options: ExportOptions | None = None,
+    *,
+    format: str = "onnx",
+    target: str | None = None,
+    tensorrt: Any = None,
+    **given: Any,
+) -> Request:
+    """Check everything that can be checked before a file is read.
+
+    Args:
+        options: of every target.
+        format: "onnx" or "trt".
+        target: name of a target of that format; None for its first.
+        tensorrt: the options of target tensorrt, whole.
+        **given: fields of `ExportOptions` or of the target's options, by themselves.
+
+    Raises:
+        InputError: an option that is unknown, out of range, or of another target or precision.
+    """
+    kind = _target_of(format, target)
+    common = {name: value for name, value in given.items() if name in options_of(ExportOptions)}
+    own = {name: value for name, value in given.items() if name not in common}
+    for name in own:
+        if name not in options_of(kind.Options):
+            raise InputError(f"{name} is {own[name]!r}; {_whose(name)}")
+    options = dataclasses.replace(options or ExportOptions(), **common)
+    precision = kind.precisions[0] if options.precision is None else options.precision
+    check_choice(f"precision of format {format}, target {kind.name}", precision, kind.precisions)
+    check_choices(options)
+    chosen = kind(dataclasses.replace(tensorrt or kind.Options(), **own))
+    chosen.check(cast(Precision, precision))
+    return Request(chosen, options, cast(Precision, precision))
+
+
+def targets_of(format: str) -> Mapping[str, type[Target]]:
+    """The targets of a format by name, the default first."""
+    return {kind.name: kind for kind in target_classes() if kind.format == format}
+
+
+def _target_of(format: str, target: str | None) -> type[Target]:
+    check_choice("format", format, FORMATS)
+    known = targets_of(format)
+    if target is None or (format == "trt" and target == "cpu"):
+        return next(iter(known.values()))
+    check_choice(f"target of format {format}", target, tuple(known))
+    return known[target]
+
+
+def _whose(name: str) -> str:
+    """Which targets have an option of this name, to end a message with."""
+    having = [target_class(target) for target in TARGETS]
+    titles = [kind.name for kind in having if name in options_of(kind.Options)]
+    return f"that is for target {' and '.join(titles)}" if titles else "there is no such option"

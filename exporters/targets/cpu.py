@@ -1,0 +1,160 @@
+"""ONNX Runtime and OpenVINO on a CPU: a fused graph and one of standard operators, over one weights file."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
+from gte_deploy.exporters.targets.base import Candidates, Target, closing
+from gte_deploy.options import option
+from gte_deploy.spec import Engine, Precision
+
+if TYPE_CHECKING:
+    from gte_deploy.backends.base import Backend
+    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.lower_precision import Quantized
+    from gte_deploy.exporters.quantize import Activations
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What INT8 is calibrated with.
+
+    Args:
+        calibration: a UTF-8 file with one text a line, like those that will be served; None for English prose that
+            comes along.
+    """
+
+    calibration: Path | None = option(
+        None,
+        "UTF-8 file of texts like yours, one a line (default: English prose that comes along)",
+        metavar="FILE",
+        parse=Path,
+        precisions=("int8", "fp8"),
+    )
+
+    def texts(self) -> list[str] | None:
+        """The texts of the file.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        from gte_deploy.exporters.text_batches import read_texts
+
+        return None if self.calibration is None else read_texts(Path(self.calibration))
+
+
+@dataclass(frozen=True)
+class CpuOptions(CalibrationOptions):
+    """How the graphs of a lower precision are made.
+
+    Args:
+        activations: the ranges of ONNX Runtime's INT8 graph: "static" ranges are those of the calibration texts, so
+            that a row's answer does not depend on its batch; "dynamic" ranges are those of each batch. OpenVINO's graph
+            is always static.
+        reduce_range: weights of 7 bits, for CPUs without VNNI.
+    """
+
+    activations: "Activations" = option(
+        "static",
+        "ranges of ONNX Runtime's activations: those of the calibration texts, or those of each batch",
+        choices=("static", "dynamic"),
+        precisions=("int8",),
+    )
+    reduce_range: bool = option(False, "weights of 7 bits, for CPUs without VNNI", precisions=("int8",))
+
+
+class CpuTarget(Target):
+    """See the module."""
+
+    name: ClassVar[str] = "cpu"
+    format: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "a CPU (--target cpu)"
+    engines: ClassVar[tuple[Engine, ...]] = ("onnxruntime", "openvino")
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "int8", "int8-weight", "int4-weight")
+    Options: ClassVar[type] = CpuOptions
+    options: CpuOptions
+
+    def check(self, precision: Precision) -> None:
+        """Calibration texts can be read."""
+        super().check(precision)
+        self.options.texts()
+
+    def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
+        """Quantize where that was asked for, and save."""
+        graphs, caveats = dict(graphs), []
+        if importlib.util.find_spec("openvino") is None:
+            del graphs["openvino"]
+            caveats.append("openvino is not installed here, so the bundle holds no graph for it.")
+        sensitivity: Mapping[str, float] = {}
+        if job.precision != "fp32":
+            quantized = quantized_graphs(graphs, job, self.options)
+            if len(quantized.graphs) < len(graphs):
+                caveats.append(f"{job.precision} has a graph for ONNX Runtime alone.")
+            graphs, sensitivity = quantized.graphs, quantized.sweep.loss if quantized.sweep else {}
+        save(graphs, job)
+        return Built(graphs, sensitivity, caveats=caveats)
+
+    @contextlib.contextmanager
+    def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
+        """Every engine that the bundle is for, in every precision that this CPU computes in."""
+        opened: dict[tuple[Engine, Precision], Backend] = {("onnxruntime", "fp32"): self.open(built, job)}
+        caveats: list[str] = []
+        if "openvino" in built.graphs:
+            openvino, caveats = open_openvino(job)
+            opened |= openvino
+        with closing(opened):
+            yield Candidates(opened, caveats)
+
+    def open(self, built: Built, job: Job) -> "Backend":
+        """ONNX Runtime, which answers unasked."""
+        from gte_deploy.backends.onnx_backend import OnnxBackend
+
+        return OnnxBackend(job.graph_file("onnxruntime"), job.spec)
+
+
+def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: CalibrationOptions) -> "Quantized":
+    """The FP32 graphs in the precision of the job."""
+    from gte_deploy.exporters.lower_precision import quantize_graphs
+
+    of_onnx = options if isinstance(options, CpuOptions) else CpuOptions()
+    with job.steps(f"quantize to {job.precision}"):
+        return quantize_graphs(
+            graphs,
+            job.precision,
+            spec=job.spec,
+            tokenizer=job.tokenizer,
+            calibration=options.texts(),
+            activations=of_onnx.activations,
+            reduce_range=of_onnx.reduce_range,
+            progress=job.steps.report,
+        )
+
+
+def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
+    """Write graphs over one weights file to the folder of the bundle."""
+    # The module and not its function: a test replaces what is saved.
+    from gte_deploy.exporters import graph as graph_module
+
+    with job.steps("write the graphs"):
+        weights = job.folder / WEIGHTS_PATH
+        weights.parent.mkdir()
+        files = {job.folder / GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}
+        graph_module.save_graphs(files, weights)
+
+
+def open_openvino(job: Job) -> "tuple[dict[tuple[Engine, Precision], Backend], list[str]]":
+    """OpenVINO's graph in every precision that this CPU computes in, and what could not be compared."""
+    from gte_deploy.backends.openvino_backend import OpenVinoBackend, has_native_bf16
+
+    file = job.graph_file("openvino")
+    opened: dict[tuple[Engine, Precision], Backend] = {
+        ("openvino", "fp32"): OpenVinoBackend(file, job.spec, precision="fp32")
+    }
+    if not has_native_bf16():
+        return opened, ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
+    opened["openvino", "bf16"] = OpenVinoBackend(file, job.spec, precision="bf16")
+    return opened, []

@@ -1,0 +1,1 @@
+"""ONNX Runtime's CUDA provider as a target of an export."""

@@ -1,0 +1,92 @@
+"""The target "cuda": one graph for ONNX Runtime's CUDA provider; `graph` says what it is made of."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from gte_deploy.errors import InputError
+from gte_deploy.exporters.job import Built, Job
+from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
+from gte_deploy.options import option
+from gte_deploy.spec import Engine, ModelSpec, Precision
+
+if TYPE_CHECKING:
+    from gte_deploy.backends.base import Backend
+    from gte_deploy.exporters.graph import Graph
+
+Padding = Literal["auto", "keep", "remove"]
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """How padding is treated.
+
+    Args:
+        padding: "remove" for a graph whose kernels see no padding token, "keep" for one that masks them, "auto" to
+            remove it in fp16, where ONNX Runtime's kernels are made for it.
+    """
+
+    padding: Padding = option(
+        "auto", "whether kernels see padding tokens (default: removed in fp16)", choices=get_args(Padding)
+    )
+
+
+class CudaTarget(Target):
+    """See the module."""
+
+    name: ClassVar[str] = "cuda"
+    format: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "ONNX Runtime on an NVIDIA GPU (--target cuda)"
+    engines: ClassVar[tuple[Engine, ...]] = ("onnxruntime",)
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp16", "bf16", "fp32")
+    Options: ClassVar[type] = CudaOptions
+    options: CudaOptions
+
+    def check(self, precision: Precision) -> None:
+        """ONNX Runtime removes padding in FP16 and FP32 alone."""
+        super().check(precision)
+        if precision == "bf16" and self.options.padding == "remove":
+            raise InputError("ONNX Runtime removes padding in fp16 and fp32 only; take one of them, or padding 'keep'")
+
+    def check_model(self, spec: ModelSpec, precision: Precision) -> None:
+        """Sparse heads of token weights are pooled by an operator that not every CUDA provider has."""
+        refuse_token_weights(spec)
+
+    def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
+        """Fuse the graph of standard operators for CUDA, and save it."""
+        from gte_deploy.exporters.graph import save_graph
+        from gte_deploy.exporters.targets.cuda.graph import cuda_graph
+
+        with job.steps(f"fuse for CUDA in {job.precision}"):
+            graph = cuda_graph(
+                graphs["openvino"],
+                num_layers=job.num_layers,
+                precision=job.precision,
+                removes_padding=self.removes_padding(job.precision),
+            )
+        with job.steps("write the graph"):
+            file = job.graph_file("onnxruntime")
+            file.parent.mkdir()
+            save_graph(graph, file)
+        return Built({"onnxruntime": graph}, made_for="cuda")
+
+    @contextlib.contextmanager
+    def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
+        """The graph on a GPU, or its emulation on a CPU where there is none."""
+        from gte_deploy.exporters.targets.cuda.graph import opened_for_comparison
+
+        file = job.graph_file("onnxruntime")
+        with opened_for_comparison(built.graphs["onnxruntime"], file, job.spec) as (backend, caveats):
+            yield Candidates({("onnxruntime", "fp32"): backend}, caveats)
+
+    def open(self, built: Built, job: Job) -> "Backend | None":
+        """ONNX Runtime on the GPU."""
+        from gte_deploy.backends.onnx_backend import OnnxBackend
+        from gte_deploy.exporters.targets.cuda.graph import has_cuda
+
+        return OnnxBackend(job.graph_file("onnxruntime"), job.spec, device="cuda") if has_cuda() else None
+
+    def removes_padding(self, precision: Precision) -> bool:
+        """Whether the graph of this precision is padding-free."""
+        return self.options.padding == "remove" or (self.options.padding == "auto" and precision == "fp16")

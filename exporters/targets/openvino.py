@@ -1,0 +1,61 @@
+"""OpenVINO alone on a CPU: a bundle without a second graph for ONNX Runtime."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from gte_deploy.errors import MissingDependencyError
+from gte_deploy.exporters.job import Built, Job
+from gte_deploy.exporters.targets.base import Candidates, Target, closing
+from gte_deploy.exporters.targets.cpu import CalibrationOptions, open_openvino, quantized_graphs, save
+from gte_deploy.spec import Engine, ModelSpec, Precision
+
+if TYPE_CHECKING:
+    from gte_deploy.backends.base import Backend
+    from gte_deploy.exporters.graph import Graph
+
+
+class OpenVinoTarget(Target):
+    """See the module."""
+
+    name: ClassVar[str] = "openvino"
+    format: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "OpenVINO alone (--target openvino)"
+    engines: ClassVar[tuple[Engine, ...]] = ("openvino",)
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "int8")
+    Options: ClassVar[type] = CalibrationOptions
+    options: CalibrationOptions
+
+    def check(self, precision: Precision) -> None:
+        """Calibration texts can be read."""
+        super().check(precision)
+        self.options.texts()
+
+    def check_model(self, spec: ModelSpec, precision: Precision) -> None:
+        """Without openvino nothing could be verified."""
+        if importlib.util.find_spec("openvino") is None:
+            raise MissingDependencyError("openvino", "openvino")
+
+    def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
+        """Quantize where that was asked for, and save the graph of standard operators."""
+        sensitivity: Mapping[str, float] = {}
+        if job.precision != "fp32":
+            quantized = quantized_graphs(graphs, job, self.options)
+            graphs, sensitivity = quantized.graphs, quantized.sweep.loss if quantized.sweep else {}
+        kept: dict[Engine, Graph] = {"openvino": graphs["openvino"]}
+        save(kept, job)
+        return Built(kept, sensitivity)
+
+    @contextlib.contextmanager
+    def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
+        """OpenVINO in every precision that this CPU computes in."""
+        opened, caveats = open_openvino(job)
+        with closing(opened):
+            yield Candidates(opened, caveats)
+
+    def open(self, built: Built, job: Job) -> "Backend":
+        """OpenVINO in FP32, which answers unasked."""
+        from gte_deploy.backends.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(job.graph_file("openvino"), job.spec, precision="fp32")

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX as a target of an export."""

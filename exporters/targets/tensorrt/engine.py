@@ -1,0 +1,249 @@
+"""ONNX -> TensorRT engine, with ordinary TensorRT or with TensorRT-RTX: one builder, the module is a parameter.
+
+Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once, on a machine
+without any. What came of the build is read from the network's types and from the builder's own log, since an engine
+cannot be opened where there is no GPU.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gte_deploy.bundle import PlanEntry
+from gte_deploy.errors import ExportError, InputError
+from gte_deploy.exporters.targets.tensorrt import runtimes
+from gte_deploy.exporters.targets.tensorrt.layouts import Layout, layout_of
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, sm_name
+from gte_deploy.spec import Profile, TensorSpec
+
+if TYPE_CHECKING:
+    from gte_deploy.exporters.graph import Graph
+
+PLAN_PATH = "tensorrt/model.plan"
+TIMING_CACHE_PATH = "tensorrt/timing.cache"
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+_GEMM_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
+# As the builder and the inspector print a layer; what the compiler made of a profile ends in _myl<profile>_<number>.
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?(?:_myl(?P<profile>\d+)_\d+)?), LayerType: (?P<type>\w+)"
+    r"(?:, Inputs: \[ \{.*?Datatype: (?P<dtype>\w+))?"
+)
+_MAX_ERRORS = 3
+
+
+def build_plan(
+    onnx: Path,
+    folder: Path,
+    runtime: Runtime,
+    options: TensorRTOptions,
+    *,
+    graph: "Graph",
+    num_layers: int,
+    targets: Sequence[str],
+    profiles: Sequence[Profile],
+) -> PlanEntry:
+    """Compile `onnx` into `folder`/tensorrt.
+
+    Args:
+        onnx: a strongly typed graph, see `gte_deploy.exporters.targets.tensorrt.graph`.
+        folder: of the bundle.
+        runtime: what builds.
+        options: workspace and timing cache.
+        graph: what `onnx` holds.
+        num_layers: of the encoder; each must have got a fused attention kernel. TensorRT builds no other for a
+            padding-free graph, so there its attentions are counted in the network, whatever their kernels are named.
+        targets: compute capabilities, of `resolve_targets`.
+        profiles: that the engine takes.
+
+    Raises:
+        ExportError: TensorRT refuses the graph, or the engine is not what was asked for.
+    """
+    trt = runtime.module
+    log = _Log(runtime)
+    builder = trt.Builder(log.logger)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse_from_file(str(onnx)):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise ExportError(f"{runtime.title} cannot read the graph: {errors}")
+    _check_types(trt, network, graph, runtime)
+    layout = layout_of(graph.inputs)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is FP32 in the graph is meant so
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for profile in profiles:
+        config.add_optimization_profile(_profile(builder, network, profile, layout))
+    if runtime.flavour == "tensorrt-rtx":
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, sm_name(target).upper()), index)
+    cache = _timing_cache(config, runtime, options.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(f"{runtime.title} cannot build the engine: {log.last_errors()}")
+    layers = count_layers(_layer_lines(trt, plan, log))
+    if layout.has_attention_operator:
+        layers["fused_attention"] = _count_attentions(trt, network)
+    _check_layers(layers, graph, num_layers, runtime)
+    path = folder / PLAN_PATH
+    path.parent.mkdir()
+    path.write_bytes(plan)
+    if cache is not None:
+        (folder / TIMING_CACHE_PATH).write_bytes(cache.serialize())
+    specs = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    return PlanEntry(
+        path=PLAN_PATH,
+        flavour=runtime.flavour,
+        version=runtime.version,
+        compute_capabilities=tuple(targets),
+        profiles=tuple(profiles),
+        inputs=tuple(_tensor(tensor, specs) for tensor in inputs),
+        outputs=tuple(_tensor(tensor, specs) for tensor in outputs),
+        layers=layers,
+        timing_cache=None if cache is None else TIMING_CACHE_PATH,
+    )
+
+
+def count_layers(lines: Sequence[str]) -> dict[str, int]:
+    """What an engine is made of, from its layers as TensorRT prints them in detail: kind -> how many.
+
+    "fused_attention" kernels, and GEMMs by the type of their input, such as "fp16_gemm"; GEMMs that were joined count
+    as many as they were. Where profiles differ, the least.
+    """
+    profiles: dict[str, Counter[str]] = {}
+    for line in lines:
+        if (found := _LAYER.match(line)) is None:
+            continue
+        counts = profiles.setdefault(found["profile"] or "", Counter())
+        if "mha" in found["name"]:
+            counts["fused_attention"] += 1
+        elif found["type"] in ("gemm", "runtime_fusion") and found["dtype"] in _GEMM_TYPES:
+            counts[f"{_GEMM_TYPES[found['dtype']]}_gemm"] += 1 + found["name"].count("+")
+    kinds = sorted({kind for counts in profiles.values() for kind in counts})
+    return {kind: min(counts[kind] for counts in profiles.values()) for kind in kinds}
+
+
+def _fp32_products(graph: "Graph") -> set[str | None]:
+    """Names of the GEMMs that the graph has in FP32: pooling alone."""
+    return {
+        node.name
+        for node in graph.model.graph
+        if node.op_type in ("MatMul", "Gemm") and str(node.outputs[0].dtype) == "FLOAT"
+    }
+
+
+def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, runtime: Runtime) -> None:
+    wide = len(_fp32_products(graph))
+    wanted = {"fused_attention": num_layers}
+    wanted |= {
+        f"{kind}_gemm": graph.fusions[f"{kind}_linears"]
+        for kind in ("int8", "fp8")
+        if f"{kind}_linears" in graph.fusions
+    }
+    wrong = [
+        f"{layers.get(kind, 0)} {kind.replace('_', ' ')} layers where the graph has {count}"
+        for kind, count in wanted.items()
+        if layers.get(kind, 0) < count
+    ]
+    if layers.get("fp32_gemm", 0) > wide:
+        wrong.append(f"{layers['fp32_gemm']} GEMMs in FP32 where the graph has {wide}")
+    if wrong:
+        raise ExportError(
+            f"{runtime.title} built an engine that would be slow: {'; '.join(wrong)}. Nothing was written; try another "
+            "version of it, or another --precision."
+        )
+
+
+class _Log:
+    """What the builder says, line by line."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        log = self
+        self.lines: list[str] = []
+        self._errors: list[str] = []
+        severity = runtime.module.ILogger.Severity
+
+        class Logger(runtime.module.ILogger):  # type: ignore[name-defined]
+            def __init__(self) -> None:
+                runtime.module.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                log.lines.append(message)
+                if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                    log._errors.append(message)
+
+        self.logger = Logger()
+
+    def last_errors(self) -> str:
+        return "; ".join(self._errors[-_MAX_ERRORS:]) or "it gives no reason"
+
+
+def _layer_lines(trt: Any, plan: Any, log: _Log) -> list[str]:
+    """The engine's layers, from its inspector where there is a GPU to open it on, else from the builder's log."""
+    if runtimes.gpu_capability() is not None:
+        engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
+        if engine is not None:
+            inspector = engine.create_engine_inspector()
+            return inspector.get_engine_information(trt.LayerInformationFormat.ONELINE).splitlines()
+    return [line for message in log.lines for line in message.splitlines()]
+
+
+def _network_flags(trt: Any) -> int:
+    # TensorRT 11 knows no other networks, and may drop the flag.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _count_attentions(trt: Any, network: Any) -> int:
+    kinds = [network.get_layer(index).type for index in range(network.num_layers)]
+    return kinds.count(trt.LayerType.ATTENTION_OUTPUT)
+
+
+def _profile(builder: Any, network: Any, profile: Profile, layout: Layout) -> Any:
+    made = builder.create_optimization_profile()
+    shapes = layout.shapes(profile)
+    for index in range(network.num_inputs):
+        name = network.get_input(index).name
+        made.set_shape(name, *shapes[name])
+    return made
+
+
+def _timing_cache(config: Any, runtime: Runtime, file: Path | None) -> Any:
+    """The cache that the builder reads and adds to; TensorRT-RTX tunes on the user's machine and has none."""
+    if runtime.flavour == "tensorrt-rtx":
+        if file is not None:
+            raise InputError("--timing-cache is for ordinary TensorRT; TensorRT-RTX tunes when the engine is first run")
+        return None
+    try:
+        cache = config.create_timing_cache(b"" if file is None else file.read_bytes())
+    except OSError as error:
+        raise InputError(f"the timing cache {file} cannot be read: {error}") from error
+    config.set_timing_cache(cache, False)
+    return cache
+
+
+def _check_types(trt: Any, network: Any, graph: "Graph", runtime: Runtime) -> None:
+    """Refuse a network whose GEMMs are not in the types that the graph has.
+
+    An FP16 request that quietly gives an FP32 engine is slow, and nothing else tells.
+    """
+    fp32 = _fp32_products(graph)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.MATRIX_MULTIPLY and layer.name not in fp32:
+            types = {layer.get_input(i).dtype for i in range(layer.num_inputs)}
+            if types & {trt.DataType.FLOAT}:
+                raise ExportError(f"{runtime.title} takes {layer.name} in FP32, and the graph has it in 16 bits")
+
+
+def _tensor(tensor: Any, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    """As the network has it; the names of dynamic axes are the graph's."""
+    names = specs[tensor.name].shape
+    shape = tuple(name if size < 0 else int(size) for size, name in zip(tensor.shape, names, strict=True))
+    return TensorSpec(tensor.name, _DTYPES[tensor.dtype.name], shape)

@@ -1,0 +1,86 @@
+"""The options of the target "tensorrt"."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from gte_deploy.errors import InputError
+from gte_deploy.exporters.targets.cpu import CalibrationOptions
+from gte_deploy.exporters.targets.cuda.target import Padding
+from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
+from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_targets
+from gte_deploy.options import option
+from gte_deploy.spec import Profile
+
+if TYPE_CHECKING:
+    from gte_deploy.exporters.calibration import Calibrator
+
+DEFAULT_WORKSPACE = 4 << 30
+
+
+def _mebibytes(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise InputError(f"workspace is {text!r}; expected a positive number of MiB")
+    return int(text) << 20
+
+
+@dataclass(frozen=True)
+class TensorRTOptions(CalibrationOptions):
+    """What an engine is built with and for.
+
+    Args:
+        padding: "remove" for an engine that takes the tokens of all texts in a row, which ordinary TensorRT builds from
+            11.1 on, see `gte_deploy.exporters.targets.tensorrt.padding_free`. "keep" and "auto" keep it.
+        runtime: "auto", "tensorrt" or "rtx", see `choose_runtime`.
+        targets: compute capabilities such as "8.9"; None for the GPU here, or with TensorRT-RTX for `DEFAULT_TARGETS`
+            as far as they can compute in the precision.
+        profiles: shapes that the engine takes; none for the default ones.
+        lengths: a file with one length in tokens a line, from which the profiles are made.
+        calibrator: how INT8 and FP8 scales are chosen, see `gte_deploy.exporters.calibration.measure_peaks`.
+        onnx_only: write the graph alone.
+        keep_onnx: leave the graph in the bundle beside the engine.
+        workspace: bytes of scratch memory that a kernel may take.
+        timing_cache: a cache of an earlier build, which makes this one faster (ordinary TensorRT).
+    """
+
+    padding: Padding = option(
+        "auto",
+        "remove: an engine without padding, for TensorRT 11.1 or later (default: keep)",
+        choices=get_args(Padding),
+    )
+    runtime: str = option(
+        "auto", "what builds the engine (default: tensorrt where it and a GPU are, else rtx)", choices=RUNTIMES
+    )
+    targets: tuple[str, ...] | None = option(
+        None,
+        "GPUs that the engine is for, such as sm86,sm89,sm120 (default: the GPU here; with rtx those three)",
+        flags=("--target",),
+        metavar="GPUS",
+        parse=parse_targets,
+    )
+    profiles: tuple[Profile, ...] = option(
+        (),
+        "shapes as batch x sequence, such as 1x1:8x128:32x512 (with --padding remove as texts x tokens of all texts); "
+        "repeat it for several (default: short, middle, long)",
+        flags=("--profile",),
+        metavar="MIN:OPT:MAX",
+        parse=parse_profile,
+        repeated=True,
+    )
+    lengths: Path | None = option(
+        None,
+        "make profiles from your texts' lengths: a file with one number of tokens a line",
+        metavar="FILE",
+        parse=Path,
+    )
+    calibrator: "Calibrator" = option(
+        "max", "how ranges are cut", choices=("max", "percentile", "entropy"), precisions=("int8", "fp8")
+    )
+    onnx_only: bool = option(False, "write the graph and the trtexec command, and build no engine")
+    keep_onnx: bool = option(False, "leave the graph in the bundle, beside the engine")
+    workspace: int = option(
+        DEFAULT_WORKSPACE, "scratch memory of the builder (default: 4096)", metavar="MIB", parse=_mebibytes
+    )
+    timing_cache: Path | None = option(
+        None, "a timing cache of an earlier build, which makes this one faster", metavar="FILE", parse=Path
+    )

@@ -1,0 +1,127 @@
+"""The target "tensorrt": an engine of TensorRT or TensorRT-RTX, and the typed graph that it is compiled from."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from gte_deploy.errors import InputError
+from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
+from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
+from gte_deploy.exporters.targets.tensorrt.layouts import LAYOUTS, Layout, trtexec_line
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
+from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_targets
+from gte_deploy.spec import Engine, ModelSpec, Precision, Profile
+
+if TYPE_CHECKING:
+    from gte_deploy.exporters.graph import Graph
+
+_ENGINE_NOT_RUN = (
+    "What was compared is the ONNX that the engine was compiled from, run by ONNX Runtime on the CPU; the engine "
+    "itself runs on its GPUs alone."
+)
+
+
+class TensorRTTarget(Target):
+    """See the module."""
+
+    name: ClassVar[str] = "tensorrt"
+    format: ClassVar[str] = "trt"
+    title: ClassVar[str] = "TensorRT (--format trt)"
+    engines: ClassVar[tuple[Engine, ...]] = ("tensorrt",)
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp16", "bf16", "int8", "fp8")
+    Options: ClassVar[type] = TensorRTOptions
+    options: TensorRTOptions
+
+    @property
+    def layout(self) -> Layout:
+        """How texts lie in the engine's tensors."""
+        return LAYOUTS[self.options.padding]
+
+    def check(self, precision: Precision) -> None:
+        """Calibration, calibrator and the source of the profiles."""
+        super().check(precision)
+        self.options.texts()
+        if precision == "fp8" and self.options.calibrator == "entropy":
+            raise InputError("calibrator entropy is about 128 integer levels; for fp8 take max or percentile")
+        if self.options.profiles and self.options.lengths is not None:
+            raise InputError("profiles come from --profile or from --lengths, not from both")
+
+    def check_model(self, spec: ModelSpec, precision: Precision) -> None:
+        """Profiles that suit the model, and a TensorRT that can build here."""
+        self.layout.check_model(spec)
+        refuse_token_weights(spec)
+        self._profiles(spec)
+        if (runtime := self._runtime()) is not None:
+            resolve_targets(runtime, self.options.targets, precision)
+
+    def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
+        """Write the graph in the job's precision, and the engine that is compiled from it."""
+        from gte_deploy.exporters.graph import save_graph
+
+        with job.steps(f"write the graph in {job.precision}"):
+            graph, sensitivity = self._graph(graphs, job)
+            file = job.graph_file("tensorrt")
+            file.parent.mkdir()
+            save_graph(graph, file)
+        runtime, profiles = self._runtime(), self._profiles(job.spec)
+        if runtime is None:
+            line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs)
+            advice = f"No engine was built. On the GPU that is to run it, in the bundle's folder:\n{line}"
+            return Built({"tensorrt": graph}, sensitivity, caveats=[advice])
+        from gte_deploy.exporters.targets.tensorrt.engine import build_plan
+
+        job.steps.report(f"build with {runtime.title}: {runtime.reason}")
+        with job.steps(f"build the engine with {runtime.title}"):
+            plan = build_plan(
+                file,
+                job.folder,
+                runtime,
+                self.options,
+                graph=graph,
+                num_layers=job.num_layers,
+                targets=resolve_targets(runtime, self.options.targets, job.precision),
+                profiles=profiles,
+            )
+        keeps = self.options.keep_onnx
+        return Built({"tensorrt": graph}, sensitivity, plan, keeps_graphs=keeps, caveats=[_ENGINE_NOT_RUN])
+
+    @contextlib.contextmanager
+    def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
+        """The graph that the engine is compiled from, run by ONNX Runtime on the CPU."""
+        emulation = self.layout.emulation(
+            built.graphs["tensorrt"],
+            job.spec,
+            file=job.graph_file("tensorrt"),
+            profiles=self._profiles(job.spec),
+            num_heads=job.model.config.num_attention_heads,
+        )
+        with contextlib.closing(emulation):
+            yield Candidates({("tensorrt", job.precision): emulation}, self.layout.caveats())
+
+    def _runtime(self) -> Runtime | None:
+        """The TensorRT that builds here; None where no engine is wanted."""
+        if self.options.onnx_only:
+            return None
+        runtime = choose_runtime(self.options.runtime)
+        self.layout.check_runtime(runtime)
+        return runtime
+
+    def _profiles(self, spec: ModelSpec) -> tuple[Profile, ...]:
+        lengths = [] if self.options.lengths is None else read_lengths(self.options.lengths)
+        return self.layout.profiles(self.options.profiles, lengths, spec.max_length)
+
+    def _graph(self, graphs: "Mapping[Engine, Graph]", job: Job) -> "tuple[Graph, Mapping[str, float]]":
+        """The graph in the job's precision, and what a sweep measured if one was needed."""
+        from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph
+
+        plan: QdqPlan | None = None
+        sensitivity: Mapping[str, float] = {}
+        if job.precision in ("int8", "fp8"):
+            from gte_deploy.exporters.targets.tensorrt.precision import plan_eight_bits
+
+            plan, sensitivity = plan_eight_bits(graphs, job, self.options)
+        graph = tensorrt_graph(
+            graphs["openvino"], job.precision, num_layers=job.num_layers, plan=plan, layout=self.layout
+        )
+        return graph, sensitivity
