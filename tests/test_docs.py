@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-DOCUMENTS = [README, *PAGES]
+DOCUMENTS = [README, ROOT / "examples" / "README.md", *PAGES]
 
 
 def _links(document: Path) -> list[str]:
