@@ -54,6 +54,25 @@ def test_generated_pages_are_current() -> None:
         pytest.skip(f"docs/command-line.md: {run.stderr.strip()}")
 
 
+DECISIONS = [page for page in PAGES if page.parent.name == "decisions" and page.name != "README.md"]
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda path: path.stem)
+def test_a_decision_has_its_parts(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert re.match(r"# .+\n\n20\d\d-\d\d-\d\d.* · \w+", text), "a title, and a line with date and area"
+    assert text.index("## Context") < text.index("## Decision") < text.index("## Consequences")
+    assert re.search(r"^Sources?: ", text, re.MULTILINE)
+
+
+def test_documents_that_the_code_names_are_there() -> None:
+    files = [file for name in ("gte_deploy", "exporters", "models", "training") for file in (ROOT / name).rglob("*.py")]
+    pattern = re.compile(r"\bdocs/[a-z0-9/-]+\.md\b")
+    named = [(file, name) for file in files for name in pattern.findall(file.read_text(encoding="utf-8"))]
+    assert named
+    assert [f"{file.relative_to(ROOT)}: {name}" for file, name in named if not (ROOT / name).is_file()] == []
+
+
 def test_the_table_of_fields_is_the_readers_own() -> None:
     from gte_deploy.models.fields import document
 
