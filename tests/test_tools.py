@@ -92,6 +92,13 @@ def test_what_is_in_order_passes(tree, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_without_git_nothing_is_checked_and_that_is_said(tree, tmp_path, capsys):
+    module = tree({"a.md": b"a line"})
+    module.ROOT = tmp_path / "elsewhere"
+    assert module.main() == 0
+    assert "no file was checked" in capsys.readouterr().err
+
+
 def test_the_repository_is_in_order(capsys):
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout: there is no list of tracked files")
