@@ -166,7 +166,7 @@ def test_the_api_page_has_every_public_name(generator):
     for name in gte_deploy.__all__:
         written = f"| `{name}` |" if name.endswith("Error") else f"## gte_deploy.{name}\n"
         assert written in page or name == "__version__", name
-    for method in (name for name in vars(gte_deploy.Model) if not name.startswith("_") and name != "after_fork"):
+    for method in (name for name in dir(gte_deploy.Model) if not name.startswith("_") and name != "after_fork"):
         assert f"### model.{method}\n" in page, method
 
 
