@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
 SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 
-.PHONY: help export test test-slow test-gpu lint format clean
+.PHONY: help export test test-slow test-gpu lint format docs clean
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
@@ -54,10 +54,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p gte_deploy
+	$(BIN)/python tools/check_files.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What is generated of the documents; tests/test_docs.py says when that is out of date.
+docs: $(VENV)/.dev
+	@mkdir -p build
+	$(BIN)/python tools/generate_docs.py
+	$(BIN)/python -m gte_deploy.models.fields > build/checkpoints.md && mv build/checkpoints.md docs/checkpoints.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,19 +1,28 @@
-"""Links between the documents lead somewhere."""
+"""Links between the documents lead somewhere, every page is found from README.md, and generated pages are current."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *PAGES]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def _links(document: Path) -> list[str]:
+    """The targets of a document's links, but for those to other sites."""
+    return re.findall(r"\]\((?!\w+:)([^)\s]+)\)", document.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links(document: Path) -> None:
-    for target in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", document.read_text(encoding="utf-8")):
+    for target in _links(document):
         name, _, anchor = target.partition("#")
         path = document.parent / name if name else document
         assert path.exists(), f"{document.name} links to {target}"
@@ -21,8 +30,47 @@ def test_links(document: Path) -> None:
 
 
 def test_readme_names_every_document() -> None:
-    text = DOCUMENTS[0].read_text(encoding="utf-8")
-    assert [path.name for path in DOCUMENTS[1:] if f"(docs/{path.name})" not in text] == []
+    text = README.read_text(encoding="utf-8")
+    assert [path.name for path in PAGES if path.parent.name == "docs" and f"(docs/{path.name})" not in text] == []
+
+
+def test_every_document_is_found_from_the_readme() -> None:
+    found, waiting = {README}, [README]
+    while waiting:
+        document = waiting.pop()
+        for target in _links(document):
+            path = (document.parent / target.partition("#")[0]).resolve()
+            if path.suffix == ".md" and path not in found:
+                found.add(path)
+                waiting.append(path)
+    assert sorted(path.relative_to(ROOT).as_posix() for path in set(DOCUMENTS) - found) == []
+
+
+def test_generated_pages_are_current() -> None:
+    command = [sys.executable, "tools/generate_docs.py", "--check"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, f"run `make docs`\n{run.stdout}{run.stderr}"
+    if "left out" in run.stderr:
+        pytest.skip(f"docs/command-line.md: {run.stderr.strip()}")
+
+
+DECISIONS = [page for page in PAGES if page.parent.name == "decisions" and page.name != "README.md"]
+
+
+@pytest.mark.parametrize("page", DECISIONS, ids=lambda path: path.stem)
+def test_a_decision_has_its_parts(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert re.match(r"# .+\n\n20\d\d-\d\d-\d\d.* · \w+", text), "a title, and a line with date and area"
+    assert text.index("## Context") < text.index("## Decision") < text.index("## Consequences")
+    assert re.search(r"^Sources?: ", text, re.MULTILINE)
+
+
+def test_documents_that_the_code_names_are_there() -> None:
+    files = [file for name in ("gte_deploy", "exporters", "models", "training") for file in (ROOT / name).rglob("*.py")]
+    pattern = re.compile(r"\bdocs/[a-z0-9/-]+\.md\b")
+    named = [(file, name) for file in files for name in pattern.findall(file.read_text(encoding="utf-8"))]
+    assert named
+    assert [f"{file.relative_to(ROOT)}: {name}" for file, name in named if not (ROOT / name).is_file()] == []
 
 
 def test_the_table_of_fields_is_the_readers_own() -> None:

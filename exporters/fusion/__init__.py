@@ -25,8 +25,7 @@ PACKED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKI
 """One GEMM for queries, keys and values and one for up and gate: what launch-bound devices want."""
 
 PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)
-"""For a CPU: it gains nothing from wider GEMMs, and the Split behind each copies what it made. Separate ones are 3 to
-6 % faster, FP32 and INT8 alike, and hold a fifth less at 8,192 tokens (benchmarks/graph_variants.py)."""
+"""For a CPU, which gains nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
 
 _MAX_REASONS = 3
 
@@ -55,11 +54,7 @@ def fuse_graph(model: ir.Model, *, num_layers: int, passes: Sequence[FusionPass]
 
 
 def _forget_shapes(graph: ir.Graph) -> None:
-    """Drop the shapes of values inside the graph.
-
-    Where two values have the same named axes, ONNX Runtime plans one buffer for both and keeps it between them, from
-    layer to layer: one 8,192-token text through the base model then holds a third more.
-    """
+    """Drop the shapes of values inside the graph, which cost memory (docs/decisions/no-inner-shapes.md)."""
     for value in (value for node in graph for value in node.outputs):
         if not value.is_graph_output():
             value.shape = None

@@ -1,8 +1,7 @@
 """Attention: explicit MatMul, Softmax, MatMul -> com.microsoft MultiHeadAttention, with the mask folded into q and k.
 
-ONNX Runtime's CPU kernel works in blocks (flash) only without a mask input; with one it holds all S*S scores of every
-head. So the additive mask becomes part of the dot product: 8 columns (for the kernel's alignment) are appended to
-every head, queries hold [64, 0, …] there and keys [bias / (64 * scale), 0, …], which FP16 can hold as well:
+With a mask input ONNX Runtime holds all S*S scores of every head (docs/decisions/mask-folded-into-attention.md). So
+8 columns are appended to every head: queries hold [64, 0, …] there and keys [bias / (64 * scale), 0, …]:
 
     scale * (q·k + 64 * bias / (64 * scale)) = scale * q·k + bias
 

@@ -3,9 +3,8 @@
     x * cos + concat(-x[D/2:], x[:D/2]) * sin,   x = transpose(reshape(projection, [B, S, N, D]))
  -> transpose(reshape(RotaryEmbedding(projection, 0, cos table, sin table)))
 
-The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer. Positions
-are given as [B, S], made once: ONNX Runtime also takes one offset for all, and OpenVINO would read that as one position
-for every token. Two sites a layer: queries and keys.
+The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer; positions
+are [B, S], made once (docs/decisions/rotation-tables-from-pytorch.md). Two sites a layer: queries and keys.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Token rows: position-wise work on [B*S, width] instead of [B, S, width].
 
 On rows a linear layer with a bias is one Gemm. It is also what keeps ONNX Runtime from fusing Add and
-LayerNormalization into its CPU SkipLayerNormalization, which is slower (see skip_layer_norm.py).
+LayerNormalization into its CPU SkipLayerNormalization (docs/decisions/residual-and-layernorm-apart.md).
 Every pass that works on rows turns them back to [B, S, width]; `join_rows` removes the two turns where they meet.
 """
 

@@ -1,8 +1,7 @@
 """The residual step LayerNorm(skip + linear(x)) as Gemm with bias, Add and LayerNormalization on token rows.
 
-Not com.microsoft SkipLayerNormalization: ONNX Runtime's CPU kernel of it takes 2.3 ms for 512 rows of 768 on one core
-where Add and LayerNormalization together take 0.4 ms (1.32, AVX2; benchmarks/graph_variants.py). On [B, S, H] tensors
-the runtime fuses the two into that kernel by itself; on rows it leaves them alone. Two sites a layer.
+Not com.microsoft SkipLayerNormalization, whose CPU kernel is slower (docs/decisions/residual-and-layernorm-apart.md).
+Two sites a layer.
 """
 
 import onnx_ir as ir

@@ -545,10 +545,8 @@ def _batching(serving: Serving, device: Device, *, waits: bool = False) -> Confi
     The encoder `waits` a little for more of them; a Python model would only add to every answer's time. Without a batch
     axis the queue can have its bounds, too: Triton's dynamic batcher runs such a model one by one.
 
-    No bound is a default. With any of them Triton's batcher stops preparing the next batch while one runs, and is not
-    woken by a request that comes before the instance waits again: it sleeps on for up to half a second
-    (DynamicBatchScheduler::Enqueue and PriorityQueue::SupportPrefetching in
-    https://github.com/triton-inference-server/core). One caller alone met that in 3 % of its calls.
+    No bound is a default: with any of them single requests lie in the queue for half a second
+    (docs/decisions/triton-queue-policy.md).
     """
     policy: Config = {}
     if serving.max_queue_size is not None:

@@ -160,9 +160,7 @@ def has_native_bf16() -> bool:
 def _core(openvino: Any) -> Any:
     """OpenVINO's entry, one for the whole process and never given up before its end.
 
-    Its CPU plugin gives the thread that first uses it a signal stack, and unmaps that when the plugin goes. Gone from
-    another thread (a collected cycle is enough) it leaves the first one, often the main thread, with a signal stack
-    that is not there: the next SIGTERM would be a segmentation fault.
+    Given up from another thread, it takes the first thread's signal stack along (docs/decisions/openvino-process.md).
     """
     return openvino.Core()
 

@@ -1,0 +1,198 @@
+"""Write the generated parts of the documents, or check that they are up to date.
+
+    python tools/generate_docs.py            # write (make docs)
+    python tools/generate_docs.py --check    # exit with 1 and a diff when a page is stale
+
+docs/python-api.md is made of signatures and docstrings, docs/command-line.md of what `--help` prints. In every other
+page the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled in.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import functools
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+API, COMMANDS = ROOT / "docs" / "python-api.md", ROOT / "docs" / "command-line.md"
+BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) --help -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTICE = "<!-- Written by tools/generate_docs.py: change the docstrings or the options, then run `make docs`. -->"
+# The installed commands -> module:function.
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+# Defaults that depend on the machine: what argparse prints, and what the page says.
+MACHINE_DEFAULT = (re.compile(r"(processes \(default: )\d+\)"), r"\1the CPUs here)")
+INTERNAL = ("after_fork",)  # public by name, but called by the package itself
+
+Definition = ast.ClassDef | ast.FunctionDef
+
+
+def source(module: str) -> str:
+    """The text of a module of the project, whether it is a file or a package."""
+    path = ROOT.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def find(module: str, name: str) -> tuple[str, Definition]:
+    """Follow imports to the module of the project that defines a name (else LookupError), and the definition."""
+    if module.split(".")[0] != "gte_deploy":
+        raise LookupError(f"{name} is from {module}")
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, Definition) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return find(node.module, alias.name)
+    raise LookupError(f"{module} neither defines nor imports {name}")
+
+
+def methods(module: str, definition: ast.ClassDef) -> dict[str, tuple[str, ast.FunctionDef]]:
+    """The public methods of a class and its constructor, with their modules; its own win over those of its bases."""
+    found = {node.name: (module, node) for node in definition.body if isinstance(node, ast.FunctionDef)}
+    for base in definition.bases:
+        with contextlib.suppress(LookupError):
+            where, parent = find(module, ast.unparse(base))
+            assert isinstance(parent, ast.ClassDef)
+            found = {**methods(where, parent), **found}
+    names = (name for name in sorted(found) if name == "__init__" or not name.startswith("_"))
+    return {name: found[name] for name in names if name not in INTERNAL}
+
+
+def signature(module: str, call: str, node: ast.FunctionDef) -> str:
+    """A call as the source declares it, without `self`."""
+    lines = source(module).splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
+    text = textwrap.dedent("\n".join(lines)).rstrip(":")
+    return re.sub(r"\bself(,\s+)?", "", re.sub(r"^def \w+", call, text), count=1)
+
+
+def prose(node: Definition) -> str:
+    """A docstring as Markdown: the sections of arguments and errors become lists."""
+    lines: list[str] = []
+    section = ""
+    for line in inspect.cleandoc(ast.get_docstring(node) or "").splitlines():
+        if title := re.fullmatch(r"(Args|Raises|Returns):", line):
+            section = title[1]
+            lines += [f"**{section.replace('Args', 'Arguments')}**", ""]
+        elif section in ("Args", "Raises") and (item := re.match(r" {4}(\w[\w, ]*): ?(.*)", line)):
+            lines.append(f"- {', '.join(f'`{name}`' for name in item[1].split(', '))}: {item[2]}")
+        else:
+            lines.append(line[6 if section in ("Args", "Raises") else 4 :] if section else line)
+    return "\n".join(lines).strip()
+
+
+def section(title: str, module: str, node: Definition) -> str:
+    """One class, function, method or property; the last word of its title is how it is called."""
+    call = ""
+    if isinstance(node, ast.FunctionDef) and "property" not in map(ast.unparse, node.decorator_list):
+        call = f"```python\n{signature(module, title.split()[-1], node)}\n```\n\n"
+    return f"{title}\n\n{call}{prose(node)}\n"
+
+
+def class_sections(module: str, name: str, *, variable: str, constructor: bool) -> Iterator[str]:
+    """The section of a class, and one for each of its public methods."""
+    where, node = find(module, name)
+    assert isinstance(node, ast.ClassDef)
+    yield section(f"## {module}.{name}", where, node)
+    for method, (at, definition) in methods(where, node).items():
+        if method != "__init__":
+            yield section(f"### {variable}.{method}", at, definition)
+        elif constructor:
+            yield section(f"### {module}.{name}", at, definition)
+
+
+def error_rows() -> Iterator[str]:
+    """A row for each of the package's errors: its bases, its meaning, and the exit code of the commands."""
+    exit_code_of = importlib.import_module(find("gte_deploy.cli", "exit_code_of")[0]).exit_code_of
+    package = importlib.import_module("gte_deploy")
+    for name in (name for name in package.__all__ if name.endswith("Error")):
+        error, meaning = getattr(package, name), prose(find("gte_deploy", name)[1])
+        bases = ", ".join(f"`{base.__name__}`" for base in error.__bases__)
+        yield f"| `{name}` | {bases} | {meaning} | {exit_code_of(error.__new__(error))} |"
+
+
+def api_page() -> str:
+    """The whole of docs/python-api.md."""
+    parts = [f"{NOTICE}\n\n# The Python API\n", section("## gte_deploy.load", *find("gte_deploy", "load"))]
+    parts += class_sections("gte_deploy", "Model", variable="model", constructor=False)
+    parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
+    parts += [section("## gte_deploy.exporters.export.export", *find("gte_deploy.exporters.export", "export"))]
+    parts += ["## Errors\n\nAll are in `gte_deploy`. The last column is the exit code that the commands end with.\n"]
+    return "\n".join([*parts, "| error | bases | meaning | exit code |\n|---|---|---|---|", *error_rows(), ""])
+
+
+@functools.cache
+def help_of(command: str) -> str:
+    """What `command --help` prints, 100 columns wide."""
+    name, *rest = command.split()
+    module, _, main = SCRIPTS[name].partition(":")
+    os.environ["COLUMNS"] = "100"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        getattr(importlib.import_module(module), main)([*rest, "--help"])
+    return MACHINE_DEFAULT[0].sub(MACHINE_DEFAULT[1], printed.getvalue())
+
+
+def filled(page: str) -> str:
+    """A page with its generated blocks written anew."""
+    return BLOCK.sub(lambda m: f"{m[1]}```text\n$ {m[2]} --help\n{help_of(m[2])}```\n{m[3]}", page)
+
+
+def commands_page() -> str:
+    """The whole of docs/command-line.md: every command, and the sub-commands that its help lists."""
+    parts = [f"{NOTICE}\n\n# The command lines\n\nWhat each command prints for `--help`.\n"]
+    for command in SCRIPTS:
+        names = re.findall(r"^ {4}([a-z][\w-]*)(?!\S)", help_of(command).partition("  COMMAND\n")[2], re.MULTILINE)
+        for title in (f"## {command}", *(f"### {command} {name}" for name in names)):
+            parts.append(f"{title}\n\n<!-- generated: {title.lstrip('# ')} --help -->\n<!-- end -->\n")
+    return filled("\n".join(parts))
+
+
+def prints_as_generated() -> bool:
+    """Whether this Python formats `--help` as the pages have it: from 3.13 on argparse prints `-m, --model MODEL`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-m", "--model")
+    return "-m MODEL, --model MODEL" in parser.format_help()
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page with generated parts, and what it has to say."""
+    yield API, api_page()
+    if not prints_as_generated():
+        return
+    yield COMMANDS, commands_page()
+    for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {API, COMMANDS})):
+        yield file, filled(file.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    """Write or check the pages; 1 where a page is stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 and a diff for a stale page")
+    check = parser.parse_args().check
+    stale = 0
+    if not prints_as_generated():
+        print("The command lines are left out: this Python's argparse prints --help otherwise.", file=sys.stderr)
+    for file, text in pages():
+        name, found = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8") if file.exists() else ""
+        if found != text and check:
+            stale = 1
+            sys.stdout.writelines(difflib.unified_diff(found.splitlines(True), text.splitlines(True), name, "wanted"))
+        elif found != text:
+            file.write_text(text, encoding="utf-8")
+            print(f"wrote {name}")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
