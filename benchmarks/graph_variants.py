@@ -44,10 +44,10 @@ import transformers
 from onnx_ir.passes import common as ir_passes
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.exporters.fusion import PACKED_PASSES, PASSES, FusionPass, fuse_graph
-from gte_deploy.exporters.fusion.editing import CONTRIB, Builder, operand, producer, replace
-from gte_deploy.exporters.graph import Graph, save_graph
-from gte_deploy.exporters.trace import trace
+from gte_deploy.exporters.graph.build import Graph, save_graph
+from gte_deploy.exporters.graph.editing import CONTRIB, Builder, operand, producer, replace
+from gte_deploy.exporters.graph.fusion import PACKED_PASSES, PASSES, FusionPass, fuse_graph
+from gte_deploy.exporters.graph.trace import trace
 from gte_deploy.models.presets import preset
 
 _MEASURE_ONE = """

@@ -1,5 +1,5 @@
 """How far FP32 graphs are from PyTorch where outputs are small or large, and how far wrong ones are: what the bound of
-`exporters/parity.py` for "fp32" is taken from.
+`exporters/verification/parity.py` for "fp32" is taken from.
 
     python benchmarks/parity_scales.py                       # half an hour
     python benchmarks/parity_scales.py --sizes 64:2 --tasks classify
@@ -31,10 +31,10 @@ from transformers import (
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.backends.openvino_backend import OpenVinoBackend
-from gte_deploy.exporters.accuracy import Runs
-from gte_deploy.exporters.graph import build_graphs, save_graphs
-from gte_deploy.exporters.parity import ParityReport, TorchReference, check_parity
-from gte_deploy.exporters.parity_batches import Case, TokenSource
+from gte_deploy.exporters.graph.build import build_graphs, save_graphs
+from gte_deploy.exporters.verification.accuracy import Runs
+from gte_deploy.exporters.verification.cases import Case, TokenSource
+from gte_deploy.exporters.verification.parity import ParityReport, TorchReference, check_parity
 from gte_deploy.spec import ModelSpec
 
 MODELS = {

@@ -270,7 +270,7 @@ def _bundle(arguments: argparse.Namespace) -> Path:
 
 
 def _repository(bundle: Path, arguments: argparse.Namespace) -> Path:
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     target = arguments.work / "triton-repository"
     shutil.rmtree(target, ignore_errors=True)

@@ -20,7 +20,7 @@ from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.targets.base import Target
 from gte_deploy.exporters.triton.options import TritonOptions
-from gte_deploy.exporters.triton_repository import RepositoryResult, export_repository
+from gte_deploy.exporters.triton.repository import RepositoryResult, export_repository
 from gte_deploy.options import add_arguments, flags_of, options_of, parse_given
 
 TRITON, CHECK = "triton", "check"
@@ -278,7 +278,7 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
             f"repository {result.path} ({megabytes:.1f} MB) for {devices}; {checks}\n"
             f"ask {', '.join(result.ensembles)}; how to start it: {result.path}/README.md"
         )
-    from gte_deploy.exporters.report import format_table, plan_lines  # matplotlib; --help does without
+    from gte_deploy.exporters.verification.report import format_table, plan_lines
 
     plan, missed = result.manifest.plan, result.manifest.missed_bounds
     return "\n".join(

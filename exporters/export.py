@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.bundle import Manifest
 from gte_deploy.errors import InputError, MissingDependencyError
-from gte_deploy.exporters.answers import Asked, check_bundle
-from gte_deploy.exporters.bundle_writer import publish, staging
+from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.job import Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, Request, make_request
-from gte_deploy.exporters.source_libraries import library_of
 from gte_deploy.exporters.targets.base import Target
-from gte_deploy.exporters.text_batches import ROUNDS, builtin_texts, text_batches
+from gte_deploy.exporters.verification.answers import Asked, check_bundle
+from gte_deploy.exporters.verification.source_libraries import library_of
+from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
 from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
@@ -26,9 +26,9 @@ from gte_deploy.spec import Engine, ModelSpec
 from gte_deploy.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
-    from gte_deploy.exporters.graph import Graph
-    from gte_deploy.exporters.parity import ParityReport
-    from gte_deploy.exporters.text_batches import TextBatch
+    from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.verification.parity import ParityReport
+    from gte_deploy.exporters.verification.texts import TextBatch
 
 MIN_LENGTH = 8
 """The shortest limit that a bundle may have, in tokens."""
@@ -103,7 +103,7 @@ def export(
             for engine in built.graphs:
                 shutil.rmtree(job.graph_file(engine).parent, ignore_errors=True)
         with steps("write the bundle"):
-            from gte_deploy.exporters.bundle_contents import write_report
+            from gte_deploy.exporters.bundle.contents import write_report
 
             manifest = write_report(job, built, parity, source=source)
         steps.report(f"rename to {path}")
@@ -143,7 +143,7 @@ def _read(model: str | os.PathLike[str] | None, request: Request, steps: Steps) 
 
 def _load(checkpoint: Description, folder: Path, request: Request, steps: Steps) -> Job:
     # Here and not above, as below: `gte-export --help` and a refused request need none of the heavy libraries.
-    from gte_deploy.exporters.graph import DEFAULT_OPSET
+    from gte_deploy.exporters.graph.build import DEFAULT_OPSET
     from gte_deploy.models.checkpoint import load_model
 
     spec = checkpoint.spec
@@ -163,7 +163,7 @@ def _load(checkpoint: Description, folder: Path, request: Request, steps: Steps)
 
 
 def _trace(job: Job) -> "Mapping[Engine, Graph]":
-    from gte_deploy.exporters import graph
+    from gte_deploy.exporters.graph import build as graph
 
     spec = job.spec
     with job.steps("trace and fuse"):
@@ -185,7 +185,7 @@ def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
     Raises:
         ParityError: a bound is missed and `bounds` is "strict", or what was built is broken.
     """
-    from gte_deploy.exporters.bundle_contents import write_model_files
+    from gte_deploy.exporters.bundle.contents import write_model_files
 
     bounds = request.options.bounds
     parity = _compare(request.target, built, job)
@@ -209,8 +209,8 @@ def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
 
 def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
     """Run what was built, as users will run it, beside PyTorch."""
-    from gte_deploy.exporters.parity import TorchReference, check_parity
-    from gte_deploy.exporters.parity_batches import TokenSource
+    from gte_deploy.exporters.verification.cases import TokenSource
+    from gte_deploy.exporters.verification.parity import TorchReference, check_parity
 
     spec = job.spec
     with job.steps("compare with PyTorch"), target.candidates(built, job) as candidates:

@@ -14,7 +14,7 @@ from gte_deploy.spec import Engine, ModelSpec, Precision, Target
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.tokenization import TextTokenizer
 
 Progress = Callable[[str], None]

@@ -1,6 +1,6 @@
 """A bundle: a folder in the Hugging Face layout whose manifest names every file with its size and sha256.
 
-Reading is here and needs nothing but the standard library; writing is in `gte_deploy.exporters.bundle_writer`.
+Reading is here and needs nothing but the standard library; writing is in `gte_deploy.exporters.bundle.writer`.
 A bundle that does not match its manifest is refused before any loader sees a byte of it.
 """
 

@@ -305,7 +305,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     size = sum(entry.size for entry in manifest.files.values())
     check = None
     if arguments.checkpoint is not None:
-        from gte_deploy.exporters.answers import verify_against
+        from gte_deploy.exporters.verification.answers import verify_against
 
         check = verify_against(arguments.bundle, arguments.checkpoint)
     if arguments.json:

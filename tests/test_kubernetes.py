@@ -32,7 +32,7 @@ import pytest
 import yaml
 
 from gte_deploy.exporters.triton.configs import CACHE_FOLDER, ENCODER, TOKENIZER
-from gte_deploy.exporters.triton.documents import TRITON_TAG
+from gte_deploy.exporters.triton.readme import TRITON_TAG
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "kubernetes"

@@ -149,7 +149,7 @@ def make_plain(checkpoint: Path, task: str, max_length: int, target: Path) -> No
     """The traced graph in standard operators, nothing fused: what torch.onnx alone gives."""
     import onnx_ir as ir
 
-    from gte_deploy.exporters.trace import trace
+    from gte_deploy.exporters.graph.trace import trace
     from gte_deploy.models.checkpoint import load_model
 
     model = load_model(checkpoint, task=task)  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
         import openvino
     import numpy as np
 
-    from gte_deploy.exporters.text_batches import builtin_texts
+    from gte_deploy.exporters.verification.texts import builtin_texts
     from gte_deploy.tokenization import load_tokenizer
 
     model = openvino.Core().read_model(str(plain / "model.onnx"))

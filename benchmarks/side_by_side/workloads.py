@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.batching import collate
 from gte_deploy.bench import synthetic_texts
-from gte_deploy.exporters.text_batches import builtin_texts
+from gte_deploy.exporters.verification.texts import builtin_texts
 from gte_deploy.tokenization import TextTokenizer
 
 DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048", "1x8192")

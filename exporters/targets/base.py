@@ -17,8 +17,8 @@ from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
-    from gte_deploy.exporters.accuracy import Runs
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.verification.accuracy import Runs
 
 
 @dataclass(frozen=True)

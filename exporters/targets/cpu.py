@@ -14,9 +14,9 @@ from gte_deploy.spec import Engine, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
-    from gte_deploy.exporters.graph import Graph
-    from gte_deploy.exporters.lower_precision import Quantized
-    from gte_deploy.exporters.quantize import Activations
+    from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.quantization.int8 import Activations
+    from gte_deploy.exporters.quantization.recipes import Quantized
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CalibrationOptions:
         Raises:
             InputError: it cannot be read.
         """
-        from gte_deploy.exporters.text_batches import read_texts
+        from gte_deploy.exporters.verification.texts import read_texts
 
         return None if self.calibration is None else read_texts(Path(self.calibration))
 
@@ -118,7 +118,7 @@ class CpuTarget(Target):
 
 def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: CalibrationOptions) -> "Quantized":
     """The FP32 graphs in the precision of the job."""
-    from gte_deploy.exporters.lower_precision import quantize_graphs
+    from gte_deploy.exporters.quantization.recipes import quantize_graphs
 
     of_onnx = options if isinstance(options, CpuOptions) else CpuOptions()
     with job.steps(f"quantize to {job.precision}"):
@@ -137,7 +137,7 @@ def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: Calibr
 def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
     """Write graphs over one weights file to the folder of the bundle."""
     # The module and not its function: a test replaces what is saved.
-    from gte_deploy.exporters import graph as graph_module
+    from gte_deploy.exporters.graph import build as graph_module
 
     with job.steps("write the graphs"):
         weights = job.folder / WEIGHTS_PATH

@@ -13,7 +13,7 @@ from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
 
 
 class OpenVinoTarget(Target):

@@ -14,7 +14,7 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `export` reuse the graphs of an earlier test with the same weights and options."""
     pytest.importorskip("torch")
     pytest.importorskip("onnx")
-    from gte_deploy.exporters import graph
+    from gte_deploy.exporters.graph import build as graph
 
     build: Callable[..., Any] = graph.build_graphs
 
@@ -32,7 +32,7 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`spoil(engine, change)`: let this engine's graph be saved with its largest weight changed."""
     onnx = pytest.importorskip("onnx")
-    from gte_deploy.exporters import graph
+    from gte_deploy.exporters.graph import build as graph
     from gte_deploy.exporters.job import GRAPH_PATHS
 
     save: Callable[..., Any] = graph.save_graphs

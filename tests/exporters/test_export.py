@@ -22,8 +22,8 @@ from gte_deploy.errors import CheckpointError, ExportError, InputError  # noqa: 
 from gte_deploy.exit_codes import FAILURE  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
-from gte_deploy.exporters.parity import BoundMissedError  # noqa: E402
-from gte_deploy.exporters.report import format_table  # noqa: E402
+from gte_deploy.exporters.verification.parity import BoundMissedError  # noqa: E402
+from gte_deploy.exporters.verification.report import format_table  # noqa: E402
 from gte_deploy.files import sha256_file  # noqa: E402
 from gte_deploy.onnx_inspection import check_graphs, inspect_onnx  # noqa: E402
 

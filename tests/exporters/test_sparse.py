@@ -19,12 +19,12 @@ import torch  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
-from gte_deploy.exporters.calibration import measure_ranges  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
-from gte_deploy.exporters.graph import build_graphs, save_graph, save_graphs  # noqa: E402
-from gte_deploy.exporters.linears import find_linears  # noqa: E402
-from gte_deploy.exporters.lower_precision import groups_of  # noqa: E402
-from gte_deploy.exporters.quantize import plan_int8, quantize_int8  # noqa: E402
+from gte_deploy.exporters.graph.build import build_graphs, save_graph, save_graphs  # noqa: E402
+from gte_deploy.exporters.graph.linears import find_linears  # noqa: E402
+from gte_deploy.exporters.quantization.calibration import measure_ranges  # noqa: E402
+from gte_deploy.exporters.quantization.int8 import plan_int8, quantize_int8  # noqa: E402
+from gte_deploy.exporters.quantization.recipes import groups_of  # noqa: E402
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph, opened_for_comparison  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE  # noqa: E402

@@ -18,18 +18,18 @@ import onnxruntime as ort  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.errors import ExportError  # noqa: E402
-from gte_deploy.exporters.cuda_stand_in import cpu_stand_in  # noqa: E402
-from gte_deploy.exporters.graph import Graph, build_graphs, save_graph  # noqa: E402
-from gte_deploy.exporters.parity import TorchReference, check_parity  # noqa: E402
-from gte_deploy.exporters.parity_batches import Case, TokenSource, last_row_alone, make_batch  # noqa: E402
-from gte_deploy.exporters.quantize import quantize_embeddings  # noqa: E402
+from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph  # noqa: E402
+from gte_deploy.exporters.graph.trace import trace  # noqa: E402
+from gte_deploy.exporters.quantization.int8 import quantize_embeddings  # noqa: E402
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, PackedOnnx  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE, trtexec_line  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import packed_profiles, parse_profile  # noqa: E402
-from gte_deploy.exporters.text_batches import builtin_texts, text_batches  # noqa: E402
-from gte_deploy.exporters.trace import trace  # noqa: E402
+from gte_deploy.exporters.verification.cases import Case, TokenSource, last_row_alone, make_batch  # noqa: E402
+from gte_deploy.exporters.verification.emulation import cpu_stand_in  # noqa: E402
+from gte_deploy.exporters.verification.parity import TorchReference, check_parity  # noqa: E402
+from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.spec import ModelSpec, TensorSpec  # noqa: E402
 from gte_deploy.tokenization import load_tokenizer  # noqa: E402

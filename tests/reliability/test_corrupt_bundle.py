@@ -12,7 +12,7 @@ pytest.importorskip("onnx")
 
 from gte_deploy.bundle import MANIFEST_NAME, open_bundle, read_manifest  # noqa: E402
 from gte_deploy.errors import BundleError  # noqa: E402
-from gte_deploy.exporters.bundle_writer import seal  # noqa: E402
+from gte_deploy.exporters.bundle.writer import seal  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.job import WEIGHTS_PATH  # noqa: E402
 

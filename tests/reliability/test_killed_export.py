@@ -60,7 +60,7 @@ if sys.argv[1] == "export":
     import onnxruntime, torch, tqdm
     tqdm.tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
     import gte_deploy.backends.onnx_backend, gte_deploy.backends.openvino_backend
-    import gte_deploy.exporters.parity, gte_deploy.exporters.report
+    import gte_deploy.exporters.bundle.contents, gte_deploy.exporters.verification.parity
     from gte_deploy.exporters import graph
     from gte_deploy.exporters.export import export
     from gte_deploy.models.checkpoint import load_model

@@ -8,7 +8,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.backends.tensorrt_plan import check_plan
 from gte_deploy.bundle import read_manifest
 from gte_deploy.errors import BackendError, MissingDependencyError
-from gte_deploy.exporters.parity import TOLERANCES
+from gte_deploy.exporters.verification.parity import TOLERANCES
 from gte_deploy.models import resolve_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GteForMaskedLM
 
 import gte_deploy.models
-from gte_deploy.exporters.text_batches import builtin_texts
+from gte_deploy.exporters.verification.texts import builtin_texts
 
 FOLDER = Path(gte_deploy.models.__file__).parent / "gte_en_mlm_tiny"
 SIZE_LIMIT = 25_000_000

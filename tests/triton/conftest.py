@@ -33,7 +33,7 @@ def triton() -> ModuleType:
 @pytest.fixture(scope="session")
 def repository_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`repository_of(bundle, **options)`: what the exporter makes of it. Read only; made anew at each call."""
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     def repository(bundle: Path, **options: Any) -> Path:
         target = tmp_path_factory.mktemp("triton") / "repository"

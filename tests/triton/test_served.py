@@ -23,9 +23,9 @@ import pytest
 
 import gte_deploy
 from gte_deploy.errors import BackendError, InputError, UnavailableError
-from gte_deploy.exporters import parity
 from gte_deploy.exporters.export import export
-from gte_deploy.exporters.parity_batches import Case
+from gte_deploy.exporters.verification import parity
+from gte_deploy.exporters.verification.cases import Case
 from gte_deploy.models import builtin_path
 from gte_deploy.models.checkpoint import MODEL_CLASSES, copy_tokenizer, save_model
 from gte_deploy.models.config import build_config

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gte_deploy.backends.onnx_backend import OnnxBackend
-from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
-from gte_deploy.exporters.fusion import PACKED_PASSES, fuse_graph
-from gte_deploy.exporters.fusion.flash import FLASH
-from gte_deploy.exporters.fusion.padding import remove_padding
-from gte_deploy.exporters.graph import Graph, graph_of, save_graph
-from gte_deploy.exporters.half import HALVES, lower_to_half
+from gte_deploy.exporters.graph.build import Graph, graph_of, save_graph
+from gte_deploy.exporters.graph.fusion import PACKED_PASSES, fuse_graph
+from gte_deploy.exporters.graph.fusion.flash import FLASH
+from gte_deploy.exporters.graph.fusion.padding import remove_padding
+from gte_deploy.exporters.graph.half import HALVES, lower_to_half
+from gte_deploy.exporters.verification.emulation import cpu_stand_in
 from gte_deploy.spec import ModelSpec
 
 _NOT_ON_CUDA = (
@@ -39,7 +39,7 @@ def cuda_graph(plain: Graph, *, num_layers: int, precision: str, removes_padding
     """Fuse a copy of the graph of standard operators for CUDA.
 
     Args:
-        plain: with explicit attention, see `gte_deploy.exporters.graph.build_graphs`.
+        plain: with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
         num_layers: layers of the encoder.
         precision: "fp16", "bf16" or "fp32", of weights and activations; inputs stay int64 and outputs float32.
         removes_padding: see above.

@@ -13,7 +13,7 @@ from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
 
 Padding = Literal["auto", "keep", "remove"]
 
@@ -55,7 +55,7 @@ class CudaTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Fuse the graph of standard operators for CUDA, and save it."""
-        from gte_deploy.exporters.graph import save_graph
+        from gte_deploy.exporters.graph.build import save_graph
         from gte_deploy.exporters.targets.cuda.graph import cuda_graph
 
         with job.steps(f"fuse for CUDA in {job.precision}"):

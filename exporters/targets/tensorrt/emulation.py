@@ -29,11 +29,11 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.backends.tensorrt_packed import PackedLayout
 from gte_deploy.errors import ExportError
-from gte_deploy.exporters.cuda_stand_in import cpu_stand_in
-from gte_deploy.exporters.fusion.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
-from gte_deploy.exporters.graph import Graph, save_graph
+from gte_deploy.exporters.graph.build import Graph, save_graph
+from gte_deploy.exporters.graph.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
 from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
 from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
+from gte_deploy.exporters.verification.emulation import cpu_stand_in
 from gte_deploy.spec import ModelSpec, Profile
 from gte_deploy.threads import available_cpus
 

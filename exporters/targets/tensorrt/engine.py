@@ -20,7 +20,7 @@ from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, sm_name
 from gte_deploy.spec import Profile, TensorSpec
 
 if TYPE_CHECKING:
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
 
 PLAN_PATH = "tensorrt/model.plan"
 TIMING_CACHE_PATH = "tensorrt/timing.cache"

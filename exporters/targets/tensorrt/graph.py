@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.tensorrt_packed import POSITIONS
-from gte_deploy.exporters.fusion import fuse_graph
-from gte_deploy.exporters.fusion.editing import (
+from gte_deploy.exporters.graph.build import Graph, graph_of
+from gte_deploy.exporters.graph.editing import (
     Builder,
     FusionPass,
     constant,
@@ -44,11 +44,11 @@ from gte_deploy.exporters.fusion.editing import (
     scope_of,
     tensor_of,
 )
-from gte_deploy.exporters.fusion.linear import pack as pack_weights
-from gte_deploy.exporters.fusion.linear import require_linear
-from gte_deploy.exporters.graph import Graph, graph_of
-from gte_deploy.exporters.linears import Linear, find_linears
-from gte_deploy.exporters.quantize import smooth
+from gte_deploy.exporters.graph.fusion import fuse_graph
+from gte_deploy.exporters.graph.fusion.linear import pack as pack_weights
+from gte_deploy.exporters.graph.fusion.linear import require_linear
+from gte_deploy.exporters.graph.linears import Linear, find_linears
+from gte_deploy.exporters.quantization.int8 import smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
 from gte_deploy.spec import Precision
 
@@ -76,7 +76,7 @@ class QdqPlan:
     Args:
         kind: 8-bit integers, or E4M3 floating point.
         peaks: weight's name -> largest magnitude of the GEMM's input that is represented, after smoothing.
-        smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantize`.
+        smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.int8`.
         high: names of weights whose GEMMs stay in FP16.
     """
 
@@ -96,7 +96,7 @@ def tensorrt_graph(
     """The graph to compile, made of a copy of the plain FP32 one.
 
     Args:
-        plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build_graphs`.
+        plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
         precision: one of `WIDE`.
         num_layers: of the encoder.
         plan: for int8 and fp8.

@@ -25,7 +25,7 @@ from gte_deploy.spec import ModelSpec, Profile, TensorSpec, is_packed
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, PackedOnnx
 
 PADDING_FREE_FROM = (11, 1)

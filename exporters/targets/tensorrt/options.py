@@ -13,7 +13,7 @@ from gte_deploy.options import option
 from gte_deploy.spec import Profile
 
 if TYPE_CHECKING:
-    from gte_deploy.exporters.calibration import Calibrator
+    from gte_deploy.exporters.quantization.calibration import Calibrator
 
 DEFAULT_WORKSPACE = 4 << 30
 
@@ -36,7 +36,7 @@ class TensorRTOptions(CalibrationOptions):
             as far as they can compute in the precision.
         profiles: shapes that the engine takes; none for the default ones.
         lengths: a file with one length in tokens a line, from which the profiles are made.
-        calibrator: how INT8 and FP8 scales are chosen, see `gte_deploy.exporters.calibration.measure_peaks`.
+        calibrator: how INT8 and FP8 scales are chosen, see `gte_deploy.exporters.quantization.calibration`.
         onnx_only: write the graph alone.
         keep_onnx: leave the graph in the bundle beside the engine.
         workspace: bytes of scratch memory that a kernel may take.

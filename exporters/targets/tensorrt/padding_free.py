@@ -25,9 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
-from gte_deploy.exporters.fusion import fuse_graph
-from gte_deploy.exporters.fusion.attention import require_attention, require_same_heads
-from gte_deploy.exporters.fusion.editing import (
+from gte_deploy.exporters.graph.editing import (
     Builder,
     FusionPass,
     Mismatch,
@@ -43,10 +41,12 @@ from gte_deploy.exporters.fusion.editing import (
     same_constant,
     scope_of,
 )
-from gte_deploy.exporters.fusion.heads import require_heads
-from gte_deploy.exporters.fusion.padding import rewriting
-from gte_deploy.exporters.fusion.rope import Rotation, require_rotation
-from gte_deploy.exporters.fusion.rows import FIRST_INPUT
+from gte_deploy.exporters.graph.fusion import fuse_graph
+from gte_deploy.exporters.graph.fusion.attention import require_attention, require_same_heads
+from gte_deploy.exporters.graph.fusion.heads import require_heads
+from gte_deploy.exporters.graph.fusion.padding import rewriting
+from gte_deploy.exporters.graph.fusion.rope import Rotation, require_rotation
+from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
 
 TRT_DOMAIN = "trt"
 TRT_ATTENTION = "TRT_Attention"

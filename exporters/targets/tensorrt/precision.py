@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import cast
 
-from gte_deploy.exporters.calibration import measure_peaks
-from gte_deploy.exporters.graph import Graph
+from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.job import Job
-from gte_deploy.exporters.lower_precision import CALIBRATION_TOKENS, calibrated, sweep
-from gte_deploy.exporters.quantize import plan_int8
+from gte_deploy.exporters.quantization.calibration import measure_peaks
+from gte_deploy.exporters.quantization.int8 import plan_int8
+from gte_deploy.exporters.quantization.recipes import CALIBRATION_TOKENS, calibrated, sweep
 from gte_deploy.exporters.targets.tensorrt.graph import EightBits, QdqPlan, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
-from gte_deploy.exporters.text_batches import text_batches
+from gte_deploy.exporters.verification.texts import text_batches
 from gte_deploy.spec import Engine
 
 

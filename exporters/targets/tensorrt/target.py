@@ -14,7 +14,7 @@ from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runti
 from gte_deploy.spec import Engine, ModelSpec, Precision, Profile
 
 if TYPE_CHECKING:
-    from gte_deploy.exporters.graph import Graph
+    from gte_deploy.exporters.graph.build import Graph
 
 _ENGINE_NOT_RUN = (
     "What was compared is the ONNX that the engine was compiled from, run by ONNX Runtime on the CPU; the engine "
@@ -57,7 +57,7 @@ class TensorRTTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Write the graph in the job's precision, and the engine that is compiled from it."""
-        from gte_deploy.exporters.graph import save_graph
+        from gte_deploy.exporters.graph.build import save_graph
 
         with job.steps(f"write the graph in {job.precision}"):
             graph, sensitivity = self._graph(graphs, job)

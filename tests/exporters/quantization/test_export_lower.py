@@ -7,10 +7,10 @@ import pytest
 
 import gte_deploy
 from gte_deploy.errors import ParityError
-from gte_deploy.exporters import accuracy
 from gte_deploy.exporters import export as export_module
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.export import export
+from gte_deploy.exporters.verification import accuracy
 
 TEXT = "the president of the united [MASK] of america."
 

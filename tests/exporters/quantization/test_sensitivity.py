@@ -1,7 +1,7 @@
 import pytest
 
-from gte_deploy.exporters.accuracy import Accuracy, AccuracyBounds
-from gte_deploy.exporters.sensitivity import sweep_sensitivity
+from gte_deploy.exporters.quantization.sensitivity import sweep_sensitivity
+from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
 
 GROUPS = {"a": ["a1", "a2"], "b": ["b1"], "c": ["c1"], "d": ["d1"]}
 COST = {"a": 2e-4, "b": 5e-3, "c": 1e-3, "d": 1e-5}

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gte_deploy.exporters.linears import find_linears
-from gte_deploy.exporters.quantize import is_large
-from gte_deploy.exporters.weight_only import BLOCK_SIZE, quantize_blocks, quantize_weights
+from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.exporters.quantization.int8 import is_large
+from gte_deploy.exporters.quantization.weight_only import BLOCK_SIZE, quantize_blocks, quantize_weights
 
 
 def restored(blocks, scales, bits, inputs):

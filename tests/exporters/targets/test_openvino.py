@@ -16,7 +16,7 @@ from gte_deploy.exit_codes import OK, USAGE  # noqa: E402
 from gte_deploy.exporters import export as export_module  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
-from gte_deploy.exporters.triton_repository import export_repository  # noqa: E402
+from gte_deploy.exporters.triton.repository import export_repository  # noqa: E402
 
 
 @pytest.fixture(scope="module")

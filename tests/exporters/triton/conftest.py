@@ -226,7 +226,7 @@ def bundles(
 @pytest.fixture(scope="session")
 def repositories(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A repository for each task. Read only."""
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     folder = tmp_path_factory.mktemp("repositories")
     return {task: export_repository(bundle, folder / task, threads=1).path for task, bundle in bundles.items()}

@@ -105,7 +105,7 @@ def test_single_texts_of_a_classifier(repository, local):
 
 
 def test_several_labels(make_checkpoint, runtime_models, bundle_of, open_repository, tmp_path):
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     checkpoint = runtime_models.make_word_checkpoint(make_checkpoint, tmp_path / "c", task="classify", num_labels=3)
     bundle = bundle_of(checkpoint)
@@ -157,7 +157,7 @@ LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 @pytest.fixture(scope="module")
 def tagger(make_checkpoint, factories, runtime_models, bundle_of, tmp_path_factory):
     """A checkpoint that classifies tokens, and the repository of its bundle."""
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     folder = tmp_path_factory.mktemp("tagger")
     checkpoint = runtime_models.make_word_checkpoint(
@@ -373,7 +373,7 @@ def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tm
     import shutil
 
     from gte_deploy.bundle import MANIFEST_NAME, read_manifest
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     opened = []
 
@@ -396,7 +396,7 @@ def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tm
 
 def test_checkpoints_that_normalise(altered_bundle, bundles, open_repository, tmp_path):
     from gte_deploy.bundle import read_manifest
-    from gte_deploy.exporters.triton_repository import export_repository
+    from gte_deploy.exporters.triton.repository import export_repository
 
     spec = dataclasses.replace(read_manifest(bundles["embed"]).spec, normalize=True)
     bundle = altered_bundle("embed", spec=spec)

@@ -6,7 +6,7 @@ import pytest
 
 from gte_deploy.errors import InputError
 from gte_deploy.exporters.triton.checks import check_repository
-from gte_deploy.exporters.triton_repository import export_repository
+from gte_deploy.exporters.triton.repository import export_repository
 
 ENCODER, TOKENIZER, EMBED = "gte_encoder/config.pbtxt", "gte_tokenizer/config.pbtxt", "gte_embed/config.pbtxt"
 CPU = "gte_encoder/configs/cpu.pbtxt"

@@ -11,10 +11,10 @@ import pytest
 
 from gte_deploy.bundle import PlanEntry
 from gte_deploy.errors import BundleError, ExportError, InputError, ParityError
-from gte_deploy.exporters import triton_repository
+from gte_deploy.exporters.triton import repository as triton_repository
 from gte_deploy.exporters.triton.checks import check_repository
 from gte_deploy.exporters.triton.configs import length_buckets
-from gte_deploy.exporters.triton_repository import export_repository
+from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.files import sha256_file
 from gte_deploy.spec import Profile, TensorSpec
 

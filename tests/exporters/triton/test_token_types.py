@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 import gte_deploy  # noqa: E402
 from gte_deploy.bundle import read_manifest  # noqa: E402
 from gte_deploy.exporters.triton.checks import check_repository  # noqa: E402
-from gte_deploy.exporters.triton_repository import _require_equal, export_repository  # noqa: E402
+from gte_deploy.exporters.triton.repository import _require_equal, export_repository  # noqa: E402
 
 FIRST, SECOND = ["the king", "a", "water"], ["a queen of france", "the old house " * 7, ""]
 

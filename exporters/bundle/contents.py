@@ -1,0 +1,82 @@
+"""What a bundle holds besides its graphs: configuration, tokenizer, files for other libraries, report and manifest."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gte_deploy.bundle import GraphEntry, Manifest
+from gte_deploy.exporters.bundle.hub_files import write_hub_files
+from gte_deploy.exporters.bundle.writer import seal
+from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
+from gte_deploy.exporters.verification.parity import ParityReport
+from gte_deploy.exporters.verification.report import build_report, library_versions, render_html
+from gte_deploy.models.sparse_modules import read_query_weights
+from gte_deploy.spec import Engine
+
+
+def write_model_files(job: Job) -> None:
+    """Write what every library reads besides the graphs."""
+    write_hub_files(job.folder, job.checkpoint)
+    sparse = job.spec.sparse
+    if sparse is not None and sparse.query_weights is not None:
+        token_id = job.tokenizer.known_or_unknown_id
+        weights = read_query_weights(job.checkpoint.folder, job.spec.vocab_size, token_id)
+        assert weights is not None  # the spec names them
+        np.save(job.folder / sparse.query_weights, weights, allow_pickle=False)
+
+
+def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mapping[str, str]) -> Manifest:
+    """Write the report for people and for programs, and seal the bundle.
+
+    Args:
+        job: whose folder is written to; everything else is in it already.
+        built: the graphs and the engine.
+        parity: how they compared with PyTorch and with the checkpoint's own library.
+        source: where the weights come from.
+
+    Returns:
+        The manifest, as the runtime's own reader reads it back.
+    """
+    entries: dict[Engine, GraphEntry] = {
+        engine: GraphEntry(
+            path=GRAPH_PATHS[engine],
+            opset=graph.opset,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            fusions=graph.fusions,
+            computes=parity.proven(engine),
+        )
+        for engine, graph in built.graphs.items()
+    }
+    report = build_report(
+        parity,
+        spec=job.spec,
+        source=source,
+        graphs=entries,
+        plan=built.plan,
+        timings_s=job.steps.seconds,
+        sensitivity=built.sensitivity,
+    )
+    _write_json(job.folder / "report.json", report)
+    (job.folder / "report.html").write_text(render_html(parity, report, built.plan), encoding="utf-8")
+    return seal(
+        job.folder,
+        Manifest(
+            spec=job.spec,
+            precision=parity.precision,
+            graphs=entries if built.keeps_graphs else {},
+            files={},
+            versions=library_versions(),
+            source=source,
+            target=built.made_for,
+            plan=built.plan,
+            missed_bounds=tuple(parity.failures()),
+        ),
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

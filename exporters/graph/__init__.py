@@ -1,0 +1,1 @@
+"""One PyTorch trace, and the tools that rewrite it to graphs for engines."""

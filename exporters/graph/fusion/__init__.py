@@ -1,0 +1,70 @@
+"""The fusion passes, in the order in which they run: each builds on the form that the ones before it leave.
+
+A pass that does not fire as often as the architecture has sites is an error, never a slower or different graph.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from gte_deploy.errors import ExportError
+from gte_deploy.exporters.graph.editing import FusionPass
+from gte_deploy.exporters.graph.fusion.attention import ATTENTION
+from gte_deploy.exporters.graph.fusion.glu import GLU
+from gte_deploy.exporters.graph.fusion.qkv import PROJECTIONS, QKV
+from gte_deploy.exporters.graph.fusion.rope import ROPE
+from gte_deploy.exporters.graph.fusion.rows import join_rows
+from gte_deploy.exporters.graph.fusion.skip_layer_norm import SKIP_LAYER_NORM
+from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE
+
+logger = logging.getLogger(__name__)
+
+PACKED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKIP_LAYER_NORM)
+"""One GEMM for queries, keys and values and one for up and gate: what launch-bound devices want."""
+
+PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)
+"""For a CPU, which gains nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
+
+_MAX_REASONS = 3
+
+
+def fuse_graph(model: ir.Model, *, num_layers: int, passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
+    """Run `passes` over a traced graph in place; how often each fired, in order.
+
+    Raises:
+        ExportError: a pass fired another number of times than `num_layers` layers have sites; it names the pass, both
+            numbers, and why sites were left alone.
+    """
+    fired = {}
+    for fusion in passes:
+        count, reasons = fusion(model)
+        expected = fusion.per_layer * num_layers
+        if count != expected:
+            raise ExportError(_explain(fusion, count, expected, reasons))
+        logger.debug("fusion pass %s fired %d times", fusion.name, count)
+        fired[fusion.name] = count
+    ir_passes.CommonSubexpressionEliminationPass()(model)
+    join_rows(model.graph)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    ir_passes.TopologicalSortPass()(model)
+    _forget_shapes(model.graph)
+    return fired
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    """Drop the shapes of values inside the graph, which cost memory (docs/decisions/no-inner-shapes.md)."""
+    for value in (value for node in graph for value in node.outputs):
+        if not value.is_graph_output():
+            value.shape = None
+
+
+def _explain(fusion: FusionPass, count: int, expected: int, reasons: Sequence[str]) -> str:
+    # Nodes outside the layers (the embedding's LayerNorm, the head's Gelu) are left alone rightly: they come last.
+    likely = sorted(reasons, key=lambda reason: "layers." not in reason)[:_MAX_REASONS]
+    why = "; ".join(likely) or f"the graph has no other {fusion.anchor} node"
+    return (
+        f"fusion pass {fusion.name!r} fired {count} times, and this architecture has {expected} sites: {why}. "
+        "The traced graph differs from the one that the pass knows; check the versions of transformers and torch."
+    )

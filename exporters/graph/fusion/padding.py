@@ -1,0 +1,165 @@
+"""Padding-free attention for CUDA: the layers of a fused graph see the real tokens of a batch alone, row after row.
+
+    hidden [B, S, H] -> RemovePadding -> layers on rows [T, H], PackedMultiHeadAttention -> RestorePadding -> [B, S, H]
+
+These three operators (com.microsoft) exist on CUDA alone, for float32 and float16. They count each row's tokens, so the
+mask must be padding on the right. RoPE is given the position of each row in its own text. Where the packed rows end,
+padding is zero.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common as ir_passes
+
+from gte_deploy.errors import ExportError
+from gte_deploy.exporters.graph.editing import (
+    CONTRIB,
+    Builder,
+    Mismatch,
+    consumer,
+    dimensions,
+    integers,
+    operand,
+    producer,
+    replace,
+    scope_of,
+    tensor_of,
+)
+from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
+
+_MASK_INPUT = "attention_mask"
+
+
+def remove_padding(model: ir.Model) -> int:
+    """Pack a graph that `fuse_graph` made with QKV among the passes, in place; how many attentions there are.
+
+    Raises:
+        ExportError: the graph is not of that form.
+    """
+    graph = model.graph
+    attentions = [node for node in graph if node.op_type == "MultiHeadAttention"]
+    with rewriting(model):
+        packed = _enter(graph, attentions[0])
+        for attention in attentions:
+            _pack(graph, attention, packed)
+        _leave(graph, packed)
+    return len(attentions)
+
+
+@contextmanager
+def rewriting(model: ir.Model) -> Iterator[None]:
+    """Say of a Mismatch inside what it means for padding; clean up behind what was rewritten.
+
+    Raises:
+        ExportError: the graph is not of the form that was looked for.
+    """
+    try:
+        yield
+    except Mismatch as mismatch:
+        raise ExportError(
+            f"padding cannot be removed from this graph: {mismatch}. "
+            "Export with padding='keep', and check the versions of transformers and torch."
+        ) from mismatch
+    for clean in (
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.TopologicalSortPass(),
+        ir_passes.NameFixPass(),
+    ):
+        clean(model)
+
+
+class _Packed:
+    """What every packed attention reads: `offset` [B, S] and `cumulated` [B + 1] int32, `positions` [1, T] int64."""
+
+    def __init__(self, build: Builder, rows: ir.Value, offset: ir.Value, cumulated: ir.Value) -> None:
+        self.offset, self.cumulated = offset, cumulated
+        whole, small = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.INT32}
+        graph = build.graph
+        ids = _input(graph, FIRST_INPUT)
+        flat = build.op("Reshape", offset, integers(graph, -1), name="offsets", **small)
+        count = build.op("Shape", rows, name="count", start=0, end=1, **whole)
+        real = build.op("Slice", flat, integers(graph, 0), count, integers(graph, 0), name="of_tokens", **small)
+        length = build.op("Shape", ids, name="length", start=1, **whole)
+        place = build.op("Mod", real, build.op("Cast", length, to=ir.DataType.INT32, **small), name="place", **small)
+        positions = build.op("Cast", place, to=ir.DataType.INT64, name="positions", **whole)
+        self.positions = build.op("Reshape", positions, integers(graph, 1, -1), name="position_ids", **whole)
+
+
+def _enter(graph: ir.Graph, first: ir.Node) -> _Packed:
+    """Put RemovePadding where the first layer turns the embeddings into rows."""
+    projected = producer(operand(_rotary(operand(first, 0)), 0), "Reshape")
+    gemm = producer(operand(producer(operand(projected, 0), "Split"), 0), "Gemm")
+    to_rows = producer(operand(gemm, 0), "Reshape")
+
+    build = Builder(graph, to_rows, "packing")
+    sums = build.op(
+        "ReduceSum", _input(graph, _MASK_INPUT), integers(graph, 1), name="sums", keepdims=0, dtype=ir.DataType.INT64
+    )
+    counts = build.op("Cast", sums, to=ir.DataType.INT32, name="counts", dtype=ir.DataType.INT32)
+    rows, offset, cumulated, _ = build.node(
+        "RemovePadding", [operand(to_rows, 0), counts], domain=CONTRIB, outputs=4, dtype=ir.DataType.INT32
+    )
+    rows.dtype = ir.DataType.FLOAT
+    to_rows.outputs[0].replace_all_uses_with(rows)
+    return _Packed(build, rows, offset, cumulated)
+
+
+def _pack(graph: ir.Graph, attention: ir.Node, packed: _Packed) -> None:
+    """MultiHeadAttention with folded masks on [B, S, …] -> PackedMultiHeadAttention on rows."""
+    build = Builder(graph, attention, scope_of(attention))
+    query, key = (_turned(build, _rotary(operand(attention, i)), packed) for i in range(2))
+    value = operand(producer(operand(attention, 2), "Reshape"), 0)
+    attended = build.op(
+        "PackedMultiHeadAttention",
+        query,
+        key,
+        value,
+        None,
+        packed.offset,
+        packed.cumulated,
+        domain=CONTRIB,
+        num_heads=attention.attributes.get_int("num_heads", 0),
+        scale=attention.attributes.get_float("scale", 0.0),
+    )
+    replace(consumer(attention.outputs[0], "Reshape").outputs[0], attended)
+
+
+def _turned(build: Builder, rotary: ir.Node, packed: _Packed) -> ir.Value:
+    """RoPE on rows: one text of T tokens whose positions start again with every row of the batch."""
+    rows = operand(producer(operand(rotary, 0), "Reshape"), 0)
+    half = tensor_of(operand(rotary, 2)).shape.numpy()[1]
+    width = rotary.attributes.get_int("num_heads", 0) * 2 * half
+    one = build.op("Reshape", rows, integers(build.graph, 1, -1, width), name="one_text")
+    attributes: dict[str, Any] = {name: attribute.value for name, attribute in rotary.attributes.items()}
+    turned = build.op("RotaryEmbedding", one, packed.positions, *rotary.inputs[2:], domain=CONTRIB, **attributes)
+    return build.op("Reshape", turned, integers(build.graph, -1, width), name="rows")
+
+
+def _leave(graph: ir.Graph, packed: _Packed) -> None:
+    """Put RestorePadding behind the last layer; whatever took its rows takes padded ones."""
+    from_rows = producer(graph.outputs[0], "Reshape")
+    rows = operand(from_rows, 0)
+    build = Builder(graph, from_rows, "packing")
+    others = [use for use in rows.uses() if use.node is not from_rows]
+    restored = build.op("RestorePadding", rows, packed.offset, domain=CONTRIB, shape=graph.outputs[0].shape)
+    if others:
+        width = dimensions(graph.outputs[0])[-1]
+        if not isinstance(width, int):
+            raise Mismatch(f"the width of the hidden states is {width}")
+        padded = build.op("Reshape", restored, integers(graph, -1, width), name="padded_rows")
+        for user, index in others:
+            user.replace_input_with(index, padded)
+    replace(from_rows.outputs[0], restored)
+
+
+def _rotary(value: ir.Value) -> ir.Node:
+    with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
+    return producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding")
+
+
+def _input(graph: ir.Graph, name: str) -> ir.Value:
+    return next(value for value in graph.inputs if value.name == name)

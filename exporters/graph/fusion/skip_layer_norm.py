@@ -1,0 +1,50 @@
+"""The residual step LayerNorm(skip + linear(x)) as Gemm with bias, Add and LayerNormalization on token rows.
+
+Not com.microsoft SkipLayerNormalization, whose CPU kernel is slower (docs/decisions/residual-and-layernorm-apart.md).
+Two sites a layer.
+"""
+
+import onnx_ir as ir
+
+from gte_deploy.exporters.graph.editing import (
+    Builder,
+    FusionPass,
+    Mismatch,
+    operand,
+    producer,
+    replace,
+    require,
+    scope_of,
+)
+from gte_deploy.exporters.graph.fusion.linear import Linear, require_linear
+from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
+
+
+def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
+    total = producer(norm.inputs[0], "Add")
+    linear, skip = _residual(total)
+    require(norm.attributes.get_int("axis", -1) in (-1, 2), f"{norm.name} does not normalise the last axis")
+    require(len(norm.inputs) == 3, f"{norm.name} has no bias")
+
+    build = Builder(graph, norm, scope_of(norm))
+    rows = to_rows(build, linear.x)
+    width = ("tokens", linear.out)
+    projected = build.inside(linear.scope).op("Gemm", rows, linear.weight, linear.bias, shape=width)
+    summed = build.op("Add", projected, to_rows(build, skip), name="residual", shape=width)
+    epsilon = norm.attributes.get_float("epsilon", 1e-5)
+    normed = build.op("LayerNormalization", summed, *norm.inputs[1:], shape=width, axis=-1, epsilon=epsilon)
+    replace(norm.outputs[0], from_rows(build, normed))
+
+
+def _residual(total: ir.Node) -> tuple[Linear, ir.Value]:
+    """Which operand is the linear layer, and the other one. A residual that is itself a biased linear is ambiguous."""
+    first, second = operand(total, 0), operand(total, 1)
+    for value, skip in ((first, second), (second, first)):
+        try:
+            return require_linear(value, bias=True), skip
+        except Mismatch as mismatch:
+            reason = mismatch
+    raise Mismatch(f"neither operand of {total.name} is a linear layer with a bias ({reason})")
+
+
+SKIP_LAYER_NORM = FusionPass(name="skip_layer_norm", anchor="LayerNormalization", per_layer=2, rewrite=_rewrite)

@@ -1,0 +1,391 @@
+"""A transformers GTE model -> a standard-operators-only ONNX graph with dynamic batch and sequence axes.
+
+The modules traced are transformers' own; the task's inputs and outputs are a thin wrapper around them. Three things
+differ from their forward, none in value:
+
+* the mask enters attention as an additive [B, 1, 1, S] tensor, so that no graph ever holds [B, 1, S, S] masks;
+* cosines and sines come from tables that the model's own rotary module filled in FP32. Computing them elsewhere
+  rounds far angles differently (3e-4 in the output at position 2,000), and half precision loses them altogether;
+* the head of fill-mask sees the masked rows only.
+
+Shapes: B rows, S tokens, M masks, H hidden size, D head size, V vocabulary, L labels.
+"""
+
+import ast
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as ir_passes
+from onnxscript import optimizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gte_deploy.errors import ExportError
+from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
+from gte_deploy.models.checkpoint import MODEL_CLASSES
+from gte_deploy.models.sparse_heads import sparse_head
+from gte_deploy.spec import LOGITS, POOLINGS, TASKS, SparseSpec, head_task
+
+logger = logging.getLogger(__name__)
+
+MASK_BIAS = -10_000.0
+"""What a masked key's score loses. exp(-10000) is 0 in FP32; a row without any key stays finite; FP16 can hold it."""
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+MIN_OPSET = 20
+MAX_OPSET = 23
+MIN_LENGTH = 8
+
+# Elements. Folding evaluates shape arithmetic and the row of token type 0, and never copies a large weight.
+_FOLD_LIMIT = 1 << 16
+# Shape vectors and scalars are shared where equal; weights keep their own names, even where a fresh model's are equal.
+_SHARED_LIMIT = 4
+
+
+def trace(
+    model: PreTrainedModel,
+    *,
+    task: str,
+    max_length: int,
+    pooling: str | None,
+    logits: str,
+    opset: int,
+    token_types: bool = False,
+    sparse: SparseSpec | None = None,
+) -> ir.Model:
+    """Trace `model` for `task`; inputs and outputs as `gte_deploy.exporters.graph.build` states them.
+
+    With `token_types` the graph takes the type of every token; without, all have type 0.
+
+    The model is put in eval mode with eager attention for the trace and is given back as it came; it must not run
+    elsewhere meanwhile. Its weights are referenced by the graph, not copied.
+
+    Raises:
+        ExportError: an unknown task, pooling or logits; a model of another class or dtype; a length that the model
+            does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
+            not tell any apart.
+    """
+    _check_arguments(
+        model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset, sparse=sparse
+    )
+    if token_types and model.config.type_vocab_size < 2:
+        raise ExportError(f"token types need a type_vocab_size above 1, and it is {model.config.type_vocab_size}")
+    with _traceable(model, max_length):
+        wrapper = _wrap(model, task, pooling, logits, sparse).eval()
+        traced = _export(wrapper, max_length, opset, token_types=token_types)
+    _name(traced.graph)
+    _tidy(traced)
+    return traced
+
+
+class RotaryTable(nn.Module):
+    """Stands for the model's rotary module: slices of the FP32 tables [max_length, D/2] that it computed itself."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, rotary: nn.Module, max_length: int) -> None:
+        super().__init__()
+        device = next(rotary.buffers()).device
+        cos, sin = rotary(torch.zeros((), device=device), torch.arange(max_length, device=device)[None])
+        half = cos.shape[-1] // 2
+        self.register_buffer("cos", cos[0, :, :half].contiguous())
+        self.register_buffer("sin", sin[0, :, :half].contiguous())
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1, S, D] of positions 0 … S-1."""
+        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+        return torch.cat((cos, cos), dim=-1)[None], torch.cat((sin, sin), dim=-1)[None]
+
+
+class _Wrapper(nn.Module):
+    """Graph inputs -> the encoder -> the task's outputs. `forward` takes what `input_names` has, then token types."""
+
+    output_names: tuple[str, ...]
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask")
+
+    type_zero: Tensor
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model: Any = model
+        # One id, broadcast: ids of [B, S] would look the same row up for every token.
+        self.register_buffer("type_zero", torch.zeros((1, 1), dtype=torch.long))
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, S, H], and the pooler's output [B, H] where the model has a pooler; types None is all 0."""
+        bias = (1.0 - attention_mask.to(torch.float32)) * MASK_BIAS
+        outputs = self.model.base_model(
+            input_ids=input_ids,
+            # A 4-D mask passes through transformers unchanged and is added to the scores.
+            attention_mask=bias.unsqueeze(1).unsqueeze(1),
+            token_type_ids=self.type_zero if token_type_ids is None else token_type_ids,
+        )
+        return outputs.last_hidden_state, outputs.pooler_output
+
+
+class _FillMask(_Wrapper):
+    input_names = (*_Wrapper.input_names, "mask_positions")
+    output_names = ("last_hidden_state", "logits")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask_positions: Tensor,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        rows = torch.onnx.ops.symbolic(
+            "GatherND",  # checks row and token; an index into flattened rows would wrap into the next text
+            (hidden, mask_positions),
+            dtype=hidden.dtype,
+            shape=(mask_positions.shape[0], hidden.shape[-1]),
+        )
+        return hidden, self.model.lm_head(rows)
+
+
+class _FillMaskAll(_Wrapper):
+    output_names = ("last_hidden_state", "logits")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        # On rows [B*S, H] the decoder is a Gemm that shares the embedding's matrix as it is stored.
+        logits = self.model.lm_head(hidden.reshape(-1, hidden.shape[-1]))
+        return hidden, logits.reshape(*hidden.shape[:2], -1)
+
+
+class _Embed(_Wrapper):
+    output_names = ("last_hidden_state", "sentence_embedding")
+
+    def projected(self, pooled: Tensor) -> Tensor:
+        """The pooled states [B, H] through the checkpoint's Dense modules, where it has any."""
+        projection = getattr(self.model, "sentence_projection", None)
+        return pooled if projection is None else projection(pooled)
+
+
+class _EmbedMean(_Embed):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        mask = attention_mask.to(torch.float32)
+        total = torch.matmul(mask.unsqueeze(1), hidden).squeeze(1)
+        # A row without any token has the zero vector, not 0/0.
+        return hidden, self.projected(total / mask.sum(1, keepdim=True).clamp(min=1.0))
+
+
+class _EmbedCls(_Embed):
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        return hidden, self.projected(hidden[:, 0])
+
+
+class _Classify(_Wrapper):
+    output_names = ("last_hidden_state", "logits")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, pooled = self.encode(input_ids, attention_mask, token_type_ids)
+        return hidden, self.model.classifier(self.model.dropout(pooled))
+
+
+class _TokenClassify(_Wrapper):
+    output_names = ("last_hidden_state", "logits")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        return hidden, self.model.classifier(self.model.dropout(hidden))
+
+
+class _Sparse(_Wrapper):
+    output_names = ("last_hidden_state", "sparse_embedding")
+
+    def __init__(self, model: PreTrainedModel, sparse: SparseSpec) -> None:
+        super().__init__(model)
+        self.lm_head = sparse_head(model, sparse)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
+        return hidden, self.lm_head(hidden, attention_mask, input_ids)
+
+
+def _wrap(model: PreTrainedModel, task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> _Wrapper:
+    if task == "sparse":
+        assert sparse is not None  # _check_arguments has looked
+        return _Sparse(model, sparse)
+    if task == "fill-mask":
+        return _FillMask(model) if logits == "masked" else _FillMaskAll(model)
+    if task == "embed":
+        return _EmbedCls(model) if pooling == "cls" else _EmbedMean(model)
+    return _Classify(model) if task == "classify" else _TokenClassify(model)
+
+
+def _check_arguments(
+    model: PreTrainedModel,
+    *,
+    task: str,
+    max_length: int,
+    pooling: str | None,
+    logits: str,
+    opset: int,
+    sparse: SparseSpec | None,
+) -> None:
+    if task not in TASKS:
+        raise ExportError(f"task {task!r} is none of {', '.join(TASKS)}")
+    if task == "sparse" and sparse is None:
+        raise ExportError("task 'sparse' needs to be told how: give a SparseSpec")
+    expected = MODEL_CLASSES[head_task(task, sparse)]
+    if not isinstance(model, expected):
+        raise ExportError(f"task {task!r} needs a {expected.__name__}, and the model is a {type(model).__name__}")
+    if task == "embed" and pooling not in POOLINGS:
+        raise ExportError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}; embed needs one")
+    if logits not in LOGITS:
+        raise ExportError(f"logits {logits!r} is none of {', '.join(LOGITS)}")
+    longest = model.config.max_position_embeddings
+    if not MIN_LENGTH <= max_length <= longest:
+        raise ExportError(f"max_length {max_length} is outside {MIN_LENGTH} … {longest}, which this model has")
+    rope_type = model.config.rope_parameters["rope_type"]
+    if rope_type in _LENGTH_DEPENDENT_ROPE:
+        raise ExportError(f"rope_type {rope_type!r} turns with the length of the text, which a table cannot do")
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ExportError(f"opset {opset} is outside {MIN_OPSET} … {MAX_OPSET}")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ExportError(f"{name} is {parameter.dtype}; graphs are made from float32 weights: load them so")
+
+
+@contextlib.contextmanager
+def _traceable(model: PreTrainedModel, max_length: int) -> Iterator[None]:
+    encoder: Any = model.base_model
+    config = model.config
+    attention, rotary = config._attn_implementation, encoder.rotary_emb
+    modes = [(module, module.training) for module in model.modules()]
+    config._attn_implementation = "eager"
+    encoder.rotary_emb = RotaryTable(rotary, max_length)
+    model.eval()
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+        encoder.rotary_emb = rotary
+        for module, training in modes:
+            module.training = training
+
+
+def _export(wrapper: _Wrapper, max_length: int, opset: int, *, token_types: bool) -> ir.Model:
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max_length)
+    # Sizes other than 0 and 1: torch would take those for constants.
+    ones = functools.partial(torch.ones, dtype=torch.long, device=wrapper.model.device)
+    arguments: dict[str, tuple[Tensor, dict[int, torch.export.Dim]]] = {
+        "input_ids": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
+        "attention_mask": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
+        "mask_positions": (ones(3, 2), {0: torch.export.Dim("num_masks")}),
+        "token_type_ids": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
+    }
+    input_names = (*wrapper.input_names, *(["token_type_ids"] if token_types else []))
+    chosen = [arguments[name] for name in input_names]
+    with warnings.catch_warnings(), _quiet("torch.onnx._internal.exporter"), torch.no_grad():
+        warnings.simplefilter("ignore")  # about axis names shared by two inputs, and torch's own deprecations
+        program: Any = torch.onnx.export(
+            wrapper,
+            tuple(tensor for tensor, _ in chosen),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            dynamic_shapes=tuple(axes for _, axes in chosen),
+            input_names=input_names,
+            output_names=wrapper.output_names,
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export returned no program")
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Hold back a library's warnings: torch lists every torchvision operator that is not installed."""
+    noisy = logging.getLogger(name)
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+def _name(graph: ir.Graph) -> None:
+    """Name initialisers as the model's state dict does, and nodes by the module that they come from."""
+    for name in list(graph.initializers):
+        graph.initializers[name].name = name.removeprefix("model.")
+    for node in graph:
+        scopes = [scope for scope in _scopes(node) if scope.startswith(("model.", "lm_head."))]
+        node.name = "/".join((*(scopes[-1:] and [scopes[-1].removeprefix("model.")]), node.op_type))
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    value = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    return ast.literal_eval(value) if value else []
+
+
+def _tidy(model: ir.Model) -> None:
+    """Fold shape arithmetic, turn weights the way MatMul wants them, share what is equal, drop what is dead."""
+    ir_passes.ClearMetadataAndDocStringPass()(model)
+    _transpose_weights(model.graph)
+    _state_reshapes(model.graph)
+    optimizer.fold_constants(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
+    for clean in (
+        ir_passes.IdentityEliminationPass(),
+        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        ir_passes.DeduplicateInitializersPass(size_limit=_SHARED_LIMIT),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.RemoveUnusedOpsetsPass(),
+        ir_passes.NameFixPass(),
+    ):
+        clean(model)
+    model.producer_name, model.producer_version = "gte-deploy", None
+
+
+def _transpose_weights(graph: ir.Graph) -> None:
+    """Replace Transpose(weight) by an initialiser that is a transposed view: no copy until it is written."""
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or tuple(node.attributes.get_ints("perm")) != (1, 0):
+            continue
+        turned = initializer(graph, f"{weight.name}.T", ir.Tensor(array(weight).T))
+        node.outputs[0].replace_all_uses_with(turned)
+        graph.remove(node, safe=True)
+
+
+def _state_reshapes(graph: ir.Graph) -> None:
+    """Write [B, S, …] -> [B, S, fixed …] as a Reshape to [0, 0, fixed …]: no shape is computed at run time."""
+    for node in list(graph):
+        if node.op_type != "Reshape":
+            continue
+        if operand(node, 0).shape is None or node.outputs[0].shape is None:
+            continue  # shape arithmetic
+        before, after = dimensions(operand(node, 0)), dimensions(node.outputs[0])
+        sizes = [size for size in after[2:] if isinstance(size, int)]
+        if len(before) > 2 and sizes and before[:2] == after[:2] and len(sizes) == len(after) - 2:
+            node.replace_input_with(1, integers(graph, 0, 0, *sizes))
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)

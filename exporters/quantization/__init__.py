@@ -1,0 +1,1 @@
+"""Graphs of lower precisions, and how their layers are chosen."""

@@ -1,0 +1,170 @@
+"""The range of every linear layer's input over real text, measured on the FP32 graph by ONNX Runtime."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.onnx_backend import OnnxBackend
+from gte_deploy.exporters.graph.build import Graph, save_graph
+from gte_deploy.exporters.graph.editing import integers
+from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.spec import ModelSpec
+
+Calibrator = Literal["max", "percentile", "entropy"]
+
+_PERCENTILE = 0.9999
+_BINS = 2048
+_LEVELS = 128
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest and largest value of each channel of one tensor, both [channels] float32."""
+
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+
+def measure_ranges(graph: Graph, spec: ModelSpec, batches: Sequence[Batch]) -> dict[str, Range]:
+    """Run `batches` through the FP32 `graph`; weight's name -> range of what the linear layer takes.
+
+    Padding counts as well: a graph that is quantized per tensor meets it too.
+    """
+    model = graph.model.clone()
+    linears = find_linears(model)
+    inputs = {linear.name: linear.x for linear in linears}
+    widths = {linear.x: linear.matrix().shape[0] for linear in linears}
+    outputs = {x: _range_outputs(model.graph, x, channels) for x, channels in widths.items()}
+    found: dict[ir.Value, Range] = {}
+    with running(dataclasses.replace(graph, model=model), spec) as backend:
+        for batch in batches:
+            values = backend.run(batch, [name for pair in outputs.values() for name in pair])
+            for value, (low, high) in outputs.items():
+                before = found.get(value, Range(values[low], values[high]))
+                found[value] = Range(np.minimum(before.low, values[low]), np.maximum(before.high, values[high]))
+    return {name: found[value] for name, value in inputs.items()}
+
+
+def _range_outputs(graph: ir.Graph, value: ir.Value, channels: int) -> tuple[str, str]:
+    """Add the smallest and the largest of each channel of `value` to the outputs; their names."""
+    rows = ir.node("Reshape", [value, integers(graph, -1, channels)], name=f"{value.name}/rows")
+    graph.append(rows)
+    names = []
+    for operator in ("ReduceMin", "ReduceMax"):
+        node = ir.node(
+            operator, [rows.outputs[0], integers(graph, 0)], {"keepdims": 0}, name=f"{value.name}/{operator}"
+        )
+        node.outputs[0].name, node.outputs[0].dtype = node.name, ir.DataType.FLOAT
+        graph.append(node)
+        graph.outputs.append(node.outputs[0])
+        names.append(str(node.name))
+    return names[0], names[1]
+
+
+def measure_peaks(
+    graph: Graph,
+    spec: ModelSpec,
+    batches: Sequence[Batch],
+    ranges: Mapping[str, Range],
+    *,
+    smoothing: Mapping[str, NDArray[np.float32]],
+    calibrator: Calibrator,
+) -> dict[str, float]:
+    """Weight's name -> magnitude of the linear layer's input, after smoothing, above which it is clipped.
+
+    Args:
+        graph: FP32, as `ranges` were measured on.
+        spec: of the model.
+        batches: as for `measure_ranges`.
+        ranges: of the linear layers to be quantized.
+        smoothing: weight's name -> what its input is divided by, [channels].
+        calibrator: "max" clips nothing that was seen; "percentile" one value in ten thousand; "entropy" wherever the
+            distribution over 128 levels diverges least from the one that was seen, as TensorRT's calibrator did.
+    """
+    one = np.float32(1)
+    largest = {
+        name: float((np.maximum(np.abs(found.low), np.abs(found.high)) / smoothing.get(name, one)).max())
+        for name, found in ranges.items()
+    }
+    if calibrator == "max":
+        return largest
+    histograms = _histograms(graph, spec, batches, largest, smoothing)
+    share_of = _percentile if calibrator == "percentile" else _least_divergence
+    return {name: largest[name] * share_of(histogram) for name, histogram in histograms.items()}
+
+
+def _histograms(
+    graph: Graph,
+    spec: ModelSpec,
+    batches: Sequence[Batch],
+    largest: Mapping[str, float],
+    smoothing: Mapping[str, NDArray[np.float32]],
+) -> dict[str, NDArray[np.int64]]:
+    """Weight's name -> how many magnitudes of its input fall in each of `_BINS` parts of 0 … largest."""
+    model = graph.model.clone()
+    inputs = {linear.name: linear.x for linear in find_linears(model) if linear.name in largest}
+    for value in dict.fromkeys(inputs.values()):
+        if not value.is_graph_output():
+            model.graph.outputs.append(value)
+    found = {name: np.zeros(_BINS, np.int64) for name in inputs}
+    with running(dataclasses.replace(graph, model=model), spec) as backend:
+        for batch in batches:
+            values = backend.run(batch, list(dict.fromkeys(str(value.name) for value in inputs.values())))
+            for name, value in inputs.items():
+                magnitudes = np.abs(values[str(value.name)])
+                if name in smoothing:
+                    magnitudes = magnitudes / smoothing[name]
+                found[name] += np.histogram(magnitudes, _BINS, (0, largest[name] or 1))[0]
+    return found
+
+
+def _percentile(histogram: NDArray[np.int64]) -> float:
+    total = np.cumsum(histogram)
+    return float(np.searchsorted(total, total[-1] * _PERCENTILE) + 1) / _BINS
+
+
+def _least_divergence(histogram: NDArray[np.int64]) -> float:
+    """Share of the range that keeps the most information in 128 levels (Migacz, 8-bit inference with TensorRT, 2017).
+
+    The first bin is left out: zeros are exact at any scale.
+    """
+    counts = histogram.astype(np.float64)
+    counts[0] = 0
+    best, least = _BINS, np.inf
+    for bins in range(_LEVELS, _BINS + 1, _LEVELS // 16):
+        clipped = counts[:bins].copy()
+        clipped[-1] += counts[bins:].sum()
+        level = np.arange(bins) * _LEVELS // bins
+        held = counts[:bins] > 0
+        sums = np.bincount(level, counts[:bins], _LEVELS)
+        sizes = np.bincount(level, held, _LEVELS)
+        spread = np.where(held, (sums / np.maximum(sizes, 1))[level], 0)
+        if clipped.sum() == 0 or spread.sum() == 0:
+            continue
+        p, q = clipped / clipped.sum(), spread / spread.sum()
+        if np.any((p > 0) & (q == 0)):
+            continue  # all that is clipped would fall where nothing else does
+        inside = p > 0
+        divergence = float((p[inside] * np.log(p[inside] / q[inside])).sum())
+        if divergence < least:
+            best, least = bins, divergence
+    return best / _BINS
+
+
+@contextlib.contextmanager
+def running(graph: Graph, spec: ModelSpec) -> Iterator[OnnxBackend]:
+    """The graph in ONNX Runtime, by way of a temporary file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        save_graph(graph, file)
+        with contextlib.closing(OnnxBackend(file, spec)) as backend:
+            yield backend

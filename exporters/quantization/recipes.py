@@ -1,0 +1,162 @@
+"""The FP32 graphs of a bundle -> the same in a lower precision: what `gte-export --precision` does."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gte_deploy.exporters.graph.build import Graph
+from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running
+from gte_deploy.exporters.quantization.int8 import Activations, plan_int8, quantize_int8
+from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivity
+from gte_deploy.exporters.quantization.weight_only import Bits, quantize_weights
+from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, AccuracyBounds, TextReference
+from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
+from gte_deploy.spec import Engine, ModelSpec, Precision
+from gte_deploy.tokenization import TextTokenizer
+
+# Words of each kind of batch; see `text_batches`. A sweep measures every layer, on fewer, and judges on all of them.
+CALIBRATION_TOKENS = 4000
+_SWEEP_TOKENS = 1000
+_WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
+# What one input feeds is quantized together, so it is judged together.
+_ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "up_proj": "up_gate", "gate_proj": "up_gate"}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Graphs of a lower precision.
+
+    Args:
+        graphs: engine -> graph; weight-only precisions have ONNX Runtime's alone. The counts of what was quantized
+            stand among the graph's fusions.
+        sweep: which layers stayed in FP32, and why; INT8 only.
+    """
+
+    graphs: dict[Engine, Graph]
+    sweep: Sweep | None = None
+
+
+def quantize_graphs(
+    graphs: Mapping[Engine, Graph],
+    precision: Precision,
+    *,
+    spec: ModelSpec,
+    tokenizer: TextTokenizer,
+    calibration: Sequence[str] | None = None,
+    activations: Activations = "static",
+    reduce_range: bool = False,
+    progress: Callable[[str], None],
+) -> Quantized:
+    """Copy the FP32 `graphs` into `precision`.
+
+    Args:
+        graphs: of one model, FP32; left as they are.
+        precision: other than "fp32".
+        spec: of the model.
+        tokenizer: of the model.
+        calibration: texts like those that will be asked; None for English prose that comes along. INT8 only, as the
+            next two.
+        activations: of ONNX Runtime's graph. OpenVINO's is static.
+        reduce_range: weights of 7 bits, for CPUs without VNNI.
+        progress: called with a line at every step that takes long.
+    """
+    if precision != "int8":
+        copy = graphs["onnxruntime"].model.clone()
+        counts = quantize_weights(copy, _WEIGHT_BITS[precision])
+        return Quantized({"onnxruntime": _with(graphs["onnxruntime"], copy, counts)})
+    fp32 = graphs["onnxruntime"]
+    texts, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
+    plan = plan_int8(fp32.model, ranges, reduce_range=reduce_range)
+    # Static is the stricter form, and OpenVINO's.
+    judged: Activations = "static" if "openvino" in graphs else activations
+
+    def tried(high: frozenset[str]) -> Graph:
+        model = fp32.model.clone()
+        quantize_int8(model, plan.keeping(high), engine="onnxruntime", activations=judged)
+        return dataclasses.replace(fp32, model=model)
+
+    found = sweep(fp32, plan.high, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
+    plan = plan.keeping(found.high)
+    made: dict[Engine, Graph] = {}
+    for engine, graph in graphs.items():
+        copy = graph.model.clone()
+        made[engine] = _with(graph, copy, quantize_int8(copy, plan, engine=engine, activations=activations))
+    return Quantized(made, found)
+
+
+def groups_of(graph: Graph, high: Collection[str]) -> dict[str, list[str]]:
+    """Weights that a sweep judges together: "gte.layers.0.self_attn.qkv" -> those of queries, keys and values.
+
+    The weights named in `high` stay in a higher precision and are left out.
+    """
+    groups: dict[str, list[str]] = {}
+    for linear in find_linears(graph.model):
+        if linear.name not in high:
+            module, _, role = linear.name.removesuffix(".weight").rpartition(".")
+            if role.isdigit():  # a part of the vocabulary's matrix
+                module, _, role = module.rpartition(".")
+            groups.setdefault(f"{module}.{_ROLES.get(role, role)}", []).append(linear.name)
+    return groups
+
+
+def calibrated(
+    fp32: Graph,
+    spec: ModelSpec,
+    tokenizer: TextTokenizer,
+    calibration: Sequence[str] | None,
+    progress: Callable[[str], None],
+) -> tuple[Sequence[str], dict[str, Range]]:
+    """The texts to calibrate with, and the range of every linear layer on them."""
+    texts = calibration or builtin_texts("calibration")
+    batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
+    size = sum(int(batch.attention_mask.sum()) for batch in batches)
+    kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
+    progress(f"calibrate on {size:,} tokens of {kind}")
+    return texts, measure_ranges(fp32, spec, batches)
+
+
+def sweep(
+    fp32: Graph,
+    high: Collection[str],
+    quantize: Callable[[frozenset[str]], Graph],
+    precision: Precision,
+    *,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+    spec: ModelSpec,
+    progress: Callable[[str], None],
+) -> Sweep:
+    """Find what must stay in a higher precision, judged against FP32 on the calibration texts.
+
+    Args:
+        fp32: the graph that is quantized.
+        high: weights that stay in a higher precision anyhow.
+        quantize: makes the graph in which these weights stay in a higher precision as well.
+        precision: sets the bounds of accuracy.
+        texts: the calibration texts.
+        tokenizer: of the model.
+        spec: of the model.
+        progress: called with a line for every measurement.
+    """
+    bounds = ACCURACY_BOUNDS[precision]
+    groups = groups_of(fp32, high)
+    sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
+    rounds = [text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS, round=i) for i in range(ROUNDS)]
+    with running(fp32, spec) as backend:
+        few, all_of_them = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
+
+        def measured(by: TextReference, bounds: AccuracyBounds | None = None) -> Callable[[frozenset[str]], Accuracy]:
+            def measure(high: frozenset[str]) -> Accuracy:
+                with running(quantize(high), spec) as candidate:
+                    return by.compare(candidate, bounds)
+
+            return measure
+
+        return sweep_sensitivity(groups, measured(few), measured(all_of_them, bounds), bounds, progress=progress)
+
+
+def _with(graph: Graph, model: ir.Model, counts: Mapping[str, int]) -> Graph:
+    return dataclasses.replace(graph, model=model, fusions={**graph.fusions, **counts})

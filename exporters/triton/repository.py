@@ -1,0 +1,430 @@
+"""A bundle -> a model repository for Triton Inference Server: the whole export, from top to bottom.
+
+Clients see ensembles: gte_tokenizer (Python) makes padded token ids, gte_encoder (ONNX Runtime or TensorRT) runs them,
+and a Python model makes answers equal to those of `gte_deploy.load`. docs/triton.md has the tensors.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gte_deploy._version import __version__
+from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
+from gte_deploy.exporters.bundle.writer import publish, seal_files, staging, write_manifest
+from gte_deploy.exporters.export import default_output, export
+from gte_deploy.exporters.job import Progress
+from gte_deploy.exporters.options import make_request
+from gte_deploy.exporters.targets.tensorrt.profiles import MAX_MASKS
+from gte_deploy.exporters.triton.configs import (
+    ENCODER,
+    Config,
+    Device,
+    DeviceName,
+    Encoder,
+    Serving,
+    all_configs,
+    default_device,
+    to_pbtxt,
+    warmup_file,
+    warmup_lengths,
+    warmup_shape,
+)
+from gte_deploy.exporters.triton.options import TritonOptions
+from gte_deploy.exporters.triton.python_models import write_python_model
+from gte_deploy.exporters.triton.readme import dockerfile, readme
+from gte_deploy.onnx_inspection import check_graphs, inspect_onnx
+from gte_deploy.options import options_of
+from gte_deploy.spec import Engine, ModelSpec
+from gte_deploy.threads import available_cpus
+from gte_deploy.tokenization import load_tokenizer
+
+FORMAT = "gte-deploy-triton-repository"
+FORMAT_VERSION = 1
+_BUNDLE = "bundle"  # of a checkpoint that is exported on the way, inside the folder that is filled
+_MAX_DIFFERENCE = 1e-5
+
+
+@dataclass(frozen=True)
+class RepositoryResult:
+    """A finished repository.
+
+    Args:
+        path: of the repository.
+        ensembles: what clients may ask.
+        devices: what it can run on; the first is what it runs on by default.
+        files: path relative to the repository -> size and hash; every file but the manifest.
+        checked: whether the configurations were parsed and checked, for which tritonclient is needed.
+    """
+
+    path: Path
+    ensembles: tuple[str, ...]
+    devices: tuple[DeviceName, ...]
+    files: Mapping[str, FileEntry]
+    checked: bool
+
+
+def export_repository(
+    model: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    options: TritonOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    **given: Any,
+) -> RepositoryResult:
+    """Write a model repository.
+
+    Args:
+        model: a bundle, or what `export` takes: it is exported to a bundle first.
+        output: folder of the repository; None for one named after model and precision in the working directory.
+        options: how the bundle is served.
+        force: replace a repository that is there already.
+        progress: called with one line at every step.
+        **given: fields of `TritonOptions` by themselves; and where `model` is not a bundle, what `export` takes.
+
+    Raises:
+        InputError: an argument is out of range.
+        BundleError: the bundle is damaged, or holds nothing that Triton can run.
+        ParityError: the encoder's graph differs from the bundle's.
+        ExportError: the output must not be replaced, or the configurations do not pass their checks.
+        MissingDependencyError: the [export] extra is not installed.
+    """
+    own = {name: value for name, value in given.items() if name in options_of(TritonOptions)}
+    export_options = {name: value for name, value in given.items() if name not in own}
+    options = dataclasses.replace(options or TritonOptions(), **own)
+    options.check()
+    engine = options.engine
+    bundle_given = model if engine is None else engine
+    served = Path(bundle_given) if bundle_given is not None and is_bundle(Path(bundle_given)) else None
+    _check_arguments(model, served, options, export_options)
+    report = progress or (lambda line: None)
+    path = Path(output if output is not None else _default_output(model, served, export_options))
+    destination = Path(os.path.realpath(path))
+    with staging(destination, force=force, files_of=repository_files) as folder:
+        bundle = served or export(model, folder / _BUNDLE, progress=report, **export_options).path
+        manifest = open_bundle(bundle)
+        check_graphs(bundle, manifest)
+        if manifest.missed_bounds:
+            report(f"the bundle misses its bounds in {len(manifest.missed_bounds)} respects; the README names them")
+        report("write the encoder")
+        encoder = _write_encoder(bundle, manifest, folder / ENCODER / str(options.model_version), options)
+        _require_head(encoder, manifest.spec, bundle)
+        spec, devices = _limits(encoder, manifest.spec, options.max_batch_size)
+        serving = Serving(
+            spec=spec,
+            precision=manifest.precision,
+            encoder=encoder,
+            mask_token=load_tokenizer(bundle).mask_token,
+            version=options.model_version,
+            max_queue_size=options.max_queue_size,
+            queue_timeout_s=options.queue_timeout_s,
+            threads=options.threads or available_cpus(),
+            response_cache=options.response_cache,
+        )
+        report("write the models and their configurations")
+        configs = {device.name: all_configs(serving, device) for device in devices}
+        _write_models(folder, bundle, serving, configs)
+        _write_documents(folder, bundle, manifest, serving, configs)
+        shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
+        checked = _check(folder, report)
+        files = seal_files(folder)
+        write_manifest(folder, _manifest_json(manifest, files))
+        report(f"rename to {path}")
+        publish(folder, destination, force=force, files_of=repository_files)
+    models = configs[devices[0].name].values()
+    return RepositoryResult(
+        path=path,
+        ensembles=tuple(config["name"] for config in models if config.get("platform") == "ensemble"),
+        devices=tuple(configs),
+        files=files,
+        checked=checked,
+    )
+
+
+def repository_files(folder: Path) -> set[str]:
+    """The files that the manifest of a repository names.
+
+    Raises:
+        BundleError: the folder is no repository that `export_repository` wrote.
+    """
+    file = folder / MANIFEST_NAME
+    try:
+        data = json.loads(file.read_bytes())
+        if data["format"] == FORMAT:
+            return set(data["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
+
+
+def _check_arguments(
+    model: Any, served: Path | None, options: TritonOptions, export_options: Mapping[str, Any]
+) -> None:
+    for module in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, "export")
+    if options.engine is not None and model is not None:
+        raise InputError("engine is a bundle of its own, with tokenizer and all; give it alone, without a model")
+    if options.engine is not None and options.accelerator != "cuda":
+        raise InputError("accelerator is for ONNX Runtime, and engine asks for a TensorRT plan; give one of them")
+    if served is None and options.engine is not None:
+        raise BundleError(f"{options.engine} is not a bundle. Write one with gte-export --format trt.")
+    if served is not None and export_options:
+        raise InputError(f"{served} is a bundle already; {', '.join(export_options)} is for exporting a checkpoint")
+    if served is None and "onnxruntime" not in (target := make_request(**export_options).target).engines:
+        raise InputError(f"Triton serves graphs of ONNX Runtime, and target {target.name} has none")
+
+
+def _default_output(
+    model: str | os.PathLike[str] | None, bundle: Path | None, export_options: Mapping[str, Any]
+) -> Path:
+    if bundle is not None:
+        manifest = read_manifest(bundle)
+        return default_output(_name(manifest), format="triton", precision=manifest.precision)
+    return default_output(model, format="triton", precision=make_request(**export_options).precision)
+
+
+def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: TritonOptions) -> Encoder:
+    from gte_deploy.exporters.triton.graph import tensor_specs
+
+    folder.mkdir(parents=True)
+    if options.engine is not None:
+        return _write_plan(bundle, manifest, folder)
+    if "onnxruntime" not in manifest.graphs:
+        raise BundleError(f"{bundle} holds no graph for ONNX Runtime; its plan is served with --engine {bundle}.")
+    # INT8 graphs are made of a CPU's operators, and those for CUDA of operators that a CPU does not have.
+    files: dict[DeviceName, str] = {}
+    if manifest.target == "cuda" or not manifest.precision.startswith("int"):
+        files["gpu"] = "model.onnx"
+    if manifest.target == "cpu":
+        files["cpu"] = "model.onnx"
+    graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
+    if options.accelerator == "tensorrt":
+        # TensorRT knows standard operators alone, which the graph for OpenVINO is made of.
+        if "openvino" not in manifest.graphs or manifest.precision != "fp32":
+            raise BundleError(
+                f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator "
+                "'tensorrt' needs. Export it in fp32 where openvino is installed, or build a plan with gte-export "
+                "--format trt."
+            )
+        files["gpu"] = "model_tensorrt.onnx"
+        graphs["model_tensorrt.onnx"] = "openvino"
+    for name in dict.fromkeys(files.values()):
+        _write_graph(bundle / manifest.graphs[graphs[name]].path, folder / name, manifest)
+    inputs, outputs = tensor_specs(folder / next(iter(files.values())))
+    return Encoder(
+        backend="onnxruntime",
+        files=files,
+        inputs=inputs,
+        outputs=outputs,
+        accelerator=options.accelerator,
+    )
+
+
+def _require_head(encoder: Encoder, spec: ModelSpec, bundle: Path) -> None:
+    """Refuse an encoder that leaves out what the model was made for, so that no repository lacks it without a word.
+
+    Raises:
+        ExportError: saying what is missing.
+    """
+    if spec.task == "embed":
+        return
+    head = "sparse_embedding" if spec.task == "sparse" else "logits"
+    if head not in {tensor.name for tensor in encoder.outputs}:
+        raise ExportError(f"{bundle} is made for {spec.task}, and its encoder gives no {head}. Export it again.")
+    if spec.task == "fill-mask" and "mask_positions" not in encoder.input_names:
+        raise ExportError(
+            f"{bundle} computes the logits of every token, which no server should send. Export the checkpoint with "
+            "--logits masked."
+        )
+
+
+def _write_graph(source: Path, target: Path, manifest: Manifest) -> None:
+    from gte_deploy.exporters.triton.graph import write_graph
+
+    write_graph(source, target, manifest.spec)
+    for name in inspect_onnx(source).external_files:
+        if not (target.parent / name).exists():
+            shutil.copyfile(source.parent / name, target.parent / name)
+    if manifest.target == "cpu":
+        _require_equal(source, target, manifest.spec)
+
+
+def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
+    """Run the bundle's graph and the one that was made of it on the same rows.
+
+    Raises:
+        ParityError: an output differs.
+    """
+    import onnxruntime
+
+    from gte_deploy.backends.base import Batch
+    from gte_deploy.backends.onnx_backend import OnnxBackend
+    from gte_deploy.pooling import pool
+
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, spec.vocab_size, (3, 8))
+    mask = (np.arange(8) < np.array([[8], [5], [1]])).astype(np.int64)
+    by_row = np.array([[1, 7], [4, 2], [0, 0]])
+    masked = spec.task == "fill-mask"
+    pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
+    head = {"embed": [], "sparse": ["sparse_embedding"]}.get(spec.task, ["logits"])
+    names = ["last_hidden_state", *head]
+    types = generator.integers(0, spec.type_vocab_size, ids.shape) if spec.token_types else None
+    backend = OnnxBackend(source, spec, num_threads=1)
+    try:
+        expected = backend.run(Batch(ids, mask, pairs, types), names)
+    finally:
+        backend.close()
+    expected |= {f"embedding_{kind}": pool(expected["last_hidden_state"], mask, kind) for kind in ("mean", "cls")}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as it is served
+    session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
+    feed = {"input_ids": ids, "attention_mask": mask, **({"mask_positions": by_row} if masked else {})}
+    feed |= {} if types is None else {"token_type_ids": types}
+    found = dict(zip(expected, session.run(list(expected), feed), strict=True))
+    for name, values in expected.items():
+        difference = np.abs(found[name].reshape(values.shape) - values).max() / max(1.0, np.abs(values).max())
+        if not difference <= _MAX_DIFFERENCE:
+            raise ParityError(
+                f"{written.name} differs from {source} by {difference:.2g} in {name}; {_MAX_DIFFERENCE} is allowed"
+            )
+
+
+def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
+    plan = manifest.plan
+    if plan is None:
+        raise BundleError(f"{bundle} holds no TensorRT plan. Write one with gte-export --format trt.")
+    if plan.flavour != "tensorrt":
+        raise BundleError(
+            f"{bundle} holds a {plan.flavour} engine, and Triton runs TensorRT's. Build it where tensorrt is installed."
+        )
+    if plan.padding_free:
+        raise BundleError(
+            f"{bundle} holds a padding-free engine, and the repository's models send padded batches. Export it without "
+            "--padding remove."
+        )
+    shutil.copyfile(bundle / plan.path, folder / "model.plan")
+    return Encoder(
+        backend="tensorrt",
+        files={"gpu": "model.plan"},
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        profiles=plan.profiles,
+        max_masks=MAX_MASKS,
+    )
+
+
+def _limits(encoder: Encoder, spec: ModelSpec, max_batch_size: int | None) -> tuple[ModelSpec, list[Device]]:
+    """The spec with the longest text that is served, and the devices with the batches that the encoder takes.
+
+    Triton knows one batch size for all lengths, and a plan's profiles take fewer rows of longer texts.
+    """
+    devices = [default_device(name, max_batch_size) for name in encoder.files]
+    if not encoder.profiles:
+        return spec, devices
+    lengths = sorted({min(profile.max[1], spec.max_length) for profile in encoder.profiles})
+    rows = {length: max((p.max[0] for p in encoder.profiles if p.takes(1, length)), default=0) for length in lengths}
+    if max_batch_size is not None:
+        lengths = [length for length in lengths if min(rows[n] for n in lengths if n <= length) >= max_batch_size]
+    if not lengths or not rows[lengths[-1]]:
+        raise InputError(
+            f"no profile of the plan takes batches of 1 to {max_batch_size or 1} rows: "
+            f"{', '.join(map(str, encoder.profiles))}"
+        )
+    size = max_batch_size or min(rows[length] for length in lengths)
+    return dataclasses.replace(spec, max_length=lengths[-1]), [default_device(name, size) for name in encoder.files]
+
+
+def _write_models(
+    folder: Path, bundle: Path, serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]]
+) -> None:
+    default = next(iter(configs))
+    for name, config in configs[default].items():
+        version = folder / name / str(serving.version)
+        version.mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.pbtxt").write_text(to_pbtxt(config), encoding="utf-8")
+        if "cpu" in configs:
+            (folder / name / "configs").mkdir()
+            (folder / name / "configs" / "cpu.pbtxt").write_text(to_pbtxt(configs["cpu"][name]), encoding="utf-8")
+        if config.get("backend") == "python":
+            write_python_model(name, version, bundle)
+        if name == "gte_sparse_query_output":
+            assert serving.spec.sparse is not None and serving.spec.sparse.query_weights is not None
+            shutil.copyfile(bundle / serving.spec.sparse.query_weights, version / serving.spec.sparse.query_weights)
+        elif config.get("platform") == "ensemble":
+            (version / ".keep").touch()  # Triton wants the folder, and many a way of copying leaves empty ones out
+        if any("label_filename" in tensor for tensor in config["output"]):
+            labels = (serving.spec.id2label.get(i, str(i)) for i in range(serving.spec.num_labels))
+            (folder / name / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    _write_warmup(folder / ENCODER / "warmup", serving)
+
+
+def _write_warmup(folder: Path, serving: Serving) -> None:
+    folder.mkdir()
+    for length in warmup_lengths(serving):
+        for tensor in serving.encoder.inputs:
+            shape = warmup_shape(serving.encoder, tensor, length)
+            # One token over and over, none of it padding; the masks stand at the first, and the types are 0.
+            values = np.full(shape, tensor.name in ("input_ids", "attention_mask"), dtype=tensor.dtype)
+            (folder / warmup_file(tensor, length)).write_bytes(values.tobytes())
+
+
+def _write_documents(
+    folder: Path,
+    bundle: Path,
+    manifest: Manifest,
+    serving: Serving,
+    configs: Mapping[DeviceName, Mapping[str, Config]],
+) -> None:
+    (folder / "README.md").write_text(
+        readme(serving, configs, _name(manifest), manifest.missed_bounds), encoding="utf-8"
+    )
+    (folder / "Dockerfile").write_text(dockerfile(), encoding="utf-8")
+    for name in ("report.json", "report.html"):  # how the encoder compared with PyTorch
+        if (bundle / name).is_file():
+            shutil.copyfile(bundle / name, folder / name)
+
+
+def _check(folder: Path, report: Progress) -> bool:
+    """Whether the configurations could be checked.
+
+    Raises:
+        ExportError: and they have problems.
+    """
+    if importlib.util.find_spec("tritonclient") is None:
+        report("the configurations are not checked: pip install 'gte-deploy[triton]', then gte-export check")
+        return False
+    from gte_deploy.exporters.triton.checks import check_repository
+
+    report("check the configurations")
+    if problems := check_repository(folder):
+        raise ExportError("the repository does not pass its own checks: " + "; ".join(problems))
+    return True
+
+
+def _manifest_json(manifest: Manifest, files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "gte_deploy": __version__,
+        "spec": dataclasses.asdict(manifest.spec),
+        "precision": manifest.precision,
+        "source": dict(manifest.source),
+        "missed_bounds": list(manifest.missed_bounds),
+        "files": {name: dataclasses.asdict(entry) for name, entry in files.items()},
+    }
+
+
+def _name(manifest: Manifest) -> str:
+    return manifest.source.get("name", "gte").rpartition("/")[2]

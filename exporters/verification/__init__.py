@@ -1,0 +1,1 @@
+"""What was built, compared with PyTorch and with the checkpoint's own library."""

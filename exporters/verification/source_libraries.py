@@ -1,0 +1,366 @@
+"""The checkpoint's own library, and what both it and this package are asked.
+
+Nothing here reads a file of the checkpoint for itself: SentenceTransformer, CrossEncoder, SparseEncoder or transformers
+are given the folder. They stay off the network, load no pickle and run no code of the checkpoint.
+"""
+
+import importlib.metadata
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gte_deploy.batching import collate
+from gte_deploy.exporters.verification.closeness import Question
+from gte_deploy.exporters.verification.odd_texts import long_pairs, short_pairs
+from gte_deploy.files import read_json
+from gte_deploy.model import Model
+from gte_deploy.spec import ModelSpec
+
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+_TOP_K = 5
+_LOOKED_AT = 50
+_FEW = 4
+_LOCALLY = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is asked: short `texts`, one longer than `cut`, the limit of both sides, and the mask token, if any."""
+
+    texts: list[str]
+    long: str
+    cut: int
+    mask: str | None
+
+    @property
+    def all(self) -> list[str]:
+        """The short texts and the long one."""
+        return [*self.texts, self.long]
+
+    @property
+    def ragged(self) -> list[str]:
+        """A batch with much padding."""
+        return [self.texts[0], self.long]
+
+    @property
+    def few(self) -> list[str]:
+        """Some, for what costs another run of both models."""
+        return self.texts[-_FEW:]
+
+    @property
+    def length(self) -> dict[str, Any]:
+        """The arguments of this package's methods."""
+        return {"truncation": True, "max_length": self.cut}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A checkpoint opened by its own library.
+
+    Args:
+        title: its class, for people.
+        limit: longest input in tokens, as it says.
+        cut: sets another limit.
+        questions: yields what both sides are asked, given the model and texts.
+        config: of transformers.
+        similarity: how it compares embeddings, where it does.
+    """
+
+    title: str
+    limit: int
+    cut: Callable[[int], None]
+    questions: Callable[[Model, Texts], Iterator[Question]]
+    config: Any
+    similarity: str | None = None
+
+
+def library_of(checkpoint: Path, task: str) -> str:
+    """The name of the library that answers for a checkpoint, for people."""
+    of_its_kind = task in ("classify", "sparse") or (task == "embed" and (checkpoint / "modules.json").is_file())
+    return SENTENCE_TRANSFORMERS if of_its_kind else "transformers"
+
+
+def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[Library, str] | None:
+    """The library that a checkpoint is for, and its name with the version.
+
+    None where it is not to be had; what is not compared, and why, comes to `skipped`.
+    """
+    name = library_of(folder, spec.task)
+    if name == SENTENCE_TRANSFORMERS and importlib.util.find_spec("sentence_transformers") is None:
+        skipped.append(
+            "Pooling, prompts, activations and limits were not compared: the checkpoint's own library is not "
+            "installed: pip install sentence-transformers"
+        )
+        name = "transformers"
+    try:
+        opener = _OPENERS[spec.task] if name == SENTENCE_TRANSFORMERS else open_transformers
+        library = opener(folder, spec)
+    except Exception as error:  # whatever a library of others raises
+        skipped.append(f"Answers were not compared: {name} does not load the checkpoint ({short(error)}).")
+        return None
+    return library, f"{library.title} of {name} {importlib.metadata.version(name)}"
+
+
+def short(error: Exception) -> str:
+    """An error of a library in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
+    """SentenceTransformer.encode and its kin."""
+    from sentence_transformers import SentenceTransformer
+
+    opened: Any = SentenceTransformer(str(folder), **_options())
+
+    def questions(model: Model, given: Texts) -> Iterator[Question]:
+        def ask(what: str, texts: list[str], method: str = "encode", **options: Any) -> Question:
+            return Question(
+                what,
+                texts,
+                lambda: getattr(model, method)(texts, **options, **given.length),
+                lambda: getattr(opened, method)(texts, **options, show_progress_bar=False),
+            )
+
+        # Apart: the library pads every row of a batch to the longest.
+        yield ask("encode", given.texts)
+        yield ask("encode", given.ragged)
+        for name, prompt in opened.prompts.items():
+            if prompt or name in model.spec.prompts:  # the library has empty ones of its own
+                yield ask(f"encode with the prompt {name!r}", given.few, prompt_name=name)
+        if opened.default_prompt_name is not None:
+            yield ask("encode without a prompt", given.few, prompt="")
+        yield ask("encode_query", given.few, "encode_query")
+        yield ask("encode_document", given.few, "encode_document")
+        width = max(1, (opened.get_embedding_dimension() or 2) // 2)
+        yield ask("encode, truncated and normalised", given.few, truncate_dim=width, normalize_embeddings=True)
+
+    return _library("SentenceTransformer", opened, spec, questions, similarity=opened.similarity_fn_name)
+
+
+def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
+    """SparseEncoder.encode, as dense rows."""
+    from sentence_transformers import SparseEncoder
+
+    opened: Any = SparseEncoder(str(folder), **_options())
+    stored = read_json(folder / "modules.json")
+    if stored and len(stored) != len(opened):
+        # What does not call itself a SparseEncoder gets an autoencoder with random weights.
+        raise ValueError(f"it adds modules to the {len(stored)} of modules.json")
+
+    def questions(model: Any, given: Texts) -> Iterator[Question]:
+        dense = {"convert_to_sparse_tensor": False}
+
+        def ask(method: str, texts: list[str]) -> Question:
+            theirs = getattr(opened, method.removesuffix("_sparse"))
+            return Question(
+                method,
+                texts,
+                lambda: getattr(model, method)(texts, convert_to_tensor=True, **dense, **given.length).numpy(),
+                lambda: theirs(texts, **dense, show_progress_bar=False).numpy(),
+            )
+
+        yield ask("encode_sparse", given.texts)
+        yield ask("encode_document", given.ragged)
+        yield ask("encode_query", given.few)
+
+    return _library("SparseEncoder", opened, spec, questions)
+
+
+def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
+    """CrossEncoder.predict, of pairs and of single texts."""
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    opened: Any = CrossEncoder(str(folder), **_options())
+    seen = _Seen()
+    opened.model.register_forward_hook(seen.remember)
+
+    def questions(model: Model, given: Texts) -> Iterator[Question]:
+        pairs = short_pairs(given.texts)
+
+        def ask(what: str, inputs: list[Any], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Question:
+            return Question(
+                what,
+                inputs,
+                lambda: model.predict(inputs, **ours, **given.length),
+                lambda: opened.predict(inputs, **theirs, show_progress_bar=False),
+                "scores",
+                seen.scale,
+            )
+
+        yield ask("predict", pairs, {}, {})
+        yield ask("predict", long_pairs(given.texts, given.long)[:3], {}, {})
+        raw = ({"activation_fn": lambda logits: logits}, {"activation_fn": torch.nn.Identity()})
+        yield ask("predict without activation", pairs[:_FEW], *raw)
+        if spec.num_labels > 1:
+            yield ask("predict with softmax", pairs[:_FEW], {"apply_softmax": True}, {"apply_softmax": True})
+        if "prompt_name" in inspect.signature(model.predict).parameters:
+            for name in filter(opened.prompts.get, opened.prompts):
+                yield ask(
+                    f"predict with the prompt {name!r}", pairs[:_FEW], {"prompt_name": name}, {"prompt_name": name}
+                )
+        # The library takes single texts one by one.
+        yield Question(
+            "predict of single texts",
+            given.few,
+            lambda: model.predict([[text] for text in given.few], **given.length),
+            lambda: np.stack([opened.predict(text, show_progress_bar=False) for text in given.few]),
+            "scores",
+            seen.scale,
+        )
+
+    return _library("CrossEncoder", opened, spec, questions)
+
+
+def open_transformers(folder: Path, spec: ModelSpec) -> Library:
+    """The class of transformers for the task, fed by AutoTokenizer; for fill-mask its pipeline."""
+    import torch
+    import transformers
+
+    classes = {
+        "fill-mask": transformers.AutoModelForMaskedLM,
+        "classify": transformers.AutoModelForSequenceClassification,
+        "token-classify": transformers.AutoModelForTokenClassification,
+    }
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **_LOCALLY)
+    made: Any = classes.get(spec.task, transformers.AutoModel)
+    network: Any = made.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **_LOCALLY).eval()
+    limit = min(tokenizer.model_max_length, network.config.max_position_embeddings)
+    opened = _Network(network, tokenizer, frozenset(tokenizer.get_vocab().values()))
+    asks = opened.masks if spec.task == "fill-mask" else opened.tensors
+    return Library(type(network).__name__, limit, lambda cut: None, asks, network.config)
+
+
+_OPENERS: Mapping[str, Callable[[Path, ModelSpec], Library]] = {
+    "embed": open_sentence_transformer,
+    "classify": open_cross_encoder,
+    "sparse": open_sparse_encoder,
+}
+
+
+def _options() -> dict[str, Any]:
+    import torch
+
+    # The stored type may be 16 bits: the comparison is with the function, not with its rounding.
+    return {"device": "cpu", "model_kwargs": {"dtype": torch.float32, "use_safetensors": True}, **_LOCALLY}
+
+
+def _library(
+    title: str,
+    opened: Any,
+    spec: ModelSpec,
+    questions: Callable[[Model, Texts], Iterator[Question]],
+    similarity: str | None = None,
+) -> Library:
+    # A Router holds the transformer a level down.
+    config = next(part for part in opened.modules() if hasattr(part, "auto_model")).auto_model.config
+    limit = min(opened.max_seq_length or spec.max_length, config.max_position_embeddings)
+    return Library(title, limit, lambda cut: setattr(opened, "max_seq_length", cut), questions, config, similarity)
+
+
+@dataclass
+class _Seen:
+    """The largest logit of the last run."""
+
+    logits: list[float] = field(default_factory=lambda: [0.0])
+
+    def remember(self, module: Any, inputs: Any, output: Any) -> None:
+        """As a forward hook of torch."""
+        self.logits[0] = float(output["logits"].abs().max())
+
+    def scale(self) -> float:
+        """See `Question`."""
+        return self.logits[0]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A model of transformers, its tokenizer, and the ids that this has a token for."""
+
+    network: Any
+    tokenizer: Any
+    known: frozenset[int]
+
+    def masks(self, model: Model, given: Texts) -> Iterator[Question]:
+        """The fill-mask pipeline's answers to texts with one mask and with two."""
+        from transformers import pipeline
+
+        mask = given.mask
+        if mask is None:
+            return
+        pipe: Any = pipeline("fill-mask", model=self.network, tokenizer=self.tokenizer, device="cpu")
+        seen = _Seen()
+        self.network.register_forward_hook(seen.remember)
+        cut = {"truncation": True, "max_length": given.cut}
+        size = self.network.config.vocab_size
+        # The pipeline answers with rows that no token owns, too.
+        ours, theirs = min(_TOP_K, len(self.known)), min(_LOOKED_AT + size - len(self.known), size)
+
+        def ask(text: str) -> Question:
+            return Question(
+                "fill_mask",
+                [text],
+                lambda: model.fill_mask(text, top_k=ours, **given.length),
+                lambda: self._known(pipe(text, top_k=theirs, tokenizer_kwargs=cut)),
+                "masks",
+                seen.scale,
+            )
+
+        yield from (ask(f"{text} {mask}.") for text in given.texts[::2])
+        yield from (ask(f"{mask} {text} {mask}") for text in given.texts[1::2])
+        yield ask(f"{given.texts[0]} {mask} {given.long}")
+
+    def tensors(self, model: Model, given: Texts) -> Iterator[Question]:
+        """Logits, or hidden states where there is no head, of each text; for token-classify its pipeline's answers."""
+        name = "last_hidden_state" if model.spec.task in ("embed", "sparse") else "logits"
+
+        def ask(text: str) -> Question:
+            ours, theirs = (lambda: _tensor(model, text, name, given)), (lambda: self._tensor(text, name, given))
+            return Question(name, [text], ours, theirs, "scores" if name == "logits" else "vectors")
+
+        yield from map(ask, given.all)
+        if hasattr(model, "classify_tokens") and model.spec.task == "token-classify":
+            yield from self._tags(model, given)
+
+    def _tags(self, model: Any, given: Texts) -> Iterator[Question]:
+        from transformers import pipeline
+
+        pipe: Any = pipeline("token-classification", model=self.network, tokenizer=self.tokenizer, device="cpu")
+        seen = _Seen()
+        self.network.register_forward_hook(seen.remember)
+
+        def ask(text: str, strategy: str) -> Question:
+            return Question(
+                f"classify_tokens, aggregation {strategy!r}",
+                [text],
+                lambda: model.classify_tokens(text, aggregation_strategy=strategy),
+                lambda: pipe(text, aggregation_strategy=strategy),
+                "tags",
+                seen.scale,
+            )
+
+        yield from (ask(text, strategy) for strategy in ("none", "simple", "first") for text in given.few)
+
+    def _tensor(self, text: str, name: str, given: Texts) -> Any:
+        import torch
+
+        encoded = self.tokenizer(text, truncation=True, max_length=given.cut, return_tensors="pt")
+        with torch.inference_mode():
+            return self.network(**encoded)[name].numpy()
+
+    def _known(self, answers: list[Any]) -> list[Any]:
+        """Without the rows that only pad the vocabulary, which this package never answers."""
+        if isinstance(answers[0], list):
+            return [self._known(each) for each in answers]
+        return [answer for answer in answers if answer["token"] in self.known]
+
+
+def _tensor(model: Model, text: str, name: str, given: Texts) -> Any:
+    ids = model.tokenize([text], **given.length)["input_ids"]
+    return model._backend.run(collate(ids.tolist(), pad_token_id=model.spec.pad_token_id), (name,))[name]

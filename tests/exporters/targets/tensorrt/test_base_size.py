@@ -1,0 +1,61 @@
+"""An engine of gte-en-mlm-base's size, with random weights, is built within 2 GB of memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+
+LAYERS, GEMMS = 12, 6 * 12
+MAX_BYTES = 2 << 30
+# In a process of its own: what torch holds is not the builder's.
+BUILD = """
+import json, resource, sys
+from pathlib import Path
+import onnx_ir as ir
+from gte_deploy.exporters.graph import graph_of
+from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles
+from gte_deploy.exporters.targets.tensorrt.engine import TensorRTOptions, build_plan, choose_runtime
+file, counts = Path(sys.argv[1]), json.loads(sys.argv[2])
+plan = build_plan(
+    file, file.parent, choose_runtime("rtx"), TensorRTOptions(), graph=graph_of(ir.load(file), counts, 20),
+    num_layers=12, targets=("8.6", "8.9", "12.0"), profiles=default_profiles(8192),
+)
+print(json.dumps({"layers": plan.layers, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+@pytest.fixture(scope="module")
+def base():
+    """The FP32 graphs of a base-size encoder."""
+    torch = pytest.importorskip("torch")
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.models.checkpoint import MODEL_CLASSES
+    from gte_deploy.models.config import build_config
+
+    torch.manual_seed(0)
+    model = MODEL_CLASSES["embed"](build_config("gte-en-mlm-base")).eval()
+    return build_graphs(model, task="embed", max_length=8192, pooling="mean")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
+    from gte_deploy.exporters.graph.build import save_graph
+    from gte_deploy.exporters.graph.linears import find_linears
+    from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph
+
+    # What the scales are does not matter to the builder.
+    peaks = {linear.name: 8.0 for linear in find_linears(base["openvino"].model)}
+    plan = QdqPlan("int8", peaks) if precision == "int8" else None
+    graph = tensorrt_graph(base["openvino"], precision, num_layers=LAYERS, plan=plan)
+    save_graph(graph, tmp_path / "base.onnx")
+    command = [sys.executable, "-c", BUILD, str(tmp_path / "base.onnx"), json.dumps(graph.fusions)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert found["layers"]["fused_attention"] == LAYERS and found["layers"][f"{precision}_gemm"] >= GEMMS
+    assert found["bytes"] < MAX_BYTES
+    size = (tmp_path / "tensorrt/model.plan").stat().st_size
+    weights = sum(value.const_value.nbytes for value in graph.model.graph.initializers.values())
+    assert 0.9 * weights < size < 1.5 * weights

@@ -1,0 +1,141 @@
+"""Real engines, built by TensorRT-RTX on a machine without a GPU."""
+
+import dataclasses
+import json
+
+import onnx_ir as ir
+import pytest
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+
+from gte_deploy.bundle import open_bundle  # noqa: E402
+from gte_deploy.errors import ExportError, InputError  # noqa: E402
+from gte_deploy.exporters.cli import main  # noqa: E402
+from gte_deploy.exporters.graph.build import save_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, build_plan  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_targets  # noqa: E402
+
+OPTIONS = TensorRTOptions()
+PROFILES = default_profiles(8192)
+GEMMS = {"fp16": 0, "bf16": 0, "int8": 6, "fp8": 6}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return choose_runtime("rtx")
+
+
+@pytest.fixture
+def build(runtime, num_layers, tmp_path):
+    """`build(graph, file, precision)`: the plan's entry."""
+
+    def build_it(graph, file, precision, profiles=PROFILES, options=OPTIONS, targets=None):
+        targets = resolve_targets(runtime, targets, precision)
+        arguments = {"graph": graph, "num_layers": num_layers, "targets": targets, "profiles": profiles}
+        return build_plan(file, tmp_path, runtime, options, **arguments)
+
+    return build_it
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
+def test_an_engine_in_every_precision_to_8192_tokens(build, graphs, saved, num_layers, tmp_path, runtime, precision):
+    plan = build(graphs(precision), saved(precision), precision)
+    assert (plan.flavour, plan.version) == ("tensorrt-rtx", runtime.version)
+    assert plan.compute_capabilities == (("8.9", "12.0") if precision == "fp8" else ("8.6", "8.9", "12.0"))
+    assert plan.profiles == PROFILES and plan.timing_cache is None
+    assert plan.layers["fused_attention"] == num_layers
+    assert plan.layers.get(f"{precision}_gemm", 0) >= GEMMS[precision] * num_layers
+    shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*plan.inputs, *plan.outputs)}
+    hidden = ("batch", "sequence", 256)
+    assert shapes["input_ids"] == shapes["attention_mask"] == ("int64", ("batch", "sequence"))
+    assert shapes["mask_positions"] == ("int64", ("num_masks", 2))
+    assert shapes["last_hidden_state"] == ("float32", hidden)
+    size = (tmp_path / PLAN_PATH).stat().st_size
+    weights = sum(v.const_value.nbytes for v in graphs(precision).model.graph.initializers.values())
+    assert 0.9 * weights < size < 1.5 * weights + (4 << 20)
+
+
+def test_attention_that_is_not_fused_fails_the_export(build, graphs, tmp_path, num_layers):
+    """Q/DQ around the weights of attention is what costs the kernel."""
+    model = graphs("fp16").model.clone()
+    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
+        ((mixed, index),) = softmax.outputs[0].uses()
+        mixed.replace_input_with(index, _quantized(model.graph, softmax, mixed))
+    graph = dataclasses.replace(graphs("fp16"), model=model)
+    save_graph(graph, tmp_path / "unfused.onnx")
+    with pytest.raises(ExportError, match=f"fused attention.*{num_layers}"):
+        build(graph, tmp_path / "unfused.onnx", "fp16", PROFILES[:1])
+    assert not (tmp_path / PLAN_PATH).exists()
+
+
+def _quantized(graph, softmax, before):
+    import numpy as np
+
+    from gte_deploy.exporters.graph.editing import Builder, constant
+
+    build = Builder(graph, before, softmax.name)
+    scale = constant(graph, "probability_scale", np.array(1 / 127, np.float16))
+    zero = constant(graph, "probability_zero", np.array(0, np.int8))
+    narrow = build.op("QuantizeLinear", softmax.outputs[0], scale, zero, name="q", dtype=ir.DataType.INT8)
+    return build.op("DequantizeLinear", narrow, scale, zero, name="dq", dtype=ir.DataType.FLOAT16)
+
+
+def test_an_fp16_request_that_yields_fp32_fails(build, graphs, plain, tmp_path):
+    save_graph(plain["openvino"], tmp_path / "fp32.onnx")
+    with pytest.raises(ExportError, match="FP32, and the graph has it in 16 bits"):
+        build(graphs("fp16"), tmp_path / "fp32.onnx", "fp16", PROFILES[:1])
+
+
+def test_a_graph_that_tensorrt_cannot_read_is_an_error_with_its_reason(build, graphs, plain, tmp_path):
+    save_graph(plain["onnxruntime"], tmp_path / "fused.onnx")
+    with pytest.raises(ExportError, match="TensorRT-RTX .* cannot read the graph"):
+        build(graphs("fp16"), tmp_path / "fused.onnx", "fp16", PROFILES[:1])
+
+
+def test_a_timing_cache_is_for_ordinary_tensorrt(build, graphs, saved, tmp_path):
+    with pytest.raises(InputError, match="timing"):
+        build(graphs("fp16"), saved("fp16"), "fp16", options=TensorRTOptions(timing_cache=tmp_path / "cache"))
+
+
+@pytest.fixture
+def small(make_checkpoint, tmp_path):
+    return make_checkpoint(tmp_path / "small", hidden_size=64, heads=2, intermediate=128)
+
+
+def test_the_command_writes_a_bundle_that_describes_its_engine(small, tmp_path, capsys):
+    out = tmp_path / "bundle"
+    arguments = ["--max-len", "64", "--profile", "1x1:4x16:8x64", "--target", "sm89", "--keep-onnx"]
+    assert main([str(small), str(out), "--format", "trt", *arguments]) == 0
+    text, progress = capsys.readouterr()
+    assert "build with TensorRT-RTX" in progress and "no GPU" in progress
+    assert "tensorrt fp16: parity passed" in text and "2 fused attention" in text and "sm89" in text
+    manifest = open_bundle(out)
+    assert manifest.precision == "fp16" and manifest.plan.path in manifest.files
+    assert manifest.plan.profiles == (parse_profile("1x1:4x16:8x64"),)
+    assert manifest.graphs["tensorrt"].path == "onnx/model_tensorrt.onnx"
+    report = json.loads((out / "report.json").read_text())
+    assert report["plan"]["layers"]["fused_attention"] == 2
+    assert "fused attention" in (out / "report.html").read_text()
+
+
+def test_without_keep_onnx_the_bundle_holds_the_engine_alone(small, tmp_path, capsys):
+    out = tmp_path / "bundle"
+    assert main([str(small), str(out), "--format", "trt", "--max-len", "32", "--task", "embed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["version"] == trt.__version__
+    manifest = open_bundle(out)
+    assert not manifest.graphs and not (out / "onnx").exists()
+    assert [tensor.name for tensor in manifest.plan.outputs] == ["last_hidden_state", "sentence_embedding"]
+
+
+def test_onnx_only_needs_no_tensorrt_and_prints_the_line(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtimes, "_import", lambda flavour: None)
+    out = tmp_path / "bundle"
+    assert main([str(small), str(out), "--format", "trt", "--max-len", "32"]) == 3
+    assert "gte-deploy[rtx]" in capsys.readouterr().err and not out.exists()
+    assert main([str(small), str(out), "--format", "trt", "--max-len", "32", "--onnx-only"]) == 0
+    assert "trtexec --onnx=onnx/model_tensorrt.onnx" in capsys.readouterr().out
+    manifest = open_bundle(out)
+    assert manifest.plan is None and list(manifest.graphs) == ["tensorrt"]
