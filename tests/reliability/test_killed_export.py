@@ -31,7 +31,7 @@ class Countdown:
 
 def write_small(target, mark, at, exchange):
     from gte_deploy.bundle import GraphEntry, Manifest
-    from gte_deploy.exporters import bundle_writer as writer
+    from gte_deploy.exporters.bundle import writer
     from gte_deploy.spec import ModelSpec
     if not exchange:
         writer._exchange = lambda first, second: False
@@ -61,7 +61,7 @@ if sys.argv[1] == "export":
     tqdm.tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
     import gte_deploy.backends.onnx_backend, gte_deploy.backends.openvino_backend
     import gte_deploy.exporters.bundle.contents, gte_deploy.exporters.verification.parity
-    from gte_deploy.exporters import graph
+    from gte_deploy.exporters.graph import build as graph
     from gte_deploy.exporters.export import export
     from gte_deploy.models.checkpoint import load_model
     torch.set_num_threads(1)
