@@ -18,7 +18,7 @@ from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, e
 from gte_deploy.exporters.export import ExportResult, export
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
-from gte_deploy.exporters.targets.base import Target
+from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.repository import RepositoryResult, export_repository
 from gte_deploy.options import add_arguments, flags_of, options_of, parse_given
@@ -185,7 +185,7 @@ def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequen
             flag = flags_of(name, described)[0]
             if name not in known:
                 raise InputError(f"{flag} is for {_takers(name)}")
-            if (allowed := known[name].precisions) and precision not in allowed:
+            if (allowed := allowed_precisions(known[name], target)) and precision not in allowed:
                 raise InputError(f"{flag} is for --precision {' and '.join(allowed)}")
 
 
@@ -203,9 +203,10 @@ def _asked_by(kind: type[Target]) -> str:
 
 def _not_in_precision(precision: str, target: type[Target]) -> str:
     takers = " or ".join(_asked_by(kind) for kind in target_classes() if precision in kind.precisions)
+    hint = " A CPU that has bfloat16 computes an fp32 bundle in it: load(…, backend='openvino', precision='bf16')."
     return (
-        f"--precision {precision} is for {takers}; {_asked_by(target)} is written in {', '.join(target.precisions)}. A "
-        "CPU that has bfloat16 computes an fp32 bundle in it: load(…, backend='openvino', precision='bf16')."
+        f"--precision {precision} is for {takers}; {_asked_by(target)} is written in {', '.join(target.precisions)}."
+        f"{hint if precision == 'bf16' else ''}"
     )
 
 

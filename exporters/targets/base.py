@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gte_deploy.errors import InputError
 from gte_deploy.exporters.job import Built, Job
-from gte_deploy.options import check_choices, options_given
+from gte_deploy.options import Option, check_choices, options_given
 from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
@@ -66,9 +66,8 @@ class Target(ABC):
         """
         check_choices(self.options)
         for name, described in options_given(self.options):
-            if described.precisions and precision not in described.precisions:
-                wanted = " and ".join(described.precisions)
-                raise InputError(f"{name} is for precision {wanted}, and the precision is {precision}")
+            if (allowed := allowed_precisions(described, type(self))) and precision not in allowed:
+                raise InputError(f"{name} is for precision {' and '.join(allowed)}, and the precision is {precision}")
 
     def check_model(self, spec: ModelSpec, precision: Precision) -> None:  # noqa: B027 - most refuse nothing
         """Refuse a model that this target cannot run, before its weights are loaded.
@@ -106,6 +105,11 @@ def closing(opened: Mapping[Any, Any]) -> Any:
         for value in opened.values():
             stack.callback(value.close)
         yield opened
+
+
+def allowed_precisions(described: Option, target: type[Target]) -> list[Precision]:
+    """The precisions of a target that an option is for; empty for all."""
+    return [precision for precision in target.precisions if precision in described.precisions]
 
 
 def refuse_token_weights(spec: ModelSpec) -> None:

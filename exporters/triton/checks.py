@@ -108,9 +108,10 @@ def _variant_problems(models: Sequence[Path], variant: str | None) -> Iterator[s
 
 def _parse(file: Path) -> Any:
     from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2
+    from tritonclient.grpc import model_config_pb2  # the classes are made at import: no checker sees them
 
-    return text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    messages: Any = model_config_pb2
+    return text_format.Parse(file.read_text(encoding="utf-8"), messages.ModelConfig())
 
 
 def _parse_error() -> type[Exception]:
@@ -369,4 +370,5 @@ def _joint(where: str, maker: tuple[Any, bool], taker: tuple[Any, bool]) -> Iter
 def _type_name(tensor: Any) -> str:
     from tritonclient.grpc import model_config_pb2
 
-    return model_config_pb2.DataType.Name(tensor.data_type)
+    messages: Any = model_config_pb2
+    return messages.DataType.Name(tensor.data_type)

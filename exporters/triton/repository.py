@@ -131,7 +131,7 @@ def export_repository(
             response_cache=options.response_cache,
         )
         report("write the models and their configurations")
-        configs = {device.name: all_configs(serving, device) for device in devices}
+        configs: dict[DeviceName, dict[str, Config]] = {device.name: all_configs(serving, device) for device in devices}
         _write_models(folder, bundle, serving, configs)
         _write_documents(folder, bundle, manifest, serving, configs)
         shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
@@ -292,7 +292,7 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
     feed = {"input_ids": ids, "attention_mask": mask, **({"mask_positions": by_row} if masked else {})}
     feed |= {} if types is None else {"token_type_ids": types}
-    found = dict(zip(expected, session.run(list(expected), feed), strict=True))
+    found = {name: np.asarray(value) for name, value in zip(expected, session.run(list(expected), feed), strict=True)}
     for name, values in expected.items():
         difference = np.abs(found[name].reshape(values.shape) - values).max() / max(1.0, np.abs(values).max())
         if not difference <= _MAX_DIFFERENCE:

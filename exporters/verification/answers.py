@@ -141,7 +141,8 @@ def verify_against(bundle: Path, checkpoint: Path) -> Check:
             raise MissingDependencyError(module, "export")
     manifest, asked = read_manifest(bundle), Asked(limit="shorter")
     of_cpus: tuple[BackendName, ...] = ("onnx", "openvino")
-    engine = next((name for name in of_cpus if ENGINE_OF[name] in manifest.graphs), None)
+    found = [name for name in of_cpus if ENGINE_OF[name] in manifest.graphs]
+    engine: BackendName | None = found[0] if found else None
     try:
         model = None if engine is None else load(bundle, backend=engine)
     except BackendError:  # its engine needs another machine
@@ -402,7 +403,7 @@ def _compare_rotation(source: _Source, findings: _Findings) -> None:
     if is_original(source.checkpoint):
         wanted, scale = rotation_frequencies(source.config), 1.0
     else:
-        config = AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
         rotary: Any = GteRotaryEmbedding(config)
         wanted, scale = rotary.inv_freq.double().numpy(), rotary.attention_scaling
     rotary = GteRotaryEmbedding(read_config(source.checkpoint))

@@ -138,7 +138,8 @@ class PackedOnnx:
         self._layout = PackedLayout({tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)})
         self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
         masks = "mask_positions" in self._dtypes
-        self._masks = [mask_profile(profile)[::2] for profile in profiles] if masks else None
+        ends = [mask_profile(profile) for profile in profiles]
+        self._masks = [(fewest, most) for fewest, _, most in ends] if masks else None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cpus()
         options.log_severity_level = 3

@@ -43,7 +43,7 @@ class TensorRTTarget(Target):
         super().check(precision)
         self.options.texts()
         if precision == "fp8" and self.options.calibrator == "entropy":
-            raise InputError("calibrator entropy is about 128 integer levels; for fp8 take max or percentile")
+            raise InputError("calibrator entropy is made for 128 integer levels; take max or percentile for fp8")
         if self.options.profiles and self.options.lengths is not None:
             raise InputError("profiles come from --profile or from --lengths, not from both")
 

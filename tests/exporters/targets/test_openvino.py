@@ -75,7 +75,7 @@ def test_another_backend_is_refused_by_name(bundle):
             "precision of format onnx, target openvino is 'int8-weight'; expected one of fp32",
         ),
         ({"activations": "dynamic"}, "activations is 'dynamic'; that is for target cpu"),
-        ({"calibration": "texts.txt"}, "calibration is for precision int8 and fp8, and the precision is fp32"),
+        ({"calibration": "texts.txt"}, "calibration is for precision int8, and the precision is fp32"),
         ({"verbosity": 3}, "verbosity is 3; there is no such option"),
     ],
 )
