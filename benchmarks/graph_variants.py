@@ -46,7 +46,7 @@ from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, operand, producer, replace
-from gte_deploy.exporters.graph.fusion import PACKED_PASSES, PASSES, FusionPass, fuse_graph
+from gte_deploy.exporters.graph.fusion import MERGED_PASSES, PASSES, FusionPass, fuse_graph
 from gte_deploy.exporters.graph.trace import trace
 from gte_deploy.models.presets import preset
 
@@ -144,8 +144,8 @@ VARIANTS: dict[str, Callable[[ir.Model, int], None]] = {
     "plain": lambda model, layers: None,
     "fused": _fused,
     "skip-layer-norm": _skip_layer_norm,
-    "packed": lambda model, layers: _fused(model, layers, passes=PACKED_PASSES),
-    "packed-qkv": lambda model, layers: _fused(model, layers, "up_gate", "glu", passes=PACKED_PASSES),
+    "packed": lambda model, layers: _fused(model, layers, passes=MERGED_PASSES),
+    "packed-qkv": lambda model, layers: _fused(model, layers, "up_gate", "glu", passes=MERGED_PASSES),
     "no-rows": lambda model, layers: _fused(model, layers, "projections", "skip_layer_norm"),
     "no-mask": _no_mask,
     "key-padding-mask": lambda model, layers: _no_mask(model, layers, as_input=True),

@@ -222,7 +222,7 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
             precision=job.precision,
             tokens=TokenSource.from_tokenizer(job.tokenizer),
             texts=[] if job.precision == "fp32" else _evaluation_batches(job.tokenizer, spec),
-            not_proven=[*built.caveats, *candidates.caveats],
+            caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )
 

@@ -68,7 +68,7 @@ class GraphEntry:
         inputs: in graph order.
         outputs: in graph order.
         fusions: pass -> how often it fired.
-        computes: what the engine was proven to compute it in; it may be asked for others.
+        computes: the precisions that the export verified; the engine may be asked to compute in others.
     """
 
     path: str

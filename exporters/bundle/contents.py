@@ -47,7 +47,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
             inputs=graph.inputs,
             outputs=graph.outputs,
             fusions=graph.fusions,
-            computes=parity.proven(engine),
+            computes=parity.verified(engine),
         )
         for engine, graph in built.graphs.items()
     }

@@ -1,4 +1,4 @@
-"""A bundle on disk, whole or not there: written beside the target, synced, then renamed over it in one step.
+"""A bundle on disk, whole or not there: written beside the destination, synced, then renamed over it in one step.
 
 A kill at any moment leaves the old bundle, the new one, or (only where the file system cannot exchange two
 directories) neither, with the old one put back by the next export.
@@ -38,48 +38,50 @@ def bundle_files(folder: Path) -> set[str]:
     return set(read_manifest(folder).files)
 
 
-def check_target(target: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> None:
-    """Refuse a target that an export must not replace.
+def check_destination(destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> None:
+    """Refuse a destination that an export must not replace.
 
     `files_of` names the files of an earlier export, but for its manifest.
 
     Raises:
-        ExportError: `target` holds anything and `force` is False, or holds anything but such an export.
+        ExportError: `destination` holds anything and `force` is False, or holds anything but such an export.
     """
-    if not os.path.lexists(target):
+    if not os.path.lexists(destination):
         return
-    if not target.is_dir():
-        raise ExportError(f"{target} is not a folder. Choose another output, or remove it.")
-    if not any(target.iterdir()):
+    if not destination.is_dir():
+        raise ExportError(f"{destination} is not a folder. Choose another output, or remove it.")
+    if not any(destination.iterdir()):
         return
-    if not is_bundle(target):
-        raise ExportError(f"{target} holds files and is not a bundle, so nothing replaces it. Choose another output.")
-    if not force:
-        raise ExportError(f"{target} exists already. Replace it with --force, or choose another output.")
-    try:
-        known = {MANIFEST_NAME, *files_of(target)}
-    except BundleError as error:
-        raise ExportError(f"{target} is not replaced: {error} Or remove it, or choose another output.") from error
-    # A server that imported a Python model of a repository leaves its byte code there.
-    if strangers := sorted(name for name in _tree(target) - known if "__pycache__/" not in name):
+    if not is_bundle(destination):
         raise ExportError(
-            f"{target} holds files that no export wrote: {', '.join(strangers[:5])}. Move them away first."
+            f"{destination} holds files and is not a bundle, so nothing replaces it. Choose another output."
+        )
+    if not force:
+        raise ExportError(f"{destination} exists already. Replace it with --force, or choose another output.")
+    try:
+        known = {MANIFEST_NAME, *files_of(destination)}
+    except BundleError as error:
+        raise ExportError(f"{destination} is not replaced: {error} Or remove it, or choose another output.") from error
+    # A server that imported a Python model of a repository leaves its byte code there.
+    if strangers := sorted(name for name in _tree(destination) - known if "__pycache__/" not in name):
+        raise ExportError(
+            f"{destination} holds files that no export wrote: {', '.join(strangers[:5])}. Move them away first."
         )
 
 
 @contextlib.contextmanager
-def staging(target: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> Iterator[Path]:
-    """A new folder beside `target` to fill; removed on leaving, unless `publish` has renamed it.
+def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> Iterator[Path]:
+    """A new folder beside `destination` to fill; removed on leaving, unless `publish` has renamed it.
 
-    What killed exports to the same target left behind is cleaned first.
+    What killed exports to the same destination left behind is cleaned first.
 
     Raises:
-        ExportError: the target must not be replaced; see `check_target`.
+        ExportError: the destination must not be replaced; see `check_destination`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clean_stale(target)
-    check_target(target, force=force, files_of=files_of)
-    folder, lock = _create_locked(target)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(destination)
+    check_destination(destination, force=force, files_of=files_of)
+    folder, lock = _create_locked(destination)
     try:
         yield folder
     finally:
@@ -87,13 +89,13 @@ def staging(target: Path, *, force: bool, files_of: Callable[[Path], set[str]] =
         os.close(lock)
 
 
-def clean_stale(target: Path) -> None:
-    """Remove the staging folders of dead exports to `target`; put an old bundle back that one had moved aside."""
-    for folder in _leftovers(target, _OLD):
-        if not os.path.lexists(target):
-            folder.rename(target)
+def clean_stale(destination: Path) -> None:
+    """Remove the staging folders of dead exports to `destination`; put an old bundle back that one had moved aside."""
+    for folder in _leftovers(destination, _OLD):
+        if not os.path.lexists(destination):
+            folder.rename(destination)
     for suffix in (_STAGING, _OLD):
-        for folder in _leftovers(target, suffix):
+        for folder in _leftovers(destination, suffix):
             lock = _try_lock(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -135,30 +137,32 @@ def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
         sync_directory(directory)
 
 
-def publish(folder: Path, target: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> None:
-    """Make the sealed `folder` the bundle at `target`.
+def publish(
+    folder: Path, destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files
+) -> None:
+    """Make the sealed `folder` the bundle at `destination`.
 
     Raises:
-        ExportError: the target must not be replaced; see `check_target`.
+        ExportError: the destination must not be replaced; see `check_destination`.
     """
-    check_target(target, force=force, files_of=files_of)
-    if is_bundle(target):
-        _replace(folder, target)
+    check_destination(destination, force=force, files_of=files_of)
+    if is_bundle(destination):
+        _replace(folder, destination)
     else:
-        # Never over a folder with files: rename(2) refuses that, so a target that appeared just now is safe as well.
-        folder.rename(target)
-    sync_directory(target.parent)
+        # Never over a folder with files: rename(2) refuses that, so one that appeared just now is safe as well.
+        folder.rename(destination)
+    sync_directory(destination.parent)
 
 
-def _replace(folder: Path, target: Path) -> None:
-    if _exchange(folder, target):
+def _replace(folder: Path, destination: Path) -> None:
+    if _exchange(folder, destination):
         return  # `folder` is the old bundle now, and `staging` removes it
     aside = folder.with_suffix(_OLD)
-    target.rename(aside)
+    destination.rename(aside)
     try:
-        folder.rename(target)
+        folder.rename(destination)
     except BaseException:
-        aside.rename(target)
+        aside.rename(destination)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
@@ -177,11 +181,11 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
-def _create_locked(target: Path) -> tuple[Path, int]:
+def _create_locked(destination: Path) -> tuple[Path, int]:
     # A lock on the folder tells the living from the dead: the kernel drops it when its owner dies, however it dies,
     # and unlike a process id it means the same in every container that mounts the file system.
     while True:
-        folder = target.parent / f".{target.name}.{secrets.token_hex(4)}{_STAGING}"
+        folder = destination.parent / f".{destination.name}.{secrets.token_hex(4)}{_STAGING}"
         folder.mkdir(mode=DIRECTORY_MODE)
         lock = os.open(folder, os.O_RDONLY)
         with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever taken for stale
@@ -191,10 +195,10 @@ def _create_locked(target: Path) -> tuple[Path, int]:
         os.close(lock)  # another export took it for stale between mkdir and flock
 
 
-def _leftovers(target: Path, suffix: str) -> list[Path]:
+def _leftovers(destination: Path, suffix: str) -> list[Path]:
     # The whole name is matched: beside "a" there may be the staging folder of "a.b".
-    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
-    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+    pattern = re.compile(re.escape(f".{destination.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
+    return [path for path in destination.parent.iterdir() if pattern.fullmatch(path.name)]
 
 
 def _try_lock(folder: Path) -> int | None:

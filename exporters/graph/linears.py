@@ -37,7 +37,7 @@ class Linear:
         return contents.T if self.transposed else contents
 
 
-def find_linears(model: ir.Model) -> list[Linear]:
+def find_linear_layers(model: ir.Model) -> list[Linear]:
     """Every linear layer, in graph order."""
     return [linear for node in model.graph if (linear := linear_of(node)) is not None]
 

@@ -16,7 +16,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import integers
-from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.exporters.graph.linears import find_linear_layers
 from gte_deploy.spec import ModelSpec
 
 Calibrator = Literal["max", "percentile", "entropy"]
@@ -40,7 +40,7 @@ def measure_ranges(graph: Graph, spec: ModelSpec, batches: Sequence[Batch]) -> d
     Padding counts as well: a graph that is quantized per tensor meets it too.
     """
     model = graph.model.clone()
-    linears = find_linears(model)
+    linears = find_linear_layers(model)
     inputs = {linear.name: linear.x for linear in linears}
     widths = {linear.x: linear.matrix().shape[0] for linear in linears}
     outputs = {x: _range_outputs(model.graph, x, channels) for x, channels in widths.items()}
@@ -70,7 +70,7 @@ def _range_outputs(graph: ir.Graph, value: ir.Value, channels: int) -> tuple[str
     return names[0], names[1]
 
 
-def measure_peaks(
+def measure_amax(
     graph: Graph,
     spec: ModelSpec,
     batches: Sequence[Batch],
@@ -111,7 +111,7 @@ def _histograms(
 ) -> dict[str, NDArray[np.int64]]:
     """Weight's name -> how many magnitudes of its input fall in each of `_BINS` parts of 0 … largest."""
     model = graph.model.clone()
-    inputs = {linear.name: linear.x for linear in find_linears(model) if linear.name in largest}
+    inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in largest}
     for value in dict.fromkeys(inputs.values()):
         if not value.is_graph_output():
             model.graph.outputs.append(value)

@@ -37,7 +37,7 @@ from gte_deploy.exporters.graph.editing import (
     replace,
     scope_of,
 )
-from gte_deploy.exporters.graph.linears import Linear, find_linears, linear_of
+from gte_deploy.exporters.graph.linears import Linear, find_linear_layers, linear_of
 from gte_deploy.exporters.quantization.calibration import Range
 from gte_deploy.spec import Engine
 
@@ -54,37 +54,38 @@ _MIN_SCALE = 1e-5
 
 
 @dataclass(frozen=True)
-class Int8Plan:
+class Int8Scheme:
     """What is quantized and how; made once, applied to the graph of each engine.
 
     Args:
         ranges: weight's name -> the layer's input on calibration texts, before smoothing.
         smoothing: down projection's weight -> s [in], float32.
-        high: names of weights that stay FP32. Heads that see a few rows only are always among them: they cost nothing.
+        excluded: names of weights that stay FP32. Heads that see few rows are always among them: they
+            cost nothing.
         reduce_range: weights in -63 … 63, for CPUs without VNNI.
     """
 
     ranges: Mapping[str, Range]
     smoothing: Mapping[str, NDArray[np.float32]]
-    high: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
     reduce_range: bool = False
 
-    def keeping(self, high: Collection[str]) -> "Int8Plan":
+    def excluding(self, names: Collection[str]) -> "Int8Scheme":
         """The same with these weights in FP32 as well."""
-        return dataclasses.replace(self, high=self.high | frozenset(high))
+        return dataclasses.replace(self, excluded=self.excluded | frozenset(names))
 
 
-def plan_int8(model: ir.Model, ranges: Mapping[str, Range], *, reduce_range: bool = False) -> Int8Plan:
-    """Plan for a model, from any FP32 graph of it."""
-    linears = find_linears(model)
-    return Int8Plan(
+def int8_scheme(model: ir.Model, ranges: Mapping[str, Range], *, reduce_range: bool = False) -> Int8Scheme:
+    """The scheme for a model, made from any FP32 graph of it."""
+    linears = find_linear_layers(model)
+    return Int8Scheme(
         ranges=ranges,
         smoothing={
             down.name: _smoothing_scales(down.matrix(), ranges[down.name])
             for down in linears
             if _up_projection(down) is not None
         },
-        high=frozenset(linear.name for linear in linears if not is_large(linear.name)),
+        excluded=frozenset(linear.name for linear in linears if not is_large(linear.name)),
         reduce_range=reduce_range,
     )
 
@@ -94,21 +95,21 @@ def is_large(weight: str) -> bool:
     return ".layers." in f".{weight}" or "decoder" in weight
 
 
-def quantize_int8(model: ir.Model, plan: Int8Plan, *, engine: Engine, activations: Activations) -> dict[str, int]:
+def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activations: Activations) -> dict[str, int]:
     """Rewrite an FP32 graph in place; how many linear layers and embeddings became int8 and how many stayed.
 
     OpenVINO's graph is always static: the engine has no integer kernel for dynamic activations.
     """
     graph = model.graph
-    smooth(model, plan.smoothing)
-    linears = find_linears(model)
-    chosen = [linear for linear in linears if linear.name not in plan.high]
+    smooth(model, scheme.smoothing)
+    linears = find_linear_layers(model)
+    chosen = [linear for linear in linears if linear.name not in scheme.excluded]
     for linear in chosen:
         build = Builder(graph, linear.node, scope_of(linear.node))
         product = _integer_product if engine == "onnxruntime" else _dequantized_product
-        replace(linear.node.outputs[0], product(build, linear, plan, activations))
+        replace(linear.node.outputs[0], product(build, linear, scheme, activations))
     ir_passes.RemoveUnusedNodesPass()(model)  # a tied decoder's, which would hold the embeddings
-    embeddings = quantize_embeddings(graph, plan.high)
+    embeddings = quantize_embeddings(graph, scheme.excluded)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # layers that share an input quantize it once
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
@@ -117,7 +118,7 @@ def quantize_int8(model: ir.Model, plan: Int8Plan, *, engine: Engine, activation
 
 def smooth(model: ir.Model, smoothing: Mapping[str, NDArray[np.float32]]) -> None:
     """Even out the inputs of the down projections named in `smoothing`, in place."""
-    for down in find_linears(model):
+    for down in find_linear_layers(model):
         if (scales := smoothing.get(down.name)) is not None:
             _smooth(down, scales)
 
@@ -161,27 +162,27 @@ def _smooth(down: Linear, scales: NDArray[np.float32]) -> None:
         linear.weight.const_value = ir.tensor(matrix, name=linear.weight.name)
 
 
-def _integer_product(build: Builder, linear: Linear, plan: Int8Plan, activations: Activations) -> ir.Value:
+def _integer_product(build: Builder, linear: Linear, scheme: Int8Scheme, activations: Activations) -> ir.Value:
     if activations == "dynamic":
         quantized, scale, zero = build.node("DynamicQuantizeLinear", [linear.x], outputs=3, dtype=ir.DataType.UINT8)
         scale.dtype = ir.DataType.FLOAT
     else:
-        quantized, scale, zero = _quantized_input(build, linear, plan)
-    weight, weight_scale = _quantized_weight(build.graph, linear, plan)
+        quantized, scale, zero = _quantized_input(build, linear, scheme)
+    weight, weight_scale = _quantized_weight(build.graph, linear, scheme)
     inputs = [quantized, weight, scale, weight_scale, zero, None, linear.bias]
     return build.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
 
 
-def _dequantized_product(build: Builder, linear: Linear, plan: Int8Plan, activations: Activations) -> ir.Value:
-    quantized, scale, zero = _quantized_input(build, linear, plan)
+def _dequantized_product(build: Builder, linear: Linear, scheme: Int8Scheme, activations: Activations) -> ir.Value:
+    quantized, scale, zero = _quantized_input(build, linear, scheme)
     x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
-    weight = build.op("DequantizeLinear", *_quantized_weight(build.graph, linear, plan), name="weight", axis=1)
+    weight = build.op("DequantizeLinear", *_quantized_weight(build.graph, linear, scheme), name="weight", axis=1)
     product = build.op("MatMul", x, weight)
     return product if linear.bias is None else build.op("Add", product, linear.bias)
 
 
-def _quantized_input(build: Builder, linear: Linear, plan: Int8Plan) -> tuple[ir.Value, ir.Value, ir.Value]:
-    found, smoothing = plan.ranges[linear.name], plan.smoothing.get(linear.name, np.float32(1))
+def _quantized_input(build: Builder, linear: Linear, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value, ir.Value]:
+    found, smoothing = scheme.ranges[linear.name], scheme.smoothing.get(linear.name, np.float32(1))
     scale, zero = activation_scale(float((found.low / smoothing).min()), float((found.high / smoothing).max()))
     title = f"{linear.x.name}/quantized"  # for all layers that take this input
     constants = (
@@ -192,8 +193,8 @@ def _quantized_input(build: Builder, linear: Linear, plan: Int8Plan) -> tuple[ir
     return quantized, *constants
 
 
-def _quantized_weight(graph: ir.Graph, linear: Linear, plan: Int8Plan) -> tuple[ir.Value, ir.Value]:
-    largest = _LARGEST_REDUCED if plan.reduce_range else _LARGEST
+def _quantized_weight(graph: ir.Graph, linear: Linear, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value]:
+    largest = _LARGEST_REDUCED if scheme.reduce_range else _LARGEST
     quantized, scale = quantize_columns(linear.matrix(), largest)
     return (
         initializer(graph, f"{linear.name}.int8", ir.tensor(quantized)),
@@ -201,7 +202,7 @@ def _quantized_weight(graph: ir.Graph, linear: Linear, plan: Int8Plan) -> tuple[
     )
 
 
-def quantize_embeddings(graph: ir.Graph, high: Collection[str] = ()) -> int:
+def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
     """Tables [rows, H] of Gathers that nothing else needs in FP32 -> int8 rows with a scale each; how many."""
     count = 0
     for node in [node for node in graph if node.op_type == "Gather"]:
@@ -209,7 +210,7 @@ def quantize_embeddings(graph: ir.Graph, high: Collection[str] = ()) -> int:
         tensor = table.const_value
         if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
             continue
-        if table.name in high or len(table.uses()) > 1 or node.attributes.get_int("axis") not in (None, 0):
+        if table.name in excluded or len(table.uses()) > 1 or node.attributes.get_int("axis") not in (None, 0):
             continue
         if ids.name == "token_type_ids":  # the few rows of token types would save nothing
             continue

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gte_deploy.exporters.graph.build import Graph
-from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.exporters.graph.linears import find_linear_layers
 from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running
-from gte_deploy.exporters.quantization.int8 import Activations, plan_int8, quantize_int8
+from gte_deploy.exporters.quantization.int8 import Activations, int8_scheme, quantize_int8
 from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivity
 from gte_deploy.exporters.quantization.weight_only import Bits, quantize_weights
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, AccuracyBounds, TextReference
@@ -69,32 +69,32 @@ def quantize_graphs(
         return Quantized({"onnxruntime": _with(graphs["onnxruntime"], copy, counts)})
     fp32 = graphs["onnxruntime"]
     texts, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
-    plan = plan_int8(fp32.model, ranges, reduce_range=reduce_range)
+    scheme = int8_scheme(fp32.model, ranges, reduce_range=reduce_range)
     # Static is the stricter form, and OpenVINO's.
     judged: Activations = "static" if "openvino" in graphs else activations
 
-    def tried(high: frozenset[str]) -> Graph:
+    def tried(excluded: frozenset[str]) -> Graph:
         model = fp32.model.clone()
-        quantize_int8(model, plan.keeping(high), engine="onnxruntime", activations=judged)
+        quantize_int8(model, scheme.excluding(excluded), engine="onnxruntime", activations=judged)
         return dataclasses.replace(fp32, model=model)
 
-    found = sweep(fp32, plan.high, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
-    plan = plan.keeping(found.high)
+    found = sweep(fp32, scheme.excluded, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
+    scheme = scheme.excluding(found.excluded)
     made: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
         copy = graph.model.clone()
-        made[engine] = _with(graph, copy, quantize_int8(copy, plan, engine=engine, activations=activations))
+        made[engine] = _with(graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations))
     return Quantized(made, found)
 
 
-def groups_of(graph: Graph, high: Collection[str]) -> dict[str, list[str]]:
+def groups_of(graph: Graph, excluded: Collection[str]) -> dict[str, list[str]]:
     """Weights that a sweep judges together: "gte.layers.0.self_attn.qkv" -> those of queries, keys and values.
 
-    The weights named in `high` stay in a higher precision and are left out.
+    The weights named in `excluded` stay in a higher precision and are left out.
     """
     groups: dict[str, list[str]] = {}
-    for linear in find_linears(graph.model):
-        if linear.name not in high:
+    for linear in find_linear_layers(graph.model):
+        if linear.name not in excluded:
             module, _, role = linear.name.removesuffix(".weight").rpartition(".")
             if role.isdigit():  # a part of the vocabulary's matrix
                 module, _, role = module.rpartition(".")
@@ -120,7 +120,7 @@ def calibrated(
 
 def sweep(
     fp32: Graph,
-    high: Collection[str],
+    excluded: Collection[str],
     quantize: Callable[[frozenset[str]], Graph],
     precision: Precision,
     *,
@@ -133,7 +133,7 @@ def sweep(
 
     Args:
         fp32: the graph that is quantized.
-        high: weights that stay in a higher precision anyhow.
+        excluded: weights that stay in a higher precision anyhow.
         quantize: makes the graph in which these weights stay in a higher precision as well.
         precision: sets the bounds of accuracy.
         texts: the calibration texts.
@@ -142,15 +142,15 @@ def sweep(
         progress: called with a line for every measurement.
     """
     bounds = ACCURACY_BOUNDS[precision]
-    groups = groups_of(fp32, high)
+    groups = groups_of(fp32, excluded)
     sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
     rounds = [text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS, round=i) for i in range(ROUNDS)]
     with running(fp32, spec) as backend:
         few, all_of_them = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
 
         def measured(by: TextReference, bounds: AccuracyBounds | None = None) -> Callable[[frozenset[str]], Accuracy]:
-            def measure(high: frozenset[str]) -> Accuracy:
-                with running(quantize(high), spec) as candidate:
+            def measure(excluded: frozenset[str]) -> Accuracy:
+                with running(quantize(excluded), spec) as candidate:
                     return by.compare(candidate, bounds)
 
             return measure

@@ -11,13 +11,13 @@ class Sweep:
     """What a sweep found.
 
     Args:
-        high: weights to keep in FP32; empty where all may be INT8.
+        excluded: weights to keep in FP32; empty where all may be INT8.
         loss: group of weights -> 1 − mean token cosine with that group alone in INT8, the worst first; empty where the
             bounds held at once.
-        accuracy: with `high` in FP32, on the texts that it was judged by.
+        accuracy: with `excluded` in FP32, on the texts that it was judged by.
     """
 
-    high: frozenset[str]
+    excluded: frozenset[str]
     loss: Mapping[str, float]
     accuracy: Accuracy
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, initializer, replace, scope_of
-from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.exporters.graph.linears import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import is_large, quantize_embeddings
 
 Bits = Literal[4, 8]
@@ -27,7 +27,7 @@ _RANGES: dict[Bits, tuple[float, ...]] = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0
 def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
     """Rewrite an FP32 graph in place; how many linear layers and embeddings were quantized."""
     graph = model.graph
-    linears = [linear for linear in find_linears(model) if is_large(linear.name)]
+    linears = [linear for linear in find_linear_layers(model) if is_large(linear.name)]
     for linear in linears:
         width: Bits = 8 if "decoder" in linear.name else bits
         matrix = linear.matrix()

@@ -1,4 +1,4 @@
-"""A CUDA graph -> one that ONNX Runtime's CPU provider runs, operator by operator: the proof where there is no GPU.
+"""A CUDA graph -> one that ONNX Runtime's CPU provider runs, operator by operator: what is compared without a GPU.
 
 * A value in half precision becomes float32, rounded to the half type where a kernel would write it: what kernels that
   sum in FP32 give, overflow included.
@@ -31,11 +31,11 @@ from gte_deploy.exporters.graph.fusion.attention import MASK_COLUMNS, QUERY_COLU
 from gte_deploy.exporters.graph.half import HALVES, add_cast
 from gte_deploy.exporters.graph.trace import MASK_BIAS
 
-# What moves values without computing any rounds nothing.
+# Operators that only move data introduce no rounding.
 _MOVES = frozenset(("Concat", "Gather", "GatherND", "RemovePadding", "Reshape", "RestorePadding", "Slice", "Split"))
 
 
-def cpu_stand_in(graph: Graph) -> Graph:
+def cpu_emulation(graph: Graph) -> Graph:
     """A copy of `graph` that computes the same on the CPU provider; `graph` is left as it is."""
     model = graph.model.clone()
     for dtype in HALVES.values():

@@ -338,13 +338,13 @@ class ParityReport:
     Args:
         precision: of the bundle.
         engines: each with its own bounds, over the same cases.
-        not_proven: what could not be compared here, or is not claimed, one sentence each.
+        caveats: what could not be compared here, or is not claimed, one sentence each.
         checks: others than the comparison of graphs; see `with_checks`.
     """
 
     precision: Precision
     engines: tuple[EngineParity, ...]
-    not_proven: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
 
     @property
@@ -370,7 +370,7 @@ class ParityReport:
             f"{check.name}: {line}" for check in self.checks for line in check.broken
         ]
 
-    def proven(self, engine: Engine) -> tuple[ComputePrecision, ...]:
+    def verified(self, engine: Engine) -> tuple[ComputePrecision, ...]:
         """What `engine` was shown to compute in."""
         passed = [found.compute for found in self.engines if found.engine == engine and found.passed]
         return tuple(compute for compute in COMPUTE_PRECISIONS if compute in passed)
@@ -382,7 +382,7 @@ class ParityReport:
                 "passed": self.passed,
                 "precision": self.precision,
                 "engines": [engine.to_json() for engine in self.engines],
-                "not_proven": list(self.not_proven),
+                "not_proven": list(self.caveats),
                 "checks": [check.to_json() for check in self.checks],
             }
         )
@@ -573,7 +573,7 @@ def check_parity(
     spec: ModelSpec,
     precision: Precision,
     tokens: TokenSource,
-    not_proven: Sequence[str] = (),
+    caveats: Sequence[str] = (),
     cases: Sequence[Case] | None = None,
     texts: Sequence[Sequence[TextBatch]] = (),
     progress: Callable[[str], None] | None = None,
@@ -627,7 +627,7 @@ def check_parity(
         for engine in engines
         if engine.optional and not engine.passed
     ]
-    return ParityReport(precision=precision, engines=engines, not_proven=(*not_proven, *missed))
+    return ParityReport(precision=precision, engines=engines, caveats=(*caveats, *missed))
 
 
 def _require_finite(scales: Scales, outputs: Sequence[str]) -> None:

@@ -81,9 +81,9 @@ def build_report(
 
 
 def format_table(parity: ParityReport) -> str:
-    """For each engine one line a case, columns aligned, and the verdict; then other checks and what was not proven."""
+    """Each engine with one line a case and its verdict; then the other checks and the caveats."""
     engines = ("\n".join(_engine_lines(engine)) for engine in parity.engines)
-    return "\n".join([*engines, *map(check_line, parity.checks), *parity.not_proven])
+    return "\n".join([*engines, *map(check_line, parity.checks), *parity.caveats])
 
 
 def verdict(engine: EngineParity) -> str:
@@ -153,7 +153,7 @@ def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _summary(parity: ParityReport) -> list[str]:
     engines = [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))]
-    return [*engines, *map(check_line, parity.checks), *parity.not_proven]
+    return [*engines, *map(check_line, parity.checks), *parity.caveats]
 
 
 def _graph_facts(graph: Mapping[str, Any]) -> str:

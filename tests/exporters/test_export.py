@@ -306,7 +306,7 @@ def test_without_openvino_there_is_no_graph_for_it_and_the_report_says_so(trace_
     assert {"onnx/model.onnx", "onnx/model.onnx.data"} == {
         name for name in result.manifest.files if name.startswith("onnx")
     }
-    (sentence,) = result.parity.not_proven
+    (sentence,) = result.parity.caveats
     assert "openvino is not installed" in sentence
     assert sentence in (tmp_path / "out" / "report.html").read_text() and sentence in format_table(result.parity)
 
@@ -315,7 +315,7 @@ def test_a_cpu_without_bfloat16_leaves_it_unproven_and_the_report_says_so(trace_
     monkeypatch.setattr("gte_deploy.backends.openvino_backend.has_native_bf16", lambda: False)
     result = export(small, tmp_path / "out", max_length=LENGTH)
     assert [engine.title for engine in result.parity.engines] == ["onnxruntime fp32", "openvino fp32"]
-    assert len(result.parity.not_proven) == 1 and "bfloat16" in result.parity.not_proven[0]
+    assert len(result.parity.caveats) == 1 and "bfloat16" in result.parity.caveats[0]
 
 
 def test_a_wrong_graph_leaves_the_old_bundle(trace_once, small, tmp_path, spoil):

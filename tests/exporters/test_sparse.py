@@ -21,9 +21,9 @@ from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
 from gte_deploy.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.graph.build import build_graphs, save_graph, save_graphs  # noqa: E402
-from gte_deploy.exporters.graph.linears import find_linears  # noqa: E402
+from gte_deploy.exporters.graph.linears import find_linear_layers  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_ranges  # noqa: E402
-from gte_deploy.exporters.quantization.int8 import plan_int8, quantize_int8  # noqa: E402
+from gte_deploy.exporters.quantization.int8 import int8_scheme, quantize_int8  # noqa: E402
 from gte_deploy.exporters.quantization.recipes import groups_of  # noqa: E402
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph, opened_for_comparison  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: E402
@@ -111,14 +111,14 @@ def test_parts_in_8_bits(model, batch, tmp_path):
     graphs = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)
     graph = graphs["onnxruntime"]
     ranges = measure_ranges(graph, SPEC, [batch])
-    plan = plan_int8(graph.model, ranges)
-    parts = [name for name in groups_of(graph, plan.high) if "decoder" in name]
-    assert parts == ["lm_head.decoder"] and len(groups_of(graph, plan.high)["lm_head.decoder"]) == PARTS
-    high = {linear.name for linear in find_linears(graph.model) if "decoder" not in linear.name}
+    plan = int8_scheme(graph.model, ranges)
+    parts = [name for name in groups_of(graph, plan.excluded) if "decoder" in name]
+    assert parts == ["lm_head.decoder"] and len(groups_of(graph, plan.excluded)["lm_head.decoder"]) == PARTS
+    high = {linear.name for linear in find_linear_layers(graph.model) if "decoder" not in linear.name}
     wanted = expected(model, batch, SPARSE)
     for engine in ("onnxruntime", "openvino"):
         copy = graphs[engine].model.clone()
-        counts = quantize_int8(copy, plan.keeping(high), engine=engine, activations="static")
+        counts = quantize_int8(copy, plan.excluding(high), engine=engine, activations="static")
         assert counts["int8_linears"] == PARTS
         path = tmp_path / f"{engine}.onnx"
         save_graph(type(graph)(copy, {}, graph.opset, graph.inputs, graph.outputs), path)

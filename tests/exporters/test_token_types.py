@@ -22,12 +22,12 @@ from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph  # 
 from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.exporters.quantization.int8 import quantize_embeddings  # noqa: E402
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, PackedOnnx  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE, trtexec_line  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import packed_profiles, parse_profile  # noqa: E402
 from gte_deploy.exporters.verification.cases import Case, TokenSource, last_row_alone, make_batch  # noqa: E402
-from gte_deploy.exporters.verification.emulation import cpu_stand_in  # noqa: E402
+from gte_deploy.exporters.verification.emulation import cpu_emulation  # noqa: E402
 from gte_deploy.exporters.verification.parity import TorchReference, check_parity  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
@@ -161,7 +161,7 @@ def test_cuda(models, graphs, name, precision, padding):
     graph, batch = cuda_graph(graphs(name)["openvino"], num_layers=1, **options), batch_of(name)
     assert TYPES in graph.inputs
     atol = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15}[precision]
-    assert_same(run(cpu_stand_in(graph), batch), by_transformers(models(name), name, batch), batch, atol)
+    assert_same(run(cpu_emulation(graph), batch), by_transformers(models(name), name, batch), batch, atol)
 
 
 @pytest.mark.parametrize("layout", [PADDED, PADDING_FREE])
@@ -174,10 +174,10 @@ def test_tensorrt(graphs, models, tmp_path, name, layout):
     spec = spec_of(name)
     if layout is PADDING_FREE:
         assert dataclasses.replace(TYPES, shape=("tokens",)) in graph.inputs
-        compiled: Any = PackedOnnx(graph, spec, profiles=[parse_profile("1x1:2x32:3x64")], num_heads=2)
+        compiled: Any = PaddingFreeOnnx(graph, spec, profiles=[parse_profile("1x1:2x32:3x64")], num_heads=2)
     else:
         assert TYPES in graph.inputs
-        compiled = CompiledOnnx(graph, spec, num_heads=2)
+        compiled = PaddedOnnx(graph, spec, num_heads=2)
     found = compiled.run(batch, [tensor.name for tensor in graph.outputs])
     compiled.close()
     assert_same(found, by_transformers(models(name), name, batch), batch, 0.02)

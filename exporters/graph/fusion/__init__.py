@@ -21,7 +21,7 @@ from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE
 
 logger = logging.getLogger(__name__)
 
-PACKED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKIP_LAYER_NORM)
+MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKIP_LAYER_NORM)
 """One GEMM for queries, keys and values and one for up and gate: what launch-bound devices want."""
 
 PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)

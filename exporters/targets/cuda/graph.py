@@ -21,16 +21,16 @@ from pathlib import Path
 
 from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.exporters.graph.build import Graph, graph_of, save_graph
-from gte_deploy.exporters.graph.fusion import PACKED_PASSES, fuse_graph
+from gte_deploy.exporters.graph.fusion import MERGED_PASSES, fuse_graph
 from gte_deploy.exporters.graph.fusion.flash import FLASH
 from gte_deploy.exporters.graph.fusion.padding import remove_padding
 from gte_deploy.exporters.graph.half import HALVES, lower_to_half
-from gte_deploy.exporters.verification.emulation import cpu_stand_in
+from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.spec import ModelSpec
 
 _NOT_ON_CUDA = (
     "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. What was compared is the "
-    "graph's stand-in on the CPU: the same operators, half precision as float32 that is rounded behind each of them. "
+    "graph's emulation on the CPU: the same operators, half precision as float32 that is rounded behind each of them. "
     "An export on a machine with both compares the CUDA run."
 )
 
@@ -48,7 +48,7 @@ def cuda_graph(plain: Graph, *, num_layers: int, precision: str, removes_padding
         ExportError: a fusion pass did not fire as it must.
     """
     model = plain.model.clone()
-    passes = PACKED_PASSES if removes_padding else (*PACKED_PASSES, FLASH)
+    passes = MERGED_PASSES if removes_padding else (*MERGED_PASSES, FLASH)
     fusions = fuse_graph(model, num_layers=num_layers, passes=passes)
     if removes_padding:
         fusions["packed_attention"] = remove_padding(model)
@@ -68,9 +68,9 @@ def opened_for_comparison(graph: Graph, file: Path, spec: ModelSpec) -> Iterator
             yield backend, []
         return
     with tempfile.TemporaryDirectory() as folder:
-        stand_in = Path(folder) / "model.onnx"
-        save_graph(cpu_stand_in(graph), stand_in)
-        with contextlib.closing(OnnxBackend(stand_in, spec)) as backend:
+        emulation = Path(folder) / "model.onnx"
+        save_graph(cpu_emulation(graph), emulation)
+        with contextlib.closing(OnnxBackend(emulation, spec)) as backend:
             yield backend, [_NOT_ON_CUDA]
 
 

@@ -3,12 +3,12 @@
 ONNX Runtime's CPU has no kernels for most of FP16, none for BF16, and holds every score of explicit attention. So
 beside the graph itself there are two forms of it with the same arithmetic:
 
-* BF16 tensors as FP32 ones that are rounded to BF16 where they are made (`cpu_stand_in`). ONNX Runtime does the same
+* BF16 tensors as FP32 ones that are rounded to BF16 where they are made (`cpu_emulation`). ONNX Runtime does the same
   with FP16 by itself.
 * `head_by_head`: attention one head after the other, for inputs whose scores would not fit.
 
 And ONNX Runtime has no TRT_Attention. A padding-free graph is run with what TensorRT documents of it in its place
-(`packed_stand_in`), packed by the very code that packs for an engine.
+(`packed_emulation`), packed by the very code that packs for an engine.
 
 Shapes: B rows, S tokens, N heads, D head size; of a padding-free graph, T tokens of all rows.
 """
@@ -33,7 +33,7 @@ from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
 from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
 from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
-from gte_deploy.exporters.verification.emulation import cpu_stand_in
+from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.spec import ModelSpec, Profile
 from gte_deploy.threads import available_cpus
 
@@ -41,7 +41,7 @@ _MAX_SCORES = 1 << 27
 """B · N · S · S elements that one run may hold; some five FP32 and FP16 copies of them are alive at once."""
 
 
-class CompiledOnnx:
+class PaddedOnnx:
     """A graph for TensorRT in ONNX Runtime, in the form that each batch needs; closed by `close`."""
 
     def __init__(self, graph: Graph, spec: ModelSpec, *, file: Path | None = None, num_heads: int) -> None:
@@ -49,7 +49,7 @@ class CompiledOnnx:
         self._num_heads, self._spec = num_heads, spec
         self._stack = contextlib.ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        self._graph = cpu_stand_in(graph) if _has_bf16(graph) else graph
+        self._graph = cpu_emulation(graph) if _has_bf16(graph) else graph
         if file is None or self._graph is not graph:
             file = self._save("whole.onnx", self._graph)
         self._whole = self._open(file)
@@ -127,11 +127,11 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
     replace(last.outputs[0], attended)
 
 
-class PackedOnnx:
+class PaddingFreeOnnx:
     """A padding-free graph for TensorRT in ONNX Runtime, fed as the runtime feeds an engine; closed by `close`."""
 
     def __init__(self, graph: Graph, spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int) -> None:
-        """Open the stand-in of `graph`, for batches in these profiles."""
+        """Open the emulation of `graph`, for batches in these profiles."""
         import onnxruntime
 
         self._spec, self._profiles = spec, profiles
@@ -147,7 +147,7 @@ class PackedOnnx:
         options.enable_mem_pattern = False
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "packed.onnx"
-            save_graph(packed_stand_in(graph, num_heads=num_heads), file)
+            save_graph(packed_emulation(graph, num_heads=num_heads), file)
             self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -166,15 +166,15 @@ class PackedOnnx:
         self._session = None
 
 
-def packed_stand_in(graph: Graph, *, num_heads: int) -> Graph:
-    """`cpu_stand_in` of a padding-free graph, in which each text attends to itself, one after the other."""
-    stand_in = cpu_stand_in(graph)
-    model = stand_in.model
+def packed_emulation(graph: Graph, *, num_heads: int) -> Graph:
+    """`cpu_emulation` of a padding-free graph, in which each text attends to itself, one after the other."""
+    emulation = cpu_emulation(graph)
+    model = emulation.model
     for node in [node for node in model.graph if node.op_type == TRT_ATTENTION]:
         replace(node.outputs[0], _text_by_text(Builder(model.graph, node, scope_of(node)), node, num_heads))
     for clean in (ir_passes.RemoveUnusedNodesPass(), ir_passes.NameFixPass()):
         clean(model)
-    return stand_in
+    return emulation
 
 
 def _text_by_text(build: Builder, node: ir.Node, num_heads: int) -> ir.Value:

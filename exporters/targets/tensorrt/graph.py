@@ -45,9 +45,9 @@ from gte_deploy.exporters.graph.editing import (
     tensor_of,
 )
 from gte_deploy.exporters.graph.fusion import fuse_graph
-from gte_deploy.exporters.graph.fusion.linear import pack as pack_weights
+from gte_deploy.exporters.graph.fusion.linear import pack as merge_weights
 from gte_deploy.exporters.graph.fusion.linear import require_linear
-from gte_deploy.exporters.graph.linears import Linear, find_linears
+from gte_deploy.exporters.graph.linears import Linear, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
 from gte_deploy.spec import Precision
@@ -70,28 +70,28 @@ _MIN_SCALE = 2.0**-20
 
 
 @dataclass(frozen=True)
-class QdqPlan:
+class QdqScheme:
     """Which GEMMs are quantized and how.
 
     Args:
         kind: 8-bit integers, or E4M3 floating point.
-        peaks: weight's name -> largest magnitude of the GEMM's input that is represented, after smoothing.
+        amax: weight's name -> largest magnitude of the GEMM's input that is represented, after smoothing.
         smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.int8`.
-        high: names of weights whose GEMMs stay in FP16.
+        excluded: names of weights whose GEMMs stay in FP16.
     """
 
     kind: EightBits
-    peaks: Mapping[str, float]
+    amax: Mapping[str, float]
     smoothing: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    high: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
 
-    def keeping(self, high: Collection[str]) -> "QdqPlan":
+    def excluding(self, names: Collection[str]) -> "QdqScheme":
         """The same with these weights in FP16 as well."""
-        return dataclasses.replace(self, high=self.high | frozenset(high))
+        return dataclasses.replace(self, excluded=self.excluded | frozenset(names))
 
 
 def tensorrt_graph(
-    plain: Graph, precision: Precision, *, num_layers: int, plan: QdqPlan | None = None, layout: Layout = PADDED
+    plain: Graph, precision: Precision, *, num_layers: int, scheme: QdqScheme | None = None, layout: Layout = PADDED
 ) -> Graph:
     """The graph to compile, made of a copy of the plain FP32 one.
 
@@ -99,7 +99,7 @@ def tensorrt_graph(
         plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
         precision: one of `WIDE`.
         num_layers: of the encoder.
-        plan: for int8 and fp8.
+        scheme: for int8 and fp8.
         layout: how texts lie in the graph's inputs.
 
     Raises:
@@ -107,12 +107,12 @@ def tensorrt_graph(
     """
     model = plain.model.clone()
     _state_types(model.graph)
-    if plan is not None:
-        smooth(model, plan.smoothing)
+    if scheme is not None:
+        smooth(model, scheme.smoothing)
     counts = layout.rewrite(model, num_layers)
     counts |= fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
-    if plan is not None:
-        counts |= _quantize(model, plan)
+    if scheme is not None:
+        counts |= _quantize(model, scheme)
     _give_types(model.graph, WIDE[precision])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
@@ -127,7 +127,7 @@ def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
     linears = [require_linear(value, bias=False) for value in (up, gate)]
     require(linears[0].x is linears[1].x, "up and gate are not made from the same input")
     build = Builder(graph, gelu, scope_of(product))
-    weight = pack_weights(graph, packed_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
+    weight = merge_weights(graph, merged_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
     packed = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
     sizes = integers(graph, *(linear.out for linear in linears))
     parts = build.node("Split", [packed, sizes], name="up_gate", axis=-1, outputs=2)
@@ -138,22 +138,22 @@ def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
 UP_GATE = FusionPass(name="up_gate", anchor="Gelu", per_layer=1, rewrite=_pack_gate)
 
 
-def packed_name(up: str) -> str:
+def merged_name(up: str) -> str:
     """Name of the matrix that holds the up projection `up` and its gate."""
     return up.replace("up_proj", "up_gate_proj")
 
 
-def _quantize(model: ir.Model, plan: QdqPlan) -> dict[str, int]:
-    peaks = {**plan.peaks, **{packed_name(name): peak for name, peak in plan.peaks.items()}}
-    high = plan.high | {packed_name(name) for name in plan.high}
-    linears = find_linears(model)
-    chosen = [linear for linear in linears if linear.name not in high]
+def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
+    amax = {**scheme.amax, **{merged_name(name): peak for name, peak in scheme.amax.items()}}
+    excluded = scheme.excluded | {merged_name(name) for name in scheme.excluded}
+    linears = find_linear_layers(model)
+    chosen = [linear for linear in linears if linear.name not in excluded]
     for linear in chosen:
-        _quantize_linear(model.graph, linear, plan.kind, peaks[linear.name])
+        _quantize_linear(model.graph, linear, scheme.kind, amax[linear.name])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # GEMMs that share an input quantize it once
     wide = len(linears) - len(chosen)
-    return {f"{plan.kind}_linears": len(chosen), "fp16_linears": wide}
+    return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": wide}
 
 
 def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: float) -> None:

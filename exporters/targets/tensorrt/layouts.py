@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from gte_deploy.exporters.graph.build import Graph
-    from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, PackedOnnx
+    from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
 
 PADDING_FREE_FROM = (11, 1)
 """The first TensorRT with kernels for attention over texts in a row. TensorRT-RTX has none."""
@@ -75,7 +75,7 @@ class Layout(Protocol):
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
-    ) -> "CompiledOnnx | PackedOnnx":
+    ) -> "PaddedOnnx | PaddingFreeOnnx":
         """What runs the graph on a CPU as the engine would; `file` is where the graph is saved."""
         ...
 
@@ -116,11 +116,11 @@ class Padded:
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
-    ) -> "CompiledOnnx":
+    ) -> "PaddedOnnx":
         """See `Layout`."""
-        from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx
+        from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx
 
-        return CompiledOnnx(graph, spec, file=file, num_heads=num_heads)
+        return PaddedOnnx(graph, spec, file=file, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
         """The graph itself is run."""
@@ -178,11 +178,11 @@ class PaddingFree:
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
-    ) -> "PackedOnnx":
+    ) -> "PaddingFreeOnnx":
         """See `Layout`."""
-        from gte_deploy.exporters.targets.tensorrt.emulation import PackedOnnx
+        from gte_deploy.exporters.targets.tensorrt.emulation import PaddingFreeOnnx
 
-        return PackedOnnx(graph, spec, profiles=profiles, num_heads=num_heads)
+        return PaddingFreeOnnx(graph, spec, profiles=profiles, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
         """ONNX Runtime has no such operator."""

@@ -113,15 +113,15 @@ class TensorRTTarget(Target):
 
     def _graph(self, graphs: "Mapping[Engine, Graph]", job: Job) -> "tuple[Graph, Mapping[str, float]]":
         """The graph in the job's precision, and what a sweep measured if one was needed."""
-        from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph
+        from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
 
-        plan: QdqPlan | None = None
+        scheme: QdqScheme | None = None
         sensitivity: Mapping[str, float] = {}
         if job.precision in ("int8", "fp8"):
-            from gte_deploy.exporters.targets.tensorrt.precision import plan_eight_bits
+            from gte_deploy.exporters.targets.tensorrt.precision import eight_bit_scheme
 
-            plan, sensitivity = plan_eight_bits(graphs, job, self.options)
+            scheme, sensitivity = eight_bit_scheme(graphs, job, self.options)
         graph = tensorrt_graph(
-            graphs["openvino"], job.precision, num_layers=job.num_layers, plan=plan, layout=self.layout
+            graphs["openvino"], job.precision, num_layers=job.num_layers, scheme=scheme, layout=self.layout
         )
         return graph, sensitivity

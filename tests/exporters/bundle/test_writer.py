@@ -11,7 +11,7 @@ import pytest
 from gte_deploy.bundle import GraphEntry, Manifest, open_bundle
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters.bundle import writer as bundle_writer
-from gte_deploy.exporters.bundle.writer import check_target, clean_stale, publish, seal, staging
+from gte_deploy.exporters.bundle.writer import check_destination, clean_stale, publish, seal, staging
 from gte_deploy.spec import ModelSpec, TensorSpec
 
 SPEC = ModelSpec(task="embed", max_length=64, vocab_size=256, hidden_size=32, pad_token_id=0)
@@ -126,7 +126,7 @@ def test_a_file_is_never_replaced(target):
     target.parent.mkdir()
     target.write_text("a file")
     with pytest.raises(ExportError, match="not a folder"):
-        check_target(target, force=True)
+        check_destination(target, force=True)
 
 
 def test_an_empty_folder_may_be_filled(target):

@@ -4,22 +4,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gte_deploy.exporters.graph.linears import find_linears
-from gte_deploy.exporters.quantization.int8 import activation_scale, plan_int8, quantize_columns, quantize_int8
+from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.quantization.int8 import activation_scale, int8_scheme, quantize_columns, quantize_int8
 
 FORMS = [("onnxruntime", "dynamic"), ("onnxruntime", "static"), ("openvino", "static")]
 
 
 @pytest.fixture
 def plan(fp32, ranges):
-    return plan_int8(fp32["onnxruntime"].model, ranges)
+    return int8_scheme(fp32["onnxruntime"].model, ranges)
 
 
 @pytest.fixture
 def quantized(graph, plan):
     def make(engine, activations, **changes):
         model = graph(engine)
-        counts = quantize_int8(model, changes.pop("plan", plan), engine=engine, activations=activations)
+        counts = quantize_int8(model, changes.pop("scheme", plan), engine=engine, activations=activations)
         return model, counts
 
     return make
@@ -80,7 +80,7 @@ def test_both_engines_have_the_same_weights(quantized):
 def test_smoothing_changes_nothing_but_the_rounding(graph, plan, fp32, run, batches):
     """With every layer in FP32 the smoothed graph is the model."""
     model = graph()
-    everything = plan.keeping(linear.name for linear in find_linears(model))
+    everything = plan.excluding(linear.name for linear in find_linear_layers(model))
     counts = quantize_int8(model, everything, engine="onnxruntime", activations="static")
     assert counts["int8_linears"] == counts["int8_embeddings"] == 0
     weight = "gte.layers.0.mlp.down_proj.weight.T"
@@ -102,10 +102,10 @@ def test_smoothing_evens_out_the_largest_channels(ranges, plan):
 
 def test_layers_that_stay_high(quantized, plan, fp32, run, batches):
     high = {"gte.layers.0.mlp.down_proj.weight", "lm_head.decoder.weight"}
-    model, counts = quantized("onnxruntime", "static", plan=plan.keeping(high))
+    model, counts = quantized("onnxruntime", "static", scheme=plan.excluding(high))
     # The decoder is the word embeddings: where one stays, the other does.
     assert counts == {"int8_linears": 13, "fp32_linears": 3, "int8_embeddings": 0}
-    assert {linear.name for linear in find_linears(model)} == high | {"lm_head.dense.weight"}
+    assert {linear.name for linear in find_linear_layers(model)} == high | {"lm_head.dense.weight"}
 
 
 def test_static_rows_do_not_depend_on_their_batch(quantized, run, batches):
@@ -118,7 +118,7 @@ def test_static_rows_do_not_depend_on_their_batch(quantized, run, batches):
 
 def test_reduced_range_for_cpus_without_vnni(graph, fp32, ranges):
     model = graph()
-    plan = plan_int8(model, ranges, reduce_range=True)
+    plan = int8_scheme(model, ranges, reduce_range=True)
     quantize_int8(model, plan, engine="onnxruntime", activations="static")
     tensors = [
         value.const_value.numpy().astype(int)

@@ -46,7 +46,7 @@ def test_the_trained_model_needs_no_layer_in_fp32(quantize):
     assert set(made.graphs) == {"onnxruntime", "openvino"}
     for graph in made.graphs.values():
         assert counts(graph) == {"int8_linears": 29, "fp32_linears": 1, "int8_embeddings": 1}
-    assert not made.sweep.high and not ACCURACY_BOUNDS["int8"].missed(made.sweep.accuracy)
+    assert not made.sweep.excluded and not ACCURACY_BOUNDS["int8"].missed(made.sweep.accuracy)
     assert len(lines) == 1 and lines[0].startswith("calibrate on")
 
 
@@ -55,11 +55,11 @@ def test_the_most_sensitive_layers_stay_high_where_a_bound_is_missed(quantize, t
     monkeypatch.setitem(lower_precision.ACCURACY_BOUNDS, "int8", bounds)
     made, lines = quantize(graphs={"onnxruntime": tiny["onnxruntime"]})
     worst = next(iter(made.sweep.loss))
-    assert worst.endswith("mlp.down_proj") and f"{worst}.weight" in made.sweep.high
+    assert worst.endswith("mlp.down_proj") and f"{worst}.weight" in made.sweep.excluded
     assert not bounds.missed(made.sweep.accuracy)
     found = counts(made.graphs["onnxruntime"])
-    assert found["fp32_linears"] == 1 + len(made.sweep.high) and found["int8_linears"] > 10
-    assert lines[-1].endswith(f"stay higher: {', '.join(list(made.sweep.loss)[: len(made.sweep.high)])}")
+    assert found["fp32_linears"] == 1 + len(made.sweep.excluded) and found["int8_linears"] > 10
+    assert lines[-1].endswith(f"stay higher: {', '.join(list(made.sweep.loss)[: len(made.sweep.excluded)])}")
 
 
 def test_a_users_texts_decide_the_ranges(quantize, tiny):

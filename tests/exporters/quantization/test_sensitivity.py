@@ -26,7 +26,7 @@ def model(high):
 def test_the_fewest_of_the_worst_stay_high(bound, high):
     lines = []
     sweep = sweep_sensitivity(GROUPS, model, model, AccuracyBounds(bound, 0.0), progress=lines.append)
-    assert sweep.high == high
+    assert sweep.excluded == high
     assert sweep.accuracy == model(high)
     assert list(sweep.loss) == ([] if not high else ["b", "c", "a", "d"])
     assert bool(lines) == bool(high)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gte_deploy.exporters.graph.linears import find_linears
+from gte_deploy.exporters.graph.linears import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import is_large
 from gte_deploy.exporters.quantization.weight_only import BLOCK_SIZE, quantize_blocks, quantize_weights
 
@@ -22,7 +22,7 @@ def test_the_kernel_multiplies_what_the_blocks_hold(graph, run, cosines, batches
     """Against FP32 products with the restored matrices: what is left is how the kernel rounds activations."""
     model, plain = graph(), graph()
     assert quantize_weights(model, bits) == {f"int{bits}_linears": 15, "int8_embeddings": 1}
-    for linear in find_linears(plain):
+    for linear in find_linear_layers(plain):
         if is_large(linear.name):
             width = 8 if "decoder" in linear.name else bits
             matrix = linear.matrix()

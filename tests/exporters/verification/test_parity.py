@@ -268,7 +268,7 @@ def test_the_reference_runs_once_a_case_and_each_engine_has_its_own_bounds(refer
         ("openvino fp32", False),
         ("openvino bf16", True),
     ]
-    assert report.proven("onnxruntime") == ("fp32",) and report.proven("openvino") == ("bf16",)
+    assert report.verified("onnxruntime") == ("fp32",) and report.verified("openvino") == ("bf16",)
     assert [found.tolerance for found in report.engines] == [FP32, FP32, TOLERANCES["bf16"]]
     with pytest.raises(BoundMissedError, match="openvino fp32 differs .* in 3 respects") as error:
         report.require()
@@ -280,9 +280,9 @@ def test_the_reference_runs_once_a_case_and_each_engine_has_its_own_bounds(refer
 def test_a_miss_in_bfloat16_is_told_and_fails_nothing(reference, tokens):
     candidates = {("openvino", "fp32"): reference, ("openvino", "bf16"): Wrong(reference, nan_everywhere)}
     report = parity_of(reference, candidates, tokens)
-    assert report.passed and report.proven("openvino") == ("fp32",)
+    assert report.passed and report.verified("openvino") == ("fp32",)
     report.require()
-    (sentence,) = report.not_proven
+    (sentence,) = report.caveats
     assert "openvino bf16 misses its bounds" in sentence
     assert sentence in format_table(report) and "parity missed" in format_table(report)
 

@@ -44,7 +44,7 @@ def apply() -> Callable[..., list[tuple[int, list[str]]]]:
     """`apply(model, "rope", passes=None)`: run the passes up to and including the one named; that one's result."""
 
     def run(model: ir.Model, last: str, passes: Sequence[fusion.FusionPass] | None = None) -> tuple[int, list[str]]:
-        for each in passes or fusion.PACKED_PASSES:
+        for each in passes or fusion.MERGED_PASSES:
             result = each(model)
             if each.name == last:
                 return result
@@ -58,7 +58,7 @@ def refused() -> Callable[..., str]:
     """`refused(model)`: fuse a graph that must be refused; the message."""
 
     def run(
-        model: ir.Model, *, layers: int = LAYERS, passes: Sequence[fusion.FusionPass] = fusion.PACKED_PASSES
+        model: ir.Model, *, layers: int = LAYERS, passes: Sequence[fusion.FusionPass] = fusion.MERGED_PASSES
     ) -> str:
         with pytest.raises(fusion.ExportError) as caught:
             fusion.fuse_graph(model, num_layers=layers, passes=passes)

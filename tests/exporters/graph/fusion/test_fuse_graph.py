@@ -8,7 +8,7 @@ CPU = {"rope": 4, "attention": 2, "projections": 2, "skip_layer_norm": 4}
 PACKED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}
 
 
-@pytest.mark.parametrize(("passes", "expected"), [(fusion.PASSES, CPU), (fusion.PACKED_PASSES, PACKED)])
+@pytest.mark.parametrize(("passes", "expected"), [(fusion.PASSES, CPU), (fusion.MERGED_PASSES, PACKED)])
 def test_all_passes_in_order(plain, same_function, passes, expected):
     fired = fusion.fuse_graph(plain, num_layers=2, passes=passes)
     assert list(fired.items()) == list(expected.items())
@@ -17,7 +17,7 @@ def test_all_passes_in_order(plain, same_function, passes, expected):
 
 def test_layers_run_on_token_rows(plain, kinds):
     """Between a layer's operators nothing turns back and forth: one Reshape in, one out, and those around attention."""
-    fusion.fuse_graph(plain, num_layers=2, passes=fusion.PACKED_PASSES)
+    fusion.fuse_graph(plain, num_layers=2, passes=fusion.MERGED_PASSES)
     assert not [
         node.name
         for node in plain.graph

@@ -65,7 +65,7 @@ def _weight_computed_at_run_time(model: ir.Model) -> None:
         (_weight_computed_at_run_time, "is not a constant"),
     ],
 )
-@pytest.mark.parametrize(("name", "passes"), [("qkv", fusion.PACKED_PASSES), ("projections", fusion.PASSES)])
+@pytest.mark.parametrize(("name", "passes"), [("qkv", fusion.MERGED_PASSES), ("projections", fusion.PASSES)])
 def test_refuses_other_projections(plain, refused, alter, reason, name, passes):
     alter(plain)
     message = refused(plain, passes=passes)

@@ -29,12 +29,12 @@ def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path:
     assert {tensor.dtype for tensor in graph.outputs} == {"float32"}
     assert result.parity.passed and result.parity.engines[0].accuracy is not None
     on_cuda = cuda_graph.has_cuda()
-    assert [("CUDA kernels were not run" in line) for line in result.parity.not_proven] == [True] * (not on_cuda)
+    assert [("CUDA kernels were not run" in line) for line in result.parity.caveats] == [True] * (not on_cuda)
 
 
 def test_what_misses_the_bounds_is_not_written(tiny_embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A stand-in that rotates by other tables: as a wrong graph would."""
-    built = cuda_graph.cpu_stand_in
+    built = cuda_graph.cpu_emulation
 
     def turned(graph: Any) -> Any:
         stand_in = built(graph)
@@ -44,7 +44,7 @@ def test_what_misses_the_bounds_is_not_written(tiny_embed: Path, tmp_path: Path,
             value.const_value = ir.tensor(value.const_value.numpy()[::-1].copy())
         return stand_in
 
-    monkeypatch.setattr(cuda_graph, "cpu_stand_in", turned)
+    monkeypatch.setattr(cuda_graph, "cpu_emulation", turned)
     monkeypatch.setattr(cuda_graph, "has_cuda", lambda: False)
     with pytest.raises(parity.BoundMissedError, match="differs from PyTorch FP32"):
         export(tiny_embed, tmp_path / "bundle", target="cuda", precision="fp32", max_length=64)

@@ -33,7 +33,7 @@ from gte_deploy.exporters.graph.fusion.padding import remove_padding  # noqa: E4
 from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph  # noqa: E402
 from gte_deploy.exporters.targets.cuda.target import CudaOptions, CudaTarget  # noqa: E402
-from gte_deploy.exporters.verification.emulation import cpu_stand_in  # noqa: E402
+from gte_deploy.exporters.verification.emulation import cpu_emulation  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
 
@@ -228,7 +228,7 @@ def test_padding_free_fp32_equals_pytorch(graphs, models, name, rows, tokens):
     feeds = feeds_of(rows, tokens)
     expected = reference(models(name), name, feeds)
     graph = graphs(name, "fp32", "remove")
-    for found in (evaluate(graph, feeds), run_on_cpu(cpu_stand_in(graph), feeds)):
+    for found in (evaluate(graph, feeds), run_on_cpu(cpu_emulation(graph), feeds)):
         assert_close(found, expected, name, feeds, HIDDEN_ATOL, HEAD_ATOL)
         assert not found[0][feeds["attention_mask"] == 0].any(), "padding comes back as zeros"
 
@@ -236,7 +236,7 @@ def test_padding_free_fp32_equals_pytorch(graphs, models, name, rows, tokens):
 @pytest.mark.parametrize("padding", ["keep", "remove"])
 def test_far_positions(graphs, models, padding):
     feeds = feeds_of(2, 2500)
-    found = run_on_cpu(cpu_stand_in(graphs("mlm", "fp32", padding)), feeds)
+    found = run_on_cpu(cpu_emulation(graphs("mlm", "fp32", padding)), feeds)
     # FP32 rounds the angles of far positions, alike on both sides.
     assert_close(found, reference(models("mlm"), "mlm", feeds), "mlm", feeds, 5e-4, 2e-3)
 
@@ -249,8 +249,8 @@ def test_far_positions(graphs, models, padding):
 def test_half_precision_is_near_pytorch(graphs, models, name, precision, padding, bound):
     feeds = feeds_of(3, 40)
     expected = reference(models(name), name, feeds)
-    found = run_on_cpu(cpu_stand_in(graphs(name, precision, padding)), feeds)
-    exact = run_on_cpu(cpu_stand_in(graphs(name, "fp32", padding)), feeds)
+    found = run_on_cpu(cpu_emulation(graphs(name, precision, padding)), feeds)
+    exact = run_on_cpu(cpu_emulation(graphs(name, "fp32", padding)), feeds)
     real = feeds["attention_mask"].astype(bool)
     off = np.abs(found[0][real] - expected[0][real]).max()
     assert np.abs(exact[0][real] - expected[0][real]).max() < off < bound * np.abs(expected[0]).max()
@@ -262,7 +262,7 @@ def test_the_stand_in_rounds_as_half_precision_does(graphs, padding):
     """onnx's reference runs the FP16 graph in FP16 itself; the stand-in is as far from it as two FP16 runs are."""
     feeds = feeds_of(3, 20)
     graph = graphs("mlm", "fp16", padding)
-    found, expected = run_on_cpu(cpu_stand_in(graph), feeds), evaluate(graph, feeds)
+    found, expected = run_on_cpu(cpu_emulation(graph), feeds), evaluate(graph, feeds)
     real = feeds["attention_mask"].astype(bool)
     np.testing.assert_allclose(found[0][real], expected[0][real], rtol=0, atol=0.05)
 
@@ -277,7 +277,7 @@ def test_the_stand_in_overflows_where_fp16_does(graphs, models, tmp_path):
         with torch.no_grad():
             up.mul_(2e5 / up.abs().max())
             up.clamp_(-6e4, 6e4)
-        assert not np.isfinite(run_on_cpu(cpu_stand_in(graph), feeds)[0]).all()
+        assert not np.isfinite(run_on_cpu(cpu_emulation(graph), feeds)[0]).all()
         with torch.no_grad():
             up.mul_(2)
         with pytest.raises(ExportError, match=r"up_gate_proj.*FLOAT16 cannot hold.*bf16"):
@@ -290,7 +290,7 @@ def test_the_stand_in_overflows_where_fp16_does(graphs, models, tmp_path):
 @pytest.mark.parametrize("padding", ["keep", "remove"])
 def test_a_row_is_the_same_in_any_batch(graphs, padding):
     feeds = feeds_of(3, 30)
-    graph = cpu_stand_in(graphs("embed", "fp16", padding))
+    graph = cpu_emulation(graphs("embed", "fp16", padding))
     together = run_on_cpu(graph, feeds)
     changed = np.where(feeds["attention_mask"] == 1, feeds["input_ids"], 77)
     again = run_on_cpu(graph, {**feeds, "input_ids": changed})

@@ -13,9 +13,9 @@ pytest.importorskip("onnx_ir")
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph  # noqa: E402
-from gte_deploy.exporters.quantization.calibration import measure_peaks, measure_ranges  # noqa: E402
-from gte_deploy.exporters.quantization.int8 import plan_int8  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph  # noqa: E402
+from gte_deploy.exporters.quantization.calibration import measure_amax, measure_ranges  # noqa: E402
+from gte_deploy.exporters.quantization.int8 import int8_scheme  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models import resolve_checkpoint  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
@@ -52,9 +52,9 @@ def plan(plain: Any, spec: ModelSpec) -> Any:
     batches = [batch for batch, _ in text_batches(builtin_texts("calibration")[:30], tokenizer, spec, max_tokens=600)]
     fp32 = plain["onnxruntime"]
     ranges = measure_ranges(fp32, spec, batches)
-    base = plan_int8(fp32.model, ranges)
-    peaks = measure_peaks(fp32, spec, batches, ranges, smoothing=base.smoothing, calibrator="max")
-    return lambda kind: QdqPlan(kind, peaks, base.smoothing, base.high | {"lm_head.decoder.weight"})
+    base = int8_scheme(fp32.model, ranges)
+    amax = measure_amax(fp32, spec, batches, ranges, smoothing=base.smoothing, calibrator="max")
+    return lambda kind: QdqScheme(kind, amax, base.smoothing, base.excluded | {"lm_head.decoder.weight"})
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def graphs(plain: Any, plan: Any, num_layers: int) -> Any:
     def graph(precision: str) -> Graph:
         if precision not in made:
             quantized = plan(precision) if precision in ("int8", "fp8") else None
-            made[precision] = tensorrt_graph(plain["openvino"], precision, num_layers=num_layers, plan=quantized)
+            made[precision] = tensorrt_graph(plain["openvino"], precision, num_layers=num_layers, scheme=quantized)
         return made[precision]
 
     return graph

@@ -44,13 +44,13 @@ def base():
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
     from gte_deploy.exporters.graph.build import save_graph
-    from gte_deploy.exporters.graph.linears import find_linears
-    from gte_deploy.exporters.targets.tensorrt.graph import QdqPlan, tensorrt_graph
+    from gte_deploy.exporters.graph.linears import find_linear_layers
+    from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
 
     # What the scales are does not matter to the builder.
-    peaks = {linear.name: 8.0 for linear in find_linears(base["openvino"].model)}
-    plan = QdqPlan("int8", peaks) if precision == "int8" else None
-    graph = tensorrt_graph(base["openvino"], precision, num_layers=LAYERS, plan=plan)
+    amax = {linear.name: 8.0 for linear in find_linear_layers(base["openvino"].model)}
+    plan = QdqScheme("int8", amax) if precision == "int8" else None
+    graph = tensorrt_graph(base["openvino"], precision, num_layers=LAYERS, scheme=plan)
     save_graph(graph, tmp_path / "base.onnx")
     command = [sys.executable, "-c", BUILD, str(tmp_path / "base.onnx"), json.dumps(graph.fusions)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

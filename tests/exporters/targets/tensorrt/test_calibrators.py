@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gte_deploy.exporters.cli import main
-from gte_deploy.exporters.quantization.calibration import measure_peaks, measure_ranges
+from gte_deploy.exporters.quantization.calibration import measure_amax, measure_ranges
 
 
 @pytest.fixture(scope="module")
@@ -19,31 +19,31 @@ def batches(make_batch):
 
 
 @pytest.fixture(scope="module")
-def peaks(plain, spec, batches, ranges):
-    """`peaks(calibrator, smoothing)`"""
+def amax(plain, spec, batches, ranges):
+    """`amax(calibrator, smoothing)`"""
 
     def measured(calibrator, smoothing):
-        return measure_peaks(plain["onnxruntime"], spec, batches, ranges, smoothing=smoothing, calibrator=calibrator)
+        return measure_amax(plain["onnxruntime"], spec, batches, ranges, smoothing=smoothing, calibrator=calibrator)
 
     return measured
 
 
-def test_max_keeps_all_that_was_seen(peaks, ranges):
-    for name, peak in peaks("max", {}).items():
+def test_max_keeps_all_that_was_seen(amax, ranges):
+    for name, peak in amax("max", {}).items():
         assert peak == max(-ranges[name].low.min(), ranges[name].high.max())
 
 
-def test_smoothing_is_taken_into_account(peaks, ranges):
+def test_smoothing_is_taken_into_account(amax, ranges):
     name = next(iter(ranges))
     factor = np.full(ranges[name].low.shape, 4, np.float32)
     for calibrator in ("max", "percentile"):
-        plain, smooth = peaks(calibrator, {}), peaks(calibrator, {name: factor})
+        plain, smooth = amax(calibrator, {}), amax(calibrator, {name: factor})
         assert smooth[name] == pytest.approx(plain[name] / 4, rel=1e-3)
         assert {k: v for k, v in smooth.items() if k != name} == {k: v for k, v in plain.items() if k != name}
 
 
-def test_percentile_and_entropy_clip_what_is_rare(peaks):
-    most, percentile, entropy = (peaks(calibrator, {}) for calibrator in ("max", "percentile", "entropy"))
+def test_percentile_and_entropy_clip_what_is_rare(amax):
+    most, percentile, entropy = (amax(calibrator, {}) for calibrator in ("max", "percentile", "entropy"))
     assert most.keys() == percentile.keys() == entropy.keys()
     for name, peak in most.items():
         assert 0 < percentile[name] <= peak * (1 + 1e-6) and 0 < entropy[name] <= peak * (1 + 1e-6)

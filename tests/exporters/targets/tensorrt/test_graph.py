@@ -9,9 +9,9 @@ import pytest
 from gte_deploy.backends.onnx_backend import OnnxBackend
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters.graph.build import save_graph
-from gte_deploy.exporters.targets.tensorrt.emulation import CompiledOnnx, head_by_head
-from gte_deploy.exporters.targets.tensorrt.graph import WIDE, QdqPlan, tensorrt_graph
-from gte_deploy.exporters.verification.emulation import cpu_stand_in
+from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, head_by_head
+from gte_deploy.exporters.targets.tensorrt.graph import WIDE, QdqScheme, tensorrt_graph
+from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.exporters.verification.parity import TorchReference, compare
 
 OUTPUTS = ("last_hidden_state", "logits")
@@ -74,9 +74,9 @@ def test_quantization_stands_around_gemms_and_nowhere_near_attention(graphs, pre
 
 
 def test_a_plan_can_keep_layers_in_fp16(plain, num_layers):
-    plan = QdqPlan("int8", {"none": 1.0})
+    plan = QdqScheme("int8", {"none": 1.0})
     names = {name.removesuffix(".T") for name in plain["openvino"].model.graph.initializers}
-    graph = tensorrt_graph(plain["openvino"], "int8", num_layers=num_layers, plan=plan.keeping(names))
+    graph = tensorrt_graph(plain["openvino"], "int8", num_layers=num_layers, scheme=plan.excluding(names))
     assert graph.fusions["int8_linears"] == 0
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in graph.model.graph}
 
@@ -88,7 +88,7 @@ def test_another_architecture_is_an_error(plain, num_layers):
 
 @pytest.mark.parametrize("precision, cosine", [("fp16", 0.99999), ("bf16", 0.9999), ("int8", 0.99), ("fp8", 0.98)])
 def test_it_computes_what_pytorch_does(graphs, saved, model, spec, make_batch, precision, cosine):
-    compiled = CompiledOnnx(graphs(precision), spec, file=saved(precision), num_heads=model.config.num_attention_heads)
+    compiled = PaddedOnnx(graphs(precision), spec, file=saved(precision), num_heads=model.config.num_attention_heads)
     reference = TorchReference(model, task="fill-mask", pooling="mean", logits="masked")
     try:
         for rows, length in ((1, 1), (3, 130), (1, 2048)):
@@ -105,7 +105,7 @@ def test_it_computes_what_pytorch_does(graphs, saved, model, spec, make_batch, p
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_head_by_head_is_the_same(plain, graphs, spec, make_batch, tmp_path, precision):
     """To the bit where nothing but the graph rounds; with FP16 ONNX Runtime leaves out some of its own roundings."""
-    graph = {"fp32": lambda: plain["openvino"], "bf16": lambda: cpu_stand_in(graphs("bf16"))}.get(
+    graph = {"fp32": lambda: plain["openvino"], "bf16": lambda: cpu_emulation(graphs("bf16"))}.get(
         precision, lambda: graphs(precision)
     )()
     save_graph(graph, tmp_path / "whole.onnx")
@@ -121,7 +121,7 @@ def test_head_by_head_is_the_same(plain, graphs, spec, make_batch, tmp_path, pre
 
 def test_the_stand_in_for_bf16_computes_what_the_graph_does(graphs, saved, spec, make_batch, tmp_path):
     """Made of the FP16 graph, which ONNX Runtime can run as it is, it gives the same numbers."""
-    save_graph(cpu_stand_in(graphs("fp16")), tmp_path / "stand_in.onnx")
+    save_graph(cpu_emulation(graphs("fp16")), tmp_path / "stand_in.onnx")
     exact, stand_in = OnnxBackend(saved("fp16"), spec), OnnxBackend(tmp_path / "stand_in.onnx", spec)
     batch = make_batch(2, 50)
     for name in OUTPUTS:
@@ -131,7 +131,7 @@ def test_the_stand_in_for_bf16_computes_what_the_graph_does(graphs, saved, spec,
 
 def test_far_positions_turn_as_pytorch_turns_them(graphs, saved, model, spec, make_batch):
     """3,000 tokens in FP16: with angles in FP16 the last of them would be turned anywhere."""
-    compiled = CompiledOnnx(graphs("fp16"), spec, file=saved("fp16"), num_heads=model.config.num_attention_heads)
+    compiled = PaddedOnnx(graphs("fp16"), spec, file=saved("fp16"), num_heads=model.config.num_attention_heads)
     reference = TorchReference(model, task="fill-mask", pooling="mean", logits="masked")
     batch = make_batch(1, 3000)
     expected = reference.run(batch, OUTPUTS)["last_hidden_state"][0, -500:]

@@ -16,7 +16,7 @@ from gte_deploy.exporters.export import export
 from gte_deploy.exporters.graph.build import build_graphs, save_graph
 from gte_deploy.exporters.graph.editing import Builder, replace
 from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine
-from gte_deploy.exporters.targets.tensorrt.emulation import PackedOnnx
+from gte_deploy.exporters.targets.tensorrt.emulation import PaddingFreeOnnx
 from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 from gte_deploy.exporters.targets.tensorrt.graph import WIDE, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE, trtexec_line
@@ -45,7 +45,7 @@ def packed(plain, plan, num_layers):
         if precision not in made:
             quantized = plan(precision) if precision in ("int8", "fp8") else None
             made[precision] = tensorrt_graph(
-                plain["openvino"], precision, num_layers=num_layers, plan=quantized, layout=PADDING_FREE
+                plain["openvino"], precision, num_layers=num_layers, scheme=quantized, layout=PADDING_FREE
             )
         return made[precision]
 
@@ -64,7 +64,7 @@ def differences(graph, model, spec, batch):
     outputs = [tensor.name for tensor in graph.outputs]
     heads = model.config.num_attention_heads
     reference = TorchReference(model, task=spec.task, pooling=spec.pooling, logits=spec.logits)
-    candidate = PackedOnnx(graph, spec, profiles=PROFILES, num_heads=heads)
+    candidate = PaddingFreeOnnx(graph, spec, profiles=PROFILES, num_heads=heads)
     expected, found = reference.run(batch, outputs), candidate.run(batch, outputs)
     candidate.close()
     real = batch.attention_mask == 1
@@ -106,7 +106,7 @@ def test_a_far_position_turns_as_in_pytorch(packed, model, spec):
     """Behind another text, the positions of a text begin at 0 again."""
     batch = ragged(20_000, (600, 1800, 1, 2, 3, 4, 40))
     profiles = (Profile((1, 1), (8, 4096), (8, 4096)),)
-    candidate = PackedOnnx(packed("fp16"), spec, profiles=profiles, num_heads=model.config.num_attention_heads)
+    candidate = PaddingFreeOnnx(packed("fp16"), spec, profiles=profiles, num_heads=model.config.num_attention_heads)
     reference = TorchReference(model, task="fill-mask", pooling="mean", logits="masked")
     found = candidate.run(batch, ["last_hidden_state"])["last_hidden_state"][1, -500:]
     expected = reference.run(Batch(batch.input_ids[1:2], batch.attention_mask[1:2], np.zeros((1, 2), int)), [])
