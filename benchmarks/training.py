@@ -46,21 +46,21 @@ from gte_deploy.files import write_text
 from gte_deploy.models import builtin_path
 from gte_deploy.models.config import build_config
 from gte_deploy.training import train as engine
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.distributed import World
-from gte_deploy.training.flops import device_peak_flops, training_flops
-from gte_deploy.training.model import build_model
-from gte_deploy.training.optim import build_optimizer
-from gte_deploy.training.packing import (
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.packing import (
     MicroBatch,
     PaddedMicroBatch,
     micro_batches,
     pad_to_static,
     padded_micro_batches,
 )
-from gte_deploy.training.prepare import prepare
+from gte_deploy.training.data.prepare import prepare
+from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.distributed import World
+from gte_deploy.training.flops import device_peak_flops, training_flops
+from gte_deploy.training.model import build_model
+from gte_deploy.training.optim import build_optimizer
 from gte_deploy.training.recipe import Recipe, Stage
-from gte_deploy.training.sampling import ChunkIndex
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 0

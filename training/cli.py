@@ -18,8 +18,11 @@ from gte_deploy.models import builtin_path
 # Sub-commands in modules of their own: `add_arguments(parser)` and `run(args) -> int`, imported when they are called.
 _MODULES = {
     "estimate": ("gte_deploy.training.estimate", "FLOPs, tokens, memory and hours of a recipe on a number of GPUs"),
-    "glue": ("gte_deploy.training.glue", "fine-tune and score on the eight GLUE tasks"),
-    "extrapolate": ("gte_deploy.training.extrapolation", "masked-token loss by position, up to the longest length"),
+    "glue": ("gte_deploy.training.evaluation.glue", "fine-tune and score on the eight GLUE tasks"),
+    "extrapolate": (
+        "gte_deploy.training.evaluation.extrapolation",
+        "masked-token loss by position, up to the longest length",
+    ),
 }
 _EPILOG = (
     "exit codes: 0 done; 1 a recipe, corpus, checkpoint or model failed; 2 wrong usage or bad input; 3 an optional "
@@ -105,9 +108,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(args: argparse.Namespace) -> int:
     from gte_deploy.models.checkpoint import copy_tokenizer
-    from gte_deploy.training.corpus import describe
+    from gte_deploy.training.data.corpus import describe
+    from gte_deploy.training.data.prepare import prepare
     from gte_deploy.training.export import TOKENIZER_FOLDER
-    from gte_deploy.training.prepare import prepare
 
     corpus = prepare(
         args.inputs,

@@ -22,11 +22,11 @@ from gte_deploy.errors import ConfigError, InputError
 from gte_deploy.exit_codes import OK
 from gte_deploy.models.config import build_config, read_config
 from gte_deploy.models.presets import PRESETS
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import format_seconds
 from gte_deploy.training.recipe import Recipe, Stage, load_recipe
-from gte_deploy.training.sampling import ChunkIndex
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from gte_deploy.models.config import build_config, read_config
 from gte_deploy.models.presets import PRESETS
 
 if TYPE_CHECKING:
-    from gte_deploy.training.packing import MicroBatch
+    from gte_deploy.training.data.packing import MicroBatch
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gte_deploy.errors import ConfigError, MissingDependencyError
-from gte_deploy.training.masking import Masking
-from gte_deploy.training.sampling import Resampling
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.sampling import Resampling
 
 T = TypeVar("T")
 

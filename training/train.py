@@ -30,7 +30,9 @@ from gte_deploy._version import __version__
 from gte_deploy.errors import ConfigError, MissingDependencyError, NonFiniteError
 from gte_deploy.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
-from gte_deploy.training.corpus import INDEX_FILE, TokenCorpus
+from gte_deploy.training.data.corpus import INDEX_FILE, TokenCorpus
+from gte_deploy.training.data.packing import MicroBatch, StepLoader, pad_to_static
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import (
     World,
     distribute,
@@ -46,9 +48,7 @@ from gte_deploy.training.flops import device_peak_flops, training_flops
 from gte_deploy.training.log import Meter, RunLog, StepRecord, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors
 from gte_deploy.training.optim import build_optimizer, learning_rate, set_learning_rate
-from gte_deploy.training.packing import MicroBatch, StepLoader, pad_to_static
 from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_to_dict
-from gte_deploy.training.sampling import ChunkIndex
 from gte_deploy.training.state import Checkpoint, CheckpointStore, TrainingState, read_checkpoint, stage_seed, step_seed
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers import GteConfig, GteForMaskedLM, get_linear_schedule_with_warmup
 
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.packing import padded_micro_batches
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.log import read_log
-from gte_deploy.training.masking import Masking
-from gte_deploy.training.packing import padded_micro_batches
 from gte_deploy.training.recipe import recipe_from_dict
-from gte_deploy.training.sampling import ChunkIndex
 from gte_deploy.training.state import stage_seed
 from gte_deploy.training.train import train
 

@@ -12,16 +12,16 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, GteFor
 from gte_deploy.errors import ConfigError, NonFiniteError
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training import train as train_module
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.packing import micro_batches, pack, pad_to_static
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import World
 from gte_deploy.training.export import checkpoint_model, export_checkpoint, find_checkpoint
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import read_log
-from gte_deploy.training.masking import Masking
 from gte_deploy.training.model import PackedMaskedLM, initial_model
-from gte_deploy.training.packing import micro_batches, pack, pad_to_static
 from gte_deploy.training.recipe import recipe_from_dict
-from gte_deploy.training.sampling import ChunkIndex
 from gte_deploy.training.state import stage_seed
 from gte_deploy.training.train import accumulate_gradients, train
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from gte_deploy.errors import GteDeployError, InputError
-from gte_deploy.training import prepare as module
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.prepare import prepare, read_vocabulary
+from gte_deploy.training.data import prepare as module
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.prepare import prepare, read_vocabulary
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w200 w201"]
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12], [200, 201]]
@@ -462,7 +462,7 @@ def test_two_runs_do_not_write_one_output(tmp_path, make, many_units):
 SCRIPT = """
 import sys
 from pathlib import Path
-from gte_deploy.training import prepare as module
+from gte_deploy.training.data import prepare as module
 module._UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
 
 if __name__ == "__main__":

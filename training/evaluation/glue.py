@@ -42,7 +42,7 @@ from gte_deploy.files import sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import read_json
-from gte_deploy.training.glue_tasks import PUBLISHED_AVERAGES, TASKS, Examples, Task, in_order, load_split
+from gte_deploy.training.evaluation.glue_tasks import PUBLISHED_AVERAGES, TASKS, Examples, Task, in_order, load_split
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
+from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
 
 LENGTHS = {"en": (3, 20, 700), "": (1, 40), "de": (5,)}
 SPECIAL = {"pad_id": 0, "unk_id": 1, "cls_id": 2, "sep_id": 3, "mask_id": 4, "special_ids": [0, 1, 2, 3, 4]}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import LengthHistogram, TokenCorpus
+from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus
 
 NUM_SPECIAL = 2  # [CLS] and [SEP] of a chunk
 _FEISTEL_ROUNDS = 8

@@ -30,11 +30,11 @@ from gte_deploy.files import write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.masking import Masking
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.packing import MicroBatch, micro_batches
+from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resampling
 from gte_deploy.training.model import micro_batch_tensors
-from gte_deploy.training.packing import MicroBatch, micro_batches
-from gte_deploy.training.sampling import NUM_SPECIAL, ChunkIndex, Resampling
 
 RESULT_FILE = "extrapolation.json"
 PLOT_FILE = "extrapolation.png"

@@ -23,10 +23,19 @@ from transformers import (
 import gte_deploy
 from gte_deploy.errors import CheckpointError, InputError
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
-from gte_deploy.training import glue as glue_module
 from gte_deploy.training.cli import main
-from gte_deploy.training.glue import Encoded, Protocol, fine_tune, glue, load_classifier, predict, start_from, table
-from gte_deploy.training.glue_tasks import (
+from gte_deploy.training.evaluation import glue as glue_module
+from gte_deploy.training.evaluation.glue import (
+    Encoded,
+    Protocol,
+    fine_tune,
+    glue,
+    load_classifier,
+    predict,
+    start_from,
+    table,
+)
+from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,
     TASKS,
     Examples,

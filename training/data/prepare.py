@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
-from gte_deploy.training.corpus import (
+from gte_deploy.training.data.corpus import (
     FORMAT,
     FORMAT_VERSION,
     INDEX_FILE,

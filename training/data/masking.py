@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import Vocabulary
-from gte_deploy.training.sampling import STREAM_MASK, join_words, philox4x32, split_words, stream_key
+from gte_deploy.training.data.corpus import Vocabulary
+from gte_deploy.training.data.sampling import STREAM_MASK, join_words, philox4x32, split_words, stream_key
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.masking import Masking, mask_places
-from gte_deploy.training.sampling import ChunkIndex
+from gte_deploy.training.data.masking import Masking, mask_places
+from gte_deploy.training.data.sampling import ChunkIndex
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.masking import Masking, mask_tokens
-from gte_deploy.training.packing import StepLoader, micro_batches, pack, pad_to_static, padded_micro_batches
-from gte_deploy.training.sampling import ChunkIndex, samples_at
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking, mask_tokens
+from gte_deploy.training.data.packing import StepLoader, micro_batches, pack, pad_to_static, padded_micro_batches
+from gte_deploy.training.data.sampling import ChunkIndex, samples_at
 
 MAX_LENGTH = 64
 STEP = {"batch_size": 96, "token_budget": 256, "seed": 4, "masking": Masking()}
