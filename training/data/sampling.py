@@ -6,7 +6,6 @@ of workers and every resume sees the same samples by arithmetic alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,97 +14,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from gte_deploy.errors import InputError
 from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus
+from gte_deploy.training.data.random import (
+    FIRST_LANGUAGE_STREAM,
+    STREAM_LANGUAGE,
+    STREAM_ORDER,
+    STREAM_RESAMPLE,
+    permute,
+    philox4x32,
+    split_words,
+    stream_key,
+)
 
 NUM_SPECIAL = 2  # [CLS] and [SEP] of a chunk
-_FEISTEL_ROUNDS = 8
 _MIXTURE_BLOCK = 1 << 16  # samples in which every language has its exact share
 _DOCUMENT_BLOCK = 1 << 20  # documents looked at together: bounds the memory of an index over 10^8 documents
 
-_LOW_32 = np.uint64(0xFFFFFFFF)
-_SHIFT_32 = np.uint64(32)
-_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUNDS = 10
-
-# One seed feeds several independent streams; the number is part of the key. Changing one changes every run.
-STREAM_RESAMPLE, STREAM_ORDER, STREAM_LANGUAGE, STREAM_MASK = 1, 2, 3, 4
-_FIRST_LANGUAGE_STREAM = 1 << 16
-
-Words = NDArray[np.uint64]
-
-
-# --- counter-based random numbers -----------------------------------------------------------------------------------
-
-
-def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> tuple[Words, ...]:
-    """Philox4x32-10: four 32-bit words, in uint64, per counter of four 32-bit words; counters broadcast.
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. numpy's own Philox makes one stream
-    per object; here each token of a batch has its own counter, so that a whole batch is one vectorised call.
-    """
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = key
-    for _ in range(_PHILOX_ROUNDS):
-        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0 = (p1 >> _SHIFT_32) ^ c1 ^ np.uint64(k0)
-        c2 = (p0 >> _SHIFT_32) ^ c3 ^ np.uint64(k1)
-        c1, c3 = p1 & _LOW_32, p0 & _LOW_32
-        k0, k1 = (k0 + _PHILOX_WEYL[0]) & 0xFFFFFFFF, (k1 + _PHILOX_WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-def stream_key(seed: int, stream: int) -> tuple[int, int]:
-    """The Philox key of one stream of a seed.
-
-    Raises:
-        InputError: the seed is not in 0..2^64 - 1.
-    """
-    if not 0 <= seed < 1 << 64:
-        raise InputError(f"seed {seed} is outside 0..2^64 - 1")
-    word0, word1, _, _ = philox4x32((stream, 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
-    return int(word0), int(word1)
-
-
-def split_words(numbers: ArrayLike) -> tuple[Words, Words]:
-    """Low and high 32 bits of non-negative integers."""
-    wide = np.asarray(numbers).astype(np.uint64)
-    return wide & _LOW_32, wide >> _SHIFT_32
-
-
-def join_words(low: Words, high: Words) -> Words:
-    return low | (high << _SHIFT_32)
-
-
 # --- the order of a stage -------------------------------------------------------------------------------------------
-
-
-def permute(positions: ArrayLike, *, size: int, epochs: ArrayLike, key: tuple[int, int]) -> NDArray[np.int64]:
-    """Where a keyed permutation of 0..size-1 sends each position; every epoch has its own permutation.
-
-    A Feistel network over a grid just larger than `size`, whose few surplus cells are left by walking the cycle
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). O(1) per position, no table.
-    """
-    rows = math.isqrt(size - 1) + 1 if size > 1 else 1
-    grid = (np.uint64(rows), np.uint64(-(-size // rows)))
-    places = np.atleast_1d(np.asarray(positions)).astype(np.uint64)
-    epoch_words = np.broadcast_to(np.asarray(epochs, dtype=np.uint64), places.shape)
-    result = _feistel(places, epoch_words, grid, key)
-    while (outside := result >= np.uint64(size)).any():
-        result[outside] = _feistel(result[outside], epoch_words[outside], grid, key)
-    return result.astype(np.int64)
-
-
-def _feistel(places: Words, epochs: Words, grid: tuple[np.uint64, np.uint64], key: tuple[int, int]) -> Words:
-    left, right = places % grid[0], places // grid[0]
-    for number in range(0, _FEISTEL_ROUNDS, 2):
-        left = (left + _round_function(right, number, epochs, key) % grid[0]) % grid[0]
-        right = (right + _round_function(left, number + 1, epochs, key) % grid[1]) % grid[1]
-    return right * grid[0] + left
-
-
-def _round_function(half: Words, number: int, epochs: Words, key: tuple[int, int]) -> Words:
-    low, high, _, _ = philox4x32((half, number, *split_words(epochs)), key)
-    return join_words(low, high)
 
 
 def samples_at(indices: ArrayLike, *, num_chunks: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -122,12 +46,6 @@ def samples_at(indices: ArrayLike, *, num_chunks: int, seed: int) -> tuple[NDArr
     epochs = places // num_chunks
     key = stream_key(seed, STREAM_ORDER)
     return epochs, permute(places - epochs * num_chunks, size=num_chunks, epochs=epochs, key=key)
-
-
-def sample_at(index_in_stage: int, *, num_chunks: int, seed: int) -> tuple[int, int]:
-    """(epoch, chunk) of one sample: `samples_at` for a single index."""
-    epochs, chunks = samples_at([index_in_stage], num_chunks=num_chunks, seed=seed)
-    return int(epochs[0]), int(chunks[0])
 
 
 class LanguageMixture:
@@ -164,7 +82,7 @@ class LanguageMixture:
         for language in np.unique(languages):
             here = languages == language
             # Its own seed: two languages of one size must not walk through their chunks in step.
-            low, high = stream_key(seed, _FIRST_LANGUAGE_STREAM + int(language))
+            low, high = stream_key(seed, FIRST_LANGUAGE_STREAM + int(language))
             size = int(self._sizes[language])
             epochs[here], local = samples_at(ordinals[here], num_chunks=size, seed=low | high << 32)
             chunks[here] = local + self._first_chunk[language]
