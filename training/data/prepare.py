@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
-import gzip
 import itertools
 import json
 import logging
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -33,13 +29,12 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
+from gte_deploy.errors import GteDeployError, InputError
 from gte_deploy.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
 from gte_deploy.training.data.corpus import (
     FORMAT,
@@ -47,80 +42,18 @@ from gte_deploy.training.data.corpus import (
     INDEX_FILE,
     OFFSET_DTYPE,
     TokenCorpus,
-    Vocabulary,
     document_histogram,
 )
+from gte_deploy.training.data.readers import DocumentBreak, DocumentReader, ReadOptions, Unit
+from gte_deploy.training.data.units import plan_units
+from gte_deploy.training.data.vocabulary import load_tokenizer, read_vocabulary
 
 logger = logging.getLogger(__name__)
 
-DocumentBreak = Literal["blank-line", "file"]
-Advance = Callable[[int], None]  # bytes of input done
-
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-TEXT_SUFFIXES = (".txt", ".txt.gz")
-PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = (*JSON_SUFFIXES, *TEXT_SUFFIXES, *PARQUET_SUFFIXES)
-DATASET_PREFIX = "hf:"
-
-_UNIT_BYTES = 32 << 20  # smaller neighbours share a unit
 _BATCH_DOCUMENTS = 1_000
 _BATCH_CHARACTERS = 4 << 20
-_PARQUET_ROWS = 1_000
-_ADVANCE_BYTES = 1 << 16
-_MAX_EXPANSION = 200  # text shrinks 3 to 10 times in gzip; its limit is about 1,030
-_EXPANSION_FREE_BYTES = 64 << 20
-_MAX_DOCUMENT_BYTES = 1 << 30
 _POLL_SECONDS = 0.25
-
-_LANGUAGE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,31})=(.+)", re.DOTALL)
-_DATASET = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHARD_KEYS = ("name", "language", "documents", "tokens", "tokens_sha256", "offsets_sha256")
-_SPECIAL_NAMES = {
-    "cls": ("[CLS]", "<s>"),
-    "sep": ("[SEP]", "</s>"),
-    "mask": ("[MASK]", "<mask>"),
-    "pad": ("[PAD]", "<pad>"),
-    "unk": ("[UNK]", "<unk>"),
-}
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How documents are found in the inputs."""
-
-    text_column: str = "text"
-    document_break: DocumentBreak = "blank-line"
-    skip_bad: bool = False
-    max_document_bytes: int = 16 << 20
-
-    def __post_init__(self) -> None:
-        if self.document_break not in ("blank-line", "file"):
-            raise InputError(f"document_break {self.document_break!r}: expected 'blank-line' or 'file'")
-        if not 1 <= self.max_document_bytes <= _MAX_DOCUMENT_BYTES:
-            raise InputError(f"max_document_bytes {self.max_document_bytes} is outside 1..{_MAX_DOCUMENT_BYTES}")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one worker encodes into one shard: files, or one shard of a Hugging Face dataset."""
-
-    number: int
-    language: str
-    files: tuple[str, ...] = ()
-    stamps: tuple[tuple[int, int], ...] = ()  # size and mtime_ns per file: a changed input is not resumed
-    dataset: str = ""
-    dataset_shard: int = 0
-    dataset_shards: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"shard-{self.number:05d}"
-
-    @property
-    def size(self) -> int:
-        """Input bytes; 0 where they are not known."""
-        return sum(size for size, _ in self.stamps)
 
 
 def prepare(
@@ -174,345 +107,6 @@ def prepare(
     return TokenCorpus.open(output)
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
-
-
-def read_vocabulary(tokenizer: Path) -> tuple[Vocabulary, Path]:
-    """The ids of a checkpoint folder's tokenizer.json (or of that file), and the file's path.
-
-    Raises:
-        InputError: no tokenizer, or one without [CLS], [SEP], [MASK], [PAD] or [UNK] under any name.
-    """
-    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    encoder = _load_tokenizer(file)
-    ids = encoder.get_vocab(with_added_tokens=True)
-    size = max(ids.values(), default=-1) + 1
-    declared = _declared_specials(file.parent)
-    named = {}
-    for role, usual in _SPECIAL_NAMES.items():
-        candidates = [declared[role]] if role in declared else usual
-        found = [ids[token] for token in candidates if token in ids]
-        if not found:
-            raise InputError(
-                f"{file} has no {role} token (looked for {', '.join(candidates)}): use a tokenizer with it"
-            )
-        named[f"{role}_id"] = found[0]
-    special = {i for i, token in encoder.get_added_tokens_decoder().items() if token.special}
-    holes = set(range(size)) - set(ids.values())
-    special_ids = tuple(sorted(special | holes | set(named.values())))
-    return Vocabulary(size=size, **named, special_ids=special_ids), file
-
-
-def _load_tokenizer(file: Path) -> Tokenizer:
-    if not file.is_file():
-        raise InputError(f"{file} is missing: give a checkpoint folder with a tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises the bare class for any file it cannot read
-        raise InputError(f"{file} is no tokenizer that this version of `tokenizers` reads: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
-    return tokenizer
-
-
-def _declared_specials(folder: Path) -> dict[str, str]:
-    declared = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            tokens = {role: content.get(f"{role}_token") for role in _SPECIAL_NAMES}
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-        for role, token in tokens.items():
-            content_of = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content_of, str):
-                declared[role] = content_of
-    return declared
-
-
-# --- the plan -----------------------------------------------------------------------------------------------------
-
-
-def plan_units(inputs: Sequence[str]) -> list[Unit]:
-    """Cut the inputs into units of work; languages side by side, otherwise in the order given.
-
-    Raises:
-        InputError: an input that does not exist, is given twice, or has no known format.
-    """
-    if not inputs:
-        raise InputError("no input is given: name files, folders or hf:DATASET")
-    parts: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for text in inputs:
-        language, place = _split_language(text)
-        if place.startswith(DATASET_PREFIX):
-            parts += _dataset_parts(language, place.removeprefix(DATASET_PREFIX))
-            continue
-        files = _expand(place)
-        if twice := seen & {str(file) for file in files}:
-            raise InputError(f"{min(twice)} is given twice (again by {text!r}): name each input once")
-        seen.update(str(file) for file in files)
-        parts += _file_parts(language, files)
-    order = list(dict.fromkeys(part["language"] for part in parts))
-    parts.sort(key=lambda part: order.index(part["language"]))
-    return [Unit(number=number, **part) for number, part in enumerate(parts)]
-
-
-def _split_language(text: str) -> tuple[str, str]:
-    match = _LANGUAGE.fullmatch(text)
-    return match.groups() if match and not Path(text).exists() else ("", text)  # type: ignore[return-value]
-
-
-def _expand(place: str) -> list[Path]:
-    path = Path(place)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-    elif path.is_file():
-        files = [path]
-    else:
-        files = [Path(name) for name in sorted(glob.glob(place, recursive=True)) if Path(name).is_file()]
-    if not files:
-        raise InputError(
-            f"{place!r} names no file: expected {', '.join(SUFFIXES)}, a folder or a glob of them, or hf:…"
-        )
-    if any(file.name.endswith(PARQUET_SUFFIXES) for file in files):
-        _parquet_library()
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise InputError(f"{file} has no known format: expected a name that ends with {', '.join(SUFFIXES)}")
-    return [file.resolve() for file in files]
-
-
-def _file_parts(language: str, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    group: list[Path] = []
-    held = 0
-    for file in files:
-        group.append(file)
-        held += file.stat().st_size
-        if held >= _UNIT_BYTES:
-            yield _file_part(language, group)
-            group, held = [], 0
-    if group:
-        yield _file_part(language, group)
-
-
-def _file_part(language: str, files: Sequence[Path]) -> dict[str, Any]:
-    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
-    return {"language": language, "files": tuple(str(file) for file in files), "stamps": stamps}
-
-
-def _dataset_parts(language: str, dataset: str) -> list[dict[str, Any]]:
-    shards = _load_dataset(dataset).num_shards
-    return [
-        {"language": language, "dataset": dataset, "dataset_shard": i, "dataset_shards": shards} for i in range(shards)
-    ]
-
-
-def _load_dataset(dataset: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError("datasets", "train") from error
-    match = _DATASET.fullmatch(dataset)
-    if match is None:
-        raise InputError(f"hf:{dataset}: expected hf:NAME[@REVISION][:CONFIG[:SPLIT]]")
-    try:
-        return datasets.load_dataset(
-            match["name"],
-            match["config"] or None,
-            split=match["split"] or "train",
-            revision=match["revision"],
-            streaming=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"hf:{dataset} cannot be opened: {error}") from error
-
-
-# --- reading documents ------------------------------------------------------------------------------------------------
-
-
-class DocumentReader:
-    """Documents of one unit, in order; counts what it skipped."""
-
-    def __init__(self, options: ReadOptions, *, counts: Counter[str], advance: Advance) -> None:
-        self._options, self._counts, self._advance = options, counts, advance
-
-    def read(self, unit: Unit) -> Iterator[str]:
-        """Texts free of surrogates.
-
-        Raises:
-            InputError: a file or record that cannot be read, named with its line.
-        """
-        source = self._dataset(unit) if unit.dataset else itertools.chain.from_iterable(map(self._file, unit.files))
-        for text in source:
-            if text.isascii() or not _LONE_SURROGATE.search(text):
-                yield text
-            else:
-                self._counts["documents_with_replaced_surrogates"] += 1
-                yield _LONE_SURROGATE.sub("\ufffd", text)
-
-    def _file(self, name: str) -> Iterator[str]:
-        path = Path(name)
-        try:
-            if name.endswith(PARQUET_SUFFIXES):
-                yield from self._parquet(path)
-            elif name.endswith(JSON_SUFFIXES):
-                yield from self._json_lines(path)
-            elif self._options.document_break == "file":
-                yield from self._whole_file(path)
-            else:
-                yield from self._paragraphs(path)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-
-    def _json_lines(self, path: Path) -> Iterator[str]:
-        for number, line in self._lines(path):
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                self._bad(f"{path}:{number}: no JSON ({error})")
-                continue
-            text = record.get(self._options.text_column) if isinstance(record, dict) else None
-            if isinstance(text, str):
-                yield text
-            else:
-                self._bad(f"{path}:{number}: expected an object with a string {self._options.text_column!r}")
-
-    def _paragraphs(self, path: Path) -> Iterator[str]:
-        """Documents between blank lines."""
-        held: list[bytes] = []
-        start = 1
-        for number, line in itertools.chain(self._lines(path), [(0, b"")]):
-            if line.strip():
-                start = start if held else number
-                held.append(line.rstrip(b"\r\n"))
-                continue
-            if held:
-                yield from self._decoded(b"\n".join(held), f"{path}:{start}")
-                held = []
-
-    def _whole_file(self, path: Path) -> Iterator[str]:
-        with _opened(path) as (stream, _):
-            content = stream.read(self._options.max_document_bytes + 1)
-        yield from self._decoded(content, str(path))
-        self._advance(path.stat().st_size)
-
-    def _decoded(self, content: bytes, place: str) -> Iterator[str]:
-        if len(content) > self._options.max_document_bytes:
-            self._bad(f"{place}: a document of more than {self._options.max_document_bytes} bytes")
-            return
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            self._bad(f"{place}: no UTF-8 ({error})")
-            return
-        yield text
-
-    def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """Numbered lines of bounded length; a longer one is a bad record."""
-        limit = self._options.max_document_bytes
-        with _opened(path) as (stream, raw):
-            total = reported = 0
-            for number in itertools.count(1):
-                line = stream.readline(limit + 1)
-                if not line:
-                    break
-                total += len(line)
-                if len(line) > limit:
-                    self._bad(f"{path}:{number}: a line of more than {limit} bytes")
-                    total += _skip_line(stream, line)
-                else:
-                    yield number, line
-                done = raw.tell()
-                if total > _EXPANSION_FREE_BYTES and total > _MAX_EXPANSION * done:
-                    raise InputError(f"{path} expands more than {_MAX_EXPANSION} times: this is no compressed text")
-                if done - reported > _ADVANCE_BYTES:
-                    self._advance(done - reported)
-                    reported = done
-            self._advance(raw.tell() - reported)
-
-    def _parquet(self, path: Path) -> Iterator[str]:
-        pyarrow = _parquet_library()
-        column, row, size = self._options.text_column, 0, path.stat().st_size
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                if column not in file.schema_arrow.names:
-                    raise InputError(f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}")
-                rows = max(file.metadata.num_rows, 1)
-                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-                    yield from self._column(batch.column(0).to_pylist(), f"{path}: row", row)
-                    self._advance(size * (row + len(batch)) // rows - size * row // rows)
-                    row += len(batch)
-        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read near row {row}: {error}") from error
-
-    def _dataset(self, unit: Unit) -> Iterator[str]:
-        shard = _load_dataset(unit.dataset).shard(num_shards=unit.dataset_shards, index=unit.dataset_shard)
-        place = f"hf:{unit.dataset} shard {unit.dataset_shard}: row"
-        try:
-            for row, record in enumerate(shard):
-                yield from self._column([record.get(self._options.text_column)], place, row)
-        except (OSError, ValueError) as error:
-            if isinstance(error, GteDeployError):
-                raise
-            raise InputError(f"{place} cannot be read: {error}") from error
-
-    def _column(self, values: Sequence[object], place: str, first_row: int) -> Iterator[str]:
-        limit = self._options.max_document_bytes
-        for row, value in enumerate(values, first_row):
-            if not isinstance(value, str):
-                self._bad(f"{place} {row}: expected a string in {self._options.text_column!r}, got {_kind(value)}")
-            elif len(value) > limit:
-                self._bad(f"{place} {row}: a document of more than {limit} characters")
-            else:
-                yield value
-
-    def _bad(self, message: str) -> None:
-        if not self._options.skip_bad:
-            raise InputError(f"{message}; correct it, or skip and count bad records with skip_bad (--skip-bad)")
-        logger.warning("skipped %s", message)
-        self._counts["bad_records"] += 1
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The decompressed stream, and the raw one below it that knows how far reading has come."""
-    with path.open("rb") as raw:
-        if path.name.endswith(".gz"):
-            with gzip.open(raw, "rb") as stream:
-                yield stream, raw  # type: ignore[misc]
-        else:
-            yield raw, raw
-
-
-def _parquet_library() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "train") from error
-    return pyarrow
-
-
-def _skip_line(stream: BinaryIO, line: bytes) -> int:
-    skipped = 0
-    while line and not line.endswith(b"\n"):
-        line = stream.readline(1 << 20)
-        skipped += len(line)
-    return skipped
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
 # --- encoding units -------------------------------------------------------------------------------------------------
 
 
@@ -544,7 +138,7 @@ class _Encoder:
 
     def __init__(self, job: Job, shared: _Shared) -> None:
         self._job, self._shared = job, shared
-        self._tokenizer = _load_tokenizer(Path(job.tokenizer_file))
+        self._tokenizer = load_tokenizer(Path(job.tokenizer_file))
 
     def encode(self, unit: Unit) -> None:
         """Write the unit's tokens, its offsets and, last, the record that says it is done."""
