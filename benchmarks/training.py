@@ -247,7 +247,7 @@ def make_packed(config: GteConfig, workload: Workload, device: torch.device, *, 
     recipe, world = _recipe(workload, compile=compile), World(0, 1, device)
     model = build_model(config, rope_theta=recipe.stages[0].rope_theta, seed=SEED)
     # Not public, but nothing else measures what `gte-train run` does.
-    module = engine._on_device(model, recipe, world)
+    module = engine.place_model(model, recipe, world)
     optimizer = build_optimizer(module, recipe.stages[0], fused=device.type == "cuda")
 
     def gradients(data: StepData) -> Tensor:

@@ -8,29 +8,22 @@ over the number of masked tokens of the whole step.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import math
-import signal
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy._version import __version__
-from gte_deploy.errors import ConfigError, MissingDependencyError, NonFiniteError
+from gte_deploy.errors import ConfigError, MissingDependencyError
 from gte_deploy.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
-from gte_deploy.training.data.corpus import INDEX_FILE, TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import MicroBatch, StepLoader, pad_to_static
 from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import (
@@ -40,16 +33,16 @@ from gte_deploy.training.distributed import (
     join_world,
     load_optimizer_tensors,
     named_parameters,
-    optimizer_tensors,
     whole_tensor,
 )
 from gte_deploy.training.export import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, checkpoint_model, export_checkpoint
-from gte_deploy.training.flops import device_peak_flops, training_flops
-from gte_deploy.training.log import Meter, RunLog, StepRecord, plot_run
+from gte_deploy.training.flops import device_peak_flops
+from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors
 from gte_deploy.training.optim import build_optimizer, learning_rate, set_learning_rate
 from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_to_dict
-from gte_deploy.training.state import Checkpoint, CheckpointStore, TrainingState, read_checkpoint, stage_seed, step_seed
+from gte_deploy.training.run import Run, StepSize, StopSignal, corpus_fingerprint
+from gte_deploy.training.state import Checkpoint, CheckpointStore, read_checkpoint, stage_seed, step_seed
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +95,7 @@ def train(
         _require_same_run(recipe, corpus, resumed)
         _require_fit(recipe, corpus, model.config)
         done = resumed.state if resumed else None
-        run = _Run(recipe, corpus, model.config, world, store, meter=Meter(peak_flops=_peak_of_all(peak_flops, world)))
+        run = Run(recipe, corpus, model.config, world, store, meter=Meter(peak_flops=_peak_of_all(peak_flops, world)))
         if resumed:
             run.go_on_from(resumed)
         if world.is_main:
@@ -134,12 +127,12 @@ def train(
 
 
 def _train_stage(
-    run: _Run, stage: Stage, model: GteForMaskedLM, *, number: int, start: int, stop: StopSignal
+    run: Run, stage: Stage, model: GteForMaskedLM, *, number: int, start: int, stop: StopSignal
 ) -> tuple[bool, dict[str, Tensor]]:
     """Train the steps from `start` on. Returns False where a signal stopped it, and the weights, whole, on the CPU."""
     recipe, world = run.recipe, run.world
     run.config = model.config
-    module = _on_device(model, recipe, world)
+    module = place_model(model, recipe, world)
     # On the CPU the fused step knows no shards.
     optimizer = build_optimizer(module, stage, fused=world.device.type == "cuda" or recipe.sharding == "ddp")
     if start:
@@ -185,7 +178,7 @@ def _train_stage(
             loss = accumulate_gradients(
                 module, micro_batches, world=world, masked_tokens=size.masked_tokens, dtype=recipe.dtype
             )
-            norm = _gradient_norm(module, clip_norm=stage.optimizer.clip_norm)
+            norm = gradient_norm(module, clip_norm=stage.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -227,43 +220,7 @@ def accumulate_gradients(
     return total / masked_tokens
 
 
-class StopSignal:
-    """Takes SIGTERM and SIGINT as the wish to save and stop; the second one of them acts at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
-
-@dataclass(frozen=True)
-class _StepSize:
-    """One optimizer step over all ranks; `micro_batches` is the largest number that a rank has."""
-
-    masked_tokens: int
-    tokens: int
-    squared_lengths: int
-    micro_batches: int
-    stopping: bool
-
-
-def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -> _StepSize:
+def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -> StepSize:
     """Agree with the other ranks on the size of the step, and whether to stop before it."""
     lengths = [np.diff(batch.cu_seqlens[: batch.num_sequences + 1]).astype(np.int64) for batch in batches]
     everyone = world.gather(
@@ -276,11 +233,11 @@ def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -
         ]
     )
     masked, tokens, squared, counts, stops = zip(*everyone, strict=True)
-    return _StepSize(max(1, sum(masked)), sum(tokens), sum(squared), max(counts), any(stops))
+    return StepSize(max(1, sum(masked)), sum(tokens), sum(squared), max(counts), any(stops))
 
 
 def _fill_up(
-    batches: Sequence[MicroBatch], size: _StepSize, *, index: ChunkIndex, recipe: Recipe
+    batches: Sequence[MicroBatch], size: StepSize, *, index: ChunkIndex, recipe: Recipe
 ) -> Sequence[MicroBatch]:
     """Add micro-batches without a loss where this rank has too few for the collective operations of the others.
 
@@ -305,124 +262,6 @@ def _fill_up(
         budget = recipe.tokens_per_micro_batch
         empty = pad_to_static(empty, num_tokens=budget, max_length=index.max_length, pad_id=vocab.pad_id)
     return [*batches, *[empty] * missing]
-
-
-@dataclass
-class _Run:
-    """What the stages share: where things are, and how far the run is."""
-
-    recipe: Recipe
-    corpus: TokenCorpus
-    config: GteConfig
-    world: World
-    store: CheckpointStore
-    meter: Meter
-    log: RunLog | None = None
-    saved: Path | None = None
-    total_step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    _pending: list[tuple[StepRecord, Tensor, Tensor]] = field(default_factory=list)
-
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the totals of the run so far."""
-        state = checkpoint.state
-        self.saved, self.total_step, self.tokens, self.seconds = (
-            checkpoint.path,
-            state.total_step,
-            state.tokens,
-            state.seconds,
-        )
-
-    def count(
-        self, size: _StepSize, loss: Tensor, norm: Tensor, *, stage: Stage, number: int, steps_done: int, rate: float
-    ) -> None:
-        """Take note of a step. Its loss stays on the device until `flush`, so that nothing waits for it."""
-        self.total_step += 1
-        self.tokens += size.tokens
-        flops = training_flops(
-            self.config, tokens=size.tokens, squared_lengths=size.squared_lengths, masked=size.masked_tokens
-        )
-        self.meter.add(tokens=size.tokens, flops=flops)
-        record = StepRecord(
-            stage=stage.name,
-            stage_index=number,
-            step=steps_done,
-            total_step=self.total_step,
-            loss=math.nan,
-            learning_rate=rate,
-            gradient_norm=math.nan,
-            tokens=size.tokens,
-            masked_tokens=size.masked_tokens,
-            total_tokens=self.tokens,
-            tokens_per_second=math.nan,
-            peak_share=None,
-            seconds=math.nan,
-        )
-        self._pending.append((record, loss, norm))
-
-    def flush(self, stage: Stage) -> None:
-        """Fetch the losses of the steps since the last flush and log them. Every rank has to call it.
-
-        Raises:
-            NonFiniteError: a loss is NaN or infinite.
-        """
-        if not self._pending:
-            return
-        records, losses, norms = zip(*self._pending, strict=True)
-        self._pending.clear()
-        values = self.world.sum(torch.stack(losses)).tolist()
-        gradient_norms = torch.stack(norms).tolist()
-        speed, peak_share, seconds_per_step = self.meter.read()
-        filled = []
-        for record, loss, norm in zip(records, values, gradient_norms, strict=True):
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"stage {record.stage} step {record.step}: loss {loss}, gradient norm {norm}. The checkpoint "
-                    f"{self.saved} is from before; lower the learning rate, or set clip_norm"
-                )
-            self.seconds += seconds_per_step
-            filled.append(
-                dataclasses.replace(
-                    record,
-                    loss=loss,
-                    gradient_norm=norm,
-                    tokens_per_second=speed,
-                    peak_share=peak_share,
-                    seconds=self.seconds,
-                )
-            )
-        if self.log is not None:
-            self.log.write(filled)
-            left = (stage.steps - filled[-1].step) * seconds_per_step
-            self.log.progress(filled[-1], stage_steps=stage.steps, seconds_left=left)
-
-    def save(
-        self, stage: Stage, module: nn.Module, optimizer: torch.optim.Optimizer, *, number: int, steps_done: int
-    ) -> None:
-        """Write a checkpoint; the main process does, the others wait."""
-        model = {name: whole_tensor(parameter) for name, parameter in named_parameters(module).items()}
-        moments = optimizer_tensors(module, optimizer)
-        state = TrainingState(
-            stage=number,
-            stage_name=stage.name,
-            step=steps_done,
-            stage_steps=stage.steps,
-            total_step=self.total_step,
-            tokens=self.tokens,
-            seconds=self.seconds,
-            seed=self.recipe.seed,
-            learning_rate=learning_rate(stage, steps_done - 1),
-            recipe=recipe_to_dict(self.recipe),
-            model_config=self.config.to_dict(),
-            corpus=_corpus_fingerprint(self.corpus),
-            versions={"gte-deploy": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        )
-        self.saved = self.store.folder / state.folder_name
-        if self.world.is_main:
-            self.store.save(state, model=model, optimizer=moments)
-        self.world.barrier()
-        self.meter.read()  # the time of saving belongs to no step
 
 
 def _latest_checkpoint(store: CheckpointStore, recipe: Recipe, world: World) -> Checkpoint | None:
@@ -454,7 +293,7 @@ def _require_same_run(recipe: Recipe, corpus: TokenCorpus, resumed: Checkpoint |
             f"{resumed.path} was trained with another recipe; it differs in {', '.join(changed)}. "
             "Use the same recipe, or another output folder"
         )
-    if resumed.state.corpus != _corpus_fingerprint(corpus):
+    if resumed.state.corpus != corpus_fingerprint(corpus):
         raise ConfigError(f"{resumed.path} was trained on another corpus than {corpus.folder}; use that one")
 
 
@@ -482,7 +321,7 @@ def _prepare_output(output: Path, recipe: Recipe, corpus: TokenCorpus, tokenizer
     copy_tokenizer(tokenizer, output / TOKENIZER_FOLDER)
 
 
-def _on_device(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module:
+def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module:
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
@@ -493,7 +332,7 @@ def _on_device(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module
     return distribute(PackedMaskedLM(model).to(world.device), world, sharding=recipe.sharding)
 
 
-def _gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
+def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
     """Norm over all gradients, a scalar on the device; clips them where the recipe says so."""
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -513,8 +352,3 @@ def _plot(output: Path) -> None:
 def _peak_of_all(peak_flops: float | None, world: World) -> float | None:
     peak = peak_flops or device_peak_flops(world.device)
     return None if peak is None else peak * world.size
-
-
-def _corpus_fingerprint(corpus: TokenCorpus) -> str:
-    # The index holds the sha256 of every shard.
-    return sha256_file(corpus.folder / INDEX_FILE)
