@@ -50,6 +50,7 @@ from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import (
     MicroBatch,
     PaddedMicroBatch,
+    StepSettings,
     micro_batches,
     pad_to_static,
     padded_micro_batches,
@@ -181,22 +182,15 @@ def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[lis
     stage = _recipe(workload, compile=False).stages[0]
     mean = float(index.lengths.mean())
     batch_size = max(1, int(workload.micro_batches * workload.token_budget / mean))
-    arguments: dict[str, Any] = {
-        "batch_size": batch_size,
-        "token_budget": workload.token_budget,
-        "rank": 0,
-        "world_size": 1,
-        "seed": SEED,
-        "masking": stage.masking,
-    }
+    settings = StepSettings(batch_size=batch_size, token_budget=workload.token_budget, seed=SEED, masking=stage.masking)
     steps = []
     for number in range(DISTINCT_STEPS):
-        packed = micro_batches(index, step=number, **arguments)
+        packed = micro_batches(index, number, settings)
         static = [
             pad_to_static(b, num_tokens=workload.token_budget, max_length=index.max_length, pad_id=corpus.vocab.pad_id)
             for b in packed
         ]
-        padded = [_trimmed(batch) for batch in padded_micro_batches(index, step=number, **arguments)]
+        padded = [_trimmed(batch) for batch in padded_micro_batches(index, number, settings)]
         lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in packed]).astype(float)
         masked = sum(len(batch.labels) for batch in packed)
         flops = training_flops(config, tokens=lengths.sum(), squared_lengths=(lengths**2).sum(), masked=masked)

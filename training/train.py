@@ -24,7 +24,7 @@ from gte_deploy.errors import ConfigError, MissingDependencyError
 from gte_deploy.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
 from gte_deploy.training.data.corpus import TokenCorpus
-from gte_deploy.training.data.packing import MicroBatch, StepLoader, pad_to_static
+from gte_deploy.training.data.packing import MicroBatch, StepLoader, StepSettings, pad_to_static
 from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import (
     World,
@@ -149,14 +149,17 @@ def _train_stage(
         seed=seed,
     )
     logger.info("stage %s from step %d to %d\n%s", stage.name, start, stage.steps, index.histogram())
-    loader = StepLoader(
-        index,
+    settings = StepSettings(
         batch_size=stage.batch_size,
         token_budget=recipe.tokens_per_micro_batch,
-        rank=world.rank,
-        world_size=world.size,
         seed=seed,
         masking=stage.masking,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    loader = StepLoader(
+        index,
+        settings,
         start_step=start,
         stop_step=stage.steps,
         static_tokens=recipe.tokens_per_micro_batch if recipe.compile else None,

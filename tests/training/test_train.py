@@ -14,7 +14,7 @@ from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training import train as train_module
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
-from gte_deploy.training.data.packing import micro_batches, pack, pad_to_static
+from gte_deploy.training.data.packing import StepSettings, micro_batches, pack, pad_to_static
 from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import World
 from gte_deploy.training.export import checkpoint_model, export_checkpoint, find_checkpoint
@@ -50,16 +50,8 @@ def module(make_architecture):
 
 
 def step_of(index, *, budget=64, batch_size=16):
-    return micro_batches(
-        index,
-        step=0,
-        batch_size=batch_size,
-        token_budget=budget,
-        rank=0,
-        world_size=1,
-        seed=index.seed,
-        masking=Masking(),
-    )
+    settings = StepSettings(batch_size=batch_size, token_budget=budget, seed=index.seed, masking=Masking())
+    return micro_batches(index, 0, settings)
 
 
 def gradients(module, batches):
@@ -219,9 +211,7 @@ def test_log_has_each_step_once(three_stages, corpus_folder):
     assert [r["total_step"] for r in records] == list(range(1, 13))
     seed = stage_seed(3, 0)
     index = ChunkIndex(TokenCorpus.open(corpus_folder), max_length=32, seed=seed)
-    first = micro_batches(
-        index, step=0, batch_size=8, token_budget=128, rank=0, world_size=1, seed=seed, masking=Masking()
-    )
+    first = micro_batches(index, 0, StepSettings(batch_size=8, token_budget=128, seed=seed, masking=Masking()))
     assert records[0]["tokens"] == sum(len(batch.input_ids) for batch in first)
     assert records[0]["masked_tokens"] == sum(len(batch.labels) for batch in first)
     assert records[-1]["total_tokens"] == sum(r["tokens"] for r in records)

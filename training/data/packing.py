@@ -54,6 +54,37 @@ class Step:
     micro_batches: tuple[MicroBatch, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """How the optimizer steps of a stage are made, and which part of each one rank computes.
+
+    Args:
+        batch_size: sequences of a step, over all ranks.
+        token_budget: tokens that a micro-batch may hold.
+        seed: seed of the order of samples and of the masks.
+        masking: how tokens are masked.
+        rank: number of this rank, from 0.
+        world_size: number of ranks.
+
+    Raises:
+        InputError: no sequence, or a rank that is not one of `world_size`.
+    """
+
+    batch_size: int
+    token_budget: int
+    seed: int
+    masking: Masking
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise InputError(
+                f"batch_size {self.batch_size}, rank {self.rank} of {self.world_size}: expected at least one sequence, "
+                "and 0 <= rank < world_size"
+            )
+
+
 def pack(lengths: Sequence[int] | NDArray[np.int64], *, token_budget: int) -> list[list[int]]:
     """Indices of sequences per bin of `token_budget` tokens, by best fit decreasing; ties go by index.
 
@@ -78,42 +109,46 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], *, token_budget: int) -> li
     return bins
 
 
-def micro_batches(
-    index: ChunkIndex,
-    *,
-    step: int,
-    batch_size: int,
-    token_budget: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    masking: Masking,
-) -> list[MicroBatch]:
+def micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[MicroBatch]:
     """This rank's part of one optimizer step: over all ranks it is exactly `batch_size` sequences.
 
     Bins are dealt in turn, so that ranks differ by one micro-batch at most; a rank may get none.
 
     Raises:
-        InputError: impossible sizes, or a chunk longer than the budget.
+        InputError: a negative step, or a chunk longer than the budget.
     """
-    epochs, chunks = _samples(index, step, batch_size, rank, world_size, seed)
-    bins = pack(index.lengths_of(chunks), token_budget=token_budget)
-    return [_packed(index, epochs[members], chunks[members], seed, masking) for members in bins[rank::world_size]]
+    epochs, chunks = _samples(index, step, settings)
+    bins = pack(index.lengths_of(chunks), token_budget=settings.token_budget)
+    mine = bins[settings.rank :: settings.world_size]
+    return [_packed(index, epochs[members], chunks[members], settings) for members in mine]
 
 
-def _samples(
-    index: ChunkIndex, step: int, batch_size: int, rank: int, world_size: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    if step < 0 or batch_size < 1 or not 0 <= rank < world_size:
+def padded_micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[PaddedMicroBatch]:
+    """The same step without packing: rows of `max_length`, `token_budget` // `max_length` of them at a time.
+
+    Raises:
+        InputError: a negative step, or a budget below one row.
+    """
+    rows = settings.token_budget // index.max_length
+    if rows < 1:
         raise InputError(
-            f"step {step}, batch_size {batch_size}, rank {rank} of {world_size}: expected a step from 0, at least one "
-            "sequence, and 0 <= rank < world_size"
+            f"the token budget {settings.token_budget} is below one row of {index.max_length}: raise the budget"
         )
-    return index.samples_at(np.arange(step * batch_size, (step + 1) * batch_size), seed=seed)
+    epochs, chunks = _samples(index, step, settings)
+    starts = range(0, settings.batch_size, rows)[settings.rank :: settings.world_size]
+    return [_rectangle(_packed(index, epochs[i : i + rows], chunks[i : i + rows], settings), index) for i in starts]
+
+
+def _samples(index: ChunkIndex, step: int, settings: StepSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(epochs, chunks) of all the sequences of one step, [B] each."""
+    if step < 0:
+        raise InputError(f"step {step} is negative")
+    size = settings.batch_size
+    return index.samples_at(np.arange(step * size, (step + 1) * size), seed=settings.seed)
 
 
 def _packed(
-    index: ChunkIndex, epochs: NDArray[np.int64], chunks: NDArray[np.int64], seed: int, masking: Masking
+    index: ChunkIndex, epochs: NDArray[np.int64], chunks: NDArray[np.int64], settings: StepSettings
 ) -> MicroBatch:
     token_ids, ends = index.chunks(chunks)
     lengths = np.diff(ends)
@@ -122,8 +157,8 @@ def _packed(
         token_ids,
         places,
         vocab=index.corpus.vocab,
-        masking=masking,
-        seed=seed,
+        masking=settings.masking,
+        seed=settings.seed,
         epochs=np.repeat(epochs, lengths),
         chunks=np.repeat(chunks, lengths),
     )
@@ -165,32 +200,6 @@ def pad_to_static(batch: MicroBatch, *, num_tokens: int, max_length: int, pad_id
     )
 
 
-def padded_micro_batches(
-    index: ChunkIndex,
-    *,
-    step: int,
-    batch_size: int,
-    token_budget: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    masking: Masking,
-) -> list[PaddedMicroBatch]:
-    """The same step the plain way: rows of `max_length`, `token_budget` // `max_length` of them at a time.
-
-    Raises:
-        InputError: impossible sizes, or a budget below one row.
-    """
-    rows = token_budget // index.max_length
-    if rows < 1:
-        raise InputError(f"the token budget {token_budget} is below one row of {index.max_length}: raise the budget")
-    epochs, chunks = _samples(index, step, batch_size, rank, world_size, seed)
-    starts = range(0, batch_size, rows)[rank::world_size]
-    return [
-        _rectangle(_packed(index, epochs[i : i + rows], chunks[i : i + rows], seed, masking), index) for i in starts
-    ]
-
-
 def _rectangle(batch: MicroBatch, index: ChunkIndex) -> PaddedMicroBatch:
     width = index.max_length
     flat = np.repeat(np.arange(batch.num_sequences) * width, np.diff(batch.cu_seqlens)) + batch.position_ids
@@ -217,34 +226,22 @@ class StepLoader:
     def __init__(
         self,
         index: ChunkIndex,
+        settings: StepSettings,
         *,
-        batch_size: int,
-        token_budget: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int,
-        masking: Masking,
         start_step: int = 0,
         stop_step: int | None = None,
         prefetch: int = 4,
         static_tokens: int | None = None,
     ) -> None:
-        if token_budget < index.max_length:
-            raise InputError(f"token budget {token_budget} is below max_length {index.max_length}: raise the budget")
-        if static_tokens is not None and static_tokens < token_budget:
-            raise InputError(f"static_tokens {static_tokens} is below the token budget {token_budget}")
+        budget = settings.token_budget
+        if budget < index.max_length:
+            raise InputError(f"token budget {budget} is below max_length {index.max_length}: raise the budget")
+        if static_tokens is not None and static_tokens < budget:
+            raise InputError(f"static_tokens {static_tokens} is below the token budget {budget}")
         if prefetch < 1:
             raise InputError(f"prefetch {prefetch} is below 1")
-        self._index, self._static_tokens = index, static_tokens
-        self._arguments: dict[str, Any] = {
-            "batch_size": batch_size,
-            "token_budget": token_budget,
-            "rank": rank,
-            "world_size": world_size,
-            "seed": seed,
-            "masking": masking,
-        }
-        _samples(index, start_step, batch_size, rank, world_size, seed)  # refuse here what the thread would meet later
+        self._index, self._settings, self._static_tokens = index, settings, static_tokens
+        _samples(index, start_step, settings)  # refuse here what the thread would meet later
         self._steps: Iterable[int] = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
         self._ready: queue.Queue[Step | Exception | None] = queue.Queue(maxsize=prefetch)
         self._closing = threading.Event()
@@ -253,10 +250,17 @@ class StepLoader:
 
     def step(self, number: int) -> Step:
         """Compute one step here and now."""
-        batches = micro_batches(self._index, step=number, **self._arguments)
+        batches = micro_batches(self._index, number, self._settings)
         if self._static_tokens is not None:
-            shape = {"num_tokens": self._static_tokens, "max_length": self._index.max_length}
-            batches = [pad_to_static(b, **shape, pad_id=self._index.corpus.vocab.pad_id) for b in batches]
+            batches = [
+                pad_to_static(
+                    batch,
+                    num_tokens=self._static_tokens,
+                    max_length=self._index.max_length,
+                    pad_id=self._index.corpus.vocab.pad_id,
+                )
+                for batch in batches
+            ]
         return Step(number, tuple(batches))
 
     def __iter__(self) -> Iterator[Step]:

@@ -32,7 +32,7 @@ from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attent
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
-from gte_deploy.training.data.packing import MicroBatch, micro_batches
+from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_batches
 from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resampling
 from gte_deploy.training.model import micro_batch_tensors
 
@@ -119,19 +119,11 @@ def extrapolate(
     network: GteForMaskedLM = _load(model, corpus, max_length).to(place)
 
     count = min(rows, index.num_chunks)
+    settings = StepSettings(batch_size=1, token_budget=max_length, seed=seed, masking=masking)
     losses = {context: _RowMeans(count, max_length) for context in contexts}
     numbers = tqdm(range(count), desc="rows", disable=not progress, file=sys.stderr)
     for number in numbers:
-        (row,) = micro_batches(
-            index,
-            step=number,
-            batch_size=1,
-            token_budget=max_length,
-            rank=0,
-            world_size=1,
-            seed=seed,
-            masking=masking,
-        )
+        (row,) = micro_batches(index, number, settings)
         for context in contexts:
             batch = _windows(row, context, cls_id=corpus.vocab.cls_id, sep_id=corpus.vocab.sep_id, shortest=contexts[0])
             losses[context].add(number, batch.masked_positions, token_losses(network, batch))
