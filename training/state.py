@@ -28,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from gte_deploy.errors import CheckpointError
-from gte_deploy.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_file, write_text
+from gte_deploy.files import DIRECTORY_MODE, read_json_object, sha256_file, sync_directory, sync_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: it is incomplete, altered, or of another format version; the message says which file.
     """
-    marker = _read_json(path / MARKER_FILE)
+    marker = _read_object(path / MARKER_FILE)
     expected = marker.get("files", {})
     if set(expected) != set(_FILES):
         raise CheckpointError(f"{path / MARKER_FILE} lists {sorted(expected)}; expected {sorted(_FILES)}")
@@ -176,7 +176,7 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
         if verify and {"bytes": file.stat().st_size, "sha256": sha256_file(file)} != facts:
             raise CheckpointError(f"{path} is corrupt: {name} differs from its sha256")
-    raw = _read_json(path / STATE_FILE)
+    raw = _read_object(path / STATE_FILE)
     if raw.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {raw.get('format_version')}; this version reads {FORMAT_VERSION}")
     try:
@@ -225,13 +225,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object")
-    return value
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing")
+    return read_json_object(path, advice="The file is damaged; use another checkpoint of the run.")

@@ -7,7 +7,6 @@ with the vocabulary, the languages, and the size and sha256 of every file. Shard
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.files import sha256_file
+from gte_deploy.files import read_json_object, sha256_file
 
 FORMAT = "gte-token-corpus"
 FORMAT_VERSION = 1
@@ -228,13 +227,10 @@ def describe(corpus: TokenCorpus) -> str:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
-    try:
-        index = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {INDEX_FILE}: it is no corpus; make one with `gte-train prepare`") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run `gte-train prepare` again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    if not path.is_file():
+        raise InputError(f"{folder} has no {INDEX_FILE}: it is no corpus; make one with `gte-train prepare`")
+    index = read_json_object(path, error=InputError, advice="Run `gte-train prepare` again.")
+    if index.get("format") != FORMAT:
         raise InputError(f"{path} is no index of a token corpus: expected format {FORMAT!r}")
     if index.get("version") != FORMAT_VERSION:
         raise InputError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from gte_deploy.errors import InputError
+from gte_deploy.files import read_json_object
 from gte_deploy.training.data.corpus import Vocabulary
 
 _SPECIAL_NAMES = {
@@ -59,18 +59,13 @@ def load_tokenizer(file: Path) -> Tokenizer:
 
 
 def _declared_specials(folder: Path) -> dict[str, str]:
+    """The special tokens that the tokenizer's configuration names, by role; the later file wins."""
     declared = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            tokens = {role: content.get(f"{role}_token") for role in _SPECIAL_NAMES}
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-        for role, token in tokens.items():
-            content_of = token.get("content") if isinstance(token, dict) else token
-            if isinstance(content_of, str):
-                declared[role] = content_of
+        content = read_json_object(folder / name, error=InputError, advice="Copy the tokenizer again.")
+        for role in _SPECIAL_NAMES:
+            token = content.get(f"{role}_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                declared[role] = text
     return declared

@@ -38,7 +38,7 @@ from transformers import (
 
 from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
 from gte_deploy.exit_codes import OK
-from gte_deploy.files import sha256_file, write_text, write_with
+from gte_deploy.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import read_json
@@ -251,8 +251,8 @@ class _Trainer:
 
 
 def _read_result(file: Path) -> dict[str, Any]:
+    result = read_json_object(file, error=InputError, advice="Remove the file.")
     try:
-        result = json.loads(file.read_text("utf-8"))
         return {**result, "score": float(result["score"]), "settings": dict(result["settings"])}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is not a result of this command ({error!r}); remove it") from error

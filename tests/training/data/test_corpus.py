@@ -126,8 +126,9 @@ def cut(folder):
 
 DAMAGE = {
     "no index": (lambda folder: (folder / "index.json").unlink(), "no index.json"),
-    "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "cannot be read"),
-    "a list": (lambda folder: (folder / "index.json").write_text("[]"), "no index of a token corpus"),
+    "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "not valid JSON.*prepare` again"),
+    "a list": (lambda folder: (folder / "index.json").write_text("[]"), "must hold a JSON object"),
+    "another format": (lambda folder: edit_index(folder, lambda i: i.pop("format")), "no index of a token corpus"),
     "another version": (lambda folder: edit_index(folder, lambda i: i.update(version=2)), "format version 2"),
     "no shards": (lambda folder: edit_index(folder, lambda i: i.pop("shards")), "damaged"),
     "shard language unknown": (lambda folder: edit_index(folder, lambda i: i.update(languages=["en"])), "damaged"),
