@@ -57,7 +57,7 @@ from gte_deploy.training.data.packing import (
 )
 from gte_deploy.training.data.prepare import prepare
 from gte_deploy.training.data.sampling import ChunkIndex
-from gte_deploy.training.distributed import World
+from gte_deploy.training.distributed import World, choose_device
 from gte_deploy.training.flops import device_peak_flops, training_flops
 from gte_deploy.training.model import build_model
 from gte_deploy.training.optim import build_optimizer
@@ -116,7 +116,7 @@ class Variant:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else device_peak_flops(device)
     started, results = time.monotonic(), []
     for workload in _workloads(args, device):
@@ -450,7 +450,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/training-DEVICE-DATE.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
-    gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    gpu = choose_device(args.device).type == "cuda"
     args.variants = args.variants or [name for name in VARIANTS if gpu or name != "packed+compile"]
     args.rounds = args.rounds or (5 if gpu else 3)
     args.micro_batches = args.micro_batches or (2 if gpu else 1)

@@ -56,6 +56,11 @@ class World:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
+def choose_device(device: str | None) -> torch.device:
+    """The device of a name such as "cuda", "cuda:1" or "cpu"; for None a GPU where there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
     """Join the group that torchrun's environment describes; without one, be a world of one.
@@ -64,7 +69,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
         device: "cuda", "cuda:1" or "cpu"; None takes a GPU where there is one. Under torchrun each rank takes the GPU
             of its LOCAL_RANK.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = choose_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         index = (kind.index or 0) if kind.type == "cuda" else None
         yield World(0, 1, torch.device(kind.type, index) if index is not None else kind)

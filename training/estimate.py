@@ -18,41 +18,18 @@ import numpy as np
 import torch
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import ConfigError, InputError
+from gte_deploy.errors import InputError
 from gte_deploy.exit_codes import OK
-from gte_deploy.models.config import build_config, read_config
-from gte_deploy.models.presets import PRESETS
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import ChunkIndex
-from gte_deploy.training.flops import training_flops
+from gte_deploy.training.flops import GPUS, training_flops
 from gte_deploy.training.log import format_seconds
+from gte_deploy.training.model import model_config
 from gte_deploy.training.recipe import Recipe, Stage, load_recipe
 
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Dense bfloat16 peak (FLOP/s, fp32 accumulation, no sparsity) and memory (bytes), from NVIDIA's data sheets."""
-
-    peak_flops: float
-    memory: float
-
-
-GPUS = {
-    "b200": Gpu(2250e12, 180e9),
-    "h200": Gpu(989e12, 141e9),
-    "h100": Gpu(989e12, 80e9),
-    "h100-pcie": Gpu(756e12, 80e9),
-    "a100": Gpu(312e12, 80e9),
-    "a100-40gb": Gpu(312e12, 40e9),
-    "l40s": Gpu(362e12, 48e9),
-    "a10g": Gpu(70e12, 24e9),
-    "l4": Gpu(121e12, 24e9),
-    "rtx4090": Gpu(165e12, 24e9),
-}
 
 
 @dataclass(frozen=True)
@@ -173,19 +150,6 @@ def estimate(
         sharding=recipe.sharding,
         stages=stages,
     )
-
-
-def model_config(source: str) -> GteConfig:
-    """The config of a preset's name or of a folder with a config.json.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if source in PRESETS:
-        return build_config(source)
-    if (Path(source) / "config.json").is_file():
-        return read_config(source)
-    raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,19 @@ def micro_batch_tensors(batch: MicroBatch, device: torch.device) -> dict[str, Te
     return {**arrays, "max_seqlen": int(batch.max_seqlen)}
 
 
+def model_config(source: str) -> GteConfig:
+    """The config of a preset's name or of a folder with a config.json.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if source in PRESETS:
+        return build_config(source)
+    if (Path(source) / "config.json").is_file():
+        return read_config(source)
+    raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
+
+
 def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedLM:
     """The model a run starts from: a preset or a bare config.json with random weights, or a checkpoint's weights.
 
@@ -80,15 +93,7 @@ def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedL
         ConfigError: `source` is neither a preset nor a folder with a config.json.
         CheckpointError: the weights do not fit.
     """
-    if source in PRESETS:
-        config = build_config(source)
-    elif (Path(source) / "config.json").is_file():
-        config = read_config(source)
-    else:
-        raise ConfigError(
-            f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json"
-        )
-    model = build_model(config, rope_theta=rope_theta, seed=seed)
+    model = build_model(model_config(source), rope_theta=rope_theta, seed=seed)
     if any(Path(source).glob("*.safetensors*")):
         logger.info("starting from the weights of %s", source)
         model.load_state_dict(load_model(source, task="fill-mask", dtype=torch.float32).state_dict())

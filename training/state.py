@@ -102,7 +102,7 @@ class CheckpointStore:
         target = self.folder / state.folder_name
         aside = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}.", suffix=_ASIDE_SUFFIX))
         try:
-            _fill(aside, state, model, optimizer)
+            _write_files(aside, state, model, optimizer)
             if target.exists():  # the same step again, after its checkpoint was found corrupt
                 _remove(target)
             aside.rename(target)
@@ -201,7 +201,9 @@ def _derived_seed(*path: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _fill(folder: Path, state: TrainingState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+def _write_files(
+    folder: Path, state: TrainingState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
     from safetensors.torch import save_file
 
     for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):

@@ -15,7 +15,6 @@ from gte_deploy.training.cli import main
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.estimate import (
-    GPUS,
     activation_bytes,
     average_lengths,
     corpus_lengths,
@@ -23,7 +22,7 @@ from gte_deploy.training.estimate import (
     parameter_sizes,
     table,
 )
-from gte_deploy.training.flops import device_peak_flops
+from gte_deploy.training.flops import GPUS, device_peak_flops
 from gte_deploy.training.model import PackedMaskedLM, build_model
 from gte_deploy.training.recipe import load_recipe, recipe_from_dict
 

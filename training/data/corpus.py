@@ -138,7 +138,7 @@ class TokenCorpus:
             raise InputError(f"tokens {start}..{stop} are not in document {document} of {end - first} tokens")
         return self._tokens[shard][first + start : first + stop]
 
-    def gather(
+    def copy_tokens(
         self,
         documents: NDArray[np.int64],
         starts: NDArray[np.int64],

@@ -200,7 +200,7 @@ class ChunkIndex:
         documents, starts, lengths = self.locate(indices)
         ends = np.concatenate([[0], np.cumsum(lengths + NUM_SPECIAL)])
         token_ids = np.empty(int(ends[-1]), dtype=np.int64)
-        self.corpus.gather(documents, starts, lengths, out=token_ids, at=ends[:-1] + 1)
+        self.corpus.copy_tokens(documents, starts, lengths, out=token_ids, at=ends[:-1] + 1)
         token_ids[ends[:-1]] = self.corpus.vocab.cls_id
         token_ids[ends[1:] - 1] = self.corpus.vocab.sep_id
         return token_ids, ends

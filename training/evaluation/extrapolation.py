@@ -34,6 +34,7 @@ from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_batches
 from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resampling
+from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.model import micro_batch_tensors
 
 RESULT_FILE = "extrapolation.json"
@@ -115,7 +116,7 @@ def extrapolate(
     _require_divisors(max_length, contexts, buckets)
     corpus = TokenCorpus.open(data)
     index = _full_chunks(corpus, max_length, seed)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     network: GteForMaskedLM = _load(model, corpus, max_length).to(place)
 
     count = min(rows, index.num_chunks)

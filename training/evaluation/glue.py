@@ -42,6 +42,7 @@ from gte_deploy.files import read_json_object, sha256_file, write_text, write_wi
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import read_json
+from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation.glue_tasks import PUBLISHED_AVERAGES, TASKS, Examples, Task, in_order, load_split
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def glue(
         NonFiniteError: a fine-tuned model gives NaN.
     """
     folder = resolve_checkpoint(model)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     settings = {
         "model": model,
         "checkpoint": _checkpoint_hash(folder),

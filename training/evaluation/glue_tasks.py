@@ -271,7 +271,8 @@ def _rows_of_hub(task: Task, split: str) -> tuple[Iterable[Mapping[str, Any]], s
         from datasets import load_dataset
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
-    return load_dataset(HUB_DATASET, task.name, split=split), f"{HUB_DATASET} {task.name} {split}"
+    rows: Iterable[Any] = load_dataset(HUB_DATASET, task.name, split=split)  # without a format, a row is a dict
+    return rows, f"{HUB_DATASET} {task.name} {split}"
 
 
 def _rows_of_folder(task: Task, stems: Sequence[str], data: Path) -> tuple[Iterator[Mapping[str, Any]], str]:

@@ -65,12 +65,12 @@ def test_languages_are_known_per_document(folder):
     assert corpus.language_bounds.tolist() == [0, 3, 5, 6]
 
 
-def test_gather_equals_tokens(folder):
+def test_copied_tokens_equal_those_of_tokens(folder):
     corpus = TokenCorpus.open(folder)
     out = np.full(200, -1, dtype=np.int64)
     pieces = [(2, 600, 90), (5, 1, 4), (0, 0, 3)]
     documents, starts, lengths = (np.array(column) for column in zip(*pieces, strict=True))
-    corpus.gather(documents, starts, lengths, out=out, at=np.array([10, 0, 150]))
+    corpus.copy_tokens(documents, starts, lengths, out=out, at=np.array([10, 0, 150]))
     for (document, start, length), at in zip(pieces, (10, 0, 150), strict=True):
         np.testing.assert_array_equal(out[at : at + length], corpus.tokens(document, start, start + length))
     assert np.count_nonzero(out == -1) == 200 - 97
