@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -271,7 +271,8 @@ def _rows_of_hub(task: Task, split: str) -> tuple[Iterable[Mapping[str, Any]], s
         from datasets import load_dataset
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
-    rows: Iterable[Any] = load_dataset(HUB_DATASET, task.name, split=split)  # without a format, a row is a dict
+    # `datasets` declares the rows of every format that can be set; without one a row is a dict.
+    rows = cast(Iterable[Mapping[str, Any]], load_dataset(HUB_DATASET, task.name, split=split))
     return rows, f"{HUB_DATASET} {task.name} {split}"
 
 
