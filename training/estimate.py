@@ -5,9 +5,6 @@ Legend: h hidden size, w intermediate size, L layers, V vocabulary, T tokens of 
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,15 +16,12 @@ import torch
 from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.errors import InputError
-from gte_deploy.exit_codes import OK
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import ChunkIndex
-from gte_deploy.training.flops import GPUS, training_flops
+from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import format_seconds
 from gte_deploy.training.model import model_config
-from gte_deploy.training.recipe import Recipe, Stage, load_recipe
-
-logger = logging.getLogger(__name__)
+from gte_deploy.training.recipe import Recipe, Stage
 
 GIB = 1 << 30
 
@@ -196,6 +190,22 @@ def corpus_lengths(corpus: TokenCorpus, stage: Stage, *, seed: int) -> Lengths:
     return Lengths(float(lengths.mean()), float((lengths**2).mean()))
 
 
+def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
+    """The lengths of each stage: sampled from the corpus folder `data`, or from one average per stage, or None.
+
+    Raises:
+        InputError: no corpus, not one average for each stage, or an average above a stage's max_length.
+    """
+    if data is not None:
+        corpus = TokenCorpus.open(data)
+        return [corpus_lengths(corpus, stage, seed=recipe.seed) for stage in recipe.stages]
+    if averages is None:
+        return None
+    if len(averages) != len(recipe.stages):
+        raise InputError(f"{len(averages)} average lengths for {len(recipe.stages)} stages; give one for each stage")
+    return [average_lengths(stage, average) for stage, average in zip(recipe.stages, averages, strict=True)]
+
+
 def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient_checkpointing: bool) -> float:
     """Bytes of one micro-batch that the layers keep for the backward pass, counted tensor by tensor, eager mode.
 
@@ -287,64 +297,6 @@ def _memory(
     )
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gte-train estimate`."""
-    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: %(default)s)")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="which (default: %(default)s)")
-    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of one GPU, in place of --gpu's")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of peak (default: %(default)s)")
-    parser.add_argument("--sharding", choices=["ddp", "fsdp"], help="in place of the recipe's")
-    lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument(
-        "--avg-tokens",
-        type=float,
-        nargs="+",
-        metavar="N",
-        help="mean tokens of a sequence, one number per stage (default: every sequence is full)",
-    )
-    lengths.add_argument("--data", type=Path, help="corpus folder: count the lengths that the stages sample from it")
-    parser.add_argument("--price", type=float, metavar="P", help="of one GPU-hour, for the bill")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in stages.0.steps=10"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the estimate of a recipe."""
-    sharding = [] if args.sharding is None else [f"sharding={args.sharding}"]
-    recipe = load_recipe(args.recipe, overrides=[*args.set, *sharding])
-    gpu = GPUS[args.gpu]
-    result = estimate(
-        recipe,
-        gpus=args.gpus,
-        peak_flops=gpu.peak_flops if args.peak_tflops is None else args.peak_tflops * 1e12,
-        utilization=args.utilization,
-        lengths=_lengths(recipe, args.avg_tokens, args.data),
-    )
-    if args.json:
-        bill = {} if args.price is None else {"price": result.gpu_hours * args.price}
-        print(json.dumps({**result.to_dict(), **bill}, indent=2))
-        return OK
-    print(table(result))
-    if args.price is not None:
-        print(f"at {args.price:g} a GPU-hour: {result.gpu_hours * args.price:,.0f}")
-    most = max(stage.memory.total for stage in result.stages)
-    if args.peak_tflops is None and most > 0.92 * gpu.memory:
-        logger.warning(
-            "%.0f GB is close to or above the %.0f GB of one %s: lower tokens_per_micro_batch (not below the longest "
-            "max_length), or set gradient_checkpointing, or sharding: fsdp",
-            most / 1e9,
-            gpu.memory / 1e9,
-            args.gpu,
-        )
-    return OK
-
-
 def table(result: Estimate) -> str:
     """The estimate for a person."""
     header = (
@@ -372,14 +324,3 @@ def table(result: Estimate) -> str:
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(worst).items())
     lines.append(f"memory of the largest stage, GiB per GPU: {parts}")
     return "\n".join(lines)
-
-
-def _lengths(recipe: Recipe, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
-    if data is not None:
-        corpus = TokenCorpus.open(data)
-        return [corpus_lengths(corpus, stage, seed=recipe.seed) for stage in recipe.stages]
-    if averages is None:
-        return None
-    if len(averages) != len(recipe.stages):
-        raise InputError(f"{len(averages)} average lengths for {len(recipe.stages)} stages; give one for each stage")
-    return [average_lengths(stage, average) for stage, average in zip(recipe.stages, averages, strict=True)]

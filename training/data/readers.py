@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
 
@@ -221,12 +222,12 @@ class DocumentReader:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, io.BufferedReader]]:
     """The decompressed stream, and the raw one below it that knows how far reading has come."""
     with path.open("rb") as raw:
         if path.name.endswith(".gz"):
             with gzip.open(raw, "rb") as stream:
-                yield stream, raw  # type: ignore[misc]
+                yield stream, raw
         else:
             yield raw, raw
 
@@ -240,7 +241,7 @@ def parquet_library() -> Any:
     return pyarrow
 
 
-def _skip_line(stream: BinaryIO, line: bytes) -> int:
+def _skip_line(stream: io.BufferedIOBase, line: bytes) -> int:
     skipped = 0
     while line and not line.endswith(b"\n"):
         line = stream.readline(1 << 20)

@@ -49,7 +49,7 @@ def plan_units(inputs: Sequence[str]) -> list[Unit]:
 
 def _split_language(text: str) -> tuple[str, str]:
     match = _LANGUAGE.fullmatch(text)
-    return match.groups() if match and not Path(text).exists() else ("", text)  # type: ignore[return-value]
+    return (match[1], match[2]) if match and not Path(text).exists() else ("", text)
 
 
 def _expand(place: str) -> list[Path]:

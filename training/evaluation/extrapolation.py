@@ -6,8 +6,6 @@ context length: the same tokens are predicted from more or fewer neighbours, so 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -25,8 +23,7 @@ from tqdm import tqdm
 from transformers import GteForMaskedLM
 
 from gte_deploy.errors import ConfigError, InputError, MissingDependencyError, NonFiniteError
-from gte_deploy.exit_codes import OK
-from gte_deploy.files import write_text, write_with
+from gte_deploy.files import write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
@@ -37,8 +34,6 @@ from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resamplin
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.model import micro_batch_tensors
 
-RESULT_FILE = "extrapolation.json"
-PLOT_FILE = "extrapolation.png"
 _SHORTEST_CONTEXT = 128
 _LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of a vocabulary of 250,000
 
@@ -284,48 +279,3 @@ def _require_divisors(max_length: int, contexts: Sequence[int], buckets: int) ->
             f"max_length {max_length}, contexts {list(contexts)}, {buckets} buckets: expected contexts of 3 or more "
             "tokens that divide max_length, and are multiples of the shortest, and a number of buckets that divides it"
         )
-
-
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gte-train extrapolate`."""
-    parser.add_argument("model", help="masked-LM checkpoint: folder, preset name or hub id")
-    parser.add_argument("--data", type=Path, required=True, help="corpus folder, best one held out from training")
-    parser.add_argument(
-        "-o", "--output", type=Path, help=f"folder for {RESULT_FILE} and {PLOT_FILE} (default: print only)"
-    )
-    parser.add_argument("--max-length", type=int, default=8192, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", metavar="N", help="window lengths (default: powers of two from 128)"
-    )
-    parser.add_argument("--buckets", type=int, default=16, metavar="N", help="of positions (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="texts to read (default: %(default)s)")
-    parser.add_argument("--mask-probability", type=float, default=0.3, metavar="P", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write the result and the plot."""
-    result = extrapolate(
-        args.model,
-        data=args.data,
-        max_length=args.max_length,
-        contexts=args.contexts,
-        buckets=args.buckets,
-        rows=args.rows,
-        masking=Masking(probability=args.mask_probability, mask_share=1.0, random_share=0.0),
-        seed=args.seed,
-        device=args.device,
-        progress=True,
-    )
-    text = json.dumps(result.to_dict(), indent=2)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_text(args.output / RESULT_FILE, text + "\n")
-        plot(result, args.output / PLOT_FILE)
-    print(text if args.json else table(result))
-    return OK

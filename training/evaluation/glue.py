@@ -6,7 +6,6 @@ nomic-bert) go through the same code. A finished task is not run again.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -37,13 +36,20 @@ from transformers import (
 )
 
 from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
-from gte_deploy.exit_codes import OK
 from gte_deploy.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import read_json
 from gte_deploy.training.distributed import choose_device
-from gte_deploy.training.evaluation.glue_tasks import PUBLISHED_AVERAGES, TASKS, Examples, Task, in_order, load_split
+from gte_deploy.training.evaluation.glue_tasks import (
+    PUBLISHED_AVERAGES,
+    TASKS,
+    Examples,
+    Protocol,
+    Task,
+    in_order,
+    load_split,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,30 +57,6 @@ RESULT_FILE = "glue.json"
 _OUR_MODEL_TYPES = ("new", "gte")
 _EVALUATION_BATCH = 128
 _TOKENIZED_AT_ONCE = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How a task is fine-tuned. Lengths in tokens, batches in examples; the score is that after the last epoch.
-
-    Published: length, batch, learning rate, epochs, warm-up. Not published, and taken from transformers' own defaults:
-    a linear schedule, no weight decay, gradients clipped at 1.
-    """
-
-    max_length: int = 128
-    batch_size: int = 32
-    learning_rate: float = 2e-5
-    epochs: int = 3
-    warmup_ratio: float = 0.06
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
-            raise InputError(
-                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
-                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
-            )
 
 
 def glue(
@@ -477,48 +459,3 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.is_floating_point():
         return F.mse_loss(logits[:, 0], labels)
     return F.cross_entropy(logits, labels)
-
-
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gte-train glue`."""
-    published = Protocol()
-    parser.add_argument("model", help="checkpoint folder, preset name or hub id; also RoBERTa, XLM-R, nomic-bert …")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results; finished tasks stay")
-    parser.add_argument(
-        "--data", type=Path, help="folder with a folder per task (.tsv, .jsonl, .parquet); default: the hub"
-    )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each (default: 0)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
-    for name in ("max_length", "batch_size", "learning_rate", "epochs"):
-        value = getattr(published, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help="published: %(default)s"
-        )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the tasks and print the table."""
-    summary = glue(
-        args.model,
-        output=args.output,
-        data=args.data,
-        tasks=args.tasks,
-        seeds=list(dict.fromkeys(args.seeds)),
-        protocol=Protocol(
-            max_length=args.max_length,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            epochs=args.epochs,
-        ),
-        device=args.device,
-        dtype=args.dtype,
-        progress=True,
-    )
-    print(json.dumps(summary, indent=2) if args.json else table(summary))
-    return OK

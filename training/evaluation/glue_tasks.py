@@ -29,6 +29,30 @@ PUBLISHED_AVERAGES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a task is fine-tuned. Lengths in tokens, batches in examples; the score is that after the last epoch.
+
+    Published: length, batch, learning rate, epochs, warm-up. Not published, and taken from transformers' own defaults:
+    a linear schedule, no weight decay, gradients clipped at 1.
+    """
+
+    max_length: int = 128
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
+            raise InputError(
+                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
+                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
+            )
+
+
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 

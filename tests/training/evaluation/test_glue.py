@@ -27,7 +27,6 @@ from gte_deploy.training.cli import main
 from gte_deploy.training.evaluation import glue as glue_module
 from gte_deploy.training.evaluation.glue import (
     Encoded,
-    Protocol,
     fine_tune,
     glue,
     load_classifier,
@@ -39,6 +38,7 @@ from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,
     TASKS,
     Examples,
+    Protocol,
     accuracy,
     f1,
     in_order,
