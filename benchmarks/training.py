@@ -240,9 +240,10 @@ def require_same_loss(variants: Sequence[Variant], data: StepData, *, bfloat16: 
 def make_packed(config: GteConfig, workload: Workload, device: torch.device, *, compile: bool = False) -> Variant:
     recipe, world = _recipe(workload, compile=compile), World(0, 1, device)
     model = build_model(config, rope_theta=recipe.stages[0].rope_theta, seed=SEED)
-    # Not public, but nothing else measures what `gte-train run` does.
     module = engine.place_model(model, recipe, world)
-    optimizer = build_optimizer(module, recipe.stages[0], fused=device.type == "cuda")
+    stage = recipe.stages[0]
+    fused = device.type == "cuda"
+    optimizer = build_optimizer(module, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
 
     def gradients(data: StepData) -> Tensor:
         batches = data.static if compile else data.packed
@@ -258,7 +259,9 @@ def make_compiled(config: GteConfig, workload: Workload, device: torch.device) -
 
 def make_padded(config: GteConfig, workload: Workload, device: torch.device) -> Variant:
     model = _rectangular_model(config, device)
-    optimizer = build_optimizer(model, _recipe(workload, compile=False).stages[0], fused=device.type == "cuda")
+    stage = _recipe(workload, compile=False).stages[0]
+    fused = device.type == "cuda"
+    optimizer = build_optimizer(model, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
 
     def nats(batch: PaddedMicroBatch) -> Tensor:
         input_ids, attention_mask, places, labels = _to(

@@ -133,8 +133,9 @@ def _train_stage(
     recipe, world = run.recipe, run.world
     run.config = model.config
     module = place_model(model, recipe, world)
-    # On the CPU the fused step knows no shards.
-    optimizer = build_optimizer(module, stage, fused=world.device.type == "cuda" or recipe.sharding == "ddp")
+    # On the CPU the fused step does not support shards.
+    fused = world.device.type == "cuda" or recipe.sharding == "ddp"
+    optimizer = build_optimizer(module, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
     if start:
         assert run.saved is not None  # that is where `start` comes from
         tensors = read_checkpoint(run.saved, verify=False).optimizer_tensors()

@@ -33,7 +33,8 @@ from gte_deploy.files import write_with
 from gte_deploy.models import BUILTIN_NAME, builtin_path
 from gte_deploy.models.config import build_config
 from gte_deploy.training.data.vocabulary import read_vocabulary
-from gte_deploy.training.optim import set_learning_rate
+from gte_deploy.training.optim import build_optimizer, set_learning_rate
+from gte_deploy.training.recipe import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,6 @@ SENTENCE_LENGTHS = range(8, 65)
 PEAK_LR = 1e-3
 WARMUP_STEPS = 150
 COOLDOWN_TOKENS = 1_000_000
-DECAY = 1e-5
-BETAS = (0.9, 0.98)
-EPSILON = 1e-6
 EMBEDDING_STD = 0.03
 FREQUENT, SAMPLED_RARE = 4096, 2048
 CHECKPOINT_EVERY = 100
@@ -179,15 +177,6 @@ def initial_model(corpus: Corpus, embedding: torch.Tensor) -> GteForMaskedLM:
     return model
 
 
-def make_optimizer(model: GteForMaskedLM) -> torch.optim.AdamW:
-    """AdamW whose decay does not grow with the learning rate; vectors (biases, LayerNorm) are not decayed."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": DECAY / PEAK_LR},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=EPSILON, fused=True)
-
-
 def schedule(stages: tuple[WarmUpStage, ...]) -> list[tuple[WarmUpStage, float]]:
     """The stage and the learning rate of every step: linear warm-up, a plateau, linear decay over the last tokens.
 
@@ -224,7 +213,7 @@ def train(
     corpus: Corpus, model: GteForMaskedLM, folder: Path, stages: tuple[WarmUpStage, ...]
 ) -> Iterator[dict[str, float]]:
     """Run the stages from the last checkpoint in ``folder``; yield step, stage length, loss and tokens per second."""
-    optimizer = make_optimizer(model)
+    optimizer = build_optimizer(model, Optimizer(), learning_rate=PEAK_LR, fused=True)
     checkpoint = folder / "checkpoint.safetensors"
     first = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     plan = schedule(stages)
