@@ -1,7 +1,4 @@
-"""What a recipe costs on a number of GPUs before it starts: FLOPs, tokens, memory and hours, per stage and in total.
-
-Legend: h hidden size, w intermediate size, L layers, V vocabulary, T tokens of a micro-batch, M masked ones of them.
-"""
+"""Estimates of a recipe before it runs: FLOPs, tokens, memory and hours on a number of GPUs, per stage and in total."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sequence lengths of one stage, in tokens: their mean, and the mean of their squares, which attention costs."""
+    """Sequence lengths of a stage in tokens: their mean, and the mean of their squares, for the cost of attention."""
 
     mean: float
     mean_square: float
@@ -36,7 +33,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU at the peak of a step. Not in it: the CUDA context (about 1 GB) and the allocator's waste."""
+    """Bytes on one GPU at the peak of a step, without the CUDA context (about 1 GB) and the allocator's waste."""
 
     weights: float
     gradients: float
@@ -51,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
-    """One stage. `tokens` are real ones, without padding; FLOPs are model FLOPs of forward and backward."""
+    """The estimate of one stage. Tokens do not count padding; FLOPs are model FLOPs of forward and backward pass."""
 
     name: str
     steps: int
@@ -69,7 +66,7 @@ class StageEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A whole recipe; `parameters` counts tied matrices once."""
+    """The estimate of a whole recipe. `parameters` counts tied matrices once."""
 
     recipe: str
     parameters: int
@@ -96,7 +93,7 @@ class Estimate:
         return sum(stage.gpu_hours for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with the totals spelt out."""
+        """Return the estimate for JSON, with the totals."""
         stages = [{**asdict(s), "memory": {**asdict(s.memory), "total": s.memory.total}} for s in self.stages]
         total = {"tokens": self.tokens, "flops": self.flops, "hours": self.hours, "gpu_hours": self.gpu_hours}
         return {**asdict(self), "stages": stages, "total": total}
@@ -110,17 +107,18 @@ def estimate(
     utilization: float = 0.4,
     lengths: Sequence[Lengths] | None = None,
 ) -> Estimate:
-    """Count a recipe.
+    """Estimate a recipe.
 
     Args:
-        recipe: its stages, token budget, dtype, gradient checkpointing and sharding are read.
-        gpus: how many, all alike.
-        peak_flops: FLOP/s of one.
-        utilization: share of the peak that model FLOPs reach; what recomputation costs has to be in it.
-        lengths: per stage (see `corpus_lengths`); None takes every sequence as full, which bounds the bill from above.
+        recipe: the recipe; its stages, token budget, dtype, gradient checkpointing and sharding count.
+        gpus: number of GPUs, all of one model.
+        peak_flops: peak FLOP/s of one GPU.
+        utilization: share of the peak that model FLOPs reach. The cost of recomputation lowers it.
+        lengths: sequence lengths per stage (see `stage_lengths`); None takes every sequence as full, which is an upper
+            bound.
 
     Raises:
-        InputError: an impossible number.
+        InputError: a number is out of its range.
         ConfigError: the recipe's model is neither a preset nor a folder with a config.json.
     """
     if gpus < 1 or not peak_flops > 0 or not 0 < utilization <= 1:
@@ -148,7 +146,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Numbers of parameters, tied ones once: of the model, of one layer, and of all matrices together."""
+    """Number of parameters of the model, of one layer, and of all matrices together. Tied parameters count once."""
 
     total: int
     layer: int
@@ -156,7 +154,7 @@ class ParameterSizes:
 
 
 def parameter_sizes(config: GteConfig) -> ParameterSizes:
-    """Count the parameters of GteForMaskedLM without making them."""
+    """Count the parameters of GteForMaskedLM without allocating them."""
     with torch.device("meta"):
         model = GteForMaskedLM(config)
     parameters = list(model.parameters())
@@ -168,12 +166,12 @@ def parameter_sizes(config: GteConfig) -> ParameterSizes:
 
 
 def full_lengths(stage: Stage) -> Lengths:
-    """Every sequence at the stage's `max_length`."""
+    """Return the lengths of a stage in which every sequence has `max_length` tokens."""
     return Lengths(stage.max_length, stage.max_length**2)
 
 
 def average_lengths(stage: Stage, average: float) -> Lengths:
-    """Sequences of `average` tokens each way they may spread: attention is counted at its bound, max_length.
+    """Return lengths with the given mean. Attention counts at its upper bound, because their spread is not known.
 
     Raises:
         InputError: the average is above max_length.
@@ -184,17 +182,17 @@ def average_lengths(stage: Stage, average: float) -> Lengths:
 
 
 def corpus_lengths(corpus: TokenCorpus, stage: Stage, *, seed: int) -> Lengths:
-    """The lengths that a stage really samples from a corpus, after cutting and resampling (languages unweighted)."""
+    """Return the lengths that a stage samples from a corpus, after cutting and resampling, without language weights."""
     index = ChunkIndex(corpus, max_length=stage.max_length, resampling=stage.resampling, seed=seed)
     lengths = index.lengths.astype(np.float64)
     return Lengths(float(lengths.mean()), float((lengths**2).mean()))
 
 
 def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
-    """The lengths of each stage: sampled from the corpus folder `data`, or from one average per stage, or None.
+    """Return the lengths of each stage: from the corpus folder `data`, or from one average per stage, or None.
 
     Raises:
-        InputError: no corpus, not one average for each stage, or an average above a stage's max_length.
+        InputError: the folder is no corpus, the averages are not one for each stage, or one is above max_length.
     """
     if data is not None:
         corpus = TokenCorpus.open(data)
@@ -207,10 +205,10 @@ def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Pat
 
 
 def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient_checkpointing: bool) -> float:
-    """Bytes of one micro-batch that the layers keep for the backward pass, counted tensor by tensor, eager mode.
+    """Count the bytes that the layers keep of one micro-batch for the backward pass, tensor by tensor, in eager mode.
 
-    With autocast the inputs of q, k, v and of up, gate are cast once each; LayerNorm keeps its float32 input. Dropout
-    keeps a byte per element. `torch.compile` keeps less.
+    With autocast the inputs of q, k, v and of up and gate are cast once each, and LayerNorm keeps its float32 input.
+    Dropout keeps a byte per element. `torch.compile` keeps less.
     """
     hidden, wide, size = config.hidden_size, config.intermediate_size, 2 if bfloat16 else 4
     copies = 5 if bfloat16 else 2  # inputs of q, k, v, up, gate; in float32 the three, and the two, share one
@@ -225,7 +223,7 @@ def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient
 
 
 def logits_bytes(config: GteConfig, *, masked: float, bfloat16: bool) -> float:
-    """Bytes at the loss: logits, their float32 copy, log-softmax and the gradient of it."""
+    """Count the bytes at the loss: the logits, their float32 copy, the log-softmax and its gradient."""
     return masked * config.vocab_size * (2 + 4 + 4 + 4 if bfloat16 else 4 + 4 + 4)
 
 
@@ -234,7 +232,7 @@ def _stage(
 ) -> StageEstimate:
     sequences = stage.steps * stage.batch_size
     masked = stage.masking.probability
-    # One token that attends to `context` others: the sum of squares over the sum of lengths.
+    # A token attends on average to `context` tokens: the sum of the squared lengths over the sum of the lengths.
     context = lengths.mean_square / lengths.mean
     body = training_flops(config, tokens=1, squared_lengths=0, masked=0)
     attention = training_flops(config, tokens=0, squared_lengths=context, masked=0)
@@ -277,10 +275,11 @@ def _memory(
     masked: float,
     accumulates: bool,
 ) -> Memory:
-    """Float32 weights and gradients, AdamW's two moments, and what one micro-batch needs.
+    """Count float32 weights and gradients, AdamW's two moments, and the tensors of one micro-batch.
 
-    FSDP2 shards all three by layers. The root (embedding, head) is gathered and stays so; one layer is gathered in
-    advance of the one that computes. Between the micro-batches of a step gradients are added up unsharded.
+    FSDP2 shards weights, gradients and moments by layers. The root (embedding and head) is gathered and stays so; and
+    one layer is gathered ahead of the layer that computes. Between the micro-batches of a step the gradients add up
+    unsharded.
     """
     bfloat16 = recipe.dtype == "bfloat16"
     shard = gpus if recipe.sharding == "fsdp" else 1
@@ -298,7 +297,7 @@ def _memory(
 
 
 def table(result: Estimate) -> str:
-    """The estimate for a person."""
+    """Format the estimate for a person."""
     header = (
         f"{'stage':<14} {'steps':>9} {'tokens':>10} {'MFLOP/token':>12} {'body':>6} {'attn':>6} {'head':>6} "
         f"{'EFLOP':>9} {'GPU-hours':>10} {'wall time':>14} {'GiB/GPU':>8}"

@@ -1,4 +1,7 @@
-"""Floating-point operations of a training step, counted as model FLOPs: what is computed again is not counted."""
+"""Floating-point operations of training, and the peaks of GPUs.
+
+They are model FLOPs: gradient checkpointing computes parts of the forward pass again, and these are not counted.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GteConfig
 
-# Backward costs twice the forward: one product for the inputs' gradient, one for the weights'.
+# The backward pass has two matrix products (the gradients of inputs and of weights) for each one of the forward pass.
 _FORWARD_AND_BACKWARD = 3
 
 
@@ -46,13 +49,13 @@ _OTHER_PEAKS = {"H100 NVL": 835e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, 
 
 
 def training_flops(config: GteConfig, *, tokens: float, squared_lengths: float, masked: float) -> float:
-    """FLOPs of forward and backward over packed sequences, a multiply-add counted as two.
+    """Count the FLOPs of a forward and a backward pass over packed sequences. A multiply-add counts as two.
 
     Args:
-        config: of the model.
-        tokens: real tokens.
-        squared_lengths: sum over the sequences of length²; every token attends to its whole sequence.
-        masked: tokens that go through the vocabulary projection.
+        config: the model's config.
+        tokens: number of tokens, without padding.
+        squared_lengths: sum of the squared lengths of the sequences; every token attends to its whole sequence.
+        masked: number of masked tokens, which go through the vocabulary projection.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * hidden + 3 * hidden * wide
@@ -63,7 +66,7 @@ def training_flops(config: GteConfig, *, tokens: float, squared_lengths: float, 
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """Peak bfloat16 FLOP/s of a known GPU; None for a CPU or an unknown one."""
+    """Return the peak bfloat16 FLOP/s of a known GPU; None for an unknown GPU or a CPU."""
     if device.type != "cuda":
         return None
     import torch  # here: this module's table is read by `gte-train --help`, which must not wait for torch

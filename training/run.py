@@ -1,4 +1,4 @@
-"""The state that the stages of a run share: totals, the log, the meter, checkpoints, and the wish to stop."""
+"""The state that the stages of a run share: totals, log, meter and checkpoints; and the signal that stops the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gte_deploy.training.state import Checkpoint, CheckpointStore, TrainingState
 
 
 class StopSignal:
-    """Takes SIGTERM and SIGINT as the wish to save and stop; the second one of them acts at once."""
+    """Takes SIGTERM or SIGINT as a request to save and stop. A second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -55,7 +55,15 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class StepSize:
-    """One optimizer step over all ranks; `micro_batches` is the largest number that a rank has."""
+    """The size of one optimizer step over all ranks.
+
+    Args:
+        masked_tokens: masked tokens of the step, at least 1.
+        tokens: tokens of the step, without padding.
+        squared_lengths: sum of the squared lengths of the sequences, which determines the cost of attention.
+        micro_batches: the largest number of micro-batches that a rank has.
+        stopping: True if a signal has asked any rank to stop.
+    """
 
     masked_tokens: int
     tokens: int
@@ -66,7 +74,7 @@ class StepSize:
 
 @dataclass
 class Run:
-    """What the stages share: where things are, and how far the run is."""
+    """The run: its settings, its progress, and the places where it logs and saves."""
 
     recipe: Recipe
     corpus: TokenCorpus
@@ -81,20 +89,15 @@ class Run:
     seconds: float = 0.0
     _pending: list[tuple[StepRecord, Tensor, Tensor]] = field(default_factory=list)
 
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the totals of the run so far."""
-        state = checkpoint.state
-        self.saved, self.total_step, self.tokens, self.seconds = (
-            checkpoint.path,
-            state.total_step,
-            state.tokens,
-            state.seconds,
-        )
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take over the totals of a checkpoint."""
+        self.saved, state = checkpoint.path, checkpoint.state
+        self.total_step, self.tokens, self.seconds = state.total_step, state.tokens, state.seconds
 
     def count(
         self, size: StepSize, loss: Tensor, norm: Tensor, *, stage: Stage, number: int, steps_done: int, rate: float
     ) -> None:
-        """Take note of a step. Its loss stays on the device until `flush`, so that nothing waits for it."""
+        """Count a step. Its loss stays on the device until `flush`, so that no step waits for it."""
         self.total_step += 1
         self.tokens += size.tokens
         flops = training_flops(
@@ -119,10 +122,10 @@ class Run:
         self._pending.append((record, loss, norm))
 
     def flush(self, stage: Stage) -> None:
-        """Fetch the losses of the steps since the last flush and log them. Every rank has to call it.
+        """Fetch the losses of the steps since the last flush, and log them. Every rank has to call it.
 
         Raises:
-            NonFiniteError: a loss is NaN or infinite.
+            NonFiniteError: a loss or a gradient norm is NaN or infinite.
         """
         if not self._pending:
             return
@@ -136,7 +139,7 @@ class Run:
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise NonFiniteError(
                     f"stage {record.stage} step {record.step}: loss {loss}, gradient norm {norm}. The checkpoint "
-                    f"{self.saved} is from before; lower the learning rate, or set clip_norm"
+                    f"{self.saved} is older than that; lower the learning rate, or set clip_norm"
                 )
             self.seconds += seconds_per_step
             filled.append(
@@ -157,7 +160,7 @@ class Run:
     def save(
         self, stage: Stage, module: nn.Module, optimizer: torch.optim.Optimizer, *, number: int, steps_done: int
     ) -> None:
-        """Write a checkpoint; the main process does, the others wait."""
+        """Write a checkpoint: the main process writes it and the others wait. Every rank has to call it."""
         model = {name: whole_tensor(parameter) for name, parameter in named_parameters(module).items()}
         moments = optimizer_tensors(module, optimizer)
         state = TrainingState(
@@ -183,5 +186,5 @@ class Run:
 
 
 def corpus_fingerprint(corpus: TokenCorpus) -> str:
-    # The index holds the sha256 of every shard.
+    """Return the sha256 of the corpus's index, which holds the sha256 of every shard."""
     return sha256_file(corpus.folder / INDEX_FILE)

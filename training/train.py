@@ -1,8 +1,8 @@
-"""The training loop, read from top to bottom: stages, steps, micro-batches.
+"""The training loop: stages, steps and micro-batches, from top to bottom.
 
-The same code runs alone on a CPU and under torchrun on many nodes. What a step computes does not depend on how it is
-cut: a step is `batch_size` sequences over all ranks, and its loss is the sum of their masked tokens' cross-entropies
-over the number of masked tokens of the whole step.
+The same code runs alone on a CPU and under torchrun on many nodes. A step is `batch_size` sequences over all ranks. Its
+loss is the sum of the cross-entropies of their masked tokens, divided by the number of masked tokens of the whole step.
+The result therefore does not depend on the number of ranks and micro-batches, except for rounding.
 """
 
 from __future__ import annotations
@@ -52,7 +52,13 @@ RECIPE_FILE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class RunResult:
-    """`finished` is False where a signal stopped the run; `model` is the exported folder of a finished one."""
+    """The result of `train`.
+
+    Args:
+        finished: False if a signal stopped the run.
+        checkpoint: the newest checkpoint.
+        model: the folder of the exported model; None for a stopped run.
+    """
 
     finished: bool
     checkpoint: Path | None
@@ -70,22 +76,22 @@ def train(
     tokenizer: Path | None = None,
     peak_flops: float | None = None,
 ) -> RunResult:
-    """Run a recipe, or go on with one that `output` holds checkpoints of.
+    """Run a recipe, or continue its run from the checkpoints in `output`.
 
     Args:
-        recipe: what to train.
+        recipe: the recipe to run.
         data: folder of a prepared TokenCorpus.
         output: folder for checkpoints, logs, the plot and the finished model.
         device: "cuda" or "cpu"; None takes a GPU where there is one.
-        progress: where the main process shows its progress line.
+        progress: stream on which the main process shows its progress line.
         tensorboard: also write TensorBoard events.
-        tokenizer: folder with tokenizer.json for the exported model; None takes the corpus's.
-        peak_flops: FLOP/s of one device, for the share of peak; None looks a GPU up by its name.
+        tokenizer: folder with the tokenizer.json of the exported model; None takes the corpus's.
+        peak_flops: peak FLOP/s of one device, for the share of the peak in the log; None looks a GPU up by its name.
 
     Raises:
-        ConfigError: recipe, model, corpus and what `output` already holds do not fit together.
-        CheckpointError: no checkpoint in `output` is whole.
-        NonFiniteError: the loss became NaN or infinite; the checkpoints of before stay.
+        ConfigError: recipe, model, corpus and the checkpoints in `output` do not fit together.
+        CheckpointError: `output` has checkpoints, but none is complete.
+        NonFiniteError: the loss became NaN or infinite; the earlier checkpoints stay.
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         corpus = TokenCorpus.open(data)
@@ -97,7 +103,7 @@ def train(
         done = resumed.state if resumed else None
         run = Run(recipe, corpus, model.config, world, store, meter=Meter(peak_flops=_peak_of_all(peak_flops, world)))
         if resumed:
-            run.go_on_from(resumed)
+            run.resume(resumed)
         if world.is_main:
             _prepare_output(output, recipe, corpus, tokenizer or corpus.folder / TOKENIZER_FOLDER)
             run.log = stack.enter_context(RunLog(output, progress=progress, tensorboard=tensorboard))
@@ -111,12 +117,12 @@ def train(
                 start = done.step if number == done.stage else stage.steps
             if start == stage.steps:
                 continue
-            # A new RoPE base needs a new model (see build_model); the weights go on, the optimizer starts afresh.
+            # A new RoPE base needs a new model (see build_model). It takes the weights; the optimizer starts anew.
             model = build_model(model.config, rope_theta=stage.rope_theta)
             model.load_state_dict(weights, strict=False)
             finished, weights = _train_stage(run, stage, model, number=number, start=start, stop=stop)
             if not finished:
-                logger.warning("stopped by %s; the same command goes on from %s", stop.received, run.saved)
+                logger.warning("stopped by %s; the same command continues from %s", stop.received, run.saved)
                 return RunResult(False, run.saved, None)
 
         assert run.saved is not None  # every stage ends with a checkpoint
@@ -129,7 +135,11 @@ def train(
 def _train_stage(
     run: Run, stage: Stage, model: GteForMaskedLM, *, number: int, start: int, stop: StopSignal
 ) -> tuple[bool, dict[str, Tensor]]:
-    """Train the steps from `start` on. Returns False where a signal stopped it, and the weights, whole, on the CPU."""
+    """Train a stage from step `start` on.
+
+    Returns:
+        False if a signal stopped the stage; and the weights, gathered on the CPU, or {} for a stopped stage.
+    """
     recipe, world = run.recipe, run.world
     run.config = model.config
     module = place_model(model, recipe, world)
@@ -137,7 +147,7 @@ def _train_stage(
     fused = world.device.type == "cuda" or recipe.sharding == "ddp"
     optimizer = build_optimizer(module, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
     if start:
-        assert run.saved is not None  # that is where `start` comes from
+        assert run.saved is not None  # `start` comes from this checkpoint
         tensors = read_checkpoint(run.saved, verify=False).optimizer_tensors()
         load_optimizer_tensors(module, optimizer, tensors)
 
@@ -165,7 +175,7 @@ def _train_stage(
         stop_step=stage.steps,
         static_tokens=recipe.tokens_per_micro_batch if recipe.compile else None,
     )
-    run.meter.read()  # the time until here belongs to no step
+    run.meter.read()  # the time before the first step belongs to no step
     with loader:
         for step in loader:
             size = _step_size(step.micro_batches, world, stopping=stop.received is not None)
@@ -199,33 +209,34 @@ def _train_stage(
 def accumulate_gradients(
     module: nn.Module, micro_batches: Sequence[MicroBatch], *, world: World, masked_tokens: int, dtype: str
 ) -> Tensor:
-    """Add up one step's gradients of the mean loss over `masked_tokens`, those of all ranks and micro-batches.
+    """Add up the gradients of one step's loss, over the micro-batches and, in the last one, over the ranks.
 
-    A mean per micro-batch, averaged, would weigh the tokens of small micro-batches more.
+    The loss is the mean over all masked tokens of the step. The average of the micro-batches' means would give the
+    tokens of small micro-batches a larger weight.
 
     Args:
         module: PackedMaskedLM, as `distribute` wrapped it.
-        micro_batches: this rank's; at least one, or the gradients of the other ranks would wait for this one.
-        world: where it runs.
-        masked_tokens: of the whole step.
-        dtype: "bfloat16" for autocast, "float32".
+        micro_batches: the micro-batches of this rank; at least one, because the other ranks wait for its gradients.
+        world: the ranks of the run.
+        masked_tokens: number of masked tokens of the whole step.
+        dtype: "bfloat16" for autocast, or "float32".
 
     Returns:
-        This rank's share of the loss, a scalar on the device; the sum over the ranks is the step's loss.
+        This rank's share of the loss, a scalar on the device. The sum over the ranks is the loss of the step.
     """
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(micro_batches):
         with gradient_sync(module, last=i + 1 == len(micro_batches)):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 nats = module(**micro_batch_tensors(batch, world.device))
-            # DDP and FSDP take the mean over the ranks where the sum is meant.
+            # DDP and FSDP average the gradients over the ranks; `world.size` turns the average into the sum.
             (nats * (world.size / masked_tokens)).backward()
         total += nats.detach()
     return total / masked_tokens
 
 
 def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -> StepSize:
-    """Agree with the other ranks on the size of the step, and whether to stop before it."""
+    """Agree with the other ranks on the size of the step, and on whether to stop before it."""
     lengths = [np.diff(batch.cu_seqlens[: batch.num_sequences + 1]).astype(np.int64) for batch in batches]
     everyone = world.gather(
         [
@@ -243,10 +254,10 @@ def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -
 def _fill_up(
     batches: Sequence[MicroBatch], size: StepSize, *, index: ChunkIndex, recipe: Recipe
 ) -> Sequence[MicroBatch]:
-    """Add micro-batches without a loss where this rank has too few for the collective operations of the others.
+    """Add micro-batches without a loss if this rank has too few for the collective operations of the others.
 
-    DDP reduces once per step, in the last backward pass: one micro-batch is enough. FSDP gathers the weights in every
-    one, so all ranks need the same number.
+    DDP reduces the gradients once per step, in the last backward pass, so one micro-batch is enough. FSDP gathers the
+    weights in every micro-batch, so all ranks need the same number.
     """
     missing = (size.micro_batches if recipe.sharding == "fsdp" else 1) - len(batches)
     if missing <= 0:
@@ -269,13 +280,13 @@ def _fill_up(
 
 
 def _latest_checkpoint(store: CheckpointStore, recipe: Recipe, world: World) -> Checkpoint | None:
-    """The newest whole checkpoint. The main process verifies and chooses, so that all ranks go on from the same."""
+    """Return the newest complete checkpoint. The main process verifies and chooses it for all ranks."""
     found = None
     if world.is_main:
         store.remove_leftovers()
         found = store.latest()
         if found is not None:
-            logger.info("going on from %s", found.path)
+            logger.info("continuing from %s", found.path)
     choice = world.gather([found.state.stage, found.state.step] if found else [-1, -1])[0]
     if choice[0] < 0 or world.is_main:
         return found
@@ -318,7 +329,7 @@ def _prepare_output(output: Path, recipe: Recipe, corpus: TokenCorpus, tokenizer
     file = tokenizer / "tokenizer.json"
     if not file.is_file() or sha256_file(file) != corpus.index["tokenizer_sha256"]:
         raise ConfigError(
-            f"{file} is missing, or is not what {corpus.folder} was made with; name that tokenizer's folder"
+            f"{file} is missing, or is not the tokenizer of {corpus.folder}; name the folder of the corpus's tokenizer"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / RECIPE_FILE, dump_recipe(recipe))
@@ -326,10 +337,11 @@ def _prepare_output(output: Path, recipe: Recipe, corpus: TokenCorpus, tokenizer
 
 
 def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module:
+    """Put a model on its device, with the recipe's gradient checkpointing, compilation and sharding."""
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
-        # Layer by layer: one small graph, compiled once for all layers, whatever wraps them.
+        # Each layer by itself: one small graph is compiled once and serves all layers, however they are wrapped.
         for layer in model.gte.layers:
             layer.compile()
         model.lm_head.compile()
@@ -337,7 +349,7 @@ def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Modul
 
 
 def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
-    """Norm over all gradients, a scalar on the device; clips them where the recipe says so."""
+    """Return the norm of all gradients, a scalar on the device. Clip them to `clip_norm` unless it is None."""
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -349,7 +361,7 @@ def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
 def _plot(output: Path) -> None:
     try:
         plot_run(output)
-    except MissingDependencyError as error:  # no reason to call a finished run failed
+    except MissingDependencyError as error:  # the run itself did not fail
         logger.warning("no plot: %s", error)
 
 

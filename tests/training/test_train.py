@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_refused(make_recipe, make_architecture, corpus_fol
 def test_a_tokenizer_that_is_not_the_corpuss_is_refused(make_recipe, corpus_folder, factories, tmp_path):
     factories.write_tokenizer(tmp_path, factories.WORDS[:-1])
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="is missing, or is not what"):
+        with pytest.raises(ConfigError, match="is missing, or is not the tokenizer of"):
             run(make_recipe(steps=(1,)), corpus_folder, tmp_path / "out", tokenizer=folder)
 
 

@@ -1,6 +1,6 @@
-"""Sequences of one optimizer step, packed into micro-batches of a token budget and dealt to ranks.
+"""Packing: the sequences of an optimizer step are packed into micro-batches, which are dealt to the ranks.
 
-Legend: T tokens of a micro-batch, N sequences in it, M masked tokens; B sequences of a step.
+Legend: T tokens of a micro-batch, N sequences in it, M masked tokens in it, B sequences of a step, S tokens of a row.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from gte_deploy.training.data.sampling import ChunkIndex
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences laid end to end; attention stays inside each, position_ids restart at 0 in each."""
+    """Sequences laid end to end in one row. Attention stays inside each sequence."""
 
     input_ids: NDArray[np.int64]  # [T]
-    position_ids: NDArray[np.int64]  # [T]
-    cu_seqlens: NDArray[np.int32]  # [N + 1], where each sequence begins, and T
+    position_ids: NDArray[np.int64]  # [T], from 0 in each sequence
+    cu_seqlens: NDArray[np.int32]  # [N + 1], the offset of each sequence, and T
     max_seqlen: int  # no sequence is longer
-    masked_positions: NDArray[np.int64]  # [M], index into T, ascending; M may be 0
+    masked_positions: NDArray[np.int64]  # [M], positions in the row, ascending; M may be 0
     labels: NDArray[np.int64]  # [M], the ids before masking
-    num_sequences: int  # of the data; with static padding, cu_seqlens names further, empty of meaning
+    num_sequences: int  # sequences of the data; static padding adds further, meaningless ones to cu_seqlens
 
 
 @dataclass(frozen=True)
 class PaddedMicroBatch:
-    """The same samples as a rectangle, for the comparison with packing."""
+    """The same samples as a rectangle of padded rows, for the comparison with packing."""
 
-    input_ids: NDArray[np.int64]  # [B, S]
-    attention_mask: NDArray[np.int64]  # [B, S], 1 for tokens, 0 for padding
-    masked_positions: NDArray[np.int64]  # [M], index into B * S
+    input_ids: NDArray[np.int64]  # [N, S]
+    attention_mask: NDArray[np.int64]  # [N, S], 1 for tokens, 0 for padding
+    masked_positions: NDArray[np.int64]  # [M], positions in the flattened rows, N * S
     labels: NDArray[np.int64]  # [M]
     num_sequences: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank computes in one optimizer step."""
+    """The micro-batches of one rank in one optimizer step."""
 
     number: int
     micro_batches: tuple[MicroBatch, ...]
@@ -56,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """How the optimizer steps of a stage are made, and which part of each one rank computes.
+    """How the optimizer steps of a stage are made, and which part of each step one rank computes.
 
     Args:
         batch_size: sequences of a step, over all ranks.
@@ -67,7 +67,7 @@ class StepSettings:
         world_size: number of ranks.
 
     Raises:
-        InputError: no sequence, or a rank that is not one of `world_size`.
+        InputError: batch_size is below 1, or rank is not in 0..world_size - 1.
     """
 
     batch_size: int
@@ -86,10 +86,13 @@ class StepSettings:
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int64], *, token_budget: int) -> list[list[int]]:
-    """Indices of sequences per bin of `token_budget` tokens, by best fit decreasing; ties go by index.
+    """Distribute sequences over bins of `token_budget` tokens, by best fit decreasing; ties go by index.
+
+    Returns:
+        The indices of the sequences in each bin.
 
     Raises:
-        InputError: a sequence longer than the budget.
+        InputError: a sequence is longer than the budget.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size and sizes.max() > token_budget:
@@ -110,12 +113,13 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], *, token_budget: int) -> li
 
 
 def micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[MicroBatch]:
-    """This rank's part of one optimizer step: over all ranks it is exactly `batch_size` sequences.
+    """Pack one optimizer step and return this rank's micro-batches.
 
-    Bins are dealt in turn, so that ranks differ by one micro-batch at most; a rank may get none.
+    All ranks together get exactly `batch_size` sequences. Micro-batches are dealt in turn, so that the ranks differ by
+    one at most; a rank may get none.
 
     Raises:
-        InputError: a negative step, or a chunk longer than the budget.
+        InputError: the step is negative, or a chunk is longer than the budget.
     """
     epochs, chunks = _samples(index, step, settings)
     bins = pack(index.lengths_of(chunks), token_budget=settings.token_budget)
@@ -124,10 +128,10 @@ def micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[
 
 
 def padded_micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[PaddedMicroBatch]:
-    """The same step without packing: rows of `max_length`, `token_budget` // `max_length` of them at a time.
+    """Return the same step without packing: micro-batches of `token_budget` // `max_length` padded rows.
 
     Raises:
-        InputError: a negative step, or a budget below one row.
+        InputError: the step is negative, or the budget is below one row.
     """
     rows = settings.token_budget // index.max_length
     if rows < 1:
@@ -140,7 +144,7 @@ def padded_micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -
 
 
 def _samples(index: ChunkIndex, step: int, settings: StepSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(epochs, chunks) of all the sequences of one step, [B] each."""
+    """Return the epochs and the chunks of all sequences of a step, [B] each."""
     if step < 0:
         raise InputError(f"step {step} is negative")
     size = settings.batch_size
@@ -174,18 +178,19 @@ def _packed(
 
 
 def _places(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0, 1, 2 … anew in each segment [ends[i], ends[i + 1])."""
+    """Number the positions of each segment [ends[i], ends[i + 1]) from 0."""
     return np.arange(int(ends[-1])) - np.repeat(ends[:-1], np.diff(ends))
 
 
 def pad_to_static(batch: MicroBatch, *, num_tokens: int, max_length: int, pad_id: int) -> MicroBatch:
-    """Fill up to `num_tokens` with padding in segments of its own, at most `max_length` each, never labelled.
+    """Pad a micro-batch to `num_tokens` tokens. The padding has no labels and forms segments of its own.
 
-    One long segment would need positions beyond the model's and cost attention by its square. `max_seqlen` becomes
-    `max_length`, so that it is the same for every batch.
+    A segment of padding has at most `max_length` tokens: a longer one would need positions that the model does not
+    have, and its attention would cost the square of its length. `max_seqlen` becomes `max_length`, so that it is the
+    same for every batch.
 
     Raises:
-        InputError: the batch is already larger.
+        InputError: the batch is larger than `num_tokens`.
     """
     held = len(batch.input_ids)
     if held > num_tokens:
@@ -216,11 +221,15 @@ def _rectangle(batch: MicroBatch, index: ChunkIndex) -> PaddedMicroBatch:
 
 
 class StepLoader:
-    """Iterates `Step`s from `start_step` to `stop_step`, prepared ahead by one background thread.
+    """Iterates over the steps from `start_step` to `stop_step`. A background thread prepares them ahead.
 
-    A step is a pure function of its number, so a resume is another `start_step`. The work is vectorised numpy, which
-    leaves the interpreter free for the training loop. `static_tokens` pads every micro-batch to that many tokens (see
-    pad_to_static), for `torch.compile`. Use it as a context manager, or call `close`.
+    A step is a pure function of its number, so a resumed run only passes another `start_step`. The thread's work is
+    vectorised numpy, which leaves the interpreter free for the training loop. With `static_tokens` every micro-batch is
+    padded to that many tokens (see `pad_to_static`), for `torch.compile`. Use a loader as a context manager, or call
+    `close`.
+
+    Raises:
+        InputError: the settings, the first step or an option cannot be used.
     """
 
     def __init__(
@@ -241,7 +250,7 @@ class StepLoader:
         if prefetch < 1:
             raise InputError(f"prefetch {prefetch} is below 1")
         self._index, self._settings, self._static_tokens = index, settings, static_tokens
-        _samples(index, start_step, settings)  # refuse here what the thread would meet later
+        _samples(index, start_step, settings)  # an error is raised here and not later in the thread
         self._steps: Iterable[int] = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
         self._ready: queue.Queue[Step | Exception | None] = queue.Queue(maxsize=prefetch)
         self._closing = threading.Event()
@@ -249,7 +258,7 @@ class StepLoader:
         self._thread.start()
 
     def step(self, number: int) -> Step:
-        """Compute one step here and now."""
+        """Compute one step in the caller's thread."""
         batches = micro_batches(self._index, number, self._settings)
         if self._static_tokens is not None:
             batches = [
@@ -278,7 +287,7 @@ class StepLoader:
         raise item
 
     def close(self) -> None:
-        """Stop the thread and wait for it. May be called twice."""
+        """Stop the thread and wait for its end. A second call does nothing."""
         self._closing.set()
         while self._thread.is_alive():
             _drain(self._ready)
@@ -298,7 +307,7 @@ class StepLoader:
                     return
                 self._ready.put(self.step(number))
             self._ready.put(None)
-        except Exception as error:  # whatever it is, the consumer's thread raises it again
+        except Exception as error:  # of any kind: the consumer's thread raises it again
             self._ready.put(error)
 
 

@@ -1,11 +1,13 @@
-"""Text to token shards: parallel by input unit, interruptible, and the same bytes whatever the number of workers.
+"""Encode text into the token shards of a corpus.
 
-The work lies in `.NAME.partial` beside the output until it is whole: one shard and one record per finished unit. A
-second run with the same inputs and options goes on from there; the last act is a rename.
+The inputs are cut into units, which worker processes encode in parallel. The corpus has the same bytes for any number
+of workers. Until it is complete, the work lies in the folder `.NAME.partial` beside the output: one shard and one
+record per finished unit. A second run with the same inputs and options continues from there. A rename puts the finished
+corpus into place.
 
-Text becomes tokens as it is: no special tokens, no truncation; "[MASK]" written in a text is encoded as the letters it
-consists of. A lone surrogate, which JSON lets through and a tokenizer refuses, becomes U+FFFD and is counted. A
-document without a token is dropped and counted.
+Text is encoded as it is, without special tokens and without truncation; a "[MASK]" in a text is encoded as its
+letters. A lone surrogate, which JSON allows and a tokenizer refuses, becomes U+FFFD and is counted. A document without
+a token is dropped and counted.
 """
 
 from __future__ import annotations
@@ -70,17 +72,27 @@ def prepare(
     restart: bool = False,
     progress: bool = False,
 ) -> TokenCorpus:
-    """Encode `inputs` into the corpus folder `output`, or go on with what an interrupted run left.
+    """Encode `inputs` into the corpus folder `output`, or continue an interrupted run.
 
-    An input is a file, a folder, a glob, or `hf:NAME[@REVISION][:CONFIG[:SPLIT]]`; `LANGUAGE=` before it names its
-    language. Files: C4's .json.gz and other JSON lines, .parquet, .txt, each document a `text_column` or, in plain
-    text, what `document_break` says. `skip_bad` counts and skips records that cannot be read instead of failing.
-    With `workers` > 1 the caller's main module must be importable (`if __name__ == "__main__"`).
+    Args:
+        inputs: files, folders, globs, or `hf:NAME[@REVISION][:CONFIG[:SPLIT]]`; `LANGUAGE=` before an input names its
+            language. Files are JSON lines (such as C4's .json.gz), .parquet or .txt.
+        output: folder to write.
+        tokenizer: checkpoint folder with a tokenizer.json, or that file.
+        workers: number of processes. With more than one, the caller's main module must be importable
+            (`if __name__ == "__main__"`).
+        text_column: see ReadOptions.
+        document_break: see ReadOptions.
+        skip_bad: see ReadOptions.
+        max_document_bytes: see ReadOptions.
+        overwrite: replace a corpus that exists already.
+        restart: discard the work of an interrupted run.
+        progress: show a progress bar on stderr.
 
     Raises:
-        InputError: an input, the tokenizer or the output folder is not acceptable; a bad record is named by file and
-            line.
-        MissingDependencyError: Parquet or a dataset is given and its library is not installed.
+        InputError: an input, the tokenizer or the output folder cannot be used; for a bad record the message names
+            file and line.
+        MissingDependencyError: an input is Parquet or a dataset, and its library is not installed.
     """
     output = Path(output).absolute()
     if workers < 1:
@@ -112,7 +124,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker must know; plain data, because it travels to other processes."""
+    """The settings that every worker needs. Plain data, because it is sent to other processes."""
 
     work: str
     tokenizer_file: str
@@ -121,7 +133,7 @@ class Job:
 
 
 class _Shared:
-    """Counters that workers add to and the parent shows, and the flag by which it stops them."""
+    """The workers' common counters, which the parent shows, and the flag by which it stops the workers."""
 
     def __init__(self, context: Any) -> None:
         self.stop = context.Event()
@@ -130,22 +142,22 @@ class _Shared:
 
 
 class _StoppedError(Exception):
-    """The parent is going away or another unit has failed; nothing of the unit is kept."""
+    """The parent stops its workers, or another unit failed. The unit is discarded."""
 
 
 class _Encoder:
-    """Encodes units into shards of a workspace."""
+    """Encodes units into shards of the workspace."""
 
     def __init__(self, job: Job, shared: _Shared) -> None:
         self._job, self._shared = job, shared
         self._tokenizer = load_tokenizer(Path(job.tokenizer_file))
 
     def encode(self, unit: Unit) -> None:
-        """Write the unit's tokens, its offsets and, last, the record that says it is done."""
+        """Write the unit's tokens and offsets, and then the record that marks the unit as finished."""
         try:
             self._encode(unit)
         except BaseException:
-            self._shared.stop.set()  # before the parent has seen it: no unit is begun after a failed one
+            self._shared.stop.set()  # at once, and not by the parent: no unit is begun after a failed one
             raise
 
     def _encode(self, unit: Unit) -> None:
@@ -224,7 +236,7 @@ def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> 
                     _show(bar, before, shared)
                     errors = [error for future in order if future in done and (error := future.exception())]
                     for error in errors:
-                        if not isinstance(error, _StoppedError):  # what stopped that one comes yet
+                        if not isinstance(error, _StoppedError):  # the failure that stopped it is still to come
                             raise error
             except BaseException:
                 shared.stop.set()
@@ -232,19 +244,22 @@ def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> 
                 raise
     except BrokenProcessPool as error:
         raise GteDeployError(
-            "a worker process died, perhaps for lack of memory: run the same command again, with fewer workers, "
-            "to go on from the units that are done"
+            "a worker process died, perhaps for lack of memory: run the same command again with fewer workers; it "
+            "continues after the finished units"
         ) from error
 
 
 def _executor(
     units: Sequence[Unit], job: Job, shared: _Shared, workers: int
 ) -> tuple[futures.Executor, Callable[[Unit], None]]:
-    """One worker is a thread here, where the tokenizer's own threads use the cores; more are processes."""
+    """Return an executor and the function that it runs for each unit.
+
+    A single worker is a thread of this process, and the tokenizer's own threads use the cores. More are processes.
+    """
     if workers == 1:
         return futures.ThreadPoolExecutor(1), _Encoder(job, shared).encode
     processes = min(workers, len(units))
-    # spawn: a fork would copy whatever threads and locks torch or a tokenizer has in this process.
+    # spawn, because a fork would copy the threads and locks that torch or a tokenizer has in this process.
     executor = futures.ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -256,11 +271,12 @@ def _executor(
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C reaches the whole group, and the parent decides: processes started here inherit SIGINT blocked.
+    """Start processes with SIGINT blocked, so that Ctrl-C, which reaches the whole group, is left to the parent.
 
-    A worker that ignored it itself could be interrupted before it gets so far. This process takes it on leaving.
+    A worker could not ignore the signal by itself in time: it could be interrupted before its first statement. This
+    process receives a signal that came meanwhile when the block ends.
     """
-    resource_tracker.ensure_running()  # its start unblocks the signal
+    resource_tracker.ensure_running()  # now, because the start of the tracker unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -280,7 +296,7 @@ def _start_worker(job: Job, shared: _Shared, threads: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A killed parent cannot stop its workers: they would finish their unit and wait for ever."""
+    """End this worker when its parent ends. A killed parent cannot stop its workers, which would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for([parent.sentinel])
@@ -301,7 +317,7 @@ def _progress_bar(units: Sequence[Unit], pending: Sequence[Unit], progress: bool
         unit_scale=True,
         desc="prepare",
         disable=not progress,
-        mininterval=0.3 if sys.stderr.isatty() else 10.0,  # a log file keeps every line
+        mininterval=0.3 if sys.stderr.isatty() else 10.0,  # a log file keeps every update
     )
 
 
@@ -325,7 +341,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _workspace(output: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Path]:
-    """The locked `.NAME.partial` folder, begun with the same header; gone when all is done."""
+    """Lock the folder `.NAME.partial`, which must have been begun with the same header; remove it at the end."""
     work = output.with_name(f".{output.name}.partial")
     work.mkdir(exist_ok=True)
     with (work / "lock").open("ab") as lock:
@@ -343,7 +359,7 @@ def _begin(work: Path, header: str, restart: bool) -> None:
     known = header_file.read_text("utf-8") if header_file.is_file() else None
     if known not in (None, header) and not restart:
         raise InputError(
-            f"{work} was begun with other options or another tokenizer: finish that run, or discard it with "
+            f"{work} was begun with other options or another tokenizer: finish that run, or discard its work with "
             "restart (--restart)"
         )
     for folder in (work / "corpus", work / "units"):
@@ -355,7 +371,7 @@ def _begin(work: Path, header: str, restart: bool) -> None:
 
 
 def _pending(job: Job, units: Sequence[Unit]) -> list[Unit]:
-    """Units still to be encoded. Files of no finished unit, such as those of a killed worker, are removed."""
+    """Return the units that are still to be encoded. Remove the files of all others than finished units."""
     finished = {unit.name for unit in units if _record(job, unit) is not None}
     for file in itertools.chain(*(Path(job.work, folder).iterdir() for folder in ("corpus", "units"))):
         if file.stem not in finished:
@@ -364,7 +380,7 @@ def _pending(job: Job, units: Sequence[Unit]) -> list[Unit]:
 
 
 def _record(job: Job, unit: Unit) -> dict[str, Any] | None:
-    """What a finished unit wrote, or None where the unit is to be done (again)."""
+    """Return the record of a finished unit, or None if the unit is to be encoded, perhaps again."""
     try:
         record = json.loads(Path(job.work, "units", f"{unit.name}.json").read_text("utf-8"))
         sizes = {
@@ -385,7 +401,7 @@ def _finish(job: Job, units: Sequence[Unit], header: Mapping[str, Any]) -> None:
     for unit in units:
         record = _record(job, unit)
         if record is None:
-            raise GteDeployError(f"{unit.name} in {job.work} was altered while it was made: run the same command again")
+            raise GteDeployError(f"{unit.name} in {job.work} was altered during the run: run the same command again")
         counts.update(record["counts"])
         sources = [Path(file).name for file in unit.files] or [f"hf:{unit.dataset}#{unit.dataset_shard}"]
         shards.append({key: record[key] for key in _SHARD_KEYS} | {"sources": sources})
@@ -409,7 +425,7 @@ def _finish(job: Job, units: Sequence[Unit], header: Mapping[str, Any]) -> None:
 
 
 def _install(made: Path, output: Path) -> None:
-    """Rename the finished folder into place. A kill between the renames leaves it for the next run to install."""
+    """Rename the finished folder into place. After a kill between the renames, the next run does it."""
     old = output.with_name(f".{output.name}.old")
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Random numbers and permutations without a state: each is a pure function of a key and a counter.
 
-Every rank, every number of workers and every resumed run computes the same numbers, so that no generator is saved.
+A resumed run and a run on another number of ranks compute the same numbers, so no checkpoint saves a generator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
 
-# One seed feeds several independent streams; the number is part of the key. Changing one changes every run.
+# One seed feeds several independent streams. The number of a stream is part of its key: changing it changes every run.
 STREAM_RESAMPLE, STREAM_ORDER, STREAM_LANGUAGE, STREAM_MASK = 1, 2, 3, 4
 FIRST_LANGUAGE_STREAM = 1 << 16
 
@@ -28,10 +28,11 @@ Words = NDArray[np.uint64]
 
 
 def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> tuple[Words, ...]:
-    """Philox4x32-10: four 32-bit words, in uint64, per counter of four 32-bit words; counters broadcast.
+    """Compute Philox4x32-10: for each counter of four 32-bit words, four random 32-bit words (stored as uint64).
 
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. numpy's own Philox makes one stream
-    per object; here each token of a batch has its own counter, so that a whole batch is one vectorised call.
+    The four parts of the counter broadcast against each other. Source: Salmon et al., "Parallel random numbers: as easy
+    as 1, 2, 3", SC 2011. numpy's own Philox makes one stream per object. Here each token of a batch has its own
+    counter, so that one vectorised call serves a whole batch.
     """
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
     k0, k1 = key
@@ -45,7 +46,7 @@ def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: 
 
 
 def stream_key(seed: int, stream: int) -> tuple[int, int]:
-    """The Philox key of one stream of a seed.
+    """Return the Philox key of one stream of a seed.
 
     Raises:
         InputError: the seed is not in 0..2^64 - 1.
@@ -57,20 +58,22 @@ def stream_key(seed: int, stream: int) -> tuple[int, int]:
 
 
 def split_words(numbers: ArrayLike) -> tuple[Words, Words]:
-    """Low and high 32 bits of non-negative integers."""
+    """Split non-negative integers into their low and high 32 bits."""
     wide = np.asarray(numbers).astype(np.uint64)
     return wide & _LOW_32, wide >> _SHIFT_32
 
 
 def join_words(low: Words, high: Words) -> Words:
+    """Join low and high 32 bits into 64-bit integers."""
     return low | (high << _SHIFT_32)
 
 
 def permute(positions: ArrayLike, *, size: int, epochs: ArrayLike, key: tuple[int, int]) -> NDArray[np.int64]:
-    """Where a keyed permutation of 0..size-1 sends each position; every epoch has its own permutation.
+    """Send each position through a permutation of 0..size-1. The key and the epoch choose the permutation.
 
-    A Feistel network over a grid just larger than `size`, whose few surplus cells are left by walking the cycle
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). O(1) per position, no table.
+    A Feistel network permutes a grid of cells that is slightly larger than `size`. A position that lands on a surplus
+    cell is sent through the network again until it lands below `size` (cycle walking: Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002). The cost per position is constant, and there is no table.
     """
     rows = math.isqrt(size - 1) + 1 if size > 1 else 1
     grid = (np.uint64(rows), np.uint64(-(-size // rows)))

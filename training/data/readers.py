@@ -1,4 +1,4 @@
-"""Documents out of files (JSON lines, plain text, Parquet, each also compressed) and Hugging Face datasets."""
+"""Readers of documents: JSON lines and plain text (also with gzip), Parquet, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
 logger = logging.getLogger(__name__)
 
 DocumentBreak = Literal["blank-line", "file"]
-Advance = Callable[[int], None]  # bytes of input done
+Advance = Callable[[int], None]  # called with the number of input bytes just read
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 TEXT_SUFFIXES = (".txt", ".txt.gz")
@@ -31,7 +31,7 @@ DATASET_PREFIX = "hf:"
 
 _PARQUET_ROWS = 1_000
 _ADVANCE_BYTES = 1 << 16
-_MAX_EXPANSION = 200  # text shrinks 3 to 10 times in gzip; its limit is about 1,030
+_MAX_EXPANSION = 200  # gzip shrinks text 3 to 10 times, and at most about 1,030 times
 _EXPANSION_FREE_BYTES = 64 << 20
 _MAX_DOCUMENT_BYTES = 1 << 30
 _DATASET = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
@@ -40,7 +40,17 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in the inputs."""
+    """How documents are found in the inputs.
+
+    Args:
+        text_column: the field or column of a record that holds the text.
+        document_break: a document of plain text ends at a blank line, or at the end of its file.
+        skip_bad: count and skip records that cannot be read, instead of failing.
+        max_document_bytes: a longer document is a bad record.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
 
     text_column: str = "text"
     document_break: DocumentBreak = "blank-line"
@@ -56,12 +66,12 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker encodes into one shard: files, or one shard of a Hugging Face dataset."""
+    """The input of one shard of the corpus: files, or one shard of a Hugging Face dataset."""
 
     number: int
     language: str
     files: tuple[str, ...] = ()
-    stamps: tuple[tuple[int, int], ...] = ()  # size and mtime_ns per file: a changed input is not resumed
+    stamps: tuple[tuple[int, int], ...] = ()  # size and mtime_ns per file: a resumed run encodes changed files again
     dataset: str = ""
     dataset_shard: int = 0
     dataset_shards: int = 0
@@ -72,21 +82,21 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Input bytes; 0 where they are not known."""
+        """Bytes of the files; 0 for a dataset, whose size is not known."""
         return sum(size for size, _ in self.stamps)
 
 
 class DocumentReader:
-    """Documents of one unit, in order; counts what it skipped."""
+    """Reads the documents of a unit in order, and counts the records that it skipped."""
 
     def __init__(self, options: ReadOptions, *, counts: Counter[str], advance: Advance) -> None:
         self._options, self._counts, self._advance = options, counts, advance
 
     def read(self, unit: Unit) -> Iterator[str]:
-        """Texts free of surrogates.
+        """Yield the texts of a unit; lone surrogates are replaced by U+FFFD.
 
         Raises:
-            InputError: a file or record that cannot be read, named with its line.
+            InputError: a file or record cannot be read; the message names it and its line.
         """
         source = self._dataset(unit) if unit.dataset else itertools.chain.from_iterable(map(self._file, unit.files))
         for text in source:
@@ -126,7 +136,7 @@ class DocumentReader:
                 self._bad(f"{path}:{number}: expected an object with a string {self._options.text_column!r}")
 
     def _paragraphs(self, path: Path) -> Iterator[str]:
-        """Documents between blank lines."""
+        """Yield the documents of a text file in which blank lines separate them."""
         held: list[bytes] = []
         start = 1
         for number, line in itertools.chain(self._lines(path), [(0, b"")]):
@@ -156,7 +166,7 @@ class DocumentReader:
         yield text
 
     def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """Numbered lines of bounded length; a longer one is a bad record."""
+        """Yield the numbered lines of a file; a line above the limit is a bad record."""
         limit = self._options.max_document_bytes
         with _opened(path) as (stream, raw):
             total = reported = 0
@@ -172,7 +182,7 @@ class DocumentReader:
                     yield number, line
                 done = raw.tell()
                 if total > _EXPANSION_FREE_BYTES and total > _MAX_EXPANSION * done:
-                    raise InputError(f"{path} expands more than {_MAX_EXPANSION} times: this is no compressed text")
+                    raise InputError(f"{path} expands more than {_MAX_EXPANSION} times: it is no compressed text")
                 if done - reported > _ADVANCE_BYTES:
                     self._advance(done - reported)
                     reported = done
@@ -223,7 +233,7 @@ class DocumentReader:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, io.BufferedReader]]:
-    """The decompressed stream, and the raw one below it that knows how far reading has come."""
+    """Open a file. Yields the decompressed stream, and the raw stream, whose position tells the progress."""
     with path.open("rb") as raw:
         if path.name.endswith(".gz"):
             with gzip.open(raw, "rb") as stream:
@@ -233,6 +243,11 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedIOBase, io.BufferedReader]]
 
 
 def parquet_library() -> Any:
+    """Import pyarrow with its Parquet reader.
+
+    Raises:
+        MissingDependencyError: pyarrow is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -254,6 +269,12 @@ def _kind(value: object) -> str:
 
 
 def load_dataset(dataset: str) -> Any:
+    """Open a Hugging Face dataset, named as NAME[@REVISION][:CONFIG[:SPLIT]], as a stream.
+
+    Raises:
+        InputError: the name is malformed, or the dataset cannot be opened.
+        MissingDependencyError: datasets is not installed.
+    """
     try:
         import datasets
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The inputs of `gte-train prepare`, cut into units of work: what one worker encodes into one shard."""
+"""Units of work: the inputs of `gte-train prepare` are cut into units, and one worker encodes a unit into one shard."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from gte_deploy.training.data.readers import (
     parquet_library,
 )
 
-_UNIT_BYTES = 32 << 20  # smaller neighbours share a unit
+_UNIT_BYTES = 32 << 20  # smaller files share a unit with their neighbours
 _LANGUAGE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,31})=(.+)", re.DOTALL)
 
 
 def plan_units(inputs: Sequence[str]) -> list[Unit]:
-    """Cut the inputs into units of work; languages side by side, otherwise in the order given.
+    """Cut the inputs into units. The units of one language lie side by side, otherwise the given order stays.
 
     Raises:
-        InputError: an input that does not exist, is given twice, or has no known format.
+        InputError: an input does not exist, is given twice, or has no known format.
     """
     if not inputs:
         raise InputError("no input is given: name files, folders or hf:DATASET")

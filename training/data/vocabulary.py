@@ -20,10 +20,10 @@ _SPECIAL_NAMES = {
 
 
 def read_vocabulary(tokenizer: Path) -> tuple[Vocabulary, Path]:
-    """The ids of a checkpoint folder's tokenizer.json (or of that file), and the file's path.
+    """Read the vocabulary of a tokenizer.json, or of that file in a checkpoint folder; return it with the file's path.
 
     Raises:
-        InputError: no tokenizer, or one without [CLS], [SEP], [MASK], [PAD] or [UNK] under any name.
+        InputError: there is no readable tokenizer, or it has no [CLS], [SEP], [MASK], [PAD] or [UNK] under any name.
     """
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     encoder = load_tokenizer(file)
@@ -46,12 +46,17 @@ def read_vocabulary(tokenizer: Path) -> tuple[Vocabulary, Path]:
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
+    """Load a tokenizer.json to encode plain text: without truncation, padding or special tokens.
+
+    Raises:
+        InputError: the file is missing, or this version of `tokenizers` cannot read it.
+    """
     if not file.is_file():
         raise InputError(f"{file} is missing: give a checkpoint folder with a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises the bare class for any file it cannot read
-        raise InputError(f"{file} is no tokenizer that this version of `tokenizers` reads: {error}") from error
+        raise InputError(f"{file} is no tokenizer that this version of `tokenizers` can read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # "[MASK]" in a text is text
@@ -59,7 +64,7 @@ def load_tokenizer(file: Path) -> Tokenizer:
 
 
 def _declared_specials(folder: Path) -> dict[str, str]:
-    """The special tokens that the tokenizer's configuration names, by role; the later file wins."""
+    """Return the special tokens that the tokenizer's configuration names, by role; the later file wins."""
     declared = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         content = read_json_object(folder / name, error=InputError, advice="Copy the tokenizer again.")

@@ -1,7 +1,7 @@
-"""Does a checkpoint use long contexts? Masked-token loss by position, and of the same tokens by context length.
+"""Measures whether a checkpoint uses long contexts: the masked-token loss by position and by context length.
 
-Only documents that fill the longest length are read. For the second curve the same rows are cut into windows of each
-context length: the same tokens are predicted from more or fewer neighbours, so that only the context differs.
+Only documents that fill a row of the longest length are read. For the loss by context length, the same rows are cut
+into windows of each length. The same tokens are then predicted from more or fewer neighbours; only the context differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.model import micro_batch_tensors
 
 _SHORTEST_CONTEXT = 128
-_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of a vocabulary of 250,000
+_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of their logits over a vocabulary of 250,000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class ContextLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """What `extrapolate` measured over `rows` rows of `max_length` tokens."""
+    """The result of `extrapolate`, over `rows` rows of `max_length` tokens."""
 
     model: str
     rows: int
@@ -88,24 +88,24 @@ def extrapolate(
     device: str | None = None,
     progress: bool = False,
 ) -> Extrapolation:
-    """Measure a masked-LM checkpoint on a corpus's long documents.
+    """Measure a masked-LM checkpoint on the long documents of a corpus.
 
     Args:
         model: checkpoint folder, preset name or hub id.
-        data: corpus that `gte-train prepare` wrote, best one that the model was not trained on.
-        max_length: tokens of a row; documents that do not fill one are not read.
+        data: corpus that `gte-train prepare` wrote; use text that the model was not trained on.
+        max_length: tokens of a row; documents that do not fill a row are not read.
         contexts: window lengths, each a divisor of `max_length`; None takes the powers of two from 128 on.
-        buckets: in which the positions are averaged.
-        rows: how many to read; fewer where the corpus has fewer.
-        masking: every chosen token becomes [MASK] by default, as an evaluation has it.
-        seed: of the rows and the masks.
+        buckets: number of ranges of positions over which losses are averaged.
+        rows: number of rows to read; fewer if the corpus has fewer.
+        masking: how tokens are masked; by default every chosen token becomes [MASK], as usual in evaluations.
+        seed: seed of the choice of rows and of the masks.
         device: "cuda" or "cpu"; None takes a GPU where there is one. On a GPU the forward pass is in bfloat16.
-        progress: show a bar on stderr.
+        progress: show a progress bar on stderr.
 
     Raises:
-        InputError: no document is long enough, or lengths that do not divide.
+        InputError: no document is long enough, or a length does not divide another as it must.
         ConfigError: the model has fewer positions, or another vocabulary.
-        NonFiniteError: a loss is NaN.
+        NonFiniteError: a loss is NaN or infinite.
     """
     contexts = sorted(_default_contexts(max_length) if contexts is None else {*contexts, max_length})
     _require_divisors(max_length, contexts, buckets)
@@ -141,10 +141,10 @@ def extrapolate(
 
 @torch.inference_mode()
 def token_losses(model: GteForMaskedLM, batch: MicroBatch) -> NDArray[np.float32]:
-    """Cross-entropy in nats of each masked token [M], through the packed forward that training uses.
+    """Compute the cross-entropy of each masked token in nats, [M], with training's packed forward pass.
 
     Raises:
-        NonFiniteError: one is NaN or infinite.
+        NonFiniteError: a loss is NaN or infinite.
     """
     device = model.device
     tensors: dict[str, Any] = micro_batch_tensors(batch, device)
@@ -158,12 +158,12 @@ def token_losses(model: GteForMaskedLM, batch: MicroBatch) -> NDArray[np.float32
             parts.append(F.cross_entropy(model.lm_head(hidden[at]).float(), wanted, reduction="none"))
     losses = torch.cat(parts).cpu().numpy()
     if not np.isfinite(losses).all():
-        raise NonFiniteError("the model gives a loss of NaN or infinity; check the checkpoint")
+        raise NonFiniteError("the model computes a loss of NaN or infinity; check the checkpoint")
     return losses
 
 
 def table(result: Extrapolation) -> str:
-    """Both curves, for a person."""
+    """Format the losses by position and by context length for a person."""
     lines = [f"{result.rows} rows of {result.max_length} tokens, {result.mask_probability:.0%} masked", ""]
     lines.append(f"{'position':>13} {'loss':>8} {'error':>7} {'tokens':>8}")
     for bucket in result.by_position:
@@ -176,7 +176,7 @@ def table(result: Extrapolation) -> str:
 
 
 def plot(result: Extrapolation, path: Path) -> None:
-    """Draw both curves with their standard errors into a .png or .svg.
+    """Plot the losses by position and by context length, with their standard errors, into a .png or .svg.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -201,7 +201,7 @@ def plot(result: Extrapolation, path: Path) -> None:
 
 
 class _RowMeans:
-    """Losses by row and position; rows are independent, the tokens of one are not: errors go by rows."""
+    """Losses by row and position. Standard errors are over rows: rows are independent, the tokens of a row are not."""
 
     def __init__(self, rows: int, length: int) -> None:
         self._losses = np.full((rows, length), np.nan, dtype=np.float32)
@@ -216,7 +216,7 @@ class _RowMeans:
         if not counts.sum():
             raise InputError(f"no token of the positions {start} to {stop - 1} is masked: read more rows")
         mean = sums.sum() / counts.sum()
-        # of a ratio of sums over rows (the delta method)
+        # The standard error of a ratio of sums over rows, by the delta method.
         residuals = sums - mean * counts
         rows = len(counts)
         error = math.sqrt(rows / max(1, rows - 1) * np.sum(residuals**2)) / counts.sum()
@@ -224,9 +224,10 @@ class _RowMeans:
 
 
 def _windows(row: MicroBatch, context: int, *, cls_id: int, sep_id: int, shortest: int) -> MicroBatch:
-    """The row as windows of `context` tokens, each between [CLS] and [SEP] like every text the model was trained on.
+    """Cut a row into windows of `context` tokens, each between [CLS] and [SEP], as the texts of the training are.
 
-    These two take the place of tokens; what they replace at the shortest context is predicted at none.
+    These two replace tokens. A token that they replace at the shortest context is predicted at no context, so that all
+    contexts predict the same tokens.
     """
     length = len(row.input_ids)
     input_ids = row.input_ids.copy()
