@@ -22,13 +22,6 @@ TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w200 w201"]
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12], [200, 201]]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, factories):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    factories.write_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture
 def make(tmp_path, tokenizer):
     """Prepare into tmp_path/out; keyword arguments as in `prepare`."""

@@ -6,13 +6,6 @@ from gte_deploy.errors import InputError
 from gte_deploy.training.data.vocabulary import read_vocabulary
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, factories):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    factories.write_tokenizer(folder)
-    return folder
-
-
 def test_vocabulary_comes_from_the_tokenizer(tokenizer):
     vocab, file = read_vocabulary(tokenizer)
     assert (vocab.size, vocab.special_ids) == (256, (0, 1, 2, 3, 4))
