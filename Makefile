@@ -54,6 +54,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p gte_deploy
+	$(BIN)/mypy tools
 	$(BIN)/python tools/check_files.py
 
 format: $(VENV)/.dev

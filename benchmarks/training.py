@@ -46,21 +46,22 @@ from gte_deploy.files import write_text
 from gte_deploy.models import builtin_path
 from gte_deploy.models.config import build_config
 from gte_deploy.training import train as engine
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.distributed import World
-from gte_deploy.training.flops import device_peak_flops, training_flops
-from gte_deploy.training.model import build_model
-from gte_deploy.training.optim import build_optimizer
-from gte_deploy.training.packing import (
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.packing import (
     MicroBatch,
     PaddedMicroBatch,
+    StepSettings,
     micro_batches,
     pad_to_static,
     padded_micro_batches,
 )
-from gte_deploy.training.prepare import prepare
+from gte_deploy.training.data.prepare import prepare
+from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.distributed import World, choose_device
+from gte_deploy.training.flops import device_peak_flops, training_flops
+from gte_deploy.training.model import build_model
+from gte_deploy.training.optim import build_optimizer
 from gte_deploy.training.recipe import Recipe, Stage
-from gte_deploy.training.sampling import ChunkIndex
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 0
@@ -115,7 +116,7 @@ class Variant:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else device_peak_flops(device)
     started, results = time.monotonic(), []
     for workload in _workloads(args, device):
@@ -181,22 +182,15 @@ def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[lis
     stage = _recipe(workload, compile=False).stages[0]
     mean = float(index.lengths.mean())
     batch_size = max(1, int(workload.micro_batches * workload.token_budget / mean))
-    arguments: dict[str, Any] = {
-        "batch_size": batch_size,
-        "token_budget": workload.token_budget,
-        "rank": 0,
-        "world_size": 1,
-        "seed": SEED,
-        "masking": stage.masking,
-    }
+    settings = StepSettings(batch_size=batch_size, token_budget=workload.token_budget, seed=SEED, masking=stage.masking)
     steps = []
     for number in range(DISTINCT_STEPS):
-        packed = micro_batches(index, step=number, **arguments)
+        packed = micro_batches(index, number, settings)
         static = [
             pad_to_static(b, num_tokens=workload.token_budget, max_length=index.max_length, pad_id=corpus.vocab.pad_id)
             for b in packed
         ]
-        padded = [_trimmed(batch) for batch in padded_micro_batches(index, step=number, **arguments)]
+        padded = [_trimmed(batch) for batch in padded_micro_batches(index, number, settings)]
         lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in packed]).astype(float)
         masked = sum(len(batch.labels) for batch in packed)
         flops = training_flops(config, tokens=lengths.sum(), squared_lengths=(lengths**2).sum(), masked=masked)
@@ -246,9 +240,10 @@ def require_same_loss(variants: Sequence[Variant], data: StepData, *, bfloat16: 
 def make_packed(config: GteConfig, workload: Workload, device: torch.device, *, compile: bool = False) -> Variant:
     recipe, world = _recipe(workload, compile=compile), World(0, 1, device)
     model = build_model(config, rope_theta=recipe.stages[0].rope_theta, seed=SEED)
-    # Not public, but nothing else measures what `gte-train run` does.
-    module = engine._on_device(model, recipe, world)
-    optimizer = build_optimizer(module, recipe.stages[0], fused=device.type == "cuda")
+    module = engine.place_model(model, recipe, world)
+    stage = recipe.stages[0]
+    fused = device.type == "cuda"
+    optimizer = build_optimizer(module, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
 
     def gradients(data: StepData) -> Tensor:
         batches = data.static if compile else data.packed
@@ -264,7 +259,9 @@ def make_compiled(config: GteConfig, workload: Workload, device: torch.device) -
 
 def make_padded(config: GteConfig, workload: Workload, device: torch.device) -> Variant:
     model = _rectangular_model(config, device)
-    optimizer = build_optimizer(model, _recipe(workload, compile=False).stages[0], fused=device.type == "cuda")
+    stage = _recipe(workload, compile=False).stages[0]
+    fused = device.type == "cuda"
+    optimizer = build_optimizer(model, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
 
     def nats(batch: PaddedMicroBatch) -> Tensor:
         input_ids, attention_mask, places, labels = _to(
@@ -456,7 +453,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/training-DEVICE-DATE.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
-    gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    gpu = choose_device(args.device).type == "cuda"
     args.variants = args.variants or [name for name in VARIANTS if gpu or name != "packed+compile"]
     args.rounds = args.rounds or (5 if gpu else 3)
     args.micro_batches = args.micro_batches or (2 if gpu else 1)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.errors import CheckpointError, GteDeployError
 
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
@@ -24,29 +24,38 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of a checkpoint, or None where there is none.
+def read_json(
+    path: Path, *, error: type[GteDeployError] = CheckpointError, advice: str = "Download the checkpoint again."
+) -> Any:
+    """Parse a JSON file, or return None where there is none.
+
+    Args:
+        path: the file.
+        error: the error that says what is wrong with the file; that of a model's checkpoint by default.
+        advice: a sentence for that error: what to do about a file that is not JSON.
 
     Raises:
-        CheckpointError: the file is not JSON.
+        GteDeployError: an `error`: the file cannot be read, or is not JSON.
     """
-    if not path.is_file():
-        return None
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from error
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause}") from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not valid JSON ({cause}). {advice}") from cause
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON object of a checkpoint; {} where there is no file.
+def read_json_object(
+    path: Path, *, error: type[GteDeployError] = CheckpointError, advice: str = "Download the checkpoint again."
+) -> dict[str, Any]:
+    """Parse a file that holds a JSON object; return {} where there is no file. Arguments as in `read_json`.
 
     Raises:
-        CheckpointError: the file holds anything else.
+        GteDeployError: an `error`: the file cannot be read, is not JSON, or holds anything else.
     """
-    data = read_json(path)
+    data = read_json(path, error=error, advice=advice)
     if data is not None and not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, and holds {type(data).__name__}")
+        raise error(f"{path} must hold a JSON object, and holds {type(data).__name__}")
     return data or {}
 
 

@@ -1,4 +1,7 @@
-"""The ranks of a run: torchrun's on any number of nodes, or one process alone. CUDA with NCCL, CPU with gloo."""
+"""The ranks of a run: those of torchrun on any number of nodes, or one process alone.
+
+GPUs communicate over NCCL, CPUs over gloo.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from gte_deploy.training.model import PackedMaskedLM
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process's rank, the number of ranks, and this process's device."""
 
     rank: int
     size: int
@@ -32,11 +35,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes files and progress."""
+        """True for the one process that writes files and progress."""
         return self.rank == 0
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """The integers of every rank, in the order of ranks."""
+        """Return the integers of every rank, in the order of the ranks. Every rank has to call it."""
         if self.size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -45,26 +48,30 @@ class World:
         return torch.stack(everyone).tolist()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
+        """Sum a tensor over the ranks, in place. Every rank has to call it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
 
+def choose_device(device: str | None) -> torch.device:
+    """Return the device of a name such as "cuda", "cuda:1" or "cpu"; for None a GPU if there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
-    """Join the group that torchrun's environment describes; without one, be a world of one.
+    """Join the process group that torchrun's environment describes; without torchrun, the world has one rank.
 
     Args:
-        device: "cuda", "cuda:1" or "cpu"; None takes a GPU where there is one. Under torchrun each rank takes the GPU
-            of its LOCAL_RANK.
+        device: see `choose_device`. Under torchrun each rank takes the GPU of its LOCAL_RANK.
     """
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = choose_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         index = (kind.index or 0) if kind.type == "cuda" else None
         yield World(0, 1, torch.device(kind.type, index) if index is not None else kind)
@@ -77,16 +84,16 @@ def join_world(device: str | None = None) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), kind)
     finally:
         dist.destroy_process_group()
-        # Only then: the caller's model is a part of what keeps them.
+        # At the exit and not here: the caller still holds the model, which keeps the threads alive.
         atexit.unregister(_end_group_threads)
         atexit.register(_end_group_threads)
 
 
 def _end_group_threads() -> None:
-    """End the threads of groups that were left, which could else abort the process while the interpreter ends.
+    """End the threads of destroyed process groups. They could otherwise abort the process while the interpreter ends.
 
-    Sharded parameters keep their mesh, a mesh its group, and a group its threads; so does torch's cache of how
-    operators shard.
+    Sharded parameters keep their mesh alive, a mesh keeps its group, and a group keeps its threads. torch's cache of
+    the operators' sharding keeps meshes, too.
     """
     from torch.distributed.tensor import debug
 
@@ -96,17 +103,17 @@ def _end_group_threads() -> None:
 
 
 def distribute(module: PackedMaskedLM, world: World, *, sharding: str) -> nn.Module:
-    """Wrap the model for its world: "ddp" copies it to each rank, "fsdp" shards each layer and the rest (FSDP2)."""
+    """Wrap the model for its ranks: "ddp" copies it to each rank; "fsdp" shards each layer and the rest (FSDP2)."""
     if world.size == 1:
         return module
     if sharding == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
         for layer in module.model.gte.layers:
             fully_shard(layer, mesh=mesh)
-        # The word embedding and the decoder share one matrix, so they lie in one group: the root's.
+        # The word embedding and the decoder share one matrix, so they have to be in one group, which is the root's.
         fully_shard(module, mesh=mesh)
         return module
-    # The only buffers are RoPE frequencies, which never change. Releases name the flag differently.
+    # The only buffers are RoPE frequencies, which never change. The flag has another name in older releases of torch.
     accepted = inspect.signature(DistributedDataParallel.__init__).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
     options: dict[str, Any] = {flag: False, "gradient_as_bucket_view": True}
@@ -116,7 +123,7 @@ def distribute(module: PackedMaskedLM, world: World, *, sharding: str) -> nn.Mod
 
 
 def gradient_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Reduce gradients over the ranks only in the last micro-batch of a step; those before add up locally."""
+    """Reduce gradients over the ranks in the last micro-batch of a step; before it they add up locally."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     elif isinstance(module, DistributedDataParallel) and not last:
@@ -125,27 +132,27 @@ def gradient_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[No
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU, gathered from its shards; every rank has to call it for a sharded one."""
+    """Return a tensor on the CPU, gathered from its shards. For a sharded tensor every rank has to call it."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 def like_parameter(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor on the device, and in the shards, of a parameter of the same shape."""
+    """Put a whole tensor on the device of a parameter of the same shape, sharded as the parameter is."""
     if isinstance(parameter, DTensor):
         return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
     return whole.to(parameter.device)
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters under the names of GteForMaskedLM, whatever wraps it; tied ones once."""
+    """Return the parameters under their names in GteForMaskedLM, however it is wrapped; tied parameters once."""
     inner = module.module if isinstance(module, DistributedDataParallel) else module
     assert isinstance(inner, PackedMaskedLM)
     return dict(inner.model.named_parameters())
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>.<field>`, whole and on the CPU. Every rank has to call it."""
+    """Return the optimizer's state as `<parameter>.<field>`, gathered on the CPU. Every rank has to call it."""
     return {
         f"{name}.{key}": whole_tensor(value)
         for name, parameter in named_parameters(module).items()
@@ -154,7 +161,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def load_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, in any world."""
+    """Load the state that `optimizer_tensors` returned, also on another number of ranks."""
     names = {id(parameter): name for name, parameter in named_parameters(module).items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_name: dict[str, dict[str, Tensor]] = {}

@@ -1,13 +1,7 @@
-"""What a recipe costs on a number of GPUs before it starts: FLOPs, tokens, memory and hours, per stage and in total.
-
-Legend: h hidden size, w intermediate size, L layers, V vocabulary, T tokens of a micro-batch, M masked ones of them.
-"""
+"""Estimates of a recipe before it runs: FLOPs, tokens, memory and hours on a number of GPUs, per stage and in total."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,46 +12,20 @@ import numpy as np
 import torch
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import ConfigError, InputError
-from gte_deploy.exit_codes import OK
-from gte_deploy.models.config import build_config, read_config
-from gte_deploy.models.presets import PRESETS
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.errors import InputError
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import format_seconds
-from gte_deploy.training.recipe import Recipe, Stage, load_recipe
-from gte_deploy.training.sampling import ChunkIndex
-
-logger = logging.getLogger(__name__)
+from gte_deploy.training.model import model_config
+from gte_deploy.training.recipe import Recipe, Stage
 
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Dense bfloat16 peak (FLOP/s, fp32 accumulation, no sparsity) and memory (bytes), from NVIDIA's data sheets."""
-
-    peak_flops: float
-    memory: float
-
-
-GPUS = {
-    "b200": Gpu(2250e12, 180e9),
-    "h200": Gpu(989e12, 141e9),
-    "h100": Gpu(989e12, 80e9),
-    "h100-pcie": Gpu(756e12, 80e9),
-    "a100": Gpu(312e12, 80e9),
-    "a100-40gb": Gpu(312e12, 40e9),
-    "l40s": Gpu(362e12, 48e9),
-    "a10g": Gpu(70e12, 24e9),
-    "l4": Gpu(121e12, 24e9),
-    "rtx4090": Gpu(165e12, 24e9),
-}
-
-
-@dataclass(frozen=True)
 class Lengths:
-    """Sequence lengths of one stage, in tokens: their mean, and the mean of their squares, which attention costs."""
+    """Sequence lengths of a stage in tokens: their mean, and the mean of their squares, for the cost of attention."""
 
     mean: float
     mean_square: float
@@ -65,7 +33,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU at the peak of a step. Not in it: the CUDA context (about 1 GB) and the allocator's waste."""
+    """Bytes on one GPU at the peak of a step, without the CUDA context (about 1 GB) and the allocator's waste."""
 
     weights: float
     gradients: float
@@ -80,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
-    """One stage. `tokens` are real ones, without padding; FLOPs are model FLOPs of forward and backward."""
+    """The estimate of one stage. Tokens do not count padding; FLOPs are model FLOPs of forward and backward pass."""
 
     name: str
     steps: int
@@ -98,7 +66,7 @@ class StageEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A whole recipe; `parameters` counts tied matrices once."""
+    """The estimate of a whole recipe. `parameters` counts tied matrices once."""
 
     recipe: str
     parameters: int
@@ -125,7 +93,7 @@ class Estimate:
         return sum(stage.gpu_hours for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, with the totals spelt out."""
+        """Return the estimate for JSON, with the totals."""
         stages = [{**asdict(s), "memory": {**asdict(s.memory), "total": s.memory.total}} for s in self.stages]
         total = {"tokens": self.tokens, "flops": self.flops, "hours": self.hours, "gpu_hours": self.gpu_hours}
         return {**asdict(self), "stages": stages, "total": total}
@@ -139,17 +107,18 @@ def estimate(
     utilization: float = 0.4,
     lengths: Sequence[Lengths] | None = None,
 ) -> Estimate:
-    """Count a recipe.
+    """Estimate a recipe.
 
     Args:
-        recipe: its stages, token budget, dtype, gradient checkpointing and sharding are read.
-        gpus: how many, all alike.
-        peak_flops: FLOP/s of one.
-        utilization: share of the peak that model FLOPs reach; what recomputation costs has to be in it.
-        lengths: per stage (see `corpus_lengths`); None takes every sequence as full, which bounds the bill from above.
+        recipe: the recipe; its stages, token budget, dtype, gradient checkpointing and sharding count.
+        gpus: number of GPUs, all of one model.
+        peak_flops: peak FLOP/s of one GPU.
+        utilization: share of the peak that model FLOPs reach. The cost of recomputation lowers it.
+        lengths: sequence lengths per stage (see `stage_lengths`); None takes every sequence as full, which is an upper
+            bound.
 
     Raises:
-        InputError: an impossible number.
+        InputError: a number is out of its range.
         ConfigError: the recipe's model is neither a preset nor a folder with a config.json.
     """
     if gpus < 1 or not peak_flops > 0 or not 0 < utilization <= 1:
@@ -175,22 +144,9 @@ def estimate(
     )
 
 
-def model_config(source: str) -> GteConfig:
-    """The config of a preset's name or of a folder with a config.json.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if source in PRESETS:
-        return build_config(source)
-    if (Path(source) / "config.json").is_file():
-        return read_config(source)
-    raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
-
-
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Numbers of parameters, tied ones once: of the model, of one layer, and of all matrices together."""
+    """Number of parameters of the model, of one layer, and of all matrices together. Tied parameters count once."""
 
     total: int
     layer: int
@@ -198,7 +154,7 @@ class ParameterSizes:
 
 
 def parameter_sizes(config: GteConfig) -> ParameterSizes:
-    """Count the parameters of GteForMaskedLM without making them."""
+    """Count the parameters of GteForMaskedLM without allocating them."""
     with torch.device("meta"):
         model = GteForMaskedLM(config)
     parameters = list(model.parameters())
@@ -210,12 +166,12 @@ def parameter_sizes(config: GteConfig) -> ParameterSizes:
 
 
 def full_lengths(stage: Stage) -> Lengths:
-    """Every sequence at the stage's `max_length`."""
+    """Return the lengths of a stage in which every sequence has `max_length` tokens."""
     return Lengths(stage.max_length, stage.max_length**2)
 
 
 def average_lengths(stage: Stage, average: float) -> Lengths:
-    """Sequences of `average` tokens each way they may spread: attention is counted at its bound, max_length.
+    """Return lengths with the given mean. Attention counts at its upper bound, because their spread is not known.
 
     Raises:
         InputError: the average is above max_length.
@@ -226,17 +182,33 @@ def average_lengths(stage: Stage, average: float) -> Lengths:
 
 
 def corpus_lengths(corpus: TokenCorpus, stage: Stage, *, seed: int) -> Lengths:
-    """The lengths that a stage really samples from a corpus, after cutting and resampling (languages unweighted)."""
+    """Return the lengths that a stage samples from a corpus, after cutting and resampling, without language weights."""
     index = ChunkIndex(corpus, max_length=stage.max_length, resampling=stage.resampling, seed=seed)
     lengths = index.lengths.astype(np.float64)
     return Lengths(float(lengths.mean()), float((lengths**2).mean()))
 
 
-def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient_checkpointing: bool) -> float:
-    """Bytes of one micro-batch that the layers keep for the backward pass, counted tensor by tensor, eager mode.
+def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
+    """Return the lengths of each stage: from the corpus folder `data`, or from one average per stage, or None.
 
-    With autocast the inputs of q, k, v and of up, gate are cast once each; LayerNorm keeps its float32 input. Dropout
-    keeps a byte per element. `torch.compile` keeps less.
+    Raises:
+        InputError: the folder is no corpus, the averages are not one for each stage, or one is above max_length.
+    """
+    if data is not None:
+        corpus = TokenCorpus.open(data)
+        return [corpus_lengths(corpus, stage, seed=recipe.seed) for stage in recipe.stages]
+    if averages is None:
+        return None
+    if len(averages) != len(recipe.stages):
+        raise InputError(f"{len(averages)} average lengths for {len(recipe.stages)} stages; give one for each stage")
+    return [average_lengths(stage, average) for stage, average in zip(recipe.stages, averages, strict=True)]
+
+
+def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient_checkpointing: bool) -> float:
+    """Count the bytes that the layers keep of one micro-batch for the backward pass, tensor by tensor, in eager mode.
+
+    With autocast the inputs of q, k, v and of up and gate are cast once each, and LayerNorm keeps its float32 input.
+    Dropout keeps a byte per element. `torch.compile` keeps less.
     """
     hidden, wide, size = config.hidden_size, config.intermediate_size, 2 if bfloat16 else 4
     copies = 5 if bfloat16 else 2  # inputs of q, k, v, up, gate; in float32 the three, and the two, share one
@@ -251,7 +223,7 @@ def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient
 
 
 def logits_bytes(config: GteConfig, *, masked: float, bfloat16: bool) -> float:
-    """Bytes at the loss: logits, their float32 copy, log-softmax and the gradient of it."""
+    """Count the bytes at the loss: the logits, their float32 copy, the log-softmax and its gradient."""
     return masked * config.vocab_size * (2 + 4 + 4 + 4 if bfloat16 else 4 + 4 + 4)
 
 
@@ -260,7 +232,7 @@ def _stage(
 ) -> StageEstimate:
     sequences = stage.steps * stage.batch_size
     masked = stage.masking.probability
-    # One token that attends to `context` others: the sum of squares over the sum of lengths.
+    # A token attends on average to `context` tokens: the sum of the squared lengths over the sum of the lengths.
     context = lengths.mean_square / lengths.mean
     body = training_flops(config, tokens=1, squared_lengths=0, masked=0)
     attention = training_flops(config, tokens=0, squared_lengths=context, masked=0)
@@ -303,10 +275,11 @@ def _memory(
     masked: float,
     accumulates: bool,
 ) -> Memory:
-    """Float32 weights and gradients, AdamW's two moments, and what one micro-batch needs.
+    """Count float32 weights and gradients, AdamW's two moments, and the tensors of one micro-batch.
 
-    FSDP2 shards all three by layers. The root (embedding, head) is gathered and stays so; one layer is gathered in
-    advance of the one that computes. Between the micro-batches of a step gradients are added up unsharded.
+    FSDP2 shards weights, gradients and moments by layers. The root (embedding and head) is gathered and stays so; and
+    one layer is gathered ahead of the layer that computes. Between the micro-batches of a step the gradients add up
+    unsharded.
     """
     bfloat16 = recipe.dtype == "bfloat16"
     shard = gpus if recipe.sharding == "fsdp" else 1
@@ -323,66 +296,8 @@ def _memory(
     )
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gte-train estimate`."""
-    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: %(default)s)")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="which (default: %(default)s)")
-    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of one GPU, in place of --gpu's")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of peak (default: %(default)s)")
-    parser.add_argument("--sharding", choices=["ddp", "fsdp"], help="in place of the recipe's")
-    lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument(
-        "--avg-tokens",
-        type=float,
-        nargs="+",
-        metavar="N",
-        help="mean tokens of a sequence, one number per stage (default: every sequence is full)",
-    )
-    lengths.add_argument("--data", type=Path, help="corpus folder: count the lengths that the stages sample from it")
-    parser.add_argument("--price", type=float, metavar="P", help="of one GPU-hour, for the bill")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe, as in stages.0.steps=10"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the estimate of a recipe."""
-    sharding = [] if args.sharding is None else [f"sharding={args.sharding}"]
-    recipe = load_recipe(args.recipe, overrides=[*args.set, *sharding])
-    gpu = GPUS[args.gpu]
-    result = estimate(
-        recipe,
-        gpus=args.gpus,
-        peak_flops=gpu.peak_flops if args.peak_tflops is None else args.peak_tflops * 1e12,
-        utilization=args.utilization,
-        lengths=_lengths(recipe, args.avg_tokens, args.data),
-    )
-    if args.json:
-        bill = {} if args.price is None else {"price": result.gpu_hours * args.price}
-        print(json.dumps({**result.to_dict(), **bill}, indent=2))
-        return OK
-    print(table(result))
-    if args.price is not None:
-        print(f"at {args.price:g} a GPU-hour: {result.gpu_hours * args.price:,.0f}")
-    most = max(stage.memory.total for stage in result.stages)
-    if args.peak_tflops is None and most > 0.92 * gpu.memory:
-        logger.warning(
-            "%.0f GB is close to or above the %.0f GB of one %s: lower tokens_per_micro_batch (not below the longest "
-            "max_length), or set gradient_checkpointing, or sharding: fsdp",
-            most / 1e9,
-            gpu.memory / 1e9,
-            args.gpu,
-        )
-    return OK
-
-
 def table(result: Estimate) -> str:
-    """The estimate for a person."""
+    """Format the estimate for a person."""
     header = (
         f"{'stage':<14} {'steps':>9} {'tokens':>10} {'MFLOP/token':>12} {'body':>6} {'attn':>6} {'head':>6} "
         f"{'EFLOP':>9} {'GPU-hours':>10} {'wall time':>14} {'GiB/GPU':>8}"
@@ -408,14 +323,3 @@ def table(result: Estimate) -> str:
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(worst).items())
     lines.append(f"memory of the largest stage, GiB per GPU: {parts}")
     return "\n".join(lines)
-
-
-def _lengths(recipe: Recipe, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
-    if data is not None:
-        corpus = TokenCorpus.open(data)
-        return [corpus_lengths(corpus, stage, seed=recipe.seed) for stage in recipe.stages]
-    if averages is None:
-        return None
-    if len(averages) != len(recipe.stages):
-        raise InputError(f"{len(averages)} average lengths for {len(recipe.stages)} stages; give one for each stage")
-    return [average_lengths(stage, average) for stage, average in zip(recipe.stages, averages, strict=True)]

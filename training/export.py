@@ -1,4 +1,4 @@
-"""A training checkpoint as a Hugging Face folder, in either layout."""
+"""Export of a training checkpoint as a Hugging Face folder, in the native or the original layout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint by its folder, or the newest whole one of a run's output folder.
+    """Return the checkpoint in a folder, or the newest complete one in the output folder of a run.
 
     Raises:
-        CheckpointError: there is none, or it is not whole.
+        CheckpointError: there is no checkpoint, or it is not complete.
     """
     if (path / STATE_FILE).is_file():
         return read_checkpoint(path)
@@ -31,7 +31,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> GteForMaskedLM:
-    """The model of a checkpoint, float32 on the CPU, with the RoPE base of its stage.
+    """Load the model of a checkpoint, float32 on the CPU, with the RoPE base of its stage.
 
     Raises:
         CheckpointError: the weights do not fit the recorded config.
@@ -43,10 +43,10 @@ def checkpoint_model(checkpoint: Checkpoint) -> GteForMaskedLM:
 
 
 def load_weights(model: GteForMaskedLM, checkpoint: Checkpoint) -> None:
-    """Fill the model from a checkpoint, which holds tied weights once.
+    """Fill a model from a checkpoint, which holds tied weights once.
 
     Raises:
-        CheckpointError: a parameter is missing, left over or misshapen.
+        CheckpointError: a parameter is missing, has another shape, or does not belong to the model.
     """
     tensors, parameters = checkpoint.model_tensors(), dict(model.named_parameters())
     odd = sorted(set(tensors) ^ set(parameters))
@@ -64,14 +64,14 @@ def export_checkpoint(
     tokenizer: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write config.json, safetensors and tokenizer files, which `from_pretrained` and gte-export read.
+    """Write a folder that `from_pretrained` and gte-export read: config.json, safetensors and tokenizer files.
 
     Args:
-        checkpoint: see `find_checkpoint`.
-        folder: made if missing.
-        layout: "native" (transformers' own GTE) or "original" (the published checkpoints').
-        tokenizer: folder with tokenizer.json; None takes the one that the run kept.
-        dtype: of the stored weights.
+        checkpoint: the checkpoint to export; see `find_checkpoint`.
+        folder: the folder to write.
+        layout: "native" (the layout of transformers' own GTE) or "original" (that of the published checkpoints).
+        tokenizer: folder with a tokenizer.json; None takes the tokenizer that the run kept.
+        dtype: dtype of the stored weights.
 
     Raises:
         CheckpointError: the weights do not fit, or there is no tokenizer.

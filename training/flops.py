@@ -1,44 +1,61 @@
-"""Floating-point operations of a training step, counted as model FLOPs: what is computed again is not counted."""
+"""Floating-point operations of training, and the peaks of GPUs.
+
+They are model FLOPs: gradient checkpointing computes parts of the forward pass again, and these are not counted.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import GteConfig
 
-# Backward costs twice the forward: one product for the inputs' gradient, one for the weights'.
+# The backward pass has two matrix products (the gradients of inputs and of weights) for each one of the forward pass.
 _FORWARD_AND_BACKWARD = 3
 
-# Dense bfloat16 peak with fp32 accumulation, without sparsity, FLOP/s, from NVIDIA's data sheets. Longest name first.
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of GPU, from NVIDIA's data sheets.
+
+    Args:
+        device_name: a part of the name that CUDA reports.
+        peak_flops: dense bfloat16 peak in FLOP/s, with fp32 accumulation and without sparsity.
+        memory: bytes.
+    """
+
+    device_name: str
+    peak_flops: float
+    memory: float
+
+
+# The GPUs that `gte-train estimate --gpu` knows.
+GPUS = {
+    "b200": Gpu("B200", 2250e12, 180e9),
+    "h200": Gpu("H200", 989e12, 141e9),
+    "h100": Gpu("H100", 989e12, 80e9),
+    "h100-pcie": Gpu("H100 PCIe", 756e12, 80e9),
+    "a100": Gpu("A100", 312e12, 80e9),
+    "a100-40gb": Gpu("A100", 312e12, 40e9),
+    "l40s": Gpu("L40S", 362e12, 48e9),
+    "a10g": Gpu("A10G", 70e12, 24e9),
+    "l4": Gpu("L4", 121e12, 24e9),
+    "rtx4090": Gpu("RTX 4090", 165e12, 24e9),
 }
+# Further GPUs of which a run reports its share of the peak: peak FLOP/s by a part of CUDA's name, as above.
+_OTHER_PEAKS = {"H100 NVL": 835e12, "A10": 125e12, "V100": 125e12, "T4": 65e12, "RTX 3090": 71e12}
 
 
 def training_flops(config: GteConfig, *, tokens: float, squared_lengths: float, masked: float) -> float:
-    """FLOPs of forward and backward over packed sequences, a multiply-add counted as two.
+    """Count the FLOPs of a forward and a backward pass over packed sequences. A multiply-add counts as two.
 
     Args:
-        config: of the model.
-        tokens: real tokens.
-        squared_lengths: sum over the sequences of length²; every token attends to its whole sequence.
-        masked: tokens that go through the vocabulary projection.
+        config: the model's config.
+        tokens: number of tokens, without padding.
+        squared_lengths: sum of the squared lengths of the sequences; every token attends to its whole sequence.
+        masked: number of masked tokens, which go through the vocabulary projection.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * hidden + 3 * hidden * wide
@@ -49,8 +66,12 @@ def training_flops(config: GteConfig, *, tokens: float, squared_lengths: float, 
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """Peak bfloat16 FLOP/s of a known GPU; None for a CPU or an unknown one."""
+    """Return the peak bfloat16 FLOP/s of a known GPU; None for an unknown GPU or a CPU."""
     if device.type != "cuda":
         return None
+    import torch  # here: this module's table is read by `gte-train --help`, which must not wait for torch
+
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _PEAK_FLOPS.items() if known in name), None)
+    peaks = {gpu.device_name: gpu.peak_flops for gpu in GPUS.values()} | _OTHER_PEAKS
+    known = [part for part in peaks if part in name]
+    return peaks[max(known, key=len)] if known else None  # "H100 PCIe" rather than "H100"

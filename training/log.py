@@ -1,4 +1,4 @@
-"""What a run tells: a JSON-lines log, TensorBoard, a progress line, and a plot."""
+"""The log of a run: JSON lines, TensorBoard events, a progress line, and a plot."""
 
 from __future__ import annotations
 
@@ -21,10 +21,22 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One optimizer step, one line of the log. `step` counts in the stage from 1, `total_step` over all stages.
+    """One optimizer step: one line of the log.
 
-    `loss` is in nats per masked token of the whole step; `tokens_per_second` and `peak_share` (None where the device's
-    peak is unknown) are means since the record before last was flushed.
+    Args:
+        stage: the stage's name.
+        stage_index: its number, from 0.
+        step: number of the step in the stage, from 1.
+        total_step: number of the step over all stages, from 1.
+        loss: mean over the masked tokens of the step, over all ranks, in nats.
+        learning_rate: the learning rate of the step.
+        gradient_norm: norm of the gradients before clipping.
+        tokens: tokens of the step, without padding.
+        masked_tokens: masked tokens of the step.
+        total_tokens: tokens since the start of the run.
+        tokens_per_second: mean speed since the previous flush of the log.
+        peak_share: mean share of the devices' peak FLOP/s since the previous flush; None if the peak is unknown.
+        seconds: time spent in training since the start of the run.
     """
 
     stage: str
@@ -43,11 +55,7 @@ class StepRecord:
 
 
 class RunLog:
-    """Writes the records of a run; one process only. Use it as a context manager, or call `close`.
-
-    Raises:
-        MissingDependencyError: `tensorboard` is asked for and not installed.
-    """
+    """Writes the records of a run. Only one process may do so. Use it as a context manager, or call `close`."""
 
     def __init__(self, folder: Path, *, progress: TextIO | None = None, tensorboard: bool = True) -> None:
         self.folder = folder
@@ -59,7 +67,11 @@ class RunLog:
         self._writer: Any = None
 
     def start(self, *, total_step: int) -> None:
-        """Open the log for a run that has done `total_step` steps; records beyond, from before a kill, are dropped."""
+        """Open the log of a run that has done `total_step` steps. Later records, left by a killed run, are dropped.
+
+        Raises:
+            MissingDependencyError: TensorBoard events are to be written, and tensorboard is not installed.
+        """
         path = self.folder / LOG_FILE
         kept = [record for record in read_log(path) if record["total_step"] <= total_step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -68,7 +80,7 @@ class RunLog:
             self._writer = _summary_writer(self.folder / TENSORBOARD_FOLDER, purge_step=total_step + 1)
 
     def write(self, records: Iterable[StepRecord]) -> None:
-        """Append records to the log and to TensorBoard."""
+        """Append records to the log and to the TensorBoard events."""
         assert self._file is not None  # start comes first
         for record in records:
             self._file.write(json.dumps(asdict(record)) + "\n")
@@ -79,7 +91,7 @@ class RunLog:
         self._file.flush()
 
     def progress(self, record: StepRecord, *, stage_steps: int, seconds_left: float) -> None:
-        """Show where the run stands; on a terminal the line is written over."""
+        """Show the progress line. On a terminal it replaces the line before."""
         if self._progress is None:
             return
         peak = "" if record.peak_share is None else f"  {record.peak_share:.0%} of peak"
@@ -93,7 +105,7 @@ class RunLog:
         self._progress.flush()
 
     def close(self) -> None:
-        """Close the files. May be called twice."""
+        """Close the files. A second call does nothing."""
         for file in (self._file, self._writer):
             if file is not None:
                 file.close()
@@ -107,10 +119,10 @@ class RunLog:
 
 
 class Meter:
-    """Speed since the last reading: tokens, FLOPs and wall time."""
+    """Measures the speed since the last reading, from tokens, FLOPs and wall time."""
 
     def __init__(self, *, peak_flops: float | None) -> None:
-        """`peak_flops`: FLOP/s of all devices together."""
+        """Start to measure. `peak_flops` is the peak FLOP/s of all devices together, or None if it is unknown."""
         self._peak_flops = peak_flops
         self._started = time.monotonic()
         self._tokens = self._flops = 0.0
@@ -123,7 +135,7 @@ class Meter:
         self._steps += 1
 
     def read(self) -> tuple[float, float | None, float]:
-        """(tokens/s, share of peak, seconds per step) since the last call, and start anew."""
+        """Return tokens/s, share of the peak and seconds per step since the last reading; start a new measurement."""
         now = time.monotonic()
         seconds = max(now - self._started, 1e-9)
         share = None if self._peak_flops is None else self._flops / seconds / self._peak_flops
@@ -133,7 +145,7 @@ class Meter:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that a kill cut short is left out."""
+    """Read the records of a log, up to a line that a kill cut short."""
     if not path.is_file():
         return []
     records = []
@@ -146,7 +158,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_run(folder: Path) -> Path:
-    """Draw loss, learning rate and speed of `folder`'s log over the steps, stages apart, into training.png.
+    """Plot loss, learning rate and speed over the steps, each stage as its own line; return the path of the image.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -180,7 +192,7 @@ _PANELS = {
 
 
 def format_seconds(seconds: float) -> str:
-    """Days and a clock, as in 2d 03:04:05; "unknown" for what is not finite."""
+    """Format a duration as days and a clock, as in "2d 03:04:05"; a number that is not finite is "unknown"."""
     if not math.isfinite(seconds):
         return "unknown"
     minutes, second = divmod(round(seconds), 60)

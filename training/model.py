@@ -1,4 +1,4 @@
-"""The model as training sees it: packed attention, vocabulary projection at masked positions only, and the loss."""
+"""The model for training: packed attention, the vocabulary projection at masked positions only, and the loss."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gte_deploy.models.config import build_config, read_config
 from gte_deploy.models.presets import PRESETS
 
 if TYPE_CHECKING:
-    from gte_deploy.training.packing import MicroBatch
+    from gte_deploy.training.data.packing import MicroBatch
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100  # of labels: static padding, not to be predicted
+IGNORE_INDEX = -100  # a label that is not predicted: static padding
 
 
 class PackedMaskedLM(nn.Module):
-    """Sum of the masked-token cross-entropies of one packed micro-batch. T tokens, N sequences, M masked tokens."""
+    """Computes the loss of one packed micro-batch. T tokens, N sequences, M masked tokens."""
 
     def __init__(self, model: GteForMaskedLM) -> None:
         super().__init__()
@@ -42,15 +42,18 @@ class PackedMaskedLM(nn.Module):
         masked_positions: Tensor,
         labels: Tensor,
     ) -> Tensor:
-        """Loss in nats, a scalar, summed and not averaged: only the caller knows how many tokens the step masks.
+        """Return the sum of the masked tokens' cross-entropies in nats, a scalar.
+
+        It is not averaged, because only the caller knows the number of masked tokens of the whole step.
 
         Args:
             input_ids: `[T] int64`.
             position_ids: `[T] int64`, from 0 in each sequence.
-            cu_seqlens: `[N + 1] int32`.
-            max_seqlen: a bound of the sequences' lengths.
-            masked_positions: `[M] int64`, places in the row. GteForMaskedLM would project all T tokens.
-            labels: `[M] int64`, the tokens to predict; -100 does not count.
+            cu_seqlens: `[N + 1] int32`, the offset of each sequence, and T.
+            max_seqlen: upper bound of the sequences' lengths.
+            masked_positions: `[M] int64`, positions in the row. Only they are projected onto the vocabulary, whereas
+                GteForMaskedLM would project all T tokens.
+            labels: `[M] int64`, the ids to predict; -100 is not counted.
         """
         hidden_states = self.model.gte(
             input_ids=input_ids[None],
@@ -63,7 +66,7 @@ class PackedMaskedLM(nn.Module):
 
 
 def micro_batch_tensors(batch: MicroBatch, device: torch.device) -> dict[str, Tensor | int]:
-    """The arguments of `PackedMaskedLM.forward` on `device`; copied without waiting where the memory is pinned."""
+    """Copy a micro-batch to `device`, as the arguments of `PackedMaskedLM.forward`. A GPU copies asynchronously."""
     arrays = {
         name: torch.from_numpy(getattr(batch, name))
         for name in ("input_ids", "position_ids", "cu_seqlens", "masked_positions", "labels")
@@ -73,22 +76,29 @@ def micro_batch_tensors(batch: MicroBatch, device: torch.device) -> dict[str, Te
     return {**arrays, "max_seqlen": int(batch.max_seqlen)}
 
 
+def model_config(source: str) -> GteConfig:
+    """Return the config of a preset, by its name, or of a folder with a config.json.
+
+    Raises:
+        ConfigError: `source` is neither.
+    """
+    if source in PRESETS:
+        return build_config(source)
+    if (Path(source) / "config.json").is_file():
+        return read_config(source)
+    raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
+
+
 def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedLM:
-    """The model a run starts from: a preset or a bare config.json with random weights, or a checkpoint's weights.
+    """Make the model from which a run starts.
+
+    A preset, or a folder without weights, gives random weights from `seed`. A folder with weights gives these.
 
     Raises:
         ConfigError: `source` is neither a preset nor a folder with a config.json.
-        CheckpointError: the weights do not fit.
+        CheckpointError: the weights do not fit the config.
     """
-    if source in PRESETS:
-        config = build_config(source)
-    elif (Path(source) / "config.json").is_file():
-        config = read_config(source)
-    else:
-        raise ConfigError(
-            f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json"
-        )
-    model = build_model(config, rope_theta=rope_theta, seed=seed)
+    model = build_model(model_config(source), rope_theta=rope_theta, seed=seed)
     if any(Path(source).glob("*.safetensors*")):
         logger.info("starting from the weights of %s", source)
         model.load_state_dict(load_model(source, task="fill-mask", dtype=torch.float32).state_dict())
@@ -96,10 +106,13 @@ def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedL
 
 
 def build_model(config: GteConfig, *, rope_theta: float, seed: int = 0) -> GteForMaskedLM:
-    """A fresh float32 model with packed attention and a plain RoPE of base `rope_theta`.
+    """Build a float32 model with random weights, packed attention, and a plain RoPE with the base `rope_theta`.
 
-    A stage with another RoPE base needs this: transformers computes the frequencies when the model is built, keeps
-    them out of the state dict, and does not look at the config again.
+    A stage with another RoPE base needs a new model: transformers computes the frequencies when it builds the model,
+    does not store them in the state dict, and does not read the config again.
+
+    Raises:
+        ConfigError: the config asks for dropout in the attention.
     """
     register_packed_attention()
     config = copy.deepcopy(config)

@@ -1,8 +1,8 @@
-"""The card's optimizer, AdamW with weight decay decoupled from the learning rate, and the schedules.
+"""The published optimizer, AdamW with a weight decay decoupled from the learning rate, and the schedules.
 
-Composer's DecoupledAdamW (which MosaicBERT used, and GTE after it) multiplies a weight by `1 - decay * lr_t / lr_peak`
-in each step. torch.optim.AdamW multiplies it by `1 - lr_t * weight_decay`. The two are equal for
-`weight_decay = decay / lr_peak`: 1e-5 becomes 0.05 at a peak of 2e-4, and 0.2 at 5e-5.
+Composer's DecoupledAdamW, which MosaicBERT and after it GTE used, multiplies a weight by `1 - decay * lr_t / lr_peak`
+in each step. torch.optim.AdamW multiplies it by `1 - lr_t * weight_decay`. Both do the same if
+`weight_decay = decay / lr_peak`: a decay of 1e-5 becomes 0.05 at a peak of 2e-4, and 0.2 at a peak of 5e-5.
 """
 
 from __future__ import annotations
@@ -14,32 +14,36 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from gte_deploy.training.recipe import Stage
+    from gte_deploy.training.recipe import Optimizer, Stage
 
 
-def build_optimizer(model: nn.Module, stage: Stage, *, fused: bool = False) -> torch.optim.AdamW:
-    """AdamW of a stage. Vectors (biases, LayerNorm) do not decay, as in BERT's own optimizer (arXiv 1810.04805, code).
+def build_optimizer(
+    model: nn.Module, settings: Optimizer, *, learning_rate: float, fused: bool = False
+) -> torch.optim.AdamW:
+    """Make AdamW for a model.
 
-    The recipe's papers do not say whether they decay; MosaicBERT decays everything.
+    Vectors (biases, LayerNorm) do not decay, as in BERT's own optimizer (arXiv 1810.04805, code). The papers of the
+    recipe do not say whether they decay; MosaicBERT decays everything.
+
+    Args:
+        model: the parameters that need a gradient are optimized.
+        settings: weight decay, betas and eps.
+        learning_rate: the peak of the schedule, from which the decay is decoupled.
+        fused: use PyTorch's fused step.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": stage.optimizer.weight_decay / stage.learning_rate,
-        },
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay / learning_rate},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=stage.learning_rate, betas=stage.optimizer.betas, eps=stage.optimizer.eps, fused=fused
-    )
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Learning rate of a step in 0 … stage.steps - 1: a pure function, so a resume needs no scheduler state.
+    """The learning rate of a step in 0 … stage.steps - 1. It is a pure function: a resumed run needs no scheduler.
 
-    Warm-up and linear decay are transformers' `get_linear_schedule_with_warmup`, the others its `get_wsd_schedule`
-    with linear or 1-sqrt decay (the latter from arXiv 2405.18392).
+    The schedule "linear" equals transformers' `get_linear_schedule_with_warmup`. "wsd" and "one_minus_sqrt" equal its
+    `get_wsd_schedule` with a linear and a 1-sqrt decay (the latter from arXiv 2405.18392).
     """
     warmup = math.ceil(stage.warmup_ratio * stage.steps)
     if step < warmup:

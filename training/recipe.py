@@ -1,4 +1,7 @@
-"""A training recipe: stages and settings, read once from YAML into frozen dataclasses. An unknown key is an error."""
+"""Training recipes: the stages and settings of a run, read from YAML into frozen dataclasses.
+
+An unknown key is an error.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gte_deploy.errors import ConfigError, MissingDependencyError
-from gte_deploy.training.masking import Masking
-from gte_deploy.training.sampling import Resampling
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.sampling import Resampling
 
 T = TypeVar("T")
 
 _SUFFIX = ".yaml"
-# Fields that change how a step is computed but not, up to rounding, what it computes: a resumed run may change them.
+# These fields change how a step is computed, but its result only by rounding. A resumed run may change them.
 EXECUTION_FIELDS = frozenset(
     {
         "tokens_per_micro_batch",
@@ -36,10 +39,17 @@ EXECUTION_FIELDS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. The defaults are the published values (mGTE, arXiv 2407.19669).
+    """Settings of AdamW. The defaults are the published values (mGTE, arXiv 2407.19669).
 
-    `weight_decay` is decoupled from the learning rate: at the peak a step multiplies a weight by 1 - weight_decay, and
-    the schedule scales that factor too (Composer's DecoupledAdamW). `clip_norm` null does not clip.
+    Args:
+        weight_decay: decoupled from the learning rate, as in Composer's DecoupledAdamW. At the peak of the schedule a
+            step multiplies a weight by 1 - weight_decay; the schedule scales the decay as it scales the learning rate.
+        betas: AdamW's beta1 and beta2.
+        eps: AdamW's epsilon.
+        clip_norm: gradients are clipped to this norm; null does not clip.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     weight_decay: float = 1e-5
@@ -56,11 +66,25 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of the pretraining. Lengths in tokens, `batch_size` in sequences over all ranks.
+    """One stage of the pretraining.
 
-    The default `resampling` keeps every text; `language_exponent` null takes languages as they come, else they are
-    drawn with q ∝ p^exponent.
-    `decay_ratio` is the share of the steps in which wsd and one_minus_sqrt come down; linear does not read it.
+    Args:
+        name: the stage's name in checkpoints and logs.
+        max_length: tokens of a sequence, at most.
+        rope_theta: the RoPE base.
+        steps: optimizer steps.
+        batch_size: sequences of a step, over all ranks.
+        learning_rate: the peak of the schedule.
+        schedule: how the learning rate falls after the warm-up, see `training/optim.py`.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        decay_ratio: share of the steps in which wsd and one_minus_sqrt fall; linear does not read it.
+        optimizer: settings of AdamW.
+        masking: how tokens are masked.
+        resampling: which short chunks are dropped; the default keeps every chunk.
+        language_exponent: languages are drawn with q ∝ p^exponent, p being their share; null does not weight them.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     name: str
@@ -90,22 +114,25 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run.
+    """The recipe of a whole run.
 
     Args:
-        name: what the run is called.
-        model: a preset's name (random weights), or a folder with a config.json; where it holds weights, they are
-            the start.
-        stages: in order; each starts from the weights of the one before, with a fresh optimizer.
-        seed: of weights, order of samples, masks and dropout.
-        tokens_per_micro_batch: tokens that go through the model at once, per rank; at least the longest `max_length`.
+        name: the name of the run.
+        model: the name of a preset (the run starts from random weights), or a folder with a config.json (the run starts
+            from its weights, if it holds weights).
+        stages: the stages in order; each starts from the weights of the stage before, with a new optimizer.
+        seed: seed of the first weights, the order of samples, the masks and the dropout.
+        tokens_per_micro_batch: tokens that one rank sends through the model at once; at least the longest `max_length`.
         dtype: "bfloat16" computes in bfloat16 autocast over float32 weights.
-        gradient_checkpointing: keep only the layers' inputs and compute the rest again in the backward pass.
-        compile: torch.compile of each layer, over micro-batches padded to one static shape.
+        gradient_checkpointing: keep only the layers' inputs, and compute the rest again in the backward pass.
+        compile: compile each layer with torch.compile; micro-batches are padded to one static shape.
         sharding: "ddp" holds the whole model on each rank, "fsdp" shards weights and optimizer (FSDP2).
-        checkpoint_every: steps between checkpoints; one is always written at a stage's end.
-        keep_checkpoints: how many of the newest to keep, besides those at a stage's end.
-        log_every: steps between progress lines and flushes of the log; the log has a line for every step.
+        checkpoint_every: steps between checkpoints; the end of a stage always has one.
+        keep_checkpoints: number of newest checkpoints to keep, besides those at the ends of stages.
+        log_every: steps between progress lines and between flushes of the log, which has a line for every step.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     name: str
@@ -134,20 +161,20 @@ class Recipe:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package."""
+    """Return the names of the recipes inside the package."""
     folder = resources.files("gte_deploy.training") / "recipes"
     return sorted(entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX))
 
 
 def load_recipe(source: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file, or one of `shipped_recipes()` by its name.
+    """Read a recipe.
 
     Args:
-        source: path or name.
-        overrides: "stages.0.steps=10"; the value is read as YAML.
+        source: path of a YAML file, or one of `shipped_recipes()`.
+        overrides: changes such as "stages.0.steps=10"; the value is read as YAML.
 
     Raises:
-        ConfigError: no such recipe, not YAML, an unknown or missing key, or a value out of range; named by its path.
+        ConfigError: there is no such recipe, it is not YAML, or a key or value is wrong; the message names its path.
         MissingDependencyError: PyYAML is not installed.
     """
     raw = _parse_yaml(_read(source), str(source))
@@ -163,23 +190,26 @@ def recipe_from_dict(raw: object) -> Recipe:
     """Build a recipe from plain mappings and lists, as YAML or JSON give them.
 
     Raises:
-        ConfigError: an unknown or missing key, or a wrong value; named by its path.
+        ConfigError: a key is unknown or missing, or a value is wrong; the message names its path.
     """
     return _build(Recipe, raw, "")
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain mappings and lists; `recipe_from_dict` gives it back."""
+    """Return the recipe as plain mappings and lists, which `recipe_from_dict` reads."""
     return _plain(dataclasses.asdict(recipe))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every field spelt out."""
+    """Return the recipe as YAML, with every field."""
     return _yaml().safe_dump(recipe_to_dict(recipe), sort_keys=False)
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Paths at which two dumped recipes differ, `EXECUTION_FIELDS` aside: what a resumed run may not change."""
+    """Return the paths at which two recipes differ and which a resumed run may not change.
+
+    Both recipes come from `recipe_to_dict`. `EXECUTION_FIELDS` may differ.
+    """
     return [path for path in _differences(old, new, "") if path not in EXECUTION_FIELDS]
 
 
@@ -221,7 +251,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _apply_override(raw: Any, override: str) -> None:
-    """Set one value of the nested mappings and lists `raw`; the last key may be new, `_build` judges it."""
+    """Set one value in the nested mappings and lists `raw`. The last key may be new: `_build` checks it."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
@@ -242,7 +272,7 @@ def _apply_override(raw: Any, override: str) -> None:
 
 
 def _build(cls: type[T], raw: object, path: str) -> T:
-    """A dataclass from a mapping, recursively by the fields' type hints."""
+    """Build a dataclass from a mapping, recursively by the type hints of its fields."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{path or 'the recipe'} is {raw!r}; expected keys and values")
     hints = typing.get_type_hints(cls)
@@ -261,12 +291,12 @@ def _build(cls: type[T], raw: object, path: str) -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(_join(path, str(error))) from error
-    except ValueError as error:  # the data side's own checks
+    except ValueError as error:  # an InputError of Masking or Resampling
         raise ConfigError(f"{path}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the type `hint`: the few kinds that recipes hold."""
+    """Convert `value` to the type `hint`, one of the few types that recipes hold."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -293,7 +323,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[A
 
 
 def _convert_float(value: Any, path: str) -> float:
-    # YAML 1.1 reads 2e-4, which has no dot, as a text.
+    # YAML 1.1 reads 2e-4, which has no dot, as a string.
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -316,7 +346,7 @@ def _join(path: str, key: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, so that a dumped recipe equals one that went through YAML or JSON."""
+    """Turn tuples into lists, so that a dumped recipe equals one that was read from YAML or JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

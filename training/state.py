@@ -1,15 +1,15 @@
-"""Checkpoints of a run: whole or not there, verified before use, safetensors and JSON only (nothing unpickles).
+"""Checkpoints of a run: they hold safetensors and JSON only, are complete or not there, and are verified before use.
 
 A checkpoint is a folder `NN-STAGE-STEP`:
 
-    model.safetensors       float32 weights, tied ones once
+    model.safetensors       float32 weights; tied weights are stored once
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`
     state.json              stage and step, seed, recipe, corpus, model config
     COMPLETE.json           size and sha256 of the others; written last, so a folder without it is incomplete
 
-Everything else that a run needs is a pure function of what `state.json` holds. The order of samples and their masks
-follow from (seed, step), so the step is the data position; the learning rate follows from (recipe, stage, step); the
-random state of dropout is set at the start of each step from (seed, stage, step, rank), see `step_seed`.
+All other state of a run is a pure function of `state.json`. The order of samples and their masks follow from the seed
+and the step, so the step is also the position in the data. The learning rate follows from the recipe, the stage and the
+step. The random state of dropout is set at the start of each step, see `step_seed`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from gte_deploy.errors import CheckpointError
-from gte_deploy.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_file, write_text
+from gte_deploy.files import DIRECTORY_MODE, read_json_object, sha256_file, sync_directory, sync_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,23 @@ _ASIDE_SUFFIX = ".tmp"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Where a run stands: `step` optimizer steps of stage `stage` (an index) are done.
+    """The progress of a run, and what identifies the run.
 
-    `tokens` counts real tokens seen since the start, `seconds` the time spent in training; `recipe`, `model_config`
-    and `corpus` say what the run is, so that it is not continued as another one.
+    Args:
+        stage: index of the stage.
+        stage_name: its name.
+        step: optimizer steps done in the stage.
+        stage_steps: all steps of the stage.
+        total_step: optimizer steps done in all stages.
+        tokens: tokens seen since the start, without padding.
+        seconds: time spent in training.
+        seed: the run's seed.
+        learning_rate: the learning rate of the last step.
+        recipe: the recipe; a run is not continued with another one, see `recipe.changed_fields`.
+        model_config: the model's config.json.
+        corpus: fingerprint of the corpus; a run is not continued on another one.
+        versions: versions of the libraries.
+        format_version: version of the checkpoint's format.
     """
 
     stage: int
@@ -66,43 +79,43 @@ class TrainingState:
 
     @property
     def folder_name(self) -> str:
-        """Sorts in the order of the run."""
+        """The name of the checkpoint's folder. Names sort in the order of the run."""
         return f"{self.stage:02d}-{self.stage_name}-{self.step:08d}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files equal their sha256."""
+    """A complete checkpoint; see `read_checkpoint`."""
 
     path: Path
     state: TrainingState
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Weights by parameter name, float32 on the CPU."""
+        """Load the weights by parameter name, float32 on the CPU."""
         return _load_tensors(self.path / MODEL_FILE)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Optimizer state by `<parameter>.<field>`, on the CPU."""
+        """Load the optimizer's state by `<parameter>.<field>`, on the CPU."""
         return _load_tensors(self.path / OPTIMIZER_FILE)
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder: the newest `keep`, and the last of each stage."""
+    """The checkpoints of one run in one folder. It keeps the newest `keep` and the last one of each stage."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
 
     def save(self, state: TrainingState, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Path:
-        """Write a checkpoint aside, sync it, rename it into place, then delete what is no longer kept.
+        """Write a checkpoint into a temporary folder, rename it into place, and delete old checkpoints.
 
-        A kill at any moment leaves the checkpoints of before, or those and this one.
+        After a kill at any moment the earlier checkpoints are complete, and this one is complete or not there.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / state.folder_name
         aside = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}.", suffix=_ASIDE_SUFFIX))
         try:
-            _fill(aside, state, model, optimizer)
+            _write_files(aside, state, model, optimizer)
             if target.exists():  # the same step again, after its checkpoint was found corrupt
                 _remove(target)
             aside.rename(target)
@@ -114,10 +127,10 @@ class CheckpointStore:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where the run has none yet. Each one passed over is logged.
+        """Return the newest complete checkpoint, or None if the run has no checkpoint. Refused ones are logged.
 
         Raises:
-            CheckpointError: there are checkpoints, and not one is whole.
+            CheckpointError: there are checkpoints, but none is complete.
         """
         paths = self._paths()
         for path in reversed(paths):
@@ -132,10 +145,10 @@ class CheckpointStore:
         return None
 
     def find(self, *, stage: int, step: int) -> Checkpoint:
-        """The checkpoint of a step, which another rank has verified.
+        """Return the checkpoint of a step, without verification: another rank has verified it.
 
         Raises:
-            CheckpointError: this rank does not see it.
+            CheckpointError: this rank does not find it.
         """
         for path in self._paths():
             if path.name.startswith(f"{stage:02d}-") and path.name.endswith(f"-{step:08d}"):
@@ -145,7 +158,7 @@ class CheckpointStore:
         )
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed save left behind. Only the one process that writes here may call this."""
+        """Delete the temporary folders of killed saves. Only the process that writes checkpoints may call this."""
         for path in self.folder.glob(f".*{_ASIDE_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -161,12 +174,13 @@ class CheckpointStore:
 
 
 def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Verify a checkpoint folder and read its state. Without `verify`, trust the files: another rank has read them.
+    """Verify a checkpoint's folder and read its state. Without `verify` the files' sha256 are not compared.
 
     Raises:
-        CheckpointError: it is incomplete, altered, or of another format version; the message says which file.
+        CheckpointError: the checkpoint is incomplete or altered (the message names the file), or has another format
+            version.
     """
-    marker = _read_json(path / MARKER_FILE)
+    marker = _read_object(path / MARKER_FILE)
     expected = marker.get("files", {})
     if set(expected) != set(_FILES):
         raise CheckpointError(f"{path / MARKER_FILE} lists {sorted(expected)}; expected {sorted(_FILES)}")
@@ -176,7 +190,7 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
         if verify and {"bytes": file.stat().st_size, "sha256": sha256_file(file)} != facts:
             raise CheckpointError(f"{path} is corrupt: {name} differs from its sha256")
-    raw = _read_json(path / STATE_FILE)
+    raw = _read_object(path / STATE_FILE)
     if raw.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {raw.get('format_version')}; this version reads {FORMAT_VERSION}")
     try:
@@ -186,22 +200,24 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
 
 
 def step_seed(seed: int, stage: int, step: int, rank: int) -> int:
-    """Seed of everything random inside one step on one rank (dropout)."""
+    """Return the seed of the random numbers inside one step on one rank, which are those of dropout."""
     return _derived_seed(seed, stage, step, rank)
 
 
 def stage_seed(seed: int, stage: int) -> int:
-    """Seed of a stage's order, resampling and masks: two stages of one length must not repeat each other's."""
+    """Return the seed of a stage's order, resampling and masks. Two stages of one length must not repeat each other."""
     return _derived_seed(seed, stage)
 
 
 def _derived_seed(*path: int) -> int:
-    """63 bits of a hash of the numbers, so that neighbours differ."""
+    """Return 63 bits of a hash of the numbers, so that neighbouring steps get unrelated seeds."""
     digest = hashlib.sha256("/".join(map(str, path)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _fill(folder: Path, state: TrainingState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+def _write_files(
+    folder: Path, state: TrainingState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> None:
     from safetensors.torch import save_file
 
     for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
@@ -214,7 +230,7 @@ def _fill(folder: Path, state: TrainingState, model: Mapping[str, Tensor], optim
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; its marker first, so that a kill in between leaves no folder that looks whole."""
+    """Delete a checkpoint, and its marker first: after a kill in between, the rest does not look complete."""
     (path / MARKER_FILE).unlink(missing_ok=True)
     shutil.rmtree(path)
 
@@ -225,13 +241,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}; expected an object")
-    return value
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is incomplete: {path.name} is missing")
+    return read_json_object(path, advice="The file is damaged; use another checkpoint of the run.")

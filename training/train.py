@@ -1,36 +1,31 @@
-"""The training loop, read from top to bottom: stages, steps, micro-batches.
+"""The training loop: stages, steps and micro-batches, from top to bottom.
 
-The same code runs alone on a CPU and under torchrun on many nodes. What a step computes does not depend on how it is
-cut: a step is `batch_size` sequences over all ranks, and its loss is the sum of their masked tokens' cross-entropies
-over the number of masked tokens of the whole step.
+The same code runs alone on a CPU and under torchrun on many nodes. A step is `batch_size` sequences over all ranks. Its
+loss is the sum of the cross-entropies of their masked tokens, divided by the number of masked tokens of the whole step.
+The result therefore does not depend on the number of ranks and micro-batches, except for rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import math
-import signal
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy._version import __version__
-from gte_deploy.errors import ConfigError, MissingDependencyError, NonFiniteError
+from gte_deploy.errors import ConfigError, MissingDependencyError
 from gte_deploy.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
-from gte_deploy.training.corpus import INDEX_FILE, TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.packing import MicroBatch, StepLoader, StepSettings, pad_to_static
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import (
     World,
     distribute,
@@ -38,18 +33,16 @@ from gte_deploy.training.distributed import (
     join_world,
     load_optimizer_tensors,
     named_parameters,
-    optimizer_tensors,
     whole_tensor,
 )
 from gte_deploy.training.export import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, checkpoint_model, export_checkpoint
-from gte_deploy.training.flops import device_peak_flops, training_flops
-from gte_deploy.training.log import Meter, RunLog, StepRecord, plot_run
+from gte_deploy.training.flops import device_peak_flops
+from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors
 from gte_deploy.training.optim import build_optimizer, learning_rate, set_learning_rate
-from gte_deploy.training.packing import MicroBatch, StepLoader, pad_to_static
 from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_to_dict
-from gte_deploy.training.sampling import ChunkIndex
-from gte_deploy.training.state import Checkpoint, CheckpointStore, TrainingState, read_checkpoint, stage_seed, step_seed
+from gte_deploy.training.run import Run, StepSize, StopSignal, corpus_fingerprint
+from gte_deploy.training.state import Checkpoint, CheckpointStore, read_checkpoint, stage_seed, step_seed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +52,13 @@ RECIPE_FILE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class RunResult:
-    """`finished` is False where a signal stopped the run; `model` is the exported folder of a finished one."""
+    """The result of `train`.
+
+    Args:
+        finished: False if a signal stopped the run.
+        checkpoint: the newest checkpoint.
+        model: the folder of the exported model; None for a stopped run.
+    """
 
     finished: bool
     checkpoint: Path | None
@@ -77,22 +76,22 @@ def train(
     tokenizer: Path | None = None,
     peak_flops: float | None = None,
 ) -> RunResult:
-    """Run a recipe, or go on with one that `output` holds checkpoints of.
+    """Run a recipe, or continue its run from the checkpoints in `output`.
 
     Args:
-        recipe: what to train.
+        recipe: the recipe to run.
         data: folder of a prepared TokenCorpus.
         output: folder for checkpoints, logs, the plot and the finished model.
         device: "cuda" or "cpu"; None takes a GPU where there is one.
-        progress: where the main process shows its progress line.
+        progress: stream on which the main process shows its progress line.
         tensorboard: also write TensorBoard events.
-        tokenizer: folder with tokenizer.json for the exported model; None takes the corpus's.
-        peak_flops: FLOP/s of one device, for the share of peak; None looks a GPU up by its name.
+        tokenizer: folder with the tokenizer.json of the exported model; None takes the corpus's.
+        peak_flops: peak FLOP/s of one device, for the share of the peak in the log; None looks a GPU up by its name.
 
     Raises:
-        ConfigError: recipe, model, corpus and what `output` already holds do not fit together.
-        CheckpointError: no checkpoint in `output` is whole.
-        NonFiniteError: the loss became NaN or infinite; the checkpoints of before stay.
+        ConfigError: recipe, model, corpus and the checkpoints in `output` do not fit together.
+        CheckpointError: `output` has checkpoints, but none is complete.
+        NonFiniteError: the loss became NaN or infinite; the earlier checkpoints stay.
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         corpus = TokenCorpus.open(data)
@@ -102,9 +101,9 @@ def train(
         _require_same_run(recipe, corpus, resumed)
         _require_fit(recipe, corpus, model.config)
         done = resumed.state if resumed else None
-        run = _Run(recipe, corpus, model.config, world, store, meter=Meter(peak_flops=_peak_of_all(peak_flops, world)))
+        run = Run(recipe, corpus, model.config, world, store, meter=Meter(peak_flops=_peak_of_all(peak_flops, world)))
         if resumed:
-            run.go_on_from(resumed)
+            run.resume(resumed)
         if world.is_main:
             _prepare_output(output, recipe, corpus, tokenizer or corpus.folder / TOKENIZER_FOLDER)
             run.log = stack.enter_context(RunLog(output, progress=progress, tensorboard=tensorboard))
@@ -118,12 +117,12 @@ def train(
                 start = done.step if number == done.stage else stage.steps
             if start == stage.steps:
                 continue
-            # A new RoPE base needs a new model (see build_model); the weights go on, the optimizer starts afresh.
+            # A new RoPE base needs a new model (see build_model). It takes the weights; the optimizer starts anew.
             model = build_model(model.config, rope_theta=stage.rope_theta)
             model.load_state_dict(weights, strict=False)
             finished, weights = _train_stage(run, stage, model, number=number, start=start, stop=stop)
             if not finished:
-                logger.warning("stopped by %s; the same command goes on from %s", stop.received, run.saved)
+                logger.warning("stopped by %s; the same command continues from %s", stop.received, run.saved)
                 return RunResult(False, run.saved, None)
 
         assert run.saved is not None  # every stage ends with a checkpoint
@@ -134,16 +133,21 @@ def train(
 
 
 def _train_stage(
-    run: _Run, stage: Stage, model: GteForMaskedLM, *, number: int, start: int, stop: StopSignal
+    run: Run, stage: Stage, model: GteForMaskedLM, *, number: int, start: int, stop: StopSignal
 ) -> tuple[bool, dict[str, Tensor]]:
-    """Train the steps from `start` on. Returns False where a signal stopped it, and the weights, whole, on the CPU."""
+    """Train a stage from step `start` on.
+
+    Returns:
+        False if a signal stopped the stage; and the weights, gathered on the CPU, or {} for a stopped stage.
+    """
     recipe, world = run.recipe, run.world
     run.config = model.config
-    module = _on_device(model, recipe, world)
-    # On the CPU the fused step knows no shards.
-    optimizer = build_optimizer(module, stage, fused=world.device.type == "cuda" or recipe.sharding == "ddp")
+    module = place_model(model, recipe, world)
+    # On the CPU the fused step does not support shards.
+    fused = world.device.type == "cuda" or recipe.sharding == "ddp"
+    optimizer = build_optimizer(module, stage.optimizer, learning_rate=stage.learning_rate, fused=fused)
     if start:
-        assert run.saved is not None  # that is where `start` comes from
+        assert run.saved is not None  # `start` comes from this checkpoint
         tensors = read_checkpoint(run.saved, verify=False).optimizer_tensors()
         load_optimizer_tensors(module, optimizer, tensors)
 
@@ -156,19 +160,22 @@ def _train_stage(
         seed=seed,
     )
     logger.info("stage %s from step %d to %d\n%s", stage.name, start, stage.steps, index.histogram())
-    loader = StepLoader(
-        index,
+    settings = StepSettings(
         batch_size=stage.batch_size,
         token_budget=recipe.tokens_per_micro_batch,
-        rank=world.rank,
-        world_size=world.size,
         seed=seed,
         masking=stage.masking,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    loader = StepLoader(
+        index,
+        settings,
         start_step=start,
         stop_step=stage.steps,
         static_tokens=recipe.tokens_per_micro_batch if recipe.compile else None,
     )
-    run.meter.read()  # the time until here belongs to no step
+    run.meter.read()  # the time before the first step belongs to no step
     with loader:
         for step in loader:
             size = _step_size(step.micro_batches, world, stopping=stop.received is not None)
@@ -185,7 +192,7 @@ def _train_stage(
             loss = accumulate_gradients(
                 module, micro_batches, world=world, masked_tokens=size.masked_tokens, dtype=recipe.dtype
             )
-            norm = _gradient_norm(module, clip_norm=stage.optimizer.clip_norm)
+            norm = gradient_norm(module, clip_norm=stage.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -202,69 +209,34 @@ def _train_stage(
 def accumulate_gradients(
     module: nn.Module, micro_batches: Sequence[MicroBatch], *, world: World, masked_tokens: int, dtype: str
 ) -> Tensor:
-    """Add up one step's gradients of the mean loss over `masked_tokens`, those of all ranks and micro-batches.
+    """Add up the gradients of one step's loss, over the micro-batches and, in the last one, over the ranks.
 
-    A mean per micro-batch, averaged, would weigh the tokens of small micro-batches more.
+    The loss is the mean over all masked tokens of the step. The average of the micro-batches' means would give the
+    tokens of small micro-batches a larger weight.
 
     Args:
         module: PackedMaskedLM, as `distribute` wrapped it.
-        micro_batches: this rank's; at least one, or the gradients of the other ranks would wait for this one.
-        world: where it runs.
-        masked_tokens: of the whole step.
-        dtype: "bfloat16" for autocast, "float32".
+        micro_batches: the micro-batches of this rank; at least one, because the other ranks wait for its gradients.
+        world: the ranks of the run.
+        masked_tokens: number of masked tokens of the whole step.
+        dtype: "bfloat16" for autocast, or "float32".
 
     Returns:
-        This rank's share of the loss, a scalar on the device; the sum over the ranks is the step's loss.
+        This rank's share of the loss, a scalar on the device. The sum over the ranks is the loss of the step.
     """
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(micro_batches):
         with gradient_sync(module, last=i + 1 == len(micro_batches)):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 nats = module(**micro_batch_tensors(batch, world.device))
-            # DDP and FSDP take the mean over the ranks where the sum is meant.
+            # DDP and FSDP average the gradients over the ranks; `world.size` turns the average into the sum.
             (nats * (world.size / masked_tokens)).backward()
         total += nats.detach()
     return total / masked_tokens
 
 
-class StopSignal:
-    """Takes SIGTERM and SIGINT as the wish to save and stop; the second one of them acts at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
-
-@dataclass(frozen=True)
-class _StepSize:
-    """One optimizer step over all ranks; `micro_batches` is the largest number that a rank has."""
-
-    masked_tokens: int
-    tokens: int
-    squared_lengths: int
-    micro_batches: int
-    stopping: bool
-
-
-def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -> _StepSize:
-    """Agree with the other ranks on the size of the step, and whether to stop before it."""
+def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -> StepSize:
+    """Agree with the other ranks on the size of the step, and on whether to stop before it."""
     lengths = [np.diff(batch.cu_seqlens[: batch.num_sequences + 1]).astype(np.int64) for batch in batches]
     everyone = world.gather(
         [
@@ -276,16 +248,16 @@ def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -
         ]
     )
     masked, tokens, squared, counts, stops = zip(*everyone, strict=True)
-    return _StepSize(max(1, sum(masked)), sum(tokens), sum(squared), max(counts), any(stops))
+    return StepSize(max(1, sum(masked)), sum(tokens), sum(squared), max(counts), any(stops))
 
 
 def _fill_up(
-    batches: Sequence[MicroBatch], size: _StepSize, *, index: ChunkIndex, recipe: Recipe
+    batches: Sequence[MicroBatch], size: StepSize, *, index: ChunkIndex, recipe: Recipe
 ) -> Sequence[MicroBatch]:
-    """Add micro-batches without a loss where this rank has too few for the collective operations of the others.
+    """Add micro-batches without a loss if this rank has too few for the collective operations of the others.
 
-    DDP reduces once per step, in the last backward pass: one micro-batch is enough. FSDP gathers the weights in every
-    one, so all ranks need the same number.
+    DDP reduces the gradients once per step, in the last backward pass, so one micro-batch is enough. FSDP gathers the
+    weights in every micro-batch, so all ranks need the same number.
     """
     missing = (size.micro_batches if recipe.sharding == "fsdp" else 1) - len(batches)
     if missing <= 0:
@@ -307,132 +279,14 @@ def _fill_up(
     return [*batches, *[empty] * missing]
 
 
-@dataclass
-class _Run:
-    """What the stages share: where things are, and how far the run is."""
-
-    recipe: Recipe
-    corpus: TokenCorpus
-    config: GteConfig
-    world: World
-    store: CheckpointStore
-    meter: Meter
-    log: RunLog | None = None
-    saved: Path | None = None
-    total_step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    _pending: list[tuple[StepRecord, Tensor, Tensor]] = field(default_factory=list)
-
-    def go_on_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the totals of the run so far."""
-        state = checkpoint.state
-        self.saved, self.total_step, self.tokens, self.seconds = (
-            checkpoint.path,
-            state.total_step,
-            state.tokens,
-            state.seconds,
-        )
-
-    def count(
-        self, size: _StepSize, loss: Tensor, norm: Tensor, *, stage: Stage, number: int, steps_done: int, rate: float
-    ) -> None:
-        """Take note of a step. Its loss stays on the device until `flush`, so that nothing waits for it."""
-        self.total_step += 1
-        self.tokens += size.tokens
-        flops = training_flops(
-            self.config, tokens=size.tokens, squared_lengths=size.squared_lengths, masked=size.masked_tokens
-        )
-        self.meter.add(tokens=size.tokens, flops=flops)
-        record = StepRecord(
-            stage=stage.name,
-            stage_index=number,
-            step=steps_done,
-            total_step=self.total_step,
-            loss=math.nan,
-            learning_rate=rate,
-            gradient_norm=math.nan,
-            tokens=size.tokens,
-            masked_tokens=size.masked_tokens,
-            total_tokens=self.tokens,
-            tokens_per_second=math.nan,
-            peak_share=None,
-            seconds=math.nan,
-        )
-        self._pending.append((record, loss, norm))
-
-    def flush(self, stage: Stage) -> None:
-        """Fetch the losses of the steps since the last flush and log them. Every rank has to call it.
-
-        Raises:
-            NonFiniteError: a loss is NaN or infinite.
-        """
-        if not self._pending:
-            return
-        records, losses, norms = zip(*self._pending, strict=True)
-        self._pending.clear()
-        values = self.world.sum(torch.stack(losses)).tolist()
-        gradient_norms = torch.stack(norms).tolist()
-        speed, peak_share, seconds_per_step = self.meter.read()
-        filled = []
-        for record, loss, norm in zip(records, values, gradient_norms, strict=True):
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"stage {record.stage} step {record.step}: loss {loss}, gradient norm {norm}. The checkpoint "
-                    f"{self.saved} is from before; lower the learning rate, or set clip_norm"
-                )
-            self.seconds += seconds_per_step
-            filled.append(
-                dataclasses.replace(
-                    record,
-                    loss=loss,
-                    gradient_norm=norm,
-                    tokens_per_second=speed,
-                    peak_share=peak_share,
-                    seconds=self.seconds,
-                )
-            )
-        if self.log is not None:
-            self.log.write(filled)
-            left = (stage.steps - filled[-1].step) * seconds_per_step
-            self.log.progress(filled[-1], stage_steps=stage.steps, seconds_left=left)
-
-    def save(
-        self, stage: Stage, module: nn.Module, optimizer: torch.optim.Optimizer, *, number: int, steps_done: int
-    ) -> None:
-        """Write a checkpoint; the main process does, the others wait."""
-        model = {name: whole_tensor(parameter) for name, parameter in named_parameters(module).items()}
-        moments = optimizer_tensors(module, optimizer)
-        state = TrainingState(
-            stage=number,
-            stage_name=stage.name,
-            step=steps_done,
-            stage_steps=stage.steps,
-            total_step=self.total_step,
-            tokens=self.tokens,
-            seconds=self.seconds,
-            seed=self.recipe.seed,
-            learning_rate=learning_rate(stage, steps_done - 1),
-            recipe=recipe_to_dict(self.recipe),
-            model_config=self.config.to_dict(),
-            corpus=_corpus_fingerprint(self.corpus),
-            versions={"gte-deploy": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        )
-        self.saved = self.store.folder / state.folder_name
-        if self.world.is_main:
-            self.store.save(state, model=model, optimizer=moments)
-        self.world.barrier()
-        self.meter.read()  # the time of saving belongs to no step
-
-
 def _latest_checkpoint(store: CheckpointStore, recipe: Recipe, world: World) -> Checkpoint | None:
-    """The newest whole checkpoint. The main process verifies and chooses, so that all ranks go on from the same."""
+    """Return the newest complete checkpoint. The main process verifies and chooses it for all ranks."""
     found = None
     if world.is_main:
         store.remove_leftovers()
         found = store.latest()
         if found is not None:
-            logger.info("going on from %s", found.path)
+            logger.info("continuing from %s", found.path)
     choice = world.gather([found.state.stage, found.state.step] if found else [-1, -1])[0]
     if choice[0] < 0 or world.is_main:
         return found
@@ -454,7 +308,7 @@ def _require_same_run(recipe: Recipe, corpus: TokenCorpus, resumed: Checkpoint |
             f"{resumed.path} was trained with another recipe; it differs in {', '.join(changed)}. "
             "Use the same recipe, or another output folder"
         )
-    if resumed.state.corpus != _corpus_fingerprint(corpus):
+    if resumed.state.corpus != corpus_fingerprint(corpus):
         raise ConfigError(f"{resumed.path} was trained on another corpus than {corpus.folder}; use that one")
 
 
@@ -475,26 +329,27 @@ def _prepare_output(output: Path, recipe: Recipe, corpus: TokenCorpus, tokenizer
     file = tokenizer / "tokenizer.json"
     if not file.is_file() or sha256_file(file) != corpus.index["tokenizer_sha256"]:
         raise ConfigError(
-            f"{file} is missing, or is not what {corpus.folder} was made with; name that tokenizer's folder"
+            f"{file} is missing, or is not the tokenizer of {corpus.folder}; name the folder of the corpus's tokenizer"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / RECIPE_FILE, dump_recipe(recipe))
     copy_tokenizer(tokenizer, output / TOKENIZER_FOLDER)
 
 
-def _on_device(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module:
+def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module:
+    """Put a model on its device, with the recipe's gradient checkpointing, compilation and sharding."""
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
-        # Layer by layer: one small graph, compiled once for all layers, whatever wraps them.
+        # Each layer by itself: one small graph is compiled once and serves all layers, however they are wrapped.
         for layer in model.gte.layers:
             layer.compile()
         model.lm_head.compile()
     return distribute(PackedMaskedLM(model).to(world.device), world, sharding=recipe.sharding)
 
 
-def _gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
-    """Norm over all gradients, a scalar on the device; clips them where the recipe says so."""
+def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
+    """Return the norm of all gradients, a scalar on the device. Clip them to `clip_norm` unless it is None."""
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -506,15 +361,10 @@ def _gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
 def _plot(output: Path) -> None:
     try:
         plot_run(output)
-    except MissingDependencyError as error:  # no reason to call a finished run failed
+    except MissingDependencyError as error:  # the run itself did not fail
         logger.warning("no plot: %s", error)
 
 
 def _peak_of_all(peak_flops: float | None, world: World) -> float | None:
     peak = peak_flops or device_peak_flops(world.device)
     return None if peak is None else peak * world.size
-
-
-def _corpus_fingerprint(corpus: TokenCorpus) -> str:
-    # The index holds the sha256 of every shard.
-    return sha256_file(corpus.folder / INDEX_FILE)

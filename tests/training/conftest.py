@@ -17,7 +17,7 @@ import pytest
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory, factories: ModuleType) -> Path:
     """150 documents of 1 to 150 words from a vocabulary of 256, with the tokenizer inside. Read only."""
-    from gte_deploy.training.prepare import prepare
+    from gte_deploy.training.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers import GteConfig, GteForMaskedLM, get_linear_schedule_with_warmup
 
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.packing import StepSettings, padded_micro_batches
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.log import read_log
-from gte_deploy.training.masking import Masking
-from gte_deploy.training.packing import padded_micro_batches
 from gte_deploy.training.recipe import recipe_from_dict
-from gte_deploy.training.sampling import ChunkIndex
 from gte_deploy.training.state import stage_seed
 from gte_deploy.training.train import train
 
@@ -33,18 +33,10 @@ def plain_losses(architecture, corpus_folder) -> list[float]:
     schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * STEPS), STEPS)
     seed = stage_seed(SEED, 0)
     index = ChunkIndex(TokenCorpus.open(corpus_folder), max_length=LENGTH, seed=seed)
+    settings = StepSettings(batch_size=BATCH, token_budget=BATCH * LENGTH, seed=seed, masking=Masking())
     losses = []
     for step in range(STEPS):
-        (batch,) = padded_micro_batches(
-            index,
-            step=step,
-            batch_size=BATCH,
-            token_budget=BATCH * LENGTH,
-            rank=0,
-            world_size=1,
-            seed=seed,
-            masking=Masking(),
-        )
+        (batch,) = padded_micro_batches(index, step, settings)
         labels = np.full(batch.input_ids.size, -100)
         labels[batch.masked_positions] = batch.labels
         loss = model(

@@ -117,6 +117,24 @@ def test_wrong_usage_and_help(capsys):
     assert "130 stopped by SIGTERM" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_help_does_not_wait_for_torch():
+    code = """if True:
+        import sys
+        from gte_deploy.training.cli import main
+        for command in ([], ["prepare"], ["estimate"], ["run"], ["export"], ["glue"], ["extrapolate"]):
+            try:
+                main([*command, "--help"])
+            except SystemExit as stop:
+                assert stop.code == 0
+            heavy = {"torch", "transformers", "datasets", "matplotlib", "pyarrow"} & set(sys.modules)
+            assert not heavy, (command, heavy)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("prepare", "estimate", "run", "export", "glue", "extrapolate"):
+        assert f"usage: gte-train {command} " in done.stdout
+
+
 def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(recipe_file, corpus_folder, tmp_path):
     """A write that fails (here: a limit on the size of files) ends with an error and not with half a checkpoint."""
     limit = (

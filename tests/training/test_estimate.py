@@ -12,9 +12,9 @@ import torch
 from gte_deploy.errors import ConfigError, InputError
 from gte_deploy.models.config import build_config
 from gte_deploy.training.cli import main
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.estimate import (
-    GPUS,
     activation_bytes,
     average_lengths,
     corpus_lengths,
@@ -22,10 +22,9 @@ from gte_deploy.training.estimate import (
     parameter_sizes,
     table,
 )
-from gte_deploy.training.flops import device_peak_flops
+from gte_deploy.training.flops import GPUS, device_peak_flops
 from gte_deploy.training.model import PackedMaskedLM, build_model
 from gte_deploy.training.recipe import load_recipe, recipe_from_dict
-from gte_deploy.training.sampling import ChunkIndex
 
 H100 = GPUS["h100"].peak_flops
 

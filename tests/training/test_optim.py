@@ -31,7 +31,7 @@ def test_decay_equals_composers_decoupled_adamw():
     model = nn.Linear(6, 5).double()
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in expected.items()}
-    optimizer = build_optimizer(model, stage)
+    optimizer = build_optimizer(model, stage.optimizer, learning_rate=stage.learning_rate)
     for step in range(stage.steps):
         rate = learning_rate(stage, step)
         set_learning_rate(optimizer, rate)
@@ -56,14 +56,14 @@ def test_decay_equals_composers_decoupled_adamw():
 def test_published_values_in_torch_terms():
     model = nn.Linear(2, 2)
     decays = [
-        build_optimizer(model, make_stage(learning_rate=lr)).param_groups[0]["weight_decay"] for lr in (2e-4, 5e-5)
+        build_optimizer(model, Optimizer(), learning_rate=lr).param_groups[0]["weight_decay"] for lr in (2e-4, 5e-5)
     ]
     assert decays == pytest.approx([0.05, 0.2])
 
 
 def test_vectors_do_not_decay():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    decayed, plain = build_optimizer(model, make_stage()).param_groups
+    decayed, plain = build_optimizer(model, Optimizer(), learning_rate=2e-3).param_groups
     assert decayed["params"] == [model[0].weight] and plain["weight_decay"] == 0
     assert plain["params"] == [model[0].bias, model[1].weight, model[1].bias]
 

@@ -149,7 +149,7 @@ def test_a_corrupt_newest_checkpoint_costs_only_time(undisturbed, recipe, corpus
     with caplog.at_level(logging.INFO):
         assert run(recipe, corpus_folder, tmp_path).finished
     assert f"{newest} is corrupt: model.safetensors differs from its sha256" in caplog.text
-    assert "going on from" in caplog.text and "00-mlm-32-00000002" in caplog.text
+    assert "continuing from" in caplog.text and "00-mlm-32-00000002" in caplog.text
     assert_equal_runs(tmp_path, undisturbed)
 
 

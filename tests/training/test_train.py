@@ -12,16 +12,16 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, GteFor
 from gte_deploy.errors import ConfigError, NonFiniteError
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training import train as train_module
-from gte_deploy.training.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.packing import StepSettings, micro_batches, pack, pad_to_static
+from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import World
 from gte_deploy.training.export import checkpoint_model, export_checkpoint, find_checkpoint
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import read_log
-from gte_deploy.training.masking import Masking
 from gte_deploy.training.model import PackedMaskedLM, initial_model
-from gte_deploy.training.packing import micro_batches, pack, pad_to_static
 from gte_deploy.training.recipe import recipe_from_dict
-from gte_deploy.training.sampling import ChunkIndex
 from gte_deploy.training.state import stage_seed
 from gte_deploy.training.train import accumulate_gradients, train
 
@@ -50,16 +50,8 @@ def module(make_architecture):
 
 
 def step_of(index, *, budget=64, batch_size=16):
-    return micro_batches(
-        index,
-        step=0,
-        batch_size=batch_size,
-        token_budget=budget,
-        rank=0,
-        world_size=1,
-        seed=index.seed,
-        masking=Masking(),
-    )
+    settings = StepSettings(batch_size=batch_size, token_budget=budget, seed=index.seed, masking=Masking())
+    return micro_batches(index, 0, settings)
 
 
 def gradients(module, batches):
@@ -152,9 +144,9 @@ def test_compile_equals_eager(corpus_folder, make_recipe, tmp_path):
 
 def test_clipping_bounds_the_step(module, index):
     gradients(module, step_of(index))
-    norm = train_module._gradient_norm(module, clip_norm=None)
-    assert train_module._gradient_norm(module, clip_norm=0.5) == norm > 0.5
-    assert train_module._gradient_norm(module, clip_norm=None) == pytest.approx(0.5, rel=1e-4)
+    norm = train_module.gradient_norm(module, clip_norm=None)
+    assert train_module.gradient_norm(module, clip_norm=0.5) == norm > 0.5
+    assert train_module.gradient_norm(module, clip_norm=None) == pytest.approx(0.5, rel=1e-4)
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------------
@@ -219,9 +211,7 @@ def test_log_has_each_step_once(three_stages, corpus_folder):
     assert [r["total_step"] for r in records] == list(range(1, 13))
     seed = stage_seed(3, 0)
     index = ChunkIndex(TokenCorpus.open(corpus_folder), max_length=32, seed=seed)
-    first = micro_batches(
-        index, step=0, batch_size=8, token_budget=128, rank=0, world_size=1, seed=seed, masking=Masking()
-    )
+    first = micro_batches(index, 0, StepSettings(batch_size=8, token_budget=128, seed=seed, masking=Masking()))
     assert records[0]["tokens"] == sum(len(batch.input_ids) for batch in first)
     assert records[0]["masked_tokens"] == sum(len(batch.labels) for batch in first)
     assert records[-1]["total_tokens"] == sum(r["tokens"] for r in records)
@@ -293,7 +283,7 @@ def test_what_does_not_fit_is_refused(make_recipe, make_architecture, corpus_fol
 def test_a_tokenizer_that_is_not_the_corpuss_is_refused(make_recipe, corpus_folder, factories, tmp_path):
     factories.write_tokenizer(tmp_path, factories.WORDS[:-1])
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="is missing, or is not what"):
+        with pytest.raises(ConfigError, match="is missing, or is not the tokenizer of"):
             run(make_recipe(steps=(1,)), corpus_folder, tmp_path / "out", tokenizer=folder)
 
 

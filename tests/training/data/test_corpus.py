@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
+from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
 
 LENGTHS = {"en": (3, 20, 700), "": (1, 40), "de": (5,)}
 SPECIAL = {"pad_id": 0, "unk_id": 1, "cls_id": 2, "sep_id": 3, "mask_id": 4, "special_ids": [0, 1, 2, 3, 4]}
@@ -65,12 +65,12 @@ def test_languages_are_known_per_document(folder):
     assert corpus.language_bounds.tolist() == [0, 3, 5, 6]
 
 
-def test_gather_equals_tokens(folder):
+def test_copied_tokens_equal_those_of_tokens(folder):
     corpus = TokenCorpus.open(folder)
     out = np.full(200, -1, dtype=np.int64)
     pieces = [(2, 600, 90), (5, 1, 4), (0, 0, 3)]
     documents, starts, lengths = (np.array(column) for column in zip(*pieces, strict=True))
-    corpus.gather(documents, starts, lengths, out=out, at=np.array([10, 0, 150]))
+    corpus.copy_tokens(documents, starts, lengths, out=out, at=np.array([10, 0, 150]))
     for (document, start, length), at in zip(pieces, (10, 0, 150), strict=True):
         np.testing.assert_array_equal(out[at : at + length], corpus.tokens(document, start, start + length))
     assert np.count_nonzero(out == -1) == 200 - 97
@@ -126,8 +126,9 @@ def cut(folder):
 
 DAMAGE = {
     "no index": (lambda folder: (folder / "index.json").unlink(), "no index.json"),
-    "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "cannot be read"),
-    "a list": (lambda folder: (folder / "index.json").write_text("[]"), "no index of a token corpus"),
+    "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "not valid JSON.*prepare` again"),
+    "a list": (lambda folder: (folder / "index.json").write_text("[]"), "must hold a JSON object"),
+    "another format": (lambda folder: edit_index(folder, lambda i: i.pop("format")), "no index of a token corpus"),
     "another version": (lambda folder: edit_index(folder, lambda i: i.update(version=2)), "format version 2"),
     "no shards": (lambda folder: edit_index(folder, lambda i: i.pop("shards")), "damaged"),
     "shard language unknown": (lambda folder: edit_index(folder, lambda i: i.update(languages=["en"])), "damaged"),

@@ -23,13 +23,22 @@ from transformers import (
 import gte_deploy
 from gte_deploy.errors import CheckpointError, InputError
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
-from gte_deploy.training import glue as glue_module
 from gte_deploy.training.cli import main
-from gte_deploy.training.glue import Encoded, Protocol, fine_tune, glue, load_classifier, predict, start_from, table
-from gte_deploy.training.glue_tasks import (
+from gte_deploy.training.evaluation import glue as glue_module
+from gte_deploy.training.evaluation.glue import (
+    Encoded,
+    fine_tune,
+    glue,
+    load_classifier,
+    predict,
+    start_from,
+    table,
+)
+from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,
     TASKS,
     Examples,
+    Protocol,
     accuracy,
     f1,
     in_order,
@@ -148,7 +157,7 @@ def test_archives_are_read_as_published(archive: Path, task, train, dev):
 
 def test_rows_with_missing_columns_are_counted(archive: Path, caplog):
     load_split(TASKS["qqp"], "train", data=archive)
-    assert "1 rows with missing columns are left out" in caplog.text
+    assert "left out 1 rows with missing columns" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

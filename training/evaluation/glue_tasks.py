@@ -1,4 +1,4 @@
-"""The eight GLUE tasks: columns and files as published, classes, metrics, and which start from the MNLI checkpoint.
+"""The eight GLUE tasks: their protocol, their columns and files as published, their classes and their metrics.
 
 WNLI is left out, as in the published table. Metrics are in percent.
 """
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 
-# Averages over the eight tasks (mGTE, arXiv 2407.19669, and the model cards); the scores by task are not known to us.
+# Averages over the eight tasks (mGTE, arXiv 2407.19669, and the model cards). The scores by task are not known.
 PUBLISHED_AVERAGES = {
     "gte-en-mlm-base": 85.61,
     "gte-en-mlm-large": 87.58,
@@ -29,27 +29,57 @@ PUBLISHED_AVERAGES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a task is fine-tuned. `max_length` is in tokens, `batch_size` in examples.
+
+    Length, batch size, learning rate, epochs and warm-up are as published. The linear schedule, the weight decay and
+    the clipping were not published; they are the defaults of transformers. The score is that after the last epoch.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    max_length: int = 128
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    epochs: int = 3
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
+            raise InputError(
+                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
+                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
+            )
+
+
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
 def accuracy(predictions: NDArray, labels: NDArray) -> float:
-    """Share of equal classes, in percent."""
+    """Return the share of equal classes, in percent."""
     return 100 * float(np.mean(predictions == labels))
 
 
 def f1(predictions: NDArray, labels: NDArray) -> float:
-    """F1 of class 1, in percent; 0 where there is no true positive."""
+    """Return the F1 score of class 1, in percent; 0 if there is no true positive."""
     both = np.sum((predictions == 1) & (labels == 1))
     return 100 * float(2 * both / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
 
 
 def matthews(predictions: NDArray, labels: NDArray) -> float:
-    """Matthews' correlation of two classes, in percent; 0 where either side knows one class only."""
-    return 100 * _correlation(predictions.astype(np.float64), labels.astype(np.float64))  # phi is Pearson of 0 and 1
+    """Return Matthews' correlation of two classes, in percent; 0 if either side has one class only.
+
+    It is Pearson's correlation of the class numbers 0 and 1.
+    """
+    return 100 * _correlation(predictions.astype(np.float64), labels.astype(np.float64))
 
 
 def spearman(predictions: NDArray, labels: NDArray) -> float:
-    """Spearman's rank correlation, ties at their mean rank, in percent; 0 where either side is constant."""
+    """Return Spearman's rank correlation, in percent; 0 if either side is constant. Ties have their mean rank."""
     return 100 * _correlation(_mean_ranks(predictions), _mean_ranks(labels))
 
 
@@ -70,17 +100,17 @@ def _mean_ranks(values: NDArray) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task.
+    """One GLUE task.
 
     Args:
-        name: as on the hub.
-        folder: as in the published archives.
-        columns: alternatives of (text, [second text,] label): the archive's, the hub's.
-        classes: names in the order of the hub's label ids; empty for a regression.
-        metric: its name in the table.
-        score: predictions and labels [N] to percent.
-        dev: stem of the development split, in the archive and on the hub.
-        starts_from: the task whose fine-tuned encoder this one starts from.
+        name: its name on the hub.
+        folder: its folder's name in the published archives.
+        columns: the columns (text, [second text,] label), as the archive names them and as the hub names them.
+        classes: names of the classes in the order of the hub's label ids; empty for a regression.
+        metric: the metric's name in the table.
+        score: the metric: a function of predictions and labels, [N] each, that returns percent.
+        dev: stem of the development split's file, in the archive and on the hub.
+        starts_from: the task from whose fine-tuned encoder this one starts.
     """
 
     name: str
@@ -94,7 +124,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the classifier; one for a regression."""
+        """Number of outputs of the classifier; one for a regression."""
         return len(self.classes) or 1
 
     @property
@@ -183,10 +213,10 @@ _COLA_COLUMNS = ("source", "label", "mark", "sentence")
 
 
 def in_order(names: Iterable[str]) -> list[Task]:
-    """The tasks of these names, and those they start from, each after the one it starts from.
+    """Return the named tasks and the tasks from which they start, each after the one from which it starts.
 
     Raises:
-        InputError: an unknown name.
+        InputError: a name is unknown.
     """
     wanted = set(names)
     if unknown := sorted(wanted - TASKS.keys()):
@@ -200,7 +230,7 @@ def in_order(names: Iterable[str]) -> list[Task]:
 
 @dataclass(frozen=True)
 class Examples:
-    """N labelled examples: `texts` [N] of one or two texts each, `labels` [N] int64, or float32 for a regression."""
+    """N labelled examples: `texts` [N], one or two texts each; `labels` [N], int64, or float32 for a regression."""
 
     texts: list[tuple[str, ...]]
     labels: NDArray
@@ -210,11 +240,11 @@ class Examples:
 
 
 def load_split(task: Task, split: str, *, data: Path | None) -> Examples:
-    """Read the "train" or the "dev" split of a task.
+    """Read one split of a task.
 
     Args:
         task: one of TASKS.
-        split: which.
+        split: "train" or "dev".
         data: folder that holds one folder per task, named as in the archives or as on the hub, with `train` and `dev`
             (or `validation`; MNLI: `dev_matched`) as .tsv, .jsonl or .parquet; None takes `nyu-mll/glue` from the hub.
 
@@ -235,7 +265,7 @@ def load_split(task: Task, split: str, *, data: Path | None) -> Examples:
         texts.append(tuple(str(value) for value in values[:-1]))
         labels.append(_label(task, values[-1], f"{where}, row {number}"))
     if skipped:
-        logger.warning("%s: %d rows with missing columns are left out", where, skipped)
+        logger.warning("%s: left out %d rows with missing columns", where, skipped)
     if not texts:
         raise InputError(f"{where} holds no example")
     return Examples(texts, np.array(labels, dtype=np.float32 if task.is_regression else np.int64))
@@ -271,7 +301,9 @@ def _rows_of_hub(task: Task, split: str) -> tuple[Iterable[Mapping[str, Any]], s
         from datasets import load_dataset
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
-    return load_dataset(HUB_DATASET, task.name, split=split), f"{HUB_DATASET} {task.name} {split}"
+    # `datasets` declares the rows of every format that can be set; without one a row is a dict.
+    rows = cast(Iterable[Mapping[str, Any]], load_dataset(HUB_DATASET, task.name, split=split))
+    return rows, f"{HUB_DATASET} {task.name} {split}"
 
 
 def _rows_of_folder(task: Task, stems: Sequence[str], data: Path) -> tuple[Iterator[Mapping[str, Any]], str]:
@@ -295,7 +327,7 @@ def _task_folder(task: Task, data: Path) -> Path:
 
 
 def _read_tsv(file: Path, task: Task) -> Iterator[dict[str, str | None]]:
-    # The archives quote nothing, and their texts hold quotation marks and line separators of Unicode.
+    # The archives do not quote, and their texts contain quotation marks and Unicode line separators.
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         rows = (line.rstrip("\r\n").split("\t") for line in lines)
         header: Sequence[str] = _COLA_COLUMNS if task.name == "cola" else next(rows, [])

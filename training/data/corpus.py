@@ -1,13 +1,17 @@
-"""Token shards on disk, read by memory map: what `prepare` wrote, and what sampling reads.
+"""The token corpus: shards of token ids on disk, read by memory map. `prepare` writes it and sampling reads it.
 
-A corpus folder holds, per shard, `NAME.tokens` (little-endian uint16 or uint32, documents end to end, no special
-tokens) and `NAME.offsets` (little-endian int64 [documents + 1], the first token of each document), and `index.json`
-with the vocabulary, the languages, and the size and sha256 of every file. Shards of one language lie side by side.
+A corpus folder holds two files per shard and an index:
+
+    NAME.tokens    the token ids of the shard's documents, end to end, without special tokens; little-endian uint16
+                   or uint32
+    NAME.offsets   the position of each document's first token, and the end; little-endian int64 [documents + 1]
+    index.json     the vocabulary, the languages, and the size and sha256 of every file
+
+The shards of one language lie side by side.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.files import sha256_file
+from gte_deploy.files import read_json_object, sha256_file
 
 FORMAT = "gte-token-corpus"
 FORMAT_VERSION = 1
@@ -30,10 +34,11 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer's ids. `size` counts real ids, not the padded rows of an embedding.
+    """The ids of a tokenizer.
 
-    `special_ids` are never masked and never drawn as a random replacement: the special tokens, and holes in the
-    numbering, if any. [UNK] is among them: there is nothing to learn from predicting it.
+    `size` counts the tokenizer's ids, without the rows that pad an embedding matrix. `special_ids` holds the special
+    tokens and, if the numbering has holes, the unused ids. Training never masks these ids and never draws one as a
+    random replacement. [UNK] is among them, because a model learns nothing from predicting it.
     """
 
     size: int
@@ -56,24 +61,24 @@ class Vocabulary:
 
     @property
     def dtype(self) -> np.dtype:
-        """What one token takes on disk."""
+        """The dtype of a token id on disk."""
         return np.dtype("<u2") if self.size < 65_536 else np.dtype("<u4")
 
     @cached_property
     def is_special(self) -> NDArray[np.bool_]:
-        """Lookup table [size]."""
+        """True for each special id: a lookup table, [size] bool."""
         table = np.zeros(self.size, dtype=bool)
         table[list(self.special_ids)] = True
         return table
 
     @cached_property
     def ordinary_ids(self) -> NDArray[np.int64]:
-        """The ids a random replacement is drawn from, ascending."""
+        """The ids that are not special, ascending. A random replacement is one of them."""
         return np.flatnonzero(~self.is_special)
 
 
 class TokenCorpus:
-    """Documents as token ids, memory-mapped. Shapes and dtypes: see the properties. Open it with `TokenCorpus.open`."""
+    """Documents as memory-mapped token ids. Open a corpus with `TokenCorpus.open`."""
 
     def __init__(self, folder: Path, index: Mapping[str, Any], *, verify: bool = False) -> None:
         self.folder = folder
@@ -91,10 +96,10 @@ class TokenCorpus:
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> TokenCorpus:
-        """Open a prepared folder. `verify` also reads every file: its sha256, its offsets, its ids.
+        """Open a folder that `prepare` wrote. `verify` also reads every file and checks sha256, offsets and ids.
 
         Raises:
-            InputError: the folder is no corpus, of another format version, incomplete, or altered.
+            InputError: the folder is no corpus, is incomplete or altered, or has another format version.
         """
         folder = Path(folder)
         index = _read_index(folder)
@@ -108,26 +113,26 @@ class TokenCorpus:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens per document, special tokens not counted, [num_documents]."""
+        """Number of tokens of each document, without special tokens, [num_documents]."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64, copy=False)
 
     @cached_property
     def language_of(self) -> NDArray[np.int16]:
-        """Position in `languages` per document, [num_documents], ascending."""
+        """Each document's language, as its position in `languages`, ascending, [num_documents]."""
         return np.repeat(self._shard_languages.astype(np.int16), np.diff(self._first_document))
 
     @property
     def language_bounds(self) -> NDArray[np.int64]:
-        """First document of each language and the end, [languages + 1]: languages lie side by side."""
+        """The first document of each language, and the end, [languages + 1]. Languages lie side by side."""
         totals = np.zeros(len(self.languages), dtype=np.int64)
         np.add.at(totals, self._shard_languages, np.diff(self._first_document))
         return np.concatenate([[0], np.cumsum(totals)]).astype(np.int64)
 
     def tokens(self, document: int, start: int, stop: int) -> NDArray[np.unsignedinteger]:
-        """Tokens start..stop of a document, a read-only view, uint16 or uint32.
+        """Return the tokens start..stop of a document: a read-only view, uint16 or uint32.
 
         Raises:
-            InputError: no such document or range.
+            InputError: the corpus has no such document, or the document no such range.
         """
         if not 0 <= document < self.num_documents:
             raise InputError(f"document {document} is not in 0..{self.num_documents - 1}")
@@ -139,7 +144,7 @@ class TokenCorpus:
             raise InputError(f"tokens {start}..{stop} are not in document {document} of {end - first} tokens")
         return self._tokens[shard][first + start : first + stop]
 
-    def gather(
+    def copy_tokens(
         self,
         documents: NDArray[np.int64],
         starts: NDArray[np.int64],
@@ -150,7 +155,8 @@ class TokenCorpus:
     ) -> None:
         """Copy `lengths[i]` tokens of `documents[i]` from `starts[i]` to `out[at[i]:]`, for all i.
 
-        The arguments are trusted: they come from a ChunkIndex. This is `tokens` without its price per call.
+        This does the work of many calls of `tokens` without their overhead. The arguments are not checked: they come
+        from a ChunkIndex.
         """
         shards = np.searchsorted(self._first_document, documents, side="right") - 1
         local = documents - self._first_document[shards]
@@ -165,7 +171,7 @@ class TokenCorpus:
 
 @dataclass(frozen=True)
 class LengthHistogram:
-    """How many sequences, and how many tokens in them, fall in [edges[i], edges[i + 1])."""
+    """Number of sequences, and of their tokens, whose length lies in [edges[i], edges[i + 1])."""
 
     edges: tuple[int, ...]
     sequences: tuple[int, ...]
@@ -173,19 +179,19 @@ class LengthHistogram:
 
     @classmethod
     def of(cls, lengths: Iterable[NDArray[np.integer]]) -> LengthHistogram:
-        """Count lengths (given in blocks) in powers of two."""
+        """Count sequence lengths, given in blocks, by powers of two."""
         edges = np.concatenate([[0], 1 << np.arange(4, 41)]).astype(np.int64)
         sequences, tokens = np.zeros(len(edges) - 1, np.int64), np.zeros(len(edges) - 1, np.int64)
         for block in lengths:
             bins = np.searchsorted(edges, block, side="right") - 1
             sequences += np.bincount(bins, minlength=len(sequences))
-            # weights would sum in float64, which is exact below 2**53 tokens a block
+            # bincount sums weights in float64, which is exact below 2**53 tokens a block.
             tokens += np.bincount(bins, weights=block, minlength=len(tokens)).astype(np.int64)
         used = int(np.flatnonzero(sequences)[-1]) + 1 if sequences.any() else 1
         return cls(*(tuple(a.tolist()) for a in (edges[: used + 1], sequences[:used], tokens[:used])))
 
     def as_dict(self) -> dict[str, list[int]]:
-        """For JSON, and for a plot: `edges` has one number more than the counts."""
+        """Return the histogram for JSON or a plot. `edges` has one number more than the counts."""
         return {"edges": list(self.edges), "sequences": list(self.sequences), "tokens": list(self.tokens)}
 
     def __str__(self) -> str:
@@ -201,14 +207,14 @@ class LengthHistogram:
 
 
 def document_histogram(corpus: TokenCorpus, language: str | None = None) -> LengthHistogram:
-    """Document lengths in tokens, of one language or of all."""
+    """Count the document lengths of one language, or of all, in tokens."""
     blocks = zip(corpus._shard_languages, corpus._offsets, strict=True)
     wanted = (offsets for i, offsets in blocks if language in (None, corpus.languages[i]))
     return LengthHistogram.of(np.diff(offsets) for offsets in wanted)
 
 
 def describe(corpus: TokenCorpus) -> str:
-    """What a corpus holds, as text for a person: size, vocabulary, languages, lengths."""
+    """Describe a corpus as text for a person: its size, vocabulary, languages and lengths."""
     lines = [
         f"{corpus.folder}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens, "
         f"{len(corpus.index['shards'])} shards of {corpus.vocab.dtype.name}, vocabulary {corpus.vocab.size:,}"
@@ -228,13 +234,10 @@ def describe(corpus: TokenCorpus) -> str:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
-    try:
-        index = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {INDEX_FILE}: it is no corpus; make one with `gte-train prepare`") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run `gte-train prepare` again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    if not path.is_file():
+        raise InputError(f"{folder} has no {INDEX_FILE}: it is no corpus; make one with `gte-train prepare`")
+    index = read_json_object(path, error=InputError, advice="Run `gte-train prepare` again.")
+    if index.get("format") != FORMAT:
         raise InputError(f"{path} is no index of a token corpus: expected format {FORMAT!r}")
     if index.get("version") != FORMAT_VERSION:
         raise InputError(

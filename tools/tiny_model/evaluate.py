@@ -1,9 +1,10 @@
 """Measure fill-mask accuracy on the held-out text of gte-en-mlm-tiny.
 
-    python -m gte_deploy.training.evaluate_tiny corpus models/gte_en_mlm_tiny
+    python tools/tiny_model/evaluate.py corpus models/gte_en_mlm_tiny
 
-prints one JSON object: accuracy over 512-token windows, for the whole and for each source, beside that of always
-answering with the most frequent words; and the loss by position over 8,192-token windows of the long documents.
+The script prints one JSON object. It holds the accuracy over 512-token windows, for each source and for all of them,
+beside the accuracy of a baseline that always answers with the most frequent words; and the loss by position over
+8,192-token windows of the long documents.
 """
 
 import argparse
@@ -17,8 +18,11 @@ import torch
 import torch.nn.functional as F
 from transformers import GteForMaskedLM
 
-from gte_deploy.training.pretrain_tiny import CLS, MASK, REAL_VOCABULARY, SEED, SEP
+from gte_deploy.models import builtin_path
+from gte_deploy.training.data.vocabulary import read_vocabulary
 
+SEED = 20240729
+VOCABULARY, _ = read_vocabulary(builtin_path())
 EVALUATION_MASK_PROBABILITY = 0.15
 POSITION_EDGES = (0, 512, 2048, 4096, 8192)
 
@@ -32,19 +36,19 @@ def windows(corpus: Path, length: int) -> Iterator[tuple[str, np.ndarray]]:
     for key, begin, end in bounds:
         for start in range(begin, end - length + 3, length - 2):
             body = arrays["tokens"][start : start + length - 2].astype(np.int64)
-            yield key.split("/")[0], np.concatenate([[CLS], body, [SEP]])
+            yield key.split("/")[0], np.concatenate([[VOCABULARY.cls_id], body, [VOCABULARY.sep_id]])
 
 
 @torch.inference_mode()
 def predict(model: GteForMaskedLM, ids: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Hide 15 % of one window; return for each hidden token its position, word, rank (0 is best) and loss [n]."""
-    chosen = np.flatnonzero((rng.random(len(ids)) < EVALUATION_MASK_PROBABILITY) & (ids > MASK))
+    chosen = np.flatnonzero((rng.random(len(ids)) < EVALUATION_MASK_PROBABILITY) & (ids > VOCABULARY.mask_id))
     hidden = ids.copy()
-    hidden[chosen] = MASK
+    hidden[chosen] = VOCABULARY.mask_id
     states = model.gte(torch.from_numpy(hidden)[None]).last_hidden_state[0, chosen]
     logits, wanted = model.lm_head(states), torch.from_numpy(ids[chosen])
     rank = (logits > logits.gather(1, wanted[:, None])).sum(1)
-    padded = (logits.argmax(1) >= REAL_VOCABULARY).sum().expand(len(chosen))
+    padded = (logits.argmax(1) >= VOCABULARY.size).sum().expand(len(chosen))
     loss = F.cross_entropy(logits, wanted, reduction="none")
     found = {"rank": rank.numpy(), "loss": loss.numpy(), "padded": padded.numpy()}
     return found | {"position": chosen, "word": ids[chosen]}

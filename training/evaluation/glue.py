@@ -1,12 +1,11 @@
-"""Fine-tune and score a checkpoint on the eight GLUE tasks, by the protocol of the published averages.
+"""GLUE: fine-tune a checkpoint on the eight tasks and score it, by the protocol of the published averages.
 
-Our checkpoints, of either layout, and every other encoder that transformers knows by itself (RoBERTa, XLM-R,
-nomic-bert) go through the same code. A finished task is not run again.
+GTE checkpoints in both layouts, and all other encoders that transformers supports without remote code (RoBERTa, XLM-R,
+nomic-bert), go through the same code. A finished task is not run again.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -37,12 +36,20 @@ from transformers import (
 )
 
 from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
-from gte_deploy.exit_codes import OK
-from gte_deploy.files import sha256_file, write_text, write_with
+from gte_deploy.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import read_json
-from gte_deploy.training.glue_tasks import PUBLISHED_AVERAGES, TASKS, Examples, Task, in_order, load_split
+from gte_deploy.training.distributed import choose_device
+from gte_deploy.training.evaluation.glue_tasks import (
+    PUBLISHED_AVERAGES,
+    TASKS,
+    Examples,
+    Protocol,
+    Task,
+    in_order,
+    load_split,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,30 +57,6 @@ RESULT_FILE = "glue.json"
 _OUR_MODEL_TYPES = ("new", "gte")
 _EVALUATION_BATCH = 128
 _TOKENIZED_AT_ONCE = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How a task is fine-tuned. Lengths in tokens, batches in examples; the score is that after the last epoch.
-
-    Published: length, batch, learning rate, epochs, warm-up. Not published, and taken from transformers' own defaults:
-    a linear schedule, no weight decay, gradients clipped at 1.
-    """
-
-    max_length: int = 128
-    batch_size: int = 32
-    learning_rate: float = 2e-5
-    epochs: int = 3
-    warmup_ratio: float = 0.06
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
-            raise InputError(
-                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
-                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
-            )
 
 
 def glue(
@@ -88,30 +71,30 @@ def glue(
     dtype: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tune on each task with each seed, and write `output`/glue.json.
+    """Fine-tune a model on each task with each seed, and write the file glue.json in `output`.
 
     Args:
         model: checkpoint folder, preset name or hub id.
-        output: folder for one result per task and seed, which later calls do not compute again, and for the MNLI
-            checkpoint of each seed, which RTE, MRPC and STS-B start from.
+        output: folder of the results. It holds one result per task and seed, which later calls do not compute again,
+            and for each seed the MNLI checkpoint, from which RTE, MRPC and STS-B start.
         data: see `load_split`; None reads the hub.
-        tasks: names; MNLI joins where a task starts from it.
-        seeds: of the new head, dropout and the order of examples.
-        protocol: the published one by default.
+        tasks: names of the tasks; MNLI is added if a task starts from it.
+        seeds: seeds of the new head, the dropout and the order of the examples.
+        protocol: how a task is fine-tuned; by default as published.
         device: "cuda" or "cpu"; None takes a GPU where there is one.
-        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU.
-        progress: show bars on stderr.
+        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
+        progress: show progress bars on stderr.
 
     Returns:
-        What glue.json holds: scores in percent by task and seed, and the averages; see `summarize`.
+        The content of glue.json: scores in percent by task and seed, and the averages; see `summarize`.
 
     Raises:
         CheckpointError: the model does not load strictly, or has no tokenizer.json.
-        InputError: the data are missing or wrong, or `output` holds results of another model or protocol.
-        NonFiniteError: a fine-tuned model gives NaN.
+        InputError: data are missing or wrong, or `output` holds results of another model or protocol.
+        NonFiniteError: a fine-tuned model computes NaN.
     """
     folder = resolve_checkpoint(model)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     settings = {
         "model": model,
         "checkpoint": _checkpoint_hash(folder),
@@ -130,9 +113,9 @@ def glue(
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores by task and seed, their mean over the seeds, and per seed the average of the eight tasks.
+    """Return the scores by task and seed, their means over the seeds, and the average of the eight tasks per seed.
 
-    `average` is None unless all eight were run: an average of fewer compares with nothing.
+    `average` is None unless all eight tasks were run: an average of fewer cannot be compared.
     """
     scores: dict[str, dict[int, float]] = {}
     for result in results:
@@ -149,7 +132,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The scores beside the published averages, for a person."""
+    """Format the scores and the published averages for a person."""
     rows = []
     for name, task in TASKS.items():
         if name in summary["scores"]:
@@ -176,7 +159,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Trainer:
-    """The tasks of one seed; `folder` is the checkpoint's, `output` that of this seed."""
+    """Runs the tasks of one seed. `folder` holds the checkpoint, `output` receives the results of the seed."""
 
     folder: Path
     output: Path
@@ -188,13 +171,13 @@ class _Trainer:
     progress: bool
 
     def result(self, task: Task) -> dict[str, Any]:
-        """The result of a task, computed unless a file holds it."""
+        """Return the result of a task: from its file, if there is one, else from a fine-tuning."""
         file = self.output / f"{task.name}.json"
         if file.is_file():
             result = _read_result(file)
             self._require_same_settings(file, result)
             if any(other.starts_from == task.name for other in TASKS.values()) and not self._weights(task).is_file():
-                raise InputError(f"{self._weights(task)} is gone; remove {file} to fine-tune it again")
+                raise InputError(f"{self._weights(task)} is missing; remove {file} to fine-tune the task again")
             logger.info("%s, seed %d: %.2f from %s", task.folder, self.seed, result["score"], file)
             return result
         self.output.mkdir(parents=True, exist_ok=True)
@@ -222,7 +205,9 @@ class _Trainer:
         )
         outputs = predict(model, encode(dev), bfloat16=bfloat16)
         if not np.isfinite(outputs).all():
-            raise NonFiniteError(f"{task.folder}, seed {self.seed}: the fine-tuned model gives NaN; lower the rate")
+            raise NonFiniteError(
+                f"{task.folder}, seed {self.seed}: the fine-tuned model computes NaN; lower the learning rate"
+            )
         predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
         if any(other.starts_from == task.name for other in TASKS.values()):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -251,8 +236,8 @@ class _Trainer:
 
 
 def _read_result(file: Path) -> dict[str, Any]:
+    result = read_json_object(file, error=InputError, advice="Remove the file.")
     try:
-        result = json.loads(file.read_text("utf-8"))
         return {**result, "score": float(result["score"]), "settings": dict(result["settings"])}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is not a result of this command ({error!r}); remove it") from error
@@ -269,14 +254,14 @@ def _checkpoint_hash(folder: Path) -> str:
 
 
 def load_classifier(folder: Path, *, num_labels: int, seed: int) -> PreTrainedModel:
-    """A sequence classifier, float32 on the CPU, with a new head over the checkpoint's encoder.
+    """Load a sequence classifier, float32 on the CPU: the checkpoint's encoder with a new head.
 
-    Every weight of the encoder comes from the checkpoint, or nothing is returned; only the head (and a pooler that the
-    checkpoint does not have) is new, from `seed`.
+    Every weight of the encoder comes from the checkpoint. Only the head, and a pooler if the checkpoint has none, are
+    new; `seed` draws their weights.
 
     Raises:
-        CheckpointError: the weights do not fit, or transformers does not know the architecture by itself.
-        ConfigError: a config of ours that cannot be honoured.
+        CheckpointError: the weights do not fit, or transformers does not support the architecture without remote code.
+        ConfigError: the config of a GTE checkpoint asks for something that this package does not support.
     """
     torch.manual_seed(seed)
     if read_json(folder / "config.json").get("model_type") in _OUR_MODEL_TYPES:
@@ -307,12 +292,12 @@ def _other_classifier(folder: Path, num_labels: int) -> PreTrainedModel:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:  # what transformers raises for files, configs and unknown architectures
+    except (OSError, ValueError) as error:  # transformers raises these for files, configs and unknown architectures
         raise CheckpointError(
             f"transformers cannot load {folder} by itself as a sequence classifier ({error}). It needs a known "
             "model_type and safetensors weights; remote code is never run"
         ) from error
-    # transformers only warns of weights that it made up: a score of a half-loaded encoder would look like a result.
+    # transformers only warns of weights that it initialized itself: the score of a half-loaded encoder would mislead.
     prefix = f"{model.base_model_prefix}."
     invented = [name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in f".{name}"]
     invented += [str(item) for item in info["mismatched_keys"]]
@@ -322,10 +307,10 @@ def _other_classifier(folder: Path, num_labels: int) -> PreTrainedModel:
 
 
 def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Put the weights of a classifier with another number of labels into `model`; its last layer stays new.
+    """Load the weights of a classifier with another number of labels into `model`, whose last layer stays new.
 
     Raises:
-        CheckpointError: they differ in more than the layer that has a row per label.
+        CheckpointError: the models differ in more than the layer that has a row per label.
     """
     own = model.state_dict()
     odd = sorted(own.keys() ^ tensors.keys())
@@ -341,9 +326,9 @@ def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """N examples as tokens, laid end to end: a list of small arrays would take ten times the memory.
+    """N examples as token ids, laid end to end, because a list of small arrays would take ten times the memory.
 
-    `type_ids` is None for models that know one type of token, and where the checkpoint's tokenizer gives no types.
+    `type_ids` is None if the model has only one token type, or if the checkpoint's tokenizer returns no types.
     """
 
     input_ids: NDArray[np.int32]  # [T]
@@ -354,7 +339,7 @@ class Encoded:
 
     @classmethod
     def of(cls, examples: Examples, *, folder: Path, model: PreTrainedModel, max_length: int) -> Encoded:
-        """Tokenise with the checkpoint's tokenizer.json; of two texts the longer one is cut first.
+        """Tokenize with the checkpoint's tokenizer.json. Of two texts the longer one is truncated first.
 
         Raises:
             CheckpointError: there is no tokenizer.json.
@@ -364,7 +349,7 @@ class Encoded:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, strategy="longest_first")
-        # As whoever loads the result will feed it: the runtime, and transformers' own tokenizer.
+        # The runtime and transformers' own tokenizer will feed the fine-tuned model in the same way.
         has_types = getattr(model.config, "type_vocab_size", 0) > 1 and _tokenizer_gives_types(folder)
         ids, types, lengths = [], [], []
         for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
@@ -385,7 +370,7 @@ class Encoded:
         return len(self.labels)
 
     def batch(self, members: NDArray[np.int64], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """Model inputs [B, S], padded to the longest of the batch, and labels [B]."""
+        """Return the model's inputs [B, S], padded to the longest example of the batch, and the labels [B]."""
         starts, lengths = self.ends[members], self.ends[members + 1] - self.ends[members]
         places = np.arange(int(lengths.max()))
         mask = places < lengths[:, None]
@@ -405,7 +390,7 @@ def _tokenizer_gives_types(folder: Path) -> bool:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"transformers cannot open the tokenizer of {folder} ({error}), which says whether pairs have types. "
+            f"transformers cannot open the tokenizer of {folder} ({error}), which tells if pairs have token types. "
             "Name its class in tokenizer_config.json, such as BertTokenizer."
         ) from error
     return "token_type_ids" in tokenizer.model_input_names
@@ -423,7 +408,7 @@ def fine_tune(
     bfloat16: bool = False,
     progress: str | None = None,
 ) -> None:
-    """Fine-tune in place on the model's device: AdamW, linear warm-up and decay, each epoch in an order of its own."""
+    """Fine-tune a model in place, on its device: AdamW, linear warm-up and decay, and a new order in each epoch."""
     device = model.device
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay, fused=device.type == "cuda"
@@ -450,7 +435,7 @@ def fine_tune(
 
 @torch.inference_mode()
 def predict(model: PreTrainedModel, data: Encoded, *, bfloat16: bool = False) -> NDArray[np.float32]:
-    """The classifier's outputs [N, labels]; examples of like length share a batch."""
+    """Compute the classifier's outputs, [N, labels]. Examples of similar length share a batch."""
     model.eval()
     order = np.argsort(np.diff(data.ends), kind="stable")
     rows = []
@@ -472,52 +457,7 @@ def _order(size: int, protocol: Protocol, seed: int) -> Iterator[NDArray[np.int6
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over classes [B], or squared error for a regression's float labels."""
+    """Return the mean cross-entropy of classes, or the mean squared error for the float labels of a regression."""
     if labels.is_floating_point():
         return F.mse_loss(logits[:, 0], labels)
     return F.cross_entropy(logits, labels)
-
-
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gte-train glue`."""
-    published = Protocol()
-    parser.add_argument("model", help="checkpoint folder, preset name or hub id; also RoBERTa, XLM-R, nomic-bert …")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the results; finished tasks stay")
-    parser.add_argument(
-        "--data", type=Path, help="folder with a folder per task (.tsv, .jsonl, .parquet); default: the hub"
-    )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=" ".join(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="one run each (default: 0)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on a GPU, else float32")
-    for name in ("max_length", "batch_size", "learning_rate", "epochs"):
-        value = getattr(published, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help="published: %(default)s"
-        )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the tasks and print the table."""
-    summary = glue(
-        args.model,
-        output=args.output,
-        data=args.data,
-        tasks=args.tasks,
-        seeds=list(dict.fromkeys(args.seeds)),
-        protocol=Protocol(
-            max_length=args.max_length,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            epochs=args.epochs,
-        ),
-        device=args.device,
-        dtype=args.dtype,
-        progress=True,
-    )
-    print(json.dumps(summary, indent=2) if args.json else table(summary))
-    return OK

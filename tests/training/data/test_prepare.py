@@ -13,19 +13,13 @@ import numpy as np
 import pytest
 
 from gte_deploy.errors import GteDeployError, InputError
-from gte_deploy.training import prepare as module
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.prepare import prepare, read_vocabulary
+from gte_deploy.training.data import prepare as module
+from gte_deploy.training.data import readers, units
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.prepare import prepare
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w200 w201"]
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12], [200, 201]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, factories):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    factories.write_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture
@@ -245,7 +239,7 @@ def test_a_damaged_parquet_file_is_an_error(tmp_path, make):
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(module, "_EXPANSION_FREE_BYTES", 1 << 16)
+    monkeypatch.setattr(readers, "_EXPANSION_FREE_BYTES", 1 << 16)
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(b"\n" * (1 << 19)))
     with pytest.raises(InputError, match="expands more than 200 times"):
@@ -303,48 +297,13 @@ def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path, make):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
-# --- the tokenizer --------------------------------------------------------------------------------------------------
-
-
-def test_vocabulary_comes_from_the_tokenizer(tokenizer):
-    vocab, file = read_vocabulary(tokenizer)
-    assert (vocab.size, vocab.special_ids) == (256, (0, 1, 2, 3, 4))
-    assert (vocab.pad_id, vocab.unk_id, vocab.cls_id, vocab.sep_id, vocab.mask_id) == (0, 1, 2, 3, 4)
-    assert read_vocabulary(file) == (vocab, file)
-
-
-def test_roberta_names_and_holes_are_understood(tmp_path):
-    names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 6, "<mask>": 7}  # no word owns 5
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": i, "content": name, **flags} for name, i in names.items() if name.startswith("<")]
-    model = {"type": "WordLevel", "vocab": names, "unk_token": "<unk>"}
-    content = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": {"content": "<mask>"}, "cls_token": "<s>"}')
-    vocab, _ = read_vocabulary(tmp_path)
-    assert (vocab.size, vocab.cls_id, vocab.mask_id, vocab.sep_id) == (8, 0, 7, 2)
-    assert vocab.ordinary_ids.tolist() == [4, 6]
-
-
-def test_tokenizers_that_cannot_be_used(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="is missing"):
-        read_vocabulary(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="no tokenizer that"):
-        read_vocabulary(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "<other>"}')
-    with pytest.raises(InputError, match="no mask token .looked for <other>"):
-        read_vocabulary(tmp_path)
-
-
 # --- parallel, interrupted, resumed ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def many_units(tmp_path, monkeypatch):
     """Six inputs, each a unit of its own."""
-    monkeypatch.setattr(module, "_UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "_UNIT_BYTES", 1)
     rng = np.random.default_rng(0)
     for i in range(6):
         texts = [" ".join(f"w{w}" for w in rng.integers(5, 256, n)) for n in rng.integers(0, 60, 200)]
@@ -462,12 +421,13 @@ def test_two_runs_do_not_write_one_output(tmp_path, make, many_units):
 SCRIPT = """
 import sys
 from pathlib import Path
-from gte_deploy.training import prepare as module
-module._UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
+from gte_deploy.training.data import units
+from gte_deploy.training.data.prepare import prepare
+units._UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
 
 if __name__ == "__main__":
     inputs, output, tokenizer, workers = sys.argv[1:]
-    module.prepare([inputs], Path(output), tokenizer=Path(tokenizer), workers=int(workers))
+    prepare([inputs], Path(output), tokenizer=Path(tokenizer), workers=int(workers))
 """
 
 

@@ -1,13 +1,11 @@
-"""Does a checkpoint use long contexts? Masked-token loss by position, and of the same tokens by context length.
+"""Measures whether a checkpoint uses long contexts: the masked-token loss by position and by context length.
 
-Only documents that fill the longest length are read. For the second curve the same rows are cut into windows of each
-context length: the same tokens are predicted from more or fewer neighbours, so that only the context differs.
+Only documents that fill a row of the longest length are read. For the loss by context length, the same rows are cut
+into windows of each length. The same tokens are then predicted from more or fewer neighbours; only the context differs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -25,21 +23,19 @@ from tqdm import tqdm
 from transformers import GteForMaskedLM
 
 from gte_deploy.errors import ConfigError, InputError, MissingDependencyError, NonFiniteError
-from gte_deploy.exit_codes import OK
-from gte_deploy.files import write_text, write_with
+from gte_deploy.files import write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.masking import Masking
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_batches
+from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resampling
+from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.model import micro_batch_tensors
-from gte_deploy.training.packing import MicroBatch, micro_batches
-from gte_deploy.training.sampling import NUM_SPECIAL, ChunkIndex, Resampling
 
-RESULT_FILE = "extrapolation.json"
-PLOT_FILE = "extrapolation.png"
 _SHORTEST_CONTEXT = 128
-_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of a vocabulary of 250,000
+_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of their logits over a vocabulary of 250,000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +61,7 @@ class ContextLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """What `extrapolate` measured over `rows` rows of `max_length` tokens."""
+    """The result of `extrapolate`, over `rows` rows of `max_length` tokens."""
 
     model: str
     rows: int
@@ -92,46 +88,38 @@ def extrapolate(
     device: str | None = None,
     progress: bool = False,
 ) -> Extrapolation:
-    """Measure a masked-LM checkpoint on a corpus's long documents.
+    """Measure a masked-LM checkpoint on the long documents of a corpus.
 
     Args:
         model: checkpoint folder, preset name or hub id.
-        data: corpus that `gte-train prepare` wrote, best one that the model was not trained on.
-        max_length: tokens of a row; documents that do not fill one are not read.
+        data: corpus that `gte-train prepare` wrote; use text that the model was not trained on.
+        max_length: tokens of a row; documents that do not fill a row are not read.
         contexts: window lengths, each a divisor of `max_length`; None takes the powers of two from 128 on.
-        buckets: in which the positions are averaged.
-        rows: how many to read; fewer where the corpus has fewer.
-        masking: every chosen token becomes [MASK] by default, as an evaluation has it.
-        seed: of the rows and the masks.
+        buckets: number of ranges of positions over which losses are averaged.
+        rows: number of rows to read; fewer if the corpus has fewer.
+        masking: how tokens are masked; by default every chosen token becomes [MASK], as usual in evaluations.
+        seed: seed of the choice of rows and of the masks.
         device: "cuda" or "cpu"; None takes a GPU where there is one. On a GPU the forward pass is in bfloat16.
-        progress: show a bar on stderr.
+        progress: show a progress bar on stderr.
 
     Raises:
-        InputError: no document is long enough, or lengths that do not divide.
+        InputError: no document is long enough, or a length does not divide another as it must.
         ConfigError: the model has fewer positions, or another vocabulary.
-        NonFiniteError: a loss is NaN.
+        NonFiniteError: a loss is NaN or infinite.
     """
     contexts = sorted(_default_contexts(max_length) if contexts is None else {*contexts, max_length})
     _require_divisors(max_length, contexts, buckets)
     corpus = TokenCorpus.open(data)
     index = _full_chunks(corpus, max_length, seed)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     network: GteForMaskedLM = _load(model, corpus, max_length).to(place)
 
     count = min(rows, index.num_chunks)
+    settings = StepSettings(batch_size=1, token_budget=max_length, seed=seed, masking=masking)
     losses = {context: _RowMeans(count, max_length) for context in contexts}
     numbers = tqdm(range(count), desc="rows", disable=not progress, file=sys.stderr)
     for number in numbers:
-        (row,) = micro_batches(
-            index,
-            step=number,
-            batch_size=1,
-            token_budget=max_length,
-            rank=0,
-            world_size=1,
-            seed=seed,
-            masking=masking,
-        )
+        (row,) = micro_batches(index, number, settings)
         for context in contexts:
             batch = _windows(row, context, cls_id=corpus.vocab.cls_id, sep_id=corpus.vocab.sep_id, shortest=contexts[0])
             losses[context].add(number, batch.masked_positions, token_losses(network, batch))
@@ -153,10 +141,10 @@ def extrapolate(
 
 @torch.inference_mode()
 def token_losses(model: GteForMaskedLM, batch: MicroBatch) -> NDArray[np.float32]:
-    """Cross-entropy in nats of each masked token [M], through the packed forward that training uses.
+    """Compute the cross-entropy of each masked token in nats, [M], with training's packed forward pass.
 
     Raises:
-        NonFiniteError: one is NaN or infinite.
+        NonFiniteError: a loss is NaN or infinite.
     """
     device = model.device
     tensors: dict[str, Any] = micro_batch_tensors(batch, device)
@@ -170,12 +158,12 @@ def token_losses(model: GteForMaskedLM, batch: MicroBatch) -> NDArray[np.float32
             parts.append(F.cross_entropy(model.lm_head(hidden[at]).float(), wanted, reduction="none"))
     losses = torch.cat(parts).cpu().numpy()
     if not np.isfinite(losses).all():
-        raise NonFiniteError("the model gives a loss of NaN or infinity; check the checkpoint")
+        raise NonFiniteError("the model computes a loss of NaN or infinity; check the checkpoint")
     return losses
 
 
 def table(result: Extrapolation) -> str:
-    """Both curves, for a person."""
+    """Format the losses by position and by context length for a person."""
     lines = [f"{result.rows} rows of {result.max_length} tokens, {result.mask_probability:.0%} masked", ""]
     lines.append(f"{'position':>13} {'loss':>8} {'error':>7} {'tokens':>8}")
     for bucket in result.by_position:
@@ -188,7 +176,7 @@ def table(result: Extrapolation) -> str:
 
 
 def plot(result: Extrapolation, path: Path) -> None:
-    """Draw both curves with their standard errors into a .png or .svg.
+    """Plot the losses by position and by context length, with their standard errors, into a .png or .svg.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -213,7 +201,7 @@ def plot(result: Extrapolation, path: Path) -> None:
 
 
 class _RowMeans:
-    """Losses by row and position; rows are independent, the tokens of one are not: errors go by rows."""
+    """Losses by row and position. Standard errors are over rows: rows are independent, the tokens of a row are not."""
 
     def __init__(self, rows: int, length: int) -> None:
         self._losses = np.full((rows, length), np.nan, dtype=np.float32)
@@ -228,7 +216,7 @@ class _RowMeans:
         if not counts.sum():
             raise InputError(f"no token of the positions {start} to {stop - 1} is masked: read more rows")
         mean = sums.sum() / counts.sum()
-        # of a ratio of sums over rows (the delta method)
+        # The standard error of a ratio of sums over rows, by the delta method.
         residuals = sums - mean * counts
         rows = len(counts)
         error = math.sqrt(rows / max(1, rows - 1) * np.sum(residuals**2)) / counts.sum()
@@ -236,9 +224,10 @@ class _RowMeans:
 
 
 def _windows(row: MicroBatch, context: int, *, cls_id: int, sep_id: int, shortest: int) -> MicroBatch:
-    """The row as windows of `context` tokens, each between [CLS] and [SEP] like every text the model was trained on.
+    """Cut a row into windows of `context` tokens, each between [CLS] and [SEP], as the texts of the training are.
 
-    These two take the place of tokens; what they replace at the shortest context is predicted at none.
+    These two replace tokens. A token that they replace at the shortest context is predicted at no context, so that all
+    contexts predict the same tokens.
     """
     length = len(row.input_ids)
     input_ids = row.input_ids.copy()
@@ -291,48 +280,3 @@ def _require_divisors(max_length: int, contexts: Sequence[int], buckets: int) ->
             f"max_length {max_length}, contexts {list(contexts)}, {buckets} buckets: expected contexts of 3 or more "
             "tokens that divide max_length, and are multiples of the shortest, and a number of buckets that divides it"
         )
-
-
-# --- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gte-train extrapolate`."""
-    parser.add_argument("model", help="masked-LM checkpoint: folder, preset name or hub id")
-    parser.add_argument("--data", type=Path, required=True, help="corpus folder, best one held out from training")
-    parser.add_argument(
-        "-o", "--output", type=Path, help=f"folder for {RESULT_FILE} and {PLOT_FILE} (default: print only)"
-    )
-    parser.add_argument("--max-length", type=int, default=8192, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", metavar="N", help="window lengths (default: powers of two from 128)"
-    )
-    parser.add_argument("--buckets", type=int, default=16, metavar="N", help="of positions (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="texts to read (default: %(default)s)")
-    parser.add_argument("--mask-probability", type=float, default=0.3, metavar="P", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write the result and the plot."""
-    result = extrapolate(
-        args.model,
-        data=args.data,
-        max_length=args.max_length,
-        contexts=args.contexts,
-        buckets=args.buckets,
-        rows=args.rows,
-        masking=Masking(probability=args.mask_probability, mask_share=1.0, random_share=0.0),
-        seed=args.seed,
-        device=args.device,
-        progress=True,
-    )
-    text = json.dumps(result.to_dict(), indent=2)
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_text(args.output / RESULT_FILE, text + "\n")
-        plot(result, args.output / PLOT_FILE)
-    print(text if args.json else table(result))
-    return OK

@@ -1,11 +1,14 @@
-"""Train gte-en-mlm-tiny, the model that ships inside the package, by masked language modelling on a CPU.
+"""Warm up gte-en-mlm-tiny, the model that ships inside the package: masked language modelling on short pieces of text.
 
-    python -m gte_deploy.training.tiny_corpus corpus
-    python -m gte_deploy.training.pretrain_tiny corpus runs/tiny models/gte_en_mlm_tiny
+    python tools/tiny_model/warm_up.py corpus runs/warm-up warm-up
 
-The second folder keeps the checkpoints: the same command goes on where a stopped run ended. Batches and masks are pure
-functions of the seed and the step. Every batch is rectangular and without padding: either sentences of one length, or
-crops of one length that begin at a sentence.
+The first folder is the one that ``corpus.py`` wrote. The second folder keeps the checkpoint, so that the same command
+continues a stopped run. The third folder receives the model, from which ``gte-train run`` starts (see ``run.sh``).
+
+Batches and masks are pure functions of the seed and the step. Every batch is rectangular and has no padding: it holds
+either sentences of one length, or crops of one length that begin at a sentence. The masks and the learning rates are
+not those of ``gte-train``: numpy's generator draws the masks, and one schedule spans all stages. Both stay as they
+are, because the shipped weights come from them.
 """
 
 import argparse
@@ -13,7 +16,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -27,22 +29,22 @@ from safetensors.torch import load, save_file
 from transformers import GteForMaskedLM
 from transformers.models.gte.modeling_gte import GteLMHead
 
-from gte_deploy.models import BUILTIN_NAME
+from gte_deploy.files import write_with
+from gte_deploy.models import BUILTIN_NAME, builtin_path
 from gte_deploy.models.config import build_config
+from gte_deploy.training.data.vocabulary import read_vocabulary
+from gte_deploy.training.optim import build_optimizer, set_learning_rate
+from gte_deploy.training.recipe import Optimizer
 
 logger = logging.getLogger(__name__)
 
 SEED = 20240729
-REAL_VOCABULARY = 30522
-CLS, SEP, MASK = 101, 102, 103
+VOCABULARY, _ = read_vocabulary(builtin_path())
 MASK_PROBABILITY = 0.3
 SENTENCE_LENGTHS = range(8, 65)
 PEAK_LR = 1e-3
 WARMUP_STEPS = 150
 COOLDOWN_TOKENS = 1_000_000
-DECAY = 1e-5
-BETAS = (0.9, 0.98)
-EPSILON = 1e-6
 EMBEDDING_STD = 0.03
 FREQUENT, SAMPLED_RARE = 4096, 2048
 CHECKPOINT_EVERY = 100
@@ -50,7 +52,7 @@ WARM_START_TENSOR = "embeddings.word_embeddings.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class WarmUpStage:
     """``steps`` optimizer steps on crops of ``length`` tokens; ``sentence_share`` of the steps take whole sentences.
 
     ``sampled`` says that the loss normalises over a sample of the vocabulary, which halves the cost of a step.
@@ -64,20 +66,20 @@ class Stage:
 
 
 STAGES = (
-    Stage(length=128, tokens_per_step=2048, steps=1250, sentence_share=0.3, sampled=True),
-    Stage(length=512, tokens_per_step=4096, steps=200, sentence_share=0.2, sampled=True),
-    Stage(length=2048, tokens_per_step=8192, steps=24, sentence_share=0.1),
-    Stage(length=8192, tokens_per_step=8192, steps=8),
+    WarmUpStage(length=128, tokens_per_step=2048, steps=1250, sentence_share=0.3, sampled=True),
+    WarmUpStage(length=512, tokens_per_step=4096, steps=200, sentence_share=0.2, sampled=True),
+    WarmUpStage(length=2048, tokens_per_step=8192, steps=24, sentence_share=0.1),
+    WarmUpStage(length=8192, tokens_per_step=8192, steps=8),
 )
 
 
 class Corpus:
-    """The word pieces of one split, as ``tiny_corpus`` wrote them."""
+    """The word pieces of one split, as ``corpus.py`` wrote them."""
 
     def __init__(self, file: Path) -> None:
         arrays = np.load(file)
         self.tokens = arrays["tokens"]
-        self.counts = np.bincount(self.tokens, minlength=REAL_VOCABULARY)
+        self.counts = np.bincount(self.tokens, minlength=VOCABULARY.size)
         self.by_frequency = np.argsort(-self.counts, kind="stable")
         self.starts = arrays["sentences"][:-1]
         lengths = np.diff(arrays["sentences"])
@@ -85,7 +87,7 @@ class Corpus:
         weights = np.array([n * len(self.by_length[n]) for n in SENTENCE_LENGTHS], dtype=np.float64)
         self.length_weights = weights / weights.sum()
 
-    def batch(self, stage: Stage, rng: np.random.Generator) -> np.ndarray:
+    def batch(self, stage: WarmUpStage, rng: np.random.Generator) -> np.ndarray:
         """Draw one batch: int64 [rows, length] with [CLS] and [SEP] around every row."""
         length, starts = stage.length, self.starts
         if rng.random() < stage.sentence_share:
@@ -95,7 +97,7 @@ class Corpus:
         # A crop may run on into the next document, which is of the same source and most often of the same subject.
         chosen = np.minimum(chosen, len(self.tokens) - length + 2)
         body = self.tokens[chosen[:, None] + np.arange(length - 2)].astype(np.int64)
-        return np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (CLS, SEP)))
+        return np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (VOCABULARY.cls_id, VOCABULARY.sep_id)))
 
 
 def mask_tokens(ids: np.ndarray, probability: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -103,10 +105,11 @@ def mask_tokens(ids: np.ndarray, probability: float, rng: np.random.Generator) -
 
     Returns the hidden copy of ``ids`` and the chosen positions, both in the shape of ``ids`` [rows, length].
     """
-    chosen = (rng.random(ids.shape) < probability) & (ids > MASK)
+    mask_id = VOCABULARY.mask_id
+    chosen = (rng.random(ids.shape) < probability) & (ids > mask_id)  # the ids up to [MASK] are no word pieces
     kind = rng.random(ids.shape)
-    hidden = np.where(chosen & (kind < 0.8), MASK, ids)
-    hidden = np.where(chosen & (kind >= 0.9), rng.integers(MASK + 1, REAL_VOCABULARY, ids.shape), hidden)
+    hidden = np.where(chosen & (kind < 0.8), mask_id, ids)
+    hidden = np.where(chosen & (kind >= 0.9), rng.integers(mask_id + 1, VOCABULARY.size, ids.shape), hidden)
     return hidden, chosen
 
 
@@ -166,7 +169,7 @@ def initial_model(corpus: Corpus, embedding: torch.Tensor) -> GteForMaskedLM:
     # Rotated, every hidden unit carries a like share of the variance, which LayerNorm and AdamW expect.
     rotation = torch.linalg.qr(torch.randn(hidden, hidden)).Q
     reduced = centred @ components @ rotation
-    counts = F.pad(torch.from_numpy(corpus.counts), (0, model.config.vocab_size - REAL_VOCABULARY)) + 0.5
+    counts = F.pad(torch.from_numpy(corpus.counts), (0, model.config.vocab_size - VOCABULARY.size)) + 0.5
     with torch.no_grad():
         model.gte.embeddings.word_embeddings.weight[: len(reduced)] = reduced / reduced.std() * EMBEDDING_STD
         model.gte.embeddings.word_embeddings.weight[model.config.pad_token_id] = 0
@@ -174,16 +177,7 @@ def initial_model(corpus: Corpus, embedding: torch.Tensor) -> GteForMaskedLM:
     return model
 
 
-def make_optimizer(model: GteForMaskedLM) -> torch.optim.AdamW:
-    """AdamW whose decay does not grow with the learning rate; vectors (biases, LayerNorm) are not decayed."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": DECAY / PEAK_LR},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=BETAS, eps=EPSILON, fused=True)
-
-
-def schedule(stages: tuple[Stage, ...]) -> list[tuple[Stage, float]]:
+def schedule(stages: tuple[WarmUpStage, ...]) -> list[tuple[WarmUpStage, float]]:
     """The stage and the learning rate of every step: linear warm-up, a plateau, linear decay over the last tokens.
 
     The plateau lets the first stage be lengthened without training again what it has done (trapezoidal schedule, Zhai
@@ -197,15 +191,11 @@ def schedule(stages: tuple[Stage, ...]) -> list[tuple[Stage, float]]:
 
 
 def save_checkpoint(file: Path, model: GteForMaskedLM, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Write weights, optimizer state and step aside and rename them over ``file``."""
+    """Write weights, optimizer state and step into ``file``, which is replaced only when all is written."""
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    aside = file.with_suffix(".tmp")
-    save_file(tensors, aside, metadata={"step": str(step)})
-    with open(aside, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(aside, file)
+    write_with(file, lambda aside: save_file(tensors, aside, metadata={"step": str(step)}))
 
 
 def load_checkpoint(file: Path, model: GteForMaskedLM, optimizer: torch.optim.AdamW | None = None) -> int:
@@ -219,9 +209,11 @@ def load_checkpoint(file: Path, model: GteForMaskedLM, optimizer: torch.optim.Ad
         return int(tensors.metadata()["step"])
 
 
-def train(corpus: Corpus, model: GteForMaskedLM, folder: Path, stages: tuple[Stage, ...]) -> Iterator[dict[str, float]]:
+def train(
+    corpus: Corpus, model: GteForMaskedLM, folder: Path, stages: tuple[WarmUpStage, ...]
+) -> Iterator[dict[str, float]]:
     """Run the stages from the last checkpoint in ``folder``; yield step, stage length, loss and tokens per second."""
-    optimizer = make_optimizer(model)
+    optimizer = build_optimizer(model, Optimizer(), learning_rate=PEAK_LR, fused=True)
     checkpoint = folder / "checkpoint.safetensors"
     first = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     plan = schedule(stages)
@@ -235,8 +227,7 @@ def train(corpus: Corpus, model: GteForMaskedLM, folder: Path, stages: tuple[Sta
         loss = masked_loss(model, ids, rng, corpus.by_frequency if stage.sampled else None)
         optimizer.zero_grad()
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss of step {step} is {loss.item()}; lower PEAK_LR")
@@ -253,8 +244,8 @@ def export(model: GteForMaskedLM, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train from the corpus folder, or go on from the run folder, and export into the model folder."""
-    parser = argparse.ArgumentParser(description="Train gte-en-mlm-tiny.")
+    """Train on the corpus folder, or continue the run folder, and write the model into the output folder."""
+    parser = argparse.ArgumentParser(description="Warm up gte-en-mlm-tiny on short pieces of text.")
     for name in ("corpus", "run", "output"):
         parser.add_argument(name, type=Path)
     arguments = parser.parse_args()

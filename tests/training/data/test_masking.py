@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import Vocabulary
-from gte_deploy.training.masking import Masking, mask_places, mask_tokens
+from gte_deploy.training.data.corpus import Vocabulary
+from gte_deploy.training.data.masking import Masking, mask_places, mask_tokens
 
 VOCAB = Vocabulary(size=1_000, cls_id=2, sep_id=3, mask_id=4, pad_id=0, unk_id=1, special_ids=(0, 1, 2, 3, 4, 500))
 TOKENS = 1_000_000

@@ -1,12 +1,11 @@
-"""Which chunk of which document stands at which place of a stage: pure functions of the seed and of indices.
+"""The order of samples: documents cut into chunks, and the chunk that each sample of a stage takes.
 
-Nothing here has a state to save. The order is a keyed permutation computed per index, so that every rank, every number
-of workers and every resume sees the same samples by arithmetic alone.
+Everything here is a pure function of the seed and of indices, so there is no state to save. The order of a stage is a
+keyed permutation that is computed for each index. Every rank, and every resumed run, computes the same samples.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,105 +13,32 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import LengthHistogram, TokenCorpus
+from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus
+from gte_deploy.training.data.random import (
+    FIRST_LANGUAGE_STREAM,
+    STREAM_LANGUAGE,
+    STREAM_ORDER,
+    STREAM_RESAMPLE,
+    permute,
+    philox4x32,
+    split_words,
+    stream_key,
+)
 
-NUM_SPECIAL = 2  # [CLS] and [SEP] of a chunk
-_FEISTEL_ROUNDS = 8
-_MIXTURE_BLOCK = 1 << 16  # samples in which every language has its exact share
-_DOCUMENT_BLOCK = 1 << 20  # documents looked at together: bounds the memory of an index over 10^8 documents
-
-_LOW_32 = np.uint64(0xFFFFFFFF)
-_SHIFT_32 = np.uint64(32)
-_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUNDS = 10
-
-# One seed feeds several independent streams; the number is part of the key. Changing one changes every run.
-STREAM_RESAMPLE, STREAM_ORDER, STREAM_LANGUAGE, STREAM_MASK = 1, 2, 3, 4
-_FIRST_LANGUAGE_STREAM = 1 << 16
-
-Words = NDArray[np.uint64]
-
-
-# --- counter-based random numbers -----------------------------------------------------------------------------------
-
-
-def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> tuple[Words, ...]:
-    """Philox4x32-10: four 32-bit words, in uint64, per counter of four 32-bit words; counters broadcast.
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. numpy's own Philox makes one stream
-    per object; here each token of a batch has its own counter, so that a whole batch is one vectorised call.
-    """
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = key
-    for _ in range(_PHILOX_ROUNDS):
-        p0, p1 = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
-        c0 = (p1 >> _SHIFT_32) ^ c1 ^ np.uint64(k0)
-        c2 = (p0 >> _SHIFT_32) ^ c3 ^ np.uint64(k1)
-        c1, c3 = p1 & _LOW_32, p0 & _LOW_32
-        k0, k1 = (k0 + _PHILOX_WEYL[0]) & 0xFFFFFFFF, (k1 + _PHILOX_WEYL[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-def stream_key(seed: int, stream: int) -> tuple[int, int]:
-    """The Philox key of one stream of a seed.
-
-    Raises:
-        InputError: the seed is not in 0..2^64 - 1.
-    """
-    if not 0 <= seed < 1 << 64:
-        raise InputError(f"seed {seed} is outside 0..2^64 - 1")
-    word0, word1, _, _ = philox4x32((stream, 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
-    return int(word0), int(word1)
-
-
-def split_words(numbers: ArrayLike) -> tuple[Words, Words]:
-    """Low and high 32 bits of non-negative integers."""
-    wide = np.asarray(numbers).astype(np.uint64)
-    return wide & _LOW_32, wide >> _SHIFT_32
-
-
-def join_words(low: Words, high: Words) -> Words:
-    return low | (high << _SHIFT_32)
-
+NUM_SPECIAL = 2  # a chunk begins with [CLS] and ends with [SEP]
+_MIXTURE_BLOCK = 1 << 16  # samples; every language has its exact share in each such block
+_DOCUMENT_BLOCK = 1 << 20  # documents computed at once; bounds the memory of an index over 10^8 documents
 
 # --- the order of a stage -------------------------------------------------------------------------------------------
 
 
-def permute(positions: ArrayLike, *, size: int, epochs: ArrayLike, key: tuple[int, int]) -> NDArray[np.int64]:
-    """Where a keyed permutation of 0..size-1 sends each position; every epoch has its own permutation.
-
-    A Feistel network over a grid just larger than `size`, whose few surplus cells are left by walking the cycle
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). O(1) per position, no table.
-    """
-    rows = math.isqrt(size - 1) + 1 if size > 1 else 1
-    grid = (np.uint64(rows), np.uint64(-(-size // rows)))
-    places = np.atleast_1d(np.asarray(positions)).astype(np.uint64)
-    epoch_words = np.broadcast_to(np.asarray(epochs, dtype=np.uint64), places.shape)
-    result = _feistel(places, epoch_words, grid, key)
-    while (outside := result >= np.uint64(size)).any():
-        result[outside] = _feistel(result[outside], epoch_words[outside], grid, key)
-    return result.astype(np.int64)
-
-
-def _feistel(places: Words, epochs: Words, grid: tuple[np.uint64, np.uint64], key: tuple[int, int]) -> Words:
-    left, right = places % grid[0], places // grid[0]
-    for number in range(0, _FEISTEL_ROUNDS, 2):
-        left = (left + _round_function(right, number, epochs, key) % grid[0]) % grid[0]
-        right = (right + _round_function(left, number + 1, epochs, key) % grid[1]) % grid[1]
-    return right * grid[0] + left
-
-
-def _round_function(half: Words, number: int, epochs: Words, key: tuple[int, int]) -> Words:
-    low, high, _, _ = philox4x32((half, number, *split_words(epochs)), key)
-    return join_words(low, high)
-
-
 def samples_at(indices: ArrayLike, *, num_chunks: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(epochs, chunks) of the samples at `indices` of a stage, [N] each; every epoch visits every chunk once.
+    """Return the epochs and the chunks of the samples at `indices` of a stage, [N] each.
+
+    Every epoch visits every chunk once.
 
     Raises:
-        InputError: nothing to sample from, or a negative index.
+        InputError: there is no chunk, or an index is negative.
     """
     places = np.atleast_1d(np.asarray(indices, dtype=np.int64))
     if num_chunks < 1:
@@ -124,18 +50,13 @@ def samples_at(indices: ArrayLike, *, num_chunks: int, seed: int) -> tuple[NDArr
     return epochs, permute(places - epochs * num_chunks, size=num_chunks, epochs=epochs, key=key)
 
 
-def sample_at(index_in_stage: int, *, num_chunks: int, seed: int) -> tuple[int, int]:
-    """(epoch, chunk) of one sample: `samples_at` for a single index."""
-    epochs, chunks = samples_at([index_in_stage], num_chunks=num_chunks, seed=seed)
-    return int(epochs[0]), int(chunks[0])
-
-
 class LanguageMixture:
-    """Draws languages with q proportional to p^exponent, p the language's share of the chunks.
+    """Draws languages with probability q proportional to p^exponent, where p is the language's share of the chunks.
 
-    q is rounded to whole samples per block of 65,536, at least one for each language that has chunks; the places of a
-    block are permuted. So the share is exact in every block, and the how-manieth sample of its language an index is
-    follows by arithmetic: that number runs through the language's own permutations, epoch after epoch.
+    The samples come in blocks of 65,536. q is rounded to whole samples per block, at least one for each language that
+    has chunks, so that every block holds the exact shares; a permutation mixes the languages within the block. The
+    number of samples of one language before an index therefore follows by arithmetic. That number walks through the
+    language's own chunks, each epoch in a new permutation.
     """
 
     def __init__(self, chunks_per_language: ArrayLike, *, exponent: float) -> None:
@@ -148,11 +69,11 @@ class LanguageMixture:
 
     @property
     def probabilities(self) -> NDArray[np.float64]:
-        """Q per language, as it is drawn."""
+        """The probability of each language, after rounding."""
         return self.quota / _MIXTURE_BLOCK
 
     def samples_at(self, indices: ArrayLike, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(epochs, chunks) of the samples at `indices`; an epoch is that of the sample's language."""
+        """Return the epochs and the chunks of the samples at `indices`, [N] each; each language counts its epochs."""
         places = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         blocks, within = np.divmod(places, _MIXTURE_BLOCK)
         key = stream_key(seed, STREAM_LANGUAGE)
@@ -163,8 +84,8 @@ class LanguageMixture:
         epochs, chunks = np.empty_like(places), np.empty_like(places)
         for language in np.unique(languages):
             here = languages == language
-            # Its own seed: two languages of one size must not walk through their chunks in step.
-            low, high = stream_key(seed, _FIRST_LANGUAGE_STREAM + int(language))
+            # Each language has its own seed: two languages of one size must not walk through their chunks in step.
+            low, high = stream_key(seed, FIRST_LANGUAGE_STREAM + int(language))
             size = int(self._sizes[language])
             epochs[here], local = samples_at(ordinals[here], num_chunks=size, seed=low | high << 32)
             chunks[here] = local + self._first_chunk[language]
@@ -172,7 +93,7 @@ class LanguageMixture:
 
 
 def _quota(sizes: NDArray[np.int64], exponent: float) -> NDArray[np.int64]:
-    """Largest-remainder rounding of q to whole samples of a block."""
+    """Round q to whole samples of a block by the method of largest remainders."""
     used = sizes > 0
     if used.sum() > _MIXTURE_BLOCK:
         raise InputError(f"{used.sum()} languages are more than the {_MIXTURE_BLOCK} that a mixture can hold")
@@ -191,7 +112,10 @@ def _quota(sizes: NDArray[np.int64], exponent: float) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Resampling:
-    """Chunks of fewer than `short_threshold` tokens ([CLS] and [SEP] counted) stay with probability `keep_prob`."""
+    """Drops short chunks: those of fewer than `short_threshold` tokens stay with probability `keep_prob`.
+
+    The threshold counts [CLS] and [SEP]. The defaults keep every chunk.
+    """
 
     short_threshold: int = 0
     keep_prob: float = 1.0
@@ -205,7 +129,7 @@ class Resampling:
 
 @dataclass(frozen=True)
 class ResamplingReport:
-    """Chunk lengths before and after short ones were dropped; `str` of it is for a person."""
+    """Chunk lengths before and after short chunks were dropped; `str()` gives text for a person."""
 
     before: LengthHistogram
     after: LengthHistogram
@@ -215,12 +139,15 @@ class ResamplingReport:
 
 
 class ChunkIndex:
-    """Documents cut into chunks of at most `max_length` tokens; short documents stay alone, nothing is concatenated.
+    """The chunks of a corpus: each document is cut into chunks of at most `max_length` tokens.
 
-    A chunk is [CLS], up to `max_length` - 2 tokens of one document, [SEP]. Only the last chunk of a document can be
-    short, so that one number per document, the chunks kept before it, finds any chunk: 8 bytes a document in all.
-    Chunks are numbered after resampling. Whether a short chunk stays is a pure function of the seed and its number
-    before resampling. `language_exponent` None samples all chunks alike; else see LanguageMixture.
+    A chunk is [CLS], up to `max_length` - 2 tokens of one document, and [SEP]. Documents are never joined. Only the
+    last chunk of a document can be short. One number per document, the count of chunks before it, is therefore enough
+    to find any chunk: the index takes 8 bytes a document.
+
+    Chunks are numbered after resampling. Whether a short chunk stays is a pure function of the seed and of the chunk's
+    number before resampling. With `language_exponent` None all chunks are sampled alike, otherwise a LanguageMixture
+    chooses the languages.
     """
 
     def __init__(
@@ -254,54 +181,56 @@ class ChunkIndex:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of every chunk, [CLS] and [SEP] counted, [num_chunks]. Computed anew at each access."""
+        """Number of tokens of every chunk, with [CLS] and [SEP], [num_chunks]. Each access computes it anew."""
         return self.lengths_of(np.arange(self.num_chunks))
 
     def lengths_of(self, chunks: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of the given chunks, [CLS] and [SEP] counted."""
+        """Return the number of tokens of each given chunk, with [CLS] and [SEP]."""
         return self.locate(chunks)[2] + NUM_SPECIAL
 
     def locate(self, chunks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Document, first token and number of tokens (no special ones) of each chunk, [N] each."""
+        """Return the document, the first token and the number of tokens (without special ones) of each chunk, [N]."""
         documents = np.searchsorted(self._first_chunk, chunks, side="right") - 1
         starts = (chunks - self._first_chunk[documents]) * self._body
         return documents, starts, np.minimum(self.corpus.lengths[documents] - starts, self._body)
 
     def chunk(self, index: int) -> NDArray[np.int64]:
-        """[CLS] tokens [SEP] of one chunk.
+        """Return the token ids of one chunk, with [CLS] and [SEP].
 
         Raises:
-            InputError: no such chunk.
+            InputError: the index has no such chunk.
         """
         if not 0 <= index < self.num_chunks:
             raise InputError(f"chunk {index} is not in 0..{self.num_chunks - 1}")
         return self.chunks(np.array([index]))[0]
 
     def chunks(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The given chunks end to end, [T], and where each begins, [N + 1]."""
+        """Return the token ids of the given chunks, end to end, [T], and each chunk's offset and the end, [N + 1]."""
         documents, starts, lengths = self.locate(indices)
         ends = np.concatenate([[0], np.cumsum(lengths + NUM_SPECIAL)])
         token_ids = np.empty(int(ends[-1]), dtype=np.int64)
-        self.corpus.gather(documents, starts, lengths, out=token_ids, at=ends[:-1] + 1)
+        self.corpus.copy_tokens(documents, starts, lengths, out=token_ids, at=ends[:-1] + 1)
         token_ids[ends[:-1]] = self.corpus.vocab.cls_id
         token_ids[ends[1:] - 1] = self.corpus.vocab.sep_id
         return token_ids, ends
 
     def samples_at(self, indices: ArrayLike, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(epochs, chunks) of the samples at `indices` of a stage, by the mixture of languages if there is one."""
+        """Return the epochs and the chunks of the samples at `indices` of a stage, [N] each."""
         if self.mixture is not None:
             return self.mixture.samples_at(indices, seed=seed)
         return samples_at(indices, num_chunks=self.num_chunks, seed=seed)
 
     def histogram(self) -> ResamplingReport:
-        """Chunk lengths before and after resampling."""
+        """Count the chunk lengths before and after resampling."""
         return ResamplingReport(
             before=LengthHistogram.of(self._chunk_lengths(resampled=False)),
             after=LengthHistogram.of(self._chunk_lengths(resampled=True)),
         )
 
     def _blocks(self) -> Iterator[tuple[range, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
-        """Per block of documents: chunks before resampling, length of the last one, whether that one stays."""
+        """Yield, for each block of documents: its range, and per document the number of chunks before resampling, the
+        length of the last chunk, and whether that chunk stays.
+        """
         key = stream_key(self.seed, STREAM_RESAMPLE)
         first = 0
         for start in range(0, self.corpus.num_documents, _DOCUMENT_BLOCK):

@@ -1,8 +1,10 @@
-"""BERT's masking as a pure function of (seed, epoch, chunk, place in the chunk).
+"""BERT's masking as a pure function of the seed, the epoch, the chunk and the position in the chunk.
 
-Legend: T tokens, M masked tokens. Each ordinary token is chosen independently, so that the rate holds over a corpus; a
-chunk of few tokens may get none. Such a chunk stays as it is and carries no loss: to force one would raise the rate of
-short texts. A micro-batch can therefore have M = 0.
+Legend: T tokens, M masked tokens.
+
+Each ordinary token is chosen independently, so that the rate holds over the whole corpus. A short chunk may get no
+masked token. Such a chunk stays as it is and has no loss, because a forced mask would raise the rate of short texts.
+A micro-batch can therefore have M = 0.
 """
 
 from __future__ import annotations
@@ -13,13 +15,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gte_deploy.errors import InputError
-from gte_deploy.training.corpus import Vocabulary
-from gte_deploy.training.sampling import STREAM_MASK, join_words, philox4x32, split_words, stream_key
+from gte_deploy.training.data.corpus import Vocabulary
+from gte_deploy.training.data.random import STREAM_MASK, join_words, philox4x32, split_words, stream_key
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Of the tokens chosen with `probability`: `mask_share` become [MASK], `random_share` random, the rest stays."""
+    """How tokens are masked.
+
+    Args:
+        probability: each ordinary token is chosen with this probability.
+        mask_share: share of the chosen tokens that become [MASK].
+        random_share: share of the chosen tokens that become a random token. The other chosen tokens stay as they are.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
 
     probability: float = 0.3
     mask_share: float = 0.8
@@ -37,10 +48,21 @@ class Masking:
 def mask_tokens(
     token_ids: NDArray[np.int64], *, vocab: Vocabulary, masking: Masking, seed: int, epoch: int, chunk: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Mask one chunk [T]: (input_ids [T], positions [M], labels [M]), int64; the argument stays as it is.
+    """Mask one chunk.
+
+    Args:
+        token_ids: the chunk, [T] int64; it is not changed.
+        vocab: the vocabulary of the ids.
+        masking: how to mask.
+        seed: seed of the stage.
+        epoch: number of the visit to the chunk.
+        chunk: number of the chunk.
+
+    Returns:
+        The masked ids [T], the positions of the chosen tokens [M], and their original ids (the labels) [M], all int64.
 
     Raises:
-        InputError: an id outside the vocabulary.
+        InputError: an id is outside the vocabulary.
     """
     places = np.arange(len(token_ids))
     return mask_places(token_ids, places, vocab=vocab, masking=masking, seed=seed, epochs=epoch, chunks=chunk)
@@ -56,7 +78,10 @@ def mask_places(
     epochs: ArrayLike,
     chunks: ArrayLike,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Mask many chunks laid end to end; `places`, `epochs`, `chunks` say per token where it stands. See mask_tokens."""
+    """Mask many chunks that are laid end to end; see `mask_tokens` for the result.
+
+    `places`, `epochs` and `chunks` give each token's position in its chunk, the epoch, and the number of the chunk.
+    """
     if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < vocab.size:
         raise InputError(f"ids {token_ids.min()}..{token_ids.max()} are not all in the vocabulary of {vocab.size}")
     chooses, kinds, low, high = philox4x32(
@@ -78,5 +103,5 @@ def mask_places(
 
 
 def _threshold(probability: float) -> np.uint64:
-    """Uniform 32-bit words below this come with the probability."""
+    """Return the bound below which a uniform 32-bit word lies with the given probability."""
     return np.uint64(min(round(probability * (1 << 32)), 1 << 32))

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from gte_deploy.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.training import extrapolation
 from gte_deploy.training.cli import main
-from gte_deploy.training.corpus import TokenCorpus
-from gte_deploy.training.extrapolation import extrapolate, table, token_losses
-from gte_deploy.training.packing import MicroBatch
+from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.packing import MicroBatch
+from gte_deploy.training.evaluation import extrapolation
+from gte_deploy.training.evaluation.extrapolation import extrapolate, table, token_losses
 
 LENGTH = 64
 

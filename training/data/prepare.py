@@ -1,0 +1,435 @@
+"""Encode text into the token shards of a corpus.
+
+The inputs are cut into units, which worker processes encode in parallel. The corpus has the same bytes for any number
+of workers. Until it is complete, the work lies in the folder `.NAME.partial` beside the output: one shard and one
+record per finished unit. A second run with the same inputs and options continues from there. A rename puts the finished
+corpus into place.
+
+Text is encoded as it is, without special tokens and without truncation; a "[MASK]" in a text is encoded as its
+letters. A lone surrogate, which JSON allows and a tokenizer refuses, becomes U+FFFD and is counted. A document without
+a token is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gte_deploy.errors import GteDeployError, InputError
+from gte_deploy.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
+from gte_deploy.training.data.corpus import (
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX_FILE,
+    OFFSET_DTYPE,
+    TokenCorpus,
+    document_histogram,
+)
+from gte_deploy.training.data.readers import DocumentBreak, DocumentReader, ReadOptions, Unit
+from gte_deploy.training.data.units import plan_units
+from gte_deploy.training.data.vocabulary import load_tokenizer, read_vocabulary
+
+logger = logging.getLogger(__name__)
+
+_BATCH_DOCUMENTS = 1_000
+_BATCH_CHARACTERS = 4 << 20
+_POLL_SECONDS = 0.25
+_SHARD_KEYS = ("name", "language", "documents", "tokens", "tokens_sha256", "offsets_sha256")
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    tokenizer: Path,
+    workers: int = 1,
+    text_column: str = "text",
+    document_break: DocumentBreak = "blank-line",
+    skip_bad: bool = False,
+    max_document_bytes: int = 16 << 20,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: bool = False,
+) -> TokenCorpus:
+    """Encode `inputs` into the corpus folder `output`, or continue an interrupted run.
+
+    Args:
+        inputs: files, folders, globs, or `hf:NAME[@REVISION][:CONFIG[:SPLIT]]`; `LANGUAGE=` before an input names its
+            language. Files are JSON lines (such as C4's .json.gz), .parquet or .txt.
+        output: folder to write.
+        tokenizer: checkpoint folder with a tokenizer.json, or that file.
+        workers: number of processes. With more than one, the caller's main module must be importable
+            (`if __name__ == "__main__"`).
+        text_column: see ReadOptions.
+        document_break: see ReadOptions.
+        skip_bad: see ReadOptions.
+        max_document_bytes: see ReadOptions.
+        overwrite: replace a corpus that exists already.
+        restart: discard the work of an interrupted run.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: an input, the tokenizer or the output folder cannot be used; for a bad record the message names
+            file and line.
+        MissingDependencyError: an input is Parquet or a dataset, and its library is not installed.
+    """
+    output = Path(output).absolute()
+    if workers < 1:
+        raise InputError(f"workers {workers} is below 1")
+    options = ReadOptions(text_column, document_break, skip_bad, max_document_bytes)
+    _check_output(output, overwrite)
+    vocab, tokenizer_file = read_vocabulary(Path(tokenizer))
+    units = plan_units(inputs)
+    header = {
+        "version": FORMAT_VERSION,
+        "tokenizer_sha256": sha256_file(tokenizer_file),
+        "vocabulary": asdict(vocab),
+        "options": asdict(replace(options, skip_bad=False)),
+    }
+    with _workspace(output, header, restart=restart) as work:
+        job = Job(str(work), str(tokenizer_file), vocab.dtype.str, options)
+        pending = _pending(job, units)
+        if len(pending) < len(units):
+            logger.info("resuming: %d of %d units are already encoded", len(units) - len(pending), len(units))
+        with _progress_bar(units, pending, progress) as bar:
+            _encode_all(pending, job, workers=workers, bar=bar)
+        _finish(job, units, header)
+        _install(work / "corpus", output)
+    return TokenCorpus.open(output)
+
+
+# --- encoding units -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings that every worker needs. Plain data, because it is sent to other processes."""
+
+    work: str
+    tokenizer_file: str
+    dtype: str
+    options: ReadOptions
+
+
+class _Shared:
+    """The workers' common counters, which the parent shows, and the flag by which it stops the workers."""
+
+    def __init__(self, context: Any) -> None:
+        self.stop = context.Event()
+        self.bytes_done = context.Value("q", 0)
+        self.tokens_done = context.Value("q", 0)
+
+
+class _StoppedError(Exception):
+    """The parent stops its workers, or another unit failed. The unit is discarded."""
+
+
+class _Encoder:
+    """Encodes units into shards of the workspace."""
+
+    def __init__(self, job: Job, shared: _Shared) -> None:
+        self._job, self._shared = job, shared
+        self._tokenizer = load_tokenizer(Path(job.tokenizer_file))
+
+    def encode(self, unit: Unit) -> None:
+        """Write the unit's tokens and offsets, and then the record that marks the unit as finished."""
+        try:
+            self._encode(unit)
+        except BaseException:
+            self._shared.stop.set()  # at once, and not by the parent: no unit is begun after a failed one
+            raise
+
+    def _encode(self, unit: Unit) -> None:
+        work, counts = Path(self._job.work), Counter[str]()
+        lengths: list[int] = []
+        tokens_file = work / "corpus" / f"{unit.name}.tokens"
+
+        def write_tokens(aside: Path) -> None:
+            with aside.open("wb") as file:
+                for ids in self._encoded(unit, counts):
+                    lengths.extend(map(len, ids))
+                    flat = itertools.chain.from_iterable(ids)
+                    file.write(np.fromiter(flat, dtype=self._job.dtype, count=sum(map(len, ids))).tobytes())
+
+        write_with(tokens_file, write_tokens)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=OFFSET_DTYPE)]).astype(OFFSET_DTYPE)
+        offsets_file = tokens_file.with_suffix(".offsets")
+        write_bytes(offsets_file, offsets.tobytes())
+        record = {
+            "unit": asdict(unit),
+            "name": unit.name,
+            "language": unit.language,
+            "documents": len(lengths),
+            "tokens": int(offsets[-1]),
+            "tokens_sha256": sha256_file(tokens_file),
+            "offsets_sha256": sha256_file(offsets_file),
+            "counts": dict(sorted(counts.items())),
+        }
+        write_text(work / "units" / f"{unit.name}.json", json.dumps(record))
+
+    def _encoded(self, unit: Unit, counts: Counter[str]) -> Iterator[list[list[int]]]:
+        reader = DocumentReader(self._job.options, counts=counts, advance=self._advance)
+        for texts in _batches(reader.read(unit)):
+            if self._shared.stop.is_set():
+                raise _StoppedError
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+            kept = [document for document in ids if document]
+            counts["empty_documents"] += len(ids) - len(kept)
+            with self._shared.tokens_done.get_lock():
+                self._shared.tokens_done.value += sum(map(len, kept))
+            yield kept
+
+    def _advance(self, num_bytes: int) -> None:
+        with self._shared.bytes_done.get_lock():
+            self._shared.bytes_done.value += num_bytes
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        batch.append(text)
+        held += len(text)
+        if len(batch) >= _BATCH_DOCUMENTS or held >= _BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> None:
+    if not units:
+        return
+    shared = _Shared(multiprocessing.get_context("spawn"))
+    executor, encode = _executor(units, job, shared, workers)
+    before = bar.n
+    try:
+        with executor:
+            try:
+                with _interrupts_held_back():  # the first submission starts the workers
+                    order = [executor.submit(encode, unit) for unit in units]
+                pending = set(order)
+                while pending:
+                    done, pending = futures.wait(pending, _POLL_SECONDS, futures.FIRST_COMPLETED)
+                    _show(bar, before, shared)
+                    errors = [error for future in order if future in done and (error := future.exception())]
+                    for error in errors:
+                        if not isinstance(error, _StoppedError):  # the failure that stopped it is still to come
+                            raise error
+            except BaseException:
+                shared.stop.set()
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise GteDeployError(
+            "a worker process died, perhaps for lack of memory: run the same command again with fewer workers; it "
+            "continues after the finished units"
+        ) from error
+
+
+def _executor(
+    units: Sequence[Unit], job: Job, shared: _Shared, workers: int
+) -> tuple[futures.Executor, Callable[[Unit], None]]:
+    """Return an executor and the function that it runs for each unit.
+
+    A single worker is a thread of this process, and the tokenizer's own threads use the cores. More are processes.
+    """
+    if workers == 1:
+        return futures.ThreadPoolExecutor(1), _Encoder(job, shared).encode
+    processes = min(workers, len(units))
+    # spawn, because a fork would copy the threads and locks that torch or a tokenizer has in this process.
+    executor = futures.ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(job, shared, workers // processes),
+    )
+    return executor, _encode_in_process
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Start processes with SIGINT blocked, so that Ctrl-C, which reaches the whole group, is left to the parent.
+
+    A worker could not ignore the signal by itself in time: it could be interrupted before its first statement. This
+    process receives a signal that came meanwhile when the block ends.
+    """
+    resource_tracker.ensure_running()  # now, because the start of the tracker unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+_process_encoder: _Encoder | None = None
+
+
+def _start_worker(job: Job, shared: _Shared, threads: int) -> None:
+    global _process_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _process_encoder = _Encoder(job, shared)
+
+
+def _die_with_parent() -> None:
+    """End this worker when its parent ends. A killed parent cannot stop its workers, which would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+
+def _encode_in_process(unit: Unit) -> None:
+    assert _process_encoder is not None
+    _process_encoder.encode(unit)
+
+
+def _progress_bar(units: Sequence[Unit], pending: Sequence[Unit], progress: bool) -> tqdm:
+    total, left = sum(unit.size for unit in units), sum(unit.size for unit in pending)
+    return tqdm(
+        total=total or None,
+        initial=total - left,
+        unit="B",
+        unit_scale=True,
+        desc="prepare",
+        disable=not progress,
+        mininterval=0.3 if sys.stderr.isatty() else 10.0,  # a log file keeps every update
+    )
+
+
+def _show(bar: tqdm, before: int, shared: _Shared) -> None:
+    bar.set_postfix_str(f"{shared.tokens_done.value:,} tokens", refresh=False)
+    bar.update(before + shared.bytes_done.value - bar.n)
+
+
+# --- the workspace --------------------------------------------------------------------------------------------------
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return
+    if not overwrite:
+        raise InputError(f"{output} exists already: choose another folder, or replace it with overwrite (--overwrite)")
+    if not (output / INDEX_FILE).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is no corpus, so it is not replaced: choose another folder")
+
+
+@contextlib.contextmanager
+def _workspace(output: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Path]:
+    """Lock the folder `.NAME.partial`, which must have been begun with the same header; remove it at the end."""
+    work = output.with_name(f".{output.name}.partial")
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{work} is in use: another prepare is writing {output}") from error
+        _begin(work, json.dumps(header, sort_keys=True), restart)
+        yield work
+        shutil.rmtree(work)
+
+
+def _begin(work: Path, header: str, restart: bool) -> None:
+    header_file = work / "header.json"
+    known = header_file.read_text("utf-8") if header_file.is_file() else None
+    if known not in (None, header) and not restart:
+        raise InputError(
+            f"{work} was begun with other options or another tokenizer: finish that run, or discard its work with "
+            "restart (--restart)"
+        )
+    for folder in (work / "corpus", work / "units"):
+        if restart or known is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        folder.chmod(DIRECTORY_MODE)
+    write_text(header_file, header)
+
+
+def _pending(job: Job, units: Sequence[Unit]) -> list[Unit]:
+    """Return the units that are still to be encoded. Remove the files of all others than finished units."""
+    finished = {unit.name for unit in units if _record(job, unit) is not None}
+    for file in itertools.chain(*(Path(job.work, folder).iterdir() for folder in ("corpus", "units"))):
+        if file.stem not in finished:
+            file.unlink()
+    return [unit for unit in units if unit.name not in finished]
+
+
+def _record(job: Job, unit: Unit) -> dict[str, Any] | None:
+    """Return the record of a finished unit, or None if the unit is to be encoded, perhaps again."""
+    try:
+        record = json.loads(Path(job.work, "units", f"{unit.name}.json").read_text("utf-8"))
+        sizes = {
+            ".tokens": record["tokens"] * np.dtype(job.dtype).itemsize,
+            ".offsets": (record["documents"] + 1) * OFFSET_DTYPE.itemsize,
+        }
+        whole = all(Path(job.work, "corpus", unit.name + end).stat().st_size == size for end, size in sizes.items())
+        same = record["unit"] == json.loads(json.dumps(asdict(unit)))
+        skipped = record["counts"].get("bad_records", 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if whole and same and (job.options.skip_bad or not skipped) else None
+
+
+def _finish(job: Job, units: Sequence[Unit], header: Mapping[str, Any]) -> None:
+    counts: Counter[str] = Counter()
+    shards = []
+    for unit in units:
+        record = _record(job, unit)
+        if record is None:
+            raise GteDeployError(f"{unit.name} in {job.work} was altered during the run: run the same command again")
+        counts.update(record["counts"])
+        sources = [Path(file).name for file in unit.files] or [f"hf:{unit.dataset}#{unit.dataset_shard}"]
+        shards.append({key: record[key] for key in _SHARD_KEYS} | {"sources": sources})
+    index = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "vocabulary": header["vocabulary"],
+        "tokenizer_sha256": header["tokenizer_sha256"],
+        "languages": list(dict.fromkeys(unit.language for unit in units)),
+        "counts": dict(sorted(counts.items())),
+        "shards": shards,
+    }
+    folder = Path(job.work, "corpus")
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
+    corpus = TokenCorpus.open(folder)
+    everything = document_histogram(corpus)
+    per_language = {name: document_histogram(corpus, name).as_dict() for name in corpus.languages}
+    plot = {"unit": "tokens per document", "all": everything.as_dict(), "languages": per_language}
+    write_text(folder / "histogram.json", json.dumps(plot) + "\n")
+    write_text(folder / "histogram.txt", f"{everything}\n")
+
+
+def _install(made: Path, output: Path) -> None:
+    """Rename the finished folder into place. After a kill between the renames, the next run does it."""
+    old = output.with_name(f".{output.name}.old")
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+    made.rename(output)
+    sync_directory(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
