@@ -55,6 +55,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p gte_deploy
 	$(BIN)/mypy tools
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python tools/check_files.py
 
 format: $(VENV)/.dev
