@@ -66,7 +66,7 @@ def sync_file(path: Path) -> None:
     path.chmod(FILE_MODE)
 
 
-def write_with(path: Path, write: Callable[[Path], None]) -> None:
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it over `path`.
 
     A failure or a kill leaves the old file as it was; at worst a `.tmp` file stays beside it.

@@ -172,10 +172,11 @@ def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
         return [embeddings], True
     if isinstance(embeddings, list | tuple) and all(isinstance(each, SparseEmbedding) for each in embeddings):
         return list(embeddings), False
-    if hasattr(embeddings, "to_dense"):  # a tensor of torch
-        embeddings = embeddings.detach().to_dense().cpu().numpy()
-    if isinstance(embeddings, np.ndarray) and embeddings.ndim in (1, 2) and embeddings.dtype.kind == "f":
-        return [sparsify(row) for row in np.atleast_2d(embeddings)], embeddings.ndim == 1
+    array: Any = embeddings
+    if hasattr(array, "to_dense"):  # a torch tensor
+        array = array.detach().to_dense().cpu().numpy()
+    if isinstance(array, np.ndarray) and array.ndim in (1, 2) and array.dtype.kind == "f":
+        return [sparsify(row) for row in np.atleast_2d(array)], array.ndim == 1
     raise InputError(
         "embeddings must be what encode_sparse gives, or an array or tensor of floats [V] or [N, V], not "
         f"{type(embeddings).__name__}"

@@ -406,7 +406,7 @@ class Client(TextInterface):
             numbers = [i for i, pair in enumerate(pairs) if len(pair) == size]
             if numbers:
                 columns = zip(*(pairs[i] for i in numbers), strict=True)
-                texts = dict(zip(("TEXT", "TEXT_PAIR"), columns, strict=False))
+                texts: dict[str, Sequence[str]] = dict(zip(("TEXT", "TEXT_PAIR"), columns, strict=False))
                 yield from self._infer_all("gte_rerank", texts, options, ("SCORE", "LOGITS"), limits, numbers)
 
     def _infer_all(

@@ -174,7 +174,7 @@ def save_model(
         CheckpointError: another class of model, or another layout.
     """
     folder = Path(folder)
-    task = next((task for task, cls in MODEL_CLASSES.items() if type(model) is cls), None)
+    task: Task | None = next((task for task, cls in MODEL_CLASSES.items() if type(model) is cls), None)
     if task is None or layout not in LAYOUTS:
         expected = ", ".join(cls.__name__ for cls in MODEL_CLASSES.values())
         raise CheckpointError(

@@ -37,7 +37,7 @@ ARCHITECTURES: dict[Task, str] = {
     "classify": "ForSequenceClassification",
     "token-classify": "ForTokenClassification",
 }
-_TASKS = {suffix: task for task, suffix in ARCHITECTURES.items()}
+_TASKS: dict[str, Task] = {suffix: task for task, suffix in ARCHITECTURES.items()}
 
 # What the original implementation assumes where its config.json is silent. Sizes, token types and the RoPE base have
 # no default here: a wrong guess would give a model that runs and is wrong.
@@ -125,9 +125,10 @@ def build_config(name: str) -> GteConfig:
 
     fields = dict(preset(name))
     architecture = "Gte" + ARCHITECTURES[fields["task"]]
-    config = {key: value for key, value in fields.items() if key not in USAGE_FIELDS}
+    config: dict[str, Any] = {key: value for key, value in fields.items() if key not in USAGE_FIELDS}
+    config |= {"rope_parameters": dict(config["rope_parameters"]), "architectures": [architecture]}
     register_rope()
-    return GteConfig(**config | {"rope_parameters": dict(config["rope_parameters"])}, architectures=[architecture])
+    return GteConfig(**config)
 
 
 def original_config(config: GteConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:

@@ -6,7 +6,7 @@ takes the tokens of each row, and makes the pairs itself. Both poolings are adde
 Shapes: B rows, S tokens, M masks of the row that has most, H hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def _value(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
-def _replace(values: "list[onnx.ValueInfoProto]", new: onnx.ValueInfoProto) -> None:
+def _replace(values: Iterable[onnx.ValueInfoProto], new: onnx.ValueInfoProto) -> None:
     next(value for value in values if value.name == new.name).CopyFrom(new)
 
 
