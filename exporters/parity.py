@@ -35,7 +35,6 @@ from gte_deploy.exporters.parity_batches import (
 )
 from gte_deploy.exporters.text_batches import TextBatch
 from gte_deploy.models.heads import (
-    HIDDEN,
     ClassifyHead,
     Head,
     HeadOptions,
@@ -55,6 +54,7 @@ from gte_deploy.spec import (
     SparseSpec,
     Task,
 )
+from gte_deploy.tasks.base import HIDDEN
 
 Bounds = Literal["strict", "report"]
 _CHUNK_ELEMENTS = 1 << 22

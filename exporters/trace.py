@@ -1,7 +1,7 @@
 """A transformers GTE model -> a standard-operators-only ONNX graph with dynamic batch and sequence axes.
 
-The modules traced are transformers' own; the task's inputs and outputs are a thin wrapper around them. Three things
-differ from their forward, none in value:
+The traced modules are transformers' own, and the head of the task is the one in `models/heads.py`. Three things differ
+from transformers' forward, and no value does:
 
 * the mask enters attention as an additive [B, 1, 1, S] tensor, so that no graph ever holds [B, 1, S, S] masks;
 * cosines and sines come from tables that the model's own rotary module filled in FP32. Computing them elsewhere
@@ -29,8 +29,10 @@ from transformers import PreTrainedModel
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters.fusion.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.checkpoint import MODEL_CLASSES
-from gte_deploy.models.heads import HIDDEN, Head, HeadOptions, PaddedStates, SparseHead, make_head
-from gte_deploy.spec import LOGITS, POOLINGS, TASKS, Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_head
+from gte_deploy.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import HIDDEN
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class RotaryTable(nn.Module):
 
 
 class _TracedStates(PaddedStates):
-    """Padded hidden states whose masked rows are taken by the operator GatherND."""
+    """Padded hidden states that take the masked rows with the operator GatherND."""
 
     def masked_tokens(self) -> Tensor | None:
         """See `States`."""
@@ -135,7 +137,7 @@ class _Wrapper(nn.Module):
         self.head: Head | None = head
         self.output_names = (HIDDEN, head.output)
         if isinstance(head, SparseHead):
-            # Its module is none of the model's. Registered and called by this name, it gives its name to the nodes.
+            # The model does not own this module. torch names its nodes only if it is registered and called here.
             self.lm_head, self.head = head.module, None
         # One id, broadcast: ids of [B, S] would look the same row up for every token.
         self.register_buffer("type_zero", torch.zeros((1, 1), dtype=torch.long))
@@ -292,7 +294,7 @@ def _scopes(node: ir.Node) -> list[str]:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Fold shape arithmetic, turn weights the way MatMul wants them, share what is equal, drop what is dead."""
+    """Fold shape arithmetic, transpose weights for MatMul, share equal constants, remove unused nodes."""
     ir_passes.ClearMetadataAndDocStringPass()(model)
     _transpose_weights(model.graph)
     _state_reshapes(model.graph)

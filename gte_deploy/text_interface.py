@@ -17,10 +17,11 @@ from gte_deploy.errors import InputError
 from gte_deploy.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 from gte_deploy.pooling import EmbeddingPrecision
 from gte_deploy.spec import SPARSE_ROUTES, ModelSpec, Pooling, SparseRoute, Task
+from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import ReturnType, check_choice
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
-from gte_deploy.tasks.sparse import SPARSE, Names, SparseForm, SparseRequest
+from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
 from gte_deploy.tasks.token_classify import (
     AggregationStrategy,
     Entity,
@@ -46,7 +47,7 @@ class BatchOptions:
     """How the inputs of one call are cut and batched.
 
     Args:
-        limits: of a batch.
+        limits: bounds on each batch.
         truncation: whether an input that is too long loses its last tokens; without it that is an error.
         max_length: tokens to allow, special tokens included; None for the model's own limit.
     """
@@ -74,7 +75,7 @@ class TextInterface(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what is held. Idempotent."""
+        """Free the engine or the connections. Idempotent."""
 
     def __enter__(self) -> Self:
         return self
@@ -548,7 +549,7 @@ class TextInterface(ABC):
         return BatchOptions(limits, truncation, max_length)
 
     def _require_task(self, *tasks: Task) -> None:
-        if self.spec.task not in tasks:
+        if not any(TASKS[task].can_run_on(self.spec) for task in tasks):
             raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
 
     def _refuse_sparse(self) -> None:
@@ -558,7 +559,7 @@ class TextInterface(ABC):
             )
 
     def _require_sparse(self) -> None:
-        if not SPARSE.can_run_on(self.spec):
+        if not TASKS["sparse"].can_run_on(self.spec):
             raise InputError(
                 f"this needs a sparse model, and {self._name} is made for {self.spec.task}. A checkpoint with a "
                 "masked-LM head or with a token classifier of one label is loaded (task='sparse') or exported "
@@ -566,11 +567,11 @@ class TextInterface(ABC):
             )
 
     def _why_not_sparse(self) -> str:
-        """What the checkpoint itself says of it, to end a message with."""
+        """The end of an error message: why the checkpoint's own files make no sparse model."""
         return ""
 
     def _route(self, route: str | None) -> SparseRoute:
-        """Which way texts go; see `SparseSpec.default_route`."""
+        """The route of the texts of a call; see `SparseSpec.default_route`."""
         sparse = self.spec.sparse
         if route is None and sparse is not None and sparse.query_weights is not None:
             route = sparse.default_route
@@ -589,7 +590,7 @@ def _refuse_parts(model: str, **arguments: Any) -> None:
 
 
 def _without_effect(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `rank` that go to `predict`: without those that CrossEncoder.rank takes and ignores."""
+    """The options of `rank` that go to `predict`: all but those that CrossEncoder.rank takes and ignores."""
     for name in _NO_EFFECT_IN_RANK:
         if name in options:
             logger.warning("%s has no effect in rank, which returns Python floats", name)
@@ -597,10 +598,10 @@ def _without_effect(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
-    """What to put before each text: `prompt`, else the prompt of that name, else the checkpoint's default, else "".
+    """The text put before each input: `prompt`, else the prompt of that name, else the checkpoint's default, else "".
 
     Raises:
-        InputError: the prompt is no text, or none of the checkpoint's has that name.
+        InputError: the prompt is not a text, or the checkpoint has no prompt of that name.
     """
     if prompt is not None:
         if not isinstance(prompt, str):
@@ -620,7 +621,7 @@ def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
 
 
 def one_of(inputs: Any, sentences: Any) -> Any:
-    """The texts of `encode`, by their name or their former one.
+    """The inputs of a call, by the name `inputs` or by the former name `sentences`.
 
     Raises:
         InputError: both or neither are given.
@@ -631,7 +632,7 @@ def one_of(inputs: Any, sentences: Any) -> Any:
 
 
 def return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
-    """What `encode` returns, as SentenceTransformer.encode reads the two."""
+    """The type that `encode` returns, as SentenceTransformer.encode reads the two arguments."""
     if convert_to_tensor:
         return "tensor"
     return "numpy" if convert_to_numpy else "list of tensors"

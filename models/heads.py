@@ -21,9 +21,6 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.models.sparse_heads import sparse_head
 from gte_deploy.spec import Logits, ModelSpec, Pooling, SparseSpec, Task
 
-HIDDEN = "last_hidden_state"
-"""The output that every task has: the hidden states [B, S, H]."""
-
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Mean over the tokens that are not padding, in float32 or better.
@@ -335,7 +332,7 @@ class SparseHead:
 
     @classmethod
     def of(cls, model: Any, options: HeadOptions) -> SparseHead:
-        """Build the module, whose parameters are the model's own, uncopied."""
+        """Build the module. Its parameters are those of the model, not copies."""
         assert options.sparse is not None  # a model for this task has a SparseSpec
         return cls(sparse_head(model, options.sparse))
 
@@ -344,7 +341,7 @@ class SparseHead:
         return self.module(*states.tokens_of_batch())
 
 
-HEADS: dict[str, Callable[[Any, HeadOptions], Head]] = {
+HEADS: dict[Task, Callable[[Any, HeadOptions], Head]] = {
     "fill-mask": FillMaskHead,
     "embed": EmbedHead,
     "classify": ClassifyHead,

@@ -14,6 +14,7 @@ from gte_deploy.backends.devices import parse_device
 from gte_deploy.errors import BackendError, MissingDependencyError
 from gte_deploy.quiet import keep_caches_in_ours
 from gte_deploy.spec import ComputePrecision, ModelSpec, Task
+from gte_deploy.tasks.base import HIDDEN
 from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import TextTokenizer
 
@@ -64,7 +65,7 @@ class TorchBackend:
             model.set_attn_implementation(PACKED_ATTENTION)
         self._model: Any = model.to(_torch_device(device)).eval()
         self._heads = _heads(self._model, spec)
-        self.outputs: tuple[str, ...] = ("last_hidden_state", *self._heads)
+        self.outputs: tuple[str, ...] = (HIDDEN, *self._heads)
         encoder = self._model.base_model
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
@@ -87,8 +88,8 @@ class TorchBackend:
             with torch.inference_mode():
                 states = self._states(encoder, batch)
                 tensors = {name: heads[name](states) for name in outputs if name in heads}
-                if "last_hidden_state" in outputs:
-                    tensors["last_hidden_state"] = states.padded(states.hidden)
+                if HIDDEN in outputs:
+                    tensors[HIDDEN] = states.padded(states.hidden)
                 return {name: tensors[name].float().cpu().numpy() for name in outputs}
         except RuntimeError as error:
             raise BackendError(f"PyTorch failed on a batch of {batch.input_ids.shape}: {error}") from error
