@@ -48,12 +48,12 @@ TokenIds = Iterator[tuple[list[int], Rows]]
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was made, for other processes.
+    """How a model was made, so that another process can make the same model.
 
     Args:
-        again: with `arguments` makes the same model, in any process; both can be pickled.
-        arguments: see `again`.
-        reopen: opens the engine alone again, with a number of threads; None where that cannot be.
+        again: function that makes the model from `arguments`, in any process. Both can be pickled.
+        arguments: arguments of `again`.
+        reopen: function that opens only the engine again, with a number of threads; None where that is impossible.
     """
 
     again: Callable[..., "Model"]
@@ -81,7 +81,7 @@ class Model(TextInterface):
     ) -> None:
         """Join a backend and a tokenizer; `origin` tells other processes how.
 
-        `query_weights` [V] are those of a sparse model's queries.
+        `query_weights` [V] are the stored weights for the queries of a sparse model.
 
         `max_batch_tokens` bounds a batch, padding included; a longer text runs alone. No batch costs more attention
         (rows times length²) than one text of `spec.max_length`.
@@ -131,16 +131,16 @@ class Model(TextInterface):
 
     @property
     def backend(self) -> str:
-        """Name of what computes: "onnx", "openvino", "torch" or "tensorrt"."""
+        """Name of the backend: "onnx", "openvino", "torch" or "tensorrt"."""
         return self._backend.name
 
     @property
     def device(self) -> str:
-        """Where it computes, such as "cpu" or "cuda:0"."""
+        """Device of the backend, such as "cpu" or "cuda:0"."""
         return self._backend.device
 
     def info(self) -> dict[str, Any]:
-        """What was loaded, as plain JSON data."""
+        """Facts of the loaded model, as plain JSON data."""
         return {
             "gte_deploy": __version__,
             "path": str(self.path),
@@ -210,7 +210,7 @@ class Model(TextInterface):
     def _query_batches(
         self, request: SparseRequest, weights: NDArray[np.float32], texts: Sequence[str], options: BatchOptions
     ) -> Batches:
-        """By the stored weights of the tokens, special ones around the text left out."""
+        """Answer queries by the stored weights of their tokens, without the special tokens around the text."""
         numbers = list(range(len(texts)))
         rows = self._tokenize_texts(texts, options.truncation, options.max_length)(numbers)
         first, last = len(self._tokenizer.template.prefix), len(self._tokenizer.template.suffix)
@@ -274,7 +274,7 @@ class Model(TextInterface):
             yield indices, found
 
     def _masked_token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
-        """Batches of token ids that all hold a mask; texts that may hold none are looked at first."""
+        """Token ids of texts that all have a mask. Texts that may have none come first, so that they fail early."""
         mask, tokenize = self._tokenizer.mask_token, self._tokenize_texts(texts, options.truncation, options.max_length)
 
         def checked(indices: list[int]) -> Rows:
@@ -313,7 +313,7 @@ class Model(TextInterface):
         return tokenize
 
     def _limit(self, max_length: int | None, low: int) -> int:
-        """Tokens to allow, special tokens included; `low` is how few make sense."""
+        """The checked limit of tokens, special tokens included; a limit below `low` is an error."""
         return checked_max_length(max_length, low=low, limit=self.spec.max_length)
 
     def _why_not_sparse(self) -> str:

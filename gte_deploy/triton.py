@@ -5,8 +5,8 @@ from gte_deploy.triton import Client
 with Client("http://localhost:8000") as model:
     model.encode(["a text", "another"])
 
-The server runs a repository that `gte-export --format triton` wrote. Texts go in and answers come out; what is done
-here is the checking of arguments, the splitting of long lists, and the last step into the forms that `Model` returns.
+The server runs a repository that `gte-export --format triton` wrote. It takes texts and gives answers. The client
+checks arguments, splits long lists, and converts the answers to the forms that `Model` returns.
 
 Shapes: N inputs, B rows of a request, S tokens, H hidden size, D embedding size, L labels, M masks, K answers.
 """
@@ -146,7 +146,7 @@ class Client(TextInterface):
         self._pool = ThreadPoolExecutor(self._options["connections"], thread_name_prefix="gte-triton")
 
     def info(self) -> dict[str, Any]:
-        """What is served, as plain JSON data."""
+        """Facts of the served model, as plain JSON data."""
         served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
         return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
 
@@ -289,12 +289,12 @@ class Client(TextInterface):
 
 @dataclass(frozen=True)
 class _Call:
-    """What every request of one call of a method has.
+    """The parts that all requests of one call of a method have in common.
 
     Args:
-        ensemble: that answers.
-        inputs: tensors of one row, which hold for every row.
-        more_outputs: outputs besides those of the ensemble.
+        ensemble: the ensemble that answers.
+        inputs: option tensors with one row, which is repeated for every text.
+        more_outputs: output tensors besides those that the ensemble always has.
     """
 
     ensemble: Ensemble

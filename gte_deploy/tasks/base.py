@@ -48,7 +48,7 @@ class Ensemble:
     """The model on a Triton server that serves one use of a task.
 
     Args:
-        name: of the model.
+        name: name of the model on the server.
         outputs: names of the tensors that answer.
         options: names of the optional input tensors that it takes besides those of the tokenizer.
     """

@@ -31,9 +31,9 @@ class ScoreRequest:
     """The arguments of one call that say what to return.
 
     Args:
-        spec: of the model.
-        activation_fn: what the logits go through; None for the checkpoint's own.
-        apply_softmax: over the labels, where there are several; after the activation.
+        spec: facts of the model.
+        activation_fn: function applied to the logits; None for the checkpoint's own.
+        apply_softmax: whether a softmax over several labels follows the activation.
         return_type: "numpy", one "tensor", or a "list of tensors".
     """
 
@@ -43,10 +43,10 @@ class ScoreRequest:
     return_type: ReturnType = "numpy"
 
     def check(self) -> None:
-        """Refuse what cannot be honoured, before any work.
+        """Refuse arguments that cannot be honoured, before any work.
 
         Raises:
-            InputError: naming the argument and what it may be.
+            InputError: an argument has a wrong value; the message names the argument and the allowed values.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
         if self.activation_fn is not None and not callable(self.activation_fn):
@@ -111,7 +111,7 @@ def former_arguments(activation_fn: Any, activation_fct: Any, num_workers: Any) 
 
 
 def _activated(activation_fn: ActivationFn, logits: NDArray[np.float32]) -> NDArray[Any]:
-    """What the activation makes of the logits, given to it as the array or the tensor that it takes."""
+    """Apply the activation to the logits, as an array or as a tensor, whichever it takes."""
     torch = sys.modules.get("torch")  # a torch module can only come from a process that has torch
     try:
         if torch is None or not isinstance(activation_fn, torch.nn.Module):

@@ -31,7 +31,7 @@ class EmbeddingRequest:
     """The arguments of one call that say what to return.
 
     Args:
-        spec: of the model.
+        spec: facts of the model.
         pooling: "mean" or "cls".
         output_value: as in SentenceTransformer.encode; None is all there is.
         precision: type of sentence embeddings.
@@ -49,10 +49,10 @@ class EmbeddingRequest:
     truncate_dim: int | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be honoured, before any work.
+        """Refuse arguments that cannot be honoured, before any work.
 
         Raises:
-            InputError: naming the argument and what it may be.
+            InputError: an argument has a wrong value; the message names the argument and the allowed values.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
         check_choice("pooling", self.pooling, POOLINGS)

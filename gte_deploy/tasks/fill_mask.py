@@ -39,8 +39,8 @@ class MaskRequest:
     """The arguments of one call that say what to answer.
 
     Args:
-        spec: of the model.
-        tokenizer: of the model.
+        spec: facts of the model.
+        tokenizer: tokenizer of the model.
         candidates: token ids to choose from, int64.
         top_k: answers for each mask.
     """
@@ -88,8 +88,8 @@ def top_tokens(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The best `top_k` of the `candidates` for one mask's logits [V]: scores [K] and token ids [K], best first.
 
-    The softmax runs over all of V, rows that no token owns included, so that a score is the pipeline's; candidates
-    are what may be answered. Equal scores go to the lower id.
+    The softmax runs over all of V, rows that no token owns included, so that a score is the pipeline's. Only candidates
+    are answered. Of equal scores the lower id comes first.
     """
     scores = softmax(logits)[candidates]
     kept = min(top_k, len(candidates))
@@ -124,7 +124,7 @@ def answers(
 
 
 def check_mask(index: int, text: str, row: Sequence[int], tokenizer: "TextTokenizer") -> None:
-    """Refuse a text whose token ids `row` hold no mask; `index` is the caller's number of it.
+    """Refuse a text whose token ids `row` hold no mask; `index` is the caller's number of the text.
 
     Raises:
         InputError: it has none, or lost it by truncation.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _POOLED = "sparse_embedding"
 
 Names = Callable[[int], str] | Mapping[int, str] | Sequence[str]
-"""From vocabulary ids to what they are called."""
+"""Vocabulary id -> name of the entry."""
 
 
 SERVED = Ensemble("gte_sparse", ("TOKENS", "TOKEN", "TOKEN_ID", "WEIGHT"), ("MAX_ACTIVE_DIMS",))
@@ -71,7 +71,7 @@ class SparseRequest:
     """The arguments of one call that say what to answer.
 
     Args:
-        spec: of the model: for this task, or a token classifier with one label.
+        spec: facts of a model for this task, or of a token classifier with one label.
         max_active_dims: entries that the caller wants to keep; None for the checkpoint's own number.
         route: "query" or "document", where the two differ.
         unweighted: token ids that never have a weight, of a token classifier.
@@ -153,7 +153,7 @@ def unweighted_ids(tokenizer: "TextTokenizer", pad_token_id: int | None = None) 
 
 
 def entry_names(tokenizer: "TextTokenizer", spec: ModelSpec) -> Callable[[int], str]:
-    """What an entry is called, in the words of the model's own library.
+    """A function that names the entries of the vocabulary as the model's own library does.
 
     For token weights the decoded token, as gte-multilingual-base's dictionaries have it; else the vocabulary's entry,
     as SparseEncoder.decode gives it. An id that only pads the vocabulary is called "[ID]".
@@ -171,14 +171,14 @@ def entry_names(tokenizer: "TextTokenizer", spec: ModelSpec) -> Callable[[int], 
 
 @dataclass(frozen=True)
 class SparseForm:
-    """What `encode_sparse` returns: vectors, one torch tensor (sparse or dense), or dictionaries."""
+    """The form that `encode_sparse` returns: vectors, one torch tensor (sparse or dense), or dictionaries."""
 
     tensor: bool
     sparse_tensor: bool
     as_dict: bool
 
     def check(self) -> None:
-        """Refuse what cannot be honoured, before any work.
+        """Refuse a form that cannot be honoured, before any work.
 
         Raises:
             InputError: tensors and dictionaries are asked for.
@@ -217,7 +217,10 @@ def as_tensors(embeddings: Sequence[SparseEmbedding], *, sparse: bool) -> Any:
 
 
 def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
-    """Vectors of any form that `encode_sparse` gives, or arrays and tensors [V] or [N, V]; and whether it was one.
+    """Read vectors in any form that `encode_sparse` gives, or arrays and tensors [V] or [N, V].
+
+    Returns:
+        The vectors, and whether a single one was given.
 
     Raises:
         InputError: another form.
@@ -240,7 +243,7 @@ def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
 def to_tensors(embeddings: Sequence[SparseEmbedding], name: Callable[[int], str]) -> dict[str, NDArray[Any]]:
     """Vectors as the tensors of `SERVED`: `TOKENS` [B, 1] counts their entries, the others are [B, K], heaviest first.
 
-    `name` is called for what an entry is called.
+    `name` gives the name of an entry.
     """
     rows = [embedding.ordered() for embedding in embeddings]
     width = max(1, *map(len, rows))

@@ -81,8 +81,8 @@ class TaggingRequest:
 
     Args:
         aggregation_strategy: "none" answers tokens, the others groups of them.
-        ignore_labels: labels that are not answered.
-        stride: tokens that a window of a long text repeats of the one before; None where no text is cut into windows.
+        ignore_labels: labels that are left out of the answer.
+        stride: number of tokens that neighbouring windows of a long text share; None where texts are not cut.
     """
 
     aggregation_strategy: AggregationStrategy
@@ -94,7 +94,7 @@ class TaggingRequest:
         """Read the arguments as the pipeline does.
 
         Raises:
-            InputError: naming the argument and what it may be.
+            InputError: an argument has a wrong value; the message names the argument and the allowed values.
         """
         strategy = "none" if aggregation_strategy is None else aggregation_strategy
         strategy = str(getattr(strategy, "value", strategy)).lower()  # transformers has an enumeration for them
@@ -122,10 +122,10 @@ class TaggingRequest:
 
         Args:
             given: the texts.
-            pieces: of them; those of one text in order.
-            logits: number of the piece and logits [T, L] of its own tokens, for each piece in any order.
-            tokenizer: of the model.
-            spec: of the model.
+            pieces: pieces of the texts; those of one text come in order.
+            logits: number of a piece and logits [T, L] of its own tokens, for each piece in any order.
+            tokenizer: tokenizer of the model.
+            spec: facts of the model.
         """
         places = [given.places(piece) for piece in pieces]
         tagger = _Tagger(self.aggregation_strategy, tokenizer, spec.id2label)
@@ -149,8 +149,8 @@ class TaggedTexts:
     """The texts of one call.
 
     Args:
-        texts: what is answered about; words joined by the delimiter where the caller gave words.
-        encoded: what is tokenised: the texts, or the words of each.
+        texts: the texts whose tokens are labelled; words are joined by the delimiter where the caller gave words.
+        encoded: the input of the tokenizer: the texts, or the words of each text.
         word_starts: where each word begins in its text; None where the caller gave texts.
         offsets: places of the tokens in each text that the caller gave, special tokens included, or None.
         single: whether the caller gave one text alone.
@@ -200,7 +200,10 @@ class TaggedTexts:
 
 
 def joined_windows(entities: list[Entity]) -> list[Entity]:
-    """The entities of all windows of a text: of those that overlap the longest, and of equally long ones the surest."""
+    """Join the entities of all windows of a text.
+
+    Of entities that overlap, the longest stays; of equally long ones, the one with the highest score.
+    """
     if not entities:
         return []
     first, *rest = sorted(entities, key=lambda entity: entity["start"])
@@ -275,7 +278,7 @@ class _Tagger:
         }
 
     def _word(self, parts: list[_Token]) -> _Token:
-        """The tokens of a word as one, whose scores make its one label."""
+        """Join the tokens of a word into one token, whose scores decide the label of the word."""
         if self.strategy == "first" or len(parts) == 1:
             scores = parts[0].scores
         elif self.strategy == "max":

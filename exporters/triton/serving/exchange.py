@@ -1,4 +1,4 @@
-"""What the Python models share: tensors and options of a request in, its answer or its own error out.
+"""Code that the Python models share: reads tensors and options of a request, and writes its answer or its error.
 
 An error belongs to the request that caused it; the others of the same `execute` are answered.
 """
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 class Settings:
-    """What config.pbtxt says of a model, and where its files are."""
+    """The settings of a model in config.pbtxt, and the folder of its files."""
 
     def __init__(self, arguments: Mapping[str, str]) -> None:
-        """Read what Triton hands to `initialize`."""
+        """Read the arguments that Triton gives to `initialize`."""
         config = json.loads(arguments["model_config"])
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.inputs = frozenset(tensor["name"] for tensor in config["input"])

@@ -1,7 +1,7 @@
-"""gte_sparse_output: what the encoder gives of a sparse model to a vector for each text, as `encode_sparse` does.
+"""gte_sparse_output: from the outputs of the encoder to a sparse vector for each text, as `encode_sparse` gives it.
 
-A graph for task sparse gives the vectors, pooled and activated. Of a token classifier with one label come the logits of
-the tokens, which are weights as gte-multilingual-base defines them.
+The graph of a sparse model gives the vectors, pooled and activated. A token classifier with one label gives the logits
+of the tokens, which become weights by the definition of gte-multilingual-base.
 
 Shapes: B rows of a request, S tokens, V vocabulary, N entries of the vector that has most.
 """
