@@ -59,6 +59,23 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
+class Library:
+    """How sentence-transformers describes a model for the task in the files of a checkpoint.
+
+    Args:
+        model_type: class of the model.
+        transformer_task: task of its Transformer module.
+        method_output: output of transformers' forward that the module takes.
+        module_output: name under which the module passes it on.
+    """
+
+    model_type: str
+    transformer_task: str
+    method_output: str
+    module_output: str
+
+
+@dataclass(frozen=True)
 class Task:
     """One use of the encoder.
 
@@ -71,6 +88,7 @@ class Task:
         ensembles: that serve the task, by their use.
         has_labels: whether the head gives one logit for each of the checkpoint's labels.
         similarity: how two answers are compared where the checkpoint does not say.
+        library: description in sentence-transformers' files; None where that library has no such model.
         suits: whether a model with a spec can do the task; by default where the model is made for it.
     """
 
@@ -81,6 +99,7 @@ class Task:
     ensembles: tuple[Ensemble, ...] = ()
     has_labels: bool = False
     similarity: Similarity | None = None
+    library: Library | None = None
     suits: Callable[[ModelSpec], bool] | None = None
 
     def can_run_on(self, spec: ModelSpec) -> bool:

@@ -16,7 +16,7 @@ from gte_deploy.activations import default_activation, softmax
 from gte_deploy.backends.base import Batch
 from gte_deploy.errors import InputError
 from gte_deploy.spec import ModelSpec
-from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, ReturnType, Task, import_torch
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, import_torch
 
 logger = logging.getLogger(__name__)
 
@@ -158,4 +158,5 @@ CLASSIFY = Task(
     architecture="ForSequenceClassification",
     ensembles=(SERVED,),
     has_labels=True,
+    library=Library("CrossEncoder", "sequence-classification", "logits", "scores"),
 )

@@ -15,7 +15,7 @@ from gte_deploy.errors import InputError
 from gte_deploy.inputs import check_integer
 from gte_deploy.pooling import EMBEDDING_PRECISIONS, EmbeddingPrecision, l2_normalize, pool, quantize
 from gte_deploy.spec import POOLINGS, ModelSpec, Pooling
-from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, ReturnType, Task, check_choice, import_torch
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, check_choice, import_torch
 
 _POOLED = "sentence_embedding"
 
@@ -150,4 +150,5 @@ EMBED = Task(
     architecture="Model",
     ensembles=(SERVED, TOKENS_SERVED),
     similarity="cosine",
+    library=Library("SentenceTransformer", "feature-extraction", HIDDEN, "token_embeddings"),
 )

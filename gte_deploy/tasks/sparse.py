@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.errors import InputError
 from gte_deploy.spec import ModelSpec, SparseRoute
-from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors, filled, import_torch
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, Task, Tensors, filled, import_torch
 
 if TYPE_CHECKING:
     from gte_deploy.tokenization import TextTokenizer
@@ -279,5 +279,6 @@ SPARSE = Task(
     request=SparseRequest,
     ensembles=(SERVED, QUERIES_SERVED),
     similarity="dot",
+    library=Library("SparseEncoder", "fill-mask", "logits", "token_embeddings"),
     suits=_suits,
 )
