@@ -32,7 +32,7 @@ _Value = TypeVar("_Value")
 
 
 class Request(Protocol):
-    """The arguments of one call that say what to answer. It is the same for every batch of the call."""
+    """The arguments of one call that decide the answer. One request holds for all batches of the call."""
 
     def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
         """Names of the outputs to compute, of those that the backend offers."""
@@ -49,8 +49,8 @@ class Ensemble:
 
     Args:
         name: name of the model on the server.
-        outputs: names of the tensors that answer.
-        options: names of the optional input tensors that it takes besides those of the tokenizer.
+        outputs: names of the output tensors.
+        options: names of the optional input tensors, apart from those that the tokenizer reads.
     """
 
     name: str
@@ -80,16 +80,16 @@ class Task:
     """One use of the encoder.
 
     Args:
-        name: as command lines, manifests and `ModelSpec.task` call it.
+        name: name in command lines, manifests and `ModelSpec.task`.
         outputs: names of the outputs of a graph for the task, the hidden states first.
-        request: makes the `Request` of a call.
-        architecture: what follows "New" or "Gte" in the `architectures` of a checkpoint's config.json; None where the
-            task has no head of its own and takes that of another task.
-        ensembles: that serve the task, by their use.
+        request: class of the requests of this task.
+        architecture: the part after "New" or "Gte" in the `architectures` of a checkpoint's config.json; None where the
+            task has no head of its own and uses the head of another task.
+        ensembles: models on a Triton server that serve the task.
         has_labels: whether the head gives one logit for each of the checkpoint's labels.
         similarity: how two answers are compared where the checkpoint does not say.
         library: description in sentence-transformers' files; None where that library has no such model.
-        suits: whether a model with a spec can do the task; by default where the model is made for it.
+        suits: decides from a spec whether a model can do the task; by default a model can if it is made for the task.
     """
 
     name: TaskName
@@ -111,7 +111,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Refuse a value that is not among the allowed ones.
 
     Raises:
-        InputError: naming them.
+        InputError: the message names the allowed values.
     """
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
