@@ -54,6 +54,10 @@ def _softplus(values: Floats) -> Floats:
     return np.where(values > _SOFTPLUS_THRESHOLD, values, np.log1p(np.exp(inner)))
 
 
+def _softsign(values: Floats) -> Floats:
+    return np.asarray(values / (1 + np.abs(values)), dtype=values.dtype)
+
+
 def _gelu(values: Floats) -> Floats:
     return np.asarray(values * (0.5 + 0.5 * _erf(values / math.sqrt(2))), dtype=values.dtype)
 
@@ -95,7 +99,7 @@ _BY_CLASS: dict[str, Activation] = {
     "Softmin": lambda x: softmax(-x),
     "Softplus": _softplus,
     "Softshrink": lambda x: x - np.clip(x, -_SHRINK, _SHRINK),
-    "Softsign": lambda x: x / (1 + np.abs(x)),
+    "Softsign": _softsign,
     "Tanh": np.tanh,
     "Tanhshrink": lambda x: x - np.tanh(x),
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -434,7 +435,7 @@ def _save_array(path: Path, array: Any) -> None:
 
 def _never_fail_to_print() -> None:
     # A terminal that is not UTF-8 gets escapes, not a traceback.
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

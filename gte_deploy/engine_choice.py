@@ -1,5 +1,6 @@
 """Which engine runs a bundle where the caller names none, and why."""
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,17 +73,18 @@ def _device_of_onnx(manifest: Manifest) -> str:
     if manifest.target == "cuda":
         return "cuda"
     try:
-        from onnxruntime import get_available_providers
-    except ImportError:
+        providers = importlib.import_module("onnxruntime").get_available_providers()
+    except (ImportError, AttributeError):
         return "cpu"
-    return "cuda" if "CUDAExecutionProvider" in get_available_providers() else "cpu"
+    return "cuda" if "CUDAExecutionProvider" in providers else "cpu"
 
 
 def _picked(manifest: Manifest, precision: ComputePrecision | None) -> EngineChoice | None:
     pick = picks.lookup(manifest.to_json()["checksum"])
     if pick is None:
         return None
-    computes = next((known for known in COMPUTE_PRECISIONS if known == (pick.precision or "fp32")), None)
+    wanted = pick.precision or "fp32"
+    computes: ComputePrecision | None = next((known for known in COMPUTE_PRECISIONS if known == wanted), None)
     if computes is None or precision not in (None, computes) or not _is_usable(pick.backend, manifest):
         return None
     return EngineChoice(pick.backend, computes, f"gte-deploy bench --pick found it the fastest here on {pick.date}")

@@ -22,7 +22,8 @@ from gte_deploy.inputs import check_integer
 from gte_deploy.model import Model, Origin
 from gte_deploy.models import BUILTIN_NAME
 from gte_deploy.onnx_inspection import check_graphs
-from gte_deploy.spec import COMPUTE_PRECISIONS, TASKS, ComputePrecision, ModelSpec, Profile, Task, is_packed
+from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, Task, is_packed
+from gte_deploy.tasks import TASKS
 from gte_deploy.tokenization import TextTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from gte_deploy.errors import InputError
 
 PACKED_ATTENTION = "gte_packed"
+
+_Attention = TypeVar("_Attention", bound=Callable[..., Tensor])
 
 
 def register_packed_attention() -> None:
@@ -116,6 +118,11 @@ def _has_varlen_kernel(query: Tensor) -> bool:
     )
 
 
+def _not_compiled(function: _Attention) -> _Attention:
+    # The annotations of torch.compiler.disable lose the signature of what they decorate.
+    return cast(_Attention, torch.compiler.disable(function))
+
+
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, scaling: float | None
 ) -> Tensor:
@@ -124,7 +131,7 @@ def _attend_varlen(
     return _VARLEN_ATTN(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
 
 
-@torch.compiler.disable
+@_not_compiled
 def _attend_per_segment(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None
 ) -> Tensor:

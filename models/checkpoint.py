@@ -18,18 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    GteConfig,
-    GteForMaskedLM,
-    GteForSequenceClassification,
-    GteForTokenClassification,
-    GteModel,
-    PreTrainedModel,
-)
+from transformers import GteConfig, GteModel, PreTrainedModel
 
 from gte_deploy.errors import CheckpointError
 from gte_deploy.files import write_text, write_with
@@ -46,15 +40,16 @@ from gte_deploy.models.dense import load_dense
 from gte_deploy.models.modules import model_folder, read_settings
 from gte_deploy.models.weight_files import INDEX, weight_files
 from gte_deploy.spec import Task
+from gte_deploy.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
 MODEL_CLASSES: dict[Task, type[PreTrainedModel]] = {
-    "fill-mask": GteForMaskedLM,
-    "embed": GteModel,
-    "classify": GteForSequenceClassification,
-    "token-classify": GteForTokenClassification,
+    name: getattr(transformers, f"Gte{task.architecture}")
+    for name, task in TASKS.items()
+    if task.architecture is not None
 }
+"""Task -> its class, for the tasks that have a head of their own."""
 LAYOUTS = ("native", "original")
 
 # Whichever of these a checkpoint has; tokenizer.json is the one that everything here reads.
@@ -174,7 +169,7 @@ def save_model(
         CheckpointError: another class of model, or another layout.
     """
     folder = Path(folder)
-    task = next((task for task, cls in MODEL_CLASSES.items() if type(model) is cls), None)
+    task: Task | None = next((task for task, cls in MODEL_CLASSES.items() if type(model) is cls), None)
     if task is None or layout not in LAYOUTS:
         expected = ", ".join(cls.__name__ for cls in MODEL_CLASSES.values())
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """config.json of the GTE-v1.5 family, in the original ("new") or the native ("gte") layout, as transformers' GteConfig.
 
-What the model cannot honour is refused by name: a config that is read is a config that is computed.
+A field that the model cannot honour is refused by name, so the model computes every config that is read.
 Legend: theta = RoPE base, s = NTK factor, d = head size, b = mixed_b, i = 0 … d/2 - 1.
 """
 
@@ -23,6 +23,7 @@ from gte_deploy.models.presets import USAGE_FIELDS, preset
 from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.models.weight_files import tensor_names, weight_files
 from gte_deploy.spec import Task
+from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +31,6 @@ if TYPE_CHECKING:
 
 # The name under which our RoPE is registered with transformers (see `register_rope`).
 NTK_MIXED = "ntk_mixed"
-
-ARCHITECTURES: dict[Task, str] = {
-    "fill-mask": "ForMaskedLM",
-    "embed": "Model",
-    "classify": "ForSequenceClassification",
-    "token-classify": "ForTokenClassification",
-}
-_TASKS = {suffix: task for task, suffix in ARCHITECTURES.items()}
 
 # What the original implementation assumes where its config.json is silent. Sizes, token types and the RoPE base have
 # no default here: a wrong guess would give a model that runs and is wrong.
@@ -75,10 +68,18 @@ def task_of(folder: str | Path) -> Task:
     if not names:
         return task_of_tensors(folder)
     match = re.fullmatch(r"(?:New|Gte)(\w+)", str(names[0])) if isinstance(names, list) else None
-    if match is None or match[1] not in _TASKS:
-        known = ", ".join(f"New{suffix}" for suffix in _TASKS)
+    tasks: dict[str, Task] = {task.architecture: name for name, task in TASKS.items() if task.architecture is not None}
+    if match is None or match[1] not in tasks:
+        known = ", ".join(f"New{suffix}" for suffix in tasks)
         raise ConfigError(f"{folder / 'config.json'}: architectures is {names!r}; this package knows {known} and Gte…")
-    return _TASKS[match[1]]
+    return tasks[match[1]]
+
+
+def _architecture(task: Task) -> str:
+    """What follows "New" or "Gte" in the architecture of a model for the task."""
+    suffix = TASKS[task].architecture
+    assert suffix is not None  # no model is made for a task without a head of its own
+    return suffix
 
 
 def config_folder(folder: Path) -> Path:
@@ -97,7 +98,7 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
 
     Raises:
         CheckpointError: there is no config.json.
-        ConfigError: a field is missing, malformed, or asks for what the model cannot honour; the message names it.
+        ConfigError: a field is missing, malformed or not supported by the model; the message names it.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import GteConfig
@@ -124,10 +125,11 @@ def build_config(name: str) -> GteConfig:
     from transformers import GteConfig
 
     fields = dict(preset(name))
-    architecture = "Gte" + ARCHITECTURES[fields["task"]]
-    config = {key: value for key, value in fields.items() if key not in USAGE_FIELDS}
+    architecture = "Gte" + _architecture(fields["task"])
+    config: dict[str, Any] = {key: value for key, value in fields.items() if key not in USAGE_FIELDS}
+    config |= {"rope_parameters": dict(config["rope_parameters"]), "architectures": [architecture]}
     register_rope()
-    return GteConfig(**config | {"rope_parameters": dict(config["rope_parameters"])}, architectures=[architecture])
+    return GteConfig(**config)
 
 
 def original_config(config: GteConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
@@ -136,16 +138,17 @@ def original_config(config: GteConfig, *, task: Task, dtype: str = "float32") ->
     Raises:
         ConfigError: the RoPE type has no spelling in the original layout.
     """
-    suffix = ARCHITECTURES[task]
+    suffix = _architecture(task)
     remote = f"{_REMOTE_CODE}modeling.New"
     fields: dict[str, Any] = {
         "architectures": [f"New{suffix}"],
         "auto_map": {
             "AutoConfig": f"{_REMOTE_CODE}configuration.NewConfig",
-            "AutoModel": f"{remote}Model",
-            "AutoModelForMaskedLM": f"{remote}ForMaskedLM",
-            "AutoModelForSequenceClassification": f"{remote}ForSequenceClassification",
-            "AutoModelForTokenClassification": f"{remote}ForTokenClassification",
+            **{
+                f"AutoModel{known.architecture.removeprefix('Model')}": remote + known.architecture
+                for known in TASKS.values()
+                if known.architecture is not None
+            },
         },
         **{key: getattr(config, key) for key in _COMMON_FIELDS if getattr(config, key, None) is not None},
         "classifier_dropout": config.classifier_dropout,
@@ -180,7 +183,7 @@ def native_config(config: GteConfig, *, task: Task, dtype: str = "float32") -> d
         rope = _longrope(rope, _head_dim(config), config.max_position_embeddings)
     return {
         **json.loads(config.to_json_string()),
-        "architectures": [f"Gte{ARCHITECTURES[task]}"],
+        "architectures": [f"Gte{_architecture(task)}"],
         "dtype": dtype,
         "rope_parameters": rope,
     }
@@ -457,7 +460,7 @@ def _compute_ntk_mixed(
 
 
 def task_of_tensors(folder: Path) -> Task:
-    """The task that the names of the stored tensors tell: of the head, whatever modules stand beside it."""
+    """The task of the stored head, by the names of the stored tensors, whatever modules stand beside it."""
     names = [name for file in weight_files(config_folder(folder)) for name in tensor_names(file)]
     if any(name.startswith("lm_head.") for name in names):
         return "fill-mask"

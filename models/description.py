@@ -7,7 +7,6 @@ is refused, stands in `models.fields`, and in docs/checkpoints.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,11 @@ from gte_deploy.models.modules import (
 from gte_deploy.models.sparse_modules import read_sparse_spec
 from gte_deploy.models.tokenizer import ResolvedTokenizer, has_tokenizer, resolve_tokenizer
 from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_files
-from gte_deploy.spec import TASKS, ModelSpec, Pooling, Similarity, SparseSpec, Task
+from gte_deploy.spec import ModelSpec, Pooling, SparseSpec, Task
+from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import GteConfig
-
-# What sentence-transformers compares by where the checkpoint does not say.
-_SIMILARITIES: Mapping[Task, Similarity] = {"embed": "cosine", "fill-mask": "cosine", "sparse": "dot"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +36,13 @@ class Description:
     """A checkpoint, read but for its weights.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         model_folder: with config.json, weights and tokenizer: the same, or the Transformer module's.
-        task: what the head computes.
-        config: of the model; its padding id is the tokenizer's.
+        task: the task of the head.
+        config: config of the model; its padding id is the tokenizer's.
         spec: the facts that the runtime needs.
         tokenizer: as AutoTokenizer makes it.
-        settings: what sentence-transformers' files say.
+        settings: contents of sentence-transformers' files.
     """
 
     folder: Path
@@ -121,7 +118,7 @@ def _spec(
     pooling: str,
 ) -> ModelSpec:
     labels = config.id2label or {}
-    is_classifier = task in ("classify", "token-classify")
+    has_labels = TASKS[task].has_labels
     return ModelSpec(
         task=task,
         max_length=_max_length(config, settings, tokenizer),
@@ -129,8 +126,8 @@ def _spec(
         hidden_size=config.hidden_size,
         pad_token_id=tokenizer.pad_token_id,
         pooling=_pooling(task, settings, pooling),
-        num_labels=(config.num_labels or 0) if is_classifier else 0,
-        id2label={int(i): str(label) for i, label in labels.items()} if is_classifier else {},
+        num_labels=(config.num_labels or 0) if has_labels else 0,
+        id2label={int(i): str(label) for i, label in labels.items()} if has_labels else {},
         prompts=settings.prompts,
         default_prompt_name=settings.default_prompt_name,
         normalize=settings.normalize,
@@ -138,7 +135,7 @@ def _spec(
         type_vocab_size=config.type_vocab_size,
         embedding_size=settings.dense[-1].out_features if settings.dense else None,
         truncate_dim=settings.truncate_dim,
-        similarity=settings.similarity or _SIMILARITIES.get(task),
+        similarity=settings.similarity or TASKS[task].similarity,
         sparse=_sparse(outer, config, tokenizer) if task == "sparse" else None,
         activation=(settings.activation or reranker_activation(folder / "config.json")) if task == "classify" else None,
     )

@@ -18,6 +18,8 @@ from gte_deploy.models.module_list import MODULES, Module, folder_of, read_modul
 from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import Library
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +39,6 @@ _HARMLESS_MODEL_ARGUMENTS = frozenset(
     | {"trust_remote_code", "add_pooling_layer", "use_memory_efficient_attention", "unpad_inputs"}
 )
 _FORWARD = "forward"
-# Task -> what its Transformer module says it does, what it gives, and the kind of model that the library makes.
-_TRANSFORMER_TASKS: Mapping[Task, tuple[str, str, str]] = {
-    "embed": ("feature-extraction", "last_hidden_state", "token_embeddings"),
-    "classify": ("sequence-classification", "logits", "scores"),
-    "sparse": ("fill-mask", "logits", "token_embeddings"),
-}
-_MODEL_TYPES: Mapping[Task, str] = {
-    "embed": "SentenceTransformer",
-    "classify": "CrossEncoder",
-    "sparse": "SparseEncoder",
-}
 _NO_SIZES = frozenset({"in_features", "out_features"})
 
 
@@ -131,7 +122,7 @@ def read_settings(folder: Path, task: Task) -> SentenceSettings:
     """
     modules = read_modules(folder)
     if task == "classify":
-        if modules is None or _model_type(folder) != _MODEL_TYPES["classify"]:
+        if modules is None or _model_type(folder) != _library(task).model_type:
             return SentenceSettings()
         _require_kinds(folder, modules, ("Transformer",), "a reranker")
         return _with_whole(folder, task, _transformer_settings(model_folder(folder), task))
@@ -227,7 +218,7 @@ def _with_whole(folder: Path, task: Task, settings: SentenceSettings) -> Sentenc
     """`settings` with what config_sentence_transformers.json says, where it is of the same kind of model."""
     file = folder / "config_sentence_transformers.json"
     config = read_json_object(file)
-    if _model_type(folder) != _MODEL_TYPES[task]:
+    if _model_type(folder) != _library(task).model_type:
         logger.info("%s is for a %s, and passed over", file, _model_type(folder))
         return settings
     check_fields(config, file, SENTENCE_TRANSFORMERS)
@@ -290,12 +281,12 @@ def _arguments(file: Path, config: Mapping[str, Any], *names: str) -> dict[str, 
 
 
 def _check_transformer_task(file: Path, config: Mapping[str, Any], task: Task) -> None:
-    wanted, output, feature = _TRANSFORMER_TASKS[task]
-    modality = {"text": {"method": _FORWARD, "method_output_name": output}}
+    library = _library(task)
+    modality = {"text": {"method": _FORWARD, "method_output_name": library.method_output}}
     for name, expected in (
-        ("transformer_task", wanted),
+        ("transformer_task", library.transformer_task),
         ("modality_config", modality),
-        ("module_output_name", feature),
+        ("module_output_name", library.module_output),
     ):
         if config.get(name, expected) != expected:
             raise ConfigError(f"{file}: {name} is {config[name]!r}; expected {expected!r} for task {task}")
@@ -330,6 +321,12 @@ def _require_kinds(folder: Path, modules: list[Module], known: tuple[str, ...], 
             )
         folder_of(folder, module)  # or a refusal
         refuse_arguments(folder, module)
+
+
+def _library(task: Task) -> Library:
+    library = TASKS[task].library
+    assert library is not None  # the modules of other tasks are not read
+    return library
 
 
 def _model_type(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""From hidden states to sparse embeddings, in torch: what the torch backend runs and what graphs are traced from.
+"""From hidden states to sparse embeddings in torch, for the torch backend and for the tracer of graphs.
 
 The vocabulary logits of a long text are large: 8,192 tokens x 30,528 words are 1 GB. They are made, and pooled over the
 tokens, for one part of the vocabulary after another, so no more than a part's exist at once; the answer is the same.

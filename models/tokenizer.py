@@ -60,7 +60,9 @@ class ResolvedTokenizer:
     @property
     def pad_token_id(self) -> int:
         """Id that fills short rows."""
-        return int(self.theirs.pad_token_id)
+        token_id = self.theirs.pad_token_id
+        assert isinstance(token_id, int)  # transformers' annotation allows all that any special token may be
+        return token_id
 
     @property
     def max_length(self) -> int | None:

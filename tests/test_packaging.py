@@ -99,7 +99,11 @@ def test_an_editable_install_is_the_tree(tree, tmp_path):
 # Imports point one way: models <- training; models, gte_deploy <- exporters; the command lines <- everything.
 # Those of BOTTOM stand at the bottom: they import nothing but one another.
 BOTTOM = {
-    f"gte_deploy.{name}" for name in ("errors", "files", "quiet", "spec", "activations", "_version", "exit_codes")
+    f"gte_deploy.{name}"
+    for name in (
+        *("errors", "files", "quiet", "spec", "activations", "_version", "exit_codes"),
+        *("inputs", "pooling", "backends.base", "tasks"),
+    )
 }
 MAY_NOT_IMPORT = {
     "models": ("gte_deploy.exporters", "gte_deploy.training"),
@@ -136,6 +140,30 @@ def test_models_and_training_use_only_the_runtimes_plain_data(folder):
         for module in imported_modules(file):
             if module.startswith("gte_deploy.") and not module.startswith(allowed):
                 assert any(module == name or module.startswith(f"{name}.") for name in BOTTOM), f"{file}: {module}"
+
+
+def imported_at_import(file: Path) -> set[str]:
+    """What importing the file imports: not what stands in functions or under `if TYPE_CHECKING`."""
+    body = ast.parse(file.read_text()).body
+    return {node.module for node in body if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_the_bottom_imports_nothing_but_itself():
+    for name in BOTTOM:
+        path = ROOT / name.replace(".", "/")
+        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+            for module in imported_at_import(file):
+                if module.startswith("gte_deploy"):
+                    assert any(module == low or module.startswith(f"{low}.") for low in BOTTOM), f"{file}: {module}"
+
+
+def test_tasks_load_neither_torch_nor_an_engine():
+    code = (
+        "import sys, gte_deploy.tasks\n"
+        "heavy = {'torch', 'tokenizers', 'onnxruntime', 'openvino', 'tensorrt', 'transformers', 'onnx'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_import_loads_no_engine():

@@ -1,7 +1,7 @@
 """A transformers GTE model -> a standard-operators-only ONNX graph with dynamic batch and sequence axes.
 
-The modules traced are transformers' own; the task's inputs and outputs are a thin wrapper around them. Three things
-differ from their forward, none in value:
+The traced modules are transformers' own, and the head of the task is the one in `models/heads.py`. Three things differ
+from transformers' forward, and no value does:
 
 * the mask enters attention as an additive [B, 1, 1, S] tensor, so that no graph ever holds [B, 1, S, S] masks;
 * cosines and sines come from tables that the model's own rotary module filled in FP32. Computing them elsewhere
@@ -29,8 +29,10 @@ from transformers import PreTrainedModel
 from gte_deploy.errors import ExportError
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.checkpoint import MODEL_CLASSES
-from gte_deploy.models.sparse_heads import sparse_head
-from gte_deploy.spec import LOGITS, POOLINGS, TASKS, SparseSpec, head_task
+from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_head
+from gte_deploy.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import HIDDEN
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +74,14 @@ def trace(
             does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
             not tell any apart.
     """
-    _check_arguments(
-        model, task=task, max_length=max_length, pooling=pooling, logits=logits, opset=opset, sparse=sparse
-    )
+    options = _checked_options(task, pooling, logits, sparse)
+    _check_model(model, options, max_length)
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise ExportError(f"opset {opset} is outside {MIN_OPSET} … {MAX_OPSET}")
     if token_types and model.config.type_vocab_size < 2:
         raise ExportError(f"token types need a type_vocab_size above 1, and it is {model.config.type_vocab_size}")
     with _traceable(model, max_length):
-        wrapper = _wrap(model, task, pooling, logits, sparse).eval()
+        wrapper = _wrap(model, options).eval()
         traced = _export(wrapper, max_length, opset, token_types=token_types)
     _name(traced.graph)
     _tidy(traced)
@@ -105,24 +108,54 @@ class RotaryTable(nn.Module):
         return torch.cat((cos, cos), dim=-1)[None], torch.cat((sin, sin), dim=-1)[None]
 
 
+class _TracedStates(PaddedStates):
+    """Padded hidden states that take the masked rows with the operator GatherND."""
+
+    def masked_tokens(self) -> Tensor | None:
+        """See `States`."""
+        positions = self.mask_positions
+        if positions is None:
+            return None
+        return torch.onnx.ops.symbolic(
+            "GatherND",  # checks row and token; an index into flattened rows would wrap into the next text
+            (self.hidden, positions),
+            dtype=self.hidden.dtype,
+            shape=(positions.shape[0], self.hidden.shape[-1]),
+        )
+
+
 class _Wrapper(nn.Module):
     """Graph inputs -> the encoder -> the task's outputs. `forward` takes what `input_names` has, then token types."""
 
-    output_names: tuple[str, ...]
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
     type_zero: Tensor
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head) -> None:
         super().__init__()
         self.model: Any = model
+        self.head: Head | None = head
+        self.output_names = (HIDDEN, head.output)
+        if isinstance(head, SparseHead):
+            # The model does not own this module. torch names its nodes only if it is registered and called here.
+            self.lm_head, self.head = head.module, None
         # One id, broadcast: ids of [B, S] would look the same row up for every token.
         self.register_buffer("type_zero", torch.zeros((1, 1), dtype=torch.long))
 
-    def encode(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [B, S, H], and the pooler's output [B, H] where the model has a pooler; types None is all 0."""
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, S, H] and the output of the head; types None is all 0."""
+        return self.compute(input_ids, attention_mask, None, token_type_ids)
+
+    def compute(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        mask_positions: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with or without mask positions."""
         bias = (1.0 - attention_mask.to(torch.float32)) * MASK_BIAS
         outputs = self.model.base_model(
             input_ids=input_ids,
@@ -130,144 +163,57 @@ class _Wrapper(nn.Module):
             attention_mask=bias.unsqueeze(1).unsqueeze(1),
             token_type_ids=self.type_zero if token_type_ids is None else token_type_ids,
         )
-        return outputs.last_hidden_state, outputs.pooler_output
+        hidden = outputs.last_hidden_state
+        states = _TracedStates(hidden, attention_mask, input_ids, mask_positions, outputs.pooler_output)
+        head = SparseHead(self.lm_head) if self.head is None else self.head
+        return hidden, head(states)
 
 
-class _FillMask(_Wrapper):
+class _MaskedWrapper(_Wrapper):
     input_names = (*_Wrapper.input_names, "mask_positions")
-    output_names = ("last_hidden_state", "logits")
 
-    def forward(
+    def forward(  # type: ignore[override]  # torch.export reads the inputs from this signature
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         mask_positions: Tensor,
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
-        rows = torch.onnx.ops.symbolic(
-            "GatherND",  # checks row and token; an index into flattened rows would wrap into the next text
-            (hidden, mask_positions),
-            dtype=hidden.dtype,
-            shape=(mask_positions.shape[0], hidden.shape[-1]),
-        )
-        return hidden, self.model.lm_head(rows)
+        return self.compute(input_ids, attention_mask, mask_positions, token_type_ids)
 
 
-class _FillMaskAll(_Wrapper):
-    output_names = ("last_hidden_state", "logits")
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
-        # On rows [B*S, H] the decoder is a Gemm that shares the embedding's matrix as it is stored.
-        logits = self.model.lm_head(hidden.reshape(-1, hidden.shape[-1]))
-        return hidden, logits.reshape(*hidden.shape[:2], -1)
+def _wrap(model: PreTrainedModel, options: HeadOptions) -> _Wrapper:
+    takes_masks = options.task == "fill-mask" and options.logits == "masked"
+    return (_MaskedWrapper if takes_masks else _Wrapper)(model, make_head(model, options))
 
 
-class _Embed(_Wrapper):
-    output_names = ("last_hidden_state", "sentence_embedding")
-
-    def projected(self, pooled: Tensor) -> Tensor:
-        """The pooled states [B, H] through the checkpoint's Dense modules, where it has any."""
-        projection = getattr(self.model, "sentence_projection", None)
-        return pooled if projection is None else projection(pooled)
-
-
-class _EmbedMean(_Embed):
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
-        mask = attention_mask.to(torch.float32)
-        total = torch.matmul(mask.unsqueeze(1), hidden).squeeze(1)
-        # A row without any token has the zero vector, not 0/0.
-        return hidden, self.projected(total / mask.sum(1, keepdim=True).clamp(min=1.0))
-
-
-class _EmbedCls(_Embed):
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
-        return hidden, self.projected(hidden[:, 0])
-
-
-class _Classify(_Wrapper):
-    output_names = ("last_hidden_state", "logits")
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, pooled = self.encode(input_ids, attention_mask, token_type_ids)
-        return hidden, self.model.classifier(self.model.dropout(pooled))
-
-
-class _TokenClassify(_Wrapper):
-    output_names = ("last_hidden_state", "logits")
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
-        return hidden, self.model.classifier(self.model.dropout(hidden))
-
-
-class _Sparse(_Wrapper):
-    output_names = ("last_hidden_state", "sparse_embedding")
-
-    def __init__(self, model: PreTrainedModel, sparse: SparseSpec) -> None:
-        super().__init__(model)
-        self.lm_head = sparse_head(model, sparse)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, _ = self.encode(input_ids, attention_mask, token_type_ids)
-        return hidden, self.lm_head(hidden, attention_mask, input_ids)
-
-
-def _wrap(model: PreTrainedModel, task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> _Wrapper:
-    if task == "sparse":
-        assert sparse is not None  # _check_arguments has looked
-        return _Sparse(model, sparse)
-    if task == "fill-mask":
-        return _FillMask(model) if logits == "masked" else _FillMaskAll(model)
-    if task == "embed":
-        return _EmbedCls(model) if pooling == "cls" else _EmbedMean(model)
-    return _Classify(model) if task == "classify" else _TokenClassify(model)
-
-
-def _check_arguments(
-    model: PreTrainedModel,
-    *,
-    task: str,
-    max_length: int,
-    pooling: str | None,
-    logits: str,
-    opset: int,
-    sparse: SparseSpec | None,
-) -> None:
-    if task not in TASKS:
+def _checked_options(task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> HeadOptions:
+    known_task: Task | None = next((known for known in TASKS if known == task), None)
+    if known_task is None:
         raise ExportError(f"task {task!r} is none of {', '.join(TASKS)}")
     if task == "sparse" and sparse is None:
-        raise ExportError("task 'sparse' needs to be told how: give a SparseSpec")
-    expected = MODEL_CLASSES[head_task(task, sparse)]
-    if not isinstance(model, expected):
-        raise ExportError(f"task {task!r} needs a {expected.__name__}, and the model is a {type(model).__name__}")
-    if task == "embed" and pooling not in POOLINGS:
+        raise ExportError("task 'sparse' must be told how embeddings are made: give a SparseSpec")
+    known_pooling: Pooling | None = next((known for known in POOLINGS if known == pooling), None)
+    if task == "embed" and known_pooling is None:
         raise ExportError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}; embed needs one")
-    if logits not in LOGITS:
+    known_logits: Logits | None = next((known for known in LOGITS if known == logits), None)
+    if known_logits is None:
         raise ExportError(f"logits {logits!r} is none of {', '.join(LOGITS)}")
+    return HeadOptions(known_task, known_pooling or "mean", known_logits, sparse)
+
+
+def _check_model(model: PreTrainedModel, options: HeadOptions, max_length: int) -> None:
+    expected = MODEL_CLASSES[head_task(options.task, options.sparse)]
+    if not isinstance(model, expected):
+        raise ExportError(
+            f"task {options.task!r} needs a {expected.__name__}, and the model is a {type(model).__name__}"
+        )
     longest = model.config.max_position_embeddings
     if not MIN_LENGTH <= max_length <= longest:
         raise ExportError(f"max_length {max_length} is outside {MIN_LENGTH} … {longest}, which this model has")
     rope_type = model.config.rope_parameters["rope_type"]
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise ExportError(f"rope_type {rope_type!r} turns with the length of the text, which a table cannot do")
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ExportError(f"opset {opset} is outside {MIN_OPSET} … {MAX_OPSET}")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ExportError(f"{name} is {parameter.dtype}; graphs are made from float32 weights: load them so")
@@ -348,7 +294,7 @@ def _scopes(node: ir.Node) -> list[str]:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Fold shape arithmetic, turn weights the way MatMul wants them, share what is equal, drop what is dead."""
+    """Fold shape arithmetic, transpose weights for MatMul, share equal constants, remove unused nodes."""
     ir_passes.ClearMetadataAndDocStringPass()(model)
     _transpose_weights(model.graph)
     _state_reshapes(model.graph)
@@ -370,7 +316,7 @@ def _transpose_weights(graph: ir.Graph) -> None:
     """Replace Transpose(weight) by an initialiser that is a transposed view: no copy until it is written."""
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or not weight.is_initializer() or tuple(node.attributes.get_ints("perm")) != (1, 0):
+        if weight is None or not weight.is_initializer() or list(node.attributes.get_ints("perm") or ()) != [1, 0]:
             continue
         turned = initializer(graph, f"{weight.name}.T", ir.Tensor(array(weight).T))
         node.outputs[0].replace_all_uses_with(turned)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gte_deploy._version import __version__
 from gte_deploy.spec import ModelSpec, Precision, Profile, Task, TensorSpec
+from gte_deploy.tasks.fill_mask import MAX_LOGITS
 
 DeviceName = Literal["gpu", "cpu"]
 Config = dict[str, Any]
@@ -27,8 +28,6 @@ _DATA_TYPES = {
     "bfloat16": "TYPE_BF16",
 }
 _SHORTEST = 16
-# Vocabulary logits of one batch: 256 MB.
-_MAX_LOGITS = 1 << 26
 
 
 class Word(str):
@@ -135,7 +134,7 @@ class Serving:
     def max_masks(self, device: Device) -> int:
         """Masks of one text at most, or of one request where Triton does not batch: 256 MB of logits in a batch."""
         rows = device.max_batch_size if self.encoder.batched else 1
-        most = min(_MAX_LOGITS // (rows * self.spec.vocab_size), self.encoder.max_masks)
+        most = min(MAX_LOGITS // (rows * self.spec.vocab_size), self.encoder.max_masks)
         return 1 << max(0, most.bit_length() - 1)
 
 

@@ -117,7 +117,7 @@ def _value(name: str, dtype: int, shape: list[int | str]) -> onnx.ValueInfoProto
     return helper.make_tensor_value_info(name, dtype, shape)
 
 
-def _replace(values: "Iterable[onnx.ValueInfoProto]", new: onnx.ValueInfoProto) -> None:
+def _replace(values: Iterable[onnx.ValueInfoProto], new: onnx.ValueInfoProto) -> None:
     next(value for value in values if value.name == new.name).CopyFrom(new)
 
 

@@ -1,7 +1,7 @@
-"""What a precision costs on real text: the candidate's answers beside PyTorch's FP32 answers.
+"""Accuracy of a precision on real text: the candidate's answers against PyTorch's FP32 answers.
 
-Parity says that a graph computes what the model does; this says how much of the model's use is left where it does not
-quite. Shapes: T real tokens, N rows, M masks, V vocabulary.
+Parity checks that a graph computes the same numbers as the model. This module measures how far the answers of a less
+exact graph agree with those of the model. Shapes: T real tokens, N rows, M masks, V vocabulary.
 """
 
 import math
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.exporters.verification.cases import last_row_alone
 from gte_deploy.exporters.verification.texts import TextBatch
+from gte_deploy.pooling import pool
 from gte_deploy.spec import ModelSpec, Precision
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.fill_mask import logits_of_masks
 
 Outputs = Mapping[str, NDArray[np.float32]]
 Needed = Mapping[str, NDArray[Any]]
@@ -122,7 +125,7 @@ class TextReference:
     """The reference's answers to texts, asked once and only for as many rounds as are needed.
 
     Args:
-        reference: what is right.
+        reference: computes the right answers.
         rounds: the batches of each round, see `text_batches`: the first measures everything, the others add masks.
         spec: of the model.
     """
@@ -142,9 +145,9 @@ class TextReference:
                 if "best" in found:
                     words.add(found["best"], expected["best"], wanted, batch)
             accuracy = Accuracy(**cosines.measures(), **words.measures())
-            if bounds is None or not bounds.open(accuracy):
-                break
-        return accuracy
+            if bounds is None or not bounds.open(accuracy) or number == len(self._rounds) - 1:
+                return accuracy
+        raise ValueError("there is no round of texts to compare answers on")
 
     def _expected(self, number: int) -> list[Needed]:
         """Of one round, kept as small as the comparison needs them."""
@@ -156,9 +159,9 @@ class TextReference:
         return self._answers[number]
 
     def _names(self, number: int) -> tuple[str, ...]:
-        heads = {"fill-mask": ("logits",), "embed": ("sentence_embedding",), "sparse": ("sparse_embedding",)}
-        extra = heads.get(self._spec.task, ())
-        return ("last_hidden_state", *extra) if number == 0 else extra
+        hidden, *more = TASKS[self._spec.task].outputs
+        extra = () if TASKS[self._spec.task].has_labels else tuple(more)  # labels say little of a text
+        return (hidden, *extra) if number == 0 else extra
 
 
 class _Cosines:
@@ -257,15 +260,12 @@ def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Needed:
     """
     needed: dict[str, Any] = {}
     if (hidden := outputs.get("last_hidden_state")) is not None:
-        real = batch.attention_mask.astype(bool)
-        mean = [rows[mask].mean(axis=0) for rows, mask in zip(hidden, real, strict=True)]
-        sentences = next((outputs[name] for name in _SENTENCES if name in outputs), np.array(mean))
-        needed = {"tokens": hidden[real], "sentences": sentences}
+        sentences = next((outputs[name] for name in _SENTENCES if name in outputs), None)
+        if sentences is None:
+            sentences = pool(hidden, batch.attention_mask, "mean")
+        needed = {"tokens": hidden[batch.attention_mask.astype(bool)], "sentences": sentences}
     if spec.task == "fill-mask" and batch.mask_positions is not None:
-        logits = outputs["logits"]
-        if spec.logits == "all":
-            logits = logits[tuple(batch.mask_positions.T)]
-        needed["best"] = _five_best(logits)
+        needed["best"] = _five_best(logits_of_masks(spec, batch.mask_positions, outputs["logits"]))
     return needed
 
 

@@ -141,8 +141,8 @@ def verify_against(bundle: Path, checkpoint: Path) -> Check:
             raise MissingDependencyError(module, "export")
     manifest, asked = read_manifest(bundle), Asked(limit="shorter")
     of_cpus: tuple[BackendName, ...] = ("onnx", "openvino")
-    found = [name for name in of_cpus if ENGINE_OF[name] in manifest.graphs]
-    engine: BackendName | None = found[0] if found else None
+    found: list[BackendName] = [name for name in of_cpus if ENGINE_OF[name] in manifest.graphs]
+    engine = found[0] if found else None
     try:
         model = None if engine is None else load(bundle, backend=engine)
     except BackendError:  # its engine needs another machine

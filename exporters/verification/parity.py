@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,15 @@ from gte_deploy.exporters.verification.cases import (
 )
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.texts import TextBatch
+from gte_deploy.models.heads import (
+    ClassifyHead,
+    Head,
+    HeadOptions,
+    States,
+    TokenClassifyHead,
+    encode_padded,
+    make_head,
+)
 from gte_deploy.spec import (
     COMPUTE_PRECISIONS,
     ComputePrecision,
@@ -39,6 +48,7 @@ from gte_deploy.spec import (
     SparseSpec,
     Task,
 )
+from gte_deploy.tasks.base import HIDDEN
 
 Bounds = Literal["strict", "report"]
 _CHUNK_ELEMENTS = 1 << 22
@@ -454,7 +464,11 @@ def _advice(report: ParityReport) -> str:
 
 
 class TorchReference:
-    """transformers' own module, as it is, in the model's dtype; heads that see every token see only what is asked."""
+    """transformers' own module in the model's dtype, with the heads that the torch backend has.
+
+    The sparse head is another one: it follows the definitions token by token, so that it can find an error in the head
+    that graphs are traced from.
+    """
 
     def __init__(
         self,
@@ -466,68 +480,54 @@ class TorchReference:
         sparse: SparseSpec | None = None,
     ) -> None:
         self._model: Any = model.eval()
-        self._task, self._pooling, self._logits, self._sparse = task, pooling, logits, sparse
+        options = HeadOptions(task, pooling, logits, sparse)
+        self._head: Head = make_head(model, options) if sparse is None else _SparseByDefinition(model, sparse)
         self.terms: dict[str, NDArray[np.float64]] = {}
         """Output with labels -> [L], the largest √(Σ(w·x)² + b²) that was summed for each so far; see `Scales`."""
 
     @torch.inference_mode()
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`; every output of the task is returned, whatever is asked."""
-        mask = torch.from_numpy(batch.attention_mask)
-        types = None if batch.token_type_ids is None else torch.from_numpy(batch.token_type_ids)
-        encoded = self._model.base_model(
-            input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, token_type_ids=types
-        )
-        results = {"last_hidden_state": encoded[0], **self._head(batch, encoded, mask)}
+        states = encode_padded(self._model.base_model, batch)
+        if isinstance(self._head, (ClassifyHead, TokenClassifyHead)):
+            self._keep_terms(self._head.features(states))
+        results = {HIDDEN: states.hidden, self._head.output: self._head(states)}
         return {name: value.float().numpy() for name, value in results.items()}
 
-    def _head(self, batch: Batch, encoded: Any, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = encoded[0]
-        match self._task:
-            case "embed":
-                pooled = _pooled(hidden, mask, self._pooling)
-                projection = getattr(self._model, "sentence_projection", None)
-                return {"sentence_embedding": pooled if projection is None else projection(pooled)}
-            case "fill-mask" if self._logits == "masked" and batch.mask_positions is not None:
-                rows, tokens = torch.from_numpy(batch.mask_positions).unbind(1)
-                return {"logits": self._model.lm_head(hidden[rows, tokens])}
-            case "fill-mask":
-                return {"logits": self._model.lm_head(hidden)}
-            case "classify":
-                return {"logits": self._classified(encoded[1])}
-            case "sparse":
-                assert self._sparse is not None
-                return {"sparse_embedding": self._sparse_embedding(batch, hidden, mask, self._sparse)}
-            case _:
-                return {"logits": self._classified(hidden)}
-
-    def _classified(self, features: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., L]"""
+    def _keep_terms(self, features: torch.Tensor) -> None:
+        """Update `terms` by the classifier's features [..., H]."""
         linear = self._model.classifier
         terms = features.double().square() @ linear.weight.double().square().T
         if linear.bias is not None:
             terms = terms + linear.bias.double().square()
         largest = terms.sqrt().reshape(-1, terms.shape[-1]).amax(0).numpy()
         self.terms["logits"] = np.maximum(self.terms.get("logits", 0.0), largest)
-        logits: torch.Tensor = linear(features)
-        return logits
 
-    def _sparse_embedding(
-        self, batch: Batch, hidden: torch.Tensor, mask: torch.Tensor, sparse: SparseSpec
-    ) -> torch.Tensor:
-        """[B, V] token by token, as the definitions have it: padding is a logit of 0, and no weight is below 0."""
-        weights = hidden.new_zeros(len(hidden), self._model.config.vocab_size)
-        if sparse.head == "token-weights":
+
+@dataclass(frozen=True)
+class _SparseByDefinition:
+    """Sparse embeddings [B, V] token by token: padding is a logit of 0, and no weight is below 0."""
+
+    output: ClassVar[str] = "sparse_embedding"
+    model: Any
+    sparse: SparseSpec
+
+    def __call__(self, states: States) -> torch.Tensor:
+        """See `Head`."""
+        hidden, mask, input_ids = states.tokens_of_batch()
+        weights = hidden.new_zeros(len(hidden), self.model.config.vocab_size)
+        if self.sparse.head == "token-weights":
             rows = torch.arange(len(hidden))
-            for place, ids in enumerate(torch.from_numpy(batch.input_ids).T):
-                found = (self._model.classifier(hidden[:, place])[:, 0] * mask[:, place]).relu()
+            for place, ids in enumerate(input_ids.T):
+                found = (self.model.classifier(hidden[:, place])[:, 0] * mask[:, place]).relu()
                 weights[rows, ids] = torch.maximum(weights[rows, ids], found)
-            weights[:, list(sparse.unweighted)] = 0
+            weights[:, list(self.sparse.unweighted)] = 0
             return weights
+        is_max = self.sparse.pooling == "max"
         for part, kept in zip(hidden.split(_TOKENS_AT_ONCE, 1), mask.split(_TOKENS_AT_ONCE, 1), strict=True):
-            active = (self._model.lm_head(part) * kept[:, :, None]).relu().log1p()
-            active = active.log1p() if sparse.activation == "log1p_relu" else active
-            weights = torch.maximum(weights, active.amax(1)) if sparse.pooling == "max" else weights + active.sum(1)
+            active = (self.model.lm_head(part) * kept[:, :, None]).relu().log1p()
+            active = active.log1p() if self.sparse.activation == "log1p_relu" else active
+            weights = torch.maximum(weights, active.amax(1)) if is_max else weights + active.sum(1)
         return weights
 
 
@@ -749,14 +749,6 @@ def _deviation(
         cosine = np.einsum("ij,ij->i", expected, found) / norms
     both_zero = ~expected.any(axis=1) & ~found.any(axis=1)
     return difference, np.where(both_zero, 1.0, cosine)
-
-
-def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """[B, S, H] -> [B, H]."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)
 
 
 def _title(case: Case) -> str:

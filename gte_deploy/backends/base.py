@@ -33,7 +33,7 @@ class Batch:
     token_type_ids: NDArray[np.int64] | None = None
 
     def graph_inputs(self) -> dict[str, NDArray[np.int64]]:
-        """All that a graph of padded texts may ask for, by its name there: what is None as what it stands for."""
+        """Every input that a graph of padded texts may have, by name; an array in place of None."""
         types, positions = self.token_type_ids, self.mask_positions
         return {
             "input_ids": self.input_ids,

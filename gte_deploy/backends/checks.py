@@ -1,4 +1,4 @@
-"""What every backend demands of a batch, and every caller of a backend of its outputs, before anyone sees either."""
+"""Validates batches that go into a backend and outputs that come out."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from gte_deploy.errors import BackendError, InputError, NonFiniteError
 from gte_deploy.spec import ModelSpec
 
 COSTLY_OUTPUTS = frozenset(("logits", "sparse_embedding"))
-"""What a head computes; see `has_costly_head`."""
+"""Outputs of a head; see `has_costly_head`."""
 
 
 def has_costly_head(spec: ModelSpec) -> bool:
@@ -19,7 +19,7 @@ def has_costly_head(spec: ModelSpec) -> bool:
 
 
 def check_batch(batch: Batch, spec: ModelSpec) -> None:
-    """Refuse a batch that a graph would answer with garbage, NaN or a crash.
+    """Refuse a batch for which a graph would compute garbage or NaN, or crash.
 
     Raises:
         InputError: wrong type, rank, dtype or shape; an id outside the vocabulary; a mask value other than 0 and 1; a
@@ -44,10 +44,10 @@ def check_batch(batch: Batch, spec: ModelSpec) -> None:
 
 
 def check_graph_inputs(graph: object, names: Collection[str], spec: ModelSpec) -> None:
-    """Refuse a graph of padded texts that nothing feeds, or that leaves out what `spec` says must be fed.
+    """Refuse a graph with an input that no batch provides, or without an input that the model needs.
 
     Raises:
-        BackendError: naming `graph` and the inputs.
+        BackendError: the message names `graph` and the inputs.
     """
     known = {"input_ids", "attention_mask", "mask_positions", *(["token_type_ids"] if spec.token_types else [])}
     if unknown := sorted(set(names) - known):
@@ -59,7 +59,7 @@ def check_takes_types(graph: object, names: Collection[str], spec: ModelSpec) ->
     """Refuse a graph that takes token types where the model has none, or the other way round.
 
     Raises:
-        BackendError: naming `graph`.
+        BackendError: the message names `graph`.
     """
     if ("token_type_ids" in names) != spec.token_types:
         has, says = ("takes", "has none") if "token_type_ids" in names else ("does not take", "has them")
@@ -70,7 +70,7 @@ def check_outputs(names: Sequence[str], offered: Sequence[str]) -> None:
     """Refuse names that a backend does not compute.
 
     Raises:
-        BackendError: naming what it offers.
+        BackendError: the message names the outputs that the backend computes.
     """
     for name in names:
         if name not in offered:
@@ -128,12 +128,12 @@ def _check_positions(positions: NDArray[np.int64], mask: NDArray[np.int64]) -> N
 
 
 def check_finite(outputs: Mapping[str, NDArray[np.float32]], batch: Batch, indices: Sequence[int]) -> None:
-    """Let no NaN or Inf leave; what stands at padding is nobody's.
+    """Refuse outputs with NaN or Inf. Values at padding do not count.
 
-    `indices` are the caller's numbers of the batch's rows.
+    `indices` are the caller's numbers for the rows of the batch.
 
     Raises:
-        NonFiniteError: naming the inputs.
+        NonFiniteError: the message names the inputs.
     """
     for name, values in outputs.items():
         finite = np.isfinite(values).all(axis=-1)

@@ -149,7 +149,7 @@ class Memory:
 
 def _import_runtime(extra: str) -> Any:
     try:
-        from cuda.bindings import runtime
+        from cuda.bindings import runtime  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
     except ImportError as error:
         raise MissingDependencyError("cuda.bindings", extra) from error
     return runtime

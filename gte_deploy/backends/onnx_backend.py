@@ -1,5 +1,6 @@
 """ONNX Runtime: the graph of a bundle on the CPU, on CUDA or through TensorRT."""
 
+import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class OnnxBackend:
         """
         self.spec = spec
         self.device = device
-        self.precision = precision
+        self.precision: Precision = precision
         self.num_threads = num_threads or available_cpus()
         self._tensorrt = tensorrt
         ort = _import_onnxruntime()
@@ -169,8 +170,7 @@ def _import_onnxruntime() -> Any:
 
 def _error_types() -> tuple[type[Exception], ...]:
     # They share no base but Exception.
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = (value for value in vars(state).values() if isinstance(value, type))
     return (*(kind for kind in kinds if issubclass(kind, Exception)), RuntimeError)
 

@@ -64,7 +64,7 @@ class OpenVinoBackend:
             raise BackendError(f"the openvino backend runs on device 'cpu', not {device!r}. Use backend='onnx' there.")
         self.spec = spec
         self.device = device
-        self.precision = precision
+        self.precision: ComputePrecision = precision
         self.num_threads = num_threads or available_cpus()
         self._openvino = import_openvino()
         core = _core(self._openvino)

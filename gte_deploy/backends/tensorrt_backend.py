@@ -72,7 +72,7 @@ class TensorRTBackend:
         check_takes_types(f"the engine {plan.path}", [tensor.name for tensor in plan.inputs], spec)
         self.spec = spec
         self.device = device
-        self.precision = precision
+        self.precision: Precision = precision
         self.outputs = tuple(tensor.name for tensor in plan.outputs)
         self._engine: _Engine | None = _Engine(engine, plan, trt, cuda)
         self._returned = threading.Condition()

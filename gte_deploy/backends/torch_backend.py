@@ -1,12 +1,9 @@
-"""PyTorch: in float32 the reference that every other backend is compared with, in bfloat16 padding-free on GPUs.
-
-Shapes: B rows, S tokens, T tokens of all rows without padding, M masks, H hidden size, V vocabulary, L labels.
-"""
+"""PyTorch: in float32 the reference that every other backend is compared with, in bfloat16 padding-free on GPUs."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +14,14 @@ from gte_deploy.backends.devices import parse_device
 from gte_deploy.errors import BackendError, MissingDependencyError
 from gte_deploy.quiet import keep_caches_in_ours
 from gte_deploy.spec import ComputePrecision, ModelSpec, Task
+from gte_deploy.tasks.base import HIDDEN
 from gte_deploy.threads import available_cpus
 from gte_deploy.tokenization import TextTokenizer
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from gte_deploy.models.heads import Head, States
 
-_OUTPUTS: dict[str, tuple[str, ...]] = {
-    "fill-mask": ("last_hidden_state", "logits"),
-    "embed": ("last_hidden_state", "sentence_embedding"),
-    "classify": ("last_hidden_state", "logits"),
-    "token-classify": ("last_hidden_state", "logits"),
-    "sparse": ("last_hidden_state", "sparse_embedding"),
-}
+logger = logging.getLogger(__name__)
 
 
 class TorchBackend:
@@ -62,9 +55,6 @@ class TorchBackend:
 
         self.spec = spec
         self.device = device
-        self.outputs = _OUTPUTS[spec.task]
-        if spec.head_task == "fill-mask":  # a splade model's checkpoint fills masks, too
-            self.outputs = tuple(dict.fromkeys((*self.outputs, "logits")))
         self.precision: ComputePrecision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         on_cuda = parse_device(device)[0] == "cuda"
         self._is_packed = on_cuda and self.precision == "bf16" if packed is None else packed
@@ -74,12 +64,9 @@ class TorchBackend:
             register_packed_attention()
             model.set_attn_implementation(PACKED_ATTENTION)
         self._model: Any = model.to(_torch_device(device)).eval()
-        self._sparse: Any = None
-        if spec.sparse is not None:
-            from gte_deploy.models.sparse_heads import sparse_head
-
-            self._sparse = sparse_head(self._model, spec.sparse)
-        encoder = self._model if spec.task == "embed" else self._model.gte
+        self._heads = _heads(self._model, spec)
+        self.outputs: tuple[str, ...] = (HIDDEN, *self._heads)
+        encoder = self._model.base_model
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
         self._is_forked = False
@@ -88,26 +75,29 @@ class TorchBackend:
         """See `Backend.run`."""
         import torch
 
-        model, encoder = self._model, self._encoder
-        if model is None or encoder is None:
+        heads, encoder = self._heads, self._encoder
+        if encoder is None:
             raise BackendError("this model is closed; load it again")
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
         if "logits" in outputs and self.spec.head_task == "fill-mask" and batch.mask_positions is None:
             raise BackendError("logits of a fill-mask model need mask_positions in the batch")
-        compute = self._packed if self._is_packed else self._padded
         try:
             if self._is_forked and torch.get_num_threads() != 1:
                 torch.set_num_threads(1)
             with torch.inference_mode():
-                tensors = compute(model, encoder, batch, outputs)
+                states = self._states(encoder, batch)
+                tensors = {name: heads[name](states) for name in outputs if name in heads}
+                if HIDDEN in outputs:
+                    tensors[HIDDEN] = states.padded(states.hidden)
                 return {name: tensors[name].float().cpu().numpy() for name in outputs}
         except RuntimeError as error:
             raise BackendError(f"PyTorch failed on a batch of {batch.input_ids.shape}: {error}") from error
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._model = self._encoder = self._sparse = None
+        self._model = self._encoder = None
+        self._heads = {}
 
     def compute_in_forked_process(self) -> None:
         """Go on in a child of the process that loaded the model, with one thread.
@@ -118,96 +108,23 @@ class TorchBackend:
         self._is_forked = True
         self.num_threads = 1
         if self._model is not None:
-            self._encoder = self._model if self.spec.task == "embed" else self._model.gte
+            self._encoder = self._model.base_model
 
-    def _padded(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
-        # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
-        mask = None if batch.attention_mask.all() else self._tensor(batch.attention_mask)
-        types = None if batch.token_type_ids is None else self._tensor(batch.token_type_ids)
-        encoded = encoder(input_ids=self._tensor(batch.input_ids), attention_mask=mask, token_type_ids=types)
-        hidden = encoded.last_hidden_state
-        tensors = {"last_hidden_state": hidden}
-        if "sentence_embedding" in outputs:
-            tensors["sentence_embedding"] = self._projected(model, self._pooled(hidden, mask))
-        if "sparse_embedding" in outputs:
-            tensors["sparse_embedding"] = self._sparse_embedding(hidden, batch)
-        if "logits" not in outputs:
-            return tensors
-        if self.spec.task == "classify":
-            tensors["logits"] = model.classifier(encoded.pooler_output)
-        elif self.spec.task == "token-classify":
-            tensors["logits"] = model.classifier(hidden)
-        else:
-            assert batch.mask_positions is not None  # `run` has looked
-            # Only these rows: the whole [S, V] product of one long text would take a gigabyte.
-            tensors["logits"] = model.lm_head(hidden[batch.mask_positions[:, 0], batch.mask_positions[:, 1]])
-        return tensors
+    def _states(self, encoder: Any, batch: Batch) -> "States":
+        from gte_deploy.models.heads import encode_packed, encode_padded
 
-    def _packed(self, model: Any, encoder: Any, batch: Batch, outputs: Sequence[str]) -> dict[str, Any]:
-        """As `_padded`, over the T real tokens of all rows as one row; what stands at padding is 0."""
-        import torch
+        encode = encode_packed if self._is_packed else encode_padded
+        return encode(encoder, batch, _torch_device(self.device))
 
-        real = batch.attention_mask == 1
-        rows, columns = (self._tensor(places) for places in np.nonzero(real))
-        lengths = real.sum(axis=1)
-        starts = np.concatenate(([0], lengths.cumsum()))
-        types = batch.token_type_ids
-        hidden = encoder(
-            input_ids=self._tensor(batch.input_ids[real])[None],
-            token_type_ids=None if types is None else self._tensor(types[real])[None],
-            position_ids=columns[None],
-            cu_seqlens=self._tensor(starts.astype(np.int32)),
-            # A bound is enough, and few different ones are compiled for less often.
-            max_seqlen=1 << int(lengths.max() - 1).bit_length(),
-        ).last_hidden_state[0]
 
-        def padded(values: Any) -> Any:
-            out = values.new_zeros((*real.shape, values.shape[-1]))
-            out[rows, columns] = values
-            return out
+def _heads(model: Any, spec: ModelSpec) -> "dict[str, Head]":
+    """Output -> its head. A splade model's checkpoint fills masks, too."""
+    from gte_deploy.models.heads import HeadOptions, make_head
 
-        tensors = {}
-        if "last_hidden_state" in outputs:
-            tensors["last_hidden_state"] = padded(hidden)
-        if "sentence_embedding" in outputs:
-            if self.spec.pooling == "cls":
-                pooled = hidden[starts[:-1]]
-            else:
-                pooled = torch.segment_reduce(hidden.float(), "mean", lengths=self._tensor(lengths))
-            tensors["sentence_embedding"] = self._projected(model, pooled)
-        if "sparse_embedding" in outputs:
-            tensors["sparse_embedding"] = self._sparse_embedding(padded(hidden), batch)
-        if "logits" not in outputs:
-            return tensors
-        if self.spec.task == "classify":
-            tensors["logits"] = model.classifier(model.gte.pooler(hidden[starts[:-1], None]))
-        elif self.spec.task == "token-classify":
-            tensors["logits"] = padded(model.classifier(hidden))
-        else:
-            assert batch.mask_positions is not None  # `run` has looked
-            row, column = batch.mask_positions.T
-            tensors["logits"] = model.lm_head(hidden[starts[row] + real.cumsum(axis=1)[row, column] - 1])
-        return tensors
-
-    def _sparse_embedding(self, hidden: Any, batch: Batch) -> Any:
-        return self._sparse(hidden, self._tensor(batch.attention_mask), self._tensor(batch.input_ids))
-
-    def _pooled(self, hidden: Any, mask: Any) -> Any:
-        if self.spec.pooling == "cls":
-            return hidden[:, 0]
-        if mask is None:
-            return hidden.float().mean(dim=1)
-        weights = mask[:, :, None]
-        return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def _projected(self, model: Any, pooled: Any) -> Any:
-        projection = getattr(model, "sentence_projection", None)
-        return pooled if projection is None else projection(pooled.to(model.dtype))
-
-    def _tensor(self, array: NDArray[Any]) -> Any:
-        import torch
-
-        return torch.tensor(array, device=_torch_device(self.device))
+    heads = [make_head(model, HeadOptions.of(spec))]
+    if spec.task == "sparse" and spec.head_task == "fill-mask":
+        heads.append(make_head(model, HeadOptions("fill-mask")))
+    return {head.output: head for head in heads}
 
 
 def open_torch_backend(

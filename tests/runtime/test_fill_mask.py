@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy.fill_mask import softmax, top_tokens
+from gte_deploy.activations import softmax
+from gte_deploy.tasks.fill_mask import top_tokens
 
 TEXTS = [
     "Paris is the [MASK] of France.",
@@ -147,7 +148,7 @@ def test_every_token_and_no_padding_row_is_answered(ours):
 def test_masks_beyond_the_logits_held_at_once(ours, monkeypatch):
     text = "[MASK] the [MASK] a [MASK] of [MASK] [MASK]"
     expected = ours.fill_mask([text, "[MASK] is [MASK]"])
-    monkeypatch.setattr("gte_deploy.model._MAX_LOGITS", 2 * ours.spec.vocab_size)
+    monkeypatch.setattr("gte_deploy.tasks.fill_mask.MAX_LOGITS", 2 * ours.spec.vocab_size)
     assert_same(ours.fill_mask([text, "[MASK] is [MASK]"]), expected)
 
 

@@ -11,8 +11,8 @@ from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import task_of
 from gte_deploy.models.sparse_heads import SpladeHead
 from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
-from gte_deploy.sparse import SparseEmbedding
 from gte_deploy.spec import SparseSpec
+from gte_deploy.tasks.sparse import SparseEmbedding
 from gte_deploy.tokenization import load_tokenizer
 
 TEXTS = [

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from gte_deploy.exporters.text_batches import builtin_texts
+from gte_deploy.exporters.verification.texts import builtin_texts
 from gte_deploy.models import builtin_path
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "tools" / "tiny_model"

@@ -1,1 +1,4 @@
-"""The Python models of a Triton repository. The exporter copies them, and what they import of gte_deploy, into it."""
+"""The Python models of a Triton repository.
+
+The exporter copies them into the repository, with the modules of gte_deploy that they import.
+"""

@@ -1,22 +1,21 @@
-"""What the Python models share: tensors and options of a request in, its answer or its own error out.
+"""Code that the Python models share: reads tensors and options of a request, and writes its answer or its error.
 
 An error belongs to the request that caused it; the others of the same `execute` are answered.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports] - Triton has it
+import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # Triton's own module
 from numpy.typing import NDArray
 
 from gte_deploy.bundle import spec_from_json
 from gte_deploy.errors import GteDeployError, InputError, NonFiniteError
 from gte_deploy.inputs import check_integer
-from gte_deploy.sparse import sparsify
 from gte_deploy.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -30,10 +29,10 @@ T = TypeVar("T")
 
 
 class Settings:
-    """What config.pbtxt says of a model, and where its files are."""
+    """The settings of a model in config.pbtxt, and the folder of its files."""
 
     def __init__(self, arguments: Mapping[str, str]) -> None:
-        """Read what Triton hands to `initialize`."""
+        """Read the arguments that Triton gives to `initialize`."""
         config = json.loads(arguments["model_config"])
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.inputs = frozenset(tensor["name"] for tensor in config["input"])
@@ -121,35 +120,14 @@ def check_finite(name: str, values: NDArray[np.floating[Any]]) -> None:
         raise NonFiniteError(f"the model gave NaN or Inf in {name} for the inputs {rows}; nothing of them is returned")
 
 
-def filled(rows: Sequence[Sequence[T]], width: int, filler: T, dtype: Any) -> NDArray[Any]:
-    """Rows of unequal length as [len(rows), width], with `filler` behind each."""
-    result = np.full((len(rows), width), filler, dtype=dtype)
-    for row, values in zip(result, rows, strict=True):
-        row[: len(values)] = values
-    return result
-
-
-def sparse_vectors(
-    request: Any, weights: Iterable[NDArray[np.float32]], spec: ModelSpec, name: Callable[[int], str]
-) -> dict[str, NDArray[Any]]:
-    """Rows of weights [V] as the outputs `TOKENS` [B, 1], `TOKEN`, `TOKEN_ID` and `WEIGHT` [B, N], heaviest first.
+def max_active_dims(request: Any) -> int | None:
+    """The option MAX_ACTIVE_DIMS.
 
     Raises:
-        InputError: the option MAX_ACTIVE_DIMS is out of its range.
+        InputError: it is out of its range.
     """
-    kept = option(request, "MAX_ACTIVE_DIMS")
-    if kept is not None:
-        check_integer("MAX_ACTIVE_DIMS", kept, 1, (1 << 31) - 1)
-    elif spec.sparse is not None:
-        kept = spec.sparse.max_active_dims
-    rows = [sparsify(row, kept).ordered() for row in weights]
-    width = max(1, *map(len, rows))
-    return {
-        "TOKENS": np.array([[len(row)] for row in rows], dtype=np.int32),
-        "TOKEN": filled([[name(token).encode() for token, _ in row] for row in rows], width, b"", np.object_),
-        "TOKEN_ID": filled([[token for token, _ in row] for row in rows], width, -1, np.int64),
-        "WEIGHT": filled([[weight for _, weight in row] for row in rows], width, 0.0, np.float32),
-    }
+    wanted = option(request, "MAX_ACTIVE_DIMS")
+    return None if wanted is None else check_integer("MAX_ACTIVE_DIMS", wanted, 1, (1 << 31) - 1)
 
 
 def attempt(work: Callable[[], T]) -> T | Any:

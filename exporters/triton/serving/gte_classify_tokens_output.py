@@ -20,17 +20,19 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
     check_finite,
-    filled,
     floats,
     option,
     required,
     shared_texts,
     texts,
 )
-from gte_deploy.token_classification import Entity, TaggedTexts, TaggingRequest  # noqa: E402
+from gte_deploy.tasks.token_classify import (  # noqa: E402
+    TaggedTexts,
+    TaggingRequest,
+    entities_to_tensors,
+    logits_to_tensors,
+)
 from gte_deploy.tokenization import Piece, checked_max_length, load_tokenizer  # noqa: E402
-
-_NO_INDEX = -1
 
 
 class TritonPythonModel:
@@ -62,7 +64,7 @@ class TritonPythonModel:
         pieces = self._tokenizer.encode_places(given.texts, max_length=limit, truncation=truncation)
         logits = self._own_logits(request, pieces)
         found = wanted.answers(given, pieces, enumerate(logits), self._tokenizer, self._spec)
-        return {**_entity_tensors(found), **self._logit_tensors(logits)}
+        return {**entities_to_tensors(found), **logits_to_tensors(logits, self._spec.num_labels)}
 
     def _own_logits(self, request: Any, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
         """Logits [T, L] of each row's own tokens."""
@@ -70,29 +72,3 @@ class TritonPythonModel:
         logits = np.where(mask[:, :, None], floats(request, "logits"), np.float32(0))
         check_finite("logits", logits)
         return [row[piece.first : piece.first + len(piece.offsets)] for row, piece in zip(logits, pieces, strict=True)]
-
-    def _logit_tensors(self, logits: Sequence[NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
-        counts = [len(row) for row in logits]
-        together = np.zeros((len(logits), max(1, *counts), self._spec.num_labels), dtype=np.float32)
-        for target, row in zip(together, logits, strict=True):
-            target[: len(row)] = row
-        return {"TOKENS": np.array(counts, dtype=np.int32)[:, None], "LOGITS": together}
-
-
-def _entity_tensors(found: Sequence[Sequence[Entity]]) -> dict[str, NDArray[Any]]:
-    width = max(1, *map(len, found))
-
-    def column(name: str, filler: Any, dtype: Any) -> NDArray[Any]:
-        return filled([[entity.get(name, filler) for entity in entities] for entities in found], width, filler, dtype)
-
-    labels = [[entity["entity" if "entity" in entity else "entity_group"].encode() for entity in row] for row in found]
-    words = [[entity["word"].encode() for entity in row] for row in found]
-    return {
-        "ENTITIES": np.array([[len(entities)] for entities in found], dtype=np.int32),
-        "LABEL": filled(labels, width, b"", np.object_),
-        "SCORE": column("score", 0.0, np.float32),
-        "INDEX": column("index", _NO_INDEX, np.int32),
-        "WORD": filled(words, width, b"", np.object_),
-        "START": column("start", 0, np.int32),
-        "END": column("end", 0, np.int32),
-    }

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from gte_deploy.embedding import check_choice, check_pooling  # noqa: E402
 from gte_deploy.errors import InputError  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
@@ -26,8 +25,10 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     required,
 )
 from gte_deploy.inputs import check_integer  # noqa: E402
-from gte_deploy.pooling import l2_normalize, pool  # noqa: E402
-from gte_deploy.spec import POOLINGS  # noqa: E402
+from gte_deploy.pooling import pool  # noqa: E402
+from gte_deploy.spec import POOLINGS, Pooling  # noqa: E402
+from gte_deploy.tasks.base import check_choice  # noqa: E402
+from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling  # noqa: E402
 
 
 class TritonPythonModel:
@@ -47,17 +48,17 @@ class TritonPythonModel:
         width = self._spec.embedding_width
         size = option(request, "TRUNCATE_DIM", self._spec.truncate_dim or width)
         check_integer("TRUNCATE_DIM", size, 1, width)
-        embeddings = self._pooled(request, option(request, "POOLING", self._spec.pooling))
-        check_finite("the embedding", embeddings)
-        # The checkpoint's own Normalize module comes before the caller's truncation.
-        embeddings = (l2_normalize(embeddings) if self._spec.normalize else embeddings)[:, :size]
-        if option(request, "NORMALIZE", False):
-            embeddings = l2_normalize(embeddings)
-        return {"EMBEDDING": np.ascontiguousarray(embeddings)}
-
-    def _pooled(self, request: Any, pooling: Any) -> NDArray[np.float32]:
+        pooling = option(request, "POOLING", self._spec.pooling)
         check_choice("POOLING", pooling, POOLINGS)
         check_pooling(self._spec, pooling)
+        normalize = option(request, "NORMALIZE", False)
+        pooled = self._pooled(request, pooling)
+        check_finite("the embedding", pooled)
+        wanted = EmbeddingRequest(self._spec, pooling, normalize=normalize, truncate_dim=size)
+        return {"EMBEDDING": np.ascontiguousarray(wanted.finished(pooled))}
+
+    def _pooled(self, request: Any, pooling: Pooling) -> NDArray[np.float32]:
+        """Pooled states [B, H] of the encoder, or of its hidden states."""
         name = f"embedding_{pooling}"
         if name in self._inputs:
             return floats(request, name)

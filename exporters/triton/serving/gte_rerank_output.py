@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 
 from numpy.typing import NDArray  # noqa: E402
 
-from gte_deploy.activations import default_activation, softmax  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
@@ -20,6 +19,7 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     floats,
     option,
 )
+from gte_deploy.tasks.classify import ScoreRequest  # noqa: E402
 
 
 class TritonPythonModel:
@@ -36,7 +36,5 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
         logits = floats(request, "logits")
         check_finite("logits", logits)
-        scores = default_activation(self._spec.activation, self._spec.num_labels)(logits)
-        if self._spec.num_labels > 1 and option(request, "APPLY_SOFTMAX", False):
-            scores = softmax(scores)
-        return {"SCORE": scores, "LOGITS": logits}
+        wanted = ScoreRequest(self._spec, apply_softmax=option(request, "APPLY_SOFTMAX", False))
+        return {"SCORE": wanted.scores(logits), "LOGITS": logits}

@@ -1,7 +1,7 @@
-"""gte_sparse_output: what the encoder gives of a sparse model to a vector for each text, as `encode_sparse` does.
+"""gte_sparse_output: from the outputs of the encoder to a sparse vector for each text, as `encode_sparse` gives it.
 
-A graph for task sparse gives the vectors, pooled and activated. Of a token classifier with one label come the logits of
-the tokens, which are weights as gte-multilingual-base defines them.
+The graph of a sparse model gives the vectors, pooled and activated. A token classifier with one label gives the logits
+of the tokens, which become weights by the definition of gte-multilingual-base.
 
 Shapes: B rows of a request, S tokens, V vocabulary, N entries of the vector that has most.
 """
@@ -16,15 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
+from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
     check_finite,
     floats,
+    max_active_dims,
     required,
-    sparse_vectors,
 )
-from gte_deploy.sparse import entry_names, unweighted_ids, weights_of_tokens  # noqa: E402
+from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, unweighted_ids  # noqa: E402
 from gte_deploy.tokenization import load_tokenizer  # noqa: E402
 
 
@@ -44,17 +45,16 @@ class TritonPythonModel:
         return answer_each(requests, self._answer)
 
     def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
-        return sparse_vectors(request, self._weights(request), self._spec, self._name)
+        wanted = SparseRequest(self._spec, max_active_dims(request), unweighted=self._unweighted)
+        return to_tensors(wanted.vectors(self._weights(request, wanted)), self._name)
 
-    def _weights(self, request: Any) -> Iterable[NDArray[np.float32]]:
-        """[V] of each row."""
+    def _weights(self, request: Any, wanted: SparseRequest) -> Iterable[NDArray[np.float32]]:
+        """The weights [V] of each row."""
         if self._spec.task == "sparse":
             weights = floats(request, "sparse_embedding")
             check_finite("the sparse embedding", weights)
             return weights
-        mask = required(request, "attention_mask") == 1
-        logits = np.where(mask, floats(request, "logits")[:, :, 0], 0)
+        batch = Batch(required(request, "input_ids"), required(request, "attention_mask"))
+        logits = np.where(batch.attention_mask[:, :, None] == 1, floats(request, "logits"), np.float32(0))
         check_finite("logits", logits)
-        rows = zip(required(request, "input_ids"), logits, mask, strict=True)
-        size = self._spec.vocab_size
-        return [weights_of_tokens(ids[real], row[real], size, self._unweighted) for ids, row, real in rows]
+        return wanted.weights(batch, {"logits": logits})

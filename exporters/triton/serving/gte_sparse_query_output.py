@@ -16,10 +16,10 @@ from numpy.typing import NDArray  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
+    max_active_dims,
     required,
-    sparse_vectors,
 )
-from gte_deploy.sparse import entry_names, weights_of_query  # noqa: E402
+from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, weights_of_query  # noqa: E402
 from gte_deploy.tokenization import load_tokenizer  # noqa: E402
 
 
@@ -45,4 +45,4 @@ class TritonPythonModel:
         lengths = required(request, "attention_mask").sum(axis=1)
         rows = zip(required(request, "input_ids"), lengths, strict=True)
         weights = [weights_of_query(ids[first : length - last], self._weights) for ids, length in rows]
-        return sparse_vectors(request, weights, self._spec, self._name)
+        return to_tensors(SparseRequest(self._spec, max_active_dims(request)).vectors(weights), self._name)

@@ -25,8 +25,8 @@ from numpy.typing import NDArray  # noqa: E402
 from gte_deploy.batching import collate  # noqa: E402
 from gte_deploy.errors import InputError  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts  # noqa: E402
-from gte_deploy.fill_mask import check_mask  # noqa: E402
 from gte_deploy.inputs import as_pairs, as_texts  # noqa: E402
+from gte_deploy.tasks.fill_mask import check_mask  # noqa: E402
 from gte_deploy.text_interface import prompt_text  # noqa: E402
 from gte_deploy.tokenization import checked_max_length, load_tokenizer  # noqa: E402
 

@@ -18,8 +18,8 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 
 from gte_deploy.errors import ExportError  # noqa: E402
-from gte_deploy.exporters.graph import build as graph_module  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
+from gte_deploy.exporters.graph import build as graph_module  # noqa: E402
 from gte_deploy.exporters.graph.fusion import fuse_graph  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.spec import Engine, TensorSpec  # noqa: E402

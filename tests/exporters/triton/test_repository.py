@@ -17,6 +17,7 @@ from gte_deploy.exporters.triton.configs import length_buckets
 from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.files import sha256_file
 from gte_deploy.spec import Profile, TensorSpec
+from gte_deploy.tasks import TASKS
 
 ENSEMBLES = {
     "fill-mask": {"gte_embed", "gte_token_embed", "gte_fill_mask"},
@@ -38,6 +39,20 @@ def test_models_by_task(task, repository):
     for name in models:
         assert (opened.path / name / "1").is_dir()
         assert opened.config(name).version_policy.latest.num_versions == 1
+
+
+@pytest.mark.parametrize("task", ENSEMBLES)
+def test_tasks_name_the_tensors_of_their_ensembles(task, repository):
+    opened = repository(task)
+    plain = {"TEXT", "TEXT_PAIR", "TRUNCATION", "MAX_LENGTH", "PROMPT", "PROMPT_NAME"}
+    declared = {ensemble.name: (set(), set()) for ensemble in TASKS[task].ensembles}
+    for ensemble in TASKS[task].ensembles:
+        declared[ensemble.name][0].update(ensemble.options)
+        declared[ensemble.name][1].update(ensemble.outputs)
+    for name, (options, outputs) in declared.items():
+        config = opened.config(name)
+        assert {tensor.name for tensor in config.input} - plain == options
+        assert {tensor.name for tensor in config.output} == outputs
 
 
 @pytest.mark.parametrize("task", ENSEMBLES)

@@ -1,22 +1,32 @@
-"""Sparse embeddings without torch: vectors with a weight for few of a vocabulary's entries, and what is made of them.
+"""Sparse embeddings: vectors with a weight for few entries of the vocabulary, and the forms of SparseEncoder.encode.
 
-Shapes: N texts, S tokens, V vocabulary, K entries that a vector has.
+Shapes: N texts, B rows, S tokens, V vocabulary, K entries that a vector has.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.embedding import import_torch
+from gte_deploy.backends.base import Batch
 from gte_deploy.errors import InputError
-from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import TextTokenizer
+from gte_deploy.spec import ModelSpec, SparseRoute
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, Task, Tensors, filled, import_torch
+
+if TYPE_CHECKING:
+    from gte_deploy.tokenization import TextTokenizer
+
+_POOLED = "sparse_embedding"
 
 Names = Callable[[int], str] | Mapping[int, str] | Sequence[str]
-"""From vocabulary ids to what they are called."""
+"""Vocabulary id -> name of the entry."""
+
+
+SERVED = Ensemble("gte_sparse", ("TOKENS", "TOKEN", "TOKEN_ID", "WEIGHT"), ("MAX_ACTIVE_DIMS",))
+QUERIES_SERVED = Ensemble("gte_sparse_query", SERVED.outputs, SERVED.options)
+"""Queries by the stored weights of their tokens, where the model has such weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +66,50 @@ class SparseEmbedding:
         return found
 
 
+@dataclass(frozen=True)
+class SparseRequest:
+    """The arguments of one call that say what to answer.
+
+    Args:
+        spec: facts of a model for this task, or of a token classifier with one label.
+        max_active_dims: entries that the caller wants to keep; None for the checkpoint's own number.
+        route: "query" or "document", where the two differ.
+        unweighted: token ids that never have a weight, of a token classifier.
+    """
+
+    spec: ModelSpec
+    max_active_dims: int | None = None
+    route: SparseRoute = "document"
+    unweighted: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> int | None:
+        """Entries to keep, the heaviest; None for all."""
+        if self.max_active_dims is not None:
+            return self.max_active_dims
+        return None if self.spec.sparse is None else self.spec.sparse.max_active_dims
+
+    def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """See `Request`."""
+        return ("logits",) if self.spec.task == "token-classify" else (_POOLED,)
+
+    def answer(self, batch: Batch, outputs: Outputs) -> list[SparseEmbedding]:
+        """See `Request`."""
+        return self.vectors(self.weights(batch, outputs))
+
+    def vectors(self, weights: Iterable[NDArray[np.float32]]) -> list[SparseEmbedding]:
+        """A vector for each row of weights [V]."""
+        return [sparsify(row, self.kept) for row in weights]
+
+    def weights(self, batch: Batch, outputs: Outputs) -> Iterable[NDArray[np.float32]]:
+        """The weights [V] of each row."""
+        if _POOLED in outputs:
+            return outputs[_POOLED]
+        rows = zip(batch.input_ids, outputs["logits"][:, :, 0], batch.attention_mask == 1, strict=True)
+        size = self.spec.vocab_size
+        return (weights_of_tokens(ids[real], row[real], size, self.unweighted) for ids, row, real in rows)
+
+
 def sparsify(weights: NDArray[np.float32], max_active_dims: int | None = None) -> SparseEmbedding:
     """A row of weights [V] as a vector; `max_active_dims` keeps the heaviest."""
     indices = np.flatnonzero(weights)
@@ -86,7 +140,7 @@ def weights_of_query(ids: Sequence[int], weights: NDArray[np.float32]) -> NDArra
     return found
 
 
-def unweighted_ids(tokenizer: TextTokenizer, pad_token_id: int | None = None) -> tuple[int, ...]:
+def unweighted_ids(tokenizer: "TextTokenizer", pad_token_id: int | None = None) -> tuple[int, ...]:
     """Ids that a token-weights head gives no weight: those put around a text (cls, sep or eos), pad and unk.
 
     The rule is gte-multilingual-base's own (`_process_token_weights` of its scripts/gte_embedding.py). [MASK] and added
@@ -98,8 +152,8 @@ def unweighted_ids(tokenizer: TextTokenizer, pad_token_id: int | None = None) ->
     return tuple(sorted({*around, *(token for token in others if token is not None)}))
 
 
-def entry_names(tokenizer: TextTokenizer, spec: ModelSpec) -> Callable[[int], str]:
-    """What an entry is called, in the words of the model's own library.
+def entry_names(tokenizer: "TextTokenizer", spec: ModelSpec) -> Callable[[int], str]:
+    """A function that names the entries of the vocabulary as the model's own library does.
 
     For token weights the decoded token, as gte-multilingual-base's dictionaries have it; else the vocabulary's entry,
     as SparseEncoder.decode gives it. An id that only pads the vocabulary is called "[ID]".
@@ -117,14 +171,14 @@ def entry_names(tokenizer: TextTokenizer, spec: ModelSpec) -> Callable[[int], st
 
 @dataclass(frozen=True)
 class SparseForm:
-    """What `encode_sparse` returns: vectors, one torch tensor (sparse or dense), or dictionaries."""
+    """The form that `encode_sparse` returns: vectors, one torch tensor (sparse or dense), or dictionaries."""
 
     tensor: bool
     sparse_tensor: bool
     as_dict: bool
 
     def check(self) -> None:
-        """Refuse what cannot be honoured, before any work.
+        """Refuse a form that cannot be honoured, before any work.
 
         Raises:
             InputError: tensors and dictionaries are asked for.
@@ -163,7 +217,10 @@ def as_tensors(embeddings: Sequence[SparseEmbedding], *, sparse: bool) -> Any:
 
 
 def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
-    """Vectors of any form that `encode_sparse` gives, or arrays and tensors [V] or [N, V]; and whether it was one.
+    """Read vectors in any form that `encode_sparse` gives, or arrays and tensors [V] or [N, V].
+
+    Returns:
+        The vectors, and whether a single one was given.
 
     Raises:
         InputError: another form.
@@ -172,11 +229,56 @@ def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
         return [embeddings], True
     if isinstance(embeddings, list | tuple) and all(isinstance(each, SparseEmbedding) for each in embeddings):
         return list(embeddings), False
-    if hasattr(embeddings, "to_dense"):  # a tensor of torch
-        embeddings = embeddings.detach().to_dense().cpu().numpy()
-    if isinstance(embeddings, np.ndarray) and embeddings.ndim in (1, 2) and embeddings.dtype.kind == "f":
-        return [sparsify(row) for row in np.atleast_2d(embeddings)], embeddings.ndim == 1
+    array: Any = embeddings
+    if hasattr(array, "to_dense"):  # a torch tensor
+        array = array.detach().to_dense().cpu().numpy()
+    if isinstance(array, np.ndarray) and array.ndim in (1, 2) and array.dtype.kind == "f":
+        return [sparsify(row) for row in np.atleast_2d(array)], array.ndim == 1
     raise InputError(
         "embeddings must be what encode_sparse gives, or an array or tensor of floats [V] or [N, V], not "
         f"{type(embeddings).__name__}"
     )
+
+
+def to_tensors(embeddings: Sequence[SparseEmbedding], name: Callable[[int], str]) -> dict[str, NDArray[Any]]:
+    """Vectors as the tensors of `SERVED`: `TOKENS` [B, 1] counts their entries, the others are [B, K], heaviest first.
+
+    `name` gives the name of an entry.
+    """
+    rows = [embedding.ordered() for embedding in embeddings]
+    width = max(1, *map(len, rows))
+    return {
+        "TOKENS": np.array([[len(row)] for row in rows], dtype=np.int32),
+        "TOKEN": filled([[name(token).encode() for token, _ in row] for row in rows], width, b"", np.object_),
+        "TOKEN_ID": filled([[token for token, _ in row] for row in rows], width, -1, np.int64),
+        "WEIGHT": filled([[weight for _, weight in row] for row in rows], width, 0.0, np.float32),
+    }
+
+
+def from_tensors(tensors: Tensors, size: int, names: dict[int, str]) -> list[SparseEmbedding]:
+    """The vectors that `to_tensors` was given, of a vocabulary with `size` entries; `names` receives their names."""
+    return [_embedding_of(tensors, row, size, names) for row in range(len(tensors["TOKENS"]))]
+
+
+def _embedding_of(tensors: Tensors, row: int, size: int, names: dict[int, str]) -> SparseEmbedding:
+    count = int(tensors["TOKENS"][row, 0])
+    ids = tensors["TOKEN_ID"][row, :count]
+    names.update((token, name.decode()) for token, name in zip(ids.tolist(), tensors["TOKEN"][row], strict=False))
+    order = np.argsort(ids)
+    return SparseEmbedding(ids[order], tensors["WEIGHT"][row, :count][order], size)
+
+
+def _suits(spec: ModelSpec) -> bool:
+    """A token classifier with one label gives the weights of tokens, too."""
+    return spec.task == "sparse" or (spec.task == "token-classify" and spec.num_labels == 1)
+
+
+SPARSE = Task(
+    name="sparse",
+    outputs=(HIDDEN, _POOLED),
+    request=SparseRequest,
+    ensembles=(SERVED, QUERIES_SERVED),
+    similarity="dot",
+    library=Library("SparseEncoder", "fill-mask", "logits", "token_embeddings"),
+    suits=_suits,
+)

@@ -1,24 +1,36 @@
-"""From the logits of tokens to the answers of transformers' token-classification pipeline, without torch.
+"""Labels of tokens: from logits to the forms of transformers' token-classification pipeline, or as they are.
 
-Shapes: T tokens of a text, L labels.
+Shapes: B rows, T tokens of a text without special ones, L labels, N entities of the row that has most.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.activations import softmax
-from gte_deploy.embedding import check_choice
+from gte_deploy.backends.base import Batch
 from gte_deploy.errors import InputError
 from gte_deploy.inputs import as_texts, as_words
 from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import Piece, TextTokenizer
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors, check_choice, filled, import_torch
+from gte_deploy.tasks.classify import ScoreRequest
+
+if TYPE_CHECKING:
+    from gte_deploy.tokenization import Piece, TextTokenizer
 
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)
+
+ENTITIES_SERVED = Ensemble(
+    "gte_classify_tokens",
+    ("ENTITIES", "LABEL", "SCORE", "INDEX", "WORD", "START", "END"),
+    ("AGGREGATION_STRATEGY", "IGNORE_LABELS"),
+)
+LOGITS_SERVED = Ensemble("gte_classify_tokens", ("TOKENS", "LOGITS"))
+_NO_INDEX = -1
 
 Entity = dict[str, Any]
 """One token, with the keys entity, score, index, word, start and end; or a group of them, with the keys entity_group,
@@ -26,13 +38,51 @@ score, word, start and end."""
 
 
 @dataclass(frozen=True)
+class OwnLogits:
+    """Asks for the logits [T, L] of the tokens of each text, special tokens left out.
+
+    Args:
+        first: special tokens before the text.
+        last: special tokens behind it.
+    """
+
+    first: int = 0
+    last: int = 0
+
+    def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """See `Request`."""
+        return ("logits",)
+
+    def answer(self, batch: Batch, outputs: Outputs) -> list[NDArray[np.float32]]:
+        """See `Request`."""
+        ends = (batch.attention_mask.sum(axis=1) - self.last).tolist()
+        return [logits[self.first : end] for logits, end in zip(outputs["logits"], ends, strict=True)]
+
+
+class TokenScoreRequest(ScoreRequest):
+    """The arguments of one call of `predict` that say what to return: scores [T, L] of the tokens of each text."""
+
+    def assemble(self, logits: Sequence[NDArray[np.float32]], *, single: bool) -> Any:
+        """Scores of texts whose logits are [T, L] each; for a `single` text its own."""
+        scores = self.scores(np.concatenate(logits))
+        parts: list[Any] = np.split(scores, np.cumsum([len(each) for each in logits])[:-1])
+        if self.return_type != "numpy":
+            parts = [import_torch().from_numpy(np.ascontiguousarray(part)) for part in parts]
+        return parts[0] if single else parts
+
+    def _labels_of_default(self) -> int:
+        """The sigmoid of one label is CrossEncoder's; the logits of tokens have no such custom."""
+        return 0
+
+
+@dataclass(frozen=True)
 class TaggingRequest:
-    """The checked arguments of one call that say what to answer.
+    """The arguments of one call that say which entities to answer.
 
     Args:
         aggregation_strategy: "none" answers tokens, the others groups of them.
-        ignore_labels: labels that are not answered.
-        stride: tokens that a window of a long text repeats of the one before; None where no text is cut into windows.
+        ignore_labels: labels that are left out of the answer.
+        stride: number of tokens that neighbouring windows of a long text share; None where texts are not cut.
     """
 
     aggregation_strategy: AggregationStrategy
@@ -44,7 +94,7 @@ class TaggingRequest:
         """Read the arguments as the pipeline does.
 
         Raises:
-            InputError: naming the argument and what it may be.
+            InputError: an argument has a wrong value; the message names the argument and the allowed values.
         """
         strategy = "none" if aggregation_strategy is None else aggregation_strategy
         strategy = str(getattr(strategy, "value", strategy)).lower()  # transformers has an enumeration for them
@@ -63,19 +113,19 @@ class TaggingRequest:
     def answers(
         self,
         given: "TaggedTexts",
-        pieces: Sequence[Piece],
+        pieces: "Sequence[Piece]",
         logits: Iterable[tuple[int, NDArray[np.float32]]],
-        tokenizer: TextTokenizer,
+        tokenizer: "TextTokenizer",
         spec: ModelSpec,
     ) -> list[list[Entity]]:
         """The entities of each text.
 
         Args:
             given: the texts.
-            pieces: of them; those of one text in order.
-            logits: number of the piece and logits [T, L] of its own tokens, for each piece in any order.
-            tokenizer: of the model.
-            spec: of the model.
+            pieces: pieces of the texts; those of one text come in order.
+            logits: number of a piece and logits [T, L] of its own tokens, for each piece in any order.
+            tokenizer: tokenizer of the model.
+            spec: facts of the model.
         """
         places = [given.places(piece) for piece in pieces]
         tagger = _Tagger(self.aggregation_strategy, tokenizer, spec.id2label)
@@ -99,8 +149,8 @@ class TaggedTexts:
     """The texts of one call.
 
     Args:
-        texts: what is answered about; words joined by the delimiter where the caller gave words.
-        encoded: what is tokenised: the texts, or the words of each.
+        texts: the texts whose tokens are labelled; words are joined by the delimiter where the caller gave words.
+        encoded: the input of the tokenizer: the texts, or the words of each text.
         word_starts: where each word begins in its text; None where the caller gave texts.
         offsets: places of the tokens in each text that the caller gave, special tokens included, or None.
         single: whether the caller gave one text alone.
@@ -129,7 +179,7 @@ class TaggedTexts:
         texts, single = as_texts(inputs)
         return cls(texts, texts, None, _checked_offsets(offset_mapping, len(texts)), single)
 
-    def places(self, piece: Piece) -> NDArray[np.int64]:
+    def places(self, piece: "Piece") -> NDArray[np.int64]:
         """Where the piece's own tokens are in their text, [T, 2].
 
         Raises:
@@ -150,7 +200,10 @@ class TaggedTexts:
 
 
 def joined_windows(entities: list[Entity]) -> list[Entity]:
-    """The entities of all windows of a text: of those that overlap the longest, and of equally long ones the surest."""
+    """Join the entities of all windows of a text.
+
+    Of entities that overlap, the longest stays; of equally long ones, the one with the highest score.
+    """
     if not entities:
         return []
     first, *rest = sorted(entities, key=lambda entity: entity["start"])
@@ -183,11 +236,11 @@ class _Token:
 @dataclass(frozen=True)
 class _Tagger:
     strategy: AggregationStrategy
-    tokenizer: TextTokenizer
+    tokenizer: "TextTokenizer"
     id2label: Mapping[int, str]
 
     def entities(
-        self, piece: Piece, text: str, logits: NDArray[np.float32], places: Sequence[Sequence[int]]
+        self, piece: "Piece", text: str, logits: NDArray[np.float32], places: Sequence[Sequence[int]]
     ) -> list[Entity]:
         scores = softmax(logits) if len(logits) else logits
         tokens = [
@@ -225,7 +278,7 @@ class _Tagger:
         }
 
     def _word(self, parts: list[_Token]) -> _Token:
-        """The tokens of a word as one, whose scores make its one label."""
+        """Join the tokens of a word into one token, whose scores decide the label of the word."""
         if self.strategy == "first" or len(parts) == 1:
             scores = parts[0].scores
         elif self.strategy == "max":
@@ -288,3 +341,66 @@ def _checked_offsets(offset_mapping: Any, count: int) -> list[NDArray[np.int64]]
     if len(found) != count or any(places.ndim != 2 or places.shape[1] != 2 or (places < 0).any() for places in found):
         raise InputError(f"offset_mapping must be a list of (start, end) for each of the {count} texts")
     return found
+
+
+def entities_to_tensors(found: Sequence[Sequence[Entity]]) -> dict[str, NDArray[Any]]:
+    """The entities of each row as the tensors of `ENTITIES_SERVED`: [B, N], and `ENTITIES` [B, 1] counts them."""
+    width = max(1, *map(len, found))
+
+    def column(name: str, filler: Any, dtype: Any) -> NDArray[Any]:
+        return filled([[entity.get(name, filler) for entity in entities] for entities in found], width, filler, dtype)
+
+    labels = [[entity["entity" if "entity" in entity else "entity_group"].encode() for entity in row] for row in found]
+    words = [[entity["word"].encode() for entity in row] for row in found]
+    return {
+        "ENTITIES": np.array([[len(entities)] for entities in found], dtype=np.int32),
+        "LABEL": filled(labels, width, b"", np.object_),
+        "SCORE": column("score", 0.0, np.float32),
+        "INDEX": column("index", _NO_INDEX, np.int32),
+        "WORD": filled(words, width, b"", np.object_),
+        "START": column("start", 0, np.int32),
+        "END": column("end", 0, np.int32),
+    }
+
+
+def entities_from_tensors(tensors: Tensors, *, grouped: bool) -> list[list[Entity]]:
+    """The entities that `entities_to_tensors` was given; `grouped` says whether they are groups of tokens."""
+    return [_entities_of(tensors, row, grouped=grouped) for row in range(len(tensors["ENTITIES"]))]
+
+
+def _entities_of(tensors: Tensors, row: int, *, grouped: bool) -> list[Entity]:
+    count = int(tensors["ENTITIES"][row, 0])
+    columns = {
+        "entity_group" if grouped else "entity": [label.decode() for label in tensors["LABEL"][row, :count]],
+        "score": tensors["SCORE"][row, :count].tolist(),
+        **({} if grouped else {"index": tensors["INDEX"][row, :count].tolist()}),
+        "word": [word.decode() for word in tensors["WORD"][row, :count]],
+        "start": tensors["START"][row, :count].tolist(),
+        "end": tensors["END"][row, :count].tolist(),
+    }
+    return [dict(zip(columns, entity, strict=True)) for entity in zip(*columns.values(), strict=True)]
+
+
+def logits_to_tensors(logits: Sequence[NDArray[np.float32]], num_labels: int) -> dict[str, NDArray[Any]]:
+    """Logits [T, L] of each row as the tensors of `LOGITS_SERVED`: `TOKENS` [B, 1] counts them, `LOGITS` [B, T, L]."""
+    counts = [len(row) for row in logits]
+    together = np.zeros((len(logits), max(1, *counts), num_labels), dtype=np.float32)
+    for target, row in zip(together, logits, strict=True):
+        target[: len(row)] = row
+    return {"TOKENS": np.array(counts, dtype=np.int32)[:, None], "LOGITS": together}
+
+
+def logits_from_tensors(tensors: Tensors) -> list[NDArray[np.float32]]:
+    """The logits that `logits_to_tensors` was given."""
+    counts = tensors["TOKENS"][:, 0].tolist()
+    return [logits[:count] for logits, count in zip(tensors["LOGITS"], counts, strict=True)]
+
+
+TOKEN_CLASSIFY = Task(
+    name="token-classify",
+    outputs=(HIDDEN, "logits"),
+    request=OwnLogits,
+    architecture="ForTokenClassification",
+    ensembles=(ENTITIES_SERVED, LOGITS_SERVED),
+    has_labels=True,
+)

@@ -1,9 +1,9 @@
-"""What `Model.encode` returns, from a backend's outputs to the forms of SentenceTransformer.encode.
+"""Sentence and token embeddings: from the outputs of a graph to the forms of SentenceTransformer.encode.
 
 Shapes: N inputs, B rows, S tokens, H hidden size, D embedding size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,20 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import InputError, MissingDependencyError
+from gte_deploy.errors import InputError
 from gte_deploy.inputs import check_integer
 from gte_deploy.pooling import EMBEDDING_PRECISIONS, EmbeddingPrecision, l2_normalize, pool, quantize
 from gte_deploy.spec import POOLINGS, ModelSpec, Pooling
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, check_choice, import_torch
+
+_POOLED = "sentence_embedding"
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
-ReturnType = Literal["numpy", "tensor", "list of tensors"]
+
+SERVED = Ensemble("gte_embed", ("EMBEDDING",), ("POOLING", "NORMALIZE", "TRUNCATE_DIM"))
+TOKENS_SERVED = Ensemble("gte_token_embed", ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_EMBEDDINGS"))
+"""Token embeddings; of a model with token types it also gives TOKEN_TYPE_IDS."""
 
 
 @dataclass(frozen=True)
 class EmbeddingRequest:
-    """The checked arguments of one call that say what to return.
+    """The arguments of one call that say what to return.
 
     Args:
+        spec: facts of the model.
         pooling: "mean" or "cls".
         output_value: as in SentenceTransformer.encode; None is all there is.
         precision: type of sentence embeddings.
@@ -33,55 +40,57 @@ class EmbeddingRequest:
         truncate_dim: leading dimensions to keep, or None for all.
     """
 
+    spec: ModelSpec
     pooling: Pooling
-    output_value: OutputValue | None
-    precision: EmbeddingPrecision
-    return_type: ReturnType
-    normalize: bool
-    truncate_dim: int | None
+    output_value: OutputValue | None = "sentence_embedding"
+    precision: EmbeddingPrecision = "float32"
+    return_type: ReturnType = "numpy"
+    normalize: bool = False
+    truncate_dim: int | None = None
 
-    def check(self, spec: ModelSpec) -> None:
-        """Refuse what cannot be honoured of a model with this spec, before any work.
+    def check(self) -> None:
+        """Refuse arguments that cannot be honoured, before any work.
 
         Raises:
-            InputError: naming the argument and what it may be.
+            InputError: an argument has a wrong value; the message names the argument and the allowed values.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("output_value", self.output_value, ("sentence_embedding", "token_embeddings", None))
         check_choice("precision", self.precision, EMBEDDING_PRECISIONS)
         if self.truncate_dim is not None:
-            check_integer("truncate_dim", self.truncate_dim, 1, spec.embedding_width)
-        check_pooling(spec, self.pooling)
+            check_integer("truncate_dim", self.truncate_dim, 1, self.spec.embedding_width)
+        check_pooling(self.spec, self.pooling)
         if self.precision != "float32" and self.output_value != "sentence_embedding":
             raise InputError(f"precision {self.precision!r} is for sentence embeddings, not {self.output_value!r}")
         if self.return_type != "numpy":
             import_torch()
 
-    def graph_outputs(self, spec: ModelSpec, offered: Sequence[str]) -> tuple[str, ...]:
-        """Names to ask the backend for: its own pooling where that is the one wanted."""
-        own_pooling = "sentence_embedding" in offered and self.pooling == spec.pooling
+    def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """See `Request`: the backend's own pooling where that is the one wanted."""
+        own_pooling = _POOLED in offered and self.pooling == self.spec.pooling
         if self.output_value == "sentence_embedding":
-            return ("sentence_embedding",) if own_pooling else ("last_hidden_state",)
+            return (_POOLED,) if own_pooling else (HIDDEN,)
         if self.output_value == "token_embeddings" or not own_pooling:
-            return ("last_hidden_state",)
-        return ("last_hidden_state", "sentence_embedding")
+            return (HIDDEN,)
+        return (HIDDEN, _POOLED)
 
-    def rows(self, spec: ModelSpec, batch: Batch, outputs: Mapping[str, NDArray[np.float32]]) -> list[Any]:
-        """The result of each row of a batch, still in numpy."""
+    def answer(self, batch: Batch, outputs: Outputs) -> list[Any]:
+        """See `Request`; in numpy, whatever the return type."""
         lengths = batch.attention_mask.sum(axis=1).tolist()
         if self.output_value == "token_embeddings":
-            return [tokens[:length] for tokens, length in zip(outputs["last_hidden_state"], lengths, strict=True)]
-        sentences = self._sentence_embeddings(spec, batch, outputs)
+            return [tokens[:length] for tokens, length in zip(outputs[HIDDEN], lengths, strict=True)]
+        pooled = self.pooled(batch.attention_mask, outputs)
         if self.output_value == "sentence_embedding":
-            return list(l2_normalize(sentences) if self.normalize else sentences)
+            return list(self.finished(pooled))
+        sentences = self._truncated(pooled)
         types = batch.token_type_ids
         return [
             {
                 "input_ids": batch.input_ids[row, :length],
                 "attention_mask": batch.attention_mask[row, :length],
                 **({} if types is None else {"token_type_ids": types[row, :length]}),
-                "token_embeddings": outputs["last_hidden_state"][row, :length],
+                "token_embeddings": outputs[HIDDEN][row, :length],
                 "sentence_embedding": sentences[row],
             }
             for row, length in enumerate(lengths)
@@ -98,14 +107,19 @@ class EmbeddingRequest:
             whole = results if self.return_type == "numpy" else [_as_tensors(result) for result in results]
         return whole[0] if single else whole
 
-    def _sentence_embeddings(
-        self, spec: ModelSpec, batch: Batch, outputs: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        embeddings = outputs.get("sentence_embedding")
-        if embeddings is None:
-            embeddings = pool(outputs["last_hidden_state"], batch.attention_mask, self.pooling)
+    def pooled(self, attention_mask: NDArray[np.int64], outputs: Outputs) -> NDArray[np.float32]:
+        """The pooled states [B, D] of the graph, or those of its hidden states."""
+        pooled = outputs.get(_POOLED)
+        return pool(outputs[HIDDEN], attention_mask, self.pooling) if pooled is None else pooled
+
+    def finished(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Sentence embeddings of pooled states [B, D]: normalized and truncated as the model and the call say."""
+        embeddings = self._truncated(pooled)
+        return l2_normalize(embeddings) if self.normalize else embeddings
+
+    def _truncated(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
         # The checkpoint's own Normalize module comes before the caller's truncation.
-        embeddings = l2_normalize(embeddings) if spec.normalize else embeddings
+        embeddings = l2_normalize(pooled) if self.spec.normalize else pooled
         return embeddings[:, : self.truncate_dim]
 
 
@@ -122,16 +136,6 @@ def check_pooling(spec: ModelSpec, pooling: str) -> None:
         )
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Refuse a value that is not among the allowed ones.
-
-    Raises:
-        InputError: naming them.
-    """
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-
-
 def _as_tensors(result: Any) -> Any:
     torch = import_torch()
     if isinstance(result, dict):
@@ -139,14 +143,12 @@ def _as_tensors(result: Any) -> Any:
     return torch.tensor(result)
 
 
-def import_torch() -> Any:
-    """The module torch.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("torch", "torch") from error
-    return torch
+EMBED = Task(
+    name="embed",
+    outputs=(HIDDEN, _POOLED),
+    request=EmbeddingRequest,
+    architecture="Model",
+    ensembles=(SERVED, TOKENS_SERVED),
+    similarity="cosine",
+    library=Library("SentenceTransformer", "feature-extraction", HIDDEN, "token_embeddings"),
+)

@@ -1,6 +1,6 @@
-"""What `Model.predict` returns, from logits to the forms of CrossEncoder.predict.
+"""Scores of texts and pairs by a classifier: from logits to the forms of CrossEncoder.predict.
 
-Shapes: N inputs, T tokens of a text, L labels.
+Shapes: N inputs, B rows, L labels.
 """
 
 import logging
@@ -13,35 +13,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.activations import default_activation, softmax
-from gte_deploy.embedding import ReturnType, import_torch
+from gte_deploy.backends.base import Batch
 from gte_deploy.errors import InputError
 from gte_deploy.spec import ModelSpec
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, import_torch
 
 logger = logging.getLogger(__name__)
 
 ActivationFn = Callable[[Any], Any]
 """From logits [N, L] to scores of the same shape: a function of numpy arrays or of torch tensors, or a torch module."""
 
+SERVED = Ensemble("gte_rerank", ("SCORE", "LOGITS"), ("APPLY_SOFTMAX",))
+
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The checked arguments of one call that say what to return.
+    """The arguments of one call that say what to return.
 
     Args:
-        activation_fn: what the logits go through; None for the checkpoint's own.
-        apply_softmax: over the labels, where there are several; after the activation.
+        spec: facts of the model.
+        activation_fn: function applied to the logits; None for the checkpoint's own.
+        apply_softmax: whether a softmax over several labels follows the activation.
         return_type: "numpy", one "tensor", or a "list of tensors".
     """
 
-    activation_fn: ActivationFn | None
-    apply_softmax: bool
-    return_type: ReturnType
+    spec: ModelSpec
+    activation_fn: ActivationFn | None = None
+    apply_softmax: bool = False
+    return_type: ReturnType = "numpy"
 
     def check(self) -> None:
-        """Refuse what cannot be honoured, before any work.
+        """Refuse arguments that cannot be honoured, before any work.
 
         Raises:
-            InputError: naming the argument and what it may be.
+            InputError: an argument has a wrong value; the message names the argument and the allowed values.
             MissingDependencyError: tensors are asked for and torch is not installed.
         """
         if self.activation_fn is not None and not callable(self.activation_fn):
@@ -54,32 +59,35 @@ class ScoreRequest:
         if self.return_type != "numpy":
             import_torch()
 
-    def of_inputs(self, logits: NDArray[np.float32], spec: ModelSpec, *, single: bool) -> Any:
-        """Scores of inputs with the logits [N, L]: [N] for one label, else [N, L]; for a `single` one its element."""
-        scores = self._scores(logits, spec)
-        if spec.num_labels == 1:
+    def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """See `Request`."""
+        return ("logits",)
+
+    def answer(self, batch: Batch, outputs: Outputs) -> list[NDArray[np.float32]]:
+        """See `Request`: the logits [L] of each row. Activations see those of all rows at once, in `assemble`."""
+        return list(outputs["logits"])
+
+    def assemble(self, logits: Sequence[NDArray[np.float32]], *, single: bool) -> Any:
+        """Scores of inputs with the logits [L] each: [N] for one label, else [N, L]; for a `single` one its element."""
+        scores = self.scores(np.stack(logits))
+        if self.spec.num_labels == 1:
             scores = scores.reshape(len(logits))
         whole: Any = scores if self.return_type == "numpy" else import_torch().from_numpy(scores)
         if single:
             return whole[0]
         return list(whole) if self.return_type == "list of tensors" else whole
 
-    def of_tokens(self, logits: Sequence[NDArray[np.float32]], spec: ModelSpec, *, single: bool) -> Any:
-        """Scores [T, L] of the tokens of each text, whose logits are [T, L]."""
-        scores = self._scores(np.concatenate(logits), spec)
-        parts: list[Any] = np.split(scores, np.cumsum([len(each) for each in logits])[:-1])
-        if self.return_type != "numpy":
-            parts = [import_torch().from_numpy(np.ascontiguousarray(part)) for part in parts]
-        return parts[0] if single else parts
-
-    def _scores(self, logits: NDArray[np.float32], spec: ModelSpec) -> NDArray[np.float32]:
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [N, L] through the activation and, where it is asked for, the softmax."""
         if self.activation_fn is None:
-            # The sigmoid of one label is CrossEncoder's; the logits of tokens have no such custom.
-            labels = spec.num_labels if spec.task == "classify" else 0
-            scores = default_activation(spec.activation, labels)(logits)
+            scores = default_activation(self.spec.activation, self._labels_of_default())(logits)
         else:
             scores = _checked_scores(_activated(self.activation_fn, logits), logits)
-        return softmax(scores) if self.apply_softmax and spec.num_labels > 1 else scores
+        return softmax(scores) if self.apply_softmax and self.spec.num_labels > 1 else scores
+
+    def _labels_of_default(self) -> int:
+        """The number of labels that chooses the default activation: CrossEncoder has the sigmoid for one."""
+        return self.spec.num_labels
 
 
 def refuse_processes(pool: Any, chunk_size: Any) -> None:
@@ -103,7 +111,7 @@ def former_arguments(activation_fn: Any, activation_fct: Any, num_workers: Any) 
 
 
 def _activated(activation_fn: ActivationFn, logits: NDArray[np.float32]) -> NDArray[Any]:
-    """What the activation makes of the logits, given to it as the array or the tensor that it takes."""
+    """Apply the activation to the logits, as an array or as a tensor, whichever it takes."""
     torch = sys.modules.get("torch")  # a torch module can only come from a process that has torch
     try:
         if torch is None or not isinstance(activation_fn, torch.nn.Module):
@@ -141,3 +149,14 @@ def _checked_scores(scores: NDArray[Any], logits: NDArray[np.float32]) -> NDArra
     if np.isnan(scores).any():
         raise InputError("activation_fn gave NaN for finite logits; nothing of it is returned")
     return scores
+
+
+CLASSIFY = Task(
+    name="classify",
+    outputs=(HIDDEN, "logits"),
+    request=ScoreRequest,
+    architecture="ForSequenceClassification",
+    ensembles=(SERVED,),
+    has_labels=True,
+    library=Library("CrossEncoder", "sequence-classification", "logits", "scores"),
+)

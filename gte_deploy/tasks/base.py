@@ -1,0 +1,138 @@
+"""What a task is, apart from torch: its names, the checks and answers of one call, and its tensors on a Triton server.
+
+Each file of this package describes one task. Nothing here imports torch, an engine or the tokenizers library.
+
+Shapes: B rows of a batch or of a request.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.errors import InputError, MissingDependencyError
+from gte_deploy.spec import ModelSpec, Similarity
+from gte_deploy.spec import Task as TaskName
+
+HIDDEN = "last_hidden_state"
+"""The output that a graph for any task has: the hidden states [B, S, H]."""
+
+Outputs = Mapping[str, NDArray[np.float32]]
+"""What a backend computed for a batch, by the names of the graph's outputs."""
+
+Tensors = Mapping[str, NDArray[Any]]
+"""The tensors of a Triton request or response, by name."""
+
+ReturnType = Literal["numpy", "tensor", "list of tensors"]
+
+_Value = TypeVar("_Value")
+
+
+class Request(Protocol):
+    """The arguments of one call that decide the answer. One request holds for all batches of the call."""
+
+    def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """Names of the outputs to compute, of those that the backend offers."""
+        ...
+
+    def answer(self, batch: Batch, outputs: Outputs) -> Sequence[Any]:
+        """One answer for each row of the batch, in the order of its rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The model on a Triton server that serves one use of a task.
+
+    Args:
+        name: name of the model on the server.
+        outputs: names of the output tensors.
+        options: names of the optional input tensors, apart from those that the tokenizer reads.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Library:
+    """How sentence-transformers describes a model for the task in the files of a checkpoint.
+
+    Args:
+        model_type: class of the model.
+        transformer_task: task of its Transformer module.
+        method_output: output of transformers' forward that the module takes.
+        module_output: name under which the module passes it on.
+    """
+
+    model_type: str
+    transformer_task: str
+    method_output: str
+    module_output: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One use of the encoder.
+
+    Args:
+        name: name in command lines, manifests and `ModelSpec.task`.
+        outputs: names of the outputs of a graph for the task, the hidden states first.
+        request: class of the requests of this task.
+        architecture: the part after "New" or "Gte" in the `architectures` of a checkpoint's config.json; None where the
+            task has no head of its own and uses the head of another task.
+        ensembles: models on a Triton server that serve the task.
+        has_labels: whether the head gives one logit for each of the checkpoint's labels.
+        similarity: how two answers are compared where the checkpoint does not say.
+        library: description in sentence-transformers' files; None where that library has no such model.
+        suits: decides from a spec whether a model can do the task; by default a model can if it is made for the task.
+    """
+
+    name: TaskName
+    outputs: tuple[str, ...]
+    request: Callable[..., Request]
+    architecture: str | None = None
+    ensembles: tuple[Ensemble, ...] = ()
+    has_labels: bool = False
+    similarity: Similarity | None = None
+    library: Library | None = None
+    suits: Callable[[ModelSpec], bool] | None = None
+
+    def can_run_on(self, spec: ModelSpec) -> bool:
+        """Whether a model with this spec can do the task."""
+        return spec.task == self.name if self.suits is None else self.suits(spec)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Refuse a value that is not among the allowed ones.
+
+    Raises:
+        InputError: the message names the allowed values.
+    """
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def import_torch() -> Any:
+    """The module torch, which only tensors as results need.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("torch", "torch") from error
+    return torch
+
+
+def filled(rows: Sequence[Sequence[_Value]], width: int, filler: _Value, dtype: Any) -> NDArray[Any]:
+    """Rows of unequal length as [len(rows), width], with `filler` behind each."""
+    result = np.full((len(rows), width), filler, dtype=dtype)
+    for row, values in zip(result, rows, strict=True):
+        row[: len(values)] = values
+    return result
