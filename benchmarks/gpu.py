@@ -49,10 +49,10 @@ from side_by_side.artefacts import ROOT, SUBJECTS, Artefacts, Subject, result_fi
 from side_by_side.workloads import Job, Workload, heldout_job, make_workload, masked
 
 from gte_deploy._version import __version__
-from gte_deploy.files import write_text
-from gte_deploy.measure import Worker, WorkerError, interleaved
-from gte_deploy.picks import cpu_model
-from gte_deploy.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.backends.picks import cpu_model
+from gte_deploy.core.files import write_text
+from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.tuning.measure import Worker, WorkerError, interleaved
 
 SHAPES = tuple(f"{rows}x{tokens}" for rows in (1, 8, 64) for tokens in (16, 128, 512, 2048, 8192))
 QUICK_SHAPES = ("1x16", "1x512", "8x128", "64x128", "8x2048")

@@ -49,11 +49,11 @@ from side_by_side.report import markdown
 from side_by_side.workloads import NAMES, Workload, heldout_job, make_workload, masked
 
 from gte_deploy._version import __version__
-from gte_deploy.files import write_text
-from gte_deploy.measure import Worker, WorkerError, interleaved
-from gte_deploy.picks import cpu_model
-from gte_deploy.threads import available_cpus
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.backends.picks import cpu_model
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.files import write_text
+from gte_deploy.text.tokenization import load_tokenizer
+from gte_deploy.tuning.measure import Worker, WorkerError, interleaved
 
 WORKLOADS = {
     "base": NAMES,

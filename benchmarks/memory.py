@@ -24,12 +24,12 @@ import numpy as np
 from side_by_side.artefacts import SUBJECTS, WORK, Artefacts, result_file
 from side_by_side.report import table
 
-from gte_deploy.bench import LoadedBundle, synthetic_texts
-from gte_deploy.files import write_text, write_with
-from gte_deploy.measure import Worker, WorkerError, resident_bytes
-from gte_deploy.picks import cpu_model, engine_versions
-from gte_deploy.threads import available_cpus
-from gte_deploy.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.backends.picks import cpu_model, engine_versions
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.files import write_text, write_with
+from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.tuning.bench import LoadedBundle, synthetic_texts
+from gte_deploy.tuning.measure import Worker, WorkerError, resident_bytes
 
 ENGINES = {"onnx": ("onnx", None), "openvino": ("openvino", None), "openvino bf16": ("openvino", "bf16")}
 SEED = 0

@@ -29,13 +29,13 @@ from transformers import (
 )
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnx_backend import OnnxBackend
-from gte_deploy.backends.openvino_backend import OpenVinoBackend
+from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.backends.openvino import OpenVinoBackend
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import build_graphs, save_graphs
 from gte_deploy.exporters.verification.accuracy import Runs
 from gte_deploy.exporters.verification.cases import Case, TokenSource
 from gte_deploy.exporters.verification.parity import ParityReport, TorchReference, check_parity
-from gte_deploy.spec import ModelSpec
 
 MODELS = {
     "embed": GteModel,

@@ -40,12 +40,12 @@ from side_by_side.artefacts import ROOT, SUBJECTS, WORK, Artefacts, result_file
 from side_by_side.report import table
 
 import gte_deploy
-from gte_deploy.bench import synthetic_texts
-from gte_deploy.errors import UnavailableError
-from gte_deploy.files import write_text, write_with
-from gte_deploy.picks import cpu_model, engine_versions
-from gte_deploy.threads import available_cpus
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.backends.picks import cpu_model, engine_versions
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import UnavailableError
+from gte_deploy.core.files import write_text, write_with
+from gte_deploy.text.tokenization import load_tokenizer
+from gte_deploy.tuning.bench import synthetic_texts
 
 SEED = 0
 BACKEND = "a stand-in for Triton's ONNX Runtime backend: the onnxruntime wheel behind Triton's Python interface"

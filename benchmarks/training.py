@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from transformers import GteConfig
 
 from gte_deploy._version import __version__
-from gte_deploy.files import write_text
+from gte_deploy.core.files import write_text
 from gte_deploy.models import builtin_path
 from gte_deploy.models.config import build_config
 from gte_deploy.training import train as engine

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy._version import __version__
-from gte_deploy.errors import GteDeployError, InputError
-from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.errors import GteDeployError, InputError
+from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.options import add_arguments, flags_of, options_of, parse_given
 from gte_deploy.exporters.export import ExportResult, export
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.repository import RepositoryResult, export_repository
-from gte_deploy.options import add_arguments, flags_of, options_of, parse_given
 
 TRITON, CHECK = "triton", "check"
 _COMMANDS = {
@@ -33,7 +33,7 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `gte-export`; returns the exit code (see `gte_deploy.exit_codes`)."""
+    """Run `gte-export`; returns the exit code (see `gte_deploy.core.exit_codes`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     # A folder of such a name is written ./onnx.
     command = words.pop(0) if words and words[0] in _COMMANDS else None

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gte_deploy.bundle import Manifest
-from gte_deploy.errors import InputError, MissingDependencyError
+from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.files import sha256_file
+from gte_deploy.core.spec import Engine, ModelSpec
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.job import Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, Request, make_request
@@ -19,11 +21,9 @@ from gte_deploy.exporters.targets.base import Target
 from gte_deploy.exporters.verification.answers import Asked, check_bundle
 from gte_deploy.exporters.verification.source_libraries import library_of
 from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
-from gte_deploy.files import sha256_file
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
-from gte_deploy.spec import Engine, ModelSpec
-from gte_deploy.tokenization import TextTokenizer
+from gte_deploy.text.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gte_deploy.bundle import PlanEntry
+from gte_deploy.bundle.manifest import PlanEntry
+from gte_deploy.core.spec import Engine, ModelSpec, Precision, Target
 from gte_deploy.models.description import Description
-from gte_deploy.spec import Engine, ModelSpec, Precision, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gte_deploy.exporters.graph.build import Graph
-    from gte_deploy.tokenization import TextTokenizer
+    from gte_deploy.text.tokenization import TextTokenizer
 
 Progress = Callable[[str], None]
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choice, check_choices, option, options_of
+from gte_deploy.core.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, Logits, Precision
 from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
 from gte_deploy.exporters.targets.base import Target
-from gte_deploy.options import check_choice, check_choices, option, options_of
-from gte_deploy.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, Logits, Precision
 
 Bounds = Literal["strict", "report"]
 FORMATS = tuple(dict.fromkeys(kind.format for kind in target_classes()))

@@ -10,7 +10,7 @@ model.encode(["a text", "another"])
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
-from gte_deploy.errors import (
+from gte_deploy.core.errors import (
     BackendError,
     BundleError,
     CheckpointError,
@@ -23,7 +23,7 @@ from gte_deploy.errors import (
     ParityError,
     UnavailableError,
 )
-from gte_deploy.quiet import turn_off_telemetry
+from gte_deploy.core.quiet import turn_off_telemetry
 
 if TYPE_CHECKING:
     from gte_deploy.loading import load

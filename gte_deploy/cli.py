@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
-from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
-from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
-from gte_deploy.spec import COMPUTE_PRECISIONS, POOLINGS, SPARSE_ROUTES, Task
+from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
+from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.spec import COMPUTE_PRECISIONS, POOLINGS, SPARSE_ROUTES, Task
 
 if TYPE_CHECKING:
     from gte_deploy.model import Model
@@ -24,7 +24,7 @@ _STDIN = "-"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `gte-deploy`; returns the exit code (see `gte_deploy.exit_codes`)."""
+    """Run `gte-deploy`; returns the exit code (see `gte_deploy.core.exit_codes`)."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(
         stream=sys.stderr,
@@ -298,8 +298,8 @@ def _classify_tokens(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from gte_deploy.bundle import open_bundle
-    from gte_deploy.onnx_inspection import check_graphs
+    from gte_deploy.bundle.inspection import check_graphs
+    from gte_deploy.bundle.manifest import open_bundle
 
     manifest = open_bundle(arguments.bundle)
     check_graphs(arguments.bundle, manifest)
@@ -320,8 +320,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from gte_deploy.bundle import is_bundle, read_manifest
-    from gte_deploy.engine_choice import choose_engine
+    from gte_deploy.backends.choice import choose_engine
+    from gte_deploy.bundle.manifest import is_bundle, read_manifest
 
     if arguments.model is not None and is_bundle(Path(arguments.model)):
         manifest = read_manifest(Path(arguments.model))
@@ -338,7 +338,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from gte_deploy.bench import bench, fastest, format_table, record
+    from gte_deploy.tuning.bench import bench, fastest, format_table, record
 
     if arguments.pick and (arguments.threads is not None or arguments.backend is not None):
         raise InputError("--pick measures every engine as it is loaded by default; leave out --threads and --backend")
@@ -364,9 +364,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _checkpoint_info(name: str | None) -> dict[str, Any]:
+    from gte_deploy.core.quiet import keep_caches_in_ours
     from gte_deploy.models import resolve_checkpoint
     from gte_deploy.models.description import describe
-    from gte_deploy.quiet import keep_caches_in_ours
 
     keep_caches_in_ours()
     folder = resolve_checkpoint(name)
@@ -379,7 +379,7 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace, task: Task | None = None) -> "Model":
     """The model of the command line; `task` is what a checkpoint is loaded for, where it is made for another."""
-    from gte_deploy.bundle import is_bundle
+    from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load
 
     return load(
@@ -424,7 +424,7 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
 def _save_array(path: Path, array: Any) -> None:
     import numpy as np
 
-    from gte_deploy.files import write_with
+    from gte_deploy.core.files import write_with
 
     def write(aside: Path) -> None:
         with aside.open("wb") as file:

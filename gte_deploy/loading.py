@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend
+from gte_deploy.backends.choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.onnx_backend import OnnxBackend, ThroughTensorRT
-from gte_deploy.bundle import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
-from gte_deploy.engine_choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
-from gte_deploy.errors import BackendError, BundleError, InputError
-from gte_deploy.files import cache_folder
-from gte_deploy.forking import in_use
-from gte_deploy.inputs import check_integer
+from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
+from gte_deploy.bundle.inspection import check_graphs
+from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.core.errors import BackendError, BundleError, InputError
+from gte_deploy.core.files import cache_folder
+from gte_deploy.core.forking import in_use
+from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, Task, is_packed
 from gte_deploy.model import Model, Origin
 from gte_deploy.models import BUILTIN_NAME
-from gte_deploy.onnx_inspection import check_graphs
-from gte_deploy.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, Task, is_packed
 from gte_deploy.tasks import TASKS
-from gte_deploy.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.text.inputs import check_integer
+from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def load(
             openvino on a CPU that has it and with torch on a GPU. None for fp32, or as recorded.
         device: "cpu", "cuda" or "cuda:N"; by default the GPU for a bundle that is made for one, and else the CPU.
         num_threads: CPU threads; by default every CPU that the process may use (affinity and cgroup). With torch
-            the count is the whole process's, see `backends.torch_backend.TorchBackend`. TensorRT uses none.
+            the count is the whole process's, see `gte_deploy.backends.torch.TorchBackend`. TensorRT uses none.
         max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
         compile: let torch compile the model, at its first batches. For backend "torch" alone.
         task: what a checkpoint is loaded for, one of `spec.TASKS`, or "auto" for what it was made for. A bundle has one
@@ -221,7 +221,7 @@ def _open_checkpoint(
             f"precision 'bf16' on a CPU is what the openvino backend can compute a bundle in; {folder} would run on "
             "torch, which computes in fp32 there. Leave precision out."
         )
-    from gte_deploy.backends.torch_backend import open_torch_backend
+    from gte_deploy.backends.torch import open_torch_backend
 
     opened, tokenizer = open_torch_backend(
         folder,
@@ -269,7 +269,7 @@ def _open_bundle(
         default = "cuda" if is_for_gpus(manifest) else "cpu"
         choice = EngineChoice(backend, precision or "fp32", _ASKED, device or default)
     if choice.backend == "tensorrt":
-        from gte_deploy.backends.tensorrt_backend import open_tensorrt_backend
+        from gte_deploy.backends.tensorrt.backend import open_tensorrt_backend
 
         opened: Backend = open_tensorrt_backend(folder, manifest, device=choice.device)
         reopen = None
@@ -336,7 +336,7 @@ def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_thre
                 choice.precision,
             )
     if choice.backend == "openvino":
-        from gte_deploy.backends.openvino_backend import OpenVinoBackend
+        from gte_deploy.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(folder / graph.path, manifest.spec, **options)
     return OnnxBackend(folder / graph.path, manifest.spec, **options)

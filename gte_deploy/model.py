@@ -17,16 +17,15 @@ from gte_deploy._version import __version__
 from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.batching import BatchLimits, collate, token_batches
-from gte_deploy.bundle import is_bundle
-from gte_deploy.errors import BackendError, InputError
-from gte_deploy.forking import follow, in_use
-from gte_deploy.inputs import MAX_BATCH_TOKENS, as_texts, check_integer
-from gte_deploy.spec import ModelSpec
+from gte_deploy.bundle.manifest import is_bundle
+from gte_deploy.core.errors import BackendError, InputError
+from gte_deploy.core.forking import follow, in_use
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks.base import Outputs, Request
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, parts_of
+from gte_deploy.tasks.interface import Batches, BatchOptions, TextInterface
 from gte_deploy.tasks.sparse import (
     Names,
     SparseRequest,
@@ -36,8 +35,9 @@ from gte_deploy.tasks.sparse import (
     weights_of_query,
 )
 from gte_deploy.tasks.token_classify import Entity, OwnLogits, TaggedTexts, TaggingRequest
-from gte_deploy.text_interface import Batches, BatchOptions, TextInterface
-from gte_deploy.tokenization import Piece, TextTokenizer, checked_max_length
+from gte_deploy.text.batching import BatchLimits, collate, token_batches
+from gte_deploy.text.inputs import MAX_BATCH_TOKENS, as_texts, check_integer
+from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
 
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models.presets import PRESETS
 
 __all__ = ["BUILTIN_NAME", "builtin_path", "resolve_checkpoint"]

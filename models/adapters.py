@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gte_deploy.errors import CheckpointError
-from gte_deploy.files import read_json_object
+from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.files import read_json_object
 from gte_deploy.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

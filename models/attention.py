@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 
 PACKED_ATTENTION = "gte_packed"
 

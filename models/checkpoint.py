@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GteConfig, GteModel, PreTrainedModel
 
-from gte_deploy.errors import CheckpointError
-from gte_deploy.files import write_text, write_with
+from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.files import write_text, write_with
+from gte_deploy.core.spec import Task
 from gte_deploy.models.adapters import find_adapter, merge_adapter
 from gte_deploy.models.config import (
     config_folder,
@@ -39,7 +40,6 @@ from gte_deploy.models.config import (
 from gte_deploy.models.dense import load_dense
 from gte_deploy.models.modules import model_folder, read_settings
 from gte_deploy.models.weight_files import INDEX, weight_files
-from gte_deploy.spec import Task
 from gte_deploy.tasks import TASKS
 
 logger = logging.getLogger(__name__)

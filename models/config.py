@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.core.spec import Task
 from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.fields import CONFIG, check_fields
 from gte_deploy.models.module_list import read_modules
@@ -22,7 +23,6 @@ from gte_deploy.models.modules import model_folder
 from gte_deploy.models.presets import USAGE_FIELDS, preset
 from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.models.weight_files import tensor_names, weight_files
-from gte_deploy.spec import Task
 from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _REMOTE_CODE = "Alibaba-NLP/new-impl--"
 
 
 def task_of(folder: str | Path) -> Task:
-    """The task a checkpoint was made for, one of gte_deploy.spec.TASKS. Needs no torch.
+    """The task a checkpoint was made for, one of gte_deploy.core.spec.TASKS. Needs no torch.
 
     A SparseEncoder's modules make it "sparse", where they can be honoured. A sentence-transformers Pooling module
     (modules.json) makes it "embed" whatever head is stored beside the encoder (gte-multilingual-base stores a

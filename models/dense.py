@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models.modules import DenseModule
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
 

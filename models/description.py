@@ -10,7 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.spec import ModelSpec, Pooling, SparseSpec, Task
 from gte_deploy.models.adapters import find_adapter
 from gte_deploy.models.config import config_folder, read_config, task_of
 from gte_deploy.models.modules import (
@@ -24,7 +25,6 @@ from gte_deploy.models.modules import (
 from gte_deploy.models.sparse_modules import read_sparse_spec
 from gte_deploy.models.tokenizer import ResolvedTokenizer, has_tokenizer, resolve_tokenizer
 from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_files
-from gte_deploy.spec import ModelSpec, Pooling, SparseSpec, Task
 from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
 
     Args:
         folder: a local checkpoint (see `resolve_checkpoint`).
-        task: one of gte_deploy.spec.TASKS, or "auto" for what the checkpoint was made for.
+        task: one of gte_deploy.core.spec.TASKS, or "auto" for what the checkpoint was made for.
         pooling: "mean", "cls", or "auto" for what the checkpoint says; where it says nothing, "cls" for an embedding
             checkpoint, as the family was trained, and "mean" for the others.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gte_deploy.errors import ConfigError
+from gte_deploy.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -380,7 +380,7 @@ _UNKNOWN = {
 
 def document() -> str:
     """docs/checkpoints.md: every table in Markdown."""
-    from gte_deploy.activations import TORCH_CLASSES
+    from gte_deploy.core.activations import TORCH_CLASSES
 
     functions = ", ".join(f"`{name}`" for name in sorted(TORCH_CLASSES.values()))
     activations = f"""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, Task
 from gte_deploy.models.sparse_heads import sparse_head
-from gte_deploy.spec import Logits, ModelSpec, Pooling, SparseSpec, Task
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

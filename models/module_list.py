@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gte_deploy.errors import ConfigError
-from gte_deploy.files import read_json
+from gte_deploy.core.errors import ConfigError
+from gte_deploy.core.files import read_json
 
 MODULES = "modules.json"
 _LIBRARY = "sentence_transformers."

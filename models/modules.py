@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from gte_deploy.activations import TORCH_CLASSES, activation_of
-from gte_deploy.errors import CheckpointError, ConfigError
-from gte_deploy.files import read_json_object
+from gte_deploy.core.activations import TORCH_CLASSES, activation_of
+from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.core.files import read_json_object
+from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
 from gte_deploy.models.module_list import MODULES, Module, folder_of, read_modules, refuse_arguments
 from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
-from gte_deploy.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import Library
 

@@ -7,7 +7,7 @@ A checkpoint's own config.json always wins; presets serve training from scratch,
 from types import MappingProxyType
 from typing import Any
 
-from gte_deploy.errors import ConfigError
+from gte_deploy.core.errors import ConfigError
 
 _COMMON = {
     "hidden_act": "gelu",

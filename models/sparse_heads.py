@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gte_deploy.spec import SparseSpec
+from gte_deploy.core.spec import SparseSpec
 
 PART = 2048
 """Words of a part: 64 MB of logits at 8,192 tokens. Measured in docs/performance.md."""

@@ -15,12 +15,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.errors import CheckpointError, ConfigError
-from gte_deploy.files import read_json
+from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.core.files import read_json
+from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 from gte_deploy.models.fields import SPLADE
 from gte_deploy.models.module_list import Module, folder_of, kind_of, read_modules, refuse_arguments
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
-from gte_deploy.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 
 logger = logging.getLogger(__name__)
 

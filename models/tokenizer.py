@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from gte_deploy.errors import CheckpointError, ConfigError
-from gte_deploy.files import write_text
+from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.core.files import write_text
 from gte_deploy.models.weight_files import refuse_pointer
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class ResolvedTokenizer:
         return tuple(sorted({int(token_id) for token_id in ids if token_id is not None}))
 
     def parts(self) -> dict[str, Any]:
-        """What the runtime's tokenizer is made of: the arguments of `gte_deploy.tokenization.TextTokenizer`."""
+        """What the runtime's tokenizer is made of: the arguments of `gte_deploy.text.tokenization.TextTokenizer`."""
         return {
             "tokenizer": Tokenizer.from_str(self.backend.to_str()),
             "pad_token": str(self.theirs.pad_token),

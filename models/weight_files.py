@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from gte_deploy.errors import CheckpointError
-from gte_deploy.files import read_json_object
+from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.files import read_json_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

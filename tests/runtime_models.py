@@ -119,9 +119,9 @@ def load_on(bundle_of: Callable[..., Path]) -> Callable[..., Any]:
 
 def _skip_where_it_does_not_fit(bundle: Path) -> None:
     """TensorRT-RTX, which builds where ordinary TensorRT is missing, has no engines for some GPUs."""
-    from gte_deploy.backends.tensorrt_plan import check_plan
-    from gte_deploy.bundle import read_manifest
-    from gte_deploy.errors import BackendError
+    from gte_deploy.backends.tensorrt.plan import check_plan
+    from gte_deploy.bundle.manifest import read_manifest
+    from gte_deploy.core.errors import BackendError
 
     plan = read_manifest(bundle).plan
     assert plan is not None
@@ -133,7 +133,7 @@ def _skip_where_it_does_not_fit(bundle: Path) -> None:
 
 def _skip_without_openvino(precision: str | None) -> None:
     pytest.importorskip("openvino")
-    from gte_deploy.backends.openvino_backend import has_native_bf16
+    from gte_deploy.backends.openvino import has_native_bf16
 
     if precision == "bf16" and not has_native_bf16():
         pytest.skip("this CPU does not compute in bfloat16")

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
+from gte_deploy.core.options import flags_of, options_of
 from gte_deploy.exporters import cli as export_cli
 from gte_deploy.exporters.options import ExportOptions
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.triton.options import TritonOptions
-from gte_deploy.options import flags_of, options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

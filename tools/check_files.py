@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20
 LARGE = ("models/gte_en_mlm_tiny/model.safetensors",)
 # Written by hand; other text is data, and stays as its library wrote it.
 WRITTEN = {"", ".md", ".py", ".toml", ".yaml", ".yml"}
-PARSERS = {
+PARSERS: dict[str, Callable[[str], object]] = {
     ".json": json.loads,
     ".toml": tomllib.loads,
     ".yaml": lambda text: list(yaml.safe_load_all(text)),

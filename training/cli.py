@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gte_deploy._version import __version__
-from gte_deploy.errors import GteDeployError, MissingDependencyError
-from gte_deploy.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of
-from gte_deploy.files import write_text
+from gte_deploy.core.errors import GteDeployError, MissingDependencyError
+from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.files import write_text
 from gte_deploy.models import builtin_path
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.evaluation.glue_tasks import TASKS, Protocol

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.flops import training_flops

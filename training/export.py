@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models.checkpoint import copy_tokenizer, save_model
 from gte_deploy.training.model import build_model
 from gte_deploy.training.state import STATE_FILE, Checkpoint, CheckpointStore, read_checkpoint

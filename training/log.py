@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from gte_deploy.errors import MissingDependencyError
-from gte_deploy.files import write_text, write_with
+from gte_deploy.core.errors import MissingDependencyError
+from gte_deploy.core.files import write_text, write_with
 
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "training.png"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import ConfigError
+from gte_deploy.core.errors import ConfigError
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import build_config, read_config

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gte_deploy.errors import ConfigError, MissingDependencyError
+from gte_deploy.core.errors import ConfigError, MissingDependencyError
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.sampling import Resampling
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import GteConfig
 
 from gte_deploy._version import __version__
-from gte_deploy.errors import NonFiniteError
-from gte_deploy.files import sha256_file
+from gte_deploy.core.errors import NonFiniteError
+from gte_deploy.core.files import sha256_file
 from gte_deploy.training.data.corpus import INDEX_FILE, TokenCorpus
 from gte_deploy.training.distributed import World, named_parameters, optimizer_tensors, whole_tensor
 from gte_deploy.training.flops import training_flops

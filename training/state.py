@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gte_deploy.errors import CheckpointError
-from gte_deploy.files import DIRECTORY_MODE, read_json_object, sha256_file, sync_directory, sync_file, write_text
+from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.files import DIRECTORY_MODE, read_json_object, sha256_file, sync_directory, sync_file, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import ConfigError, MissingDependencyError
-from gte_deploy.files import sha256_file, write_text
+from gte_deploy.core.errors import ConfigError, MissingDependencyError
+from gte_deploy.core.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import MicroBatch, StepLoader, StepSettings, pad_to_static

@@ -10,7 +10,7 @@ from pathlib import Path
 from side_by_side.report import measured
 
 from gpu_side_by_side.report import Report, Row
-from gte_deploy.files import write_with
+from gte_deploy.core.files import write_with
 
 # By precision; ours are solid and marked, the others dashed.
 _COLOURS = {"fp32": "#6b7280", "fp16": "#2563eb", "bf16": "#ea580c", "int8": "#15803d", "fp8": "#9333ea"}

@@ -8,7 +8,7 @@ from typing import Any
 from side_by_side.report import accuracy_table, failures, measured, table
 
 from gpu_side_by_side.contestants import EXACT, REFERENCE
-from gte_deploy.measure import Spread
+from gte_deploy.tuning.measure import Spread
 
 Report = dict[str, Any]
 Row = dict[str, Any]

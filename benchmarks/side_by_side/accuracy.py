@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.measure import WorkerError
+from gte_deploy.tuning.measure import WorkerError
 from side_by_side.workloads import Job
 
 Array = NDArray[np.float32]

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.measure import Worker, WorkerError
+from gte_deploy.backends.picks import cpu_model
 from gte_deploy.models import BUILTIN_NAME
-from gte_deploy.picks import cpu_model
+from gte_deploy.tuning.measure import Worker, WorkerError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "inference-benchmark"
@@ -174,7 +174,7 @@ def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
 
 def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
     """Static int8 by NNCF's recipe for transformers, calibrated on the texts that `gte-export` takes by default."""
-    from gte_deploy.quiet import without_openvino_telemetry
+    from gte_deploy.core.quiet import without_openvino_telemetry
 
     with without_openvino_telemetry():
         import nncf
@@ -182,7 +182,7 @@ def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
     import numpy as np
 
     from gte_deploy.exporters.verification.texts import builtin_texts
-    from gte_deploy.tokenization import load_tokenizer
+    from gte_deploy.text.tokenization import load_tokenizer
 
     model = openvino.Core().read_model(str(plain / "model.onnx"))
     names = {value.any_name for value in model.inputs}

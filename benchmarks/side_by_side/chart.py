@@ -6,7 +6,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from gte_deploy.files import write_with
+from gte_deploy.core.files import write_with
 from side_by_side.report import PRECISIONS, SUBJECT, Report, best, measured
 from side_by_side.workloads import NAMES
 

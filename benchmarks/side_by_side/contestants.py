@@ -91,7 +91,7 @@ class OpenVino:
     """A compiled model on OpenVINO's CPU plugin, hinted for latency."""
 
     def __init__(self, folder: Path, threads: int, precision: str = "f32") -> None:
-        from gte_deploy.quiet import import_openvino
+        from gte_deploy.core.quiet import import_openvino
 
         openvino = import_openvino()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gte_deploy.measure import Spread
+from gte_deploy.tuning.measure import Spread
 from side_by_side.contestants import REFERENCE, TEXT_REFERENCE, reference_of
 from side_by_side.workloads import DENSE, NAMES
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.batching import collate
-from gte_deploy.bench import synthetic_texts
 from gte_deploy.exporters.verification.texts import builtin_texts
-from gte_deploy.tokenization import TextTokenizer
+from gte_deploy.text.batching import collate
+from gte_deploy.text.tokenization import TextTokenizer
+from gte_deploy.tuning.bench import synthetic_texts
 
 DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048", "1x8192")
 NAMES = (*DENSE[:5], "mixed", "mixed-padded", DENSE[5], "short-corpus", "corpus")

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.activations import TORCH_CLASSES
-from gte_deploy.files import write_text, write_with
+from gte_deploy.core.activations import TORCH_CLASSES
+from gte_deploy.core.files import write_text, write_with
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.models.config import native_config
 from gte_deploy.models.description import Description
 from gte_deploy.models.weight_files import WEIGHTS
-from gte_deploy.spec import ModelSpec
 
 # The names under which every version of the library knows its modules.
 _TYPES = "sentence_transformers.models"

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
-from gte_deploy.errors import BundleError, ExportError
-from gte_deploy.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
-from gte_deploy.onnx_inspection import check_graphs
+from gte_deploy.bundle.inspection import check_graphs
+from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.core.errors import BundleError, ExportError
+from gte_deploy.core.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
 
 _STAGING, _OLD = ".staging", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

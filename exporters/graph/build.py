@@ -21,11 +21,11 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
+from gte_deploy.core.files import sync_directory, sync_file
+from gte_deploy.core.spec import Engine, SparseSpec, TensorSpec
 from gte_deploy.exporters.graph.editing import dimensions, tensor_of
 from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.trace import trace
-from gte_deploy.files import sync_directory, sync_file
-from gte_deploy.spec import Engine, SparseSpec, TensorSpec
 
 DEFAULT_OPSET = 20
 
@@ -72,7 +72,7 @@ def build_graphs(
 
     Args:
         model: of the task's class, float32; it comes back as it was. See `trace`.
-        task: one of gte_deploy.spec.TASKS.
+        task: one of gte_deploy.core.spec.TASKS.
         max_length: longest sequence that the graphs take, up to the model's max_position_embeddings.
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.

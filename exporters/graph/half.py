@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.errors import ExportError
+from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import initializer, tensor_of
 
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

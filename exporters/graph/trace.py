@@ -26,11 +26,11 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gte_deploy.errors import ExportError
+from gte_deploy.core.errors import ExportError
+from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.checkpoint import MODEL_CLASSES
 from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_head
-from gte_deploy.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN
 

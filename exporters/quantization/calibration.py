@@ -13,11 +13,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnx_backend import OnnxBackend
+from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import integers
 from gte_deploy.exporters.graph.linears import find_linear_layers
-from gte_deploy.spec import ModelSpec
 
 Calibrator = Literal["max", "percentile", "entropy"]
 

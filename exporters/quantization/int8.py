@@ -26,7 +26,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.errors import ExportError
+from gte_deploy.core.errors import ExportError
+from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.graph.editing import (
     CONTRIB,
     Builder,
@@ -39,7 +40,6 @@ from gte_deploy.exporters.graph.editing import (
 )
 from gte_deploy.exporters.graph.linears import Linear, find_linear_layers, linear_of
 from gte_deploy.exporters.quantization.calibration import Range
-from gte_deploy.spec import Engine
 
 Activations = Literal["dynamic", "static"]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.graph.linears import find_linear_layers
 from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running
@@ -14,8 +15,7 @@ from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivi
 from gte_deploy.exporters.quantization.weight_only import Bits, quantize_weights
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, AccuracyBounds, TextReference
 from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
-from gte_deploy.spec import Engine, ModelSpec, Precision
-from gte_deploy.tokenization import TextTokenizer
+from gte_deploy.text.tokenization import TextTokenizer
 
 # Words of each kind of batch; see `text_batches`. A sweep measures every layer, on fewer, and judges on all of them.
 CALIBRATION_TOKENS = 4000

@@ -3,8 +3,8 @@
 import importlib
 from collections.abc import Iterator, Mapping
 
+from gte_deploy.core.options import check_choice
 from gte_deploy.exporters.targets.base import Target
-from gte_deploy.options import check_choice
 
 TARGETS: Mapping[str, str] = {
     "cpu": "cpu:CpuTarget",

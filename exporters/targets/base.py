@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import Option, check_choices, options_given
+from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
-from gte_deploy.options import Option, check_choices, options_given
-from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -53,7 +53,7 @@ class Target(ABC):
     precisions: ClassVar[tuple[Precision, ...]]
     """The default first."""
     Options: ClassVar[type] = NoOptions
-    """The dataclass of this target's own options; see `gte_deploy.options`."""
+    """The dataclass of this target's own options; see `gte_deploy.core.options`."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

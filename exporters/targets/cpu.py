@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from gte_deploy.core.options import option
+from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
-from gte_deploy.options import option
-from gte_deploy.spec import Engine, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -111,7 +111,7 @@ class CpuTarget(Target):
 
     def open(self, built: Built, job: Job) -> "Backend":
         """ONNX Runtime, which answers unasked."""
-        from gte_deploy.backends.onnx_backend import OnnxBackend
+        from gte_deploy.backends.onnxruntime import OnnxBackend
 
         return OnnxBackend(job.graph_file("onnxruntime"), job.spec)
 
@@ -148,7 +148,7 @@ def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
 
 def open_openvino(job: Job) -> "tuple[dict[tuple[Engine, Precision], Backend], list[str]]":
     """OpenVINO's graph in every precision that this CPU computes in, and what could not be compared."""
-    from gte_deploy.backends.openvino_backend import OpenVinoBackend, has_native_bf16
+    from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16
 
     file = job.graph_file("openvino")
     opened: dict[tuple[Engine, Precision], Backend] = {

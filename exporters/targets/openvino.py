@@ -5,11 +5,11 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from gte_deploy.errors import MissingDependencyError
+from gte_deploy.core.errors import MissingDependencyError
+from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
 from gte_deploy.exporters.targets.cpu import CalibrationOptions, open_openvino, quantized_graphs, save
-from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -56,6 +56,6 @@ class OpenVinoTarget(Target):
 
     def open(self, built: Built, job: Job) -> "Backend":
         """OpenVINO in FP32, which answers unasked."""
-        from gte_deploy.backends.openvino_backend import OpenVinoBackend
+        from gte_deploy.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(job.graph_file("openvino"), job.spec, precision="fp32")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gte_deploy.errors import BundleError, InputError, MissingDependencyError
-from gte_deploy.onnx_inspection import inspect_onnx
+from gte_deploy.bundle.inspection import inspect_onnx
+from gte_deploy.core.errors import BundleError, InputError, MissingDependencyError
 
 _NUMPY_TYPES = {
     "TYPE_BOOL": "bool",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gte_deploy._version import __version__
-from gte_deploy.spec import ModelSpec, Precision, Profile, Task, TensorSpec
+from gte_deploy.core.spec import ModelSpec, Precision, Profile, Task, TensorSpec
 from gte_deploy.tasks.fill_mask import MAX_LOGITS
 
 DeviceName = Literal["gpu", "cpu"]

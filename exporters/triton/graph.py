@@ -13,8 +13,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from gte_deploy.errors import ExportError
-from gte_deploy.spec import POOLINGS, ModelSpec, TensorSpec
+from gte_deploy.core.errors import ExportError
+from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
 
 _PREFIX = "triton/"
 
@@ -86,7 +86,10 @@ def _pool_both_ways(graph: onnx.GraphProto, spec: ModelSpec) -> None:
 
 
 def _mean(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
-    """As `gte_deploy.pooling.pool`, in float64 (8,192 float32 sums lose digits): [B, 1, S] times [B, S, H] / tokens."""
+    """The mean of `gte_deploy.tasks.pooling.pool` as [B, 1, S] times [B, S, H] / tokens.
+
+    It is computed in float64: 8,192 float32 sums lose digits.
+    """
     axis = _integers(graph, "mean_axis", [1])
     graph.initializer.append(helper.make_tensor("triton/at_least_one", TensorProto.DOUBLE, [], [1.0]))
     return [

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from gte_deploy.errors import InputError
-from gte_deploy.inputs import check_integer
-from gte_deploy.options import check_choices, option
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choices, option
+from gte_deploy.text.inputs import check_integer
 
 Accelerator = Literal["cuda", "tensorrt"]
 _MAX_ROWS, _MOST = 1024, 1 << 20

@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 
 from gte_deploy._version import __version__
-from gte_deploy.bundle import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
-from gte_deploy.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
+from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
+from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
+from gte_deploy.core.options import options_of
+from gte_deploy.core.spec import Engine, ModelSpec
 from gte_deploy.exporters.bundle.writer import publish, seal_files, staging, write_manifest
 from gte_deploy.exporters.export import default_output, export
 from gte_deploy.exporters.job import Progress
@@ -41,11 +45,7 @@ from gte_deploy.exporters.triton.configs import (
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.python_models import write_python_model
 from gte_deploy.exporters.triton.readme import dockerfile, readme
-from gte_deploy.onnx_inspection import check_graphs, inspect_onnx
-from gte_deploy.options import options_of
-from gte_deploy.spec import Engine, ModelSpec
-from gte_deploy.threads import available_cpus
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.text.tokenization import load_tokenizer
 
 FORMAT = "gte-deploy-triton-repository"
 FORMAT_VERSION = 1
@@ -268,8 +268,8 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     import onnxruntime
 
     from gte_deploy.backends.base import Batch
-    from gte_deploy.backends.onnx_backend import OnnxBackend
-    from gte_deploy.pooling import pool
+    from gte_deploy.backends.onnxruntime import OnnxBackend
+    from gte_deploy.tasks.pooling import pool
 
     generator = np.random.default_rng(0)
     ids = generator.integers(0, spec.vocab_size, (3, 8))

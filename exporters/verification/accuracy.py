@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.verification.cases import last_row_alone
 from gte_deploy.exporters.verification.texts import TextBatch
-from gte_deploy.pooling import pool
-from gte_deploy.spec import ModelSpec, Precision
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.fill_mask import logits_of_masks
+from gte_deploy.tasks.pooling import pool
 
 Outputs = Mapping[str, NDArray[np.float32]]
 Needed = Mapping[str, NDArray[Any]]

@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend, Batch
-from gte_deploy.bundle import read_manifest
-from gte_deploy.engine_choice import ENGINE_OF
-from gte_deploy.errors import BackendError, CheckpointError, GteDeployError, MissingDependencyError, ParityError
+from gte_deploy.backends.choice import ENGINE_OF
+from gte_deploy.bundle.manifest import read_manifest
+from gte_deploy.core.errors import BackendError, CheckpointError, GteDeployError, MissingDependencyError, ParityError
+from gte_deploy.core.files import read_json
+from gte_deploy.core.spec import ModelSpec, Precision, Task
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.closeness import Closeness, Question, named
 from gte_deploy.exporters.verification.odd_texts import (
@@ -45,12 +47,10 @@ from gte_deploy.exporters.verification.source_libraries import (
     short,
 )
 from gte_deploy.exporters.verification.source_view import is_original, loadable, rotation_frequencies
-from gte_deploy.files import read_json
-from gte_deploy.inputs import MAX_BATCH_TOKENS
 from gte_deploy.loading import BackendName, load, stored_query_weights
 from gte_deploy.model import Model
-from gte_deploy.spec import ModelSpec, Precision, Task
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.text.inputs import MAX_BATCH_TOKENS
+from gte_deploy.text.tokenization import load_tokenizer
 
 NAME = "answers"
 # A longer text costs seconds of each side; where texts are cut at the limit itself is seen in the token ids.
@@ -116,7 +116,7 @@ def check_bundle(
         backend: runs the bundle's graph, and is closed here; None where this machine cannot run it.
         asked: what the export was asked for; None for nothing.
     """
-    from gte_deploy.backends.torch_backend import open_torch_backend
+    from gte_deploy.backends.torch import open_torch_backend
 
     skipped: list[str] = []
     if backend is None:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.batching import collate
-from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import Template, TextTokenizer
+from gte_deploy.core.spec import ModelSpec
+from gte_deploy.text.batching import collate
+from gte_deploy.text.tokenization import Template, TextTokenizer
 
 LENGTHS = (1, 2, 17, 128, 512, 2048)
 _MAX_PAIR_LENGTH = 2048

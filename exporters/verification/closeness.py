@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.core.spec import Precision
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS
-from gte_deploy.spec import Precision
 
 Numbers = NDArray[np.floating[Any]]
 _SHOWN = 60

@@ -16,7 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import CheckpointError, ParityError
+from gte_deploy.core.errors import CheckpointError, ParityError
+from gte_deploy.core.spec import (
+    COMPUTE_PRECISIONS,
+    ComputePrecision,
+    Engine,
+    Logits,
+    ModelSpec,
+    Pooling,
+    Precision,
+    SparseSpec,
+    Task,
+)
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, AccuracyBounds, Runs, TextReference
 from gte_deploy.exporters.verification.cases import (
     Case,
@@ -36,17 +47,6 @@ from gte_deploy.models.heads import (
     TokenClassifyHead,
     encode_padded,
     make_head,
-)
-from gte_deploy.spec import (
-    COMPUTE_PRECISIONS,
-    ComputePrecision,
-    Engine,
-    Logits,
-    ModelSpec,
-    Pooling,
-    Precision,
-    SparseSpec,
-    Task,
 )
 from gte_deploy.tasks.base import HIDDEN
 

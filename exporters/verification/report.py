@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gte_deploy._version import __version__
-from gte_deploy.bundle import GraphEntry, PlanEntry
+from gte_deploy.bundle.manifest import GraphEntry, PlanEntry
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.quiet import import_openvino
+from gte_deploy.core.spec import Engine, ModelSpec
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.parity import CaseResult, EngineParity, ParityReport
-from gte_deploy.quiet import import_openvino
-from gte_deploy.spec import Engine, ModelSpec
-from gte_deploy.threads import available_cpus
 
 FORMAT = "gte-deploy-parity-report"
 FORMAT_VERSION = 1

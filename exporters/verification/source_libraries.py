@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from gte_deploy.batching import collate
+from gte_deploy.core.files import read_json
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.verification.closeness import Question
 from gte_deploy.exporters.verification.odd_texts import long_pairs, short_pairs
-from gte_deploy.files import read_json
 from gte_deploy.model import Model
-from gte_deploy.spec import ModelSpec
+from gte_deploy.text.batching import collate
 
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 _TOP_K = 5

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 
 # Fields of the original config.json that the native one spells otherwise, or that change no answer.
 _ORIGINAL_ONLY = frozenset(

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.batching import collate
-from gte_deploy.errors import InputError
-from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import TextTokenizer
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import ModelSpec
+from gte_deploy.text.batching import collate
+from gte_deploy.text.tokenization import TextTokenizer
 
 MASK_PROBABILITY = 0.15
 ROUNDS = 3

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.spec import Precision
+from gte_deploy.core.spec import Precision
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import BackendError, InputError, NonFiniteError
-from gte_deploy.spec import ModelSpec
+from gte_deploy.core.errors import BackendError, InputError, NonFiniteError
+from gte_deploy.core.spec import ModelSpec
 
 COSTLY_OUTPUTS = frozenset(("logits", "sparse_embedding"))
 """Outputs of a head; see `has_costly_head`."""

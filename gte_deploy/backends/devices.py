@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
 

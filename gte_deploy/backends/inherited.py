@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.torch_backend import TorchBackend
-from gte_deploy.errors import BackendError
-from gte_deploy.forking import keep_for_good
-from gte_deploy.spec import Precision
+from gte_deploy.backends.torch import TorchBackend
+from gte_deploy.core.errors import BackendError
+from gte_deploy.core.forking import keep_for_good
+from gte_deploy.core.spec import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ To add a task, write its file here, its head in `models/heads.py`, and its line 
 for type checkers.
 """
 
-from gte_deploy.spec import Task as TaskName
+from gte_deploy.core.spec import Task as TaskName
 from gte_deploy.tasks.base import Task
 from gte_deploy.tasks.classify import CLASSIFY
 from gte_deploy.tasks.embed import EMBED

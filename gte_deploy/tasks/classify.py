@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.activations import default_activation, softmax
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import InputError
-from gte_deploy.spec import ModelSpec
+from gte_deploy.core.activations import default_activation, softmax
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, import_torch
 
 logger = logging.getLogger(__name__)

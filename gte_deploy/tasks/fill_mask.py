@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.activations import softmax
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import InputError
-from gte_deploy.spec import ModelSpec
+from gte_deploy.core.activations import softmax
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors
 
 if TYPE_CHECKING:
-    from gte_deploy.tokenization import TextTokenizer
+    from gte_deploy.text.tokenization import TextTokenizer
 
 MAX_LOGITS = 1 << 26
 """Vocabulary logits held at once: 256 MB. A batch with more masks is run again for the rest of them."""

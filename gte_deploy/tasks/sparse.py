@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import InputError
-from gte_deploy.spec import ModelSpec, SparseRoute
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import ModelSpec, SparseRoute
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, Task, Tensors, filled, import_torch
 
 if TYPE_CHECKING:
-    from gte_deploy.tokenization import TextTokenizer
+    from gte_deploy.text.tokenization import TextTokenizer
 
 _POOLED = "sparse_embedding"
 

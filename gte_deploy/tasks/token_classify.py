@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.activations import softmax
 from gte_deploy.backends.base import Batch
-from gte_deploy.errors import InputError
-from gte_deploy.inputs import as_texts, as_words
-from gte_deploy.spec import ModelSpec
+from gte_deploy.core.activations import softmax
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors, check_choice, filled, import_torch
 from gte_deploy.tasks.classify import ScoreRequest
+from gte_deploy.text.inputs import as_texts, as_words
 
 if TYPE_CHECKING:
-    from gte_deploy.tokenization import Piece, TextTokenizer
+    from gte_deploy.text.tokenization import Piece, TextTokenizer
 
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)

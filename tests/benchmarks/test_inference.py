@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gte_deploy.measure import WorkerError
 from gte_deploy.models import builtin_path
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.text.tokenization import load_tokenizer
+from gte_deploy.tuning.measure import WorkerError
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from gte_deploy.bundle import open_bundle
-from gte_deploy.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.bundle.manifest import open_bundle
+from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.exporters import cli, export
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile

@@ -15,17 +15,17 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
-from gte_deploy.backends.openvino_backend import has_native_bf16  # noqa: E402
-from gte_deploy.bundle import open_bundle  # noqa: E402
-from gte_deploy.errors import CheckpointError, ExportError, InputError  # noqa: E402
-from gte_deploy.exit_codes import FAILURE  # noqa: E402
+from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
+from gte_deploy.backends.openvino import has_native_bf16  # noqa: E402
+from gte_deploy.bundle.inspection import check_graphs, inspect_onnx  # noqa: E402
+from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
+from gte_deploy.core.errors import CheckpointError, ExportError, InputError  # noqa: E402
+from gte_deploy.core.exit_codes import FAILURE  # noqa: E402
+from gte_deploy.core.files import sha256_file  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
 from gte_deploy.exporters.verification.parity import BoundMissedError  # noqa: E402
 from gte_deploy.exporters.verification.report import format_table  # noqa: E402
-from gte_deploy.files import sha256_file  # noqa: E402
-from gte_deploy.onnx_inspection import check_graphs, inspect_onnx  # noqa: E402
 
 LENGTH = 32
 
@@ -312,7 +312,7 @@ def test_without_openvino_there_is_no_graph_for_it_and_the_report_says_so(trace_
 
 
 def test_a_cpu_without_bfloat16_leaves_it_unproven_and_the_report_says_so(trace_once, small, tmp_path, monkeypatch):
-    monkeypatch.setattr("gte_deploy.backends.openvino_backend.has_native_bf16", lambda: False)
+    monkeypatch.setattr("gte_deploy.backends.openvino.has_native_bf16", lambda: False)
     result = export(small, tmp_path / "out", max_length=LENGTH)
     assert [engine.title for engine in result.parity.engines] == ["onnxruntime fp32", "openvino fp32"]
     assert len(result.parity.caveats) == 1 and "bfloat16" in result.parity.caveats[0]

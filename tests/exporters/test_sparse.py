@@ -17,8 +17,9 @@ pooling_module = pytest.importorskip("sentence_transformers.sparse_encoder.modul
 import torch  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
-from gte_deploy.errors import ExportError, InputError  # noqa: E402
+from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
+from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
+from gte_deploy.core.spec import ModelSpec, SparseSpec  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.graph.build import build_graphs, save_graph, save_graphs  # noqa: E402
 from gte_deploy.exporters.graph.linears import find_linear_layers  # noqa: E402
@@ -30,7 +31,6 @@ from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: 
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE  # noqa: E402
 from gte_deploy.models import sparse_heads  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import ModelSpec, SparseSpec  # noqa: E402
 
 LENGTH, VOCAB = 64, 256
 SPARSE = SparseSpec("splade", activation="log1p_relu")
@@ -95,7 +95,7 @@ def external(tensor: Any) -> tuple[int, int]:
 def run(engine: str, path: Path, batch: Batch, output: str) -> np.ndarray:
     if engine == "openvino":
         pytest.importorskip("openvino")
-        from gte_deploy.backends.openvino_backend import OpenVinoBackend
+        from gte_deploy.backends.openvino import OpenVinoBackend
 
         backend: Any = OpenVinoBackend(path, SPEC, num_threads=1)
     else:

@@ -17,7 +17,8 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.errors import ExportError  # noqa: E402
+from gte_deploy.core.errors import ExportError  # noqa: E402
+from gte_deploy.core.spec import ModelSpec, TensorSpec  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph  # noqa: E402
 from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.exporters.quantization.int8 import quantize_embeddings  # noqa: E402
@@ -31,8 +32,7 @@ from gte_deploy.exporters.verification.emulation import cpu_emulation  # noqa: E
 from gte_deploy.exporters.verification.parity import TorchReference, check_parity  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import ModelSpec, TensorSpec  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "heads": 2, "layers": 1, "max_positions": 256, "type_vocab_size": 2}
 TASKS: dict[str, dict[str, Any]] = {

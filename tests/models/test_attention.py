@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GteConfig, GteForMaskedLM
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.models.attention import PACKED_ATTENTION, packed_attention, register_packed_attention
 
 LENGTHS = [5, 17, 1, 17, 33, 5]

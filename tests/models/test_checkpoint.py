@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models import checkpoint
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import build_config, native_config, original_config, read_config, task_of
 from gte_deploy.models.presets import PRESETS

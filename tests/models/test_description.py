@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GteConfig, GteForMaskedLM, GteForSequenceClassification, GteModel
 
 import gte_deploy
-from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.config import task_of
 from gte_deploy.models.description import describe
-from gte_deploy.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 
 WORDS = ("the", "cat", "sat", "on", "mat", "Paris", "PARIS", "red", "e", "##d", "é", "中", "国", "?", "!", ".")
 VOCAB = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)

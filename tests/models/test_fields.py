@@ -7,7 +7,7 @@ import re
 import pytest
 from transformers import GteConfig
 
-from gte_deploy.errors import ConfigError
+from gte_deploy.core.errors import ConfigError
 from gte_deploy.models.config import read_config
 from gte_deploy.models.description import describe
 from gte_deploy.models.fields import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gte_deploy.errors import CheckpointError, ConfigError
+from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.modules import model_folder, read_settings, reranker_activation
 
 KIND = "sentence_transformers.models."

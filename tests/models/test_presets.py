@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gte_deploy.errors import ConfigError
+from gte_deploy.core.errors import ConfigError
 from gte_deploy.models.checkpoint import MODEL_CLASSES
 from gte_deploy.models.config import build_config
 from gte_deploy.models.presets import PRESETS, preset

@@ -4,7 +4,7 @@ import sys
 import huggingface_hub
 import pytest
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models import BUILTIN_NAME, builtin_path, resolve_checkpoint
 
 
@@ -59,7 +59,7 @@ def test_a_download_takes_data_only(name, hub_id, tmp_path, monkeypatch):
 
 _OFFLINE = """
 import sys
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models import resolve_checkpoint
 try:
     print(resolve_checkpoint("owner/name", cache_dir=sys.argv[1]))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import gte_deploy
 from gte_deploy import GteDeployError, InputError
-from gte_deploy.inputs import MAX_TEXT_BYTES
+from gte_deploy.text.inputs import MAX_TEXT_BYTES
 
 CALLS = {
     "fill_mask": lambda models, inputs, **options: models["fill-mask"].fill_mask(inputs, **options),

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from gte_deploy.bundle import MANIFEST_NAME, open_bundle, read_manifest  # noqa: E402
-from gte_deploy.errors import BundleError  # noqa: E402
+from gte_deploy.bundle.manifest import MANIFEST_NAME, open_bundle, read_manifest  # noqa: E402
+from gte_deploy.core.errors import BundleError  # noqa: E402
 from gte_deploy.exporters.bundle.writer import seal  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.job import WEIGHTS_PATH  # noqa: E402

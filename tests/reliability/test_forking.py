@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy import forking
-from gte_deploy.errors import BackendError, BundleError
+from gte_deploy.core import forking
+from gte_deploy.core.errors import BackendError, BundleError
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
@@ -108,7 +108,7 @@ def test_forked_children_answer_with_parallel_tokenizers_asked_for(path_for: Cal
 CHILD = """
     import os, sys, threading, time
     import gte_deploy
-    from gte_deploy import forking
+    from gte_deploy.core import forking
 
     def in_child(call):
         '''What `call` raises in a forked child, or that it answers.'''
@@ -342,7 +342,7 @@ def test_an_engine_that_does_not_open_again_is_given_up(monkeypatch: pytest.Monk
 def test_computations_wait_for_a_fork_and_forks_for_computations() -> None:
     script = """
         import json, os, sys, threading, time
-        from gte_deploy import forking
+        from gte_deploy.core import forking
 
         order = []
         inside = threading.Event()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from gte_deploy.bundle import open_bundle
+from gte_deploy.bundle.manifest import open_bundle
 
 # Starts once and forks for each kill, so that a kill costs what the killed work costs and not an interpreter. The
 # child dies by its own SIGKILL at the `at`-th event: a file system call beside the target (seen through an audit
@@ -30,9 +30,9 @@ class Countdown:
             die()
 
 def write_small(target, mark, at, exchange):
-    from gte_deploy.bundle import GraphEntry, Manifest
+    from gte_deploy.bundle.manifest import GraphEntry, Manifest
     from gte_deploy.exporters.bundle import writer
-    from gte_deploy.spec import ModelSpec
+    from gte_deploy.core.spec import ModelSpec
     if not exchange:
         writer._exchange = lambda first, second: False
     countdown, beside = Countdown(at), str(target.parent)
@@ -59,7 +59,7 @@ def run_export(target, checkpoint, at):
 if sys.argv[1] == "export":
     import onnxruntime, torch, tqdm
     tqdm.tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
-    import gte_deploy.backends.onnx_backend, gte_deploy.backends.openvino_backend
+    import gte_deploy.backends.onnxruntime, gte_deploy.backends.openvino
     import gte_deploy.exporters.bundle.contents, gte_deploy.exporters.verification.parity
     from gte_deploy.exporters.graph import build as graph
     from gte_deploy.exporters.export import export

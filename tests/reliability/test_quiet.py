@@ -340,7 +340,7 @@ def test_a_pick_without_a_home_is_told_in_one_line(tmp_path: Path, read_only: Pa
     place = Place(tmp_path / "place", home=False)
     script = """
         import pathlib, sys
-        from gte_deploy import picks
+        from gte_deploy.backends import picks
         try:
             picks.save("0" * 64, picks.Pick("onnx", None, {}, "2026-01-01", {}))
         except OSError as error:
@@ -397,7 +397,7 @@ def test_only_one_place_imports_openvino_and_nncf() -> None:
     folders = ("gte_deploy", "exporters", "models", "training", "benchmarks", "examples")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     found = sorted(str(file.relative_to(ROOT)) for file in files if importing.search(file.read_text(encoding="utf-8")))
-    assert found == ["benchmarks/side_by_side/artefacts.py", "gte_deploy/quiet.py"]
+    assert found == ["benchmarks/side_by_side/artefacts.py", "gte_deploy/core/quiet.py"]
     assert "with without_openvino_telemetry():\n        import nncf" in (ROOT / found[0]).read_text(encoding="utf-8")
 
 
@@ -408,7 +408,7 @@ def test_a_home_that_cannot_be_used_is_none(home: str, tmp_path: Path, bundle: P
     script = """
         import os, sys
         import gte_deploy
-        from gte_deploy.quiet import keep_caches_in_ours
+        from gte_deploy.core.quiet import keep_caches_in_ours
         gte_deploy.load(sys.argv[1]).encode("the king")
         if os.geteuid() or os.environ["HOME"].startswith("/proc"):
             keep_caches_in_ours()

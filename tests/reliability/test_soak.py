@@ -16,7 +16,7 @@ SCRIPT = """
     import json, os, sys
     import numpy as np
     import gte_deploy
-    from gte_deploy.measure import resident_bytes
+    from gte_deploy.tuning.measure import resident_bytes
 
     bundle, backend, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
     rng = np.random.default_rng(0)

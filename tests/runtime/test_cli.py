@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy import cli, exit_codes
-from gte_deploy.errors import BundleError, InputError, MissingDependencyError
+from gte_deploy import cli
+from gte_deploy.core import exit_codes
+from gte_deploy.core.errors import BundleError, InputError, MissingDependencyError
 
 TEXT = "Paris is the [MASK] of France."
 

@@ -11,9 +11,10 @@ import textwrap
 import pytest
 
 import gte_deploy
-from gte_deploy import BackendError, BundleError, CheckpointError, InputError, MissingDependencyError, picks
-from gte_deploy.bundle import PlanEntry, read_manifest
-from gte_deploy.spec import Profile, TensorSpec
+from gte_deploy import BackendError, BundleError, CheckpointError, InputError, MissingDependencyError
+from gte_deploy.backends import picks
+from gte_deploy.bundle.manifest import PlanEntry, read_manifest
+from gte_deploy.core.spec import Profile, TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_bfloat16_is_openvinos_alone(word_checkpoints, bundle_of):
 
 def test_bfloat16_on_a_cpu_without_it_is_refused(word_checkpoints, bundle_of, monkeypatch):
     pytest.importorskip("openvino")
-    monkeypatch.setattr("gte_deploy.backends.openvino_backend.has_native_bf16", lambda: False)
+    monkeypatch.setattr("gte_deploy.backends.openvino.has_native_bf16", lambda: False)
     for backend in ("auto", "openvino"):
         with pytest.raises(BackendError, match=r"this CPU \(.+\) does not compute in bfloat16.*precision='fp32'"):
             gte_deploy.load(bundle_of(word_checkpoints["embed"]), backend=backend, precision="bf16")
@@ -266,7 +267,7 @@ def test_a_bundle_is_verified_before_any_loader_sees_it(word_checkpoints, bundle
     def opened(*args, **kwargs):
         raise AssertionError("a loader was called")
 
-    monkeypatch.setattr("gte_deploy.backends.onnx_backend.OnnxBackend.__init__", opened)
+    monkeypatch.setattr("gte_deploy.backends.onnxruntime.OnnxBackend.__init__", opened)
     monkeypatch.setattr("gte_deploy.loading.load_tokenizer", opened)
     with pytest.raises(BundleError, match=r"tokenizer.json has sha256"):
         gte_deploy.load(tmp_path / "b")
@@ -293,7 +294,7 @@ def test_torch_threads_are_lowered_to_the_cpus_and_otherwise_left(word_checkpoin
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for cpus, asked, expected in ((8, None, []), (2, None, [2]), (2, 3, [3]), (8, 4, [])):
-        monkeypatch.setattr("gte_deploy.backends.torch_backend.available_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr("gte_deploy.backends.torch.available_cpus", lambda cpus=cpus: cpus)
         calls.clear()
         gte_deploy.load(word_checkpoints["embed"], num_threads=asked).close()
         assert calls == expected
@@ -317,7 +318,7 @@ def test_import_is_light():
         engines = {"torch", "onnxruntime", "openvino", "tensorrt"}
         heavy = (engines | {"transformers", "numpy", "tokenizers"}) & set(sys.modules)
         assert not heavy, heavy
-        assert gte_deploy.__version__ and gte_deploy.errors.InputError is gte_deploy.InputError
+        assert gte_deploy.__version__ and gte_deploy.core.errors.InputError is gte_deploy.InputError
         assert callable(gte_deploy.load) and gte_deploy.Model.__name__ == "Model"
         assert not {"torch", "transformers", "onnxruntime", "openvino"} & set(sys.modules)
         try:

@@ -17,12 +17,12 @@ torch = pytest.importorskip("torch")
 import gte_deploy  # noqa: E402
 from gte_deploy import BackendError, CheckpointError, InputError  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.backends.torch_backend import TorchBackend  # noqa: E402
-from gte_deploy.batching import collate  # noqa: E402
-from gte_deploy.bundle import _checksum, read_manifest  # noqa: E402
+from gte_deploy.backends.torch import TorchBackend  # noqa: E402
+from gte_deploy.bundle.manifest import _checksum, read_manifest  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.batching import collate  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 PAIRS = [
     ("the king", "a queen of france"),

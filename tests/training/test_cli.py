@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from gte_deploy.exit_codes import FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.training import train as train_module
 from gte_deploy.training.cli import main
 from gte_deploy.training.log import RunLog

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gte_deploy.exit_codes import INTERRUPTED
+from gte_deploy.core.exit_codes import INTERRUPTED
 from gte_deploy.training.export import find_checkpoint
 from gte_deploy.training.log import read_log
 from gte_deploy.training.recipe import recipe_from_dict

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gte_deploy.errors import ConfigError, InputError
+from gte_deploy.core.errors import ConfigError, InputError
 from gte_deploy.models.config import build_config
 from gte_deploy.training.cli import main
 from gte_deploy.training.data.corpus import TokenCorpus

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from gte_deploy.errors import ConfigError
+from gte_deploy.core.errors import ConfigError
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.recipe import (
     Optimizer,

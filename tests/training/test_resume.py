@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.training import train as train_module
 from gte_deploy.training.log import RunLog, read_log
 from gte_deploy.training.recipe import recipe_from_dict
@@ -25,7 +25,7 @@ STEPS = (5, 4)  # two stages; checkpoints at 2, 4, 5 and 2, 4
 SCRIPT = """
 import json, os, signal
 from pathlib import Path
-from gte_deploy import files
+from gte_deploy.core import files
 from gte_deploy.training import state
 from gte_deploy.training import train as train_module
 from gte_deploy.training.recipe import recipe_from_dict

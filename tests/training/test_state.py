@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-from gte_deploy.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError
 from gte_deploy.training import state as state_module
 from gte_deploy.training.state import CheckpointStore, TrainingState, read_checkpoint, stage_seed, step_seed
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, GteForMaskedLM
 
-from gte_deploy.errors import ConfigError, NonFiniteError
+from gte_deploy.core.errors import ConfigError, NonFiniteError
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training import train as train_module
 from gte_deploy.training.data.corpus import TokenCorpus

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gte_deploy.errors import UnavailableError
+from gte_deploy.core.errors import UnavailableError
 
 pytestmark = pytest.mark.xdist_group("triton")
 

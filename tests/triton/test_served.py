@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy.errors import BackendError, InputError, UnavailableError
+from gte_deploy.core.errors import BackendError, InputError, UnavailableError
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.verification import parity
 from gte_deploy.exporters.verification.cases import Case

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 
 pytestmark = pytest.mark.xdist_group("triton")
 

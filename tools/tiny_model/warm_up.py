@@ -29,7 +29,7 @@ from safetensors.torch import load, save_file
 from transformers import GteForMaskedLM
 from transformers.models.gte.modeling_gte import GteLMHead
 
-from gte_deploy.files import write_with
+from gte_deploy.core.files import write_with
 from gte_deploy.models import BUILTIN_NAME, builtin_path
 from gte_deploy.models.config import build_config
 from gte_deploy.training.data.vocabulary import read_vocabulary

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.errors import InputError
-from gte_deploy.files import read_json_object, sha256_file
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.files import read_json_object, sha256_file
 
 FORMAT = "gte-token-corpus"
 FORMAT_VERSION = 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import Vocabulary
 from gte_deploy.training.data.random import STREAM_MASK, join_words, philox4x32, split_words, stream_key
 

@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gte_deploy.errors import GteDeployError, InputError
-from gte_deploy.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
+from gte_deploy.core.errors import GteDeployError, InputError
+from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
 from gte_deploy.training.data.corpus import (
     FORMAT,
     FORMAT_VERSION,

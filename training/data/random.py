@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 
 _FEISTEL_ROUNDS = 8
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gte_deploy.errors import GteDeployError, InputError, MissingDependencyError
+from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 

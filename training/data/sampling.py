@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus
 from gte_deploy.training.data.random import (
     FIRST_LANGUAGE_STREAM,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gte_deploy.errors import InputError
-from gte_deploy.files import read_json_object
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.files import read_json_object
 from gte_deploy.training.data.corpus import Vocabulary
 
 _SPECIAL_NAMES = {

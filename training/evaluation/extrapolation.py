@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GteForMaskedLM
 
-from gte_deploy.errors import ConfigError, InputError, MissingDependencyError, NonFiniteError
-from gte_deploy.files import write_with
+from gte_deploy.core.errors import ConfigError, InputError, MissingDependencyError, NonFiniteError
+from gte_deploy.core.files import write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model

@@ -35,8 +35,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from gte_deploy.errors import CheckpointError, InputError, NonFiniteError
-from gte_deploy.files import read_json_object, sha256_file, write_text, write_with
+from gte_deploy.core.errors import CheckpointError, InputError, NonFiniteError
+from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import read_json

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.errors import InputError, MissingDependencyError
+from gte_deploy.core.errors import InputError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.errors import ExportError
+from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import FusionPass
 from gte_deploy.exporters.graph.fusion.attention import ATTENTION
 from gte_deploy.exporters.graph.fusion.glu import GLU

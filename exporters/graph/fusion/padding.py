@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.errors import ExportError
+from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import (
     CONTRIB,
     Builder,

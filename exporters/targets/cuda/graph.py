@@ -19,14 +19,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gte_deploy.backends.onnx_backend import OnnxBackend
+from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, graph_of, save_graph
 from gte_deploy.exporters.graph.fusion import MERGED_PASSES, fuse_graph
 from gte_deploy.exporters.graph.fusion.flash import FLASH
 from gte_deploy.exporters.graph.fusion.padding import remove_padding
 from gte_deploy.exporters.graph.half import HALVES, lower_to_half
 from gte_deploy.exporters.verification.emulation import cpu_emulation
-from gte_deploy.spec import ModelSpec
 
 _NOT_ON_CUDA = (
     "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. What was compared is the "

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import option
+from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
-from gte_deploy.options import option
-from gte_deploy.spec import Engine, ModelSpec, Precision
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -82,7 +82,7 @@ class CudaTarget(Target):
 
     def open(self, built: Built, job: Job) -> "Backend | None":
         """ONNX Runtime on the GPU."""
-        from gte_deploy.backends.onnx_backend import OnnxBackend
+        from gte_deploy.backends.onnxruntime import OnnxBackend
         from gte_deploy.exporters.targets.cuda.graph import has_cuda
 
         return OnnxBackend(job.graph_file("onnxruntime"), job.spec, device="cuda") if has_cuda() else None

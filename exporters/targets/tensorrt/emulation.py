@@ -26,16 +26,16 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnx_backend import OnnxBackend
-from gte_deploy.backends.tensorrt_packed import PackedLayout
-from gte_deploy.errors import ExportError
+from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.backends.tensorrt.padding_free import PackedLayout
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import ExportError
+from gte_deploy.core.spec import ModelSpec, Profile
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
 from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
 from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
 from gte_deploy.exporters.verification.emulation import cpu_emulation
-from gte_deploy.spec import ModelSpec, Profile
-from gte_deploy.threads import available_cpus
 
 _MAX_SCORES = 1 << 27
 """B · N · S · S elements that one run may hold; some five FP32 and FP16 copies of them are alive at once."""

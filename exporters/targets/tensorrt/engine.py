@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gte_deploy.bundle import PlanEntry
-from gte_deploy.errors import ExportError, InputError
+from gte_deploy.bundle.manifest import PlanEntry
+from gte_deploy.core.errors import ExportError, InputError
+from gte_deploy.core.spec import Profile, TensorSpec
 from gte_deploy.exporters.targets.tensorrt import runtimes
 from gte_deploy.exporters.targets.tensorrt.layouts import Layout, layout_of
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, sm_name
-from gte_deploy.spec import Profile, TensorSpec
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph

@@ -27,7 +27,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.backends.tensorrt_packed import POSITIONS
+from gte_deploy.backends.tensorrt.padding_free import POSITIONS
+from gte_deploy.core.spec import Precision
 from gte_deploy.exporters.graph.build import Graph, graph_of
 from gte_deploy.exporters.graph.editing import (
     Builder,
@@ -50,7 +51,6 @@ from gte_deploy.exporters.graph.fusion.linear import require_linear
 from gte_deploy.exporters.graph.linears import Linear, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
-from gte_deploy.spec import Precision
 
 EightBits = Literal["int8", "fp8"]
 

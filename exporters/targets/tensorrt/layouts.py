@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
-from gte_deploy.errors import ExportError, InputError
+from gte_deploy.backends.tensorrt.padding_free import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
+from gte_deploy.core.errors import ExportError, InputError
+from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec, is_packed
 from gte_deploy.exporters.targets.tensorrt.profiles import (
     check_packed_profiles,
     check_profiles,
@@ -20,7 +21,6 @@ from gte_deploy.exporters.targets.tensorrt.profiles import (
     profiles_for_lengths,
 )
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime
-from gte_deploy.spec import ModelSpec, Profile, TensorSpec, is_packed
 
 if TYPE_CHECKING:
     import onnx_ir as ir

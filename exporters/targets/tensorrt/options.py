@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import option
+from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.targets.cpu import CalibrationOptions
 from gte_deploy.exporters.targets.cuda.target import Padding
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
 from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_targets
-from gte_deploy.options import option
-from gte_deploy.spec import Profile
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.calibration import Calibrator

@@ -14,7 +14,7 @@ Inputs, in place of [batch, sequence] and its mask:
 * `mask_positions` [num_masks] int64 (fill-mask), numbers of tokens among all T.
 
 Outputs by token lose their axis of texts: [tokens, …] for [batch, sequence, …]. The others stay as they are. The
-runtime packs and unpacks (`gte_deploy.backends.tensorrt_packed`), so no shape in the graph depends on data.
+runtime packs and unpacks (`gte_deploy.backends.tensorrt.padding_free`), so no shape in the graph depends on data.
 
 Shapes: B texts, T tokens of all, N heads, D head size, H hidden size.
 """
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from gte_deploy.backends.tensorrt_packed import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
+from gte_deploy.backends.tensorrt.padding_free import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.exporters.graph.editing import (
     Builder,
     FusionPass,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import cast
 
+from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.job import Job
 from gte_deploy.exporters.quantization.calibration import measure_amax
@@ -11,7 +12,6 @@ from gte_deploy.exporters.quantization.recipes import CALIBRATION_TOKENS, calibr
 from gte_deploy.exporters.targets.tensorrt.graph import EightBits, QdqScheme, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.verification.texts import text_batches
-from gte_deploy.spec import Engine
 
 
 def eight_bit_scheme(

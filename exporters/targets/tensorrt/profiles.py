@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gte_deploy.errors import InputError
-from gte_deploy.spec import Profile
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import Profile
 
 TOKEN_BUDGET = 32_768
 """Rows times tokens of a batch at most, as the runtime makes them on a GPU."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gte_deploy.errors import ExportError, InputError, MissingDependencyError
-from gte_deploy.spec import Precision, TensorRTFlavour
+from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
+from gte_deploy.core.spec import Precision, TensorRTFlavour
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")

@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import Engine, ModelSpec, Precision, Profile
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
 from gte_deploy.exporters.targets.tensorrt.layouts import LAYOUTS, Layout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_targets
-from gte_deploy.spec import Engine, ModelSpec, Precision, Profile
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph

@@ -13,10 +13,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # Triton's own module
 from numpy.typing import NDArray
 
-from gte_deploy.bundle import spec_from_json
-from gte_deploy.errors import GteDeployError, InputError, NonFiniteError
-from gte_deploy.inputs import check_integer
-from gte_deploy.spec import ModelSpec
+from gte_deploy.bundle.manifest import spec_from_json
+from gte_deploy.core.errors import GteDeployError, InputError, NonFiniteError
+from gte_deploy.core.spec import ModelSpec
+from gte_deploy.text.inputs import check_integer
 
 logger = logging.getLogger(__name__)
 

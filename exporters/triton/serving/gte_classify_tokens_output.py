@@ -32,7 +32,7 @@ from gte_deploy.tasks.token_classify import (  # noqa: E402
     entities_to_tensors,
     logits_to_tensors,
 )
-from gte_deploy.tokenization import Piece, checked_max_length, load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import Piece, checked_max_length, load_tokenizer  # noqa: E402
 
 
 class TritonPythonModel:

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from gte_deploy.errors import InputError  # noqa: E402
+from gte_deploy.core.errors import InputError  # noqa: E402
+from gte_deploy.core.spec import POOLINGS, Pooling  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     Settings,
     answer_each,
@@ -24,11 +25,10 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     option,
     required,
 )
-from gte_deploy.inputs import check_integer  # noqa: E402
-from gte_deploy.pooling import pool  # noqa: E402
-from gte_deploy.spec import POOLINGS, Pooling  # noqa: E402
 from gte_deploy.tasks.base import check_choice  # noqa: E402
 from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling  # noqa: E402
+from gte_deploy.tasks.pooling import pool  # noqa: E402
+from gte_deploy.text.inputs import check_integer  # noqa: E402
 
 
 class TritonPythonModel:

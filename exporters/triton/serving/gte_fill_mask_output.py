@@ -23,9 +23,9 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     required,
     shared_texts,
 )
-from gte_deploy.inputs import as_texts, check_integer  # noqa: E402
 from gte_deploy.tasks.fill_mask import MaskRequest, to_tensors  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.inputs import as_texts, check_integer  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 _DEFAULT_TOP_K = 5
 

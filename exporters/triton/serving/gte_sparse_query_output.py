@@ -20,7 +20,7 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     required,
 )
 from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, weights_of_query  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 
 class TritonPythonModel:

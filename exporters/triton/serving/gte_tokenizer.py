@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from gte_deploy.batching import collate  # noqa: E402
-from gte_deploy.errors import InputError  # noqa: E402
+from gte_deploy.core.errors import InputError  # noqa: E402
 from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts  # noqa: E402
-from gte_deploy.inputs import as_pairs, as_texts  # noqa: E402
 from gte_deploy.tasks.fill_mask import check_mask  # noqa: E402
-from gte_deploy.text_interface import prompt_text  # noqa: E402
-from gte_deploy.tokenization import checked_max_length, load_tokenizer  # noqa: E402
+from gte_deploy.tasks.interface import prompt_text  # noqa: E402
+from gte_deploy.text.batching import collate  # noqa: E402
+from gte_deploy.text.inputs import as_pairs, as_texts  # noqa: E402
+from gte_deploy.text.tokenization import checked_max_length, load_tokenizer  # noqa: E402
 
 _TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "PLAIN_TEXT", "FIRST")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gte_deploy.bundle import GraphEntry, Manifest, open_bundle
-from gte_deploy.errors import ExportError
+from gte_deploy.bundle.manifest import GraphEntry, Manifest, open_bundle
+from gte_deploy.core.errors import ExportError
+from gte_deploy.core.spec import ModelSpec, TensorSpec
 from gte_deploy.exporters.bundle import writer as bundle_writer
 from gte_deploy.exporters.bundle.writer import check_destination, clean_stale, publish, seal, staging
-from gte_deploy.spec import ModelSpec, TensorSpec
 
 SPEC = ModelSpec(task="embed", max_length=64, vocab_size=256, hidden_size=32, pad_token_id=0)
 GRAPHS = {

@@ -17,12 +17,12 @@ pytest.importorskip("onnx_ir")
 import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 
-from gte_deploy.errors import ExportError  # noqa: E402
-from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
+from gte_deploy.core.errors import ExportError  # noqa: E402
+from gte_deploy.core.spec import Engine, TensorSpec  # noqa: E402
 from gte_deploy.exporters.graph import build as graph_module  # noqa: E402
+from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
 from gte_deploy.exporters.graph.fusion import fuse_graph  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import Engine, TensorSpec  # noqa: E402
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "sequence"))

@@ -12,7 +12,7 @@ pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir  # noqa: E402
 
-from gte_deploy.errors import ExportError  # noqa: E402
+from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.exporters.graph.trace import RotaryTable, trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 

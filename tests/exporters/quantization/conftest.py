@@ -15,10 +15,10 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.core.spec import ModelSpec  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_ranges  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import ModelSpec  # noqa: E402
 
 SPEC = ModelSpec(task="fill-mask", max_length=8192, vocab_size=256, hidden_size=32, pad_token_id=0)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy.errors import ParityError
+from gte_deploy.core.errors import ParityError
 from gte_deploy.exporters import export as export_module
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.export import export

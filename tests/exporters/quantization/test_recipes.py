@@ -3,14 +3,14 @@ from typing import Any
 
 import pytest
 
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, build_graphs
 from gte_deploy.exporters.quantization import recipes as lower_precision
 from gte_deploy.exporters.quantization.recipes import groups_of, quantize_graphs
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, AccuracyBounds
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.text.tokenization import load_tokenizer
 
 SPEC = ModelSpec(task="fill-mask", max_length=256, vocab_size=30528, hidden_size=256, pad_token_id=0)
 

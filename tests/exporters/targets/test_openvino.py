@@ -10,9 +10,9 @@ pytest.importorskip("onnx")
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'gte-deploy[openvino]'")
 
 import gte_deploy  # noqa: E402
-from gte_deploy.bundle import open_bundle  # noqa: E402
-from gte_deploy.errors import BackendError, InputError, MissingDependencyError  # noqa: E402
-from gte_deploy.exit_codes import OK, USAGE  # noqa: E402
+from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
+from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError  # noqa: E402
+from gte_deploy.core.exit_codes import OK, USAGE  # noqa: E402
 from gte_deploy.exporters import export as export_module  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402

@@ -249,8 +249,8 @@ def altered_bundle(bundles: dict[str, Path], tmp_path: Path) -> Callable[..., Pa
     """`altered_bundle(task, files={}, **fields)`: a copy of a bundle whose manifest says otherwise."""
     import shutil
 
-    from gte_deploy.bundle import MANIFEST_NAME, FileEntry, read_manifest
-    from gte_deploy.files import sha256_file
+    from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, read_manifest
+    from gte_deploy.core.files import sha256_file
 
     def altered(task: str, files: dict[str, bytes] | None = None, **fields: Any) -> Path:
         folder = tmp_path / "altered-bundle"

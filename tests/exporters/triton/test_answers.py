@@ -372,7 +372,7 @@ def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tm
     import json
     import shutil
 
-    from gte_deploy.bundle import MANIFEST_NAME, read_manifest
+    from gte_deploy.bundle.manifest import MANIFEST_NAME, read_manifest
     from gte_deploy.exporters.triton.repository import export_repository
 
     opened = []
@@ -395,7 +395,7 @@ def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tm
 
 
 def test_checkpoints_that_normalise(altered_bundle, bundles, open_repository, tmp_path):
-    from gte_deploy.bundle import read_manifest
+    from gte_deploy.bundle.manifest import read_manifest
     from gte_deploy.exporters.triton.repository import export_repository
 
     spec = dataclasses.replace(read_manifest(bundles["embed"]).spec, normalize=True)

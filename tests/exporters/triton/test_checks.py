@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.exporters.triton.checks import check_repository
 from gte_deploy.exporters.triton.repository import export_repository
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gte_deploy.exit_codes import FAILURE, OK, USAGE
+from gte_deploy.core.exit_codes import FAILURE, OK, USAGE
 from gte_deploy.exporters import cli
 
 

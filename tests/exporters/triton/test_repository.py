@@ -9,14 +9,14 @@ import sys
 import numpy as np
 import pytest
 
-from gte_deploy.bundle import PlanEntry
-from gte_deploy.errors import BundleError, ExportError, InputError, ParityError
+from gte_deploy.bundle.manifest import PlanEntry
+from gte_deploy.core.errors import BundleError, ExportError, InputError, ParityError
+from gte_deploy.core.files import sha256_file
+from gte_deploy.core.spec import Profile, TensorSpec
 from gte_deploy.exporters.triton import repository as triton_repository
 from gte_deploy.exporters.triton.checks import check_repository
 from gte_deploy.exporters.triton.configs import length_buckets
 from gte_deploy.exporters.triton.repository import export_repository
-from gte_deploy.files import sha256_file
-from gte_deploy.spec import Profile, TensorSpec
 from gte_deploy.tasks import TASKS
 
 ENSEMBLES = {
@@ -141,7 +141,7 @@ def test_options_reach_the_configurations(bundles, open_repository, tmp_path):
 
 
 def test_the_spec_reaches_clients_and_python_models(repository, bundles):
-    from gte_deploy.bundle import read_manifest, spec_from_json
+    from gte_deploy.bundle.manifest import read_manifest, spec_from_json
 
     opened = repository("embed")
     expected = read_manifest(bundles["embed"]).spec

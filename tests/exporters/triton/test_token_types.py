@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import gte_deploy  # noqa: E402
-from gte_deploy.bundle import read_manifest  # noqa: E402
+from gte_deploy.bundle.manifest import read_manifest  # noqa: E402
 from gte_deploy.exporters.triton.checks import check_repository  # noqa: E402
 from gte_deploy.exporters.triton.repository import _require_equal, export_repository  # noqa: E402
 
@@ -92,7 +92,7 @@ def test_through_tensorrt_the_types_have_a_profile(bundle, tmp_path, open_reposi
 def test_a_graph_that_forgets_its_types_is_found(bundle, path, tmp_path):
     import onnx
 
-    from gte_deploy.errors import ParityError
+    from gte_deploy.core.errors import ParityError
 
     spec = read_manifest(bundle).spec
     source, served = bundle / "onnx" / "model.onnx", next(path.glob("gte_encoder/1/model.onnx"))

@@ -4,12 +4,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.verification.accuracy import AccuracyBounds, TextReference, interval
 from gte_deploy.exporters.verification.texts import builtin_texts, read_texts, text_batches
 from gte_deploy.models import resolve_checkpoint
-from gte_deploy.spec import ModelSpec
-from gte_deploy.tokenization import load_tokenizer
+from gte_deploy.text.tokenization import load_tokenizer
 
 SPEC = ModelSpec(task="fill-mask", max_length=512, vocab_size=30528, hidden_size=8, pad_token_id=0)
 

@@ -20,15 +20,15 @@ from transformers import GteConfig  # noqa: E402
 from transformers.models.gte.modeling_gte import GteRotaryEmbedding  # noqa: E402
 
 import gte_deploy  # noqa: E402
-from gte_deploy.backends.torch_backend import TorchBackend  # noqa: E402
-from gte_deploy.errors import ParityError  # noqa: E402
+from gte_deploy.backends.torch import TorchBackend  # noqa: E402
+from gte_deploy.core.errors import ParityError  # noqa: E402
 from gte_deploy.exporters import export  # noqa: E402
 from gte_deploy.exporters.bundle.writer import seal  # noqa: E402
 from gte_deploy.exporters.verification.answers import Asked, check_answers, check_bundle  # noqa: E402
 from gte_deploy.exporters.verification.source_view import native_fields, rotation_frequencies  # noqa: E402
 from gte_deploy.model import Model  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 LIMIT = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -14,11 +14,11 @@ pytest.importorskip("openvino")
 
 import gte_deploy  # noqa: E402
 from gte_deploy import cli as runtime_cli  # noqa: E402
-from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
-from gte_deploy.bundle import read_manifest  # noqa: E402
-from gte_deploy.engine_choice import choose_engine  # noqa: E402
-from gte_deploy.errors import BackendError, InputError, ParityError  # noqa: E402
-from gte_deploy.exit_codes import FAILURE, OK  # noqa: E402
+from gte_deploy.backends.choice import choose_engine  # noqa: E402
+from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
+from gte_deploy.bundle.manifest import read_manifest  # noqa: E402
+from gte_deploy.core.errors import BackendError, InputError, ParityError  # noqa: E402
+from gte_deploy.core.exit_codes import FAILURE, OK  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.triton.repository import export_repository  # noqa: E402

@@ -12,7 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.errors import CheckpointError, ParityError  # noqa: E402
+from gte_deploy.core.errors import CheckpointError, ParityError  # noqa: E402
+from gte_deploy.core.spec import COMPUTE_PRECISIONS, PRECISIONS, ModelSpec  # noqa: E402
 from gte_deploy.exporters.verification.cases import (  # noqa: E402
     Case,
     TokenSource,
@@ -31,8 +32,7 @@ from gte_deploy.exporters.verification.parity import (  # noqa: E402
 )
 from gte_deploy.exporters.verification.report import format_table  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import COMPUTE_PRECISIONS, PRECISIONS, ModelSpec  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 FP32 = TOLERANCES["fp32"]
 SPEC = ModelSpec(task="fill-mask", max_length=64, vocab_size=256, hidden_size=32, pad_token_id=0)

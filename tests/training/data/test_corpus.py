@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
 
 LENGTHS = {"en": (3, 20, 700), "": (1, 40), "de": (5,)}

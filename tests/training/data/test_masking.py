@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import Vocabulary
 from gte_deploy.training.data.masking import Masking, mask_places, mask_tokens
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking, mask_tokens
 from gte_deploy.training.data.packing import (

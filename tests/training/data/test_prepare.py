@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from gte_deploy.errors import GteDeployError, InputError
+from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.training.data import prepare as module
 from gte_deploy.training.data import readers, units
 from gte_deploy.training.data.corpus import TokenCorpus

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import (
     ChunkIndex,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.vocabulary import read_vocabulary
 
 

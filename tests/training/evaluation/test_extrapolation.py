@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gte_deploy.errors import ConfigError, InputError, NonFiniteError
+from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training.cli import main

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import gte_deploy
-from gte_deploy.errors import CheckpointError, InputError
+from gte_deploy.core.errors import CheckpointError, InputError
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
 from gte_deploy.training.cli import main
 from gte_deploy.training.evaluation import glue as glue_module

@@ -1,7 +1,7 @@
 import onnx_ir as ir
 import pytest
 
-from gte_deploy.errors import ExportError
+from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.build import fusion
 
 CPU = {"rope": 4, "attention": 2, "projections": 2, "skip_layer_norm": 4}

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 ir = pytest.importorskip("onnx_ir")
 
-from gte_deploy.bundle import open_bundle  # noqa: E402
-from gte_deploy.errors import InputError  # noqa: E402
+from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
+from gte_deploy.core.errors import InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
 from gte_deploy.exporters.targets.cuda import graph as cuda_graph  # noqa: E402

@@ -25,8 +25,8 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.backends.onnx_backend import OnnxBackend  # noqa: E402
-from gte_deploy.errors import ExportError, InputError  # noqa: E402
+from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
+from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, graph_of, save_graph  # noqa: E402
 from gte_deploy.exporters.graph.fusion import fuse_graph  # noqa: E402
 from gte_deploy.exporters.graph.fusion.padding import remove_padding  # noqa: E402

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnx_ir")
 
 from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.core.spec import ModelSpec  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_amax, measure_ranges  # noqa: E402
 from gte_deploy.exporters.quantization.int8 import int8_scheme  # noqa: E402
@@ -19,8 +20,7 @@ from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_grap
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models import resolve_checkpoint  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.spec import ModelSpec  # noqa: E402
-from gte_deploy.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import pytest
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
 
-from gte_deploy.bundle import open_bundle  # noqa: E402
-from gte_deploy.errors import ExportError, InputError  # noqa: E402
+from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
+from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.graph.build import save_graph  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gte_deploy.backends.onnx_backend import OnnxBackend
-from gte_deploy.errors import ExportError
+from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.build import save_graph
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, head_by_head
 from gte_deploy.exporters.targets.tensorrt.graph import WIDE, QdqScheme, tensorrt_graph

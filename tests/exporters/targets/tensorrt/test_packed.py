@@ -9,8 +9,9 @@ import pytest
 
 import gte_deploy
 from gte_deploy.backends.base import Batch
-from gte_deploy.bundle import open_bundle
-from gte_deploy.errors import BackendError, BundleError, ExportError, InputError
+from gte_deploy.bundle.manifest import open_bundle
+from gte_deploy.core.errors import BackendError, BundleError, ExportError, InputError
+from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.graph.build import build_graphs, save_graph
@@ -28,7 +29,6 @@ from gte_deploy.exporters.verification.parity import TOLERANCES, TorchReference,
 from gte_deploy.exporters.verification.report import plan_lines
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.spec import ModelSpec, Profile, TensorSpec
 
 FP32, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 # Texts of one token, short and long ones, in runs of up to four.
@@ -302,7 +302,7 @@ def test_onnx_runtime_is_not_asked_to_run_it(bundle):
 
 def test_triton_is_not_given_such_a_plan(tmp_path):
     inputs = tuple(types.SimpleNamespace(name=name, shape=("tokens",)) for name in ("input_ids", "position_ids"))
-    plan = gte_deploy.bundle.PlanEntry("p", "tensorrt", "11.1.0.1", ("8.9",), PROFILES, inputs, inputs, {})
+    plan = gte_deploy.bundle.manifest.PlanEntry("p", "tensorrt", "11.1.0.1", ("8.9",), PROFILES, inputs, inputs, {})
     with pytest.raises(BundleError, match="padding-free engine, and the repository's models send padded batches"):
         _write_plan(tmp_path, types.SimpleNamespace(plan=plan), tmp_path)
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gte_deploy.errors import InputError
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.targets.tensorrt.profiles import (
     MAX_MASKS,
     TOKEN_BUDGET,
@@ -15,7 +16,6 @@ from gte_deploy.exporters.targets.tensorrt.profiles import (
     profiles_for_lengths,
     read_lengths,
 )
-from gte_deploy.spec import Profile
 
 
 def test_the_defaults_are_short_middle_and_long():

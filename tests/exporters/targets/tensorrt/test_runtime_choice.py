@@ -4,13 +4,13 @@ import types
 
 import pytest
 
-from gte_deploy.errors import ExportError, InputError, MissingDependencyError
+from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
+from gte_deploy.core.spec import TensorSpec
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.targets.tensorrt import runtimes
 from gte_deploy.exporters.targets.tensorrt.layouts import trtexec_line
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, parse_targets, resolve_targets
-from gte_deploy.spec import TensorSpec
 
 MODULE = types.SimpleNamespace(
     __version__="9.9.9", ComputeCapability=types.SimpleNamespace(SM75=1, SM86=2, SM89=3, SM120=4)

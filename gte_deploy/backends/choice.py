@@ -1,0 +1,128 @@
+"""Which engine runs a bundle where the caller names none, and why."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from gte_deploy.backends import picks
+from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.core.errors import BackendError, MissingDependencyError
+from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine
+
+ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+"""Backend of bundles, as `gte_deploy.load` takes it -> engine."""
+
+# Dot products of eight-bit integers, by the names that Linux gives them.
+_INT8_FLAGS = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "amx_int8": "AMX"}
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Backend, precision and device as `gte_deploy.load` takes them, and the reason in one sentence."""
+
+    backend: str
+    precision: ComputePrecision
+    reason: str
+    device: str = "cpu"
+
+
+def is_for_gpus(manifest: Manifest) -> bool:
+    """Whether a bundle is made for NVIDIA GPUs: its types are fixed, and CPUs run it slowly or not at all."""
+    return manifest.target == "cuda" or manifest.plan is not None or "tensorrt" in manifest.graphs
+
+
+def choose_engine(
+    manifest: Manifest, *, device: str | None = None, precision: ComputePrecision | None = None
+) -> EngineChoice:
+    """The engine for a bundle on this machine: the one asked for or recorded, else what was measured to be faster.
+
+    bfloat16 changes answers a little, so it is never chosen unasked; a pick may have been recorded with it on request.
+    """
+    if is_for_gpus(manifest):
+        return _for_gpus(manifest, device)
+    if precision == "bf16":
+        return EngineChoice(
+            "openvino", "bf16", "bf16 was asked for, and openvino alone computes in it", device or "cpu"
+        )
+    if device not in (None, "cpu"):
+        return EngineChoice("onnx", "fp32", f"of a bundle's engines ONNX Runtime alone runs on {device}", device)
+    return _picked(manifest, precision) or _by_rule(manifest)
+
+
+def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
+    """TensorRT where the bundle's engine fits the machine; else ONNX Runtime, where there is a graph for it."""
+    if manifest.plan is None:
+        return EngineChoice("onnx", "fp32", "the bundle has no TensorRT engine", device or _device_of_onnx(manifest))
+    from gte_deploy.backends.tensorrt.plan import check_plan
+
+    try:
+        check_plan(manifest.plan, device or "cuda")
+    except (BackendError, MissingDependencyError) as error:
+        reason = f"TensorRT does not run this bundle here: {error}"
+        if manifest.graphs and not manifest.plan.padding_free:  # else ONNX Runtime has no operators for its graph
+            return EngineChoice("onnx", "fp32", reason, device or _device_of_onnx(manifest))
+        # Opening it raises the same error.
+    else:
+        reason = "the bundle's engine fits this TensorRT and this GPU"
+    return EngineChoice("tensorrt", "fp32", reason, device or "cuda")
+
+
+def _device_of_onnx(manifest: Manifest) -> str:
+    if manifest.target == "cuda":
+        return "cuda"
+    try:
+        providers = importlib.import_module("onnxruntime").get_available_providers()
+    except (ImportError, AttributeError):
+        return "cpu"
+    return "cuda" if "CUDAExecutionProvider" in providers else "cpu"
+
+
+def _picked(manifest: Manifest, precision: ComputePrecision | None) -> EngineChoice | None:
+    pick = picks.lookup(manifest.to_json()["checksum"])
+    if pick is None:
+        return None
+    wanted = pick.precision or "fp32"
+    computes: ComputePrecision | None = next((known for known in COMPUTE_PRECISIONS if known == wanted), None)
+    if computes is None or precision not in (None, computes) or not _is_usable(pick.backend, manifest):
+        return None
+    return EngineChoice(pick.backend, computes, f"gte-deploy bench --pick found it the fastest here on {pick.date}")
+
+
+def _by_rule(manifest: Manifest) -> EngineChoice:
+    if "onnxruntime" not in manifest.graphs:
+        return EngineChoice("openvino", "fp32", "the bundle has no graph for ONNX Runtime")
+    if "openvino" not in manifest.graphs:
+        return EngineChoice("onnx", "fp32", "the bundle has no graph for OpenVINO")
+    if not _is_usable("openvino", manifest):
+        return EngineChoice("onnx", "fp32", "openvino is not installed")
+    if not _is_usable("onnx", manifest):
+        return EngineChoice("openvino", "fp32", "onnxruntime is not installed")
+    proven = [engine for engine, graph in manifest.graphs.items() if "fp32" in graph.computes]
+    if "openvino" in proven and "onnxruntime" not in proven:
+        return EngineChoice("openvino", "fp32", "the graph for ONNX Runtime missed its bounds at export")
+    if "onnxruntime" in proven and "openvino" not in proven:
+        return EngineChoice("onnx", "fp32", "the graph for OpenVINO missed its bounds at export")
+    if manifest.precision != "int8":
+        reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick has recorded another engine"
+        return EngineChoice("onnx", "fp32", reason)
+    if (unit := _int8_unit()) is None:
+        return EngineChoice(
+            "onnx", "fp32", "this CPU has no int8 dot products (VNNI, AMX) for OpenVINO to be faster with"
+        )
+    return EngineChoice("openvino", "fp32", f"int8 on a CPU with {unit} is fastest on OpenVINO")
+
+
+def _is_usable(backend: str, manifest: Manifest) -> bool:
+    engine = ENGINE_OF.get(backend)
+    return engine is not None and engine in manifest.graphs and importlib.util.find_spec(engine) is not None
+
+
+def _int8_unit() -> str | None:
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return next((unit for flag, unit in _INT8_FLAGS.items() if flag in flags), None)

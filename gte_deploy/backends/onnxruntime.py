@@ -1,0 +1,211 @@
+"""ONNX Runtime: the graph of a bundle on the CPU, on CUDA or through TensorRT."""
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.checks import (
+    COSTLY_OUTPUTS,
+    check_batch,
+    check_graph_inputs,
+    check_outputs,
+    has_costly_head,
+)
+from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.tensorrt.shapes import Layout, plan_parts, write_inputs
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import BackendError, MissingDependencyError
+from gte_deploy.core.spec import ModelSpec, Precision, Profile
+
+logger = logging.getLogger(__name__)
+
+_LOG_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True)
+class ThroughTensorRT:
+    """How ONNX Runtime's TensorRT provider compiles and runs a graph.
+
+    Args:
+        profile: the shapes that it compiles for. It is one: the provider builds several, and runs only the first.
+            https://github.com/microsoft/onnxruntime/pull/31624
+        cache: folder for what it compiles, this user's alone (it is executable code), and for one graph; None for no
+            cache: every opening compiles anew.
+        max_masks: mask positions of one run at most; None where the graph takes none.
+        token_types: whether the graph takes them.
+    """
+
+    profile: Profile
+    cache: Path | None
+    max_masks: int | None = None
+    token_types: bool = False
+
+
+class OnnxBackend:
+    """One inference session; `run` may be called from many threads at once."""
+
+    name = "onnx"
+
+    def __init__(
+        self,
+        graph: Path,
+        spec: ModelSpec,
+        *,
+        device: str = "cpu",
+        num_threads: int | None = None,
+        precision: Precision = "fp32",
+        tensorrt: ThroughTensorRT | None = None,
+    ) -> None:
+        """Open a session on an ONNX file; external data beside it is mapped by ONNX Runtime itself.
+
+        `num_threads` are used inside an operator on the CPU; the default is every CPU that this process may use.
+        `precision` is what the graph computes in, as its types say. `tensorrt` runs it through TensorRT on `device`.
+
+        Raises:
+            MissingDependencyError: onnxruntime is not installed.
+            BackendError: the device is not there, or ONNX Runtime refuses the graph.
+        """
+        self.spec = spec
+        self.device = device
+        self.precision: Precision = precision
+        self.num_threads = num_threads or available_cpus()
+        self._tensorrt = tensorrt
+        ort = _import_onnxruntime()
+        self._errors = _error_types()
+        self._run_options = ort.RunOptions()
+        self._session: Any = self._open(ort, graph)
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
+        self._inputs = tuple(node.name for node in self._session.get_inputs())
+        check_graph_inputs(graph, self._inputs, spec)
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """See `Backend.run`."""
+        session = self._session
+        if session is None:
+            raise BackendError("this model is closed; load it again")
+        check_batch(batch, self.spec)
+        check_outputs(outputs, self.outputs)
+        if self._tensorrt is not None:
+            return self._run_in_parts(session, self._tensorrt, batch, outputs)
+        offered = batch.graph_inputs()
+        values = self._run(session, {name: offered[name] for name in self._inputs}, outputs)
+        return {name: value.astype(np.float32, copy=False) for name, value in zip(outputs, values, strict=True)}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._session = None
+
+    def _run(self, session: Any, feed: Mapping[str, NDArray[np.int64]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        try:
+            return session.run(list(outputs), feed, self._options_for(outputs))
+        except self._errors as error:
+            raise BackendError(f"ONNX Runtime failed on a batch of {feed['input_ids'].shape}: {error}") from error
+
+    def _run_in_parts(
+        self, session: Any, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """As TensorRT itself would be run: padded to the profile, in parts where that has fewer rows."""
+        layout = Layout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
+        masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
+        results = layout.results(batch, outputs)
+        for part in plan_parts(batch, [tensorrt.profile], masks):
+            shapes = layout.shapes(part.shape, part.num_masks)
+            feed = {name: np.empty(shapes[name], np.int64) for name in self._inputs}
+            write_inputs(batch, part, feed, pad_token_id=self.spec.pad_token_id)
+            for name, values in zip(outputs, self._run(session, feed, outputs), strict=True):
+                layout.place(name, values, part, results[name])
+        return results
+
+    def _options_for(self, outputs: Sequence[str]) -> Any:
+        return None if self._needs_every_node(outputs) else self._run_options
+
+    def _needs_every_node(self, outputs: Sequence[str]) -> bool:
+        # Only the classical graph and a sparse one have a costly head that runs without being asked for.
+        return not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
+
+    def _open(self, ort: Any, graph: Path) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.num_threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        if parse_device(self.device)[0] == "cpu":
+            # The exporter fused the graph. ORT finds nothing more in it, and looking costs a tenth of the opening.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # Threads spin inside a run, for its speed (fp32 5 %, int8 15 % at 128 tokens), and stop with it: each would
+        # burn another 35 ms of a core that the tokenizer, a neighbour or the battery has better uses for.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # The arena halves the peak of a long text, and is flat over texts of all lengths as long as it is not shrunk.
+        # A memory pattern for every shape seen would only add to it.
+        options.enable_mem_pattern = False
+        self._run_options.only_execute_path_to_fetches = True
+        providers = _providers(ort, self.device, self._tensorrt)
+        try:
+            session = ort.InferenceSession(str(graph), options, providers=providers)
+        except self._errors as error:
+            raise BackendError(f"ONNX Runtime cannot open {graph}: {error}") from error
+        wanted, active = providers[0][0], session.get_providers()[0]
+        if active != wanted:
+            raise BackendError(
+                f"device {self.device!r} needs {wanted}, and ONNX Runtime fell back to {active}: the libraries of "
+                f"{'TensorRT 10 (pip install tensorrt-cu12==10.*)' if self._tensorrt else 'CUDA'} could not be loaded. "
+                "Install them, or pass device='cpu'."
+            )
+        return session
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("onnxruntime", "cpu") from error
+    return onnxruntime
+
+
+def _error_types() -> tuple[type[Exception], ...]:
+    # They share no base but Exception.
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    kinds = (value for value in vars(state).values() if isinstance(value, type))
+    return (*(kind for kind in kinds if issubclass(kind, Exception)), RuntimeError)
+
+
+def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """Providers in the order in which they may take a node."""
+    kind, index = parse_device(device)
+    cpu: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
+    if kind == "cpu":
+        return [cpu]
+    wanted = "CUDAExecutionProvider" if tensorrt is None else "TensorrtExecutionProvider"
+    if wanted not in ort.get_available_providers():
+        raise BackendError(
+            f"device {device!r} needs {wanted} of onnxruntime-gpu, and the installed onnxruntime has none: "
+            "pip uninstall onnxruntime && pip install 'gte-deploy[gpu]'. Or pass device='cpu'."
+        )
+    # By default the arena doubles, and TF32 rounds what a matrix product reads in FP32 to ten bits.
+    cuda = {"device_id": index, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+    providers: list[tuple[str, dict[str, Any]]] = [("CUDAExecutionProvider", cuda), cpu]
+    if tensorrt is not None:
+        providers.insert(0, ("TensorrtExecutionProvider", {"device_id": index, **_tensorrt_options(tensorrt)}))
+    return providers
+
+
+def _tensorrt_options(tensorrt: ThroughTensorRT) -> dict[str, Any]:
+    """None of the precision flags: without them the network is strongly typed, and the graph says every type."""
+    profile = tensorrt.profile
+    options: dict[str, Any] = {}
+    masks = None if tensorrt.max_masks is None else (1, min(8, tensorrt.max_masks), tensorrt.max_masks)
+    by_token = ["input_ids", "attention_mask", *(["token_type_ids"] if tensorrt.token_types else [])]
+    for index, (end, (rows, tokens)) in enumerate((("min", profile.min), ("opt", profile.opt), ("max", profile.max))):
+        shapes = [f"{name}:{rows}x{tokens}" for name in by_token]
+        shapes += [] if masks is None else [f"mask_positions:{masks[index]}x2"]
+        options[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+    if tensorrt.cache is not None:
+        for name in ("trt_engine_cache", "trt_timing_cache"):
+            options |= {f"{name}_enable": True, f"{name}_path": str(tensorrt.cache)}
+    return options

@@ -1,0 +1,178 @@
+"""OpenVINO: a bundle's plain graph on the CPU, computed in float32 or bfloat16."""
+
+import contextlib
+import functools
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.checks import (
+    COSTLY_OUTPUTS,
+    check_batch,
+    check_graph_inputs,
+    check_outputs,
+    has_costly_head,
+)
+from gte_deploy.backends.devices import parse_device
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import BackendError
+from gte_deploy.core.quiet import import_openvino
+from gte_deploy.core.spec import ComputePrecision, ModelSpec
+
+_HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
+# Kernels are compiled for every new shape (3 ms for the tiny model, 6 ms for base) and kept: 0.2 to 0.8 MB a shape.
+# OpenVINO's own limit of 5,000 lets a process grow by 500 MB and more over texts of all lengths; 256 are those of about
+# a hundred shapes.
+_KEPT_KERNELS = 256
+# oneDNN keeps another 1,024 for the whole process, even after the model is gone, and saves no time by it.
+_ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+_Requests = queue.SimpleQueue[Any]
+
+
+class OpenVinoBackend:
+    """One compiled model; `run` may be called from many threads at once, and computes one batch at a time."""
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        graph: Path,
+        spec: ModelSpec,
+        *,
+        device: str = "cpu",
+        num_threads: int | None = None,
+        precision: ComputePrecision = "fp32",
+    ) -> None:
+        """Compile an ONNX file for this CPU; external data beside it is mapped, and nothing is written to disk.
+
+        `num_threads` are used inside an operator; the default is every CPU that this process may use.
+
+        Raises:
+            MissingDependencyError: openvino is not installed.
+            BackendError: the device is not the CPU, the CPU does not compute in `precision`, or OpenVINO refuses the
+                graph.
+        """
+        if parse_device(device)[0] != "cpu":
+            raise BackendError(f"the openvino backend runs on device 'cpu', not {device!r}. Use backend='onnx' there.")
+        self.spec = spec
+        self.device = device
+        self.precision: ComputePrecision = precision
+        self.num_threads = num_threads or available_cpus()
+        self._openvino = import_openvino()
+        core = _core(self._openvino)
+        if precision == "bf16" and not has_native_bf16():
+            raise BackendError(
+                f"this CPU ({core.get_property('CPU', 'FULL_DEVICE_NAME')}) does not compute in bfloat16, and "
+                "emulating it would be slower than float32. Load with precision='fp32'."
+            )
+        try:
+            self._model: Any = core.read_model(graph)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
+        self.outputs = tuple(output.any_name for output in self._model.outputs)
+        self._inputs = tuple(node.any_name for node in self._model.inputs)
+        check_graph_inputs(graph, self._inputs, spec)
+        self._lock = threading.Lock()
+        self._idle: dict[tuple[str, ...], _Requests] | None = {}
+        self._requests_for(self.outputs)
+
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """See `Backend.run`."""
+        check_outputs(outputs, self.outputs)
+        idle = self._requests_for(outputs)
+        check_batch(batch, self.spec)
+        request = idle.get()
+        try:
+            results = self._infer(request, batch)
+            # Copies: the next batch overwrites what a request holds.
+            return {name: np.array(results[name], dtype=np.float32) for name in outputs}
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed on a batch of {batch.input_ids.shape}: {error}") from error
+        finally:
+            idle.put(request)
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        with self._lock:
+            self._idle = self._model = None
+
+    def _infer(self, request: Any, batch: Batch) -> Any:
+        offered = batch.graph_inputs()
+        feed = {name: offered[name] for name in self._inputs}
+        return request.infer(feed, share_inputs=True, share_outputs=True)
+
+    def _requests_for(self, outputs: Sequence[str]) -> _Requests:
+        """The idle requests of a model that computes `outputs`, compiled at the first need.
+
+        A model computes all its outputs at every run. Only the classical graph and a sparse one have a costly one, so
+        its hidden states alone are a model of their own, with its own copy of the weights.
+        """
+        needs_all = not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
+        computed = tuple(name for name in self.outputs if needs_all or name not in COSTLY_OUTPUTS)
+        with self._lock:
+            if self._idle is None:
+                raise BackendError("this model is closed; load it again")
+            if computed not in self._idle:
+                self._idle[computed] = self._compile(computed)
+            return self._idle[computed]
+
+    def _compile(self, outputs: Sequence[str]) -> _Requests:
+        results = [output for output in self._model.outputs if output.any_name in outputs]
+        part = self._openvino.Model(results, self._model.get_parameters())
+        config = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.num_threads,
+            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+            "CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS,
+            # Two processes would pin their threads to the same first cores, and each run at half speed.
+            "ENABLE_CPU_PINNING": False,
+        }
+        idle: _Requests = queue.SimpleQueue()
+        token = np.zeros((1, 1), np.int64)
+        try:
+            with _environment(_ONEDNN_CACHE, "0"):
+                compiled = _core(self._openvino).compile_model(part, "CPU", config)
+                for _ in range(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")):
+                    idle.put(compiled.create_infer_request())
+                request = idle.get()
+                # What cannot run fails here, not at the first text; and oneDNN reads its setting only now.
+                self._infer(request, Batch(token, token + 1))
+                idle.put(request)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot compile the graph: {error}") from error
+        return idle
+
+
+def has_native_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this CPU without emulating it."""
+    return "BF16" in _core(import_openvino()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """OpenVINO's entry, one for the whole process and never given up before its end.
+
+    Given up from another thread, it takes the first thread's signal stack along (docs/decisions/openvino-process.md).
+    """
+    return openvino.Core()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for a while, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]

@@ -1,0 +1,126 @@
+"""The engine that `gte-deploy bench --pick` found to be the fastest for a bundle here, kept in the user's cache.
+
+A pick is found again only for the same bundle on the same CPU model, number of CPUs and engine versions: those are its
+file's name. Bundles themselves hold none, since what is fastest on one machine need not be on another.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gte_deploy._version import __version__
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.files import cache_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "gte-deploy-pick"
+_ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What was picked, and from what.
+
+    Args:
+        backend: as `gte_deploy.load` takes it.
+        precision: as `gte_deploy.load` takes it; None for the bundle's own.
+        measured: engine -> shape -> median seconds, of every engine that was measured.
+        date: of the measurement, ISO 8601.
+        versions: of the engines that were installed.
+    """
+
+    backend: str
+    precision: str | None
+    measured: Mapping[str, Mapping[str, float]]
+    date: str
+    versions: Mapping[str, str]
+
+
+def lookup(manifest_checksum: str) -> Pick | None:
+    """The pick for the bundle whose manifest has this checksum; None where this machine has none.
+
+    A file in the cache that cannot be read, or is no pick of this bundle and machine, is ignored with a warning.
+    """
+    key = _key(manifest_checksum)
+    try:
+        file = _file(key)
+        if not file.exists():
+            return None
+    except OSError:  # without a cache, or in another user's home, there are no picks
+        return None
+    try:
+        return _parsed(file, key)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # RuntimeError: JSON that nests too deep.
+        logger.warning("a recorded pick is ignored: %s; measure again with gte-deploy bench --pick", error)
+        return None
+
+
+def save(manifest_checksum: str, pick: Pick) -> Path:
+    """Record `pick` for this bundle on this machine, in place of an older one; the file written.
+
+    Raises:
+        OSError: the cache cannot be written, or the user has no home folder.
+    """
+    key = _key(manifest_checksum)
+    file = _file(key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": _FORMAT, "key": key, "pick": dataclasses.asdict(pick)}
+    write_text(file, json.dumps(content, indent=2) + "\n")
+    return file
+
+
+def engine_versions() -> dict[str, str]:
+    """Distribution -> version of gte-deploy and of each engine that is installed; nothing is imported."""
+    versions = {"gte-deploy": __version__}
+    for name in _ENGINES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_model() -> str:
+    """The CPU's name as the system tells it, such as "AMD EPYC 9R14"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _key(manifest_checksum: str) -> dict[str, Any]:
+    return {
+        "manifest_checksum": manifest_checksum,
+        "cpu": cpu_model(),
+        "cpus": available_cpus(),
+        "versions": engine_versions(),
+    }
+
+
+def _file(key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "picks" / f"{digest[:32]}.json"
+
+
+def _parsed(file: Path, key: Mapping[str, Any]) -> Pick:
+    if file.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{file} is too large for a pick")
+    content = json.loads(file.read_bytes())
+    if content["format"] != _FORMAT or content["key"] != key:
+        raise ValueError(f"{file} is no pick of this bundle on this machine")
+    pick = Pick(**content["pick"])
+    if not isinstance(pick.backend, str) or not isinstance(pick.precision, str | None):
+        raise ValueError(f"{file} names no backend")
+    return pick

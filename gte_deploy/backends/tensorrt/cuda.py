@@ -1,0 +1,155 @@
+"""The few calls of the CUDA runtime that a backend makes itself, each checked."""
+
+import ctypes
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.core.errors import BackendError, MissingDependencyError
+
+
+class Cuda:
+    """One GPU. The calling thread must have called `use` before any other method but `capability`."""
+
+    def __init__(self, index: int, *, extra: str = "rtx", runtime: Any = None) -> None:
+        """Find GPU number `index`; `extra` is what a message tells to install where cuda-bindings is missing.
+
+        `runtime` is the module cuda.bindings.runtime, imported here by default.
+
+        Raises:
+            MissingDependencyError: cuda-bindings is not installed.
+            BackendError: there is no such GPU, or no driver for it.
+        """
+        self._runtime: Any = _import_runtime(extra) if runtime is None else runtime
+        self._index = index
+        try:
+            count = self._call("cudaGetDeviceCount")
+        except BackendError as error:
+            raise BackendError(
+                f"no NVIDIA GPU can be used here ({error}). Run on a machine with a GPU and its driver, or load with "
+                "another backend."
+            ) from error
+        if index >= count:
+            raise BackendError(f"device 'cuda:{index}' is not there: CUDA sees {count} GPUs.")
+
+    def capability(self) -> str:
+        """Compute capability, such as "8.9"."""
+        attributes = self._runtime.cudaDeviceAttr
+        return ".".join(
+            str(self._call("cudaDeviceGetAttribute", attribute, self._index))
+            for attribute in (
+                attributes.cudaDevAttrComputeCapabilityMajor,
+                attributes.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+
+    def use(self) -> None:
+        """Make this GPU the calling thread's; the choice is each thread's own."""
+        self._call("cudaSetDevice", self._index)
+
+    def create_stream(self) -> int:
+        """A stream that does not wait for the default one."""
+        return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
+
+    def device_memory(self) -> "Memory":
+        """Memory of the GPU, empty so far."""
+        return self._memory("cudaMalloc", "cudaFree")
+
+    def pinned_memory(self) -> "Memory":
+        """Page-locked memory of the host, empty so far: only copies from and to such are asynchronous."""
+        return self._memory("cudaMallocHost", "cudaFreeHost")
+
+    def to_device(self, device: int, host: int, size: int, stream: int) -> None:
+        """Queue a copy from the host."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", device, host, size, kind, stream)
+
+    def to_host(self, host: int, device: int, size: int, stream: int) -> None:
+        """Queue a copy to the host."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", host, device, size, kind, stream)
+
+    def synchronize(self, stream: int) -> None:
+        """Wait for all that is queued."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Any:
+        """What `work` queues on `stream`, as a graph to launch; nothing of it runs now.
+
+        Raises:
+            BackendError: something in it cannot be captured; the stream can be used on.
+        """
+        # An allocation in another thread would break a global capture.
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+        try:
+            work()
+        except BaseException:
+            self.release("cudaStreamEndCapture", stream)
+            raise
+        graph = self._call("cudaStreamEndCapture", stream)
+        try:
+            return self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.release("cudaGraphDestroy", graph)
+
+    def launch(self, graph: Any, stream: int) -> None:
+        """Queue a graph."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def release(self, name: str, *arguments: Any) -> None:
+        """Call what frees something. A device that has failed fails here again: its error was raised where it arose."""
+        getattr(self._runtime, name)(*arguments)
+
+    def _memory(self, allocate: str, free: str) -> "Memory":
+        return Memory(lambda size: int(self._call(allocate, size)), lambda address: self.release(free, address))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        status, *results = getattr(self._runtime, name)(*arguments)
+        if status != self._runtime.cudaError_t.cudaSuccess:
+            text = self._runtime.cudaGetErrorString(status)[1]
+            raise BackendError(f"{name}: CUDA error {int(status)}, {text.decode()}")
+        return results[0] if results else None
+
+
+class Memory:
+    """Memory of a GPU, or page-locked memory of the host. It grows and is never shrunk."""
+
+    def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
+        self.address = self._size = 0
+        self._allocate = allocate
+        self._free = free
+
+    def reserve(self, size: int) -> bool:
+        """Have `size` bytes; whether they are elsewhere now, with the content lost."""
+        if size <= self._size:
+            return False
+        self.close()
+        # In steps of up to an eighth, so that texts of growing length do not move it each time.
+        step = max(1, (1 << (size - 1).bit_length()) // 16)
+        wanted = -(-size // step) * step
+        self.address = self._allocate(wanted)
+        self._size = wanted
+        return True
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Host memory as an array, valid until the memory is elsewhere."""
+        memory: Any = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(self.address)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Free it. Idempotent."""
+        if self._size:
+            self._size = 0
+            self._free(self.address)
+
+
+def _import_runtime(extra: str) -> Any:
+    try:
+        from cuda.bindings import runtime  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
+    except ImportError as error:
+        raise MissingDependencyError("cuda.bindings", extra) from error
+    return runtime

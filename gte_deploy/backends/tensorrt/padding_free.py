@@ -1,0 +1,145 @@
+"""Texts in a row, for a padding-free TensorRT engine: which profile takes them, how they get in, and what comes out.
+
+The engine takes the tokens of all texts one after the other, the place of each in its own text, and where the texts
+begin and end. Its profiles are of (texts, tokens of all). Numbers only, no CUDA.
+
+Shapes: B rows, S tokens of the longest row, M masks of a batch; T tokens of all rows of a part.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.tensorrt.shapes import Part, mask_groups, padded_length
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import Profile
+
+POSITIONS, QUERY_LENGTHS, KV_LENGTHS = "position_ids", "query_lengths", "kv_lengths"
+
+
+def plan_packed_parts(
+    batch: Batch, profiles: Sequence[Profile], masks: Sequence[tuple[int, int]] | None = None
+) -> Iterator[Part]:
+    """Cut a batch into runs of the engine: one, unless it has more rows, tokens or masks than a profile takes.
+
+    So that few counts of tokens are many batches', one more text of nothing but padding follows where that is room for.
+    It adds 6 % at most: see `padded_length`.
+
+    Args:
+        batch: to be run.
+        profiles: of the engine, (texts, tokens of all).
+        masks: (least, most) mask positions that each profile takes; None where the engine takes none.
+
+    Raises:
+        InputError: every profile ends below the tokens of one of the texts.
+    """
+    lengths = batch.attention_mask.sum(axis=1)
+    start = 0
+    while start < len(lengths):
+        index, count = _choose(profiles, lengths[start:])
+        profile, rows = profiles[index], slice(start, start + count)
+        tokens = int(lengths[rows].sum())
+        padded = padded_length(tokens, profile)
+        shape = (count + 1, padded) if tokens < padded and count < profile.max[0] else (count, tokens)
+        places = np.nonzero(batch.attention_mask[rows])
+        for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
+            yield Part(rows, chosen, index, shape, number, places)
+        start += count
+
+
+def _choose(profiles: Sequence[Profile], lengths: NDArray[np.int64]) -> tuple[int, int]:
+    """Index of the profile that takes the most of the next texts, and how many; the smallest of several."""
+    ends = np.cumsum(lengths)
+    counts = [min(profile.max[0], int(np.searchsorted(ends, profile.max[1], "right"))) for profile in profiles]
+    best = min(range(len(profiles)), key=lambda i: (-counts[i], profiles[i].max[1], profiles[i].max[0]))
+    if not counts[best]:
+        raise InputError(
+            f"a text of the batch has {lengths[0]:,} tokens, and the engine's profiles (texts x tokens of all, as "
+            f"min:opt:max) are {', '.join(map(str, profiles))}. Shorten it, or export with a profile that takes it "
+            "(--profile)."
+        )
+    return best, counts[best]
+
+
+class PackedLayout:
+    """`Layout` for the tensors of a padding-free engine."""
+
+    def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:
+        """`tensors` gives the axes of each: a size, or a name; what no input has is the number of texts."""
+        self.tensors = dict(tensors)
+        (self._tokens,) = self.tensors["input_ids"]
+        (self._lengths,) = self.tensors[QUERY_LENGTHS]
+        self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
+
+    parts = staticmethod(plan_packed_parts)
+
+    def shapes(self, size: tuple[int, int], num_masks: int) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, for so many (texts, tokens of all)."""
+        texts, tokens = size
+        sizes = {self._tokens: tokens, self._lengths: texts + 1, self._masks: num_masks}
+        return {
+            name: tuple(axis if isinstance(axis, int) else sizes.get(axis, texts) for axis in axes)
+            for name, axes in self.tensors.items()
+        }
+
+    def results(self, batch: Batch, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Arrays for a whole batch, as every backend gives them: what is there for every token is 0 at padding."""
+        rows, length = batch.input_ids.shape
+        shapes = self.shapes((rows, length), 0 if batch.mask_positions is None else len(batch.mask_positions))
+        return {
+            name: np.zeros((rows, *shapes[name]) if self._is_by_token(name) else shapes[name], np.float32)
+            for name in names
+        }
+
+    def write(self, batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
+        """Write a part of a batch into the engine's input arrays, which have the part's shapes.
+
+        What pads the mask positions points at the first token.
+        """
+        rows, columns = _places(part)
+        count = len(rows)
+        ids, positions = inputs["input_ids"], inputs[POSITIONS]
+        ids[:count], ids[count:] = batch.input_ids[part.rows][rows, columns], pad_token_id
+        # As other engines number them, whatever the mask leaves out.
+        positions[:count], positions[count:] = columns, 0
+        if "token_type_ids" in inputs:
+            types = inputs["token_type_ids"]
+            types[:] = 0
+            if batch.token_type_ids is not None:
+                types[:count] = batch.token_type_ids[part.rows][rows, columns]
+        ends = np.cumsum(batch.attention_mask[part.rows].sum(axis=1))
+        for name in (QUERY_LENGTHS, KV_LENGTHS):
+            lengths = inputs[name]
+            lengths[0], lengths[1 : len(ends) + 1], lengths[len(ends) + 1 :] = 0, ends, len(ids)
+        if "mask_positions" in inputs:
+            masked = inputs["mask_positions"]
+            masked[:] = 0
+            if len(part.masks):
+                assert batch.mask_positions is not None  # the part's masks are indices into it
+                row, token = batch.mask_positions[part.masks].T
+                length = batch.input_ids.shape[1]
+                masked[: len(part.masks)] = np.searchsorted(
+                    rows * length + columns, (row - part.rows.start) * length + token
+                )
+
+    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
+        """Put what a part gave for an output to its tokens, masks or rows of the whole batch's result."""
+        if self._is_by_token(name):
+            rows, columns = _places(part)
+            result[part.rows][rows, columns] = values[: len(rows)]
+        elif self.tensors[name][0] == self._masks:
+            result[part.masks] = values[: len(part.masks)]
+        else:
+            result[part.rows] = values[: part.rows.stop - part.rows.start]
+
+    def _is_by_token(self, name: str) -> bool:
+        return self.tensors[name][0] == self._tokens
+
+
+def _places(part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    assert part.places is not None  # plan_packed_parts gave them
+    rows, columns = part.places
+    return rows, columns

@@ -1,0 +1,133 @@
+"""Opening the TensorRT engine of a bundle. A plan is executable code: all that can be checked is checked before."""
+
+import hashlib
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.tensorrt.cuda import Cuda
+from gte_deploy.backends.tensorrt.padding_free import QUERY_LENGTHS
+from gte_deploy.bundle.manifest import FileEntry, PlanEntry
+from gte_deploy.core.errors import BackendError, BundleError
+from gte_deploy.core.spec import TensorRTFlavour
+
+logger = logging.getLogger(__name__)
+
+# Flavour -> what people call it, its module, its distribution and the extra that installs it.
+_FLAVOURS: dict[TensorRTFlavour, tuple[str, str, str, str]] = {
+    "tensorrt": ("TensorRT", "tensorrt", "tensorrt", "trt"),
+    "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", "rtx"),
+}
+# TensorRT's names of types -> the manifest's.
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+
+
+def check_plan(plan: PlanEntry, device: str) -> tuple[Any, Cuda]:
+    """TensorRT's module and the GPU that run this plan; the plan itself is not read.
+
+    Raises:
+        BackendError: the plan is of another flavour or version than what is installed, or for other GPUs than
+            `device`, or `device` is none; it names both sides.
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+    kind, index = parse_device(device)
+    if kind != "cuda":
+        raise BackendError(f"a TensorRT engine runs on a GPU, not on device {device!r}. Load it with device='cuda'.")
+    trt, extra = _module_for(plan)
+    cuda = Cuda(index, extra=extra)
+    capability = cuda.capability()
+    if capability not in plan.compute_capabilities:
+        raise BackendError(
+            f"the engine {plan.path} was built for GPUs of compute capability {', '.join(plan.compute_capabilities)}, "
+            f"and {device} has {capability}. Export for this GPU: gte-export --format trt --target "
+            f"sm{capability.replace('.', '')}."
+        )
+    return trt, cuda
+
+
+def open_plan(folder: Path, plan: PlanEntry, file: FileEntry, device: str) -> tuple[Any, Cuda, Any]:
+    """TensorRT's module, the GPU and the engine of the plan at `folder`/`plan.path`.
+
+    Raises:
+        BundleError: the plan's bytes are not those of `file`, or the engine is not what the manifest says.
+        BackendError, MissingDependencyError: see `check_plan`; or TensorRT refuses the plan.
+    """
+    trt, cuda = check_plan(plan, device)
+    data = (folder / plan.path).read_bytes()
+    # The very bytes that are deserialised: a file may change after the bundle was verified.
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != file.sha256:
+        raise BundleError(f"{folder / plan.path} has sha256 {digest}, and the manifest says {file.sha256}.")
+    cuda.use()
+    engine = trt.Runtime(_logger_for(trt)).deserialize_cuda_engine(data)
+    if engine is None:
+        raise BackendError(f"{_FLAVOURS[plan.flavour][0]} {trt.__version__} refuses {plan.path}; its log says why.")
+    _check_engine(engine, plan)
+    return trt, cuda, engine
+
+
+def _module_for(plan: PlanEntry) -> tuple[Any, str]:
+    name, module, distribution, extra = _FLAVOURS[plan.flavour]
+    built = f"the engine {plan.path} was built with {name} {plan.version}, and runs with that alone"
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as error:
+        raise BackendError(
+            f"{built}; {module!r} is not installed here: pip install 'gte-deploy[{extra}]' "
+            f"'{distribution}=={plan.version}'."
+        ) from error
+    if trt.__version__ != plan.version:
+        raise BackendError(
+            f"{built}; here is {trt.__version__}: pip install '{distribution}=={plan.version}', or export again with "
+            "what is here."
+        )
+    return trt, extra
+
+
+def _check_engine(engine: Any, plan: PlanEntry) -> None:
+    """The hash says that the plan is the manifest's; this, that the manifest describes it. Buffers are sized by it."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    tensors = {
+        name: (_DTYPES.get(engine.get_tensor_dtype(name).name), tuple(engine.get_tensor_shape(name))) for name in names
+    }
+    said = {
+        tensor.name: (tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
+        for tensor in (*plan.inputs, *plan.outputs)
+    }
+    if tensors != said:
+        raise BundleError(f"the engine {plan.path} has the tensors {tensors}, and the manifest says {said}.")
+    profiles = [_profile(engine, plan, index) for index in range(engine.num_optimization_profiles)]
+    expected = [(profile.min, profile.opt, profile.max) for profile in plan.profiles]
+    if profiles != expected:
+        raise BundleError(f"the engine {plan.path} has the profiles {profiles}, and the manifest says {expected}.")
+
+
+def _profile(engine: Any, plan: PlanEntry, index: int) -> tuple[tuple[int, ...], ...]:
+    """(batch, sequence), or (texts, tokens of all), at min, opt and max."""
+    shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index)]
+    if not plan.padding_free:
+        return tuple(shapes)
+    lengths = engine.get_tensor_profile_shape(QUERY_LENGTHS, index)
+    return tuple((number - 1, tokens) for (number,), (tokens,) in zip(lengths, shapes, strict=True))
+
+
+_LOGGERS: dict[str, Any] = {}
+
+
+def _logger_for(trt: Any) -> Any:
+    """TensorRT's log as ours. One for each flavour: it must outlive all that it was given to."""
+    if trt.__name__ not in _LOGGERS:
+        severity = trt.ILogger.Severity
+        levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.DEBUG, severity.VERBOSE: logging.DEBUG}
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                logger.log(levels.get(severity, logging.ERROR), "%s: %s", trt.__name__, message)
+
+        _LOGGERS[trt.__name__] = Logger()
+    return _LOGGERS[trt.__name__]

@@ -1,0 +1,366 @@
+"""A bundle: a folder in the Hugging Face layout whose manifest names every file with its size and sha256.
+
+Reading is here and needs nothing but the standard library; writing is in `gte_deploy.exporters.bundle.writer`.
+A bundle that does not match its manifest is refused before any loader sees a byte of it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gte_deploy.core.activations import ACTIVATIONS
+from gte_deploy.core.errors import BundleError
+from gte_deploy.core.files import sha256_file
+from gte_deploy.core.spec import (
+    COMPUTE_PRECISIONS,
+    ENGINES,
+    LOGITS,
+    POOLINGS,
+    PRECISIONS,
+    SIMILARITIES,
+    SPARSE_ACTIVATIONS,
+    SPARSE_HEADS,
+    SPARSE_POOLINGS,
+    SPARSE_ROUTES,
+    TARGETS,
+    TASKS,
+    TENSORRT_FLAVOURS,
+    ComputePrecision,
+    Engine,
+    ModelSpec,
+    Precision,
+    Profile,
+    SparseSpec,
+    Target,
+    TensorRTFlavour,
+    TensorSpec,
+    is_packed,
+)
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "gte-deploy-bundle"
+FORMAT_VERSION = 2
+# Version 1 had no token types, Dense modules, activations and sparse embeddings; what it says means the same today.
+_READ_VERSIONS = (1, FORMAT_VERSION)
+_MAX_MANIFEST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hex sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """The ONNX graph of a bundle for one engine.
+
+    Args:
+        path: relative to the bundle, with forward slashes.
+        opset: of the standard operators.
+        inputs: in graph order.
+        outputs: in graph order.
+        fusions: pass -> how often it fired.
+        computes: the precisions that the export verified; the engine may be asked to compute in others.
+    """
+
+    path: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    fusions: Mapping[str, int]
+    computes: tuple[ComputePrecision, ...] = ("fp32",)
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """A built TensorRT engine.
+
+    Args:
+        path: relative to the bundle, with forward slashes.
+        flavour: of the TensorRT that built it, and that must run it.
+        version: the exact version of that, e.g. "1.7.1.116".
+        compute_capabilities: of the GPUs that it runs on, e.g. "8.9".
+        profiles: what shapes it takes; the runtime picks one of them.
+        inputs: as the engine has them.
+        outputs: as the engine has them.
+        layers: what the engine was built of -> how often, e.g. "fused_attention".
+        timing_cache: path of the builder's timing cache in the bundle, or None.
+    """
+
+    path: str
+    flavour: TensorRTFlavour
+    version: str
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: Mapping[str, int]
+    timing_cache: str | None = None
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether it takes the tokens of all texts in a row, and its profiles are (texts, tokens of all)."""
+        return is_packed(self.inputs)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that `manifest.json` says.
+
+    Args:
+        spec: the model's facts.
+        precision: of the weights and graphs.
+        graphs: engine -> its graph, for every engine that the export has verified; they read the same weights file. A
+            TensorRT bundle has none, or "tensorrt", from which the plan is compiled.
+        files: path relative to the bundle, with forward slashes -> size and hash; every file but the manifest.
+        versions: library -> version that the bundle was written with.
+        source: what was exported: `name`, and `sha256` of its weights where known.
+        target: what ONNX Runtime's graph is made for.
+        plan: the TensorRT engine, where the bundle has one.
+        missed_bounds: where the export missed its bounds or failed a check and was written all the same
+            (`gte-export --bounds report`), one line each.
+    """
+
+    spec: ModelSpec
+    precision: Precision
+    graphs: Mapping[Engine, GraphEntry]
+    files: Mapping[str, FileEntry]
+    versions: Mapping[str, str]
+    source: Mapping[str, str]
+    target: Target = "cpu"
+    plan: PlanEntry | None = None
+    missed_bounds: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON data, with a checksum of all the rest."""
+        data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {**data, "checksum": _checksum(data)}
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check `path`/manifest.json; the files it names are not opened.
+
+    Raises:
+        BundleError: no manifest, not JSON, another format or version, or a field of the wrong form.
+    """
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}. Write one with gte-export.")
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file} has {file.stat().st_size:,} bytes; a manifest has at most {_MAX_MANIFEST_BYTES:,}")
+    try:
+        data = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is not valid JSON ({error}). Export the bundle again.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f"{file} is not the manifest of a {FORMAT}. Write a bundle with gte-export.")
+    if data.get("format_version") not in _READ_VERSIONS:
+        raise BundleError(
+            f"{file} has format version {data.get('format_version')!r}; this gte-deploy reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}. "
+            "Export the bundle again, or install the gte-deploy that wrote it."
+        )
+    checksum = data.pop("checksum", None)
+    if checksum != _checksum(data):
+        raise BundleError(f"{file} does not match its own checksum: it was altered. Export the bundle again.")
+    try:
+        return _manifest_from_json(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{file} is malformed ({type(error).__name__}: {error}). Export the bundle again.") from error
+
+
+def verify_bundle(path: Path, manifest: Manifest) -> None:
+    """Check that every file of the manifest is there with its size and sha256.
+
+    Raises:
+        BundleError: naming the first file that is missing or differs, with both values.
+    """
+    for name, entry in manifest.files.items():
+        file = path / name
+        if file.is_symlink() and not _inside(file, path):
+            raise BundleError(f"{file} is a link that leaves the bundle; a bundle holds its own files.")
+        if not file.is_file():
+            raise BundleError(f"{file} is missing, and the manifest names it. Export the bundle again.")
+        size = file.stat().st_size
+        if size != entry.size:
+            raise BundleError(f"{file} has {size:,} bytes, and the manifest says {entry.size:,}. Export it again.")
+        digest = sha256_file(file)
+        if digest != entry.sha256:
+            raise BundleError(f"{file} has sha256 {digest}, and the manifest says {entry.sha256}. Export it again.")
+
+
+def open_bundle(path: Path) -> Manifest:
+    """Read the manifest of a bundle and verify every file against it."""
+    manifest = read_manifest(path)
+    verify_bundle(path, manifest)
+    return manifest
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    # Through JSON and back first, so that what is hashed is what a reader sees: its keys are strings.
+    text = json.dumps(json.loads(json.dumps(data)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    # A Hugging Face cache links each file of a snapshot into ../../blobs of the same repository.
+    target = file.resolve()
+    root = folder.resolve()
+    return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
+
+
+def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
+    files = {_checked_name(name): FileEntry(**entry) for name, entry in data["files"].items()}
+    for name, entry in files.items():
+        if not isinstance(entry.size, int) or entry.size < 0 or not isinstance(entry.sha256, str):
+            raise ValueError(f"files[{name!r}] needs a size and a sha256")
+    graphs: dict[Engine, GraphEntry] = {
+        engine: _graph_from_json(data["graphs"][engine], files) for engine in ENGINES if engine in data["graphs"]
+    }
+    if len(graphs) < len(data["graphs"]):
+        raise ValueError(f"graphs has {', '.join(data['graphs'])}; known are {', '.join(ENGINES)}")
+    plan = None if data.get("plan") is None else _plan_from_json(data["plan"], files)
+    if not graphs and plan is None:
+        raise ValueError("graphs is empty and there is no plan: nothing can be run")
+    # Bundles from before there were targets have none.
+    target = data.get("target", "cpu")
+    for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, TARGETS)):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+    missed = data.get("missed_bounds", [])  # bundles from before there was a choice have none
+    if not isinstance(missed, list) or not all(isinstance(line, str) for line in missed):
+        raise ValueError(f"missed_bounds must be a list of sentences, not {missed!r}")
+    return Manifest(
+        spec=spec_from_json(data["spec"]),
+        precision=data["precision"],
+        graphs=graphs,
+        files=files,
+        versions={str(name): str(version) for name, version in data["versions"].items()},
+        source={str(name): str(value) for name, value in data["source"].items()},
+        target=target,
+        plan=plan,
+        missed_bounds=tuple(missed),
+    )
+
+
+def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> PlanEntry:
+    for name in ("path", "timing_cache"):
+        if data[name] not in files and not (name == "timing_cache" and data[name] is None):
+            raise ValueError(f"plan.{name} {data[name]!r} is not among the files")
+    if data["flavour"] not in TENSORRT_FLAVOURS:
+        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_FLAVOURS)}")
+    for name, value, pattern in (
+        ("version", data["version"], r"\d+(\.\d+)+"),
+        *(("compute_capabilities", capability, r"\d+\.\d") for capability in data["compute_capabilities"]),
+    ):
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"plan.{name} has {value!r}, which is not of the form {pattern}")
+    for name in ("compute_capabilities", "profiles", "inputs", "outputs"):
+        if not isinstance(data[name], list) or not data[name]:
+            raise ValueError(f"plan.{name} must be a list with at least one entry")
+    if any(type(count) is not int or count < 0 for count in data["layers"].values()):
+        raise ValueError(f"plan.layers must count layers, not {data['layers']!r}")
+    return PlanEntry(
+        path=data["path"],
+        flavour=data["flavour"],
+        version=data["version"],
+        compute_capabilities=tuple(data["compute_capabilities"]),
+        profiles=tuple(
+            Profile(**{name: tuple(size) for name, size in profile.items()}) for profile in data["profiles"]
+        ),
+        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
+        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+        layers={str(name): count for name, count in data["layers"].items()},
+        timing_cache=data["timing_cache"],
+    )
+
+
+def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphEntry:
+    if data["path"] not in files:
+        raise ValueError(f"the graph {data['path']!r} is not among the files")
+    computes = tuple(data["computes"])
+    if not set(computes) <= set(COMPUTE_PRECISIONS):
+        raise ValueError(f"computes {', '.join(computes)}; known are {', '.join(COMPUTE_PRECISIONS)}")
+    return GraphEntry(
+        path=data["path"],
+        opset=int(data["opset"]),
+        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
+        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+        fusions={str(name): int(count) for name, count in data["fusions"].items()},
+        computes=computes,
+    )
+
+
+def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
+    """The spec of dataclasses.asdict(spec) after a round through JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not one.
+    """
+    id2label = {int(i): str(label) for i, label in data["id2label"].items()}
+    sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
+    spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse})
+    for name, value, allowed in (
+        ("task", spec.task, TASKS),
+        ("pooling", spec.pooling, POOLINGS),
+        ("logits", spec.logits, LOGITS),
+        ("similarity", spec.similarity, (None, *SIMILARITIES)),
+        ("activation", spec.activation, (None, *ACTIVATIONS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(map(str, allowed))}")
+    for name in ("max_length", "vocab_size", "hidden_size"):
+        if type(value := getattr(spec, name)) is not int or value < 1:
+            raise ValueError(f"spec.{name} must be a positive integer, not {value!r}")
+    if type(spec.token_types) is not bool or type(spec.type_vocab_size) is not int:
+        raise ValueError(f"spec.token_types must be a boolean and spec.type_vocab_size an integer, not {spec}")
+    if spec.token_types and spec.type_vocab_size < 2:
+        raise ValueError(f"spec.token_types is true, and spec.type_vocab_size {spec.type_vocab_size} is below 2")
+    if (spec.task == "sparse") > (sparse is not None):
+        raise ValueError("spec.sparse is missing, and the task is sparse")
+    if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
+        raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
+    return spec
+
+
+def _sparse_from_json(data: Mapping[str, Any]) -> SparseSpec:
+    unweighted = tuple(data.get("unweighted", ()))
+    sparse = SparseSpec(**{**data, "unweighted": unweighted})
+    for name, allowed in (
+        ("head", SPARSE_HEADS),
+        ("activation", SPARSE_ACTIVATIONS),
+        ("pooling", SPARSE_POOLINGS),
+        ("default_route", (None, *SPARSE_ROUTES)),
+    ):
+        if (value := getattr(sparse, name)) not in allowed:
+            raise ValueError(f"spec.sparse.{name} {value!r} is none of {', '.join(map(str, allowed))}")
+    if sparse.query_weights is not None:
+        _checked_name(sparse.query_weights)
+    for name, numbers in (("max_active_dims", (sparse.max_active_dims or 1,)), ("unweighted", unweighted)):
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"spec.sparse.{name} must have whole numbers, not {numbers!r}")
+    return sparse
+
+
+def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(name=data["name"], dtype=data["dtype"], shape=tuple(data["shape"]))
+
+
+def _checked_name(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+        raise ValueError(f"files: {name!r} is not a plain relative path")
+    return name

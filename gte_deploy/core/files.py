@@ -1,0 +1,123 @@
+"""Files that are either whole or not there: written aside, synced, renamed, readable by other users."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gte_deploy.core.errors import CheckpointError, GteDeployError
+
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+_CHUNK_BYTES = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(
+    path: Path, *, error: type[GteDeployError] = CheckpointError, advice: str = "Download the checkpoint again."
+) -> Any:
+    """Parse a JSON file, or return None where there is none.
+
+    Args:
+        path: the file.
+        error: the error that says what is wrong with the file; that of a model's checkpoint by default.
+        advice: a sentence for that error: what to do about a file that is not JSON.
+
+    Raises:
+        GteDeployError: an `error`: the file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause}") from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not valid JSON ({cause}). {advice}") from cause
+
+
+def read_json_object(
+    path: Path, *, error: type[GteDeployError] = CheckpointError, advice: str = "Download the checkpoint again."
+) -> dict[str, Any]:
+    """Parse a file that holds a JSON object; return {} where there is no file. Arguments as in `read_json`.
+
+    Raises:
+        GteDeployError: an `error`: the file cannot be read, is not JSON, or holds anything else.
+    """
+    data = read_json(path, error=error, advice=advice)
+    if data is not None and not isinstance(data, dict):
+        raise error(f"{path} must hold a JSON object, and holds {type(data).__name__}")
+    return data or {}
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's own entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that a library wrote, and make it readable by other users (libraries leave 0600)."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    path.chmod(FILE_MODE)
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it and rename it over `path`.
+
+    A failure or a kill leaves the old file as it was; at worst a `.tmp` file stays beside it.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        write(aside)
+        sync_file(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    write_with(path, lambda aside: _fill(aside, data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path` atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def _fill(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def cache_folder() -> Path:
+    """Where this user's files go that can be made again.
+
+    Raises:
+        OSError: the user has no home folder, and XDG_CACHE_HOME is not set.
+    """
+    # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if asked.is_absolute():
+        return asked / "gte-deploy"
+    try:
+        return Path.home() / ".cache" / "gte-deploy"
+    except RuntimeError as error:
+        raise OSError("this user has no home folder for a cache; set XDG_CACHE_HOME") from error

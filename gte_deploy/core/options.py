@@ -1,0 +1,159 @@
+"""Options stated once: a dataclass field carries default, help, choices and the spelling on a command line.
+
+The command line's parser, the checks of the Python API, the refusal of options that do not go together and the tables
+in docs/ are all made from such fields.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gte_deploy.core.errors import InputError
+
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says of itself.
+
+    Args:
+        help: one sentence for `--help` and docs/; a default other than None and False is added to it.
+        choices: the allowed values; empty for any.
+        flags: spellings on the command line; by default the field's name with hyphens.
+        metavar: stands for the value in `--help`.
+        parse: makes the value of the command line's text. It may raise InputError.
+        repeated: whether the flag may be given several times; the value is a tuple then.
+        precisions: the precisions that the option is for; empty for all.
+    """
+
+    help: str
+    choices: Sequence[str] = ()
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    parse: Callable[[str], Any] | None = None
+    repeated: bool = False
+    precisions: tuple[str, ...] = ()
+
+
+def option(default: Any, help: str, **rest: Any) -> Any:
+    """A dataclass field with a default, described by an `Option`."""
+    return dataclasses.field(default=default, metadata={_KEY: Option(help, **rest)})
+
+
+def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
+    """Name of every option of a dataclass -> its default and what it says of itself."""
+    found = {}
+    for item in dataclasses.fields(kind):
+        if _KEY in item.metadata:
+            found[item.name] = item.default, item.metadata[_KEY]
+    return found
+
+
+def flags_of(name: str, described: Option) -> tuple[str, ...]:
+    """How a command line spells an option."""
+    return described.flags or (f"--{name.replace('_', '-')}",)
+
+
+def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
+    """Add the options of a dataclass to a parser or to a group of one.
+
+    What is not given on the command line is not in the namespace. A flag that the parser has already is left as it is.
+
+    Args:
+        parser: of argparse, or a group.
+        kind: the dataclass.
+        hidden: whether `--help` leaves the options out; they are still parsed, so that a refusal can say what they
+            are for.
+    """
+    known = parser._option_string_actions
+    for name, (default, described) in options_of(kind).items():
+        flags = [flag for flag in flags_of(name, described) if flag not in known]
+        if not flags:
+            continue
+        arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        arguments["help"] = argparse.SUPPRESS if hidden else _help(default, described)
+        if isinstance(default, bool):
+            arguments["action"] = "store_true"
+        else:
+            arguments |= _of_value(default, described)
+        parser.add_argument(*flags, **arguments)
+
+
+def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's options among those that were parsed by `add_arguments`.
+
+    Raises:
+        InputError: a text is not of the option's form.
+    """
+    found = {}
+    for name, (_, described) in options_of(kind).items():
+        if name in given:
+            found[name] = _parsed(described, given[name])
+    return found
+
+
+def check_choices(values: Any) -> None:
+    """Check the values of an instance of an options dataclass against their choices.
+
+    Raises:
+        InputError: naming the option, its value and what is allowed.
+    """
+    for name, (default, described) in options_of(type(values)).items():
+        value = getattr(values, name)
+        if described.choices and value != default:
+            check_choice(name, value, described.choices)
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Check one value.
+
+    Raises:
+        InputError: it is none of `allowed`.
+    """
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}")
+
+
+def options_given(values: Any) -> Iterator[tuple[str, Option]]:
+    """The options of an instance that differ from their defaults."""
+    for name, (default, described) in options_of(type(values)).items():
+        if getattr(values, name) != default:
+            yield name, described
+
+
+def options_table(*kinds: type) -> str:
+    """The options of dataclasses as a table in Markdown: flag, values, default and help."""
+    lines = ["| Option | Values | Default | Meaning |", "|---|---|---|---|"]
+    for kind in kinds:
+        for name, (default, described) in options_of(kind).items():
+            flags = ", ".join(f"`{flag}`" for flag in flags_of(name, described))
+            values = ", ".join(f"`{choice}`" for choice in described.choices) or described.metavar or ""
+            shown = "" if default in (None, False, ()) else f"`{default}`"
+            lines.append(f"| {flags} | {values} | {shown} | {described.help} |")
+    return "\n".join(lines)
+
+
+def _help(default: Any, described: Option) -> str:
+    # argparse expands percent signs.
+    text = described.help.replace("%", "%%")
+    return text if default in (None, False, ()) or "default" in text else f"{text} (default: {default})"
+
+
+def _of_value(default: Any, described: Option) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"metavar": described.metavar}
+    if described.choices:
+        arguments["choices"] = tuple(described.choices)
+    if described.repeated:
+        arguments["action"] = "append"
+    if described.parse in (int, float):
+        arguments["type"] = described.parse
+    return arguments
+
+
+def _parsed(described: Option, value: Any) -> Any:
+    if described.parse is None or described.parse in (int, float):
+        return tuple(value) if described.repeated else value
+    return tuple(map(described.parse, value)) if described.repeated else described.parse(value)

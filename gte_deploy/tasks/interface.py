@@ -1,0 +1,664 @@
+"""What `Model` and `triton.Client` share: the public methods, and the reading of their arguments.
+
+A class with this interface answers batches of texts; see the abstract methods.
+
+Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V vocabulary, L labels, D embedding size.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import SPARSE_ROUTES, ModelSpec, Pooling, SparseRoute, Task
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import ReturnType, check_choice
+from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
+from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
+from gte_deploy.tasks.pooling import EmbeddingPrecision
+from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
+from gte_deploy.tasks.token_classify import (
+    AggregationStrategy,
+    Entity,
+    TaggedTexts,
+    TaggingRequest,
+    TokenScoreRequest,
+)
+from gte_deploy.text.batching import BatchLimits
+from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
+
+logger = logging.getLogger(__name__)
+
+# sentence-transformers knows these two of every model.
+_EMPTY_PROMPTS = ("query", "document")
+_NO_EFFECT_IN_RANK = ("apply_softmax", "convert_to_numpy", "convert_to_tensor")
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+_MAX_INT32 = (1 << 31) - 1
+
+Batches = Iterator[tuple[list[int], Sequence[Any]]]
+"""Numbers of the inputs of a batch and the answer for each; every input comes once."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How the inputs of one call are cut and batched.
+
+    Args:
+        limits: bounds on each batch.
+        truncation: whether an input that is too long loses its last tokens; without it that is an error.
+        max_length: tokens to allow, special tokens included; None for the model's own limit.
+    """
+
+    limits: BatchLimits
+    truncation: bool
+    max_length: int | None
+
+
+class TextInterface(ABC):
+    """Texts in, answers out, wherever they are computed."""
+
+    spec: ModelSpec
+    _name: str
+    """Of the model, for messages."""
+
+    _max_batch_tokens: int
+    """Tokens of a batch at most, padding included, where a call does not say."""
+    _max_rows: int = MAX_BATCH_SIZE
+    """Rows of a batch at most, whatever a call says."""
+    _takes_whole_texts_only: bool = False
+    """Whether `classify_tokens` refuses windows, words and places of the caller's."""
+    _gives_dictionaries: bool = False
+    """Whether `encode_sparse` gives {token: weight} where a call asks for no form."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the engine or the connections. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: OutputValue | None = "sentence_embedding",
+        precision: EmbeddingPrecision = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        *,
+        pooling: Pooling | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        sentences: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Embeddings, with the arguments of SentenceTransformer.encode.
+
+        One text gives [D] float32, a list of texts [N, D]. Three things differ from SentenceTransformer: a text that is
+        too long is an error unless `truncation` is on, an empty list is an error, and token embeddings are numpy
+        arrays unless tensors are asked for.
+
+        Args:
+            inputs: a text or a list of texts.
+            prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
+            prompt: text to put before each text; overrides `prompt_name`.
+            batch_size: rows of a batch at most.
+            show_progress_bar: on stderr; by default where the package logs at INFO or DEBUG.
+            output_value: "token_embeddings" gives [S, H] for each text, None a dict of all there is.
+            precision: smaller types for sentence embeddings, see `pooling.quantize`.
+            convert_to_numpy: False gives a list of torch tensors.
+            convert_to_tensor: True gives one torch tensor.
+            device: the device that the model was loaded on, or None; None for a model on a server.
+            normalize_embeddings: scale to length 1, after `truncate_dim`.
+            truncate_dim: keep this many leading dimensions (Matryoshka); by default as the checkpoint says.
+            pooling: "mean" or "cls"; the checkpoint's own by default.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            sentences: the former name of `inputs`.
+
+        Raises:
+            InputError: inputs that are not texts, too long, over `inputs.MAX_TEXT_BYTES` or with a lone surrogate (it
+                names the index), or an argument out of its range.
+            NonFiniteError: the model gave NaN or Inf for some inputs; it names their indices.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            BackendError: the model or the server failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._refuse_sparse()
+        self._check_device(device)
+        request = EmbeddingRequest(
+            self.spec,
+            pooling=self.spec.pooling if pooling is None else pooling,
+            output_value=output_value,
+            precision=precision,
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
+            normalize=normalize_embeddings,
+            truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
+        )
+        request.check()
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
+        answers = self._embed_batches(request, texts, options)
+        return request.assemble(in_order(answers, len(texts), show_progress_bar), single=single)
+
+    def encode_sparse(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+        convert_to_sparse_tensor: bool = True,
+        save_to_cpu: bool = False,
+        device: str | None = None,
+        max_active_dims: int | None = None,
+        *,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        route: SparseRoute | None = None,
+        as_dict: bool | None = None,
+        sentences: str | Sequence[str] | None = None,
+    ) -> Any:
+        """Sparse embeddings: a weight for some entries of the vocabulary, with the arguments of SparseEncoder.encode.
+
+        One text gives a `SparseEmbedding` (`indices` int64 and `values` float32), a list of texts a list of those.
+        Differences from SparseEncoder: tensors come only where they are asked for, and on the CPU; a text that is too
+        long is an error unless `truncation` is on; an empty list is an error.
+
+        Args:
+            inputs: a text or a list of texts.
+            prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
+            prompt: text to put before each text; overrides `prompt_name`.
+            batch_size: rows of a batch at most.
+            show_progress_bar: as in `encode`.
+            convert_to_tensor: True gives a torch tensor [V], of a list [N, V], float32.
+            convert_to_sparse_tensor: with `convert_to_tensor`, whether it is a sparse COO tensor or a dense one.
+            save_to_cpu: answers are on the CPU in either case.
+            device: the device that the model was loaded on, or None; None for a model on a server.
+            max_active_dims: keep this many entries, the heaviest; by default as the checkpoint says, else all.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            route: "query" or "document" where the checkpoint encodes the two in different ways; its default otherwise.
+                `encode_query` and `encode_document` say it for you.
+            as_dict: True gives {token: weight} for each text, heaviest first, in place of vectors; not with tensors. A
+                model on a server gives these by default, one that is loaded here gives vectors.
+            sentences: the former name of `inputs`.
+
+        Raises:
+            InputError: not a sparse model; see also `encode`.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._require_sparse()
+        self._check_device(device)
+        by_default = self._gives_dictionaries and not convert_to_tensor
+        form = SparseForm(convert_to_tensor, convert_to_sparse_tensor, by_default if as_dict is None else bool(as_dict))
+        form.check()
+        if max_active_dims is not None:
+            max_active_dims = check_integer("max_active_dims", max_active_dims, 1, _MAX_INT32)
+        request = SparseRequest(self.spec, max_active_dims, self._route(route))
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
+        answers, names = self._sparse_batches(request, texts, options)
+        return form.assemble(in_order(answers, len(texts), show_progress_bar), names, single=single)
+
+    def predict(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: ActivationFn | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        *,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        num_workers: int | None = None,
+        sentences: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+        activation_fct: ActivationFn | None = None,
+    ) -> Any:
+        """Scores of a classifier, with the arguments of CrossEncoder.predict; the logits of a token classifier.
+
+        A text, or a flat list of two texts (a pair), is one input; a list of lists is a batch. With one label a batch
+        gives [N] float32, with several [N, L]; one input gives one element of that.
+
+        A token classifier takes a text or a list of texts, and gives [T, L] float32 for each: the logits of the text's
+        own tokens, special tokens left out, in the order of `classify_tokens`.
+
+        Three things differ from CrossEncoder: an input that is too long is an error unless `truncation` is on, an
+        empty list is an error, and an activation that gives NaN or another shape is refused.
+
+        Args:
+            inputs: texts or pairs. Where the model is fed token types (`spec.token_types`), a pair has those that the
+                checkpoint's tokenizer gives, 1 for the second text as a rule; else the model tells none apart.
+            prompt_name: the prompt of this name is put before the first text of each input; by default the
+                checkpoint's own.
+            prompt: text to put there; overrides `prompt_name`.
+            batch_size: rows of a batch at most.
+            show_progress_bar: as in `encode`.
+            activation_fn: from logits [N, L] to scores of the same shape, in numpy or torch; a torch module, too. By
+                default what the checkpoint says (`spec.activation`), and else the sigmoid for one label and nothing
+                for several, or for tokens.
+            apply_softmax: over the labels, where there are several; after `activation_fn`.
+            convert_to_numpy: False gives a list of torch tensors.
+            convert_to_tensor: True gives one torch tensor; of a token classifier one for each text.
+            device: the device that the model was loaded on, or None; None for a model on a server.
+            pool: None; CrossEncoder's processes have no counterpart here, and nor has `chunk_size`.
+            chunk_size: None.
+            truncation: cut the longer text of a pair first; without it a pair that is too long is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            num_workers: without effect, as in CrossEncoder.
+            sentences: the former name of `inputs`.
+            activation_fct: the former name of `activation_fn`.
+
+        Raises:
+            InputError: not a classifier, an activation that fails, or as `encode`.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+            MissingDependencyError: tensors are asked for and torch is not installed.
+        """
+        self._require_task("classify", "token-classify")
+        self._check_device(device)
+        refuse_processes(pool, chunk_size)
+        by_token = self.spec.task == "token-classify"
+        request = (TokenScoreRequest if by_token else ScoreRequest)(
+            self.spec,
+            activation_fn=former_arguments(activation_fn, activation_fct, num_workers),
+            apply_softmax=bool(apply_softmax),
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
+        )
+        request.check()
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        given, before = one_of(inputs, sentences), prompt_text(self.spec, prompt, prompt_name)
+        if by_token:
+            texts, single = as_texts(given, prompt=before)
+            answers = self._token_batches(texts, options)
+            return request.assemble(in_order(answers, len(texts), show_progress_bar), single=single)
+        pairs, single = as_pairs(given, prompt=before)
+        answers = self._pair_batches(request, pairs, options)
+        return request.assemble(in_order(answers, len(pairs), show_progress_bar), single=single)
+
+    def classify_tokens(
+        self,
+        inputs: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        aggregation_strategy: AggregationStrategy = "none",
+        ignore_labels: Sequence[str] = ("O",),
+        offset_mapping: Sequence[Any] | None = None,
+        is_split_into_words: bool = False,
+        delimiter: str = " ",
+        stride: int | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Labels of the tokens of each text, in the forms of transformers' token-classification pipeline.
+
+        A text gives a list of {entity, score, index, word, start, end}, one for each token; with an
+        `aggregation_strategy` of {entity_group, score, word, start, end}, one for each group of neighbours with one
+        label. A list of texts gives a list of those. Special tokens are left out. Two things differ from the pipeline:
+        a text that is too long is an error unless `truncation` or `stride` says what to do, and scores are Python
+        floats. A server takes whole texts: for a model on a server `stride`, `is_split_into_words` and `offset_mapping`
+        are refused.
+
+        Args:
+            inputs: a text or a list of texts; with `is_split_into_words` the words of a text or a list of those, which
+                is a batch in both cases, as in the pipeline.
+            aggregation_strategy: "none"; "simple" joins neighbours whose labels agree but for "B-" and "I-", and a
+                "B-" begins a new group; "first", "average" and "max" give all tokens of a word one label first: that
+                of its first token, of the mean of its tokens' scores, or of its surest token.
+            ignore_labels: labels not to answer, as they stand in `entity` or `entity_group`.
+            offset_mapping: places (start, end) to answer with in place of the tokenizer's, for each token of a text,
+                special tokens included; for several texts a list of those.
+            is_split_into_words: whether the texts come as lists of words.
+            delimiter: what stands between words where `start` and `end` are counted.
+            stride: cut a text that is too long into windows that overlap by so many tokens, and join their answers.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens of a text or a window, special tokens included; the model's own limit by default.
+            batch_size: rows of a batch at most.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+
+        Raises:
+            InputError: not a token classifier; an argument out of its range; see also `encode`.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+        """
+        self._require_task("token-classify")
+        if self._takes_whole_texts_only:
+            _refuse_parts(
+                self._name, stride=stride, is_split_into_words=is_split_into_words, offset_mapping=offset_mapping
+            )
+        request = TaggingRequest.of(aggregation_strategy, ignore_labels, stride)
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        given = TaggedTexts.of(
+            inputs, is_split_into_words=is_split_into_words, delimiter=delimiter, offset_mapping=offset_mapping
+        )
+        answers = self._entities(request, given, options)
+        return answers[0] if given.single else answers
+
+    def fill_mask(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Candidates for every mask, in the forms of transformers' fill-mask pipeline.
+
+        A text with one mask gives a list of {score, token, token_str, sequence}, best first; one with several gives
+        such a list for each. A list of texts gives a list of those and, as in the pipeline, a list of one text gives
+        what the text alone does. Scores are probabilities over the whole vocabulary; rows that only pad it have a
+        share in them, as in the pipeline, but are never answered.
+
+        Args:
+            inputs: texts with at least one mask token each.
+            top_k: answers for each mask, at most as many as there are targets.
+            targets: words to choose from. One that is not in the vocabulary stands for its first piece, with a warning.
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: tokens to allow, special tokens included; the model's own limit by default.
+            batch_size: rows of a batch at most.
+            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+
+        Raises:
+            InputError: not a fill-mask model; no mask, or none left by truncation; `top_k` 0 or above the vocabulary;
+                no usable target; see also `encode`.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+        """
+        self._require_masked_lm()
+        top_k = check_integer("top_k", top_k, 1, self._most_answers)
+        words = None if targets is None else as_texts(targets, name="targets")[0]
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        texts, single = as_texts(inputs)
+        found = in_order(self._mask_batches(top_k, words, texts, options), len(texts))
+        nested = [masks[0] if len(masks) == 1 else masks for masks in found]
+        return nested[0] if single or len(nested) == 1 else nested
+
+    def encode_query(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`encode` with the prompt "query"; without any where the checkpoint has none of that name.
+
+        Of a sparse model `encode_sparse`, by the route of queries where they have their own.
+        """
+        if prompt_name is None and prompt is None:
+            prompt = self.spec.prompts.get("query", "")
+        if self.spec.task == "sparse":
+            return self.encode_sparse(inputs, prompt_name, prompt, *args, route="query", **kwargs)
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
+
+    def encode_document(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none.
+
+        Of a sparse model `encode_sparse`, by the route of documents.
+        """
+        if prompt_name is None and prompt is None:
+            prompts = self.spec.prompts
+            prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
+        if self.spec.task == "sparse":
+            return self.encode_sparse(inputs, prompt_name, prompt, *args, route="document", **kwargs)
+        return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        activation_fn: ActivationFn | None = None,
+        device: str | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        """Documents by their score with the query, best first: {corpus_id, score} and, where asked, text.
+
+        The arguments are those of CrossEncoder.rank, in its order; see `predict` for the later ones. `kwargs` are the
+        keyword-only arguments of `predict`. `apply_softmax`, `convert_to_numpy` and `convert_to_tensor` have no effect,
+        as in CrossEncoder.
+
+        Raises:
+            InputError: the model has more than one label; `top_k` is not positive; see `predict`.
+        """
+        self._require_task("classify")
+        if self.spec.num_labels != 1:
+            raise InputError(f"rank needs a model with one label, and this has {self.spec.num_labels}; use predict")
+        texts, single = as_texts(documents, name="documents")
+        if single:
+            raise InputError("documents must be a list of texts, not one text")
+        if top_k is not None:
+            check_integer("top_k", top_k, 1, 1 << 31)
+        as_texts([query], name="query")
+        scores = self.predict(
+            [(query, text) for text in texts],
+            prompt_name,
+            prompt,
+            batch_size,
+            show_progress_bar,
+            activation_fn,
+            device=device,
+            pool=pool,
+            chunk_size=chunk_size,
+            **_without_effect(kwargs),
+        ).tolist()
+        order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
+        shown = [{"text": text} if return_documents else {} for text in texts]
+        return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
+
+    @abstractmethod
+    def _check_device(self, device: str | None) -> None:
+        """Refuse a device where the model does not compute.
+
+        Raises:
+            InputError: naming the device.
+        """
+
+    @abstractmethod
+    def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+        """The answers of `EmbeddingRequest.answer`."""
+
+    @abstractmethod
+    def _sparse_batches(
+        self, request: SparseRequest, texts: Sequence[str], options: BatchOptions
+    ) -> tuple[Batches, Names]:
+        """A `SparseEmbedding` for each text, and the names of its entries, which hold once all batches are read."""
+
+    @abstractmethod
+    def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
+        """Logits [L] of each pair, or single text."""
+
+    @abstractmethod
+    def _token_batches(self, texts: Sequence[str], options: BatchOptions) -> Batches:
+        """Logits [T, L] of the tokens of each text, special tokens left out."""
+
+    @abstractmethod
+    def _entities(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> list[list[Entity]]:
+        """The entities of each text."""
+
+    @abstractmethod
+    def _mask_batches(
+        self, top_k: int, targets: list[str] | None, texts: Sequence[str], options: BatchOptions
+    ) -> Batches:
+        """The answers for each mask of each text."""
+
+    @property
+    @abstractmethod
+    def _most_answers(self) -> int:
+        """The largest `top_k`."""
+
+    def _require_masked_lm(self) -> None:
+        self._require_task("fill-mask")
+
+    def _batch_options(
+        self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
+    ) -> BatchOptions:
+        tokens = self._max_batch_tokens if max_batch_tokens is None else max_batch_tokens
+        limits = BatchLimits(
+            max_rows=min(check_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE), self._max_rows),
+            max_tokens=check_integer("max_batch_tokens", tokens, 1, MAX_BATCH_TOKENS),
+            max_square=self.spec.max_length**2,
+        )
+        return BatchOptions(limits, truncation, max_length)
+
+    def _require_task(self, *tasks: Task) -> None:
+        if not any(TASKS[task].can_run_on(self.spec) for task in tasks):
+            raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
+
+    def _refuse_sparse(self) -> None:
+        if self.spec.task == "sparse":
+            raise InputError(
+                f"{self._name} is made for sparse embeddings: use encode_sparse, encode_query or encode_document"
+            )
+
+    def _require_sparse(self) -> None:
+        if not TASKS["sparse"].can_run_on(self.spec):
+            raise InputError(
+                f"this needs a sparse model, and {self._name} is made for {self.spec.task}. A checkpoint with a "
+                "masked-LM head or with a token classifier of one label is loaded (task='sparse') or exported "
+                f"(--task sparse) as one.{self._why_not_sparse()}"
+            )
+
+    def _why_not_sparse(self) -> str:
+        """The end of an error message: why the checkpoint's own files make no sparse model."""
+        return ""
+
+    def _route(self, route: str | None) -> SparseRoute:
+        """The route of the texts of a call; see `SparseSpec.default_route`."""
+        sparse = self.spec.sparse
+        if route is None and sparse is not None and sparse.query_weights is not None:
+            route = sparse.default_route
+            if route is None:
+                raise InputError(
+                    f"{self._name} encodes queries and documents in different ways: use encode_query or encode_document"
+                )
+        check_choice("route", route, (None, *SPARSE_ROUTES))
+        return "query" if route == "query" else "document"
+
+
+def _refuse_parts(model: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise InputError(f"{name} is not served: {model} takes whole texts. Load the model for it.")
+
+
+def _without_effect(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `rank` that go to `predict`: all but those that CrossEncoder.rank takes and ignores."""
+    for name in _NO_EFFECT_IN_RANK:
+        if name in options:
+            logger.warning("%s has no effect in rank, which returns Python floats", name)
+    return {name: value for name, value in options.items() if name not in _NO_EFFECT_IN_RANK}
+
+
+def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
+    """The text put before each input: `prompt`, else the prompt of that name, else the checkpoint's default, else "".
+
+    Raises:
+        InputError: the prompt is not a text, or the checkpoint has no prompt of that name.
+    """
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt must be a text, not {type(prompt).__name__}")
+        if name is not None:
+            logger.warning("both prompt and prompt_name are given; prompt_name %r is ignored", name)
+        return prompt
+    name = spec.default_prompt_name if name is None else name
+    if name is None:
+        return ""
+    if name not in spec.prompts and name in _EMPTY_PROMPTS:
+        return ""
+    if name not in spec.prompts:
+        known = ", ".join(spec.prompts) or "none"
+        raise InputError(f"prompt_name {name!r} is none of this model's prompts: {known}")
+    return spec.prompts[name]
+
+
+def one_of(inputs: Any, sentences: Any) -> Any:
+    """The inputs of a call, by the name `inputs` or by the former name `sentences`.
+
+    Raises:
+        InputError: both or neither are given.
+    """
+    if (inputs is None) == (sentences is None):
+        raise InputError("give the texts as `inputs` (or, as before, as `sentences`), once")
+    return sentences if inputs is None else inputs
+
+
+def return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
+    """The type that `encode` returns, as SentenceTransformer.encode reads the two arguments."""
+    if convert_to_tensor:
+        return "tensor"
+    return "numpy" if convert_to_numpy else "list of tensors"
+
+
+def in_order(batches: Batches, total: int, show_progress_bar: bool | None = False) -> list[Any]:
+    """The answers of all batches in the order of the inputs, with a progress bar on stderr.
+
+    `show_progress_bar` None shows it where the package logs at INFO or DEBUG.
+    """
+    answers: list[Any] = [None] * total
+    for numbers, found in _with_progress(batches, total, show_progress_bar):
+        for number, answer in zip(numbers, found, strict=True):
+            answers[number] = answer
+    return answers
+
+
+def _with_progress(batches: Batches, total: int, wanted: bool | None) -> Batches:
+    if wanted is None:
+        wanted = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    if not wanted:
+        yield from batches
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="Inputs") as bar:
+        for numbers, found in batches:
+            yield numbers, found
+            bar.update(len(numbers))

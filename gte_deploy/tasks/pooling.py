@@ -1,0 +1,55 @@
+"""From hidden states to embeddings, in numpy.
+
+Shapes: B rows, S tokens, H hidden size, D embedding size.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import Pooling
+
+EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+EMBEDDING_PRECISIONS: tuple[EmbeddingPrecision, ...] = get_args(EmbeddingPrecision)
+
+# torch.nn.functional.normalize's default: a zero vector stays zero.
+_NORM_EPSILON = 1e-12
+
+
+def pool(hidden: NDArray[np.float32], attention_mask: NDArray[np.int64], pooling: Pooling) -> NDArray[np.float32]:
+    """[B, S, H] and [B, S] to [B, H]: the first token's state, or the mean over the tokens that are not padding."""
+    if pooling == "cls":
+        return hidden[:, 0].astype(np.float32)
+    # Along the token axis numpy adds one by one: 8,192 float32 sums in float64 keep their digits.
+    total = np.add.reduce(hidden, axis=1, dtype=np.float64, where=attention_mask[:, :, None] == 1)
+    return (total / attention_mask.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def l2_normalize(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale each [..., D] vector to length 1."""
+    norm = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    return embeddings / np.maximum(norm, _NORM_EPSILON)
+
+
+def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> NDArray[np.generic]:
+    """[B, D] float32 in a smaller type, as sentence_transformers.quantize_embeddings does it.
+
+    "binary" and "ubinary" pack the signs, eight to a byte: [B, ceil(D / 8)] int8 or uint8. "int8" and "uint8" spread
+    each dimension's range *in these embeddings* over 256 steps, so they compare only within one call.
+
+    Raises:
+        InputError: int8 or uint8 of a single embedding, which has no range.
+    """
+    if precision == "float32":
+        return embeddings
+    if precision in ("binary", "ubinary"):
+        packed = np.packbits(embeddings > 0, axis=-1)
+        return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+    if len(embeddings) < 2:
+        raise InputError(f"precision {precision!r} takes each dimension's range from the inputs, and there is only one")
+    low, high = embeddings.min(axis=0), embeddings.max(axis=0)
+    steps = (high - low) / 255
+    levels = np.clip(np.floor((embeddings - low) / np.where(steps == 0, 1, steps)), 0, 255)
+    return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)

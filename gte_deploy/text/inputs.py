@@ -1,0 +1,114 @@
+"""What callers hand in, checked before any work: texts, pairs, integers. A message names the index and the limit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gte_deploy.core.errors import InputError
+
+MAX_TEXT_BYTES = 4 << 20
+"""Longest text in UTF-8 bytes, prompt included. Tokenising costs about a second a megabyte, before anything is cut."""
+MAX_BATCH_SIZE = 65_536
+MAX_BATCH_TOKENS = 1 << 24
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> int:
+    """`value` where it is an integer in [low, high].
+
+    Raises:
+        InputError: it is not; booleans are not integers here.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise InputError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")
+    return int(value)
+
+
+def as_texts(inputs: Any, *, name: str = "inputs", prompt: str = "") -> tuple[list[str], bool]:
+    """The texts with `prompt` before each, and whether a single one was given.
+
+    Raises:
+        InputError: not a text or a non-empty sequence of texts; a text over MAX_TEXT_BYTES or with a lone surrogate.
+    """
+    if isinstance(inputs, str):
+        return [_checked_text(prompt + inputs, f"{name} (one text)")], True
+    return [_prompted(text, prompt, f"{name}[{i}]") for i, text in enumerate(_as_list(inputs, name))], False
+
+
+def as_words(inputs: Any) -> list[list[str]]:
+    """The words of each text; a flat sequence of words is one text.
+
+    Raises:
+        InputError: not a non-empty sequence of words or of such sequences; a text that `as_texts` refuses.
+    """
+    if isinstance(inputs, str):
+        raise InputError("inputs is one text, and with is_split_into_words a text is a list of its words")
+    items = _as_list(inputs, "inputs")
+    if isinstance(items[0], str):
+        return [as_texts(items)[0]]
+    return [as_texts(_as_list(item, f"inputs[{i}]"), name=f"inputs[{i}]")[0] for i, item in enumerate(items)]
+
+
+def as_pairs(inputs: Any, *, prompt: str = "") -> tuple[list[tuple[str, ...]], bool]:
+    """Each input as a tuple of one or two texts, and whether a single one was given, as CrossEncoder reads them.
+
+    A text is one input, and so is a flat sequence of two texts (a pair); a sequence of sequences is a batch. `prompt`
+    is put before the first text of each.
+
+    Raises:
+        InputError: another form, or a text that `as_texts` refuses.
+    """
+    if isinstance(inputs, str):
+        return [(_checked_text(prompt + inputs, "inputs (one text)"),)], True
+    items = _as_list(inputs, "inputs")
+    if not any(isinstance(item, str) for item in items):
+        return [_as_pair(item, f"inputs[{i}]", prompt) for i, item in enumerate(items)], False
+    if len(items) != 2:
+        raise InputError(
+            f"inputs is a flat list of {len(items)} texts; one pair has two. For a batch give a list of pairs "
+            "[[query, document], …], or of single texts [[text], …]."
+        )
+    return [_as_pair(items, "inputs", prompt)], True
+
+
+def _as_list(inputs: Any, name: str) -> list[Any]:
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist() if inputs.ndim else inputs.item()
+    if not isinstance(inputs, Sequence) or isinstance(inputs, (str, bytes, bytearray, memoryview)):
+        raise InputError(f"{name} must be a text or a list of texts, not {type(inputs).__name__}")
+    if len(inputs) == 0:
+        raise InputError(f"{name} is empty; give at least one text")
+    return list(inputs)
+
+
+def _as_pair(item: Any, where: str, prompt: str) -> tuple[str, ...]:
+    texts = _as_list(item, where)
+    if len(texts) > 2:
+        raise InputError(f"{where} has {len(texts)} texts; expected one text or a pair")
+    return tuple(_prompted(text, "" if i else prompt, f"{where}[{i}]") for i, text in enumerate(texts))
+
+
+def _prompted(text: Any, prompt: str, where: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"{where} must be a text (str), not {type(text).__name__}")
+    return _checked_text(prompt + text, where)
+
+
+def _checked_text(text: str, where: str) -> str:
+    # A text has at least as many bytes as characters: an oversized one is refused before it is copied.
+    if len(text) > MAX_TEXT_BYTES:
+        raise InputError(_too_long(where, f"{len(text):,} characters"))
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} has a lone surrogate {text[error.start]!a} at character {error.start}, which no UTF-8 text can "
+            "hold. Decode the input with errors='replace'."
+        ) from None
+    if size > MAX_TEXT_BYTES:
+        raise InputError(_too_long(where, f"{size:,} bytes"))
+    return text
+
+
+def _too_long(where: str, size: str) -> str:
+    return f"{where} has {size}; a text may have at most {MAX_TEXT_BYTES:,} bytes of UTF-8. Split it into parts."

@@ -1,0 +1,530 @@
+"""Texts to token ids and back, on the `tokenizers` library alone.
+
+The shared `tokenizers.Tokenizer` is never told to truncate or pad: such settings belong to the object, and threads
+that set them differently get each other's lengths without an error. Ids are cut here, special tokens kept.
+"""
+
+import json
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders
+
+from gte_deploy.core.errors import CheckpointError, InputError
+from gte_deploy.core.files import read_json_object
+from gte_deploy.text.batching import TypedRow
+from gte_deploy.text.inputs import check_integer
+
+logger = logging.getLogger(__name__)
+
+# A first look at a long text takes this many characters for each token wanted: English has 4 to 5.
+_CHARS_PER_TOKEN = 8
+_LOOK_AHEAD_GROWTH = 4
+# Words at the end of a look-ahead that the cut may have changed: "[MASK]" cut in two becomes up to three words.
+_UNSAFE_WORDS = 8
+# Unicode's last code point, which it assigns to nothing.
+_NO_CHARACTER = "\U0010ffff"
+
+
+@dataclass(frozen=True)
+class Template:
+    """Special tokens around one text (`prefix` A `suffix`) and a pair (`prefix` A `middle` B `pair_suffix`).
+
+    `types` are those of `prefix`, A and `suffix`: one for each special token, and one for all of A. `pair_types` are
+    those of `prefix`, A, `middle`, B and `pair_suffix`.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    middle: tuple[int, ...]
+    pair_suffix: tuple[int, ...]
+    types: tuple[tuple[int, ...], ...] = ((), (0,), ())
+    pair_types: tuple[tuple[int, ...], ...] = ((), (0,), (), (0,), ())
+
+    def row(self, *texts: Sequence[int]) -> list[int]:
+        """Token ids of one or two texts with the special tokens; a `TypedRow` where not every type is 0."""
+        parts: tuple[Sequence[int], ...] = (self.prefix, texts[0], self.suffix)
+        types = self.types
+        if len(texts) == 2:
+            parts = (self.prefix, texts[0], self.middle, texts[1], self.pair_suffix)
+            types = self.pair_types
+        ids = list(chain.from_iterable(parts))
+        if not any(map(any, types)):
+            return ids
+        return TypedRow(ids, _runs(parts, types))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text's tokens with their places, or those of one window of it.
+
+    Args:
+        index: number of the text.
+        ids: token ids, special tokens included.
+        first: place of the first token that is not special; those of the text are in a row.
+        offsets: [T, 2] int64, where in the text each of its T tokens begins and ends, in characters; in its word where
+            the text came as words.
+        words: [T] int64, which word each token belongs to; None where the text did not come as words.
+    """
+
+    index: int
+    ids: list[int]
+    first: int
+    offsets: NDArray[np.int64]
+    words: NDArray[np.int64] | None
+
+    @property
+    def own_ids(self) -> list[int]:
+        """The ids of the text's own tokens."""
+        return self.ids[self.first : self.first + len(self.offsets)]
+
+
+class TextTokenizer:
+    """A checkpoint's tokenizer. Nothing in it changes after construction, so threads may share it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        pad_token: str,
+        mask_token: str | None,
+        clean_up: bool,
+        truncation_side: str = "right",
+    ) -> None:
+        """Take over `tokenizer`, whose stored truncation and padding are switched off.
+
+        `truncation_side` says where a text that is too long loses tokens: at its end ("right") or its beginning.
+        """
+        if truncation_side not in ("right", "left"):
+            raise CheckpointError(f"truncation_side is {truncation_side!r}; expected 'right' or 'left'")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._clean_up = clean_up
+        self._cuts_left = truncation_side == "left"
+        self.template = _template(tokenizer, pad_token)
+        self.pad_token_id: int | None = tokenizer.token_to_id(pad_token)
+        self.mask_token = mask_token
+        self.mask_token_id = None if mask_token is None else tokenizer.token_to_id(mask_token)
+        if mask_token is not None and self.mask_token_id is None:
+            raise CheckpointError(f"the mask token {mask_token!r} is not in tokenizer.json's vocabulary")
+
+    @property
+    def min_length(self) -> int:
+        """Fewest tokens that `max_length` may ask of a text: its special tokens and one of its own."""
+        return self._num_special(1) + 1
+
+    @property
+    def min_pair_length(self) -> int:
+        """Fewest tokens that `max_length` may ask of a pair: its special tokens and one of each text."""
+        return self._num_special(2) + 2
+
+    def check_types(self, type_vocab_size: int) -> None:
+        """Check that a model of so many token types knows all that the template gives.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        given = max(max(part, default=0) for part in (*self.template.types, *self.template.pair_types))
+        if given >= type_vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json gives tokens the type {given}, and the model's type_vocab_size is {type_vocab_size}. "
+                "Take the tokenizer that belongs to the checkpoint."
+            )
+
+    @cached_property
+    def unknown_token_id(self) -> int | None:
+        """Id of what is not in the vocabulary; None where the model of the tokenizer has none."""
+        token = getattr(self._tokenizer.model, "unk_token", None)
+        if token is not None:
+            return self.token_to_id(token)
+        # A Unigram model tells it in its file alone.
+        found = json.loads(self._tokenizer.to_str())["model"].get("unk_id")
+        return found if type(found) is int else None
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a vocabulary entry, or None where it is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def known_or_unknown_id(self, token: str) -> int | None:
+        """As transformers' convert_tokens_to_ids: the id of [UNK] where the vocabulary has no such entry."""
+        found = self.token_to_id(token)
+        return self.unknown_token_id if found is None else found
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary entry of an id, as the vocabulary has it; None where the id only pads the embedding."""
+        found: str | None = self._tokenizer.id_to_token(token_id)
+        return found
+
+    def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
+        """[vocab_size] bool: which ids have a token. The rows that pad the embedding have none.
+
+        Raises:
+            CheckpointError: the tokenizer has an id that the model has no row for.
+        """
+        ids = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), dtype=np.int64)
+        if ids.max() >= vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json has token id {ids.max():,}, and the model's vocabulary has {vocab_size:,} rows. "
+                "Take the tokenizer that belongs to the checkpoint."
+            )
+        known = np.zeros(vocab_size, dtype=np.bool_)
+        known[ids] = True
+        return known
+
+    def encode_texts(
+        self, texts: Sequence[str], indices: Sequence[int] | None = None, *, max_length: int, truncation: bool
+    ) -> list[list[int]]:
+        """Token ids of each text, special tokens included, at most `max_length` of them; see `Template.row`.
+
+        `indices` are the caller's numbers of the texts, for errors.
+
+        Raises:
+            InputError: a text has more tokens and `truncation` is off; it names the index, the count and the limit.
+        """
+        template = self.template
+        budget = max_length - self._num_special(1)
+        rows = []
+        numbers = range(len(texts)) if indices is None else indices
+        for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
+            if len(ids) > budget and not truncation:
+                raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
+            rows.append(template.row(*self._cut([ids], budget)))
+        return rows
+
+    def encode_pairs(
+        self,
+        inputs: Sequence[tuple[str, ...]],
+        indices: Sequence[int] | None = None,
+        *,
+        max_length: int,
+        truncation: bool,
+    ) -> list[list[int]]:
+        """Token ids of each single text or pair; a pair that is too long loses tokens of its longer text first.
+
+        Raises:
+            InputError: as `encode_texts`.
+        """
+        flat = [text for texts in inputs for text in texts]
+        encoded = iter(self._encode_bounded(flat, max_length))
+        rows = []
+        for index, texts in zip(range(len(inputs)) if indices is None else indices, inputs, strict=True):
+            parts = [next(encoded) for _ in texts]
+            special = self._num_special(len(parts))
+            count = sum(len(ids) for ids, _ in parts) + special
+            if count > max_length and not truncation:
+                raise _too_many_tokens(index, count, max_length, whole=all(whole for _, whole in parts))
+            budget = max_length
+            while len(parts) == 2 and not _known_which_is_longer(parts, max_length):
+                budget *= _LOOK_AHEAD_GROWTH
+                parts = self._encode_bounded(texts, budget)
+            rows.append(self.template.row(*self._cut([ids for ids, _ in parts], max_length - special)))
+        return rows
+
+    def encode_places(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        max_length: int,
+        truncation: bool,
+        stride: int | None = None,
+    ) -> list[Piece]:
+        """The tokens of each text with their places in it. A text may come as a list of words.
+
+        With `stride` a text that is too long is cut into windows, each of which repeats so many tokens of the one
+        before; without, it has one piece.
+
+        Raises:
+            InputError: as `encode_texts`; `stride` leaves a window no token of its own.
+        """
+        budget = max_length - self._num_special(1)
+        if stride is not None:
+            check_integer("stride", stride, 0, budget - 1)
+        pieces: list[Piece] = []
+        for index, (encoding, kept, whole) in enumerate(self._encodings(texts, None if stride is not None else budget)):
+            if kept > budget and stride is None and not truncation:
+                raise _too_many_tokens(index, kept + max_length - budget, max_length, whole=whole)
+            first = max(0, kept - budget) if self._cuts_left else 0
+            cuts = [(first, min(kept, first + budget))] if stride is None else _windows(kept, budget, stride)
+            as_words = not isinstance(texts[index], str)
+            pieces.extend(self._piece(index, encoding, cut, as_words=as_words) for cut in cuts)
+        return pieces
+
+    def _encodings(
+        self, texts: Sequence[str] | Sequence[Sequence[str]], budget: int | None
+    ) -> Iterator[tuple[Any, int, bool]]:
+        """Encoding of each text without special tokens, how many of its tokens are right, and whether they are all."""
+        for text in texts:
+            if isinstance(text, str) and budget is not None and len(text) > self._look_ahead(budget):
+                found = next((found for found in self._beginnings(text, budget) if found[1] > budget), None)
+                if found is not None:
+                    yield *found, False
+                    continue
+            encoding = self._tokenizer.encode(text, is_pretokenized=not isinstance(text, str), add_special_tokens=False)
+            yield encoding, len(encoding.ids), True
+
+    def _piece(self, index: int, encoding: Any, cut: tuple[int, int], *, as_words: bool) -> Piece:
+        chosen = slice(*cut)
+        words = np.array(encoding.word_ids[chosen], dtype=np.int64) if as_words else None
+        return Piece(
+            index=index,
+            ids=self.template.row(encoding.ids[chosen]),
+            first=len(self.template.prefix),
+            offsets=np.array(encoding.offsets[chosen], dtype=np.int64).reshape(-1, 2),
+            words=words,
+        )
+
+    @cached_property
+    def marks_subwords(self) -> bool:
+        """Whether a token says that it continues a word, as WordPiece's "##" does."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
+
+    @cached_property
+    def unk_token_id(self) -> int | None:
+        """The id that stands for what is not in the vocabulary; None where the model has none."""
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        if name is not None:
+            return self._id(name)
+        # Unigram does not say which it is, but gives it to a character that no vocabulary holds.
+        found = self._tokenizer.model.tokenize(_NO_CHARACTER)
+        return int(found[0].id) if len(found) == 1 else None
+
+    def token(self, token_id: int) -> str:
+        """The token itself, marks and all."""
+        return str(self._tokenizer.id_to_token(token_id))
+
+    def joined_tokens(self, tokens: Sequence[str]) -> str:
+        """The text of tokens, as transformers' `convert_tokens_to_string` makes it."""
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids, as transformers decodes them."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return _cleaned_up(text) if self._clean_up else text
+
+    def target_ids(self, targets: Sequence[str]) -> list[int]:
+        """Ids of the target words, each once, in the order given.
+
+        A word that is not in the vocabulary stands for its first piece, and one without any piece for nothing; each
+        is told by a warning, as transformers' fill-mask pipeline does.
+
+        Raises:
+            InputError: no target is left.
+        """
+        ids = [token_id for target in targets if (token_id := self._target_id(target)) is not None]
+        if not ids:
+            raise InputError(f"none of the {len(targets)} targets has a token; at least one must be given")
+        return list(dict.fromkeys(ids))
+
+    def _id(self, token: str) -> int | None:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def _target_id(self, target: str) -> int | None:
+        if (token_id := self._id(target)) is not None:
+            return token_id
+        pieces = self._encode(target).ids
+        if not pieces:
+            logger.warning("The target %r is not in the vocabulary and has no token; it is ignored.", target)
+            return None
+        logger.warning(
+            "The target %r is not in the vocabulary; its first piece %r is taken.",
+            target,
+            self._tokenizer.id_to_token(pieces[0]),
+        )
+        return int(pieces[0])
+
+    def _encode(self, text: str) -> Any:
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+
+    def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
+        """Ids of each text without special tokens, and whether they are all: a long text may stop above `budget`."""
+        look_ahead = self._look_ahead(budget)
+        short = [text for text in texts if len(text) <= look_ahead]
+        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
+        return [
+            (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget)
+            for text in texts
+        ]
+
+    def _look_ahead(self, budget: int) -> float:
+        """Characters up to which a text is tokenised whole; only its end says which tokens are its last."""
+        return math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
+
+    def _cut(self, parts: list[list[int]], budget: int) -> list[list[int]]:
+        """One text or two, with no more tokens than `budget`."""
+        sizes = (budget,) if len(parts) == 1 else _longest_first(len(parts[0]), len(parts[1]), budget)
+        if self._cuts_left:
+            return [ids[max(0, len(ids) - size) :] for ids, size in zip(parts, sizes, strict=True)]
+        return [ids[:size] for ids, size in zip(parts, sizes, strict=True)]
+
+    def _encode_long(self, text: str, budget: int) -> tuple[list[int], bool]:
+        """Tokenise ever longer beginnings of `text` until one holds more than `budget` tokens that no cut changed."""
+        for encoding, safe in self._beginnings(text, budget):
+            if safe > budget:
+                return encoding.ids[:safe], False
+        return self._encode(text).ids, True
+
+    def _beginnings(self, text: str, budget: int) -> Iterator[tuple[Any, int]]:
+        """Encodings of ever longer beginnings of `text`, and how many of their tokens no cut changed."""
+        size = _CHARS_PER_TOKEN * budget
+        while size < len(text):
+            encoding = self._tokenizer.encode(text[:size], add_special_tokens=False)  # the fast one gives no word ids
+            words = [word or 0 for word in encoding.word_ids]
+            last_safe = (words[-1] if words else 0) - _UNSAFE_WORDS
+            yield encoding, bisect_right(words, last_safe)
+            size *= _LOOK_AHEAD_GROWTH
+
+    def _num_special(self, num_texts: int) -> int:
+        template = self.template
+        if num_texts == 1:
+            return len(template.prefix) + len(template.suffix)
+        return len(template.prefix) + len(template.middle) + len(template.pair_suffix)
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer of a checkpoint or bundle folder.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or unreadable, or the special tokens are not what it holds.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json. Write one with transformers: AutoTokenizer.from_pretrained(…)"
+            ".save_pretrained(…)."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception for every malformed file
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+    config = read_json_object(folder / "tokenizer_config.json")
+    if tokenizer.decoder is None and str(config.get("tokenizer_class")).startswith("Bert"):
+        tokenizer.decoder = decoders.WordPiece(prefix="##")  # which that class of transformers brings along
+    special = {**read_json_object(folder / "special_tokens_map.json"), **config}
+    pad_token = _content(special.get("pad_token"))
+    if pad_token is None:
+        raise CheckpointError(f"{folder}: neither tokenizer_config.json nor special_tokens_map.json names a pad_token")
+    return TextTokenizer(
+        tokenizer,
+        pad_token=pad_token,
+        mask_token=_content(special.get("mask_token")),
+        clean_up=config.get("clean_up_tokenization_spaces") is True and type(tokenizer.model).__name__ != "BPE",
+        truncation_side=config.get("truncation_side", "right"),
+    )
+
+
+def checked_max_length(value: int | None, *, low: int, limit: int) -> int:
+    """The caller's `max_length`, or the model's own `limit` where none is given."""
+    return limit if value is None else check_integer("max_length", value, low, limit)
+
+
+def _content(token: Any) -> str | None:
+    # Either plain text or AddedToken's fields.
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _template(tokenizer: Tokenizer, pad_token: str) -> Template:
+    """Find the special tokens by looking where the post-processor puts a marker: the pad token, which no text holds."""
+    marker = tokenizer.token_to_id(pad_token)
+    encoded, encoded_pair = tokenizer.encode(pad_token), tokenizer.encode(pad_token, pad_token)
+    single, types = encoded.ids, encoded.type_ids
+    pair, pair_types = encoded_pair.ids, encoded_pair.type_ids
+    if marker is None or single.count(marker) != 1 or pair.count(marker) != 2:
+        raise CheckpointError(f"tokenizer.json does not hold the pad token {pad_token!r} as one special token")
+    at = single.index(marker)
+    first = pair.index(marker)
+    second = pair.index(marker, first + 1)
+    if pair[:first] != single[:at]:
+        raise CheckpointError(
+            f"tokenizer.json puts the tokens {single[:at]} before one text and {pair[:first]} before a pair; only the "
+            "same before both are supported"
+        )
+    return Template(
+        prefix=tuple(single[:at]),
+        suffix=tuple(single[at + 1 :]),
+        middle=tuple(pair[first + 1 : second]),
+        pair_suffix=tuple(pair[second + 1 :]),
+        types=_split(types, at, at + 1),
+        pair_types=_split(pair_types, first, first + 1, second, second + 1),
+    )
+
+
+def _split(values: Sequence[int], *places: int) -> tuple[tuple[int, ...], ...]:
+    bounds = (0, *places, len(values))
+    return tuple(tuple(values[start:end]) for start, end in pairwise(bounds))
+
+
+def _runs(parts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """(type, count) of consecutive tokens; of the parts, every second is a text, whose one type all its tokens have."""
+    runs: list[tuple[int, int]] = []
+    for index, (part, kinds) in enumerate(zip(parts, types, strict=True)):
+        counts = [len(part)] if index % 2 else [1] * len(part)
+        runs += zip(kinds, counts, strict=True)
+    return runs
+
+
+def _known_which_is_longer(parts: Sequence[tuple[list[int], bool]], budget: int) -> bool:
+    """Whether the two texts' ids, of which a long text's may not be all, tell what `_longest_first` has to know."""
+    (first, first_whole), (second, second_whole) = parts
+    if first_whole and second_whole or min(len(first), len(second)) <= budget:
+        return True  # ids that are not all are more than the budget, and so more than these
+    return (first_whole and len(second) > len(first)) or (second_whole and len(first) > len(second))
+
+
+def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
+    """Tokens kept of each text of a pair: the `longest_first` rule of the tokenizers library."""
+    if first + second <= budget:
+        return first, second
+    short, long = min(first, second), max(first, second)
+    long = short if short > budget else max(short, budget - short)
+    if short + long > budget:
+        short, long = budget // 2, budget // 2 + budget % 2
+    return (long, short) if first > second else (short, long)
+
+
+def _windows(count: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Begin and end of windows of `size` that cover `count` tokens, each with the last `stride` of the one before."""
+    windows = [(0, min(count, size))]
+    while windows[-1][1] < count:
+        start = windows[-1][0] + size - stride
+        windows.append((start, min(count, start + size)))
+    return windows
+
+
+def _too_many_tokens(index: int, count: int, limit: int, *, whole: bool) -> InputError:
+    number = f"{count:,}" if whole else f"at least {count:,}"
+    return InputError(
+        f"input {index} has {number} tokens, special tokens included; the limit is {limit:,}. "
+        "Pass truncation=True to keep the first ones, or split the text."
+    )
+
+
+def _cleaned_up(text: str) -> str:
+    # transformers' PreTrainedTokenizerBase.clean_up_tokenization, in its order.
+    for old, new in (
+        (" .", "."),
+        (" ?", "?"),
+        (" !", "!"),
+        (" ,", ","),
+        (" ' ", "'"),
+        (" n't", "n't"),
+        (" 'm", "'m"),
+        (" 's", "'s"),
+        (" 've", "'ve"),
+        (" 're", "'re"),
+    ):
+        text = text.replace(old, new)
+    return text

@@ -1,0 +1,348 @@
+"""A model on a Triton Inference Server, used as one that is loaded here: `encode`, `fill_mask`, `predict`, `rank`.
+
+from gte_deploy.triton import Client
+
+with Client("http://localhost:8000") as model:
+    model.encode(["a text", "another"])
+
+The server runs a repository that `gte-export --format triton` wrote. It takes texts and gives answers. The client
+checks arguments, splits long lists, and converts the answers to the forms that `Model` returns.
+
+Shapes: N inputs, B rows of a request, S tokens, H hidden size, D embedding size, L labels, M masks, K answers.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy._version import __version__
+from gte_deploy.backends.base import Batch
+from gte_deploy.backends.checks import check_finite
+from gte_deploy.bundle.manifest import spec_from_json
+from gte_deploy.core.errors import BackendError, InputError, NonFiniteError
+from gte_deploy.core.forking import follow, keep_for_good
+from gte_deploy.core.spec import ModelSpec
+from gte_deploy.tasks import classify, embed, fill_mask, sparse, token_classify
+from gte_deploy.tasks.base import Ensemble
+from gte_deploy.tasks.classify import ScoreRequest
+from gte_deploy.tasks.embed import EmbeddingRequest
+from gte_deploy.tasks.interface import Batches, BatchOptions, TextInterface, in_order
+from gte_deploy.tasks.token_classify import Entity, TaggedTexts, TaggingRequest
+from gte_deploy.text.batching import BatchLimits, plan_batches
+from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer
+from gte_deploy.triton.transport import open_transport
+
+DEFAULT_MAX_BATCH_TOKENS = 16_384
+
+_MAX_CONNECTIONS = 1024
+# Tokens are guessed before the server counts them: English has 4 to 5 bytes a token, Chinese 3.
+_BYTES_PER_TOKEN = 3
+_SPECIAL_TOKENS = 4
+_DESCRIPTIONS = ("gte_deploy", "gte_deploy_spec")
+_INDEX = re.compile(r"\b(inputs? )(\d+(?:, \d+)*)\b")
+
+Texts = Mapping[str, Sequence[str]]
+Values = dict[str, NDArray[Any]]
+"""Tensors by name."""
+
+
+class Client(TextInterface):
+    """A model on a server. Methods may be called from several threads at once; results are in the order of the inputs.
+
+    The methods are those of `Model`. What only the server can tell, its own message tells. As a context manager the
+    client closes on leaving. Where an answer depends on the vocabulary, the server's log has the warnings that `Model`
+    gives here.
+    """
+
+    _gives_dictionaries = True
+    _takes_whole_texts_only = True
+
+    def __init__(
+        self,
+        url: str = "http://localhost:8000",
+        *,
+        timeout_s: float = 60.0,
+        connections: int = 8,
+        max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Ask the server what it serves.
+
+        Args:
+            url: http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// with TLS.
+            timeout_s: seconds that one request may take.
+            connections: requests at once for one list of texts, and HTTP connections at most, which are kept.
+            max_batch_tokens: tokens of a request, padding included, as far as the bytes of its texts tell; a longer
+                text goes alone.
+            headers: sent with every request, such as those that a gateway wants.
+
+        Raises:
+            InputError: an argument out of its range.
+            UnavailableError: the server cannot be reached, or not within `timeout_s`.
+            BackendError: it serves no repository that gte-export wrote.
+            MissingDependencyError: tritonclient is not installed.
+        """
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
+            raise InputError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
+        check_integer("connections", connections, 1, _MAX_CONNECTIONS)
+        self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
+        self._name = url
+        self._options: dict[str, Any] = {
+            "url": url,
+            "timeout_s": timeout_s,
+            "connections": connections,
+            "max_batch_tokens": max_batch_tokens,
+            "headers": dict(headers or {}),
+        }
+        self._closed = self._is_cut_off = False
+        self._connect()
+        follow(self)
+        try:
+            config = self._transport.config("gte_embed")
+            self._facts, self.spec = _described(config, url)
+        except BaseException:
+            self.close()
+            raise
+        self._max_rows = int(config.get("max_batch_size", 0)) or int(self._facts.get("max_batch_size", 1))
+
+    def close(self) -> None:
+        """Close the connections. Idempotent; later calls that compute raise BackendError."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if not self._is_cut_off:
+            self._transport.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, or copied, a client is made again from its URL and options, `headers` included: it asks the server.
+
+        Raises:
+            BackendError: the client is closed.
+        """
+        if self._closed:
+            raise BackendError("this client is closed, so it cannot be pickled or copied; make another")
+        return _client, (self._options,)
+
+    def after_fork(self, *, idle: bool) -> None:
+        """See `forking.Follower`: in a child, HTTP connections are new ones; those of gRPC cannot be had."""
+        if self._closed:
+            return
+        if self._options["url"].startswith("grpc"):
+            keep_for_good(self._transport)
+            self._is_cut_off = True
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        """Connections and threads of this process's own: answers on a socket that two share would go to either."""
+        options = {name: self._options[name] for name in ("url", "connections", "timeout_s", "headers")}
+        self._transport = open_transport(**options)
+        self._pool = ThreadPoolExecutor(self._options["connections"], thread_name_prefix="gte-triton")
+
+    def info(self) -> dict[str, Any]:
+        """Facts of the served model, as plain JSON data."""
+        served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
+        return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
+
+    def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+        inputs = _text_inputs(options) | self._no_prompt()
+        if request.output_value == "sentence_embedding":
+            inputs |= self._embedding_inputs(request)
+            for numbers, values in self._infer_all(_Call(embed.SERVED, inputs), {"TEXT": texts}, options.limits):
+                yield numbers, list(values["EMBEDDING"])
+            return
+        types = ("TOKEN_TYPE_IDS",) if self.spec.token_types else ()
+        call = _Call(embed.TOKENS_SERVED, inputs, types)
+        for numbers, values in self._infer_all(call, {"TEXT": texts}, options.limits):
+            batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"], None, values.get("TOKEN_TYPE_IDS"))
+            yield numbers, request.answer(batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
+
+    def _sparse_batches(
+        self, request: sparse.SparseRequest, texts: Sequence[str], options: BatchOptions
+    ) -> tuple[Batches, sparse.Names]:
+        stored = self.spec.sparse is not None and self.spec.sparse.query_weights is not None
+        inputs = _text_inputs(options) | self._no_prompt()
+        if request.max_active_dims is not None:
+            inputs["MAX_ACTIVE_DIMS"] = _one(request.max_active_dims, np.int32)
+        call = _Call(sparse.QUERIES_SERVED if request.route == "query" and stored else sparse.SERVED, inputs)
+        names: dict[int, str] = {}
+
+        def answers() -> Batches:
+            for numbers, values in self._infer_all(call, {"TEXT": texts}, options.limits):
+                yield numbers, sparse.from_tensors(values, self.spec.vocab_size, names)
+
+        return answers(), names
+
+    def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
+        call = _Call(classify.SERVED, _text_inputs(options) | self._no_prompt())
+        # A request holds single texts or pairs, not both.
+        for size in (1, 2):
+            numbers = [i for i, pair in enumerate(pairs) if len(pair) == size]
+            if numbers:
+                columns = zip(*(pairs[i] for i in numbers), strict=True)
+                texts: Texts = dict(zip(("TEXT", "TEXT_PAIR"), columns, strict=False))
+                for found, values in self._infer_all(call, texts, options.limits, numbers):
+                    yield found, list(values["LOGITS"])
+
+    def _token_batches(self, texts: Sequence[str], options: BatchOptions) -> Batches:
+        call = _Call(token_classify.LOGITS_SERVED, _text_inputs(options))
+        for numbers, values in self._infer_all(call, {"TEXT": texts}, options.limits):
+            yield numbers, token_classify.logits_from_tensors(values)
+
+    def _entities(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> list[list[Entity]]:
+        inputs = _text_inputs(options)
+        inputs["AGGREGATION_STRATEGY"] = _bytes([[request.aggregation_strategy]])
+        inputs["IGNORE_LABELS"] = _bytes([request.ignore_labels or [""]])
+        call = _Call(token_classify.ENTITIES_SERVED, inputs)
+        grouped = request.aggregation_strategy != "none"
+        batches = self._infer_all(call, {"TEXT": given.texts}, options.limits)
+        answers = (
+            (numbers, token_classify.entities_from_tensors(values, grouped=grouped)) for numbers, values in batches
+        )
+        return in_order(answers, len(given.texts))
+
+    @property
+    def _most_answers(self) -> int:
+        return self.spec.vocab_size
+
+    def _mask_batches(
+        self, top_k: int, targets: list[str] | None, texts: Sequence[str], options: BatchOptions
+    ) -> Batches:
+        inputs = _text_inputs(options)
+        inputs["TOP_K"] = _one(top_k, np.int32)
+        if targets is not None:
+            inputs["TARGETS"] = _bytes([targets])
+        for numbers, values in self._infer_all(_Call(fill_mask.SERVED, inputs), {"TEXT": texts}, options.limits):
+            yield numbers, fill_mask.from_tensors(values)
+
+    def _infer_all(
+        self, call: "_Call", texts: Texts, limits: BatchLimits, numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], Values]]:
+        """The inputs' numbers and the outputs [B, …] of each request, several requests at a time.
+
+        `numbers` are the caller's of the inputs, for results and errors; by default they count from 0.
+        """
+        if self._closed:
+            raise BackendError("this client is closed")
+        if self._is_cut_off:
+            raise BackendError(
+                "this client was made before the process forked, and gRPC does not survive a fork. Make the client "
+                "after the fork, in each process that uses it, or use an http:// URL."
+            )
+        rows = list(zip(*texts.values(), strict=True))
+        lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
+        groups = list(plan_batches(lengths, limits))
+        calls = [([i if numbers is None else numbers[i] for i in group], [rows[i] for i in group]) for group in groups]
+
+        def infer(indices: list[int], chosen: list[tuple[str, ...]]) -> Values:
+            columns = zip(*chosen, strict=True)
+            inputs = {name: _bytes([[text] for text in column]) for name, column in zip(texts, columns, strict=True)}
+            inputs |= {name: np.repeat(row, len(indices), axis=0) for name, row in call.inputs.items()}
+            return self._infer(call.ensemble.name, inputs, call.outputs, indices)
+
+        if len(calls) == 1:
+            yield calls[0][0], infer(*calls[0])
+            return
+        waiting: list[tuple[list[int], Future[Values]]] = []
+        try:
+            waiting = [(indices, self._pool.submit(infer, indices, chosen)) for indices, chosen in calls]
+            for indices, future in waiting:
+                yield indices, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+    def _infer(self, model: str, inputs: Values, outputs: Sequence[str], indices: list[int]) -> Values:
+        try:
+            values = self._transport.infer(model, inputs, outputs)
+        except (InputError, NonFiniteError) as error:
+            raise type(error)(_INDEX.sub(lambda found: _renumbered(found, indices), str(error))) from error
+        mask = values.get("ATTENTION_MASK", np.ones((len(indices), 1), dtype=np.int64))
+        floats = {name: array for name, array in values.items() if array.dtype == np.float32}
+        check_finite(floats, Batch(values.get("INPUT_IDS", mask), mask), indices)
+        return values
+
+    def _check_device(self, device: str | None) -> None:
+        if device is not None:
+            raise InputError(f"the server at {self._name} decides where it computes; leave device out")
+
+    def _embedding_inputs(self, request: EmbeddingRequest) -> Values:
+        options: Values = {}
+        if request.pooling != self.spec.pooling:
+            options["POOLING"] = _bytes([[request.pooling]])
+        if request.normalize:
+            options["NORMALIZE"] = _one(True, np.bool_)
+        if request.truncate_dim is not None:
+            options["TRUNCATE_DIM"] = _one(request.truncate_dim, np.int32)
+        return options
+
+    def _no_prompt(self) -> Values:
+        # The prompt already stands before each text: the server must not add the default one.
+        return {} if self.spec.default_prompt_name is None else {"PROMPT": _bytes([[""]])}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The parts that all requests of one call of a method have in common.
+
+    Args:
+        ensemble: the ensemble that answers.
+        inputs: option tensors with one row, which is repeated for every text.
+        more_outputs: output tensors besides those that the ensemble always has.
+    """
+
+    ensemble: Ensemble
+    inputs: "Values"
+    more_outputs: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (*self.ensemble.outputs, *self.more_outputs)
+
+
+def _text_inputs(options: BatchOptions) -> Values:
+    inputs: Values = {}
+    if options.truncation:
+        inputs["TRUNCATION"] = _one(True, np.bool_)
+    if options.max_length is not None:
+        inputs["MAX_LENGTH"] = _one(check_integer("max_length", options.max_length, 1, (1 << 31) - 1), np.int32)
+    return inputs
+
+
+def _one(value: Any, dtype: Any) -> NDArray[Any]:
+    return np.array([[value]], dtype=dtype)
+
+
+def _bytes(rows: Sequence[Sequence[str]]) -> NDArray[Any]:
+    return np.array([[text.encode() for text in row] for row in rows], dtype=object)
+
+
+def _guessed_tokens(texts: Sequence[str]) -> int:
+    return sum(len(text.encode()) // _BYTES_PER_TOKEN for text in texts) + _SPECIAL_TOKENS
+
+
+def _client(options: Mapping[str, Any]) -> Client:
+    return Client(**options)
+
+
+def _renumbered(found: re.Match[str], indices: Sequence[int]) -> str:
+    rows = [int(row) for row in found[2].split(", ")]
+    return found[1] + ", ".join(str(indices[row]) if row < len(indices) else str(row) for row in rows)
+
+
+def _described(config: Mapping[str, Any], url: str) -> tuple[dict[str, Any], ModelSpec]:
+    """What gte-export wrote about the model into the configuration of every ensemble."""
+    try:
+        facts, spec = (json.loads(config["parameters"][name]["string_value"]) for name in _DESCRIPTIONS)
+        return dict(facts), spec_from_json(spec)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BackendError(
+            f"gte_embed at {url} is not what this version of gte-export writes ({error!r}). Export the repository "
+            "again with gte-export --format triton."
+        ) from error

@@ -1,0 +1,213 @@
+"""Tensors to a Triton Inference Server and back, over HTTP or gRPC, in tritonclient's binary encoding.
+
+A transport may be used by several threads at once. Over HTTP that needs connections of our own, from urllib3's pool:
+those of tritonclient belong to the thread that opened them.
+"""
+
+import json
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.core.errors import (
+    BackendError,
+    GteDeployError,
+    InputError,
+    MissingDependencyError,
+    NonFiniteError,
+    UnavailableError,
+)
+
+Tensors = Mapping[str, NDArray[Any]]
+
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_BAD_REQUEST = {400, "INVALID_ARGUMENT"}
+_UNAVAILABLE = {429, 502, 503, 504, "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+
+
+class Transport(Protocol):
+    """A way to one server. Every call raises InputError, UnavailableError or BackendError with the server's reason."""
+
+    def config(self, model: str) -> dict[str, Any]:
+        """The model's configuration, as Triton has it in JSON."""
+        ...
+
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Run a model on named tensors; texts are object arrays of bytes."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        ...
+
+
+def open_transport(url: str, *, connections: int, timeout_s: float, headers: Mapping[str, str]) -> Transport:
+    """The transport for http://, https://, grpc:// or grpcs:// (TLS) and HOST:PORT; connects on first use.
+
+    Raises:
+        InputError: another form of URL.
+        MissingDependencyError: tritonclient is not installed.
+    """
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.hostname:
+        raise InputError(
+            f"url must be http://HOST:PORT or grpc://HOST:PORT (with TLS https:// or grpcs://), not {url!r}"
+        )
+    if parts.scheme.startswith("http"):
+        return HttpTransport(url.rstrip("/"), connections=connections, timeout_s=timeout_s, headers=headers)
+    return GrpcTransport(parts.netloc, tls=parts.scheme == "grpcs", timeout_s=timeout_s, headers=headers)
+
+
+class HttpTransport:
+    """HTTP/1.1 with kept-alive connections, at most `connections` of them; further calls wait for one."""
+
+    def __init__(self, url: str, *, connections: int, timeout_s: float, headers: Mapping[str, str]) -> None:
+        self._codec = _tritonclient("http")
+        import urllib3  # comes with tritonclient
+
+        self._urllib3: Any = urllib3
+        self._url, self._timeout_s = url, timeout_s
+        self._path = urllib.parse.urlsplit(url).path
+        self._headers = dict(headers)
+        # Any: urllib3's annotations want whole seconds for the wait of a connection.
+        self._pool: Any = urllib3.connection_from_url(
+            url, maxsize=connections, block=True, timeout=timeout_s, retries=False
+        )
+
+    def config(self, model: str) -> dict[str, Any]:
+        """See Transport."""
+        config: dict[str, Any] = json.loads(self._request("GET", model, "config").data)
+        return config
+
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """See Transport."""
+        client = self._codec.InferenceServerClient
+        wanted = [self._codec.InferRequestedOutput(name, binary_data=True) for name in outputs]
+        body, header_length = client.generate_request_body(_as_inputs(self._codec, inputs), outputs=wanted)
+        headers = {} if header_length is None else {_HEADER_LENGTH: str(header_length)}
+        response = self._request("POST", model, "infer", body=body, headers=headers)
+        length = response.headers.get(_HEADER_LENGTH)
+        result = client.parse_response_body(response.data, header_length=None if length is None else int(length))
+        return _outputs(result, model, outputs)
+
+    def close(self) -> None:
+        """See Transport."""
+        self._pool.close()
+
+    def _request(
+        self, method: str, model: str, what: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        path = f"{self._path}/v2/models/{urllib.parse.quote(model)}/{what}"
+        sent = {**self._headers, **(headers or {})}
+        try:
+            # Without a limit of its own, who waits for a connection while the pool is closed would wait for good.
+            response = self._pool.urlopen(method, path, body=body, headers=sent, pool_timeout=self._timeout_s)
+        except self._urllib3.exceptions.ClosedPoolError as error:
+            raise _closed() from error
+        except (self._urllib3.exceptions.TimeoutError, self._urllib3.exceptions.EmptyPoolError) as error:
+            raise _no_answer(self._url, self._timeout_s) from error
+        except self._urllib3.exceptions.HTTPError as error:
+            raise UnavailableError(f"{self._url} cannot be reached: {error}") from error
+        if response.status != 200:
+            raise _refused(self._url, response.status, _reason(response.data))
+        return response
+
+
+class GrpcTransport:
+    """gRPC; all calls share one HTTP/2 connection."""
+
+    def __init__(self, address: str, *, tls: bool, timeout_s: float, headers: Mapping[str, str]) -> None:
+        self._codec = _tritonclient("grpc")
+        self._url, self._timeout_s = f"grpc{'s' * tls}://{address}", timeout_s
+        self._headers = dict(headers) or None
+        self._client: Any = self._codec.InferenceServerClient(address, ssl=tls)
+
+    def config(self, model: str) -> dict[str, Any]:
+        """See Transport."""
+        config: dict[str, Any] = self._call("get_model_config", model, as_json=True)["config"]
+        return config
+
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """See Transport."""
+        wanted = [self._codec.InferRequestedOutput(name) for name in outputs]
+        return _outputs(self._call("infer", model, _as_inputs(self._codec, inputs), outputs=wanted), model, outputs)
+
+    def close(self) -> None:
+        """See Transport."""
+        self._client.close()
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            return getattr(self._client, method)(
+                *arguments, headers=self._headers, client_timeout=self._timeout_s, **options
+            )
+        except self._codec.InferenceServerException as error:
+            status = (error.status() or "").removeprefix("StatusCode.")
+            if status == "DEADLINE_EXCEEDED":
+                raise _no_answer(self._url, self._timeout_s) from error
+            raise _refused(self._url, status, error.message()) from error
+        except ValueError as error:  # gRPC's for a closed channel
+            raise _closed() from error
+
+
+def _tritonclient(protocol: str) -> ModuleType:
+    try:
+        if protocol == "http":
+            import tritonclient.http as module
+        else:
+            import tritonclient.grpc as module
+    except (ModuleNotFoundError, RuntimeError) as error:  # RuntimeError: tritonclient without this protocol
+        raise MissingDependencyError(f"tritonclient[{protocol}]", "triton") from error
+    return module
+
+
+def _as_inputs(codec: ModuleType, tensors: Tensors) -> list[Any]:
+    inputs = []
+    for name, array in tensors.items():
+        tensor = codec.InferInput(name, list(array.shape), _DATATYPES[array.dtype.kind, array.dtype.itemsize])
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return inputs
+
+
+_DATATYPES = {("O", np.dtype(object).itemsize): "BYTES", ("b", 1): "BOOL", ("i", 4): "INT32", ("i", 8): "INT64"}
+
+
+def _outputs(result: Any, model: str, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    arrays = {name: result.as_numpy(name) for name in names}
+    missing = [name for name, array in arrays.items() if array is None]
+    if missing:
+        raise BackendError(f"the server's {model} answered without {', '.join(missing)}")
+    return arrays
+
+
+def _reason(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):  # a proxy's page
+        return body[:200].decode(errors="replace") or "no reason given"
+
+
+def _refused(url: str, status: int | str, reason: str) -> GteDeployError:
+    # The models that gte-export writes name the error; before it stands where in the server it arose.
+    _, named, own_reason = reason.partition("InputError: ")
+    if named or status in _BAD_REQUEST:
+        return InputError(own_reason or reason)
+    _, named, own_reason = reason.partition("NonFiniteError: ")
+    if named:
+        return NonFiniteError(own_reason)
+    if status in _UNAVAILABLE:
+        return UnavailableError(f"{url} cannot answer now: {reason}")
+    return BackendError(f"{url} failed with {status}: {reason}")
+
+
+def _no_answer(url: str, timeout_s: float) -> UnavailableError:
+    return UnavailableError(f"{url} gave no answer within {timeout_s:g} s; ask for less at once or raise timeout_s")
+
+
+def _closed() -> BackendError:
+    return BackendError("this client is closed")

@@ -1,0 +1,349 @@
+"""How fast a bundle runs on this machine, on every engine that there is for it: `gte-deploy bench`."""
+
+import dataclasses
+import datetime
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gte_deploy.backends.picks import Pick, cpu_model, engine_versions, save
+from gte_deploy.bundle.manifest import Manifest, read_manifest
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import BackendError, InputError
+from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
+from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
+
+DEFAULT_SHAPES = ("1x16", "1x128", "1x512", "8x128")
+BACKENDS = ("onnx", "openvino", "tensorrt")
+MAX_REPEATS = 10_000
+MAX_THREADS = 1024
+
+# Those that a tokenizer knows as one token each are joined to texts of a wanted length.
+_WORDS = (
+    "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they "
+    "which one you were all their there would when who will more no if out so what up into than them can only other "
+    "new some time could these two may then do first any my now such like our over man me even most made after also "
+    "year day world city water light king queen house river"
+).split()
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of that many tokens each, special tokens included."""
+
+    rows: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.tokens}"
+
+    @classmethod
+    def parse(cls, text: str, *, max_length: int, min_length: int) -> "Shape":
+        """Read ROWSxTOKENS, such as 8x128.
+
+        Raises:
+            InputError: another form, or out of the model's range.
+        """
+        rows, _, tokens = text.partition("x")
+        if not (rows.isdecimal() and tokens.isdecimal() and len(text) < 20):
+            raise InputError(f"shape {text!r} is not of the form ROWSxTOKENS, such as 8x128")
+        return cls(
+            rows=check_integer(f"the rows of shape {text}", int(rows), 1, MAX_BATCH_SIZE),
+            tokens=check_integer(f"the tokens of shape {text}", int(tokens), min_length, max_length),
+        )
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What one engine did.
+
+    Args:
+        name: backend and precision, for people.
+        backend: as `gte_deploy.load` takes it.
+        precision: as `gte_deploy.load` takes it; None for the bundle's own.
+        seconds: shape -> of each timed call.
+        first_answer_s: from the start of a process to its first answer.
+        peak_bytes: highest resident memory of its process over all calls.
+        error: why it could not be measured; None where it was, and only then the rest is complete.
+    """
+
+    name: str
+    backend: str
+    precision: str | None = None
+    seconds: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    first_answer_s: float | None = None
+    peak_bytes: int | None = None
+    error: str | None = None
+
+    def spread(self, shape: str) -> Spread:
+        """Median and quartiles of one shape."""
+        return Spread.of(self.seconds[shape])
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """Every engine's result on one bundle."""
+
+    bundle: Path
+    manifest: Manifest
+    shapes: tuple[Shape, ...]
+    num_threads: int
+    engines: tuple[EngineResult, ...]
+    date: str
+
+    @property
+    def measured(self) -> list[EngineResult]:
+        """Those that ran."""
+        return [result for result in self.engines if result.error is None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON data."""
+        return {
+            "bundle": str(self.bundle),
+            "precision": self.manifest.precision,
+            "date": self.date,
+            "cpu": cpu_model(),
+            "cpus": available_cpus(),
+            "num_threads": self.num_threads,
+            "versions": engine_versions(),
+            "engines": [
+                {
+                    **dataclasses.asdict(result),
+                    "shapes": {
+                        str(shape): {
+                            **dataclasses.asdict(result.spread(str(shape))),
+                            "tokens_per_second": _tokens_per_second(result, shape),
+                        }
+                        for shape in self.shapes
+                        if result.error is None
+                    },
+                }
+                for result in self.engines
+            ],
+        }
+
+
+def bench(
+    bundle: Path,
+    *,
+    backend: str | None = None,
+    shapes: Sequence[str] | None = None,
+    repeats: int = 10,
+    num_threads: int | None = None,
+    progress: Progress = lambda line: None,
+) -> BenchReport:
+    """Time `Model.encode` of a bundle on every engine, interleaved, each in a fresh process.
+
+    Args:
+        bundle: its folder.
+        backend: "onnx", "openvino" or "tensorrt"; None for each that the bundle has something for.
+        shapes: as ROWSxTOKENS; by default DEFAULT_SHAPES, as far as the model takes them.
+        repeats: timed calls of each engine and shape.
+        num_threads: CPU threads of each engine; by default every CPU that the process may use.
+        progress: called with one line at every step.
+
+    Raises:
+        InputError: an argument out of its range.
+        BundleError: the bundle cannot be read.
+        BackendError: no engine could run it.
+    """
+    check_integer("repeats", repeats, 1, MAX_REPEATS)
+    threads = available_cpus() if num_threads is None else check_integer("num_threads", num_threads, 1, MAX_THREADS)
+    manifest = read_manifest(bundle)
+    tokenizer = load_tokenizer(bundle)
+    chosen = _shapes(shapes, manifest.spec.max_length, tokenizer.min_length)
+    texts = {str(shape): synthetic_texts(tokenizer, [shape.tokens] * shape.rows) for shape in chosen}
+    results = _measure(bundle, _engines(manifest, backend), texts, repeats, threads, progress)
+    report = BenchReport(
+        bundle=bundle,
+        manifest=manifest,
+        shapes=tuple(chosen),
+        num_threads=threads,
+        engines=tuple(results),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    if not report.measured:
+        reasons = "; ".join(f"{result.name}: {result.error}" for result in results)
+        raise BackendError(f"no engine here could run {bundle}: {reasons}")
+    return report
+
+
+def fastest(report: BenchReport, *, precision_may_change: bool = False) -> EngineResult:
+    """The engine with the least time, as the geometric mean over the shapes.
+
+    Args:
+        report: with at least one engine that ran.
+        precision_may_change: take engines of a lower precision than the bundle's into account.
+
+    Raises:
+        BackendError: none ran in the bundle's own precision.
+    """
+    allowed = [result for result in report.measured if result.precision is None or precision_may_change]
+    if not allowed:
+        raise BackendError(
+            f"no engine that ran computes in the bundle's own precision, {report.manifest.precision}. "
+            "Allow others with --precision-may-change."
+        )
+    return min(allowed, key=lambda result: sum(math.log(result.spread(str(shape)).median) for shape in report.shapes))
+
+
+def record(report: BenchReport, picked: EngineResult) -> Path:
+    """Keep the choice in the user's cache, where `gte_deploy.load` finds it; the file written.
+
+    Raises:
+        OSError: the cache cannot be written, or the user has no home folder.
+    """
+    pick = Pick(
+        backend=picked.backend,
+        precision=picked.precision,
+        measured={
+            result.name: {str(shape): result.spread(str(shape)).median for shape in report.shapes}
+            for result in report.measured
+        },
+        date=report.date,
+        versions=engine_versions(),
+    )
+    return save(report.manifest.to_json()["checksum"], pick)
+
+
+def format_table(report: BenchReport) -> str:
+    """The report for people: a line for each engine and shape, and one for each engine."""
+    lines = [
+        f"{report.bundle}, {report.manifest.precision}, {report.num_threads} threads, {cpu_model()}",
+        f"{'engine':<16} {'shape':>8} {'median ms':>10} {'quartiles':>19} {'least':>9} {'tokens/s':>10}",
+    ]
+    for shape in report.shapes:
+        for result in report.measured:
+            spread = result.spread(str(shape))
+            quartiles = f"{spread.q1 * 1000:,.2f} – {spread.q3 * 1000:,.2f}"
+            lines.append(
+                f"{result.name:<16} {shape!s:>8} {spread.median * 1000:>10,.2f} {quartiles:>19} "
+                f"{spread.least * 1000:>9,.2f} {_tokens_per_second(result, shape):>10,.0f}"
+            )
+    lines.append(f"{'engine':<16} {'first answer s':>14} {'peak MB':>8}")
+    for result in report.engines:
+        if result.first_answer_s is None or result.peak_bytes is None or result.error is not None:
+            lines.append(f"{result.name:<16} not measured: {result.error}")
+        else:
+            lines.append(f"{result.name:<16} {result.first_answer_s:>14.2f} {result.peak_bytes / 1e6:>8,.0f}")
+    return "\n".join(lines)
+
+
+def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: int = 0) -> list[str]:
+    """Texts of exactly these lengths in tokens, special tokens included, of common English words.
+
+    Raises:
+        InputError: a length below the tokenizer's least, or a tokenizer that cuts every common word in pieces.
+    """
+    special = tokenizer.min_length - 1
+    longest = max(lengths)
+    if min(lengths) < tokenizer.min_length:
+        raise InputError(f"a text has at least {tokenizer.min_length} tokens, not {min(lengths)}")
+    whole = tokenizer.encode_texts(_WORDS, max_length=max(longest, 64), truncation=True)
+    words = [word for word, row in zip(_WORDS, whole, strict=True) if len(row) == special + 1]
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(words, length - special)) for length in lengths] if words else []
+    found = [len(row) for row in tokenizer.encode_texts(texts, max_length=2 * longest, truncation=True)]
+    if found != list(lengths):
+        raise InputError("this tokenizer does not make one token of a common English word: no text has a known length")
+    return texts
+
+
+class LoadedBundle:
+    """What lives in an engine's process."""
+
+    def __init__(self, bundle: Path, backend: str, precision: str | None, num_threads: int) -> None:
+        from gte_deploy.loading import load
+
+        options: dict[str, Any] = {} if precision is None else {"precision": precision}
+        self._model = load(bundle, backend=backend, num_threads=num_threads, **options)  # type: ignore[arg-type]
+
+    def encode(self, texts: Sequence[str]) -> None:
+        """Embed texts of one length, in one batch."""
+        self._model.encode(texts, batch_size=len(texts), max_batch_tokens=MAX_BATCH_TOKENS)
+
+
+def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
+    """What is to be measured, without any numbers yet."""
+    if backend not in (None, *BACKENDS):
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    # What was asked for is tried where the bundle has nothing for it, too: the backend says best what is missing.
+    here = [name for name in BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
+    names = [backend] if backend else here
+    engines = [EngineResult(f"{name} {manifest.precision}", name) for name in names]
+    if manifest.precision == "fp32" and "openvino" in names:
+        engines.append(EngineResult("openvino bf16", "openvino", "bf16"))
+    return engines
+
+
+def _shapes(asked: Sequence[str] | None, max_length: int, min_length: int) -> list[Shape]:
+    if asked is not None:
+        return [Shape.parse(text, max_length=max_length, min_length=min_length) for text in dict.fromkeys(asked)]
+    fitting = [text for text in DEFAULT_SHAPES if int(text.partition("x")[2]) <= max_length]
+    shapes = fitting or [f"1x{max_length}"]
+    return [Shape.parse(text, max_length=max_length, min_length=min_length) for text in shapes]
+
+
+def _measure(
+    bundle: Path,
+    engines: Sequence[EngineResult],
+    texts: Mapping[str, Sequence[str]],
+    repeats: int,
+    num_threads: int,
+    progress: Progress,
+) -> list[EngineResult]:
+    """Fill in the results: open every engine in its own process, then call them in turn."""
+    workers: dict[str, Worker] = {}
+    first_answers: dict[str, float] = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    errors: dict[str, str] = {}
+    with ExitStack() as stack:
+        for result in engines:
+            progress(f"{result.name}: load")
+            started = time.perf_counter()
+            arguments = (bundle, result.backend, result.precision, num_threads)
+            try:
+                worker = stack.enter_context(Worker(LoadedBundle, *arguments))
+                worker.call("encode", next(iter(texts.values())))
+            except WorkerError as error:
+                errors[result.name] = str(error)
+                continue
+            workers[result.name] = worker
+            first_answers[result.name] = time.perf_counter() - started
+            seconds[result.name] = {}
+        for shape, rows in texts.items():
+            progress(f"{shape}: {repeats} rounds")
+            calls = {name: _call(worker, rows) for name, worker in workers.items() if name not in errors}
+            # One round more, for warming up: memory is allocated, kernels are chosen.
+            found, failed = interleaved(calls, repeats=repeats + 1)
+            errors |= failed
+            for name in found:
+                seconds[name][shape] = found[name][1:]
+        peaks = {name: worker.peak_bytes for name, worker in workers.items()}
+    return [
+        dataclasses.replace(
+            result,
+            seconds=seconds.get(result.name, {}),
+            first_answer_s=first_answers.get(result.name),
+            peak_bytes=peaks.get(result.name),
+            error=errors.get(result.name),
+        )
+        for result in engines
+    ]
+
+
+def _call(worker: Worker, texts: Sequence[str]) -> Callable[[], float]:
+    return lambda: worker.call("encode", texts).seconds
+
+
+def _tokens_per_second(result: EngineResult, shape: Shape) -> float:
+    return shape.rows * shape.tokens / result.spread(str(shape)).median

@@ -1,0 +1,273 @@
+"""Manifests from anywhere: each malformed one is refused with a BundleError that says why."""
+
+import copy
+import hashlib
+import json
+
+import pytest
+
+from gte_deploy.bundle.manifest import FORMAT, FORMAT_VERSION, is_bundle, open_bundle, read_manifest
+from gte_deploy.core.errors import BundleError
+from gte_deploy.core.spec import Profile
+
+GRAPH = b"not a graph, but hashed like one"
+MANIFEST = {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "spec": {
+        "task": "fill-mask",
+        "max_length": 128,
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "pad_token_id": 0,
+        "pooling": "mean",
+        "logits": "masked",
+        "num_labels": 0,
+        "id2label": {"0": "LABEL_0"},
+        "prompts": {},
+        "default_prompt_name": None,
+        "normalize": False,
+        "token_types": True,
+        "type_vocab_size": 2,
+        "embedding_size": 16,
+        "truncate_dim": 8,
+        "similarity": "dot",
+        "activation": None,
+        "sparse": {
+            "head": "splade",
+            "activation": "log1p_relu",
+            "pooling": "max",
+            "query_weights": "query_weights.npy",
+            "default_route": "document",
+            "max_active_dims": 64,
+            "unweighted": [],
+        },
+    },
+    "precision": "fp32",
+    "graphs": {
+        "onnxruntime": {
+            "path": "onnx/model.onnx",
+            "opset": 20,
+            "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+            "outputs": [{"name": "last_hidden_state", "dtype": "float32", "shape": ["batch", "sequence", 32]}],
+            "fusions": {"attention": 2},
+            "computes": ["fp32"],
+        },
+    },
+    "files": {"onnx/model.onnx": {"size": len(GRAPH), "sha256": hashlib.sha256(GRAPH).hexdigest()}},
+    "versions": {"onnx": "1.23"},
+    "source": {"name": "toy"},
+    "target": "cpu",
+    "plan": None,
+    "missed_bounds": [],
+}
+PLAN = {
+    "path": "onnx/model.onnx",
+    "flavour": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "compute_capabilities": ["8.9", "12.0"],
+    "profiles": [
+        {"min": [1, 1], "opt": [8, 128], "max": [32, 512]},
+        {"min": [1, 513], "opt": [1, 900], "max": [2, 999]},
+    ],
+    "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+    "outputs": [{"name": "last_hidden_state", "dtype": "float16", "shape": ["batch", "sequence", 32]}],
+    "layers": {"fused_attention": 2},
+    "timing_cache": None,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(change=None, text=None):
+        manifest = copy.deepcopy(MANIFEST)
+        if change:
+            change(manifest)
+        canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        manifest["checksum"] = hashlib.sha256(canonical.encode()).hexdigest()
+        (tmp_path / "onnx").mkdir(exist_ok=True)
+        (tmp_path / "onnx/model.onnx").write_bytes(GRAPH)
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest) if text is None else text)
+        return tmp_path
+
+    return write
+
+
+def test_a_manifest_survives_the_round_trip(write):
+    path = write()
+    manifest = open_bundle(path)
+    assert is_bundle(path)
+    assert manifest.spec.id2label == {0: "LABEL_0"}
+    assert manifest.graphs["onnxruntime"].inputs[0].shape == ("batch", "sequence")
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
+
+
+def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
+    def earlier(manifest):
+        manifest["format_version"] = 1
+        del manifest["target"], manifest["plan"]
+        for name in (
+            "token_types",
+            "type_vocab_size",
+            "embedding_size",
+            "truncate_dim",
+            "similarity",
+            "activation",
+            "sparse",
+        ):
+            del manifest["spec"][name]
+
+    manifest = read_manifest(write(earlier))
+    assert (manifest.target, manifest.plan) == ("cpu", None)
+    assert (manifest.spec.token_types, manifest.spec.embedding_width, manifest.spec.sparse) == (False, 32, None)
+
+
+def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
+    path = write(lambda manifest: manifest.update(graphs={}, plan=copy.deepcopy(PLAN)))
+    manifest = open_bundle(path)
+    assert manifest.plan.profiles[1] == Profile(min=(1, 513), opt=(1, 900), max=(2, 999))
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("path", "elsewhere.plan", "elsewhere.plan"),
+        ("path", None, "None"),
+        ("timing_cache", "elsewhere.cache", "elsewhere.cache"),
+        ("flavour", "tensorrt-lite", "tensorrt-lite"),
+        ("version", "latest", "latest"),
+        ("version", None, "malformed"),
+        ("compute_capabilities", [], "compute_capabilities"),
+        ("compute_capabilities", ["sm89"], "sm89"),
+        ("compute_capabilities", [8.9], "malformed"),
+        ("compute_capabilities", "8.9", "form"),
+        ("profiles", [], "profiles"),
+        ("profiles", [{"min": [1, 1], "opt": [1, 1]}], "malformed"),
+        ("profiles", [{"min": [1, 1], "opt": [1, 9], "max": [1, 8]}], "order"),
+        ("profiles", [{"min": [0, 1], "opt": [1, 1], "max": [1, 1]}], "positive"),
+        ("profiles", [{"min": [1, True], "opt": [1, 1], "max": [1, 1]}], "positive"),
+        ("profiles", [{"min": [1], "opt": [1, 1], "max": [1, 1]}], "pairs"),
+        ("inputs", [], "inputs"),
+        ("outputs", {}, "outputs"),
+        ("layers", {"fused_attention": -1}, "layers"),
+        ("layers", {"fused_attention": "2"}, "layers"),
+        ("layers", None, "malformed"),
+    ],
+)
+def test_a_malformed_plan_is_refused(write, field, value, says):
+    with pytest.raises(BundleError, match=says):
+        read_manifest(write(change("plan", {**PLAN, field: value})))
+
+
+def change(path: str, value):
+    *parents, last = path.split("/")
+
+    def apply(manifest):
+        for key in parents:
+            manifest = manifest[key]
+        manifest[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "path, value, says",
+    [
+        ("format", "something", "not the manifest"),
+        ("format_version", 3, "format version 3"),
+        ("precision", "fp17", "fp17"),
+        ("spec/task", "sing", "sing"),
+        ("spec/pooling", "max", "max"),
+        ("spec/logits", "some", "some"),
+        ("spec/max_length", 0, "max_length"),
+        ("spec/max_length", True, "max_length"),
+        ("spec/vocab_size", "256", "vocab_size"),
+        ("spec/pad_token_id", 256, "pad_token_id"),
+        ("spec/activation", "swish", "swish"),
+        ("spec/unknown", 1, "unknown"),
+        ("spec", None, "malformed"),
+        ("target", "tpu", "tpu"),
+        ("plan", [], "malformed"),
+        ("graphs", {}, "no plan"),
+        ("graphs", None, "malformed"),
+        ("graphs/coreml", MANIFEST["graphs"]["onnxruntime"], "onnxruntime, coreml"),
+        ("graphs/openvino", {**MANIFEST["graphs"]["onnxruntime"], "path": "other.onnx"}, "other.onnx"),
+        ("graphs/onnxruntime/path", "elsewhere.onnx", "elsewhere.onnx"),
+        ("graphs/onnxruntime/inputs", 3, "malformed"),
+        ("graphs/onnxruntime/computes", ["fp64"], "fp64"),
+        ("missed_bounds", "one", "missed_bounds"),
+        ("missed_bounds", [1], "missed_bounds"),
+        ("files", [], "malformed"),
+        ("files", {"../secret": {"size": 1, "sha256": ""}}, "secret"),
+        ("files", {"/etc/passwd": {"size": 1, "sha256": ""}}, "passwd"),
+        ("files", {"a//b": {"size": 1, "sha256": ""}}, "a//b"),
+        ("files", {"onnx/model.onnx": {"size": -1, "sha256": ""}}, "size"),
+        ("files", {"onnx/model.onnx": {"size": 1}}, "malformed"),
+    ],
+)
+def test_a_malformed_manifest_is_refused(write, path, value, says):
+    with pytest.raises(BundleError, match=says):
+        read_manifest(write(change(path, value)))
+
+
+def test_a_manifest_that_was_edited_is_refused(write):
+    file = write() / "manifest.json"
+    file.write_text(file.read_text().replace('"max_length": 128', '"max_length": 129'))
+    with pytest.raises(BundleError, match="checksum"):
+        read_manifest(file.parent)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format": 1}', "\x00"])
+def test_what_is_not_a_manifest_is_refused(write, text):
+    with pytest.raises(BundleError):
+        read_manifest(write(text=text))
+
+
+def test_no_manifest_is_no_bundle(tmp_path):
+    assert not is_bundle(tmp_path)
+    with pytest.raises(BundleError, match="gte-export"):
+        read_manifest(tmp_path)
+
+
+def test_a_huge_manifest_is_refused_unread(write):
+    with pytest.raises(BundleError, match="bytes"):
+        read_manifest(write(text=" " * (5 << 20)))
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [(GRAPH[:-1], "bytes"), (GRAPH[:-1] + b"!", "sha256"), (None, "missing")],
+    ids=["truncated", "flipped", "gone"],
+)
+def test_an_altered_file_is_refused(write, data, says):
+    path = write()
+    graph = path / "onnx/model.onnx"
+    graph.unlink()
+    if data is not None:
+        graph.write_bytes(data)
+    with pytest.raises(BundleError, match=says):
+        open_bundle(path)
+
+
+def test_a_link_out_of_the_bundle_is_refused(write, tmp_path_factory):
+    path = write()
+    outside = tmp_path_factory.mktemp("outside") / "model.onnx"
+    outside.write_bytes(GRAPH)
+    (path / "onnx/model.onnx").unlink()
+    (path / "onnx/model.onnx").symlink_to(outside)
+    with pytest.raises(BundleError, match="link"):
+        open_bundle(path)
+
+
+def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(write, tmp_path):
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "abc"
+    (snapshot / "onnx").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    source = write()
+    for number, name in enumerate(("manifest.json", "onnx/model.onnx")):
+        blob = repository / "blobs" / str(number)
+        blob.write_bytes((source / name).read_bytes())
+        (snapshot / name).symlink_to(blob)
+    assert open_bundle(snapshot).precision == "fp32"

@@ -1,0 +1,275 @@
+"""gte-deploy bench: every engine in its own process, what fails is told, and the fastest is recorded where asked."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gte_deploy import cli
+from gte_deploy.backends import picks
+from gte_deploy.bundle.manifest import PlanEntry, read_manifest
+from gte_deploy.core import exit_codes
+from gte_deploy.core.errors import BackendError, InputError
+from gte_deploy.core.spec import Profile
+from gte_deploy.text.tokenization import load_tokenizer
+from gte_deploy.tuning.bench import EngineResult, bench, fastest, format_table, record, synthetic_texts
+from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved, resident_bytes
+
+SHAPES = ["1x8", "3x16"]
+
+
+@pytest.fixture(scope="module")
+def bundle(word_checkpoints, bundle_of):
+    return bundle_of(word_checkpoints["embed"])
+
+
+@pytest.fixture(scope="module")
+def report(bundle):
+    return bench(bundle, backend="onnx", shapes=SHAPES, repeats=2, num_threads=1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def result(name, medians, *, error=None):
+    seconds = {shape: [median] * 3 for shape, median in zip(SHAPES, medians, strict=True)}
+    backend, precision = name.split()
+    return EngineResult(name, backend, "bf16" if precision == "bf16" else None, seconds, 1.0, 10**8, error)
+
+
+def test_every_shape_is_timed(report):
+    (onnx,) = report.engines
+    assert onnx.error is None and onnx.name == "onnx fp32"
+    assert {shape: len(seconds) for shape, seconds in onnx.seconds.items()} == {"1x8": 2, "3x16": 2}
+    assert onnx.first_answer_s > max(max(seconds) for seconds in onnx.seconds.values()) > 0
+    # A Python with onnxruntime takes tens of megabytes; one that shared the memory of pytest and torch, hundreds.
+    assert 2e7 < onnx.peak_bytes < 3e8
+
+
+def test_json_and_table_say_the_same(report):
+    data = json.loads(json.dumps(report.to_json()))
+    (onnx,) = data["engines"]
+    shape = onnx["shapes"]["3x16"]
+    assert shape["tokens_per_second"] == pytest.approx(48 / shape["median"])
+    assert shape["least"] <= shape["q1"] <= shape["median"] <= shape["q3"]
+    assert data["cpu"] and data["versions"]["onnxruntime"] and data["num_threads"] == 1 and data["date"]
+    table = format_table(report)
+    assert f"{shape['median'] * 1000:,.2f}" in table and f"{onnx['peak_bytes'] / 1e6:,.0f}" in table
+
+
+def test_an_engine_that_cannot_run_is_named_with_its_reason(report, monkeypatch):
+    lost = result("openvino fp32", [1, 1], error="openvino is not installed")
+    both = dataclasses.replace(report, engines=(*report.engines, lost))
+    assert "openvino fp32" in format_table(both) and "not measured: openvino is not installed" in format_table(both)
+    assert both.to_json()["engines"][1]["shapes"] == {}
+    assert fastest(both) == report.engines[0]
+
+
+@pytest.mark.parametrize(
+    ("with_plan", "backend", "tried"),
+    [
+        (False, None, ["onnx", "openvino", "openvino"]),
+        (True, None, ["tensorrt"]),
+        (False, "openvino", ["openvino", "openvino"]),
+        (False, "tensorrt", ["tensorrt"]),
+    ],
+)
+def test_the_engines_of_a_bundle(bundle, monkeypatch, with_plan, backend, tried):
+    opened = []
+
+    def worker(factory, path, *arguments):
+        opened.append(arguments[0])
+        raise WorkerError("not here")
+
+    manifest = read_manifest(bundle)
+    plan = PlanEntry("p", "tensorrt", "11.0", ("8.9",), (Profile((1, 1), (1, 8), (4, 32)),), (), (), {})
+    given = dataclasses.replace(manifest, plan=plan) if with_plan else manifest
+    monkeypatch.setattr("gte_deploy.tuning.bench.read_manifest", lambda path: given)
+    monkeypatch.setattr("gte_deploy.tuning.bench.Worker", worker)
+    with pytest.raises(BackendError, match="no engine here could run"):
+        bench(bundle, backend=backend, shapes=SHAPES)
+    assert opened == tried
+
+
+def test_no_engine_at_all(bundle, monkeypatch):
+    def broken(*arguments):
+        raise WorkerError("of no use here")
+
+    monkeypatch.setattr("gte_deploy.tuning.bench.Worker", broken)
+    with pytest.raises(BackendError, match="onnx fp32: of no use here"):
+        bench(bundle, shapes=SHAPES)
+
+
+def test_the_fastest_is_chosen_over_all_shapes_and_of_the_same_precision(report):
+    engines = (
+        result("onnx fp32", [1.0, 10.0]),
+        result("openvino fp32", [2.0, 4.0]),  # 8 against 10: slower at one shape, faster in the mean
+        result("openvino bf16", [0.5, 0.5]),
+    )
+    many = dataclasses.replace(report, shapes=tuple(report.shapes), engines=engines)
+    assert fastest(many).name == "openvino fp32"
+    assert fastest(many, precision_may_change=True).name == "openvino bf16"
+    with pytest.raises(BackendError, match="--precision-may-change"):
+        fastest(dataclasses.replace(many, engines=engines[2:]))
+
+
+def test_what_is_recorded_is_found_by_the_manifest(report, bundle):
+    file = record(report, report.engines[0])
+    pick = picks.lookup(read_manifest(bundle).to_json()["checksum"])
+    assert file.is_file() and (pick.backend, pick.precision) == ("onnx", None)
+    assert pick.measured["onnx fp32"]["1x8"] == report.engines[0].spread("1x8").median
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shapes": ["8"]}, "form ROWSxTOKENS"),
+        ({"shapes": ["x8"]}, "form ROWSxTOKENS"),
+        ({"shapes": ["1x2x3"]}, "form ROWSxTOKENS"),
+        ({"shapes": ["0x8"]}, "rows of shape 0x8"),
+        ({"shapes": ["1x129"]}, "tokens of shape 1x129"),
+        ({"shapes": ["1x2"]}, "tokens of shape 1x2"),
+        ({"repeats": 0}, "repeats"),
+        ({"num_threads": 0}, "num_threads"),
+        ({"backend": "torch"}, "backend must be"),
+    ],
+)
+def test_arguments_out_of_range(bundle, options, message):
+    with pytest.raises(InputError, match=message):
+        bench(bundle, **options)
+
+
+def test_synthetic_texts_have_exactly_the_tokens(word_checkpoints):
+    tokenizer = load_tokenizer(word_checkpoints["embed"])
+    lengths = [3, 128, 17, 17]
+    texts = synthetic_texts(tokenizer, lengths)
+    assert [len(row) for row in tokenizer.encode_texts(texts, max_length=128, truncation=False)] == lengths
+    assert texts[2] != texts[3] and texts == synthetic_texts(tokenizer, lengths)
+    with pytest.raises(InputError, match="at least 3 tokens"):
+        synthetic_texts(tokenizer, [2])
+
+
+def test_the_command(bundle, capsys):
+    arguments = ["bench", str(bundle), "--shapes", "1x8", "--repeats", "1", "--json"]
+    assert cli.main([*arguments, "--pick"]) == exit_codes.OK
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    assert data["picked"] in {engine["name"] for engine in data["engines"] if engine["error"] is None}
+    assert "1x8: 1 rounds" in captured.err and "recorded" in captured.err
+    assert picks.lookup(read_manifest(bundle).to_json()["checksum"]).backend == data["picked"].split()[0]
+    assert cli.main([*arguments, "--pick", "--threads", "1"]) == exit_codes.USAGE
+    assert "leave out" in capsys.readouterr().err
+
+
+def test_the_command_needs_no_torch(bundle):
+    script = (
+        "import sys; from gte_deploy import cli\n"
+        "if __name__ == '__main__':\n"
+        "    code = cli.main(sys.argv[1:]); assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    arguments = ["bench", str(bundle), "--shapes", "1x8", "--repeats", "1", "--backend", "onnx", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == exit_codes.OK, done.stderr
+    assert "onnx fp32" in done.stdout and "1x8" in done.stdout
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+class Contestant:
+    def __init__(self, start=0):
+        if start < 0:
+            raise InputError("start must not be negative")
+        print("not on stdout")
+        self.count = start
+
+    def add(self, number):
+        self.count += number
+        return self.count, os.getpid(), len(os.sched_getaffinity(0))
+
+    def allocate(self, size):
+        return len(bytearray(size))
+
+    def fail(self):
+        raise KeyError("lost")
+
+    def die(self):
+        os._exit(7)
+
+    def hang(self):
+        import time
+
+        time.sleep(600)
+
+
+def test_a_worker_keeps_its_contestant_in_a_process_of_its_own(capfd):
+    with Worker(Contestant, 5, cpus=1) as worker:
+        total, pid, cpus = worker.call("add", 2).value
+        assert (total, cpus) == (7, 1) and pid != os.getpid()
+        assert worker.call("add", 1).value[:2] == (8, pid)
+        before = worker.peak_bytes
+        answer = worker.call("allocate", 200_000_000)
+        assert answer.seconds > 0 and worker.peak_bytes == answer.peak_bytes > before + 1.5e8
+        worker.call("add", 1)
+        assert worker.peak_bytes == answer.peak_bytes
+    assert capfd.readouterr().out == ""
+    with pytest.raises(WorkerError, match="has ended"):
+        worker.call("add", 1)
+
+
+def test_a_workers_failures_are_told():
+    with pytest.raises(WorkerError, match="^start must not be negative$"):
+        Worker(Contestant, -1)
+    with Worker(Contestant) as worker:
+        with pytest.raises(WorkerError, match="KeyError: 'lost'"):
+            worker.call("fail")
+        assert worker.call("add", 1).value[0] == 1  # it goes on
+        with pytest.raises(WorkerError, match="exit code 7"):
+            worker.call("die")
+        with pytest.raises(WorkerError, match="has ended"):
+            worker.call("add", 1)
+
+
+def test_a_worker_that_does_not_answer_is_ended():
+    with Worker(Contestant, timeout_s=30) as worker:
+        worker._timeout_s = 0.2
+        with pytest.raises(WorkerError, match="no answer in 0 s"):
+            worker.call("hang")
+        assert worker._process.exitcode is not None
+
+
+def test_calls_are_interleaved_and_a_failure_is_left_out(monkeypatch):
+    monkeypatch.setattr("gte_deploy.tuning.measure.PAUSE_S", 0)
+    order = []
+
+    def call(name, fails_at=None):
+        def once():
+            order.append(name)
+            if order.count(name) == fails_at:
+                raise WorkerError(f"{name} failed")
+            return float(len(order))
+
+        return once
+
+    seconds, errors = interleaved({"a": call("a"), "b": call("b", 2), "c": call("c")}, repeats=3)
+    assert order == ["a", "b", "c", "a", "b", "c", "a", "c"]
+    assert (seconds["a"], seconds["b"], errors) == ([1.0, 4.0, 7.0], [2.0], {"b": "b failed"})
+    order.clear()
+    assert len(interleaved({"a": call("a")}, repeats=9, budget_s=0)[0]["a"]) == 1
+    assert len(interleaved({"a": call("a")}, repeats=9, at_least=3, budget_s=0)[0]["a"]) == 3
+
+
+def test_spread():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 3.0)
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, q1=2.0, q3=4.0, least=1.0)
+
+
+def test_resident_memory_of_this_process():
+    assert resident_bytes() > 1e7
