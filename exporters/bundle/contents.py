@@ -12,8 +12,8 @@ from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
-from gte_deploy.exporters.verification.parity import ParityReport
 from gte_deploy.exporters.verification.report import build_report, library_versions, render_html
+from gte_deploy.exporters.verification.results import ParityReport
 from gte_deploy.models.sparse_modules import read_query_weights
 
 
