@@ -36,7 +36,7 @@ class Description:
     """A checkpoint, read but for its weights.
 
     Args:
-        folder: folder of the checkpoint.
+        files: the checkpoint's folder and its JSON files.
         places: where its parts are.
         task: the task of the head.
         config: config of the model; its padding id is the tokenizer's.
@@ -45,13 +45,18 @@ class Description:
         settings: contents of sentence-transformers' files.
     """
 
-    folder: Path
+    files: CheckpointFiles
     places: Places
     task: Task
     config: GteConfig
     spec: ModelSpec
     tokenizer: ResolvedTokenizer
     settings: SentenceSettings
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.files.path
 
     @property
     def dense(self) -> tuple[DenseModule, ...]:
@@ -97,7 +102,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
         )
     config.pad_token_id = tokenizer.pad_token_id
     return Description(
-        folder=files.path,
+        files=files,
         places=places,
         task=resolved,
         config=config,

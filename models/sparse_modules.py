@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
-from gte_deploy.core.files import read_json
 from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 from gte_deploy.models.fields import SPLADE
 from gte_deploy.models.folder import CheckpointFiles, Module, kind_of, refuse_arguments
@@ -133,7 +132,7 @@ def read_sparse_spec(
 
 
 def read_query_weights(
-    folder: Path, vocab_size: int, token_id: Callable[[str], int | None]
+    files: CheckpointFiles, vocab_size: int, token_id: Callable[[str], int | None]
 ) -> NDArray[np.float32] | None:
     """The weights that a query's tokens get without the model, [vocab_size] float32; None where there are none.
 
@@ -144,16 +143,14 @@ def read_query_weights(
         CheckpointError: a file is missing or damaged.
         ConfigError: the queries' tokenizer is not the documents'.
     """
-    files = CheckpointFiles(folder)
     found = read_sparse_modules(files)
     if found is None or found.query is None:
         return None
-    place = folder / found.query
-    documents = folder / found.transformer
-    _require_same_tokenizer(place, documents)
-    path = (files.json[posixpath.join(found.query, "config.json")] or {}).get("path")
+    place = files.path / found.query
+    _require_same_tokenizer(files, found.query, found.transformer)
+    path = _object(files.json[posixpath.join(found.query, "config.json")]).get("path")
     if isinstance(path, str) and path.endswith(".json"):
-        stored = _weights_of_json(folder, place, path, vocab_size, token_id)
+        stored = _weights_of_json(files, found.query, path, vocab_size, token_id)
     else:
         stored = _stored_weights(place)
     if stored.ndim != 1 or len(stored) > vocab_size:
@@ -277,31 +274,33 @@ def _max_active_dims(files: CheckpointFiles) -> int | None:
     return value
 
 
-def _require_same_tokenizer(queries: Path, documents: Path) -> None:
+def _require_same_tokenizer(files: CheckpointFiles, queries: str, documents: str) -> None:
     """Refuse weights of another vocabulary: their ids would be those of other words."""
-    file = queries / "tokenizer.json"
-    if file.is_file() and _cutting(file) != _cutting(documents / "tokenizer.json"):
+    name = posixpath.join(queries, "tokenizer.json")
+    own = files.json[name]
+    if own is not None and _cutting(own) != _cutting(files.json[posixpath.join(documents, "tokenizer.json")]):
         raise ConfigError(
-            f"{file} is another tokenizer than that of documents; one for both is honoured. Replace it where they cut "
-            "alike."
+            f"{files.path / name} is another tokenizer than that of documents; one for both is honoured. Replace it "
+            "where they cut alike."
         )
 
 
-def _cutting(file: Path) -> dict[str, Any]:
-    """What of a tokenizer.json decides ids: all but how it would cut and pad."""
-    facts = _object(read_json(file))
-    return {name: value for name, value in facts.items() if name not in ("truncation", "padding", "version")}
+def _cutting(tokenizer: Any) -> dict[str, Any]:
+    """The part of a tokenizer.json that decides ids: all but how it would cut and pad."""
+    unimportant = ("truncation", "padding", "version")
+    return {name: value for name, value in _object(tokenizer).items() if name not in unimportant}
 
 
 def _weights_of_json(
-    folder: Path, place: Path, path: str, vocab_size: int, token_id: Callable[[str], int | None]
+    files: CheckpointFiles, query: str, path: str, vocab_size: int, token_id: Callable[[str], int | None]
 ) -> NDArray[np.float32]:
-    """Weights by word, as idf.json has them."""
+    """Weights by word, as idf.json has them, in the folder `query` or in the checkpoint's own."""
     name = PurePosixPath(path).name
-    file = next((file for file in (place / name, folder / name) if file.is_file()), None)
-    weights = {} if file is None else _object(read_json(file))
-    if file is None or not all(type(weight) in (int, float) for weight in weights.values()) or not weights:
-        raise CheckpointError(f"{place} names the query weights {path!r}, and {name} is no object of word -> weight")
+    weights = _object(files.json[posixpath.join(query, name)] or files.json[name])
+    if not weights or not all(type(weight) in (int, float) for weight in weights.values()):
+        raise CheckpointError(
+            f"{files.path / query} names the query weights {path!r}, and {name} is no object of word -> weight"
+        )
     stored = np.zeros(vocab_size, np.float32)
     for word, weight in weights.items():
         token = token_id(word)
