@@ -28,7 +28,7 @@ from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_file
 from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
-    from transformers import GteConfig
+    from transformers import PreTrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Description:
     folder: Path
     model_folder: Path
     task: Task
-    config: GteConfig
+    config: PreTrainedConfig
     spec: ModelSpec
     tokenizer: ResolvedTokenizer
     settings: SentenceSettings
@@ -111,7 +111,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
 def _spec(
     outer: Path,
     folder: Path,
-    config: GteConfig,
+    config: PreTrainedConfig,
     task: Task,
     settings: SentenceSettings,
     tokenizer: ResolvedTokenizer,
@@ -141,11 +141,11 @@ def _spec(
     )
 
 
-def _sparse(folder: Path, config: GteConfig, tokenizer: ResolvedTokenizer) -> SparseSpec:
+def _sparse(folder: Path, config: PreTrainedConfig, tokenizer: ResolvedTokenizer) -> SparseSpec:
     return read_sparse_spec(folder, config.num_labels, lambda: tokenizer.unweighted_ids)
 
 
-def _max_length(config: GteConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
+def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
     # max_seq_length takes the place of the tokenizer's own limit, as in sentence-transformers.
     own = tokenizer.max_length if settings.max_length is None else settings.max_length
     limit = config.max_position_embeddings

@@ -49,6 +49,7 @@ from gte_deploy.exporters.verification.source_libraries import (
 from gte_deploy.exporters.verification.source_view import is_original, loadable, rotation_frequencies
 from gte_deploy.loading import BackendName, load, stored_query_weights
 from gte_deploy.model import Model
+from gte_deploy.models.families import family_of_type
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS
 from gte_deploy.text.tokenization import load_tokenizer
 
@@ -199,7 +200,7 @@ def _compare_all(checkpoint: Path, model: Model, close: Closeness, asked: Asked,
     if _lowercases(checkpoint, inner, model.spec.task):
         _lowercase(tokenizer)
     _compare_ids(model, source, findings)
-    if config:
+    if config and family_of_type(config.get("model_type"), inner / "config.json").positions == "rotary":
         _compare_rotation(source, findings)
     if (inner / "adapter_config.json").is_file():
         findings.skipped.append("Answers were not compared: the checkpoint has an adapter, which peft has merged.")
@@ -396,17 +397,17 @@ def _lowercase(tokenizer: Any) -> None:
 def _compare_rotation(source: _Source, findings: _Findings) -> None:
     """RoPE as this package read it with RoPE as the formulas, or transformers, make it of the same config.json."""
     from transformers import AutoConfig
-    from transformers.models.gte.modeling_gte import GteRotaryEmbedding
 
+    from gte_deploy.models.checkpoint import rotary_module
     from gte_deploy.models.config import read_config
 
     if is_original(source.checkpoint):
         wanted, scale = rotation_frequencies(source.config), 1.0
     else:
         config: Any = AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
-        rotary: Any = GteRotaryEmbedding(config)
+        rotary = rotary_module(config)
         wanted, scale = rotary.inv_freq.double().numpy(), rotary.attention_scaling
-    rotary = GteRotaryEmbedding(read_config(source.checkpoint))
+    rotary = rotary_module(read_config(source.checkpoint))
     found = rotary.inv_freq.double().numpy()
     findings.count("rotation frequencies", len(wanted))
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-5, atol=0):

@@ -39,7 +39,7 @@ from gte_deploy.core.errors import CheckpointError, InputError, NonFiniteError
 from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.models.config import read_json
+from gte_deploy.models.reading import read_json
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,

@@ -120,4 +120,4 @@ def _table(value: ir.Value, half: int) -> ir.Value:
     return table
 
 
-ROPE = FusionPass(name="rope", anchor="Neg", per_layer=2, rewrite=_rewrite)
+ROPE = FusionPass(name="rope", anchor="Neg", rewrite=_rewrite)

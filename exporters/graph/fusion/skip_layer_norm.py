@@ -47,4 +47,4 @@ def _residual(total: ir.Node) -> tuple[Linear, ir.Value]:
     raise Mismatch(f"neither operand of {total.name} is a linear layer with a bias ({reason})")
 
 
-SKIP_LAYER_NORM = FusionPass(name="skip_layer_norm", anchor="LayerNormalization", per_layer=2, rewrite=_rewrite)
+SKIP_LAYER_NORM = FusionPass(name="skip_layer_norm", anchor="LayerNormalization", rewrite=_rewrite)
