@@ -71,6 +71,7 @@ def trace(
     elsewhere meanwhile. Its weights are referenced by the graph, not copied.
 
     Raises:
+        ConfigError: no family has the model's type.
         ExportError: an unknown task, pooling or logits; a model of another class or dtype; a length that the model
             does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
             not tell any apart.

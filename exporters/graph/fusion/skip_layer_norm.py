@@ -1,7 +1,6 @@
 """The residual step LayerNorm(skip + linear(x)) as Gemm with bias, Add and LayerNormalization on token rows.
 
 Not com.microsoft SkipLayerNormalization, whose CPU kernel is slower (docs/decisions/residual-and-layernorm-apart.md).
-Two sites a layer.
 """
 
 import onnx_ir as ir

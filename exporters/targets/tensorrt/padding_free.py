@@ -74,6 +74,7 @@ def pack(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str, int]:
     _add_inputs(graph)
     counts = fuse_graph(model, sites=sites, passes=(PACKED_ATTENTION,))
     with rewriting(model):
+        require(counts[PACKED_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
         _flatten_embedding(graph)
         _rewrite_heads(graph)
     graph.inputs.remove(_value(graph.inputs, _MASK))

@@ -16,11 +16,15 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import gte_deploy  # noqa: E402
+from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # noqa: E402
+from gte_deploy.core.spec import SparseSpec  # noqa: E402
 from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import original_config, read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
 
 LAYERS = 3
 LENGTH = 48
@@ -157,6 +161,50 @@ def test_passes_fire_as_the_family_says(bert, checkpoint, passes, expected):
         fusion.fuse_graph(graph.clone(), sites={}, passes=chosen)
     with pytest.raises(ExportError, match=r"'rope' fired 0 times, and this architecture has 6 sites"):
         fusion.fuse_graph(graph.clone(), sites=families.family_of_type("gte").sites(model.config), passes=chosen)
+
+
+def test_rows_without_padding_give_the_same_states(bert, checkpoint):
+    spec = describe(checkpoint).spec
+    ids = np.full((2, 9), spec.pad_token_id)
+    ids[0], ids[1, :4] = np.arange(5, 14), (2, 60, 4, 3)
+    batch = Batch(ids, (ids != 0).astype(np.int64), np.array([[1, 2]]), token_type_ids=(ids > 8).astype(np.int64))
+    padded, packed = (
+        TorchBackend(load_model(checkpoint), spec, packed=packed).run(batch, ["last_hidden_state", "logits"])
+        for packed in (False, True)
+    )
+    real = batch.attention_mask == 1
+    np.testing.assert_allclose(packed["last_hidden_state"][real], padded["last_hidden_state"][real], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(packed["logits"], padded["logits"], rtol=0, atol=2e-5)
+
+
+def test_a_splade_head_of_another_form_is_refused(bert, checkpoint):
+    with pytest.raises(ConfigError, match="BertOnlyMLMHead has no dense, layer_norm, decoder"):
+        make_head(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("splade")))
+
+
+def test_cuda_keeps_padding_alone(bert, checkpoint, tmp_path):
+    """Padding is removed around layers whose every operator works on token rows, which takes a gated unit."""
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    result = export(checkpoint, tmp_path / "bundle", target="cuda", precision="fp16", padding="keep")
+    assert result.parity.passed and result.manifest.graphs["onnxruntime"].fusions["flash"] == LAYERS
+    with pytest.raises(ExportError, match="padding cannot be removed from this graph: .*Export with padding='keep'"):
+        export(checkpoint, tmp_path / "other", target="cuda", precision="fp16", padding="remove")
+
+
+def test_tensorrt_without_padding_is_refused(bert, checkpoint):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph
+    from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE
+
+    model = load_model(checkpoint)
+    plain = build_graphs(model, task="fill-mask", max_length=LENGTH)["openvino"]
+    sites = families.fusion_sites(model)
+    assert tensorrt_graph(plain, "fp16", sites=sites).fusions == {"up_gate": 0}
+    with pytest.raises(ExportError, match="the attention of its family has no padding-free form"):
+        tensorrt_graph(plain, "fp16", sites=sites, layout=PADDING_FREE)
 
 
 @pytest.fixture(scope="module")
