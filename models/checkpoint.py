@@ -227,22 +227,18 @@ def _model_without_weights(config: PreTrainedConfig, task: Task, *, with_pooler:
     options = {"add_pooling_layer": with_pooler} if task == _ENCODER else {}
     with torch.device("meta"):
         model = family.model_class(task)(config, **options)
-    if family.position_module is not None:
+    if (name := family.position_module) is not None:
         # Its buffers are outside the state dict: made on the meta device they would never get values.
-        setattr(model.base_model, family.position_module, position_module(model))
+        encoder = model.base_model
+        setattr(encoder, name, type(getattr(encoder, name))(config))
     return model
-
-
-def position_module(model: PreTrainedModel) -> nn.Module:
-    """The module that positions are computed from, made anew from the config; see `Family.position_module`."""
-    name = family_of(model.config).position_module
-    assert name is not None  # the caller asks for families that have one
-    return type(getattr(model.base_model, name))(model.config)
 
 
 def rotary_module(config: PreTrainedConfig) -> Any:
     """The rotary module that the encoder has for `config`, of a family whose positions are rotary."""
-    return position_module(_model_without_weights(config, _ENCODER, with_pooler=False))
+    name = family_of(config).position_module
+    assert name is not None  # a family with rotary positions has one
+    return getattr(_model_without_weights(config, _ENCODER, with_pooler=False).base_model, name)
 
 
 def _read_state(

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Positions = Literal["rotary", "absolute", "alibi"]
-"""How a model knows the order of tokens: rotated queries and keys, an embedding of each place, or biased scores."""
+"""How a model knows the order of tokens: rotated queries and keys, an embedding of each place, or biased scores.
+
+The fusion passes and the padding-free attention know no biased scores: a family with "alibi" has no sites of these
+passes, and its models run padded.
+"""
 
 
 class WriteConfig(Protocol):

@@ -25,6 +25,7 @@ from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import original_config, read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
 from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
+from gte_deploy.training.model import model_config  # noqa: E402
 
 LAYERS = 3
 LENGTH = 48
@@ -175,6 +176,11 @@ def test_rows_without_padding_give_the_same_states(bert, checkpoint):
     real = batch.attention_mask == 1
     np.testing.assert_allclose(packed["last_hidden_state"][real], padded["last_hidden_state"][real], rtol=0, atol=2e-5)
     np.testing.assert_allclose(packed["logits"], padded["logits"], rtol=0, atol=2e-5)
+
+
+def test_training_refuses_it(bert, checkpoint):
+    with pytest.raises(ConfigError, match="model_type 'bert'; training knows GTE alone"):
+        model_config(str(checkpoint))
 
 
 def test_a_splade_head_of_another_form_is_refused(bert, checkpoint):
