@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gte_deploy.core.spec import Task
 from gte_deploy.models.fields import FileFields
+from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -108,7 +109,8 @@ class Family:
         native_config: writes config.json in the layout that transformers reads alone.
         original_config: writes config.json in the family's own layout; None where there is no such layout.
         classes: task -> name of the class in transformers. A family does the tasks that stand here.
-        aliases: other names that `architectures` in config.json has for a class, such as those of remote code.
+        architecture_prefixes: what stands before the task's part (`Task.architecture`) in the `architectures` of
+            config.json, such as "Gte" in "GteForMaskedLM"; one for each layout.
         heads: task -> path of the module that turns hidden states into the task's logits, in the class of the task.
         tensors: names of tensors.
         positions: how the model knows the order of tokens.
@@ -124,18 +126,23 @@ class Family:
     read_config: Callable[[Mapping[str, Any], Path], PreTrainedConfig]
     native_config: WriteConfig
     classes: Mapping[Task, str]
+    architecture_prefixes: tuple[str, ...]
     heads: Mapping[Task, str]
     positions: Positions
     sites: Callable[[Any], Mapping[str, int]]
     position_module: str | None = None
     tensors: TensorNames = TensorNames()
-    aliases: Mapping[str, Task] = field(default_factory=dict)
     original_config: WriteConfig | None = None
 
     @property
     def architectures(self) -> dict[str, Task]:
         """Name in `architectures` of config.json -> the task of its head."""
-        return {**{name: task for task, name in self.classes.items()}, **self.aliases}
+        return {
+            prefix + task.architecture: name
+            for prefix in self.architecture_prefixes
+            for name, task in TASKS.items()
+            if task.architecture is not None
+        }
 
     def model_class(self, task: Task) -> type[PreTrainedModel]:
         """The class of transformers for a task of `classes`."""

@@ -66,6 +66,7 @@ BERT = Family(
     read_config=_read_config,
     native_config=_native_config,
     classes={"fill-mask": "BertForMaskedLM", "embed": "BertModel"},
+    architecture_prefixes=("Bert",),
     heads={"fill-mask": "cls"},
     positions="absolute",
     position_module="embeddings",

@@ -116,6 +116,14 @@ def test_a_field_that_the_model_cannot_honour_is_refused(bert, checkpoint, tmp_p
         read_config(tmp_path)
 
 
+def test_a_task_that_the_family_does_not_do_is_refused(bert, checkpoint, tmp_path):
+    raw = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": ["BertForSequenceClassification"]}))
+    assert task_of(tmp_path) == "classify"
+    with pytest.raises(CheckpointError, match="task is 'classify'; expected one of fill-mask, embed$"):
+        load_model(tmp_path)
+
+
 def test_save_and_load_are_inverse(bert, checkpoint, tmp_path):
     model = load_model(checkpoint)
     save_model(model, tmp_path, layout="native")
