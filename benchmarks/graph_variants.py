@@ -48,6 +48,7 @@ from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, operand, producer, replace
 from gte_deploy.exporters.graph.fusion import MERGED_PASSES, PASSES, FusionPass, fuse_graph
 from gte_deploy.exporters.graph.trace import trace
+from gte_deploy.models.families.gte import GTE
 from gte_deploy.models.presets import preset
 
 _MEASURE_ONE = """
@@ -112,7 +113,8 @@ def _model(arguments: argparse.Namespace) -> GteForMaskedLM:
 
 
 def _fused(model: ir.Model, layers: int, *without: str, passes: Sequence[FusionPass] = PASSES) -> None:
-    fuse_graph(model, num_layers=layers, passes=[each for each in passes if each.name not in without])
+    sites = GTE.sites(GteConfig(num_hidden_layers=layers))
+    fuse_graph(model, sites=sites, passes=[each for each in passes if each.name not in without])
 
 
 def _skip_layer_norm(model: ir.Model, layers: int) -> None:

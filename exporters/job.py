@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.spec import Engine, ModelSpec, Precision, Target
 from gte_deploy.models.description import Description
+from gte_deploy.models.families import fusion_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,11 @@ class Job:
     def spec(self) -> ModelSpec:
         """The model's facts, with the limits of this export."""
         return self.checkpoint.spec
+
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """How often each fusion pass must fire on a graph of the model."""
+        return fusion_sites(self.model)
 
     @property
     def num_layers(self) -> int:

@@ -28,7 +28,7 @@ from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_file
 from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
-    from transformers import GteConfig
+    from transformers import PreTrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Description:
     files: CheckpointFiles
     places: Places
     task: Task
-    config: GteConfig
+    config: PreTrainedConfig
     spec: ModelSpec
     tokenizer: ResolvedTokenizer
     settings: SentenceSettings
@@ -115,7 +115,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
 def _spec(
     files: CheckpointFiles,
     places: Places,
-    config: GteConfig,
+    config: PreTrainedConfig,
     task: Task,
     settings: SentenceSettings,
     tokenizer: ResolvedTokenizer,
@@ -127,7 +127,7 @@ def _spec(
         activation = reranker_activation(places.config)
     sparse = None
     if task == "sparse":
-        sparse = read_sparse_spec(files, places.weights, config.num_labels, lambda: tokenizer.unweighted_ids)
+        sparse = read_sparse_spec(files, places, config.num_labels, lambda: tokenizer.unweighted_ids)
     has_labels = TASKS[task].has_labels
     return ModelSpec(
         task=task,
@@ -151,7 +151,7 @@ def _spec(
     )
 
 
-def _max_length(config: GteConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
+def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
     # max_seq_length takes the place of the tokenizer's own limit, as in sentence-transformers.
     own = tokenizer.max_length if settings.max_length is None else settings.max_length
     limit = config.max_position_embeddings

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, Task
+from gte_deploy.models.families import head_of
 from gte_deploy.models.sparse_heads import sparse_head
 
 
@@ -177,7 +178,7 @@ def encode_padded(encoder: Any, batch: Batch, device: torch.device | None = None
     """Run transformers' encoder over a padded batch.
 
     Args:
-        encoder: a GteModel, compiled or not.
+        encoder: the encoder of a model, compiled or not.
         batch: in numpy.
         device: the device of the encoder; None is the CPU.
     """
@@ -281,11 +282,12 @@ class FillMaskHead:
         """See `Head`."""
         # Only the masked rows: the whole [S, V] product of one long text would take a gigabyte.
         masked = states.masked_tokens() if self.options.logits == "masked" else None
+        head = head_of(self.model, "fill-mask")
         if masked is not None:
-            return self.model.lm_head(masked)
+            return head(masked)
         hidden = states.hidden
         # On rows [B*S, H] a graph's decoder is a Gemm that shares the embedding's matrix as it is stored.
-        logits = self.model.lm_head(hidden.reshape(-1, hidden.shape[-1]))
+        logits = head(hidden.reshape(-1, hidden.shape[-1]))
         return states.padded(logits.reshape(*hidden.shape[:-1], -1))
 
 
@@ -303,7 +305,7 @@ class ClassifyHead:
 
     def __call__(self, states: States) -> Tensor:
         """See `Head`."""
-        return self.model.classifier(self.features(states))
+        return head_of(self.model, "classify")(self.features(states))
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,7 @@ class TokenClassifyHead:
 
     def __call__(self, states: States) -> Tensor:
         """See `Head`."""
-        return states.padded(self.model.classifier(self.features(states)))
+        return states.padded(head_of(self.model, "token-classify")(self.features(states)))
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,7 @@ HEADS: dict[Task, Callable[[Any, HeadOptions], Head]] = {
     "token-classify": TokenClassifyHead,
     "sparse": SparseHead.of,
 }
-"""Task -> its head, made of a model of transformers' Gte classes and options."""
+"""Task -> its head, made of a model of a class of transformers and options."""
 
 
 def make_head(model: Any, options: HeadOptions) -> Head:

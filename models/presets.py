@@ -47,7 +47,7 @@ def _rope(theta: float) -> dict[str, Any]:
 
 
 def _ntk(theta: float, factor: float) -> dict[str, Any]:
-    # Fixed NTK scaling is a linear RoPE of another base: see `gte_deploy.models.config.ntk_rope`.
+    # Fixed NTK scaling is a linear RoPE of another base: see `gte_deploy.models.rope.ntk_rope`.
     return {
         "rope_parameters": {
             "rope_type": "linear",

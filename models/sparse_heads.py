@@ -14,17 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import SparseSpec
+from gte_deploy.models.families import head_of
 
 PART = 2048
 """Words of a part: 64 MB of logits at 8,192 tokens. Measured in docs/performance.md."""
 
 
 def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead:
-    """The head of a GteForMaskedLM or a GteForTokenClassification; its parameters are the model's own, uncopied."""
+    """The sparse head of a model for fill-mask or token-classify; its parameters are the model's own, uncopied.
+
+    Raises:
+        ConfigError: a splade head on a masked-LM head of another form than GTE's.
+    """
     if sparse.head == "splade":
-        return SpladeHead(model.lm_head, sparse)
-    return TokenWeightsHead(model.classifier, model.config.vocab_size, sparse)
+        head = head_of(model, "fill-mask")
+        if missing := [name for name in ("dense", "layer_norm", "decoder") if not hasattr(head, name)]:
+            raise ConfigError(
+                f"a splade head takes a masked-LM head of dense, layer_norm and decoder; {type(head).__name__} has no "
+                f"{', '.join(missing)}. Take the task fill-mask."
+            )
+        return SpladeHead(head, sparse)
+    return TokenWeightsHead(head_of(model, "token-classify"), model.config.vocab_size, sparse)
 
 
 class SpladeHead(nn.Module):

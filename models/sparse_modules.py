@@ -11,7 +11,7 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROU
 from gte_deploy.models.fields import SPLADE
 from gte_deploy.models.folder import CheckpointFiles, Module, kind_of, refuse_arguments
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
+
+if TYPE_CHECKING:
+    from gte_deploy.models.adapters import Places
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ def is_sparse_encoder(files: CheckpointFiles) -> bool:
 
 
 def read_sparse_spec(
-    files: CheckpointFiles, weights: Path, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]
+    files: CheckpointFiles, places: Places, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]
 ) -> SparseSpec:
     """How a checkpoint makes sparse embeddings: by its modules; else by its head.
 
@@ -100,7 +103,7 @@ def read_sparse_spec(
 
     Args:
         files: the checkpoint.
-        weights: the folder of its weights.
+        places: where its parts are.
         num_labels: labels of a classifier.
         unweighted: called for the ids that a token-weights head gives no weight.
 
@@ -115,7 +118,7 @@ def read_sparse_spec(
         return found.spec
     from gte_deploy.models.config import task_of_tensors
 
-    match task_of_tensors(weights):
+    match task_of_tensors(places):
         case "fill-mask":
             logger.info(
                 "%s has no SpladePooling; the maximum of log1p(relu(x)) is taken, as SparseEncoder does", folder

@@ -80,12 +80,15 @@ def model_config(source: str) -> GteConfig:
     """Return the config of a preset, by its name, or of a folder with a config.json.
 
     Raises:
-        ConfigError: `source` is neither.
+        ConfigError: `source` is neither, or is of another family than GTE.
     """
     if source in PRESETS:
         return build_config(source)
     if (Path(source) / "config.json").is_file():
-        return read_config(source)
+        config = read_config(source)
+        if not isinstance(config, GteConfig):
+            raise ConfigError(f"model {source!r} has model_type {config.model_type!r}; training knows GTE alone")
+        return config
     raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
 
 

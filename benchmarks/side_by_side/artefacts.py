@@ -131,14 +131,15 @@ def make_checkpoint(preset_name: str, task: str, target: Path) -> None:
     from transformers import PreTrainedModel
 
     from gte_deploy.models import builtin_path
-    from gte_deploy.models.checkpoint import MODEL_CLASSES, copy_tokenizer, load_model, save_model
+    from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
     from gte_deploy.models.config import build_config
+    from gte_deploy.models.families.gte import GTE
 
     torch.manual_seed(0)
     if preset_name == BUILTIN_NAME:
         model: PreTrainedModel = load_model(builtin_path(), task=task)  # type: ignore[arg-type]
     else:
-        model = MODEL_CLASSES[task](build_config(preset_name))  # type: ignore[index]
+        model = GTE.model_class(task)(build_config(preset_name))
     save_model(model, target, layout="native")
     copy_tokenizer(builtin_path(), target)
     if task == "embed":

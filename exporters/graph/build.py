@@ -26,6 +26,7 @@ from gte_deploy.core.spec import Engine, SparseSpec, TensorSpec
 from gte_deploy.exporters.graph.editing import dimensions, tensor_of
 from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.trace import trace
+from gte_deploy.models.families import fusion_sites
 
 DEFAULT_OPSET = 20
 
@@ -94,7 +95,7 @@ def build_graphs(
         sparse=sparse,
     )
     fused = plain.clone()
-    fusions = fuse_graph(fused, num_layers=model.config.num_hidden_layers)
+    fusions = fuse_graph(fused, sites=fusion_sites(model))
     return {"onnxruntime": graph_of(fused, fusions, opset), "openvino": graph_of(plain, {}, opset)}
 
 

@@ -24,15 +24,13 @@ class FusionPass:
     """A named rewrite: `rewrite(graph, anchor)` for every node whose operator is `anchor`.
 
     Args:
-        name: as reported.
+        name: name in reports and in the sites of a family.
         anchor: operator type that every site has exactly once.
-        per_layer: sites that one encoder layer of the architecture has.
         rewrite: rewrites one site, or raises Mismatch.
     """
 
     name: str
     anchor: str
-    per_layer: int
     rewrite: Callable[[ir.Graph, ir.Node], None]
 
     def __call__(self, model: ir.Model) -> tuple[int, list[str]]:

@@ -1,11 +1,12 @@
-"""A transformers GTE model -> a standard-operators-only ONNX graph with dynamic batch and sequence axes.
+"""A model of transformers -> a standard-operators-only ONNX graph with dynamic batch and sequence axes.
 
 The traced modules are transformers' own, and the head of the task is the one in `models/heads.py`. Three things differ
 from transformers' forward, and no value does:
 
 * the mask enters attention as an additive [B, 1, 1, S] tensor, so that no graph ever holds [B, 1, S, S] masks;
-* cosines and sines come from tables that the model's own rotary module filled in FP32. Computing them elsewhere
-  rounds far angles differently (3e-4 in the output at position 2,000), and half precision loses them altogether;
+* cosines and sines of rotary positions come from tables that the model's own rotary module filled in FP32. Computing
+  them elsewhere rounds far angles differently (3e-4 in the output at position 2,000), and half precision loses them
+  altogether;
 * the head of fill-mask sees the masked rows only.
 
 Shapes: B rows, S tokens, M masks, H hidden size, D head size, V vocabulary, L labels.
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
-from gte_deploy.models.checkpoint import MODEL_CLASSES
+from gte_deploy.models.families import family_of
 from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_head
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN
@@ -70,6 +71,7 @@ def trace(
     elsewhere meanwhile. Its weights are referenced by the graph, not copied.
 
     Raises:
+        ConfigError: no family has the model's type.
         ExportError: an unknown task, pooling or logits; a model of another class or dtype; a length that the model
             does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
             not tell any apart.
@@ -203,15 +205,14 @@ def _checked_options(task: str, pooling: str | None, logits: str, sparse: Sparse
 
 
 def _check_model(model: PreTrainedModel, options: HeadOptions, max_length: int) -> None:
-    expected = MODEL_CLASSES[head_task(options.task, options.sparse)]
-    if not isinstance(model, expected):
-        raise ExportError(
-            f"task {options.task!r} needs a {expected.__name__}, and the model is a {type(model).__name__}"
-        )
+    family, task = family_of(model.config), head_task(options.task, options.sparse)
+    if task not in family.classes or not isinstance(model, family.model_class(task)):
+        expected = family.classes.get(task, "family that has this task")
+        raise ExportError(f"task {options.task!r} needs a {expected}, and the model is a {type(model).__name__}")
     longest = model.config.max_position_embeddings
     if not MIN_LENGTH <= max_length <= longest:
         raise ExportError(f"max_length {max_length} is outside {MIN_LENGTH} … {longest}, which this model has")
-    rope_type = model.config.rope_parameters["rope_type"]
+    rope_type = model.config.rope_parameters["rope_type"] if family.positions == "rotary" else None
     if rope_type in _LENGTH_DEPENDENT_ROPE:
         raise ExportError(f"rope_type {rope_type!r} turns with the length of the text, which a table cannot do")
     for name, parameter in model.named_parameters():
@@ -221,20 +222,34 @@ def _check_model(model: PreTrainedModel, options: HeadOptions, max_length: int) 
 
 @contextlib.contextmanager
 def _traceable(model: PreTrainedModel, max_length: int) -> Iterator[None]:
-    encoder: Any = model.base_model
     config = model.config
-    attention, rotary = config._attn_implementation, encoder.rotary_emb
+    attention = config._attn_implementation
     modes = [(module, module.training) for module in model.modules()]
     config._attn_implementation = "eager"
-    encoder.rotary_emb = RotaryTable(rotary, max_length)
     model.eval()
+    try:
+        with _with_rotary_table(model, max_length):
+            yield
+    finally:
+        config._attn_implementation = attention
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _with_rotary_table(model: PreTrainedModel, max_length: int) -> Iterator[None]:
+    """Put tables in the place of the rotary module, where the family has one."""
+    family = family_of(model.config)
+    if family.positions != "rotary" or family.position_module is None:
+        yield
+        return
+    encoder, name = model.base_model, family.position_module
+    rotary = getattr(encoder, name)
+    setattr(encoder, name, RotaryTable(rotary, max_length))
     try:
         yield
     finally:
-        config._attn_implementation = attention
-        encoder.rotary_emb = rotary
-        for module, training in modes:
-            module.training = training
+        setattr(encoder, name, rotary)
 
 
 def _export(wrapper: _Wrapper, max_length: int, opset: int, *, token_types: bool) -> ir.Model:

@@ -48,6 +48,7 @@ from gte_deploy.exporters.verification.source_libraries import (
 from gte_deploy.exporters.verification.source_view import SourceFiles, loadable, read_source, rotation_frequencies
 from gte_deploy.loading import BackendName, load, stored_query_weights
 from gte_deploy.model import Model
+from gte_deploy.models.families import family_of_type
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS
 from gte_deploy.text.tokenization import load_tokenizer
 
@@ -197,7 +198,7 @@ def _compare_all(checkpoint: Path, model: Model, close: Closeness, asked: Asked,
     if files.lowercases:
         _lowercase(tokenizer)
     _compare_ids(model, source, findings)
-    if files.config:
+    if files.config and family_of_type(files.config.get("model_type"), files.model).positions == "rotary":
         _compare_rotation(files, findings)
     if files.has_adapter:
         findings.skipped.append("Answers were not compared: the checkpoint has an adapter, which peft has merged.")
@@ -366,17 +367,17 @@ def _lowercase(tokenizer: Any) -> None:
 def _compare_rotation(source: SourceFiles, findings: _Findings) -> None:
     """RoPE as this package read it with RoPE as the formulas, or transformers, make it of the same config.json."""
     from transformers import AutoConfig
-    from transformers.models.gte.modeling_gte import GteRotaryEmbedding
 
+    from gte_deploy.models.checkpoint import rotary_module
     from gte_deploy.models.config import read_config
 
     if source.is_original:
         wanted, scale = rotation_frequencies(source.config), 1.0
     else:
         config: Any = AutoConfig.from_pretrained(source.model, local_files_only=True, trust_remote_code=False)
-        rotary: Any = GteRotaryEmbedding(config)
+        rotary = rotary_module(config)
         wanted, scale = rotary.inv_freq.double().numpy(), rotary.attention_scaling
-    rotary = GteRotaryEmbedding(read_config(source.model))
+    rotary = rotary_module(read_config(source.model))
     found = rotary.inv_freq.double().numpy()
     findings.count("rotation frequencies", len(wanted))
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-5, atol=0):

@@ -15,6 +15,7 @@ pytest.importorskip("onnxruntime")
 pooling_module = pytest.importorskip("sentence_transformers.sparse_encoder.modules")
 
 import torch  # noqa: E402
+from transformers import GteConfig  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
@@ -31,11 +32,13 @@ from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph  # noqa: 
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE  # noqa: E402
 from gte_deploy.models import sparse_heads  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.models.families.gte import GTE  # noqa: E402
 
 LENGTH, VOCAB = 64, 256
 SPARSE = SparseSpec("splade", activation="log1p_relu")
 SPEC = ModelSpec("sparse", LENGTH, VOCAB, 32, 0, sparse=SPARSE)
 PARTS = 3
+SITES = GTE.sites(GteConfig(num_hidden_layers=1))
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +134,7 @@ def test_parts_in_8_bits(model, batch, tmp_path):
 def test_for_cuda(precision, removes, share, model, batch, tmp_path):
     """The CPU's stand-in for what a GPU runs."""
     plain = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)["openvino"]
-    graph = cuda_graph(plain, num_layers=1, precision=precision, removes_padding=removes)
+    graph = cuda_graph(plain, sites=SITES, precision=precision, removes_padding=removes)
     file = tmp_path / "model.onnx"
     save_graph(graph, file)
     wanted = expected(model, batch, SPARSE)
@@ -143,12 +146,12 @@ def test_for_cuda(precision, removes, share, model, batch, tmp_path):
 def test_for_tensorrt(model):
     """Standard operators that TensorRT has, none of them with a choice that it lacks."""
     plain = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)["openvino"]
-    graph = tensorrt_graph(plain, "fp16", num_layers=1)
+    graph = tensorrt_graph(plain, "fp16", sites=SITES)
     assert {"ReduceMax", "Where", "Log"} <= {node.op_type for node in graph.model.graph}
     assert not {"ScatterElements", "Loop", "Scan"} & {node.op_type for node in graph.model.graph}
     assert [output.name for output in graph.outputs] == ["last_hidden_state", "sparse_embedding"]
     with pytest.raises(ExportError, match="padding cannot be removed"):
-        tensorrt_graph(plain, "fp16", num_layers=1, layout=PADDING_FREE)
+        tensorrt_graph(plain, "fp16", sites=SITES, layout=PADDING_FREE)
 
 
 @pytest.fixture(scope="module")

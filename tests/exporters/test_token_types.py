@@ -15,6 +15,7 @@ pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
+from transformers import GteConfig  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import ExportError  # noqa: E402
@@ -33,6 +34,7 @@ from gte_deploy.exporters.verification.parity import Comparison, check_parity  #
 from gte_deploy.exporters.verification.reference import TorchReference  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.models.families.gte import GTE  # noqa: E402
 from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "heads": 2, "layers": 1, "max_positions": 256, "type_vocab_size": 2}
@@ -44,6 +46,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "classify": {"task": "classify"},
     "token-classify": {"task": "token-classify"},
 }
+SITES = GTE.sites(GteConfig(num_hidden_layers=1))
 _SLOW = ("fill-mask all", "embed cls")
 ALL_TASKS = [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in TASKS]
 TYPES = TensorSpec("token_type_ids", "int64", ("batch", "sequence"))
@@ -159,7 +162,7 @@ def test_the_same_passes_fire(graphs):
 def test_cuda(models, graphs, name, precision, padding):
     """Through the stand-in for operators that a CPU does not have."""
     options = {"precision": precision, "removes_padding": padding == "remove"}
-    graph, batch = cuda_graph(graphs(name)["openvino"], num_layers=1, **options), batch_of(name)
+    graph, batch = cuda_graph(graphs(name)["openvino"], sites=SITES, **options), batch_of(name)
     assert TYPES in graph.inputs
     atol = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15}[precision]
     assert_same(run(cpu_emulation(graph), batch), by_transformers(models(name), name, batch), batch, atol)
@@ -169,7 +172,7 @@ def test_cuda(models, graphs, name, precision, padding):
 @pytest.mark.parametrize("name", ALL_TASKS)
 def test_tensorrt(graphs, models, tmp_path, name, layout):
     graph, batch = (
-        tensorrt_graph(graphs(name)["openvino"], "fp16", num_layers=1, layout=layout),
+        tensorrt_graph(graphs(name)["openvino"], "fp16", sites=SITES, layout=layout),
         batch_of(name),
     )
     spec = spec_of(name)
@@ -205,7 +208,7 @@ def test_tensorrt_rtx_builds_an_engine_of_it(graphs, tmp_path):
     from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
     from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime
 
-    graph = tensorrt_graph(graphs("classify")["openvino"], "fp16", num_layers=1)
+    graph = tensorrt_graph(graphs("classify")["openvino"], "fp16", sites=SITES)
     save_graph(graph, tmp_path / "model.onnx")
     profiles = [parse_profile("1x1:2x64:4x256")]
     arguments = {"graph": graph, "num_layers": 1, "targets": ("8.9",), "profiles": profiles}

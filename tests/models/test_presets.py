@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from gte_deploy.core.errors import ConfigError
-from gte_deploy.models.checkpoint import MODEL_CLASSES
 from gte_deploy.models.config import build_config
+from gte_deploy.models.families.gte import GTE
 from gte_deploy.models.presets import PRESETS, preset
 
 
 def _count(name: str) -> int:
     with torch.device("meta"):
-        model = MODEL_CLASSES[preset(name)["task"]](build_config(name))
+        model = GTE.model_class(preset(name)["task"])(build_config(name))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -27,8 +27,9 @@ from gte_deploy.exporters.export import export
 from gte_deploy.exporters.verification import parity
 from gte_deploy.exporters.verification.cases import Case
 from gte_deploy.models import builtin_path
-from gte_deploy.models.checkpoint import MODEL_CLASSES, copy_tokenizer, save_model
+from gte_deploy.models.checkpoint import copy_tokenizer, save_model
 from gte_deploy.models.config import build_config
+from gte_deploy.models.families.gte import GTE
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -59,7 +60,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
         torch.manual_seed(0)
         checkpoint = folder / "checkpoint"
-        save_model(MODEL_CLASSES["fill-mask"](build_config("gte-en-mlm-base")), checkpoint, layout="native")
+        save_model(GTE.model_class("fill-mask")(build_config("gte-en-mlm-base")), checkpoint, layout="native")
         copy_tokenizer(builtin_path(), checkpoint)
     with pytest.MonkeyPatch.context() as patch:
         # The export's own proof, up to 8,192 tokens, is tested elsewhere; here the answers are compared.

@@ -39,7 +39,7 @@ from gte_deploy.core.errors import CheckpointError, InputError, NonFiniteError
 from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.models.config import read_json
+from gte_deploy.models.reading import read_required_json
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,
@@ -256,7 +256,7 @@ def load_classifier(folder: Path, *, num_labels: int, seed: int) -> PreTrainedMo
         ConfigError: the config of a GTE checkpoint asks for something that this package does not support.
     """
     torch.manual_seed(seed)
-    if read_json(folder / "config.json").get("model_type") in _OUR_MODEL_TYPES:
+    if read_required_json(folder / "config.json").get("model_type") in _OUR_MODEL_TYPES:
         return _our_classifier(folder, num_labels)
     return _other_classifier(folder, num_labels)
 

@@ -1,10 +1,11 @@
 """The fusion passes, in the order in which they run: each builds on the form that the ones before it leave.
 
-A pass that does not fire as often as the architecture has sites is an error, never a slower or different graph.
+A pass that does not fire as often as the model's family says is an error, never a slower or different graph.
 """
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
@@ -28,19 +29,25 @@ PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)
 """For a CPU, which gains nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
 
 _MAX_REASONS = 3
+_IN_LAYER = re.compile(r"\blayers?\.\d")
 
 
-def fuse_graph(model: ir.Model, *, num_layers: int, passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
+def fuse_graph(model: ir.Model, *, sites: Mapping[str, int], passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
     """Run `passes` over a traced graph in place; how often each fired, in order.
 
+    Args:
+        model: the graph.
+        sites: name of a pass -> how often it must fire, as `Family.sites` says. A pass that is not named must not fire.
+        passes: the passes to run, in order.
+
     Raises:
-        ExportError: a pass fired another number of times than `num_layers` layers have sites; it names the pass, both
-            numbers, and why sites were left alone.
+        ExportError: a pass fired another number of times than `sites` says. The error names the pass, both numbers, and
+            why anchors were left alone.
     """
     fired = {}
     for fusion in passes:
         count, reasons = fusion(model)
-        expected = fusion.per_layer * num_layers
+        expected = sites.get(fusion.name, 0)
         if count != expected:
             raise ExportError(_explain(fusion, count, expected, reasons))
         logger.debug("fusion pass %s fired %d times", fusion.name, count)
@@ -62,7 +69,7 @@ def _forget_shapes(graph: ir.Graph) -> None:
 
 def _explain(fusion: FusionPass, count: int, expected: int, reasons: Sequence[str]) -> str:
     # Nodes outside the layers (the embedding's LayerNorm, the head's Gelu) are left alone rightly: they come last.
-    likely = sorted(reasons, key=lambda reason: "layers." not in reason)[:_MAX_REASONS]
+    likely = sorted(reasons, key=lambda reason: _IN_LAYER.search(reason) is None)[:_MAX_REASONS]
     why = "; ".join(likely) or f"the graph has no other {fusion.anchor} node"
     return (
         f"fusion pass {fusion.name!r} fired {count} times, and this architecture has {expected} sites: {why}. "

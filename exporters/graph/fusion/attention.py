@@ -128,4 +128,4 @@ def _append(build: Builder, heads: Heads, columns: ir.Value, name: str) -> ir.Va
     return build.op("Reshape", wider, target, name=name)
 
 
-ATTENTION = FusionPass(name="attention", anchor="Softmax", per_layer=1, rewrite=_rewrite)
+ATTENTION = FusionPass(name="attention", anchor="Softmax", rewrite=_rewrite)

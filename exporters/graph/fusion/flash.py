@@ -50,4 +50,4 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> None:
     replace(attention.outputs[0], build.op("Reshape", kept, integers(graph, 0, 0, width), name="joined", allowzero=0))
 
 
-FLASH = FusionPass(name="flash", anchor="MultiHeadAttention", per_layer=1, rewrite=_rewrite)
+FLASH = FusionPass(name="flash", anchor="MultiHeadAttention", rewrite=_rewrite)

@@ -34,4 +34,4 @@ def _rewrite(graph: ir.Graph, gelu: ir.Node) -> None:
     replace(product.outputs[0], from_rows(build, gated))
 
 
-GLU = FusionPass(name="glu", anchor="Gelu", per_layer=1, rewrite=_rewrite)
+GLU = FusionPass(name="glu", anchor="Gelu", rewrite=_rewrite)

@@ -48,16 +48,19 @@ def _keep_apart(graph: ir.Graph, attention: ir.Node) -> None:
 
 def _matched(attention: ir.Node) -> tuple[list[ir.Value], list[Linear]]:
     query, key, value = (operand(attention, i) for i in range(3))
-    projections = [_before_rope(query), _before_rope(key), value]
+    projections = [_projection(query), _projection(key), value]
     linears = [require_linear(projection, bias=True) for projection in projections]
     require(len({linear.x for linear in linears}) == 1, "queries, keys and values are not made from the same input")
     return projections, linears
 
 
-def _before_rope(value: ir.Value) -> ir.Value:
+def _projection(value: ir.Value) -> ir.Value:
+    """The projection of queries or keys, before any rotation and without the mask's columns."""
     with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
-    return operand(producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding"), 0)
+    projected = operand(producer(with_mask.inputs[0], "Reshape"), 0)
+    made = projected.producer()
+    return operand(made, 0) if made is not None and made.op_type == "RotaryEmbedding" else projected
 
 
-QKV = FusionPass(name="qkv", anchor="MultiHeadAttention", per_layer=1, rewrite=_pack)
-PROJECTIONS = FusionPass(name="projections", anchor="MultiHeadAttention", per_layer=1, rewrite=_keep_apart)
+QKV = FusionPass(name="qkv", anchor="MultiHeadAttention", rewrite=_pack)
+PROJECTIONS = FusionPass(name="projections", anchor="MultiHeadAttention", rewrite=_keep_apart)

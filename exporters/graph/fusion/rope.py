@@ -4,7 +4,8 @@
  -> transpose(reshape(RotaryEmbedding(projection, 0, cos table, sin table)))
 
 The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer; positions
-are [B, S], made once (docs/decisions/rotation-tables-from-pytorch.md). Two sites a layer: queries and keys.
+are [B, S], made once (docs/decisions/rotation-tables-from-pytorch.md). Queries and
+keys are a site each.
 """
 
 from dataclasses import dataclass
@@ -120,4 +121,4 @@ def _table(value: ir.Value, half: int) -> ir.Value:
     return table
 
 
-ROPE = FusionPass(name="rope", anchor="Neg", per_layer=2, rewrite=_rewrite)
+ROPE = FusionPass(name="rope", anchor="Neg", rewrite=_rewrite)

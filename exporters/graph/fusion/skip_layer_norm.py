@@ -1,7 +1,6 @@
 """The residual step LayerNorm(skip + linear(x)) as Gemm with bias, Add and LayerNormalization on token rows.
 
 Not com.microsoft SkipLayerNormalization, whose CPU kernel is slower (docs/decisions/residual-and-layernorm-apart.md).
-Two sites a layer.
 """
 
 import onnx_ir as ir
@@ -47,4 +46,4 @@ def _residual(total: ir.Node) -> tuple[Linear, ir.Value]:
     raise Mismatch(f"neither operand of {total.name} is a linear layer with a bias ({reason})")
 
 
-SKIP_LAYER_NORM = FusionPass(name="skip_layer_norm", anchor="LayerNormalization", per_layer=2, rewrite=_rewrite)
+SKIP_LAYER_NORM = FusionPass(name="skip_layer_norm", anchor="LayerNormalization", rewrite=_rewrite)

@@ -36,4 +36,4 @@ def _rewrite(graph: ir.Graph, gelu: ir.Node) -> None:
         replace(old, from_rows(build, part, name=f"{kind}_proj"))
 
 
-UP_GATE = FusionPass(name="up_gate", anchor="Gelu", per_layer=1, rewrite=_rewrite)
+UP_GATE = FusionPass(name="up_gate", anchor="Gelu", rewrite=_rewrite)

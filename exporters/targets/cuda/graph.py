@@ -16,7 +16,7 @@ below it.
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gte_deploy.backends.onnxruntime import OnnxBackend
@@ -35,12 +35,12 @@ _NOT_ON_CUDA = (
 )
 
 
-def cuda_graph(plain: Graph, *, num_layers: int, precision: str, removes_padding: bool) -> Graph:
+def cuda_graph(plain: Graph, *, sites: Mapping[str, int], precision: str, removes_padding: bool) -> Graph:
     """Fuse a copy of the graph of standard operators for CUDA.
 
     Args:
         plain: with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
-        num_layers: layers of the encoder.
+        sites: how often each fusion pass must fire.
         precision: "fp16", "bf16" or "fp32", of weights and activations; inputs stay int64 and outputs float32.
         removes_padding: see above.
 
@@ -49,7 +49,7 @@ def cuda_graph(plain: Graph, *, num_layers: int, precision: str, removes_padding
     """
     model = plain.model.clone()
     passes = MERGED_PASSES if removes_padding else (*MERGED_PASSES, FLASH)
-    fusions = fuse_graph(model, num_layers=num_layers, passes=passes)
+    fusions = fuse_graph(model, sites=sites, passes=passes)
     if removes_padding:
         fusions["packed_attention"] = remove_padding(model)
     if precision in HALVES:

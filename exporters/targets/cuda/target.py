@@ -61,7 +61,7 @@ class CudaTarget(Target):
         with job.steps(f"fuse for CUDA in {job.precision}"):
             graph = cuda_graph(
                 graphs["openvino"],
-                num_layers=job.num_layers,
+                sites=job.sites,
                 precision=job.precision,
                 removes_padding=self.removes_padding(job.precision),
             )

@@ -91,14 +91,19 @@ class QdqScheme:
 
 
 def tensorrt_graph(
-    plain: Graph, precision: Precision, *, num_layers: int, scheme: QdqScheme | None = None, layout: Layout = PADDED
+    plain: Graph,
+    precision: Precision,
+    *,
+    sites: Mapping[str, int],
+    scheme: QdqScheme | None = None,
+    layout: Layout = PADDED,
 ) -> Graph:
     """The graph to compile, made of a copy of the plain FP32 one.
 
     Args:
         plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
         precision: one of `WIDE`.
-        num_layers: of the encoder.
+        sites: how often each fusion pass must fire.
         scheme: for int8 and fp8.
         layout: how texts lie in the graph's inputs.
 
@@ -109,8 +114,8 @@ def tensorrt_graph(
     _state_types(model.graph)
     if scheme is not None:
         smooth(model, scheme.smoothing)
-    counts = layout.rewrite(model, num_layers)
-    counts |= fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
+    counts = layout.rewrite(model, sites)
+    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE,))
     if scheme is not None:
         counts |= _quantize(model, scheme)
     _give_types(model.graph, WIDE[precision])
@@ -135,7 +140,7 @@ def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
         replace(old, part)
 
 
-UP_GATE = FusionPass(name="up_gate", anchor="Gelu", per_layer=1, rewrite=_pack_gate)
+UP_GATE = FusionPass(name="up_gate", anchor="Gelu", rewrite=_pack_gate)
 
 
 def merged_name(up: str) -> str:

@@ -69,7 +69,7 @@ class Layout(Protocol):
         """The shapes of every input that a graph may have; few have `mask_positions` and `token_type_ids`."""
         ...
 
-    def rewrite(self, model: "ir.Model", num_layers: int) -> dict[str, int]:
+    def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
         """Rewrite a plain FP32 graph in place for this layout; pass -> how often it fired."""
         ...
 
@@ -110,7 +110,7 @@ class Padded:
         rows: Shapes = {name: list(ends) for name in ("input_ids", "attention_mask", "token_type_ids")}
         return rows | {"mask_positions": [(count, 2) for count in mask_profile(profile)]}
 
-    def rewrite(self, model: "ir.Model", num_layers: int) -> dict[str, int]:
+    def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
         """The trace has this layout already."""
         return {}
 
@@ -170,11 +170,11 @@ class PaddingFree:
         shapes |= {name: [(texts + 1,) for texts, _ in ends] for name in (QUERY_LENGTHS, KV_LENGTHS)}
         return shapes | {"mask_positions": [(count,) for count in mask_profile(profile)]}
 
-    def rewrite(self, model: "ir.Model", num_layers: int) -> dict[str, int]:
+    def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
         """See `Layout`."""
         from gte_deploy.exporters.targets.tensorrt.padding_free import pack
 
-        return pack(model, num_layers=num_layers)
+        return pack(model, sites=sites)
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int

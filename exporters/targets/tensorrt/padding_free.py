@@ -19,7 +19,7 @@ runtime packs and unpacks (`gte_deploy.backends.tensorrt.padding_free`), so no s
 Shapes: B texts, T tokens of all, N heads, D head size, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -64,16 +64,17 @@ _WHOLE, _SMALL = ir.DataType.INT64, ir.DataType.INT32
 _TO_END = (1 << 31) - 1
 
 
-def pack(model: ir.Model, *, num_layers: int) -> dict[str, int]:
-    """Rewrite a plain graph in place; how many attentions there are.
+def pack(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str, int]:
+    """Rewrite a plain graph in place; how many attentions there are. `sites` as in `fuse_graph`.
 
     Raises:
         ExportError: the graph is not of that form.
     """
     graph = model.graph
     _add_inputs(graph)
-    counts = fuse_graph(model, num_layers=num_layers, passes=(PACKED_ATTENTION,))
+    counts = fuse_graph(model, sites=sites, passes=(PACKED_ATTENTION,))
     with rewriting(model):
+        require(counts[PACKED_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
         _flatten_embedding(graph)
         _rewrite_heads(graph)
     graph.inputs.remove(_value(graph.inputs, _MASK))
@@ -154,7 +155,7 @@ def _of_positions(build: Builder, table: ir.Value) -> ir.Value:
     return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
 
 
-PACKED_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", per_layer=1, rewrite=_pack_attention)
+PACKED_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", rewrite=_pack_attention)
 
 
 def _flatten_embedding(graph: ir.Graph) -> None:

@@ -43,7 +43,7 @@ def eight_bit_scheme(
     scheme = QdqScheme(precision, amax, base.smoothing, base.excluded | rows_only)
 
     def quantize(excluded: frozenset[str]) -> Graph:
-        return tensorrt_graph(plain, job.precision, num_layers=job.num_layers, scheme=scheme.excluding(excluded))
+        return tensorrt_graph(plain, job.precision, sites=job.sites, scheme=scheme.excluding(excluded))
 
     found = sweep(
         fp32,

@@ -121,7 +121,5 @@ class TensorRTTarget(Target):
             from gte_deploy.exporters.targets.tensorrt.precision import eight_bit_scheme
 
             scheme, sensitivity = eight_bit_scheme(graphs, job, self.options)
-        graph = tensorrt_graph(
-            graphs["openvino"], job.precision, num_layers=job.num_layers, scheme=scheme, layout=self.layout
-        )
+        graph = tensorrt_graph(graphs["openvino"], job.precision, sites=job.sites, scheme=scheme, layout=self.layout)
         return graph, sensitivity

@@ -16,6 +16,7 @@ pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
+from transformers import GteConfig  # noqa: E402
 
 from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.core.spec import Engine, TensorSpec  # noqa: E402
@@ -23,6 +24,7 @@ from gte_deploy.exporters.graph import build as graph_module  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
 from gte_deploy.exporters.graph.fusion import fuse_graph  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.models.families.gte import GTE  # noqa: E402
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "sequence"))
@@ -301,4 +303,4 @@ def test_error_of_a_pass_reaches_the_caller(graphs, monkeypatch):
     """A config with another number of layers than the traced graph has."""
     model = ir.from_proto(ir.to_proto(graphs("mlm plain").model))
     with pytest.raises(ExportError, match="6 sites"):
-        fuse_graph(model, num_layers=3)
+        fuse_graph(model, sites=GTE.sites(GteConfig(num_hidden_layers=3)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,32 @@ pytest.importorskip("onnx_ir")
 
 import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
+from transformers import GteConfig  # noqa: E402
 
+from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.exporters.graph import fusion  # noqa: E402
 from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.models.families.gte import GTE  # noqa: E402
 
 LAYERS = 2
+
+
+def sites(layers: int = LAYERS) -> Mapping[str, int]:
+    """How often each pass must fire on a graph of GTE with so many layers."""
+    return GTE.sites(GteConfig(num_hidden_layers=layers))
+
+
+@pytest.fixture
+def fuse() -> Callable[..., dict[str, int]]:
+    """`fuse(model, layers=2, passes=PASSES)`: fuse a graph of GTE; how often each pass fired."""
+
+    def run(
+        model: ir.Model, *, layers: int = LAYERS, passes: Sequence[fusion.FusionPass] = fusion.PASSES
+    ) -> dict[str, int]:
+        return fusion.fuse_graph(model, sites=sites(layers), passes=passes)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +80,8 @@ def refused() -> Callable[..., str]:
     def run(
         model: ir.Model, *, layers: int = LAYERS, passes: Sequence[fusion.FusionPass] = fusion.MERGED_PASSES
     ) -> str:
-        with pytest.raises(fusion.ExportError) as caught:
-            fusion.fuse_graph(model, num_layers=layers, passes=passes)
+        with pytest.raises(ExportError) as caught:
+            fusion.fuse_graph(model, sites=sites(layers), passes=passes)
         return str(caught.value)
 
     return run

@@ -18,9 +18,8 @@ def test_keeps_epsilon(plain, apply):
     assert [node.attributes["epsilon"].value for node in norms] == pytest.approx([1e-12] * 6, rel=1e-6)
 
 
-def test_runtime_does_not_replace_it_by_its_slower_kernel(plain, tmp_path):
+def test_runtime_does_not_replace_it_by_its_slower_kernel(fuse, plain, tmp_path):
     """On [batch, sequence, hidden] ONNX Runtime makes SkipLayerNormalization of the two, which is slower on a CPU."""
-    from gte_deploy.exporters.graph.fusion import fuse_graph
 
     def kernels(model: ir.Model) -> list[str]:
         options = ort.SessionOptions()
@@ -30,7 +29,7 @@ def test_runtime_does_not_replace_it_by_its_slower_kernel(plain, tmp_path):
         return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
 
     assert "SkipLayerNormalization" in kernels(plain), "the reason for the pass has gone: measure again"
-    fuse_graph(plain, num_layers=2)
+    fuse(plain)
     assert "SkipLayerNormalization" not in kernels(plain)
     assert kernels(plain).count("LayerNormalization") == 6
 

@@ -23,6 +23,7 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
+from transformers import GteConfig  # noqa: E402
 
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
@@ -36,6 +37,7 @@ from gte_deploy.exporters.targets.cuda.target import CudaOptions, CudaTarget  # 
 from gte_deploy.exporters.verification.emulation import cpu_emulation  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from gte_deploy.models.families.gte import GTE  # noqa: E402
 
 TASKS: dict[str, dict[str, Any]] = {
     "mlm": {"task": "fill-mask"},
@@ -45,6 +47,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 FOLDERS = {"mlm": "mlm", "all": "mlm", "embed": "embed_ntk", "rerank": "rerank"}
 LAYERS = 2
+SITES = GTE.sites(GteConfig(num_hidden_layers=LAYERS))
 # Two FP32 runs of these ill-conditioned random models differ by this much; see test_graph.py.
 HIDDEN_ATOL, HEAD_ATOL = 1e-4, 3e-4
 
@@ -85,7 +88,7 @@ def graphs(models: Callable[[str], Any], traced: Callable[[str], ir.Model]) -> C
         if key not in built:
             removes = padding == "remove" or (padding == "auto" and precision == "fp16")
             plain = graph_of(traced(name), {}, 20)
-            built[key] = cuda_graph(plain, num_layers=LAYERS, precision=precision, removes_padding=removes)
+            built[key] = cuda_graph(plain, sites=SITES, precision=precision, removes_padding=removes)
         return built[key]
 
     return get
@@ -408,7 +411,7 @@ def test_precision_and_padding_go_together():
 
 def test_padding_is_not_removed_from_another_graph(traced):
     model = traced("mlm")
-    fuse_graph(model, num_layers=LAYERS)  # queries, keys and values apart: made for a CPU
+    fuse_graph(model, sites=SITES)  # queries, keys and values apart: made for a CPU
     with pytest.raises(ExportError, match=r"padding cannot be removed.*not Split"):
         remove_padding(model)
 

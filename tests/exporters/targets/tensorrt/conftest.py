@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_grap
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models import resolve_checkpoint  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from gte_deploy.models.families import fusion_sites  # noqa: E402
 from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
 
 
@@ -37,6 +39,12 @@ def spec(model: Any) -> ModelSpec:
 @pytest.fixture(scope="session")
 def num_layers(model: Any) -> int:
     return model.config.num_hidden_layers
+
+
+@pytest.fixture(scope="session")
+def sites(model: Any) -> Mapping[str, int]:
+    """How often each pass must fire on a graph of the model."""
+    return fusion_sites(model)
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +66,14 @@ def plan(plain: Any, spec: ModelSpec) -> Any:
 
 
 @pytest.fixture(scope="session")
-def graphs(plain: Any, plan: Any, num_layers: int) -> Any:
+def graphs(plain: Any, plan: Any, sites: Mapping[str, int]) -> Any:
     """`graphs(precision)`: what TensorRT compiles."""
     made: dict[str, Graph] = {}
 
     def graph(precision: str) -> Graph:
         if precision not in made:
             quantized = plan(precision) if precision in ("int8", "fp8") else None
-            made[precision] = tensorrt_graph(plain["openvino"], precision, num_layers=num_layers, scheme=quantized)
+            made[precision] = tensorrt_graph(plain["openvino"], precision, sites=sites, scheme=quantized)
         return made[precision]
 
     return graph

@@ -15,9 +15,11 @@ BUILD = """
 import json, resource, sys
 from pathlib import Path
 import onnx_ir as ir
-from gte_deploy.exporters.graph import graph_of
+from gte_deploy.exporters.graph.build import graph_of
 from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles
-from gte_deploy.exporters.targets.tensorrt.engine import TensorRTOptions, build_plan, choose_runtime
+from gte_deploy.exporters.targets.tensorrt.engine import build_plan
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime
 file, counts = Path(sys.argv[1]), json.loads(sys.argv[2])
 plan = build_plan(
     file, file.parent, choose_runtime("rtx"), TensorRTOptions(), graph=graph_of(ir.load(file), counts, 20),
@@ -32,25 +34,29 @@ def base():
     """The FP32 graphs of a base-size encoder."""
     torch = pytest.importorskip("torch")
     from gte_deploy.exporters.graph.build import build_graphs
-    from gte_deploy.models.checkpoint import MODEL_CLASSES
     from gte_deploy.models.config import build_config
+    from gte_deploy.models.families.gte import GTE
 
     torch.manual_seed(0)
-    model = MODEL_CLASSES["embed"](build_config("gte-en-mlm-base")).eval()
+    model = GTE.model_class("embed")(build_config("gte-en-mlm-base")).eval()
     return build_graphs(model, task="embed", max_length=8192, pooling="mean")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
+    from transformers import GteConfig
+
     from gte_deploy.exporters.graph.build import save_graph
     from gte_deploy.exporters.graph.linears import find_linear_layers
     from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
+    from gte_deploy.models.families.gte import GTE
 
     # What the scales are does not matter to the builder.
     amax = {linear.name: 8.0 for linear in find_linear_layers(base["openvino"].model)}
     plan = QdqScheme("int8", amax) if precision == "int8" else None
-    graph = tensorrt_graph(base["openvino"], precision, num_layers=LAYERS, scheme=plan)
+    sites = GTE.sites(GteConfig(num_hidden_layers=LAYERS))
+    graph = tensorrt_graph(base["openvino"], precision, sites=sites, scheme=plan)
     save_graph(graph, tmp_path / "base.onnx")
     command = [sys.executable, "-c", BUILD, str(tmp_path / "base.onnx"), json.dumps(graph.fusions)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -74,17 +74,17 @@ def test_quantization_stands_around_gemms_and_nowhere_near_attention(graphs, pre
             assert use.node.op_type == "MatMul"
 
 
-def test_a_plan_can_keep_layers_in_fp16(plain, num_layers):
+def test_a_plan_can_keep_layers_in_fp16(plain, sites, num_layers):
     plan = QdqScheme("int8", {"none": 1.0})
     names = {name.removesuffix(".T") for name in plain["openvino"].model.graph.initializers}
-    graph = tensorrt_graph(plain["openvino"], "int8", num_layers=num_layers, scheme=plan.excluding(names))
+    graph = tensorrt_graph(plain["openvino"], "int8", sites=sites, scheme=plan.excluding(names))
     assert graph.fusions["int8_linears"] == 0
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in graph.model.graph}
 
 
-def test_another_architecture_is_an_error(plain, num_layers):
+def test_another_architecture_is_an_error(plain, sites, num_layers):
     with pytest.raises(ExportError, match="up_gate"):
-        tensorrt_graph(plain["openvino"], "fp16", num_layers=num_layers + 1)
+        tensorrt_graph(plain["openvino"], "fp16", sites={**sites, "up_gate": num_layers + 1})
 
 
 @pytest.mark.parametrize("precision, cosine", [("fp16", 0.99999), ("bf16", 0.9999), ("int8", 0.99), ("fp8", 0.98)])

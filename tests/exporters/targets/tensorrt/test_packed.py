@@ -30,6 +30,7 @@ from gte_deploy.exporters.verification.reference import TorchReference
 from gte_deploy.exporters.verification.report import plan_lines
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.families import fusion_sites
 
 FP32, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 # Texts of one token, short and long ones, in runs of up to four.
@@ -38,7 +39,7 @@ PROFILES = (Profile((1, 1), (2, 32), (3, 64)), Profile((1, 1), (2, 512), (4, 102
 
 
 @pytest.fixture(scope="module")
-def packed(plain, plan, num_layers):
+def packed(plain, plan, sites):
     """`packed(precision)`: the shipped model's padding-free graph."""
     made = {}
 
@@ -46,7 +47,7 @@ def packed(plain, plan, num_layers):
         if precision not in made:
             quantized = plan(precision) if precision in ("int8", "fp8") else None
             made[precision] = tensorrt_graph(
-                plain["openvino"], precision, num_layers=num_layers, scheme=quantized, layout=PADDING_FREE
+                plain["openvino"], precision, sites=sites, scheme=quantized, layout=PADDING_FREE
             )
         return made[precision]
 
@@ -97,7 +98,7 @@ def test_every_head_finds_its_tokens(make_checkpoint, tmp_path, task, more):
     sizes = {"hidden_size": 32, "heads": 2, "layers": 1, "max_positions": 1024, "type_vocab_size": 2}
     model = load_model(make_checkpoint(tmp_path / "model", task=task, **sizes), task=task)
     plain = build_graphs(model, task=task, max_length=1024, **more)["openvino"]
-    graph = tensorrt_graph(plain, "fp16", num_layers=1, layout=PADDING_FREE)
+    graph = tensorrt_graph(plain, "fp16", sites=fusion_sites(model), layout=PADDING_FREE)
     spec = ModelSpec(task, 1024, model.config.vocab_size, 32, 0, **more)
     for name, found in differences(graph, model, spec, ragged(model.config.vocab_size, masks=False)).items():
         assert found.within(TOLERANCES["fp16"]), (name, found)
@@ -148,9 +149,10 @@ def test_its_inputs_operators_and_types(packed, graphs, num_layers, precision):
     assert len(scales) == num_layers and all(node.outputs[0].dtype == FP32 for node in scales)
 
 
-def test_another_architecture_is_an_error(plain, num_layers):
+def test_another_architecture_is_an_error(plain, sites, num_layers):
+    wanted = {**sites, "packed_attention": num_layers + 1}
     with pytest.raises(ExportError, match="packed_attention"):
-        tensorrt_graph(plain["openvino"], "fp16", num_layers=num_layers + 1, layout=PADDING_FREE)
+        tensorrt_graph(plain["openvino"], "fp16", sites=wanted, layout=PADDING_FREE)
 
 
 # What TensorRT says of it.

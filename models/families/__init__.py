@@ -1,0 +1,55 @@
+"""The families of models by the `model_type` of their config.json.
+
+To add a family, write its module here and its line in `FAMILIES`.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from gte_deploy.core.errors import ConfigError
+from gte_deploy.core.spec import Task
+from gte_deploy.models.families.base import Family
+
+FAMILIES: Mapping[str, str] = {
+    "gte": "gte:GTE",
+    "new": "gte:GTE",
+}
+"""`model_type` -> module and object, imported when they are asked for. "new" is the original layout of "gte"."""
+
+
+def family_of_type(model_type: object, file: object = "config.json") -> Family:
+    """The family of a `model_type`.
+
+    Args:
+        model_type: the value in config.json.
+        file: the file that has it, for the error.
+
+    Raises:
+        ConfigError: no family has this model type.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(f'"{name}"' for name in FAMILIES)
+        raise ConfigError(f"{file}: model_type is {model_type!r}; expected one of {known}")
+    module, _, name = FAMILIES[model_type].partition(":")
+    found: Family = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return found
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model with this config of transformers.
+
+    Raises:
+        ConfigError: no family has its model type.
+    """
+    return family_of_type(config.model_type, type(config).__name__)
+
+
+def head_of(model: Any, task: Task) -> Any:
+    """The module of `model` that turns hidden states into the logits of `task`; see `Family.heads`."""
+    return model.get_submodule(family_of(model.config).heads[task])
+
+
+def fusion_sites(model: Any) -> Mapping[str, int]:
+    """How often each fusion pass must fire on a graph of `model`; see `Family.sites`."""
+    return family_of(model.config).sites(model.config)

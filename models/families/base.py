@@ -1,0 +1,156 @@
+"""A family: everything that loading, tracing and fusing need to know of one architecture.
+
+Each file of this package describes one family; `FAMILIES` in `__init__.py` lists them. A module of a family imports
+neither torch nor transformers at its top, because a checkpoint can be described without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from gte_deploy.core.spec import Task
+from gte_deploy.models.fields import FileFields
+from gte_deploy.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Positions = Literal["rotary", "absolute", "alibi"]
+"""How a model knows the order of tokens: rotated queries and keys, an embedding of each place, or biased scores.
+
+The fusion passes and the padding-free attention know no biased scores: a family with "alibi" has no sites of these
+passes, and its models run padded.
+"""
+
+
+class WriteConfig(Protocol):
+    """Writes a config as the fields of config.json in one layout."""
+
+    def __call__(self, config: Any, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
+        """Write the fields.
+
+        Args:
+            config: config of the model.
+            task: task of the head.
+            dtype: type of the stored tensors, such as "float32".
+
+        Raises:
+            ConfigError: the layout cannot express the config.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """How the tensors of a checkpoint are named.
+
+    A bare name is a name without the prefix of the encoder. The native layout is that of transformers. A family may
+    have an original layout as well, with other names and with matrices that hold the rows of several native ones.
+
+    Args:
+        prefixes: prefixes of the encoder's tensors, which reading drops.
+        original_prefix: the one of them that the original layout writes.
+        renames: pairs (original, native) of parts of bare names, applied in order.
+        packed: part of a packed tensor's native name -> the parts that name its rows' modules, in order.
+        tied: bare native name of a tensor -> the bare native name of the tensor that it shares. A checkpoint may leave
+            the first out; where it has both, they must be equal.
+        derived: pattern of tensors that some checkpoints store and that the config determines; None for none.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    original_prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
+    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    derived: re.Pattern[str] | None = None
+
+    def bare(self, name: str) -> str:
+        """The name without the encoder's prefix."""
+        prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")
+        return name.removeprefix(prefix)
+
+    def targets(self, name: str) -> tuple[str, ...]:
+        """Bare native names of the tensors that the rows of one stored tensor fill, in order."""
+        name = self.bare(name)
+        for original, native in self.renames:
+            name = name.replace(original, native)
+        for packed, parts in self.packed.items():
+            if packed in name:
+                return tuple(name.replace(packed, part) for part in parts)
+        return (name,)
+
+    def original(self, name: str) -> str:
+        """The bare original name of the tensor that holds the rows of a bare native one."""
+        for packed, parts in self.packed.items():
+            for part in parts:
+                name = name.replace(part, packed)
+        for original, native in self.renames:
+            name = name.replace(native, original)
+        return name
+
+    def is_derived(self, name: str) -> bool:
+        """Whether the config determines the tensor, so that a stored one is passed over."""
+        return self.derived is not None and self.derived.search(name) is not None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, as transformers implements it.
+
+    Args:
+        model_types: values of `model_type` in config.json, one for each layout.
+        fields: table of the fields of config.json: which are honoured, and which are refused.
+        read_config: makes the config of transformers from the contents of config.json and the file's path, which
+            errors name. It raises a ConfigError for a field that is missing, malformed or not supported.
+        native_config: writes config.json in the layout that transformers reads alone.
+        original_config: writes config.json in the family's own layout; None where there is no such layout.
+        classes: task -> name of the class in transformers. A family does the tasks that stand here.
+        architecture_prefixes: what stands before the task's part (`Task.architecture`) in the `architectures` of
+            config.json, such as "Gte" in "GteForMaskedLM"; one for each layout.
+        heads: task -> path of the module that turns hidden states into the task's logits, in the class of the task.
+        tensors: names of tensors.
+        positions: how the model knows the order of tokens.
+        position_module: attribute of the encoder whose module keeps what positions are computed from, in buffers
+            outside the state dict. Loading builds it again from the config; where positions are rotary, the trace
+            puts tables in its place. None where there is no such module.
+        sites: makes of a config: name of a fusion pass -> how often it must fire on a graph of the model. A pass that
+            does not stand there must not fire at all.
+    """
+
+    model_types: tuple[str, ...]
+    fields: FileFields
+    read_config: Callable[[Mapping[str, Any], Path], PreTrainedConfig]
+    native_config: WriteConfig
+    classes: Mapping[Task, str]
+    architecture_prefixes: tuple[str, ...]
+    heads: Mapping[Task, str]
+    positions: Positions
+    sites: Callable[[Any], Mapping[str, int]]
+    position_module: str | None = None
+    tensors: TensorNames = TensorNames()
+    original_config: WriteConfig | None = None
+
+    @property
+    def architectures(self) -> dict[str, Task]:
+        """Name in `architectures` of config.json -> the task of its head."""
+        return {
+            prefix + task.architecture: name
+            for prefix in self.architecture_prefixes
+            for name, task in TASKS.items()
+            if task.architecture is not None
+        }
+
+    def model_class(self, task: Task) -> type[PreTrainedModel]:
+        """The class of transformers for a task of `classes`."""
+        import transformers
+
+        found: type[PreTrainedModel] = getattr(transformers, self.classes[task])
+        return found
+
+    def has_head(self, names: list[str], task: Task) -> bool:
+        """Whether tensors of the task's head are among these stored names."""
+        return task in self.heads and any(name.startswith(f"{self.heads[task]}.") for name in names)

@@ -1,0 +1,77 @@
+"""Reading the JSON files of a checkpoint: whole, and field by field. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gte_deploy.core.errors import CheckpointError, ConfigError
+
+
+def read_required_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that must be there.
+
+    Raises:
+        CheckpointError: the file is not there.
+        ConfigError: it is not a JSON object.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); a checkpoint folder has one") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}). Copy the checkpoint again.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Typed access to the fields of one config.json; every complaint names the file, the field and the value."""
+
+    raw: Mapping[str, Any]
+    file: Path
+    defaults: Mapping[str, Any]
+
+    def get(self, key: str) -> Any:
+        """The value of a field, or its default.
+
+        Raises:
+            ConfigError: the field is missing and has no default.
+        """
+        if key in self.raw:
+            return self.raw[key]
+        if key not in self.defaults:
+            raise ConfigError(f"{self.file}: {key} is missing; the architecture needs it")
+        return self.defaults[key]
+
+    def refuse(self, key: str, value: Any, expected: str) -> ConfigError:
+        """The error for a value that is not supported."""
+        return ConfigError(f"{self.file}: {key} is {value!r}; expected {expected}")
+
+    def integer(self, key: str, *, at_least: int) -> int:
+        """An integer.
+
+        Raises:
+            ConfigError: the field is missing, or is another value.
+        """
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise self.refuse(key, value, f"an integer of at least {at_least}")
+        return value
+
+    def number(self, key: str, *, at_least: float = 0.0, below: float = math.inf) -> float:
+        """A number of at least `at_least` and below `below`.
+
+        Raises:
+            ConfigError: the field is missing, or is another value.
+        """
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:
+            raise self.refuse(key, value, f"a number of at least {at_least} and below {below}")
+        return value

@@ -1,0 +1,69 @@
+"""The tensors of a checkpoint's safetensors files, unread until they are asked for."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gte_deploy.core.errors import CheckpointError
+from gte_deploy.models.weight_files import INDEX, weight_files
+
+MAX_NAMED = 10
+"""How many tensors an error names."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file, unread until `read`.
+
+    Args:
+        handle: the open file.
+        name: stored name.
+        file: path of the file.
+        shape: stored shape.
+        dtype: stored type under safetensors' name, such as "F32".
+    """
+
+    handle: Any
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        """Read the tensor.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            return self.handle.get_tensor(self.name)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{self.file}: {self.name} cannot be read ({error}). Copy the file again.") from error
+
+
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, StoredTensor]:
+    """Every tensor of the folder by its stored name; files stay open until `stack` closes.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds other tensors than its index says.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file, expected in weight_files(folder).items():
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt"))
+            names = list(handle.keys())
+            slices = {name: handle.get_slice(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file ({error}). Copy it again.") from error
+        if expected is not None and set(names) != expected:
+            odd = sorted(set(names) ^ expected)
+            raise CheckpointError(f"{file} does not hold what {INDEX} says: {', '.join(odd[:MAX_NAMED])}")
+        for name, part in slices.items():
+            stored[name] = StoredTensor(handle, name, file, tuple(part.get_shape()), part.get_dtype())
+    return stored
