@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 SPEC_PARAMETER = "gte_deploy_spec"
 
 # Of what a Python model gives to the encoder: TensorRT plans may take 32-bit ids.
-_DTYPES = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
+_INTEGER_DTYPES = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
 
 T = TypeVar("T")
 
@@ -36,7 +36,9 @@ class Settings:
         config = json.loads(arguments["model_config"])
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.inputs = frozenset(tensor["name"] for tensor in config["input"])
-        self.outputs = {tensor["name"]: _DTYPES.get(tensor["data_type"], np.object_) for tensor in config["output"]}
+        self.outputs = {
+            tensor["name"]: _INTEGER_DTYPES.get(tensor["data_type"], np.object_) for tensor in config["output"]
+        }
         self._parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.spec: ModelSpec = spec_from_json(json.loads(self._parameters[SPEC_PARAMETER]))
 

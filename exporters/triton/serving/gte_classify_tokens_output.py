@@ -6,17 +6,13 @@ Shapes: B rows of a request, S tokens, T tokens without special ones of the row 
 that has most, L labels.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -26,13 +22,13 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     shared_texts,
     texts,
 )
-from gte_deploy.tasks.token_classify import (  # noqa: E402
+from gte_deploy.tasks.token_classify import (
     TaggedTexts,
     TaggingRequest,
     entities_to_tensors,
     logits_to_tensors,
 )
-from gte_deploy.text.tokenization import Piece, checked_max_length, load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import Piece, checked_max_length, load_tokenizer
 
 
 class TritonPythonModel:

@@ -5,19 +5,15 @@ The encoder's graph pools in both ways; a TensorRT plan gives its own pooling, o
 Shapes: B rows of a request, S tokens, H hidden size, D dimensions kept.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.core.errors import InputError  # noqa: E402
-from gte_deploy.core.spec import POOLINGS, Pooling  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import POOLINGS, Pooling
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -25,10 +21,10 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     option,
     required,
 )
-from gte_deploy.tasks.base import check_choice  # noqa: E402
-from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling  # noqa: E402
-from gte_deploy.tasks.pooling import pool  # noqa: E402
-from gte_deploy.text.inputs import check_integer  # noqa: E402
+from gte_deploy.tasks.base import check_choice
+from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling
+from gte_deploy.tasks.pooling import pool
+from gte_deploy.text.inputs import check_integer
 
 
 class TritonPythonModel:

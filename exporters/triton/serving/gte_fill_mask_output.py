@@ -3,18 +3,14 @@
 Shapes: B rows of a request, S tokens, M masks of the row that has most, K answers for each, V vocabulary.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.backends.base import Batch
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -23,9 +19,9 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     required,
     shared_texts,
 )
-from gte_deploy.tasks.fill_mask import MaskRequest, to_tensors  # noqa: E402
-from gte_deploy.text.inputs import as_texts, check_integer  # noqa: E402
-from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.tasks.fill_mask import MaskRequest, to_tensors
+from gte_deploy.text.inputs import as_texts, check_integer
+from gte_deploy.text.tokenization import load_tokenizer
 
 _DEFAULT_TOP_K = 5
 

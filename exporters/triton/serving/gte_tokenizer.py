@@ -10,25 +10,21 @@ at once, short ones to the bucket of longer ones where that costs less than anot
 Shapes: B rows of a request, S tokens, M masks of the row that has most.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.core.errors import InputError  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts  # noqa: E402
-from gte_deploy.tasks.fill_mask import check_mask  # noqa: E402
-from gte_deploy.tasks.interface import prompt_text  # noqa: E402
-from gte_deploy.text.batching import collate  # noqa: E402
-from gte_deploy.text.inputs import as_pairs, as_texts  # noqa: E402
-from gte_deploy.text.tokenization import checked_max_length, load_tokenizer  # noqa: E402
+from gte_deploy.core.errors import InputError
+from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts
+from gte_deploy.tasks.fill_mask import check_mask
+from gte_deploy.tasks.interface import prompt_text
+from gte_deploy.text.batching import collate
+from gte_deploy.text.inputs import as_pairs, as_texts
+from gte_deploy.text.tokenization import checked_max_length, load_tokenizer
 
 _TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "PLAIN_TEXT", "FIRST")
 
