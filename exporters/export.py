@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.verification.parity import ParityReport
     from gte_deploy.exporters.verification.texts import TextBatch
 
-MIN_LENGTH = 8
+MIN_MAX_LENGTH = 8
 """The shortest limit that a bundle may have, in tokens."""
 EVALUATION_TOKENS = 6000
 """Words of text on which a lower precision's accuracy is measured, in texts and again in windows."""
@@ -131,9 +131,10 @@ def _read(model: str | os.PathLike[str] | None, request: Request, steps: Steps) 
         raise InputError(f"logits 'all' is for task fill-mask; the task is {spec.task}")
     limit = checkpoint.config.max_position_embeddings
     length = spec.max_length if options.max_length is None else options.max_length
-    if not MIN_LENGTH <= length <= limit:
+    if not MIN_MAX_LENGTH <= length <= limit:
         raise InputError(
-            f"max_length is {length:,}; expected {MIN_LENGTH} to {limit:,}, the checkpoint's max_position_embeddings"
+            f"max_length is {length:,}; expected {MIN_MAX_LENGTH} to {limit:,}, the checkpoint's "
+            "max_position_embeddings"
         )
     if length > spec.max_length:
         steps.report(f"the bundle takes {length:,} tokens; the checkpoint's own files cut texts at {spec.max_length:,}")

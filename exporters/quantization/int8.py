@@ -147,11 +147,11 @@ def _smoothing_scales(matrix: NDArray[np.float32], found: Range) -> NDArray[np.f
 def _up_projection(down: Linear) -> Linear | None:
     """The layer whose output, times the gate's, is the input of `down`; None where there is no such product."""
     value = down.x
-    while (made := value.producer()) is not None and made.op_type == "Reshape":
-        value = operand(made, 0)
-    if made is None or made.op_type != "Mul":
+    while (source := value.producer()) is not None and source.op_type == "Reshape":
+        value = operand(source, 0)
+    if source is None or source.op_type != "Mul":
         return None
-    return next((up for side in made.inputs if side and (up := linear_of(side.producer()))), None)
+    return next((up for side in source.inputs if side and (up := linear_of(side.producer()))), None)
 
 
 def _smooth(down: Linear, scales: NDArray[np.float32]) -> None:
@@ -219,7 +219,9 @@ def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
         rows = initializer(graph, f"{table.name}.rows.int8", ir.tensor(np.ascontiguousarray(quantized.T)))
         scales = initializer(graph, f"{table.name}.rows.scale", ir.tensor(scale[:, None]))
         picked = build.op("Gather", rows, ids, name="int8_rows", dtype=ir.DataType.INT8)
-        wide = build.op("Cast", picked, name="rows", to=ir.DataType.FLOAT)
-        replace(node.outputs[0], build.op("Mul", wide, build.op("Gather", scales, ids, name="scales"), name="scaled"))
+        in_fp32 = build.op("Cast", picked, name="rows", to=ir.DataType.FLOAT)
+        replace(
+            node.outputs[0], build.op("Mul", in_fp32, build.op("Gather", scales, ids, name="scales"), name="scaled")
+        )
         count += 1
     return count

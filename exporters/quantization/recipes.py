@@ -80,11 +80,11 @@ def quantize_graphs(
 
     found = sweep(fp32, scheme.excluded, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
     scheme = scheme.excluding(found.excluded)
-    made: dict[Engine, Graph] = {}
+    quantized: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
         copy = graph.model.clone()
-        made[engine] = _with(graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations))
-    return Quantized(made, found)
+        quantized[engine] = _with(graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations))
+    return Quantized(quantized, found)
 
 
 def groups_of(graph: Graph, excluded: Collection[str]) -> dict[str, list[str]]:

@@ -314,7 +314,7 @@ def _data_file(file: Path, value: Any) -> Iterator[str]:
 def _ensemble(config: Any, models: dict[str, Any]) -> Iterator[str]:
     """Follow the tensors through the steps: each is made once, used as what it is, and all that is needed is there."""
     batched = config.max_batch_size > 0
-    made = {tensor.name: (tensor, batched) for tensor in config.input}
+    produced = {tensor.name: (tensor, batched) for tensor in config.input}
     used: set[str] = set()
     steps = [(step, models.get(step.model_name)) for step in config.ensemble_scheduling.step]
     for step, model in steps:
@@ -327,10 +327,10 @@ def _ensemble(config: Any, models: dict[str, Any]) -> Iterator[str]:
         for key, name in step.output_map.items():
             if key not in outputs:
                 yield f"step {step.model_name} has no output {key}"
-            elif name in made:
+            elif name in produced:
                 yield f"{name} is made twice"
             else:
-                made[name] = outputs[key], model.max_batch_size > 0
+                produced[name] = outputs[key], model.max_batch_size > 0
     for step, model in steps:
         if model is None:
             continue
@@ -341,29 +341,29 @@ def _ensemble(config: Any, models: dict[str, Any]) -> Iterator[str]:
             used.add(name)
             if key not in inputs:
                 yield f"step {step.model_name} has no input {key}"
-            elif name not in made:
+            elif name not in produced:
                 yield f"step {step.model_name} takes {name}, which nothing makes"
             else:
                 taken = inputs[key], model.max_batch_size > 0
-                yield from _joint(f"{name} as {step.model_name}'s {key}", made[name], taken)
+                yield from _joint(f"{name} as {step.model_name}'s {key}", produced[name], taken)
     for tensor in config.output:
-        if tensor.name not in made:
+        if tensor.name not in produced:
             yield f"output {tensor.name} is made by no step"
         else:
-            yield from _joint(f"output {tensor.name}", made[tensor.name], (tensor, batched))
+            yield from _joint(f"output {tensor.name}", produced[tensor.name], (tensor, batched))
     if unused := sorted({tensor.name for tensor in config.input} - used):
         yield f"input {', '.join(unused)} is used by no step"
 
 
 def _joint(where: str, maker: tuple[Any, bool], taker: tuple[Any, bool]) -> Iterator[str]:
     """Compare two tensors, each with whether its model has a batch axis that `dims` leaves out."""
-    made, taken = maker[0], taker[0]
-    if made.data_type != taken.data_type:
-        yield f"{where}: {_type_name(made)} is made and {_type_name(taken)} is taken"
+    produced, taken = maker[0], taker[0]
+    if produced.data_type != taken.data_type:
+        yield f"{where}: {_type_name(produced)} is made and {_type_name(taken)} is taken"
     shape, wanted = ([*([-1] if batched else []), *tensor.dims] for tensor, batched in (maker, taker))
     if not _fits(shape, wanted):
         yield f"{where}: {shape} is made and {wanted} is taken"
-    if getattr(made, "optional", False) and not getattr(taken, "optional", True):
+    if getattr(produced, "optional", False) and not getattr(taken, "optional", True):
         yield f"{where}: what may be left out is taken for granted"
 
 

@@ -432,8 +432,8 @@ def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> 
 def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, str], output: Config) -> Config:
     """Tokenizer, encoder and the Python model that makes the answer."""
     own = {tensor["name"] for tensor in output["input"]}
-    made = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
-    known = {*serving.encoder.input_names, *made.values(), *wiring}
+    produced = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
+    known = {*serving.encoder.input_names, *produced.values(), *wiring}
     options = [tensor for tensor in output["input"] if tensor["name"] not in known]
     return {
         **_ensemble_head(serving, device, name, wiring, options),
@@ -441,7 +441,7 @@ def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, 
         "ensemble_scheduling": {
             "step": [
                 _tokenizer_step(serving, wiring),
-                _step(ENCODER, serving.encoder.input_names, {k: v for k, v in made.items() if v in own}),
+                _step(ENCODER, serving.encoder.input_names, {k: v for k, v in produced.items() if v in own}),
                 _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]]),
             ]
         },

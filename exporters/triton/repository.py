@@ -305,9 +305,9 @@ def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
     plan = manifest.plan
     if plan is None:
         raise BundleError(f"{bundle} holds no TensorRT plan. Write one with gte-export --format trt.")
-    if plan.flavour != "tensorrt":
+    if plan.variant != "tensorrt":
         raise BundleError(
-            f"{bundle} holds a {plan.flavour} engine, and Triton runs TensorRT's. Build it where tensorrt is installed."
+            f"{bundle} holds a {plan.variant} engine, and Triton runs TensorRT's. Build it where tensorrt is installed."
         )
     if plan.padding_free:
         raise BundleError(

@@ -32,15 +32,16 @@ class Batch:
     mask_positions: NDArray[np.int64] | None = None
     token_type_ids: NDArray[np.int64] | None = None
 
-    def graph_inputs(self) -> dict[str, NDArray[np.int64]]:
-        """Every input that a graph of padded texts may have, by name; an array in place of None."""
+    def graph_inputs(self, names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The named inputs of a graph of padded texts, in that order; an array in place of None."""
         types, positions = self.token_type_ids, self.mask_positions
-        return {
+        offered = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "token_type_ids": np.zeros_like(self.input_ids) if types is None else types,
             "mask_positions": np.empty((0, 2), np.int64) if positions is None else positions,
         }
+        return {name: offered[name] for name in names}
 
 
 class Backend(Protocol):

@@ -99,10 +99,10 @@ def _by_rule(manifest: Manifest) -> EngineChoice:
         return EngineChoice("onnx", "fp32", "openvino is not installed")
     if not _is_usable("onnx", manifest):
         return EngineChoice("openvino", "fp32", "onnxruntime is not installed")
-    proven = [engine for engine, graph in manifest.graphs.items() if "fp32" in graph.computes]
-    if "openvino" in proven and "onnxruntime" not in proven:
+    verified = [engine for engine, graph in manifest.graphs.items() if "fp32" in graph.computes]
+    if "openvino" in verified and "onnxruntime" not in verified:
         return EngineChoice("openvino", "fp32", "the graph for ONNX Runtime missed its bounds at export")
-    if "onnxruntime" in proven and "openvino" not in proven:
+    if "onnxruntime" in verified and "openvino" not in verified:
         return EngineChoice("onnx", "fp32", "the graph for OpenVINO missed its bounds at export")
     if manifest.precision != "int8":
         reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick has recorded another engine"

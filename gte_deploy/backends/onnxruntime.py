@@ -19,7 +19,7 @@ from gte_deploy.backends.checks import (
     has_costly_head,
 )
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.tensorrt.shapes import Layout, plan_parts, write_inputs
+from gte_deploy.backends.tensorrt.shapes import Layout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
 from gte_deploy.core.spec import ModelSpec, Precision, Profile
@@ -93,9 +93,8 @@ class OnnxBackend:
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
         if self._tensorrt is not None:
-            return self._run_in_parts(session, self._tensorrt, batch, outputs)
-        offered = batch.graph_inputs()
-        values = self._run(session, {name: offered[name] for name in self._inputs}, outputs)
+            return self._run_in_sub_batches(session, self._tensorrt, batch, outputs)
+        values = self._run(session, batch.graph_inputs(self._inputs), outputs)
         return {name: value.astype(np.float32, copy=False) for name, value in zip(outputs, values, strict=True)}
 
     def close(self) -> None:
@@ -108,19 +107,19 @@ class OnnxBackend:
         except self._errors as error:
             raise BackendError(f"ONNX Runtime failed on a batch of {feed['input_ids'].shape}: {error}") from error
 
-    def _run_in_parts(
+    def _run_in_sub_batches(
         self, session: Any, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
         """As TensorRT itself would be run: padded to the profile, in parts where that has fewer rows."""
         layout = Layout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
         masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
         results = layout.results(batch, outputs)
-        for part in plan_parts(batch, [tensorrt.profile], masks):
-            shapes = layout.shapes(part.shape, part.num_masks)
+        for sub_batch in split_batch(batch, [tensorrt.profile], masks):
+            shapes = layout.shapes(sub_batch.shape, sub_batch.num_masks)
             feed = {name: np.empty(shapes[name], np.int64) for name in self._inputs}
-            write_inputs(batch, part, feed, pad_token_id=self.spec.pad_token_id)
+            write_inputs(batch, sub_batch, feed, pad_token_id=self.spec.pad_token_id)
             for name, values in zip(outputs, self._run(session, feed, outputs), strict=True):
-                layout.place(name, values, part, results[name])
+                layout.place(name, values, sub_batch, results[name])
         return results
 
     def _options_for(self, outputs: Sequence[str]) -> Any:

@@ -105,9 +105,7 @@ class OpenVinoBackend:
             self._idle = self._model = None
 
     def _infer(self, request: Any, batch: Batch) -> Any:
-        offered = batch.graph_inputs()
-        feed = {name: offered[name] for name in self._inputs}
-        return request.infer(feed, share_inputs=True, share_outputs=True)
+        return request.infer(batch.graph_inputs(self._inputs), share_inputs=True, share_outputs=True)
 
     def _requests_for(self, outputs: Sequence[str]) -> _Requests:
         """The idle requests of a model that computes `outputs`, compiled at the first need.

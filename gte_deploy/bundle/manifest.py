@@ -29,7 +29,7 @@ from gte_deploy.core.spec import (
     SPARSE_ROUTES,
     TARGETS,
     TASKS,
-    TENSORRT_FLAVOURS,
+    TENSORRT_VARIANTS,
     ComputePrecision,
     Engine,
     ModelSpec,
@@ -37,7 +37,7 @@ from gte_deploy.core.spec import (
     Profile,
     SparseSpec,
     Target,
-    TensorRTFlavour,
+    TensorRTVariant,
     TensorSpec,
     is_packed,
 )
@@ -48,6 +48,8 @@ FORMAT_VERSION = 2
 # Version 1 had no token types, Dense modules, activations and sparse embeddings; what it says means the same today.
 _READ_VERSIONS = (1, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
+# Fields whose name in files is older than their name here.
+_JSON_NAMES = {"variant": "flavour"}
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class PlanEntry:
 
     Args:
         path: relative to the bundle, with forward slashes.
-        flavour: of the TensorRT that built it, and that must run it.
-        version: the exact version of that, e.g. "1.7.1.116".
+        variant: the TensorRT that built it and that must run it; `flavour` in JSON.
+        version: the exact version of that TensorRT, e.g. "1.7.1.116".
         compute_capabilities: of the GPUs that it runs on, e.g. "8.9".
         profiles: what shapes it takes; the runtime picks one of them.
         inputs: as the engine has them.
@@ -96,7 +98,7 @@ class PlanEntry:
     """
 
     path: str
-    flavour: TensorRTFlavour
+    variant: TensorRTVariant
     version: str
     compute_capabilities: tuple[str, ...]
     profiles: tuple[Profile, ...]
@@ -109,6 +111,10 @@ class PlanEntry:
     def padding_free(self) -> bool:
         """Whether it takes the tokens of all texts in a row, and its profiles are (texts, tokens of all)."""
         return is_packed(self.inputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain JSON data, for the manifest and for reports."""
+        return {_JSON_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data, with a checksum of all the rest."""
         data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.plan is not None:
+            data["plan"] = self.plan.to_json()
         return {**data, "checksum": _checksum(data)}
 
 
@@ -260,8 +268,8 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
     for name in ("path", "timing_cache"):
         if data[name] not in files and not (name == "timing_cache" and data[name] is None):
             raise ValueError(f"plan.{name} {data[name]!r} is not among the files")
-    if data["flavour"] not in TENSORRT_FLAVOURS:
-        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_FLAVOURS)}")
+    if data["flavour"] not in TENSORRT_VARIANTS:
+        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_VARIANTS)}")
     for name, value, pattern in (
         ("version", data["version"], r"\d+(\.\d+)+"),
         *(("compute_capabilities", capability, r"\d+\.\d") for capability in data["compute_capabilities"]),
@@ -275,7 +283,7 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
         raise ValueError(f"plan.layers must count layers, not {data['layers']!r}")
     return PlanEntry(
         path=data["path"],
-        flavour=data["flavour"],
+        variant=data["flavour"],
         version=data["version"],
         compute_capabilities=tuple(data["compute_capabilities"]),
         profiles=tuple(

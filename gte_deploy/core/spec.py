@@ -18,7 +18,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-
 """What a bundle's weights and graphs are made for."""
 Target = Literal["cpu", "cuda"]
 """What ONNX Runtime's graph is made for."""
-TensorRTFlavour = Literal["tensorrt", "tensorrt-rtx"]
+TensorRTVariant = Literal["tensorrt", "tensorrt-rtx"]
 ComputePrecision = Literal["fp32", "bf16"]
 """What an engine computes in wherever the graph leaves it the choice."""
 
@@ -33,7 +33,7 @@ SPARSE_ROUTES: tuple[SparseRoute, ...] = get_args(SparseRoute)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TARGETS: tuple[Target, ...] = get_args(Target)
-TENSORRT_FLAVOURS: tuple[TensorRTFlavour, ...] = get_args(TensorRTFlavour)
+TENSORRT_VARIANTS: tuple[TensorRTVariant, ...] = get_args(TensorRTVariant)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
 
 

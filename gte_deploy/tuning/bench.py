@@ -33,8 +33,6 @@ _WORDS = (
     "year day world city water light king queen house river"
 ).split()
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -139,7 +137,7 @@ def bench(
     shapes: Sequence[str] | None = None,
     repeats: int = 10,
     num_threads: int | None = None,
-    progress: Progress = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
     """Time `Model.encode` of a bundle on every engine, interleaved, each in a fresh process.
 
@@ -299,7 +297,7 @@ def _measure(
     texts: Mapping[str, Sequence[str]],
     repeats: int,
     num_threads: int,
-    progress: Progress,
+    progress: Callable[[str], None],
 ) -> list[EngineResult]:
     """Fill in the results: open every engine in its own process, then call them in turn."""
     workers: dict[str, Worker] = {}

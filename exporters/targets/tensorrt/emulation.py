@@ -153,12 +153,12 @@ class PaddingFreeOnnx:
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
         results = self._layout.results(batch, outputs)
-        for part in self._layout.parts(batch, self._profiles, self._masks):
-            shapes = self._layout.shapes(part.shape, part.num_masks)
+        for sub_batch in self._layout.split(batch, self._profiles, self._masks):
+            shapes = self._layout.shapes(sub_batch.shape, sub_batch.num_masks)
             feed = {name: np.empty(shapes[name], dtype) for name, dtype in self._dtypes.items()}
-            self._layout.write(batch, part, feed, pad_token_id=self._spec.pad_token_id)
+            self._layout.write(batch, sub_batch, feed, pad_token_id=self._spec.pad_token_id)
             for name, values in zip(outputs, self._session.run(list(outputs), feed), strict=True):
-                self._layout.place(name, values, part, results[name])
+                self._layout.place(name, values, sub_batch, results[name])
         return results
 
     def close(self) -> None:
@@ -217,11 +217,11 @@ def _producer_of_scores(node: ir.Node) -> ir.Node:
     """The node before `node` on the way from q·k; what else it reads is a constant or the mask."""
     candidates = node.inputs[:1] if node.op_type == "MatMul" else node.inputs
     for value in candidates:
-        made = behind = None if value is None else value.producer()
+        rounding = behind = None if value is None else value.producer()
         while behind is not None and behind.op_type == "Cast":
             behind = operand(behind, 0).producer()
-        if made is not None and behind is not None and behind.op_type in ("MatMul", "Mul", "Add", "Softmax"):
-            return made
+        if rounding is not None and behind is not None and behind.op_type in ("MatMul", "Mul", "Add", "Softmax"):
+            return rounding
     raise ExportError(f"{node.name} is not part of softmax(q·k * scale + mask)·v")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES
 from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import Profile, TensorSpec
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 PLAN_PATH = "tensorrt/model.plan"
 TIMING_CACHE_PATH = "tensorrt/timing.cache"
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
 _GEMM_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
 # As the builder and the inspector print a layer; what the compiler made of a profile ends in _myl<profile>_<number>.
 _LAYER = re.compile(
@@ -42,7 +42,7 @@ def build_plan(
     *,
     graph: "Graph",
     num_layers: int,
-    targets: Sequence[str],
+    compute_capabilities: Sequence[str],
     profiles: Sequence[Profile],
 ) -> PlanEntry:
     """Compile `onnx` into `folder`/tensorrt.
@@ -55,7 +55,7 @@ def build_plan(
         graph: what `onnx` holds.
         num_layers: of the encoder; each must have got a fused attention kernel. TensorRT builds no other for a
             padding-free graph, so there its attentions are counted in the network, whatever their kernels are named.
-        targets: compute capabilities, of `resolve_targets`.
+        compute_capabilities: the GPUs that the engine is for; see `resolve_capabilities`.
         profiles: that the engine takes.
 
     Raises:
@@ -77,10 +77,10 @@ def build_plan(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles:
         config.add_optimization_profile(_profile(builder, network, profile, layout))
-    if runtime.flavour == "tensorrt-rtx":
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, sm_name(target).upper()), index)
+    if runtime.variant == "tensorrt-rtx":
+        config.num_compute_capabilities = len(compute_capabilities)
+        for index, capability in enumerate(compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, sm_name(capability).upper()), index)
     cache = _timing_cache(config, runtime, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -99,9 +99,9 @@ def build_plan(
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     return PlanEntry(
         path=PLAN_PATH,
-        flavour=runtime.flavour,
+        variant=runtime.variant,
         version=runtime.version,
-        compute_capabilities=tuple(targets),
+        compute_capabilities=tuple(compute_capabilities),
         profiles=tuple(profiles),
         inputs=tuple(_tensor(tensor, specs) for tensor in inputs),
         outputs=tuple(_tensor(tensor, specs) for tensor in outputs),
@@ -139,7 +139,7 @@ def _fp32_products(graph: "Graph") -> set[str | None]:
 
 
 def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, runtime: Runtime) -> None:
-    wide = len(_fp32_products(graph))
+    fp32_gemms = len(_fp32_products(graph))
     wanted = {"fused_attention": num_layers}
     wanted |= {
         f"{kind}_gemm": graph.fusions[f"{kind}_linears"]
@@ -151,8 +151,8 @@ def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, ru
         for kind, count in wanted.items()
         if layers.get(kind, 0) < count
     ]
-    if layers.get("fp32_gemm", 0) > wide:
-        wrong.append(f"{layers['fp32_gemm']} GEMMs in FP32 where the graph has {wide}")
+    if layers.get("fp32_gemm", 0) > fp32_gemms:
+        wrong.append(f"{layers['fp32_gemm']} GEMMs in FP32 where the graph has {fp32_gemms}")
     if wrong:
         raise ExportError(
             f"{runtime.title} built an engine that would be slow: {'; '.join(wrong)}. Nothing was written; try another "
@@ -206,17 +206,17 @@ def _count_attentions(trt: Any, network: Any) -> int:
 
 
 def _profile(builder: Any, network: Any, profile: Profile, layout: Layout) -> Any:
-    made = builder.create_optimization_profile()
+    built = builder.create_optimization_profile()
     shapes = layout.shapes(profile)
     for index in range(network.num_inputs):
         name = network.get_input(index).name
-        made.set_shape(name, *shapes[name])
-    return made
+        built.set_shape(name, *shapes[name])
+    return built
 
 
 def _timing_cache(config: Any, runtime: Runtime, file: Path | None) -> Any:
     """The cache that the builder reads and adds to; TensorRT-RTX tunes on the user's machine and has none."""
-    if runtime.flavour == "tensorrt-rtx":
+    if runtime.variant == "tensorrt-rtx":
         if file is not None:
             raise InputError("--timing-cache is for ordinary TensorRT; TensorRT-RTX tunes when the engine is first run")
         return None
@@ -246,4 +246,4 @@ def _tensor(tensor: Any, specs: Mapping[str, TensorSpec]) -> TensorSpec:
     """As the network has it; the names of dynamic axes are the graph's."""
     names = specs[tensor.name].shape
     shape = tuple(name if size < 0 else int(size) for size, name in zip(tensor.shape, names, strict=True))
-    return TensorSpec(tensor.name, _DTYPES[tensor.dtype.name], shape)
+    return TensorSpec(tensor.name, DTYPE_NAMES[tensor.dtype.name], shape)

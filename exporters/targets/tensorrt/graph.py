@@ -54,7 +54,7 @@ from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
 
 EightBits = Literal["int8", "fp8"]
 
-WIDE: Mapping[Precision, ir.DataType] = {
+COMPUTE_DTYPES: Mapping[Precision, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.FLOAT16,
@@ -97,7 +97,7 @@ def tensorrt_graph(
 
     Args:
         plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
-        precision: one of `WIDE`.
+        precision: one of `COMPUTE_DTYPES`.
         num_layers: of the encoder.
         scheme: for int8 and fp8.
         layout: how texts lie in the graph's inputs.
@@ -106,20 +106,20 @@ def tensorrt_graph(
         ExportError: a pass did not fire as often as the architecture has sites.
     """
     model = plain.model.clone()
-    _state_types(model.graph)
+    _fill_in_types(model.graph)
     if scheme is not None:
         smooth(model, scheme.smoothing)
     counts = layout.rewrite(model, num_layers)
-    counts |= fuse_graph(model, num_layers=num_layers, passes=(UP_GATE,))
+    counts |= fuse_graph(model, num_layers=num_layers, passes=(UP_GATE_SPLIT,))
     if scheme is not None:
         counts |= _quantize(model, scheme)
-    _give_types(model.graph, WIDE[precision])
+    _assign_types(model.graph, COMPUTE_DTYPES[precision])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return graph_of(model, counts, plain.opset)
 
 
-def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
+def _merge_up_and_gate(graph: ir.Graph, gelu: ir.Node) -> None:
     """Up · gelu(gate), two GEMMs of the same input -> one of [up; gate] and a Split."""
     product = consumer(gelu.outputs[0], "Mul")
     gate = operand(gelu, 0)
@@ -128,14 +128,14 @@ def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
     require(linears[0].x is linears[1].x, "up and gate are not made from the same input")
     build = Builder(graph, gelu, scope_of(product))
     weight = merge_weights(graph, merged_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
-    packed = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
+    merged = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
     sizes = integers(graph, *(linear.out for linear in linears))
-    parts = build.node("Split", [packed, sizes], name="up_gate", axis=-1, outputs=2)
+    parts = build.node("Split", [merged, sizes], name="up_gate", axis=-1, outputs=2)
     for old, part in zip((up, gate), parts, strict=True):
         replace(old, part)
 
 
-UP_GATE = FusionPass(name="up_gate", anchor="Gelu", per_layer=1, rewrite=_pack_gate)
+UP_GATE_SPLIT = FusionPass(name="up_gate", anchor="Gelu", per_layer=1, rewrite=_merge_up_and_gate)
 
 
 def merged_name(up: str) -> str:
@@ -152,8 +152,7 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
         _quantize_linear(model.graph, linear, scheme.kind, amax[linear.name])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # GEMMs that share an input quantize it once
-    wide = len(linears) - len(chosen)
-    return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": wide}
+    return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": len(linears) - len(chosen)}
 
 
 def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: float) -> None:
@@ -187,7 +186,7 @@ def _scales(peak: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
     return up.astype(np.float32)
 
 
-def _state_types(graph: ir.Graph) -> None:
+def _fill_in_types(graph: ir.Graph) -> None:
     """Give the FP32 values that the trace left without a type theirs."""
     for node in graph:
         floats = any(value is not None and value.dtype == _FP32 for value in node.inputs)
@@ -196,7 +195,7 @@ def _state_types(graph: ir.Graph) -> None:
                 output.type = ir.TensorType(_FP32)
 
 
-def _give_types(graph: ir.Graph, wide: ir.DataType) -> None:
+def _assign_types(graph: ir.Graph, compute_dtype: ir.DataType) -> None:
     """Give every node its type and put a Cast wherever an edge joins two of them."""
     fp32 = _kept_in_fp32(graph)
     pooling = _pooling_nodes(graph)
@@ -210,9 +209,9 @@ def _give_types(graph: ir.Graph, wide: ir.DataType) -> None:
         return copies[value, dtype]
 
     for node in list(graph):
-        dtype = _FP32 if node in fp32 or node in pooling else wide
+        dtype = _FP32 if node in fp32 or node in pooling else compute_dtype
         for i, value in enumerate(node.inputs):
-            if value is not None and value.dtype in (_FP32, wide) and value.dtype != dtype:
+            if value is not None and value.dtype in (_FP32, compute_dtype) and value.dtype != dtype:
                 node.replace_input_with(i, typed(value, dtype))
         for output in node.outputs:
             if output.dtype == _FP32:
@@ -222,22 +221,22 @@ def _give_types(graph: ir.Graph, wide: ir.DataType) -> None:
             (output,) = node.outputs
             uses = [use for use in output.uses() if use.node not in pooling]
             for user, index in uses:
-                user.replace_input_with(index, typed(output, wide))
+                user.replace_input_with(index, typed(output, compute_dtype))
     for i, output in enumerate(graph.outputs):
-        if output.dtype == wide:
+        if output.dtype == compute_dtype:
             name = output.name
-            output.name = f"{name}/{wide.name}"
+            output.name = f"{name}/{compute_dtype.name}"
             cast = _cast(graph, output, _FP32)
             cast.name, cast.shape = name, output.shape
             graph.outputs[i] = cast
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    made = value.producer()
-    assert made is not None  # the graph's own inputs are int64
+    source = value.producer()
+    assert source is not None  # the graph's own inputs are int64
     node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}/{dtype.name.lower()}")
     node.outputs[0].name, node.outputs[0].dtype = node.name, dtype
-    graph.insert_after(made, node)
+    graph.insert_after(source, node)
     return node.outputs[0]
 
 

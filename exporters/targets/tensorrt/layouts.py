@@ -144,7 +144,7 @@ class PaddingFree:
     def check_runtime(self, runtime: Runtime) -> None:
         """See `PADDING_FREE_FROM`."""
         wanted = ".".join(map(str, PADDING_FREE_FROM))
-        if runtime.flavour != "tensorrt":
+        if runtime.variant != "tensorrt":
             reason = f"{runtime.title} has no kernel for it; it was taken because {runtime.reason}"
         elif tuple(map(int, re.findall(r"\d+", runtime.version)[:2])) < PADDING_FREE_FROM:
             reason = f"this is {runtime.title}"
@@ -172,9 +172,9 @@ class PaddingFree:
 
     def rewrite(self, model: "ir.Model", num_layers: int) -> dict[str, int]:
         """See `Layout`."""
-        from gte_deploy.exporters.targets.tensorrt.padding_free import pack
+        from gte_deploy.exporters.targets.tensorrt.padding_free import make_padding_free
 
-        return pack(model, num_layers=num_layers)
+        return make_padding_free(model, num_layers=num_layers)
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int

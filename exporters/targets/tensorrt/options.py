@@ -10,7 +10,7 @@ from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.targets.cpu import CalibrationOptions
 from gte_deploy.exporters.targets.cuda.target import Padding
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
-from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_targets
+from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_capabilities
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.calibration import Calibrator
@@ -32,8 +32,8 @@ class TensorRTOptions(CalibrationOptions):
         padding: "remove" for an engine that takes the tokens of all texts in a row, which ordinary TensorRT builds from
             11.1 on, see `gte_deploy.exporters.targets.tensorrt.padding_free`. "keep" and "auto" keep it.
         runtime: "auto", "tensorrt" or "rtx", see `choose_runtime`.
-        targets: compute capabilities such as "8.9"; None for the GPU here, or with TensorRT-RTX for `DEFAULT_TARGETS`
-            as far as they can compute in the precision.
+        compute_capabilities: the GPUs that the engine is for, such as "8.9". None is the GPU of this machine; with
+            TensorRT-RTX, it is those of `DEFAULT_CAPABILITIES` that compute in the precision.
         profiles: shapes that the engine takes; none for the default ones.
         lengths: a file with one length in tokens a line, from which the profiles are made.
         calibrator: how INT8 and FP8 scales are chosen, see `gte_deploy.exporters.quantization.calibration`.
@@ -51,12 +51,12 @@ class TensorRTOptions(CalibrationOptions):
     runtime: str = option(
         "auto", "what builds the engine (default: tensorrt where it and a GPU are, else rtx)", choices=RUNTIMES
     )
-    targets: tuple[str, ...] | None = option(
+    compute_capabilities: tuple[str, ...] | None = option(
         None,
         "GPUs that the engine is for, such as sm86,sm89,sm120 (default: the GPU here; with rtx those three)",
         flags=("--target",),
         metavar="GPUS",
-        parse=parse_targets,
+        parse=parse_capabilities,
     )
     profiles: tuple[Profile, ...] = option(
         (),

@@ -64,7 +64,7 @@ _WHOLE, _SMALL = ir.DataType.INT64, ir.DataType.INT32
 _TO_END = (1 << 31) - 1
 
 
-def pack(model: ir.Model, *, num_layers: int) -> dict[str, int]:
+def make_padding_free(model: ir.Model, *, num_layers: int) -> dict[str, int]:
     """Rewrite a plain graph in place; how many attentions there are.
 
     Raises:
@@ -72,7 +72,7 @@ def pack(model: ir.Model, *, num_layers: int) -> dict[str, int]:
     """
     graph = model.graph
     _add_inputs(graph)
-    counts = fuse_graph(model, num_layers=num_layers, passes=(PACKED_ATTENTION,))
+    counts = fuse_graph(model, num_layers=num_layers, passes=(PADDING_FREE_ATTENTION,))
     with rewriting(model):
         _flatten_embedding(graph)
         _rewrite_heads(graph)
@@ -90,7 +90,7 @@ def _add_inputs(graph: ir.Graph) -> None:
         graph.inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape((axis,))))
 
 
-def _pack_attention(graph: ir.Graph, softmax: ir.Node) -> None:
+def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     """MatMul, Softmax, MatMul on [B, N, S, …] -> TRT_Attention on [T, N, D]."""
     found = require_attention(softmax)
     query, key = (require_rotation(_negation(value)) for value in (found.query, found.key))
@@ -123,8 +123,8 @@ def _negation(turned: ir.Value) -> ir.Node:
     """The Neg of the rotation that made `turned`."""
     for term in producer(turned, "Add").inputs:
         for factor in producer(term, "Mul").inputs:
-            made = None if factor is None else factor.producer()
-            if made is not None and made.op_type == "Concat" and (node := operand(made, 0).producer()) is not None:
+            source = None if factor is None else factor.producer()
+            if source is not None and source.op_type == "Concat" and (node := operand(source, 0).producer()):
                 if node.op_type == "Neg":
                     return node
     raise Mismatch(f"{turned.name!r} is not a rotation")
@@ -154,7 +154,7 @@ def _of_positions(build: Builder, table: ir.Value) -> ir.Value:
     return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
 
 
-PACKED_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", per_layer=1, rewrite=_pack_attention)
+PADDING_FREE_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", per_layer=1, rewrite=_rewrite_attention)
 
 
 def _flatten_embedding(graph: ir.Graph) -> None:

@@ -4,20 +4,19 @@ Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds 
 without any.
 """
 
-import ctypes
 import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gte_deploy.backends.tensorrt.cuda import gpu_capability
+from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
-from gte_deploy.core.spec import Precision, TensorRTFlavour
+from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
-DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
-_MODULES: Mapping[TensorRTFlavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_TITLES: Mapping[TensorRTFlavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 # The least compute capability with the hardware for it.
 _NEEDS: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
 
@@ -26,14 +25,14 @@ _NEEDS: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "int8": (7, 5), "
 class Runtime:
     """A TensorRT that can build here, and why it was taken."""
 
-    flavour: TensorRTFlavour
+    variant: TensorRTVariant
     reason: str
     module: Any = field(repr=False)
 
     @property
     def title(self) -> str:
         """Name and version."""
-        return f"{_TITLES[self.flavour]} {self.version}"
+        return f"{VARIANTS[self.variant].title} {self.version}"
 
     @property
     def version(self) -> str:
@@ -81,7 +80,7 @@ _INSTALL = (
 )
 
 
-def parse_targets(text: str) -> tuple[str, ...]:
+def parse_capabilities(text: str) -> tuple[str, ...]:
     """Compute capabilities from "sm86,sm89,sm120": ("8.6", "8.9", "12.0").
 
     Raises:
@@ -93,33 +92,33 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{match[1]}.{match[2]}" for match in found if match))
 
 
-def resolve_targets(runtime: Runtime, targets: Sequence[str] | None, precision: Precision) -> tuple[str, ...]:
+def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precision: Precision) -> tuple[str, ...]:
     """The compute capabilities that the engine is built for.
 
     Raises:
         InputError: one that this TensorRT does not build for, or that cannot compute in `precision`.
     """
     needed = _NEEDS.get(precision, (0, 0))
-    if runtime.flavour == "tensorrt":
+    if runtime.variant == "tensorrt":
         here = gpu_capability()
         assert here is not None  # choose_runtime found one
-        if targets and tuple(targets) != (here,):
+        if asked and tuple(asked) != (here,):
             raise InputError(
                 f"TensorRT builds for the GPU here, {sm_name(here)}, and the target is "
-                f"{','.join(map(sm_name, targets))}. Leave --target away, build on such a GPU, or take --runtime rtx."
+                f"{','.join(map(sm_name, asked))}. Leave --target away, build on such a GPU, or take --runtime rtx."
             )
         chosen: tuple[str, ...] = (here,)
-    elif targets:
-        chosen = tuple(targets)
+    elif asked:
+        chosen = tuple(asked)
         known = [name for name in dir(runtime.module.ComputeCapability) if name.startswith("SM")]
-        if unknown := [sm_name(target) for target in chosen if sm_name(target).upper() not in known]:
+        if unknown := [sm_name(one) for one in chosen if sm_name(one).upper() not in known]:
             raise InputError(
                 f"{runtime.title} does not build for {', '.join(unknown)}; it does for {', '.join(known).lower()}. "
                 "A data centre GPU needs ordinary TensorRT, on a machine that has one."
             )
     else:
-        chosen = tuple(target for target in DEFAULT_TARGETS if _numbers(target) >= needed)
-    if unable := [sm_name(target) for target in chosen if _numbers(target) < needed]:
+        chosen = tuple(one for one in DEFAULT_CAPABILITIES if _numbers(one) >= needed)
+    if unable := [sm_name(one) for one in chosen if _numbers(one) < needed]:
         raise InputError(
             f"{', '.join(unable)} cannot compute in {precision}, which begins with sm{needed[0]}{needed[1]}; leave it "
             "away from --target, or take fp16 or int8"
@@ -127,25 +126,9 @@ def resolve_targets(runtime: Runtime, targets: Sequence[str] | None, precision: 
     return chosen
 
 
-def gpu_capability() -> str | None:
-    """Compute capability of the first GPU, such as "8.9"; None where there is no driver or no GPU."""
+def _import(variant: TensorRTVariant) -> Any:
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-    for number, attribute in zip(numbers, (75, 76), strict=True):
-        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
-            return None
-    return f"{numbers[0].value}.{numbers[1].value}"
-
-
-def _import(flavour: TensorRTFlavour) -> Any:
-    try:
-        return importlib.import_module(_MODULES[flavour])
+        return importlib.import_module(VARIANTS[variant].module)
     except (ImportError, OSError, RuntimeError):  # the wheel without its libraries counts as none
         return None
 

@@ -11,7 +11,7 @@ from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_w
 from gte_deploy.exporters.targets.tensorrt.layouts import LAYOUTS, Layout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_targets
+from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_capabilities
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
@@ -53,7 +53,7 @@ class TensorRTTarget(Target):
         refuse_token_weights(spec)
         self._profiles(spec)
         if (runtime := self._runtime()) is not None:
-            resolve_targets(runtime, self.options.targets, precision)
+            resolve_capabilities(runtime, self.options.compute_capabilities, precision)
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Write the graph in the job's precision, and the engine that is compiled from it."""
@@ -80,7 +80,7 @@ class TensorRTTarget(Target):
                 self.options,
                 graph=graph,
                 num_layers=job.num_layers,
-                targets=resolve_targets(runtime, self.options.targets, job.precision),
+                compute_capabilities=resolve_capabilities(runtime, self.options.compute_capabilities, job.precision),
                 profiles=profiles,
             )
         keeps = self.options.keep_onnx

@@ -1,7 +1,7 @@
 """TensorRT and TensorRT-RTX: a bundle's engine on an NVIDIA GPU.
 
-An execution context serves one thread at a time, so each run borrows a lane: a stream with buffers and contexts of its
-own. Two lanes let one thread copy while another computes; more would hold memory and wait for the same GPU.
+An execution context serves one thread at a time, so each run borrows a slot: a stream with buffers and contexts of its
+own. Two slots let one thread copy while another computes; more would hold memory and wait for the same GPU.
 """
 
 import logging
@@ -22,19 +22,19 @@ from gte_deploy.backends.checks import check_batch, check_outputs, check_takes_t
 from gte_deploy.backends.tensorrt.cuda import Cuda
 from gte_deploy.backends.tensorrt.padding_free import PackedLayout
 from gte_deploy.backends.tensorrt.plan import open_plan
-from gte_deploy.backends.tensorrt.shapes import Layout, Part
+from gte_deploy.backends.tensorrt.shapes import Layout, SubBatch
 from gte_deploy.bundle.manifest import Manifest, PlanEntry
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.spec import ModelSpec, Precision
 
 logger = logging.getLogger(__name__)
 
-_LANES = 2
-# Of a lane. Each keeps a context, without memory for activations of its own.
+_NUM_SLOTS = 2
+# Of a slot. Each keeps a context, without memory for activations of its own.
 _KEPT_GRAPHS = 32
 _REMEMBERED_SHAPES = 1024
 # As the manifest names them -> as they lie in memory. numpy has no bfloat16: it is the upper half of a float32.
-_DTYPES: Mapping[str, np.dtype[Any]] = {
+_NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
@@ -76,10 +76,10 @@ class TensorRTBackend:
         self.outputs = tuple(tensor.name for tensor in plan.outputs)
         self._engine: _Engine | None = _Engine(engine, plan, trt, cuda)
         self._returned = threading.Condition()
-        self._idle: list[_Lane] = []
-        self._lanes = 0
+        self._idle: list[_Slot] = []
+        self._num_slots = 0
         # Where nobody called close. At the interpreter's end the driver frees everything itself.
-        weakref.finalize(self, _close_lanes, self._idle).atexit = False
+        weakref.finalize(self, _close_slots, self._idle).atexit = False
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`.
@@ -92,12 +92,12 @@ class TensorRTBackend:
             raise BackendError("this model is closed; load it again")
         check_outputs(outputs, self.outputs)
         check_batch(batch, self.spec)
-        parts = list(engine.layout.parts(batch, engine.plan.profiles, engine.masks))
+        sub_batches = list(engine.layout.split(batch, engine.plan.profiles, engine.masks))
         results = engine.layout.results(batch, outputs)
-        with self._borrowed_lane(engine) as lane:
+        with self._borrowed_slot(engine) as slot:
             try:
-                for part in parts:
-                    lane.run(batch, part, results, pad_token_id=self.spec.pad_token_id)
+                for sub_batch in sub_batches:
+                    slot.run(batch, sub_batch, results, pad_token_id=self.spec.pad_token_id)
             except RuntimeError as error:  # TensorRT's own, and BackendError
                 raise BackendError(f"TensorRT failed on a batch of {batch.input_ids.shape}: {error}") from error
         return results
@@ -109,33 +109,33 @@ class TensorRTBackend:
             idle = self._idle[:]
             self._idle.clear()
             self._returned.notify_all()
-        _close_lanes(idle)
+        _close_slots(idle)
 
     @contextmanager
-    def _borrowed_lane(self, engine: "_Engine") -> Iterator["_Lane"]:
+    def _borrowed_slot(self, engine: "_Engine") -> Iterator["_Slot"]:
         with self._returned:
-            while self._engine is not None and not self._idle and self._lanes == _LANES:
+            while self._engine is not None and not self._idle and self._num_slots == _NUM_SLOTS:
                 self._returned.wait()
             if self._engine is None:
                 raise BackendError("this model is closed; load it again")
-            lane = self._idle.pop() if self._idle else None
-            self._lanes += lane is None
+            slot = self._idle.pop() if self._idle else None
+            self._num_slots += slot is None
         sound = False
         try:
             engine.cuda.use()
-            lane = lane or _Lane(engine)
-            yield lane
+            slot = slot or _Slot(engine)
+            yield slot
             sound = True
         finally:
             with self._returned:
                 keep = sound and self._engine is not None
-                if keep and lane is not None:
-                    self._idle.append(lane)
+                if keep and slot is not None:
+                    self._idle.append(slot)
                 else:
-                    self._lanes -= 1
+                    self._num_slots -= 1
                 self._returned.notify()
-            if lane is not None and not keep:
-                lane.close()
+            if slot is not None and not keep:
+                slot.close()
 
 
 def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cuda") -> TensorRTBackend:
@@ -156,7 +156,7 @@ def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cu
 
 
 class _Engine:
-    """An engine, and what its lanes need to know of it."""
+    """An engine, and what its slots need to know of it."""
 
     def __init__(self, engine: Any, plan: PlanEntry, trt: Any, cuda: Cuda) -> None:
         self.plan = plan
@@ -165,14 +165,14 @@ class _Engine:
         tensors = (*plan.inputs, *plan.outputs)
         axes = {tensor.name: tensor.shape for tensor in tensors}
         self.layout: Layout | PackedLayout = PackedLayout(axes) if plan.padding_free else Layout(axes)
-        self.dtypes = {tensor.name: _DTYPES[tensor.dtype] for tensor in tensors}
+        self.dtypes = {tensor.name: _NUMPY_DTYPES[tensor.dtype] for tensor in tensors}
         self.masks: list[tuple[int, int]] | None = None
         """(least, most) mask positions of each profile."""
         if "mask_positions" in self.inputs:
             limits = [engine.get_tensor_profile_shape("mask_positions", i) for i in range(len(plan.profiles))]
             self.masks = [(max(1, low[0]), high[0]) for low, _, high in limits]
         # TensorRT-RTX compiles kernels for a shape while others already run it, and captures graphs itself.
-        self.is_rtx = plan.flavour == "tensorrt-rtx"
+        self.is_rtx = plan.variant == "tensorrt-rtx"
         self.is_captured = not self.is_rtx
         self._engine = engine
         self._trt = trt
@@ -196,7 +196,7 @@ class _Engine:
         return context
 
 
-class _Lane:
+class _Slot:
     """A stream, buffers, and contexts that share one memory for activations. One run at a time."""
 
     def __init__(self, engine: _Engine) -> None:
@@ -211,19 +211,21 @@ class _Lane:
         self._graphs: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
         self._seen: OrderedDict[Any, None] = OrderedDict()
 
-    def run(self, batch: Batch, part: Part, results: Mapping[str, NDArray[np.float32]], *, pad_token_id: int) -> None:
+    def run(
+        self, batch: Batch, sub_batch: SubBatch, results: Mapping[str, NDArray[np.float32]], *, pad_token_id: int
+    ) -> None:
         """Compute a part of a batch, into its places in `results`."""
         engine = self._engine
-        shapes = engine.layout.shapes(part.shape, part.num_masks)
+        shapes = engine.layout.shapes(sub_batch.shape, sub_batch.num_masks)
         self._reserve(shapes, results)
         inputs = {name: self._array(name, shapes) for name in engine.inputs}
-        engine.layout.write(batch, part, inputs, pad_token_id=pad_token_id)
-        self._compute(part.profile, shapes, tuple(results))
+        engine.layout.write(batch, sub_batch, inputs, pad_token_id=pad_token_id)
+        self._compute(sub_batch.profile, shapes, tuple(results))
         for name, result in results.items():
             values = self._array(name, shapes)
             if values.dtype == np.uint16:  # bfloat16
                 values = (values.astype(np.uint32) << 16).view(np.float32)
-            engine.layout.place(name, values, part, result)
+            engine.layout.place(name, values, sub_batch, result)
 
     def close(self) -> None:
         """Free everything of the GPU's."""
@@ -317,9 +319,9 @@ class _Lane:
         return math.prod(shapes[name]) * self._engine.dtypes[name].itemsize
 
 
-def _close_lanes(lanes: Sequence[_Lane]) -> None:
-    for lane in lanes:
-        lane.close()
+def _close_slots(slots: Sequence[_Slot]) -> None:
+    for slot in slots:
+        slot.close()
 
 
 def _require(done: bool, what: str) -> None:

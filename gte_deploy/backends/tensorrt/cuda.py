@@ -36,15 +36,15 @@ class Cuda:
             raise BackendError(f"device 'cuda:{index}' is not there: CUDA sees {count} GPUs.")
 
     def capability(self) -> str:
-        """Compute capability, such as "8.9"."""
-        attributes = self._runtime.cudaDeviceAttr
-        return ".".join(
-            str(self._call("cudaDeviceGetAttribute", attribute, self._index))
-            for attribute in (
-                attributes.cudaDevAttrComputeCapabilityMajor,
-                attributes.cudaDevAttrComputeCapabilityMinor,
-            )
-        )
+        """Compute capability, such as "8.9".
+
+        Raises:
+            BackendError: the driver does not say.
+        """
+        capability = gpu_capability(self._index)
+        if capability is None:
+            raise BackendError(f"the CUDA driver does not give the compute capability of 'cuda:{self._index}'.")
+        return capability
 
     def use(self) -> None:
         """Make this GPU the calling thread's; the choice is each thread's own."""
@@ -54,13 +54,13 @@ class Cuda:
         """A stream that does not wait for the default one."""
         return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
-    def device_memory(self) -> "Memory":
+    def device_memory(self) -> "Buffer":
         """Memory of the GPU, empty so far."""
-        return self._memory("cudaMalloc", "cudaFree")
+        return self._buffer("cudaMalloc", "cudaFree")
 
-    def pinned_memory(self) -> "Memory":
+    def pinned_memory(self) -> "Buffer":
         """Page-locked memory of the host, empty so far: only copies from and to such are asynchronous."""
-        return self._memory("cudaMallocHost", "cudaFreeHost")
+        return self._buffer("cudaMallocHost", "cudaFreeHost")
 
     def to_device(self, device: int, host: int, size: int, stream: int) -> None:
         """Queue a copy from the host."""
@@ -104,8 +104,8 @@ class Cuda:
         """Call what frees something. A device that has failed fails here again: its error was raised where it arose."""
         getattr(self._runtime, name)(*arguments)
 
-    def _memory(self, allocate: str, free: str) -> "Memory":
-        return Memory(lambda size: int(self._call(allocate, size)), lambda address: self.release(free, address))
+    def _buffer(self, allocate: str, free: str) -> "Buffer":
+        return Buffer(lambda size: int(self._call(allocate, size)), lambda address: self.release(free, address))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._runtime, name)(*arguments)
@@ -115,7 +115,7 @@ class Cuda:
         return results[0] if results else None
 
 
-class Memory:
+class Buffer:
     """Memory of a GPU, or page-locked memory of the host. It grows and is never shrunk."""
 
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
@@ -145,6 +145,25 @@ class Memory:
         if self._size:
             self._size = 0
             self._free(self.address)
+
+
+def gpu_capability(index: int = 0) -> str | None:
+    """Compute capability of a GPU, such as "8.9"; None where the driver or the GPU is missing.
+
+    It asks the driver's own library, so that the exporter needs no package for it.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
+        return None
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    for number, attribute in zip(numbers, (75, 76), strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return f"{numbers[0].value}.{numbers[1].value}"
 
 
 def _import_runtime(extra: str) -> Any:

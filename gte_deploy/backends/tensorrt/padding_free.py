@@ -3,7 +3,7 @@
 The engine takes the tokens of all texts one after the other, the place of each in its own text, and where the texts
 begin and end. Its profiles are of (texts, tokens of all). Numbers only, no CUDA.
 
-Shapes: B rows, S tokens of the longest row, M masks of a batch; T tokens of all rows of a part.
+Shapes: B rows, S tokens of the longest row, M masks of a batch; T tokens of all rows of a sub_batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.shapes import Part, mask_groups, padded_length
+from gte_deploy.backends.tensorrt.shapes import SubBatch, mask_groups, padded_length
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
 POSITIONS, QUERY_LENGTHS, KV_LENGTHS = "position_ids", "query_lengths", "kv_lengths"
 
 
-def plan_packed_parts(
+def split_packed_batch(
     batch: Batch, profiles: Sequence[Profile], masks: Sequence[tuple[int, int]] | None = None
-) -> Iterator[Part]:
+) -> Iterator[SubBatch]:
     """Cut a batch into runs of the engine: one, unless it has more rows, tokens or masks than a profile takes.
 
     So that few counts of tokens are many batches', one more text of nothing but padding follows where that is room for.
@@ -46,7 +46,7 @@ def plan_packed_parts(
         shape = (count + 1, padded) if tokens < padded and count < profile.max[0] else (count, tokens)
         places = np.nonzero(batch.attention_mask[rows])
         for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
-            yield Part(rows, chosen, index, shape, number, places)
+            yield SubBatch(rows, chosen, index, shape, number, places)
         start += count
 
 
@@ -74,7 +74,7 @@ class PackedLayout:
         (self._lengths,) = self.tensors[QUERY_LENGTHS]
         self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
 
-    parts = staticmethod(plan_packed_parts)
+    split = staticmethod(split_packed_batch)
 
     def shapes(self, size: tuple[int, int], num_masks: int) -> dict[str, tuple[int, ...]]:
         """Of every tensor, for so many (texts, tokens of all)."""
@@ -94,52 +94,54 @@ class PackedLayout:
             for name in names
         }
 
-    def write(self, batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
+    def write(
+        self, batch: Batch, sub_batch: SubBatch, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int
+    ) -> None:
         """Write a part of a batch into the engine's input arrays, which have the part's shapes.
 
         What pads the mask positions points at the first token.
         """
-        rows, columns = _places(part)
+        rows, columns = _places(sub_batch)
         count = len(rows)
         ids, positions = inputs["input_ids"], inputs[POSITIONS]
-        ids[:count], ids[count:] = batch.input_ids[part.rows][rows, columns], pad_token_id
+        ids[:count], ids[count:] = batch.input_ids[sub_batch.rows][rows, columns], pad_token_id
         # As other engines number them, whatever the mask leaves out.
         positions[:count], positions[count:] = columns, 0
         if "token_type_ids" in inputs:
             types = inputs["token_type_ids"]
             types[:] = 0
             if batch.token_type_ids is not None:
-                types[:count] = batch.token_type_ids[part.rows][rows, columns]
-        ends = np.cumsum(batch.attention_mask[part.rows].sum(axis=1))
+                types[:count] = batch.token_type_ids[sub_batch.rows][rows, columns]
+        ends = np.cumsum(batch.attention_mask[sub_batch.rows].sum(axis=1))
         for name in (QUERY_LENGTHS, KV_LENGTHS):
             lengths = inputs[name]
             lengths[0], lengths[1 : len(ends) + 1], lengths[len(ends) + 1 :] = 0, ends, len(ids)
         if "mask_positions" in inputs:
             masked = inputs["mask_positions"]
             masked[:] = 0
-            if len(part.masks):
+            if len(sub_batch.masks):
                 assert batch.mask_positions is not None  # the part's masks are indices into it
-                row, token = batch.mask_positions[part.masks].T
+                row, token = batch.mask_positions[sub_batch.masks].T
                 length = batch.input_ids.shape[1]
-                masked[: len(part.masks)] = np.searchsorted(
-                    rows * length + columns, (row - part.rows.start) * length + token
+                masked[: len(sub_batch.masks)] = np.searchsorted(
+                    rows * length + columns, (row - sub_batch.rows.start) * length + token
                 )
 
-    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
+    def place(self, name: str, values: NDArray[Any], sub_batch: SubBatch, result: NDArray[np.float32]) -> None:
         """Put what a part gave for an output to its tokens, masks or rows of the whole batch's result."""
         if self._is_by_token(name):
-            rows, columns = _places(part)
-            result[part.rows][rows, columns] = values[: len(rows)]
+            rows, columns = _places(sub_batch)
+            result[sub_batch.rows][rows, columns] = values[: len(rows)]
         elif self.tensors[name][0] == self._masks:
-            result[part.masks] = values[: len(part.masks)]
+            result[sub_batch.masks] = values[: len(sub_batch.masks)]
         else:
-            result[part.rows] = values[: part.rows.stop - part.rows.start]
+            result[sub_batch.rows] = values[: sub_batch.rows.stop - sub_batch.rows.start]
 
     def _is_by_token(self, name: str) -> bool:
         return self.tensors[name][0] == self._tokens
 
 
-def _places(part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    assert part.places is not None  # plan_packed_parts gave them
-    rows, columns = part.places
+def _places(sub_batch: SubBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    assert sub_batch.places is not None  # split_packed_batch gave them
+    rows, columns = sub_batch.places
     return rows, columns

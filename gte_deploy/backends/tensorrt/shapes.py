@@ -22,7 +22,7 @@ _LEAST_STEP, _STEPS = 8, 32
 
 
 @dataclass(frozen=True)
-class Part:
+class SubBatch:
     """What one run of the engine computes of a batch.
 
     Args:
@@ -71,9 +71,9 @@ def padded_length(length: int, profile: Profile) -> int:
     return min(max(-(-length // step) * step, profile.min[1]), profile.max[1])
 
 
-def plan_parts(
+def split_batch(
     batch: Batch, profiles: Sequence[Profile], masks: Sequence[tuple[int, int]] | None = None
-) -> Iterator[Part]:
+) -> Iterator[SubBatch]:
     """Cut a batch into runs of the engine: one, unless it has more rows or masks than a profile takes.
 
     Args:
@@ -91,7 +91,7 @@ def plan_parts(
         rows = slice(start, min(start + profile.max[0], count))
         shape = (max(rows.stop - start, profile.min[0]), padded_length(length, profile))
         for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
-            yield Part(rows, chosen, index, shape, number)
+            yield SubBatch(rows, chosen, index, shape, number)
 
 
 def mask_groups(batch: Batch, rows: slice, limits: tuple[int, int] | None) -> Iterator[tuple[NDArray[np.int64], int]]:
@@ -113,30 +113,30 @@ def mask_groups(batch: Batch, rows: slice, limits: tuple[int, int] | None) -> It
         yield chosen, min(max(wanted, least), most)
 
 
-def write_inputs(batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
+def write_inputs(batch: Batch, sub_batch: SubBatch, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
     """Write a part of a batch into the engine's input arrays, which have the part's padded shapes.
 
     A row that only pads the batch holds one token: attention over none at all is NaN. What pads the mask positions
     points at the first token of the first row.
     """
-    rows, length = part.rows.stop - part.rows.start, batch.input_ids.shape[1]
+    rows, length = sub_batch.rows.stop - sub_batch.rows.start, batch.input_ids.shape[1]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     ids[:] = pad_token_id
     mask[:] = 0
     mask[rows:, 0] = 1
-    ids[:rows, :length] = batch.input_ids[part.rows]
-    mask[:rows, :length] = batch.attention_mask[part.rows]
+    ids[:rows, :length] = batch.input_ids[sub_batch.rows]
+    mask[:rows, :length] = batch.attention_mask[sub_batch.rows]
     if "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
         types[:] = 0
         if batch.token_type_ids is not None:
-            types[:rows, :length] = batch.token_type_ids[part.rows]
+            types[:rows, :length] = batch.token_type_ids[sub_batch.rows]
     if "mask_positions" in inputs:
         positions = inputs["mask_positions"]
         positions[:] = 0
-        if len(part.masks):
+        if len(sub_batch.masks):
             assert batch.mask_positions is not None  # the part's masks are indices into it
-            positions[: len(part.masks)] = batch.mask_positions[part.masks] - (part.rows.start, 0)
+            positions[: len(sub_batch.masks)] = batch.mask_positions[sub_batch.masks] - (sub_batch.rows.start, 0)
 
 
 class Layout:
@@ -148,7 +148,7 @@ class Layout:
         self._rows, self._tokens = self.tensors["input_ids"]
         self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
 
-    parts = staticmethod(plan_parts)
+    split = staticmethod(split_batch)
     write = staticmethod(write_inputs)
 
     def shapes(self, batch: tuple[int, ...], num_masks: int) -> dict[str, tuple[int, ...]]:
@@ -165,12 +165,12 @@ class Layout:
         shapes = self.shapes(batch.input_ids.shape, num_masks)
         return {name: np.empty(shapes[name], np.float32) for name in names}
 
-    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
+    def place(self, name: str, values: NDArray[Any], sub_batch: SubBatch, result: NDArray[np.float32]) -> None:
         """Put what a part gave for an output to its rows or masks of the whole batch's result, without the padding."""
         axes = self.tensors[name]
         if len(axes) > 1 and axes[1] == self._tokens:
             values = values[:, : result.shape[1]]
         if axes[0] == self._masks:
-            result[part.masks] = values[: len(part.masks)]
+            result[sub_batch.masks] = values[: len(sub_batch.masks)]
         else:
-            result[part.rows] = values[: part.rows.stop - part.rows.start]
+            result[sub_batch.rows] = values[: sub_batch.rows.stop - sub_batch.rows.start]

@@ -342,7 +342,7 @@ def test_tensorrt_in_onnx_runtime_needs_standard_operators(altered_bundle, tmp_p
         export_repository(bundle, tmp_path / "r", accelerator="tensorrt")
 
 
-def plan_entry(task, *profiles, flavour="tensorrt", ids="int32"):
+def plan_entry(task, *profiles, variant="tensorrt", ids="int32"):
     tokens = [TensorSpec(name, ids, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
     masks = [TensorSpec("mask_positions", "int64", ("masks", 2))] if task == "fill-mask" else []
     outputs = [TensorSpec("last_hidden_state", "float32", ("batch", "sequence", 32))]
@@ -352,7 +352,7 @@ def plan_entry(task, *profiles, flavour="tensorrt", ids="int32"):
         outputs.append(TensorSpec("sentence_embedding", "float16", ("batch", 32)))
     return PlanEntry(
         path="tensorrt/model.plan",
-        flavour=flavour,
+        variant=variant,
         version="10.9.0.34",
         compute_capabilities=("8.9",),
         profiles=tuple(Profile(*profile) for profile in profiles),
@@ -418,7 +418,7 @@ def test_answers_of_a_plan(altered_bundle, bundles, open_repository, tmp_path, m
     ("plan", "message"),
     [
         (None, "holds no TensorRT plan"),
-        (plan_entry("embed", SHORT, flavour="tensorrt-rtx"), "holds a tensorrt-rtx engine"),
+        (plan_entry("embed", SHORT, variant="tensorrt-rtx"), "holds a tensorrt-rtx engine"),
     ],
 )
 def test_plans_that_triton_cannot_run(plan, message, altered_bundle, tmp_path):

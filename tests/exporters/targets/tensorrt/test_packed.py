@@ -19,7 +19,7 @@ from gte_deploy.exporters.graph.editing import Builder, replace
 from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddingFreeOnnx
 from gte_deploy.exporters.targets.tensorrt.engine import build_plan
-from gte_deploy.exporters.targets.tensorrt.graph import WIDE, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.graph import COMPUTE_DTYPES, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import check_packed_profiles, packed_profiles, parse_profile
@@ -137,7 +137,7 @@ def test_its_inputs_operators_and_types(packed, graphs, num_layers, precision):
             "TRT_decomposable": 0,
         }
         assert node.inputs[3] is None and [value.name for value in node.inputs[4:]] == ["query_lengths", "kv_lengths"]
-        assert {value.dtype for value in (*node.inputs[:3], node.outputs[0])} == {WIDE[precision]}
+        assert {value.dtype for value in (*node.inputs[:3], node.outputs[0])} == {COMPUTE_DTYPES[precision]}
     assert len(attentions) == num_layers
     # Rotation and the scale of queries are in FP32, from the tables on.
     assert all(node.outputs[0].dtype == FP32 for node in nodes if node.op_type == "Neg")
@@ -165,7 +165,7 @@ def rtx():
 def build(rtx, num_layers, tmp_path):
     def build_it(graph):
         save_graph(graph, tmp_path / "packed.onnx")
-        arguments = {"num_layers": num_layers, "targets": ("8.9",), "profiles": packed_profiles(8192)}
+        arguments = {"num_layers": num_layers, "compute_capabilities": ("8.9",), "profiles": packed_profiles(8192)}
         return build_plan(tmp_path / "packed.onnx", tmp_path, rtx, TensorRTOptions(), graph=graph, **arguments)
 
     return build_it
@@ -217,17 +217,17 @@ def test_attentions_are_counted_in_the_network(rtx, packed, num_layers, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("flavour", "version", "says"),
+    ("variant", "version", "says"),
     [
         ("tensorrt-rtx", "11.2.0.1", r"11\.1 or later.*TensorRT-RTX 11\.2\.0\.1 has no kernel.*no GPU.*--onnx-only"),
         ("tensorrt", "11.0.0.114", r"11\.1 or later.*this is TensorRT 11\.0\.0\.114.*--padding remove.*--onnx-only"),
         ("tensorrt", "10.16.1", r"this is TensorRT 10\.16\.1"),
     ],
 )
-def test_a_tensorrt_without_the_kernel_is_refused(flavour, version, says):
+def test_a_tensorrt_without_the_kernel_is_refused(variant, version, says):
     with pytest.raises(ExportError, match=says):
         PADDING_FREE.check_runtime(
-            Runtime(flavour, "no GPU was found here", types.SimpleNamespace(__version__=version))
+            Runtime(variant, "no GPU was found here", types.SimpleNamespace(__version__=version))
         )
 
 
