@@ -1,1 +1,1 @@
-"""Measures which engine is the fastest on a machine."""
+"""Measures the speed of the engines on a machine."""

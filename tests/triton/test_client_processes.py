@@ -149,7 +149,7 @@ def test_pickled_and_copied_it_is_made_again(again: Callable[[Any], Any], opened
 def test_a_closed_client_is_not_pickled(opened: list[dict[str, Any]]) -> None:
     client = triton.Client()
     client.close()
-    with pytest.raises(BackendError, match="closed.*make another"):
+    with pytest.raises(BackendError, match="closed.*create another"):
         pickle.dumps(client)
 
 

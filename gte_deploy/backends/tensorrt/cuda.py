@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that a backend makes itself, each checked."""
+"""The few calls of the CUDA runtime that a backend needs, each with its errors checked."""
 
 import ctypes
 import math
@@ -15,9 +15,9 @@ class Cuda:
     """One GPU. The calling thread must have called `use` before any other method but `capability`."""
 
     def __init__(self, index: int, *, extra: str = "rtx", runtime: Any = None) -> None:
-        """Find GPU number `index`; `extra` is what a message tells to install where cuda-bindings is missing.
+        """Find GPU number `index`; `extra` is the extra that the error names if cuda-bindings is missing.
 
-        `runtime` is the module cuda.bindings.runtime, imported here by default.
+        `runtime` is the module cuda.bindings.runtime; by default it is imported.
 
         Raises:
             MissingDependencyError: cuda-bindings is not installed.
@@ -33,7 +33,7 @@ class Cuda:
                 "another backend."
             ) from error
         if index >= count:
-            raise BackendError(f"device 'cuda:{index}' is not there: CUDA sees {count} GPUs.")
+            raise BackendError(f"device 'cuda:{index}' does not exist: CUDA sees {count} GPUs.")
 
     def capability(self) -> str:
         """Compute capability, such as "8.9".
@@ -47,19 +47,19 @@ class Cuda:
         return capability
 
     def use(self) -> None:
-        """Make this GPU the calling thread's; the choice is each thread's own."""
+        """Select this GPU for the calling thread; every thread selects for itself."""
         self._call("cudaSetDevice", self._index)
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default one."""
+        """A stream that does not wait for the default stream."""
         return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
     def device_memory(self) -> "Buffer":
-        """Memory of the GPU, empty so far."""
+        """A buffer on the GPU, empty at first."""
         return self._buffer("cudaMalloc", "cudaFree")
 
     def pinned_memory(self) -> "Buffer":
-        """Page-locked memory of the host, empty so far: only copies from and to such are asynchronous."""
+        """A buffer of page-locked host memory, empty at first. Only copies from or to such memory are asynchronous."""
         return self._buffer("cudaMallocHost", "cudaFreeHost")
 
     def to_device(self, device: int, host: int, size: int, stream: int) -> None:
@@ -73,14 +73,14 @@ class Cuda:
         self._call("cudaMemcpyAsync", host, device, size, kind, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for all that is queued."""
+        """Wait for all work in the stream."""
         self._call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, work: Callable[[], None]) -> Any:
-        """What `work` queues on `stream`, as a graph to launch; nothing of it runs now.
+        """Record the work that `work` queues on `stream` as a graph, without running it.
 
         Raises:
-            BackendError: something in it cannot be captured; the stream can be used on.
+            BackendError: some of the work cannot be captured; the stream remains usable.
         """
         # An allocation in another thread would break a global capture.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -101,7 +101,7 @@ class Cuda:
         self._call("cudaGraphLaunch", graph, stream)
 
     def release(self, name: str, *arguments: Any) -> None:
-        """Call what frees something. A device that has failed fails here again: its error was raised where it arose."""
+        """Call a function that frees something. Its errors are ignored: a failed device has raised its error before."""
         getattr(self._runtime, name)(*arguments)
 
     def _buffer(self, allocate: str, free: str) -> "Buffer":
@@ -116,7 +116,7 @@ class Cuda:
 
 
 class Buffer:
-    """Memory of a GPU, or page-locked memory of the host. It grows and is never shrunk."""
+    """Memory of a GPU, or page-locked memory of the host. It grows and never shrinks."""
 
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
         self.address = self._size = 0
@@ -124,11 +124,11 @@ class Buffer:
         self._free = free
 
     def reserve(self, size: int) -> bool:
-        """Have `size` bytes; whether they are elsewhere now, with the content lost."""
+        """Provide `size` bytes; return whether the buffer moved, which loses its content."""
         if size <= self._size:
             return False
         self.close()
-        # In steps of up to an eighth, so that texts of growing length do not move it each time.
+        # It grows in steps of up to an eighth, so that texts of growing length do not move it each time.
         step = max(1, (1 << (size - 1).bit_length()) // 16)
         wanted = -(-size // step) * step
         self.address = self._allocate(wanted)
@@ -136,7 +136,7 @@ class Buffer:
         return True
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Host memory as an array, valid until the memory is elsewhere."""
+        """Host memory as an array, valid until the buffer moves."""
         memory: Any = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(self.address)
         return np.frombuffer(memory, dtype).reshape(shape)
 

@@ -1,4 +1,7 @@
-"""Opening the TensorRT engine of a bundle. A plan is executable code: all that can be checked is checked before."""
+"""Opens the TensorRT engine of a bundle.
+
+A plan (a serialised engine) is executable code, so everything that can be checked is checked first.
+"""
 
 import hashlib
 import importlib
@@ -17,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_plan(plan: PlanEntry, device: str) -> tuple[Any, Cuda]:
-    """TensorRT's module and the GPU that run this plan; the plan itself is not read.
+    """The module of TensorRT and the GPU that run this plan; the plan itself is not read.
 
     Raises:
-        BackendError: the plan is of another variant or version than what is installed, or for other GPUs than
-            `device`, or `device` is none; it names both sides.
+        BackendError: the plan needs another variant, version or GPU, or `device` is not a GPU. The message names what
+            is needed and what is here.
         MissingDependencyError: cuda-bindings is not installed.
     """
     kind, index = parse_device(device)
@@ -40,15 +43,15 @@ def check_plan(plan: PlanEntry, device: str) -> tuple[Any, Cuda]:
 
 
 def open_plan(folder: Path, plan: PlanEntry, file: FileEntry, device: str) -> tuple[Any, Cuda, Any]:
-    """TensorRT's module, the GPU and the engine of the plan at `folder`/`plan.path`.
+    """The module of TensorRT, the GPU, and the engine of the plan at `folder`/`plan.path`.
 
     Raises:
-        BundleError: the plan's bytes are not those of `file`, or the engine is not what the manifest says.
+        BundleError: the bytes of the plan do not match `file`, or the engine does not match the manifest.
         BackendError, MissingDependencyError: see `check_plan`; or TensorRT refuses the plan.
     """
     trt, cuda = check_plan(plan, device)
     data = (folder / plan.path).read_bytes()
-    # The very bytes that are deserialised: a file may change after the bundle was verified.
+    # The hash covers the very bytes that are deserialised: the file may have changed since the bundle was verified.
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.sha256:
         raise BundleError(f"{folder / plan.path} has sha256 {digest}, and the manifest says {file.sha256}.")
@@ -79,7 +82,7 @@ def _module_for(plan: PlanEntry) -> tuple[Any, str]:
 
 
 def _check_engine(engine: Any, plan: PlanEntry) -> None:
-    """The hash says that the plan is the manifest's; this, that the manifest describes it. Buffers are sized by it."""
+    """Check that the manifest describes the engine correctly. The sizes of buffers come from the manifest."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     tensors = {
         name: (DTYPE_NAMES.get(engine.get_tensor_dtype(name).name), tuple(engine.get_tensor_shape(name)))
@@ -98,7 +101,7 @@ def _check_engine(engine: Any, plan: PlanEntry) -> None:
 
 
 def _profile(engine: Any, plan: PlanEntry, index: int) -> tuple[tuple[int, ...], ...]:
-    """(batch, sequence), or (texts, tokens of all), at min, opt and max."""
+    """(batch, sequence) at min, opt and max; for a padding-free engine, (texts, tokens of all texts)."""
     shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index)]
     if not plan.padding_free:
         return tuple(shapes)
@@ -110,7 +113,7 @@ _LOGGERS: dict[str, Any] = {}
 
 
 def _logger_for(trt: Any) -> Any:
-    """TensorRT's log as ours. One for each variant: it must outlive all that it was given to."""
+    """A logger that passes TensorRT's messages to ours. Each variant has one, which must outlive its users."""
     if trt.__name__ not in _LOGGERS:
         severity = trt.ILogger.Severity
         levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.DEBUG, severity.VERBOSE: logging.DEBUG}

@@ -734,7 +734,7 @@ def test_a_padding_free_plan_is_held_against_its_manifest(module, folder):
         ),
         (plan_of(compute_capabilities=("9.0",)), "cuda:0", r"capability 9\.0, and cuda:0 has 8\.9.*--target sm89"),
         (plan_of(), "cpu", "runs on a GPU, not on device 'cpu'"),
-        (plan_of(), "cuda:1", "'cuda:1' is not there: CUDA sees 1 GPUs"),
+        (plan_of(), "cuda:1", "'cuda:1' does not exist: CUDA sees 1 GPUs"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_not_deserialised(module, folder, plan, device, message):
