@@ -149,7 +149,7 @@ def changed(array, index, value):
     ("fields", "message"),
     [
         ({"input_ids": changed(GOOD.input_ids, (1, 1), -1)}, r"input_ids\[1, 1\] is -1"),
-        ({"input_ids": changed(GOOD.input_ids, (2, 8), 128)}, r"input_ids\[2, 8\] is 128; ids .* 0 to 127"),
+        ({"input_ids": changed(GOOD.input_ids, (2, 8), 128)}, r"input_ids\[2, 8\] is 128; the ids .* 0 to 127"),
         ({"input_ids": GOOD.input_ids.astype(np.int32)}, "input_ids must be int64 of rank 2; it is int32"),
         ({"input_ids": GOOD.input_ids[0]}, "rank 2; it is int64 of rank 1"),
         ({"input_ids": GOOD.input_ids.tolist()}, "input_ids must be a numpy array, not list"),

@@ -231,7 +231,7 @@ def test_torch_packs_types_as_tokens(typed, packed, compute):
     [
         (np.full((1, 4), 2), r"token_type_ids\[0, 0\] is 2; the token types of this model go from 0 to 1"),
         (np.array([[0, 0, -1, 0]]), r"token_type_ids\[0, 2\] is -1"),
-        (np.zeros((1, 3), np.int64), r"token_type_ids has shape \(1, 3\), and input_ids \(1, 4\)"),
+        (np.zeros((1, 3), np.int64), r"token_type_ids has shape \(1, 3\), and input_ids has shape \(1, 4\)"),
         (np.zeros((1, 4), np.int32), "token_type_ids must be int64 of rank 2; it is int32"),
         (np.zeros(4, np.int64), "token_type_ids must be int64 of rank 2"),
         ([[0, 0, 0, 0]], "token_type_ids must be a numpy array, not list"),

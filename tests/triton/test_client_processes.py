@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gte_deploy import triton
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.triton import client as triton
 
 SPEC = ModelSpec(task="embed", max_length=512, vocab_size=100, hidden_size=2, pad_token_id=0)
 CONFIG = {

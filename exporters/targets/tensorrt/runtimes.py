@@ -1,7 +1,7 @@
-"""Which TensorRT builds here, and for which GPUs.
+"""Chooses the TensorRT that builds an engine, and the GPUs that it builds for.
 
-Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once, on a machine
-without any.
+Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once and needs no
+GPU.
 """
 
 import importlib
@@ -17,13 +17,13 @@ from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
-# The least compute capability with the hardware for it.
+# Precision -> the least compute capability that has the hardware.
 _NEEDS: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A TensorRT that can build here, and why it was taken."""
+    """A TensorRT that can build on this machine, and the reason for choosing it."""
 
     variant: TensorRTVariant
     reason: str
@@ -36,19 +36,19 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """As the module has it."""
+        """The version of the module."""
         return str(self.module.__version__)
 
 
 def choose_runtime(asked: str) -> Runtime:
-    """The TensorRT to build with.
+    """Choose the TensorRT to build with.
 
     Args:
-        asked: "tensorrt", "rtx", or "auto" for ordinary TensorRT where it and a GPU are present, else TensorRT-RTX.
+        asked: "tensorrt", "rtx", or "auto" for ordinary TensorRT if it and a GPU are present, else TensorRT-RTX.
 
     Raises:
-        MissingDependencyError: what was asked for is not installed; for "auto", neither is.
-        ExportError: ordinary TensorRT was asked for, and there is no GPU.
+        MissingDependencyError: the requested TensorRT is not installed; for "auto", neither is.
+        ExportError: ordinary TensorRT was requested, but there is no GPU.
     """
     if asked not in RUNTIMES:
         raise InputError(f"runtime is {asked!r}; expected one of {', '.join(RUNTIMES)}")
@@ -59,19 +59,21 @@ def choose_runtime(asked: str) -> Runtime:
             raise MissingDependencyError("tensorrt", "trt")
         if capability is None:
             raise ExportError(
-                "TensorRT builds on the GPU that the engine is for, and no CUDA driver with a GPU was found here. Take "
-                "--runtime rtx, which builds without one, or write the graph with --onnx-only and build it there."
+                "TensorRT builds on the GPU that the engine is for, but no CUDA driver with a GPU was found here. Use "
+                "--runtime rtx, which needs no GPU, or write the graph with --onnx-only and build it on that machine."
             )
-        return Runtime("tensorrt", f"it was asked for; the GPU here has compute capability {capability}", module)
+        return Runtime("tensorrt", f"it was requested; the GPU here has compute capability {capability}", module)
     if asked == "auto" and capability is not None and (module := _import("tensorrt")) is not None:
-        return Runtime("tensorrt", f"it is installed, and here is a GPU of compute capability {capability}", module)
+        return Runtime(
+            "tensorrt", f"it is installed, and this machine has a GPU of compute capability {capability}", module
+        )
     module = _import("tensorrt-rtx")
     if module is None:
         raise MissingDependencyError("tensorrt_rtx", "rtx", _INSTALL)
     if asked == "rtx":
-        return Runtime("tensorrt-rtx", "it was asked for", module)
+        return Runtime("tensorrt-rtx", "it was requested", module)
     why = "no GPU was found here" if capability is None else "ordinary TensorRT is not installed"
-    return Runtime("tensorrt-rtx", f"{why}, and it builds without", module)
+    return Runtime("tensorrt-rtx", f"{why}; it needs no GPU", module)
 
 
 _INSTALL = (
@@ -81,10 +83,10 @@ _INSTALL = (
 
 
 def parse_capabilities(text: str) -> tuple[str, ...]:
-    """Compute capabilities from "sm86,sm89,sm120": ("8.6", "8.9", "12.0").
+    """Parse compute capabilities: "sm86,sm89,sm120" gives ("8.6", "8.9", "12.0").
 
     Raises:
-        InputError: another form.
+        InputError: the text has another form.
     """
     found = [re.fullmatch(r"sm(\d{1,2})(\d)", part.strip()) for part in text.split(",")]
     if not all(found):
@@ -96,7 +98,7 @@ def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precisio
     """The compute capabilities that the engine is built for.
 
     Raises:
-        InputError: one that this TensorRT does not build for, or that cannot compute in `precision`.
+        InputError: this TensorRT does not build for one of them, or one cannot compute in `precision`.
     """
     needed = _NEEDS.get(precision, (0, 0))
     if runtime.variant == "tensorrt":
@@ -104,8 +106,8 @@ def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precisio
         assert here is not None  # choose_runtime found one
         if asked and tuple(asked) != (here,):
             raise InputError(
-                f"TensorRT builds for the GPU here, {sm_name(here)}, and the target is "
-                f"{','.join(map(sm_name, asked))}. Leave --target away, build on such a GPU, or take --runtime rtx."
+                f"TensorRT builds only for the GPU here, {sm_name(here)}, and the target is "
+                f"{','.join(map(sm_name, asked))}. Leave out --target, build on such a GPU, or use --runtime rtx."
             )
         chosen: tuple[str, ...] = (here,)
     elif asked:
@@ -113,15 +115,15 @@ def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precisio
         known = [name for name in dir(runtime.module.ComputeCapability) if name.startswith("SM")]
         if unknown := [sm_name(one) for one in chosen if sm_name(one).upper() not in known]:
             raise InputError(
-                f"{runtime.title} does not build for {', '.join(unknown)}; it does for {', '.join(known).lower()}. "
+                f"{runtime.title} does not build for {', '.join(unknown)}, only for {', '.join(known).lower()}. "
                 "A data centre GPU needs ordinary TensorRT, on a machine that has one."
             )
     else:
         chosen = tuple(one for one in DEFAULT_CAPABILITIES if _numbers(one) >= needed)
     if unable := [sm_name(one) for one in chosen if _numbers(one) < needed]:
         raise InputError(
-            f"{', '.join(unable)} cannot compute in {precision}, which begins with sm{needed[0]}{needed[1]}; leave it "
-            "away from --target, or take fp16 or int8"
+            f"{', '.join(unable)} cannot compute in {precision}, which needs sm{needed[0]}{needed[1]} or later; "
+            "remove it from --target, or use fp16 or int8"
         )
     return chosen
 
@@ -129,7 +131,7 @@ def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precisio
 def _import(variant: TensorRTVariant) -> Any:
     try:
         return importlib.import_module(VARIANTS[variant].module)
-    except (ImportError, OSError, RuntimeError):  # the wheel without its libraries counts as none
+    except (ImportError, OSError, RuntimeError):  # a wheel without its libraries counts as missing
         return None
 
 

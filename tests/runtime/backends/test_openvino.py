@@ -33,7 +33,7 @@ def batch_of(rows, length, masks=0):
 
 
 def test_it_runs_on_the_cpu_only(graph):
-    with pytest.raises(BackendError, match="device 'cpu', not 'cuda'.*backend='onnx'"):
+    with pytest.raises(BackendError, match="device 'cpu', not on 'cuda'.*backend='onnx'"):
         OpenVinoBackend(*graph, device="cuda")
     with pytest.raises(InputError, match="device must be"):
         OpenVinoBackend(*graph, device="gpu")

@@ -237,7 +237,9 @@ def test_a_tensorrt_with_the_kernel_is_not(version):
 
 
 def test_the_export_refuses_before_a_model_is_loaded(rtx, tmp_path):
-    with pytest.raises(ExportError, match="TensorRT-RTX .* has no kernel for it; it was taken because it was asked"):
+    with pytest.raises(
+        ExportError, match="TensorRT-RTX .* has no kernel for it; it was chosen because it was requested"
+    ):
         export(output=tmp_path / "b", format="trt", padding="remove", tensorrt=TensorRTOptions(runtime="rtx"))
     with pytest.raises(InputError, match="padding is 'none'; expected one of auto, keep, remove"):
         export(output=tmp_path / "b", format="trt", padding="none")
@@ -291,7 +293,7 @@ def test_the_bundle_of_onnx_only(bundle):
     assert manifest.plan is None and manifest.graphs["tensorrt"].fusions["packed_attention"] == 1
     assert [tensor.shape for tensor in manifest.graphs["tensorrt"].outputs] == [("tokens", 32), ("batch", 32)]
     report = (bundle / "report.json").read_text()
-    assert "query_lengths:257" in report and "In place of TRT_Attention" in report
+    assert "query_lengths:257" in report and "ONNX Runtime does not have TRT_Attention" in report
 
 
 def test_onnx_runtime_is_not_asked_to_run_it(bundle):

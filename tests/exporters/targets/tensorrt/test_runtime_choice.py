@@ -41,8 +41,8 @@ def machine(monkeypatch):
         ("8.9", ("tensorrt", "tensorrt-rtx"), "auto", "tensorrt", "8.9"),
         (None, ("tensorrt", "tensorrt-rtx"), "auto", "tensorrt-rtx", "no GPU"),
         ("8.9", ("tensorrt-rtx",), "auto", "tensorrt-rtx", "not installed"),
-        ("8.9", ("tensorrt", "tensorrt-rtx"), "rtx", "tensorrt-rtx", "asked"),
-        ("8.9", ("tensorrt",), "tensorrt", "tensorrt", "asked"),
+        ("8.9", ("tensorrt", "tensorrt-rtx"), "rtx", "tensorrt-rtx", "requested"),
+        ("8.9", ("tensorrt",), "tensorrt", "tensorrt", "requested"),
     ],
 )
 def test_the_choice_and_its_reason(machine, gpu, variants, asked, taken, why):
