@@ -1,9 +1,9 @@
-"""gte_classify_tokens_output: logits of tokens to the answers that `Model.classify_tokens` returns.
+"""gte_classify_tokens_output: converts logits of tokens to the answers that `Model.classify_tokens` returns.
 
-The texts are tokenised again, for where their tokens stand in them.
+It tokenises the texts again to find the places of the tokens.
 
-Shapes: B rows of a request, S tokens, T tokens without special ones of the row that has most, N entities of the row
-that has most, L labels.
+Shapes: B rows of a request, S tokens, T tokens without special tokens (the most of any row), N entities (the most of
+any row), L labels.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class TritonPythonModel:
     """See the module."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the tokenizer, which knows where tokens stand."""
+        """Read the tokenizer, which finds the places of tokens."""
         settings = Settings(args)
         self._spec = settings.spec
         self._tokenizer = load_tokenizer(settings.folder)
@@ -49,7 +49,7 @@ class TritonPythonModel:
         return answer_each(requests, self._answer)
 
     def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
-        # An empty name is no label: a request cannot say "none" by a tensor without elements.
+        # An empty name means no label, because a request cannot send a tensor without elements.
         ignored = shared_texts(request, "IGNORE_LABELS", "label")
         wanted = TaggingRequest.of(option(request, "AGGREGATION_STRATEGY"), ignored, None)
         given = TaggedTexts.of(texts(request, "TEXT"), is_split_into_words=False, delimiter=None, offset_mapping=None)

@@ -1,6 +1,6 @@
-"""gte_embed_output: pooled states to the embeddings that `Model.encode` returns.
+"""gte_embed_output: converts pooled states to the embeddings that `Model.encode` returns.
 
-The encoder's graph pools in both ways; a TensorRT plan gives its own pooling, or the hidden states to pool here.
+The encoder's graph gives both poolings. A TensorRT plan gives its own pooling, or hidden states that are pooled here.
 
 Shapes: B rows of a request, S tokens, H hidden size, D dimensions kept.
 """
@@ -54,10 +54,10 @@ class TritonPythonModel:
         return {"EMBEDDING": np.ascontiguousarray(wanted.finished(pooled))}
 
     def _pooled(self, request: Any, pooling: Pooling) -> NDArray[np.float32]:
-        """Pooled states [B, H] of the encoder, or of its hidden states."""
+        """Pooled states [B, H]: from the encoder, or computed from its hidden states."""
         name = f"embedding_{pooling}"
         if name in self._inputs:
             return floats(request, name)
         if "last_hidden_state" in self._inputs:
             return pool(floats(request, "last_hidden_state"), required(request, "attention_mask"), pooling)
-        raise InputError(f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} take gte_token_embed")
+        raise InputError(f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} use gte_token_embed")

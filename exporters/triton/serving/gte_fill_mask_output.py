@@ -1,6 +1,6 @@
-"""gte_fill_mask_output: vocabulary logits of the masks to the answers that `Model.fill_mask` returns.
+"""gte_fill_mask_output: converts vocabulary logits of masks to the answers that `Model.fill_mask` returns.
 
-Shapes: B rows of a request, S tokens, M masks of the row that has most, K answers for each, V vocabulary.
+Shapes: B rows of a request, S tokens, M masks (the most of any row), K answers for each, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class TritonPythonModel:
 
 
 def _logits_of_masks(logits: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
-    """Logits [all masks, V] of rows with so many masks each, of [B, M, V] or, of a plan, [all masks, V] and padding."""
+    """Logits [all masks, V] without padding, from [B, M, V] or from a plan's [all masks, V]."""
     if logits.ndim == 2:
         ends = np.cumsum(counts)
         parts = np.split(logits[: ends[-1]], ends[:-1])

@@ -1,4 +1,4 @@
-"""gte_rerank_output: a classifier's logits to the scores that `Model.predict` returns.
+"""gte_rerank_output: converts the logits of a classifier to the scores that `Model.predict` returns.
 
 Shapes: B rows of a request, L labels.
 """

@@ -1,9 +1,9 @@
-"""gte_sparse_output: from the outputs of the encoder to a sparse vector for each text, as `encode_sparse` gives it.
+"""gte_sparse_output: converts outputs of the encoder to sparse vectors, as `encode_sparse` returns them.
 
-The graph of a sparse model gives the vectors, pooled and activated. A token classifier with one label gives the logits
-of the tokens, which become weights by the definition of gte-multilingual-base.
+The graph of a sparse model gives pooled and activated vectors. A token classifier with one label gives the logits of
+the tokens, which become weights by the definition of gte-multilingual-base.
 
-Shapes: B rows of a request, S tokens, V vocabulary, N entries of the vector that has most.
+Shapes: B rows of a request, S tokens, V vocabulary, N entries (the most of any vector).
 """
 
 from collections.abc import Iterable, Sequence

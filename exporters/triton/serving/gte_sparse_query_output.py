@@ -1,6 +1,6 @@
-"""gte_sparse_query_output: a query's token ids to the stored weights of its entries, without the encoder.
+"""gte_sparse_query_output: looks up the stored weights of a query's token ids, without the encoder.
 
-Shapes: B rows of a request, S tokens, N entries of the vector that has most.
+Shapes: B rows of a request, S tokens, N entries (the most of any vector).
 """
 
 from collections.abc import Sequence

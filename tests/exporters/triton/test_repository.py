@@ -295,7 +295,7 @@ def test_logits_of_every_token_are_not_served(word_checkpoints, bundle_of, tmp_p
     ("task", "missing", "message"),
     [
         ("fill-mask", "mask_positions", "logits of every token"),
-        ("classify", "logits", "made for classify, and its encoder gives no logits"),
+        ("classify", "logits", "for task classify, but its encoder has no output logits"),
     ],
 )
 def test_a_plan_without_its_head_is_refused(task, missing, message, altered_bundle, tmp_path):

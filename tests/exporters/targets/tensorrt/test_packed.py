@@ -237,9 +237,7 @@ def test_a_tensorrt_with_the_kernel_is_not(version):
 
 
 def test_the_export_refuses_before_a_model_is_loaded(rtx, tmp_path):
-    with pytest.raises(
-        ExportError, match="TensorRT-RTX .* has no kernel for it; it was chosen because it was requested"
-    ):
+    with pytest.raises(ExportError, match="TensorRT-RTX .* has no kernel for it; .* because it was requested"):
         export(output=tmp_path / "b", format="trt", padding="remove", tensorrt=TensorRTOptions(runtime="rtx"))
     with pytest.raises(InputError, match="padding is 'none'; expected one of auto, keep, remove"):
         export(output=tmp_path / "b", format="trt", padding="none")
