@@ -157,7 +157,7 @@ def test_a_closed_client_is_not_pickled(opened: list[dict[str, Any]]) -> None:
 def test_grpc_is_refused_after_a_fork(scheme: str, opened: list[dict[str, Any]]) -> None:
     client = triton.Client(f"{scheme}://host:8001")
     client.after_fork(idle=True)
-    with pytest.raises(BackendError, match="gRPC does not survive a fork. Make the client after the fork"):
+    with pytest.raises(BackendError, match="gRPC does not survive a fork. Create the client after the fork"):
         client.encode("1")
     client.close()
     assert "closed" not in opened[0]  # the parent's channel is not touched

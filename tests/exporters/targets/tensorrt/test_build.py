@@ -90,7 +90,7 @@ def _quantized(graph, softmax, before):
 
 def test_an_fp16_request_that_yields_fp32_fails(build, graphs, plain, tmp_path):
     save_graph(plain["openvino"], tmp_path / "fp32.onnx")
-    with pytest.raises(ExportError, match="FP32, and the graph has it in 16 bits"):
+    with pytest.raises(ExportError, match="FP32, but the graph has it in 16 bits"):
         build(graphs("fp16"), tmp_path / "fp32.onnx", "fp16", PROFILES[:1])
 
 
