@@ -35,7 +35,9 @@ from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import build_graphs, save_graphs
 from gte_deploy.exporters.verification.accuracy import Runs
 from gte_deploy.exporters.verification.cases import Case, TokenSource
-from gte_deploy.exporters.verification.parity import ParityReport, TorchReference, check_parity
+from gte_deploy.exporters.verification.parity import Comparison, check_parity
+from gte_deploy.exporters.verification.reference import TorchReference
+from gte_deploy.exporters.verification.results import ParityReport
 
 MODELS = {
     "embed": GteModel,
@@ -135,7 +137,7 @@ def judge(task: str, model: Any, candidates: Mapping[Any, Runs], names: list[str
     rng = np.random.default_rng(0)
     tokens = TokenSource(text=rng.integers(10, VOCABULARY, 300), prefix=(2,), suffix=(3,), mask=4)
     reference = _reference(task, model)
-    return check_parity(reference, candidates, outputs=names, spec=spec, precision="fp32", tokens=tokens, cases=CASES)
+    return check_parity(reference, candidates, Comparison(names, spec, "fp32", tokens, cases=CASES))
 
 
 def _reference(task: Any, model: Any) -> TorchReference:

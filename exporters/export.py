@@ -27,7 +27,7 @@ from gte_deploy.text.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
-    from gte_deploy.exporters.verification.parity import ParityReport
+    from gte_deploy.exporters.verification.results import ParityReport
     from gte_deploy.exporters.verification.texts import TextBatch
 
 MIN_MAX_LENGTH = 8
@@ -211,18 +211,22 @@ def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
 def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
     """Compare the built graphs or engine, run as users will run them, with PyTorch."""
     from gte_deploy.exporters.verification.cases import TokenSource
-    from gte_deploy.exporters.verification.parity import TorchReference, check_parity
+    from gte_deploy.exporters.verification.parity import Comparison, check_parity
+    from gte_deploy.exporters.verification.reference import TorchReference
 
     spec = job.spec
+    asked = Comparison(
+        outputs=[output.name for output in next(iter(built.graphs.values())).outputs],
+        spec=spec,
+        precision=job.precision,
+        tokens=TokenSource.from_tokenizer(job.tokenizer),
+        texts=[] if job.precision == "fp32" else _evaluation_batches(job.tokenizer, spec),
+    )
     with job.steps("compare with PyTorch"), target.candidates(built, job) as candidates:
         return check_parity(
             TorchReference(job.model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
             candidates.runs,
-            outputs=[output.name for output in next(iter(built.graphs.values())).outputs],
-            spec=spec,
-            precision=job.precision,
-            tokens=TokenSource.from_tokenizer(job.tokenizer),
-            texts=[] if job.precision == "fp32" else _evaluation_batches(job.tokenizer, spec),
+            asked,
             caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )

@@ -163,9 +163,10 @@ def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> N
     """Of a sparse model whose queries need none: a bundle's own file, or what a checkpoint's modules hold."""
     if spec.sparse is None or is_bundle(folder):
         return stored_query_weights(folder, spec)
+    from gte_deploy.models.folder import CheckpointFiles
     from gte_deploy.models.sparse_modules import read_query_weights
 
-    return read_query_weights(folder, spec.vocab_size, tokenizer.known_or_unknown_id)
+    return read_query_weights(CheckpointFiles(folder), spec.vocab_size, tokenizer.known_or_unknown_id)
 
 
 def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] | None:

@@ -319,9 +319,10 @@ class Model(TextInterface):
     def _why_not_sparse(self) -> str:
         if is_bundle(self.path):
             return ""
+        from gte_deploy.models.folder import CheckpointFiles
         from gte_deploy.models.sparse_modules import read_sparse_modules
 
-        found = read_sparse_modules(self.path)
+        found = read_sparse_modules(CheckpointFiles(self.path))
         return f" But of this one {found.reason}" if found is not None and found.reason else ""
 
     def _require_masked_lm(self) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import read_json_object
+from gte_deploy.models.folder import CheckpointFiles
+from gte_deploy.models.modules import model_folder
 from gte_deploy.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,6 +40,36 @@ class Adapter:
 
     folder: Path
     base: Path
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a checkpoint are.
+
+    Args:
+        model: the folder of the model: the checkpoint's, or that of its Transformer module.
+        config: the folder of config.json.
+        weights: the folder of the weights.
+        adapter: what changes the weights, or None.
+    """
+
+    model: Path
+    config: Path
+    weights: Path
+    adapter: Adapter | None
+
+
+def places_of(files: CheckpointFiles) -> Places:
+    """Where the parts of a checkpoint are: an adapter may have them from its base.
+
+    Raises:
+        CheckpointError: the base of an adapter is not to be had.
+        ConfigError: modules.json is not honoured.
+    """
+    model = model_folder(files)
+    adapter = find_adapter(model)
+    weights = model if adapter is None else model_folder(CheckpointFiles(adapter.base))
+    return Places(model, model if (model / "config.json").is_file() else weights, weights, adapter)
 
 
 def find_adapter(folder: Path) -> Adapter | None:

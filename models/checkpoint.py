@@ -28,17 +28,17 @@ from transformers import GteConfig, GteModel, PreTrainedModel
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import write_text, write_with
 from gte_deploy.core.spec import Task
-from gte_deploy.models.adapters import find_adapter, merge_adapter
+from gte_deploy.models.adapters import merge_adapter, places_of
 from gte_deploy.models.config import (
-    config_folder,
     native_config,
     original_config,
     read_config,
-    task_of,
+    task_of_files,
     task_of_tensors,
 )
 from gte_deploy.models.dense import load_dense
-from gte_deploy.models.modules import model_folder, read_settings
+from gte_deploy.models.folder import CheckpointFiles
+from gte_deploy.models.modules import read_settings
 from gte_deploy.models.weight_files import INDEX, weight_files
 from gte_deploy.tasks import TASKS
 
@@ -109,21 +109,20 @@ def load_model(
         ConfigError: config.json asks for what the model cannot honour.
         CheckpointError: a file is missing or damaged, or a tensor is missing, left over or misshapen; it is named.
     """
-    folder = Path(folder)
-    task = task or task_of(folder)
+    files = CheckpointFiles(folder)
+    places = places_of(files)
+    task = task or task_of_files(files, places)
     if task == "sparse":
-        task = task_of_tensors(folder)
+        task = task_of_tensors(places.weights)
     if task not in MODEL_CLASSES:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(MODEL_CLASSES)}")
-    settings = read_settings(folder, task)
-    config = read_config(config_folder(folder), settings.config_overrides)
-    inner = model_folder(folder)
-    adapter = find_adapter(inner)
-    model = _load_weights(inner if adapter is None else model_folder(adapter.base), config, task, dtype)
-    if adapter is not None:
-        model = merge_adapter(model, adapter)
+    settings = read_settings(files, task)
+    config = read_config(places.config, settings.config_overrides)
+    model = _load_weights(places.weights, config, task, dtype)
+    if places.adapter is not None:
+        model = merge_adapter(model, places.adapter)
     if settings.dense:
-        model.sentence_projection = load_dense(folder, settings.dense, width=config.hidden_size, dtype=dtype)
+        model.sentence_projection = load_dense(files.path, settings.dense, width=config.hidden_size, dtype=dtype)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.set_attn_implementation(attn_implementation)

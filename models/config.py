@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.spec import Task
-from gte_deploy.models.adapters import find_adapter
+from gte_deploy.models.adapters import Places, places_of
 from gte_deploy.models.fields import CONFIG, check_fields
-from gte_deploy.models.module_list import read_modules
-from gte_deploy.models.modules import model_folder
+from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.presets import USAGE_FIELDS, preset
 from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.models.weight_files import tensor_names, weight_files
@@ -57,21 +56,26 @@ def task_of(folder: str | Path) -> Task:
         CheckpointError: the folder holds no checkpoint.
         ConfigError: `architectures` names a head that this package does not know.
     """
-    outer = Path(folder)
-    folder = config_folder(outer)
-    raw = read_json(folder / "config.json")
-    if is_sparse_encoder(outer):
+    files = CheckpointFiles(folder)
+    return task_of_files(files, places_of(files))
+
+
+def task_of_files(files: CheckpointFiles, places: Places) -> Task:
+    """The task of a checkpoint whose parts are known; see `task_of`."""
+    file = places.config / "config.json"
+    raw = read_json(file)
+    if is_sparse_encoder(files):
         return "sparse"
-    if any(module.kind == "Pooling" for module in read_modules(outer) or ()):
+    if any(module.kind == "Pooling" for module in files.modules or ()):
         return "embed"
     names = raw.get("architectures")
     if not names:
-        return task_of_tensors(folder)
+        return task_of_tensors(places.weights)
     match = re.fullmatch(r"(?:New|Gte)(\w+)", str(names[0])) if isinstance(names, list) else None
     tasks: dict[str, Task] = {task.architecture: name for name, task in TASKS.items() if task.architecture is not None}
     if match is None or match[1] not in tasks:
         known = ", ".join(f"New{suffix}" for suffix in tasks)
-        raise ConfigError(f"{folder / 'config.json'}: architectures is {names!r}; this package knows {known} and Gte…")
+        raise ConfigError(f"{file}: architectures is {names!r}; this package knows {known} and Gte…")
     return tasks[match[1]]
 
 
@@ -80,17 +84,6 @@ def _architecture(task: Task) -> str:
     suffix = TASKS[task].architecture
     assert suffix is not None  # no model is made for a task without a head of its own
     return suffix
-
-
-def config_folder(folder: Path) -> Path:
-    """Where the config.json of a checkpoint is: in the folder, in its Transformer module's, or in an adapter's base.
-
-    Raises:
-        CheckpointError: the base of an adapter is not to be had.
-    """
-    inner = model_folder(folder)
-    adapter = None if (inner / "config.json").is_file() else find_adapter(inner)
-    return inner if adapter is None else model_folder(adapter.base)
 
 
 def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> GteConfig:
@@ -459,9 +452,9 @@ def _compute_ntk_mixed(
     return torch.tensor(inv_freq, dtype=torch.float32, device=device), 1.0
 
 
-def task_of_tensors(folder: Path) -> Task:
-    """The task of the stored head, by the names of the stored tensors, whatever modules stand beside it."""
-    names = [name for file in weight_files(config_folder(folder)) for name in tensor_names(file)]
+def task_of_tensors(weights: Path) -> Task:
+    """The task of the head whose tensors are in the folder `weights`, whatever modules are listed beside it."""
+    names = [name for file in weight_files(weights) for name in tensor_names(file)]
     if any(name.startswith("lm_head.") for name in names):
         return "fill-mask"
     if not any(name.startswith("classifier.") for name in names):

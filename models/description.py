@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gte_deploy.core.errors import CheckpointError
-from gte_deploy.core.spec import ModelSpec, Pooling, SparseSpec, Task
-from gte_deploy.models.adapters import find_adapter
-from gte_deploy.models.config import config_folder, read_config, task_of
+from gte_deploy.core.spec import ModelSpec, Pooling, Task
+from gte_deploy.models.adapters import Places, places_of
+from gte_deploy.models.config import read_config, task_of_files
+from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.modules import (
     DenseModule,
     SentenceSettings,
     checked_pooling,
-    model_folder,
     read_settings,
     reranker_activation,
 )
@@ -36,8 +36,8 @@ class Description:
     """A checkpoint, read but for its weights.
 
     Args:
-        folder: folder of the checkpoint.
-        model_folder: with config.json, weights and tokenizer: the same, or the Transformer module's.
+        files: the checkpoint's folder and its JSON files.
+        places: where its parts are.
         task: the task of the head.
         config: config of the model; its padding id is the tokenizer's.
         spec: the facts that the runtime needs.
@@ -45,13 +45,18 @@ class Description:
         settings: contents of sentence-transformers' files.
     """
 
-    folder: Path
-    model_folder: Path
+    files: CheckpointFiles
+    places: Places
     task: Task
     config: GteConfig
     spec: ModelSpec
     tokenizer: ResolvedTokenizer
     settings: SentenceSettings
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.files.path
 
     @property
     def dense(self) -> tuple[DenseModule, ...]:
@@ -60,9 +65,8 @@ class Description:
 
     def weight_files(self) -> list[Path]:
         """Every safetensors file that the model's weights are read from."""
-        adapter = find_adapter(self.model_folder)
-        base = self.model_folder if adapter is None else model_folder(adapter.base)
-        files = [*weight_files(base), *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
+        adapter = self.places.adapter
+        files = [*weight_files(self.places.weights), *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
         return files if adapter is None else [*files, adapter.folder / ADAPTER_WEIGHTS]
 
 
@@ -79,38 +83,38 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
         CheckpointError: a file is missing or damaged.
         ConfigError: a file asks for what is not honoured; the message names file, field and value.
     """
-    folder = Path(folder)
-    resolved: Task = task_of(folder) if task == "auto" else task  # type: ignore[assignment]
+    files = CheckpointFiles(folder)
+    places = places_of(files)
+    resolved: Task = task_of_files(files, places) if task == "auto" else task  # type: ignore[assignment]
     if resolved not in TASKS:
         raise CheckpointError(f"task is {task!r}; expected one of auto, {', '.join(TASKS)}")
-    settings = read_settings(folder, resolved)
-    inner, base = model_folder(folder), config_folder(folder)
-    config = read_config(base, settings.config_overrides)
+    settings = read_settings(files, resolved)
+    config = read_config(places.config, settings.config_overrides)
     tokenizer = resolve_tokenizer(
-        inner if has_tokenizer(inner) else base,
+        places.model if has_tokenizer(places.model) else places.config,
         arguments=settings.tokenizer_arguments,
         lowercase=settings.lowercase,
     )
     if tokenizer.pad_token_id >= config.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer's padding has id {tokenizer.pad_token_id}, and the model's vocabulary "
+            f"{files.path}: the tokenizer's padding has id {tokenizer.pad_token_id}, and the model's vocabulary "
             f"{config.vocab_size:,} rows. Take the tokenizer that belongs to the checkpoint."
         )
     config.pad_token_id = tokenizer.pad_token_id
     return Description(
-        folder=folder,
-        model_folder=inner,
+        files=files,
+        places=places,
         task=resolved,
         config=config,
-        spec=_spec(folder, base, config, resolved, settings, tokenizer, pooling),
+        spec=_spec(files, places, config, resolved, settings, tokenizer, pooling),
         tokenizer=tokenizer,
         settings=settings,
     )
 
 
 def _spec(
-    outer: Path,
-    folder: Path,
+    files: CheckpointFiles,
+    places: Places,
     config: GteConfig,
     task: Task,
     settings: SentenceSettings,
@@ -118,6 +122,12 @@ def _spec(
     pooling: str,
 ) -> ModelSpec:
     labels = config.id2label or {}
+    activation = settings.activation
+    if task == "classify" and activation is None:
+        activation = reranker_activation(places.config)
+    sparse = None
+    if task == "sparse":
+        sparse = read_sparse_spec(files, places.weights, config.num_labels, lambda: tokenizer.unweighted_ids)
     has_labels = TASKS[task].has_labels
     return ModelSpec(
         task=task,
@@ -136,13 +146,9 @@ def _spec(
         embedding_size=settings.dense[-1].out_features if settings.dense else None,
         truncate_dim=settings.truncate_dim,
         similarity=settings.similarity or TASKS[task].similarity,
-        sparse=_sparse(outer, config, tokenizer) if task == "sparse" else None,
-        activation=(settings.activation or reranker_activation(folder / "config.json")) if task == "classify" else None,
+        sparse=sparse,
+        activation=activation if task == "classify" else None,
     )
-
-
-def _sparse(folder: Path, config: GteConfig, tokenizer: ResolvedTokenizer) -> SparseSpec:
-    return read_sparse_spec(folder, config.num_labels, lambda: tokenizer.unweighted_ids)
 
 
 def _max_length(config: GteConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:

@@ -5,6 +5,7 @@ a reranker's settings are read, as the library reads them, where there is a modu
 """
 
 import logging
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
-from gte_deploy.models.module_list import MODULES, Module, folder_of, read_modules, refuse_arguments
+from gte_deploy.models.folder import MODULES, CheckpointFiles, Module, refuse_arguments
 from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.tasks import TASKS
@@ -31,6 +32,7 @@ _SETTINGS_FILES = (
         for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
     ),
 )
+_WHOLE = "config_sentence_transformers.json"
 _LEGACY_POOLING_PREFIX = "pooling_mode_"
 _LEGACY_POOLING_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
 # What a model is loaded with that leaves its answers as they are.
@@ -96,7 +98,7 @@ class SentenceSettings:
     activation: str | None = None
 
 
-def model_folder(folder: Path) -> Path:
+def model_folder(files: CheckpointFiles) -> Path:
     """Where config.json, weights and tokenizer are: the folder itself, or that of its Transformer module.
 
     A Router may have that in the folder of a route.
@@ -104,51 +106,51 @@ def model_folder(folder: Path) -> Path:
     Raises:
         CheckpointError, ConfigError: modules.json is not readable or not honoured.
     """
-    if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
-        return folder
-    if (folder / "router_config.json").is_file():
-        return encoder_folder(folder)
-    modules = read_modules(folder) or []
-    inner = next((module for module in modules if module.kind in ("Transformer", "MLMTransformer")), None)
-    return folder if inner is None else folder_of(folder, inner)
+    if files.has("config.json") or files.has(ADAPTER_CONFIG):
+        return files.path
+    if files.has("router_config.json"):
+        return encoder_folder(files)
+    inner = next((module for module in files.modules or () if module.kind in ("Transformer", "MLMTransformer")), None)
+    return files.path if inner is None else inner.folder
 
 
-def read_settings(folder: Path, task: Task) -> SentenceSettings:
+def read_settings(files: CheckpointFiles, task: Task) -> SentenceSettings:
     """What the files of sentence-transformers in a checkpoint folder say for `task`.
 
     Raises:
         CheckpointError: a file is not readable.
         ConfigError: a field, a module or a pooling is not honoured; the message names file and field.
     """
-    modules = read_modules(folder)
+    modules = files.modules
     if task == "classify":
-        if modules is None or _model_type(folder) != _library(task).model_type:
+        if modules is None or _model_type(files) != _library(task).model_type:
             return SentenceSettings()
-        _require_kinds(folder, modules, ("Transformer",), "a reranker")
-        return _with_whole(folder, task, _transformer_settings(model_folder(folder), task))
-    if task == "sparse" and read_sparse_modules(folder) is not None:
-        return _with_whole(folder, task, _transformer_settings(model_folder(folder), task))
+        _require_kinds(modules, ("Transformer",), "a reranker")
+        return _with_whole(files, task, _transformer_settings(model_folder(files), task))
+    if task == "sparse" and read_sparse_modules(files) is not None:
+        return _with_whole(files, task, _transformer_settings(model_folder(files), task))
     if task != "embed":
-        return _beside_another_task(folder, modules)
+        return _beside_another_task(files)
     if modules is not None:
-        _require_embedding(folder, modules)
-    paths = {module.kind: module.path for module in modules or ()}
+        _require_embedding(files, modules)
     settings = replace(
-        _transformer_settings(model_folder(folder), task),
-        pooling=read_pooling(folder / (paths.get("Pooling") or "1_Pooling") / "config.json"),
-        normalize="Normalize" in paths,
-        dense=tuple(read_dense(folder, module.path) for module in modules or () if module.kind == "Dense"),
+        _transformer_settings(model_folder(files), task),
+        pooling=_pooling(files),
+        normalize="Normalize" in [module.kind for module in modules or ()],
+        dense=tuple(read_dense(files, module.path) for module in modules or () if module.kind == "Dense"),
     )
-    return _with_whole(folder, task, settings)
+    return _with_whole(files, task, settings)
 
 
-def read_pooling(file: Path) -> Pooling | None:
-    """The mode of a Pooling module, or None where there is no file.
+def _pooling(files: CheckpointFiles) -> Pooling | None:
+    """The mode of the Pooling module, or None where there is no file.
 
     Raises:
         ConfigError: it is none of the modes that are computed, or several.
     """
-    config = read_json_object(file)
+    paths = {module.kind: module.path for module in files.modules or ()}
+    name = posixpath.join(paths.get("Pooling") or "1_Pooling", "config.json")
+    config, file = files.objects[name], files.path / name
     if not config:
         return None
     check_fields(config, file, POOLING)
@@ -174,14 +176,14 @@ def checked_pooling(pooling: Any, where: str) -> Pooling:
     return cast(Pooling, pooling)
 
 
-def read_dense(folder: Path, path: str) -> DenseModule:
-    """The Dense module in `folder`/`path`.
+def read_dense(files: CheckpointFiles, path: str) -> DenseModule:
+    """The Dense module in the checkpoint's folder `path`.
 
     Raises:
         ConfigError: a field is missing or not honoured.
     """
-    file = folder / path / "config.json"
-    config = read_json_object(file)
+    name = posixpath.join(path, "config.json")
+    config, file = files.objects[name], files.path / name
     check_fields(config, file, DENSE)
     for name in sorted(_NO_SIZES):
         if type(config.get(name)) is not int or config[name] < 1:
@@ -200,12 +202,13 @@ def read_dense(folder: Path, path: str) -> DenseModule:
     )
 
 
-def reranker_activation(config_file: Path) -> str | None:
-    """What config.json says that a reranker's logits go through, in either of its spellings.
+def reranker_activation(folder: Path) -> str | None:
+    """What `folder`/config.json says that a reranker's logits go through, in either of its spellings.
 
     Raises:
         ConfigError: a function of torch that is not computed.
     """
+    config_file = folder / "config.json"
     raw = read_json_object(config_file)
     inner = raw.get("sentence_transformers")
     if isinstance(inner, dict) and "activation_fn" in inner:
@@ -214,12 +217,11 @@ def reranker_activation(config_file: Path) -> str | None:
     return _activation(config_file, name, raw.get(name))
 
 
-def _with_whole(folder: Path, task: Task, settings: SentenceSettings) -> SentenceSettings:
+def _with_whole(files: CheckpointFiles, task: Task, settings: SentenceSettings) -> SentenceSettings:
     """`settings` with what config_sentence_transformers.json says, where it is of the same kind of model."""
-    file = folder / "config_sentence_transformers.json"
-    config = read_json_object(file)
-    if _model_type(folder) != _library(task).model_type:
-        logger.info("%s is for a %s, and passed over", file, _model_type(folder))
+    config, file = files.objects[_WHOLE], files.path / _WHOLE
+    if _model_type(files) != _library(task).model_type:
+        logger.info("%s is for a %s, and passed over", file, _model_type(files))
         return settings
     check_fields(config, file, SENTENCE_TRANSFORMERS)
     prompts, default = _prompts(file, config)
@@ -236,21 +238,17 @@ def _with_whole(folder: Path, task: Task, settings: SentenceSettings) -> Sentenc
     )
 
 
-def _beside_another_task(folder: Path, modules: list[Module] | None) -> SentenceSettings:
+def _beside_another_task(files: CheckpointFiles) -> SentenceSettings:
     """How `encode` pools a model that is made for something else; modules that it does not have are logged."""
+    modules = files.modules
     kinds = [module.kind for module in modules or ()]
-    paths = {module.kind: module.path for module in modules or ()}
     if modules is not None and kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         if kinds:
-            logger.info("%s: the modules %s are for another task, and passed over", folder, ", ".join(kinds))
+            logger.info("%s: the modules %s are for another task, and passed over", files.path, ", ".join(kinds))
         return SentenceSettings()
     for module in modules or ():
-        folder_of(folder, module)  # or a refusal
-    settings = SentenceSettings(
-        pooling=read_pooling(folder / (paths.get("Pooling") or "1_Pooling") / "config.json"),
-        normalize="Normalize" in paths,
-    )
-    return _with_whole(folder, "embed", settings)
+        _ = module.folder  # or a refusal
+    return _with_whole(files, "embed", SentenceSettings(pooling=_pooling(files), normalize="Normalize" in kinds))
 
 
 def _transformer_settings(folder: Path, task: Task) -> SentenceSettings:
@@ -292,23 +290,23 @@ def _check_transformer_task(file: Path, config: Mapping[str, Any], task: Task) -
             raise ConfigError(f"{file}: {name} is {config[name]!r}; expected {expected!r} for task {task}")
 
 
-def _require_embedding(folder: Path, modules: list[Module]) -> None:
+def _require_embedding(files: CheckpointFiles, modules: list[Module]) -> None:
     """Transformer, Pooling, any Dense, at most one Normalize, in this order."""
     kinds = [module.kind for module in modules if module.kind != "Dropout"]
     known = ("Transformer", "Pooling", "Dense", "Normalize")
-    _require_kinds(folder, modules, (*known, "Dropout"), "embeddings")
+    _require_kinds(modules, (*known, "Dropout"), "embeddings")
     dense = kinds.count("Dense")
     orders = ([*known[:2], *["Dense"] * dense], [*known[:2], *["Dense"] * dense, "Normalize"])
     if kinds not in orders and kinds != ["Transformer"]:
         raise ConfigError(
-            f"{folder / MODULES} lists {', '.join(kinds)}; expected Transformer, Pooling, any number of Dense "
+            f"{files.path / MODULES} lists {', '.join(kinds)}; expected Transformer, Pooling, any number of Dense "
             "and at most one Normalize, in this order."
         )
 
 
-def _require_kinds(folder: Path, modules: list[Module], known: tuple[str, ...], purpose: str) -> None:
-    file = folder / MODULES
+def _require_kinds(modules: list[Module], known: tuple[str, ...], purpose: str) -> None:
     for module in modules:
+        file = module.checkpoint / MODULES
         if "." in module.kind:
             raise ConfigError(
                 f"{file} has the module {module.kind}, which is code of its own and is never run; expected modules of "
@@ -319,8 +317,8 @@ def _require_kinds(folder: Path, modules: list[Module], known: tuple[str, ...], 
                 f"{file} has a {module.kind} module; only {', '.join(known)} are honoured for {purpose}, and leaving "
                 "it out would change the answers."
             )
-        folder_of(folder, module)  # or a refusal
-        refuse_arguments(folder, module)
+        _ = module.folder  # or a refusal
+        refuse_arguments(module)
 
 
 def _library(task: Task) -> Library:
@@ -329,8 +327,8 @@ def _library(task: Task) -> Library:
     return library
 
 
-def _model_type(folder: Path) -> str:
-    return str(read_json_object(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer"))
+def _model_type(files: CheckpointFiles) -> str:
+    return str(files.objects[_WHOLE].get("model_type", "SentenceTransformer"))
 
 
 def _prompts(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:

@@ -7,6 +7,7 @@ SparseStaticEmbedding, and `max_active_dims` of config_sentence_transformers.jso
 from __future__ import annotations
 
 import logging
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -16,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
-from gte_deploy.core.files import read_json
 from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
 from gte_deploy.models.fields import SPLADE
-from gte_deploy.models.module_list import Module, folder_of, kind_of, read_modules, refuse_arguments
+from gte_deploy.models.folder import CheckpointFiles, Module, kind_of, refuse_arguments
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
 
 logger = logging.getLogger(__name__)
@@ -53,74 +53,76 @@ class SparseModules:
     query: str | None = None
 
 
-def read_sparse_modules(folder: Path) -> SparseModules | None:
-    """The modules of a checkpoint folder, or None where they are not a SparseEncoder's.
+def read_sparse_modules(files: CheckpointFiles) -> SparseModules | None:
+    """The modules of a checkpoint, or None where they are not a SparseEncoder's.
 
     Raises:
         CheckpointError: modules.json is not JSON.
         ConfigError: it is not a list of modules.
     """
-    modules = read_modules(folder) or []
-    if not _are_sparse(folder, modules):
+    modules = files.modules or []
+    if not _are_sparse(files, modules):
         return None
     try:
         for module in modules:
-            refuse_arguments(folder, module)
-        found = _routed(folder, modules) if any(m.kind in _ROUTERS for m in modules) else _splade(folder, modules)
+            refuse_arguments(module)
+        found = _routed(files, modules) if any(m.kind in _ROUTERS for m in modules) else _splade(files, modules)
         if found.spec is not None:
-            found = replace(found, spec=replace(found.spec, max_active_dims=_max_active_dims(folder)))
+            found = replace(found, spec=replace(found.spec, max_active_dims=_max_active_dims(files)))
         return found
     except (ConfigError, CheckpointError) as error:
         return SparseModules(None, str(error))
 
 
-def encoder_folder(folder: str | Path) -> Path:
+def encoder_folder(files: CheckpointFiles) -> Path:
     """Where configuration, weights and tokenizer are: the folder itself, or below it where a Router has them there."""
-    folder = Path(folder)
-    if (folder / "config.json").is_file() or not (folder / _ROUTER).is_file():
-        return folder
-    found = read_sparse_modules(folder)
-    return folder if found is None else folder / found.transformer
+    if files.has("config.json") or not files.has(_ROUTER):
+        return files.path
+    found = read_sparse_modules(files)
+    return files.path if found is None else files.path / found.transformer
 
 
-def is_sparse_encoder(folder: Path) -> bool:
+def is_sparse_encoder(files: CheckpointFiles) -> bool:
     """Whether the checkpoint's own task is sparse embeddings; modules that cannot be honoured are logged."""
-    found = read_sparse_modules(folder)
+    found = read_sparse_modules(files)
     if found is not None and found.spec is None:
-        logger.warning("%s gives no sparse embeddings here: %s", folder, found.reason)
+        logger.warning("%s gives no sparse embeddings here: %s", files.path, found.reason)
     return found is not None and found.spec is not None
 
 
-def read_sparse_spec(folder: Path, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]) -> SparseSpec:
+def read_sparse_spec(
+    files: CheckpointFiles, weights: Path, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]
+) -> SparseSpec:
     """How a checkpoint makes sparse embeddings: by its modules; else by its head.
 
     A token classifier of one label gives token weights, whatever modules stand beside it (gte-multilingual-base has a
     Pooling). A masked-LM head without modules is pooled as SparseEncoder does it then: the maximum of log1p(relu(x)).
 
     Args:
-        folder: the checkpoint.
-        num_labels: of a classifier.
+        files: the checkpoint.
+        weights: the folder of its weights.
+        num_labels: labels of a classifier.
         unweighted: called for the ids that a token-weights head gives no weight.
 
     Raises:
         ConfigError: its modules cannot be honoured, or it has no head for sparse embeddings.
         CheckpointError: a file is missing or unreadable.
     """
-    found = read_sparse_modules(folder)
+    folder, found = files.path, read_sparse_modules(files)
     if found is not None:
         if found.spec is None:
             raise ConfigError(f"{folder} gives no sparse embeddings: {found.reason}")
         return found.spec
     from gte_deploy.models.config import task_of_tensors
 
-    match task_of_tensors(folder):
+    match task_of_tensors(weights):
         case "fill-mask":
             logger.info(
                 "%s has no SpladePooling; the maximum of log1p(relu(x)) is taken, as SparseEncoder does", folder
             )
-            return SparseSpec("splade", max_active_dims=_max_active_dims(folder))
+            return SparseSpec("splade", max_active_dims=_max_active_dims(files))
         case "token-classify" if num_labels == 1:
-            return SparseSpec("token-weights", unweighted=unweighted(), max_active_dims=_max_active_dims(folder))
+            return SparseSpec("token-weights", unweighted=unweighted(), max_active_dims=_max_active_dims(files))
         case other:
             labels = f" with {num_labels} labels" if other == "token-classify" else ""
             raise ConfigError(
@@ -130,7 +132,7 @@ def read_sparse_spec(folder: Path, num_labels: int | None, unweighted: Callable[
 
 
 def read_query_weights(
-    folder: Path, vocab_size: int, token_id: Callable[[str], int | None]
+    files: CheckpointFiles, vocab_size: int, token_id: Callable[[str], int | None]
 ) -> NDArray[np.float32] | None:
     """The weights that a query's tokens get without the model, [vocab_size] float32; None where there are none.
 
@@ -141,15 +143,14 @@ def read_query_weights(
         CheckpointError: a file is missing or damaged.
         ConfigError: the queries' tokenizer is not the documents'.
     """
-    found = read_sparse_modules(folder)
+    found = read_sparse_modules(files)
     if found is None or found.query is None:
         return None
-    place = folder / found.query
-    documents = folder / found.transformer
-    _require_same_tokenizer(place, documents)
-    path = (read_json(place / "config.json") or {}).get("path")
+    place = files.path / found.query
+    _require_same_tokenizer(files, found.query, found.transformer)
+    path = _object(files.json[posixpath.join(found.query, "config.json")]).get("path")
     if isinstance(path, str) and path.endswith(".json"):
-        stored = _weights_of_json(folder, place, path, vocab_size, token_id)
+        stored = _weights_of_json(files, found.query, path, vocab_size, token_id)
     else:
         stored = _stored_weights(place)
     if stored.ndim != 1 or len(stored) > vocab_size:
@@ -163,33 +164,32 @@ def read_query_weights(
     return weights
 
 
-def _are_sparse(folder: Path, modules: Sequence[Module]) -> bool:
+def _are_sparse(files: CheckpointFiles, modules: Sequence[Module]) -> bool:
     if not modules:
         return False
     if any(module.kind in _SPARSE_TYPES for module in modules):
         return True
-    if _facts(folder / _SENTENCE_TRANSFORMERS).get("model_type") == "SparseEncoder":
+    if _object(files.json[_SENTENCE_TRANSFORMERS]).get("model_type") == "SparseEncoder":
         return True
     if modules[0].kind in _ROUTERS:
         # One without its configuration may be anything; one of embeddings is not for here.
-        types = _facts(folder / _ROUTER).get("types")
+        types = _object(files.json[_ROUTER]).get("types")
         return not isinstance(types, dict) or any(kind_of(str(name)) in _SPARSE_TYPES for name in types.values())
-    return modules[0].kind == "Transformer" and _is_masked_lm(folder, modules[0])
+    return modules[0].kind == "Transformer" and _is_masked_lm(files, modules[0])
 
 
-def _facts(file: Path) -> dict[str, Any]:
-    data = read_json(file)
+def _object(data: Any) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _is_masked_lm(folder: Path, module: Module) -> bool:
+def _is_masked_lm(files: CheckpointFiles, module: Module) -> bool:
     """Whether a module gives the logits of a masked-LM head."""
     default = "fill-mask" if module.kind == "MLMTransformer" else "feature-extraction"
-    file = folder_of(folder, module) / _SENTENCE_BERT
-    return bool(_facts(file).get("transformer_task", default) == "fill-mask")
+    settings = _object(files.json[module.file(_SENTENCE_BERT)])
+    return bool(settings.get("transformer_task", default) == "fill-mask")
 
 
-def _splade(folder: Path, modules: Sequence[Module]) -> SparseModules:
+def _splade(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
     """MLMTransformer, or Transformer for fill-mask, then SpladePooling."""
     kinds = [module.kind for module in modules]
     if len(kinds) != 2 or kinds[0] not in ("MLMTransformer", "Transformer") or kinds[1] != "SpladePooling":
@@ -198,14 +198,13 @@ def _splade(folder: Path, modules: Sequence[Module]) -> SparseModules:
             "SpladePooling."
         )
     transformer, pooling = modules
-    if not _is_masked_lm(folder, transformer):
+    if not _is_masked_lm(files, transformer):
         raise ConfigError(f"its {transformer.kind} is not for fill-mask, and SpladePooling needs those logits.")
-    return SparseModules(_pooling(folder, pooling), transformer=transformer.path)
+    return SparseModules(_pooling(files, pooling), transformer=transformer.path)
 
 
-def _pooling(folder: Path, module: Module) -> SparseSpec:
-    file = folder_of(folder, module) / "config.json"
-    config = read_json(file)
+def _pooling(files: CheckpointFiles, module: Module) -> SparseSpec:
+    config = files.json[module.file("config.json")]
     if not isinstance(config, dict):
         raise ConfigError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
     known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
@@ -218,18 +217,17 @@ def _pooling(folder: Path, module: Module) -> SparseSpec:
     return SparseSpec("splade", activation=activation, pooling=config.get("pooling_strategy", "max"))
 
 
-def _routed(folder: Path, modules: Sequence[Module]) -> SparseModules:
+def _routed(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
     """A Router alone: documents by a splade model, queries by the same or by weights."""
     if len(modules) != 1 or modules[0].path:
         raise ConfigError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
-    file = folder / _ROUTER
-    config = read_json(file)
+    config = files.json[_ROUTER]
     if not isinstance(config, dict):
         raise ConfigError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
-    routes = _routes(config)
+    routes = _routes(files.path, config)
     if set(routes) != set(SPARSE_ROUTES):
         raise ConfigError(f"its Router has the routes {', '.join(routes)}; honoured are query and document.")
-    documents = _splade(folder, routes["document"])
+    documents = _splade(files, routes["document"])
     assert documents.spec is not None
     default = _default_route(config.get("parameters") or {}, list(routes))
     if routes["query"] == routes["document"]:
@@ -239,15 +237,15 @@ def _routed(folder: Path, modules: Sequence[Module]) -> SparseModules:
         raise ConfigError(f"its queries go through {', '.join(kinds)}; honoured is SparseStaticEmbedding.")
     spec = replace(documents.spec, query_weights=QUERY_WEIGHTS_FILE, default_route=default)
     (query,) = routes["query"]
-    folder_of(folder, query)  # or a refusal
+    _ = query.folder  # or a refusal
     return replace(documents, spec=spec, query=query.path)
 
 
-def _routes(config: Mapping[str, Any]) -> dict[str, list[Module]]:
+def _routes(checkpoint: Path, config: Mapping[str, Any]) -> dict[str, list[Module]]:
     try:
         types = {str(path): kind_of(str(name)) for path, name in config["types"].items()}
         return {
-            str(route): [Module(types[path], str(path)) for path in paths]
+            str(route): [Module(checkpoint, types[path], str(path)) for path in paths]
             for route, paths in config["structure"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
@@ -267,39 +265,42 @@ def _default_route(parameters: Mapping[str, Any], routes: Sequence[str]) -> Spar
     return cast("SparseRoute | None", default)
 
 
-def _max_active_dims(folder: Path) -> int | None:
-    value = _facts(folder / _SENTENCE_TRANSFORMERS).get("max_active_dims")
+def _max_active_dims(files: CheckpointFiles) -> int | None:
+    value = _object(files.json[_SENTENCE_TRANSFORMERS]).get("max_active_dims")
     if value is not None and (type(value) is not int or value < 1):
         raise CheckpointError(
-            f"{folder / _SENTENCE_TRANSFORMERS}: max_active_dims is {value!r}, not a positive integer"
+            f"{files.path / _SENTENCE_TRANSFORMERS}: max_active_dims is {value!r}, not a positive integer"
         )
     return value
 
 
-def _require_same_tokenizer(queries: Path, documents: Path) -> None:
+def _require_same_tokenizer(files: CheckpointFiles, queries: str, documents: str) -> None:
     """Refuse weights of another vocabulary: their ids would be those of other words."""
-    file = queries / "tokenizer.json"
-    if file.is_file() and _cutting(file) != _cutting(documents / "tokenizer.json"):
+    name = posixpath.join(queries, "tokenizer.json")
+    own = files.json[name]
+    if own is not None and _cutting(own) != _cutting(files.json[posixpath.join(documents, "tokenizer.json")]):
         raise ConfigError(
-            f"{file} is another tokenizer than that of documents; one for both is honoured. Replace it where they cut "
-            "alike."
+            f"{files.path / name} is another tokenizer than that of documents; one for both is honoured. Replace it "
+            "where they cut alike."
         )
 
 
-def _cutting(file: Path) -> dict[str, Any]:
-    """What of a tokenizer.json decides ids: all but how it would cut and pad."""
-    return {name: value for name, value in _facts(file).items() if name not in ("truncation", "padding", "version")}
+def _cutting(tokenizer: Any) -> dict[str, Any]:
+    """The part of a tokenizer.json that decides ids: all but how it would cut and pad."""
+    unimportant = ("truncation", "padding", "version")
+    return {name: value for name, value in _object(tokenizer).items() if name not in unimportant}
 
 
 def _weights_of_json(
-    folder: Path, place: Path, path: str, vocab_size: int, token_id: Callable[[str], int | None]
+    files: CheckpointFiles, query: str, path: str, vocab_size: int, token_id: Callable[[str], int | None]
 ) -> NDArray[np.float32]:
-    """Weights by word, as idf.json has them."""
+    """Weights by word, as idf.json has them, in the folder `query` or in the checkpoint's own."""
     name = PurePosixPath(path).name
-    file = next((file for file in (place / name, folder / name) if file.is_file()), None)
-    weights = {} if file is None else _facts(file)
-    if file is None or not all(type(weight) in (int, float) for weight in weights.values()) or not weights:
-        raise CheckpointError(f"{place} names the query weights {path!r}, and {name} is no object of word -> weight")
+    weights = _object(files.json[posixpath.join(query, name)] or files.json[name])
+    if not weights or not all(type(weight) in (int, float) for weight in weights.values()):
+        raise CheckpointError(
+            f"{files.path / query} names the query weights {path!r}, and {name} is no object of word -> weight"
+        )
     stored = np.zeros(vocab_size, np.float32)
     for word, weight in weights.items():
         token = token_id(word)

@@ -73,6 +73,17 @@ def test_documents_that_the_code_names_are_there() -> None:
     assert [f"{file.relative_to(ROOT)}: {name}" for file, name in named if not (ROOT / name).is_file()] == []
 
 
+def test_files_that_the_documents_name_are_there() -> None:
+    pattern = re.compile(
+        r"\b(?:tests|exporters|gte_deploy|models|training|benchmarks|tools|examples)/[\w/]+\.(?:py|md|sh|yaml)\b"
+    )
+    named = {(page, name) for page in DOCUMENTS for name in pattern.findall(page.read_text(encoding="utf-8"))}
+    assert named
+    # NAME stands for a file that a reader writes.
+    missing = [f"{page.name}: {name}" for page, name in named if "NAME" not in name and not (ROOT / name).is_file()]
+    assert sorted(missing) == []
+
+
 def test_the_table_of_fields_is_the_readers_own() -> None:
     from gte_deploy.models.fields import document
 

@@ -120,12 +120,28 @@ def error_rows() -> Iterator[str]:
         yield f"| `{name}` | {bases} | {meaning} | {exit_code_of(error.__new__(error))} |"
 
 
+EXPORT = (
+    ("gte_deploy.exporters.export", "export"),
+    ("gte_deploy.exporters.options", "ExportOptions"),
+    ("gte_deploy.exporters.targets.cpu", "CpuOptions"),
+    ("gte_deploy.exporters.targets.cpu", "CalibrationOptions"),
+    ("gte_deploy.exporters.targets.cuda.target", "CudaOptions"),
+    ("gte_deploy.exporters.targets.tensorrt.options", "TensorRTOptions"),
+    ("gte_deploy.exporters.triton.repository", "export_repository"),
+    ("gte_deploy.exporters.triton.options", "TritonOptions"),
+)
+
+
 def api_page() -> str:
     """The whole of docs/python-api.md."""
     parts = [f"{NOTICE}\n\n# The Python API\n", section("## gte_deploy.load", *find("gte_deploy", "load"))]
     parts += class_sections("gte_deploy", "Model", variable="model", constructor=False)
     parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
-    parts += [section("## gte_deploy.exporters.export.export", *find("gte_deploy.exporters.export", "export"))]
+    for module, name in EXPORT:
+        parts.append(section(f"## {module}.{name}", *find(module, name)))
+        if name.endswith("Options"):
+            table = importlib.import_module("gte_deploy.core.options").options_table
+            parts.append(f"{table(getattr(importlib.import_module(module), name))}\n")
     parts += ["## Errors\n\nAll are in `gte_deploy`. The last column is the exit code that the commands end with.\n"]
     return "\n".join([*parts, "| error | bases | meaning | exit code |\n|---|---|---|---|", *error_rows(), ""])
 
@@ -151,7 +167,9 @@ def commands_page() -> str:
     """The whole of docs/command-line.md: every command, and the sub-commands that its help lists."""
     parts = [f"{NOTICE}\n\n# The command lines\n\nWhat each command prints for `--help`.\n"]
     for command in SCRIPTS:
-        names = re.findall(r"^ {4}([a-z][\w-]*)(?!\S)", help_of(command).partition("  COMMAND\n")[2], re.MULTILINE)
+        printed = help_of(command)
+        names = re.findall(r"^ {4}([a-z][\w-]*)(?!\S)", printed.partition("  COMMAND\n")[2], re.MULTILINE)
+        names += re.findall(rf"^  {command} ([a-z]+) ", printed, re.MULTILINE)  # as gte-export lists them
         for title in (f"## {command}", *(f"### {command} {name}" for name in names)):
             parts.append(f"{title}\n\n<!-- generated: {title.lstrip('# ')} --help -->\n<!-- end -->\n")
     return filled("\n".join(parts))

@@ -240,7 +240,7 @@ def _read_stamp(folder: Path) -> Any:
 @functools.cache
 def _sources_digest(*, bundle: bool) -> str:
     """Of the sources that an artefact comes from: the whole exporter for a bundle, the trace for all else."""
-    files = [Path(__file__), *(ROOT / "models").rglob("*.py"), ROOT / "exporters" / "trace.py"]
+    files = [Path(__file__), *(ROOT / "models").rglob("*.py"), ROOT / "exporters" / "graph" / "trace.py"]
     if bundle:
         files += (ROOT / "exporters").rglob("*.py")
     digest = hashlib.sha256()

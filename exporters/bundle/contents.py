@@ -12,8 +12,8 @@ from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
-from gte_deploy.exporters.verification.parity import ParityReport
 from gte_deploy.exporters.verification.report import build_report, library_versions, render_html
+from gte_deploy.exporters.verification.results import ParityReport
 from gte_deploy.models.sparse_modules import read_query_weights
 
 
@@ -23,7 +23,7 @@ def write_model_files(job: Job) -> None:
     sparse = job.spec.sparse
     if sparse is not None and sparse.query_weights is not None:
         token_id = job.tokenizer.known_or_unknown_id
-        weights = read_query_weights(job.checkpoint.folder, job.spec.vocab_size, token_id)
+        weights = read_query_weights(job.checkpoint.files, job.spec.vocab_size, token_id)
         assert weights is not None  # the spec names them
         np.save(job.folder / sparse.query_weights, weights, allow_pickle=False)
 

@@ -24,77 +24,74 @@ _TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
 
 def write_hub_files(folder: Path, checkpoint: Description) -> None:
     """Write the files into the folder of a bundle."""
+    files = hub_files(checkpoint)
+    checkpoint.tokenizer.save(folder, max_length=checkpoint.spec.max_length)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_text(folder / name, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    for i, dense in enumerate(checkpoint.dense, start=2):
+        (folder / f"{i}_Dense").mkdir()
+        for name in ("config.json", WEIGHTS):
+            write_with(folder / f"{i}_Dense" / name, partial(shutil.copyfile, checkpoint.folder / dense.path / name))
+
+
+def hub_files(checkpoint: Description) -> dict[str, Any]:
+    """The JSON files of a bundle except those of the tokenizer: path relative to the bundle -> content."""
     spec = checkpoint.spec
-    checkpoint.tokenizer.save(folder, max_length=spec.max_length)
     # In the native layout, which transformers and TEI read without remote code. The positions are those of the graph.
     config = {**native_config(checkpoint.config, task=spec.head_task), "max_position_embeddings": spec.max_length}
     if spec.activation is not None:
         config["sentence_transformers"] = {"activation_fn": _torch_path(spec.activation)}
-    _write_json(folder / "config.json", config)
+    files: dict[str, Any] = {"config.json": config}
     if spec.task in ("fill-mask", "embed"):
-        _write_embedding(folder, checkpoint)
+        files |= _embedding(checkpoint)
     elif spec.task == "classify" and spec.prompts:
-        _write_reranker(folder, spec)
+        files |= _reranker(spec)
+    return files
 
 
-def _write_embedding(folder: Path, checkpoint: Description) -> None:
-    """Write how to pool the hidden states, for sentence-transformers and TEI, in a form that all versions read."""
+def _embedding(checkpoint: Description) -> dict[str, Any]:
+    """The pooling of hidden states for sentence-transformers and TEI, in a form that all versions read."""
     spec = checkpoint.spec
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [(f"{i}_Dense", "Dense") for i in range(2, 2 + len(checkpoint.dense))]
     modules += [(f"{len(modules)}_Normalize", "Normalize")] if spec.normalize else []
-    _write_json(
-        folder / "modules.json",
-        [
+    return {
+        "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"{_TYPES}.{kind}"}
             for i, (path, kind) in enumerate(modules)
         ],
-    )
-    (folder / "1_Pooling").mkdir()
-    _write_json(
-        folder / "1_Pooling" / "config.json",
-        {
+        "1_Pooling/config.json": {
             "word_embedding_dimension": spec.hidden_size,
             "pooling_mode_cls_token": spec.pooling == "cls",
             "pooling_mode_mean_tokens": spec.pooling == "mean",
             "pooling_mode_max_tokens": False,
             "pooling_mode_mean_sqrt_len_tokens": False,
         },
-    )
-    for i, dense in enumerate(checkpoint.dense, start=2):
-        target = folder / f"{i}_Dense"
-        target.mkdir()
-        for name in ("config.json", WEIGHTS):
-            write_with(target / name, partial(shutil.copyfile, checkpoint.folder / dense.path / name))
-    _write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": spec.max_length, "do_lower_case": checkpoint.settings.lowercase},
-    )
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {
+        "sentence_bert_config.json": {
+            "max_seq_length": spec.max_length,
+            "do_lower_case": checkpoint.settings.lowercase,
+        },
+        "config_sentence_transformers.json": {
             **_prompts(spec),
             "similarity_fn_name": spec.similarity,
             **({} if spec.truncate_dim is None else {"truncate_dim": spec.truncate_dim}),
         },
-    )
+    }
 
 
-def _write_reranker(folder: Path, spec: ModelSpec) -> None:
-    """Write the prompts of a CrossEncoder, which the library reads only if modules.json lists its one module."""
-    _write_json(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER}])
-    _write_json(
-        folder / "sentence_bert_config.json",
-        {
+def _reranker(spec: ModelSpec) -> dict[str, Any]:
+    """The prompts of a CrossEncoder, which the library reads only if modules.json lists its one module."""
+    activation = {} if spec.activation is None else {"activation_fn": _torch_path(spec.activation)}
+    return {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER}],
+        "sentence_bert_config.json": {
             "transformer_task": "sequence-classification",
             "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
             "module_output_name": "scores",
         },
-    )
-    activation = {} if spec.activation is None else {"activation_fn": _torch_path(spec.activation)}
-    _write_json(
-        folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder", **_prompts(spec), **activation}
-    )
+        "config_sentence_transformers.json": {"model_type": "CrossEncoder", **_prompts(spec), **activation},
+    }
 
 
 def _prompts(spec: ModelSpec) -> dict[str, Any]:
@@ -104,7 +101,3 @@ def _prompts(spec: ModelSpec) -> dict[str, Any]:
 def _torch_path(activation: str) -> str:
     name = TORCH_CLASSES[activation]
     return f"torch.nn.modules.{'linear' if name == 'Identity' else 'activation'}.{name}"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -25,8 +25,7 @@ from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.choice import ENGINE_OF
 from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.errors import BackendError, CheckpointError, GteDeployError, MissingDependencyError, ParityError
-from gte_deploy.core.files import read_json
-from gte_deploy.core.spec import ModelSpec, Precision, Task
+from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.closeness import Closeness, Question, named
 from gte_deploy.exporters.verification.odd_texts import (
@@ -46,7 +45,7 @@ from gte_deploy.exporters.verification.source_libraries import (
     open_library,
     short,
 )
-from gte_deploy.exporters.verification.source_view import is_original, loadable, rotation_frequencies
+from gte_deploy.exporters.verification.source_view import SourceFiles, loadable, read_source, rotation_frequencies
 from gte_deploy.loading import BackendName, load, stored_query_weights
 from gte_deploy.model import Model
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS
@@ -184,39 +183,35 @@ def check_answers(
 def _compare_all(checkpoint: Path, model: Model, close: Closeness, asked: Asked, findings: _Findings) -> None:
     from transformers import AutoTokenizer
 
-    inner = _transformer_folder(checkpoint)
-    config = read_json(inner / "config.json") or {}
-    arguments = _tokenizer_arguments(checkpoint, inner, model.spec.task)
+    is_sentence = library_of(checkpoint, model.spec.task) == SENTENCE_TRANSFORMERS
+    files = read_source(checkpoint, by_sentence_transformers=is_sentence)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            inner, local_files_only=True, trust_remote_code=False, **arguments
+            files.model, local_files_only=True, trust_remote_code=False, **files.tokenizer_arguments
         )
     except Exception as error:  # whatever a library of others raises
         findings.skipped.append(f"Token ids were not compared: AutoTokenizer does not read the checkpoint ({error}).")
         return
     # The class is looked up for the model type: under the native one it may be another.
-    source = _Source(inner, config, tokenizer, type(tokenizer).__name__)
-    if _lowercases(checkpoint, inner, model.spec.task):
+    source = _Source(files, tokenizer, type(tokenizer).__name__)
+    if files.lowercases:
         _lowercase(tokenizer)
     _compare_ids(model, source, findings)
-    if config:
-        _compare_rotation(source, findings)
-    if (inner / "adapter_config.json").is_file():
+    if files.config:
+        _compare_rotation(files, findings)
+    if files.has_adapter:
         findings.skipped.append("Answers were not compared: the checkpoint has an adapter, which peft has merged.")
-    elif inner != checkpoint and is_original(inner):
+    elif files.model != checkpoint and files.is_original:
         findings.skipped.append("Answers were not compared: an original checkpoint in a module's folder is not opened.")
     else:
-        _compare_answers(checkpoint, model, source, close, asked, findings)
+        _compare_answers(model, source, close, asked, findings)
 
 
-def _compare_answers(
-    checkpoint: Path, model: Model, source: "_Source", close: Closeness, asked: Asked, findings: _Findings
-) -> None:
-    tokenizer = source.tokenizer
+def _compare_answers(model: Model, source: "_Source", close: Closeness, asked: Asked, findings: _Findings) -> None:
     opened = loadable(
-        checkpoint,
+        source.files,
         tokenizer_class=source.tokenizer_class,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=source.tokenizer.pad_token_id,
         pooling=asked.pooling,
     )
     with opened as folder:
@@ -230,14 +225,15 @@ def _compare_answers(
 class _Source:
     """A checkpoint as AutoTokenizer and plain JSON give it."""
 
-    checkpoint: Path
-    config: Mapping[str, Any]
+    files: SourceFiles
     tokenizer: Any
     tokenizer_class: str
 
     @property
     def has_token_types(self) -> bool:
-        return (self.config.get("type_vocab_size") or 0) > 1 and "token_type_ids" in self.tokenizer.model_input_names
+        return (
+            self.files.config.get("type_vocab_size") or 0
+        ) > 1 and "token_type_ids" in self.tokenizer.model_input_names
 
 
 # --- what answers on our side ---------------------------------------------------------------------------------------
@@ -359,32 +355,6 @@ def _first_difference(ours: list[int], theirs: list[int]) -> str:
     return f"{start}from place {at} on {ours[at : at + 6]} here, {theirs[at : at + 6]} from AutoTokenizer"
 
 
-def _transformer_folder(checkpoint: Path) -> Path:
-    """Where config.json and tokenizer are: sentence-transformers' first module may have a folder of its own."""
-    if (checkpoint / "config.json").is_file() or (checkpoint / "adapter_config.json").is_file():
-        return checkpoint
-    modules = read_json(checkpoint / "modules.json") or [{}]
-    return checkpoint / str(modules[0].get("path", ""))
-
-
-def _sentence_settings(checkpoint: Path, inner: Path, task: Task) -> Mapping[str, Any]:
-    """sentence_bert_config.json, where sentence-transformers is the library that reads it."""
-    if not (checkpoint / "modules.json").is_file() or library_of(checkpoint, task) != SENTENCE_TRANSFORMERS:
-        return {}
-    return read_json(inner / "sentence_bert_config.json") or {}
-
-
-def _tokenizer_arguments(checkpoint: Path, inner: Path, task: Task) -> dict[str, Any]:
-    settings = _sentence_settings(checkpoint, inner, task)
-    arguments = {**(settings.get("tokenizer_args") or {}), **(settings.get("processor_kwargs") or {})}
-    return {name: value for name, value in arguments.items() if name != "trust_remote_code"}
-
-
-def _lowercases(checkpoint: Path, inner: Path, task: Task) -> bool:
-    """Whether sentence-transformers lower-cases texts, whatever the tokenizer does."""
-    return _sentence_settings(checkpoint, inner, task).get("do_lower_case") is True
-
-
 def _lowercase(tokenizer: Any) -> None:
     from tokenizers import normalizers
 
@@ -393,20 +363,20 @@ def _lowercase(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
 
 
-def _compare_rotation(source: _Source, findings: _Findings) -> None:
+def _compare_rotation(source: SourceFiles, findings: _Findings) -> None:
     """RoPE as this package read it with RoPE as the formulas, or transformers, make it of the same config.json."""
     from transformers import AutoConfig
     from transformers.models.gte.modeling_gte import GteRotaryEmbedding
 
     from gte_deploy.models.config import read_config
 
-    if is_original(source.checkpoint):
+    if source.is_original:
         wanted, scale = rotation_frequencies(source.config), 1.0
     else:
-        config: Any = AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(source.model, local_files_only=True, trust_remote_code=False)
         rotary: Any = GteRotaryEmbedding(config)
         wanted, scale = rotary.inv_freq.double().numpy(), rotary.attention_scaling
-    rotary = GteRotaryEmbedding(read_config(source.checkpoint))
+    rotary = GteRotaryEmbedding(read_config(source.model))
     found = rotary.inv_freq.double().numpy()
     findings.count("rotation frequencies", len(wanted))
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-5, atol=0):

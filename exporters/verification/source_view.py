@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _ORIGINAL_ONLY = frozenset(
     "use_memory_efficient_attention architectures".split()
 )
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_ADAPTER = "adapter_config.json"
 _HEADS = ("lm_head.", "classifier.")
 _DERIVED = ("position_ids", "inv_freq", "cos_cached", "sin_cached")
 _SPLIT = {
@@ -42,18 +44,68 @@ _RENAMED = {
 }
 
 
-def is_original(checkpoint: Path) -> bool:
-    """Whether config.json is in the layout that transformers reads with remote code alone."""
-    file = checkpoint / "config.json"
-    return file.is_file() and _read(file).get("model_type") == "new"
+@dataclass(frozen=True)
+class SourceFiles:
+    """What a checkpoint's JSON files say to its own library, read without the rest of this package.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        model: the folder of config.json and tokenizer: the checkpoint's, or that of the first module that
+            sentence-transformers lists.
+        config: config.json; {} where there is none.
+        tokenizer_arguments: what the library gives to AutoTokenizer besides the folder.
+        lowercases: whether the library lower-cases texts, whatever the tokenizer does.
+    """
+
+    checkpoint: Path
+    model: Path
+    config: Mapping[str, Any]
+    tokenizer_arguments: Mapping[str, Any]
+    lowercases: bool
+
+    @property
+    def is_original(self) -> bool:
+        """Whether config.json is in the layout that transformers reads with remote code alone."""
+        return self.config.get("model_type") == "new"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter changes the weights."""
+        return (self.model / _ADAPTER).is_file()
+
+
+def read_source(checkpoint: Path, *, by_sentence_transformers: bool) -> SourceFiles:
+    """Read the files of a checkpoint.
+
+    Args:
+        checkpoint: a folder of either layout.
+        by_sentence_transformers: whether the library that reads it is sentence-transformers.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    model, modules = checkpoint, checkpoint / "modules.json"
+    if not any((checkpoint / name).is_file() for name in ("config.json", _ADAPTER)) and modules.is_file():
+        model = checkpoint / str((_load(modules) or [{}])[0].get("path", ""))
+    settings: dict[str, Any] = {}
+    if by_sentence_transformers and modules.is_file():
+        settings = _read_if_there(model / "sentence_bert_config.json")
+    arguments = {**(settings.get("tokenizer_args") or {}), **(settings.get("processor_kwargs") or {})}
+    return SourceFiles(
+        checkpoint=checkpoint,
+        model=model,
+        config=_read_if_there(model / "config.json"),
+        tokenizer_arguments={name: value for name, value in arguments.items() if name != "trust_remote_code"},
+        lowercases=settings.get("do_lower_case") is True,
+    )
 
 
 @contextlib.contextmanager
-def loadable(checkpoint: Path, *, tokenizer_class: str, pad_token_id: int | None, pooling: str) -> Iterator[Path]:
+def loadable(source: SourceFiles, *, tokenizer_class: str, pad_token_id: int | None, pooling: str) -> Iterator[Path]:
     """The folder that the libraries load: the checkpoint, or a temporary one that stands for it.
 
     Args:
-        checkpoint: of either layout.
+        source: the checkpoint.
         tokenizer_class: what AutoTokenizer makes of the checkpoint, for an original one that does not name it: under
             another `model_type` it could make something else.
         pad_token_id: the tokenizer's, for a config.json without one.
@@ -62,7 +114,7 @@ def loadable(checkpoint: Path, *, tokenizer_class: str, pad_token_id: int | None
     Raises:
         CheckpointError: a file of it cannot be converted.
     """
-    original = is_original(checkpoint)
+    checkpoint, original = source.checkpoint, source.is_original
     if not original and pooling == "auto":
         yield checkpoint
         return
@@ -70,7 +122,7 @@ def loadable(checkpoint: Path, *, tokenizer_class: str, pad_token_id: int | None
         view = Path(folder)
         _link(checkpoint, view, without=("config.json", *_WEIGHTS) if original else ())
         if original:
-            config = native_fields(_read(checkpoint / "config.json"), pad_token_id)
+            config = native_fields(source.config, pad_token_id)
             (view / "config.json").write_text(json.dumps(config))
             _convert_weights(_weight_files(checkpoint), view)
             _name_tokenizer(view, tokenizer_class)
@@ -229,11 +281,19 @@ def _own_copy(link: Path) -> None:
         shutil.copytree(target, link)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> Any:
     try:
-        value = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return _read(file) if file.is_file() else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    value = _load(file)
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__}; expected a JSON object")
     return value

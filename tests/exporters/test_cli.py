@@ -181,9 +181,9 @@ def test_json_is_one_object_and_quiet_is_quiet(tiny, tmp_path, capsys):
 
 
 def test_a_failed_proof_is_a_failed_command(tiny, tmp_path, monkeypatch, capsys):
-    from gte_deploy.exporters.verification import parity
+    from gte_deploy.exporters.verification import bounds
 
-    monkeypatch.setitem(parity.TOLERANCES, "fp32", parity.Tolerance(cosine_min=1.5))
+    monkeypatch.setitem(bounds.TOLERANCES, "fp32", bounds.Tolerance(cosine_min=1.5))
     assert main([str(tiny), str(tmp_path / "out"), "--max-len", "16", "--json"]) == FAILURE
     out, err = capsys.readouterr()
     result = json.loads(out)

@@ -24,8 +24,8 @@ from gte_deploy.core.exit_codes import FAILURE  # noqa: E402
 from gte_deploy.core.files import sha256_file  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
-from gte_deploy.exporters.verification.parity import BoundMissedError  # noqa: E402
 from gte_deploy.exporters.verification.report import format_table  # noqa: E402
+from gte_deploy.exporters.verification.results import BoundMissedError  # noqa: E402
 
 LENGTH = 32
 

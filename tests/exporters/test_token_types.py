@@ -29,7 +29,8 @@ from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE, 
 from gte_deploy.exporters.targets.tensorrt.profiles import packed_profiles, parse_profile  # noqa: E402
 from gte_deploy.exporters.verification.cases import Case, TokenSource, last_row_alone, make_batch  # noqa: E402
 from gte_deploy.exporters.verification.emulation import cpu_emulation  # noqa: E402
-from gte_deploy.exporters.verification.parity import TorchReference, check_parity  # noqa: E402
+from gte_deploy.exporters.verification.parity import Comparison, check_parity  # noqa: E402
+from gte_deploy.exporters.verification.reference import TorchReference  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
@@ -283,11 +284,13 @@ def test_parity_sees_types_that_are_lost(models, tokenizer):
     report = check_parity(
         right,
         {("onnxruntime", "fp32"): right, ("openvino", "fp32"): WithoutTypes(model)},
-        outputs=["last_hidden_state", "logits"],
-        spec=spec_of("classify"),
-        precision="fp32",
-        tokens=TokenSource.from_tokenizer(tokenizer),
-        cases=[Case(17), Case(32, 2, ragged=True)],
+        Comparison(
+            outputs=["last_hidden_state", "logits"],
+            spec=spec_of("classify"),
+            precision="fp32",
+            tokens=TokenSource.from_tokenizer(tokenizer),
+            cases=[Case(17), Case(32, 2, ragged=True)],
+        ),
     )
     assert [engine.passed for engine in report.engines] == [True, False]
 

@@ -7,7 +7,7 @@ import torch
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.torch import TorchBackend
 from gte_deploy.core.spec import TASKS, SparseSpec
-from gte_deploy.exporters.verification.parity import TorchReference
+from gte_deploy.exporters.verification.reference import TorchReference
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.description import describe
 from gte_deploy.models.heads import HEADS, HeadOptions, make_head, mean_pool

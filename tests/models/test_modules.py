@@ -5,6 +5,7 @@ import json
 import pytest
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.modules import model_folder, read_settings, reranker_activation
 
 KIND = "sentence_transformers.models."
@@ -26,7 +27,7 @@ def write_modules(folder, *kinds, **paths):
 
 def test_a_bare_folder(tmp_path):
     for task in ("embed", "classify", "fill-mask"):
-        settings = read_settings(tmp_path, task)
+        settings = read_settings(CheckpointFiles(tmp_path), task)
         assert (settings.pooling, settings.max_length, settings.activation) == (None, None, None)
         assert (settings.normalize, settings.dense, settings.prompts, settings.lowercase) == (False, (), {}, False)
 
@@ -46,7 +47,7 @@ def test_a_bare_folder(tmp_path):
 def test_pooling_forms(tmp_path, pooling, expected, folder):
     write(tmp_path, f"{folder}/config.json", pooling)
     write_modules(tmp_path, "Transformer", "Pooling", Pooling=folder)
-    assert read_settings(tmp_path, "embed").pooling == expected
+    assert read_settings(CheckpointFiles(tmp_path), "embed").pooling == expected
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_pooling_forms(tmp_path, pooling, expected, folder):
 def test_poolings_that_are_not_honoured(tmp_path, pooling, message):
     write(tmp_path, "1_Pooling/config.json", pooling)
     with pytest.raises(ConfigError, match=message):
-        read_settings(tmp_path, "embed")
+        read_settings(CheckpointFiles(tmp_path), "embed")
 
 
 @pytest.mark.parametrize(
@@ -80,23 +81,23 @@ def test_poolings_that_are_not_honoured(tmp_path, pooling, message):
 def test_modules_matter_for_their_task_alone(tmp_path, kinds):
     write_modules(tmp_path, *kinds)
     with pytest.raises(ConfigError, match=r"modules\.json"):
-        read_settings(tmp_path, "embed")
+        read_settings(CheckpointFiles(tmp_path), "embed")
     for task in ("fill-mask", "token-classify", "classify"):
-        assert read_settings(tmp_path, task).dense == ()
+        assert read_settings(CheckpointFiles(tmp_path), task).dense == ()
 
 
 @pytest.mark.parametrize("prefix", [KIND, "sentence_transformers.base.modules.normalize."])
 def test_normalize(tmp_path, prefix):
     write_modules(tmp_path, "Transformer", "Pooling")
-    assert not read_settings(tmp_path, "embed").normalize
+    assert not read_settings(CheckpointFiles(tmp_path), "embed").normalize
     write_modules(tmp_path, "Transformer", "Pooling", "Dropout", prefix + "Normalize")
-    assert read_settings(tmp_path, "embed").normalize
+    assert read_settings(CheckpointFiles(tmp_path), "embed").normalize
 
 
 def test_dense(tmp_path):
     write_modules(tmp_path, "Transformer", "Pooling", "Dense", Dense="2_Dense")
     write(tmp_path, "2_Dense/config.json", {"in_features": 8, "out_features": 4, "activation_function": IDENTITY})
-    (dense,) = read_settings(tmp_path, "embed").dense
+    (dense,) = read_settings(CheckpointFiles(tmp_path), "embed").dense
     assert (dense.path, dense.in_features, dense.out_features, dense.bias) == ("2_Dense", 8, 4, True)
     assert (dense.activation, dense.residual) == ("Identity", False)
     for change, message in (
@@ -109,14 +110,14 @@ def test_dense(tmp_path):
     ):
         write(tmp_path, "2_Dense/config.json", {"in_features": 8, "out_features": 4, **change})
         with pytest.raises(ConfigError, match=message):
-            read_settings(tmp_path, "embed")
+            read_settings(CheckpointFiles(tmp_path), "embed")
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(16, 16), (512, 512), (None, None), (0, None), (True, None)])
 def test_max_seq_length(tmp_path, limit, expected):
     write(tmp_path, "sentence_bert_config.json", {"max_seq_length": limit})
-    assert read_settings(tmp_path, "embed").max_length == expected
-    assert read_settings(tmp_path, "fill-mask").max_length is None
+    assert read_settings(CheckpointFiles(tmp_path), "embed").max_length == expected
+    assert read_settings(CheckpointFiles(tmp_path), "fill-mask").max_length is None
 
 
 @pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
@@ -130,7 +131,7 @@ def test_settings_of_the_transformer(tmp_path, name):
         "unpad_inputs": True,
     }
     write(tmp_path, name, fields)
-    settings = read_settings(tmp_path, "embed")
+    settings = read_settings(CheckpointFiles(tmp_path), "embed")
     assert settings.lowercase
     assert settings.tokenizer_arguments == {"model_max_length": 99}
     assert settings.config_overrides == {"layer_norm_eps": 1e-6}
@@ -155,8 +156,8 @@ def test_settings_of_the_transformer(tmp_path, name):
 def test_settings_that_are_refused_by_name(tmp_path, fields):
     write(tmp_path, "sentence_bert_config.json", fields)
     with pytest.raises(ConfigError, match=next(iter(fields))):
-        read_settings(tmp_path, "embed")
-    assert not read_settings(tmp_path, "fill-mask").lowercase
+        read_settings(CheckpointFiles(tmp_path), "embed")
+    assert not read_settings(CheckpointFiles(tmp_path), "fill-mask").lowercase
 
 
 def test_the_whole(tmp_path):
@@ -171,27 +172,29 @@ def test_the_whole(tmp_path):
             "__version__": {"sentence_transformers": "5.0.0"},
         },
     )
-    settings = read_settings(tmp_path, "embed")
+    settings = read_settings(CheckpointFiles(tmp_path), "embed")
     assert (settings.prompts, settings.default_prompt_name) == ({"query": "q: ", "document": ""}, "query")
     assert (settings.similarity, settings.truncate_dim) == ("dot", 4)
     write(tmp_path, "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": "query"})
     with pytest.raises(ConfigError, match="default prompt 'query'"):
-        read_settings(tmp_path, "embed")
+        read_settings(CheckpointFiles(tmp_path), "embed")
     write(tmp_path, "config_sentence_transformers.json", {"truncate_dim": 0})
     with pytest.raises(ConfigError, match="truncate_dim"):
-        read_settings(tmp_path, "embed")
+        read_settings(CheckpointFiles(tmp_path), "embed")
 
 
 def test_a_file_of_another_kind_of_model_is_passed_over(tmp_path):
     reranker = {"model_type": "CrossEncoder", "prompts": {"query": "q: "}, "activation_fn": IDENTITY}
     write(tmp_path, "config_sentence_transformers.json", reranker)
-    assert read_settings(tmp_path, "embed").prompts == {}
-    assert read_settings(tmp_path, "classify").activation is None  # the library reads it with a modules.json alone
+    assert read_settings(CheckpointFiles(tmp_path), "embed").prompts == {}
+    assert (
+        read_settings(CheckpointFiles(tmp_path), "classify").activation is None
+    )  # the library reads it with a modules.json alone
     write_modules(tmp_path, "Transformer")
-    settings = read_settings(tmp_path, "classify")
+    settings = read_settings(CheckpointFiles(tmp_path), "classify")
     assert (settings.prompts, settings.activation) == ({"query": "q: "}, "identity")
     write(tmp_path, "config_sentence_transformers.json", {**reranker, "model_type": "SentenceTransformer"})
-    assert read_settings(tmp_path, "classify").activation is None
+    assert read_settings(CheckpointFiles(tmp_path), "classify").activation is None
 
 
 @pytest.mark.parametrize(
@@ -215,21 +218,21 @@ def test_a_file_of_another_kind_of_model_is_passed_over(tmp_path):
 )
 def test_activation_in_the_config(tmp_path, fields, expected):
     write(tmp_path, "config.json", fields)
-    assert reranker_activation(tmp_path / "config.json") == expected
+    assert reranker_activation(tmp_path) == expected
 
 
 def test_an_activation_of_torch_that_is_not_computed(tmp_path):
     write(tmp_path, "config.json", {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.RReLU"}})
     with pytest.raises(ConfigError, match="RReLU"):
-        reranker_activation(tmp_path / "config.json")
+        reranker_activation(tmp_path)
 
 
 def test_the_transformer_may_have_a_folder_of_its_own(tmp_path):
     write_modules(tmp_path, "Transformer", "Pooling", Transformer="0_Transformer", Pooling="1_Pooling")
     write(tmp_path, "0_Transformer/config.json", {})
-    assert model_folder(tmp_path) == tmp_path / "0_Transformer"
+    assert model_folder(CheckpointFiles(tmp_path)) == tmp_path / "0_Transformer"
     write(tmp_path, "config.json", {})
-    assert model_folder(tmp_path) == tmp_path
+    assert model_folder(CheckpointFiles(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b", "..\\other"])
@@ -237,10 +240,10 @@ def test_a_module_stays_in_its_folder(tmp_path, path):
     write_modules(tmp_path, "Transformer", "Pooling", Pooling=path)
     for task in ("embed", "token-classify"):
         with pytest.raises(ConfigError, match="path is"):
-            read_settings(tmp_path, task)
+            read_settings(CheckpointFiles(tmp_path), task)
     write_modules(tmp_path, "Transformer", Transformer=path)
     with pytest.raises(ConfigError, match="path is"):
-        model_folder(tmp_path)
+        model_folder(CheckpointFiles(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -257,4 +260,4 @@ def test_a_module_stays_in_its_folder(tmp_path, path):
 def test_broken_files(tmp_path, name, value, error):
     write(tmp_path, name, value)
     with pytest.raises(error, match=name.rpartition("/")[2]):
-        read_settings(tmp_path, "embed")
+        read_settings(CheckpointFiles(tmp_path), "embed")

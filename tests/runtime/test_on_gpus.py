@@ -8,7 +8,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.backends.tensorrt.plan import check_plan
 from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.errors import BackendError, MissingDependencyError
-from gte_deploy.exporters.verification.parity import TOLERANCES
+from gte_deploy.exporters.verification.bounds import TOLERANCES
 from gte_deploy.models import resolve_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -258,7 +258,7 @@ def vectors_of(answer):
 
 @pytest.mark.parametrize("kept", [None, 3])
 def test_sparse_vectors_of_a_masked_lm_head(kept, repository, local):
-    """As `Model` answers, which tests/runtime/test_sparse.py compares with SparseEncoder."""
+    """As `Model` answers, which tests/runtime/tasks/test_sparse.py compares with SparseEncoder."""
     options = {} if kept is None else {"MAX_ACTIVE_DIMS": [kept] * len(TEXTS)}
     (answer,) = repository("sparse").ask("gte_sparse", {"TEXT": TEXTS, **options})
     expected = local["sparse"].encode_document(TEXTS, max_active_dims=kept)

@@ -22,10 +22,10 @@ from gte_deploy.core.exit_codes import FAILURE, OK  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.triton.repository import export_repository  # noqa: E402
-from gte_deploy.exporters.verification import parity  # noqa: E402
+from gte_deploy.exporters.verification import bounds  # noqa: E402
 from gte_deploy.exporters.verification.checks import Check  # noqa: E402
-from gte_deploy.exporters.verification.parity import BoundMissedError  # noqa: E402
 from gte_deploy.exporters.verification.report import format_table, render_html  # noqa: E402
+from gte_deploy.exporters.verification.results import BoundMissedError  # noqa: E402
 
 LENGTH = 32
 
@@ -127,7 +127,7 @@ def test_bounds_are_strict_or_report(small, tmp_path):
 
 
 def tighten(monkeypatch, precision):
-    monkeypatch.setitem(parity.TOLERANCES, precision, dataclasses.replace(parity.TOLERANCES[precision], cosine_min=1.5))
+    monkeypatch.setitem(bounds.TOLERANCES, precision, dataclasses.replace(bounds.TOLERANCES[precision], cosine_min=1.5))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_the_advice_fits_the_miss(sound, precision, differences, advice):
                 )
                 for case in engine.cases
             )
-            tolerance = parity.tolerance_of(precision, "fp32")
+            tolerance = bounds.tolerance_of(precision, "fp32")
             engines.append(dataclasses.replace(engine, cases=cases, tolerance=tolerance))
     report = dataclasses.replace(sound.parity, precision=precision, engines=tuple(engines))
     with pytest.raises(BoundMissedError, match=f"(?s){advice}") as error:

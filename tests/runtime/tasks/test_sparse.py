@@ -10,6 +10,7 @@ import gte_deploy
 from gte_deploy.core.spec import SparseSpec
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import task_of
+from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.sparse_heads import SpladeHead
 from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
 from gte_deploy.tasks.sparse import SparseEmbedding
@@ -147,7 +148,7 @@ def test_query_weights_by_word(masked_lm, factories, tmp_path, libraries):
     (place / "config.json").write_text(json.dumps({"path": "idf.json"}), encoding="utf-8")
     judge = SparseStaticEmbedding.from_json(str(place / "idf.json"), AutoTokenizer.from_pretrained(str(folder)))
     expected = judge.weight.detach().numpy()
-    found = read_query_weights(folder, SIZE, load_tokenizer(folder).known_or_unknown_id)
+    found = read_query_weights(CheckpointFiles(folder), SIZE, load_tokenizer(folder).known_or_unknown_id)
     np.testing.assert_array_equal(found[: len(expected)], expected)
     assert not found[len(expected) :].any()
 
@@ -395,7 +396,7 @@ def test_modules_that_are_not_honoured(case, masked_lm, factories, tmp_path, cap
     folder = shutil.copytree(masked_lm, tmp_path / "model")
     factories.add_sparse_modules(folder, query_weights=[1.0] * SIZE)
     change(folder)
-    assert message in read_sparse_modules(folder).reason
+    assert message in read_sparse_modules(CheckpointFiles(folder)).reason
     with pytest.raises(gte_deploy.ConfigError, match="gives no sparse embeddings") as raised:
         gte_deploy.load(folder, backend="torch", task="sparse")
     assert message in str(raised.value)

@@ -15,7 +15,7 @@ pytest.importorskip("onnx_ir")
 import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 
-from gte_deploy.exporters.graph.build import fusion  # noqa: E402
+from gte_deploy.exporters.graph import fusion  # noqa: E402
 from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 

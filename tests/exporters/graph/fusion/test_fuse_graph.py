@@ -2,7 +2,7 @@ import onnx_ir as ir
 import pytest
 
 from gte_deploy.core.errors import ExportError
-from gte_deploy.exporters.graph.build import fusion
+from gte_deploy.exporters.graph import fusion
 
 CPU = {"rope": 4, "attention": 2, "projections": 2, "skip_layer_norm": 4}
 PACKED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}

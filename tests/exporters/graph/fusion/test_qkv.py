@@ -2,7 +2,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gte_deploy.exporters.graph.build import fusion
+from gte_deploy.exporters.graph import fusion
 
 
 def test_packs_three_projections_of_every_layer(plain, apply, same_function, find):

@@ -15,7 +15,7 @@ from gte_deploy.core.errors import InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
 from gte_deploy.exporters.targets.cuda import graph as cuda_graph  # noqa: E402
-from gte_deploy.exporters.verification import parity  # noqa: E402
+from gte_deploy.exporters.verification import results  # noqa: E402
 
 
 def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path: Path):
@@ -46,7 +46,7 @@ def test_what_misses_the_bounds_is_not_written(tiny_embed: Path, tmp_path: Path,
 
     monkeypatch.setattr(cuda_graph, "cpu_emulation", turned)
     monkeypatch.setattr(cuda_graph, "has_cuda", lambda: False)
-    with pytest.raises(parity.BoundMissedError, match="differs from PyTorch FP32"):
+    with pytest.raises(results.BoundMissedError, match="differs from PyTorch FP32"):
         export(tiny_embed, tmp_path / "bundle", target="cuda", precision="fp32", max_length=64)
     assert not (tmp_path / "bundle").exists()
 

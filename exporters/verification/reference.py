@@ -1,0 +1,88 @@
+"""PyTorch's side of the comparison.
+
+Shapes: B rows, S tokens of the longest row, H hidden size, L labels, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.core.spec import Logits, Pooling, SparseSpec, Task
+from gte_deploy.models.heads import ClassifyHead, Head, HeadOptions, States, TokenClassifyHead, encode_padded, make_head
+from gte_deploy.tasks.base import HIDDEN
+
+# Of which the reference has the whole vocabulary's logits at the same time.
+_TOKENS_AT_ONCE = 256
+
+
+class TorchReference:
+    """transformers' own module in the model's dtype, with the heads that the torch backend has.
+
+    The sparse head is another one: it follows the definitions token by token, so that it can find an error in the head
+    that graphs are traced from.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        task: Task,
+        pooling: Pooling,
+        logits: Logits,
+        sparse: SparseSpec | None = None,
+    ) -> None:
+        self._model: Any = model.eval()
+        options = HeadOptions(task, pooling, logits, sparse)
+        self._head: Head = make_head(model, options) if sparse is None else _SparseByDefinition(model, sparse)
+        self.terms: dict[str, NDArray[np.float64]] = {}
+        """Output with labels -> [L], the largest √(Σ(w·x)² + b²) that was summed for each so far; see `Scales`."""
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """See `Backend.run`; every output of the task is returned, whatever is asked."""
+        states = encode_padded(self._model.base_model, batch)
+        if isinstance(self._head, (ClassifyHead, TokenClassifyHead)):
+            self._keep_terms(self._head.features(states))
+        results = {HIDDEN: states.hidden, self._head.output: self._head(states)}
+        return {name: value.float().numpy() for name, value in results.items()}
+
+    def _keep_terms(self, features: torch.Tensor) -> None:
+        """Update `terms` by the classifier's features [..., H]."""
+        linear = self._model.classifier
+        terms = features.double().square() @ linear.weight.double().square().T
+        if linear.bias is not None:
+            terms = terms + linear.bias.double().square()
+        largest = terms.sqrt().reshape(-1, terms.shape[-1]).amax(0).numpy()
+        self.terms["logits"] = np.maximum(self.terms.get("logits", 0.0), largest)
+
+
+@dataclass(frozen=True)
+class _SparseByDefinition:
+    """Sparse embeddings [B, V] token by token: padding is a logit of 0, and no weight is below 0."""
+
+    output: ClassVar[str] = "sparse_embedding"
+    model: Any
+    sparse: SparseSpec
+
+    def __call__(self, states: States) -> torch.Tensor:
+        """See `Head`."""
+        hidden, mask, input_ids = states.tokens_of_batch()
+        weights = hidden.new_zeros(len(hidden), self.model.config.vocab_size)
+        if self.sparse.head == "token-weights":
+            rows = torch.arange(len(hidden))
+            for place, ids in enumerate(input_ids.T):
+                found = (self.model.classifier(hidden[:, place])[:, 0] * mask[:, place]).relu()
+                weights[rows, ids] = torch.maximum(weights[rows, ids], found)
+            weights[:, list(self.sparse.unweighted)] = 0
+            return weights
+        is_max = self.sparse.pooling == "max"
+        for part, kept in zip(hidden.split(_TOKENS_AT_ONCE, 1), mask.split(_TOKENS_AT_ONCE, 1), strict=True):
+            active = (self.model.lm_head(part) * kept[:, :, None]).relu().log1p()
+            active = active.log1p() if self.sparse.activation == "log1p_relu" else active
+            weights = torch.maximum(weights, active.amax(1)) if is_max else weights + active.sum(1)
+        return weights

@@ -1,0 +1,294 @@
+"""What a comparison with PyTorch found: per case, per engine, and as the report of an export."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gte_deploy.core.errors import ParityError
+from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Precision
+from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
+from gte_deploy.exporters.verification.bounds import Bounds, Difference, Tolerance
+from gte_deploy.exporters.verification.cases import Case
+from gte_deploy.exporters.verification.checks import Check
+
+# What may be tried where a precision costs too much.
+_FINER: Mapping[Precision, str] = {
+    "int8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
+    "fp8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
+    "int8-weight": "Take a finer precision: fp32.",
+    "int4-weight": "Take a finer precision: int8-weight or fp32.",
+    "fp16": "Take bf16, which has the range of fp32, or fp32.",
+    "bf16": "Take fp16, which has three bits more, or fp32.",
+}
+
+
+_REPORT = "--bounds report writes the bundle with its misses stamped into it."
+
+
+# A relative difference below this may be FP32's rounding, which the model's weights amplify; a wrong graph gives more.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case.
+
+    Args:
+        case: the batch.
+        outputs: output's name -> difference from PyTorch on the real tokens.
+        alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
+        finite: whether every number of every output is finite, padding included.
+        masks: how many masks the batch has.
+        top1: share of masks whose best token is PyTorch's; fill-mask only.
+        top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
+        reference_ms: time of PyTorch's run.
+        candidate_ms: time of the candidate's run.
+    """
+
+    case: Case
+    outputs: Mapping[str, Difference]
+    alone: Mapping[str, Difference]
+    finite: bool
+    masks: int
+    top1: float | None
+    top5: float | None
+    reference_ms: float
+    candidate_ms: float
+
+    def differences(self) -> list[tuple[str, Difference]]:
+        """Every comparison of the case, named."""
+        return [*self.outputs.items(), *((f"{name}, row alone", found) for name, found in self.alone.items())]
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the case is finite and every comparison is within the bounds."""
+        return self.finite and all(found.within(tolerance) for _, found in self.differences())
+
+
+@dataclass(frozen=True)
+class EngineParity:
+    """All cases of one engine, its accuracy on text where that was asked for, and the bounds they were held to."""
+
+    engine: Engine
+    compute: Precision
+    tolerance: Tolerance
+    cases: tuple[CaseResult, ...]
+    accuracy: Accuracy | None = None
+    accuracy_bounds: AccuracyBounds | None = None
+
+    @property
+    def title(self) -> str:
+        """Engine and what it computes in."""
+        return f"{self.engine} {self.compute}"
+
+    @property
+    def optional(self) -> bool:
+        """Whether this is a choice at load: the bundle is good without it, and then does not claim it."""
+        return self.engine == "openvino" and self.compute != "fp32"
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case and the means over them are within the bounds."""
+        return not self.failures()
+
+    @property
+    def max_abs(self) -> float:
+        """The largest absolute difference of all cases; NaN if any is."""
+        return float(np.max([found.max_abs for result in self.cases for _, found in result.differences()]))
+
+    @property
+    def max_rel(self) -> float:
+        """The largest relative difference of all cases; NaN if any is."""
+        return float(np.max([found.max_rel for result in self.cases for _, found in result.differences()]))
+
+    @property
+    def cosine_min(self) -> float:
+        """The smallest cosine of all cases; NaN if any is."""
+        return float(np.min([found.cosine_min for result in self.cases for _, found in result.differences()]))
+
+    @property
+    def cosine_mean(self) -> float:
+        """Of the output with the lowest: its mean cosine over the cases; NaN if any is."""
+        means = [[found.cosine_mean for found in result.outputs.values()] for result in self.cases]
+        return float(np.min(np.mean(means, axis=0)))
+
+    @property
+    def top1(self) -> float | None:
+        """Share of all masks whose best token is PyTorch's; fill-mask only."""
+        shares = [(result.top1, result.masks) for result in self.cases if result.top1 is not None]
+        return sum(share * masks for share, masks in shares) / sum(masks for _, masks in shares) if shares else None
+
+    def broken(self) -> list[str]:
+        """What no bundle may do, whatever its bounds: numbers that are not finite."""
+        lines = [f"{_title(result.case)}: a number is not finite" for result in self.cases if not result.finite]
+        if self.accuracy is not None and not math.isfinite(self.accuracy.token_cosine_mean):
+            lines.append("on text: a number is not finite")
+        return lines
+
+    def failures(self) -> list[str]:
+        """What misses the bounds, one line each."""
+        failed = [_failure(result, self.tolerance) for result in self.cases if not result.within(self.tolerance)]
+        for name, found, bound in (
+            ("mean cosine", self.cosine_mean, self.tolerance.cosine_mean),
+            ("top-1 agreement", self.top1, self.tolerance.top1),
+        ):
+            if bound is not None and found is not None and not found >= bound:
+                failed.append(f"{name} over all cases {found:.7f}")
+        if self.accuracy is not None and self.accuracy_bounds is not None:
+            failed += [f"on text: {part}" for part in self.accuracy_bounds.missed(self.accuracy)]
+        return failed
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        cases = [{**dataclasses.asdict(r), "passed": r.within(self.tolerance)} for r in self.cases]
+        return {
+            "engine": self.engine,
+            "compute": self.compute,
+            "passed": self.passed,
+            "bounds": dataclasses.asdict(self.tolerance),
+            "max_abs": self.max_abs,
+            "max_rel": self.max_rel,
+            "cosine_min": self.cosine_min,
+            "cosine_mean": self.cosine_mean,
+            "top1": self.top1,
+            "accuracy": self.accuracy and dataclasses.asdict(self.accuracy),
+            "accuracy_bounds": self.accuracy_bounds and dataclasses.asdict(self.accuracy_bounds),
+            "cases": [{**case.pop("case"), **case} for case in cases],
+        }
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How every engine of one export compared with PyTorch.
+
+    Args:
+        precision: of the bundle.
+        engines: each with its own bounds, over the same cases.
+        caveats: what could not be compared here, or is not claimed, one sentence each.
+        checks: others than the comparison of graphs; see `with_checks`.
+    """
+
+    precision: Precision
+    engines: tuple[EngineParity, ...]
+    caveats: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed and every engine is within its bounds, but for those that are `optional`."""
+        return not self.failures()
+
+    def with_checks(self, *checks: Check) -> "ParityReport":
+        """The same with further checks, whose failures count like missed bounds."""
+        return dataclasses.replace(self, checks=(*self.checks, *checks))
+
+    def failures(self) -> list[str]:
+        """Everything that misses a bound or fails a check, one line each."""
+        required = (engine for engine in self.engines if not engine.optional)
+        return [f"{engine.title}: {line}" for engine in required for line in engine.failures()] + [
+            f"{check.name}: {line}" for check in self.checks for line in (*check.broken, *check.failures)
+        ]
+
+    def broken(self) -> list[str]:
+        """Those of them that no bundle may do, whatever bounds were asked for."""
+        required = (engine for engine in self.engines if not engine.optional)
+        return [f"{engine.title}: {line}" for engine in required for line in engine.broken()] + [
+            f"{check.name}: {line}" for check in self.checks for line in check.broken
+        ]
+
+    def verified(self, engine: Engine) -> tuple[ComputePrecision, ...]:
+        """What `engine` was shown to compute in."""
+        passed = [found.compute for found in self.engines if found.engine == engine and found.passed]
+        return tuple(compute for compute in COMPUTE_PRECISIONS if compute in passed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON data; a number that is not finite becomes null."""
+        return _finite_or_null(
+            {
+                "passed": self.passed,
+                "precision": self.precision,
+                "engines": [engine.to_json() for engine in self.engines],
+                "not_proven": list(self.caveats),
+                "checks": [check.to_json() for check in self.checks],
+            }
+        )
+
+    def require(self, bounds: Bounds = "strict") -> None:
+        """Raise unless `passed`; with bounds "report", only where something is `broken`.
+
+        Raises:
+            BoundMissedError: naming each failed comparison with its numbers, and the bounds.
+        """
+        if self.broken() if bounds == "report" else self.failures():
+            raise BoundMissedError(self)
+
+
+class BoundMissedError(ParityError):
+    """An engine that misses its bounds, or a check that failed; `report` holds every number."""
+
+    def __init__(self, report: ParityReport) -> None:
+        parts = [
+            f"{engine.title} differs from PyTorch FP32 in {len(failures)} respects, over {len(engine.cases)} cases "
+            f"(bounds: {engine.tolerance}):\n  " + "\n  ".join(failures)
+            for engine in report.engines
+            if not engine.optional and (failures := engine.failures())
+        ]
+        parts += [
+            f"the {check.name} are not the checkpoint's own:\n  " + "\n  ".join((*check.broken, *check.failures))
+            for check in report.checks
+            if not check.passed
+        ]
+        super().__init__(
+            f"the {report.precision} bundle: " + "\n".join(parts) + f"\nNo bundle was written. {_advice(report)}"
+        )
+        self.report = report
+
+
+def _advice(report: ParityReport) -> str:
+    """What to do next."""
+    missed = [engine for engine in report.engines if not engine.optional and engine.failures()]
+    if report.broken():
+        if report.precision == "fp16":
+            return f"FP16 ends at 65,504, and values of this model lie beyond. {_FINER['fp16']}"
+        return "PyTorch's numbers are finite, and these are not: please report it, with the model's name."
+    if not missed:
+        return f"The checkpoint's own library is right: please report it, with the checkpoint's files. {_REPORT}"
+    if report.precision != "fp32":
+        return f"{_FINER[report.precision]} {_REPORT}"
+    fine = [engine.title for engine in report.engines if engine.passed and not engine.optional]
+    if fine:
+        blame = f"{' and '.join(fine)} agrees, so {' and '.join(engine.engine for engine in missed)} is at fault"
+    elif max(engine.max_rel for engine in missed) < _ROUNDING:
+        return f"That is little for a wrong graph: the weights may amplify FP32's rounding. {_REPORT}"
+    else:
+        blame = "That is no rounding"
+    return f"{blame}: please report it, with the versions of the libraries. {_REPORT}"
+
+
+def _title(case: Case) -> str:
+    return f"length {case.length:,}, batch {case.batch}"
+
+
+def _failure(result: CaseResult, tolerance: Tolerance) -> str:
+    parts = [
+        f"{name}: max abs {found.max_abs:.3g} (relative {found.max_rel:.2g}), smallest cosine {found.cosine_min:.7f}"
+        for name, found in result.differences()
+        if not found.within(tolerance)
+    ]
+    if not result.finite:
+        parts.append("a number is not finite")
+    return f"{_title(result.case)}: {'; '.join(parts)}"
+
+
+def _finite_or_null(value: Any) -> Any:
+    # NaN and Infinity are no JSON.
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(item) for item in value]
+    return value

@@ -1,0 +1,123 @@
+"""A checkpoint folder: its JSON files, each parsed once, and the modules that sentence-transformers lists. No torch."""
+
+import posixpath
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gte_deploy.core.errors import ConfigError
+from gte_deploy.core.files import read_json, read_json_object
+
+MODULES = "modules.json"
+_LIBRARY = "sentence_transformers."
+
+
+@dataclass(frozen=True)
+class Module:
+    """One entry of modules.json, or of router_config.json.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        kind: name of the class, such as "Pooling"; the whole path of a class that sentence-transformers does not have.
+        path: the module's folder, relative to the checkpoint's; "" for that itself.
+        arguments: names of the arguments that the module takes from the caller.
+    """
+
+    checkpoint: Path
+    kind: str
+    path: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The module's folder.
+
+        Raises:
+            ConfigError: the path leaves the checkpoint's folder.
+        """
+        path = PurePosixPath(self.path)
+        if ".." in path.parts or path.is_absolute() or "\\" in self.path:
+            raise ConfigError(
+                f"{self.checkpoint}: path is {self.path!r} of the module {self.kind}, which leaves the checkpoint's "
+                "folder; expected a folder below it"
+            )
+        return self.checkpoint / path
+
+    def file(self, name: str) -> str:
+        """A file of the module's folder, relative to the checkpoint's; see `Module.folder`."""
+        _ = self.folder  # or a refusal
+        return posixpath.join(self.path, name)
+
+
+class _Parsed(dict[str, Any]):
+    """Path of a JSON file relative to a folder -> its contents, parsed when they are first asked for."""
+
+    def __init__(self, folder: Path, read: Any) -> None:
+        super().__init__()
+        self._folder, self._read = folder, read
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = value = self._read(self._folder / name)
+        return value
+
+
+class CheckpointFiles:
+    """The JSON files of a checkpoint folder.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.json = _Parsed(self.path, read_json)
+        """Name of a file -> its contents, or None where there is no such file.
+
+        It raises CheckpointError where a file is not JSON."""
+        self.objects: dict[str, dict[str, Any]] = _Parsed(self.path, read_json_object)
+        """The same for files that hold an object; {} where there is no such file."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.path / name).is_file()
+
+    @cached_property
+    def modules(self) -> list[Module] | None:
+        """The entries of modules.json in their order, or None where there is no such file.
+
+        Raises:
+            CheckpointError: it is not JSON.
+            ConfigError: it is not a list of modules.
+        """
+        data = self.json[MODULES]
+        if data is None:
+            return None
+        if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in data):
+            raise ConfigError(f"{self.path / MODULES} must list objects with a `type`")
+        return [
+            Module(
+                self.path,
+                kind_of(entry["type"]),
+                str(entry.get("path") or ""),
+                tuple(map(str, entry.get("kwargs") or ())),
+            )
+            for entry in data
+        ]
+
+
+def kind_of(path: str) -> str:
+    """Name of a class of sentence-transformers, by its path of today or of before; another class keeps its path."""
+    return path.rpartition(".")[2] if path.startswith(_LIBRARY) else path
+
+
+def refuse_arguments(module: Module) -> None:
+    """Refuse a module that takes arguments from the caller.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if module.arguments:
+        raise ConfigError(
+            f"{module.checkpoint / MODULES}: kwargs of {module.kind} is {list(module.arguments)}; expected none"
+        )
