@@ -117,7 +117,7 @@ def test_labels(bundles, tmp_path):
         ('"input_ids:1x1,', '"input_ids:40x1,', "not in the order min, opt, max"),
         ('"input_ids:1x1,attention_mask:1x1"', '"input_ids:1x1"', "it needs the full shape of"),
         ('"input_ids:32x128,attention_mask:32x128"', '"input_ids:31x128,attention_mask:32x128"', "fewer rows than"),
-        ('"input_ids:1x1,attention_mask:1x1"', '"input_ids"', "and all three of them"),
+        ('"input_ids:1x1,attention_mask:1x1"', '"input_ids"', "for all three parameters"),
         ('name: "tensorrt"', 'name: "tensorRT"', "is none of tensorrt, cuda"),
     ],
 )

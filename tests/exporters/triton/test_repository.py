@@ -199,7 +199,7 @@ def test_a_target_is_refused_before_anything_is_exported(word_checkpoints, tmp_p
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").touch()
     monkeypatch.setattr(triton_repository, "export", lambda *args, **options: pytest.fail("exported"))
-    with pytest.raises(ExportError, match="is not a bundle, so nothing replaces it"):
+    with pytest.raises(ExportError, match="is not a bundle, so it is not replaced"):
         export_repository(word_checkpoints["embed"], tmp_path / "r")
 
 
@@ -242,7 +242,7 @@ def test_a_bundle_is_not_replaced_by_a_repository(altered_bundle, bundles):
         ({"model_version": 0}, "model_version"),
         ({"accelerator": "magic"}, "accelerator is 'magic'"),
         ({"precision": "int8"}, "is a bundle already; precision"),
-        ({"engine": "somewhere"}, "give it alone"),
+        ({"engine": "somewhere"}, "give engine or a model"),
     ],
 )
 def test_arguments_out_of_range(options, message, bundles, tmp_path):

@@ -304,7 +304,7 @@ def test_onnx_runtime_is_not_asked_to_run_it(bundle):
 def test_triton_is_not_given_such_a_plan(tmp_path):
     inputs = tuple(types.SimpleNamespace(name=name, shape=("tokens",)) for name in ("input_ids", "position_ids"))
     plan = gte_deploy.bundle.manifest.PlanEntry("p", "tensorrt", "11.1.0.1", ("8.9",), PROFILES, inputs, inputs, {})
-    with pytest.raises(BundleError, match="padding-free engine, and the repository's models send padded batches"):
+    with pytest.raises(BundleError, match="padding-free engine, but the repository's models send padded batches"):
         _write_plan(tmp_path, types.SimpleNamespace(plan=plan), tmp_path)
 
 
