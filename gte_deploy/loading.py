@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,16 @@ from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_b
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.files import cache_folder
 from gte_deploy.core.forking import in_use
-from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, ModelSpec, Profile, Task, is_packed
+from gte_deploy.core.spec import (
+    BACKENDS,
+    COMPUTE_PRECISIONS,
+    BackendName,
+    ComputePrecision,
+    ModelSpec,
+    Profile,
+    Task,
+    is_packed,
+)
 from gte_deploy.model import Model, Origin
 from gte_deploy.models import BUILTIN_NAME
 from gte_deploy.tasks import TASKS
@@ -27,8 +36,6 @@ from gte_deploy.text.inputs import check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt"]
 
 _ASKED = "it was asked for"
 _MAX_THREADS = 1024
@@ -79,8 +86,8 @@ def load(
         parse_device(device)
     if num_threads is not None:
         num_threads = check_integer("num_threads", num_threads, 1, _MAX_THREADS)
-    if backend not in get_args(BackendName):
-        raise InputError(f"backend must be one of {', '.join(get_args(BackendName))}, not {backend!r}")
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if precision is not None and precision not in COMPUTE_PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(COMPUTE_PRECISIONS)}, not {precision!r}")
     if task not in ("auto", *TASKS):

@@ -155,7 +155,7 @@ def test_a_block_in_any_page_is_filled(generator):
     start = "before\n<!-- generated: gte-deploy info --help -->\n"
     text = generator.filled(f"{start}old\n<!-- end -->\nafter\n")
     assert text.startswith(f"{start}```text\n$ gte-deploy info --help\nusage: gte-deploy info ")
-    assert text.endswith("```\n<!-- end -->\nafter\n") and "old" not in text
+    assert text.endswith("```\n<!-- end -->\nafter\n") and "\nold\n" not in text
     assert generator.filled(text) == text
 
 

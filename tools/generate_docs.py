@@ -29,8 +29,6 @@ BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) --help -->\n).*?(<!-- end -->)"
 NOTICE = "<!-- Written by tools/generate_docs.py: change the docstrings or the options, then run `make docs`. -->"
 # The installed commands -> module:function.
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-# Defaults that depend on the machine: what argparse prints, and what the page says.
-MACHINE_DEFAULT = (re.compile(r"(processes \(default: )\d+\)"), r"\1the CPUs here)")
 INTERNAL = ("after_fork",)  # public by name, but called by the package itself
 
 Definition = ast.ClassDef | ast.FunctionDef
@@ -155,7 +153,7 @@ def help_of(command: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         getattr(importlib.import_module(module), main)([*rest, "--help"])
-    return MACHINE_DEFAULT[0].sub(MACHINE_DEFAULT[1], printed.getvalue())
+    return printed.getvalue()
 
 
 def filled(page: str) -> str:

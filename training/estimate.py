@@ -18,6 +18,7 @@ from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import format_seconds
 from gte_deploy.training.model import model_config
+from gte_deploy.training.options import Hardware
 from gte_deploy.training.recipe import Recipe, Stage
 
 GIB = 1 << 30
@@ -101,44 +102,35 @@ class Estimate:
 
 def estimate(
     recipe: Recipe,
+    hardware: Hardware = Hardware(),  # noqa: B008 - frozen
     *,
-    gpus: int = 1,
-    peak_flops: float,
-    utilization: float = 0.4,
     lengths: Sequence[Lengths] | None = None,
 ) -> Estimate:
     """Estimate a recipe.
 
     Args:
         recipe: the recipe; its stages, token budget, dtype, gradient checkpointing and sharding count.
-        gpus: number of GPUs, all of one model.
-        peak_flops: peak FLOP/s of one GPU.
-        utilization: share of the peak that model FLOPs reach. The cost of recomputation lowers it.
+        hardware: the GPUs, and the share of their peak that a run reaches.
         lengths: sequence lengths per stage (see `stage_lengths`); None takes every sequence as full, which is an upper
             bound.
 
     Raises:
-        InputError: a number is out of its range.
         ConfigError: the recipe's model is neither a preset nor a folder with a config.json.
     """
-    if gpus < 1 or not peak_flops > 0 or not 0 < utilization <= 1:
-        raise InputError(
-            f"{gpus} GPUs of {peak_flops:g} FLOP/s at {utilization:g} of peak: expected at least one, a positive peak "
-            "and a utilization in (0, 1]"
-        )
     config = model_config(recipe.model)
     sizes = parameter_sizes(config)
     lengths = lengths or [full_lengths(stage) for stage in recipe.stages]
+    speed = hardware.peak * hardware.utilization
     stages = tuple(
-        _stage(stage, of, recipe=recipe, config=config, sizes=sizes, gpus=gpus, speed=peak_flops * utilization)
+        _stage(stage, of, recipe=recipe, config=config, sizes=sizes, gpus=hardware.gpus, speed=speed)
         for stage, of in zip(recipe.stages, lengths, strict=True)
     )
     return Estimate(
         recipe=recipe.name,
         parameters=sizes.total,
-        gpus=gpus,
-        peak_flops=peak_flops,
-        utilization=utilization,
+        gpus=hardware.gpus,
+        peak_flops=hardware.peak,
+        utilization=hardware.utilization,
         sharding=recipe.sharding,
         stages=stages,
     )

@@ -18,10 +18,10 @@ from typing import Any, Literal, TypeVar
 from gte_deploy.core.errors import ConfigError, MissingDependencyError
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.sampling import Resampling
+from gte_deploy.training.options import RECIPE_SUFFIX, Dtype, Sharding, shipped_recipes
 
 T = TypeVar("T")
 
-_SUFFIX = ".yaml"
 # These fields change how a step is computed, but its result only by rounding. A resumed run may change them.
 EXECUTION_FIELDS = frozenset(
     {
@@ -140,10 +140,10 @@ class Recipe:
     stages: tuple[Stage, ...]
     seed: int = 0
     tokens_per_micro_batch: int = 32768
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     gradient_checkpointing: bool = False
     compile: bool = False
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    sharding: Sharding = "ddp"
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -158,12 +158,6 @@ class Recipe:
         budget = self.tokens_per_micro_batch
         _require(budget >= longest, "tokens_per_micro_batch", budget, f"at least the longest max_length, {longest}")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2**32)")
-
-
-def shipped_recipes() -> list[str]:
-    """Return the names of the recipes inside the package."""
-    folder = resources.files("gte_deploy.training") / "recipes"
-    return sorted(entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX))
 
 
 def load_recipe(source: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -226,7 +220,7 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
 def _read(source: str | Path) -> str:
     path = Path(source)
     if str(source) in shipped_recipes() and not path.is_file():
-        return (resources.files("gte_deploy.training") / "recipes" / f"{source}{_SUFFIX}").read_text("utf-8")
+        return (resources.files("gte_deploy.training") / "recipes" / f"{source}{RECIPE_SUFFIX}").read_text("utf-8")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -8,9 +8,11 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from gte_deploy.core.errors import InputError
+
+T = TypeVar("T")
 
 _KEY = "option"
 
@@ -26,6 +28,8 @@ class Option:
         metavar: stands for the value in `--help`.
         parse: makes the value of the command line's text. It may raise InputError.
         repeated: whether the flag may be given several times; the value is a tuple then.
+        nargs: number of values after one flag: "+" or "*" for a tuple of them, "?" for one that may be left out.
+        positional: whether the command line takes the value by its place, without a flag.
         precisions: the precisions that the option is for; empty for all.
     """
 
@@ -35,7 +39,14 @@ class Option:
     metavar: str | None = None
     parse: Callable[[str], Any] | None = None
     repeated: bool = False
+    nargs: Literal["+", "*", "?"] | None = None
+    positional: bool = False
     precisions: tuple[str, ...] = ()
+
+    @property
+    def is_tuple(self) -> bool:
+        """Whether the value is a tuple of several."""
+        return self.repeated or self.nargs in ("+", "*")
 
 
 def option(default: Any, help: str, **rest: Any) -> Any:
@@ -43,8 +54,13 @@ def option(default: Any, help: str, **rest: Any) -> Any:
     return dataclasses.field(default=default, metadata={_KEY: Option(help, **rest)})
 
 
+def required(help: str, **rest: Any) -> Any:
+    """A dataclass field that must be given, by its keyword, described by an `Option`."""
+    return dataclasses.field(kw_only=True, metadata={_KEY: Option(help, **rest)})
+
+
 def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
-    """Name of every option of a dataclass -> its default and what it says of itself."""
+    """Name of every option of a dataclass -> its default (`dataclasses.MISSING` for none) and its description."""
     found = {}
     for item in dataclasses.fields(kind):
         if _KEY in item.metadata:
@@ -53,7 +69,9 @@ def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
 
 
 def flags_of(name: str, described: Option) -> tuple[str, ...]:
-    """How a command line spells an option."""
+    """How a command line spells an option; for a positional one, its placeholder in `--help`."""
+    if described.positional:
+        return (described.metavar or name,)
     return described.flags or (f"--{name.replace('_', '-')}",)
 
 
@@ -63,23 +81,23 @@ def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
     What is not given on the command line is not in the namespace. A flag that the parser has already is left as it is.
 
     Args:
-        parser: of argparse, or a group.
+        parser: an ArgumentParser, or a group of one.
         kind: the dataclass.
         hidden: whether `--help` leaves the options out; they are still parsed, so that a refusal can say what they
             are for.
     """
     known = parser._option_string_actions
     for name, (default, described) in options_of(kind).items():
-        flags = [flag for flag in flags_of(name, described) if flag not in known]
-        if not flags:
-            continue
-        arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        arguments: dict[str, Any] = {"default": argparse.SUPPRESS}
         arguments["help"] = argparse.SUPPRESS if hidden else _help(default, described)
         if isinstance(default, bool):
-            arguments["action"] = "store_true"
+            arguments["action"] = "store_false" if default else "store_true"
         else:
-            arguments |= _of_value(default, described)
-        parser.add_argument(*flags, **arguments)
+            arguments |= _of_value(described)
+        if described.positional:
+            parser.add_argument(name, **arguments)
+        elif flags := [flag for flag in flags_of(name, described) if flag not in known]:
+            parser.add_argument(*flags, dest=name, required=default is dataclasses.MISSING, **arguments)
 
 
 def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +113,15 @@ def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def read_options(kind: type[T], given: Mapping[str, Any]) -> T:
+    """An instance of a dataclass of options, of what was parsed by `add_arguments`.
+
+    Raises:
+        InputError: a text is not of the option's form, or the dataclass refuses a value.
+    """
+    return kind(**parse_given(kind, given))
+
+
 def check_choices(values: Any) -> None:
     """Check the values of an instance of an options dataclass against their choices.
 
@@ -104,7 +131,8 @@ def check_choices(values: Any) -> None:
     for name, (default, described) in options_of(type(values)).items():
         value = getattr(values, name)
         if described.choices and value != default:
-            check_choice(name, value, described.choices)
+            for each in value if described.is_tuple else (value,):
+                check_choice(name, each, described.choices)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -131,29 +159,39 @@ def options_table(*kinds: type) -> str:
         for name, (default, described) in options_of(kind).items():
             flags = ", ".join(f"`{flag}`" for flag in flags_of(name, described))
             values = ", ".join(f"`{choice}`" for choice in described.choices) or described.metavar or ""
-            shown = "" if default in (None, False, ()) else f"`{default}`"
-            lines.append(f"| {flags} | {values} | {shown} | {described.help} |")
+            text = _shown(default)
+            lines.append(f"| {flags} | {values} | {text and f'`{text}`'} | {described.help} |")
     return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    """A default as `--help` and docs/ show it; empty where there is none to show."""
+    if default is None or default is dataclasses.MISSING or isinstance(default, bool):
+        return ""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _help(default: Any, described: Option) -> str:
     # argparse expands percent signs.
-    text = described.help.replace("%", "%%")
-    return text if default in (None, False, ()) or "default" in text else f"{text} (default: {default})"
+    text, shown = described.help.replace("%", "%%"), _shown(default).replace("%", "%%")
+    return text if not shown or "(default" in text else f"{text} (default: {shown})"
 
 
-def _of_value(default: Any, described: Option) -> dict[str, Any]:
+def _of_value(described: Option) -> dict[str, Any]:
     arguments: dict[str, Any] = {"metavar": described.metavar}
     if described.choices:
         arguments["choices"] = tuple(described.choices)
     if described.repeated:
         arguments["action"] = "append"
+    if described.nargs is not None:
+        arguments["nargs"] = described.nargs
     if described.parse in (int, float):
         arguments["type"] = described.parse
     return arguments
 
 
 def _parsed(described: Option, value: Any) -> Any:
-    if described.parse is None or described.parse in (int, float):
-        return tuple(value) if described.repeated else value
-    return tuple(map(described.parse, value)) if described.repeated else described.parse(value)
+    parse = described.parse
+    if parse is None or parse in (int, float):
+        return tuple(value) if described.is_tuple else value
+    return tuple(map(parse, value)) if described.is_tuple else parse(value)

@@ -21,6 +21,14 @@ Target = Literal["cpu", "cuda"]
 TensorRTVariant = Literal["tensorrt", "tensorrt-rtx"]
 ComputePrecision = Literal["fp32", "bf16"]
 """The precision that an engine computes in if the graph leaves it the choice."""
+BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt"]
+"""The backend that runs a model, as `gte_deploy.load` takes it."""
+BundleBackend = Literal["onnx", "openvino", "tensorrt"]
+"""The backends that can run a bundle."""
+EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+"""The data type of sentence embeddings, under its name in sentence-transformers."""
+AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
+"""How neighbouring tokens with one label are joined, under its name in transformers' pipeline."""
 
 TASKS: tuple[Task, ...] = get_args(Task)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -35,6 +43,10 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TARGETS: tuple[Target, ...] = get_args(Target)
 TENSORRT_VARIANTS: tuple[TensorRTVariant, ...] = get_args(TensorRTVariant)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+BUNDLE_BACKENDS: tuple[BundleBackend, ...] = get_args(BundleBackend)
+EMBEDDING_PRECISIONS: tuple[EmbeddingPrecision, ...] = get_args(EmbeddingPrecision)
+AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)
 
 
 @dataclass(frozen=True)

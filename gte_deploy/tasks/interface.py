@@ -13,20 +13,21 @@ from types import TracebackType
 from typing import Any, Self
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.spec import SPARSE_ROUTES, ModelSpec, Pooling, SparseRoute, Task
+from gte_deploy.core.spec import (
+    SPARSE_ROUTES,
+    AggregationStrategy,
+    EmbeddingPrecision,
+    ModelSpec,
+    Pooling,
+    SparseRoute,
+    Task,
+)
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import ReturnType, check_choice
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
-from gte_deploy.tasks.pooling import EmbeddingPrecision
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
-from gte_deploy.tasks.token_classify import (
-    AggregationStrategy,
-    Entity,
-    TaggedTexts,
-    TaggingRequest,
-    TokenScoreRequest,
-)
+from gte_deploy.tasks.token_classify import Entity, TaggedTexts, TaggingRequest, TokenScoreRequest
 from gte_deploy.text.batching import BatchLimits
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
 

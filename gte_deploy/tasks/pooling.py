@@ -3,16 +3,11 @@
 Shapes: B rows, S tokens, H hidden size, D embedding size.
 """
 
-from typing import Literal, get_args
-
 import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.spec import Pooling
-
-EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-EMBEDDING_PRECISIONS: tuple[EmbeddingPrecision, ...] = get_args(EmbeddingPrecision)
+from gte_deploy.core.spec import EmbeddingPrecision, Pooling
 
 # torch.nn.functional.normalize's default: a zero vector stays zero.
 _NORM_EPSILON = 1e-12

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of a text without special ones, L labels, N entities of
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.activations import softmax
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.spec import ModelSpec
+from gte_deploy.core.spec import AGGREGATION_STRATEGIES, AggregationStrategy, ModelSpec
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors, check_choice, filled, import_torch
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.text.inputs import as_texts, as_words
 
 if TYPE_CHECKING:
     from gte_deploy.text.tokenization import Piece, TextTokenizer
-
-AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
-AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)
 
 ENTITIES_SERVED = Ensemble(
     "gte_classify_tokens",

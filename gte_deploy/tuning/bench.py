@@ -16,12 +16,12 @@ from gte_deploy.backends.picks import Pick, cpu_model, engine_versions, save
 from gte_deploy.bundle.manifest import Manifest, read_manifest
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, InputError
+from gte_deploy.core.spec import BUNDLE_BACKENDS
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
+from gte_deploy.tuning import DEFAULT_SHAPES
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
-DEFAULT_SHAPES = ("1x16", "1x128", "1x512", "8x128")
-BACKENDS = ("onnx", "openvino", "tensorrt")
 MAX_REPEATS = 10_000
 MAX_THREADS = 1024
 
@@ -274,10 +274,10 @@ class LoadedBundle:
 
 def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     """The engines to measure, without any numbers yet."""
-    if backend not in (None, *BACKENDS):
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend not in (None, *BUNDLE_BACKENDS):
+        raise InputError(f"backend must be one of {', '.join(BUNDLE_BACKENDS)}, not {backend!r}")
     # A requested backend is tried even if the bundle has no graph for it: its error says what is missing.
-    here = [name for name in BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
+    here = [name for name in BUNDLE_BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
     names = [backend] if backend else here
     engines = [EngineResult(f"{name} {manifest.precision}", name) for name in names]
     if manifest.precision == "fp32" and "openvino" in names:

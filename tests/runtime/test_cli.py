@@ -1,5 +1,8 @@
 """gte-deploy: results on stdout, the rest on stderr, exit codes, no traceback."""
 
+import contextlib
+import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -13,8 +16,21 @@ import pytest
 
 import gte_deploy
 from gte_deploy import cli
+from gte_deploy.cli_options import (
+    BatchingOptions,
+    BenchOptions,
+    ClassifyTokensOptions,
+    EncodeOptions,
+    EncodeSparseOptions,
+    FillMaskOptions,
+    LoadOptions,
+    PromptOptions,
+    RankOptions,
+)
 from gte_deploy.core import exit_codes
 from gte_deploy.core.errors import BundleError, InputError, MissingDependencyError
+from gte_deploy.core.options import options_of
+from gte_deploy.tuning.bench import bench
 
 TEXT = "Paris is the [MASK] of France."
 
@@ -52,6 +68,78 @@ def test_fill_mask_for_people(run, checkpoints):
     lines = out.splitlines()
     assert len(lines) == 1 + 2 + 1 + 4 and lines[0] == TEXT and lines[3] == "a [MASK] [MASK]"
     assert all(line.startswith("  0.") for line in (*lines[1:3], *lines[4:]))
+
+
+DIRECT = (
+    (LoadOptions, gte_deploy.load),
+    (FillMaskOptions, gte_deploy.Model.fill_mask),
+    (EncodeOptions, gte_deploy.Model.encode),
+    (PromptOptions, gte_deploy.Model.encode),
+    (EncodeSparseOptions, gte_deploy.Model.encode_sparse),
+    (PromptOptions, gte_deploy.Model.encode_sparse),
+    (RankOptions, gte_deploy.Model.rank),
+    (ClassifyTokensOptions, gte_deploy.Model.classify_tokens),
+    (BenchOptions, bench),
+    *((BatchingOptions, getattr(gte_deploy.Model, name)) for name in ("fill_mask", "encode", "encode_sparse")),
+    *((BatchingOptions, getattr(gte_deploy.Model, name)) for name in ("predict", "classify_tokens")),
+)
+
+
+@pytest.mark.parametrize(("kind", "function"), DIRECT, ids=lambda value: value.__name__)
+def test_options_are_the_functions_arguments_with_its_defaults(kind, function):
+    """`--help` states a function's own default, and what is not given is left to the function."""
+    parameters = inspect.signature(function).parameters
+    for name, (default, _) in options_of(kind).items():
+        parameter = parameters["precision" if name == "compute_precision" else name]
+        assert parameter.default == (inspect.Parameter.empty if default is dataclasses.MISSING else default), name
+
+
+def test_only_what_is_given_is_passed_on(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr("gte_deploy.loading.load", lambda **options: calls.append(options) or FakeModel(calls))
+    assert run("encode", "a")[0] == run("encode", "-m", "x", "--compute-precision", "bf16", "--max-len", 9, "a")[0] == 0
+    progress = {"show_progress_bar": sys.stderr.isatty()}
+    assert calls[:2] == [{}, progress]
+    assert calls[2:] == [{"path": "x", "precision": "bf16"}, {**progress, "max_length": 9}]
+
+
+class FakeModel(contextlib.nullcontext):
+    """Records the options of `encode`."""
+
+    def __init__(self, calls):
+        super().__init__(self)
+        self.calls = calls
+
+    def encode(self, texts, **options):
+        self.calls.append(options)
+        return np.zeros((len(texts), 2), np.float32)
+
+
+@pytest.mark.parametrize("flag", ["--max-len", "--max-length"])
+def test_two_spellings_of_the_longest_input(flag, run, checkpoints):
+    code, _, err = run("encode", "-m", checkpoints["embed"], flag, 4, "the king of the old city")
+    assert code == exit_codes.USAGE and "limit is 4" in err
+    code, out, _ = run("encode", "-m", checkpoints["embed"], flag, 4, "--truncation", "the king of the old city")
+    assert code == exit_codes.OK and len(json.loads(out)) == 32
+
+
+def test_help_loads_no_library():
+    """`--help` answers at once: of what is slow to import, nothing is loaded."""
+    code = """if True:
+        import sys
+        from gte_deploy import cli
+        for command in ((), *((name,) for name in cli._COMMANDS)):
+            try:
+                cli.main([*command, "--help"])
+            except SystemExit as stop:
+                assert stop.code == 0
+        slow = {"numpy", "tokenizers", "torch", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt"}
+        assert not slow & set(sys.modules), slow & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in cli._COMMANDS:
+        assert f"usage: gte-deploy {name} " in done.stdout
 
 
 def test_targets(run, checkpoints, caplog):

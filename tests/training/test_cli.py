@@ -109,6 +109,28 @@ def test_unknown_recipe_and_checkpoint(corpus_folder, tmp_path, capsys):
     assert "is neither a training checkpoint nor" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--peak-tflops", "many"], "the peak is 'many'; expected a positive number of TFLOP/s"),
+        (["--peak-tflops", "0"], "the peak is '0'; expected a positive number of TFLOP/s"),
+        (["--avg-tokens", "9", "--data", "corpus"], "give one of them"),
+        (["--gpus", "0"], "expected at least one"),
+    ],
+)
+def test_impossible_estimates_are_wrong_usage(capsys, options, message):
+    assert main(["estimate", "gte-en-mlm-tiny", *options]) == USAGE
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--max-len", "--max-length"])
+def test_two_spellings_of_the_longest_input(flag, tiny_mlm, corpus_folder, capsys):
+    assert main(["glue", str(tiny_mlm), "--output", "nowhere", flag, "3"]) == USAGE
+    assert "max_length 3, batch_size 32" in capsys.readouterr().err
+    assert main(["extrapolate", str(tiny_mlm), "--data", str(corpus_folder), flag, "4096"]) == USAGE
+    assert "tokens, not 4096" in capsys.readouterr().err
+
+
 def test_wrong_usage_and_help(capsys):
     for arguments, code in ((["fly"], 2), ([], 2), (["--help"], 0), (["run", "--help"], 0), (["prepare", "-h"], 0)):
         with pytest.raises(SystemExit) as stop:
@@ -126,7 +148,7 @@ def test_help_does_not_wait_for_torch():
                 main([*command, "--help"])
             except SystemExit as stop:
                 assert stop.code == 0
-            heavy = {"torch", "transformers", "datasets", "matplotlib", "pyarrow"} & set(sys.modules)
+            heavy = {"numpy", "torch", "transformers", "datasets", "matplotlib", "pyarrow"} & set(sys.modules)
             assert not heavy, (command, heavy)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

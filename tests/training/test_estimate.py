@@ -24,6 +24,7 @@ from gte_deploy.training.estimate import (
 )
 from gte_deploy.training.flops import GPUS, device_peak_flops
 from gte_deploy.training.model import PackedMaskedLM, build_model
+from gte_deploy.training.options import Hardware
 from gte_deploy.training.recipe import load_recipe, recipe_from_dict
 
 H100 = GPUS["h100"].peak_flops
@@ -31,7 +32,7 @@ H100 = GPUS["h100"].peak_flops
 
 @pytest.mark.parametrize(("name", "gpu_hours"), [("gte-en-mlm-base", 800), ("gte-en-mlm-large", 2570)])
 def test_english_recipes_cost_what_the_published_totals_say(name, gpu_hours):
-    result = estimate(load_recipe(name), gpus=8, peak_flops=H100, utilization=0.4)
+    result = estimate(load_recipe(name), Hardware(gpus=8, peak_flops=H100, utilization=0.4))
     assert result.tokens == pytest.approx(1.13e12, rel=0.01)
     assert result.gpu_hours == pytest.approx(gpu_hours, rel=0.02)
     assert result.hours == pytest.approx(result.gpu_hours / 8)
@@ -46,7 +47,7 @@ def test_parameters_are_the_published_counts(name, millions):
 
 
 def test_flops_per_token_by_hand():
-    stage = estimate(load_recipe("gte-en-mlm-base"), peak_flops=H100).stages[0]
+    stage = estimate(load_recipe("gte-en-mlm-base"), Hardware(peak_flops=H100)).stages[0]
     assert stage.body_flops_per_token == 6 * 12 * (4 * 768**2 + 3 * 768 * 3072)
     assert stage.attention_flops_per_token == 6 * 12 * 2 * 768 * 512
     assert stage.head_flops_per_token == pytest.approx(6 * 0.3 * (768**2 + 768 * 30528))
@@ -94,15 +95,15 @@ def test_gradient_checkpointing_keeps_inputs_of_layers_and_one_layer():
 def test_memory_of_weights_optimizer_and_gradients():
     recipe = load_recipe("gte-en-mlm-large", overrides=["dtype=float32"])
     parameters = parameter_sizes(build_config("gte-en-mlm-large")).total
-    memory = estimate(recipe, gpus=8, peak_flops=H100).stages[0].memory
+    memory = estimate(recipe, Hardware(gpus=8, peak_flops=H100)).stages[0].memory
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * parameters, 4 * parameters, 8 * parameters)
     assert memory.total == sum((16 * parameters, memory.activations, memory.logits))
 
 
 def test_fsdp_shards_and_accumulated_gradients_stay_whole():
     sharded = load_recipe("gte-en-mlm-large", overrides=["sharding=fsdp"])
-    whole = estimate(load_recipe("gte-en-mlm-large"), gpus=64, peak_flops=H100).stages[0]
-    few, many = (estimate(sharded, gpus=gpus, peak_flops=H100).stages[0] for gpus in (64, 256))
+    whole = estimate(load_recipe("gte-en-mlm-large"), Hardware(gpus=64, peak_flops=H100)).stages[0]
+    few, many = (estimate(sharded, Hardware(gpus=gpus, peak_flops=H100)).stages[0] for gpus in (64, 256))
     assert few.memory.optimizer == pytest.approx(whole.memory.optimizer / 64)
     assert few.memory.weights < whole.memory.weights
     assert few.micro_batches_per_gpu == 2
@@ -119,10 +120,10 @@ def test_lengths_of_a_corpus_are_those_that_are_sampled(corpus_folder: Path, mak
     assert lengths[1].mean == pytest.approx(np.mean(chunks))
     assert lengths[1].mean_square == pytest.approx(np.mean(chunks.astype(float) ** 2))
 
-    sampled = estimate(recipe, peak_flops=1e12, lengths=lengths)
-    full = estimate(recipe, peak_flops=1e12)
+    sampled = estimate(recipe, Hardware(peak_flops=1e12), lengths=lengths)
+    full = estimate(recipe, Hardware(peak_flops=1e12))
     assert sampled.flops < full.flops
-    bound = estimate(recipe, peak_flops=1e12, lengths=[average_lengths(recipe.stages[0], 16)] * 3).stages[0]
+    bound = estimate(recipe, Hardware(peak_flops=1e12), lengths=[average_lengths(recipe.stages[0], 16)] * 3).stages[0]
     assert (bound.tokens, bound.attention_flops_per_token) == (6 * 8 * 16, full.stages[0].attention_flops_per_token)
 
 
@@ -142,13 +143,13 @@ def test_peaks_are_those_of_the_training_log(monkeypatch):
 )
 def test_impossible_numbers_are_refused(wrong):
     with pytest.raises(InputError, match="expected at least one"):
-        estimate(load_recipe("gte-en-mlm-tiny"), **{"peak_flops": H100, **wrong})
+        Hardware(**{"peak_flops": H100, **wrong})
 
 
 def test_unknown_model_is_refused(tmp_path: Path):
     recipe = load_recipe("gte-en-mlm-tiny", overrides=[f"model={tmp_path}"])
     with pytest.raises(ConfigError, match="neither a preset"):
-        estimate(recipe, peak_flops=H100)
+        estimate(recipe, Hardware(peak_flops=H100))
 
 
 def test_average_above_the_stage_is_refused():
@@ -191,14 +192,14 @@ def test_command_warns_of_too_little_memory(caplog):
 
 
 def test_table_shows_every_stage():
-    text = table(estimate(load_recipe("gte-multilingual-mlm-base"), gpus=8, peak_flops=H100))
+    text = table(estimate(load_recipe("gte-multilingual-mlm-base"), Hardware(gpus=8, peak_flops=H100)))
     assert "mlm-2048" in text and "mlm-8192" in text and "306.2 M" in text
 
 
 def test_the_table_in_the_documentation_is_what_the_command_prints():
     text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
-    printed = table(estimate(load_recipe("gte-en-mlm-base"), gpus=8, peak_flops=H100)).splitlines()
+    printed = table(estimate(load_recipe("gte-en-mlm-base"), Hardware(gpus=8, peak_flops=H100))).splitlines()
     missing = [line for line in printed[:-1] if line.rstrip() not in text]
     assert not missing
-    large = estimate(load_recipe("gte-en-mlm-large"), gpus=8, peak_flops=H100)
+    large = estimate(load_recipe("gte-en-mlm-large"), Hardware(gpus=8, peak_flops=H100))
     assert f"The large model takes {large.gpu_hours:,.0f} GPU-hours" in text

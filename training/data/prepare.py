@@ -46,9 +46,10 @@ from gte_deploy.training.data.corpus import (
     TokenCorpus,
     document_histogram,
 )
-from gte_deploy.training.data.readers import DocumentBreak, DocumentReader, ReadOptions, Unit
+from gte_deploy.training.data.readers import DocumentReader, Unit
 from gte_deploy.training.data.units import plan_units
 from gte_deploy.training.data.vocabulary import load_tokenizer, read_vocabulary
+from gte_deploy.training.options import PrepareOptions, ReadOptions
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,7 @@ def prepare(
     output: Path,
     *,
     tokenizer: Path,
-    workers: int = 1,
-    text_column: str = "text",
-    document_break: DocumentBreak = "blank-line",
-    skip_bad: bool = False,
-    max_document_bytes: int = 16 << 20,
-    overwrite: bool = False,
-    restart: bool = False,
+    options: PrepareOptions = PrepareOptions(),  # noqa: B008 - frozen
     progress: bool = False,
 ) -> TokenCorpus:
     """Encode `inputs` into the corpus folder `output`, or continue an interrupted run.
@@ -79,14 +74,7 @@ def prepare(
             language. Files are JSON lines (such as C4's .json.gz), .parquet or .txt.
         output: folder to write.
         tokenizer: checkpoint folder with a tokenizer.json, or that file.
-        workers: number of processes. With more than one, the caller's main module must be importable
-            (`if __name__ == "__main__"`).
-        text_column: see ReadOptions.
-        document_break: see ReadOptions.
-        skip_bad: see ReadOptions.
-        max_document_bytes: see ReadOptions.
-        overwrite: replace a corpus that exists already.
-        restart: discard the work of an interrupted run.
+        options: how documents are found, the number of processes, and what becomes of earlier work.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -95,25 +83,23 @@ def prepare(
         MissingDependencyError: an input is Parquet or a dataset, and its library is not installed.
     """
     output = Path(output).absolute()
-    if workers < 1:
-        raise InputError(f"workers {workers} is below 1")
-    options = ReadOptions(text_column, document_break, skip_bad, max_document_bytes)
-    _check_output(output, overwrite)
+    reading = options.reading()
+    _check_output(output, options.overwrite)
     vocab, tokenizer_file = read_vocabulary(Path(tokenizer))
     units = plan_units(inputs)
     header = {
         "version": FORMAT_VERSION,
         "tokenizer_sha256": sha256_file(tokenizer_file),
         "vocabulary": asdict(vocab),
-        "options": asdict(replace(options, skip_bad=False)),
+        "options": asdict(replace(reading, skip_bad=False)),
     }
-    with _workspace(output, header, restart=restart) as work:
-        job = Job(str(work), str(tokenizer_file), vocab.dtype.str, options)
+    with _workspace(output, header, restart=options.restart) as work:
+        job = Job(str(work), str(tokenizer_file), vocab.dtype.str, reading)
         pending = _pending(job, units)
         if len(pending) < len(units):
             logger.info("resuming: %d of %d units are already encoded", len(units) - len(pending), len(units))
         with _progress_bar(units, pending, progress) as bar:
-            _encode_all(pending, job, workers=workers, bar=bar)
+            _encode_all(pending, job, workers=options.workers, bar=bar)
         _finish(job, units, header)
         _install(work / "corpus", output)
     return TokenCorpus.open(output)

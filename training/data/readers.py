@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
+from gte_deploy.training.options import ReadOptions
 
 logger = logging.getLogger(__name__)
 
-DocumentBreak = Literal["blank-line", "file"]
 Advance = Callable[[int], None]  # called with the number of input bytes just read
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -33,35 +33,8 @@ _PARQUET_ROWS = 1_000
 _ADVANCE_BYTES = 1 << 16
 _MAX_EXPANSION = 200  # gzip shrinks text 3 to 10 times, and at most about 1,030 times
 _EXPANSION_FREE_BYTES = 64 << 20
-_MAX_DOCUMENT_BYTES = 1 << 30
 _DATASET = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How documents are found in the inputs.
-
-    Args:
-        text_column: the field or column of a record that holds the text.
-        document_break: a document of plain text ends at a blank line, or at the end of its file.
-        skip_bad: count and skip records that cannot be read, instead of failing.
-        max_document_bytes: a longer document is a bad record.
-
-    Raises:
-        InputError: an option is out of its range.
-    """
-
-    text_column: str = "text"
-    document_break: DocumentBreak = "blank-line"
-    skip_bad: bool = False
-    max_document_bytes: int = 16 << 20
-
-    def __post_init__(self) -> None:
-        if self.document_break not in ("blank-line", "file"):
-            raise InputError(f"document_break {self.document_break!r}: expected 'blank-line' or 'file'")
-        if not 1 <= self.max_document_bytes <= _MAX_DOCUMENT_BYTES:
-            raise InputError(f"max_document_bytes {self.max_document_bytes} is outside 1..{_MAX_DOCUMENT_BYTES}")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_bat
 from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resampling
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.model import micro_batch_tensors
+from gte_deploy.training.options import ExtrapolationOptions
 
 _SHORTEST_CONTEXT = 128
 _LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of their logits over a vocabulary of 250,000
@@ -79,13 +80,7 @@ def extrapolate(
     model: str,
     *,
     data: Path,
-    max_length: int = 8192,
-    contexts: Sequence[int] | None = None,
-    buckets: int = 16,
-    rows: int = 64,
-    masking: Masking = Masking(mask_share=1.0, random_share=0.0),  # noqa: B008 - frozen
-    seed: int = 0,
-    device: str | None = None,
+    options: ExtrapolationOptions = ExtrapolationOptions(),  # noqa: B008 - frozen
     progress: bool = False,
 ) -> Extrapolation:
     """Measure a masked-LM checkpoint on the long documents of a corpus.
@@ -93,13 +88,7 @@ def extrapolate(
     Args:
         model: checkpoint folder, preset name or hub id.
         data: corpus that `gte-train prepare` wrote; use text that the model was not trained on.
-        max_length: tokens of a row; documents that do not fill a row are not read.
-        contexts: window lengths, each a divisor of `max_length`; None takes the powers of two from 128 on.
-        buckets: number of ranges of positions over which losses are averaged.
-        rows: number of rows to read; fewer if the corpus has fewer.
-        masking: how tokens are masked; by default every chosen token becomes [MASK], as usual in evaluations.
-        seed: seed of the choice of rows and of the masks.
-        device: "cuda" or "cpu"; None takes a GPU where there is one. On a GPU the forward pass is in bfloat16.
+        options: what is read and masked, and the device.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -107,14 +96,16 @@ def extrapolate(
         ConfigError: the model has fewer positions, or another vocabulary.
         NonFiniteError: a loss is NaN or infinite.
     """
-    contexts = sorted(_default_contexts(max_length) if contexts is None else {*contexts, max_length})
-    _require_divisors(max_length, contexts, buckets)
+    max_length, seed = options.max_length, options.seed
+    contexts = sorted(_default_contexts(max_length) if options.contexts is None else {*options.contexts, max_length})
+    _require_divisors(max_length, contexts, options.buckets)
+    masking = Masking(probability=options.mask_probability, mask_share=1.0, random_share=0.0)
     corpus = TokenCorpus.open(data)
     index = _full_chunks(corpus, max_length, seed)
-    place = choose_device(device)
+    place = choose_device(options.device)
     network: GteForMaskedLM = _load(model, corpus, max_length).to(place)
 
-    count = min(rows, index.num_chunks)
+    count = min(options.rows, index.num_chunks)
     settings = StepSettings(batch_size=1, token_budget=max_length, seed=seed, masking=masking)
     losses = {context: _RowMeans(count, max_length) for context in contexts}
     numbers = tqdm(range(count), desc="rows", disable=not progress, file=sys.stderr)
@@ -124,7 +115,7 @@ def extrapolate(
             batch = _windows(row, context, cls_id=corpus.vocab.cls_id, sep_id=corpus.vocab.sep_id, shortest=contexts[0])
             losses[context].add(number, batch.masked_positions, token_losses(network, batch))
     longest = losses[max_length]
-    size = max_length // buckets
+    size = max_length // options.buckets
     return Extrapolation(
         model=model,
         rows=count,

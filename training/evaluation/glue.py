@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,11 +45,11 @@ from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,
     TASKS,
     Examples,
-    Protocol,
     Task,
     in_order,
     load_split,
 )
+from gte_deploy.training.options import GlueOptions, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,8 @@ def glue(
     model: str,
     *,
     output: Path,
-    data: Path | None = None,
-    tasks: Iterable[str] = TASKS,
-    seeds: Sequence[int] = (0,),
+    options: GlueOptions = GlueOptions(),  # noqa: B008 - frozen
     protocol: Protocol = Protocol(),  # noqa: B008 - frozen
-    device: str | None = None,
-    dtype: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune a model on each task with each seed, and write the file glue.json in `output`.
@@ -77,12 +73,8 @@ def glue(
         model: checkpoint folder, preset name or hub id.
         output: folder of the results. It holds one result per task and seed, which later calls do not compute again,
             and for each seed the MNLI checkpoint, from which RTE, MRPC and STS-B start.
-        data: see `load_split`; None reads the hub.
-        tasks: names of the tasks; MNLI is added if a task starts from it.
-        seeds: seeds of the new head, the dropout and the order of the examples.
+        options: tasks, seeds, and where the data and the device are.
         protocol: how a task is fine-tuned; by default as published.
-        device: "cuda" or "cpu"; None takes a GPU where there is one.
-        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
         progress: show progress bars on stderr.
 
     Returns:
@@ -94,18 +86,18 @@ def glue(
         NonFiniteError: a fine-tuned model computes NaN.
     """
     folder = resolve_checkpoint(model)
-    place = choose_device(device)
+    place = choose_device(options.device)
     settings = {
         "model": model,
         "checkpoint": _checkpoint_hash(folder),
-        "data": "hub" if data is None else str(data.resolve()),
+        "data": "hub" if options.data is None else str(options.data.resolve()),
         "protocol": dataclasses.asdict(protocol),
-        "dtype": dtype or ("bfloat16" if place.type == "cuda" else "float32"),
+        "dtype": options.dtype or ("bfloat16" if place.type == "cuda" else "float32"),
     }
-    ordered = in_order(tasks)
+    ordered = in_order(options.tasks)
     results = []
-    for seed in seeds:
-        trainer = _Trainer(folder, output / f"seed-{seed}", data, protocol, seed, place, settings, progress)
+    for seed in dict.fromkeys(options.seeds):
+        trainer = _Trainer(folder, output / f"seed-{seed}", options.data, protocol, seed, place, settings, progress)
         results += [trainer.result(task) for task in ordered]
     summary = {**settings, **summarize(results)}
     write_text(output / RESULT_FILE, json.dumps(summary, indent=2) + "\n")

@@ -29,33 +29,6 @@ PUBLISHED_AVERAGES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How a task is fine-tuned. `max_length` is in tokens, `batch_size` in examples.
-
-    Length, batch size, learning rate, epochs and warm-up are as published. The linear schedule, the weight decay and
-    the clipping were not published; they are the defaults of transformers. The score is that after the last epoch.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    max_length: int = 128
-    batch_size: int = 32
-    learning_rate: float = 2e-5
-    epochs: int = 3
-    warmup_ratio: float = 0.06
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
-            raise InputError(
-                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
-                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
-            )
-
-
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from gte_deploy.training.data import prepare as module
 from gte_deploy.training.data import readers, units
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.prepare import prepare
+from gte_deploy.training.options import PrepareOptions
 
 TEXTS = ["w5 w6 w7", "w8", "w9 w10 w11 w12", "w200 w201"]
 IDS = [[5, 6, 7], [8], [9, 10, 11, 12], [200, 201]]
@@ -24,10 +25,13 @@ IDS = [[5, 6, 7], [8], [9, 10, 11, 12], [200, 201]]
 
 @pytest.fixture
 def make(tmp_path, tokenizer):
-    """Prepare into tmp_path/out; keyword arguments as in `prepare`."""
-    return lambda *inputs, **options: prepare(
-        [str(i) for i in inputs], tmp_path / "out", **({"tokenizer": tokenizer} | options)
-    )
+    """Prepare into tmp_path/out; the keyword arguments are a tokenizer and fields of PrepareOptions."""
+
+    def call(*inputs, tokenizer=tokenizer, **options):
+        options = PrepareOptions(**options)
+        return prepare([str(i) for i in inputs], tmp_path / "out", tokenizer=tokenizer, options=options)
+
+    return call
 
 
 def documents(corpus):
@@ -313,7 +317,7 @@ def many_units(tmp_path, monkeypatch):
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, tokenizer, many_units):
     for workers in (1, 2):
-        prepare([many_units], tmp_path / f"by{workers}", tokenizer=tokenizer, workers=workers)
+        prepare([many_units], tmp_path / f"by{workers}", tokenizer=tokenizer, options=PrepareOptions(workers=workers))
     assert tree(tmp_path / "by1") == tree(tmp_path / "by2")
     assert len([name for name in tree(tmp_path / "by1") if name.endswith(".tokens")]) == 6
 
@@ -423,11 +427,12 @@ import sys
 from pathlib import Path
 from gte_deploy.training.data import units
 from gte_deploy.training.data.prepare import prepare
+from gte_deploy.training.options import PrepareOptions
 units._UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
 
 if __name__ == "__main__":
     inputs, output, tokenizer, workers = sys.argv[1:]
-    prepare([inputs], Path(output), tokenizer=Path(tokenizer), workers=int(workers))
+    prepare([inputs], Path(output), tokenizer=Path(tokenizer), options=PrepareOptions(workers=int(workers)))
 """
 
 

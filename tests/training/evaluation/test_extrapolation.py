@@ -20,6 +20,7 @@ from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import MicroBatch
 from gte_deploy.training.evaluation import extrapolation
 from gte_deploy.training.evaluation.extrapolation import extrapolate, table, token_losses
+from gte_deploy.training.options import ExtrapolationOptions
 
 LENGTH = 64
 
@@ -45,7 +46,7 @@ def seen(monkeypatch) -> list[tuple[MicroBatch, np.ndarray]]:
 
 def measure(model: Path, corpus: Path, **changes: Any) -> Any:
     arguments = {"max_length": LENGTH, "contexts": [16, 32], "buckets": 4, "rows": 5, "device": "cpu"}
-    return extrapolate(str(model), data=corpus, **{**arguments, **changes})
+    return extrapolate(str(model), data=corpus, options=ExtrapolationOptions(**{**arguments, **changes}))
 
 
 def test_losses_are_those_of_plain_transformers(tiny_mlm: Path, corpus_folder: Path, seen):

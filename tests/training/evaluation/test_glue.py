@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from gte_deploy.training.evaluation.glue_tasks import (
     PUBLISHED_AVERAGES,
     TASKS,
     Examples,
-    Protocol,
     accuracy,
     f1,
     in_order,
@@ -46,6 +46,7 @@ from gte_deploy.training.evaluation.glue_tasks import (
     matthews,
     spearman,
 )
+from gte_deploy.training.options import GlueOptions, Protocol
 
 FAST = Protocol(max_length=32, batch_size=16, learning_rate=1e-3, epochs=6)
 
@@ -419,7 +420,7 @@ def test_fine_tuning_is_reproducible(tiny_mlm: Path):
 @pytest.fixture(scope="module")
 def whole_run(tiny_mlm: Path, toy_glue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("results")
-    return output, glue(str(tiny_mlm), output=output, data=toy_glue, seeds=[0], protocol=FAST, device="cpu")
+    return output, glue(str(tiny_mlm), output=output, options=GlueOptions(data=toy_glue, device="cpu"), protocol=FAST)
 
 
 def test_eight_tasks_are_run_and_averaged(whole_run: tuple[Path, dict[str, Any]]):
@@ -448,13 +449,13 @@ def test_published_averages_stand_beside_the_result(whole_run: tuple[Path, dict[
 def test_finished_tasks_are_not_run_again(whole_run, tiny_mlm: Path, toy_glue: Path, monkeypatch):
     output, summary = whole_run
     monkeypatch.setattr(glue_module, "fine_tune", lambda *args, **kwargs: pytest.fail("ran again"))
-    again = glue(str(tiny_mlm), output=output, data=toy_glue, protocol=FAST, device="cpu")
+    again = glue(str(tiny_mlm), output=output, options=GlueOptions(data=toy_glue, device="cpu"), protocol=FAST)
     assert again["scores"] == summary["scores"]
 
 
 def test_results_of_another_protocol_are_refused(whole_run, tiny_mlm: Path, toy_glue: Path):
     with pytest.raises(InputError, match=r"other settings \(protocol\)"):
-        glue(str(tiny_mlm), output=whole_run[0], data=toy_glue, device="cpu")
+        glue(str(tiny_mlm), output=whole_run[0], options=GlueOptions(data=toy_glue, device="cpu"))
 
 
 def test_a_task_stopped_midway_is_run_again_alone(tiny_mlm: Path, toy_glue: Path, tmp_path: Path, monkeypatch):
@@ -469,11 +470,11 @@ def test_a_task_stopped_midway_is_run_again_alone(tiny_mlm: Path, toy_glue: Path
         return real(task, split, **kwargs)
 
     monkeypatch.setattr(glue_module, "load_split", record)
-    arguments: dict[str, Any] = {"data": toy_glue, "tasks": ["cola", "sst2"], "device": "cpu"}
+    options = GlueOptions(data=toy_glue, tasks=("cola", "sst2"), device="cpu")
     protocol = Protocol(max_length=16, epochs=1)
     with pytest.raises(KeyboardInterrupt):
-        glue(str(tiny_mlm), output=tmp_path, protocol=protocol, **arguments)
-    summary = glue(str(tiny_mlm), output=tmp_path, protocol=protocol, **arguments)
+        glue(str(tiny_mlm), output=tmp_path, options=options, protocol=protocol)
+    summary = glue(str(tiny_mlm), output=tmp_path, options=options, protocol=protocol)
     assert started == ["cola", "sst2", "sst2"]
     assert summary["average"] is None and "needs all eight tasks" in table(summary)
 
@@ -490,18 +491,18 @@ def test_chained_tasks_start_from_the_mnli_weights(whole_run, tiny_mlm: Path, to
     (output / "seed-0" / "qnli.json").unlink()
     mnli = load_file(output / "seed-0" / "mnli.safetensors")
     name = "gte.layers.1.mlp.down_proj.weight"
-    glue(str(tiny_mlm), output=output, data=toy_glue, tasks=["rte"], protocol=FAST, device="cpu")
+    options = GlueOptions(data=toy_glue, device="cpu")
+    glue(str(tiny_mlm), output=output, options=replace(options, tasks=("rte",)), protocol=FAST)
     assert torch.equal(starts["2"][name], mnli[name])
     assert starts["2"]["classifier.weight"].shape == (2, 32)
-    glue(str(tiny_mlm), output=output, data=toy_glue, tasks=["qnli"], protocol=FAST, device="cpu")
+    glue(str(tiny_mlm), output=output, options=replace(options, tasks=("qnli",)), protocol=FAST)
     assert not torch.equal(starts["2"][name], mnli[name])
 
 
 def test_several_seeds_are_averaged(tiny_mlm: Path, toy_glue: Path, tmp_path: Path):
     protocol = Protocol(max_length=16, learning_rate=1e-3, epochs=1)
-    summary = glue(
-        str(tiny_mlm), output=tmp_path, data=toy_glue, tasks=["cola"], seeds=[0, 1], protocol=protocol, device="cpu"
-    )
+    options = GlueOptions(data=toy_glue, tasks=("cola",), seeds=(0, 1, 0), device="cpu")
+    summary = glue(str(tiny_mlm), output=tmp_path, options=options, protocol=protocol)
     by_seed = summary["scores"]["cola"]["by_seed"]
     assert list(by_seed) == [0, 1] and summary["scores"]["cola"]["mean"] == pytest.approx(sum(by_seed.values()) / 2)
     assert "deviation" in table(summary)

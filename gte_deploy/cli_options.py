@@ -1,0 +1,251 @@
+"""The options of `gte-deploy`: a dataclass for what several commands share, and one for what each has alone.
+
+Fields are named as the arguments of the Python API that take them, and have the same defaults. A command passes on only
+what was given. Importing this module loads neither numpy nor an engine, so that `--help` is quick.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gte_deploy.core.options import option, required
+from gte_deploy.core.spec import (
+    AGGREGATION_STRATEGIES,
+    BACKENDS,
+    BUNDLE_BACKENDS,
+    COMPUTE_PRECISIONS,
+    EMBEDDING_PRECISIONS,
+    POOLINGS,
+    SPARSE_ROUTES,
+    AggregationStrategy,
+    BackendName,
+    BundleBackend,
+    ComputePrecision,
+    EmbeddingPrecision,
+    Pooling,
+    SparseRoute,
+)
+from gte_deploy.tuning import DEFAULT_SHAPES
+
+
+@dataclass(frozen=True)
+class PrintOptions:
+    """What every command prints, and where."""
+
+    verbose: bool = option(False, "log each step on stderr", flags=("-v", "--verbose"))
+    json: bool = option(False, "print JSON, one line for each result")
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Where a command finds its texts."""
+
+    texts: tuple[str, ...] = option(
+        (),
+        "texts to process; without any they are read from --input",
+        positional=True,
+        nargs="*",
+        metavar="TEXT",
+    )
+    input: str | None = option(
+        None,
+        "UTF-8 file with one text a line; - is stdin (default: stdin)",
+        flags=("-i", "--input"),
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The model and what runs it: arguments of `gte_deploy.load`, where `compute_precision` is called `precision`."""
+
+    path: str | None = option(
+        None,
+        "bundle, checkpoint folder or hub id (default: the built-in model)",
+        flags=("-m", "--model"),
+        metavar="MODEL",
+    )
+    backend: BackendName = option("auto", "library that runs the model", choices=BACKENDS)
+    compute_precision: ComputePrecision | None = option(
+        None,
+        "precision that the engine computes in: openvino, or torch on a GPU (default: fp32, or as bench --pick "
+        "recorded)",
+        choices=COMPUTE_PRECISIONS,
+    )
+    device: str | None = option(
+        None, "cpu, cuda or cuda:N (default: the device that the bundle is made for, else cpu)", metavar="DEVICE"
+    )
+    num_threads: int | None = option(
+        None,
+        "CPU threads (default: every CPU that the process may use)",
+        flags=("--threads",),
+        metavar="N",
+        parse=int,
+    )
+
+
+@dataclass(frozen=True)
+class BatchingOptions:
+    """How texts are cut and batched."""
+
+    batch_size: int = option(32, "most texts in one batch", metavar="N", parse=int)
+    max_batch_tokens: int | None = option(
+        None,
+        "most tokens in one batch, padding included (default: as suits the device)",
+        metavar="TOKENS",
+        parse=int,
+    )
+    max_length: int | None = option(
+        None,
+        "longest input in tokens (default: the model's own limit)",
+        flags=("--max-len", "--max-length"),
+        metavar="TOKENS",
+        parse=int,
+    )
+    truncation: bool = option(False, "cut an input that is too long, instead of failing")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is put before each text."""
+
+    prompt_name: str | None = option(None, "put the model's prompt of this name before each text", metavar="NAME")
+    prompt: str | None = option(None, "put this text before each text", metavar="TEXT")
+
+
+@dataclass(frozen=True)
+class FillMaskOptions:
+    """Arguments of `Model.fill_mask`."""
+
+    top_k: int = option(5, "answers for each mask", flags=("-k", "--top-k"), metavar="N", parse=int)
+    targets: tuple[str, ...] | None = option(None, "words to choose from (default: all)", nargs="+", metavar="WORD")
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Arguments of `Model.encode`."""
+
+    pooling: Pooling | None = option(
+        None, "how token states become an embedding (default: as the checkpoint says)", choices=POOLINGS
+    )
+    normalize_embeddings: bool = option(False, "scale each embedding to length 1", flags=("--normalize",))
+    truncate_dim: int | None = option(
+        None, "leading dimensions to keep (default: as the checkpoint says)", metavar="N", parse=int
+    )
+    precision: EmbeddingPrecision = option(
+        "float32", "type of the numbers in an embedding", choices=EMBEDDING_PRECISIONS
+    )
+
+
+@dataclass(frozen=True)
+class ArrayOptions:
+    """Where embeddings are written."""
+
+    output: Path | None = option(
+        None,
+        "write one array [texts, dimensions] to this file, instead of printing",
+        flags=("-o", "--output"),
+        metavar="FILE.npy",
+        parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class EncodeSparseOptions:
+    """Arguments of `Model.encode_sparse`."""
+
+    route: SparseRoute | None = option(
+        None,
+        "encode the texts as queries or as documents, where the model tells them apart (default: as the checkpoint "
+        "says)",
+        choices=SPARSE_ROUTES,
+    )
+    max_active_dims: int | None = option(
+        None, "weights to keep of each text, the heaviest (default: as the checkpoint says)", metavar="N", parse=int
+    )
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """Arguments of `Model.rank`."""
+
+    query: str = required("text that the documents are ranked for", flags=("-q", "--query"), metavar="TEXT")
+    top_k: int | None = option(
+        None, "documents to print (default: all)", flags=("-k", "--top-k"), metavar="N", parse=int
+    )
+    prompt_name: str | None = option(None, "put the model's prompt of this name before the query", metavar="NAME")
+    prompt: str | None = option(None, "put this text before the query", metavar="TEXT")
+
+
+@dataclass(frozen=True)
+class ClassifyTokensOptions:
+    """Arguments of `Model.classify_tokens`."""
+
+    aggregation_strategy: AggregationStrategy = option(
+        "none",
+        "how neighbours with one label are joined, as in transformers' pipeline; none prints each token alone",
+        choices=AGGREGATION_STRATEGIES,
+    )
+    ignore_labels: tuple[str, ...] = option(("O",), "labels not to print", nargs="*", metavar="LABEL")
+    stride: int | None = option(
+        None, "cut long texts into windows that overlap by N tokens, and join their answers", metavar="N", parse=int
+    )
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is verified."""
+
+    bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
+    checkpoint: Path | None = option(
+        None,
+        "compare the bundle's answers with those of this checkpoint in its own library, too (needs the [export] extra)",
+        metavar="FOLDER",
+        parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """What is described."""
+
+    model: str | None = option(
+        None,
+        "bundle, checkpoint folder or hub id (default: the built-in model)",
+        positional=True,
+        nargs="?",
+        metavar="MODEL",
+    )
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Arguments of `gte_deploy.tuning.bench.bench`."""
+
+    bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
+    backend: BundleBackend | None = option(
+        None, "engine to time (default: each that can run the bundle)", choices=BUNDLE_BACKENDS
+    )
+    shapes: tuple[str, ...] | None = option(
+        None,
+        f"shapes of the batches to time (default: {' '.join(DEFAULT_SHAPES)})",
+        nargs="+",
+        metavar="ROWSxTOKENS",
+    )
+    repeats: int = option(10, "timed calls of each engine and shape", metavar="N", parse=int)
+    num_threads: int | None = option(
+        None,
+        "CPU threads of each engine (default: every CPU that the process may use)",
+        flags=("--threads",),
+        metavar="N",
+        parse=int,
+    )
+
+
+@dataclass(frozen=True)
+class PickOptions:
+    """What becomes of the fastest engine."""
+
+    pick: bool = option(
+        False, "record the fastest engine in your cache; every later load of this bundle on this machine takes it"
+    )
+    precision_may_change: bool = option(False, "let --pick take bf16, whose answers differ a little")

@@ -1,0 +1,75 @@
+"""What keeps the code easy to extend: few parameters, a short pipeline, no circles of imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("gte_deploy", "exporters", "models", "training", "tools")
+MOST_PARAMETERS = 8
+# Signatures that others have set: sentence-transformers' (SentenceTransformer, SparseEncoder, CrossEncoder), the
+# pipeline's of transformers, and that of transformers' attention functions.
+SET_BY_OTHERS = {
+    "gte_deploy/tasks/interface.py": {"encode", "encode_sparse", "predict", "rank", "classify_tokens"},
+    "models/attention.py": {"packed_attention"},
+}
+
+
+def files() -> Iterator[Path]:
+    """Every Python file of the product, once: not again through the links in gte_deploy/."""
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if not any(parent.is_symlink() for parent in file.parents):
+                yield file
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_functions_have_few_parameters():
+    many = []
+    for file in files():
+        name = file.relative_to(ROOT).as_posix()
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+                if count > MOST_PARAMETERS and node.name not in SET_BY_OTHERS.get(name, ()):
+                    many.append(f"{name}: {node.name} has {count}")
+    assert many == [], "put some of them into an options dataclass"
+
+
+def test_the_pipeline_of_an_export_can_be_read_at_once():
+    assert len((ROOT / "exporters" / "export.py").read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] in ("gte_deploy", "tools") else ("gte_deploy", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported_first(file: Path, known: set[str]) -> set[str]:
+    """The modules of the product that importing a file imports: not in functions, nor for type checkers alone."""
+    found = set()
+    for node in parsed(file).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def test_imports_make_no_circle():
+    modules = {module_name(file): file for file in files()}
+    imports = {name: imported_first(file, set(modules)) - {name} for name, file in modules.items()}
+    left = dict(imports)
+    while free := [name for name, others in left.items() if not others & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"each of these imports another of them: {sorted(left)}"

@@ -1,0 +1,440 @@
+"""The options of `gte-train`: what its commands ask for, and what the functions behind them take.
+
+Fields are named as the arguments of the functions. A command passes on only what was given. Importing this module loads
+neither numpy nor torch, so that `--help` is quick. Recipes have their own dataclasses, see `training/recipe.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Literal, get_args
+
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choices, option, required
+from gte_deploy.training.flops import GPUS
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["bfloat16", "float32"]
+"""What a model computes in: bfloat16 is autocast over float32 weights."""
+Sharding = Literal["ddp", "fsdp"]
+DocumentBreak = Literal["blank-line", "file"]
+Layout = Literal["native", "original"]
+StoredDtype = Literal["float32", "float16", "bfloat16"]
+GlueTask = Literal["cola", "sst2", "mnli", "mrpc", "stsb", "qqp", "qnli", "rte"]
+
+RECIPE_SUFFIX = ".yaml"
+EXTRAPOLATION_FILE = "extrapolation.json"
+EXTRAPOLATION_PLOT = "extrapolation.png"
+_MAX_DOCUMENT_BYTES = 1 << 30
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes inside the package."""
+    folder = resources.files("gte_deploy.training") / "recipes"
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name.removesuffix(RECIPE_SUFFIX) for name in names if name.endswith(RECIPE_SUFFIX))
+
+
+def _teraflops(text: str) -> float:
+    """FLOP/s of a text that gives TFLOP/s."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"the peak is {text!r}; expected a positive number of TFLOP/s")
+    return value * 1e12
+
+
+# --- what several commands share --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecipeArguments:
+    """The recipe of a run; see `load_recipe`."""
+
+    recipe: str = required(
+        f"YAML file, or the name of a shipped recipe: {', '.join(shipped_recipes())}", positional=True, metavar="RECIPE"
+    )
+    overrides: tuple[str, ...] = option(
+        (),
+        "change one value of the recipe, as in stages.0.steps=10; may be repeated",
+        flags=("--set",),
+        metavar="KEY=VALUE",
+        repeated=True,
+    )
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where to compute.
+
+    Args:
+        device: "cuda" or "cpu"; None takes a GPU where there is one.
+    """
+
+    device: Device | None = option(
+        None, "where to compute (default: a GPU where there is one, else the CPU)", choices=get_args(Device)
+    )
+
+
+@dataclass(frozen=True)
+class JsonOptions:
+    """How a result is printed."""
+
+    json: bool = option(False, "print JSON instead of the table")
+
+
+# --- prepare ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are found in the inputs.
+
+    Args:
+        text_column: the field or column of a record that holds the text.
+        document_break: a document of plain text ends at a blank line, or at the end of its file.
+        skip_bad: count and skip records that cannot be read, instead of failing.
+        max_document_bytes: a longer document is a bad record.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+
+    text_column: str = option("text", "field of a record that holds the text", metavar="NAME")
+    document_break: DocumentBreak = option(
+        "blank-line",
+        "a document of plain text ends at a blank line, or at the end of its file",
+        choices=get_args(DocumentBreak),
+    )
+    skip_bad: bool = option(False, "skip and count records that cannot be read, instead of failing")
+    max_document_bytes: int = option(16 << 20, "a longer document counts as a bad record", metavar="BYTES", parse=int)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not 1 <= self.max_document_bytes <= _MAX_DOCUMENT_BYTES:
+            raise InputError(f"max_document_bytes {self.max_document_bytes} is outside 1..{_MAX_DOCUMENT_BYTES}")
+
+
+@dataclass(frozen=True)
+class PrepareOptions(ReadOptions):
+    """How a corpus is prepared.
+
+    Args:
+        workers: number of processes. With more than one, the caller's main module must be importable
+            (`if __name__ == "__main__"`).
+        overwrite: replace a corpus that exists already.
+        restart: discard the work of an interrupted run.
+
+    Raises:
+        InputError: an option is out of its range.
+    """
+
+    workers: int = option(
+        1, "number of worker processes (default: the CPUs that this process may use)", metavar="N", parse=int
+    )
+    overwrite: bool = option(False, "replace a corpus that exists already")
+    restart: bool = option(False, "discard the work of an interrupted run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers < 1:
+            raise InputError(f"workers {self.workers} is below 1")
+
+    def reading(self) -> ReadOptions:
+        """The options that say how documents are found."""
+        return ReadOptions(**{field.name: getattr(self, field.name) for field in fields(ReadOptions)})
+
+
+@dataclass(frozen=True)
+class PrepareArguments:
+    """What a corpus is made of, and where it is written."""
+
+    inputs: tuple[str, ...] = required(
+        "file, folder or glob of .json.gz, .jsonl, .parquet or .txt files, or hf:NAME[@REVISION][:CONFIG[:SPLIT]] for "
+        "a Hugging Face dataset; LANGUAGE=INPUT names the language of an input",
+        positional=True,
+        nargs="+",
+        metavar="INPUT",
+    )
+    output: Path = required("folder of the corpus to write", flags=("-o", "--output"), metavar="FOLDER", parse=Path)
+    tokenizer: Path | None = option(
+        None,
+        "checkpoint folder with a tokenizer.json (default: the built-in model, whose tokenizer is bert-base-uncased's)",
+        metavar="FOLDER",
+        parse=Path,
+    )
+
+
+# --- estimate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The GPUs that a recipe is estimated for, all of one model.
+
+    Args:
+        gpus: number of GPUs.
+        gpu: model of the GPUs, a key of `GPUS`.
+        peak_flops: peak FLOP/s of one GPU; None for that of its model.
+        utilization: share of the peak that model FLOPs reach. The cost of recomputation lowers it.
+
+    Raises:
+        InputError: a number is out of its range, or the model of the GPUs is unknown.
+    """
+
+    gpus: int = option(1, "number of GPUs", metavar="N", parse=int)
+    gpu: str = option("h100", "model of the GPUs, for peak and memory", choices=tuple(GPUS))
+    peak_flops: float | None = option(
+        None,
+        "dense bfloat16 peak of one GPU in TFLOP/s (default: that of --gpu)",
+        flags=("--peak-tflops",),
+        metavar="P",
+        parse=_teraflops,
+    )
+    utilization: float = option(0.4, "share of the peak that the run reaches, up to 1", metavar="SHARE", parse=float)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.gpus < 1 or not self.peak > 0 or not 0 < self.utilization <= 1:
+            raise InputError(
+                f"{self.gpus} GPUs of {self.peak:g} FLOP/s at {self.utilization:g} of peak: expected at least one, a "
+                "positive peak and a utilization in (0, 1]"
+            )
+
+    @property
+    def peak(self) -> float:
+        """Peak FLOP/s of one GPU."""
+        return GPUS[self.gpu].peak_flops if self.peak_flops is None else self.peak_flops
+
+
+@dataclass(frozen=True)
+class EstimateOptions:
+    """What the command `estimate` takes besides a recipe and the hardware.
+
+    Args:
+        sharding: sharding in place of the recipe's.
+        averages: mean tokens of a sequence, one number for each stage.
+        data: folder of a corpus, whose sampled lengths replace full sequences.
+        price: price of one GPU-hour.
+
+    Raises:
+        InputError: both `averages` and `data` are given.
+    """
+
+    sharding: Sharding | None = option(
+        None, "sharding of the model (default: as the recipe says)", choices=get_args(Sharding)
+    )
+    averages: tuple[float, ...] | None = option(
+        None,
+        "mean tokens of a sequence, one number for each stage (default: every sequence is full)",
+        flags=("--avg-tokens",),
+        nargs="+",
+        metavar="N",
+        parse=float,
+    )
+    data: Path | None = option(
+        None,
+        "corpus folder, whose sampled lengths replace full sequences; not with --avg-tokens",
+        metavar="FOLDER",
+        parse=Path,
+    )
+    price: float | None = option(None, "price of one GPU-hour; the total price is printed", metavar="P", parse=float)
+
+    def __post_init__(self) -> None:
+        if self.averages is not None and self.data is not None:
+            raise InputError("--avg-tokens and --data both say how long sequences are; give one of them")
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a run reads and where it writes."""
+
+    data: Path = required("corpus folder that `gte-train prepare` wrote", metavar="FOLDER", parse=Path)
+    output: Path = required(
+        "folder of the run; if it holds checkpoints, the run continues",
+        flags=("-o", "--output"),
+        metavar="FOLDER",
+        parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions(DeviceOptions):
+    """Arguments of `train`."""
+
+    tokenizer: Path | None = option(
+        None, "folder with the tokenizer.json of the corpus (default: DATA/tokenizer)", metavar="FOLDER", parse=Path
+    )
+    peak_flops: float | None = option(
+        None,
+        "peak of one device in TFLOP/s, for the share of the peak in the log (default: that of a known GPU)",
+        flags=("--peak-tflops",),
+        metavar="P",
+        parse=_teraflops,
+    )
+    tensorboard: bool = option(True, "write no TensorBoard events", flags=("--no-tensorboard",))
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What is exported, and to where."""
+
+    checkpoint: Path = required(
+        "a checkpoint, or the folder of a run for its newest checkpoint",
+        positional=True,
+        metavar="CHECKPOINT",
+        parse=Path,
+    )
+    output: Path = required("folder to write", positional=True, metavar="OUTPUT", parse=Path)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Arguments of `export_checkpoint`; there `dtype` is torch's."""
+
+    layout: Layout = option(
+        "native",
+        "native: the layout of transformers' own GTE; original: the layout of the published checkpoints",
+        choices=get_args(Layout),
+    )
+    tokenizer: Path | None = option(
+        None, "folder with a tokenizer.json (default: the run's)", metavar="FOLDER", parse=Path
+    )
+    dtype: StoredDtype = option("float32", "dtype of the stored weights", choices=get_args(StoredDtype))
+
+
+# --- glue -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GlueArguments:
+    """What is evaluated, and where the results are written."""
+
+    model: str = required(
+        "checkpoint folder, preset name or hub id; RoBERTa, XLM-R, nomic-bert and others work too",
+        positional=True,
+        metavar="MODEL",
+    )
+    output: Path = required(
+        "folder of the results; finished tasks are not run again",
+        flags=("-o", "--output"),
+        metavar="FOLDER",
+        parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class GlueOptions(DeviceOptions):
+    """What is run of GLUE, and how.
+
+    Args:
+        device: "cuda" or "cpu"; None takes a GPU where there is one.
+        data: folder of the tasks' files, see `glue_tasks.load_split`; None reads the hub.
+        tasks: names of the tasks; MNLI is added if a task starts from it.
+        seeds: seeds of the new head, the dropout and the order of the examples; each counts once.
+        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
+    """
+
+    data: Path | None = option(
+        None,
+        "folder that holds one folder per task with .tsv, .jsonl or .parquet files (default: the hub's dataset)",
+        metavar="FOLDER",
+        parse=Path,
+    )
+    tasks: tuple[GlueTask, ...] = option(
+        get_args(GlueTask),
+        f"tasks to run, out of {', '.join(get_args(GlueTask))} (default: all)",
+        choices=get_args(GlueTask),
+        nargs="+",
+        metavar="TASK",
+    )
+    seeds: tuple[int, ...] = option((0,), "fine-tune once with each seed", nargs="+", metavar="SEED", parse=int)
+    dtype: Dtype | None = option(
+        None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a GLUE task is fine-tuned. `max_length` is in tokens, `batch_size` in examples.
+
+    Length, batch size, learning rate, epochs and warm-up are as published. The linear schedule, the weight decay and
+    the clipping were not published; they are the defaults of transformers. The score is that after the last epoch.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    max_length: int = option(
+        128, "longest example in tokens", flags=("--max-len", "--max-length"), metavar="TOKENS", parse=int
+    )
+    batch_size: int = option(32, "examples of a step", metavar="N", parse=int)
+    learning_rate: float = option(2e-5, "peak learning rate", metavar="RATE", parse=float)
+    epochs: int = option(3, "passes over the training examples", metavar="N", parse=int)
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_length - 3, self.batch_size, self.epochs) < 1 or not self.learning_rate > 0:
+            raise InputError(
+                f"max_length {self.max_length}, batch_size {self.batch_size}, epochs {self.epochs}, learning_rate "
+                f"{self.learning_rate:g}: expected at least 4, 1, 1, and a positive rate"
+            )
+
+
+# --- extrapolate ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtrapolationArguments:
+    """What is measured on which text, and where the result is written."""
+
+    model: str = required("masked-LM checkpoint: folder, preset name or hub id", positional=True, metavar="MODEL")
+    data: Path = required("corpus folder; use text that the model was not trained on", metavar="FOLDER", parse=Path)
+    output: Path | None = option(
+        None,
+        f"folder for {EXTRAPOLATION_FILE} and {EXTRAPOLATION_PLOT} (default: print only)",
+        flags=("-o", "--output"),
+        metavar="FOLDER",
+        parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class ExtrapolationOptions(DeviceOptions):
+    """What the measurement reads and masks.
+
+    Args:
+        device: "cuda" or "cpu"; None takes a GPU where there is one. On a GPU the forward pass is in bfloat16.
+        max_length: tokens of a row; documents that do not fill a row are not read.
+        contexts: window lengths, each a divisor of `max_length`; None takes the powers of two from 128 on.
+        buckets: number of ranges of positions over which losses are averaged.
+        rows: number of rows to read; fewer if the corpus has fewer.
+        mask_probability: share of the tokens that are masked. Each becomes [MASK], as usual in evaluations.
+        seed: seed of the choice of rows and of the masks.
+    """
+
+    max_length: int = option(8192, "tokens of a row", flags=("--max-len", "--max-length"), metavar="TOKENS", parse=int)
+    contexts: tuple[int, ...] | None = option(
+        None,
+        "context lengths in tokens (default: the powers of two from 128 to the length of a row)",
+        nargs="+",
+        metavar="TOKENS",
+        parse=int,
+    )
+    buckets: int = option(16, "number of ranges of positions", metavar="N", parse=int)
+    rows: int = option(64, "number of rows", metavar="N", parse=int)
+    mask_probability: float = option(0.3, "share of masked tokens", metavar="P", parse=float)
+    seed: int = option(0, "seed of the rows and the masks", metavar="SEED", parse=int)
