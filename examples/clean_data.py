@@ -32,7 +32,7 @@ def main() -> None:
             hidden.append((number, words[place].strip(".,;:!?\"'()").lower(), masked))
     with gte_deploy.load(sys.argv[2] if len(sys.argv) > 2 else None) as model:
         answers = model.fill_mask([text for *_, text in hidden], top_k=GUESSES)
-    if len(hidden) == 1:  # as in transformers' pipeline, a list of one text is answered as the text alone
+    if len(hidden) == 1:  # as in transformers' pipeline, a list with one text gets the answer of a single text
         answers = [answers]
     guessed: list[list[bool]] = [[] for _ in lines]
     for (number, word, _), candidates in zip(hidden, answers, strict=True):

@@ -1,9 +1,9 @@
-"""Export the built-in model to a bundle, and run the bundle with onnxruntime and tokenizers alone.
+"""Export the built-in model to a bundle, and run the bundle with only onnxruntime and tokenizers.
 
-    python examples/onnxruntime_alone.py my-bundle     # exported first, where the folder is not there yet
+    python examples/onnxruntime_alone.py my-bundle     # exports first if the folder does not exist
 
-`gte_deploy.load` does more (it verifies the bundle, batches, and takes texts of any length), but nothing in a bundle
-needs it: the graph, its inputs and its outputs are described in docs/bundle.md, so other languages can run it, too.
+`gte_deploy.load` does more: it verifies the bundle, makes batches, and checks the lengths of texts. But a bundle works
+without it: docs/bundle.md describes the graph with its inputs and outputs, so other languages can run it, too.
 """
 
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-# Before the import: by default, ONNX Runtime for Linux tells its maker of every session.
+# Set before the import: by default, ONNX Runtime for Linux sends telemetry about every session.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def export_to(bundle: Path) -> None:
-    """Write a bundle of the built-in model for texts of up to 128 tokens; it is compared with PyTorch first."""
+    """Export the built-in model, for texts of up to 128 tokens, to a bundle that is verified against PyTorch."""
     from gte_deploy.exporters.export import export
 
     result = export(output=bundle, max_length=128, progress=lambda line: print(line, file=sys.stderr))

@@ -3,7 +3,7 @@
     python examples/rerank.py CHECKPOINT "a question" "a document" "another document" …
 
 CHECKPOINT is a sequence classifier with one label, such as Alibaba-NLP/gte-multilingual-reranker-base, or the bundle
-that `gte-export CHECKPOINT` wrote of it. None is built in.
+that `gte-export CHECKPOINT` wrote. No reranker is built in.
 """
 
 import sys

@@ -4,7 +4,7 @@
     python examples/semantic_search.py FOLDER "a question" my-bundle     # an embedding model of your own
 
 The built-in model is a fill-mask encoder. Its embeddings are the mean of raw hidden states, which nobody trained for
-similarity: the code shows the way, the order of the results shows little more than shared words. For a search that
+similarity. So the code shows how to search, but the order of the results mostly follows shared words. For a search that
 works, export an embedding checkpoint (such as Alibaba-NLP/gte-base-en-v1.5) and give its bundle.
 """
 

@@ -3,7 +3,7 @@
     gte-export --format triton my-bundle my-repository     # its README.md says how to start the server
     python examples/triton_client.py http://localhost:8000
 
-Needs `pip install 'gte-deploy[triton]'`, no model and no torch. docs/triton-client.md has the rest.
+It needs `pip install 'gte-deploy[triton]'`, but no model and no torch. docs/triton-client.md describes the client.
 """
 
 import sys
@@ -13,7 +13,7 @@ from gte_deploy.triton import Client
 
 
 def main() -> None:
-    """Embed two texts, and fill a mask where the server's model can."""
+    """Embed two texts, and fill a mask if the server's model can."""
     url = sys.argv[1] if len(sys.argv) > 1 else "http://localhost:8000"
     try:
         with Client(url, timeout_s=30) as model:
@@ -23,7 +23,7 @@ def main() -> None:
             if model.spec.task == "fill-mask":
                 for answer in model.fill_mask("The president of the united [MASK] of America.", top_k=3):
                     print(f"{answer['score']:.3f}  {answer['sequence']}")
-    except UnavailableError as error:  # not there, overloaded or slow: the same call may succeed later
+    except UnavailableError as error:  # missing, overloaded or slow: the same call may succeed later
         sys.exit(f"the server does not answer: {error}")
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -264,7 +263,7 @@ def _result_json(result: ExportResult | RepositoryResult) -> dict[str, object]:
         "precision": result.manifest.precision,
         "files": {name: entry.size for name, entry in result.manifest.files.items()},
         "fusions": dict(next(iter(result.manifest.graphs.values())).fusions) if result.manifest.graphs else {},
-        "plan": result.manifest.plan and dataclasses.asdict(result.manifest.plan),
+        "plan": result.manifest.plan and result.manifest.plan.to_json(),
         "missed_bounds": list(result.manifest.missed_bounds),
         "parity": result.parity.to_json(),
     }

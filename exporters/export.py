@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle: read, trace, build, verify, write. The whole export, from top to bottom."""
+"""Exports a checkpoint to a bundle, in steps: read, trace, build, verify, write."""
 
 import dataclasses
 import hashlib
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.verification.results import ParityReport
     from gte_deploy.exporters.verification.texts import TextBatch
 
-MIN_LENGTH = 8
-"""The shortest limit that a bundle may have, in tokens."""
+MIN_MAX_LENGTH = 8
+"""The least value of `max_length`, in tokens."""
 EVALUATION_TOKENS = 6000
-"""Words of text on which a lower precision's accuracy is measured, in texts and again in windows."""
+"""Words of text for measuring the accuracy of a lower precision: once as single texts, once in windows."""
 _EXTRA = (
     "torch",
     "transformers",
@@ -48,7 +48,7 @@ _EXTRA = (
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: where the bundle is, what its manifest says, and how its graphs compared with PyTorch."""
+    """A finished export: the path of the bundle, its manifest, and the comparison of its graphs with PyTorch."""
 
     path: Path
     manifest: Manifest
@@ -68,18 +68,18 @@ def export(
 
     Args:
         model: checkpoint folder, hub id or preset name; None for the built-in model.
-        output: folder of the bundle; None for one named after model, format and precision in the working directory.
-        options: what every target takes, such as precision and longest input; see `ExportOptions`.
-        force: replace a bundle that is there already.
+        output: folder of the bundle; None for one in the working directory, named after model, format and precision.
+        options: the options of every target, such as precision and longest input; see `ExportOptions`.
+        force: whether to replace an existing bundle.
         progress: called with one line at every step.
-        **given: `format` ("onnx" or "trt") and `target` ("cpu", "cuda" or "openvino", of format onnx); fields of
-            `ExportOptions` by themselves, such as `precision="int8"`; and the options of the target, such as
-            `calibration`: see `gte_deploy.exporters.targets`. `tensorrt` takes a whole `TensorRTOptions`.
+        **given: `format` ("onnx" or "trt") and `target` ("cpu", "cuda" or "openvino", for format onnx); single fields
+            of `ExportOptions`, such as `precision="int8"`; and the options of the target, such as `calibration`: see
+            `gte_deploy.exporters.targets`. `tensorrt` takes a `TensorRTOptions`.
 
     Raises:
-        InputError: an option is out of range, or is not one of this target.
-        CheckpointError, ConfigError: the checkpoint cannot be read, or asks for what is not honoured.
-        ParityError: an engine differs from PyTorch by more than its bound, or a check fails; no bundle is left.
+        InputError: an option is out of range, or does not belong to this target.
+        CheckpointError, ConfigError: the checkpoint cannot be read, or asks for something unsupported.
+        ParityError: an engine differs from PyTorch by more than its bound, or a check fails; no bundle is written.
         ExportError: the output must not be replaced, or the graph could not be built.
         MissingDependencyError: the [export] extra is not installed.
     """
@@ -89,7 +89,7 @@ def export(
     path = Path(
         output if output is not None else default_output(model, format=request.kind, precision=request.precision)
     )
-    # The real path: a rename over a link would replace the link.
+    # The real path, because a rename over a link would replace the link.
     destination = Path(os.path.realpath(path))
     with staging(destination, force=force) as folder:
         with steps("read the checkpoint"):
@@ -112,7 +112,7 @@ def export(
 
 
 def default_output(model: str | os.PathLike[str] | None, *, precision: str, format: str = "onnx") -> Path:
-    """The folder named after model, format and precision in the working directory, e.g. gte-en-mlm-tiny-onnx-fp32."""
+    """The default folder, named after model, format and precision, e.g. gte-en-mlm-tiny-onnx-fp32."""
     return Path(f"{_name_of(model)}-{format}-{precision}")
 
 
@@ -123,26 +123,27 @@ def _require_extra() -> None:
 
 
 def _read(model: str | os.PathLike[str] | None, request: Request, steps: Steps) -> Description:
-    """What the checkpoint is, with the limits of this export in its spec."""
+    """Describe the checkpoint, with the limits of this export in its spec."""
     options = request.options
     checkpoint = describe(resolve_checkpoint(model), task=options.task, pooling=options.pooling)
     spec = checkpoint.spec
     if options.logits == "all" and spec.task != "fill-mask":
-        raise InputError(f"logits 'all' is for task fill-mask; the task is {spec.task}")
+        raise InputError(f"logits 'all' is only for task fill-mask; the task is {spec.task}")
     limit = checkpoint.config.max_position_embeddings
     length = spec.max_length if options.max_length is None else options.max_length
-    if not MIN_LENGTH <= length <= limit:
+    if not MIN_MAX_LENGTH <= length <= limit:
         raise InputError(
-            f"max_length is {length:,}; expected {MIN_LENGTH} to {limit:,}, the checkpoint's max_position_embeddings"
+            f"max_length is {length:,}; expected {MIN_MAX_LENGTH} to {limit:,}, the checkpoint's "
+            "max_position_embeddings"
         )
     if length > spec.max_length:
-        steps.report(f"the bundle takes {length:,} tokens; the checkpoint's own files cut texts at {spec.max_length:,}")
+        steps.report(f"the bundle takes {length:,} tokens; the checkpoint's own limit is {spec.max_length:,}")
     spec = dataclasses.replace(spec, max_length=length, logits=options.logits)
     return dataclasses.replace(checkpoint, spec=spec)
 
 
 def _load(checkpoint: Description, folder: Path, request: Request, steps: Steps) -> Job:
-    # Here and not above, as below: `gte-export --help` and a refused request need none of the heavy libraries.
+    # Imported here and in the functions below, so that `gte-export --help` and refused requests load no heavy library.
     from gte_deploy.exporters.graph.build import DEFAULT_OPSET
     from gte_deploy.models.checkpoint import load_model
 
@@ -183,7 +184,7 @@ def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
     """Compare numbers with PyTorch, then answers with the checkpoint's own library.
 
     Raises:
-        ParityError: a bound is missed and `bounds` is "strict", or what was built is broken.
+        ParityError: a bound is missed and `bounds` is "strict", or the graph or engine is broken.
     """
     from gte_deploy.exporters.bundle.contents import write_model_files
 
@@ -208,7 +209,7 @@ def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
 
 
 def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
-    """Run what was built, as users will run it, beside PyTorch."""
+    """Compare the built graphs or engine, run as users will run them, with PyTorch."""
     from gte_deploy.exporters.verification.cases import TokenSource
     from gte_deploy.exporters.verification.parity import Comparison, check_parity
     from gte_deploy.exporters.verification.reference import TorchReference
@@ -232,13 +233,13 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
 
 
 def _evaluation_batches(tokenizer: TextTokenizer, spec: ModelSpec) -> "list[list[TextBatch]]":
-    """Held-out text, in as many rounds as a verdict may need."""
+    """Batches of held-out text, in as many rounds as a verdict may need."""
     texts = builtin_texts("evaluation")
     return [text_batches(texts, tokenizer, spec, max_tokens=EVALUATION_TOKENS, round=i) for i in range(ROUNDS)]
 
 
 def _name_of(model: str | os.PathLike[str] | None) -> str:
-    """Last part of a hub id or of a folder's real path; no directory of this machine gets into a bundle."""
+    """The last part of a hub id or of a folder's real path, so that no path of this machine gets into a bundle."""
     if model is None:
         return BUILTIN_NAME
     path = Path(model).expanduser()
@@ -246,9 +247,9 @@ def _name_of(model: str | os.PathLike[str] | None) -> str:
 
 
 def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) -> dict[str, str]:
-    """Name of the checkpoint, commit of a hub download, and sha256 of the weights.
+    """The name of the checkpoint, the commit of a hub download, and the sha256 of the weights.
 
-    The sha256 is that of the one file, or of the lines that sha256sum prints for several.
+    For several weight files it is the sha256 of the lines that sha256sum prints for them.
     """
     is_hub_id = model is not None and not Path(model).expanduser().is_dir()
     source = {"name": str(model) if is_hub_id else _name_of(model)}

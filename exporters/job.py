@@ -1,4 +1,4 @@
-"""One export: what was read of the checkpoint, how far the work is, and what was built."""
+"""The data of one export: the checkpoint, the progress, and the built graphs and engine."""
 
 import contextlib
 import time
@@ -25,9 +25,9 @@ GRAPH_PATHS: Mapping[Engine, str] = {
     "openvino": "onnx/model_openvino.onnx",
     "tensorrt": "onnx/model_tensorrt.onnx",
 }
-"""Engine -> where its graph lies in a bundle."""
+"""Engine -> path of its graph in a bundle."""
 WEIGHTS_PATH = "onnx/model.onnx.data"
-"""Where the weights lie that several graphs share."""
+"""Path of the weights that several graphs share."""
 
 
 @dataclass
@@ -47,10 +47,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Job:
-    """One export, with everything read that a target needs.
+    """One export, with everything that a target needs.
 
     Args:
-        checkpoint: what the checkpoint is; the limits of this export are in its spec.
+        checkpoint: the description of the checkpoint, with the limits of this export in its spec.
         folder: the folder of the bundle, filled step by step.
         precision: the precision of the bundle.
         opset: the ONNX opset of the graphs.
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's facts, with the limits of this export."""
+        """The facts about the model, with the limits of this export."""
         return self.checkpoint.spec
 
     @property
@@ -79,25 +79,25 @@ class Job:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the encoder."""
+        """Number of layers of the encoder."""
         return int(self.model.config.num_hidden_layers)
 
     def graph_file(self, engine: Engine) -> Path:
-        """Where an engine's graph is written."""
+        """The file for the graph of an engine."""
         return self.folder / GRAPH_PATHS[engine]
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a target wrote to the folder of the bundle.
+    """The graphs and the engine that a target wrote to the folder of the bundle.
 
     Args:
         graphs: engine -> its graph, saved at `GRAPH_PATHS`.
-        sensitivity: group of layers -> its loss in low precision, where a sweep was needed.
-        plan: the TensorRT engine, where there is one.
+        sensitivity: group of layers -> its loss in low precision; empty unless a sweep was needed.
+        plan: the TensorRT engine, if there is one.
         keeps_graphs: whether the graphs stay in the bundle.
-        made_for: what ONNX Runtime's graph is made for.
-        caveats: what this machine could not verify, one sentence each.
+        made_for: the device that ONNX Runtime's graph is for.
+        caveats: one sentence for each thing that this machine could not verify.
     """
 
     graphs: Mapping[Engine, "Graph"]

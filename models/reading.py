@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,24 @@ def read_required_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{file} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+@contextlib.contextmanager
+def without_warnings_of_types() -> Iterator[None]:
+    """Silence what transformers says of types that it does not know and that are read here.
+
+    It warns of the `model_type` "new", on which no tokenizer depends, and of types of RoPE that it has no check for;
+    the family's own reader has checked them.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("configuration_utils", "modeling_rope_utils")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclass(frozen=True)

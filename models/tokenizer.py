@@ -7,10 +7,8 @@ alone gives its ids, whatever reads it.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from tokenizers import Tokenizer, normalizers
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.files import write_text
+from gte_deploy.models.reading import without_warnings_of_types
 from gte_deploy.models.weight_files import refuse_pointer
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokeni
     from transformers import AutoTokenizer
 
     try:
-        with _without_warning_of_the_type():
+        with without_warnings_of_types():
             return AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **arguments
             )
@@ -180,18 +179,6 @@ def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokeni
             f"{folder}: transformers' AutoTokenizer cannot read the tokenizer ({type(error).__name__}: {error}). "
             "A checkpoint has a tokenizer.json, or a vocab.txt with a tokenizer_config.json that names its class."
         ) from error
-
-
-@contextlib.contextmanager
-def _without_warning_of_the_type() -> Iterator[None]:
-    """Transformers warns of `model_type` "new", which it does not know: its tokenizer does not depend on that."""
-    logger = logging.getLogger("transformers.configuration_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _has_lowercase(normalizer: Any) -> bool:

@@ -1,1 +1,1 @@
-"""What is written to a bundle."""
+"""Writes the files of a bundle."""

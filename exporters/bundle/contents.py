@@ -1,4 +1,4 @@
-"""What a bundle holds besides its graphs: configuration, tokenizer, files for other libraries, report and manifest."""
+"""Writes the files of a bundle besides its graphs: configuration, tokenizer, report and manifest."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from gte_deploy.models.sparse_modules import read_query_weights
 
 
 def write_model_files(job: Job) -> None:
-    """Write what every library reads besides the graphs."""
+    """Write the configuration and tokenizer files, which all libraries read."""
     write_hub_files(job.folder, job.checkpoint)
     sparse = job.spec.sparse
     if sparse is not None and sparse.query_weights is not None:
@@ -32,13 +32,13 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
     """Write the report for people and for programs, and seal the bundle.
 
     Args:
-        job: whose folder is written to; everything else is in it already.
+        job: the export; its folder holds all other files already.
         built: the graphs and the engine.
-        parity: how they compared with PyTorch and with the checkpoint's own library.
-        source: where the weights come from.
+        parity: their comparison with PyTorch and with the checkpoint's own library.
+        source: the origin of the weights.
 
     Returns:
-        The manifest, as the runtime's own reader reads it back.
+        The manifest, as read back by the runtime's own reader.
     """
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(

@@ -1,7 +1,7 @@
-"""The Hugging Face files of a bundle: config, tokenizer, and sentence-transformers' settings.
+"""Writes the Hugging Face files of a bundle: config, tokenizer, and settings of sentence-transformers.
 
-Other libraries read limits, pooling, prompts, similarity and activation from them, so each is what the graph and the
-runtime do, whatever the checkpoint's own files said.
+Other libraries read limits, pooling, prompts, similarity and activation from these files. So their values are those of
+the graph and the runtime, even if the checkpoint's own files differ.
 """
 
 import json
@@ -17,7 +17,7 @@ from gte_deploy.models.config import native_config
 from gte_deploy.models.description import Description
 from gte_deploy.models.weight_files import WEIGHTS
 
-# The names under which every version of the library knows its modules.
+# The names of the modules in every version of the library.
 _TYPES = "sentence_transformers.models"
 _TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
 
@@ -36,9 +36,9 @@ def write_hub_files(folder: Path, checkpoint: Description) -> None:
 
 
 def hub_files(checkpoint: Description) -> dict[str, Any]:
-    """The JSON files of a bundle but for the tokenizer's: path relative to the bundle -> contents."""
+    """The JSON files of a bundle except those of the tokenizer: path relative to the bundle -> content."""
     spec = checkpoint.spec
-    # The native layout, which transformers and TEI read without remote code; the positions are those of the graph.
+    # In the native layout, which transformers and TEI read without remote code. The positions are those of the graph.
     config = {**native_config(checkpoint.config, task=spec.head_task), "max_position_embeddings": spec.max_length}
     if spec.activation is not None:
         config["sentence_transformers"] = {"activation_fn": _torch_path(spec.activation)}
@@ -51,7 +51,7 @@ def hub_files(checkpoint: Description) -> dict[str, Any]:
 
 
 def _embedding(checkpoint: Description) -> dict[str, Any]:
-    """How sentence-transformers and TEI pool the hidden states; Pooling in the legacy form, which all versions read."""
+    """The pooling of hidden states for sentence-transformers and TEI, in a form that all versions read."""
     spec = checkpoint.spec
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [(f"{i}_Dense", "Dense") for i in range(2, 2 + len(checkpoint.dense))]
@@ -81,7 +81,7 @@ def _embedding(checkpoint: Description) -> dict[str, Any]:
 
 
 def _reranker(spec: ModelSpec) -> dict[str, Any]:
-    """The prompts of a CrossEncoder; the library reads them where its one module is listed as well."""
+    """The prompts of a CrossEncoder, which the library reads only if modules.json lists its one module."""
     activation = {} if spec.activation is None else {"activation_fn": _torch_path(spec.activation)}
     return {
         "modules.json": [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER}],

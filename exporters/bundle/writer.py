@@ -1,7 +1,7 @@
-"""A bundle on disk, whole or not there: written beside the destination, synced, then renamed over it in one step.
+"""Writes a bundle to disk in one step: it fills a folder beside the destination, syncs it, and renames it.
 
-A kill at any moment leaves the old bundle, the new one, or (only where the file system cannot exchange two
-directories) neither, with the old one put back by the next export.
+A kill at any moment leaves the old bundle or the new one. If the file system cannot exchange two directories, it may
+leave neither; then the next export puts the old bundle back.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from gte_deploy.core.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_d
 
 _STAGING, _OLD = ".staging", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# What a kernel, C library or file system without renameat2(RENAME_EXCHANGE) answers.
+# Errors of a kernel, C library or file system without renameat2(RENAME_EXCHANGE).
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
@@ -33,7 +33,7 @@ def bundle_files(folder: Path) -> set[str]:
     """The files that the manifest of a bundle names.
 
     Raises:
-        BundleError: it is no bundle.
+        BundleError: the folder is not a bundle.
     """
     return set(read_manifest(folder).files)
 
@@ -41,10 +41,10 @@ def bundle_files(folder: Path) -> set[str]:
 def check_destination(destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> None:
     """Refuse a destination that an export must not replace.
 
-    `files_of` names the files of an earlier export, but for its manifest.
+    `files_of` returns the files of an earlier export, without its manifest.
 
     Raises:
-        ExportError: `destination` holds anything and `force` is False, or holds anything but such an export.
+        ExportError: `destination` is not empty and `force` is False, or it holds anything besides such an export.
     """
     if not os.path.lexists(destination):
         return
@@ -54,7 +54,7 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
         return
     if not is_bundle(destination):
         raise ExportError(
-            f"{destination} holds files and is not a bundle, so nothing replaces it. Choose another output."
+            f"{destination} holds files and is not a bundle, so it is not replaced. Choose another output."
         )
     if not force:
         raise ExportError(f"{destination} exists already. Replace it with --force, or choose another output.")
@@ -62,7 +62,7 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
         known = {MANIFEST_NAME, *files_of(destination)}
     except BundleError as error:
         raise ExportError(f"{destination} is not replaced: {error} Or remove it, or choose another output.") from error
-    # A server that imported a Python model of a repository leaves its byte code there.
+    # A server that imports a Python model of a repository writes its byte code into the folder.
     if strangers := sorted(name for name in _tree(destination) - known if "__pycache__/" not in name):
         raise ExportError(
             f"{destination} holds files that no export wrote: {', '.join(strangers[:5])}. Move them away first."
@@ -71,9 +71,9 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
 
 @contextlib.contextmanager
 def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> Iterator[Path]:
-    """A new folder beside `destination` to fill; removed on leaving, unless `publish` has renamed it.
+    """A `with` block with a new folder beside `destination`, which is removed at the end unless `publish` renamed it.
 
-    What killed exports to the same destination left behind is cleaned first.
+    Leftovers of killed exports to the same destination are removed first.
 
     Raises:
         ExportError: the destination must not be replaced; see `check_destination`.
@@ -90,7 +90,7 @@ def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[st
 
 
 def clean_stale(destination: Path) -> None:
-    """Remove the staging folders of dead exports to `destination`; put an old bundle back that one had moved aside."""
+    """Remove the staging folders of dead exports to `destination`, and restore an old bundle that one moved away."""
     for folder in _leftovers(destination, _OLD):
         if not os.path.lexists(destination):
             folder.rename(destination)
@@ -106,11 +106,11 @@ def seal(folder: Path, described: Manifest) -> Manifest:
     """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last.
 
     Args:
-        folder: of a bundle whose files are all there.
-        described: the manifest but for its files.
+        folder: the folder of a bundle, complete except for the manifest.
+        described: the manifest, without the list of files.
 
     Returns:
-        The manifest that was written, as the runtime's own reader read it back.
+        The written manifest, as read back by the runtime's own reader.
 
     Raises:
         BundleError: the runtime would refuse this bundle.
@@ -149,7 +149,7 @@ def publish(
     if is_bundle(destination):
         _replace(folder, destination)
     else:
-        # Never over a folder with files: rename(2) refuses that, so one that appeared just now is safe as well.
+        # rename(2) refuses to replace a folder with files, so a folder that appeared just now is safe as well.
         folder.rename(destination)
     sync_directory(destination.parent)
 
@@ -168,7 +168,7 @@ def _replace(folder: Path, destination: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step; False where this system cannot."""
+    """Swap two paths in one step; return False if this system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -182,21 +182,21 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _create_locked(destination: Path) -> tuple[Path, int]:
-    # A lock on the folder tells the living from the dead: the kernel drops it when its owner dies, however it dies,
-    # and unlike a process id it means the same in every container that mounts the file system.
+    # A lock on the folder shows that its owner is alive: the kernel drops it when the owner dies for any reason. Unlike
+    # a process id, it has the same meaning in every container that mounts the file system.
     while True:
         folder = destination.parent / f".{destination.name}.{secrets.token_hex(4)}{_STAGING}"
         folder.mkdir(mode=DIRECTORY_MODE)
         lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # no locks on this file system: then nothing is ever taken for stale
+        with contextlib.suppress(OSError):  # a file system without locks: then no folder counts as stale
             fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.exists():
             return folder, lock
-        os.close(lock)  # another export took it for stale between mkdir and flock
+        os.close(lock)  # another export removed it as stale between mkdir and flock
 
 
 def _leftovers(destination: Path, suffix: str) -> list[Path]:
-    # The whole name is matched: beside "a" there may be the staging folder of "a.b".
+    # The whole name must match: beside "a" there may be the staging folder of "a.b".
     pattern = re.compile(re.escape(f".{destination.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
     return [path for path in destination.parent.iterdir() if pattern.fullmatch(path.name)]
 

@@ -1,1 +1,1 @@
-"""Graphs of lower precisions, and how their layers are chosen."""
+"""Quantizes graphs, and chooses the layers to quantize."""

@@ -1,4 +1,4 @@
-"""The range of every linear layer's input over real text, measured on the FP32 graph by ONNX Runtime."""
+"""Measures the input range of every linear layer on real text, with the FP32 graph in ONNX Runtime."""
 
 import contextlib
 import dataclasses
@@ -28,16 +28,16 @@ _LEVELS = 128
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest and largest value of each channel of one tensor, both [channels] float32."""
+    """The smallest and the largest value of each channel of a tensor, both [channels] float32."""
 
     low: NDArray[np.float32]
     high: NDArray[np.float32]
 
 
 def measure_ranges(graph: Graph, spec: ModelSpec, batches: Sequence[Batch]) -> dict[str, Range]:
-    """Run `batches` through the FP32 `graph`; weight's name -> range of what the linear layer takes.
+    """Run `batches` through the FP32 `graph`; return weight's name -> range of the linear layer's input.
 
-    Padding counts as well: a graph that is quantized per tensor meets it too.
+    Padding counts as well, because a quantized graph also computes it.
     """
     model = graph.model.clone()
     linears = find_linear_layers(model)
@@ -55,7 +55,7 @@ def measure_ranges(graph: Graph, spec: ModelSpec, batches: Sequence[Batch]) -> d
 
 
 def _range_outputs(graph: ir.Graph, value: ir.Value, channels: int) -> tuple[str, str]:
-    """Add the smallest and the largest of each channel of `value` to the outputs; their names."""
+    """Add outputs with the smallest and largest value of each channel of `value`; return their names."""
     rows = ir.node("Reshape", [value, integers(graph, -1, channels)], name=f"{value.name}/rows")
     graph.append(rows)
     names = []
@@ -79,16 +79,16 @@ def measure_amax(
     smoothing: Mapping[str, NDArray[np.float32]],
     calibrator: Calibrator,
 ) -> dict[str, float]:
-    """Weight's name -> magnitude of the linear layer's input, after smoothing, above which it is clipped.
+    """Weight's name -> amax: the magnitude above which the linear layer's input is clipped, after smoothing.
 
     Args:
-        graph: FP32, as `ranges` were measured on.
-        spec: of the model.
-        batches: as for `measure_ranges`.
-        ranges: of the linear layers to be quantized.
-        smoothing: weight's name -> what its input is divided by, [channels].
-        calibrator: "max" clips nothing that was seen; "percentile" one value in ten thousand; "entropy" wherever the
-            distribution over 128 levels diverges least from the one that was seen, as TensorRT's calibrator did.
+        graph: the FP32 graph of which `ranges` were measured.
+        spec: the facts about the model.
+        batches: the batches of `measure_ranges`.
+        ranges: the ranges of the linear layers to quantize.
+        smoothing: weight's name -> divisor of its input, [channels].
+        calibrator: "max" clips no measured value; "percentile" clips one value in ten thousand; "entropy" clips where
+            the distribution over 128 levels diverges least from the measured one, as TensorRT's calibrator did.
     """
     one = np.float32(1)
     largest = {
@@ -109,7 +109,7 @@ def _histograms(
     largest: Mapping[str, float],
     smoothing: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, NDArray[np.int64]]:
-    """Weight's name -> how many magnitudes of its input fall in each of `_BINS` parts of 0 … largest."""
+    """Weight's name -> histogram of the magnitudes of its input, in `_BINS` bins over 0 … largest."""
     model = graph.model.clone()
     inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in largest}
     for value in dict.fromkeys(inputs.values()):
@@ -133,9 +133,9 @@ def _percentile(histogram: NDArray[np.int64]) -> float:
 
 
 def _least_divergence(histogram: NDArray[np.int64]) -> float:
-    """Share of the range that keeps the most information in 128 levels (Migacz, 8-bit inference with TensorRT, 2017).
+    """The share of the range that keeps the most information in 128 levels.
 
-    The first bin is left out: zeros are exact at any scale.
+    See Migacz, 8-bit inference with TensorRT, 2017. The first bin does not count, because zeros are exact at any scale.
     """
     counts = histogram.astype(np.float64)
     counts[0] = 0
@@ -152,7 +152,7 @@ def _least_divergence(histogram: NDArray[np.int64]) -> float:
             continue
         p, q = clipped / clipped.sum(), spread / spread.sum()
         if np.any((p > 0) & (q == 0)):
-            continue  # all that is clipped would fall where nothing else does
+            continue  # all clipped values would fall into an empty bin
         inside = p > 0
         divergence = float((p[inside] * np.log(p[inside] / q[inside])).sum())
         if divergence < least:
@@ -162,7 +162,7 @@ def _least_divergence(histogram: NDArray[np.int64]) -> float:
 
 @contextlib.contextmanager
 def running(graph: Graph, spec: ModelSpec) -> Iterator[OnnxBackend]:
-    """The graph in ONNX Runtime, by way of a temporary file."""
+    """Open the graph in ONNX Runtime from a temporary file."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         save_graph(graph, file)

@@ -1,19 +1,19 @@
-"""FP32 graph -> INT8: weights per output channel, activations per tensor, dynamic or static.
+"""Quantizes an FP32 graph to INT8: weights per output channel, activations per tensor, dynamic or static.
 
     W[:, j] ~ scale[j] * Q[:, j],  Q int8 in -127 … 127;      x ~ scale * (q - zero point),  q uint8
 
-Two forms of the same arithmetic, each the one that its engine runs as an integer GEMM:
+There are two forms of the same arithmetic, because each engine runs another one as an integer GEMM:
 
 * ONNX Runtime: QuantizeLinear or DynamicQuantizeLinear, once for all layers that share an input, and com.microsoft
-  MatMulIntegerToFloat, with the bias inside;
+  MatMulIntegerToFloat, which includes the bias;
 * OpenVINO (and TensorRT): QuantizeLinear and DequantizeLinear on both operands of a MatMul.
 
-The gated MLP's product gelu(gate) * up has channels hundreds of times as large as the others, which one scale cannot
-serve. Those are evened out beforehand (SmoothQuant, Xiao et al. 2023, eq. 4), at no cost at run time:
+The gated MLP's product gelu(gate) * up has channels hundreds of times as large as the others, so one scale does not fit
+all. Smoothing evens the channels out first (SmoothQuant, Xiao et al. 2023, eq. 4), at no cost at run time:
 
     (up / s) · (s * down) = up · down,   s_j = max|x_j|^a / max|down_j|^(1 - a)
 
-where the division goes into the up projection's weights. Word embeddings become int8 rows with a scale each.
+The division is part of the up projection's weights. Word embeddings become int8 rows with one scale each.
 """
 
 import dataclasses
@@ -44,25 +44,24 @@ from gte_deploy.exporters.quantization.calibration import Range
 Activations = Literal["dynamic", "static"]
 
 SMOOTHING = 0.7
-"""The exponent a. On gte-en-mlm-tiny 0.6 to 0.8 are alike; without any, fill-mask's best answer is PyTorch's in 94 %
-of the cases, with it in 98 %."""
+"""The exponent a. On gte-en-mlm-tiny 0.6 to 0.8 give similar results. Without smoothing, fill-mask's best answer is
+PyTorch's in 94 % of the cases; with it, in 98 %."""
 
 _LARGEST = 127
-# Pairs of products are summed in 16 bits by CPUs without VNNI; half the range cannot overflow them.
+# CPUs without VNNI add pairs of products in 16 bits; with half the range they cannot overflow.
 _LARGEST_REDUCED = 63
 _MIN_SCALE = 1e-5
 
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """What is quantized and how; made once, applied to the graph of each engine.
+    """Which layers are quantized and how. One scheme serves the graphs of all engines.
 
     Args:
-        ranges: weight's name -> the layer's input on calibration texts, before smoothing.
+        ranges: weight's name -> range of the layer's input on calibration texts, before smoothing.
         smoothing: down projection's weight -> s [in], float32.
-        excluded: names of weights that stay FP32. Heads that see few rows are always among them: they
-            cost nothing.
-        reduce_range: weights in -63 … 63, for CPUs without VNNI.
+        excluded: names of weights that stay FP32. They always include heads that see few rows, which take no time.
+        reduce_range: whether weights are in -63 … 63, for CPUs without VNNI.
     """
 
     ranges: Mapping[str, Range]
@@ -71,12 +70,12 @@ class Int8Scheme:
     reduce_range: bool = False
 
     def excluding(self, names: Collection[str]) -> "Int8Scheme":
-        """The same with these weights in FP32 as well."""
+        """The same scheme with these weights in FP32 as well."""
         return dataclasses.replace(self, excluded=self.excluded | frozenset(names))
 
 
 def int8_scheme(model: ir.Model, ranges: Mapping[str, Range], *, reduce_range: bool = False) -> Int8Scheme:
-    """The scheme for a model, made from any FP32 graph of it."""
+    """The scheme for a model, from any of its FP32 graphs."""
     linears = find_linear_layers(model)
     return Int8Scheme(
         ranges=ranges,
@@ -91,14 +90,14 @@ def int8_scheme(model: ir.Model, ranges: Mapping[str, Range], *, reduce_range: b
 
 
 def is_large(weight: str) -> bool:
-    """Whether this matrix works on every token, or is the vocabulary's: the others gain nothing from INT8."""
+    """Whether this matrix belongs to a layer or to the vocabulary. Other matrices gain nothing from INT8."""
     return ".layers." in f".{weight}" or "decoder" in weight
 
 
 def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activations: Activations) -> dict[str, int]:
-    """Rewrite an FP32 graph in place; how many linear layers and embeddings became int8 and how many stayed.
+    """Rewrite an FP32 graph in place; return the numbers of quantized and of FP32 linear layers and embeddings.
 
-    OpenVINO's graph is always static: the engine has no integer kernel for dynamic activations.
+    OpenVINO's graph is always static, because the engine has no integer kernel for dynamic activations.
     """
     graph = model.graph
     smooth(model, scheme.smoothing)
@@ -108,7 +107,7 @@ def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activa
         build = Builder(graph, linear.node, scope_of(linear.node))
         product = _integer_product if engine == "onnxruntime" else _dequantized_product
         replace(linear.node.outputs[0], product(build, linear, scheme, activations))
-    ir_passes.RemoveUnusedNodesPass()(model)  # a tied decoder's, which would hold the embeddings
+    ir_passes.RemoveUnusedNodesPass()(model)  # nodes of a tied decoder would keep the FP32 embeddings alive
     embeddings = quantize_embeddings(graph, scheme.excluded)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # layers that share an input quantize it once
     ir_passes.RemoveUnusedNodesPass()(model)
@@ -117,21 +116,21 @@ def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activa
 
 
 def smooth(model: ir.Model, smoothing: Mapping[str, NDArray[np.float32]]) -> None:
-    """Even out the inputs of the down projections named in `smoothing`, in place."""
+    """Even out the inputs of the down projections in `smoothing`, in place."""
     for down in find_linear_layers(model):
         if (scales := smoothing.get(down.name)) is not None:
             _smooth(down, scales)
 
 
 def quantize_columns(matrix: NDArray[np.float32], largest: int = _LARGEST) -> tuple[np.ndarray, np.ndarray]:
-    """[in, out] float32 -> int8 of the same shape and scales [out] float32; a column of zeros gets the scale 1."""
+    """Quantize [in, out] float32 to int8 of the same shape and scales [out] float32. A column of zeros has scale 1."""
     peak = np.abs(matrix).max(axis=0)
     scale = np.where(peak > 0, peak / largest, 1).astype(np.float32)
     return np.rint(matrix / scale).astype(np.int8), scale
 
 
 def activation_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of uint8 for a range, widened to hold 0 so that 0 is exact."""
+    """The scale and zero point of uint8 for a range. The range is widened to include 0, so that 0 is exact."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 255, float(np.finfo(np.float32).tiny)) if high > low else 1.0
     return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, 255))
@@ -145,19 +144,19 @@ def _smoothing_scales(matrix: NDArray[np.float32], found: Range) -> NDArray[np.f
 
 
 def _up_projection(down: Linear) -> Linear | None:
-    """The layer whose output, times the gate's, is the input of `down`; None where there is no such product."""
+    """The up projection: its output times the gate is the input of `down`. None if there is no such product."""
     value = down.x
-    while (made := value.producer()) is not None and made.op_type == "Reshape":
-        value = operand(made, 0)
-    if made is None or made.op_type != "Mul":
+    while (source := value.producer()) is not None and source.op_type == "Reshape":
+        value = operand(source, 0)
+    if source is None or source.op_type != "Mul":
         return None
-    return next((up for side in made.inputs if side and (up := linear_of(side.producer()))), None)
+    return next((up for side in source.inputs if side and (up := linear_of(side.producer()))), None)
 
 
 def _smooth(down: Linear, scales: NDArray[np.float32]) -> None:
     up = _up_projection(down)
     if up is None or up.bias is not None:
-        raise ExportError(f"{down.name} is not behind a gated unit in this graph, though it was when it was planned")
+        raise ExportError(f"{down.name} does not follow a gated unit in this graph, unlike in the graph of the scheme")
     for linear, matrix in ((up, up.matrix() / scales), (down, down.matrix() * scales[:, None])):
         linear.weight.const_value = ir.tensor(matrix, name=linear.weight.name)
 
@@ -203,7 +202,7 @@ def _quantized_weight(graph: ir.Graph, linear: Linear, scheme: Int8Scheme) -> tu
 
 
 def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
-    """Tables [rows, H] of Gathers that nothing else needs in FP32 -> int8 rows with a scale each; how many."""
+    """Quantize embedding tables [rows, H] that only Gathers read to int8 rows with scales; return their number."""
     count = 0
     for node in [node for node in graph if node.op_type == "Gather"]:
         table, ids = operand(node, 0), operand(node, 1)
@@ -219,7 +218,9 @@ def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
         rows = initializer(graph, f"{table.name}.rows.int8", ir.tensor(np.ascontiguousarray(quantized.T)))
         scales = initializer(graph, f"{table.name}.rows.scale", ir.tensor(scale[:, None]))
         picked = build.op("Gather", rows, ids, name="int8_rows", dtype=ir.DataType.INT8)
-        wide = build.op("Cast", picked, name="rows", to=ir.DataType.FLOAT)
-        replace(node.outputs[0], build.op("Mul", wide, build.op("Gather", scales, ids, name="scales"), name="scaled"))
+        in_fp32 = build.op("Cast", picked, name="rows", to=ir.DataType.FLOAT)
+        replace(
+            node.outputs[0], build.op("Mul", in_fp32, build.op("Gather", scales, ids, name="scales"), name="scaled")
+        )
         count += 1
     return count

@@ -1,4 +1,4 @@
-"""The FP32 graphs of a bundle -> the same in a lower precision: what `gte-export --precision` does."""
+"""Converts the FP32 graphs of a bundle to a lower precision, for `gte-export --precision`."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,11 +17,11 @@ from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy
 from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
 from gte_deploy.text.tokenization import TextTokenizer
 
-# Words of each kind of batch; see `text_batches`. A sweep measures every layer, on fewer, and judges on all of them.
+# Words of each kind of batch; see `text_batches`. A sweep measures each layer on fewer words and judges on all of them.
 CALIBRATION_TOKENS = 4000
 _SWEEP_TOKENS = 1000
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
-# What one input feeds is quantized together, so it is judged together.
+# Layers with the same input are quantized together, so they are judged together.
 _ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "up_proj": "up_gate", "gate_proj": "up_gate"}
 
 
@@ -30,9 +30,9 @@ class Quantized:
     """Graphs of a lower precision.
 
     Args:
-        graphs: engine -> graph; weight-only precisions have ONNX Runtime's alone. The counts of what was quantized
-            stand among the graph's fusions.
-        sweep: which layers stayed in FP32, and why; INT8 only.
+        graphs: engine -> graph; weight-only precisions have only ONNX Runtime's. The fusions of a graph include the
+            numbers of quantized layers.
+        sweep: the layers that stay in FP32, and their losses; INT8 only.
     """
 
     graphs: dict[Engine, Graph]
@@ -50,18 +50,18 @@ def quantize_graphs(
     reduce_range: bool = False,
     progress: Callable[[str], None],
 ) -> Quantized:
-    """Copy the FP32 `graphs` into `precision`.
+    """Copy the FP32 `graphs` and convert the copies to `precision`.
 
     Args:
-        graphs: of one model, FP32; left as they are.
-        precision: other than "fp32".
-        spec: of the model.
-        tokenizer: of the model.
-        calibration: texts like those that will be asked; None for English prose that comes along. INT8 only, as the
-            next two.
-        activations: of ONNX Runtime's graph. OpenVINO's is static.
-        reduce_range: weights of 7 bits, for CPUs without VNNI.
-        progress: called with a line at every step that takes long.
+        graphs: the FP32 graphs of one model; they stay unchanged.
+        precision: a precision other than "fp32".
+        spec: the facts about the model.
+        tokenizer: the tokenizer of the model.
+        calibration: texts like those in production; None for built-in English prose. This and the next two arguments
+            are for INT8 only.
+        activations: the ranges of activations in ONNX Runtime's graph; OpenVINO's graph is always static.
+        reduce_range: whether weights have 7 bits, for CPUs without VNNI.
+        progress: called with a line at every long step.
     """
     if precision != "int8":
         copy = graphs["onnxruntime"].model.clone()
@@ -70,7 +70,7 @@ def quantize_graphs(
     fp32 = graphs["onnxruntime"]
     texts, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
     scheme = int8_scheme(fp32.model, ranges, reduce_range=reduce_range)
-    # Static is the stricter form, and OpenVINO's.
+    # Static ranges are the stricter form, and the form of OpenVINO.
     judged: Activations = "static" if "openvino" in graphs else activations
 
     def tried(excluded: frozenset[str]) -> Graph:
@@ -80,17 +80,17 @@ def quantize_graphs(
 
     found = sweep(fp32, scheme.excluded, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
     scheme = scheme.excluding(found.excluded)
-    made: dict[Engine, Graph] = {}
+    quantized: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
         copy = graph.model.clone()
-        made[engine] = _with(graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations))
-    return Quantized(made, found)
+        quantized[engine] = _with(graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations))
+    return Quantized(quantized, found)
 
 
 def groups_of(graph: Graph, excluded: Collection[str]) -> dict[str, list[str]]:
-    """Weights that a sweep judges together: "gte.layers.0.self_attn.qkv" -> those of queries, keys and values.
+    """Groups of weights that a sweep judges together, such as "gte.layers.0.self_attn.qkv" -> three weights.
 
-    The weights named in `excluded` stay in a higher precision and are left out.
+    The weights in `excluded` stay in a higher precision and are in no group.
     """
     groups: dict[str, list[str]] = {}
     for linear in find_linear_layers(graph.model):
@@ -109,7 +109,7 @@ def calibrated(
     calibration: Sequence[str] | None,
     progress: Callable[[str], None],
 ) -> tuple[Sequence[str], dict[str, Range]]:
-    """The texts to calibrate with, and the range of every linear layer on them."""
+    """The calibration texts, and the input range of every linear layer on them."""
     texts = calibration or builtin_texts("calibration")
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     size = sum(int(batch.attention_mask.sum()) for batch in batches)
@@ -129,16 +129,16 @@ def sweep(
     spec: ModelSpec,
     progress: Callable[[str], None],
 ) -> Sweep:
-    """Find what must stay in a higher precision, judged against FP32 on the calibration texts.
+    """Find the layers that must stay in a higher precision, by comparison with FP32 on the calibration texts.
 
     Args:
-        fp32: the graph that is quantized.
-        excluded: weights that stay in a higher precision anyhow.
-        quantize: makes the graph in which these weights stay in a higher precision as well.
-        precision: sets the bounds of accuracy.
+        fp32: the graph to quantize.
+        excluded: weights that stay in a higher precision in any case.
+        quantize: returns the quantized graph in which the given weights stay in a higher precision as well.
+        precision: the precision, which sets the bounds of accuracy.
         texts: the calibration texts.
-        tokenizer: of the model.
-        spec: of the model.
+        tokenizer: the tokenizer of the model.
+        spec: the facts about the model.
         progress: called with a line for every measurement.
     """
     bounds = ACCURACY_BOUNDS[precision]

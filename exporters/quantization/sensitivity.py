@@ -1,4 +1,4 @@
-"""Which layers stay higher where 8 bits miss their bounds: measured one by one, not guessed."""
+"""Finds the layers that need more than 8 bits, by measuring every group of layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found.
+    """The result of a sweep.
 
     Args:
-        excluded: weights to keep in FP32; empty where all may be INT8.
-        loss: group of weights -> 1 − mean token cosine with that group alone in INT8, the worst first; empty where the
-            bounds held at once.
-        accuracy: with `excluded` in FP32, on the texts that it was judged by.
+        excluded: weights to keep in FP32; empty if all may be INT8.
+        loss: group of weights -> 1 − mean token cosine with only that group in INT8, the worst first; empty if the
+            bounds held without a sweep.
+        accuracy: the accuracy with `excluded` in FP32, on the texts of the verdict.
     """
 
     excluded: frozenset[str]
@@ -30,29 +30,29 @@ def sweep_sensitivity(
     *,
     progress: Callable[[str], None],
 ) -> Sweep:
-    """Keep the fewest of the most sensitive groups in FP32 that bring a graph within its bounds.
+    """Find the smallest number of most sensitive groups that must stay in FP32 to keep a graph within its bounds.
 
-    Each group is measured alone in INT8; then the worst are added to what stays high, by bisection over how many. What
-    is kept must be within `bounds` by its estimate, not by the end of an interval that favours it.
+    Each group is measured as the only one in INT8. Then the worst groups stay in FP32; a bisection finds their number.
+    The result must be within `bounds` by its estimate, not only by the favourable end of its interval.
 
     Args:
         groups: name -> weights that belong together, such as one layer's queries, keys and values.
-        measure: accuracy of the graph in which these weights stay FP32, on little text: for the order of the groups.
+        measure: returns the accuracy with the given weights in FP32, on little text, to order the groups.
         judge: the same on as much text as the verdict needs.
-        bounds: what is wanted.
+        bounds: the bounds of accuracy.
         progress: called with a line for every measurement.
     """
     accuracy = judge(frozenset())
     if not (missed := bounds.missed(accuracy, by_estimate=True)):
         return Sweep(frozenset(), {}, accuracy)
-    progress(f"8 bits everywhere miss the bounds ({'; '.join(missed)})")
+    progress(f"with all layers in 8 bits the graph misses its bounds ({'; '.join(missed)})")
     everything = frozenset(name for names in groups.values() for name in names)
     loss = {}
     for number, (group, names) in enumerate(groups.items(), 1):
         loss[group] = 1 - measure(everything - frozenset(names)).token_cosine_mean
-        progress(f"sensitivity {number}/{len(groups)}: {group} alone costs {loss[group]:.1e}")
+        progress(f"sensitivity {number}/{len(groups)}: {group} in 8 bits loses {loss[group]:.1e}")
     order = sorted(groups, key=lambda group: -loss[group])
-    low, high = 0, len(order)  # `low` groups are too few; all of them in FP32 are enough
+    low, high = 0, len(order)  # `low` groups in FP32 are too few; all groups are enough
     kept, accuracy = everything, judge(everything)
     while high - low > 1:
         middle = (low + high) // 2
@@ -62,5 +62,5 @@ def sweep_sensitivity(
             low = middle
         else:
             high, kept, accuracy = middle, candidate, found
-    progress(f"{high} of {len(order)} groups stay higher: {', '.join(order[:high])}")
+    progress(f"{high} of {len(order)} groups stay in a higher precision: {', '.join(order[:high])}")
     return Sweep(kept, {group: loss[group] for group in order}, accuracy)

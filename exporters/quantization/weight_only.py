@@ -1,7 +1,8 @@
-"""FP32 graph -> weights of 8 or 4 bits in blocks, for small disks: com.microsoft MatMulNBits, activations in FP32.
+"""Quantizes only the weights of an FP32 graph, to 8 or 4 bits in blocks, to save disk space.
 
-Each column of a weight is cut into blocks along its inputs, with one scale each. Word embeddings and the vocabulary
-projection take 8 bits in either case: 4 would cost the rare words.
+The operator is com.microsoft MatMulNBits; activations stay FP32. Each column of a weight is cut into blocks along its
+inputs, with one scale each. Word embeddings and the vocabulary projection always have 8 bits: with 4 bits, rare words
+would suffer.
 """
 
 from typing import Literal
@@ -18,14 +19,14 @@ from gte_deploy.exporters.quantization.int8 import is_large, quantize_embeddings
 Bits = Literal[4, 8]
 
 BLOCK_SIZE: dict[Bits, int] = {8: 128, 4: 32}
-# The kernel may round activations to int8 in the same blocks, row by row: 1e-4 of cosine, and integer arithmetic.
+# Lets the kernel round activations to int8 in the same blocks: integer arithmetic, for 1e-4 of cosine.
 _ACCURACY_LEVEL = 4
-# Shares of a block's full range that are tried: a narrower one clips the largest weight and rounds the others less.
+# Shares of a block's full range to try: a narrower range clips the largest weight and rounds the others less.
 _RANGES: dict[Bits, tuple[float, ...]] = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
 
 
 def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
-    """Rewrite an FP32 graph in place; how many linear layers and embeddings were quantized."""
+    """Rewrite an FP32 graph in place; return the numbers of quantized linear layers and embeddings."""
     graph = model.graph
     linears = [linear for linear in find_linear_layers(model) if is_large(linear.name)]
     for linear in linears:
@@ -57,15 +58,17 @@ def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
 
 
 def quantize_blocks(matrix: NDArray[np.float32], bits: Bits) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """[in, out] float32 -> blocks [out, in/block, block·bits/8] uint8, zero point 2^(bits-1), and scales
-    [out, in/block] float32. The last block is filled up with zeros; 4-bit pairs have the first value in the low bits.
+    """Quantize [in, out] float32 to blocks [out, in/block, block·bits/8] uint8 and scales [out, in/block] float32.
+
+    The zero point is 2^(bits-1). The last block is filled up with zeros. Of two 4-bit values in a byte, the first has
+    the low bits.
     """
     size, half = BLOCK_SIZE[bits], 1 << (bits - 1)
     inputs, outputs = matrix.shape
     padded = np.zeros((outputs, -(-inputs // size) * size), np.float32)
     padded[:, :inputs] = matrix.T
     blocks = padded.reshape(outputs, -1, size)
-    # The value of largest magnitude lands on -half, the end that has one step more.
+    # The value with the largest magnitude becomes -half, the end with one more step.
     peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
     full = np.where(peak == 0, 1, peak / -half).astype(np.float32)
     scale, quantized = full, _rounded(blocks, full, half)

@@ -1,4 +1,4 @@
-"""The targets of an export by their names. A new target is one module here and one line in `TARGETS`."""
+"""The targets of an export by name. A new target needs one module here and one line in `TARGETS`."""
 
 import importlib
 from collections.abc import Iterator, Mapping
@@ -12,14 +12,14 @@ TARGETS: Mapping[str, str] = {
     "openvino": "openvino:OpenVinoTarget",
     "tensorrt": "tensorrt.target:TensorRTTarget",
 }
-"""Name -> module and class, imported when they are asked for."""
+"""Name -> module and class, which are imported on demand."""
 
 
 def target_class(name: str) -> type[Target]:
-    """The target of this name.
+    """The class of the target with this name.
 
     Raises:
-        InputError: there is none.
+        InputError: no target has this name.
     """
     check_choice("target", name, tuple(TARGETS))
     module, _, kind = TARGETS[name].partition(":")
@@ -28,5 +28,5 @@ def target_class(name: str) -> type[Target]:
 
 
 def target_classes() -> Iterator[type[Target]]:
-    """Every target, in the order of `TARGETS`."""
+    """The classes of all targets, in the order of `TARGETS`."""
     return map(target_class, TARGETS)

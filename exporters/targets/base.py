@@ -1,6 +1,7 @@
-"""A target: what an export is made for. `gte_deploy.exporters.export` calls its methods in the order of this file.
+"""The base class of a target: the engine and device that an export is for.
 
-A module of a target imports neither torch nor an engine at its top, since `gte-export --help` reads its options.
+`gte_deploy.exporters.export` calls the methods in the order of this file. The module of a target imports neither torch
+nor an engine at the top, because `gte-export --help` reads its options.
 """
 
 import contextlib
@@ -28,11 +29,11 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What is compared with PyTorch.
+    """The engines to compare with PyTorch.
 
     Args:
-        runs: (engine, precision that it computes in) -> what runs batches.
-        caveats: what this machine cannot verify, one sentence each.
+        runs: (engine, its compute precision) -> the object that runs batches.
+        caveats: one sentence for each thing that this machine cannot verify.
     """
 
     runs: "Mapping[tuple[Engine, Precision], Runs]"
@@ -40,18 +41,18 @@ class Candidates:
 
 
 class Target(ABC):
-    """Where a bundle is to run, with the options that only this target has."""
+    """The engine and device that a bundle is for, with the options of this target."""
 
     name: ClassVar[str]
-    """In `TARGETS`, and of `--target` where the format has several."""
+    """Its name in `TARGETS`, and for `--target` if the format has several targets."""
     format: ClassVar[str]
-    """What `--format` calls it: "onnx" or "trt"."""
+    """Its value of `--format`: "onnx" or "trt"."""
     title: ClassVar[str]
     """A heading for `--help`."""
     engines: ClassVar[tuple[Engine, ...]]
-    """What can run the bundle."""
+    """The engines that can run the bundle."""
     precisions: ClassVar[tuple[Precision, ...]]
-    """The default first."""
+    """The precisions that it offers, the default first."""
     Options: ClassVar[type] = NoOptions
     """The dataclass of this target's own options; see `gte_deploy.core.options`."""
 
@@ -59,10 +60,10 @@ class Target(ABC):
         self.options = self.Options() if options is None else options
 
     def check(self, precision: Precision) -> None:
-        """Refuse options that do not go together, before anything is read.
+        """Refuse options that contradict each other, before anything is read.
 
         Raises:
-            InputError: naming the option.
+            InputError: the message names the option.
         """
         check_choices(self.options)
         for name, described in options_given(self.options):
@@ -73,34 +74,34 @@ class Target(ABC):
         """Refuse a model that this target cannot run, before its weights are loaded.
 
         Raises:
-            InputError: saying what to do.
+            InputError: the model does not fit; the message says what to do.
             ExportError, MissingDependencyError: this machine cannot build for the target.
         """
 
     @abstractmethod
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
-        """Write graphs, and engines made of them, to `job.folder`.
+        """Write graphs, and engines built from them, to `job.folder`.
 
         Args:
-            graphs: the FP32 graphs of one trace: "onnxruntime" is fused, "openvino" has standard operators alone.
+            graphs: the FP32 graphs of one trace: "onnxruntime" is fused, "openvino" has only standard operators.
             job: the export.
 
         Raises:
-            ExportError: an engine refuses the graph, or made of it what was not asked for.
+            ExportError: an engine refuses the graph, or builds something else from it than requested.
         """
 
     @abstractmethod
     def candidates(self, built: Built, job: Job) -> AbstractContextManager[Candidates]:
-        """Open what is compared with PyTorch: what users will run, or its emulation where this machine cannot."""
+        """Open the engines to compare with PyTorch, or their emulation if this machine cannot run them."""
 
     def open(self, built: Built, job: Job) -> "Backend | None":
-        """Open the engine that answers texts, as the runtime does; None where this machine cannot run it."""
+        """Open the engine that will answer texts, as in the runtime; None if this machine cannot run it."""
         return None
 
 
 @contextlib.contextmanager
 def closing(opened: Mapping[Any, Any]) -> Any:
-    """Yields `opened`, and closes its values in the end."""
+    """Yield `opened`, and close its values at the end."""
     with ExitStack() as stack:
         for value in opened.values():
             stack.callback(value.close)
@@ -108,7 +109,7 @@ def closing(opened: Mapping[Any, Any]) -> Any:
 
 
 def allowed_precisions(described: Option, target: type[Target]) -> list[Precision]:
-    """The precisions of a target that an option is for; empty for all."""
+    """The precisions of a target for which an option exists; empty for all."""
     return [precision for precision in target.precisions if precision in described.precisions]
 
 
@@ -116,10 +117,10 @@ def refuse_token_weights(spec: ModelSpec) -> None:
     """Refuse a sparse head of token weights on a GPU.
 
     Raises:
-        InputError: naming the task that answers the same there.
+        InputError: the message names the task that gives the same answers on a GPU.
     """
     if spec.sparse is not None and spec.sparse.head == "token-weights":
         raise InputError(
-            "a token-weights head is pooled by ScatterElements with a maximum, which not every CUDA or TensorRT has. "
-            "Export it with --task token-classify: encode_sparse answers the same there."
+            "a token-weights head needs ScatterElements with a maximum, which not every CUDA or TensorRT has. "
+            "Export it with --task token-classify: encode_sparse then gives the same answers."
         )

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO on a CPU: a fused graph and one of standard operators, over one weights file."""
+"""The target "cpu": a fused graph for ONNX Runtime and one of standard operators for OpenVINO, with shared weights."""
 
 import contextlib
 import importlib.util
@@ -21,26 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What INT8 is calibrated with.
+    """The calibration texts for INT8.
 
     Args:
-        calibration: a UTF-8 file with one text a line, like those that will be served; None for English prose that
-            comes along.
+        calibration: a UTF-8 file with one text per line, like the texts in production; None for built-in English prose.
     """
 
     calibration: Path | None = option(
         None,
-        "UTF-8 file of texts like yours, one a line (default: English prose that comes along)",
+        "UTF-8 file with your own texts, one per line (default: built-in English prose)",
         metavar="FILE",
         parse=Path,
         precisions=("int8", "fp8"),
     )
 
     def texts(self) -> list[str] | None:
-        """The texts of the file.
+        """The texts of the file; None without a file.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: the file cannot be read.
         """
         from gte_deploy.exporters.verification.texts import read_texts
 
@@ -49,22 +48,22 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class CpuOptions(CalibrationOptions):
-    """How the graphs of a lower precision are made.
+    """Options for the graphs of a lower precision.
 
     Args:
-        activations: the ranges of ONNX Runtime's INT8 graph: "static" ranges are those of the calibration texts, so
-            that a row's answer does not depend on its batch; "dynamic" ranges are those of each batch. OpenVINO's graph
-            is always static.
-        reduce_range: weights of 7 bits, for CPUs without VNNI.
+        activations: the ranges of activations in ONNX Runtime's INT8 graph. "static" takes them from the calibration
+            texts, so that the answer for a row does not depend on its batch; "dynamic" takes them from each batch.
+            OpenVINO's graph is always static.
+        reduce_range: whether weights have 7 bits, for CPUs without VNNI.
     """
 
     activations: "Activations" = option(
         "static",
-        "ranges of ONNX Runtime's activations: those of the calibration texts, or those of each batch",
+        "ranges of ONNX Runtime's activations, from the calibration texts or from each batch",
         choices=("static", "dynamic"),
         precisions=("int8",),
     )
-    reduce_range: bool = option(False, "weights of 7 bits, for CPUs without VNNI", precisions=("int8",))
+    reduce_range: bool = option(False, "quantize weights to 7 bits, for CPUs without VNNI", precisions=("int8",))
 
 
 class CpuTarget(Target):
@@ -79,12 +78,12 @@ class CpuTarget(Target):
     options: CpuOptions
 
     def check(self, precision: Precision) -> None:
-        """Calibration texts can be read."""
+        """Check that the calibration texts can be read."""
         super().check(precision)
         self.options.texts()
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
-        """Quantize where that was asked for, and save."""
+        """Quantize the graphs if requested, and save them."""
         graphs, caveats = dict(graphs), []
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
@@ -93,14 +92,14 @@ class CpuTarget(Target):
         if job.precision != "fp32":
             quantized = quantized_graphs(graphs, job, self.options)
             if len(quantized.graphs) < len(graphs):
-                caveats.append(f"{job.precision} has a graph for ONNX Runtime alone.")
+                caveats.append(f"{job.precision} has a graph only for ONNX Runtime.")
             graphs, sensitivity = quantized.graphs, quantized.sweep.loss if quantized.sweep else {}
         save(graphs, job)
         return Built(graphs, sensitivity, caveats=caveats)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
-        """Every engine that the bundle is for, in every precision that this CPU computes in."""
+        """Every engine of the bundle, in every precision that this CPU computes in."""
         opened: dict[tuple[Engine, Precision], Backend] = {("onnxruntime", "fp32"): self.open(built, job)}
         caveats: list[str] = []
         if "openvino" in built.graphs:
@@ -110,7 +109,7 @@ class CpuTarget(Target):
             yield Candidates(opened, caveats)
 
     def open(self, built: Built, job: Job) -> "Backend":
-        """ONNX Runtime, which answers unasked."""
+        """Open ONNX Runtime, the default engine."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
 
         return OnnxBackend(job.graph_file("onnxruntime"), job.spec)
@@ -136,7 +135,7 @@ def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: Calibr
 
 def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
     """Write graphs over one weights file to the folder of the bundle."""
-    # The module and not its function: a test replaces what is saved.
+    # The module and not its function, because a test replaces the function.
     from gte_deploy.exporters.graph import build as graph_module
 
     with job.steps("write the graphs"):
@@ -147,7 +146,7 @@ def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
 
 
 def open_openvino(job: Job) -> "tuple[dict[tuple[Engine, Precision], Backend], list[str]]":
-    """OpenVINO's graph in every precision that this CPU computes in, and what could not be compared."""
+    """Open OpenVINO's graph in every precision that this CPU computes in; return the backends and the caveats."""
     from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16
 
     file = job.graph_file("openvino")

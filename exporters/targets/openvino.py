@@ -1,4 +1,4 @@
-"""OpenVINO alone on a CPU: a bundle without a second graph for ONNX Runtime."""
+"""The target "openvino": a bundle with only OpenVINO's graph, without a second graph for ONNX Runtime."""
 
 import contextlib
 import importlib.util
@@ -21,24 +21,24 @@ class OpenVinoTarget(Target):
 
     name: ClassVar[str] = "openvino"
     format: ClassVar[str] = "onnx"
-    title: ClassVar[str] = "OpenVINO alone (--target openvino)"
+    title: ClassVar[str] = "only OpenVINO (--target openvino)"
     engines: ClassVar[tuple[Engine, ...]] = ("openvino",)
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "int8")
     Options: ClassVar[type] = CalibrationOptions
     options: CalibrationOptions
 
     def check(self, precision: Precision) -> None:
-        """Calibration texts can be read."""
+        """Check that the calibration texts can be read."""
         super().check(precision)
         self.options.texts()
 
     def check_model(self, spec: ModelSpec, precision: Precision) -> None:
-        """Without openvino nothing could be verified."""
+        """Require openvino, without which nothing could be verified."""
         if importlib.util.find_spec("openvino") is None:
             raise MissingDependencyError("openvino", "openvino")
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
-        """Quantize where that was asked for, and save the graph of standard operators."""
+        """Quantize the graphs if requested, and save the one of standard operators."""
         sensitivity: Mapping[str, float] = {}
         if job.precision != "fp32":
             quantized = quantized_graphs(graphs, job, self.options)
@@ -55,7 +55,7 @@ class OpenVinoTarget(Target):
             yield Candidates(opened, caveats)
 
     def open(self, built: Built, job: Job) -> "Backend":
-        """OpenVINO in FP32, which answers unasked."""
+        """Open OpenVINO in FP32, the default precision."""
         from gte_deploy.backends.openvino import OpenVinoBackend
 
         return OpenVinoBackend(job.graph_file("openvino"), job.spec, precision="fp32")

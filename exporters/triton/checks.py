@@ -1,7 +1,7 @@
-"""What Triton would refuse, or silently do otherwise, in a repository: found before it is copied anywhere.
+"""Checks a model repository for mistakes that Triton refuses or silently ignores, before anybody deploys it.
 
-Every configuration is parsed against Triton's own protobuf, which catches syntax, unknown fields and wrong enums. The
-rest is compared with what lies in the folders: graphs, files, and the other models of an ensemble.
+Every configuration is parsed against Triton's own protobuf, which finds wrong syntax, unknown fields and wrong enums.
+The checks here compare the rest with the files in the folders: graphs, data, and the other models of an ensemble.
 """
 
 import ast
@@ -25,7 +25,7 @@ _NUMPY_TYPES = {
 }
 _FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 _OURS = frozenset(("gte_deploy", "gte_deploy_spec"))
-# Triton passes every parameter on, and a backend reads those that it knows: a misspelt one does nothing.
+# Triton passes all parameters on, and a backend reads only those that it knows: a misspelt parameter has no effect.
 _PARAMETERS = {
     "ensemble": _OURS,
     "tensorrt": frozenset(),
@@ -56,19 +56,19 @@ _ACCELERATOR_PARAMETERS: dict[str, frozenset[str] | None] = {
             *("trt_dump_ep_context_model", "trt_ep_context_file_path", "trt_ep_context_embed_mode"),
         )
     ),
-    "cuda": None,  # whatever ONNX Runtime's CUDA provider takes
+    "cuda": None,  # any parameter of ONNX Runtime's CUDA provider
 }
 
 
 def check_repository(folder: Path) -> list[str]:
-    """What is wrong with a model repository, a line for each; an empty list where nothing was found.
+    """Find the problems of a model repository: one line for each, or an empty list.
 
-    Each variant is looked at on its own: config.pbtxt of all models, then each name under `configs`, where a model
-    without that name takes its config.pbtxt, as Triton does.
+    Each set of configurations is checked by itself: first config.pbtxt of all models, then each name under `configs`.
+    As in Triton, a model without a configuration of that name uses its config.pbtxt.
 
     Raises:
         InputError: `folder` holds no model.
-        MissingDependencyError: tritonclient, which has the protobuf, or onnx is not installed.
+        MissingDependencyError: onnx or tritonclient, which contains the protobuf, is not installed.
     """
     for module, extra in (("tritonclient", "triton"), ("google.protobuf", "triton"), ("onnx", "export")):
         if importlib.util.find_spec(module) is None:
@@ -108,7 +108,7 @@ def _variant_problems(models: Sequence[Path], variant: str | None) -> Iterator[s
 
 def _parse(file: Path) -> Any:
     from google.protobuf import text_format
-    from tritonclient.grpc import model_config_pb2  # the classes are made at import: no checker sees them
+    from tritonclient.grpc import model_config_pb2  # created at import, so type checkers cannot see it
 
     messages: Any = model_config_pb2
     return text_format.Parse(file.read_text(encoding="utf-8"), messages.ModelConfig())
@@ -131,7 +131,7 @@ def _general(model: Path, config: Any, variant: str | None) -> Iterator[str]:
         yield "there is no version folder, such as 1"
     kind = _kind(config)
     if kind not in _PARAMETERS:
-        yield f"backend {config.backend!r}, platform {config.platform!r}; expected one of {', '.join(_PARAMETERS)}"
+        yield f"backend is {config.backend!r}, platform {config.platform!r}; expected one of {', '.join(_PARAMETERS)}"
         return
     if unknown := sorted(set(config.parameters) - _PARAMETERS[kind]):
         yield f"{kind} reads no parameter {', '.join(unknown)}"
@@ -197,7 +197,7 @@ def _python(file: Path) -> Iterator[str]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return  # told already
+        return  # reported already
     except (SyntaxError, UnicodeDecodeError) as error:
         yield f"{file.name} is not Python: {error}"
         return
@@ -209,7 +209,7 @@ def _onnx(file: Path, config: Any) -> Iterator[str]:
     from gte_deploy.exporters.triton.graph import tensor_specs
 
     if not file.is_file():
-        return  # told already
+        return  # reported already
     try:
         missing = [name for name in inspect_onnx(file).external_files if not (file.parent / name).is_file()]
         inputs, outputs = tensor_specs(file)
@@ -225,10 +225,10 @@ def _onnx(file: Path, config: Any) -> Iterator[str]:
                 yield f"{kind} {tensor.name} is not in {file.name}, which has {', '.join(graph)}"
                 continue
             if _NUMPY_TYPES.get(_type_name(tensor)) != spec.dtype:
-                yield f"{kind} {tensor.name} is {_type_name(tensor)}, and {spec.dtype} in {file.name}"
+                yield f"{kind} {tensor.name} is {_type_name(tensor)}, but {spec.dtype} in {file.name}"
             shape = [size if isinstance(size, int) else -1 for size in spec.shape]
             if not _fits([*batch, *tensor.dims], shape):
-                yield f"{kind} {tensor.name} has the shape {[*batch, *tensor.dims]}, and {shape} in {file.name}"
+                yield f"{kind} {tensor.name} has the shape {[*batch, *tensor.dims]}, but {shape} in {file.name}"
         if kind == "input" and (unfed := sorted(set(graph) - {tensor.name for tensor in wanted})):
             yield f"{file.name} needs {', '.join(unfed)}, which is no input here"
 
@@ -262,8 +262,8 @@ def _accelerator(accelerator: Any, config: Any) -> Iterator[str]:
             profiles.append(_profile(accelerator.parameters[name]))
         except ValueError:
             yield (
-                f"{name} is {accelerator.parameters[name]!r}; expected INPUT:AxB,… and all three of them: without, "
-                "engines are built again for new shapes"
+                f"{name} is {accelerator.parameters[name]!r}; expected INPUT:AxB,… for all three parameters; "
+                "without them, engines are rebuilt for new shapes"
             )
             return
     wanted = {tensor.name: len(tensor.dims) + bool(config.max_batch_size) for tensor in config.input}
@@ -312,9 +312,9 @@ def _data_file(file: Path, value: Any) -> Iterator[str]:
 
 
 def _ensemble(config: Any, models: dict[str, Any]) -> Iterator[str]:
-    """Follow the tensors through the steps: each is made once, used as what it is, and all that is needed is there."""
+    """Follow the tensors through the steps: each must have one source, matching types and shapes, and no gap."""
     batched = config.max_batch_size > 0
-    made = {tensor.name: (tensor, batched) for tensor in config.input}
+    produced = {tensor.name: (tensor, batched) for tensor in config.input}
     used: set[str] = set()
     steps = [(step, models.get(step.model_name)) for step in config.ensemble_scheduling.step]
     for step, model in steps:
@@ -327,10 +327,10 @@ def _ensemble(config: Any, models: dict[str, Any]) -> Iterator[str]:
         for key, name in step.output_map.items():
             if key not in outputs:
                 yield f"step {step.model_name} has no output {key}"
-            elif name in made:
-                yield f"{name} is made twice"
+            elif name in produced:
+                yield f"{name} is an output of two steps"
             else:
-                made[name] = outputs[key], model.max_batch_size > 0
+                produced[name] = outputs[key], model.max_batch_size > 0
     for step, model in steps:
         if model is None:
             continue
@@ -341,30 +341,30 @@ def _ensemble(config: Any, models: dict[str, Any]) -> Iterator[str]:
             used.add(name)
             if key not in inputs:
                 yield f"step {step.model_name} has no input {key}"
-            elif name not in made:
-                yield f"step {step.model_name} takes {name}, which nothing makes"
+            elif name not in produced:
+                yield f"step {step.model_name} takes {name}, which no step gives"
             else:
                 taken = inputs[key], model.max_batch_size > 0
-                yield from _joint(f"{name} as {step.model_name}'s {key}", made[name], taken)
+                yield from _joint(f"{name} as {step.model_name}'s {key}", produced[name], taken)
     for tensor in config.output:
-        if tensor.name not in made:
-            yield f"output {tensor.name} is made by no step"
+        if tensor.name not in produced:
+            yield f"output {tensor.name} comes from no step"
         else:
-            yield from _joint(f"output {tensor.name}", made[tensor.name], (tensor, batched))
+            yield from _joint(f"output {tensor.name}", produced[tensor.name], (tensor, batched))
     if unused := sorted({tensor.name for tensor in config.input} - used):
         yield f"input {', '.join(unused)} is used by no step"
 
 
 def _joint(where: str, maker: tuple[Any, bool], taker: tuple[Any, bool]) -> Iterator[str]:
-    """Compare two tensors, each with whether its model has a batch axis that `dims` leaves out."""
-    made, taken = maker[0], taker[0]
-    if made.data_type != taken.data_type:
-        yield f"{where}: {_type_name(made)} is made and {_type_name(taken)} is taken"
+    """Compare two tensors. Each comes with a flag: whether its model has a batch axis that `dims` leaves out."""
+    produced, taken = maker[0], taker[0]
+    if produced.data_type != taken.data_type:
+        yield f"{where}: {_type_name(produced)} is given, but {_type_name(taken)} is expected"
     shape, wanted = ([*([-1] if batched else []), *tensor.dims] for tensor, batched in (maker, taker))
     if not _fits(shape, wanted):
-        yield f"{where}: {shape} is made and {wanted} is taken"
-    if getattr(made, "optional", False) and not getattr(taken, "optional", True):
-        yield f"{where}: what may be left out is taken for granted"
+        yield f"{where}: {shape} is given, but {wanted} is expected"
+    if getattr(produced, "optional", False) and not getattr(taken, "optional", True):
+        yield f"{where}: an optional tensor feeds a required input"
 
 
 def _type_name(tensor: Any) -> str:

@@ -1,4 +1,4 @@
-"""What config.pbtxt says of every model of a repository, as plain data, and that data as protobuf text.
+"""Builds the config.pbtxt of every model of a repository: first as plain data, then as protobuf text.
 
 Field names and meanings: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto.
 """
@@ -18,7 +18,7 @@ Config = dict[str, Any]
 
 TOKENIZER, ENCODER = "gte_tokenizer", "gte_encoder"
 CACHE_FOLDER = "/var/cache/gte-triton"
-"""Where a server keeps the TensorRT engines that ONNX Runtime builds; a volume, so that they outlive it."""
+"""The folder for the TensorRT engines that ONNX Runtime builds. Mount a volume there to keep them."""
 
 _DATA_TYPES = {
     "int64": "TYPE_INT64",
@@ -31,20 +31,20 @@ _SHORTEST = 16
 
 
 class Word(str):
-    """A value of an enumeration, which protobuf text has without quotes."""
+    """A value of an enumeration, which has no quotes in protobuf text."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What differs between the GPU's config.pbtxt and the CPU's configs/cpu.pbtxt.
+    """The settings that differ between config.pbtxt for GPUs and configs/cpu.pbtxt.
 
     Args:
         name: "gpu" or "cpu".
-        max_batch_size: rows of one run of the encoder, and of one request.
-        preferred_batch_sizes: with which the encoder waits no longer.
-        queue_delay_us: how long the encoder waits for company.
-        spare_tokens: padding that one run less is worth.
-        tokenizers: processes that tokenise.
+        max_batch_size: the most rows of one run of the encoder and of one request.
+        preferred_batch_sizes: batch sizes at which the encoder stops waiting for more requests.
+        queue_delay_us: microseconds that the encoder waits for more requests.
+        spare_tokens: padding, in tokens, that costs as much as one run of the encoder.
+        tokenizers: number of processes that tokenise.
     """
 
     name: DeviceName
@@ -60,7 +60,7 @@ class Device:
 
 
 def default_device(name: DeviceName, max_batch_size: int | None = None) -> Device:
-    """A GPU fills only with large batches; a CPU is busy with few tokens, and gains little from many."""
+    """The default settings. Only large batches keep a GPU busy; few tokens keep a CPU busy."""
     size = max_batch_size or (32 if name == "gpu" else 8)
     preferred = tuple(n for n in (8, 16, 32, 64, 128) if n <= size)[-2:] if name == "gpu" else ()
     return Device(
@@ -75,16 +75,16 @@ def default_device(name: DeviceName, max_batch_size: int | None = None) -> Devic
 
 @dataclass(frozen=True)
 class Encoder:
-    """What runs as gte_encoder.
+    """The model gte_encoder.
 
     Args:
-        backend: Triton's name for it.
-        files: device -> name of the graph or plan in the version's folder; a device that is not there is not served.
-        inputs: with the batch axis.
-        outputs: with the batch axis.
-        profiles: of a TensorRT plan.
-        max_masks: that one run takes.
-        accelerator: "tensorrt" where ONNX Runtime hands the graph to TensorRT on a GPU.
+        backend: Triton's name of the backend.
+        files: device -> name of the graph or plan in the version folder; other devices are not served.
+        inputs: the inputs, with the batch axis.
+        outputs: the outputs, with the batch axis.
+        profiles: the profiles of a TensorRT plan.
+        max_masks: the most masks of one run.
+        accelerator: "tensorrt" if ONNX Runtime hands the graph to TensorRT on a GPU.
     """
 
     backend: Literal["onnxruntime", "tensorrt"]
@@ -97,7 +97,7 @@ class Encoder:
 
     @property
     def batched(self) -> bool:
-        """Whether Triton may join requests. A plan's (row, token) pairs of masks count rows of one request."""
+        """Whether Triton may join requests. It may not if masks are (row, token) pairs, as in a plan."""
         return self.backend == "onnxruntime" or "mask_positions" not in self.input_names
 
     @property
@@ -107,17 +107,17 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Serving:
-    """What a repository's configurations are made of; lengths and sizes are those of the encoder that was chosen.
+    """The facts for the configurations of a repository; lengths and sizes are those of the chosen encoder.
 
     Args:
-        spec: the model's facts; its max_length is what the encoder takes.
-        precision: of the encoder's weights.
-        encoder: what runs.
-        mask_token: of the tokenizer, or None.
-        version: number of the version's folder.
-        max_queue_size: requests that may wait for a model; None for no limit.
-        queue_timeout_s: how long a request may wait for a model; None for no limit.
-        threads: CPU threads inside one operator of the encoder.
+        spec: the facts about the model; max_length is the limit of the encoder.
+        precision: the precision of the encoder's weights.
+        encoder: the model gte_encoder.
+        mask_token: the mask token of the tokenizer, or None.
+        version: number of the version folder.
+        max_queue_size: the most requests that may wait for a model; None for no limit.
+        queue_timeout_s: seconds that a request may wait for a model; None for no limit.
+        threads: number of CPU threads inside one operator of the encoder.
         response_cache: whether the ensembles ask for the server's response cache.
     """
 
@@ -132,21 +132,21 @@ class Serving:
     response_cache: bool
 
     def max_masks(self, device: Device) -> int:
-        """Masks of one text at most, or of one request where Triton does not batch: 256 MB of logits in a batch."""
+        """The most masks of one text, or of one request if Triton does not batch: a batch has 256 MB of logits."""
         rows = device.max_batch_size if self.encoder.batched else 1
         most = min(MAX_LOGITS // (rows * self.spec.vocab_size), self.encoder.max_masks)
         return 1 << max(0, most.bit_length() - 1)
 
 
 def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
-    """Lengths that rows are padded to: four between a power of two and the next, so 10 % of padding on the average."""
+    """The lengths that rows are padded to: four for each power of two, which means 10 % of padding on average."""
     steps = (quarter << power for power in range(1, 24) for quarter in (4, 5, 6, 7))
     inner = {length for length in steps if length % 8 == 0 and shortest <= length < max_length}
     return [*sorted(inner), max_length]
 
 
 def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
-    """Model name -> its configuration on one kind of device."""
+    """Name of a model -> its configuration for one kind of device."""
     models = [_tokenizer(serving, device), _encoder(serving, device), _embed_output(serving, device)]
     ensembles = [
         _ensemble(serving, device, "gte_embed", _TEXT, models[2]),
@@ -166,7 +166,7 @@ _Head = tuple[str, Mapping[str, str], Callable[[Serving, Device], Config]]
 
 
 def _heads(serving: Serving) -> list[_Head]:
-    """Ensemble, its text inputs and the Python model behind it, for each use of the task's own head."""
+    """The ensembles for the task's own head: name, text inputs, and the configuration of the Python model."""
     spec = serving.spec
     sparse: list[_Head] = [("gte_sparse", _TEXT, _sparse_output)] if spec.num_labels == 1 else []
     heads: dict[Task, list[_Head]] = {
@@ -179,7 +179,7 @@ def _heads(serving: Serving) -> list[_Head]:
     return heads[spec.task]
 
 
-# Inputs of an ensemble -> of the tokenizer.
+# Input of an ensemble -> input of the tokenizer.
 _LIMITS = {"TRUNCATION": "TRUNCATION", "MAX_LENGTH": "MAX_LENGTH"}
 _TEXT = {"TEXT": "TEXT", "PROMPT": "PROMPT", "PROMPT_NAME": "PROMPT_NAME", **_LIMITS}
 _PLAIN_TEXT = {"TEXT": "PLAIN_TEXT", **_LIMITS}
@@ -239,7 +239,7 @@ def _encoder(serving: Serving, device: Device) -> Config:
     }
     if encoder.backend == "onnxruntime":
         if device.name == "cpu":
-            # The exporter fused the graph; a memory pattern for every shape seen would only take memory.
+            # The exporter fused the graph already. A memory pattern for every shape would only need memory.
             config["optimization"] = {"graph": {"level": 2}}
             config["parameters"] = _parameters(
                 intra_op_thread_count=str(serving.threads), inter_op_thread_count="1", enable_mem_pattern="0"
@@ -272,13 +272,13 @@ def _tensorrt_accelerator(serving: Serving, device: Device) -> Config:
 
 
 def _shapes(serving: Serving, rows: int, tokens: int, masks: int) -> str:
-    """As ONNX Runtime's TensorRT provider reads them: input_ids:1x16,attention_mask:1x16."""
+    """Shapes in the form of ONNX Runtime's TensorRT provider: input_ids:1x16,attention_mask:1x16."""
     sizes = {"sequence": tokens, "masks": masks}
     return ",".join(f"{t.name}:{rows}x{sizes[str(t.shape[1])]}" for t in serving.encoder.inputs)
 
 
 def _warmup(serving: Serving, device: Device) -> list[Config]:
-    """The shortest and the longest shape; on a GPU the latter in a full batch, so that memory lacks now or never."""
+    """Warm-up with the shortest and the longest shape. On a GPU the longest is a full batch, to test its memory."""
     batched = serving.encoder.batched
     buckets = _buckets(serving)
     full = device.max_batch_size if device.name == "gpu" and batched else 1
@@ -303,19 +303,19 @@ def _warmup(serving: Serving, device: Device) -> list[Config]:
 
 
 def warmup_lengths(serving: Serving) -> tuple[int, int]:
-    """The lengths that `gte_encoder` is warmed up with."""
+    """The two lengths for the warm-up of gte_encoder."""
     buckets = _buckets(serving)
     return buckets[0], buckets[-1]
 
 
 def warmup_shape(encoder: Encoder, tensor: TensorSpec, length: int) -> list[int]:
-    """Shape of one warm-up row: without its batch axis where Triton batches, in full where it does not."""
+    """The shape of one warm-up row: without the batch axis if Triton batches, else in full."""
     shape = [size if isinstance(size, int) else {"sequence": length}.get(size, 1) for size in tensor.shape]
     return shape[1:] if encoder.batched else shape
 
 
 def warmup_file(tensor: TensorSpec, length: int) -> str:
-    """Name of its values under gte_encoder/warmup; zeros would be a row without any token."""
+    """The name of a file with warm-up data in gte_encoder/warmup. Zeros would be a row without any token."""
     return f"{tensor.name}_{length}"
 
 
@@ -417,7 +417,7 @@ def _sparse_model(serving: Serving, device: Device, name: str, inputs: Sequence[
 
 
 def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> Config:
-    """Tokenizer and the stored weights: queries go through no encoder."""
+    """Tokenizer and stored weights, without the encoder."""
     names = {name: name for name in _QUERY_INPUTS}
     weigh = _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]])
     tokenize = _step(TOKENIZER, {inner: outer for outer, inner in _TEXT.items()}, names)
@@ -430,10 +430,10 @@ def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> 
 
 
 def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, str], output: Config) -> Config:
-    """Tokenizer, encoder and the Python model that makes the answer."""
+    """Tokenizer, encoder and the Python model that computes the answer."""
     own = {tensor["name"] for tensor in output["input"]}
-    made = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
-    known = {*serving.encoder.input_names, *made.values(), *wiring}
+    produced = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
+    known = {*serving.encoder.input_names, *produced.values(), *wiring}
     options = [tensor for tensor in output["input"] if tensor["name"] not in known]
     return {
         **_ensemble_head(serving, device, name, wiring, options),
@@ -441,7 +441,7 @@ def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, 
         "ensemble_scheduling": {
             "step": [
                 _tokenizer_step(serving, wiring),
-                _step(ENCODER, serving.encoder.input_names, {k: v for k, v in made.items() if v in own}),
+                _step(ENCODER, serving.encoder.input_names, {k: v for k, v in produced.items() if v in own}),
                 _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]]),
             ]
         },
@@ -450,7 +450,7 @@ def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, 
 
 
 def _token_ensemble(serving: Serving, device: Device) -> Config:
-    """Tokenizer and encoder: the state of every token, and what the encoder was given."""
+    """Tokenizer and encoder, which give the state of every token and the inputs of the encoder."""
     encoder = serving.encoder
     tensors = {tensor.name: tensor for tensor in (*encoder.inputs, *encoder.outputs)}
     names = {"INPUT_IDS": "input_ids", "ATTENTION_MASK": "attention_mask", "TOKEN_EMBEDDINGS": "last_hidden_state"}
@@ -500,7 +500,7 @@ def _tokenizer_step(serving: Serving, wiring: Mapping[str, str], names: Mapping[
 
 
 def _step(model: str, inputs: Mapping[str, str] | Iterable[str], outputs: Mapping[str, str] | Iterable[str]) -> Config:
-    """A step whose tensors are named as in the model, or as the mappings say."""
+    """A step of an ensemble. The mappings rename tensors; names without a mapping stay."""
     return {"model_name": model, "model_version": -1, "input_map": _map(inputs), "output_map": _map(outputs)}
 
 
@@ -539,12 +539,12 @@ def _head(serving: Serving, device: Device, name: str) -> Config:
 
 
 def _batching(serving: Serving, device: Device, *, waits: bool = False) -> Config:
-    """Join the requests that are there; refuse what would wait too long where that was asked for.
+    """Join waiting requests, and refuse those that would wait too long, if the options ask for it.
 
-    The encoder `waits` a little for more of them; a Python model would only add to every answer's time. Without a batch
-    axis the queue can have its bounds, too: Triton's dynamic batcher runs such a model one by one.
+    The encoder `waits` a little for more requests; in a Python model that would only delay the answers. A model without
+    a batch axis also gets these bounds: Triton's dynamic batcher then runs its requests one by one.
 
-    No bound is a default: with any of them single requests lie in the queue for half a second
+    By default there are no bounds, because with them single requests stay in the queue for half a second
     (docs/decisions/triton-queue-policy.md).
     """
     policy: Config = {}
@@ -578,7 +578,7 @@ def _spec_json(serving: Serving) -> str:
 
 
 def _outward(serving: Serving, tensor: TensorSpec) -> str:
-    """What other models call an output of the encoder; a plan's own pooling has the name of no pooling."""
+    """The name of an encoder output in the ensemble. A plan names its pooled output without the kind of pooling."""
     return f"embedding_{serving.spec.pooling}" if tensor.name == "sentence_embedding" else tensor.name
 
 
@@ -607,7 +607,7 @@ def _parameters(**values: str) -> list[Config]:
 
 
 def to_pbtxt(config: Config, indent: str = "") -> str:
-    """Protobuf text: scalars as `name: value`, messages in braces, both repeated for lists."""
+    """Convert to protobuf text: scalars as `name: value`, messages in braces, both repeated for lists."""
     lines = []
     for name, value in config.items():
         if name == "dims":
@@ -625,5 +625,5 @@ def to_pbtxt(config: Config, indent: str = "") -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, Word):
         return str(value)
-    # JSON's strings are protobuf text's, but for the escapes of characters that are no ASCII, which it keeps.
+    # JSON's strings are valid in protobuf text, if characters outside ASCII are not escaped.
     return json.dumps(value, ensure_ascii=False)

@@ -1,9 +1,9 @@
-"""The encoder's graph as Triton's dynamic batcher needs it: every input and output with one row for each text.
+"""Rewrites the encoder's graph for Triton's dynamic batcher: every input and output has one row for each text.
 
-A bundle's fill-mask graph takes (row, token) pairs, which two requests cannot simply put behind one another. Here it
-takes the tokens of each row, and makes the pairs itself. Both poolings are added as outputs. The weights are not read.
+The fill-mask graph of a bundle takes (row, token) pairs, which Triton cannot join over requests. The new graph takes
+the masked tokens of each row and computes the pairs itself. It also has both poolings as outputs. Weights are not read.
 
-Shapes: B rows, S tokens, M masks of the row that has most, H hidden size, V vocabulary.
+Shapes: B rows, S tokens, M masks of the row with the most, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,15 +20,15 @@ _PREFIX = "triton/"
 
 
 def write_graph(source: Path, target: Path, spec: ModelSpec) -> None:
-    """Write the graph of a bundle at `source` in its batchable form; both refer to external data of the same name.
+    """Write the batchable form of the graph at `source`; both graphs use external data of the same name.
 
-    Inputs, int64: `input_ids`, `attention_mask` and, where the source takes them, `token_type_ids` [B, S]; for
-    fill-mask `mask_positions` [B, M], tokens of each row.
-    Outputs, float32: `last_hidden_state` [B, S, H], `embedding_mean` and `embedding_cls` [B, H]; where the task has
-    them `logits`, [B, M, V] for fill-mask.
+    Inputs, int64: `input_ids`, `attention_mask` and, if the source takes them, `token_type_ids` [B, S]; for fill-mask
+    `mask_positions` [B, M], the masked tokens of each row.
+    Outputs, float32: `last_hidden_state` [B, S, H], `embedding_mean` and `embedding_cls` [B, H]; `logits` if the task
+    has them, [B, M, V] for fill-mask.
 
     Raises:
-        ExportError: a fill-mask graph with the logits of every token.
+        ExportError: the graph computes the fill-mask logits of every token.
     """
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
@@ -88,7 +88,7 @@ def _pool_both_ways(graph: onnx.GraphProto, spec: ModelSpec) -> None:
 def _mean(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
     """The mean of `gte_deploy.tasks.pooling.pool` as [B, 1, S] times [B, S, H] / tokens.
 
-    It is computed in float64: 8,192 float32 sums lose digits.
+    It is computed in float64, because a float32 sum of 8,192 values loses digits.
     """
     axis = _integers(graph, "mean_axis", [1])
     graph.initializer.append(helper.make_tensor("triton/at_least_one", TensorProto.DOUBLE, [], [1.0]))
@@ -125,7 +125,7 @@ def _replace(values: Iterable[onnx.ValueInfoProto], new: onnx.ValueInfoProto) ->
 
 
 def tensor_specs(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of an ONNX file, in its order; the weights are not read."""
+    """The inputs and outputs of an ONNX file, in order; weights are not read."""
     graph = onnx.load(path, load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
     return (

@@ -15,32 +15,42 @@ _QUEUE_SECONDS = (1e-3, 86_400)
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How a bundle is served.
+    """Options for serving a bundle.
 
     Args:
         engine: a bundle with a TensorRT plan, which is served in place of a graph for ONNX Runtime.
-        accelerator: what ONNX Runtime runs on on a GPU: "cuda", or "tensorrt", which needs the bundle's graph of
-            standard operators and builds an engine when the server starts.
-        max_batch_size: rows of one run of the encoder and of one request; by default 32 on a GPU and 8 on a CPU, or
-            what a plan takes at every length. A plan that takes so many for short texts only serves only those.
-        max_queue_size: requests that may wait for a model; more are refused. By default there is no limit, since with
-            one Triton's batcher lets single requests wait for half a second: see docs/triton.md.
-        queue_timeout_s: seconds that a request may wait for a model before it is refused; by default there is no limit,
+        accelerator: the execution provider of ONNX Runtime on a GPU: "cuda", or "tensorrt", which needs the bundle's
+            graph of standard operators and builds an engine when the server starts.
+        max_batch_size: the most rows of one run of the encoder and of one request. By default 32 on a GPU and 8 on a
+            CPU, or the number that a plan takes at every length. If a plan takes so many rows only for short texts,
+            only short texts are served.
+        max_queue_size: the most requests that may wait for a model; further requests are refused. By default there is
+            no limit, because with a limit Triton's batcher lets single requests wait for half a second: see
+            docs/triton.md.
+        queue_timeout_s: seconds that a request may wait for a model before it is refused. By default there is no limit,
             for the same reason.
         threads: CPU threads inside one operator; by default the CPUs that this process may use.
-        response_cache: let the server remember answers, where it is started with a cache.
+        response_cache: whether the server caches answers, if it is started with a cache.
         model_version: number of the models' version folders.
     """
 
     engine: Path | None = option(
         None, "serve the TensorRT plan of this bundle, in place of MODEL", metavar="BUNDLE", parse=Path
     )
-    accelerator: Accelerator = option("cuda", "how ONNX Runtime runs on a GPU", choices=get_args(Accelerator))
+    accelerator: Accelerator = option(
+        "cuda", "the provider that ONNX Runtime uses on a GPU", choices=get_args(Accelerator)
+    )
     max_batch_size: int | None = option(
-        None, "rows of one run and of one request (default: 32 on a GPU, 8 on a CPU)", metavar="ROWS", parse=int
+        None,
+        "the most rows of one run and of one request (default: 32 on a GPU, 8 on a CPU)",
+        metavar="ROWS",
+        parse=int,
     )
     max_queue_size: int | None = option(
-        None, "refuse requests when so many wait for a model (default: no limit)", metavar="REQUESTS", parse=int
+        None,
+        "refuse further requests while so many wait for a model (default: no limit)",
+        metavar="REQUESTS",
+        parse=int,
     )
     queue_timeout_s: float | None = option(
         None,
@@ -52,14 +62,14 @@ class TritonOptions:
     threads: int | None = option(
         None, "CPU threads inside one operator (default: the CPUs of this machine)", metavar="N", parse=int
     )
-    response_cache: bool = option(False, "let the server remember answers, where it is started with a cache")
+    response_cache: bool = option(False, "let the server cache answers, if it is started with a cache")
     model_version: int = option(1, "number of the models' version folders", metavar="N", parse=int)
 
     def check(self) -> None:
         """Check every value.
 
         Raises:
-            InputError: naming the option, its value and its range.
+            InputError: a value is out of range; the message names the option, the value and the range.
         """
         check_choices(self)
         for name, most in (

@@ -1,4 +1,7 @@
-"""The Python models' files: each model alone in its folder, with all of gte_deploy that it imports beside it."""
+"""Writes the files of a Python model: model.py, and copies of the modules of gte_deploy that it imports.
+
+So a server needs no installation of gte-deploy.
+"""
 
 import ast
 import importlib.util
@@ -17,11 +20,19 @@ _TOKENIZING = (
     "gte_classify_tokens_output",
 )
 
+# Written behind the docstring of model.py. In the repository the models are ordinary modules, which do not need it.
+_PREFERS_OWN_MODULES = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file come before any installed ones
+"""
+
 
 def write_python_model(name: str, folder: Path, tokenizer: Path) -> None:
-    """Write model.py, the modules that it imports and, where it tokenises or decodes, the tokenizer to `folder`."""
+    """Write model.py and the modules that it imports to `folder`; the tokenizer too, if it tokenises or decodes."""
     source = _source(f"{SERVING}.{name}")
-    shutil.copyfile(source, folder / "model.py")
+    (folder / "model.py").write_text(_preferring_own_modules(source.read_text(encoding="utf-8")), encoding="utf-8")
     for module in sorted(_imported(source)):
         file = _source(module)
         target = folder.joinpath(*module.split("."))
@@ -34,8 +45,16 @@ def write_python_model(name: str, folder: Path, tokenizer: Path) -> None:
                 shutil.copyfile(tokenizer / file_name, folder / file_name)
 
 
+def _preferring_own_modules(code: str) -> str:
+    """The code of a model that imports the modules in its own folder first."""
+    docstring = ast.parse(code).body[0]
+    assert docstring.end_lineno is not None  # parsed from text
+    lines = code.splitlines(keepends=True)
+    return "".join([*lines[: docstring.end_lineno], _PREFERS_OWN_MODULES, *lines[docstring.end_lineno :]])
+
+
 def _imported(source: Path) -> set[str]:
-    """Modules of this package that importing `source` imports, packages included, directly or not."""
+    """The modules and packages of gte_deploy that `source` imports, directly or through another one."""
     found: set[str] = set()
     waiting = [source]
     while waiting:
@@ -49,7 +68,7 @@ def _imported(source: Path) -> set[str]:
 
 
 def _direct_imports(source: Path) -> list[str]:
-    # Only what runs at import: not what stands in functions, nor under `if TYPE_CHECKING`.
+    # Only imports at the top level run when a module is imported: not those in functions or under `if TYPE_CHECKING`.
     body = ast.parse(source.read_text(encoding="utf-8")).body
     names = [node.module or "" for node in body if isinstance(node, ast.ImportFrom)]
     return [name for name in names if name.split(".")[0] == gte_deploy.__name__]

@@ -1,4 +1,4 @@
-"""README.md and Dockerfile of a repository."""
+"""Writes the README.md and the Dockerfile of a repository."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,14 +15,14 @@ _ANSWERS = {
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
     "gte_classify_tokens": "a text -> the labels of its tokens",
     "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
-    "gte_sparse_query": "a query -> the same, by stored weights alone",
+    "gte_sparse_query": "a query -> the same, from stored weights without the encoder",
 }
 
 
 def dockerfile() -> str:
-    """An image with what the Python models import; tokenizers as it was when the repository was written."""
+    """The Dockerfile of an image with the packages of the Python models, in the tokenizers version of this export."""
     return f"""\
-# Triton with what the Python models of this repository import.
+# Triton with the packages that the Python models of this repository import.
 ARG TRITON={TRITON_TAG}
 FROM nvcr.io/nvidia/tritonserver:${{TRITON}}
 RUN pip install --no-cache-dir 'tokenizers=={version("tokenizers")}' 'numpy>=1.26'
@@ -33,7 +33,7 @@ ENV ORT_DISABLE_TELEMETRY=1
 def readme(
     serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]], source: str, missed_bounds: Sequence[str] = ()
 ) -> str:
-    """What the repository answers, and how to start and ask it; first of all, which bounds its export missed."""
+    """The README: the bounds that the export missed, the ensembles, and how to start and call the server."""
     models = next(iter(configs.values()))
     ensembles = [config for config in models.values() if config.get("platform") == "ensemble"]
     return f"""\
@@ -46,7 +46,7 @@ Written by gte-export of gte-deploy {__version__}: {serving.spec.task}, {serving
 |---|---|---|---|
 {"".join(_row(config) for config in ensembles)}
 Texts are BYTES of shape [rows, 1]. Inputs in brackets are options: one value, repeated for every row of the request.
-{_rows_line(configs)} What the caller did wrong comes back as the error of that request alone.
+{_rows_line(configs)} A mistake in one request is an error for that request only.
 
 ## Start
 
@@ -58,12 +58,12 @@ Texts are BYTES of shape [rows, 1]. Inputs in brackets are options: one value, r
     curl -s localhost:8000/v2/models/gte_embed/infer -d \\
       '{{"inputs": [{{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["a text"]}}]}}'
 
-JSON is slow for many texts; the client sends them in binary.
+JSON is slow for many texts; the client sends binary tensors.
 
 ## Change
 
-Edit the configurations, then have them checked: `gte-export --check-repository .`. The hashes in manifest.json are
-those of the files as they were written.
+Edit the configurations, then check them: `gte-export check .`. The hashes in manifest.json are those of the files
+as they were exported.
 """
 
 
@@ -72,7 +72,7 @@ def _missed(lines: Sequence[str]) -> str:
         return ""
     listed = "".join(f"- {line}\n" for line in lines)
     return (
-        f"\n**This model misses its bounds**: it was exported with `--bounds report`, and is not as accurate as it "
+        f"\n**This model misses its bounds**: it was exported with `--bounds report`, and is less accurate than it "
         f"should be.\n\n{listed}"
     )
 
@@ -85,7 +85,7 @@ def _row(config: Config) -> str:
 
 def _rows_line(configs: Mapping[DeviceName, Mapping[str, Config]]) -> str:
     named = ", ".join(f"{_max_rows(models)} ({device.upper()})" for device, models in configs.items())
-    return f"Rows of one request at most: {named}."
+    return f"The most rows of one request: {named}."
 
 
 def _max_rows(models: Mapping[str, Config]) -> str:
@@ -110,13 +110,13 @@ def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]])
     notes = []
     encoder = serving.encoder
     if "cpu" not in configs:
-        notes.append("This repository is for GPUs alone.")
+        notes.append("This repository is only for GPUs.")
     if "gpu" not in configs:
-        notes.append("This repository is for CPUs alone.")
+        notes.append("This repository is only for CPUs.")
     if encoder.backend == "tensorrt":
         notes.append(
-            "The plan runs in the TensorRT that built it: build the image with the Triton release that has it "
-            "(`--build-arg TRITON=…`)."
+            "The plan runs only in the TensorRT version that built it: build the image from the Triton release that "
+            "has it (`--build-arg TRITON=…`)."
         )
     if encoder.accelerator == "tensorrt":
         notes.append(

@@ -1,7 +1,7 @@
-"""A bundle -> a model repository for Triton Inference Server: the whole export, from top to bottom.
+"""Exports a bundle to a model repository for Triton Inference Server.
 
-Clients see ensembles: gte_tokenizer (Python) makes padded token ids, gte_encoder (ONNX Runtime or TensorRT) runs them,
-and a Python model makes answers equal to those of `gte_deploy.load`. docs/triton.md has the tensors.
+Clients call ensembles: gte_tokenizer (Python) computes padded token ids, gte_encoder (ONNX Runtime or TensorRT) runs
+the model, and a Python model computes the same answers as `gte_deploy.load`. docs/triton.md describes the tensors.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ from gte_deploy.text.tokenization import load_tokenizer
 
 FORMAT = "gte-deploy-triton-repository"
 FORMAT_VERSION = 1
-_BUNDLE = "bundle"  # of a checkpoint that is exported on the way, inside the folder that is filled
+_BUNDLE = "bundle"  # temporary folder for the bundle of a checkpoint that is exported first
 _MAX_DIFFERENCE = 1e-5
 
 
@@ -58,11 +58,11 @@ class RepositoryResult:
     """A finished repository.
 
     Args:
-        path: of the repository.
-        ensembles: what clients may ask.
-        devices: what it can run on; the first is what it runs on by default.
-        files: path relative to the repository -> size and hash; every file but the manifest.
-        checked: whether the configurations were parsed and checked, for which tritonclient is needed.
+        path: the folder of the repository.
+        ensembles: the models that clients may call.
+        devices: the devices that it can run on, the default first.
+        files: path relative to the repository -> size and hash; every file except the manifest.
+        checked: whether the configurations were checked, which needs tritonclient.
     """
 
     path: Path
@@ -84,16 +84,16 @@ def export_repository(
     """Write a model repository.
 
     Args:
-        model: a bundle, or what `export` takes: it is exported to a bundle first.
-        output: folder of the repository; None for one named after model and precision in the working directory.
-        options: how the bundle is served.
-        force: replace a repository that is there already.
+        model: a bundle, or a model that `export` takes, which is exported to a bundle first.
+        output: folder of the repository; None for one in the working directory, named after model and precision.
+        options: the options for serving.
+        force: whether to replace an existing repository.
         progress: called with one line at every step.
-        **given: fields of `TritonOptions` by themselves; and where `model` is not a bundle, what `export` takes.
+        **given: single fields of `TritonOptions`; and, if `model` is not a bundle, options of `export`.
 
     Raises:
         InputError: an argument is out of range.
-        BundleError: the bundle is damaged, or holds nothing that Triton can run.
+        BundleError: the bundle is damaged, or has no graph or plan that Triton can run.
         ParityError: the encoder's graph differs from the bundle's.
         ExportError: the output must not be replaced, or the configurations do not pass their checks.
         MissingDependencyError: the [export] extra is not installed.
@@ -114,7 +114,7 @@ def export_repository(
         manifest = open_bundle(bundle)
         check_graphs(bundle, manifest)
         if manifest.missed_bounds:
-            report(f"the bundle misses its bounds in {len(manifest.missed_bounds)} respects; the README names them")
+            report(f"the bundle misses {len(manifest.missed_bounds)} bounds; the README of the repository lists them")
         report("write the encoder")
         encoder = _write_encoder(bundle, manifest, folder / ENCODER / str(options.model_version), options)
         _require_head(encoder, manifest.spec, bundle)
@@ -154,7 +154,7 @@ def repository_files(folder: Path) -> set[str]:
     """The files that the manifest of a repository names.
 
     Raises:
-        BundleError: the folder is no repository that `export_repository` wrote.
+        BundleError: `export_repository` did not write the folder.
     """
     file = folder / MANIFEST_NAME
     try:
@@ -173,15 +173,17 @@ def _check_arguments(
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(module, "export")
     if options.engine is not None and model is not None:
-        raise InputError("engine is a bundle of its own, with tokenizer and all; give it alone, without a model")
+        raise InputError("engine is a complete bundle with its own tokenizer; give engine or a model, not both")
     if options.engine is not None and options.accelerator != "cuda":
-        raise InputError("accelerator is for ONNX Runtime, and engine asks for a TensorRT plan; give one of them")
+        raise InputError("accelerator is for ONNX Runtime, but engine means a TensorRT plan; give one of them")
     if served is None and options.engine is not None:
         raise BundleError(f"{options.engine} is not a bundle. Write one with gte-export --format trt.")
     if served is not None and export_options:
-        raise InputError(f"{served} is a bundle already; {', '.join(export_options)} is for exporting a checkpoint")
+        raise InputError(
+            f"{served} is a bundle already; {', '.join(export_options)} applies only when a checkpoint is exported"
+        )
     if served is None and "onnxruntime" not in (target := make_request(**export_options).target).engines:
-        raise InputError(f"Triton serves graphs of ONNX Runtime, and target {target.name} has none")
+        raise InputError(f"Triton serves graphs for ONNX Runtime, but target {target.name} has none")
 
 
 def _default_output(
@@ -200,8 +202,8 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: Trit
     if options.engine is not None:
         return _write_plan(bundle, manifest, folder)
     if "onnxruntime" not in manifest.graphs:
-        raise BundleError(f"{bundle} holds no graph for ONNX Runtime; its plan is served with --engine {bundle}.")
-    # INT8 graphs are made of a CPU's operators, and those for CUDA of operators that a CPU does not have.
+        raise BundleError(f"{bundle} holds no graph for ONNX Runtime; serve its plan with --engine {bundle}.")
+    # INT8 graphs have operators that only a CPU has, and graphs for CUDA have operators that a CPU lacks.
     files: dict[DeviceName, str] = {}
     if manifest.target == "cuda" or not manifest.precision.startswith("int"):
         files["gpu"] = "model.onnx"
@@ -209,7 +211,7 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: Trit
         files["cpu"] = "model.onnx"
     graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
     if options.accelerator == "tensorrt":
-        # TensorRT knows standard operators alone, which the graph for OpenVINO is made of.
+        # TensorRT has only standard operators, so it needs the graph for OpenVINO.
         if "openvino" not in manifest.graphs or manifest.precision != "fp32":
             raise BundleError(
                 f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator "
@@ -231,16 +233,16 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: Trit
 
 
 def _require_head(encoder: Encoder, spec: ModelSpec, bundle: Path) -> None:
-    """Refuse an encoder that leaves out what the model was made for, so that no repository lacks it without a word.
+    """Refuse an encoder without the head of the model's task.
 
     Raises:
-        ExportError: saying what is missing.
+        ExportError: the message says what is missing.
     """
     if spec.task == "embed":
         return
     head = "sparse_embedding" if spec.task == "sparse" else "logits"
     if head not in {tensor.name for tensor in encoder.outputs}:
-        raise ExportError(f"{bundle} is made for {spec.task}, and its encoder gives no {head}. Export it again.")
+        raise ExportError(f"{bundle} is for task {spec.task}, but its encoder has no output {head}. Export it again.")
     if spec.task == "fill-mask" and "mask_positions" not in encoder.input_names:
         raise ExportError(
             f"{bundle} computes the logits of every token, which no server should send. Export the checkpoint with "
@@ -260,7 +262,7 @@ def _write_graph(source: Path, target: Path, manifest: Manifest) -> None:
 
 
 def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
-    """Run the bundle's graph and the one that was made of it on the same rows.
+    """Run the bundle's graph and the written graph on the same rows, and compare.
 
     Raises:
         ParityError: an output differs.
@@ -288,7 +290,7 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     expected |= {f"embedding_{kind}": pool(expected["last_hidden_state"], mask, kind) for kind in ("mean", "cls")}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as it is served
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as in the server
     session = onnxruntime.InferenceSession(str(written), options, providers=["CPUExecutionProvider"])
     feed = {"input_ids": ids, "attention_mask": mask, **({"mask_positions": by_row} if masked else {})}
     feed |= {} if types is None else {"token_type_ids": types}
@@ -305,13 +307,13 @@ def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
     plan = manifest.plan
     if plan is None:
         raise BundleError(f"{bundle} holds no TensorRT plan. Write one with gte-export --format trt.")
-    if plan.flavour != "tensorrt":
+    if plan.variant != "tensorrt":
         raise BundleError(
-            f"{bundle} holds a {plan.flavour} engine, and Triton runs TensorRT's. Build it where tensorrt is installed."
+            f"{bundle} holds a {plan.variant} engine, but Triton runs only ordinary TensorRT's. Build it with that."
         )
     if plan.padding_free:
         raise BundleError(
-            f"{bundle} holds a padding-free engine, and the repository's models send padded batches. Export it without "
+            f"{bundle} holds a padding-free engine, but the repository's models send padded batches. Export it without "
             "--padding remove."
         )
     shutil.copyfile(bundle / plan.path, folder / "model.plan")
@@ -326,9 +328,9 @@ def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
 
 
 def _limits(encoder: Encoder, spec: ModelSpec, max_batch_size: int | None) -> tuple[ModelSpec, list[Device]]:
-    """The spec with the longest text that is served, and the devices with the batches that the encoder takes.
+    """The spec with the longest text to serve, and the devices with the batch sizes that the encoder takes.
 
-    Triton knows one batch size for all lengths, and a plan's profiles take fewer rows of longer texts.
+    Triton has one batch size for all lengths, but the profiles of a plan take fewer rows of longer texts.
     """
     devices = [default_device(name, max_batch_size) for name in encoder.files]
     if not encoder.profiles:
@@ -363,7 +365,7 @@ def _write_models(
             assert serving.spec.sparse is not None and serving.spec.sparse.query_weights is not None
             shutil.copyfile(bundle / serving.spec.sparse.query_weights, version / serving.spec.sparse.query_weights)
         elif config.get("platform") == "ensemble":
-            (version / ".keep").touch()  # Triton wants the folder, and many a way of copying leaves empty ones out
+            (version / ".keep").touch()  # Triton needs the folder, but many tools do not copy empty folders
         if any("label_filename" in tensor for tensor in config["output"]):
             labels = (serving.spec.id2label.get(i, str(i)) for i in range(serving.spec.num_labels))
             (folder / name / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
@@ -375,7 +377,7 @@ def _write_warmup(folder: Path, serving: Serving) -> None:
     for length in warmup_lengths(serving):
         for tensor in serving.encoder.inputs:
             shape = warmup_shape(serving.encoder, tensor, length)
-            # One token over and over, none of it padding; the masks stand at the first, and the types are 0.
+            # The same token everywhere and no padding; masks are at the first token, and token types are 0.
             values = np.full(shape, tensor.name in ("input_ids", "attention_mask"), dtype=tensor.dtype)
             (folder / warmup_file(tensor, length)).write_bytes(values.tobytes())
 
@@ -391,19 +393,21 @@ def _write_documents(
         readme(serving, configs, _name(manifest), manifest.missed_bounds), encoding="utf-8"
     )
     (folder / "Dockerfile").write_text(dockerfile(), encoding="utf-8")
-    for name in ("report.json", "report.html"):  # how the encoder compared with PyTorch
+    for name in ("report.json", "report.html"):  # the comparison of the encoder with PyTorch
         if (bundle / name).is_file():
             shutil.copyfile(bundle / name, folder / name)
 
 
 def _check(folder: Path, report: Progress) -> bool:
-    """Whether the configurations could be checked.
+    """Check the configurations; return False if tritonclient is missing.
 
     Raises:
-        ExportError: and they have problems.
+        ExportError: the configurations have problems.
     """
     if importlib.util.find_spec("tritonclient") is None:
-        report("the configurations are not checked: pip install 'gte-deploy[triton]', then gte-export check")
+        report(
+            "the configurations are not checked; to check them: pip install 'gte-deploy[triton]', then gte-export check"
+        )
         return False
     from gte_deploy.exporters.triton.checks import check_repository
 

@@ -1,6 +1,5 @@
 """The parity report in three forms: a table for the terminal, report.json for machines, report.html for people."""
 
-import dataclasses
 import datetime
 import html
 import importlib.util
@@ -71,7 +70,7 @@ def build_report(
         "pooling": spec.pooling,
         "logits": spec.logits if spec.task == "fill-mask" else None,
         "graphs": {engine: {"opset": graph.opset, "fusions": dict(graph.fusions)} for engine, graph in graphs.items()},
-        "plan": plan and dataclasses.asdict(plan),
+        "plan": plan and plan.to_json(),
         "parity": parity.to_json(),
         "sensitivity": dict(sensitivity or {}),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
@@ -113,7 +112,7 @@ def plan_lines(plan: PlanEntry) -> list[str]:
     targets = ", ".join(f"sm{target.replace('.', '')}" for target in plan.compute_capabilities)
     axes = "texts x tokens of all" if plan.padding_free else "batch x sequence"
     return [
-        f"engine: {plan.flavour} {plan.version} for {targets}: {layers}",
+        f"engine: {plan.variant} {plan.version} for {targets}: {layers}",
         f"takes and gives {tensors}",
         f"profiles ({axes}, min:opt:max): {', '.join(map(str, plan.profiles))}",
     ]

@@ -1,6 +1,6 @@
-"""The one seam between the model's graph and everything above it.
+"""The interface of a backend: the code that runs a batch of token ids on one engine.
 
-A backend knows token ids and tensors. It knows no text, no pooling of its own, no HTTP.
+A backend knows token ids and tensors. It does not know texts, pooling or HTTP.
 
 Shapes: B rows, S tokens of the longest row, M masks, H hidden size, V vocabulary, L labels.
 """
@@ -22,9 +22,9 @@ class Batch:
     Args:
         input_ids: [B, S] int64.
         attention_mask: [B, S] int64, 1 for a token and 0 for padding.
-        mask_positions: [M, 2] int64 of (row, token), the places whose vocabulary logits are wanted; None where the
-            task has none.
-        token_type_ids: [B, S] int64; None is all 0. For a model whose spec has `token_types` alone.
+        mask_positions: [M, 2] int64 of (row, token): the tokens whose vocabulary logits are wanted. None if the task
+            has no masks.
+        token_type_ids: [B, S] int64; None means that all are 0. Only for models whose spec has `token_types`.
     """
 
     input_ids: NDArray[np.int64]
@@ -32,24 +32,25 @@ class Batch:
     mask_positions: NDArray[np.int64] | None = None
     token_type_ids: NDArray[np.int64] | None = None
 
-    def graph_inputs(self) -> dict[str, NDArray[np.int64]]:
-        """Every input that a graph of padded texts may have, by name; an array in place of None."""
+    def graph_inputs(self, names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The named inputs of a graph of padded texts, in that order. Zeros or no rows replace a missing one."""
         types, positions = self.token_type_ids, self.mask_positions
-        return {
+        offered = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "token_type_ids": np.zeros_like(self.input_ids) if types is None else types,
             "mask_positions": np.empty((0, 2), np.int64) if positions is None else positions,
         }
+        return {name: offered[name] for name in names}
 
 
 class Backend(Protocol):
-    """What runs a batch. Implementations may be called from several threads at once."""
+    """Runs batches on one engine. Several threads may call an implementation at once."""
 
     name: str
     """ "onnx", "openvino", "torch" or "tensorrt". """
     device: str
-    """Where it runs, such as "cpu" or "cuda:0"."""
+    """The device that it runs on, such as "cpu" or "cuda:0"."""
     num_threads: int
     """CPU threads inside one operator."""
     outputs: tuple[str, ...]
@@ -57,7 +58,7 @@ class Backend(Protocol):
 
     @property
     def precision(self) -> Precision:
-        """What it computes in wherever the graph leaves it the choice; where its types are fixed, the bundle's."""
+        """The precision that it computes in: its own choice if the graph leaves one, else the bundle's precision."""
         ...
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:

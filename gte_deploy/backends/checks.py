@@ -10,16 +10,16 @@ from gte_deploy.core.errors import BackendError, InputError, NonFiniteError
 from gte_deploy.core.spec import ModelSpec
 
 COSTLY_OUTPUTS = frozenset(("logits", "sparse_embedding"))
-"""Outputs of a head; see `has_costly_head`."""
+"""Outputs whose head works on the whole vocabulary; see `has_costly_head`."""
 
 
 def has_costly_head(spec: ModelSpec) -> bool:
-    """Whether the graph's head works on the whole vocabulary for every token, asked for or not."""
+    """Whether the graph's head computes the whole vocabulary for every token, even if nobody asks for its output."""
     return spec.logits == "all" or spec.task == "sparse"
 
 
 def check_batch(batch: Batch, spec: ModelSpec) -> None:
-    """Refuse a batch for which a graph would compute garbage or NaN, or crash.
+    """Refuse a batch that would make a graph crash or compute garbage or NaN.
 
     Raises:
         InputError: wrong type, rank, dtype or shape; an id outside the vocabulary; a mask value other than 0 and 1; a
@@ -31,8 +31,8 @@ def check_batch(batch: Batch, spec: ModelSpec) -> None:
     rows, length = batch.input_ids.shape
     if batch.attention_mask.shape != batch.input_ids.shape:
         raise InputError(
-            f"attention_mask has shape {batch.attention_mask.shape}, and input_ids {batch.input_ids.shape}; "
-            "they must be equal"
+            f"attention_mask has shape {batch.attention_mask.shape}, and input_ids has shape "
+            f"{batch.input_ids.shape}; the shapes must be equal"
         )
     if rows < 1 or not 1 <= length <= spec.max_length:
         raise InputError(f"input_ids has shape {(rows, length)}; expected at least one row of 1 to {spec.max_length:,}")
@@ -51,12 +51,12 @@ def check_graph_inputs(graph: object, names: Collection[str], spec: ModelSpec) -
     """
     known = {"input_ids", "attention_mask", "mask_positions", *(["token_type_ids"] if spec.token_types else [])}
     if unknown := sorted(set(names) - known):
-        raise BackendError(f"{graph} asks for the inputs {', '.join(unknown)}, which nothing here provides.")
+        raise BackendError(f"{graph} has the unknown inputs {', '.join(unknown)}.")
     check_takes_types(graph, names, spec)
 
 
 def check_takes_types(graph: object, names: Collection[str], spec: ModelSpec) -> None:
-    """Refuse a graph that takes token types where the model has none, or the other way round.
+    """Refuse a graph that takes token types if the model has none, or that lacks them if the model has some.
 
     Raises:
         BackendError: the message names `graph`.
@@ -81,7 +81,7 @@ def _check_array(name: str, array: NDArray[np.int64], rank: int) -> None:
     if not isinstance(array, np.ndarray):
         raise InputError(f"{name} must be a numpy array, not {type(array).__name__}")
     if array.ndim != rank or array.dtype != np.int64:
-        raise InputError(f"{name} must be int64 of rank {rank}, and is {array.dtype} of rank {array.ndim}")
+        raise InputError(f"{name} must be int64 of rank {rank}; it is {array.dtype} of rank {array.ndim}")
 
 
 def _check_values(batch: Batch, vocab_size: int) -> None:
@@ -89,7 +89,7 @@ def _check_values(batch: Batch, vocab_size: int) -> None:
     if ids.min() < 0 or ids.max() >= vocab_size:
         row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
         raise InputError(
-            f"input_ids[{row}, {column}] is {ids[row, column]}; ids of this model go from 0 to {vocab_size - 1:,}"
+            f"input_ids[{row}, {column}] is {ids[row, column]}; the ids of this model go from 0 to {vocab_size - 1:,}"
         )
     if ((mask != 0) & (mask != 1)).any():
         row, column = np.argwhere((mask != 0) & (mask != 1))[0]
@@ -101,14 +101,16 @@ def _check_values(batch: Batch, vocab_size: int) -> None:
 
 def _check_types(types: NDArray[np.int64], shape: tuple[int, ...], spec: ModelSpec) -> None:
     if not spec.token_types:
-        raise InputError("token_type_ids is given, and this model tells no types of tokens apart; leave it out")
+        raise InputError("token_type_ids is given, and this model has no token types; leave it out")
     _check_array("token_type_ids", types, 2)
     if types.shape != shape:
-        raise InputError(f"token_type_ids has shape {types.shape}, and input_ids {shape}; they must be equal")
+        raise InputError(
+            f"token_type_ids has shape {types.shape}, and input_ids has shape {shape}; the shapes must be equal"
+        )
     if types.min() < 0 or types.max() >= spec.type_vocab_size:
         row, column = np.argwhere((types < 0) | (types >= spec.type_vocab_size))[0]
         raise InputError(
-            f"token_type_ids[{row}, {column}] is {types[row, column]}; token types of this model go from 0 to "
+            f"token_type_ids[{row}, {column}] is {types[row, column]}; the token types of this model go from 0 to "
             f"{spec.type_vocab_size - 1}"
         )
 
@@ -130,7 +132,7 @@ def _check_positions(positions: NDArray[np.int64], mask: NDArray[np.int64]) -> N
 def check_finite(outputs: Mapping[str, NDArray[np.float32]], batch: Batch, indices: Sequence[int]) -> None:
     """Refuse outputs with NaN or Inf. Values at padding do not count.
 
-    `indices` are the caller's numbers for the rows of the batch.
+    `indices` are the numbers of the rows in the caller's list.
 
     Raises:
         NonFiniteError: the message names the inputs.
@@ -142,10 +144,12 @@ def check_finite(outputs: Mapping[str, NDArray[np.float32]], batch: Batch, indic
         if finite.all():
             continue
         rows = np.flatnonzero(~finite)
-        if name == "logits" and values.ndim == 2 and batch.mask_positions is not None:  # a line for each mask
+        if (
+            name == "logits" and values.ndim == 2 and batch.mask_positions is not None
+        ):  # one row of logits for each mask
             rows = np.unique(batch.mask_positions[rows, 0])
         named = ", ".join(map(str, sorted(indices[row] for row in rows.tolist())))
         raise NonFiniteError(
-            f"the model gave NaN or Inf in {name} for the inputs {named}; nothing of this call is returned. "
+            f"the model gave NaN or Inf in {name} for the inputs {named}; this call returns nothing. "
             "Verify the bundle with gte-deploy verify."
         )

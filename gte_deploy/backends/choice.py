@@ -1,4 +1,4 @@
-"""Which engine runs a bundle where the caller names none, and why."""
+"""Chooses the engine for a bundle if the caller names none, and gives the reason."""
 
 import importlib
 import importlib.util
@@ -11,16 +11,16 @@ from gte_deploy.core.errors import BackendError, MissingDependencyError
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine
 
 ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
-"""Backend of bundles, as `gte_deploy.load` takes it -> engine."""
+"""Backend, as `gte_deploy.load` takes it -> the engine whose graph it runs."""
 
-# Dot products of eight-bit integers, by the names that Linux gives them.
+# Linux's flag for an instruction with dot products of 8-bit integers -> its usual name.
 _INT8_FLAGS = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "amx_int8": "AMX"}
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Backend, precision and device as `gte_deploy.load` takes them, and the reason in one sentence."""
+    """Backend, precision and device, as `gte_deploy.load` takes them, and the reason for the choice in one sentence."""
 
     backend: str
     precision: ComputePrecision
@@ -29,30 +29,30 @@ class EngineChoice:
 
 
 def is_for_gpus(manifest: Manifest) -> bool:
-    """Whether a bundle is made for NVIDIA GPUs: its types are fixed, and CPUs run it slowly or not at all."""
+    """Whether a bundle is for NVIDIA GPUs. Its data types are fixed, and a CPU runs it slowly or not at all."""
     return manifest.target == "cuda" or manifest.plan is not None or "tensorrt" in manifest.graphs
 
 
 def choose_engine(
     manifest: Manifest, *, device: str | None = None, precision: ComputePrecision | None = None
 ) -> EngineChoice:
-    """The engine for a bundle on this machine: the one asked for or recorded, else what was measured to be faster.
+    """The engine for a bundle on this machine: the requested one, else the recorded pick, else the usually faster one.
 
-    bfloat16 changes answers a little, so it is never chosen unasked; a pick may have been recorded with it on request.
+    bfloat16 changes answers a little, so it is never chosen by itself; a recorded pick has it if the user allowed it.
     """
     if is_for_gpus(manifest):
         return _for_gpus(manifest, device)
     if precision == "bf16":
-        return EngineChoice(
-            "openvino", "bf16", "bf16 was asked for, and openvino alone computes in it", device or "cpu"
-        )
+        return EngineChoice("openvino", "bf16", "bf16 was requested, and only openvino computes in it", device or "cpu")
     if device not in (None, "cpu"):
-        return EngineChoice("onnx", "fp32", f"of a bundle's engines ONNX Runtime alone runs on {device}", device)
+        return EngineChoice(
+            "onnx", "fp32", f"ONNX Runtime is the only engine of the bundle that runs on {device}", device
+        )
     return _picked(manifest, precision) or _by_rule(manifest)
 
 
 def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
-    """TensorRT where the bundle's engine fits the machine; else ONNX Runtime, where there is a graph for it."""
+    """TensorRT if the bundle's engine fits this machine; else ONNX Runtime, if the bundle has a graph for it."""
     if manifest.plan is None:
         return EngineChoice("onnx", "fp32", "the bundle has no TensorRT engine", device or _device_of_onnx(manifest))
     from gte_deploy.backends.tensorrt.plan import check_plan
@@ -61,9 +61,11 @@ def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
         check_plan(manifest.plan, device or "cuda")
     except (BackendError, MissingDependencyError) as error:
         reason = f"TensorRT does not run this bundle here: {error}"
-        if manifest.graphs and not manifest.plan.padding_free:  # else ONNX Runtime has no operators for its graph
+        if (
+            manifest.graphs and not manifest.plan.padding_free
+        ):  # ONNX Runtime lacks the operators of a padding-free graph
             return EngineChoice("onnx", "fp32", reason, device or _device_of_onnx(manifest))
-        # Opening it raises the same error.
+        # Opening the engine raises the same error.
     else:
         reason = "the bundle's engine fits this TensorRT and this GPU"
     return EngineChoice("tensorrt", "fp32", reason, device or "cuda")
@@ -99,17 +101,17 @@ def _by_rule(manifest: Manifest) -> EngineChoice:
         return EngineChoice("onnx", "fp32", "openvino is not installed")
     if not _is_usable("onnx", manifest):
         return EngineChoice("openvino", "fp32", "onnxruntime is not installed")
-    proven = [engine for engine, graph in manifest.graphs.items() if "fp32" in graph.computes]
-    if "openvino" in proven and "onnxruntime" not in proven:
+    verified = [engine for engine, graph in manifest.graphs.items() if "fp32" in graph.computes]
+    if "openvino" in verified and "onnxruntime" not in verified:
         return EngineChoice("openvino", "fp32", "the graph for ONNX Runtime missed its bounds at export")
-    if "onnxruntime" in proven and "openvino" not in proven:
+    if "onnxruntime" in verified and "openvino" not in verified:
         return EngineChoice("onnx", "fp32", "the graph for OpenVINO missed its bounds at export")
     if manifest.precision != "int8":
-        reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick has recorded another engine"
+        reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick recorded another engine"
         return EngineChoice("onnx", "fp32", reason)
     if (unit := _int8_unit()) is None:
         return EngineChoice(
-            "onnx", "fp32", "this CPU has no int8 dot products (VNNI, AMX) for OpenVINO to be faster with"
+            "onnx", "fp32", "OpenVINO is not faster here: this CPU has no int8 dot products (VNNI, AMX)"
         )
     return EngineChoice("openvino", "fp32", f"int8 on a CPU with {unit} is fastest on OpenVINO")
 

@@ -9,7 +9,7 @@ _DEVICE = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
 
 
 def parse_device(device: str) -> tuple[Literal["cpu", "cuda"], int]:
-    """Kind and index of a device; "cuda" is "cuda:0".
+    """The kind and the index of a device; "cuda" means "cuda:0".
 
     Raises:
         InputError: another name.

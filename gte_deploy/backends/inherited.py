@@ -18,15 +18,15 @@ from gte_deploy.core.spec import Precision
 logger = logging.getLogger(__name__)
 
 Reopen = Callable[[int], Backend]
-"""From a number of threads to the same backend, opened anew."""
+"""Opens the same backend again with a given number of threads."""
 
-# Opening takes a second or less. It is a thread's that is left alone after this: the child must not hang.
+# Opening takes a second or less. A thread opens the engine and is abandoned after this time: a child must not hang.
 _PATIENCE_S = 60.0
 _ADVICE = "Load the model after the fork, in each process that uses it."
 
 
 class ReopenedBackend:
-    """Opens the parent's engine anew at the first run; or says why a forked process cannot have it."""
+    """Opens the parent's engine again at the first run, or says why a forked process cannot have it."""
 
     def __init__(self, inherited: Backend, reopen: Reopen | None, *, num_threads: int, refusal: str | None) -> None:
         """Take the place of `inherited`; with `refusal`, every run raises it."""
@@ -58,7 +58,7 @@ class ReopenedBackend:
             if self._closed:
                 raise BackendError("this model is closed; load it again")
             if self._refusal is not None or self._reopen is None:
-                raise BackendError(self._refusal or _refusal(self, "nothing tells how it was opened"))
+                raise BackendError(self._refusal or _refusal(self, "nobody knows how it was opened"))
             if self._backend is None:
                 self._backend = self._open(self._reopen)
             return self._backend
@@ -85,7 +85,7 @@ class ReopenedBackend:
 
 
 def after_fork(inherited: Backend, reopen: Reopen | None, *, idle: bool) -> Backend:
-    """What computes in the child in the place of `inherited`; `idle` is whether no engine computed at the fork."""
+    """The backend that replaces `inherited` in a forked child; `idle` says that no engine computed at the fork."""
     refusal = None
     if parse_device(inherited.device)[0] != "cpu":
         refusal = _refusal(inherited, "CUDA does not survive a fork")
@@ -95,7 +95,7 @@ def after_fork(inherited: Backend, reopen: Reopen | None, *, idle: bool) -> Back
         inherited.compute_in_forked_process()
         return inherited
     keep_for_good(inherited)
-    # TBB starts its threads once a process and has none in a child, so OpenVINO computes in the calling thread alone.
+    # TBB starts its threads once per process and has none in a child, so OpenVINO computes in the calling thread only.
     num_threads = 1 if inherited.name == "openvino" else inherited.num_threads
     return ReopenedBackend(inherited, reopen, num_threads=num_threads, refusal=refusal)
 

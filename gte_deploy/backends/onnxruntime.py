@@ -1,4 +1,4 @@
-"""ONNX Runtime: the graph of a bundle on the CPU, on CUDA or through TensorRT."""
+"""Runs the graph of a bundle with ONNX Runtime: on the CPU, on CUDA or through TensorRT."""
 
 import importlib
 import logging
@@ -19,7 +19,7 @@ from gte_deploy.backends.checks import (
     has_costly_head,
 )
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.tensorrt.shapes import Layout, plan_parts, write_inputs
+from gte_deploy.backends.tensorrt.shapes import Layout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
 from gte_deploy.core.spec import ModelSpec, Precision, Profile
@@ -31,15 +31,15 @@ _LOG_ERRORS_ONLY = 3
 
 @dataclass(frozen=True)
 class ThroughTensorRT:
-    """How ONNX Runtime's TensorRT provider compiles and runs a graph.
+    """Settings for ONNX Runtime's TensorRT provider, which compiles a graph and runs it.
 
     Args:
-        profile: the shapes that it compiles for. It is one: the provider builds several, and runs only the first.
+        profile: the shapes that it compiles for. There is only one: of several, the provider runs only the first.
             https://github.com/microsoft/onnxruntime/pull/31624
-        cache: folder for what it compiles, this user's alone (it is executable code), and for one graph; None for no
-            cache: every opening compiles anew.
-        max_masks: mask positions of one run at most; None where the graph takes none.
-        token_types: whether the graph takes them.
+        cache: the folder for the compiled engine of one graph. Only this user may read it: an engine is executable
+            code. Without a cache (None), every opening compiles again.
+        max_masks: the most mask positions of one run; None if the graph takes none.
+        token_types: whether the graph takes token types.
     """
 
     profile: Profile
@@ -63,14 +63,15 @@ class OnnxBackend:
         precision: Precision = "fp32",
         tensorrt: ThroughTensorRT | None = None,
     ) -> None:
-        """Open a session on an ONNX file; external data beside it is mapped by ONNX Runtime itself.
+        """Open a session on an ONNX file; ONNX Runtime maps the external data beside the file.
 
-        `num_threads` are used inside an operator on the CPU; the default is every CPU that this process may use.
-        `precision` is what the graph computes in, as its types say. `tensorrt` runs it through TensorRT on `device`.
+        `num_threads` is the number of threads inside one operator on the CPU; the default is every CPU that this
+        process may use. `precision` is the precision that the graph's data types give. With `tensorrt`, TensorRT runs
+        the graph on `device`.
 
         Raises:
             MissingDependencyError: onnxruntime is not installed.
-            BackendError: the device is not there, or ONNX Runtime refuses the graph.
+            BackendError: the device is missing, or ONNX Runtime refuses the graph.
         """
         self.spec = spec
         self.device = device
@@ -93,9 +94,8 @@ class OnnxBackend:
         check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
         if self._tensorrt is not None:
-            return self._run_in_parts(session, self._tensorrt, batch, outputs)
-        offered = batch.graph_inputs()
-        values = self._run(session, {name: offered[name] for name in self._inputs}, outputs)
+            return self._run_in_sub_batches(session, self._tensorrt, batch, outputs)
+        values = self._run(session, batch.graph_inputs(self._inputs), outputs)
         return {name: value.astype(np.float32, copy=False) for name, value in zip(outputs, values, strict=True)}
 
     def close(self) -> None:
@@ -108,26 +108,26 @@ class OnnxBackend:
         except self._errors as error:
             raise BackendError(f"ONNX Runtime failed on a batch of {feed['input_ids'].shape}: {error}") from error
 
-    def _run_in_parts(
+    def _run_in_sub_batches(
         self, session: Any, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        """As TensorRT itself would be run: padded to the profile, in parts where that has fewer rows."""
+        """Run a batch as sub-batches that are padded to the profile, as for an engine of TensorRT."""
         layout = Layout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
         masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
         results = layout.results(batch, outputs)
-        for part in plan_parts(batch, [tensorrt.profile], masks):
-            shapes = layout.shapes(part.shape, part.num_masks)
+        for sub_batch in split_batch(batch, [tensorrt.profile], masks):
+            shapes = layout.shapes(sub_batch.shape, sub_batch.num_masks)
             feed = {name: np.empty(shapes[name], np.int64) for name in self._inputs}
-            write_inputs(batch, part, feed, pad_token_id=self.spec.pad_token_id)
+            write_inputs(batch, sub_batch, feed, pad_token_id=self.spec.pad_token_id)
             for name, values in zip(outputs, self._run(session, feed, outputs), strict=True):
-                layout.place(name, values, part, results[name])
+                layout.place(name, values, sub_batch, results[name])
         return results
 
     def _options_for(self, outputs: Sequence[str]) -> Any:
         return None if self._needs_every_node(outputs) else self._run_options
 
     def _needs_every_node(self, outputs: Sequence[str]) -> bool:
-        # Only the classical graph and a sparse one have a costly head that runs without being asked for.
+        # Only graphs with all logits and sparse graphs have a costly head that runs even if nobody wants its output.
         return not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
 
     def _open(self, ort: Any, graph: Path) -> Any:
@@ -136,13 +136,13 @@ class OnnxBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = _LOG_ERRORS_ONLY
         if parse_device(self.device)[0] == "cpu":
-            # The exporter fused the graph. ORT finds nothing more in it, and looking costs a tenth of the opening.
+            # The exporter fused the graph already. ORT finds nothing more, and its search takes a tenth of the time.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # Threads spin inside a run, for its speed (fp32 5 %, int8 15 % at 128 tokens), and stop with it: each would
-        # burn another 35 ms of a core that the tokenizer, a neighbour or the battery has better uses for.
+        # Threads spin inside a run, which makes it faster (fp32 5 %, int8 15 % at 128 tokens), and stop at its end.
+        # Else each thread would keep a core busy for another 35 ms that the tokenizer or other processes need.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # The arena halves the peak of a long text, and is flat over texts of all lengths as long as it is not shrunk.
-        # A memory pattern for every shape seen would only add to it.
+        # The arena halves the peak memory of a long text. Its size stays constant over texts of all lengths as long as
+        # nothing shrinks it. A memory pattern for every shape would only need more memory.
         options.enable_mem_pattern = False
         self._run_options.only_execute_path_to_fetches = True
         providers = _providers(ort, self.device, self._tensorrt)
@@ -169,14 +169,14 @@ def _import_onnxruntime() -> Any:
 
 
 def _error_types() -> tuple[type[Exception], ...]:
-    # They share no base but Exception.
+    # The error classes have no common base except Exception.
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = (value for value in vars(state).values() if isinstance(value, type))
     return (*(kind for kind in kinds if issubclass(kind, Exception)), RuntimeError)
 
 
 def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Providers in the order in which they may take a node."""
+    """The execution providers; each takes the nodes that the ones before it did not take."""
     kind, index = parse_device(device)
     cpu: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
     if kind == "cpu":
@@ -184,10 +184,10 @@ def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -
     wanted = "CUDAExecutionProvider" if tensorrt is None else "TensorrtExecutionProvider"
     if wanted not in ort.get_available_providers():
         raise BackendError(
-            f"device {device!r} needs {wanted} of onnxruntime-gpu, and the installed onnxruntime has none: "
+            f"device {device!r} needs {wanted} of onnxruntime-gpu, and the installed onnxruntime does not have it: "
             "pip uninstall onnxruntime && pip install 'gte-deploy[gpu]'. Or pass device='cpu'."
         )
-    # By default the arena doubles, and TF32 rounds what a matrix product reads in FP32 to ten bits.
+    # By default the arena doubles its size, and TF32 rounds the FP32 inputs of matrix products to ten bits.
     cuda = {"device_id": index, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
     providers: list[tuple[str, dict[str, Any]]] = [("CUDAExecutionProvider", cuda), cpu]
     if tensorrt is not None:
@@ -196,7 +196,7 @@ def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -
 
 
 def _tensorrt_options(tensorrt: ThroughTensorRT) -> dict[str, Any]:
-    """None of the precision flags: without them the network is strongly typed, and the graph says every type."""
+    """Options of the provider. Without precision flags the network is strongly typed, by the graph."""
     profile = tensorrt.profile
     options: dict[str, Any] = {}
     masks = None if tensorrt.max_masks is None else (1, min(8, tensorrt.max_masks), tensorrt.max_masks)

@@ -1,4 +1,4 @@
-"""OpenVINO: a bundle's plain graph on the CPU, computed in float32 or bfloat16."""
+"""Runs the plain graph of a bundle with OpenVINO on the CPU, in float32 or bfloat16."""
 
 import contextlib
 import functools
@@ -27,18 +27,18 @@ from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import ComputePrecision, ModelSpec
 
 _HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
-# Kernels are compiled for every new shape (3 ms for the tiny model, 6 ms for base) and kept: 0.2 to 0.8 MB a shape.
-# OpenVINO's own limit of 5,000 lets a process grow by 500 MB and more over texts of all lengths; 256 are those of about
-# a hundred shapes.
+# OpenVINO compiles kernels for every new shape (3 ms for the tiny model, 6 ms for base) and keeps them: 0.2 to 0.8 MB
+# for each shape. With its own limit of 5,000 kernels a process grows by 500 MB and more over texts of all lengths.
+# About a hundred shapes have 256 kernels.
 _KEPT_KERNELS = 256
-# oneDNN keeps another 1,024 for the whole process, even after the model is gone, and saves no time by it.
+# oneDNN keeps another 1,024 kernels until the process ends, even after the model is closed, which saves no time.
 _ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 _Requests = queue.SimpleQueue[Any]
 
 
 class OpenVinoBackend:
-    """One compiled model; `run` may be called from many threads at once, and computes one batch at a time."""
+    """One compiled model. Many threads may call `run` at once; it computes one batch at a time."""
 
     name = "openvino"
 
@@ -51,9 +51,10 @@ class OpenVinoBackend:
         num_threads: int | None = None,
         precision: ComputePrecision = "fp32",
     ) -> None:
-        """Compile an ONNX file for this CPU; external data beside it is mapped, and nothing is written to disk.
+        """Compile an ONNX file for this CPU. External data beside the file is mapped; nothing is written to disk.
 
-        `num_threads` are used inside an operator; the default is every CPU that this process may use.
+        `num_threads` is the number of threads inside one operator; the default is every CPU that this process may
+        use.
 
         Raises:
             MissingDependencyError: openvino is not installed.
@@ -61,7 +62,9 @@ class OpenVinoBackend:
                 graph.
         """
         if parse_device(device)[0] != "cpu":
-            raise BackendError(f"the openvino backend runs on device 'cpu', not {device!r}. Use backend='onnx' there.")
+            raise BackendError(
+                f"the openvino backend runs only on device 'cpu', not on {device!r}. Use backend='onnx'."
+            )
         self.spec = spec
         self.device = device
         self.precision: ComputePrecision = precision
@@ -92,7 +95,7 @@ class OpenVinoBackend:
         request = idle.get()
         try:
             results = self._infer(request, batch)
-            # Copies: the next batch overwrites what a request holds.
+            # Copies, because the next batch overwrites the tensors of the request.
             return {name: np.array(results[name], dtype=np.float32) for name in outputs}
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed on a batch of {batch.input_ids.shape}: {error}") from error
@@ -105,15 +108,13 @@ class OpenVinoBackend:
             self._idle = self._model = None
 
     def _infer(self, request: Any, batch: Batch) -> Any:
-        offered = batch.graph_inputs()
-        feed = {name: offered[name] for name in self._inputs}
-        return request.infer(feed, share_inputs=True, share_outputs=True)
+        return request.infer(batch.graph_inputs(self._inputs), share_inputs=True, share_outputs=True)
 
     def _requests_for(self, outputs: Sequence[str]) -> _Requests:
-        """The idle requests of a model that computes `outputs`, compiled at the first need.
+        """The idle requests of a model that computes `outputs`; the first call compiles it.
 
-        A model computes all its outputs at every run. Only the classical graph and a sparse one have a costly one, so
-        its hidden states alone are a model of their own, with its own copy of the weights.
+        A model computes all its outputs in every run. Graphs with all logits and sparse graphs have a costly output:
+        for them, a second model computes only the hidden states, with its own copy of the weights.
         """
         needs_all = not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
         computed = tuple(name for name in self.outputs if needs_all or name not in COSTLY_OUTPUTS)
@@ -132,7 +133,7 @@ class OpenVinoBackend:
             "INFERENCE_NUM_THREADS": self.num_threads,
             "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
             "CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS,
-            # Two processes would pin their threads to the same first cores, and each run at half speed.
+            # Two processes would pin their threads to the same cores, and each would run at half speed.
             "ENABLE_CPU_PINNING": False,
         }
         idle: _Requests = queue.SimpleQueue()
@@ -143,7 +144,7 @@ class OpenVinoBackend:
                 for _ in range(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")):
                     idle.put(compiled.create_infer_request())
                 request = idle.get()
-                # What cannot run fails here, not at the first text; and oneDNN reads its setting only now.
+                # A graph that cannot run fails here, not at the first text. And oneDNN reads its setting only in a run.
                 self._infer(request, Batch(token, token + 1))
                 idle.put(request)
         except RuntimeError as error:
@@ -158,16 +159,16 @@ def has_native_bf16() -> bool:
 
 @functools.cache
 def _core(openvino: Any) -> Any:
-    """OpenVINO's entry, one for the whole process and never given up before its end.
+    """OpenVINO's core object: one for the whole process, which lives until the process ends.
 
-    Given up from another thread, it takes the first thread's signal stack along (docs/decisions/openvino-process.md).
+    If another thread destroys it, the signal stack of the first thread is lost (docs/decisions/openvino-process.md).
     """
     return openvino.Core()
 
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for a while, unless the user has set it."""
+    """Set an environment variable inside a `with` block, unless the user has set it."""
     if name in os.environ:
         yield
         return

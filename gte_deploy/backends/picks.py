@@ -1,7 +1,7 @@
-"""The engine that `gte-deploy bench --pick` found to be the fastest for a bundle here, kept in the user's cache.
+"""Picks: the engine that `gte-deploy bench --pick` measured to be the fastest for a bundle, kept in the user's cache.
 
-A pick is found again only for the same bundle on the same CPU model, number of CPUs and engine versions: those are its
-file's name. Bundles themselves hold none, since what is fastest on one machine need not be on another.
+A pick holds for the same bundle on the same CPU model, number of CPUs and engine versions; the name of its file is a
+hash of these. A bundle holds no pick, since another machine may have another fastest engine.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Pick:
-    """What was picked, and from what.
+    """The engine that was picked, and the measurements behind the choice.
 
     Args:
-        backend: as `gte_deploy.load` takes it.
-        precision: as `gte_deploy.load` takes it; None for the bundle's own.
-        measured: engine -> shape -> median seconds, of every engine that was measured.
-        date: of the measurement, ISO 8601.
-        versions: of the engines that were installed.
+        backend: the backend, as `gte_deploy.load` takes it.
+        precision: the compute precision, as `gte_deploy.load` takes it; None for that of the bundle.
+        measured: engine -> shape -> median seconds, for every measured engine.
+        date: the date of the measurement, ISO 8601.
+        versions: engine -> version, for the installed engines.
     """
 
     backend: str
@@ -46,27 +46,27 @@ class Pick:
 
 
 def lookup(manifest_checksum: str) -> Pick | None:
-    """The pick for the bundle whose manifest has this checksum; None where this machine has none.
+    """The pick for the bundle whose manifest has this checksum; None if there is none for this machine.
 
-    A file in the cache that cannot be read, or is no pick of this bundle and machine, is ignored with a warning.
+    A file that cannot be read, or that belongs to another bundle or machine, is ignored with a warning.
     """
     key = _key(manifest_checksum)
     try:
         file = _file(key)
         if not file.exists():
             return None
-    except OSError:  # without a cache, or in another user's home, there are no picks
+    except OSError:  # without a readable cache there are no picks
         return None
     try:
         return _parsed(file, key)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        # RuntimeError: JSON that nests too deep.
-        logger.warning("a recorded pick is ignored: %s; measure again with gte-deploy bench --pick", error)
+        # RuntimeError: the JSON is nested too deep.
+        logger.warning("ignoring a recorded pick: %s; measure again with gte-deploy bench --pick", error)
         return None
 
 
 def save(manifest_checksum: str, pick: Pick) -> Path:
-    """Record `pick` for this bundle on this machine, in place of an older one; the file written.
+    """Record `pick` for this bundle on this machine, in place of an older one; return the file.
 
     Raises:
         OSError: the cache cannot be written, or the user has no home folder.
@@ -80,7 +80,7 @@ def save(manifest_checksum: str, pick: Pick) -> Path:
 
 
 def engine_versions() -> dict[str, str]:
-    """Distribution -> version of gte-deploy and of each engine that is installed; nothing is imported."""
+    """Package -> version, for gte-deploy and each installed engine; imports nothing."""
     versions = {"gte-deploy": __version__}
     for name in _ENGINES:
         try:
@@ -91,7 +91,7 @@ def engine_versions() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The CPU's name as the system tells it, such as "AMD EPYC 9R14"."""
+    """The CPU's name from the system, such as "AMD EPYC 9R14"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -116,10 +116,10 @@ def _file(key: Mapping[str, Any]) -> Path:
 
 def _parsed(file: Path, key: Mapping[str, Any]) -> Pick:
     if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{file} is too large for a pick")
+        raise ValueError(f"{file} is too large to be a pick")
     content = json.loads(file.read_bytes())
     if content["format"] != _FORMAT or content["key"] != key:
-        raise ValueError(f"{file} is no pick of this bundle on this machine")
+        raise ValueError(f"{file} is not a pick for this bundle and machine")
     pick = Pick(**content["pick"])
     if not isinstance(pick.backend, str) or not isinstance(pick.precision, str | None):
         raise ValueError(f"{file} names no backend")

@@ -1,4 +1,7 @@
-"""PyTorch: in float32 the reference that every other backend is compared with, in bfloat16 padding-free on GPUs."""
+"""Runs a checkpoint with PyTorch.
+
+In float32 it is the reference for every other backend. In bfloat16 on a GPU it computes no padding.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchBackend:
-    """One of transformers' Gte modules in evaluation mode; `run` may be called from many threads at once."""
+    """A Gte model of transformers in evaluation mode. Many threads may call `run` at once."""
 
     name = "torch"
 
@@ -39,17 +42,17 @@ class TorchBackend:
         packed: bool | None = None,
         compile: bool = False,
     ) -> None:
-        """Move `model` to `device`; it is in float32 or bfloat16.
+        """Move `model`, which is in float32 or bfloat16, to `device`.
 
-        PyTorch's thread count belongs to the whole process. `num_threads` sets it; without it the count is left as it
-        is, unless it is above the CPUs that the process may use: then it is lowered to them.
+        PyTorch has one thread count for the whole process. `num_threads` sets it. Without `num_threads` the count
+        stays, unless it is above the number of CPUs that the process may use: then it becomes that number.
 
-        `packed` computes no padding: the rows lie behind one another, and attention is of variable length. Its kernel
-        is CUDA's for 16 bits, so that is the default; elsewhere attention goes row by row, and the answers are the
-        same. `compile` compiles the encoder with torch.compile, for all shapes.
+        With `packed`, no padding is computed: the rows follow one another, and attention has variable lengths. CUDA has
+        a kernel for that in 16 bits, so it is the default there. Elsewhere attention runs row by row, with the same
+        answers. `compile` compiles the encoder with torch.compile, for all shapes.
 
         Raises:
-            BackendError: the device is not there.
+            BackendError: the device is missing.
         """
         import torch
 
@@ -100,10 +103,10 @@ class TorchBackend:
         self._heads = {}
 
     def compute_in_forked_process(self) -> None:
-        """Go on in a child of the process that loaded the model, with one thread.
+        """Continue in a forked child of the process that loaded the model, with one thread.
 
-        OpenMP's threads did not survive the fork, and whoever shared work with them would wait for good. Compiled code
-        has its number of threads in it, so the encoder is no longer compiled.
+        OpenMP's threads did not survive the fork, and code that waits for them would wait for ever. Compiled code has
+        a fixed number of threads, so the encoder is no longer compiled.
         """
         self._is_forked = True
         self.num_threads = 1
@@ -118,7 +121,7 @@ class TorchBackend:
 
 
 def _heads(model: Any, spec: ModelSpec) -> "dict[str, Head]":
-    """Output -> its head. A splade model's checkpoint fills masks, too."""
+    """Output -> its head. A splade model can also fill masks."""
     from gte_deploy.models.heads import HeadOptions, make_head
 
     heads = [make_head(model, HeadOptions.of(spec))]
@@ -136,11 +139,11 @@ def open_torch_backend(
     precision: ComputePrecision = "fp32",
     compile: bool = False,
 ) -> tuple[TorchBackend, TextTokenizer]:
-    """Load a checkpoint folder of either layout, for `task` or for what it was made for, and its tokenizer.
+    """Load a checkpoint folder of either layout and its tokenizer, for `task` or the checkpoint's own task.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
-        CheckpointError, ConfigError: the folder cannot be honoured.
+        CheckpointError, ConfigError: the folder cannot be read, or asks for something unsupported.
     """
     keep_caches_in_ours()
     for module in ("torch", "transformers"):
@@ -165,7 +168,7 @@ def _require(module: str) -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingDependencyError(module, "torch") from error
-    except OSError as error:  # PyTorch looks for a folder for temporary files
+    except OSError as error:  # PyTorch found no folder for temporary files
         raise BackendError(f"{module} is installed and cannot be imported: {error}") from error
 
 
@@ -176,7 +179,7 @@ def _torch_device(device: str) -> Any:
     if kind == "cpu":
         return torch.device("cpu")
     if index >= (count := torch.cuda.device_count()):
-        raise BackendError(f"device {device!r} is not there: PyTorch sees {count} CUDA devices. Pass device='cpu'.")
+        raise BackendError(f"device {device!r} does not exist: PyTorch sees {count} CUDA devices. Pass device='cpu'.")
     return torch.device("cuda", index)
 
 

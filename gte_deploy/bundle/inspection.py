@@ -1,7 +1,7 @@
-"""Look into an ONNX file without the `onnx` package: which operators it calls and which files it reads.
+"""Finds the operators that an ONNX file calls and the files that it reads, without the `onnx` package.
 
-A walk over the protobuf wire format (https://protobuf.dev/programming-guides/encoding/) that skips tensor data. Field
-numbers are those of onnx.proto3, which are frozen.
+It walks over the protobuf wire format (https://protobuf.dev/programming-guides/encoding/) and skips tensor data. The
+field numbers are those of onnx.proto3, which never change.
 """
 
 import mmap
@@ -12,17 +12,17 @@ from pathlib import Path, PurePosixPath
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import BundleError
 
-# Built into every engine: nothing of another domain can run without a custom-operator library.
+# Domains that are built into every engine. Operators of another domain need a library of custom operators.
 _ALLOWED_DOMAINS = frozenset(("", "ai.onnx", "com.microsoft"))
-# Of TensorRT's own parser, in its padding-free graphs.
+# Operators of TensorRT's own parser, which padding-free graphs use.
 _ALLOWED_OPERATORS = frozenset((("trt", "TRT_Attention"),))
-# A compiled engine of some accelerator wrapped in a node: executable code that no hash of ours describes.
+# A node that wraps a compiled engine of some accelerator: executable code that nobody can inspect.
 _REFUSED_OPERATORS = frozenset(("EPContext",))
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 64
 
-# Per message: the field number -> the message inside it. Whatever is not named is skipped.
+# For each message: field number -> the message inside it. Other fields are skipped.
 _CHILDREN: Mapping[str, Mapping[int, str]] = {
     "model": {7: "graph", 25: "function"},
     "function": {7: "node", 11: "attribute"},
@@ -39,17 +39,17 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 @dataclass(frozen=True)
 class OnnxContents:
-    """Operators as (domain, name), and the locations of external data relative to the file's folder."""
+    """Operators as (domain, name), and the paths of external data relative to the folder of the file."""
 
     operators: frozenset[tuple[str, str]]
     external_files: frozenset[str]
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
-    """Refuse a bundle with a graph that calls foreign code or reads files that the manifest does not vouch for.
+    """Refuse a bundle with a graph that calls foreign code or reads files that are not in the manifest.
 
     Raises:
-        BundleError: an operator of another domain, an EPContext node, or external data outside the manifest.
+        BundleError: a graph has an operator of another domain, an EPContext node, or data outside the manifest.
     """
     for graph in manifest.graphs.values():
         contents = inspect_onnx(folder / graph.path)
@@ -75,7 +75,7 @@ def inspect_onnx(path: Path) -> OnnxContents:
     files: set[str] = set()
     try:
         with path.open("rb") as file:
-            # Unmapped when the last view of it is gone: an error's traceback may hold some.
+            # Python unmaps it when the last view is gone; the traceback of an error may hold some.
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         _walk(memoryview(data), "model", operators, files, 0)
     except (ValueError, IndexError, UnicodeDecodeError) as error:
@@ -100,7 +100,7 @@ def _walk(view: memoryview, kind: str, operators: set[tuple[str, str]], files: s
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each length-delimited field; the others are skipped."""
+    """Number and content of each length-delimited field; other fields are skipped."""
     at = 0
     while at < len(view):
         tag, at = _varint(view, at)

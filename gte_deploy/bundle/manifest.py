@@ -1,7 +1,7 @@
-"""A bundle: a folder in the Hugging Face layout whose manifest names every file with its size and sha256.
+"""Reads a bundle: a folder in the Hugging Face layout whose manifest lists every file with its size and sha256.
 
-Reading is here and needs nothing but the standard library; writing is in `gte_deploy.exporters.bundle.writer`.
-A bundle that does not match its manifest is refused before any loader sees a byte of it.
+This module needs only the standard library; `gte_deploy.exporters.bundle.writer` writes bundles. A bundle that does not
+match its manifest is refused before any loader reads its files.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from gte_deploy.core.spec import (
     SPARSE_ROUTES,
     TARGETS,
     TASKS,
-    TENSORRT_FLAVOURS,
+    TENSORRT_VARIANTS,
     ComputePrecision,
     Engine,
     ModelSpec,
@@ -37,7 +37,7 @@ from gte_deploy.core.spec import (
     Profile,
     SparseSpec,
     Target,
-    TensorRTFlavour,
+    TensorRTVariant,
     TensorSpec,
     is_packed,
 )
@@ -45,14 +45,16 @@ from gte_deploy.core.spec import (
 MANIFEST_NAME = "manifest.json"
 FORMAT = "gte-deploy-bundle"
 FORMAT_VERSION = 2
-# Version 1 had no token types, Dense modules, activations and sparse embeddings; what it says means the same today.
+# Version 1 had no token types, Dense modules, activations and sparse embeddings; its fields still mean the same.
 _READ_VERSIONS = (1, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
+# Fields whose name in files is older than their name here.
+_JSON_NAMES = {"variant": "flavour"}
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and hex sha256 of one file."""
+    """The size in bytes and the hex sha256 of one file."""
 
     size: int
     sha256: str
@@ -63,11 +65,11 @@ class GraphEntry:
     """The ONNX graph of a bundle for one engine.
 
     Args:
-        path: relative to the bundle, with forward slashes.
-        opset: of the standard operators.
-        inputs: in graph order.
-        outputs: in graph order.
-        fusions: pass -> how often it fired.
+        path: path relative to the bundle, with forward slashes.
+        opset: version of the standard operators.
+        inputs: the inputs in graph order.
+        outputs: the outputs in graph order.
+        fusions: fusion pass -> number of matches.
         computes: the precisions that the export verified; the engine may be asked to compute in others.
     """
 
@@ -84,19 +86,19 @@ class PlanEntry:
     """A built TensorRT engine.
 
     Args:
-        path: relative to the bundle, with forward slashes.
-        flavour: of the TensorRT that built it, and that must run it.
-        version: the exact version of that, e.g. "1.7.1.116".
-        compute_capabilities: of the GPUs that it runs on, e.g. "8.9".
-        profiles: what shapes it takes; the runtime picks one of them.
-        inputs: as the engine has them.
-        outputs: as the engine has them.
-        layers: what the engine was built of -> how often, e.g. "fused_attention".
+        path: path relative to the bundle, with forward slashes.
+        variant: the TensorRT that built it and that must run it; `flavour` in JSON.
+        version: the exact version of that TensorRT, e.g. "1.7.1.116".
+        compute_capabilities: compute capabilities of the GPUs that it runs on, e.g. "8.9".
+        profiles: the shapes that it takes; the runtime chooses one of the profiles.
+        inputs: the inputs of the engine.
+        outputs: the outputs of the engine.
+        layers: kind of layer -> number in the engine, e.g. "fused_attention".
         timing_cache: path of the builder's timing cache in the bundle, or None.
     """
 
     path: str
-    flavour: TensorRTFlavour
+    variant: TensorRTVariant
     version: str
     compute_capabilities: tuple[str, ...]
     profiles: tuple[Profile, ...]
@@ -107,26 +109,30 @@ class PlanEntry:
 
     @property
     def padding_free(self) -> bool:
-        """Whether it takes the tokens of all texts in a row, and its profiles are (texts, tokens of all)."""
+        """Whether it takes the tokens of all texts in a row; its profiles are then (texts, tokens of all texts)."""
         return is_packed(self.inputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain JSON data, for the manifest and for reports."""
+        return {_JSON_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that `manifest.json` says.
+    """The content of `manifest.json`.
 
     Args:
-        spec: the model's facts.
-        precision: of the weights and graphs.
-        graphs: engine -> its graph, for every engine that the export has verified; they read the same weights file. A
-            TensorRT bundle has none, or "tensorrt", from which the plan is compiled.
-        files: path relative to the bundle, with forward slashes -> size and hash; every file but the manifest.
-        versions: library -> version that the bundle was written with.
-        source: what was exported: `name`, and `sha256` of its weights where known.
-        target: what ONNX Runtime's graph is made for.
-        plan: the TensorRT engine, where the bundle has one.
-        missed_bounds: where the export missed its bounds or failed a check and was written all the same
-            (`gte-export --bounds report`), one line each.
+        spec: the facts about the model.
+        precision: the precision of the weights and graphs.
+        graphs: engine -> its graph, for every engine that the export verified; the graphs share one weights file. A
+            TensorRT bundle has none, or "tensorrt", from which the plan was compiled.
+        files: path relative to the bundle, with forward slashes -> size and hash; every file except the manifest.
+        versions: library -> its version at the export.
+        source: the exported checkpoint: its `name`, and the `sha256` of its weights if known.
+        target: the device that ONNX Runtime's graph is for.
+        plan: the TensorRT engine, if the bundle has one.
+        missed_bounds: one line for each bound or check that the export missed, if it wrote the bundle nevertheless
+            (`gte-export --bounds report`).
     """
 
     spec: ModelSpec
@@ -140,8 +146,10 @@ class Manifest:
     missed_bounds: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON data, with a checksum of all the rest."""
+        """The manifest as plain JSON data, with a checksum of its other fields."""
         data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if self.plan is not None:
+            data["plan"] = self.plan.to_json()
         return {**data, "checksum": _checksum(data)}
 
 
@@ -154,7 +162,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check `path`/manifest.json; the files it names are not opened.
 
     Raises:
-        BundleError: no manifest, not JSON, another format or version, or a field of the wrong form.
+        BundleError: the manifest is missing or not JSON, has another format or version, or a field has a wrong form.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
@@ -186,14 +194,14 @@ def verify_bundle(path: Path, manifest: Manifest) -> None:
     """Check that every file of the manifest is there with its size and sha256.
 
     Raises:
-        BundleError: naming the first file that is missing or differs, with both values.
+        BundleError: a file is missing or differs; the message names it and both values.
     """
     for name, entry in manifest.files.items():
         file = path / name
         if file.is_symlink() and not _inside(file, path):
-            raise BundleError(f"{file} is a link that leaves the bundle; a bundle holds its own files.")
+            raise BundleError(f"{file} is a link that points out of the bundle; a bundle must hold its own files.")
         if not file.is_file():
-            raise BundleError(f"{file} is missing, and the manifest names it. Export the bundle again.")
+            raise BundleError(f"{file} is missing, but the manifest names it. Export the bundle again.")
         size = file.stat().st_size
         if size != entry.size:
             raise BundleError(f"{file} has {size:,} bytes, and the manifest says {entry.size:,}. Export it again.")
@@ -210,7 +218,7 @@ def open_bundle(path: Path) -> Manifest:
 
 
 def _checksum(data: Mapping[str, Any]) -> str:
-    # Through JSON and back first, so that what is hashed is what a reader sees: its keys are strings.
+    # Through JSON and back first, so that the hash covers the data as a reader sees them, with strings as keys.
     text = json.dumps(json.loads(json.dumps(data)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -231,16 +239,16 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
         engine: _graph_from_json(data["graphs"][engine], files) for engine in ENGINES if engine in data["graphs"]
     }
     if len(graphs) < len(data["graphs"]):
-        raise ValueError(f"graphs has {', '.join(data['graphs'])}; known are {', '.join(ENGINES)}")
+        raise ValueError(f"graphs has {', '.join(data['graphs'])}; the known engines are {', '.join(ENGINES)}")
     plan = None if data.get("plan") is None else _plan_from_json(data["plan"], files)
     if not graphs and plan is None:
-        raise ValueError("graphs is empty and there is no plan: nothing can be run")
-    # Bundles from before there were targets have none.
+        raise ValueError("graphs is empty and there is no plan, so nothing can run")
+    # Older bundles have no target.
     target = data.get("target", "cpu")
     for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, TARGETS)):
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
-    missed = data.get("missed_bounds", [])  # bundles from before there was a choice have none
+    missed = data.get("missed_bounds", [])  # older bundles do not have it
     if not isinstance(missed, list) or not all(isinstance(line, str) for line in missed):
         raise ValueError(f"missed_bounds must be a list of sentences, not {missed!r}")
     return Manifest(
@@ -260,8 +268,8 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
     for name in ("path", "timing_cache"):
         if data[name] not in files and not (name == "timing_cache" and data[name] is None):
             raise ValueError(f"plan.{name} {data[name]!r} is not among the files")
-    if data["flavour"] not in TENSORRT_FLAVOURS:
-        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_FLAVOURS)}")
+    if data["flavour"] not in TENSORRT_VARIANTS:
+        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_VARIANTS)}")
     for name, value, pattern in (
         ("version", data["version"], r"\d+(\.\d+)+"),
         *(("compute_capabilities", capability, r"\d+\.\d") for capability in data["compute_capabilities"]),
@@ -275,7 +283,7 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
         raise ValueError(f"plan.layers must count layers, not {data['layers']!r}")
     return PlanEntry(
         path=data["path"],
-        flavour=data["flavour"],
+        variant=data["flavour"],
         version=data["version"],
         compute_capabilities=tuple(data["compute_capabilities"]),
         profiles=tuple(
@@ -293,7 +301,7 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
         raise ValueError(f"the graph {data['path']!r} is not among the files")
     computes = tuple(data["computes"])
     if not set(computes) <= set(COMPUTE_PRECISIONS):
-        raise ValueError(f"computes {', '.join(computes)}; known are {', '.join(COMPUTE_PRECISIONS)}")
+        raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(COMPUTE_PRECISIONS)}")
     return GraphEntry(
         path=data["path"],
         opset=int(data["opset"]),
@@ -305,10 +313,10 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
 
 
 def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
-    """The spec of dataclasses.asdict(spec) after a round through JSON.
+    """Rebuild a spec from `dataclasses.asdict(spec)` that was stored as JSON.
 
     Raises:
-        ValueError, TypeError, KeyError: it is not one.
+        ValueError, TypeError, KeyError: the data are not a spec.
     """
     id2label = {int(i): str(label) for i, label in data["id2label"].items()}
     sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
@@ -330,7 +338,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
     if spec.token_types and spec.type_vocab_size < 2:
         raise ValueError(f"spec.token_types is true, and spec.type_vocab_size {spec.type_vocab_size} is below 2")
     if (spec.task == "sparse") > (sparse is not None):
-        raise ValueError("spec.sparse is missing, and the task is sparse")
+        raise ValueError("spec.sparse is missing, though the task is sparse")
     if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
         raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
     return spec

@@ -1,7 +1,7 @@
-"""What logits go through before they are scores, in numpy, and torch's names for it.
+"""Activation functions in numpy that turn logits into scores, and the names of their torch classes.
 
-Checkpoints name an activation by the path of its class, such as "torch.nn.modules.activation.Sigmoid", and construct
-it without arguments. Each function here gives what torch's module of that kind gives: from [N, L] to [N, L].
+A checkpoint names an activation by the path of its class, such as "torch.nn.modules.activation.Sigmoid", and constructs
+it without arguments. Each function here computes the same as the torch module: from [N, L] to [N, L].
 
 Shapes: N inputs, L labels.
 """
@@ -16,20 +16,20 @@ Floats = NDArray[np.float32]
 Activation = Callable[[Floats], Floats]
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
-_SOFTPLUS_THRESHOLD = 20  # torch's: above it softplus is the identity
+_SOFTPLUS_THRESHOLD = 20  # as in torch: above it softplus is the identity
 _SHRINK = 0.5
 _LEAK = 0.01
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def identity(values: Floats) -> Floats:
-    """The values themselves."""
+    """The unchanged values."""
     return values
 
 
 def sigmoid(values: Floats) -> Floats:
-    """Of each element."""
-    # exp of a positive number may overflow; this form never takes one.
+    """1 / (1 + exp(-x)) for each element."""
+    # exp of a positive number may overflow; this form never computes one.
     small = np.exp(-np.abs(values))
     return np.where(values >= 0, 1 / (1 + small), small / (1 + small))
 
@@ -75,10 +75,10 @@ def _selu(values: Floats) -> Floats:
     return np.float32(_SELU_SCALE) * np.where(values > 0, values, below)
 
 
-# Class of torch.nn -> the function. Left out are those that draw at random (RReLU), learn (PReLU), change the shape
-# (GLU) or need arguments (Threshold).
+# Class of torch.nn -> function. Classes are left out that draw at random (RReLU), learn (PReLU), change the shape (GLU)
+# or need arguments (Threshold).
 _BY_CLASS: dict[str, Activation] = {
-    "CELU": _elu,  # with alpha 1 the two are one
+    "CELU": _elu,  # equal with alpha 1
     "ELU": _elu,
     "GELU": _gelu,
     "Hardshrink": lambda x: np.where(np.abs(x) > _SHRINK, x, 0),
@@ -112,10 +112,10 @@ ACTIVATIONS: Mapping[str, Activation] = {name.lower(): function for name, functi
 
 
 def activation_of(dotted_path: str) -> str | None:
-    """The key of `ACTIVATIONS` for the path of a class of torch.nn, in each of its spellings.
+    """The key of `ACTIVATIONS` for the path of a torch.nn class, in any of its spellings.
 
-    None for anything else: a function of torch.nn.functional, which no library constructs, a class that has no
-    function here, or a class of somebody else.
+    It is None for anything else: a function of torch.nn.functional, which no library constructs, a class without a
+    function here, or a class of another package.
     """
     module, _, name = dotted_path.rpartition(".")
     home = "torch.nn.modules.linear" if name == "Identity" else "torch.nn.modules.activation"
@@ -124,7 +124,7 @@ def activation_of(dotted_path: str) -> str | None:
 
 
 def default_activation(activation: str | None, num_labels: int) -> Activation:
-    """What a classifier's logits go through where the caller says nothing: see `ModelSpec.activation`."""
+    """The activation of a classifier if the caller names none: see `ModelSpec.activation`."""
     if activation is None:
         return sigmoid if num_labels == 1 else identity
     return ACTIVATIONS[activation]

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity and its cgroup's quota, not what the host has."""
+"""Counts the CPUs that this process may use: by its affinity and its cgroup's quota, not by the host."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ _PROC_CGROUP = Path("/proc/self/cgroup")
 def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PROC_CGROUP) -> int:
     """CPUs in the affinity mask, bounded by the CPU quota of the cgroup (version 1 or 2) and of its parents.
 
-    A fraction is rounded down, to at least 1: more threads than the quota are stopped for the rest of each period.
+    A fraction is rounded down, to at least 1: with more threads than the quota, all stop for the rest of each period.
     """
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
@@ -37,7 +37,7 @@ def _cgroup_quota(root: Path, proc_cgroup: Path) -> float | None:
 
 
 def _with_parents(mount: Path, path: str) -> list[Path]:
-    """The folder of a cgroup and of its parents; inside a container often only the mount itself exists."""
+    """The folders of a cgroup and of its parents. Inside a container often only the mount itself exists."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     return [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
 

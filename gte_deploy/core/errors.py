@@ -2,7 +2,7 @@
 
 
 class GteDeployError(Exception):
-    """Base of every error that gte-deploy raises on purpose."""
+    """The base class of every error that gte-deploy raises on purpose."""
 
 
 class InputError(GteDeployError, ValueError):
@@ -10,7 +10,7 @@ class InputError(GteDeployError, ValueError):
 
 
 class ConfigError(GteDeployError, ValueError):
-    """A config.json asks for something that this package does not honour, or lacks what it needs."""
+    """A config.json asks for something that this package does not support, or lacks a field that it needs."""
 
 
 class CheckpointError(GteDeployError, ValueError):
@@ -22,7 +22,7 @@ class BundleError(GteDeployError, ValueError):
 
 
 class ExportError(GteDeployError, RuntimeError):
-    """An export could not be completed: a pass did not fire as the architecture requires, or a target refused."""
+    """An export could not be completed: a pass did not match as the architecture requires, or a target refused."""
 
 
 class ParityError(ExportError):
@@ -34,11 +34,11 @@ class BackendError(GteDeployError, RuntimeError):
 
 
 class NonFiniteError(BackendError):
-    """A model produced NaN or Inf; nothing of that batch is returned."""
+    """A model computed NaN or Inf; no result of that batch is returned."""
 
 
 class UnavailableError(BackendError):
-    """A server cannot be reached, is overloaded, or gave no answer in time; the same call may succeed later."""
+    """A server cannot be reached, is overloaded, or did not answer in time; the same call may succeed later."""
 
 
 class MissingDependencyError(GteDeployError, ImportError):

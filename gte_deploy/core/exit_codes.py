@@ -1,4 +1,4 @@
-"""Exit codes of `gte-deploy` and `gte-export`, stated once."""
+"""The exit codes of `gte-deploy` and `gte-export`."""
 
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 
@@ -9,8 +9,8 @@ MISSING_DEPENDENCY = 3
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
-# A bundle that `gte-export --bounds report` wrote with its misses is what was asked for: OK. Scripts find the misses in
-# --json, as `missed_bounds`.
+# `gte-export --bounds report` ends with OK even if bounds are missed, because the user asked for such a bundle. Scripts
+# find the misses in `missed_bounds` of --json.
 HELP = (
     "exit codes: 0 done (with --bounds report also where bounds are missed); 1 a bundle, checkpoint, export or model "
     "failed; 2 wrong usage or bad input; 3 an optional dependency is not installed; 130 interrupted; 141 the reader of "
@@ -19,7 +19,7 @@ HELP = (
 
 
 def exit_code_of(error: GteDeployError) -> int:
-    """The code that a command ends with for one of the package's own errors."""
+    """The exit code of a command that one of the package's own errors ended."""
     if isinstance(error, MissingDependencyError):
         return MISSING_DEPENDENCY
     return USAGE if isinstance(error, InputError) else FAILURE

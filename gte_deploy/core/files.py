@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written aside, synced, renamed, readable by other users."""
+"""Writes files that are either complete or absent: to a temporary file, which is synced and then renamed."""
 
 import hashlib
 import json
@@ -27,15 +27,15 @@ def sha256_file(path: Path) -> str:
 def read_json(
     path: Path, *, error: type[GteDeployError] = CheckpointError, advice: str = "Download the checkpoint again."
 ) -> Any:
-    """Parse a JSON file, or return None where there is none.
+    """Parse a JSON file; return None if there is no file.
 
     Args:
         path: the file.
-        error: the error that says what is wrong with the file; that of a model's checkpoint by default.
-        advice: a sentence for that error: what to do about a file that is not JSON.
+        error: the class of the error to raise; by default that of a model's checkpoint.
+        advice: a sentence for the error message: what to do about a file that is not JSON.
 
     Raises:
-        GteDeployError: an `error`: the file cannot be read, or is not JSON.
+        GteDeployError: the file cannot be read, or is not JSON; it is an instance of `error`.
     """
     try:
         return json.loads(path.read_bytes()) if path.is_file() else None
@@ -51,16 +51,16 @@ def read_json_object(
     """Parse a file that holds a JSON object; return {} where there is no file. Arguments as in `read_json`.
 
     Raises:
-        GteDeployError: an `error`: the file cannot be read, is not JSON, or holds anything else.
+        GteDeployError: the file cannot be read, is not JSON, or holds no object; it is an instance of `error`.
     """
     data = read_json(path, error=error, advice=advice)
     if data is not None and not isinstance(data, dict):
-        raise error(f"{path} must hold a JSON object, and holds {type(data).__name__}")
+        raise error(f"{path} must hold a JSON object; it holds {type(data).__name__}")
     return data or {}
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's own entries, so that a rename in it survives a power cut."""
+    """Flush the entries of a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,7 +69,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file that a library wrote, and make it readable by other users (libraries leave 0600)."""
+    """Flush a file that a library wrote, and make it readable by other users (libraries often set mode 0600)."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     path.chmod(FILE_MODE)
@@ -78,7 +78,7 @@ def sync_file(path: Path) -> None:
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it over `path`.
 
-    A failure or a kill leaves the old file as it was; at worst a `.tmp` file stays beside it.
+    A failure or a kill leaves the old file unchanged; at worst a `.tmp` file stays beside it.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
@@ -108,12 +108,12 @@ def _fill(path: Path, data: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Where this user's files go that can be made again.
+    """The folder for this user's files that can be created again.
 
     Raises:
         OSError: the user has no home folder, and XDG_CACHE_HOME is not set.
     """
-    # A relative XDG_CACHE_HOME is to be ignored, says the XDG base directory specification.
+    # The XDG base directory specification says: ignore a relative XDG_CACHE_HOME.
     asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if asked.is_absolute():
         return asked / "gte-deploy"

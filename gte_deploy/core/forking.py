@@ -1,12 +1,12 @@
-"""What holds for loaded models when the process forks: a child answers, or raises; it never waits for good.
+"""Keeps loaded models usable when the process forks: a child answers or raises an error, and never hangs.
 
-A child has one thread, the one that forked. An engine's other threads are gone, and what they held is held for good. So
+A child has one thread, the one that forked. The other threads of an engine are gone, and their locks stay locked. So
 
-- a fork waits until no engine computes, and none begins meanwhile: nothing is held (`in_use`);
-- in the child each model gives up its engine, untouched, and opens another at its first use (`follow`).
+- a fork waits until no engine computes, and no engine starts meanwhile: then no lock is held (`in_use`);
+- in the child each model leaves its engine untouched and opens another one at its first use (`follow`).
 
-Forks are those of `os.fork`, `os.forkpty` and multiprocessing. A process that is started, as `subprocess` and
-multiprocessing's "spawn" do, inherits nothing.
+This covers `os.fork`, `os.forkpty` and multiprocessing. A process that `subprocess` or multiprocessing's "spawn" starts
+inherits nothing.
 """
 
 import contextlib
@@ -18,37 +18,37 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-# A fork waits no longer for computations to end. A batch on a CPU takes less; what is opened may take more.
+# A fork waits at most so long for computations to end. A batch on a CPU takes less time; opening a model may take more.
 _PATIENCE_S = 10.0
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _OFF = ("", "off", "false", "f", "no", "n", "0")  # as tokenizers reads it
 
 
 class Follower(Protocol):
-    """What has to do something in a forked child."""
+    """An object that has to act in a forked child."""
 
     def after_fork(self, *, idle: bool) -> None:
-        """Called in the child before anything else; `idle` is whether no engine computed at the fork."""
+        """Act in the child, before anything else runs; `idle` says that no engine computed at the fork."""
         ...
 
 
 class _Gate:
-    """Computations pass many at once; a fork, when none is inside."""
+    """Lets many computations in at once, and a fork only while no computation is inside."""
 
     def __init__(self) -> None:
         self.followers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._inside: dict[int, int] = {}  # thread -> how often
+        self._inside: dict[int, int] = {}  # thread -> nesting depth
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        # A signal handler may fork while its own thread is in here: an RLock, which Condition takes by default.
+        # A signal handler may fork while its own thread holds the lock, so it is an RLock: Condition's default.
         self._changed = threading.Condition()
         self._forks = 0
         self._idle = True
 
     def enter(self) -> None:
-        if self._pid != os.getpid():  # C code forked, and told nobody
+        if self._pid != os.getpid():  # C code forked without Python's hooks
             self.after_in_child()
         me = threading.get_ident()
         with self._changed:
@@ -82,7 +82,7 @@ class _Gate:
         self._inside = {thread: depth for thread, depth in self._inside.items() if thread == me}
         self._reset()
         if "tokenizers" in sys.modules and os.environ.get(_PARALLELISM, "").lower() not in _OFF:
-            # Its threads are gone. It sees to this itself only where the variable is not set.
+            # The threads of tokenizers are gone. It switches them off by itself only if the variable is not set.
             os.environ[_PARALLELISM] = "false"
         for follower in list(self.followers):
             follower.after_fork(idle=idle)
@@ -95,7 +95,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def in_use() -> Iterator[None]:
-    """Around what an engine does: no other thread forks in the midst of it. It may be nested."""
+    """A `with` block for the work of an engine: no other thread forks inside it. Blocks may be nested."""
     _gate.enter()
     try:
         yield
@@ -104,10 +104,10 @@ def in_use() -> Iterator[None]:
 
 
 def follow(follower: Follower) -> None:
-    """Call `follower.after_fork` in every forked child; it is held weakly."""
+    """Call `follower.after_fork` in every forked child. The reference to `follower` is weak."""
     _gate.followers.add(follower)
 
 
 def keep_for_good(engine: object) -> None:
-    """Never free an engine that a child has inherited: it would wait for the end of threads that are not there."""
+    """Never free an engine that a child inherited: freeing it would wait for threads that do not exist."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))

@@ -1,6 +1,7 @@
-"""What the libraries underneath would do unasked: tell their makers, start processes, write into the home folder.
+"""Stops libraries from sending telemetry, starting processes and writing into the home folder.
 
-`import gte_deploy` turns off what a variable turns off; the rest is done where such a library is imported.
+`import gte_deploy` sets the variables that turn this off. For libraries without a variable, the code that imports them
+uses the functions of this module.
 """
 
 import contextlib
@@ -15,28 +16,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _TELEMETRY_OFF = {
-    # From 1.29 on, ONNX Runtime for Linux tells Microsoft of its sessions (names and hashes of models, the device),
-    # unless this is set before it is imported.
+    # From 1.29 on, ONNX Runtime for Linux sends facts about its sessions (names and hashes of models, the device) to
+    # Microsoft, unless this variable is set before the import.
     "ORT_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-# Each makes its folder as it is imported: in the folder for temporary files under the user's name, which an unknown
-# user does not have, and in ~/.config.
+# Each library creates a folder when it is imported: PyTorch in the folder for temporary files, under the user's name,
+# which an unknown user does not have; Matplotlib in ~/.config.
 _CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "MPLCONFIGDIR": "matplotlib"}
 _OPENVINO_TELEMETRY = "openvino_telemetry"
 
 
 def turn_off_telemetry() -> None:
-    """Set the variables that turn telemetry off; what the user has set stays."""
+    """Set the variables that turn telemetry off. Variables that the user set stay unchanged."""
     for name, value in _TELEMETRY_OFF.items():
         os.environ.setdefault(name, value)
 
 
 def keep_caches_in_ours() -> None:
-    """Let PyTorch and Matplotlib make their caches in ours; to be called before either is imported.
+    """Put the caches of PyTorch and Matplotlib into ours; call it before either is imported.
 
-    Without a home folder, or where it cannot be written, that is a temporary folder, gone at the end of the process.
-    What the user has set stays.
+    If there is no writable home folder, the caches go into a temporary folder that is removed when the process ends.
+    Variables that the user set stay unchanged.
     """
     missing = [variable for variable in _CACHES if variable not in os.environ]
     folder = _writable_folder() if missing else None
@@ -47,15 +48,15 @@ def keep_caches_in_ours() -> None:
 
 @contextlib.contextmanager
 def without_openvino_telemetry() -> Iterator[None]:
-    """Around the first import of openvino or nncf in a process: it is silent from then on.
+    """A `with` block for the first import of openvino or nncf, which then send no telemetry in this process.
 
     `import openvino` sends an event: it looks up an analytics host, forks, and writes an id into the home folder. It
-    does without where the package openvino_telemetry is not installed, and so it seems to be in here. A user's own
-    import of that package before or after is not affected.
+    sends nothing if the package openvino_telemetry is not installed; inside this block that seems to be the case. The
+    user's own imports of that package, before or after, are not affected.
     """
     absent = object()
     known: Any = sys.modules.get(_OPENVINO_TELEMETRY, absent)
-    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    sys.modules[_OPENVINO_TELEMETRY] = None  # type: ignore[assignment]  # so that Python finds no such module
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a model offers, in plain data: the same facts for a bundle and for a checkpoint."""
+"""The facts about a model as plain data, the same for a bundle and for a checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 Task = Literal["fill-mask", "embed", "classify", "token-classify", "sparse"]
 Pooling = Literal["mean", "cls"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
-"""How two embeddings are compared, under sentence-transformers' names."""
+"""The function that compares two embeddings, under its name in sentence-transformers."""
 Logits = Literal["masked", "all"]
 SparseHead = Literal["splade", "token-weights"]
 SparseActivation = Literal["relu", "log1p_relu"]
@@ -15,20 +15,20 @@ SparsePooling = Literal["max", "sum"]
 SparseRoute = Literal["query", "document"]
 Engine = Literal["onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight"]
-"""What a bundle's weights and graphs are made for."""
+"""The precision of a bundle's weights and graphs."""
 Target = Literal["cpu", "cuda"]
-"""What ONNX Runtime's graph is made for."""
-TensorRTFlavour = Literal["tensorrt", "tensorrt-rtx"]
+"""The device that ONNX Runtime's graph is for."""
+TensorRTVariant = Literal["tensorrt", "tensorrt-rtx"]
 ComputePrecision = Literal["fp32", "bf16"]
-"""What an engine computes in wherever the graph leaves it the choice."""
+"""The precision that an engine computes in if the graph leaves it the choice."""
 BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt"]
-"""What runs a model, as `gte_deploy.load` takes it."""
+"""The backend that runs a model, as `gte_deploy.load` takes it."""
 BundleBackend = Literal["onnx", "openvino", "tensorrt"]
-"""What can run a bundle."""
+"""The backends that can run a bundle."""
 EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-"""Types of sentence embeddings, under sentence-transformers' names."""
+"""The data type of sentence embeddings, under its name in sentence-transformers."""
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
-"""How tokens with one label are joined, under the names of transformers' pipeline."""
+"""How neighbouring tokens with one label are joined, under its name in transformers' pipeline."""
 
 TASKS: tuple[Task, ...] = get_args(Task)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -41,7 +41,7 @@ SPARSE_ROUTES: tuple[SparseRoute, ...] = get_args(SparseRoute)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TARGETS: tuple[Target, ...] = get_args(Target)
-TENSORRT_FLAVOURS: tuple[TensorRTFlavour, ...] = get_args(TensorRTFlavour)
+TENSORRT_VARIANTS: tuple[TensorRTVariant, ...] = get_args(TensorRTVariant)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 BUNDLE_BACKENDS: tuple[BundleBackend, ...] = get_args(BundleBackend)
@@ -65,9 +65,9 @@ def is_packed(inputs: Iterable[TensorSpec]) -> bool:
 
 @dataclass(frozen=True)
 class Profile:
-    """One optimisation profile of a TensorRT engine: the (batch, sequence) that it takes, kernels tuned at `opt`.
+    """One optimisation profile of a TensorRT engine: the range of (batch, sequence) that it takes.
 
-    Of a padding-free engine, (texts, tokens of all).
+    Kernels are tuned for `opt`. For a padding-free engine the pairs are (texts, tokens of all texts).
     """
 
     min: tuple[int, int]
@@ -92,19 +92,19 @@ class Profile:
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """How sparse embeddings are made; a vector has a weight for each entry of the vocabulary.
+    """How a model computes sparse embeddings: vectors with a weight for each entry of the vocabulary.
 
     Args:
         head: "splade" pools the masked-LM logits of all tokens; "token-weights" gives each token one weight.
-        activation: before the logarithm of a splade head: "relu" for log1p(relu(x)), "log1p_relu" for
-            log1p(log1p(relu(x))). A token-weights head knows "relu" alone, and takes no logarithm.
-        pooling: over the tokens, "max" or "sum".
-        query_weights: path of the weights that a query's tokens get without the model, float32 [vocabulary], relative
-            to the folder; None where queries go through the model as documents do.
-        default_route: how a text is encoded that is said to be neither a query nor a document, where the two differ;
-            None where that must be said.
-        max_active_dims: entries that a vector keeps, the heaviest; None for all.
-        unweighted: token ids that never have a weight, of a token-weights head.
+        activation: of a splade head, "relu" for log1p(relu(x)) or "log1p_relu" for log1p(log1p(relu(x))). A
+            token-weights head has only "relu", without a logarithm.
+        pooling: the pooling over the tokens, "max" or "sum".
+        query_weights: path, relative to the folder, of the weights that the tokens of a query get without the model,
+            float32 [vocabulary]; None if queries go through the model, as documents do.
+        default_route: whether a text counts as a query or a document if the caller does not say; None if the caller
+            must say it.
+        max_active_dims: number of entries that a vector keeps, the heaviest; None for all.
+        unweighted: token ids that never have a weight, for a token-weights head.
     """
 
     head: SparseHead
@@ -118,29 +118,29 @@ class SparseSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The facts that the runtime needs of a model, whatever runs it.
+    """The facts about a model that the runtime needs, whatever engine runs it.
 
     Args:
-        task: what the head computes.
+        task: the task that the head is for.
         max_length: longest input in tokens, special tokens included.
         vocab_size: rows of the word embedding (padded); ids at or above it are refused.
         hidden_size: width of the hidden states.
         pad_token_id: id that fills short rows.
         pooling: how `encode` pools; "mean" or "cls".
-        logits: "masked" where the graph takes mask_positions, "all" for the classical graph (fill-mask only).
-        num_labels: labels of a classifier, 0 otherwise.
-        id2label: label names of a classifier.
-        prompts: name -> text put before an input, as sentence-transformers' config has them.
-        default_prompt_name: the prompt used where the caller names none.
+        logits: "masked" if the graph takes mask_positions, "all" if it computes every token's logits (fill-mask only).
+        num_labels: number of labels of a classifier, 0 otherwise.
+        id2label: names of the labels of a classifier.
+        prompts: name -> text put before an input, as in sentence-transformers' config.
+        default_prompt_name: the prompt to use if the caller names none.
         normalize: whether the checkpoint's own modules end in a Normalize step.
-        token_types: whether the model is fed the token types that its tokenizer gives: 1 for the second text of a pair.
-        type_vocab_size: token types that the model knows; ids at or above it are refused. 0 or 1: it does not tell any.
-        embedding_size: width of the sentence embedding where Dense modules follow the pooling; None for `hidden_size`.
+        token_types: whether the model takes the token types of its tokenizer: 1 for the second text of a pair.
+        type_vocab_size: number of token types; ids at or above it are refused. With 0 or 1 the model has no types.
+        embedding_size: width of the sentence embedding if Dense modules follow the pooling; None for `hidden_size`.
         truncate_dim: leading dimensions that the checkpoint's own configuration keeps; None for all.
-        similarity: how the checkpoint's embeddings are meant to be compared; None of a model that has none.
-        activation: what a classifier's logits go through by default, a key of `activations.ACTIVATIONS`; None for the
-            sigmoid of one label, and nothing for several.
-        sparse: how sparse embeddings are made, where the model is for them.
+        similarity: the function that compares the checkpoint's embeddings; None if the model has none.
+        activation: a classifier's default activation, a key of `activations.ACTIVATIONS`; None for the sigmoid of one
+            label, and no activation for several.
+        sparse: how the model computes sparse embeddings; None if it has none.
     """
 
     task: Task
@@ -165,7 +165,7 @@ class ModelSpec:
 
     @property
     def embedding_width(self) -> int:
-        """Dimensions of a sentence embedding, before any is left out."""
+        """Dimensions of a sentence embedding, before any truncation."""
         return self.embedding_size or self.hidden_size
 
     @property
@@ -175,7 +175,7 @@ class ModelSpec:
 
 
 def head_task(task: Task, sparse: SparseSpec | None) -> Task:
-    """The task whose head a model has: a sparse model pools that of fill-mask or of token-classify."""
+    """The task whose head a model has: a sparse model has the head of fill-mask or of token-classify."""
     if task != "sparse" or sparse is None:
         return task
     return "fill-mask" if sparse.head == "splade" else "token-classify"

@@ -1,6 +1,7 @@
-"""Inputs into token ids, and those into rectangular batches that waste little on padding.
+"""Tokenises inputs and groups their rows into rectangular batches with little padding.
 
-Both are sorted by length, so that neighbours differ little; results are put back in the caller's order by index.
+Inputs and rows are sorted by length, so that the rows of a batch differ little. Indices put the results back into the
+caller's order.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 
-# Padding that a batch may hold, as a share of the token budget: what one more call costs. With the budget of a CPU that
-# is 25 tokens; a call was measured to cost as much as 18 (INT8) to 30 (tiny) of them.
+# Padding that a batch may hold, as a share of the token budget. It is the cost of one more call: 25 tokens with the
+# budget of a CPU, where a call was measured to cost as much as 18 (INT8) to 30 (tiny) tokens.
 _PADDING_SHARE = 1 / 40
-# Inputs tokenised at once, while the model runs on those before.
+# Inputs tokenised at once, while the model runs on the inputs before them.
 _WINDOW = 512
 
 
@@ -26,7 +27,7 @@ class TypedRow(list[int]):
     __slots__ = ("type_runs",)
 
     type_runs: Sequence[tuple[int, int]]
-    """(type, how many tokens in a row have it), from the first token to the last."""
+    """(type, number of consecutive tokens with it), from the first token to the last."""
 
     def __init__(self, ids: Iterable[int], type_runs: Sequence[tuple[int, int]]) -> None:
         super().__init__(ids)
@@ -35,12 +36,12 @@ class TypedRow(list[int]):
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Bounds on one batch; a single row is always admitted.
+    """Bounds on one batch; a batch of one row is always allowed.
 
     Args:
-        max_rows: rows.
-        max_tokens: rows times the longest row, padding included.
-        max_square: rows times the square of the longest row, which is what attention costs.
+        max_rows: the most rows.
+        max_tokens: the most tokens, padding included: rows times the longest row.
+        max_square: the most rows times the square of the longest row: the cost of attention.
     """
 
     max_rows: int
@@ -51,11 +52,11 @@ class BatchLimits:
 def token_batches(
     sizes: Sequence[float], tokenize: Callable[[list[int]], list[list[int]]], limits: BatchLimits
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Indices and token ids of the rows of each batch, for inputs of roughly these `sizes`; every index comes once.
+    """Indices and token ids of the rows of each batch, for inputs of roughly these `sizes`; every index occurs once.
 
-    `tokenize` gives the token ids of the inputs with some indices. It is asked for the largest inputs first, and in a
-    thread for those of later batches while the caller runs the earlier ones: the model does not wait for it, and
-    what is refused for its length is refused before other work is lost.
+    `tokenize` returns the token ids of the inputs with given indices. The largest inputs come first, so that an input
+    that is too long is refused before other work is done. A thread tokenises the inputs of later batches while the
+    caller runs the earlier ones, so that the model does not wait.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     windows = [order[start : start + _WINDOW] for start in range(0, len(order), _WINDOW)]
@@ -69,7 +70,7 @@ def token_batches(
 
 
 def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[int]]:
-    """Indices of the rows of each batch, longest rows first; every index comes once."""
+    """Indices of the rows of each batch, longest rows first; every index occurs once."""
     group: list[int] = []
     longest = real = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -91,9 +92,9 @@ def collate(
 
     Args:
         rows: token ids; a `TypedRow` has types other than 0.
-        pad_token_id: fills short rows; its type is 0.
-        mask_token_id: the places that hold it are listed, row by row; None for no list.
-        token_types: whether the batch is to have the types, for a model that is fed them.
+        pad_token_id: the id that fills short rows; its type is 0.
+        mask_token_id: the id whose positions the batch lists, row by row; None for no list.
+        token_types: whether the batch gets token types, for a model that takes them.
     """
     lengths = np.array([len(row) for row in rows])
     attention_mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What callers hand in, checked before any work: texts, pairs, integers. A message names the index and the limit."""
+"""Checks the texts, pairs and integers of a caller before any work. A message names the index and the limit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from gte_deploy.core.errors import InputError
 
 MAX_TEXT_BYTES = 4 << 20
-"""Longest text in UTF-8 bytes, prompt included. Tokenising costs about a second a megabyte, before anything is cut."""
+"""Longest text in UTF-8 bytes, prompt included. Tokenising takes about a second per megabyte, before truncation."""
 MAX_BATCH_SIZE = 65_536
 MAX_BATCH_TOKENS = 1 << 24
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
-    """`value` where it is an integer in [low, high].
+    """Return `value` if it is an integer in [low, high].
 
     Raises:
         InputError: it is not; booleans are not integers here.
@@ -25,10 +25,11 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def as_texts(inputs: Any, *, name: str = "inputs", prompt: str = "") -> tuple[list[str], bool]:
-    """The texts with `prompt` before each, and whether a single one was given.
+    """The texts with `prompt` before each, and whether the input was a single text.
 
     Raises:
-        InputError: not a text or a non-empty sequence of texts; a text over MAX_TEXT_BYTES or with a lone surrogate.
+        InputError: `inputs` is not a text or a non-empty sequence of texts; a text is longer than MAX_TEXT_BYTES or has
+            a lone surrogate.
     """
     if isinstance(inputs, str):
         return [_checked_text(prompt + inputs, f"{name} (one text)")], True
@@ -39,10 +40,10 @@ def as_words(inputs: Any) -> list[list[str]]:
     """The words of each text; a flat sequence of words is one text.
 
     Raises:
-        InputError: not a non-empty sequence of words or of such sequences; a text that `as_texts` refuses.
+        InputError: `inputs` is not a non-empty sequence of words or of such sequences; `as_texts` refuses a text.
     """
     if isinstance(inputs, str):
-        raise InputError("inputs is one text, and with is_split_into_words a text is a list of its words")
+        raise InputError("inputs is one text; with is_split_into_words a text must be a list of its words")
     items = _as_list(inputs, "inputs")
     if isinstance(items[0], str):
         return [as_texts(items)[0]]
@@ -50,13 +51,13 @@ def as_words(inputs: Any) -> list[list[str]]:
 
 
 def as_pairs(inputs: Any, *, prompt: str = "") -> tuple[list[tuple[str, ...]], bool]:
-    """Each input as a tuple of one or two texts, and whether a single one was given, as CrossEncoder reads them.
+    """Each input as a tuple of one or two texts, and whether there was a single input, as CrossEncoder reads them.
 
-    A text is one input, and so is a flat sequence of two texts (a pair); a sequence of sequences is a batch. `prompt`
-    is put before the first text of each.
+    A text is one input, and so is a flat sequence of two texts (a pair). A sequence of sequences is a batch. `prompt`
+    is put before the first text of each input.
 
     Raises:
-        InputError: another form, or a text that `as_texts` refuses.
+        InputError: the input has another form, or `as_texts` refuses a text.
     """
     if isinstance(inputs, str):
         return [(_checked_text(prompt + inputs, "inputs (one text)"),)], True
@@ -95,7 +96,7 @@ def _prompted(text: Any, prompt: str, where: str) -> str:
 
 
 def _checked_text(text: str, where: str) -> str:
-    # A text has at least as many bytes as characters: an oversized one is refused before it is copied.
+    # A text has at least as many bytes as characters, so an oversized text is refused before it is copied.
     if len(text) > MAX_TEXT_BYTES:
         raise InputError(_too_long(where, f"{len(text):,} characters"))
     try:

@@ -1,7 +1,7 @@
-"""Texts to token ids and back, on the `tokenizers` library alone.
+"""Converts texts to token ids and back, with the `tokenizers` library only.
 
-The shared `tokenizers.Tokenizer` is never told to truncate or pad: such settings belong to the object, and threads
-that set them differently get each other's lengths without an error. Ids are cut here, special tokens kept.
+The shared `tokenizers.Tokenizer` never truncates or pads. Such settings belong to the object, so threads with different
+settings would get each other's lengths without an error. This module truncates the ids and keeps the special tokens.
 """
 
 import json
@@ -26,12 +26,12 @@ from gte_deploy.text.inputs import check_integer
 
 logger = logging.getLogger(__name__)
 
-# A first look at a long text takes this many characters for each token wanted: English has 4 to 5.
+# The first attempt on a long text takes this many characters for each wanted token; English has 4 to 5.
 _CHARS_PER_TOKEN = 8
 _LOOK_AHEAD_GROWTH = 4
-# Words at the end of a look-ahead that the cut may have changed: "[MASK]" cut in two becomes up to three words.
+# Words at the end of the tokenised part that the cut may have changed: half of "[MASK]" is up to three words.
 _UNSAFE_WORDS = 8
-# Unicode's last code point, which it assigns to nothing.
+# Unicode's last code point, which is no character.
 _NO_CHARACTER = "\U0010ffff"
 
 
@@ -39,8 +39,8 @@ _NO_CHARACTER = "\U0010ffff"
 class Template:
     """Special tokens around one text (`prefix` A `suffix`) and a pair (`prefix` A `middle` B `pair_suffix`).
 
-    `types` are those of `prefix`, A and `suffix`: one for each special token, and one for all of A. `pair_types` are
-    those of `prefix`, A, `middle`, B and `pair_suffix`.
+    `types` are the token types of `prefix`, A and `suffix`: one for each special token, and one for all of A.
+    `pair_types` are the token types of `prefix`, A, `middle`, B and `pair_suffix`.
     """
 
     prefix: tuple[int, ...]
@@ -51,7 +51,7 @@ class Template:
     pair_types: tuple[tuple[int, ...], ...] = ((), (0,), (), (0,), ())
 
     def row(self, *texts: Sequence[int]) -> list[int]:
-        """Token ids of one or two texts with the special tokens; a `TypedRow` where not every type is 0."""
+        """Token ids of one or two texts with the special tokens; a `TypedRow` if not every type is 0."""
         parts: tuple[Sequence[int], ...] = (self.prefix, texts[0], self.suffix)
         types = self.types
         if len(texts) == 2:
@@ -65,15 +65,15 @@ class Template:
 
 @dataclass(frozen=True)
 class Piece:
-    """A text's tokens with their places, or those of one window of it.
+    """The tokens of a text, or of one window of a text, with their places.
 
     Args:
-        index: number of the text.
+        index: the number of the text.
         ids: token ids, special tokens included.
-        first: place of the first token that is not special; those of the text are in a row.
-        offsets: [T, 2] int64, where in the text each of its T tokens begins and ends, in characters; in its word where
-            the text came as words.
-        words: [T] int64, which word each token belongs to; None where the text did not come as words.
+        first: the place of the first token of the text; its tokens follow one another without special tokens.
+        offsets: [T, 2] int64, the characters at which each of the T tokens begins and ends: in the text, or in the word
+            if the text was given as words.
+        words: [T] int64, the number of the word that each token belongs to; None if the text was not given as words.
     """
 
     index: int
@@ -89,7 +89,7 @@ class Piece:
 
 
 class TextTokenizer:
-    """A checkpoint's tokenizer. Nothing in it changes after construction, so threads may share it."""
+    """The tokenizer of a checkpoint. It never changes after construction, so threads may share it."""
 
     def __init__(
         self,
@@ -100,9 +100,9 @@ class TextTokenizer:
         clean_up: bool,
         truncation_side: str = "right",
     ) -> None:
-        """Take over `tokenizer`, whose stored truncation and padding are switched off.
+        """Take over `tokenizer` and switch off its stored truncation and padding.
 
-        `truncation_side` says where a text that is too long loses tokens: at its end ("right") or its beginning.
+        `truncation_side` is the side where a text that is too long loses tokens: its end ("right") or its beginning.
         """
         if truncation_side not in ("right", "left"):
             raise CheckpointError(f"truncation_side is {truncation_side!r}; expected 'right' or 'left'")
@@ -120,19 +120,19 @@ class TextTokenizer:
 
     @property
     def min_length(self) -> int:
-        """Fewest tokens that `max_length` may ask of a text: its special tokens and one of its own."""
+        """The least `max_length` for a text: its special tokens and one token of its own."""
         return self._num_special(1) + 1
 
     @property
     def min_pair_length(self) -> int:
-        """Fewest tokens that `max_length` may ask of a pair: its special tokens and one of each text."""
+        """The least `max_length` for a pair: its special tokens and one token of each text."""
         return self._num_special(2) + 2
 
     def check_types(self, type_vocab_size: int) -> None:
-        """Check that a model of so many token types knows all that the template gives.
+        """Check that a model with so many token types knows every type in the template.
 
         Raises:
-            CheckpointError: it does not.
+            CheckpointError: the model lacks a type.
         """
         given = max(max(part, default=0) for part in (*self.template.types, *self.template.pair_types))
         if given >= type_vocab_size:
@@ -143,34 +143,34 @@ class TextTokenizer:
 
     @cached_property
     def unknown_token_id(self) -> int | None:
-        """Id of what is not in the vocabulary; None where the model of the tokenizer has none."""
+        """Id for text that is not in the vocabulary; None if the tokenizer's model has none."""
         token = getattr(self._tokenizer.model, "unk_token", None)
         if token is not None:
             return self.token_to_id(token)
-        # A Unigram model tells it in its file alone.
+        # A Unigram model gives it only in its file.
         found = json.loads(self._tokenizer.to_str())["model"].get("unk_id")
         return found if type(found) is int else None
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a vocabulary entry, or None where it is none."""
+        """Id of a vocabulary entry; None if the vocabulary does not have it."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
     def known_or_unknown_id(self, token: str) -> int | None:
-        """As transformers' convert_tokens_to_ids: the id of [UNK] where the vocabulary has no such entry."""
+        """The id of a token, or of [UNK] if the vocabulary lacks it, as in transformers' convert_tokens_to_ids."""
         found = self.token_to_id(token)
         return self.unknown_token_id if found is None else found
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The vocabulary entry of an id, as the vocabulary has it; None where the id only pads the embedding."""
+        """The vocabulary entry of an id; None if the id only pads the embedding."""
         found: str | None = self._tokenizer.id_to_token(token_id)
         return found
 
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
-        """[vocab_size] bool: which ids have a token. The rows that pad the embedding have none.
+        """[vocab_size] bool: whether each id has a token. Rows that pad the embedding have none.
 
         Raises:
-            CheckpointError: the tokenizer has an id that the model has no row for.
+            CheckpointError: the tokenizer has an id without a row in the model.
         """
         ids = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), dtype=np.int64)
         if ids.max() >= vocab_size:
@@ -187,10 +187,10 @@ class TextTokenizer:
     ) -> list[list[int]]:
         """Token ids of each text, special tokens included, at most `max_length` of them; see `Template.row`.
 
-        `indices` are the caller's numbers of the texts, for errors.
+        `indices` are the numbers of the texts in the caller's list, for errors.
 
         Raises:
-            InputError: a text has more tokens and `truncation` is off; it names the index, the count and the limit.
+            InputError: a text has more tokens and `truncation` is off; the message names the index, count and limit.
         """
         template = self.template
         budget = max_length - self._num_special(1)
@@ -210,7 +210,7 @@ class TextTokenizer:
         max_length: int,
         truncation: bool,
     ) -> list[list[int]]:
-        """Token ids of each single text or pair; a pair that is too long loses tokens of its longer text first.
+        """Token ids of each text or pair. A pair that is too long loses tokens of its longer text first.
 
         Raises:
             InputError: as `encode_texts`.
@@ -239,13 +239,13 @@ class TextTokenizer:
         truncation: bool,
         stride: int | None = None,
     ) -> list[Piece]:
-        """The tokens of each text with their places in it. A text may come as a list of words.
+        """The tokens of each text with their places in it. A text may be a list of words.
 
-        With `stride` a text that is too long is cut into windows, each of which repeats so many tokens of the one
-        before; without, it has one piece.
+        With `stride`, a text that is too long is cut into windows; each window repeats so many tokens of the one
+        before. Without `stride`, a text has one piece.
 
         Raises:
-            InputError: as `encode_texts`; `stride` leaves a window no token of its own.
+            InputError: as `encode_texts`; or `stride` leaves no new token for a window.
         """
         budget = max_length - self._num_special(1)
         if stride is not None:
@@ -263,7 +263,7 @@ class TextTokenizer:
     def _encodings(
         self, texts: Sequence[str] | Sequence[Sequence[str]], budget: int | None
     ) -> Iterator[tuple[Any, int, bool]]:
-        """Encoding of each text without special tokens, how many of its tokens are right, and whether they are all."""
+        """For each text: its encoding without special tokens, the number of valid tokens, and whether they are all."""
         for text in texts:
             if isinstance(text, str) and budget is not None and len(text) > self._look_ahead(budget):
                 found = next((found for found in self._beginnings(text, budget) if found[1] > budget), None)
@@ -286,25 +286,25 @@ class TextTokenizer:
 
     @cached_property
     def marks_subwords(self) -> bool:
-        """Whether a token says that it continues a word, as WordPiece's "##" does."""
+        """Whether tokens mark that they continue a word, as with WordPiece's "##"."""
         return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
 
     @cached_property
     def unk_token_id(self) -> int | None:
-        """The id that stands for what is not in the vocabulary; None where the model has none."""
+        """The id for text that is not in the vocabulary; None if the model has none."""
         name = getattr(self._tokenizer.model, "unk_token", None)
         if name is not None:
             return self._id(name)
-        # Unigram does not say which it is, but gives it to a character that no vocabulary holds.
+        # Unigram does not name the id, but returns it for a character that no vocabulary holds.
         found = self._tokenizer.model.tokenize(_NO_CHARACTER)
         return int(found[0].id) if len(found) == 1 else None
 
     def token(self, token_id: int) -> str:
-        """The token itself, marks and all."""
+        """The token as the vocabulary has it, with its marks."""
         return str(self._tokenizer.id_to_token(token_id))
 
     def joined_tokens(self, tokens: Sequence[str]) -> str:
-        """The text of tokens, as transformers' `convert_tokens_to_string` makes it."""
+        """The text of tokens, as from transformers' `convert_tokens_to_string`."""
         decoder = self._tokenizer.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
@@ -316,11 +316,11 @@ class TextTokenizer:
     def target_ids(self, targets: Sequence[str]) -> list[int]:
         """Ids of the target words, each once, in the order given.
 
-        A word that is not in the vocabulary stands for its first piece, and one without any piece for nothing; each
-        is told by a warning, as transformers' fill-mask pipeline does.
+        If a word is not in the vocabulary, its first piece is used; a word without any piece is ignored. Either gives a
+        warning, as in transformers' fill-mask pipeline.
 
         Raises:
-            InputError: no target is left.
+            InputError: no target has a token.
         """
         ids = [token_id for target in targets if (token_id := self._target_id(target)) is not None]
         if not ids:
@@ -349,7 +349,7 @@ class TextTokenizer:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
 
     def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
-        """Ids of each text without special tokens, and whether they are all: a long text may stop above `budget`."""
+        """Ids of each text without special tokens, and whether they are all the ids of the text."""
         look_ahead = self._look_ahead(budget)
         short = [text for text in texts if len(text) <= look_ahead]
         encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
@@ -359,28 +359,30 @@ class TextTokenizer:
         ]
 
     def _look_ahead(self, budget: int) -> float:
-        """Characters up to which a text is tokenised whole; only its end says which tokens are its last."""
+        """The most characters of a text that is tokenised whole; there is no limit if the last tokens are kept."""
         return math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
 
     def _cut(self, parts: list[list[int]], budget: int) -> list[list[int]]:
-        """One text or two, with no more tokens than `budget`."""
+        """The ids of one or two texts, cut to `budget` tokens."""
         sizes = (budget,) if len(parts) == 1 else _longest_first(len(parts[0]), len(parts[1]), budget)
         if self._cuts_left:
             return [ids[max(0, len(ids) - size) :] for ids, size in zip(parts, sizes, strict=True)]
         return [ids[:size] for ids, size in zip(parts, sizes, strict=True)]
 
     def _encode_long(self, text: str, budget: int) -> tuple[list[int], bool]:
-        """Tokenise ever longer beginnings of `text` until one holds more than `budget` tokens that no cut changed."""
+        """Tokenise longer and longer beginnings of `text` until one has enough tokens that no cut changed."""
         for encoding, safe in self._beginnings(text, budget):
             if safe > budget:
                 return encoding.ids[:safe], False
         return self._encode(text).ids, True
 
     def _beginnings(self, text: str, budget: int) -> Iterator[tuple[Any, int]]:
-        """Encodings of ever longer beginnings of `text`, and how many of their tokens no cut changed."""
+        """Encodings of longer and longer beginnings of `text`, and the number of their tokens that no cut changed."""
         size = _CHARS_PER_TOKEN * budget
         while size < len(text):
-            encoding = self._tokenizer.encode(text[:size], add_special_tokens=False)  # the fast one gives no word ids
+            encoding = self._tokenizer.encode(
+                text[:size], add_special_tokens=False
+            )  # encode_batch_fast gives no word ids
             words = [word or 0 for word in encoding.word_ids]
             last_safe = (words[-1] if words else 0) - _UNSAFE_WORDS
             yield encoding, bisect_right(words, last_safe)
@@ -394,10 +396,10 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer of a checkpoint or bundle folder.
+    """Load the tokenizer of a checkpoint or bundle folder.
 
     Raises:
-        CheckpointError: tokenizer.json is missing or unreadable, or the special tokens are not what it holds.
+        CheckpointError: tokenizer.json is missing or unreadable, or lacks the special tokens.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -407,11 +409,11 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises plain Exception for every malformed file
+    except Exception as error:  # the Rust library raises Exception for every malformed file
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
     config = read_json_object(folder / "tokenizer_config.json")
     if tokenizer.decoder is None and str(config.get("tokenizer_class")).startswith("Bert"):
-        tokenizer.decoder = decoders.WordPiece(prefix="##")  # which that class of transformers brings along
+        tokenizer.decoder = decoders.WordPiece(prefix="##")  # the default of that class in transformers
     special = {**read_json_object(folder / "special_tokens_map.json"), **config}
     pad_token = _content(special.get("pad_token"))
     if pad_token is None:
@@ -426,18 +428,18 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def checked_max_length(value: int | None, *, low: int, limit: int) -> int:
-    """The caller's `max_length`, or the model's own `limit` where none is given."""
+    """The caller's `max_length`, or the model's own `limit` if the caller gives none."""
     return limit if value is None else check_integer("max_length", value, low, limit)
 
 
 def _content(token: Any) -> str | None:
-    # Either plain text or AddedToken's fields.
+    # A token is a string, or the fields of an AddedToken.
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None
 
 
 def _template(tokenizer: Tokenizer, pad_token: str) -> Template:
-    """Find the special tokens by looking where the post-processor puts a marker: the pad token, which no text holds."""
+    """Find the special tokens: encode a marker, the pad token, and read what the post-processor puts around it."""
     marker = tokenizer.token_to_id(pad_token)
     encoded, encoded_pair = tokenizer.encode(pad_token), tokenizer.encode(pad_token, pad_token)
     single, types = encoded.ids, encoded.type_ids
@@ -449,8 +451,8 @@ def _template(tokenizer: Tokenizer, pad_token: str) -> Template:
     second = pair.index(marker, first + 1)
     if pair[:first] != single[:at]:
         raise CheckpointError(
-            f"tokenizer.json puts the tokens {single[:at]} before one text and {pair[:first]} before a pair; only the "
-            "same before both are supported"
+            f"tokenizer.json puts the tokens {single[:at]} before one text and {pair[:first]} before a pair; only "
+            "tokenizers with the same tokens before both are supported"
         )
     return Template(
         prefix=tuple(single[:at]),
@@ -468,7 +470,7 @@ def _split(values: Sequence[int], *places: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _runs(parts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(type, count) of consecutive tokens; of the parts, every second is a text, whose one type all its tokens have."""
+    """(type, count) of consecutive tokens. Every second part is a text, whose tokens all have one type."""
     runs: list[tuple[int, int]] = []
     for index, (part, kinds) in enumerate(zip(parts, types, strict=True)):
         counts = [len(part)] if index % 2 else [1] * len(part)
@@ -477,15 +479,15 @@ def _runs(parts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> lis
 
 
 def _known_which_is_longer(parts: Sequence[tuple[list[int], bool]], budget: int) -> bool:
-    """Whether the two texts' ids, of which a long text's may not be all, tell what `_longest_first` has to know."""
+    """Whether the ids of two texts, which may be incomplete, are enough for `_longest_first`."""
     (first, first_whole), (second, second_whole) = parts
     if first_whole and second_whole or min(len(first), len(second)) <= budget:
-        return True  # ids that are not all are more than the budget, and so more than these
+        return True  # incomplete ids are more than the budget, so more than the shorter text's
     return (first_whole and len(second) > len(first)) or (second_whole and len(first) > len(second))
 
 
 def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
-    """Tokens kept of each text of a pair: the `longest_first` rule of the tokenizers library."""
+    """The number of tokens to keep of each text of a pair: the `longest_first` rule of the tokenizers library."""
     if first + second <= budget:
         return first, second
     short, long = min(first, second), max(first, second)
@@ -496,7 +498,7 @@ def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:
 
 
 def _windows(count: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """Begin and end of windows of `size` that cover `count` tokens, each with the last `stride` of the one before."""
+    """Begin and end of windows of `size` over `count` tokens; each repeats `stride` tokens of the one before."""
     windows = [(0, min(count, size))]
     while windows[-1][1] < count:
         start = windows[-1][0] + size - stride

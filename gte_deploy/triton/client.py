@@ -56,9 +56,9 @@ Values = dict[str, NDArray[Any]]
 class Client(TextInterface):
     """A model on a server. Methods may be called from several threads at once; results are in the order of the inputs.
 
-    The methods are those of `Model`. What only the server can tell, its own message tells. As a context manager the
-    client closes on leaving. Where an answer depends on the vocabulary, the server's log has the warnings that `Model`
-    gives here.
+    The methods are those of `Model`. For an error that only the server can find, the message is the server's. As a
+    context manager the client closes at the end. Warnings about words that are not in the vocabulary, which `Model`
+    gives here, are in the server's log.
     """
 
     _gives_dictionaries = True
@@ -78,15 +78,16 @@ class Client(TextInterface):
         Args:
             url: http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// with TLS.
             timeout_s: seconds that one request may take.
-            connections: requests at once for one list of texts, and HTTP connections at most, which are kept.
-            max_batch_tokens: tokens of a request, padding included, as far as the bytes of its texts tell; a longer
-                text goes alone.
-            headers: sent with every request, such as those that a gateway wants.
+            connections: the most requests at once for one list of texts, and the most HTTP connections, which stay
+                open.
+            max_batch_tokens: the most tokens of a request, padding included, as estimated from the bytes of its texts;
+                a longer text is sent by itself.
+            headers: HTTP headers or gRPC metadata for every request, such as those that a gateway needs.
 
         Raises:
-            InputError: an argument out of its range.
-            UnavailableError: the server cannot be reached, or not within `timeout_s`.
-            BackendError: it serves no repository that gte-export wrote.
+            InputError: an argument is out of range.
+            UnavailableError: the server cannot be reached, or does not answer within `timeout_s`.
+            BackendError: the server has no repository that gte-export wrote.
             MissingDependencyError: tritonclient is not installed.
         """
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
@@ -120,17 +121,17 @@ class Client(TextInterface):
             self._transport.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, or copied, a client is made again from its URL and options, `headers` included: it asks the server.
+        """Pickle or copy a client as its URL and options, `headers` included; the new client asks the server again.
 
         Raises:
             BackendError: the client is closed.
         """
         if self._closed:
-            raise BackendError("this client is closed, so it cannot be pickled or copied; make another")
+            raise BackendError("this client is closed, so it cannot be pickled or copied; create another one")
         return _client, (self._options,)
 
     def after_fork(self, *, idle: bool) -> None:
-        """See `forking.Follower`: in a child, HTTP connections are new ones; those of gRPC cannot be had."""
+        """See `forking.Follower`: a child opens new HTTP connections; gRPC does not work in a child."""
         if self._closed:
             return
         if self._options["url"].startswith("grpc"):
@@ -140,13 +141,13 @@ class Client(TextInterface):
             self._connect()
 
     def _connect(self) -> None:
-        """Connections and threads of this process's own: answers on a socket that two share would go to either."""
+        """Open connections and threads of this process: on a shared socket, answers could reach the other process."""
         options = {name: self._options[name] for name in ("url", "connections", "timeout_s", "headers")}
         self._transport = open_transport(**options)
         self._pool = ThreadPoolExecutor(self._options["connections"], thread_name_prefix="gte-triton")
 
     def info(self) -> dict[str, Any]:
-        """Facts of the served model, as plain JSON data."""
+        """Facts about the served model, as plain JSON data."""
         served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
         return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
 
@@ -224,16 +225,16 @@ class Client(TextInterface):
     def _infer_all(
         self, call: "_Call", texts: Texts, limits: BatchLimits, numbers: Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], Values]]:
-        """The inputs' numbers and the outputs [B, …] of each request, several requests at a time.
+        """The numbers of the inputs and the outputs [B, …] of each request; several requests run at a time.
 
-        `numbers` are the caller's of the inputs, for results and errors; by default they count from 0.
+        `numbers` are the numbers of the inputs in the caller's list, for results and errors; by default from 0.
         """
         if self._closed:
             raise BackendError("this client is closed")
         if self._is_cut_off:
             raise BackendError(
-                "this client was made before the process forked, and gRPC does not survive a fork. Make the client "
-                "after the fork, in each process that uses it, or use an http:// URL."
+                "this client was created before the process forked, and gRPC does not survive a fork. Create the "
+                "client after the fork, in each process that uses it, or use an http:// URL."
             )
         rows = list(zip(*texts.values(), strict=True))
         lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
@@ -283,7 +284,7 @@ class Client(TextInterface):
         return options
 
     def _no_prompt(self) -> Values:
-        # The prompt already stands before each text: the server must not add the default one.
+        # Each text begins with its prompt already, so the server must not add the default prompt.
         return {} if self.spec.default_prompt_name is None else {"PROMPT": _bytes([[""]])}
 
 
@@ -337,12 +338,12 @@ def _renumbered(found: re.Match[str], indices: Sequence[int]) -> str:
 
 
 def _described(config: Mapping[str, Any], url: str) -> tuple[dict[str, Any], ModelSpec]:
-    """What gte-export wrote about the model into the configuration of every ensemble."""
+    """The facts about the model that gte-export wrote into the configuration of every ensemble."""
     try:
         facts, spec = (json.loads(config["parameters"][name]["string_value"]) for name in _DESCRIPTIONS)
         return dict(facts), spec_from_json(spec)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BackendError(
-            f"gte_embed at {url} is not what this version of gte-export writes ({error!r}). Export the repository "
+            f"gte_embed at {url} does not come from this version of gte-export ({error!r}). Export the repository "
             "again with gte-export --format triton."
         ) from error

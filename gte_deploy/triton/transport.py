@@ -1,7 +1,7 @@
-"""Tensors to a Triton Inference Server and back, over HTTP or gRPC, in tritonclient's binary encoding.
+"""Sends tensors to a Triton Inference Server and receives its answers, over HTTP or gRPC.
 
-A transport may be used by several threads at once. Over HTTP that needs connections of our own, from urllib3's pool:
-those of tritonclient belong to the thread that opened them.
+It uses the binary encoding of tritonclient. Several threads may use a transport at once. HTTP connections come from
+urllib3's pool, because a connection of tritonclient belongs to the thread that opened it.
 """
 
 import json
@@ -30,14 +30,14 @@ _UNAVAILABLE = {429, 502, 503, 504, "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLI
 
 
 class Transport(Protocol):
-    """A way to one server. Every call raises InputError, UnavailableError or BackendError with the server's reason."""
+    """A connection to one server. Calls raise InputError, UnavailableError or BackendError with its reason."""
 
     def config(self, model: str) -> dict[str, Any]:
-        """The model's configuration, as Triton has it in JSON."""
+        """The configuration of a model, as Triton returns it in JSON."""
         ...
 
     def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Run a model on named tensors; texts are object arrays of bytes."""
+        """Run a model on named tensors. Texts are object arrays of bytes."""
         ...
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ def open_transport(url: str, *, connections: int, timeout_s: float, headers: Map
     """The transport for http://, https://, grpc:// or grpcs:// (TLS) and HOST:PORT; connects on first use.
 
     Raises:
-        InputError: another form of URL.
+        InputError: the URL has another form.
         MissingDependencyError: tritonclient is not installed.
     """
     parts = urllib.parse.urlsplit(url)
@@ -63,7 +63,7 @@ def open_transport(url: str, *, connections: int, timeout_s: float, headers: Map
 
 
 class HttpTransport:
-    """HTTP/1.1 with kept-alive connections, at most `connections` of them; further calls wait for one."""
+    """HTTP/1.1 with at most `connections` connections, which stay open; further calls wait for one."""
 
     def __init__(self, url: str, *, connections: int, timeout_s: float, headers: Mapping[str, str]) -> None:
         self._codec = _tritonclient("http")
@@ -73,7 +73,7 @@ class HttpTransport:
         self._url, self._timeout_s = url, timeout_s
         self._path = urllib.parse.urlsplit(url).path
         self._headers = dict(headers)
-        # Any: urllib3's annotations want whole seconds for the wait of a connection.
+        # Any: urllib3's annotations allow only whole seconds for the wait for a connection.
         self._pool: Any = urllib3.connection_from_url(
             url, maxsize=connections, block=True, timeout=timeout_s, retries=False
         )
@@ -104,7 +104,7 @@ class HttpTransport:
         path = f"{self._path}/v2/models/{urllib.parse.quote(model)}/{what}"
         sent = {**self._headers, **(headers or {})}
         try:
-            # Without a limit of its own, who waits for a connection while the pool is closed would wait for good.
+            # Without pool_timeout, a call that waits for a connection while the pool closes would wait for ever.
             response = self._pool.urlopen(method, path, body=body, headers=sent, pool_timeout=self._timeout_s)
         except self._urllib3.exceptions.ClosedPoolError as error:
             raise _closed() from error
@@ -150,7 +150,7 @@ class GrpcTransport:
             if status == "DEADLINE_EXCEEDED":
                 raise _no_answer(self._url, self._timeout_s) from error
             raise _refused(self._url, status, error.message()) from error
-        except ValueError as error:  # gRPC's for a closed channel
+        except ValueError as error:  # gRPC raises it for a closed channel
             raise _closed() from error
 
 
@@ -188,12 +188,12 @@ def _outputs(result: Any, model: str, names: Sequence[str]) -> dict[str, NDArray
 def _reason(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):  # a proxy's page
+    except (ValueError, KeyError, TypeError):  # the body is a proxy's page
         return body[:200].decode(errors="replace") or "no reason given"
 
 
 def _refused(url: str, status: int | str, reason: str) -> GteDeployError:
-    # The models that gte-export writes name the error; before it stands where in the server it arose.
+    # The models of gte-export put the name of the error before its message; Triton puts the place before both.
     _, named, own_reason = reason.partition("InputError: ")
     if named or status in _BAD_REQUEST:
         return InputError(own_reason or reason)
@@ -206,7 +206,7 @@ def _refused(url: str, status: int | str, reason: str) -> GteDeployError:
 
 
 def _no_answer(url: str, timeout_s: float) -> UnavailableError:
-    return UnavailableError(f"{url} gave no answer within {timeout_s:g} s; ask for less at once or raise timeout_s")
+    return UnavailableError(f"{url} gave no answer within {timeout_s:g} s; send fewer texts at once or raise timeout_s")
 
 
 def _closed() -> BackendError:

@@ -1,4 +1,4 @@
-"""Measures which engine is the fastest on a machine."""
+"""Measures the speed of the engines on a machine."""
 
 DEFAULT_SHAPES = ("1x16", "1x128", "1x512", "8x128")
-"""Batches that `bench` times where none are named, as ROWSxTOKENS."""
+"""The batches that `bench` times if none are given, as ROWSxTOKENS."""

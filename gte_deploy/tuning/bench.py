@@ -1,4 +1,4 @@
-"""How fast a bundle runs on this machine, on every engine that there is for it: `gte-deploy bench`."""
+"""Measures the speed of a bundle on this machine with every available engine: `gte-deploy bench`."""
 
 import dataclasses
 import datetime
@@ -25,7 +25,7 @@ from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 MAX_REPEATS = 10_000
 MAX_THREADS = 1024
 
-# Those that a tokenizer knows as one token each are joined to texts of a wanted length.
+# The words that a tokenizer encodes as one token are joined to texts of a given length.
 _WORDS = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they "
     "which one you were all their there would when who will more no if out so what up into than them can only other "
@@ -33,12 +33,10 @@ _WORDS = (
     "year day world city water light king queen house river"
 ).split()
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of that many tokens each, special tokens included."""
+    """A number of rows, and of tokens in each, special tokens included."""
 
     rows: int
     tokens: int
@@ -51,7 +49,7 @@ class Shape:
         """Read ROWSxTOKENS, such as 8x128.
 
         Raises:
-            InputError: another form, or out of the model's range.
+            InputError: the text has another form, or a number is out of the model's range.
         """
         rows, _, tokens = text.partition("x")
         if not (rows.isdecimal() and tokens.isdecimal() and len(text) < 20):
@@ -64,16 +62,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one engine did.
+    """The measurements of one engine.
 
     Args:
         name: backend and precision, for people.
-        backend: as `gte_deploy.load` takes it.
-        precision: as `gte_deploy.load` takes it; None for the bundle's own.
-        seconds: shape -> of each timed call.
-        first_answer_s: from the start of a process to its first answer.
+        backend: the backend, as `gte_deploy.load` takes it.
+        precision: the compute precision, as `gte_deploy.load` takes it; None for that of the bundle.
+        seconds: shape -> seconds of each timed call.
+        first_answer_s: seconds from the start of a process to its first answer.
         peak_bytes: highest resident memory of its process over all calls.
-        error: why it could not be measured; None where it was, and only then the rest is complete.
+        error: why the engine could not be measured, or None. The other fields are complete only with None.
     """
 
     name: str
@@ -102,7 +100,7 @@ class BenchReport:
 
     @property
     def measured(self) -> list[EngineResult]:
-        """Those that ran."""
+        """The results of the engines that ran."""
         return [result for result in self.engines if result.error is None]
 
     def to_json(self) -> dict[str, Any]:
@@ -139,20 +137,20 @@ def bench(
     shapes: Sequence[str] | None = None,
     repeats: int = 10,
     num_threads: int | None = None,
-    progress: Progress = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
-    """Time `Model.encode` of a bundle on every engine, interleaved, each in a fresh process.
+    """Time `Model.encode` of a bundle with every engine, each in a fresh process, in turn.
 
     Args:
-        bundle: its folder.
-        backend: "onnx", "openvino" or "tensorrt"; None for each that the bundle has something for.
-        shapes: as ROWSxTOKENS; by default DEFAULT_SHAPES, as far as the model takes them.
-        repeats: timed calls of each engine and shape.
+        bundle: the folder of the bundle.
+        backend: "onnx", "openvino" or "tensorrt"; None for every engine that the bundle is for.
+        shapes: shapes as ROWSxTOKENS; by default the DEFAULT_SHAPES that the model takes.
+        repeats: number of timed calls for each engine and shape.
         num_threads: CPU threads of each engine; by default every CPU that the process may use.
         progress: called with one line at every step.
 
     Raises:
-        InputError: an argument out of its range.
+        InputError: an argument is out of range.
         BundleError: the bundle cannot be read.
         BackendError: no engine could run it.
     """
@@ -178,14 +176,14 @@ def bench(
 
 
 def fastest(report: BenchReport, *, precision_may_change: bool = False) -> EngineResult:
-    """The engine with the least time, as the geometric mean over the shapes.
+    """The engine with the least time: the geometric mean over the shapes.
 
     Args:
-        report: with at least one engine that ran.
-        precision_may_change: take engines of a lower precision than the bundle's into account.
+        report: a report with at least one engine that ran.
+        precision_may_change: allow engines that compute in a lower precision than the bundle's.
 
     Raises:
-        BackendError: none ran in the bundle's own precision.
+        BackendError: no engine ran in the bundle's own precision.
     """
     allowed = [result for result in report.measured if result.precision is None or precision_may_change]
     if not allowed:
@@ -197,7 +195,7 @@ def fastest(report: BenchReport, *, precision_may_change: bool = False) -> Engin
 
 
 def record(report: BenchReport, picked: EngineResult) -> Path:
-    """Keep the choice in the user's cache, where `gte_deploy.load` finds it; the file written.
+    """Record the choice in the user's cache, where `gte_deploy.load` finds it; return the file.
 
     Raises:
         OSError: the cache cannot be written, or the user has no home folder.
@@ -216,7 +214,7 @@ def record(report: BenchReport, picked: EngineResult) -> Path:
 
 
 def format_table(report: BenchReport) -> str:
-    """The report for people: a line for each engine and shape, and one for each engine."""
+    """The report for people: one line for each engine and shape, then one for each engine."""
     lines = [
         f"{report.bundle}, {report.manifest.precision}, {report.num_threads} threads, {cpu_model()}",
         f"{'engine':<16} {'shape':>8} {'median ms':>10} {'quartiles':>19} {'least':>9} {'tokens/s':>10}",
@@ -239,10 +237,10 @@ def format_table(report: BenchReport) -> str:
 
 
 def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: int = 0) -> list[str]:
-    """Texts of exactly these lengths in tokens, special tokens included, of common English words.
+    """Texts of common English words with exactly these lengths in tokens, special tokens included.
 
     Raises:
-        InputError: a length below the tokenizer's least, or a tokenizer that cuts every common word in pieces.
+        InputError: a length is too short for the tokenizer, or the tokenizer splits every common word.
     """
     special = tokenizer.min_length - 1
     longest = max(lengths)
@@ -254,12 +252,14 @@ def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: i
     texts = [" ".join(rng.choice(words, length - special)) for length in lengths] if words else []
     found = [len(row) for row in tokenizer.encode_texts(texts, max_length=2 * longest, truncation=True)]
     if found != list(lengths):
-        raise InputError("this tokenizer does not make one token of a common English word: no text has a known length")
+        raise InputError(
+            "this tokenizer encodes no common English word as one token, so the length of a text cannot be set"
+        )
     return texts
 
 
 class LoadedBundle:
-    """What lives in an engine's process."""
+    """The model in the process of an engine."""
 
     def __init__(self, bundle: Path, backend: str, precision: str | None, num_threads: int) -> None:
         from gte_deploy.loading import load
@@ -273,10 +273,10 @@ class LoadedBundle:
 
 
 def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
-    """What is to be measured, without any numbers yet."""
+    """The engines to measure, without any numbers yet."""
     if backend not in (None, *BUNDLE_BACKENDS):
         raise InputError(f"backend must be one of {', '.join(BUNDLE_BACKENDS)}, not {backend!r}")
-    # What was asked for is tried where the bundle has nothing for it, too: the backend says best what is missing.
+    # A requested backend is tried even if the bundle has no graph for it: its error says what is missing.
     here = [name for name in BUNDLE_BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
     names = [backend] if backend else here
     engines = [EngineResult(f"{name} {manifest.precision}", name) for name in names]
@@ -299,9 +299,9 @@ def _measure(
     texts: Mapping[str, Sequence[str]],
     repeats: int,
     num_threads: int,
-    progress: Progress,
+    progress: Callable[[str], None],
 ) -> list[EngineResult]:
-    """Fill in the results: open every engine in its own process, then call them in turn."""
+    """Measure the engines: open each in its own process, then call them in turn."""
     workers: dict[str, Worker] = {}
     first_answers: dict[str, float] = {}
     seconds: dict[str, dict[str, list[float]]] = {}
@@ -323,7 +323,7 @@ def _measure(
         for shape, rows in texts.items():
             progress(f"{shape}: {repeats} rounds")
             calls = {name: _call(worker, rows) for name, worker in workers.items() if name not in errors}
-            # One round more, for warming up: memory is allocated, kernels are chosen.
+            # One more round to warm up: the engine allocates memory and chooses kernels.
             found, failed = interleaved(calls, repeats=repeats + 1)
             errors |= failed
             for name in found:

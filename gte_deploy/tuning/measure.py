@@ -1,4 +1,4 @@
-"""Fair timing: each contestant in a process of its own, called in turn while the others hold still."""
+"""Fair timing: every contestant has its own process, and they are called in turn while the others wait."""
 
 import math
 import multiprocessing
@@ -16,18 +16,18 @@ from typing import Any, Self
 from gte_deploy.core.errors import BackendError, GteDeployError
 
 PAUSE_S = 0.1
-"""Before every timed call: the threads of ONNX Runtime and OpenMP spin for a while and slow whatever runs next."""
+"""Pause before every timed call: threads of ONNX Runtime and OpenMP spin for a while and slow down the next call."""
 
 _STOP_S = 5.0
 
 
 class WorkerError(BackendError):
-    """A worker could not open its contestant, or a call in it failed, took too long or killed it."""
+    """A worker could not open its contestant, or a call failed, took too long or ended the process."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call returned, how long it took, and the highest resident memory of the process until then."""
+    """The result of a call, its seconds, and the highest resident memory of the process until then."""
 
     value: Any
     seconds: float
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of several calls: median, quartiles and the least."""
+    """Seconds of several calls: median, quartiles and minimum."""
 
     median: float
     q1: float
@@ -45,7 +45,7 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Spread":
-        """Of at least one number."""
+        """The spread of at least one number."""
         if len(seconds) == 1:
             return cls(*(float(seconds[0]),) * 4)
         q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -53,10 +53,10 @@ class Spread:
 
 
 class Worker:
-    """A fresh process with one contestant, which waits, without computing, until it is called.
+    """A new process with one contestant, which waits without computing until it is called.
 
-    The process is spawned, not forked: its memory and thread pools are its own. `peak_bytes` is the highest resident
-    memory that it had by the end of the last call.
+    The process is spawned, not forked, so it has its own memory and thread pools. `peak_bytes` is its highest resident
+    memory until the end of the last call.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Worker:
         """Start the process and wait until `factory(*arguments)` has returned in it.
 
         Args:
-            factory: a function or class of a module, as pickle wants it.
-            arguments: for the factory.
-            cpus: keep the process on that many of the CPUs that it may use; None for all of them.
-            timeout_s: after which opening, or any one call, is given up and the process ended.
+            factory: a function or class of a module, so that it can be pickled.
+            arguments: arguments of the factory.
+            cpus: number of CPUs for the process; None for all that it may use.
+            timeout_s: seconds after which opening or a call fails and the process is ended.
 
         Raises:
             WorkerError: the factory failed.
@@ -79,7 +79,7 @@ class Worker:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, cpus, factory, arguments))
         self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        theirs.close()  # so that the pipe ends when the process ends
         self._receive()
 
     def __enter__(self) -> Self:
@@ -130,16 +130,16 @@ class Worker:
 def interleaved(
     calls: Mapping[str, Callable[[], float]], *, repeats: int, at_least: int = 1, budget_s: float = math.inf
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Call each in turn, `repeats` times over; whatever disturbs the machine for a while disturbs all alike.
+    """Call each in turn, in `repeats` rounds, so that a disturbance of the machine affects all alike.
 
     Args:
-        calls: name -> a call that returns its seconds.
-        repeats: rounds at most.
-        at_least: rounds that are made whatever they take.
-        budget_s: no other round begins that would end after this.
+        calls: name -> a function that makes one call and returns its seconds.
+        repeats: the most rounds.
+        at_least: the least rounds, however long they take.
+        budget_s: seconds; a round that would end later does not begin.
 
     Returns:
-        The seconds of each, and the message of each that failed with a WorkerError.
+        Name -> seconds of its calls, and name -> message of a WorkerError.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
@@ -160,17 +160,17 @@ def interleaved(
 
 
 def peak_resident_bytes() -> int:
-    """The highest resident memory that this process has had (VmHWM), in bytes; 0 where the system does not tell."""
+    """The highest resident memory of this process so far (VmHWM), in bytes; 0 if the system does not report it."""
     return _status_bytes("VmHWM:")
 
 
 def resident_bytes() -> int:
-    """The resident memory of this process (VmRSS), in bytes; 0 where the system does not tell."""
+    """The resident memory of this process (VmRSS), in bytes; 0 if the system does not report it."""
     return _status_bytes("VmRSS:")
 
 
 def _status_bytes(field: str) -> int:
-    # Not getrusage: its maximum is inherited from the process that started this one.
+    # Not getrusage: a process inherits that maximum from the process that started it.
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -179,9 +179,9 @@ def _status_bytes(field: str) -> int:
 
 
 def _serve(connection: Connection, cpus: int | None, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """The worker's process: answer calls until the other side closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
-    os.dup2(2, 1)  # what libraries print is no result
+    """Run in the worker's process: answer calls until the other side closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which then closes the pipe
+    os.dup2(2, 1)  # the output of libraries does not belong on stdout
     if cpus is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
     try:
@@ -200,6 +200,6 @@ def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Answer |
         value = function(*arguments)
     except GteDeployError as error:
         return str(error)
-    except Exception as error:  # a contestant is foreign code: whatever it raises is its result
+    except Exception as error:  # a contestant is foreign code: any exception is its result
         return f"{type(error).__name__}: {error}"
     return Answer(value, time.perf_counter() - started, peak_resident_bytes())

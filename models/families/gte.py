@@ -17,7 +17,7 @@ from gte_deploy.core.spec import Task
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import CONFIG
 from gte_deploy.models.presets import USAGE_FIELDS, preset
-from gte_deploy.models.reading import Reader
+from gte_deploy.models.reading import Reader, without_warnings_of_types
 from gte_deploy.models.rope import (
     LONGROPE_FIELDS,
     NTK_MIXED,
@@ -89,7 +89,8 @@ def read_config(raw: Mapping[str, Any], file: Path) -> GteConfig:
     register_rope()
     fields = {**_common_fields(reader), **_label_fields(reader), "rope_parameters": rope}
     try:
-        return GteConfig(**fields)
+        with without_warnings_of_types():
+            return GteConfig(**fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: transformers' GteConfig refuses it: {error}") from error
 
@@ -103,7 +104,8 @@ def preset_config(name: str) -> GteConfig:
     config: dict[str, Any] = {key: value for key, value in fields.items() if key not in USAGE_FIELDS}
     config |= {"rope_parameters": dict(config["rope_parameters"]), "architectures": [architecture]}
     register_rope()
-    return GteConfig(**config)
+    with without_warnings_of_types():
+        return GteConfig(**config)
 
 
 def original_config(config: GteConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_a_command_and_the_flat_form_mean_the_same(form, monkeypatch):
             {
                 "format": "trt",
                 "precision": "int8",
-                "targets": ("8.6", "12.0"),
+                "compute_capabilities": ("8.6", "12.0"),
                 "profiles": (parse_profile("1x1:1x8:2x16"), parse_profile("1x17:2x32:2x64")),
                 "workspace": 512 << 20,
                 "calibrator": "percentile",

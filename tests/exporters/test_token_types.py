@@ -211,7 +211,7 @@ def test_tensorrt_rtx_builds_an_engine_of_it(graphs, tmp_path):
     graph = tensorrt_graph(graphs("classify")["openvino"], "fp16", sites=SITES)
     save_graph(graph, tmp_path / "model.onnx")
     profiles = [parse_profile("1x1:2x64:4x256")]
-    arguments = {"graph": graph, "num_layers": 1, "targets": ("8.9",), "profiles": profiles}
+    arguments = {"graph": graph, "num_layers": 1, "compute_capabilities": ("8.9",), "profiles": profiles}
     plan = build_plan(tmp_path / "model.onnx", tmp_path, choose_runtime("rtx"), TensorRTOptions(), **arguments)
     assert TYPES in plan.inputs
 

@@ -316,7 +316,7 @@ def test_what_cuda_and_unknown_engines_say_in_a_child() -> None:
     with pytest.raises(BackendError, match="closed"):
         on_gpu.run(batch, ["logits"])
     Engine.device = "cpu"
-    with pytest.raises(BackendError, match="nothing tells how it was opened"):
+    with pytest.raises(BackendError, match="nobody knows how it was opened"):
         after_fork(Engine(), None, idle=True).run(batch, ["logits"])
 
 

@@ -174,7 +174,7 @@ def test_an_engine_without_its_graph_is_tensorrts_alone(gpu_bundle):
             gte_deploy.load(folder, backend=backend)
     for backend in ("auto", "tensorrt"):
         with pytest.raises(
-            BackendError, match=r"built with TensorRT-RTX 1\.0\.0\.1, and runs with that alone; here is"
+            BackendError, match=r"built with TensorRT-RTX 1\.0\.0\.1 and runs only with that version; version"
         ):
             gte_deploy.load(folder, backend=backend)
 

@@ -229,10 +229,10 @@ def test_torch_packs_types_as_tokens(typed, packed, compute):
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        (np.full((1, 4), 2), r"token_type_ids\[0, 0\] is 2; token types of this model go from 0 to 1"),
+        (np.full((1, 4), 2), r"token_type_ids\[0, 0\] is 2; the token types of this model go from 0 to 1"),
         (np.array([[0, 0, -1, 0]]), r"token_type_ids\[0, 2\] is -1"),
-        (np.zeros((1, 3), np.int64), r"token_type_ids has shape \(1, 3\), and input_ids \(1, 4\)"),
-        (np.zeros((1, 4), np.int32), "token_type_ids must be int64 of rank 2, and is int32"),
+        (np.zeros((1, 3), np.int64), r"token_type_ids has shape \(1, 3\), and input_ids has shape \(1, 4\)"),
+        (np.zeros((1, 4), np.int32), "token_type_ids must be int64 of rank 2; it is int32"),
         (np.zeros(4, np.int64), "token_type_ids must be int64 of rank 2"),
         ([[0, 0, 0, 0]], "token_type_ids must be a numpy array, not list"),
     ],
@@ -269,7 +269,7 @@ def test_what_is_fed_no_types_keeps_its_interface(bundle_of, typed, engine, opti
         assert list(model.tokenize("the king")) == ["input_ids", "attention_mask"]
         np.testing.assert_allclose(model.predict(PAIRS), by_transformers(folder, PAIRS)[1], atol=1e-4)
         ids = np.array([[2, 20, 3]])
-        with pytest.raises(InputError, match="this model tells no types of tokens apart"):
+        with pytest.raises(InputError, match="this model has no token types"):
             model._backend.run(Batch(ids, np.ones_like(ids), None, np.zeros_like(ids)), ["logits"])
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy import triton
 from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError, NonFiniteError, UnavailableError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.triton import client as triton
 from gte_deploy.triton import transport as triton_transport
 
 SPEC = ModelSpec(task="embed", max_length=512, vocab_size=100, hidden_size=4, pad_token_id=0)

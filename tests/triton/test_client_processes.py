@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gte_deploy import triton
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.triton import client as triton
 
 SPEC = ModelSpec(task="embed", max_length=512, vocab_size=100, hidden_size=2, pad_token_id=0)
 CONFIG = {
@@ -149,7 +149,7 @@ def test_pickled_and_copied_it_is_made_again(again: Callable[[Any], Any], opened
 def test_a_closed_client_is_not_pickled(opened: list[dict[str, Any]]) -> None:
     client = triton.Client()
     client.close()
-    with pytest.raises(BackendError, match="closed.*make another"):
+    with pytest.raises(BackendError, match="closed.*create another"):
         pickle.dumps(client)
 
 
@@ -157,7 +157,7 @@ def test_a_closed_client_is_not_pickled(opened: list[dict[str, Any]]) -> None:
 def test_grpc_is_refused_after_a_fork(scheme: str, opened: list[dict[str, Any]]) -> None:
     client = triton.Client(f"{scheme}://host:8001")
     client.after_fork(idle=True)
-    with pytest.raises(BackendError, match="gRPC does not survive a fork. Make the client after the fork"):
+    with pytest.raises(BackendError, match="gRPC does not survive a fork. Create the client after the fork"):
         client.encode("1")
     client.close()
     assert "closed" not in opened[0]  # the parent's channel is not touched

@@ -1,1 +1,1 @@
-"""ONNX Runtime's CUDA provider as a target of an export."""
+"""The target for ONNX Runtime's CUDA provider."""

@@ -1,17 +1,16 @@
-"""The graph for ONNX Runtime's CUDA provider: few and wide kernels, half precision, attention without L x L scores.
+"""Builds the graph for ONNX Runtime's CUDA provider: few, wide kernels in half precision, and fused attention.
 
-From the trace: RoPE as one operator, one GEMM for queries, keys and values and one for up and gate, the gated unit on
-its two halves, residual sums and LayerNormalization apart (ONNX Runtime's fused kernel of the two may sum in FP16).
-Attention is one of
+Fused attention never stores the L x L scores. The trace is rewritten to: RoPE as one operator; one GEMM for queries,
+keys and values, and one for up and gate; the gated unit on its two halves; residual sums and LayerNormalization as two
+operators (ONNX Runtime's fused kernel for both may sum in FP16). Attention has one of two forms:
 
-* padding-free (`removes_padding`): RemovePadding, PackedMultiHeadAttention with cumulated lengths, RestorePadding. No
-  kernel sees a padding token. For FP16 and FP32; ONNX Runtime has no such kernels for BF16. Masks must be padding on
+* padding-free (`removes_padding`): RemovePadding, PackedMultiHeadAttention with cumulative lengths, RestorePadding. No
+  kernel sees a padding token. It is for FP16 and FP32; ONNX Runtime has no such kernels for BF16. Padding must be on
   the right.
-* padded: MultiHeadAttention with the mask folded into the dot product, so that the flash kernel,
-  which wants no mask, takes it.
+* padded: MultiHeadAttention with the mask folded into the dot product, because the flash kernel accepts no mask.
 
-Both reach flash attention in FP16 (padded also in BF16) from compute capability 8.0 on, and memory-efficient attention
-below it.
+Both forms use flash attention in FP16 (the padded form also in BF16) from compute capability 8.0 on, and
+memory-efficient attention below.
 """
 
 import contextlib
@@ -29,8 +28,8 @@ from gte_deploy.exporters.graph.half import HALVES, lower_to_half
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
 _NOT_ON_CUDA = (
-    "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. What was compared is the "
-    "graph's emulation on the CPU: the same operators, half precision as float32 that is rounded behind each of them. "
+    "ONNX Runtime's CUDA kernels were not run: onnxruntime-gpu or a GPU is missing here. The comparison ran an "
+    "emulation of the graph on the CPU: the same operators in float32, rounded to half precision after each of them. "
     "An export on a machine with both compares the CUDA run."
 )
 
@@ -39,13 +38,14 @@ def cuda_graph(plain: Graph, *, sites: Mapping[str, int], precision: str, remove
     """Fuse a copy of the graph of standard operators for CUDA.
 
     Args:
-        plain: with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
+        plain: the graph with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
         sites: how often each fusion pass must fire.
-        precision: "fp16", "bf16" or "fp32", of weights and activations; inputs stay int64 and outputs float32.
-        removes_padding: see above.
+        precision: the precision of weights and activations, "fp16", "bf16" or "fp32"; inputs stay int64 and outputs
+            float32.
+        removes_padding: whether attention is padding-free.
 
     Raises:
-        ExportError: a fusion pass did not fire as it must.
+        ExportError: a fusion pass did not match as often as it must.
     """
     model = plain.model.clone()
     passes = MERGED_PASSES if removes_padding else (*MERGED_PASSES, FLASH)
@@ -59,9 +59,9 @@ def cuda_graph(plain: Graph, *, sites: Mapping[str, int], precision: str, remove
 
 @contextlib.contextmanager
 def opened_for_comparison(graph: Graph, file: Path, spec: ModelSpec) -> Iterator[tuple[OnnxBackend, list[str]]]:
-    """Open what is compared with PyTorch: `file` on CUDA where that can run, else its emulation on the CPU.
+    """Open `file` on CUDA for the comparison with PyTorch, or its emulation on the CPU if CUDA cannot run here.
 
-    The second part says what is not verified then, one sentence each.
+    Yields the backend and the caveats: one sentence for each thing that is not verified.
     """
     if has_cuda():
         with contextlib.closing(OnnxBackend(file, spec, device="cuda")) as backend:
@@ -75,7 +75,7 @@ def opened_for_comparison(graph: Graph, file: Path, spec: ModelSpec) -> Iterator
 
 
 def has_cuda() -> bool:
-    """Whether ONNX Runtime has its CUDA provider and there is a GPU for it."""
+    """Whether ONNX Runtime has its CUDA provider and there is a GPU."""
     import onnxruntime
     import torch
 

@@ -1,4 +1,4 @@
-"""The target "cuda": one graph for ONNX Runtime's CUDA provider; `graph` says what it is made of."""
+"""The target "cuda": one graph for ONNX Runtime's CUDA provider, built by the module `graph`."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -20,11 +20,11 @@ Padding = Literal["auto", "keep", "remove"]
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """How padding is treated.
+    """Options for padding.
 
     Args:
-        padding: "remove" for a graph whose kernels see no padding token, "keep" for one that masks them, "auto" to
-            remove it in fp16, where ONNX Runtime's kernels are made for it.
+        padding: "remove" for a graph whose kernels see no padding token; "keep" for a graph that masks padding; "auto"
+            removes padding in fp16, for which ONNX Runtime has the kernels.
     """
 
     padding: Padding = option(
@@ -44,13 +44,13 @@ class CudaTarget(Target):
     options: CudaOptions
 
     def check(self, precision: Precision) -> None:
-        """ONNX Runtime removes padding in FP16 and FP32 alone."""
+        """Refuse padding-free BF16: ONNX Runtime removes padding only in FP16 and FP32."""
         super().check(precision)
         if precision == "bf16" and self.options.padding == "remove":
             raise InputError("ONNX Runtime removes padding in fp16 and fp32 only; take one of them, or padding 'keep'")
 
     def check_model(self, spec: ModelSpec, precision: Precision) -> None:
-        """Sparse heads of token weights are pooled by an operator that not every CUDA provider has."""
+        """Refuse sparse heads of token weights: not every CUDA provider has the operator that pools them."""
         refuse_token_weights(spec)
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
@@ -73,7 +73,7 @@ class CudaTarget(Target):
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
-        """The graph on a GPU, or its emulation on a CPU where there is none."""
+        """The graph on a GPU, or its emulation on the CPU if there is no GPU."""
         from gte_deploy.exporters.targets.cuda.graph import opened_for_comparison
 
         file = job.graph_file("onnxruntime")
@@ -81,7 +81,7 @@ class CudaTarget(Target):
             yield Candidates({("onnxruntime", "fp32"): backend}, caveats)
 
     def open(self, built: Built, job: Job) -> "Backend | None":
-        """ONNX Runtime on the GPU."""
+        """Open ONNX Runtime on the GPU; None without a GPU."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
         from gte_deploy.exporters.targets.cuda.graph import has_cuda
 

@@ -1,16 +1,16 @@
-"""The ONNX that TensorRT compiles, run by ONNX Runtime on the CPU: what its numbers are compared by.
+"""Emulates a TensorRT engine on the CPU: ONNX Runtime runs the graph that TensorRT compiles.
 
-ONNX Runtime's CPU has no kernels for most of FP16, none for BF16, and holds every score of explicit attention. So
-beside the graph itself there are two forms of it with the same arithmetic:
+The export compares this emulation with PyTorch. On a CPU, ONNX Runtime has few kernels for FP16 and none for BF16, and
+it stores all scores of explicit attention. So there are two more forms of the graph with the same arithmetic:
 
-* BF16 tensors as FP32 ones that are rounded to BF16 where they are made (`cpu_emulation`). ONNX Runtime does the same
-  with FP16 by itself.
-* `head_by_head`: attention one head after the other, for inputs whose scores would not fit.
+* `cpu_emulation` replaces BF16 tensors by FP32 tensors that are rounded to BF16 after each operator. ONNX Runtime does
+  the same for FP16 by itself.
+* `head_by_head` computes attention one head after the other, for inputs whose scores would not fit into memory.
 
-And ONNX Runtime has no TRT_Attention. A padding-free graph is run with what TensorRT documents of it in its place
-(`packed_emulation`), packed by the very code that packs for an engine.
+ONNX Runtime has no TRT_Attention. In a padding-free graph, `packed_emulation` replaces it by the computation that
+TensorRT's documentation describes; the same code packs the batches as for an engine.
 
-Shapes: B rows, S tokens, N heads, D head size; of a padding-free graph, T tokens of all rows.
+Shapes: B rows, S tokens, N heads, D head size; in a padding-free graph, T tokens of all rows.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
 _MAX_SCORES = 1 << 27
-"""B · N · S · S elements that one run may hold; some five FP32 and FP16 copies of them are alive at once."""
+"""The most scores, B · N · S · S, of one run; about five FP32 and FP16 copies of them exist at once."""
 
 
 class PaddedOnnx:
-    """A graph for TensorRT in ONNX Runtime, in the form that each batch needs; closed by `close`."""
+    """Runs a padded graph for TensorRT in ONNX Runtime, in the form that each batch needs."""
 
     def __init__(self, graph: Graph, spec: ModelSpec, *, file: Path | None = None, num_heads: int) -> None:
-        """Open `graph`; `file` is where it is saved already."""
+        """Open `graph`; `file` is its saved file, if there is one."""
         self._num_heads, self._spec = num_heads, spec
         self._stack = contextlib.ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -65,7 +65,7 @@ class PaddedOnnx:
         return self._by_head.run(batch, outputs)
 
     def close(self) -> None:
-        """Let go of the sessions and their files."""
+        """Close the sessions and delete their files."""
         self._stack.close()
 
     def _save(self, name: str, graph: Graph) -> Path:
@@ -81,7 +81,7 @@ def _has_bf16(graph: Graph) -> bool:
 
 
 def head_by_head(graph: Graph) -> Graph:
-    """The same graph with every MatMul, Mul, Add, Softmax, MatMul of attention in a Scan over the heads."""
+    """The same graph with the MatMul, Mul, Add, Softmax and MatMul of each attention in a Scan over the heads."""
     model = graph.model.clone()
     for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
         _scan_heads(model.graph, softmax)
@@ -91,7 +91,7 @@ def head_by_head(graph: Graph) -> Graph:
 
 
 def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
-    """softmax(q·k * scale + bias)·v on [B, N, …] -> the very nodes on [B, …] for one head after the other."""
+    """Rewrite softmax(q·k * scale + bias)·v on [B, N, …] to the same nodes on [B, …], one head after the other."""
     chain = [_last_product(softmax)]
     while chain[-1] is chain[0] or chain[-1].op_type != "MatMul":
         chain.append(_producer_of_scores(chain[-1]))
@@ -128,7 +128,7 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
 
 
 class PaddingFreeOnnx:
-    """A padding-free graph for TensorRT in ONNX Runtime, fed as the runtime feeds an engine; closed by `close`."""
+    """Runs a padding-free graph for TensorRT in ONNX Runtime, with batches packed as for an engine."""
 
     def __init__(self, graph: Graph, spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int) -> None:
         """Open the emulation of `graph`, for batches in these profiles."""
@@ -153,21 +153,21 @@ class PaddingFreeOnnx:
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
         results = self._layout.results(batch, outputs)
-        for part in self._layout.parts(batch, self._profiles, self._masks):
-            shapes = self._layout.shapes(part.shape, part.num_masks)
+        for sub_batch in self._layout.split(batch, self._profiles, self._masks):
+            shapes = self._layout.shapes(sub_batch.shape, sub_batch.num_masks)
             feed = {name: np.empty(shapes[name], dtype) for name, dtype in self._dtypes.items()}
-            self._layout.write(batch, part, feed, pad_token_id=self._spec.pad_token_id)
+            self._layout.write(batch, sub_batch, feed, pad_token_id=self._spec.pad_token_id)
             for name, values in zip(outputs, self._session.run(list(outputs), feed), strict=True):
-                self._layout.place(name, values, part, results[name])
+                self._layout.place(name, values, sub_batch, results[name])
         return results
 
     def close(self) -> None:
-        """Let go of the session."""
+        """Close the session."""
         self._session = None
 
 
 def packed_emulation(graph: Graph, *, num_heads: int) -> Graph:
-    """`cpu_emulation` of a padding-free graph, in which each text attends to itself, one after the other."""
+    """The `cpu_emulation` of a padding-free graph, with attention computed text by text."""
     emulation = cpu_emulation(graph)
     model = emulation.model
     for node in [node for node in model.graph if node.op_type == TRT_ATTENTION]:
@@ -178,7 +178,7 @@ def packed_emulation(graph: Graph, *, num_heads: int) -> Graph:
 
 
 def _text_by_text(build: Builder, node: ir.Node, num_heads: int) -> ir.Value:
-    """TRT_Attention(q, k, v [T, N, D], …, query_lengths, kv_lengths [B + 1]) -> a Loop over the texts."""
+    """Replace TRT_Attention(q, k, v [T, N, D], …, query_lengths, kv_lengths [B + 1]) by a Loop over the texts."""
     graph = build.graph
     whole, small, scalar = ir.DataType.INT64, ir.DataType.INT32, ir.Shape(())
     number = ir.Value(name=f"{node.name}/number", type=ir.TensorType(whole), shape=scalar)
@@ -206,7 +206,7 @@ def _text_by_text(build: Builder, node: ir.Node, num_heads: int) -> ir.Value:
 
 
 def _last_product(softmax: ir.Node) -> ir.Node:
-    """The MatMul of weights and values; in a simulated graph it is behind the weights' rounding."""
+    """The MatMul of attention weights and values; in an emulated graph it follows the rounding of the weights."""
     node = softmax
     while node.op_type != "MatMul":
         ((node, _),) = node.outputs[0].uses()
@@ -214,14 +214,14 @@ def _last_product(softmax: ir.Node) -> ir.Node:
 
 
 def _producer_of_scores(node: ir.Node) -> ir.Node:
-    """The node before `node` on the way from q·k; what else it reads is a constant or the mask."""
+    """The node before `node` on the path from q·k. Its other inputs are constants or the mask."""
     candidates = node.inputs[:1] if node.op_type == "MatMul" else node.inputs
     for value in candidates:
-        made = behind = None if value is None else value.producer()
+        rounding = behind = None if value is None else value.producer()
         while behind is not None and behind.op_type == "Cast":
             behind = operand(behind, 0).producer()
-        if made is not None and behind is not None and behind.op_type in ("MatMul", "Mul", "Add", "Softmax"):
-            return made
+        if rounding is not None and behind is not None and behind.op_type in ("MatMul", "Mul", "Add", "Softmax"):
+            return rounding
     raise ExportError(f"{node.name} is not part of softmax(q·k * scale + mask)·v")
 
 

@@ -1,8 +1,8 @@
-"""ONNX -> TensorRT engine, with ordinary TensorRT or with TensorRT-RTX: one builder, the module is a parameter.
+"""Compiles an ONNX graph to a TensorRT engine, with ordinary TensorRT or with TensorRT-RTX.
 
-Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once, on a machine
-without any. What came of the build is read from the network's types and from the builder's own log, since an engine
-cannot be opened where there is no GPU.
+Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once and needs no
+GPU. Without a GPU an engine cannot be opened, so the checks of the result read the network's data types and the log of
+the builder.
 """
 
 import re
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES
 from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import Profile, TensorSpec
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 
 PLAN_PATH = "tensorrt/model.plan"
 TIMING_CACHE_PATH = "tensorrt/timing.cache"
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
 _GEMM_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
-# As the builder and the inspector print a layer; what the compiler made of a profile ends in _myl<profile>_<number>.
+# A layer, as the builder and the inspector print it. Compiled kernels of a profile end in _myl<profile>_<number>.
 _LAYER = re.compile(
     r"Name: (?P<name>.*?(?:_myl(?P<profile>\d+)_\d+)?), LayerType: (?P<type>\w+)"
     r"(?:, Inputs: \[ \{.*?Datatype: (?P<dtype>\w+))?"
@@ -42,24 +42,24 @@ def build_plan(
     *,
     graph: "Graph",
     num_layers: int,
-    targets: Sequence[str],
+    compute_capabilities: Sequence[str],
     profiles: Sequence[Profile],
 ) -> PlanEntry:
     """Compile `onnx` into `folder`/tensorrt.
 
     Args:
         onnx: a strongly typed graph, see `gte_deploy.exporters.targets.tensorrt.graph`.
-        folder: of the bundle.
-        runtime: what builds.
+        folder: the folder of the bundle.
+        runtime: the TensorRT that builds.
         options: workspace and timing cache.
-        graph: what `onnx` holds.
-        num_layers: of the encoder; each must have got a fused attention kernel. TensorRT builds no other for a
-            padding-free graph, so there its attentions are counted in the network, whatever their kernels are named.
-        targets: compute capabilities, of `resolve_targets`.
-        profiles: that the engine takes.
+        graph: the graph in `onnx`.
+        num_layers: number of layers of the encoder; each must get a fused attention kernel. For a padding-free graph
+            TensorRT has no other kernel, so the attention layers of the network are counted.
+        compute_capabilities: the GPUs that the engine is for; see `resolve_capabilities`.
+        profiles: the profiles of the engine.
 
     Raises:
-        ExportError: TensorRT refuses the graph, or the engine is not what was asked for.
+        ExportError: TensorRT refuses the graph, or builds an engine other than requested.
     """
     trt = runtime.module
     log = _Log(runtime)
@@ -73,14 +73,14 @@ def build_plan(
     layout = layout_of(graph.inputs)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    config.clear_flag(trt.BuilderFlag.TF32)  # what is FP32 in the graph is meant so
+    config.clear_flag(trt.BuilderFlag.TF32)  # TF32 would round what the graph computes in FP32
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles:
         config.add_optimization_profile(_profile(builder, network, profile, layout))
-    if runtime.flavour == "tensorrt-rtx":
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, sm_name(target).upper()), index)
+    if runtime.variant == "tensorrt-rtx":
+        config.num_compute_capabilities = len(compute_capabilities)
+        for index, capability in enumerate(compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, sm_name(capability).upper()), index)
     cache = _timing_cache(config, runtime, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -99,9 +99,9 @@ def build_plan(
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     return PlanEntry(
         path=PLAN_PATH,
-        flavour=runtime.flavour,
+        variant=runtime.variant,
         version=runtime.version,
-        compute_capabilities=tuple(targets),
+        compute_capabilities=tuple(compute_capabilities),
         profiles=tuple(profiles),
         inputs=tuple(_tensor(tensor, specs) for tensor in inputs),
         outputs=tuple(_tensor(tensor, specs) for tensor in outputs),
@@ -111,10 +111,10 @@ def build_plan(
 
 
 def count_layers(lines: Sequence[str]) -> dict[str, int]:
-    """What an engine is made of, from its layers as TensorRT prints them in detail: kind -> how many.
+    """Count the layers of an engine from TensorRT's detailed listing: kind -> number.
 
-    "fused_attention" kernels, and GEMMs by the type of their input, such as "fp16_gemm"; GEMMs that were joined count
-    as many as they were. Where profiles differ, the least.
+    Kinds are "fused_attention" and GEMMs by the type of their input, such as "fp16_gemm". A GEMM that joins several
+    counts as several. If profiles differ, the least number counts.
     """
     profiles: dict[str, Counter[str]] = {}
     for line in lines:
@@ -130,7 +130,7 @@ def count_layers(lines: Sequence[str]) -> dict[str, int]:
 
 
 def _fp32_products(graph: "Graph") -> set[str | None]:
-    """Names of the GEMMs that the graph has in FP32: pooling alone."""
+    """Names of the FP32 GEMMs in the graph: only those of pooling."""
     return {
         node.name
         for node in graph.model.graph
@@ -139,7 +139,7 @@ def _fp32_products(graph: "Graph") -> set[str | None]:
 
 
 def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, runtime: Runtime) -> None:
-    wide = len(_fp32_products(graph))
+    fp32_gemms = len(_fp32_products(graph))
     wanted = {"fused_attention": num_layers}
     wanted |= {
         f"{kind}_gemm": graph.fusions[f"{kind}_linears"]
@@ -151,8 +151,8 @@ def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, ru
         for kind, count in wanted.items()
         if layers.get(kind, 0) < count
     ]
-    if layers.get("fp32_gemm", 0) > wide:
-        wrong.append(f"{layers['fp32_gemm']} GEMMs in FP32 where the graph has {wide}")
+    if layers.get("fp32_gemm", 0) > fp32_gemms:
+        wrong.append(f"{layers['fp32_gemm']} GEMMs in FP32 where the graph has {fp32_gemms}")
     if wrong:
         raise ExportError(
             f"{runtime.title} built an engine that would be slow: {'; '.join(wrong)}. Nothing was written; try another "
@@ -161,7 +161,7 @@ def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, ru
 
 
 class _Log:
-    """What the builder says, line by line."""
+    """Collects the messages of the builder, line by line."""
 
     def __init__(self, runtime: Runtime) -> None:
         log = self
@@ -181,11 +181,11 @@ class _Log:
         self.logger = Logger()
 
     def last_errors(self) -> str:
-        return "; ".join(self._errors[-_MAX_ERRORS:]) or "it gives no reason"
+        return "; ".join(self._errors[-_MAX_ERRORS:]) or "TensorRT gives no reason"
 
 
 def _layer_lines(trt: Any, plan: Any, log: _Log) -> list[str]:
-    """The engine's layers, from its inspector where there is a GPU to open it on, else from the builder's log."""
+    """The layers of the engine: from its inspector if there is a GPU to open it, else from the builder's log."""
     if runtimes.gpu_capability() is not None:
         engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
         if engine is not None:
@@ -195,7 +195,7 @@ def _layer_lines(trt: Any, plan: Any, log: _Log) -> list[str]:
 
 
 def _network_flags(trt: Any) -> int:
-    # TensorRT 11 knows no other networks, and may drop the flag.
+    # TensorRT 11 has only strongly typed networks, and may drop the flag.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -206,17 +206,17 @@ def _count_attentions(trt: Any, network: Any) -> int:
 
 
 def _profile(builder: Any, network: Any, profile: Profile, layout: Layout) -> Any:
-    made = builder.create_optimization_profile()
+    built = builder.create_optimization_profile()
     shapes = layout.shapes(profile)
     for index in range(network.num_inputs):
         name = network.get_input(index).name
-        made.set_shape(name, *shapes[name])
-    return made
+        built.set_shape(name, *shapes[name])
+    return built
 
 
 def _timing_cache(config: Any, runtime: Runtime, file: Path | None) -> Any:
-    """The cache that the builder reads and adds to; TensorRT-RTX tunes on the user's machine and has none."""
-    if runtime.flavour == "tensorrt-rtx":
+    """The timing cache that the builder reads and extends. TensorRT-RTX tunes on the user's machine and has none."""
+    if runtime.variant == "tensorrt-rtx":
         if file is not None:
             raise InputError("--timing-cache is for ordinary TensorRT; TensorRT-RTX tunes when the engine is first run")
         return None
@@ -229,9 +229,9 @@ def _timing_cache(config: Any, runtime: Runtime, file: Path | None) -> Any:
 
 
 def _check_types(trt: Any, network: Any, graph: "Graph", runtime: Runtime) -> None:
-    """Refuse a network whose GEMMs are not in the types that the graph has.
+    """Refuse a network whose GEMMs do not have the data types of the graph.
 
-    An FP16 request that quietly gives an FP32 engine is slow, and nothing else tells.
+    If an FP16 request silently gave an FP32 engine, it would be slow, and nothing else would report it.
     """
     fp32 = _fp32_products(graph)
     for index in range(network.num_layers):
@@ -239,11 +239,11 @@ def _check_types(trt: Any, network: Any, graph: "Graph", runtime: Runtime) -> No
         if layer.type == trt.LayerType.MATRIX_MULTIPLY and layer.name not in fp32:
             types = {layer.get_input(i).dtype for i in range(layer.num_inputs)}
             if types & {trt.DataType.FLOAT}:
-                raise ExportError(f"{runtime.title} takes {layer.name} in FP32, and the graph has it in 16 bits")
+                raise ExportError(f"{runtime.title} computes {layer.name} in FP32, but the graph has it in 16 bits")
 
 
 def _tensor(tensor: Any, specs: Mapping[str, TensorSpec]) -> TensorSpec:
-    """As the network has it; the names of dynamic axes are the graph's."""
+    """The spec of a tensor of the network, with the graph's names for dynamic axes."""
     names = specs[tensor.name].shape
     shape = tuple(name if size < 0 else int(size) for size, name in zip(tensor.shape, names, strict=True))
-    return TensorSpec(tensor.name, _DTYPES[tensor.dtype.name], shape)
+    return TensorSpec(tensor.name, DTYPE_NAMES[tensor.dtype.name], shape)

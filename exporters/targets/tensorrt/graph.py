@@ -1,17 +1,17 @@
-"""The plain FP32 graph -> what TensorRT compiles: strongly typed, standard operators of ONNX opset 20 alone.
+"""Converts the plain FP32 graph to the graph that TensorRT compiles: strongly typed, with operators of ONNX opset 20.
 
-TensorRT takes every tensor's type from the graph, so the graph says all of it:
+TensorRT takes the data type of every tensor from the graph, so the graph defines them all:
 
-* GEMMs and attention are in FP16 or BF16, the weights stored so. In INT8 and FP8 QuantizeLinear and DequantizeLinear
-  stand around the GEMMs, never in or around attention: its fused kernel would be lost, and its scratch grow
-  sixteenfold. TensorRT wants them symmetric: zero points are 0.
-* In FP32 between them: residual sums with their LayerNorms, the rotation of queries and keys by PyTorch's own FP32
-  cosines and sines (no angle is ever computed, let alone in FP16), the gated unit, the mask until it is added to the
-  scores, pooling, and the graph's outputs. All of it is elementwise work that fuses into one kernel, so what it reads
-  and writes stays 16 bits wide. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
-* Up and gate projection are one GEMM, split in two.
-* Without padding, `padding_free` beside this file makes the graph one of tokens first. Attention is an operator of
-  TensorRT's own then, TRT_Attention.
+* GEMMs, attention and the stored weights are in FP16 or BF16. In INT8 and FP8, QuantizeLinear and DequantizeLinear are
+  around the GEMMs, never in or around attention: there TensorRT would lose its fused kernel, and its scratch memory
+  would grow sixteenfold. TensorRT needs symmetric quantization: zero points are 0.
+* FP32 is used between them: residual sums with their LayerNorms, the rotation of queries and keys by PyTorch's own FP32
+  cosines and sines (the graph never computes an angle), the gated unit, the mask before it is added to the scores,
+  pooling, and the outputs. These are elementwise operations that fuse into one kernel, whose inputs and outputs have 16
+  bits. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
+* The up and gate projections are one GEMM, whose result is split in two.
+* For a padding-free engine, the module `padding_free` first rewrites the graph to packed tokens. Attention then is
+  TRT_Attention, an operator of TensorRT itself.
 
 Shapes: B rows, S tokens, H hidden size, F width of the gated MLP.
 """
@@ -54,18 +54,18 @@ from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
 
 EightBits = Literal["int8", "fp8"]
 
-WIDE: Mapping[Precision, ir.DataType] = {
+COMPUTE_DTYPES: Mapping[Precision, ir.DataType] = {
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.FLOAT16,
     "fp8": ir.DataType.FLOAT16,
 }
-"""Precision -> type of everything that is neither FP32 nor quantized."""
+"""Precision -> data type of every tensor that is neither FP32 nor quantized."""
 
 _FP32 = ir.DataType.FLOAT
 _LARGEST: Mapping[EightBits, int] = {"int8": 127, "fp8": 448}
 _STORED: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-# Scales are FP16 in the graph; smaller ones would be rounded coarsely there.
+# Scales are FP16 in the graph, where smaller values would be rounded coarsely.
 _MIN_SCALE = 2.0**-20
 
 
@@ -75,7 +75,7 @@ class QdqScheme:
 
     Args:
         kind: 8-bit integers, or E4M3 floating point.
-        amax: weight's name -> largest magnitude of the GEMM's input that is represented, after smoothing.
+        amax: weight's name -> the largest representable magnitude of the GEMM's input, after smoothing.
         smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.int8`.
         excluded: names of weights whose GEMMs stay in FP16.
     """
@@ -86,7 +86,7 @@ class QdqScheme:
     excluded: frozenset[str] = frozenset()
 
     def excluding(self, names: Collection[str]) -> "QdqScheme":
-        """The same with these weights in FP16 as well."""
+        """The same scheme with these weights in FP16 as well."""
         return dataclasses.replace(self, excluded=self.excluded | frozenset(names))
 
 
@@ -98,53 +98,53 @@ def tensorrt_graph(
     scheme: QdqScheme | None = None,
     layout: Layout = PADDED,
 ) -> Graph:
-    """The graph to compile, made of a copy of the plain FP32 one.
+    """The graph to compile, from a copy of the plain FP32 graph.
 
     Args:
-        plain: standard operators with explicit attention, see `gte_deploy.exporters.graph.build.build_graphs`.
-        precision: one of `WIDE`.
+        plain: the graph of standard operators, see `gte_deploy.exporters.graph.build.build_graphs`.
+        precision: a key of `COMPUTE_DTYPES`.
         sites: how often each fusion pass must fire.
-        scheme: for int8 and fp8.
-        layout: how texts lie in the graph's inputs.
+        scheme: the GEMMs to quantize, for int8 and fp8.
+        layout: how the graph's inputs hold texts.
 
     Raises:
-        ExportError: a pass did not fire as often as the architecture has sites.
+        ExportError: a pass did not match as often as the architecture requires.
     """
     model = plain.model.clone()
-    _state_types(model.graph)
+    _fill_in_types(model.graph)
     if scheme is not None:
         smooth(model, scheme.smoothing)
     counts = layout.rewrite(model, sites)
-    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE,))
+    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE_SPLIT,))
     if scheme is not None:
         counts |= _quantize(model, scheme)
-    _give_types(model.graph, WIDE[precision])
+    _assign_types(model.graph, COMPUTE_DTYPES[precision])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return graph_of(model, counts, plain.opset)
 
 
-def _pack_gate(graph: ir.Graph, gelu: ir.Node) -> None:
-    """Up · gelu(gate), two GEMMs of the same input -> one of [up; gate] and a Split."""
+def _merge_up_and_gate(graph: ir.Graph, gelu: ir.Node) -> None:
+    """Merge the two GEMMs of up · gelu(gate), which share an input, into one GEMM and a Split."""
     product = consumer(gelu.outputs[0], "Mul")
     gate = operand(gelu, 0)
     up = other_operand(product, gelu.outputs[0])
     linears = [require_linear(value, bias=False) for value in (up, gate)]
-    require(linears[0].x is linears[1].x, "up and gate are not made from the same input")
+    require(linears[0].x is linears[1].x, "up and gate do not have the same input")
     build = Builder(graph, gelu, scope_of(product))
     weight = merge_weights(graph, merged_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
-    packed = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
+    merged = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
     sizes = integers(graph, *(linear.out for linear in linears))
-    parts = build.node("Split", [packed, sizes], name="up_gate", axis=-1, outputs=2)
+    parts = build.node("Split", [merged, sizes], name="up_gate", axis=-1, outputs=2)
     for old, part in zip((up, gate), parts, strict=True):
         replace(old, part)
 
 
-UP_GATE = FusionPass(name="up_gate", anchor="Gelu", rewrite=_pack_gate)
+UP_GATE_SPLIT = FusionPass(name="up_gate", anchor="Gelu", rewrite=_merge_up_and_gate)
 
 
 def merged_name(up: str) -> str:
-    """Name of the matrix that holds the up projection `up` and its gate."""
+    """The name of the matrix that holds the up projection `up` and its gate."""
     return up.replace("up_proj", "up_gate_proj")
 
 
@@ -157,8 +157,7 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
         _quantize_linear(model.graph, linear, scheme.kind, amax[linear.name])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # GEMMs that share an input quantize it once
-    wide = len(linears) - len(chosen)
-    return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": wide}
+    return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": len(linears) - len(chosen)}
 
 
 def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: float) -> None:
@@ -169,7 +168,7 @@ def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: flo
     quantized = build.op("QuantizeLinear", linear.x, scale, zero, name="quantized", dtype=stored)
     x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
     matrix = linear.matrix()
-    # INT8 has a scale for every output, FP8 one for all: what TensorRT has kernels for.
+    # INT8 has one scale per output, FP8 one scale for all: TensorRT has kernels for these.
     scales = _scales(np.abs(matrix).max(axis=0 if kind == "int8" else None), largest)
     inside = np.clip(matrix / scales, -largest, largest)
     narrow = np.rint(inside).astype(np.int8) if kind == "int8" else inside.astype(ml_dtypes.float8_e4m3fn)
@@ -185,15 +184,15 @@ def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: flo
 
 
 def _scales(peak: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
-    """Scales that FP16 holds exactly, no smaller than the peak needs."""
+    """Scales that FP16 represents exactly, rounded up so that the peak fits."""
     exact = np.maximum(np.asarray(peak, np.float32) / largest, _MIN_SCALE)
     near = exact.astype(np.float16)
     up = np.where(near.astype(np.float32) < exact, np.nextafter(near, np.float16(np.inf)), near)
     return up.astype(np.float32)
 
 
-def _state_types(graph: ir.Graph) -> None:
-    """Give the FP32 values that the trace left without a type theirs."""
+def _fill_in_types(graph: ir.Graph) -> None:
+    """Fill in the missing FP32 data types."""
     for node in graph:
         floats = any(value is not None and value.dtype == _FP32 for value in node.inputs)
         for output in node.outputs:
@@ -201,8 +200,8 @@ def _state_types(graph: ir.Graph) -> None:
                 output.type = ir.TensorType(_FP32)
 
 
-def _give_types(graph: ir.Graph, wide: ir.DataType) -> None:
-    """Give every node its type and put a Cast wherever an edge joins two of them."""
+def _assign_types(graph: ir.Graph, compute_dtype: ir.DataType) -> None:
+    """Assign a data type to every node, and insert a Cast wherever two types meet."""
     fp32 = _kept_in_fp32(graph)
     pooling = _pooling_nodes(graph)
     copies: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
@@ -215,39 +214,39 @@ def _give_types(graph: ir.Graph, wide: ir.DataType) -> None:
         return copies[value, dtype]
 
     for node in list(graph):
-        dtype = _FP32 if node in fp32 or node in pooling else wide
+        dtype = _FP32 if node in fp32 or node in pooling else compute_dtype
         for i, value in enumerate(node.inputs):
-            if value is not None and value.dtype in (_FP32, wide) and value.dtype != dtype:
+            if value is not None and value.dtype in (_FP32, compute_dtype) and value.dtype != dtype:
                 node.replace_input_with(i, typed(value, dtype))
         for output in node.outputs:
             if output.dtype == _FP32:
                 output.type = ir.TensorType(dtype)  # not `output.dtype`: clones share their type objects
         if node.op_type == "LayerNormalization":
-            # The residual that goes on from here is read twice as fast in 16 bits; the graph's output stays FP32.
+            # In 16 bits the following layers read the residual twice as fast. The output of the graph stays FP32.
             (output,) = node.outputs
             uses = [use for use in output.uses() if use.node not in pooling]
             for user, index in uses:
-                user.replace_input_with(index, typed(output, wide))
+                user.replace_input_with(index, typed(output, compute_dtype))
     for i, output in enumerate(graph.outputs):
-        if output.dtype == wide:
+        if output.dtype == compute_dtype:
             name = output.name
-            output.name = f"{name}/{wide.name}"
+            output.name = f"{name}/{compute_dtype.name}"
             cast = _cast(graph, output, _FP32)
             cast.name, cast.shape = name, output.shape
             graph.outputs[i] = cast
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    made = value.producer()
-    assert made is not None  # the graph's own inputs are int64
+    source = value.producer()
+    assert source is not None  # the graph's own inputs are int64
     node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}/{dtype.name.lower()}")
     node.outputs[0].name, node.outputs[0].dtype = node.name, dtype
-    graph.insert_after(made, node)
+    graph.insert_after(source, node)
     return node.outputs[0]
 
 
 def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """The same initialiser in another type, made when it is read."""
+    """The same initialiser in another data type; it is converted when it is read."""
     tensor = tensor_of(value)
     name = f"{value.name}.{dtype.name.lower()}"
 
@@ -260,7 +259,7 @@ def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value
 
 
 def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
-    """The mask, the rotation and its tables, gated units, LayerNorms and the sums that they normalise."""
+    """The nodes in FP32: the mask, the rotation and its tables, gated units, LayerNorms and their residual sums."""
     kept, of_tokens = set(), set[ir.Value]()
     for node in graph:
         table = operand(node, 0) if node.op_type == "Gather" and operand(node, 1).name != POSITIONS else None
@@ -268,7 +267,7 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
         if reads_words or node.op_type == "DequantizeLinear" or of_tokens & set(node.inputs):
             of_tokens.update(node.outputs)
         else:
-            kept.add(node)  # made of the mask, of tables and of shapes alone
+            kept.add(node)  # computed only from the mask, tables and shapes
         if node.op_type == "LayerNormalization":
             kept.add(node)
             total = operand(node, 0).producer()
@@ -283,7 +282,7 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _rotation(negation: ir.Node) -> Iterator[ir.Node]:
-    """X * cos + concat(-x[D/2:], x[:D/2]) * sin, as the trace has it, and the scale of queries where they have one."""
+    """The nodes of x * cos + concat(-x[D/2:], x[:D/2]) * sin, and the scale of queries if there is one."""
     upper = producer(negation.inputs[0], "Slice")
     rotated = consumer(negation.outputs[0], "Concat")
     sine = consumer(rotated.outputs[0], "Mul")
@@ -294,7 +293,7 @@ def _rotation(negation: ir.Node) -> Iterator[ir.Node]:
 
 
 def _pooling_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """What makes the sentence embedding of the hidden states."""
+    """The nodes that compute the sentence embedding from the hidden states."""
     names = {value.name: value for value in graph.outputs}
     if "sentence_embedding" not in names:
         return set()

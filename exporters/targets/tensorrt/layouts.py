@@ -1,7 +1,7 @@
-"""How texts lie in the tensors of an engine: padded rows, or the tokens of all texts in a row without padding.
+"""The two layouts of texts in the tensors of an engine: padded rows, or the tokens of all texts without padding.
 
-Everything that differs between the two stands here: which TensorRT has the kernels, the profiles and their shapes, how
-the graph is rewritten, and what emulates the graph on a CPU.
+This module holds all differences between the two: the versions of TensorRT with the kernels, the profiles and their
+shapes, the rewriting of the graph, and its emulation on a CPU.
 """
 
 import re
@@ -29,58 +29,58 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
 
 PADDING_FREE_FROM = (11, 1)
-"""The first TensorRT with kernels for attention over texts in a row. TensorRT-RTX has none."""
+"""The first version of TensorRT with kernels for padding-free attention. TensorRT-RTX has none."""
 
 Shapes = dict[str, list[tuple[int, ...]]]
-"""Input's name -> its shapes at min, opt and max."""
+"""Name of an input -> its shapes at min, opt and max."""
 
 
 class Layout(Protocol):
-    """What the two layouts offer."""
+    """The interface of both layouts."""
 
     has_attention_operator: ClassVar[bool]
-    """Whether attention is an operator of TensorRT's own, rather than a pattern that it fuses."""
+    """Whether attention is an operator of TensorRT, rather than a pattern that it fuses."""
     trtexec_flags: ClassVar[tuple[str, ...]]
-    """What the network needs from TensorRT's own tool."""
+    """Flags that TensorRT's tool trtexec needs for the network."""
 
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse a model that this layout cannot run.
 
         Raises:
-            InputError: saying why.
+            InputError: the message says why.
         """
 
     def check_runtime(self, runtime: Runtime) -> None:
         """Refuse a TensorRT without the kernels.
 
         Raises:
-            ExportError: saying which TensorRT has them.
+            ExportError: the message says which TensorRT has them.
         """
 
     def profiles(self, asked: Sequence[Profile], lengths: Sequence[int], max_length: int) -> tuple[Profile, ...]:
-        """The profiles that were asked for, those made from texts' lengths in tokens, or the default ones.
+        """The requested profiles, or profiles for the given lengths in tokens, or the default profiles.
 
         Raises:
-            InputError: they do not suit inputs of up to `max_length` tokens.
+            InputError: the profiles do not cover inputs of up to `max_length` tokens.
         """
         ...
 
     def shapes(self, profile: Profile) -> Shapes:
-        """The shapes of every input that a graph may have; few have `mask_positions` and `token_type_ids`."""
+        """The shapes of every possible input; few graphs have `mask_positions` and `token_type_ids`."""
         ...
 
     def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
-        """Rewrite a plain FP32 graph in place for this layout; pass -> how often it fired."""
+        """Rewrite a plain FP32 graph in place for this layout; return pass -> number of matches."""
         ...
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
     ) -> "PaddedOnnx | PaddingFreeOnnx":
-        """What runs the graph on a CPU as the engine would; `file` is where the graph is saved."""
+        """The object that runs the graph on a CPU like the engine; `file` is the saved graph."""
         ...
 
     def caveats(self) -> list[str]:
-        """What the emulation does not show, one sentence each."""
+        """One sentence for each thing that the emulation does not verify."""
         ...
 
 
@@ -91,7 +91,7 @@ class Padded:
     trtexec_flags: ClassVar[tuple[str, ...]] = ("--stronglyTyped",)
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Every model runs so."""
+        """Every model has this layout."""
 
     def check_runtime(self, runtime: Runtime) -> None:
         """Every TensorRT has the kernels."""
@@ -111,7 +111,7 @@ class Padded:
         return rows | {"mask_positions": [(count, 2) for count in mask_profile(profile)]}
 
     def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
-        """The trace has this layout already."""
+        """Do nothing: the trace has this layout already."""
         return {}
 
     def emulation(
@@ -123,36 +123,36 @@ class Padded:
         return PaddedOnnx(graph, spec, file=file, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
-        """The graph itself is run."""
+        """None: the graph itself is run."""
         return []
 
 
 class PaddingFree:
-    """Tokens of all texts in a row; `gte_deploy.exporters.targets.tensorrt.padding_free` has the inputs."""
+    """The tokens of all texts one after another; see `gte_deploy.exporters.targets.tensorrt.padding_free`."""
 
     has_attention_operator: ClassVar[bool] = True
-    # Only a TensorRT in which every network is strongly typed has the kernels.
+    # In the versions of TensorRT with the kernels, every network is strongly typed.
     trtexec_flags: ClassVar[tuple[str, ...]] = ()
 
     def check_model(self, spec: ModelSpec) -> None:
-        """A sparse head pools padded rows."""
+        """Refuse sparse models, whose head pools padded rows."""
         if spec.task == "sparse":
             raise InputError(
-                "padding 'remove' is not for task sparse with format trt: its head pools padded rows. Keep it."
+                "padding 'remove' is not for task sparse with format trt: its head pools padded rows. Keep padding."
             )
 
     def check_runtime(self, runtime: Runtime) -> None:
         """See `PADDING_FREE_FROM`."""
         wanted = ".".join(map(str, PADDING_FREE_FROM))
-        if runtime.flavour != "tensorrt":
-            reason = f"{runtime.title} has no kernel for it; it was taken because {runtime.reason}"
+        if runtime.variant != "tensorrt":
+            reason = f"{runtime.title} has no kernel for it; it was chosen because {runtime.reason}"
         elif tuple(map(int, re.findall(r"\d+", runtime.version)[:2])) < PADDING_FREE_FROM:
             reason = f"this is {runtime.title}"
         else:
             return
         raise ExportError(
             f"Attention without padding needs ordinary TensorRT {wanted} or later and the GPU that the engine is for: "
-            f"{reason}. Leave --padding remove away, or write the graph with --onnx-only and build it there."
+            f"{reason}. Leave out --padding remove, or write the graph with --onnx-only and build it there."
         )
 
     def profiles(self, asked: Sequence[Profile], lengths: Sequence[int], max_length: int) -> tuple[Profile, ...]:
@@ -172,9 +172,9 @@ class PaddingFree:
 
     def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
         """See `Layout`."""
-        from gte_deploy.exporters.targets.tensorrt.padding_free import pack
+        from gte_deploy.exporters.targets.tensorrt.padding_free import make_padding_free
 
-        return pack(model, sites=sites)
+        return make_padding_free(model, sites=sites)
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
@@ -185,16 +185,16 @@ class PaddingFree:
         return PaddingFreeOnnx(graph, spec, profiles=profiles, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
-        """ONNX Runtime has no such operator."""
+        """The operator TRT_Attention itself is not run."""
         return [
-            "In place of TRT_Attention, which ONNX Runtime does not have, each text attended to itself, as TensorRT's "
-            "documentation says of the operator."
+            "ONNX Runtime does not have TRT_Attention; in its place each text attended to itself, as TensorRT's "
+            "documentation describes the operator."
         ]
 
 
 PADDED, PADDING_FREE = Padded(), PaddingFree()
 LAYOUTS: Mapping[str, Layout] = {"auto": PADDED, "keep": PADDED, "remove": PADDING_FREE}
-"""Value of `TensorRTOptions.padding` -> layout."""
+"""Value of `TensorRTOptions.padding` -> its layout."""
 
 
 def layout_of(inputs: Iterable[TensorSpec]) -> Layout:
@@ -203,12 +203,12 @@ def layout_of(inputs: Iterable[TensorSpec]) -> Layout:
 
 
 def trtexec_line(onnx: str, profiles: Sequence[Profile], inputs: Sequence[TensorSpec]) -> str:
-    """The command that builds the same engine with TensorRT's own tool; for TensorRT-RTX the tool is tensorrt_rtx.
+    """The command that builds the same engine with TensorRT's tool trtexec. TensorRT-RTX's tool is tensorrt_rtx.
 
     Args:
         onnx: path of the graph.
-        profiles: shapes that the engine takes.
-        inputs: inputs of the graph.
+        profiles: the profiles of the engine.
+        inputs: the inputs of the graph.
     """
     layout, names = layout_of(inputs), {tensor.name for tensor in inputs}
     parts = [f"trtexec --onnx={onnx} --saveEngine=model.plan", *layout.trtexec_flags]

@@ -10,7 +10,7 @@ from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.targets.cpu import CalibrationOptions
 from gte_deploy.exporters.targets.cuda.target import Padding
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
-from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_targets
+from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_capabilities
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.calibration import Calibrator
@@ -26,37 +26,39 @@ def _mebibytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class TensorRTOptions(CalibrationOptions):
-    """What an engine is built with and for.
+    """Options for building an engine.
 
     Args:
-        padding: "remove" for an engine that takes the tokens of all texts in a row, which ordinary TensorRT builds from
-            11.1 on, see `gte_deploy.exporters.targets.tensorrt.padding_free`. "keep" and "auto" keep it.
+        padding: "remove" for a padding-free engine, which needs ordinary TensorRT 11.1 or later; see
+            `gte_deploy.exporters.targets.tensorrt.padding_free`. "keep" and "auto" keep padding.
         runtime: "auto", "tensorrt" or "rtx", see `choose_runtime`.
-        targets: compute capabilities such as "8.9"; None for the GPU here, or with TensorRT-RTX for `DEFAULT_TARGETS`
-            as far as they can compute in the precision.
-        profiles: shapes that the engine takes; none for the default ones.
-        lengths: a file with one length in tokens a line, from which the profiles are made.
+        compute_capabilities: the GPUs that the engine is for, such as "8.9". None is the GPU of this machine; with
+            TensorRT-RTX, it is those of `DEFAULT_CAPABILITIES` that compute in the precision.
+        profiles: the shapes that the engine takes; empty for the default profiles.
+        lengths: a file with one length in tokens per line; the profiles follow its distribution.
         calibrator: how INT8 and FP8 scales are chosen, see `gte_deploy.exporters.quantization.calibration`.
-        onnx_only: write the graph alone.
-        keep_onnx: leave the graph in the bundle beside the engine.
-        workspace: bytes of scratch memory that a kernel may take.
-        timing_cache: a cache of an earlier build, which makes this one faster (ordinary TensorRT).
+        onnx_only: whether to write only the graph.
+        keep_onnx: whether the graph stays in the bundle beside the engine.
+        workspace: bytes of scratch memory that a kernel may use.
+        timing_cache: the timing cache of an earlier build, which makes this build faster (ordinary TensorRT).
     """
 
     padding: Padding = option(
         "auto",
-        "remove: an engine without padding, for TensorRT 11.1 or later (default: keep)",
+        "remove: a padding-free engine, for TensorRT 11.1 or later (default: keep)",
         choices=get_args(Padding),
     )
     runtime: str = option(
-        "auto", "what builds the engine (default: tensorrt where it and a GPU are, else rtx)", choices=RUNTIMES
+        "auto",
+        "the TensorRT that builds the engine (default: tensorrt if it and a GPU are present, else rtx)",
+        choices=RUNTIMES,
     )
-    targets: tuple[str, ...] | None = option(
+    compute_capabilities: tuple[str, ...] | None = option(
         None,
-        "GPUs that the engine is for, such as sm86,sm89,sm120 (default: the GPU here; with rtx those three)",
+        "GPUs that the engine is for, such as sm86,sm89,sm120 (default: the GPU here; with rtx, these three)",
         flags=("--target",),
         metavar="GPUS",
-        parse=parse_targets,
+        parse=parse_capabilities,
     )
     profiles: tuple[Profile, ...] = option(
         (),
@@ -69,18 +71,18 @@ class TensorRTOptions(CalibrationOptions):
     )
     lengths: Path | None = option(
         None,
-        "make profiles from your texts' lengths: a file with one number of tokens a line",
+        "fit the profiles to the lengths of your texts: a file with one number of tokens per line",
         metavar="FILE",
         parse=Path,
     )
     calibrator: "Calibrator" = option(
-        "max", "how ranges are cut", choices=("max", "percentile", "entropy"), precisions=("int8", "fp8")
+        "max", "how ranges are clipped", choices=("max", "percentile", "entropy"), precisions=("int8", "fp8")
     )
-    onnx_only: bool = option(False, "write the graph and the trtexec command, and build no engine")
-    keep_onnx: bool = option(False, "leave the graph in the bundle, beside the engine")
+    onnx_only: bool = option(False, "write the graph and the trtexec command, but build no engine")
+    keep_onnx: bool = option(False, "keep the graph in the bundle, beside the engine")
     workspace: int = option(
         DEFAULT_WORKSPACE, "scratch memory of the builder (default: 4096)", metavar="MIB", parse=_mebibytes
     )
     timing_cache: Path | None = option(
-        None, "a timing cache of an earlier build, which makes this one faster", metavar="FILE", parse=Path
+        None, "the timing cache of an earlier build, which makes this build faster", metavar="FILE", parse=Path
     )

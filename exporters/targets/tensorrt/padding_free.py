@@ -1,22 +1,23 @@
-"""A plain FP32 graph on padded texts [B, S] -> the same on the tokens of all texts in a row [T], without padding.
+"""Rewrites a plain FP32 graph on padded texts [B, S] to the packed tokens of all texts [T], without padding.
 
-Everything but attention works on tokens and does not care which text they are of. Attention becomes TensorRT's own
-operator, TRT_Attention in its packed form, which ordinary TensorRT has kernels for from 11.1 on:
+Everything except attention works on single tokens of any text. Attention becomes an operator of TensorRT: TRT_Attention
+in its packed form. Ordinary TensorRT has kernels for it from 11.1 on:
 https://github.com/onnx/onnx-tensorrt/blob/main/docs (TensorRT Custom Operator Schemas)
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html
 
 Inputs, in place of [batch, sequence] and its mask:
 
-* `input_ids` [tokens] int64; `position_ids` [tokens] int64, the place of each token in its own text; where the model is
-  fed them `token_type_ids` [tokens] int64;
-* `query_lengths` and `kv_lengths` [batch + 1] int32, where each text begins and the last one ends: 0, n0, n0 + n1, …
-  They hold the same. They are two tensors because TensorRT was reported to crash where one is wired to both places;
-* `mask_positions` [num_masks] int64 (fill-mask), numbers of tokens among all T.
+* `input_ids` [tokens] int64; `position_ids` [tokens] int64, the position of each token in its own text;
+  `token_type_ids` [tokens] int64 if the model takes them;
+* `query_lengths` and `kv_lengths` [batch + 1] int32, the beginning of each text and the end of the last: 0, n0,
+  n0 + n1, … Both have the same values. They are two tensors because TensorRT was reported to crash if one tensor feeds
+  both inputs of the operator;
+* `mask_positions` [num_masks] int64 (fill-mask), indices of tokens among all T.
 
-Outputs by token lose their axis of texts: [tokens, …] for [batch, sequence, …]. The others stay as they are. The
-runtime packs and unpacks (`gte_deploy.backends.tensorrt.padding_free`), so no shape in the graph depends on data.
+Outputs by token are [tokens, …] instead of [batch, sequence, …]. The others stay unchanged. The runtime packs and
+unpacks (`gte_deploy.backends.tensorrt.padding_free`), so no shape in the graph depends on data.
 
-Shapes: B texts, T tokens of all, N heads, D head size, H hidden size.
+Shapes: B texts, T tokens of all texts, N heads, D head size, H hidden size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,17 +65,19 @@ _WHOLE, _SMALL = ir.DataType.INT64, ir.DataType.INT32
 _TO_END = (1 << 31) - 1
 
 
-def pack(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str, int]:
-    """Rewrite a plain graph in place; how many attentions there are. `sites` as in `fuse_graph`.
+def make_padding_free(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str, int]:
+    """Rewrite a plain graph in place; return the number of attention operators.
+
+    `sites` as in `fuse_graph`.
 
     Raises:
-        ExportError: the graph is not of that form.
+        ExportError: the graph does not have the expected form.
     """
     graph = model.graph
     _add_inputs(graph)
-    counts = fuse_graph(model, sites=sites, passes=(PACKED_ATTENTION,))
+    counts = fuse_graph(model, sites=sites, passes=(PADDING_FREE_ATTENTION,))
     with rewriting(model):
-        require(counts[PACKED_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
+        require(counts[PADDING_FREE_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
         _flatten_embedding(graph)
         _rewrite_heads(graph)
     graph.inputs.remove(_value(graph.inputs, _MASK))
@@ -91,15 +94,15 @@ def _add_inputs(graph: ir.Graph) -> None:
         graph.inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape((axis,))))
 
 
-def _pack_attention(graph: ir.Graph, softmax: ir.Node) -> None:
-    """MatMul, Softmax, MatMul on [B, N, S, …] -> TRT_Attention on [T, N, D]."""
+def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
+    """Replace MatMul, Softmax and MatMul on [B, N, S, …] by TRT_Attention on [T, N, D]."""
     found = require_attention(softmax)
     query, key = (require_rotation(_negation(value)) for value in (found.query, found.key))
     value = require_heads(found.value)
     require_same_heads(found, query.heads, key.heads, value)
     build = Builder(graph, found.output, scope_of(found.output))
     split = integers(graph, -1, value.count, value.size)
-    # The operator has no scale: queries come scaled.
+    # The operator has no scale, so the queries are scaled before.
     scale = constant(graph, "query_scale", np.array(found.scale, np.float32))
     require(bool(array(scale) == np.float32(found.scale)), "the layers' scores are scaled differently")
     attended = build.op(
@@ -107,7 +110,7 @@ def _pack_attention(graph: ir.Graph, softmax: ir.Node) -> None:
         build.op("Mul", _turned(build, query, split, "query"), scale, name="scaled_query"),
         _turned(build, key, split, "key"),
         build.op("Reshape", value.projection, split, name="value"),
-        None,  # no mask: a token attends to its own text, and there is no padding
+        None,  # no mask: a token attends only to its own text, and there is no padding
         _value(graph.inputs, QUERY_LENGTHS),
         _value(graph.inputs, KV_LENGTHS),
         domain=TRT_DOMAIN,
@@ -121,18 +124,18 @@ def _pack_attention(graph: ir.Graph, softmax: ir.Node) -> None:
 
 
 def _negation(turned: ir.Value) -> ir.Node:
-    """The Neg of the rotation that made `turned`."""
+    """The Neg of the rotation whose result is `turned`."""
     for term in producer(turned, "Add").inputs:
         for factor in producer(term, "Mul").inputs:
-            made = None if factor is None else factor.producer()
-            if made is not None and made.op_type == "Concat" and (node := operand(made, 0).producer()) is not None:
+            source = None if factor is None else factor.producer()
+            if source is not None and source.op_type == "Concat" and (node := operand(source, 0).producer()):
                 if node.op_type == "Neg":
                     return node
     raise Mismatch(f"{turned.name!r} is not a rotation")
 
 
 def _turned(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> ir.Value:
-    """[T, H] -> rotated [T, N, D]: the trace's own steps, cosines and sines by each token's place in its text."""
+    """Rotate [T, H] to [T, N, D] with the steps of the trace; cosines and sines follow each token's position."""
     graph, half = build.graph, rotation.heads.size // 2
     cosine, sine = (_of_positions(build, table) for table in (rotation.cosines, rotation.sines))
     x = build.op("Reshape", rotation.heads.projection, split, name=name)
@@ -148,18 +151,18 @@ def _turned(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> i
 
 
 def _of_positions(build: Builder, table: ir.Value) -> ir.Value:
-    """Table [max_length, D/2] -> [T, 1, D] by position; every site makes the same, and equal nodes are merged."""
+    """Rows of a table [max_length, D/2] by position, as [T, 1, D]. Equal nodes of all layers are merged later."""
     build = build.inside(str(table.name))
     rows = build.op("Gather", table, _value(build.graph.inputs, POSITIONS), axis=0, name="rows")
     twice = build.op("Concat", rows, rows, axis=-1, name="twice")
     return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
 
 
-PACKED_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", rewrite=_pack_attention)
+PADDING_FREE_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", rewrite=_rewrite_attention)
 
 
 def _flatten_embedding(graph: ir.Graph) -> None:
-    """Let what is added to every token, such as the row of token type 0, [1, 1, H], be [H]: words are [T, H] now."""
+    """Reshape constants that are added to every token, such as the row of token type 0, from [1, 1, H] to [H]."""
     words = next(use.node for use in _value(graph.inputs, FIRST_INPUT).uses() if use.node.op_type == "Gather")
     for use in list(words.outputs[0].uses()):
         for i, value in enumerate(use.node.inputs):
@@ -169,14 +172,14 @@ def _flatten_embedding(graph: ir.Graph) -> None:
 
 
 def _rewrite_heads(graph: ir.Graph) -> None:
-    """What reads the hidden states by text and place reads them by number of token."""
+    """Let the nodes that read hidden states by (text, position) read them by token index."""
     hidden = _value(graph.outputs, _HIDDEN)
     for node in [use.node for use in hidden.uses()]:
         build = Builder(graph, node, "texts")
         match node.op_type:
             case "GatherND":
                 replace(node.outputs[0], build.op("Gather", hidden, operand(node, 1), axis=0, name="masked"))
-            case "Slice":  # of all texts, before the first token of each is taken
+            case "Slice":  # before a Gather of the first token of each text
                 first = consumer(node.outputs[0], "Gather")
                 require(first.attributes.get_int("axis", 0) == 1, f"{first.name} does not take tokens")
                 require(same_constant(first.inputs[1], [0]), f"{first.name} does not take the first token")
@@ -184,29 +187,29 @@ def _rewrite_heads(graph: ir.Graph) -> None:
             case "MatMul" if node.inputs[1] is hidden:
                 replace(_value(graph.outputs, _POOLED), _mean(build, hidden))
             case "MatMul":
-                pass  # a head that sees every token, whatever text it is of
+                pass  # a head that works on every single token
             case "Reshape":
                 node.outputs[0].replace_all_uses_with(hidden)
                 logits = _value(graph.outputs, _LOGITS)
                 replace(logits, operand(producer(logits, "Reshape"), 0))
             case other:
-                raise Mismatch(f"{node.name} reads the hidden states, and no {other} does so in this architecture")
+                raise Mismatch(f"{node.name} reads the hidden states, but no {other} does so in this architecture")
 
 
 def _starts(build: Builder) -> ir.Value:
-    """[B]: the first token of each text."""
+    """[B]: the index of the first token of each text."""
     first, last, axis = (integers(build.graph, n) for n in (0, -1, 0))
     return build.op("Slice", _value(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="starts", dtype=_SMALL)
 
 
 def _ends(build: Builder) -> ir.Value:
-    """[B]: the number after the last token of each text."""
+    """[B]: the index after the last token of each text."""
     first, last, axis = (integers(build.graph, n) for n in (1, _TO_END, 0))
     return build.op("Slice", _value(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="ends", dtype=_SMALL)
 
 
 def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
-    """Mean of each text's tokens, [B, H]: a product with [B, T] of ones and zeros, whose sums are in FP32."""
+    """The mean of the tokens of each text, [B, H], in FP32: a product with a matrix [B, T] of ones and zeros."""
     graph = build.graph
     ids = _value(graph.inputs, FIRST_INPUT)
     column, row = integers(graph, 1), integers(graph, 0)
@@ -225,14 +228,14 @@ def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
     inside = build.op("Sub", before(ends, "ends"), before(starts, "starts"), name="inside")
     lengths = build.op("Sub", ends, starts, name="lengths", dtype=_SMALL)
     lengths = build.op("Cast", lengths, to=ir.DataType.FLOAT, name="float_lengths")
-    # A text without any token has the zero vector, not 0/0.
+    # A text without tokens gets the zero vector, not 0/0.
     lengths = build.op("Max", lengths, constant(graph, "float_one", np.array(1, np.float32)), name="at_least_one")
     total = build.op("MatMul", inside, hidden, name="total")
     return build.op("Div", total, build.op("Unsqueeze", lengths, column, name="length_column"), name="mean")
 
 
 def _state_shapes(graph: ir.Graph) -> None:
-    """Shapes of inputs and outputs."""
+    """Set the shapes of inputs and outputs."""
     for value in graph.inputs:
         if value.name in (FIRST_INPUT, _TYPES, _MASKED):
             value.shape = ir.Shape((dimensions(value)[0] if value.name == _MASKED else _TOKENS,))

@@ -1,4 +1,4 @@
-"""Which GEMMs of TensorRT's graph become INT8 or FP8, and with which scales."""
+"""Chooses the GEMMs of TensorRT's graph that become INT8 or FP8, and their scales."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -17,17 +17,17 @@ from gte_deploy.exporters.verification.texts import text_batches
 def eight_bit_scheme(
     graphs: Mapping[Engine, Graph], job: Job, options: TensorRTOptions
 ) -> tuple[QdqScheme, Mapping[str, float]]:
-    """Calibrate, and keep in FP16 what misses the bounds of accuracy otherwise.
+    """Calibrate, and find the GEMMs that must stay in FP16 to keep the bounds of accuracy.
 
-    The sweep judges the padded graph; a padding-free one has the same GEMMs.
+    The sweep judges the padded graph; a padding-free graph has the same GEMMs.
 
     Args:
-        graphs: FP32 graphs of one model: ONNX Runtime's is calibrated with, OpenVINO's is rewritten.
-        job: in INT8 or FP8.
+        graphs: FP32 graphs of one model: ONNX Runtime's is for calibration, OpenVINO's is rewritten.
+        job: an export in INT8 or FP8.
         options: calibration texts and calibrator.
 
     Returns:
-        The scheme, and group of weights -> what it costs alone, empty where everything may be quantized.
+        The scheme, and group of weights -> loss with only that group quantized; empty if all may be quantized.
     """
     spec, tokenizer, report = job.spec, job.tokenizer, job.steps.report
     precision = cast(EightBits, job.precision)
@@ -37,7 +37,7 @@ def eight_bit_scheme(
     quantized = {name: found for name, found in ranges.items() if name not in base.excluded}
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     amax = measure_amax(fp32, spec, batches, quantized, smoothing=base.smoothing, calibrator=options.calibrator)
-    # For a few masked rows an 8-bit matrix saves less than the copy of the embeddings that it would be.
+    # The vocabulary's matrix in 8 bits would be a second copy of the embeddings; a few masked rows do not justify it.
     few_rows = spec.task == "fill-mask" and spec.logits == "masked"
     rows_only = {name for name in quantized if "decoder" in name and few_rows}
     scheme = QdqScheme(precision, amax, base.smoothing, base.excluded | rows_only)

@@ -1,7 +1,7 @@
-"""Which shapes a TensorRT engine takes: its optimisation profiles.
+"""Computes and checks optimisation profiles: the ranges of shapes that a TensorRT engine takes.
 
-TensorRT tunes its kernels for a profile's `opt` shape and reserves memory for its `max`, so an engine for texts of all
-lengths has several: (batch, sequence) of each is kept within a budget of tokens.
+TensorRT tunes its kernels for the `opt` shape of a profile and reserves memory for its `max` shape. So an engine for
+texts of all lengths has several profiles, and (batch, sequence) of each stays within a budget of tokens.
 """
 
 from collections.abc import Sequence
@@ -13,34 +13,34 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
 TOKEN_BUDGET = 32_768
-"""Rows times tokens of a batch at most, as the runtime makes them on a GPU."""
+"""The most rows times tokens of a batch: the runtime's budget on a GPU."""
 MAX_PROFILES = 8
 MAX_MASKS = 512
-"""Mask positions of one run at most; the runtime makes several runs of more."""
+"""The most mask positions of one run; the runtime splits batches with more."""
 
 _OPT_TOKENS = 4096
 _MAX_ROWS = 256
 _CUTS = (128, 512)
 _QUANTILES = (0.5, 0.95)
-# Tokens of all texts; and of one, where nothing is known of them.
+# Tokens of all texts; and tokens of one text if no lengths are given.
 _PACKED_CUTS = (512, 4096)
 _TYPICAL = 128
 _MAX_FILE_BYTES = 1 << 28
 
 
 def default_profiles(max_length: int) -> tuple[Profile, ...]:
-    """Short, middle and long: up to 128, up to 512 and up to `max_length` tokens."""
+    """Profiles for short, middle and long texts: up to 128, 512 and `max_length` tokens."""
     ends = [*(cut for cut in _CUTS if cut < max_length), max_length]
     return tuple(_profile(start + 1, (start + 1 + end) // 2, end) for start, end in zip([0, *ends], ends, strict=False))
 
 
 def profiles_for_lengths(lengths: Sequence[int], max_length: int) -> tuple[Profile, ...]:
-    """For a distribution of lengths in tokens: the shorter half, up to the 95th percentile, and the rest.
+    """Profiles for a distribution of lengths in tokens: the shorter half, up to the 95th percentile, and the rest.
 
-    Each is tuned for the median of the lengths that fall in it. The last goes to `max_length`.
+    Each profile is tuned for the median of its lengths. The last one goes up to `max_length`.
     """
     found = np.clip(np.sort(np.asarray(lengths, np.int64)), 1, max_length)
-    # Whole eights: tensor cores work on nothing less.
+    # Multiples of 8, the unit of tensor cores.
     cuts = {min(max_length, -(-int(np.quantile(found, share)) // 8) * 8) for share in _QUANTILES}
     ends = sorted({*cuts, max_length})
     profiles = []
@@ -51,34 +51,34 @@ def profiles_for_lengths(lengths: Sequence[int], max_length: int) -> tuple[Profi
 
 
 def read_lengths(path: Path) -> list[int]:
-    """The lengths of a file: one integer a line, in tokens, special tokens included.
+    """Read a file of lengths: one integer per line, in tokens, special tokens included.
 
     Raises:
-        InputError: the file cannot be read, or a line is no positive integer.
+        InputError: the file cannot be read, or a line is not a positive integer.
     """
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path} has {path.stat().st_size:,} bytes; a sample of a million lengths says as much")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}. Expected one length in tokens a line.") from error
+        raise InputError(f"{path} cannot be read: {error}. Expected one length in tokens per line.") from error
     lengths = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if not line.strip().isascii() or not line.strip().isdigit() or int(line) < 1:
-            raise InputError(f"{path}, line {number}: {line[:40]!r} is no length in tokens, such as 128")
+            raise InputError(f"{path}, line {number}: {line[:40]!r} is not a length in tokens, such as 128")
         lengths.append(int(line))
     if not lengths:
-        raise InputError(f"{path} holds no length; expected one length in tokens a line")
+        raise InputError(f"{path} holds no length; expected one length in tokens per line")
     return lengths
 
 
 def parse_profile(text: str) -> Profile:
-    """A profile from "1x1:8x128:32x512", batch x sequence at min, opt and max.
+    """Parse a profile such as "1x1:8x128:32x512", batch x sequence at min, opt and max.
 
     Raises:
-        InputError: another form, or an order other than min, opt, max.
+        InputError: the text has another form, or the sizes are not in the order min, opt, max.
     """
     try:
         low, opt, high = (_pair(size) for size in text.split(":"))
@@ -91,10 +91,10 @@ def parse_profile(text: str) -> Profile:
 
 
 def check_profiles(profiles: Sequence[Profile], max_length: int) -> None:
-    """Check that an engine with these profiles takes every length up to `max_length`, and none above.
+    """Check that an engine with these profiles takes texts up to `max_length`, and none above.
 
     Raises:
-        InputError: naming the first length that none takes, or the profile that goes beyond.
+        InputError: no profile takes the longest input, or a profile goes beyond it; the message gives the lengths.
     """
     _check_number(profiles)
     for profile in profiles:
@@ -111,9 +111,9 @@ def check_profiles(profiles: Sequence[Profile], max_length: int) -> None:
 
 
 def packed_profiles(max_length: int, lengths: Sequence[int] = ()) -> tuple[Profile, ...]:
-    """For a padding-free engine, (texts, tokens of all): small, middle and large batches.
+    """Profiles of a padding-free engine, (texts, tokens of all texts), for small, middle and large batches.
 
-    Each is tuned for half its tokens, in texts of the median of `lengths`, where there are any.
+    Each profile is tuned for half its tokens, in texts of the median length in `lengths` if there are any.
     """
     typical = int(np.median(lengths)) if lengths else _TYPICAL
     profiles = []
@@ -125,18 +125,18 @@ def packed_profiles(max_length: int, lengths: Sequence[int] = ()) -> tuple[Profi
 
 
 def check_packed_profiles(profiles: Sequence[Profile], max_length: int) -> None:
-    """Check that a padding-free engine with these profiles, (texts, tokens of all), takes a text of `max_length`.
+    """Check that a padding-free engine with these profiles, (texts, tokens of all texts), takes `max_length` tokens.
 
     Raises:
-        InputError: none does, or a profile has more texts than tokens, or does not begin with one of one token, which
-            would be padded in vain.
+        InputError: no profile takes such a text; a profile has more texts than tokens; or a profile does not begin at
+            1x1, which would cause needless padding.
     """
     _check_number(profiles)
     for profile in profiles:
         if profile.min != (1, 1) or any(texts > tokens for texts, tokens in (profile.opt, profile.max)):
             raise InputError(
-                f"the profile {profile} does not suit a padding-free engine, whose profiles are texts x tokens of all "
-                "of them, from 1x1 on, such as 1x1:32x2048:256x4096"
+                f"the profile {profile} does not suit a padding-free engine, whose profiles are texts x tokens of "
+                "all texts and begin at 1x1, such as 1x1:32x2048:256x4096"
             )
     if (most := max(profile.max[1] for profile in profiles)) < max_length:
         raise InputError(
@@ -146,7 +146,7 @@ def check_packed_profiles(profiles: Sequence[Profile], max_length: int) -> None:
 
 
 def mask_profile(profile: Profile) -> tuple[int, int, int]:
-    """Mask positions at min, opt and max: one a row at the optimum."""
+    """Mask positions at min, opt and max; opt has one per row."""
     most = min(MAX_MASKS, profile.max[0] * profile.max[1])
     return 1, min(profile.opt[0], most), most
 

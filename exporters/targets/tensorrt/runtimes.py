@@ -1,55 +1,54 @@
-"""Which TensorRT builds here, and for which GPUs.
+"""Chooses the TensorRT that builds an engine, and the GPUs that it builds for.
 
-Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once, on a machine
-without any.
+Ordinary TensorRT builds on the GPU that the engine is for. TensorRT-RTX builds for several GPUs at once and needs no
+GPU.
 """
 
-import ctypes
 import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gte_deploy.backends.tensorrt.cuda import gpu_capability
+from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
-from gte_deploy.core.spec import Precision, TensorRTFlavour
+from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
-DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
-_MODULES: Mapping[TensorRTFlavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_TITLES: Mapping[TensorRTFlavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-# The least compute capability with the hardware for it.
+DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
+# Precision -> the least compute capability that has the hardware.
 _NEEDS: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A TensorRT that can build here, and why it was taken."""
+    """A TensorRT that can build on this machine, and the reason for choosing it."""
 
-    flavour: TensorRTFlavour
+    variant: TensorRTVariant
     reason: str
     module: Any = field(repr=False)
 
     @property
     def title(self) -> str:
         """Name and version."""
-        return f"{_TITLES[self.flavour]} {self.version}"
+        return f"{VARIANTS[self.variant].title} {self.version}"
 
     @property
     def version(self) -> str:
-        """As the module has it."""
+        """The version of the module."""
         return str(self.module.__version__)
 
 
 def choose_runtime(asked: str) -> Runtime:
-    """The TensorRT to build with.
+    """Choose the TensorRT to build with.
 
     Args:
-        asked: "tensorrt", "rtx", or "auto" for ordinary TensorRT where it and a GPU are present, else TensorRT-RTX.
+        asked: "tensorrt", "rtx", or "auto" for ordinary TensorRT if it and a GPU are present, else TensorRT-RTX.
 
     Raises:
-        MissingDependencyError: what was asked for is not installed; for "auto", neither is.
-        ExportError: ordinary TensorRT was asked for, and there is no GPU.
+        MissingDependencyError: the requested TensorRT is not installed; for "auto", neither is.
+        ExportError: ordinary TensorRT was requested, but there is no GPU.
     """
     if asked not in RUNTIMES:
         raise InputError(f"runtime is {asked!r}; expected one of {', '.join(RUNTIMES)}")
@@ -60,19 +59,21 @@ def choose_runtime(asked: str) -> Runtime:
             raise MissingDependencyError("tensorrt", "trt")
         if capability is None:
             raise ExportError(
-                "TensorRT builds on the GPU that the engine is for, and no CUDA driver with a GPU was found here. Take "
-                "--runtime rtx, which builds without one, or write the graph with --onnx-only and build it there."
+                "TensorRT builds on the GPU that the engine is for, but no CUDA driver with a GPU was found here. Use "
+                "--runtime rtx, which needs no GPU, or write the graph with --onnx-only and build it on that machine."
             )
-        return Runtime("tensorrt", f"it was asked for; the GPU here has compute capability {capability}", module)
+        return Runtime("tensorrt", f"it was requested; the GPU here has compute capability {capability}", module)
     if asked == "auto" and capability is not None and (module := _import("tensorrt")) is not None:
-        return Runtime("tensorrt", f"it is installed, and here is a GPU of compute capability {capability}", module)
+        return Runtime(
+            "tensorrt", f"it is installed, and this machine has a GPU of compute capability {capability}", module
+        )
     module = _import("tensorrt-rtx")
     if module is None:
         raise MissingDependencyError("tensorrt_rtx", "rtx", _INSTALL)
     if asked == "rtx":
-        return Runtime("tensorrt-rtx", "it was asked for", module)
+        return Runtime("tensorrt-rtx", "it was requested", module)
     why = "no GPU was found here" if capability is None else "ordinary TensorRT is not installed"
-    return Runtime("tensorrt-rtx", f"{why}, and it builds without", module)
+    return Runtime("tensorrt-rtx", f"{why}; it needs no GPU", module)
 
 
 _INSTALL = (
@@ -81,11 +82,11 @@ _INSTALL = (
 )
 
 
-def parse_targets(text: str) -> tuple[str, ...]:
-    """Compute capabilities from "sm86,sm89,sm120": ("8.6", "8.9", "12.0").
+def parse_capabilities(text: str) -> tuple[str, ...]:
+    """Parse compute capabilities: "sm86,sm89,sm120" gives ("8.6", "8.9", "12.0").
 
     Raises:
-        InputError: another form.
+        InputError: the text has another form.
     """
     found = [re.fullmatch(r"sm(\d{1,2})(\d)", part.strip()) for part in text.split(",")]
     if not all(found):
@@ -93,60 +94,44 @@ def parse_targets(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{match[1]}.{match[2]}" for match in found if match))
 
 
-def resolve_targets(runtime: Runtime, targets: Sequence[str] | None, precision: Precision) -> tuple[str, ...]:
+def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precision: Precision) -> tuple[str, ...]:
     """The compute capabilities that the engine is built for.
 
     Raises:
-        InputError: one that this TensorRT does not build for, or that cannot compute in `precision`.
+        InputError: this TensorRT does not build for one of them, or one cannot compute in `precision`.
     """
     needed = _NEEDS.get(precision, (0, 0))
-    if runtime.flavour == "tensorrt":
+    if runtime.variant == "tensorrt":
         here = gpu_capability()
         assert here is not None  # choose_runtime found one
-        if targets and tuple(targets) != (here,):
+        if asked and tuple(asked) != (here,):
             raise InputError(
-                f"TensorRT builds for the GPU here, {sm_name(here)}, and the target is "
-                f"{','.join(map(sm_name, targets))}. Leave --target away, build on such a GPU, or take --runtime rtx."
+                f"TensorRT builds only for the GPU here, {sm_name(here)}, and the target is "
+                f"{','.join(map(sm_name, asked))}. Leave out --target, build on such a GPU, or use --runtime rtx."
             )
         chosen: tuple[str, ...] = (here,)
-    elif targets:
-        chosen = tuple(targets)
+    elif asked:
+        chosen = tuple(asked)
         known = [name for name in dir(runtime.module.ComputeCapability) if name.startswith("SM")]
-        if unknown := [sm_name(target) for target in chosen if sm_name(target).upper() not in known]:
+        if unknown := [sm_name(one) for one in chosen if sm_name(one).upper() not in known]:
             raise InputError(
-                f"{runtime.title} does not build for {', '.join(unknown)}; it does for {', '.join(known).lower()}. "
+                f"{runtime.title} does not build for {', '.join(unknown)}, only for {', '.join(known).lower()}. "
                 "A data centre GPU needs ordinary TensorRT, on a machine that has one."
             )
     else:
-        chosen = tuple(target for target in DEFAULT_TARGETS if _numbers(target) >= needed)
-    if unable := [sm_name(target) for target in chosen if _numbers(target) < needed]:
+        chosen = tuple(one for one in DEFAULT_CAPABILITIES if _numbers(one) >= needed)
+    if unable := [sm_name(one) for one in chosen if _numbers(one) < needed]:
         raise InputError(
-            f"{', '.join(unable)} cannot compute in {precision}, which begins with sm{needed[0]}{needed[1]}; leave it "
-            "away from --target, or take fp16 or int8"
+            f"{', '.join(unable)} cannot compute in {precision}, which needs sm{needed[0]}{needed[1]} or later; "
+            "remove it from --target, or use fp16 or int8"
         )
     return chosen
 
 
-def gpu_capability() -> str | None:
-    """Compute capability of the first GPU, such as "8.9"; None where there is no driver or no GPU."""
+def _import(variant: TensorRTVariant) -> Any:
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-    for number, attribute in zip(numbers, (75, 76), strict=True):
-        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
-            return None
-    return f"{numbers[0].value}.{numbers[1].value}"
-
-
-def _import(flavour: TensorRTFlavour) -> Any:
-    try:
-        return importlib.import_module(_MODULES[flavour])
-    except (ImportError, OSError, RuntimeError):  # the wheel without its libraries counts as none
+        return importlib.import_module(VARIANTS[variant].module)
+    except (ImportError, OSError, RuntimeError):  # a wheel without its libraries counts as missing
         return None
 
 

@@ -1,4 +1,4 @@
-"""The target "tensorrt": an engine of TensorRT or TensorRT-RTX, and the typed graph that it is compiled from."""
+"""The target "tensorrt": an engine of TensorRT or TensorRT-RTX, compiled from a typed graph."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_w
 from gte_deploy.exporters.targets.tensorrt.layouts import LAYOUTS, Layout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_targets
+from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_capabilities
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
 
 _ENGINE_NOT_RUN = (
-    "What was compared is the ONNX that the engine was compiled from, run by ONNX Runtime on the CPU; the engine "
-    "itself runs on its GPUs alone."
+    "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
+    "itself runs only on its GPUs."
 )
 
 
@@ -35,28 +35,28 @@ class TensorRTTarget(Target):
 
     @property
     def layout(self) -> Layout:
-        """How texts lie in the engine's tensors."""
+        """How the engine's tensors hold texts."""
         return LAYOUTS[self.options.padding]
 
     def check(self, precision: Precision) -> None:
-        """Calibration, calibrator and the source of the profiles."""
+        """Check the calibration texts, the calibrator and the source of the profiles."""
         super().check(precision)
         self.options.texts()
         if precision == "fp8" and self.options.calibrator == "entropy":
-            raise InputError("calibrator entropy is made for 128 integer levels; take max or percentile for fp8")
+            raise InputError("calibrator entropy is for 128 integer levels; use max or percentile for fp8")
         if self.options.profiles and self.options.lengths is not None:
             raise InputError("profiles come from --profile or from --lengths, not from both")
 
     def check_model(self, spec: ModelSpec, precision: Precision) -> None:
-        """Profiles that suit the model, and a TensorRT that can build here."""
+        """Check that the profiles fit the model, and that a TensorRT can build here."""
         self.layout.check_model(spec)
         refuse_token_weights(spec)
         self._profiles(spec)
         if (runtime := self._runtime()) is not None:
-            resolve_targets(runtime, self.options.targets, precision)
+            resolve_capabilities(runtime, self.options.compute_capabilities, precision)
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
-        """Write the graph in the job's precision, and the engine that is compiled from it."""
+        """Write the graph in the precision of the job, and compile the engine from it."""
         from gte_deploy.exporters.graph.build import save_graph
 
         with job.steps(f"write the graph in {job.precision}"):
@@ -67,7 +67,7 @@ class TensorRTTarget(Target):
         runtime, profiles = self._runtime(), self._profiles(job.spec)
         if runtime is None:
             line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs)
-            advice = f"No engine was built. On the GPU that is to run it, in the bundle's folder:\n{line}"
+            advice = f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}"
             return Built({"tensorrt": graph}, sensitivity, caveats=[advice])
         from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 
@@ -80,7 +80,7 @@ class TensorRTTarget(Target):
                 self.options,
                 graph=graph,
                 num_layers=job.num_layers,
-                targets=resolve_targets(runtime, self.options.targets, job.precision),
+                compute_capabilities=resolve_capabilities(runtime, self.options.compute_capabilities, job.precision),
                 profiles=profiles,
             )
         keeps = self.options.keep_onnx
@@ -88,7 +88,7 @@ class TensorRTTarget(Target):
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
-        """The graph that the engine is compiled from, run by ONNX Runtime on the CPU."""
+        """The graph of the engine, run by ONNX Runtime on the CPU."""
         emulation = self.layout.emulation(
             built.graphs["tensorrt"],
             job.spec,
@@ -100,7 +100,7 @@ class TensorRTTarget(Target):
             yield Candidates({("tensorrt", job.precision): emulation}, self.layout.caveats())
 
     def _runtime(self) -> Runtime | None:
-        """The TensorRT that builds here; None where no engine is wanted."""
+        """The TensorRT that builds the engine; None if no engine is wanted."""
         if self.options.onnx_only:
             return None
         runtime = choose_runtime(self.options.runtime)
@@ -112,7 +112,7 @@ class TensorRTTarget(Target):
         return self.layout.profiles(self.options.profiles, lengths, spec.max_length)
 
     def _graph(self, graphs: "Mapping[Engine, Graph]", job: Job) -> "tuple[Graph, Mapping[str, float]]":
-        """The graph in the job's precision, and what a sweep measured if one was needed."""
+        """The graph in the precision of the job, and the losses from a sweep if one was needed."""
         from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
 
         scheme: QdqScheme | None = None

@@ -1,6 +1,6 @@
-"""Code that the Python models share: reads tensors and options of a request, and writes its answer or its error.
+"""Code that the Python models share: it reads the tensors and options of a request and writes the answer or the error.
 
-An error belongs to the request that caused it; the others of the same `execute` are answered.
+An error affects only the request that caused it; the other requests of the same `execute` get their answers.
 """
 
 import json
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 SPEC_PARAMETER = "gte_deploy_spec"
 
-# Of what a Python model gives to the encoder: TensorRT plans may take 32-bit ids.
-_DTYPES = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
+# Data types of the outputs for the encoder: TensorRT plans may take 32-bit ids.
+_INTEGER_DTYPES = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
 
 T = TypeVar("T")
 
@@ -32,31 +32,33 @@ class Settings:
     """The settings of a model in config.pbtxt, and the folder of its files."""
 
     def __init__(self, arguments: Mapping[str, str]) -> None:
-        """Read the arguments that Triton gives to `initialize`."""
+        """Read the arguments of `initialize`, which Triton calls."""
         config = json.loads(arguments["model_config"])
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.inputs = frozenset(tensor["name"] for tensor in config["input"])
-        self.outputs = {tensor["name"]: _DTYPES.get(tensor["data_type"], np.object_) for tensor in config["output"]}
+        self.outputs = {
+            tensor["name"]: _INTEGER_DTYPES.get(tensor["data_type"], np.object_) for tensor in config["output"]
+        }
         self._parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.spec: ModelSpec = spec_from_json(json.loads(self._parameters[SPEC_PARAMETER]))
 
     def integer(self, name: str) -> int:
-        """A parameter of config.pbtxt."""
+        """An integer parameter of config.pbtxt."""
         return int(self._parameters[name])
 
     def integers(self, name: str) -> list[int]:
-        """A parameter of config.pbtxt with commas."""
+        """A parameter of config.pbtxt with several integers, separated by commas."""
         return [int(value) for value in self._parameters[name].split(",")]
 
 
 def tensor(request: Any, name: str) -> NDArray[Any] | None:
-    """An input as it came, with its batch axis; None where it was not sent."""
+    """An input of the request, with its batch axis; None if it was not sent."""
     found = pb_utils.get_input_tensor_by_name(request, name)
     return None if found is None else found.as_numpy()
 
 
 def required(request: Any, name: str) -> NDArray[Any]:
-    """An input that the configuration does not leave open."""
+    """An input that the configuration requires."""
     values = tensor(request, name)
     assert values is not None, name
     return values
@@ -68,35 +70,35 @@ def floats(request: Any, name: str) -> NDArray[np.float32]:
 
 
 def texts(request: Any, name: str, shown: str = "input") -> list[str] | None:
-    """A BYTES input as texts, or None where it was not sent; `shown` is what an error calls one of them.
+    """A BYTES input as texts; None if it was not sent. `shown` is the name of one text in an error.
 
     Raises:
-        InputError: bytes that are no UTF-8.
+        InputError: the bytes are not UTF-8.
     """
     values = tensor(request, name)
     return None if values is None else [_decoded(value, f"{shown} {i}") for i, value in enumerate(values.reshape(-1))]
 
 
 def option(request: Any, name: str, default: Any = None) -> Any:
-    """The value of an optional input, which all rows of a request share, as a Python object.
+    """The value of an optional input as a Python object; all rows of a request must have the same.
 
     Raises:
-        InputError: rows with different values.
+        InputError: rows have different values.
     """
     values = tensor(request, name)
     if values is None:
         return default
     first, *rest = values.reshape(-1).tolist()
     if any(value != first for value in rest):
-        raise InputError(f"{name} differs between the rows of one request; send those rows in requests of their own")
+        raise InputError(f"{name} differs between the rows of one request; send those rows in separate requests")
     return _decoded(first, name) if isinstance(first, bytes) else first
 
 
 def shared_texts(request: Any, name: str, shown: str) -> list[str] | None:
-    """The texts of an optional BYTES input, of which every row of a request has the same several.
+    """The texts of an optional BYTES input; all rows of a request must have the same texts.
 
     Raises:
-        InputError: bytes that are no UTF-8; rows with different texts.
+        InputError: the bytes are not UTF-8, or rows have different texts.
     """
     values = texts(request, name, shown)
     if values is None:
@@ -104,41 +106,43 @@ def shared_texts(request: Any, name: str, shown: str) -> list[str] | None:
     width = required(request, name).shape[-1]
     first = values[:width]
     if values != first * (len(values) // max(width, 1)):
-        raise InputError(f"{name} differ between the rows of one request; send those rows in requests of their own")
+        raise InputError(f"{name} differ between the rows of one request; send those rows in separate requests")
     return first
 
 
 def check_finite(name: str, values: NDArray[np.floating[Any]]) -> None:
-    """Let no NaN or Inf leave.
+    """Refuse NaN and Inf.
 
     Raises:
-        NonFiniteError: naming the rows.
+        NonFiniteError: the message names the rows.
     """
     finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
     if not finite.all():
         rows = ", ".join(map(str, np.flatnonzero(~finite)))
-        raise NonFiniteError(f"the model gave NaN or Inf in {name} for the inputs {rows}; nothing of them is returned")
+        raise NonFiniteError(
+            f"the model gave NaN or Inf in {name} for the inputs {rows}; no result is returned for them"
+        )
 
 
 def max_active_dims(request: Any) -> int | None:
     """The option MAX_ACTIVE_DIMS.
 
     Raises:
-        InputError: it is out of its range.
+        InputError: the value is out of range.
     """
     wanted = option(request, "MAX_ACTIVE_DIMS")
     return None if wanted is None else check_integer("MAX_ACTIVE_DIMS", wanted, 1, (1 << 31) - 1)
 
 
 def attempt(work: Callable[[], T]) -> T | Any:
-    """The result of `work`, or the TritonError that says why there is none."""
+    """The result of `work`, or a TritonError that says why it failed."""
     try:
         return work()
     except InputError as error:
         return pb_utils.TritonError(f"InputError: {error}", pb_utils.TritonError.INVALID_ARG)
     except GteDeployError as error:
         return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
-    except Exception as error:  # whatever escaped would fail every request of this execute
+    except Exception as error:  # an exception would fail every request of this execute
         logger.exception("a request failed")
         return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
 
@@ -149,7 +153,7 @@ def answer_each(requests: Sequence[Any], answer: Callable[[Any], Mapping[str, ND
 
 
 def response(result: Any) -> Any:
-    """An InferenceResponse of named tensors, or of the TritonError that came of `attempt`."""
+    """An InferenceResponse with named tensors, or with the TritonError of a failed `attempt`."""
     if isinstance(result, pb_utils.TritonError):
         return pb_utils.InferenceResponse(error=result)
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in result.items()])

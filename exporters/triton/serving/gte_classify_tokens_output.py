@@ -1,22 +1,18 @@
-"""gte_classify_tokens_output: logits of tokens to the answers that `Model.classify_tokens` returns.
+"""gte_classify_tokens_output: converts logits of tokens to the answers that `Model.classify_tokens` returns.
 
-The texts are tokenised again, for where their tokens stand in them.
+It tokenises the texts again to find the places of the tokens.
 
-Shapes: B rows of a request, S tokens, T tokens without special ones of the row that has most, N entities of the row
-that has most, L labels.
+Shapes: B rows of a request, S tokens, T tokens without special tokens (the most of any row), N entities (the most of
+any row), L labels.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -26,20 +22,20 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     shared_texts,
     texts,
 )
-from gte_deploy.tasks.token_classify import (  # noqa: E402
+from gte_deploy.tasks.token_classify import (
     TaggedTexts,
     TaggingRequest,
     entities_to_tensors,
     logits_to_tensors,
 )
-from gte_deploy.text.tokenization import Piece, checked_max_length, load_tokenizer  # noqa: E402
+from gte_deploy.text.tokenization import Piece, checked_max_length, load_tokenizer
 
 
 class TritonPythonModel:
     """See the module."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the tokenizer, which knows where tokens stand."""
+        """Read the tokenizer, which finds the places of tokens."""
         settings = Settings(args)
         self._spec = settings.spec
         self._tokenizer = load_tokenizer(settings.folder)
@@ -53,7 +49,7 @@ class TritonPythonModel:
         return answer_each(requests, self._answer)
 
     def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
-        # An empty name is no label: a request cannot say "none" by a tensor without elements.
+        # An empty name means no label, because a request cannot send a tensor without elements.
         ignored = shared_texts(request, "IGNORE_LABELS", "label")
         wanted = TaggingRequest.of(option(request, "AGGREGATION_STRATEGY"), ignored, None)
         given = TaggedTexts.of(texts(request, "TEXT"), is_split_into_words=False, delimiter=None, offset_mapping=None)

@@ -1,23 +1,19 @@
-"""gte_embed_output: pooled states to the embeddings that `Model.encode` returns.
+"""gte_embed_output: converts pooled states to the embeddings that `Model.encode` returns.
 
-The encoder's graph pools in both ways; a TensorRT plan gives its own pooling, or the hidden states to pool here.
+The encoder's graph gives both poolings. A TensorRT plan gives its own pooling, or hidden states that are pooled here.
 
 Shapes: B rows of a request, S tokens, H hidden size, D dimensions kept.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.core.errors import InputError  # noqa: E402
-from gte_deploy.core.spec import POOLINGS, Pooling  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import POOLINGS, Pooling
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -25,10 +21,10 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     option,
     required,
 )
-from gte_deploy.tasks.base import check_choice  # noqa: E402
-from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling  # noqa: E402
-from gte_deploy.tasks.pooling import pool  # noqa: E402
-from gte_deploy.text.inputs import check_integer  # noqa: E402
+from gte_deploy.tasks.base import check_choice
+from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling
+from gte_deploy.tasks.pooling import pool
+from gte_deploy.text.inputs import check_integer
 
 
 class TritonPythonModel:
@@ -58,10 +54,10 @@ class TritonPythonModel:
         return {"EMBEDDING": np.ascontiguousarray(wanted.finished(pooled))}
 
     def _pooled(self, request: Any, pooling: Pooling) -> NDArray[np.float32]:
-        """Pooled states [B, H] of the encoder, or of its hidden states."""
+        """Pooled states [B, H]: from the encoder, or computed from its hidden states."""
         name = f"embedding_{pooling}"
         if name in self._inputs:
             return floats(request, name)
         if "last_hidden_state" in self._inputs:
             return pool(floats(request, "last_hidden_state"), required(request, "attention_mask"), pooling)
-        raise InputError(f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} take gte_token_embed")
+        raise InputError(f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} use gte_token_embed")

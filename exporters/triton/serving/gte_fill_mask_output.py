@@ -1,20 +1,16 @@
-"""gte_fill_mask_output: vocabulary logits of the masks to the answers that `Model.fill_mask` returns.
+"""gte_fill_mask_output: converts vocabulary logits of masks to the answers that `Model.fill_mask` returns.
 
-Shapes: B rows of a request, S tokens, M masks of the row that has most, K answers for each, V vocabulary.
+Shapes: B rows of a request, S tokens, M masks (the most of any row), K answers for each, V vocabulary.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.backends.base import Batch
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -23,9 +19,9 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     required,
     shared_texts,
 )
-from gte_deploy.tasks.fill_mask import MaskRequest, to_tensors  # noqa: E402
-from gte_deploy.text.inputs import as_texts, check_integer  # noqa: E402
-from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.tasks.fill_mask import MaskRequest, to_tensors
+from gte_deploy.text.inputs import as_texts, check_integer
+from gte_deploy.text.tokenization import load_tokenizer
 
 _DEFAULT_TOP_K = 5
 
@@ -62,7 +58,7 @@ class TritonPythonModel:
 
 
 def _logits_of_masks(logits: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
-    """Logits [all masks, V] of rows with so many masks each, of [B, M, V] or, of a plan, [all masks, V] and padding."""
+    """Logits [all masks, V] without padding, from [B, M, V] or from a plan's [all masks, V]."""
     if logits.ndim == 2:
         ends = np.cumsum(counts)
         parts = np.split(logits[: ends[-1]], ends[:-1])

@@ -1,25 +1,21 @@
-"""gte_rerank_output: a classifier's logits to the scores that `Model.predict` returns.
+"""gte_rerank_output: converts the logits of a classifier to the scores that `Model.predict` returns.
 
 Shapes: B rows of a request, L labels.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+from numpy.typing import NDArray
 
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
     floats,
     option,
 )
-from gte_deploy.tasks.classify import ScoreRequest  # noqa: E402
+from gte_deploy.tasks.classify import ScoreRequest
 
 
 class TritonPythonModel:

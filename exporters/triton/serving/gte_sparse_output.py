@@ -1,23 +1,19 @@
-"""gte_sparse_output: from the outputs of the encoder to a sparse vector for each text, as `encode_sparse` gives it.
+"""gte_sparse_output: converts outputs of the encoder to sparse vectors, as `encode_sparse` returns them.
 
-The graph of a sparse model gives the vectors, pooled and activated. A token classifier with one label gives the logits
-of the tokens, which become weights by the definition of gte-multilingual-base.
+The graph of a sparse model gives pooled and activated vectors. A token classifier with one label gives the logits of
+the tokens, which become weights by the definition of gte-multilingual-base.
 
-Shapes: B rows of a request, S tokens, V vocabulary, N entries of the vector that has most.
+Shapes: B rows of a request, S tokens, V vocabulary, N entries (the most of any vector).
 """
 
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.backends.base import Batch  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.backends.base import Batch
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     check_finite,
@@ -25,8 +21,8 @@ from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
     max_active_dims,
     required,
 )
-from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, unweighted_ids  # noqa: E402
-from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, unweighted_ids
+from gte_deploy.text.tokenization import load_tokenizer
 
 
 class TritonPythonModel:

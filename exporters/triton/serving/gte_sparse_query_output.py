@@ -1,26 +1,22 @@
-"""gte_sparse_query_output: a query's token ids to the stored weights of its entries, without the encoder.
+"""gte_sparse_query_output: looks up the stored weights of a query's token ids, without the encoder.
 
-Shapes: B rows of a request, S tokens, N entries of the vector that has most.
+Shapes: B rows of a request, S tokens, N entries (the most of any vector).
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.exporters.triton.serving.exchange import (  # noqa: E402
+from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
     answer_each,
     max_active_dims,
     required,
 )
-from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, weights_of_query  # noqa: E402
-from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
+from gte_deploy.tasks.sparse import SparseRequest, entry_names, to_tensors, weights_of_query
+from gte_deploy.text.tokenization import load_tokenizer
 
 
 class TritonPythonModel:

@@ -1,34 +1,30 @@
-"""gte_tokenizer: texts to padded token ids, on the `tokenizers` library alone.
+"""gte_tokenizer: converts texts to padded token ids, with the `tokenizers` library only.
 
-The name of the text input says what the ensemble is for: TEXT (embeddings; the checkpoint's prompts apply), MASKED_TEXT
-(fill-mask; each text needs a mask), PLAIN_TEXT (for a classifier of tokens), FIRST with or without SECOND (texts and
-pairs for a classifier; the checkpoint's prompts apply to the first).
+The name of the text input depends on the ensemble: TEXT (embeddings; the checkpoint's prompts apply), MASKED_TEXT
+(fill-mask; each text needs a mask), PLAIN_TEXT (token classifiers), FIRST with or without SECOND (texts and pairs for a
+classifier; the checkpoint's prompts apply to the first).
 
-Triton batches only requests of equal shape. So every request is padded to a length bucket, and of those that are here
-at once, short ones to the bucket of longer ones where that costs less than another run of the encoder.
+Triton batches only requests of equal shape. So every request is padded to a length bucket. Among requests that arrive
+together, a short one is padded to the bucket of a longer one if that costs less than another run of the encoder.
 
-Shapes: B rows of a request, S tokens, M masks of the row that has most.
+Shapes: B rows of a request, S tokens, M masks (the most of any row).
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # the runtime's modules that lie beside this file, before any installed
+import numpy as np
+from numpy.typing import NDArray
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from gte_deploy.core.errors import InputError  # noqa: E402
-from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts  # noqa: E402
-from gte_deploy.tasks.fill_mask import check_mask  # noqa: E402
-from gte_deploy.tasks.interface import prompt_text  # noqa: E402
-from gte_deploy.text.batching import collate  # noqa: E402
-from gte_deploy.text.inputs import as_pairs, as_texts  # noqa: E402
-from gte_deploy.text.tokenization import checked_max_length, load_tokenizer  # noqa: E402
+from gte_deploy.core.errors import InputError
+from gte_deploy.exporters.triton.serving.exchange import Settings, attempt, option, response, texts
+from gte_deploy.tasks.fill_mask import check_mask
+from gte_deploy.tasks.interface import prompt_text
+from gte_deploy.text.batching import collate
+from gte_deploy.text.inputs import as_pairs, as_texts
+from gte_deploy.text.tokenization import checked_max_length, load_tokenizer
 
 _TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "PLAIN_TEXT", "FIRST")
 
@@ -53,7 +49,7 @@ class TritonPythonModel:
         self._buckets = settings.integers("length_buckets")
         self._spare_tokens = settings.integer("spare_tokens")
         self._max_rows = settings.integer("max_rows")
-        # Places of masks: for each row, or for a plan, which takes (row, token) pairs, for the request as a whole.
+        # Positions of masks are listed by row; for a plan, which takes (row, token) pairs, for the whole request.
         self._dtypes = settings.outputs
         self._positions = "mask_positions" in settings.outputs
         self._flat = self._positions and settings.integer("flat_positions") == 1
@@ -62,7 +58,7 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """`input_ids`, `attention_mask`, `token_type_ids` [B, S] and `mask_positions` [B, M] for each request.
 
-        The last two where the encoder takes them. Where a request is at fault, its error.
+        The last two only if the encoder takes them. A wrong request gets its error instead.
         """
         results = [attempt(partial(self._tokenize, request)) for request in requests]
         pad_together([result for result in results if isinstance(result, Tokenized)], self._buckets, self._spare_tokens)
@@ -81,7 +77,9 @@ class TritonPythonModel:
     def _rows(self, request: Any) -> list[list[int]]:
         given = {name: found for name in _TEXT_INPUTS if (found := texts(request, name)) is not None}
         if len(given) != 1:
-            raise InputError(f"one of {', '.join(_TEXT_INPUTS)} is needed, and {', '.join(given) or 'none'} came")
+            raise InputError(
+                f"exactly one of {', '.join(_TEXT_INPUTS)} is needed; received {', '.join(given) or 'none'}"
+            )
         ((kind, batch),) = given.items()
         truncation = option(request, "TRUNCATION", False)
         max_length = option(request, "MAX_LENGTH")
@@ -125,7 +123,7 @@ class TritonPythonModel:
         return {name: values.astype(self._dtypes[name], copy=False) for name, values in tensors.items()}
 
     def _mask_positions(self, places: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
-        """(row, token) pairs as the encoder takes them; what fills up points at the first token."""
+        """Mask positions in the form that the encoder takes; extra positions point at the first token."""
         counts = np.bincount(places[:, 0], minlength=num_rows)
         most = int(counts.sum() if self._flat else counts.max())
         if most > self._max_masks:
@@ -133,16 +131,16 @@ class TritonPythonModel:
             raise InputError(f"{where} has {most:,} masks; this server answers at most {self._max_masks:,}. Split it.")
         if self._flat:
             return places if most else np.zeros((1, 2), dtype=np.int64)
-        # A power of two: requests with one and with three masks are not of equal shape, those with three and four are.
+        # Padded to a power of two, so that requests with three and with four masks have equal shapes.
         positions = np.zeros((num_rows, 1 << max(0, most - 1).bit_length()), dtype=np.int64)
         positions[np.arange(positions.shape[1]) < counts[:, None]] = places[:, 1]
         return positions
 
 
 def pad_together(requests: Sequence[Tokenized], buckets: Sequence[int], spare_tokens: int) -> None:
-    """Set `padded` of each request to its bucket, or a longer request's where that adds few tokens.
+    """Set `padded` of each request to its bucket, or to that of a longer request if that adds few tokens.
 
-    The encoder runs once for every length. `spare_tokens` is what one more run costs, in tokens.
+    The encoder runs once for every length. `spare_tokens` is the cost of one more run, in tokens.
     """
     padded = spent = 0
     for request in sorted(requests, key=lambda request: -request.longest):

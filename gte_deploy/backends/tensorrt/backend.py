@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX: a bundle's engine on an NVIDIA GPU.
+"""Runs the engine of a bundle with TensorRT or TensorRT-RTX on an NVIDIA GPU.
 
-An execution context serves one thread at a time, so each run borrows a lane: a stream with buffers and contexts of its
-own. Two lanes let one thread copy while another computes; more would hold memory and wait for the same GPU.
+An execution context serves one thread at a time. So each run borrows an execution slot: a stream with its own buffers
+and contexts. With two slots one thread copies while another computes; more slots would only hold memory.
 """
 
 import logging
@@ -22,19 +22,19 @@ from gte_deploy.backends.checks import check_batch, check_outputs, check_takes_t
 from gte_deploy.backends.tensorrt.cuda import Cuda
 from gte_deploy.backends.tensorrt.padding_free import PackedLayout
 from gte_deploy.backends.tensorrt.plan import open_plan
-from gte_deploy.backends.tensorrt.shapes import Layout, Part
+from gte_deploy.backends.tensorrt.shapes import Layout, SubBatch
 from gte_deploy.bundle.manifest import Manifest, PlanEntry
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.spec import ModelSpec, Precision
 
 logger = logging.getLogger(__name__)
 
-_LANES = 2
-# Of a lane. Each keeps a context, without memory for activations of its own.
+_NUM_SLOTS = 2
+# CUDA graphs that one slot keeps. Each graph keeps a context, which shares the slot's memory for activations.
 _KEPT_GRAPHS = 32
 _REMEMBERED_SHAPES = 1024
-# As the manifest names them -> as they lie in memory. numpy has no bfloat16: it is the upper half of a float32.
-_DTYPES: Mapping[str, np.dtype[Any]] = {
+# Data type in the manifest -> numpy's type in memory. numpy has no bfloat16; it is the upper half of a float32.
+_NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),
@@ -62,12 +62,12 @@ class TensorRTBackend:
         device: str = "cuda:0",
         precision: Precision = "fp16",
     ) -> None:
-        """Run `engine`, which the module `trt` has deserialised from the plan; see `open_tensorrt_backend`.
+        """Run `engine`, which the module `trt` deserialised from the plan; see `open_tensorrt_backend`.
 
-        `precision` is that of the plan, whose types are fixed.
+        `precision` is the precision of the plan, whose data types are fixed.
 
         Raises:
-            BackendError: the engine takes token types and the model has none, or the other way round.
+            BackendError: the engine takes token types and the model has none, or the engine lacks them.
         """
         check_takes_types(f"the engine {plan.path}", [tensor.name for tensor in plan.inputs], spec)
         self.spec = spec
@@ -76,74 +76,74 @@ class TensorRTBackend:
         self.outputs = tuple(tensor.name for tensor in plan.outputs)
         self._engine: _Engine | None = _Engine(engine, plan, trt, cuda)
         self._returned = threading.Condition()
-        self._idle: list[_Lane] = []
-        self._lanes = 0
-        # Where nobody called close. At the interpreter's end the driver frees everything itself.
-        weakref.finalize(self, _close_lanes, self._idle).atexit = False
+        self._idle: list[_Slot] = []
+        self._num_slots = 0
+        # For models that nobody closed. At the end of the interpreter the driver frees everything itself.
+        weakref.finalize(self, _close_slots, self._idle).atexit = False
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`.
 
-        A batch is padded to a profile, or packed for a padding-free engine; one of more rows or masks than a profile
-        takes is run in parts.
+        A batch is padded to a profile, or packed for a padding-free engine. A batch with more rows or masks than a
+        profile takes is split into sub-batches.
         """
         engine = self._engine
         if engine is None:
             raise BackendError("this model is closed; load it again")
         check_outputs(outputs, self.outputs)
         check_batch(batch, self.spec)
-        parts = list(engine.layout.parts(batch, engine.plan.profiles, engine.masks))
+        sub_batches = list(engine.layout.split(batch, engine.plan.profiles, engine.masks))
         results = engine.layout.results(batch, outputs)
-        with self._borrowed_lane(engine) as lane:
+        with self._borrowed_slot(engine) as slot:
             try:
-                for part in parts:
-                    lane.run(batch, part, results, pad_token_id=self.spec.pad_token_id)
+                for sub_batch in sub_batches:
+                    slot.run(batch, sub_batch, results, pad_token_id=self.spec.pad_token_id)
             except RuntimeError as error:  # TensorRT's own, and BackendError
                 raise BackendError(f"TensorRT failed on a batch of {batch.input_ids.shape}: {error}") from error
         return results
 
     def close(self) -> None:
-        """See `Backend.close`. What runs goes on to its end."""
+        """See `Backend.close`. Runs in progress finish."""
         with self._returned:
             self._engine = None
             idle = self._idle[:]
             self._idle.clear()
             self._returned.notify_all()
-        _close_lanes(idle)
+        _close_slots(idle)
 
     @contextmanager
-    def _borrowed_lane(self, engine: "_Engine") -> Iterator["_Lane"]:
+    def _borrowed_slot(self, engine: "_Engine") -> Iterator["_Slot"]:
         with self._returned:
-            while self._engine is not None and not self._idle and self._lanes == _LANES:
+            while self._engine is not None and not self._idle and self._num_slots == _NUM_SLOTS:
                 self._returned.wait()
             if self._engine is None:
                 raise BackendError("this model is closed; load it again")
-            lane = self._idle.pop() if self._idle else None
-            self._lanes += lane is None
+            slot = self._idle.pop() if self._idle else None
+            self._num_slots += slot is None
         sound = False
         try:
             engine.cuda.use()
-            lane = lane or _Lane(engine)
-            yield lane
+            slot = slot or _Slot(engine)
+            yield slot
             sound = True
         finally:
             with self._returned:
                 keep = sound and self._engine is not None
-                if keep and lane is not None:
-                    self._idle.append(lane)
+                if keep and slot is not None:
+                    self._idle.append(slot)
                 else:
-                    self._lanes -= 1
+                    self._num_slots -= 1
                 self._returned.notify()
-            if lane is not None and not keep:
-                lane.close()
+            if slot is not None and not keep:
+                slot.close()
 
 
 def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cuda") -> TensorRTBackend:
     """Open the engine of a bundle on the GPU `device`.
 
     Raises:
-        BundleError: the plan is not what the manifest says.
-        BackendError: the bundle has no plan, or TensorRT or the GPU here do not fit it.
+        BundleError: the plan differs from the manifest.
+        BackendError: the bundle has no plan, or this TensorRT or GPU does not fit it.
         MissingDependencyError: cuda-bindings is not installed.
     """
     plan = manifest.plan
@@ -156,7 +156,7 @@ def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cu
 
 
 class _Engine:
-    """An engine, and what its lanes need to know of it."""
+    """An engine, and the facts about it that its execution slots need."""
 
     def __init__(self, engine: Any, plan: PlanEntry, trt: Any, cuda: Cuda) -> None:
         self.plan = plan
@@ -165,21 +165,21 @@ class _Engine:
         tensors = (*plan.inputs, *plan.outputs)
         axes = {tensor.name: tensor.shape for tensor in tensors}
         self.layout: Layout | PackedLayout = PackedLayout(axes) if plan.padding_free else Layout(axes)
-        self.dtypes = {tensor.name: _DTYPES[tensor.dtype] for tensor in tensors}
+        self.dtypes = {tensor.name: _NUMPY_DTYPES[tensor.dtype] for tensor in tensors}
         self.masks: list[tuple[int, int]] | None = None
         """(least, most) mask positions of each profile."""
         if "mask_positions" in self.inputs:
             limits = [engine.get_tensor_profile_shape("mask_positions", i) for i in range(len(plan.profiles))]
             self.masks = [(max(1, low[0]), high[0]) for low, _, high in limits]
-        # TensorRT-RTX compiles kernels for a shape while others already run it, and captures graphs itself.
-        self.is_rtx = plan.flavour == "tensorrt-rtx"
+        # TensorRT-RTX compiles kernels for a shape while other runs use it, and captures CUDA graphs itself.
+        self.is_rtx = plan.variant == "tensorrt-rtx"
         self.is_captured = not self.is_rtx
         self._engine = engine
         self._trt = trt
 
     @property
     def scratch_bytes(self) -> int:
-        """What a context of any profile needs for its activations."""
+        """Bytes that a context needs for the activations of any profile."""
         return int(self._engine.device_memory_size_v2)
 
     def create_context(self) -> Any:
@@ -196,8 +196,8 @@ class _Engine:
         return context
 
 
-class _Lane:
-    """A stream, buffers, and contexts that share one memory for activations. One run at a time."""
+class _Slot:
+    """An execution slot: a stream, buffers, and contexts that share the memory for activations. One run at a time."""
 
     def __init__(self, engine: _Engine) -> None:
         cuda = engine.cuda
@@ -207,26 +207,29 @@ class _Lane:
         self._device = {name: cuda.device_memory() for name in engine.dtypes}
         self._host = {name: cuda.pinned_memory() for name in engine.dtypes}
         self._contexts: dict[int, Any] = {}
-        # A graph holds the state of its context, and is undefined once that runs another shape: each keeps one alone.
+        # A graph depends on the state of its context, and is undefined once the context runs another shape. So each
+        # graph has its own context.
         self._graphs: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
         self._seen: OrderedDict[Any, None] = OrderedDict()
 
-    def run(self, batch: Batch, part: Part, results: Mapping[str, NDArray[np.float32]], *, pad_token_id: int) -> None:
-        """Compute a part of a batch, into its places in `results`."""
+    def run(
+        self, batch: Batch, sub_batch: SubBatch, results: Mapping[str, NDArray[np.float32]], *, pad_token_id: int
+    ) -> None:
+        """Compute a sub-batch and write its rows into `results`."""
         engine = self._engine
-        shapes = engine.layout.shapes(part.shape, part.num_masks)
+        shapes = engine.layout.shapes(sub_batch.shape, sub_batch.num_masks)
         self._reserve(shapes, results)
         inputs = {name: self._array(name, shapes) for name in engine.inputs}
-        engine.layout.write(batch, part, inputs, pad_token_id=pad_token_id)
-        self._compute(part.profile, shapes, tuple(results))
+        engine.layout.write(batch, sub_batch, inputs, pad_token_id=pad_token_id)
+        self._compute(sub_batch.profile, shapes, tuple(results))
         for name, result in results.items():
             values = self._array(name, shapes)
             if values.dtype == np.uint16:  # bfloat16
                 values = (values.astype(np.uint32) << 16).view(np.float32)
-            engine.layout.place(name, values, part, result)
+            engine.layout.place(name, values, sub_batch, result)
 
     def close(self) -> None:
-        """Free everything of the GPU's."""
+        """Free everything on the GPU."""
         self._drop_graphs()
         self._contexts.clear()
         for memory in (self._scratch, *self._device.values(), *self._host.values()):
@@ -244,7 +247,7 @@ class _Lane:
             self._drop_graphs()
 
     def _compute(self, profile: int, shapes: Shapes, outputs: tuple[str, ...]) -> None:
-        """From the host's input buffers to its output buffers."""
+        """Run the engine from the input buffers of the host to its output buffers."""
         key = (profile, tuple(shapes.values()), outputs)
         cuda, stream = self._engine.cuda, self._stream
         if key in self._graphs:
@@ -259,14 +262,14 @@ class _Lane:
         self._bind(context, shapes)
         self._enqueue(context, shapes, outputs)
         cuda.synchronize(stream)
-        if is_repeated:  # and only now: what a context puts off until its first run cannot be captured
+        if is_repeated:  # after the run: the work that a context does only in its first run cannot be captured
             self._capture(key, context, shapes, outputs)
 
     def _capture(self, key: Any, context: Any, shapes: Shapes, outputs: tuple[str, ...]) -> None:
         try:
             graph = self._engine.cuda.capture(self._stream, lambda: self._enqueue(context, shapes, outputs))
         except BackendError as error:
-            logger.warning("this engine runs without CUDA graphs: %s", error)
+            logger.warning("running this engine without CUDA graphs: %s", error)
             self._engine.is_captured = False
             return
         if len(self._graphs) == _KEPT_GRAPHS:
@@ -317,9 +320,9 @@ class _Lane:
         return math.prod(shapes[name]) * self._engine.dtypes[name].itemsize
 
 
-def _close_lanes(lanes: Sequence[_Lane]) -> None:
-    for lane in lanes:
-        lane.close()
+def _close_slots(slots: Sequence[_Slot]) -> None:
+    for slot in slots:
+        slot.close()
 
 
 def _require(done: bool, what: str) -> None:

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that a backend makes itself, each checked."""
+"""The few calls of the CUDA runtime that a backend needs, each with its errors checked."""
 
 import ctypes
 import math
@@ -15,9 +15,9 @@ class Cuda:
     """One GPU. The calling thread must have called `use` before any other method but `capability`."""
 
     def __init__(self, index: int, *, extra: str = "rtx", runtime: Any = None) -> None:
-        """Find GPU number `index`; `extra` is what a message tells to install where cuda-bindings is missing.
+        """Find GPU number `index`; `extra` is the extra that the error names if cuda-bindings is missing.
 
-        `runtime` is the module cuda.bindings.runtime, imported here by default.
+        `runtime` is the module cuda.bindings.runtime; by default it is imported.
 
         Raises:
             MissingDependencyError: cuda-bindings is not installed.
@@ -33,34 +33,34 @@ class Cuda:
                 "another backend."
             ) from error
         if index >= count:
-            raise BackendError(f"device 'cuda:{index}' is not there: CUDA sees {count} GPUs.")
+            raise BackendError(f"device 'cuda:{index}' does not exist: CUDA sees {count} GPUs.")
 
     def capability(self) -> str:
-        """Compute capability, such as "8.9"."""
-        attributes = self._runtime.cudaDeviceAttr
-        return ".".join(
-            str(self._call("cudaDeviceGetAttribute", attribute, self._index))
-            for attribute in (
-                attributes.cudaDevAttrComputeCapabilityMajor,
-                attributes.cudaDevAttrComputeCapabilityMinor,
-            )
-        )
+        """Compute capability, such as "8.9".
+
+        Raises:
+            BackendError: the driver does not say.
+        """
+        capability = gpu_capability(self._index)
+        if capability is None:
+            raise BackendError(f"the CUDA driver does not give the compute capability of 'cuda:{self._index}'.")
+        return capability
 
     def use(self) -> None:
-        """Make this GPU the calling thread's; the choice is each thread's own."""
+        """Select this GPU for the calling thread; every thread selects for itself."""
         self._call("cudaSetDevice", self._index)
 
     def create_stream(self) -> int:
-        """A stream that does not wait for the default one."""
+        """A stream that does not wait for the default stream."""
         return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
-    def device_memory(self) -> "Memory":
-        """Memory of the GPU, empty so far."""
-        return self._memory("cudaMalloc", "cudaFree")
+    def device_memory(self) -> "Buffer":
+        """A buffer on the GPU, empty at first."""
+        return self._buffer("cudaMalloc", "cudaFree")
 
-    def pinned_memory(self) -> "Memory":
-        """Page-locked memory of the host, empty so far: only copies from and to such are asynchronous."""
-        return self._memory("cudaMallocHost", "cudaFreeHost")
+    def pinned_memory(self) -> "Buffer":
+        """A buffer of page-locked host memory, empty at first. Only copies from or to such memory are asynchronous."""
+        return self._buffer("cudaMallocHost", "cudaFreeHost")
 
     def to_device(self, device: int, host: int, size: int, stream: int) -> None:
         """Queue a copy from the host."""
@@ -73,14 +73,14 @@ class Cuda:
         self._call("cudaMemcpyAsync", host, device, size, kind, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait for all that is queued."""
+        """Wait for all work in the stream."""
         self._call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, work: Callable[[], None]) -> Any:
-        """What `work` queues on `stream`, as a graph to launch; nothing of it runs now.
+        """Record the work that `work` queues on `stream` as a graph, without running it.
 
         Raises:
-            BackendError: something in it cannot be captured; the stream can be used on.
+            BackendError: some of the work cannot be captured; the stream remains usable.
         """
         # An allocation in another thread would break a global capture.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -101,11 +101,11 @@ class Cuda:
         self._call("cudaGraphLaunch", graph, stream)
 
     def release(self, name: str, *arguments: Any) -> None:
-        """Call what frees something. A device that has failed fails here again: its error was raised where it arose."""
+        """Call a function that frees something. Its errors are ignored: a failed device has raised its error before."""
         getattr(self._runtime, name)(*arguments)
 
-    def _memory(self, allocate: str, free: str) -> "Memory":
-        return Memory(lambda size: int(self._call(allocate, size)), lambda address: self.release(free, address))
+    def _buffer(self, allocate: str, free: str) -> "Buffer":
+        return Buffer(lambda size: int(self._call(allocate, size)), lambda address: self.release(free, address))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._runtime, name)(*arguments)
@@ -115,8 +115,8 @@ class Cuda:
         return results[0] if results else None
 
 
-class Memory:
-    """Memory of a GPU, or page-locked memory of the host. It grows and is never shrunk."""
+class Buffer:
+    """Memory of a GPU, or page-locked memory of the host. It grows and never shrinks."""
 
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
         self.address = self._size = 0
@@ -124,11 +124,11 @@ class Memory:
         self._free = free
 
     def reserve(self, size: int) -> bool:
-        """Have `size` bytes; whether they are elsewhere now, with the content lost."""
+        """Provide `size` bytes; return whether the buffer moved, which loses its content."""
         if size <= self._size:
             return False
         self.close()
-        # In steps of up to an eighth, so that texts of growing length do not move it each time.
+        # It grows in steps of up to an eighth, so that texts of growing length do not move it each time.
         step = max(1, (1 << (size - 1).bit_length()) // 16)
         wanted = -(-size // step) * step
         self.address = self._allocate(wanted)
@@ -136,7 +136,7 @@ class Memory:
         return True
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Host memory as an array, valid until the memory is elsewhere."""
+        """Host memory as an array, valid until the buffer moves."""
         memory: Any = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(self.address)
         return np.frombuffer(memory, dtype).reshape(shape)
 
@@ -145,6 +145,25 @@ class Memory:
         if self._size:
             self._size = 0
             self._free(self.address)
+
+
+def gpu_capability(index: int = 0) -> str | None:
+    """Compute capability of a GPU, such as "8.9"; None where the driver or the GPU is missing.
+
+    It asks the driver's own library, so that the exporter needs no package for it.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, numbers = ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index):
+        return None
+    # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+    for number, attribute in zip(numbers, (75, 76), strict=True):
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return f"{numbers[0].value}.{numbers[1].value}"
 
 
 def _import_runtime(extra: str) -> Any:

@@ -1,9 +1,10 @@
-"""Texts in a row, for a padding-free TensorRT engine: which profile takes them, how they get in, and what comes out.
+"""Packs batches for a padding-free TensorRT engine and unpacks its outputs.
 
-The engine takes the tokens of all texts one after the other, the place of each in its own text, and where the texts
-begin and end. Its profiles are of (texts, tokens of all). Numbers only, no CUDA.
+The engine takes the tokens of all texts one after the other, the position of each token in its own text, and the
+beginning and end of each text. Its profiles are (texts, tokens of all texts). This module computes only numbers and
+does not use CUDA.
 
-Shapes: B rows, S tokens of the longest row, M masks of a batch; T tokens of all rows of a part.
+Shapes: B rows, S tokens of the longest row, M masks of a batch; T tokens of all rows of a sub-batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,28 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.shapes import Part, mask_groups, padded_length
+from gte_deploy.backends.tensorrt.shapes import SubBatch, mask_groups, padded_length
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
 POSITIONS, QUERY_LENGTHS, KV_LENGTHS = "position_ids", "query_lengths", "kv_lengths"
 
 
-def plan_packed_parts(
+def split_packed_batch(
     batch: Batch, profiles: Sequence[Profile], masks: Sequence[tuple[int, int]] | None = None
-) -> Iterator[Part]:
-    """Cut a batch into runs of the engine: one, unless it has more rows, tokens or masks than a profile takes.
+) -> Iterator[SubBatch]:
+    """Split a batch into sub-batches: one, unless it has more rows, tokens or masks than a profile takes.
 
-    So that few counts of tokens are many batches', one more text of nothing but padding follows where that is room for.
-    It adds 6 % at most: see `padded_length`.
+    If the profile has room, a text of only padding is added at the end, so that many batches share few token counts. It
+    adds 6 % at most: see `padded_length`.
 
     Args:
-        batch: to be run.
-        profiles: of the engine, (texts, tokens of all).
-        masks: (least, most) mask positions that each profile takes; None where the engine takes none.
+        batch: the batch to run.
+        profiles: the engine's profiles, (texts, tokens of all texts).
+        masks: (least, most) mask positions that each profile takes; None if the engine takes none.
 
     Raises:
-        InputError: every profile ends below the tokens of one of the texts.
+        InputError: a text has more tokens than any profile takes.
     """
     lengths = batch.attention_mask.sum(axis=1)
     start = 0
@@ -46,19 +47,19 @@ def plan_packed_parts(
         shape = (count + 1, padded) if tokens < padded and count < profile.max[0] else (count, tokens)
         places = np.nonzero(batch.attention_mask[rows])
         for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
-            yield Part(rows, chosen, index, shape, number, places)
+            yield SubBatch(rows, chosen, index, shape, number, places)
         start += count
 
 
 def _choose(profiles: Sequence[Profile], lengths: NDArray[np.int64]) -> tuple[int, int]:
-    """Index of the profile that takes the most of the next texts, and how many; the smallest of several."""
+    """Index of the smallest profile that takes the most of the next texts, and the number of these texts."""
     ends = np.cumsum(lengths)
     counts = [min(profile.max[0], int(np.searchsorted(ends, profile.max[1], "right"))) for profile in profiles]
     best = min(range(len(profiles)), key=lambda i: (-counts[i], profiles[i].max[1], profiles[i].max[0]))
     if not counts[best]:
         raise InputError(
-            f"a text of the batch has {lengths[0]:,} tokens, and the engine's profiles (texts x tokens of all, as "
-            f"min:opt:max) are {', '.join(map(str, profiles))}. Shorten it, or export with a profile that takes it "
+            f"a text of the batch has {lengths[0]:,} tokens, and the engine's profiles (texts x tokens of all texts, "
+            f"as min:opt:max) are {', '.join(map(str, profiles))}. Shorten it, or export with a profile that takes it "
             "(--profile)."
         )
     return best, counts[best]
@@ -68,16 +69,16 @@ class PackedLayout:
     """`Layout` for the tensors of a padding-free engine."""
 
     def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:
-        """`tensors` gives the axes of each: a size, or a name; what no input has is the number of texts."""
+        """`tensors` maps tensors to axes, each a size or a name. A name that no input has is the number of texts."""
         self.tensors = dict(tensors)
         (self._tokens,) = self.tensors["input_ids"]
         (self._lengths,) = self.tensors[QUERY_LENGTHS]
         self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
 
-    parts = staticmethod(plan_packed_parts)
+    split = staticmethod(split_packed_batch)
 
     def shapes(self, size: tuple[int, int], num_masks: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, for so many (texts, tokens of all)."""
+        """The shape of every tensor, for a number of (texts, tokens of all texts)."""
         texts, tokens = size
         sizes = {self._tokens: tokens, self._lengths: texts + 1, self._masks: num_masks}
         return {
@@ -86,7 +87,7 @@ class PackedLayout:
         }
 
     def results(self, batch: Batch, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Arrays for a whole batch, as every backend gives them: what is there for every token is 0 at padding."""
+        """Arrays for the outputs of a whole batch, as every backend returns them. Outputs by token are 0 at padding."""
         rows, length = batch.input_ids.shape
         shapes = self.shapes((rows, length), 0 if batch.mask_positions is None else len(batch.mask_positions))
         return {
@@ -94,52 +95,54 @@ class PackedLayout:
             for name in names
         }
 
-    def write(self, batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
-        """Write a part of a batch into the engine's input arrays, which have the part's shapes.
+    def write(
+        self, batch: Batch, sub_batch: SubBatch, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int
+    ) -> None:
+        """Write a sub-batch into the input arrays of the engine, which have the shapes of the sub-batch.
 
-        What pads the mask positions points at the first token.
+        Extra mask positions point at the first token.
         """
-        rows, columns = _places(part)
+        rows, columns = _places(sub_batch)
         count = len(rows)
         ids, positions = inputs["input_ids"], inputs[POSITIONS]
-        ids[:count], ids[count:] = batch.input_ids[part.rows][rows, columns], pad_token_id
-        # As other engines number them, whatever the mask leaves out.
+        ids[:count], ids[count:] = batch.input_ids[sub_batch.rows][rows, columns], pad_token_id
+        # Numbered as for other engines, even if the mask leaves tokens out.
         positions[:count], positions[count:] = columns, 0
         if "token_type_ids" in inputs:
             types = inputs["token_type_ids"]
             types[:] = 0
             if batch.token_type_ids is not None:
-                types[:count] = batch.token_type_ids[part.rows][rows, columns]
-        ends = np.cumsum(batch.attention_mask[part.rows].sum(axis=1))
+                types[:count] = batch.token_type_ids[sub_batch.rows][rows, columns]
+        ends = np.cumsum(batch.attention_mask[sub_batch.rows].sum(axis=1))
         for name in (QUERY_LENGTHS, KV_LENGTHS):
             lengths = inputs[name]
             lengths[0], lengths[1 : len(ends) + 1], lengths[len(ends) + 1 :] = 0, ends, len(ids)
         if "mask_positions" in inputs:
             masked = inputs["mask_positions"]
             masked[:] = 0
-            if len(part.masks):
-                assert batch.mask_positions is not None  # the part's masks are indices into it
-                row, token = batch.mask_positions[part.masks].T
+            if len(sub_batch.masks):
+                assert batch.mask_positions is not None  # the sub-batch's masks are indices into it
+                row, token = batch.mask_positions[sub_batch.masks].T
                 length = batch.input_ids.shape[1]
-                masked[: len(part.masks)] = np.searchsorted(
-                    rows * length + columns, (row - part.rows.start) * length + token
+                masked[: len(sub_batch.masks)] = np.searchsorted(
+                    rows * length + columns, (row - sub_batch.rows.start) * length + token
                 )
 
-    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
-        """Put what a part gave for an output to its tokens, masks or rows of the whole batch's result."""
+    def place(self, name: str, values: NDArray[Any], sub_batch: SubBatch, result: NDArray[np.float32]) -> None:
+        """Copy an output of a sub-batch to its tokens, masks or rows in the result of the whole batch."""
         if self._is_by_token(name):
-            rows, columns = _places(part)
-            result[part.rows][rows, columns] = values[: len(rows)]
+            rows, columns = _places(sub_batch)
+            result[sub_batch.rows][rows, columns] = values[: len(rows)]
         elif self.tensors[name][0] == self._masks:
-            result[part.masks] = values[: len(part.masks)]
+            result[sub_batch.masks] = values[: len(sub_batch.masks)]
         else:
-            result[part.rows] = values[: part.rows.stop - part.rows.start]
+            result[sub_batch.rows] = values[: sub_batch.rows.stop - sub_batch.rows.start]
 
     def _is_by_token(self, name: str) -> bool:
         return self.tensors[name][0] == self._tokens
 
 
-def _places(part: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    assert part.places is not None  # plan_packed_parts gave them
-    rows, columns = part.places
+def _places(sub_batch: SubBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    assert sub_batch.places is not None  # set by split_packed_batch
+    rows, columns = sub_batch.places
     return rows, columns

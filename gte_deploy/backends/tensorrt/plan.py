@@ -1,4 +1,7 @@
-"""Opening the TensorRT engine of a bundle. A plan is executable code: all that can be checked is checked before."""
+"""Opens the TensorRT engine of a bundle.
+
+A plan (a serialised engine) is executable code, so everything that can be checked is checked first.
+"""
 
 import hashlib
 import importlib
@@ -9,27 +12,19 @@ from typing import Any
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.tensorrt.cuda import Cuda
 from gte_deploy.backends.tensorrt.padding_free import QUERY_LENGTHS
+from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES, VARIANTS
 from gte_deploy.bundle.manifest import FileEntry, PlanEntry
 from gte_deploy.core.errors import BackendError, BundleError
-from gte_deploy.core.spec import TensorRTFlavour
 
 logger = logging.getLogger(__name__)
 
-# Flavour -> what people call it, its module, its distribution and the extra that installs it.
-_FLAVOURS: dict[TensorRTFlavour, tuple[str, str, str, str]] = {
-    "tensorrt": ("TensorRT", "tensorrt", "tensorrt", "trt"),
-    "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx", "rtx"),
-}
-# TensorRT's names of types -> the manifest's.
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
-
 
 def check_plan(plan: PlanEntry, device: str) -> tuple[Any, Cuda]:
-    """TensorRT's module and the GPU that run this plan; the plan itself is not read.
+    """The module of TensorRT and the GPU that run this plan; the plan itself is not read.
 
     Raises:
-        BackendError: the plan is of another flavour or version than what is installed, or for other GPUs than
-            `device`, or `device` is none; it names both sides.
+        BackendError: the plan needs another variant, version or GPU, or `device` is not a GPU. The message names what
+            is needed and what is here.
         MissingDependencyError: cuda-bindings is not installed.
     """
     kind, index = parse_device(device)
@@ -48,49 +43,50 @@ def check_plan(plan: PlanEntry, device: str) -> tuple[Any, Cuda]:
 
 
 def open_plan(folder: Path, plan: PlanEntry, file: FileEntry, device: str) -> tuple[Any, Cuda, Any]:
-    """TensorRT's module, the GPU and the engine of the plan at `folder`/`plan.path`.
+    """The module of TensorRT, the GPU, and the engine of the plan at `folder`/`plan.path`.
 
     Raises:
-        BundleError: the plan's bytes are not those of `file`, or the engine is not what the manifest says.
+        BundleError: the bytes of the plan do not match `file`, or the engine does not match the manifest.
         BackendError, MissingDependencyError: see `check_plan`; or TensorRT refuses the plan.
     """
     trt, cuda = check_plan(plan, device)
     data = (folder / plan.path).read_bytes()
-    # The very bytes that are deserialised: a file may change after the bundle was verified.
+    # The hash covers the very bytes that are deserialised: the file may have changed since the bundle was verified.
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.sha256:
         raise BundleError(f"{folder / plan.path} has sha256 {digest}, and the manifest says {file.sha256}.")
     cuda.use()
     engine = trt.Runtime(_logger_for(trt)).deserialize_cuda_engine(data)
     if engine is None:
-        raise BackendError(f"{_FLAVOURS[plan.flavour][0]} {trt.__version__} refuses {plan.path}; its log says why.")
+        raise BackendError(f"{VARIANTS[plan.variant].title} {trt.__version__} refuses {plan.path}; its log says why.")
     _check_engine(engine, plan)
     return trt, cuda, engine
 
 
 def _module_for(plan: PlanEntry) -> tuple[Any, str]:
-    name, module, distribution, extra = _FLAVOURS[plan.flavour]
-    built = f"the engine {plan.path} was built with {name} {plan.version}, and runs with that alone"
+    variant = VARIANTS[plan.variant]
+    built = f"the engine {plan.path} was built with {variant.title} {plan.version} and runs only with that version"
     try:
-        trt = importlib.import_module(module)
+        trt = importlib.import_module(variant.module)
     except ImportError as error:
         raise BackendError(
-            f"{built}; {module!r} is not installed here: pip install 'gte-deploy[{extra}]' "
-            f"'{distribution}=={plan.version}'."
+            f"{built}; {variant.module!r} is not installed here: pip install 'gte-deploy[{variant.extra}]' "
+            f"'{variant.distribution}=={plan.version}'."
         ) from error
     if trt.__version__ != plan.version:
         raise BackendError(
-            f"{built}; here is {trt.__version__}: pip install '{distribution}=={plan.version}', or export again with "
-            "what is here."
+            f"{built}; version {trt.__version__} is installed here: pip install "
+            f"'{variant.distribution}=={plan.version}', or export the bundle again on this machine."
         )
-    return trt, extra
+    return trt, variant.extra
 
 
 def _check_engine(engine: Any, plan: PlanEntry) -> None:
-    """The hash says that the plan is the manifest's; this, that the manifest describes it. Buffers are sized by it."""
+    """Check that the manifest describes the engine correctly. The sizes of buffers come from the manifest."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     tensors = {
-        name: (_DTYPES.get(engine.get_tensor_dtype(name).name), tuple(engine.get_tensor_shape(name))) for name in names
+        name: (DTYPE_NAMES.get(engine.get_tensor_dtype(name).name), tuple(engine.get_tensor_shape(name)))
+        for name in names
     }
     said = {
         tensor.name: (tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
@@ -105,7 +101,7 @@ def _check_engine(engine: Any, plan: PlanEntry) -> None:
 
 
 def _profile(engine: Any, plan: PlanEntry, index: int) -> tuple[tuple[int, ...], ...]:
-    """(batch, sequence), or (texts, tokens of all), at min, opt and max."""
+    """(batch, sequence) at min, opt and max; for a padding-free engine, (texts, tokens of all texts)."""
     shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index)]
     if not plan.padding_free:
         return tuple(shapes)
@@ -117,7 +113,7 @@ _LOGGERS: dict[str, Any] = {}
 
 
 def _logger_for(trt: Any) -> Any:
-    """TensorRT's log as ours. One for each flavour: it must outlive all that it was given to."""
+    """A logger that passes TensorRT's messages to ours. Each variant has one, which must outlive its users."""
     if trt.__name__ not in _LOGGERS:
         severity = trt.ILogger.Severity
         levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.DEBUG, severity.VERBOSE: logging.DEBUG}

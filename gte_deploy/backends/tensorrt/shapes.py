@@ -1,6 +1,6 @@
-"""Which profile of a TensorRT engine runs a batch, and how the batch gets into its shape and out of it.
+"""Chooses the profile of a TensorRT engine for a batch, pads the batch to it, and removes the padding again.
 
-Numbers only, no CUDA.
+This module computes only numbers and does not use CUDA.
 
 Shapes: B rows, S tokens, M masks of a batch.
 """
@@ -16,22 +16,22 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
-# TensorRT prepares kernels and graphs for every new length. Steps of a 32nd of the next power of two, of 8 at least,
-# leave 112 lengths up to 8,192 and add 8 tokens or 6 % at most.
+# TensorRT prepares kernels and graphs for every new length. Lengths are rounded up in steps of a 32nd of the next power
+# of two, at least 8. That leaves 112 lengths up to 8,192 and adds 8 tokens or 6 % at most.
 _LEAST_STEP, _STEPS = 8, 32
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one run of the engine computes of a batch.
+class SubBatch:
+    """The part of a batch that one run of the engine computes.
 
     Args:
-        rows: of the batch.
+        rows: the rows of the batch.
         masks: indices of the batch's mask positions that lie in those rows.
         profile: index of the engine's profile.
-        shape: (rows, tokens of each) after padding; of a padding-free engine, (texts, tokens of all).
+        shape: (rows, tokens of a row) after padding; for a padding-free engine, (texts, tokens of all texts).
         num_masks: mask positions after padding.
-        places: of every token, its row among `rows` and its place there, [T] each; of a padding-free engine.
+        places: for a padding-free engine: the row among `rows` of every token, and its place in that row, [T] each.
     """
 
     rows: slice
@@ -43,12 +43,13 @@ class Part:
 
 
 def choose_profile(profiles: Sequence[Profile], rows: int, length: int) -> int:
-    """Index of the smallest profile that takes `rows` x `length` once it is padded to the profile's minimum.
+    """Index of the smallest profile that takes `rows` x `length`, padded to the profile's minimum.
 
-    Where none takes so many rows, that of most rows which takes the length; the rows are to be run in parts.
+    If no profile takes so many rows, it is the profile with the most rows that takes the length; the caller then splits
+    the batch.
 
     Raises:
-        InputError: every profile ends below the length.
+        InputError: no profile takes the length.
     """
     longs = [index for index, profile in enumerate(profiles) if profile.max[1] >= length]
     if not longs:
@@ -71,18 +72,18 @@ def padded_length(length: int, profile: Profile) -> int:
     return min(max(-(-length // step) * step, profile.min[1]), profile.max[1])
 
 
-def plan_parts(
+def split_batch(
     batch: Batch, profiles: Sequence[Profile], masks: Sequence[tuple[int, int]] | None = None
-) -> Iterator[Part]:
-    """Cut a batch into runs of the engine: one, unless it has more rows or masks than a profile takes.
+) -> Iterator[SubBatch]:
+    """Split a batch into sub-batches: one, unless it has more rows or masks than a profile takes.
 
     Args:
-        batch: to be run.
-        profiles: of the engine.
-        masks: (least, most) mask positions that each profile takes; None where the engine takes none.
+        batch: the batch to run.
+        profiles: the engine's profiles.
+        masks: (least, most) mask positions that each profile takes; None if the engine takes none.
 
     Raises:
-        InputError: every profile ends below the batch's length.
+        InputError: no profile takes the length of the batch.
     """
     count, length = batch.input_ids.shape
     index = choose_profile(profiles, count, length)
@@ -91,14 +92,14 @@ def plan_parts(
         rows = slice(start, min(start + profile.max[0], count))
         shape = (max(rows.stop - start, profile.min[0]), padded_length(length, profile))
         for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
-            yield Part(rows, chosen, index, shape, number)
+            yield SubBatch(rows, chosen, index, shape, number)
 
 
 def mask_groups(batch: Batch, rows: slice, limits: tuple[int, int] | None) -> Iterator[tuple[NDArray[np.int64], int]]:
-    """Indices of the mask positions in `rows`, no more at once than the engine takes, and the number to pad them to.
+    """Groups of indices of the mask positions in `rows`, and the number to pad each group to.
 
-    One group, which may be empty, where they fit. `limits` are the (least, most) that the profile takes; None where the
-    engine takes none.
+    There is one group, which may be empty, unless the engine takes fewer at once. `limits` are the (least, most)
+    positions that the profile takes; None if the engine takes none.
     """
     if limits is None or batch.mask_positions is None:
         yield np.empty(0, np.int64), 0 if limits is None else limits[0]
@@ -108,51 +109,51 @@ def mask_groups(batch: Batch, rows: slice, limits: tuple[int, int] | None) -> It
     inside = np.flatnonzero((row >= rows.start) & (row < rows.stop))
     for first in range(0, max(len(inside), 1), most):
         chosen = inside[first : first + most]
-        # Powers of two: as lengths are, so that counts repeat.
+        # Powers of two, so that few different counts occur.
         wanted = 1 << max(len(chosen) - 1, 0).bit_length()
         yield chosen, min(max(wanted, least), most)
 
 
-def write_inputs(batch: Batch, part: Part, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
-    """Write a part of a batch into the engine's input arrays, which have the part's padded shapes.
+def write_inputs(batch: Batch, sub_batch: SubBatch, inputs: Mapping[str, NDArray[Any]], *, pad_token_id: int) -> None:
+    """Write a sub-batch into the input arrays of the engine, which have the padded shapes of the sub-batch.
 
-    A row that only pads the batch holds one token: attention over none at all is NaN. What pads the mask positions
-    points at the first token of the first row.
+    A row of padding holds one token, because attention over no tokens is NaN. Extra mask positions point at the first
+    token of the first row.
     """
-    rows, length = part.rows.stop - part.rows.start, batch.input_ids.shape[1]
+    rows, length = sub_batch.rows.stop - sub_batch.rows.start, batch.input_ids.shape[1]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     ids[:] = pad_token_id
     mask[:] = 0
     mask[rows:, 0] = 1
-    ids[:rows, :length] = batch.input_ids[part.rows]
-    mask[:rows, :length] = batch.attention_mask[part.rows]
+    ids[:rows, :length] = batch.input_ids[sub_batch.rows]
+    mask[:rows, :length] = batch.attention_mask[sub_batch.rows]
     if "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
         types[:] = 0
         if batch.token_type_ids is not None:
-            types[:rows, :length] = batch.token_type_ids[part.rows]
+            types[:rows, :length] = batch.token_type_ids[sub_batch.rows]
     if "mask_positions" in inputs:
         positions = inputs["mask_positions"]
         positions[:] = 0
-        if len(part.masks):
-            assert batch.mask_positions is not None  # the part's masks are indices into it
-            positions[: len(part.masks)] = batch.mask_positions[part.masks] - (part.rows.start, 0)
+        if len(sub_batch.masks):
+            assert batch.mask_positions is not None  # the sub-batch's masks are indices into it
+            positions[: len(sub_batch.masks)] = batch.mask_positions[sub_batch.masks] - (sub_batch.rows.start, 0)
 
 
 class Layout:
-    """How the shapes of a graph's tensors follow from a batch."""
+    """Computes the shapes of a graph's tensors from those of a batch."""
 
     def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:
-        """`tensors` gives the axes of each: a size, or a name that the inputs have too."""
+        """`tensors` maps tensors to axes, each a size or a name that an input has too."""
         self.tensors = dict(tensors)
         self._rows, self._tokens = self.tensors["input_ids"]
         self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
 
-    parts = staticmethod(plan_parts)
+    split = staticmethod(split_batch)
     write = staticmethod(write_inputs)
 
     def shapes(self, batch: tuple[int, ...], num_masks: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, for a batch of (rows, tokens)."""
+        """The shape of every tensor, for a batch of (rows, tokens)."""
         sizes = {self._rows: batch[0], self._tokens: batch[1], self._masks: num_masks}
         return {
             name: tuple(axis if isinstance(axis, int) else sizes[axis] for axis in axes)
@@ -160,17 +161,17 @@ class Layout:
         }
 
     def results(self, batch: Batch, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Arrays for a whole batch, as every backend gives them."""
+        """Arrays for the outputs of a whole batch, as every backend returns them."""
         num_masks = 0 if batch.mask_positions is None else len(batch.mask_positions)
         shapes = self.shapes(batch.input_ids.shape, num_masks)
         return {name: np.empty(shapes[name], np.float32) for name in names}
 
-    def place(self, name: str, values: NDArray[Any], part: Part, result: NDArray[np.float32]) -> None:
-        """Put what a part gave for an output to its rows or masks of the whole batch's result, without the padding."""
+    def place(self, name: str, values: NDArray[Any], sub_batch: SubBatch, result: NDArray[np.float32]) -> None:
+        """Copy an output of a sub-batch, without padding, to its rows or masks in the result of the whole batch."""
         axes = self.tensors[name]
         if len(axes) > 1 and axes[1] == self._tokens:
             values = values[:, : result.shape[1]]
         if axes[0] == self._masks:
-            result[part.masks] = values[: len(part.masks)]
+            result[sub_batch.masks] = values[: len(sub_batch.masks)]
         else:
-            result[part.rows] = values[: part.rows.stop - part.rows.start]
+            result[sub_batch.rows] = values[: sub_batch.rows.stop - sub_batch.rows.start]

@@ -116,7 +116,7 @@ def test_a_limit_above_the_checkpoints_own_is_told(checkpoint, tmp_path):
 
     told = []
     bundle = export(checkpoint, tmp_path / "bundle", max_length=100, progress=told.append).path
-    assert "the bundle takes 100 tokens; the checkpoint's own files cut texts at 24" in told
+    assert "the bundle takes 100 tokens; the checkpoint's own limit is 24" in told
     theirs = SentenceTransformer(str(checkpoint))
     theirs.max_seq_length = 100
     with gte_deploy.load(bundle, backend="onnx") as model:

@@ -73,7 +73,7 @@ def test_weight_only_on_the_command_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["precision"] == "int8-weight" and result["fusions"]["int8_linears"] == 29
-    assert result["parity"]["not_proven"] == ["int8-weight has a graph for ONNX Runtime alone."]
+    assert result["parity"]["not_proven"] == ["int8-weight has a graph only for ONNX Runtime."]
     assert "quantize to int8-weight" in err
     with gte_deploy.load(tmp_path / "w8") as model:
         assert model.fill_mask(TEXT)[0]["token_str"] == "states"

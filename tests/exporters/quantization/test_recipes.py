@@ -59,7 +59,9 @@ def test_the_most_sensitive_layers_stay_high_where_a_bound_is_missed(quantize, t
     assert not bounds.missed(made.sweep.accuracy)
     found = counts(made.graphs["onnxruntime"])
     assert found["fp32_linears"] == 1 + len(made.sweep.excluded) and found["int8_linears"] > 10
-    assert lines[-1].endswith(f"stay higher: {', '.join(list(made.sweep.loss)[: len(made.sweep.excluded)])}")
+    assert lines[-1].endswith(
+        f"stay in a higher precision: {', '.join(list(made.sweep.loss)[: len(made.sweep.excluded)])}"
+    )
 
 
 def test_a_users_texts_decide_the_ranges(quantize, tiny):

@@ -86,7 +86,7 @@ def test_options_of_others_are_refused(options, message, checkpoint, tmp_path):
 
 
 def test_triton_serves_no_such_graph(bundle, checkpoint, tmp_path, capsys):
-    with pytest.raises(InputError, match="Triton serves graphs of ONNX Runtime, and target openvino has none"):
+    with pytest.raises(InputError, match="Triton serves graphs for ONNX Runtime, but target openvino has none"):
         export_repository(checkpoint, tmp_path / "r", target="openvino")
     assert main(["triton", str(bundle), str(tmp_path / "r")]) != OK
     assert "holds no graph for ONNX Runtime" in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_a_target_is_refused_before_anything_is_exported(word_checkpoints, tmp_p
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").touch()
     monkeypatch.setattr(triton_repository, "export", lambda *args, **options: pytest.fail("exported"))
-    with pytest.raises(ExportError, match="is not a bundle, so nothing replaces it"):
+    with pytest.raises(ExportError, match="is not a bundle, so it is not replaced"):
         export_repository(word_checkpoints["embed"], tmp_path / "r")
 
 
@@ -242,7 +242,7 @@ def test_a_bundle_is_not_replaced_by_a_repository(altered_bundle, bundles):
         ({"model_version": 0}, "model_version"),
         ({"accelerator": "magic"}, "accelerator is 'magic'"),
         ({"precision": "int8"}, "is a bundle already; precision"),
-        ({"engine": "somewhere"}, "give it alone"),
+        ({"engine": "somewhere"}, "give engine or a model"),
     ],
 )
 def test_arguments_out_of_range(options, message, bundles, tmp_path):
@@ -295,7 +295,7 @@ def test_logits_of_every_token_are_not_served(word_checkpoints, bundle_of, tmp_p
     ("task", "missing", "message"),
     [
         ("fill-mask", "mask_positions", "logits of every token"),
-        ("classify", "logits", "made for classify, and its encoder gives no logits"),
+        ("classify", "logits", "for task classify, but its encoder has no output logits"),
     ],
 )
 def test_a_plan_without_its_head_is_refused(task, missing, message, altered_bundle, tmp_path):
@@ -342,7 +342,7 @@ def test_tensorrt_in_onnx_runtime_needs_standard_operators(altered_bundle, tmp_p
         export_repository(bundle, tmp_path / "r", accelerator="tensorrt")
 
 
-def plan_entry(task, *profiles, flavour="tensorrt", ids="int32"):
+def plan_entry(task, *profiles, variant="tensorrt", ids="int32"):
     tokens = [TensorSpec(name, ids, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
     masks = [TensorSpec("mask_positions", "int64", ("masks", 2))] if task == "fill-mask" else []
     outputs = [TensorSpec("last_hidden_state", "float32", ("batch", "sequence", 32))]
@@ -352,7 +352,7 @@ def plan_entry(task, *profiles, flavour="tensorrt", ids="int32"):
         outputs.append(TensorSpec("sentence_embedding", "float16", ("batch", 32)))
     return PlanEntry(
         path="tensorrt/model.plan",
-        flavour=flavour,
+        variant=variant,
         version="10.9.0.34",
         compute_capabilities=("8.9",),
         profiles=tuple(Profile(*profile) for profile in profiles),
@@ -418,7 +418,7 @@ def test_answers_of_a_plan(altered_bundle, bundles, open_repository, tmp_path, m
     ("plan", "message"),
     [
         (None, "holds no TensorRT plan"),
-        (plan_entry("embed", SHORT, flavour="tensorrt-rtx"), "holds a tensorrt-rtx engine"),
+        (plan_entry("embed", SHORT, variant="tensorrt-rtx"), "holds a tensorrt-rtx engine"),
     ],
 )
 def test_plans_that_triton_cannot_run(plan, message, altered_bundle, tmp_path):

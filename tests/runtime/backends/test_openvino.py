@@ -33,7 +33,7 @@ def batch_of(rows, length, masks=0):
 
 
 def test_it_runs_on_the_cpu_only(graph):
-    with pytest.raises(BackendError, match="device 'cpu', not 'cuda'.*backend='onnx'"):
+    with pytest.raises(BackendError, match="device 'cpu', not on 'cuda'.*backend='onnx'"):
         OpenVinoBackend(*graph, device="cuda")
     with pytest.raises(InputError, match="device must be"):
         OpenVinoBackend(*graph, device="gpu")
@@ -64,7 +64,7 @@ def test_an_input_that_nobody_provides(tmp_path):
     graph = onnx.helper.make_graph([node], "g", inputs, [output])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "x.onnx")
     spec = gte_deploy.core.spec.ModelSpec(task="embed", max_length=8, vocab_size=10, hidden_size=4, pad_token_id=0)
-    with pytest.raises(BackendError, match="asks for the inputs token_type_ids"):
+    with pytest.raises(BackendError, match="has the unknown inputs token_type_ids"):
         OpenVinoBackend(tmp_path / "x.onnx", spec)
 
 

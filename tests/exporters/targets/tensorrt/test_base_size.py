@@ -23,7 +23,7 @@ from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime
 file, counts = Path(sys.argv[1]), json.loads(sys.argv[2])
 plan = build_plan(
     file, file.parent, choose_runtime("rtx"), TensorRTOptions(), graph=graph_of(ir.load(file), counts, 20),
-    num_layers=12, targets=("8.6", "8.9", "12.0"), profiles=default_profiles(8192),
+    num_layers=12, compute_capabilities=("8.6", "8.9", "12.0"), profiles=default_profiles(8192),
 )
 print(json.dumps({"layers": plan.layers, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """

@@ -16,7 +16,7 @@ from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, build_plan  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_targets  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_capabilities  # noqa: E402
 
 OPTIONS = TensorRTOptions()
 PROFILES = default_profiles(8192)
@@ -32,9 +32,14 @@ def runtime():
 def build(runtime, num_layers, tmp_path):
     """`build(graph, file, precision)`: the plan's entry."""
 
-    def build_it(graph, file, precision, profiles=PROFILES, options=OPTIONS, targets=None):
-        targets = resolve_targets(runtime, targets, precision)
-        arguments = {"graph": graph, "num_layers": num_layers, "targets": targets, "profiles": profiles}
+    def build_it(graph, file, precision, profiles=PROFILES, options=OPTIONS, capabilities=None):
+        capabilities = resolve_capabilities(runtime, capabilities, precision)
+        arguments = {
+            "graph": graph,
+            "num_layers": num_layers,
+            "compute_capabilities": capabilities,
+            "profiles": profiles,
+        }
         return build_plan(file, tmp_path, runtime, options, **arguments)
 
     return build_it
@@ -43,7 +48,7 @@ def build(runtime, num_layers, tmp_path):
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
 def test_an_engine_in_every_precision_to_8192_tokens(build, graphs, saved, num_layers, tmp_path, runtime, precision):
     plan = build(graphs(precision), saved(precision), precision)
-    assert (plan.flavour, plan.version) == ("tensorrt-rtx", runtime.version)
+    assert (plan.variant, plan.version) == ("tensorrt-rtx", runtime.version)
     assert plan.compute_capabilities == (("8.9", "12.0") if precision == "fp8" else ("8.6", "8.9", "12.0"))
     assert plan.profiles == PROFILES and plan.timing_cache is None
     assert plan.layers["fused_attention"] == num_layers
@@ -85,7 +90,7 @@ def _quantized(graph, softmax, before):
 
 def test_an_fp16_request_that_yields_fp32_fails(build, graphs, plain, tmp_path):
     save_graph(plain["openvino"], tmp_path / "fp32.onnx")
-    with pytest.raises(ExportError, match="FP32, and the graph has it in 16 bits"):
+    with pytest.raises(ExportError, match="FP32, but the graph has it in 16 bits"):
         build(graphs("fp16"), tmp_path / "fp32.onnx", "fp16", PROFILES[:1])
 
 
@@ -131,7 +136,7 @@ def test_without_keep_onnx_the_bundle_holds_the_engine_alone(small, tmp_path, ca
 
 
 def test_onnx_only_needs_no_tensorrt_and_prints_the_line(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtimes, "_import", lambda flavour: None)
+    monkeypatch.setattr(runtimes, "_import", lambda variant: None)
     out = tmp_path / "bundle"
     assert main([str(small), str(out), "--format", "trt", "--max-len", "32"]) == 3
     assert "gte-deploy[rtx]" in capsys.readouterr().err and not out.exists()

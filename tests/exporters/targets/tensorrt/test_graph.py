@@ -10,7 +10,7 @@ from gte_deploy.backends.onnxruntime import OnnxBackend
 from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.build import save_graph
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, head_by_head
-from gte_deploy.exporters.targets.tensorrt.graph import WIDE, QdqScheme, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.graph import COMPUTE_DTYPES, QdqScheme, tensorrt_graph
 from gte_deploy.exporters.verification.bounds import compare
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.exporters.verification.reference import TorchReference
@@ -22,7 +22,7 @@ FP32 = ir.DataType.FLOAT
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8"])
 def test_every_tensor_has_the_type_that_the_table_says(graphs, precision, num_layers):
     graph = graphs(precision).model.graph
-    wide = WIDE[precision]
+    wide = COMPUTE_DTYPES[precision]
     types = {kind: Counter() for kind in ("MatMul", "Gemm", "Softmax", "LayerNormalization", "Gelu", "Gather")}
     for node in graph:
         assert node.domain == "", "standard operators alone"

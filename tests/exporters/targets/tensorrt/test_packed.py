@@ -19,7 +19,7 @@ from gte_deploy.exporters.graph.editing import Builder, replace
 from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddingFreeOnnx
 from gte_deploy.exporters.targets.tensorrt.engine import build_plan
-from gte_deploy.exporters.targets.tensorrt.graph import WIDE, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.graph import COMPUTE_DTYPES, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import check_packed_profiles, packed_profiles, parse_profile
@@ -139,7 +139,7 @@ def test_its_inputs_operators_and_types(packed, graphs, num_layers, precision):
             "TRT_decomposable": 0,
         }
         assert node.inputs[3] is None and [value.name for value in node.inputs[4:]] == ["query_lengths", "kv_lengths"]
-        assert {value.dtype for value in (*node.inputs[:3], node.outputs[0])} == {WIDE[precision]}
+        assert {value.dtype for value in (*node.inputs[:3], node.outputs[0])} == {COMPUTE_DTYPES[precision]}
     assert len(attentions) == num_layers
     # Rotation and the scale of queries are in FP32, from the tables on.
     assert all(node.outputs[0].dtype == FP32 for node in nodes if node.op_type == "Neg")
@@ -168,7 +168,7 @@ def rtx():
 def build(rtx, num_layers, tmp_path):
     def build_it(graph):
         save_graph(graph, tmp_path / "packed.onnx")
-        arguments = {"num_layers": num_layers, "targets": ("8.9",), "profiles": packed_profiles(8192)}
+        arguments = {"num_layers": num_layers, "compute_capabilities": ("8.9",), "profiles": packed_profiles(8192)}
         return build_plan(tmp_path / "packed.onnx", tmp_path, rtx, TensorRTOptions(), graph=graph, **arguments)
 
     return build_it
@@ -220,17 +220,17 @@ def test_attentions_are_counted_in_the_network(rtx, packed, num_layers, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("flavour", "version", "says"),
+    ("variant", "version", "says"),
     [
         ("tensorrt-rtx", "11.2.0.1", r"11\.1 or later.*TensorRT-RTX 11\.2\.0\.1 has no kernel.*no GPU.*--onnx-only"),
         ("tensorrt", "11.0.0.114", r"11\.1 or later.*this is TensorRT 11\.0\.0\.114.*--padding remove.*--onnx-only"),
         ("tensorrt", "10.16.1", r"this is TensorRT 10\.16\.1"),
     ],
 )
-def test_a_tensorrt_without_the_kernel_is_refused(flavour, version, says):
+def test_a_tensorrt_without_the_kernel_is_refused(variant, version, says):
     with pytest.raises(ExportError, match=says):
         PADDING_FREE.check_runtime(
-            Runtime(flavour, "no GPU was found here", types.SimpleNamespace(__version__=version))
+            Runtime(variant, "no GPU was found here", types.SimpleNamespace(__version__=version))
         )
 
 
@@ -240,7 +240,7 @@ def test_a_tensorrt_with_the_kernel_is_not(version):
 
 
 def test_the_export_refuses_before_a_model_is_loaded(rtx, tmp_path):
-    with pytest.raises(ExportError, match="TensorRT-RTX .* has no kernel for it; it was taken because it was asked"):
+    with pytest.raises(ExportError, match="TensorRT-RTX .* has no kernel for it; .* because it was requested"):
         export(output=tmp_path / "b", format="trt", padding="remove", tensorrt=TensorRTOptions(runtime="rtx"))
     with pytest.raises(InputError, match="padding is 'none'; expected one of auto, keep, remove"):
         export(output=tmp_path / "b", format="trt", padding="none")
@@ -294,7 +294,7 @@ def test_the_bundle_of_onnx_only(bundle):
     assert manifest.plan is None and manifest.graphs["tensorrt"].fusions["packed_attention"] == 1
     assert [tensor.shape for tensor in manifest.graphs["tensorrt"].outputs] == [("tokens", 32), ("batch", 32)]
     report = (bundle / "report.json").read_text()
-    assert "query_lengths:257" in report and "In place of TRT_Attention" in report
+    assert "query_lengths:257" in report and "ONNX Runtime does not have TRT_Attention" in report
 
 
 def test_onnx_runtime_is_not_asked_to_run_it(bundle):
@@ -306,7 +306,7 @@ def test_onnx_runtime_is_not_asked_to_run_it(bundle):
 def test_triton_is_not_given_such_a_plan(tmp_path):
     inputs = tuple(types.SimpleNamespace(name=name, shape=("tokens",)) for name in ("input_ids", "position_ids"))
     plan = gte_deploy.bundle.manifest.PlanEntry("p", "tensorrt", "11.1.0.1", ("8.9",), PROFILES, inputs, inputs, {})
-    with pytest.raises(BundleError, match="padding-free engine, and the repository's models send padded batches"):
+    with pytest.raises(BundleError, match="padding-free engine, but the repository's models send padded batches"):
         _write_plan(tmp_path, types.SimpleNamespace(plan=plan), tmp_path)
 
 

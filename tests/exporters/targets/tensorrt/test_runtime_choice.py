@@ -10,7 +10,12 @@ from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.targets.tensorrt import runtimes
 from gte_deploy.exporters.targets.tensorrt.layouts import trtexec_line
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, parse_targets, resolve_targets
+from gte_deploy.exporters.targets.tensorrt.runtimes import (
+    Runtime,
+    choose_runtime,
+    parse_capabilities,
+    resolve_capabilities,
+)
 
 MODULE = types.SimpleNamespace(
     __version__="9.9.9", ComputeCapability=types.SimpleNamespace(SM75=1, SM86=2, SM89=3, SM120=4)
@@ -21,33 +26,33 @@ TENSORRT = Runtime("tensorrt", "", MODULE)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """`machine(gpu, flavours)`: a machine with this GPU and these TensorRTs."""
+    """`machine(gpu, variants)`: a machine with this GPU and these TensorRTs."""
 
-    def set_up(gpu, *flavours):
+    def set_up(gpu, *variants):
         monkeypatch.setattr(runtimes, "gpu_capability", lambda: gpu)
-        monkeypatch.setattr(runtimes, "_import", lambda flavour: MODULE if flavour in flavours else None)
+        monkeypatch.setattr(runtimes, "_import", lambda variant: MODULE if variant in variants else None)
 
     return set_up
 
 
 @pytest.mark.parametrize(
-    "gpu, flavours, asked, taken, why",
+    "gpu, variants, asked, taken, why",
     [
         ("8.9", ("tensorrt", "tensorrt-rtx"), "auto", "tensorrt", "8.9"),
         (None, ("tensorrt", "tensorrt-rtx"), "auto", "tensorrt-rtx", "no GPU"),
         ("8.9", ("tensorrt-rtx",), "auto", "tensorrt-rtx", "not installed"),
-        ("8.9", ("tensorrt", "tensorrt-rtx"), "rtx", "tensorrt-rtx", "asked"),
-        ("8.9", ("tensorrt",), "tensorrt", "tensorrt", "asked"),
+        ("8.9", ("tensorrt", "tensorrt-rtx"), "rtx", "tensorrt-rtx", "requested"),
+        ("8.9", ("tensorrt",), "tensorrt", "tensorrt", "requested"),
     ],
 )
-def test_the_choice_and_its_reason(machine, gpu, flavours, asked, taken, why):
-    machine(gpu, *flavours)
+def test_the_choice_and_its_reason(machine, gpu, variants, asked, taken, why):
+    machine(gpu, *variants)
     runtime = choose_runtime(asked)
-    assert runtime.flavour == taken and why in runtime.reason
+    assert runtime.variant == taken and why in runtime.reason
 
 
 @pytest.mark.parametrize(
-    "gpu, flavours, asked, error, says",
+    "gpu, variants, asked, error, says",
     [
         (None, (), "auto", MissingDependencyError, "gte-deploy.rtx.*gte-deploy.trt.*--onnx-only"),
         ("8.9", (), "rtx", MissingDependencyError, "gte-deploy.rtx"),
@@ -56,47 +61,47 @@ def test_the_choice_and_its_reason(machine, gpu, flavours, asked, taken, why):
         (None, ("tensorrt",), "lite", InputError, "lite"),
     ],
 )
-def test_where_nothing_can_build_the_error_says_what_to_do(machine, gpu, flavours, asked, error, says):
-    machine(gpu, *flavours)
+def test_where_nothing_can_build_the_error_says_what_to_do(machine, gpu, variants, asked, error, says):
+    machine(gpu, *variants)
     with pytest.raises(error, match=says):
         choose_runtime(asked)
 
 
 def test_targets_are_compute_capabilities():
-    assert parse_targets("sm86, sm89,sm120,sm86") == ("8.6", "8.9", "12.0")
+    assert parse_capabilities("sm86, sm89,sm120,sm86") == ("8.6", "8.9", "12.0")
     for text in ("", "89", "sm8", "sm86;sm89", "8.9", "rtx4090"):
         with pytest.raises(InputError, match="sm86,sm89,sm120"):
-            parse_targets(text)
+            parse_capabilities(text)
 
 
 def test_the_default_targets_can_compute_in_the_precision():
-    assert resolve_targets(RTX, None, "fp16") == ("8.6", "8.9", "12.0")
-    assert resolve_targets(RTX, None, "fp8") == ("8.9", "12.0")
-    assert resolve_targets(RTX, ("7.5",), "fp16") == ("7.5",)
+    assert resolve_capabilities(RTX, None, "fp16") == ("8.6", "8.9", "12.0")
+    assert resolve_capabilities(RTX, None, "fp8") == ("8.9", "12.0")
+    assert resolve_capabilities(RTX, ("7.5",), "fp16") == ("7.5",)
 
 
 @pytest.mark.parametrize(
-    "targets, precision, says",
+    "capabilities, precision, says",
     [
         (("9.0",), "fp16", "sm90.*sm75, sm86.*data centre"),
         (("8.6", "8.9"), "fp8", "sm86 cannot compute in fp8.*sm89"),
         (("7.5",), "bf16", "sm75 cannot compute in bf16"),
     ],
 )
-def test_targets_that_cannot_be_are_refused(targets, precision, says):
+def test_capabilities_that_cannot_be_are_refused(capabilities, precision, says):
     with pytest.raises(InputError, match=says):
-        resolve_targets(RTX, targets, precision)
+        resolve_capabilities(RTX, capabilities, precision)
 
 
 def test_ordinary_tensorrt_builds_for_the_gpu_here(machine):
     machine("8.9")
-    assert resolve_targets(TENSORRT, None, "fp16") == ("8.9",)
-    assert resolve_targets(TENSORRT, ("8.9",), "fp16") == ("8.9",)
+    assert resolve_capabilities(TENSORRT, None, "fp16") == ("8.9",)
+    assert resolve_capabilities(TENSORRT, ("8.9",), "fp16") == ("8.9",)
     with pytest.raises(InputError, match="sm89, and the target is sm86"):
-        resolve_targets(TENSORRT, ("8.6",), "fp16")
+        resolve_capabilities(TENSORRT, ("8.6",), "fp16")
     machine("7.5")
     with pytest.raises(InputError, match="sm75 cannot compute in fp8"):
-        resolve_targets(TENSORRT, None, "fp8")
+        resolve_capabilities(TENSORRT, None, "fp8")
 
 
 def test_the_trtexec_line_has_every_profile():

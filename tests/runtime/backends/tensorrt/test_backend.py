@@ -23,6 +23,7 @@ from gte_deploy.backends.tensorrt import plan as tensorrt_plan
 from gte_deploy.backends.tensorrt.backend import TensorRTBackend
 from gte_deploy.backends.tensorrt.cuda import Cuda
 from gte_deploy.backends.tensorrt.plan import check_plan, open_plan
+from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES
 from gte_deploy.bundle.manifest import FileEntry, PlanEntry
 from gte_deploy.core.errors import BackendError, BundleError, InputError, MissingDependencyError
 from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec
@@ -34,10 +35,10 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "i
 NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32"}
 
 
-def plan_of(flavour="tensorrt", dtype="float32", **changes):
+def plan_of(variant="tensorrt", dtype="float32", **changes):
     fields = {
         "path": "tensorrt/model.plan",
-        "flavour": flavour,
+        "variant": variant,
         "version": "10.9.0.34",
         "compute_capabilities": ("8.6", "8.9"),
         "profiles": PROFILES,
@@ -112,13 +113,10 @@ class HostRuntime:
     cudaError_t = enum.IntEnum("cudaError_t", {"cudaSuccess": 0, "cudaErrorInvalidValue": 1, "cudaErrorBroken": 900})
     cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", "cudaMemcpyHostToDevice cudaMemcpyDeviceToHost")
     cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", "cudaStreamCaptureModeThreadLocal")
-    cudaDeviceAttr = enum.IntEnum(
-        "cudaDeviceAttr", "cudaDevAttrComputeCapabilityMajor cudaDevAttrComputeCapabilityMinor"
-    )
     cudaStreamNonBlocking = 1
 
-    def __init__(self, capability=(8, 9), count=1):
-        self.capability, self.count = capability, count
+    def __init__(self, count=1):
+        self.count = count
         self.memory, self.streams, self.graphs = {}, {}, {}
         self.capturing = {}
         self.calls = []
@@ -145,9 +143,6 @@ class HostRuntime:
 
     def cudaGetDeviceCount(self):
         return self.cudaError_t.cudaSuccess, self.count
-
-    def cudaDeviceGetAttribute(self, attribute, index):
-        return self.cudaError_t.cudaSuccess, self.capability[attribute - 1]
 
     def cudaSetDevice(self, index):
         self.threads.device = index
@@ -366,7 +361,7 @@ def random_batch(rng, rows, length, masks):
 
 def assert_right(backend, batch, outputs=("last_hidden_state", "logits")):
     found = backend.run(batch, outputs)
-    ids = with_types(batch.input_ids, batch.graph_inputs()["token_type_ids"])
+    ids = with_types(batch.input_ids, batch.graph_inputs(["token_type_ids"])["token_type_ids"])
     expected = formula(ids, batch.attention_mask, batch.mask_positions)
     real = batch.attention_mask == 1
     assert list(found) == list(outputs)
@@ -376,10 +371,10 @@ def assert_right(backend, batch, outputs=("last_hidden_state", "logits")):
         np.testing.assert_array_equal(values[where], expected[name][where], err_msg=name)
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("variant", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_batches_of_every_shape(make, flavour, dtype):
-    backend, rng = make(plan_of(flavour, dtype)), np.random.default_rng(0)
+def test_batches_of_every_shape(make, variant, dtype):
+    backend, rng = make(plan_of(variant, dtype)), np.random.default_rng(0)
     for _ in range(60):
         rows, length, masks = rng.integers(1, 12), rng.integers(1, 65), rng.integers(0, 12)
         outputs = [("last_hidden_state", "logits"), ("logits",), ("last_hidden_state",)][rng.integers(3)]
@@ -539,8 +534,8 @@ def test_graphs_are_bounded(make, runtime, monkeypatch):
         for _ in range(3):
             assert_right(backend, random_batch(rng, rows, 8, 1))
     assert len(runtime.graphs) == 2
-    (lane,) = backend._idle
-    assert len(lane._seen) == 3
+    (slot,) = backend._idle
+    assert len(slot._seen) == 3
 
 
 @pytest.mark.parametrize(
@@ -565,7 +560,7 @@ def test_rtx_captures_by_itself(make, runtime):
     assert config.cuda_graph_strategy == "whole graph"
 
 
-def test_many_threads_share_two_lanes(make, runtime):
+def test_many_threads_share_two_slots(make, runtime):
     backend, problems = make(), []
 
     def work(seed):
@@ -585,7 +580,7 @@ def test_many_threads_share_two_lanes(make, runtime):
     assert len(runtime.streams) <= 2 and len(backend._idle) == len(runtime.streams)
 
 
-def test_a_third_thread_waits_for_a_lane(make, runtime):
+def test_a_third_thread_waits_for_a_slot(make, runtime):
     backend, batch = make(), random_batch(np.random.default_rng(0), 1, 8, 1)
     engine, inside, go_on = engine_of(backend), threading.Semaphore(0), threading.Event()
     compute = engine.compute
@@ -663,14 +658,14 @@ def test_what_is_dropped_unclosed_is_freed(make, runtime):
 
 
 @pytest.mark.parametrize("what", ["cudaMallocHost", "cudaMemcpyAsync", "cudaStreamSynchronize", "engine"])
-def test_a_failure_is_typed_and_costs_one_lane(make, runtime, what):
+def test_a_failure_is_typed_and_costs_one_slot(make, runtime, what):
     backend, batch = make(), random_batch(np.random.default_rng(0), 1, 8, 1)
     engine = engine_of(backend)
     runtime.breaks.add(what)
     engine.fails = what == "engine"
     with pytest.raises(BackendError, match=r"TensorRT failed on a batch of \(1, 8\): .*(it broke|refused to run)"):
         backend.run(batch, ["logits"])
-    assert not runtime.memory and not runtime.streams and backend._lanes == 0
+    assert not runtime.memory and not runtime.streams and backend._num_slots == 0
     runtime.breaks.clear()
     engine.fails = False
     assert_right(backend, batch)
@@ -701,6 +696,7 @@ def module(monkeypatch, runtime):
     module.ILogger, module.Runtime, module.plan = ILogger, Runtime, plan_of()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(cuda_module, "_import_runtime", lambda extra: runtime)
+    monkeypatch.setattr(cuda_module, "gpu_capability", lambda index: "8.9")
     monkeypatch.setattr(tensorrt_plan, "_LOGGERS", {})
     return module
 
@@ -731,10 +727,14 @@ def test_a_padding_free_plan_is_held_against_its_manifest(module, folder):
 @pytest.mark.parametrize(
     ("plan", "device", "message"),
     [
-        (plan_of(version="10.9.0.33"), "cuda", r"built with TensorRT 10\.9\.0\.33.*here is 10\.9\.0\.34: pip install"),
+        (
+            plan_of(version="10.9.0.33"),
+            "cuda",
+            r"built with TensorRT 10\.9\.0\.33.*10\.9\.0\.34 is installed here: pip install",
+        ),
         (plan_of(compute_capabilities=("9.0",)), "cuda:0", r"capability 9\.0, and cuda:0 has 8\.9.*--target sm89"),
         (plan_of(), "cpu", "runs on a GPU, not on device 'cpu'"),
-        (plan_of(), "cuda:1", "'cuda:1' is not there: CUDA sees 1 GPUs"),
+        (plan_of(), "cuda:1", "'cuda:1' does not exist: CUDA sees 1 GPUs"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_not_deserialised(module, folder, plan, device, message):
@@ -750,13 +750,13 @@ def test_a_plan_that_is_not_the_manifests_is_not_deserialised(module, folder):
     assert module.deserialised == []
 
 
-def test_a_flavour_that_is_not_installed_is_named_with_its_version(monkeypatch):
-    for flavour, name, extra in (("tensorrt", "TensorRT 10", "trt"), ("tensorrt-rtx", "TensorRT-RTX 10", "rtx")):
-        monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), None)
+def test_a_variant_that_is_not_installed_is_named_with_its_version(monkeypatch):
+    for variant, name, extra in (("tensorrt", "TensorRT 10", "trt"), ("tensorrt-rtx", "TensorRT-RTX 10", "rtx")):
+        monkeypatch.setitem(sys.modules, variant.replace("-", "_"), None)
         with pytest.raises(
-            BackendError, match=rf"built with {name}.*not installed.*\[{extra}\].*{flavour}==10\.9\.0\.34"
+            BackendError, match=rf"built with {name}.*not installed.*\[{extra}\].*{variant}==10\.9\.0\.34"
         ):
-            check_plan(plan_of(flavour), "cuda")
+            check_plan(plan_of(variant), "cuda")
 
 
 def test_without_cuda_bindings_the_extra_is_named(module, monkeypatch):
@@ -810,7 +810,9 @@ def test_a_machine_without_a_gpu_is_told_so():
 
 def test_the_installed_tensorrt_rtx_is_held_against_the_plan():
     trt = pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(BackendError, match=rf"built with TensorRT-RTX 10\.9\.0\.34.*here is {trt.__version__}"):
+    with pytest.raises(
+        BackendError, match=rf"built with TensorRT-RTX 10\.9\.0\.34.*{trt.__version__} is installed here"
+    ):
         check_plan(plan_of("tensorrt-rtx"), "cuda")
     if not has_gpu():
         with pytest.raises(BackendError, match="no NVIDIA GPU"):
@@ -832,7 +834,7 @@ def test_tensorrt_rtx_has_what_is_asked_of_it():
     ):
         for name in names.split():
             assert hasattr(kind, name), name
-    assert {trt.DataType.HALF.name, trt.DataType.BF16.name, trt.DataType.FLOAT.name} <= set(tensorrt_plan._DTYPES)
+    assert {trt.DataType.HALF.name, trt.DataType.BF16.name, trt.DataType.FLOAT.name} <= set(DTYPE_NAMES)
 
 
 def test_cuda_bindings_have_what_is_asked_of_them():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.padding_free import PackedLayout, plan_packed_parts
+from gte_deploy.backends.tensorrt.padding_free import PackedLayout, split_packed_batch
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
@@ -34,11 +34,11 @@ def batch_of(lengths, masks=None):
 
 
 def cut(lengths, masks=None, limits=None, profiles=(SMALL, LARGE)):
-    return list(plan_packed_parts(batch_of(lengths, masks), profiles, limits))
+    return list(split_packed_batch(batch_of(lengths, masks), profiles, limits))
 
 
-def arrays_for(part):
-    shapes = LAYOUT.shapes(part.shape, part.num_masks)
+def arrays_for(sub_batch):
+    shapes = LAYOUT.shapes(sub_batch.shape, sub_batch.num_masks)
     return {name: np.full(shapes[name], -7, np.int64) for name in list(LAYOUT.tensors)[:5]}
 
 
@@ -55,18 +55,20 @@ def arrays_for(part):
     ],
 )
 def test_the_smallest_profile_and_few_counts_of_tokens(lengths, profile, shape):
-    (part,) = cut(lengths)
-    assert (part.profile, part.shape, part.rows) == (profile, shape, slice(0, len(lengths)))
+    (sub_batch,) = cut(lengths)
+    assert (sub_batch.profile, sub_batch.shape, sub_batch.rows) == (profile, shape, slice(0, len(lengths)))
 
 
 def test_what_does_not_fit_at_once_is_cut_between_texts():
-    parts = cut([300, 200, 20, 10, 500])
-    assert [(part.rows.start, part.rows.stop, part.profile, part.shape) for part in parts] == [
+    sub_batches = cut([300, 200, 20, 10, 500])
+    assert [
+        (sub_batch.rows.start, sub_batch.rows.stop, sub_batch.profile, sub_batch.shape) for sub_batch in sub_batches
+    ] == [
         (0, 2, 1, (3, 512)),
         (2, 4, 0, (3, 32)),
         (4, 5, 1, (2, 512)),
     ]
-    assert [part.rows.stop for part in cut([1] * 20)] == [8, 16, 20]
+    assert [sub_batch.rows.stop for sub_batch in cut([1] * 20)] == [8, 16, 20]
 
 
 def test_a_text_outside_every_profile_names_them():
@@ -76,9 +78,9 @@ def test_a_text_outside_every_profile_names_them():
 
 def test_tokens_places_and_lengths():
     batch = batch_of([3, 1, 5], [(2, 4), (0, 1), (2, 0)])
-    (part,) = plan_packed_parts(batch, (LARGE,), [(1, 8)])
-    inputs = arrays_for(part)
-    LAYOUT.write(batch, part, inputs, pad_token_id=99)
+    (sub_batch,) = split_packed_batch(batch, (LARGE,), [(1, 8)])
+    inputs = arrays_for(sub_batch)
+    LAYOUT.write(batch, sub_batch, inputs, pad_token_id=99)
     assert inputs["input_ids"].tolist() == [1, 2, 3, 6, 11, 12, 13, 14, 15] + [99] * 7
     assert inputs["position_ids"].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4] + [0] * 7
     assert inputs["query_lengths"].tolist() == inputs["kv_lengths"].tolist() == [0, 3, 4, 9, 16]
@@ -88,20 +90,20 @@ def test_tokens_places_and_lengths():
 def test_types_are_packed_as_tokens_are():
     batch = batch_of([3, 1, 5])
     types = np.array([[0, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]])  # at padding, too, where none is taken
-    (part,) = plan_packed_parts(batch, (LARGE,), [(1, 8)])
-    inputs = {**arrays_for(part), "token_type_ids": np.full(16, -7)}
-    LAYOUT.write(dataclasses.replace(batch, token_type_ids=types), part, inputs, pad_token_id=0)
+    (sub_batch,) = split_packed_batch(batch, (LARGE,), [(1, 8)])
+    inputs = {**arrays_for(sub_batch), "token_type_ids": np.full(16, -7)}
+    LAYOUT.write(dataclasses.replace(batch, token_type_ids=types), sub_batch, inputs, pad_token_id=0)
     assert inputs["token_type_ids"].tolist() == [0, 1, 1, 1, 0, 0, 1, 1, 0] + [0] * 7
-    LAYOUT.write(batch, part, inputs, pad_token_id=0)
+    LAYOUT.write(batch, sub_batch, inputs, pad_token_id=0)
     assert not inputs["token_type_ids"].any()
 
 
 def test_positions_are_those_of_other_engines_whatever_the_mask_leaves_out():
     batch = batch_of([4, 4], [(1, 3), (0, 2)])
     batch.attention_mask[:] = [[1, 0, 1, 1], [0, 0, 1, 1]]
-    (part,) = plan_packed_parts(batch, (LARGE,), [(1, 8)])
-    inputs = arrays_for(part)
-    LAYOUT.write(batch, part, inputs, pad_token_id=0)
+    (sub_batch,) = split_packed_batch(batch, (LARGE,), [(1, 8)])
+    inputs = arrays_for(sub_batch)
+    LAYOUT.write(batch, sub_batch, inputs, pad_token_id=0)
     assert inputs["position_ids"].tolist() == [0, 2, 3, 2, 3, 0, 0, 0]
     assert inputs["query_lengths"].tolist() == [0, 3, 5, 8]
     assert inputs["mask_positions"].tolist() == [4, 1]
@@ -117,12 +119,12 @@ def test_everything_comes_back_to_its_place(data):
     ]
     batch = batch_of(lengths, masks)
     results = LAYOUT.results(batch, ("last_hidden_state", "sentence_embedding", "logits"))
-    for part in plan_packed_parts(batch, (SMALL, LARGE), [(1, 2), (1, 4)]):
-        texts, tokens = part.shape
-        profile = (SMALL, LARGE)[part.profile]
-        assert profile.takes(texts, tokens) and 1 <= part.num_masks <= (2, 4)[part.profile]
-        inputs = arrays_for(part)
-        LAYOUT.write(batch, part, inputs, pad_token_id=0)
+    for sub_batch in split_packed_batch(batch, (SMALL, LARGE), [(1, 2), (1, 4)]):
+        texts, tokens = sub_batch.shape
+        profile = (SMALL, LARGE)[sub_batch.profile]
+        assert profile.takes(texts, tokens) and 1 <= sub_batch.num_masks <= (2, 4)[sub_batch.profile]
+        inputs = arrays_for(sub_batch)
+        LAYOUT.write(batch, sub_batch, inputs, pad_token_id=0)
         ends = inputs["query_lengths"]
         assert ends[0] == 0 and ends[-1] == tokens and (np.diff(ends) > 0).all(), "no text without a token"
         ids = inputs["input_ids"]
@@ -132,8 +134,8 @@ def test_everything_comes_back_to_its_place(data):
             ("sentence_embedding", np.repeat(sums[:, None], 3, axis=1)),
             ("logits", np.repeat(ids[inputs["mask_positions"]][:, None], 5, axis=1)),
         ):
-            assert values.shape == LAYOUT.shapes(part.shape, part.num_masks)[name]
-            LAYOUT.place(name, values, part, results[name])
+            assert values.shape == LAYOUT.shapes(sub_batch.shape, sub_batch.num_masks)[name]
+            LAYOUT.place(name, values, sub_batch, results[name])
     real = batch.attention_mask == 1
     hidden = results["last_hidden_state"]
     np.testing.assert_array_equal(hidden[..., 0], batch.input_ids)

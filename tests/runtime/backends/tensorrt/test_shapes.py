@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.shapes import Layout, choose_profile, padded_length, plan_parts, write_inputs
+from gte_deploy.backends.tensorrt.shapes import Layout, choose_profile, padded_length, split_batch, write_inputs
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
@@ -33,7 +33,7 @@ def test_the_smallest_profile_that_takes_it(rows, length, index):
 def test_overlapping_profiles():
     anything, tight = Profile((1, 1), (8, 512), (32, 8192)), Profile((1, 1), (8, 64), (8, 128))
     assert choose_profile((anything, tight), 8, 128) == 1
-    assert choose_profile((anything, tight), 9, 128) == 0, "in one part rather than in two"
+    assert choose_profile((anything, tight), 9, 128) == 0, "in one run rather than in two"
     wide, least = Profile((1, 128), (1, 128), (1, 128)), Profile((1, 1), (64, 64), (64, 512))
     assert choose_profile((wide, least), 1, 16) == 1, "the one that pads less comes before the smaller one"
 
@@ -54,31 +54,31 @@ def test_padded_lengths_are_few_and_little_longer():
 
 
 def test_one_part_where_it_fits():
-    (part,) = plan_parts(batch_of(3, 20), PROFILES)
-    assert (part.rows, part.profile, part.shape, part.num_masks) == (slice(0, 3), 0, (3, 24), 0)
+    (sub_batch,) = split_batch(batch_of(3, 20), PROFILES)
+    assert (sub_batch.rows, sub_batch.profile, sub_batch.shape, sub_batch.num_masks) == (slice(0, 3), 0, (3, 24), 0)
 
 
 def test_more_rows_than_the_profile_takes():
-    parts = list(plan_parts(batch_of(9, 600), PROFILES))
-    assert [part.rows for part in parts] == [slice(0, 4), slice(4, 8), slice(8, 9)]
-    assert [part.shape for part in parts] == [(4, 608), (4, 608), (1, 608)]
+    sub_batches = list(split_batch(batch_of(9, 600), PROFILES))
+    assert [sub_batch.rows for sub_batch in sub_batches] == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert [sub_batch.shape for sub_batch in sub_batches] == [(4, 608), (4, 608), (1, 608)]
 
 
 def test_masks_go_with_their_rows_and_in_bounds():
     masks = [(8, 1), (0, 5), (4, 2), (0, 7), (3, 3), (0, 9)]
-    parts = list(plan_parts(batch_of(9, 600, masks), PROFILES, [(1, 8), (1, 8), (1, 3)]))
-    assert [(part.rows.start, part.masks.tolist(), part.num_masks) for part in parts] == [
+    sub_batches = list(split_batch(batch_of(9, 600, masks), PROFILES, [(1, 8), (1, 8), (1, 3)]))
+    assert [(sub_batch.rows.start, sub_batch.masks.tolist(), sub_batch.num_masks) for sub_batch in sub_batches] == [
         (0, [1, 3, 4], 3),
         (0, [5], 1),
         (4, [2], 1),
         (8, [0], 1),
     ]
-    (part,) = plan_parts(batch_of(2, 4, []), PROFILES, [(1, 8)] * 3)
-    assert len(part.masks) == 0 and part.num_masks == 1
-    (part,) = plan_parts(batch_of(2, 4), PROFILES, [(1, 8)] * 3)
-    assert len(part.masks) == 0 and part.num_masks == 1
-    (part,) = plan_parts(batch_of(2, 4, [(0, 1)] * 5), PROFILES, [(1, 8)] * 3)
-    assert part.num_masks == 8
+    (sub_batch,) = split_batch(batch_of(2, 4, []), PROFILES, [(1, 8)] * 3)
+    assert len(sub_batch.masks) == 0 and sub_batch.num_masks == 1
+    (sub_batch,) = split_batch(batch_of(2, 4), PROFILES, [(1, 8)] * 3)
+    assert len(sub_batch.masks) == 0 and sub_batch.num_masks == 1
+    (sub_batch,) = split_batch(batch_of(2, 4, [(0, 1)] * 5), PROFILES, [(1, 8)] * 3)
+    assert sub_batch.num_masks == 8
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
@@ -86,22 +86,22 @@ def test_inputs_are_padded_so_that_no_row_is_empty(dtype):
     batch = batch_of(3, 5, [(2, 4), (1, 1)])
     batch.attention_mask[0, 3:] = 0
     profile = Profile((2, 8), (2, 8), (2, 16))
-    parts = list(plan_parts(batch, [profile], [(4, 8)]))
-    assert [part.shape for part in parts] == [(2, 8), (2, 8)]
+    sub_batches = list(split_batch(batch, [profile], [(4, 8)]))
+    assert [sub_batch.shape for sub_batch in sub_batches] == [(2, 8), (2, 8)]
     arrays = {name: np.full(shape, -7, dtype) for name, shape in (("input_ids", (2, 8)), ("attention_mask", (2, 8)))}
     arrays["mask_positions"] = np.full((4, 2), -7, dtype)
-    write_inputs(batch, parts[1], arrays, pad_token_id=9)
+    write_inputs(batch, sub_batches[1], arrays, pad_token_id=9)
     assert arrays["input_ids"].tolist() == [[11, 12, 13, 14, 15, 9, 9, 9], [9] * 8]
     assert arrays["attention_mask"].tolist() == [[1] * 5 + [0] * 3, [1] + [0] * 7]
     assert arrays["mask_positions"].tolist() == [[0, 4], [0, 0], [0, 0], [0, 0]]
-    write_inputs(batch, parts[0], arrays, pad_token_id=9)
+    write_inputs(batch, sub_batches[0], arrays, pad_token_id=9)
     assert arrays["attention_mask"].tolist() == [[1, 1, 1] + [0] * 5, [1] * 5 + [0] * 3]
     assert arrays["mask_positions"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
 
 
 def test_types_are_padded_with_type_0():
     batch = dataclasses.replace(batch_of(3, 5), token_type_ids=np.tile([0, 0, 1, 1, 1], (3, 1)))
-    (first, last) = plan_parts(batch, [Profile((2, 8), (2, 8), (2, 16))])
+    (first, last) = split_batch(batch, [Profile((2, 8), (2, 8), (2, 16))])
     names = ("input_ids", "attention_mask", "token_type_ids")
     arrays = {name: np.full((2, 8), -7, np.int64) for name in names}
     write_inputs(batch, first, arrays, pad_token_id=9)
@@ -127,11 +127,11 @@ def test_what_comes_back_is_put_in_its_place():
     assert whole["last_hidden_state"] == (5, 6, 3) and whole["logits"] == (4, 7) and whole["mask_positions"] == (4, 2)
     expected = {name: np.random.default_rng(0).random(whole[name], np.float32) for name in list(whole)[2:]}
     results = {name: np.full_like(values, np.nan) for name, values in expected.items()}
-    for part in plan_parts(batch, [Profile((1, 1), (2, 8), (2, 8))], [(1, 1)]):
+    for sub_batch in split_batch(batch, [Profile((1, 1), (2, 8), (2, 8))], [(1, 1)]):
         for name, values in expected.items():
-            padded = np.full(layout.shapes(part.shape, part.num_masks)[name], -1, np.float32)
-            chosen = values[part.masks] if name == "logits" else values[part.rows]
+            padded = np.full(layout.shapes(sub_batch.shape, sub_batch.num_masks)[name], -1, np.float32)
+            chosen = values[sub_batch.masks] if name == "logits" else values[sub_batch.rows]
             padded[tuple(slice(size) for size in chosen.shape)] = chosen
-            layout.place(name, padded, part, results[name])
+            layout.place(name, padded, sub_batch, results[name])
     for name, values in expected.items():
         np.testing.assert_array_equal(results[name], values)
