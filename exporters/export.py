@@ -145,7 +145,7 @@ def _read(model: str | os.PathLike[str] | None, request: Request, steps: Steps) 
 def _load(checkpoint: Description, folder: Path, request: Request, steps: Steps) -> Job:
     # Imported here and in the functions below, so that `gte-export --help` and refused requests load no heavy library.
     from gte_deploy.exporters.graph.build import DEFAULT_OPSET
-    from gte_deploy.models.checkpoint import load_model
+    from gte_deploy.models.checkpoint import load_described
 
     spec = checkpoint.spec
     with steps("load the weights"):
@@ -157,7 +157,7 @@ def _load(checkpoint: Description, folder: Path, request: Request, steps: Steps)
             folder=folder,
             precision=request.precision,
             opset=DEFAULT_OPSET if request.options.opset is None else request.options.opset,
-            model=load_model(checkpoint.folder, task=spec.head_task),
+            model=load_described(checkpoint),
             tokenizer=tokenizer,
             steps=steps,
         )

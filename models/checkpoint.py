@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import write_text, write_with
 from gte_deploy.core.spec import Task
-from gte_deploy.models.adapters import merge_adapter, places_of
+from gte_deploy.models.adapters import Places, merge_adapter, places_of
 from gte_deploy.models.config import read_config, task_of_files, task_of_tensors
 from gte_deploy.models.dense import load_dense
+from gte_deploy.models.description import Description
 from gte_deploy.models.families import family_of
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.folder import CheckpointFiles
@@ -83,18 +85,43 @@ def load_model(
         task = task_of_tensors(places)
     settings = read_settings(files, task)
     config = read_config(places.config, settings.config_overrides)
+    model = _load(places, config, task, dtype)
+    if settings.dense:
+        model.sentence_projection = load_dense(files.path, settings.dense, width=config.hidden_size, dtype=dtype)
+    model.set_attn_implementation(attn_implementation)
+    return model.eval()
+
+
+def load_described(checkpoint: Description, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the weights of a checkpoint whose other files are read; see `load_model`.
+
+    Args:
+        checkpoint: the description, whose task decides the head.
+        dtype: of the parameters; stored ones are cast. RoPE frequencies stay float32.
+
+    Raises:
+        CheckpointError: as in `load_model`.
+    """
+    config = deepcopy(checkpoint.config)  # the model's own changes with it
+    model = _load(checkpoint.places, config, checkpoint.spec.head_task, dtype)
+    if checkpoint.dense:
+        model.sentence_projection = load_dense(
+            checkpoint.folder, checkpoint.dense, width=config.hidden_size, dtype=dtype
+        )
+    model.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+def _load(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:
     classes = family_of(config).classes
     if task not in classes:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(classes)}")
     model = _load_weights(places.weights, config, task, dtype)
     if places.adapter is not None:
         model = merge_adapter(model, places.adapter)
-    if settings.dense:
-        model.sentence_projection = load_dense(files.path, settings.dense, width=config.hidden_size, dtype=dtype)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
-    model.set_attn_implementation(attn_implementation)
-    return model.eval()
+    return model
 
 
 def _load_weights(folder: Path, config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:

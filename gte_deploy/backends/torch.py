@@ -151,12 +151,12 @@ def open_torch_backend(
     _torch_device(device)
     import torch
 
-    from gte_deploy.models.checkpoint import load_model
+    from gte_deploy.models.checkpoint import load_described
     from gte_deploy.models.description import describe
 
     description = describe(folder, task=task or "auto")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = load_model(folder, task=description.task, dtype=dtype)
+    model = load_described(description, dtype=dtype)
     backend = TorchBackend(model, description.spec, device=device, num_threads=num_threads, compile=compile)
     return backend, TextTokenizer(**description.tokenizer.parts())
 
