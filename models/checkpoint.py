@@ -38,6 +38,9 @@ from gte_deploy.models.modules import read_settings
 from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors
 from gte_deploy.models.weight_files import INDEX
 
+LAYOUTS = ("native", "original")
+"""The layouts that `save_model` writes; a family may have no original one."""
+
 logger = logging.getLogger(__name__)
 
 # Whichever of these a checkpoint has; tokenizer.json is the one that everything here reads.
@@ -168,7 +171,7 @@ def save_model(
         raise CheckpointError(f"cannot save a {type(model).__name__}; expected a model that load_model returns")
     family = family_of(model.config)
     task: Task | None = next((task for task in family.classes if type(model) is family.model_class(task)), None)
-    layouts = {"native": family.native_config, "original": family.original_config}
+    layouts = dict(zip(LAYOUTS, (family.native_config, family.original_config), strict=True))
     write_config = layouts.get(layout)
     if task is None or write_config is None:
         known = " or ".join(name for name, write in layouts.items() if write is not None)
