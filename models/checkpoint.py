@@ -38,7 +38,7 @@ from gte_deploy.models.modules import read_settings
 from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors
 from gte_deploy.models.weight_files import INDEX
 
-LAYOUTS = ("native", "original")
+LAYOUTS: tuple[str, ...] = ("native", "original")
 """The layouts that `save_model` writes; a family may have no original one."""
 
 logger = logging.getLogger(__name__)
