@@ -14,7 +14,7 @@ from typing import Any
 from gte_deploy._version import __version__
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
-from gte_deploy.core.options import add_arguments, flags_of, options_of, parse_given
+from gte_deploy.core.options import HelpFormatter, add_arguments, flags_of, options_of, parse_given
 from gte_deploy.exporters.export import ExportResult, export
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
@@ -76,7 +76,7 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
         prog="gte-export" if command is None else f"gte-export {command}",
         description="Export a GTE checkpoint to a bundle that is compared with PyTorch before it is written.",
         epilog=HELP if command else f"commands, each with a --help of its own:{lines}\n\n{HELP}",
-        formatter_class=_Formatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="checkpoint folder, hub id or preset name")
     parser.add_argument("output_argument", nargs="?", metavar="OUTPUT", help="folder of the bundle")
@@ -111,17 +111,11 @@ def _targets_for(format: str) -> dict[str, type[Target]]:
     return {name: kind for name, kind in targets_of("onnx").items() if "onnxruntime" in kind.engines}
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Fills paragraphs, and keeps lines that are indented as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
-        return "\n".join(line if line[:1] in ("", " ") else fill(line, width, indent) for line in text.split("\n"))
-
-
 def _check_parser() -> argparse.ArgumentParser:
     text = "Check the configurations of a Triton model repository, and print what is wrong, a line for each."
-    parser = argparse.ArgumentParser(prog=f"gte-export {CHECK}", description=text, epilog=HELP)
+    parser = argparse.ArgumentParser(
+        prog=f"gte-export {CHECK}", description=text, epilog=HELP, formatter_class=HelpFormatter
+    )
     parser.add_argument("check_repository", type=Path, metavar="DIR", help="folder of the repository")
     _add_output_options(parser)
     return parser

@@ -32,7 +32,7 @@ from gte_deploy.cli_options import (
 )
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
-from gte_deploy.core.options import add_arguments, parse_given, read_options
+from gte_deploy.core.options import HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import Task
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_PROG, description="Run GTE models: fill masks, embed, rank, classify tokens; verify bundles.", epilog=HELP
-    )
+    texts: dict[str, Any] = {"epilog": HELP, "formatter_class": HelpFormatter}
+    summary = "Run GTE models: fill masks, embed, rank, classify tokens; verify bundles."
+    parser = argparse.ArgumentParser(prog=_PROG, description=summary, **texts)
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
-        inner = commands.add_parser(name, help=command.summary, description=command.summary, epilog=HELP)
+        inner = commands.add_parser(name, help=command.summary, description=command.summary, **texts)
         inner.set_defaults(run=command.run)
         for kind in (*command.options, PrintOptions):
             add_arguments(inner, kind)

@@ -173,18 +173,9 @@ def commands_page() -> str:
     return filled("\n".join(parts))
 
 
-def prints_as_generated() -> bool:
-    """Whether this Python formats `--help` as the pages have it: from 3.13 on argparse prints `-m, --model MODEL`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-m", "--model")
-    return "-m MODEL, --model MODEL" in parser.format_help()
-
-
 def pages() -> Iterator[tuple[Path, str]]:
     """Every page with generated parts, and what it has to say."""
     yield API, api_page()
-    if not prints_as_generated():
-        return
     yield COMMANDS, commands_page()
     for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {API, COMMANDS})):
         yield file, filled(file.read_text(encoding="utf-8"))
@@ -196,8 +187,6 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 and a diff for a stale page")
     check = parser.parse_args().check
     stale = 0
-    if not prints_as_generated():
-        print("The command lines are left out: this Python's argparse prints --help otherwise.", file=sys.stderr)
     for file, text in pages():
         name, found = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8") if file.exists() else ""
         if found != text and check:

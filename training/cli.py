@@ -21,7 +21,7 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import GteDeployError, MissingDependencyError
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.files import write_text
-from gte_deploy.core.options import add_arguments, parse_given, read_options
+from gte_deploy.core.options import HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.models import builtin_path
 from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
@@ -96,13 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` in its result is the function that runs the chosen one."""
-    parser = argparse.ArgumentParser(prog="gte-train", description=_DESCRIPTION, epilog=_EPILOG)
+    texts: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": HelpFormatter}
+    parser = argparse.ArgumentParser(prog="gte-train", description=_DESCRIPTION, **texts)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in _COMMANDS.items():
         summary = command.summary
-        inner = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        inner.epilog = _EPILOG
+        inner = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **texts)
         for kind in command.options:
             group = inner.add_argument_group(_PROTOCOL) if kind is Protocol else inner
             add_arguments(group, kind)

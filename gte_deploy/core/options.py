@@ -68,8 +68,33 @@ def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
     return found
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Prints `--help` alike on every Python.
+
+    Before 3.13 argparse repeats the value behind each flag, and forgets the indentation of commands where it measures
+    the column of help texts. Paragraphs are filled; lines that are indented are kept as they are.
+    """
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Add an action, and make room for the names of its commands."""
+        super().add_argument(action)
+        for command in self._iter_indented_subactions(action):
+            length = len(self._format_action_invocation(command)) + self._current_indent
+            self._action_max_length = max(self._action_max_length, length)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(line if line[:1] in ("", " ") else fill(line, width, indent) for line in text.split("\n"))
+
+
 def flags_of(name: str, described: Option) -> tuple[str, ...]:
-    """How a command line spells an option; for a positional one, its placeholder in `--help`."""
+    """How a command line spells an option; a positional one is spelled as its metavar in `--help`."""
     if described.positional:
         return (described.metavar or name,)
     return described.flags or (f"--{name.replace('_', '-')}",)
