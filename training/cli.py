@@ -8,11 +8,12 @@ parsed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,10 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; results go to stdout, progress and log to stderr."""
-    _show_log()
+    given = vars(build_parser().parse_args(argv))
     try:
-        given = vars(build_parser().parse_args(argv))
-        return given["run"](given)
+        with _log_on_stderr():
+            return given["run"](given)
     except GteDeployError as error:
         print(f"gte-train: {error}", file=sys.stderr)
         return exit_code_of(error)
@@ -219,14 +220,19 @@ def _recipe(given: Given, *overrides: str) -> Recipe:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def _show_log() -> None:
-    """Log to stderr; of several ranks only the first logs more than errors."""
-    handler = logging.StreamHandler()
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Log to stderr while a command runs; of several ranks only the first logs more than errors."""
+    log = logging.getLogger("gte_deploy")
+    handler, level = logging.StreamHandler(), log.level
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    root = logging.getLogger("gte_deploy")
-    if not root.handlers:
-        root.addHandler(handler)
-    root.setLevel(logging.INFO if _is_main() else logging.ERROR)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if _is_main() else logging.ERROR)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _is_main() -> bool:

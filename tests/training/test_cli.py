@@ -1,6 +1,7 @@
 """gte-train: from text to an exported model, its exit codes, and its messages."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -179,3 +180,10 @@ def test_without_torch_the_message_names_the_extra(recipe_file, corpus_folder, t
     command = ["run", str(recipe_file), "--data", str(corpus_folder), "--output", str(tmp_path / "out")]
     assert main(command) == MISSING_DEPENDENCY
     assert "pip install 'gte-deploy[train]'" in capsys.readouterr().err
+
+
+def test_a_command_leaves_the_log_of_the_process_as_it_was(tmp_path):
+    log = logging.getLogger("gte_deploy")
+    before = (list(log.handlers), log.level)
+    assert main(["estimate", str(tmp_path / "no-recipe.yaml")]) != 0
+    assert (log.handlers, log.level) == before
