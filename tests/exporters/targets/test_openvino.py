@@ -16,6 +16,7 @@ from gte_deploy.core.exit_codes import OK, USAGE  # noqa: E402
 from gte_deploy.exporters import export as export_module  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 from gte_deploy.exporters.triton.repository import export_repository  # noqa: E402
 
 
@@ -77,6 +78,7 @@ def test_another_backend_is_refused_by_name(bundle):
         ({"activations": "dynamic"}, "activations is 'dynamic'; that is for target cpu"),
         ({"calibration": "texts.txt"}, "calibration is for precision int8, and the precision is fp32"),
         ({"verbosity": 3}, "verbosity is 3; there is no such option"),
+        ({"tensorrt": TensorRTOptions()}, "tensorrt is for format trt, and the target is openvino"),
     ],
 )
 def test_options_of_others_are_refused(options, message, checkpoint, tmp_path):
