@@ -103,13 +103,15 @@ def make_request(
     for name in own:
         if name not in options_of(kind.Options):
             raise InputError(f"{name} is {own[name]!r}; {_whose(name)}")
-    if tensorrt is not None and not isinstance(tensorrt, kind.Options):
+    # Not isinstance: the options of other targets are among the bases of TensorRT's.
+    if tensorrt is not None and type(tensorrt) is not kind.Options:
         raise InputError(f"tensorrt is for format trt, and the target is {kind.name}: leave it out")
     options = dataclasses.replace(options or ExportOptions(), **common)
     precision = kind.precisions[0] if options.precision is None else options.precision
     check_choice(f"precision of format {format}, target {kind.name}", precision, kind.precisions)
     check_choices(options)
-    chosen = kind(dataclasses.replace(tensorrt or kind.Options(), **own))
+    base: Any = kind.Options() if tensorrt is None else tensorrt
+    chosen = kind(dataclasses.replace(base, **own))
     chosen.check(cast(Precision, precision))
     return Request(chosen, options, cast(Precision, precision))
 
