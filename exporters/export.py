@@ -255,7 +255,7 @@ def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) ->
     source = {"name": str(model) if is_hub_id else _name_of(model)}
     if checkpoint.folder.parent.name == "snapshots":
         source["revision"] = checkpoint.folder.name
-    weights = checkpoint.weight_files()
+    weights = checkpoint.weight_files
     digests = [sha256_file(file) for file in weights]
     if len(digests) == 1:
         source["sha256"] = digests[0]

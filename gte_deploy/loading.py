@@ -171,9 +171,10 @@ def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> N
     if spec.sparse is None or is_bundle(folder):
         return stored_query_weights(folder, spec)
     from gte_deploy.models.folder import CheckpointFiles
-    from gte_deploy.models.sparse_modules import read_query_weights
+    from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
 
-    return read_query_weights(CheckpointFiles(folder), spec.vocab_size, tokenizer.known_or_unknown_id)
+    files = CheckpointFiles(folder)
+    return read_query_weights(files, read_sparse_modules(files), spec.vocab_size, tokenizer.known_or_unknown_id)
 
 
 def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] | None:

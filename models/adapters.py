@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,14 @@ from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.modules import model_folder
+from gte_deploy.models.sparse_modules import SparseModules, read_sparse_modules
 from gte_deploy.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     has_weights,
     refuse_pickle,
     tensor_names,
+    weight_files,
 )
 
 if TYPE_CHECKING:
@@ -50,13 +54,20 @@ class Places:
         model: the folder of the model: the checkpoint's, or that of its Transformer module.
         config: the folder of config.json.
         weights: the folder of the weights.
-        adapter: what changes the weights, or None.
+        adapter: the adapter that changes the weights, or None.
+        sparse: the modules of a SparseEncoder, or None.
     """
 
     model: Path
     config: Path
     weights: Path
     adapter: Adapter | None
+    sparse: SparseModules | None
+
+    @cached_property
+    def weight_files(self) -> Mapping[Path, set[str] | None]:
+        """The safetensors files in `weights`, found once; see `weight_files`."""
+        return weight_files(self.weights)
 
 
 def places_of(files: CheckpointFiles) -> Places:
@@ -69,7 +80,8 @@ def places_of(files: CheckpointFiles) -> Places:
     model = model_folder(files)
     adapter = find_adapter(model)
     weights = model if adapter is None else model_folder(CheckpointFiles(adapter.base))
-    return Places(model, model if (model / "config.json").is_file() else weights, weights, adapter)
+    config = model if (model / "config.json").is_file() else weights
+    return Places(model, config, weights, adapter, read_sparse_modules(files))
 
 
 def find_adapter(folder: Path) -> Adapter | None:

@@ -119,7 +119,7 @@ def _load(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dty
     classes = family_of(config).classes
     if task not in classes:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(classes)}")
-    model = _load_weights(places.weights, config, task, dtype)
+    model = _load_weights(places, config, task, dtype)
     if places.adapter is not None:
         model = merge_adapter(model, places.adapter)
     model.config.architectures = [type(model).__name__]
@@ -127,10 +127,10 @@ def _load(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dty
     return model
 
 
-def _load_weights(folder: Path, config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:
-    family = family_of(config)
+def _load_weights(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:
+    family, folder = family_of(config), places.weights
     with ExitStack() as stack:
-        stored = open_tensors(folder, stack)
+        stored = open_tensors(places.weight_files, stack)
         if task == _ENCODER:
             stored = _without_head(stored, folder, family)
         model = _model_without_weights(config, task, with_pooler=_has_pooler(stored, family.tensors))

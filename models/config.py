@@ -14,7 +14,7 @@ from gte_deploy.models.fields import check_fields
 from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.reading import read_required_json
 from gte_deploy.models.sparse_modules import is_sparse_encoder
-from gte_deploy.models.weight_files import tensor_names, weight_files
+from gte_deploy.models.weight_files import tensor_names
 
 if TYPE_CHECKING:
     from transformers import GteConfig, PreTrainedConfig
@@ -39,7 +39,7 @@ def task_of_files(files: CheckpointFiles, places: Places) -> Task:
     """The task of a checkpoint whose parts are known; see `task_of`."""
     file = places.config / "config.json"
     raw = read_required_json(file)
-    if is_sparse_encoder(files):
+    if is_sparse_encoder(files.path, places.sparse):
         return "sparse"
     if any(module.kind == "Pooling" for module in files.modules or ()):
         return "embed"
@@ -55,7 +55,7 @@ def task_of_files(files: CheckpointFiles, places: Places) -> Task:
 
 def task_of_tensors(places: Places) -> Task:
     """The task of the stored head, by the names of the stored tensors, whatever modules are listed beside it."""
-    names = [name for file in weight_files(places.weights) for name in tensor_names(file)]
+    names = [name for file in places.weight_files for name in tensor_names(file)]
     file = places.config / "config.json"
     family = family_of_type(read_required_json(file).get("model_type"), file)
     if family.has_head(names, "fill-mask"):

@@ -14,6 +14,8 @@ from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.spec import ModelSpec, Pooling, Task
 from gte_deploy.models.adapters import Places, places_of
 from gte_deploy.models.config import read_config, task_of_files
+from gte_deploy.models.families import family_of
+from gte_deploy.models.families.base import Family
 from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.modules import (
     DenseModule,
@@ -24,7 +26,7 @@ from gte_deploy.models.modules import (
 )
 from gte_deploy.models.sparse_modules import read_sparse_spec
 from gte_deploy.models.tokenizer import ResolvedTokenizer, has_tokenizer, resolve_tokenizer
-from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS, weight_files
+from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS
 from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -63,10 +65,16 @@ class Description:
         """Dense modules after the pooling."""
         return self.settings.dense
 
+    @property
+    def family(self) -> Family:
+        """Family of the model."""
+        return family_of(self.config)
+
+    @property
     def weight_files(self) -> list[Path]:
         """Every safetensors file that the model's weights are read from."""
         adapter = self.places.adapter
-        files = [*weight_files(self.places.weights), *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
+        files = [*self.places.weight_files, *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
         return files if adapter is None else [*files, adapter.folder / ADAPTER_WEIGHTS]
 
 

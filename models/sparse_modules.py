@@ -85,12 +85,11 @@ def encoder_folder(files: CheckpointFiles) -> Path:
     return files.path if found is None else files.path / found.transformer
 
 
-def is_sparse_encoder(files: CheckpointFiles) -> bool:
+def is_sparse_encoder(folder: Path, modules: SparseModules | None) -> bool:
     """Whether the checkpoint's own task is sparse embeddings; modules that cannot be honoured are logged."""
-    found = read_sparse_modules(files)
-    if found is not None and found.spec is None:
-        logger.warning("%s gives no sparse embeddings here: %s", files.path, found.reason)
-    return found is not None and found.spec is not None
+    if modules is not None and modules.spec is None:
+        logger.warning("%s gives no sparse embeddings here: %s", folder, modules.reason)
+    return modules is not None and modules.spec is not None
 
 
 def read_sparse_spec(
@@ -111,7 +110,7 @@ def read_sparse_spec(
         ConfigError: its modules cannot be honoured, or it has no head for sparse embeddings.
         CheckpointError: a file is missing or unreadable.
     """
-    folder, found = files.path, read_sparse_modules(files)
+    folder, found = files.path, places.sparse
     if found is not None:
         if found.spec is None:
             raise ConfigError(f"{folder} gives no sparse embeddings: {found.reason}")
@@ -135,25 +134,33 @@ def read_sparse_spec(
 
 
 def read_query_weights(
-    files: CheckpointFiles, vocab_size: int, token_id: Callable[[str], int | None]
+    files: CheckpointFiles,
+    modules: SparseModules | None,
+    vocab_size: int,
+    token_id: Callable[[str], int | None],
 ) -> NDArray[np.float32] | None:
     """The weights that a query's tokens get without the model, [vocab_size] float32; None where there are none.
 
-    Words that the weights do not reach, such as the rows that pad the vocabulary, weigh 0. `token_id` gives the id of a
-    word that weights are stored by: that of [UNK] where the vocabulary does not have it.
+    Words that the weights do not reach, such as the rows that pad the vocabulary, weigh 0.
+
+    Args:
+        files: the checkpoint.
+        modules: its modules; see `read_sparse_modules`.
+        vocab_size: rows of the model's vocabulary.
+        token_id: returns the id of a word for weights that are stored by words: that of [UNK] if the vocabulary does
+            not have the word.
 
     Raises:
         CheckpointError: a file is missing or damaged.
         ConfigError: the queries' tokenizer is not the documents'.
     """
-    found = read_sparse_modules(files)
-    if found is None or found.query is None:
+    if modules is None or modules.query is None:
         return None
-    place = files.path / found.query
-    _require_same_tokenizer(files, found.query, found.transformer)
-    path = _object(files.json[posixpath.join(found.query, "config.json")]).get("path")
+    place = files.path / modules.query
+    _require_same_tokenizer(files, modules.query, modules.transformer)
+    path = _object(files.json[posixpath.join(modules.query, "config.json")]).get("path")
     if isinstance(path, str) and path.endswith(".json"):
-        stored = _weights_of_json(files, found.query, path, vocab_size, token_id)
+        stored = _weights_of_json(files, modules.query, path, vocab_size, token_id)
     else:
         stored = _stored_weights(place)
     if stored.ndim != 1 or len(stored) > vocab_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gte_deploy.core.errors import CheckpointError
-from gte_deploy.models.weight_files import INDEX, weight_files
+from gte_deploy.models.weight_files import INDEX
 
 MAX_NAMED = 10
 """How many tensors an error names."""
@@ -47,14 +48,18 @@ class StoredTensor:
             raise CheckpointError(f"{self.file}: {self.name} cannot be read ({error}). Copy the file again.") from error
 
 
-def open_tensors(folder: Path, stack: ExitStack) -> dict[str, StoredTensor]:
-    """Every tensor of the folder by its stored name; files stay open until `stack` closes.
+def open_tensors(files: Mapping[Path, set[str] | None], stack: ExitStack) -> dict[str, StoredTensor]:
+    """Every tensor of the files by its stored name; the files stay open until `stack` closes.
+
+    Args:
+        files: each file and the names that an index gives to it; None without an index.
+        stack: closes the files.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds other tensors than its index says.
     """
     stored: dict[str, StoredTensor] = {}
-    for file, expected in weight_files(folder).items():
+    for file, expected in files.items():
         try:
             handle = stack.enter_context(safe_open(file, framework="pt"))
             names = list(handle.keys())

@@ -23,7 +23,7 @@ def write_model_files(job: Job) -> None:
     sparse = job.spec.sparse
     if sparse is not None and sparse.query_weights is not None:
         token_id = job.tokenizer.known_or_unknown_id
-        weights = read_query_weights(job.checkpoint.files, job.spec.vocab_size, token_id)
+        weights = read_query_weights(job.checkpoint.files, job.checkpoint.places.sparse, job.spec.vocab_size, token_id)
         assert weights is not None  # the spec names them
         np.save(job.folder / sparse.query_weights, weights, allow_pickle=False)
 

@@ -13,7 +13,6 @@ from typing import Any
 from gte_deploy.core.activations import TORCH_CLASSES
 from gte_deploy.core.files import write_text, write_with
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.models.config import native_config
 from gte_deploy.models.description import Description
 from gte_deploy.models.weight_files import WEIGHTS
 
@@ -39,7 +38,10 @@ def hub_files(checkpoint: Description) -> dict[str, Any]:
     """The JSON files of a bundle except those of the tokenizer: path relative to the bundle -> content."""
     spec = checkpoint.spec
     # In the native layout, which transformers and TEI read without remote code. The positions are those of the graph.
-    config = {**native_config(checkpoint.config, task=spec.head_task), "max_position_embeddings": spec.max_length}
+    config = {
+        **checkpoint.family.native_config(checkpoint.config, task=spec.head_task),
+        "max_position_embeddings": spec.max_length,
+    }
     if spec.activation is not None:
         config["sentence_transformers"] = {"activation_fn": _torch_path(spec.activation)}
     files: dict[str, Any] = {"config.json": config}

@@ -148,7 +148,8 @@ def test_query_weights_by_word(masked_lm, factories, tmp_path, libraries):
     (place / "config.json").write_text(json.dumps({"path": "idf.json"}), encoding="utf-8")
     judge = SparseStaticEmbedding.from_json(str(place / "idf.json"), AutoTokenizer.from_pretrained(str(folder)))
     expected = judge.weight.detach().numpy()
-    found = read_query_weights(CheckpointFiles(folder), SIZE, load_tokenizer(folder).known_or_unknown_id)
+    files = CheckpointFiles(folder)
+    found = read_query_weights(files, read_sparse_modules(files), SIZE, load_tokenizer(folder).known_or_unknown_id)
     np.testing.assert_array_equal(found[: len(expected)], expected)
     assert not found[len(expected) :].any()
 
