@@ -21,7 +21,7 @@ from typing import Any
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.errors import BundleError, ExportError
-from gte_deploy.core.files import DIRECTORY_MODE, FILE_MODE, sha256_file, sync_directory, sync_file
+from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_tree
 
 _STAGING, _OLD = ".staging", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -115,26 +115,23 @@ def seal(folder: Path, described: Manifest) -> Manifest:
     Raises:
         BundleError: the runtime would refuse this bundle.
     """
-    manifest = dataclasses.replace(described, files=seal_files(folder))
+    manifest = dataclasses.replace(described, files=hash_files(folder))
     write_manifest(folder, manifest.to_json())
     read = open_bundle(folder)
     check_graphs(folder, read)
     return read
 
 
-def seal_files(folder: Path) -> dict[str, FileEntry]:
-    """Sync every file of `folder`, make it readable by other users, and hash it."""
-    return {name: _sealed_entry(folder / name) for name in sorted(_tree(folder))}
+def hash_files(folder: Path) -> dict[str, FileEntry]:
+    """Hash every file of `folder`: path relative to it -> size and digest."""
+    files = {name: folder / name for name in sorted(_tree(folder))}
+    return {name: FileEntry(file.stat().st_size, sha256_file(file)) for name, file in files.items()}
 
 
 def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
-    """Write the manifest as the last file of `folder`, and sync the directories."""
-    path = folder / MANIFEST_NAME
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    sync_file(path)
-    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        directory.chmod(DIRECTORY_MODE)
-        sync_directory(directory)
+    """Write the manifest as the last file of `folder`, make everything readable by other users, and sync it."""
+    (folder / MANIFEST_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    sync_tree(folder)
 
 
 def publish(
@@ -212,12 +209,6 @@ def _try_lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _sealed_entry(path: Path) -> FileEntry:
-    path.chmod(FILE_MODE)
-    sync_file(path)
-    return FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
 
 
 def _tree(folder: Path) -> set[str]:

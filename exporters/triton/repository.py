@@ -23,7 +23,7 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
 from gte_deploy.core.options import options_of
 from gte_deploy.core.spec import Engine, ModelSpec
-from gte_deploy.exporters.bundle.writer import publish, seal_files, staging, write_manifest
+from gte_deploy.exporters.bundle.writer import hash_files, publish, staging, write_manifest
 from gte_deploy.exporters.export import default_output, export
 from gte_deploy.exporters.job import Progress
 from gte_deploy.exporters.options import make_request
@@ -136,7 +136,7 @@ def export_repository(
         _write_documents(folder, bundle, manifest, serving, configs)
         shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
         checked = _check(folder, report)
-        files = seal_files(folder)
+        files = hash_files(folder)
         write_manifest(folder, _manifest_json(manifest, files))
         report(f"rename to {path}")
         publish(folder, destination, force=force, files_of=repository_files)

@@ -75,6 +75,16 @@ def sync_file(path: Path) -> None:
     path.chmod(FILE_MODE)
 
 
+def sync_tree(folder: Path) -> None:
+    """Flush every file and directory below `folder`, and make them readable by other users."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            sync_file(path)
+    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        directory.chmod(DIRECTORY_MODE)
+        sync_directory(directory)
+
+
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it over `path`.
 
