@@ -14,7 +14,7 @@ from gte_deploy.exporters.quantization.int8 import Activations, int8_scheme, qua
 from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivity
 from gte_deploy.exporters.quantization.weight_only import Bits, quantize_weights
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, AccuracyBounds, TextReference
-from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
+from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts, text_batches
 from gte_deploy.text.tokenization import TextTokenizer
 
 # Words of each kind of batch; see `text_batches`. A sweep measures each layer on fewer words and judges on all of them.
@@ -144,7 +144,7 @@ def sweep(
     bounds = ACCURACY_BOUNDS[precision]
     groups = groups_of(fp32, excluded)
     sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
-    rounds = [text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS, round=i) for i in range(ROUNDS)]
+    rounds = TextRounds(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
     with running(fp32, spec) as backend:
         few, all_of_them = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
 

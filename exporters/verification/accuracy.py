@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.verification.cases import last_row_alone
-from gte_deploy.exporters.verification.texts import TextBatch
+from gte_deploy.exporters.verification.texts import Rounds
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.fill_mask import logits_of_masks
 from gte_deploy.tasks.pooling import pool
@@ -130,15 +130,15 @@ class TextReference:
         spec: of the model.
     """
 
-    def __init__(self, reference: Runs, rounds: Sequence[Sequence[TextBatch]], spec: ModelSpec) -> None:
+    def __init__(self, reference: Runs, rounds: Rounds, spec: ModelSpec) -> None:
         self._reference, self._rounds, self._spec = reference, rounds, spec
         self._answers: dict[int, list[Needed]] = {}
 
     def compare(self, candidate: Runs, bounds: AccuracyBounds | None = None) -> Accuracy:
         """The candidate's accuracy on the first round, and with `bounds` on further ones while these are `open`."""
         cosines, words = _Cosines(), _Words()
-        for number, batches in enumerate(self._rounds):
-            for (batch, wanted), expected in zip(batches, self._expected(number), strict=True):
+        for number in range(len(self._rounds)):
+            for (batch, wanted), expected in zip(self._rounds[number], self._expected(number), strict=True):
                 found = _needed(candidate.run(batch, self._names(number)), batch, self._spec)
                 if number == 0:
                     cosines.add(found, expected, batch, candidate)

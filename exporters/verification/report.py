@@ -20,7 +20,8 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import Engine, ModelSpec
 from gte_deploy.exporters.verification.checks import Check
-from gte_deploy.exporters.verification.results import CaseResult, EngineParity, ParityReport
+from gte_deploy.exporters.verification.differences import CaseResult
+from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 
 FORMAT = "gte-deploy-parity-report"
 FORMAT_VERSION = 1

@@ -11,9 +11,10 @@ import numpy as np
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Precision
 from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
-from gte_deploy.exporters.verification.bounds import Bounds, Difference, Tolerance
+from gte_deploy.exporters.verification.bounds import Bounds, Tolerance
 from gte_deploy.exporters.verification.cases import Case
 from gte_deploy.exporters.verification.checks import Check
+from gte_deploy.exporters.verification.differences import CaseResult
 
 # What may be tried where a precision costs too much.
 _FINER: Mapping[Precision, str] = {
@@ -31,41 +32,6 @@ _REPORT = "--bounds report writes the bundle with its misses stamped into it."
 
 # A relative difference below this may be FP32's rounding, which the model's weights amplify; a wrong graph gives more.
 _ROUNDING = 1e-3
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What came of one case.
-
-    Args:
-        case: the batch.
-        outputs: output's name -> difference from PyTorch on the real tokens.
-        alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
-        finite: whether every number of every output is finite, padding included.
-        masks: how many masks the batch has.
-        top1: share of masks whose best token is PyTorch's; fill-mask only.
-        top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
-        reference_ms: time of PyTorch's run.
-        candidate_ms: time of the candidate's run.
-    """
-
-    case: Case
-    outputs: Mapping[str, Difference]
-    alone: Mapping[str, Difference]
-    finite: bool
-    masks: int
-    top1: float | None
-    top5: float | None
-    reference_ms: float
-    candidate_ms: float
-
-    def differences(self) -> list[tuple[str, Difference]]:
-        """Every comparison of the case, named."""
-        return [*self.outputs.items(), *((f"{name}, row alone", found) for name, found in self.alone.items())]
-
-    def within(self, tolerance: Tolerance) -> bool:
-        """Whether the case is finite and every comparison is within the bounds."""
-        return self.finite and all(found.within(tolerance) for _, found in self.differences())
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ the two files share none.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
@@ -19,7 +22,7 @@ from gte_deploy.text.batching import collate
 from gte_deploy.text.tokenization import TextTokenizer
 
 MASK_PROBABILITY = 0.15
-ROUNDS = 3
+_ROUNDS = 3
 """How often `text_batches` can mask other words of the same texts."""
 TextBatch = tuple[Batch, np.ndarray]
 Span = tuple[int, int]
@@ -69,7 +72,7 @@ def text_batches(
         tokenizer: of the model.
         spec: of the model.
         max_tokens: words of the texts at most, and as many again in windows.
-        round: up to `ROUNDS` - 1; all rounds together mask nine words in ten once.
+        round: up to `_ROUNDS` - 1; all rounds together mask nine words in ten once.
     """
     rng = np.random.default_rng(_SEED)
     prefix, suffix = tokenizer.template.prefix, tokenizer.template.suffix
@@ -92,13 +95,43 @@ def text_batches(
             _row(stream[slice(*span)].tolist(), tokenizer, is_pair=has_pairs and i % 2 == 0)
             for i, span in enumerate(spans)
         ]
+        positions, wanted = None, np.empty(0, np.int64)
+        if spec.task == "fill-mask" and tokenizer.mask_token_id is not None:
+            places = [
+                (i, len(prefix) + n)
+                for i, span in enumerate(spans)
+                for n in np.flatnonzero(masked[slice(*span)]).tolist()
+            ]
+            # At least one mask: a batch without any says nothing of the vocabulary projection.
+            positions = np.array(places or [(0, min(len(prefix), len(rows[0]) - 1))], np.int64)
+            wanted = _mask(rows, positions, tokenizer.mask_token_id)
         padded = collate(rows, pad_token_id=spec.pad_token_id, token_types=spec.token_types)
-        places = [
-            (i, len(prefix) + n) for i, span in enumerate(spans) for n in np.flatnonzero(masked[slice(*span)]).tolist()
-        ]
-        return _masked(padded, places or [(0, min(len(prefix), padded.input_ids.shape[1] - 1))], tokenizer, spec)
+        return dataclasses.replace(padded, mask_positions=positions), wanted
 
     return [batch(group, 0) for group in _grouped(pieces)] + [batch(group, 1) for group in windows]
+
+
+class Rounds(Protocol):
+    """The batches of each round; a list of lists is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Sequence[TextBatch]: ...
+
+
+class TextRounds:
+    """The rounds of `text_batches`, each made when it is first asked for; the arguments are those of the function."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: TextTokenizer, spec: ModelSpec, *, max_tokens: int) -> None:
+        self._make = partial(text_batches, texts, tokenizer, spec, max_tokens=max_tokens)
+        self._made: dict[int, list[TextBatch]] = {}
+
+    def __len__(self) -> int:
+        return _ROUNDS
+
+    def __getitem__(self, number: int, /) -> Sequence[TextBatch]:
+        if number not in self._made:
+            self._made[number] = self._make(round=number)
+        return self._made[number]
 
 
 def _cut(start: int, end: int, length: int) -> list[Span]:
@@ -140,13 +173,9 @@ def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:
         yield by_length[start : start + _ROWS_OF_A_BATCH]
 
 
-def _masked(batch: Batch, places: Sequence[tuple[int, int]], tokenizer: TextTokenizer, spec: ModelSpec) -> TextBatch:
-    """The batch with the mask token at `places` (row, token), of which there is one at least: a batch without any would
-    say nothing of the vocabulary projection.
-    """
-    if spec.task != "fill-mask" or tokenizer.mask_token_id is None:
-        return batch, np.empty(0, np.int64)
-    positions = np.array(places, np.int64)
-    wanted = batch.input_ids[tuple(positions.T)]
-    batch.input_ids[tuple(positions.T)] = tokenizer.mask_token_id
-    return dataclasses.replace(batch, mask_positions=positions), wanted
+def _mask(rows: list[list[int]], positions: NDArray[np.int64], mask_token_id: int) -> NDArray[np.int64]:
+    """Put the mask token at the positions (row, token), and return the ids that stood there."""
+    wanted = np.array([rows[row][token] for row, token in positions], np.int64)
+    for row, token in positions:
+        rows[row][token] = mask_token_id
+    return wanted

@@ -11,7 +11,7 @@ from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.build import save_graph
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, head_by_head
 from gte_deploy.exporters.targets.tensorrt.graph import COMPUTE_DTYPES, QdqScheme, tensorrt_graph
-from gte_deploy.exporters.verification.bounds import compare
+from gte_deploy.exporters.verification.differences import compare
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.exporters.verification.reference import TorchReference
 

@@ -25,7 +25,8 @@ from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import check_packed_profiles, packed_profiles, parse_profile
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime
 from gte_deploy.exporters.triton.repository import _write_plan
-from gte_deploy.exporters.verification.bounds import TOLERANCES, compare
+from gte_deploy.exporters.verification.bounds import TOLERANCES
+from gte_deploy.exporters.verification.differences import compare
 from gte_deploy.exporters.verification.reference import TorchReference
 from gte_deploy.exporters.verification.report import plan_lines
 from gte_deploy.models import resolve_checkpoint

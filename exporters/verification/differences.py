@@ -1,0 +1,300 @@
+"""Measures how the outputs of a candidate differ from those of PyTorch.
+
+Shapes: B rows, S tokens of the longest row, T real (not padding) tokens, M masks, V vocabulary, L labels, D the last
+axis of whatever is compared.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy.backends.base import Batch
+from gte_deploy.core.errors import ParityError
+from gte_deploy.core.spec import ModelSpec
+from gte_deploy.exporters.verification.accuracy import Outputs, Runs
+from gte_deploy.exporters.verification.bounds import Tolerance
+from gte_deploy.exporters.verification.cases import Case, last_row_alone
+from gte_deploy.tasks.fill_mask import logits_of_masks
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a candidate differs from a reference; NaN where the candidate is not finite.
+
+    Args:
+        max_abs: largest |candidate − reference|.
+        max_rel: largest |candidate − reference| over the scale of its component, see `Scales`.
+        cosine_mean: mean cosine of the vectors along the last axis; 1 for labels.
+        cosine_min: the smallest of them.
+        labels: whether the components are labels.
+    """
+
+    max_abs: float
+    max_rel: float
+    cosine_mean: float
+    cosine_min: float
+    labels: bool = False
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the bounds of a single comparison hold; never for NaN."""
+        relative = tolerance.labels if self.labels and tolerance.labels is not None else tolerance.max_rel
+        return (
+            self.cosine_min >= tolerance.cosine_min
+            and math.isfinite(self.max_rel)
+            and (relative is None or self.max_rel <= relative)
+        )
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case.
+
+    Args:
+        case: the batch.
+        outputs: output's name -> difference from PyTorch on the real tokens.
+        alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
+        finite: whether every number of every output is finite, padding included.
+        masks: how many masks the batch has.
+        top1: share of masks whose best token is PyTorch's; fill-mask only.
+        top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
+        reference_ms: time of PyTorch's run.
+        candidate_ms: time of the candidate's run.
+    """
+
+    case: Case
+    outputs: Mapping[str, Difference]
+    alone: Mapping[str, Difference]
+    finite: bool
+    masks: int
+    top1: float | None
+    top5: float | None
+    reference_ms: float
+    candidate_ms: float
+
+    def differences(self) -> list[tuple[str, Difference]]:
+        """Every comparison of the case, named."""
+        return [*self.outputs.items(), *((f"{name}, row alone", found) for name, found in self.alone.items())]
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the case is finite and every comparison is within the bounds."""
+        return self.finite and all(found.within(tolerance) for _, found in self.differences())
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A difference before the scale of its output is known.
+
+    Args:
+        max_abs: [D] float64, the largest |candidate − reference| of each component.
+        cosine_mean: see `Difference`.
+        cosine_min: see `Difference`.
+        labels: see `Difference`.
+    """
+
+    max_abs: NDArray[np.float64]
+    cosine_mean: float
+    cosine_min: float
+    labels: bool
+
+    def over(self, scale: NDArray[np.float64]) -> Difference:
+        """The difference where the components are of size `scale` [D]."""
+        relative = self.max_abs / np.maximum(scale, np.finfo(np.float32).tiny)
+        return Difference(
+            float(self.max_abs.max()), float(relative.max()), self.cosine_mean, self.cosine_min, self.labels
+        )
+
+
+class Scales:
+    """How large the outputs of a reference are: what a difference is divided by.
+
+    The scale of a component is its largest |value| over every real token, row and mask of all cases. So a fault shows
+    in the smallest of several channels or labels, and a number near 0 may be as far off as its larger neighbours.
+    Where that says too little, something larger stands in:
+
+    * a component of a wide output (hidden states, embeddings, a vocabulary's logits) that happens to be near 0
+      everywhere: the root mean square of the whole output;
+    * a label that is near 0 everywhere because what it sums cancels: √(Σ(w·x)² + b²) of the terms themselves, since it
+      is these that are rounded. Labels are not measured by each other.
+    """
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        self.labels = labels
+        self._peaks: dict[str, NDArray[np.float64]] = {}
+        self._squares: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, values: NDArray[np.float32]) -> None:
+        """Take note of an output's real vectors [..., D]."""
+        rows = values.reshape(-1, values.shape[-1])
+        peak = np.maximum(rows.max(axis=0), -rows.min(axis=0)).astype(np.float64)
+        self._peaks[name] = np.maximum(self._peaks.get(name, 0.0), peak)
+        squares, count = self._squares.get(name, (0.0, 0))
+        self._squares[name] = squares + float(np.square(rows, dtype=np.float64).sum()), count + rows.size
+
+    def of(self, name: str, terms: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """[D] of an output; `terms` [L] are those of labels, where they are known."""
+        squares, count = self._squares[name]
+        floor = math.sqrt(squares / count) if name not in self.labels else 0.0 if terms is None else terms
+        return np.maximum(self._peaks[name], floor)
+
+
+def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32], *, labels: bool = False) -> Difference:
+    """Compare two arrays of vectors [..., D] in float64, by the scale of `reference` itself.
+
+    Raises:
+        ParityError: the shapes differ.
+    """
+    scales = Scales(["it"] if labels else [])
+    scales.add("it", reference)
+    return deviation(reference, candidate, labels=labels).over(scales.of("it"))
+
+
+def deviation(reference: NDArray[np.float32], candidate: NDArray[np.float32], *, labels: bool = False) -> Deviation:
+    """Compare two arrays of vectors [..., D] in float64.
+
+    Raises:
+        ParityError: the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ParityError(f"PyTorch gives shape {list(reference.shape)} and the graph {list(candidate.shape)}")
+    width = reference.shape[-1]
+    expected, found = reference.reshape(-1, width), candidate.reshape(-1, width)
+    step = max(1, _CHUNK_ELEMENTS // width)  # float64 copies of 1 GiB of logits would be 4 GiB
+    parts = [
+        _deviation(expected[i : i + step], found[i : i + step], labels=labels) for i in range(0, len(expected), step)
+    ]
+    cosine = np.concatenate([cosines for _, cosines in parts])
+    return Deviation(
+        max_abs=np.max([part for part, _ in parts], axis=0),  # numpy's max keeps a NaN
+        cosine_mean=float(cosine.mean()),
+        cosine_min=float(cosine.min()),
+        labels=labels,
+    )
+
+
+def _deviation(
+    reference: NDArray[np.float32], candidate: NDArray[np.float32], *, labels: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Largest |difference| of each component, and the cosine of each pair of rows."""
+    expected, found = reference.astype(np.float64), candidate.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = np.abs(found - expected).max(axis=0)
+        if labels:  # of one label a cosine would be a sign, and of several it would say nothing of the smaller ones
+            return difference, np.where(np.isfinite(found).all(axis=1), 1.0, np.nan)
+        norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+        cosine = np.einsum("ij,ij->i", expected, found) / norms
+    both_zero = ~expected.any(axis=1) & ~found.any(axis=1)
+    return difference, np.where(both_zero, 1.0, cosine)
+
+
+@dataclass(frozen=True)
+class TimedOutputs:
+    """The outputs of one side for a batch, and the milliseconds that they took."""
+
+    outputs: Outputs
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class CaseRun:
+    """A candidate's run of a case, before the scales of all cases are known."""
+
+    result: CaseResult
+    outputs: Mapping[str, Deviation]
+    alone: Mapping[str, Deviation]
+
+    def over(self, scale_of: Mapping[str, NDArray[np.float64]]) -> CaseResult:
+        """The result where the components of each output are of size `scale_of`."""
+        outputs, alone = (
+            {name: found.over(scale_of[name]) for name, found in side.items()} for side in (self.outputs, self.alone)
+        )
+        return dataclasses.replace(self.result, outputs=outputs, alone=alone)
+
+
+class CaseComparison:
+    """Runs batches on the reference and on candidates, and measures their differences.
+
+    Args:
+        outputs: names of the compared outputs.
+        spec: the model's facts.
+    """
+
+    def __init__(self, outputs: Sequence[str], spec: ModelSpec) -> None:
+        self._outputs, self._spec = outputs, spec
+        self.scales = Scales(["logits"] if spec.task in ("classify", "token-classify") else [])
+        self.rounding: list[tuple[str, Deviation]] = []
+        """Output -> difference of the reference's own results for a row in a batch and for the row alone."""
+
+    def reference(self, side: Runs, case: Case, batch: Batch) -> TimedOutputs:
+        """Run the reference; its outputs add to `scales` and its own rounding to `rounding`."""
+        expected = self._run(side, batch)
+        for name in self._outputs:
+            self.scales.add(name, _real(expected.outputs[name], batch))
+        if case.ragged:
+            self.rounding += self._alone(side, expected.outputs, batch).items()
+        return expected
+
+    def candidate(self, side: Runs, case: Case, batch: Batch, expected: TimedOutputs) -> CaseRun:
+        """Run a candidate, and measure its outputs against those of the reference."""
+        found = self._run(side, batch)
+        alone = self._alone(side, found.outputs, batch) if case.ragged else {}
+        top1, top5 = _agreement(expected.outputs, found.outputs, batch, self._spec)
+        result = CaseResult(
+            case=case,
+            outputs={},
+            alone={},
+            finite=all(bool(np.isfinite(found.outputs[name]).all()) for name in self._outputs),
+            masks=0 if batch.mask_positions is None else len(batch.mask_positions),
+            top1=top1,
+            top5=top5,
+            reference_ms=expected.milliseconds,
+            candidate_ms=found.milliseconds,
+        )
+        compared = {
+            name: self._deviation(name, _real(expected.outputs[name], batch), _real(found.outputs[name], batch))
+            for name in self._outputs
+        }
+        return CaseRun(result, compared, alone)
+
+    def _run(self, side: Runs, batch: Batch) -> TimedOutputs:
+        started = time.perf_counter()
+        outputs = side.run(batch, self._outputs)
+        return TimedOutputs(outputs, (time.perf_counter() - started) * 1000)
+
+    def _alone(self, side: Runs, found: Outputs, batch: Batch) -> dict[str, Deviation]:
+        """The last row of `found`, which `side` computed in a batch, against the same row alone."""
+        single = side.run(last_row_alone(batch), self._outputs)
+        return {name: self._deviation(name, single[name], _of_last_row(found[name], batch)) for name in self._outputs}
+
+    def _deviation(self, name: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Deviation:
+        return deviation(reference, candidate, labels=name in self.scales.labels)
+
+
+def _of_last_row(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """The part of a batch's `values` that belongs to its last row, in the shapes that `last_row_alone` gives."""
+    if values.ndim == 3:  # [B, S, D]
+        return values[-1:, : int(batch.attention_mask[-1].sum())]
+    if batch.mask_positions is not None:  # [M, V]
+        return values[batch.mask_positions[:, 0] == len(batch.input_ids) - 1]
+    return values[-1:]  # [B, D]
+
+
+def _real(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """Drop padding: [B, S, D] -> [T, D]; the outputs with one vector a row or mask have none."""
+    return values[batch.attention_mask.astype(bool)] if values.ndim == 3 else values
+
+
+def _agreement(expected: Outputs, found: Outputs, batch: Batch, spec: ModelSpec) -> tuple[float | None, float | None]:
+    """Top-1 agreement and top-5 overlap of fill-mask at the mask positions; (None, None) for other tasks."""
+    if batch.mask_positions is None:
+        return None, None
+    pair = [logits_of_masks(spec, batch.mask_positions, side["logits"]) for side in (expected, found)]
+    best = [np.argsort(-logits, axis=-1, kind="stable")[:, :5] for logits in pair]
+    shared = [len(np.intersect1d(a, b)) / len(a) for a, b in zip(*best, strict=True)]
+    return float(np.mean(best[0][:, 0] == best[1][:, 0])), float(np.mean(shared))
