@@ -1,5 +1,6 @@
 """Exports a checkpoint to a bundle, in steps: read, trace, build, verify, write."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import InputError, MissingDependencyError
 from gte_deploy.core.files import sha256_file
-from gte_deploy.core.spec import Engine, ModelSpec
+from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.job import Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, Request, make_request
 from gte_deploy.exporters.targets.base import Target
 from gte_deploy.exporters.verification.answers import Asked, check_bundle
-from gte_deploy.exporters.verification.source_libraries import library_of
-from gte_deploy.exporters.verification.texts import ROUNDS, builtin_texts, text_batches
+from gte_deploy.exporters.verification.answers.source_libraries import library_of
+from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
 from gte_deploy.text.tokenization import TextTokenizer
@@ -28,7 +29,6 @@ from gte_deploy.text.tokenization import TextTokenizer
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.results import ParityReport
-    from gte_deploy.exporters.verification.texts import TextBatch
 
 MIN_MAX_LENGTH = 8
 """The least value of `max_length`, in tokens."""
@@ -85,6 +85,8 @@ def export(
     """
     request = make_request(options, **given)
     _require_extra()
+    from gte_deploy.exporters.bundle.contents import write_model_files, write_report
+
     steps = Steps(progress or (lambda line: None))
     path = Path(
         output if output is not None else default_output(model, format=request.kind, precision=request.precision)
@@ -98,13 +100,12 @@ def export(
             request.target.check_model(checkpoint.spec, request.precision)
         job = _load(checkpoint, folder, request, steps)
         built = request.target.build(_trace(job), job)
+        write_model_files(job)
         parity = _verify(request, built, job)
         if not built.keeps_graphs:
             for engine in built.graphs:
                 shutil.rmtree(job.graph_file(engine).parent, ignore_errors=True)
         with steps("write the bundle"):
-            from gte_deploy.exporters.bundle.contents import write_report
-
             manifest = write_report(job, built, parity, source=source)
         steps.report(f"rename to {path}")
         publish(folder, destination, force=force)
@@ -183,26 +184,19 @@ def _trace(job: Job) -> "Mapping[Engine, Graph]":
 def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
     """Compare numbers with PyTorch, then answers with the checkpoint's own library.
 
+    The model's files are in the folder of the bundle already.
+
     Raises:
         ParityError: a bound is missed and `bounds` is "strict", or the graph or engine is broken.
     """
-    from gte_deploy.exporters.bundle.contents import write_model_files
-
     bounds = request.options.bounds
     parity = _compare(request.target, built, job)
     parity.require(bounds)
-    write_model_files(job)
-    with job.steps(f"compare answers with {library_of(job.checkpoint.folder, job.checkpoint.task)}"):
-        check = check_bundle(
-            job.folder,
-            job.checkpoint.folder,
-            job.spec,
-            precision=job.precision,
-            backend=request.target.open(built, job),
-            asked=Asked(
-                pooling=request.options.pooling, limit="own" if request.options.max_length is None else "asked"
-            ),
-        )
+    checkpoint, options = job.checkpoint.folder, request.options
+    asked = Asked(pooling=options.pooling, limit="own" if options.max_length is None else "asked")
+    with job.steps(f"compare answers with {library_of(checkpoint, job.checkpoint.task)}"):
+        with contextlib.closing(request.target.open(built, job)) as model:
+            check = check_bundle(checkpoint, model, job.precision, asked)
     parity = parity.with_checks(check)
     parity.require(bounds)
     return parity
@@ -220,7 +214,9 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
         spec=spec,
         precision=job.precision,
         tokens=TokenSource.from_tokenizer(job.tokenizer),
-        texts=[] if job.precision == "fp32" else _evaluation_batches(job.tokenizer, spec),
+        texts=[]
+        if job.precision == "fp32"
+        else TextRounds(builtin_texts("evaluation"), job.tokenizer, spec, max_tokens=EVALUATION_TOKENS),
     )
     with job.steps("compare with PyTorch"), target.candidates(built, job) as candidates:
         return check_parity(
@@ -230,12 +226,6 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
             caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )
-
-
-def _evaluation_batches(tokenizer: TextTokenizer, spec: ModelSpec) -> "list[list[TextBatch]]":
-    """Batches of held-out text, in as many rounds as a verdict may need."""
-    texts = builtin_texts("evaluation")
-    return [text_batches(texts, tokenizer, spec, max_tokens=EVALUATION_TOKENS, round=i) for i in range(ROUNDS)]
 
 
 def _name_of(model: str | os.PathLike[str] | None) -> str:

@@ -177,6 +177,28 @@ def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> N
     return read_query_weights(files, read_sparse_modules(files), spec.vocab_size, tokenizer.known_or_unknown_id)
 
 
+def open_folder(folder: Path, backend: Backend, spec: ModelSpec) -> Model:
+    """Open a bundle's folder, which needs no manifest yet, on an engine that is open already.
+
+    Args:
+        folder: holds the tokenizer's files, and the query weights that the spec names.
+        backend: runs the model, and is closed with the result.
+        spec: the facts about the bundle's model.
+
+    Raises:
+        CheckpointError, BundleError: a file is missing or damaged.
+    """
+    return Model(
+        backend,
+        load_tokenizer(folder),
+        spec,
+        max_batch_tokens=_MAX_BATCH_TOKENS[parse_device(backend.device)[0]],
+        path=folder,
+        backend_reason=_ASKED,
+        query_weights=stored_query_weights(folder, spec),
+    )
+
+
 def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] | None:
     """The weights [V] that a bundle holds for queries, or None where queries go through the model.
 

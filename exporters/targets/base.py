@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.accuracy import Runs
+    from gte_deploy.model import Model
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,17 @@ class Target(ABC):
     def candidates(self, built: Built, job: Job) -> AbstractContextManager[Candidates]:
         """Open the engines to compare with PyTorch, or their emulation if this machine cannot run them."""
 
-    def open(self, built: Built, job: Job) -> "Backend | None":
-        """Open the engine that will answer texts, as in the runtime; None if this machine cannot run it."""
+    def open_engine(self, built: Built, job: Job) -> "Backend | None":
+        """Open the engine that the runtime takes by default; None if this machine cannot run it."""
         return None
+
+    def open(self, built: Built, job: Job) -> "Model":
+        """Open the folder of the bundle as the runtime will; on PyTorch if this machine cannot run its engine."""
+        from gte_deploy.backends.torch import TorchBackend
+        from gte_deploy.loading import open_folder
+
+        backend = self.open_engine(built, job)
+        return open_folder(job.folder, TorchBackend(job.model, job.spec) if backend is None else backend, job.spec)
 
 
 @contextlib.contextmanager

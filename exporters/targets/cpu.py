@@ -100,7 +100,7 @@ class CpuTarget(Target):
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """Every engine of the bundle, in every precision that this CPU computes in."""
-        opened: dict[tuple[Engine, Precision], Backend] = {("onnxruntime", "fp32"): self.open(built, job)}
+        opened: dict[tuple[Engine, Precision], Backend] = {("onnxruntime", "fp32"): self.open_engine(built, job)}
         caveats: list[str] = []
         if "openvino" in built.graphs:
             openvino, caveats = open_openvino(job)
@@ -108,7 +108,7 @@ class CpuTarget(Target):
         with closing(opened):
             yield Candidates(opened, caveats)
 
-    def open(self, built: Built, job: Job) -> "Backend":
+    def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open ONNX Runtime, the default engine."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
 

@@ -54,7 +54,7 @@ class OpenVinoTarget(Target):
         with closing(opened):
             yield Candidates(opened, caveats)
 
-    def open(self, built: Built, job: Job) -> "Backend":
+    def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open OpenVINO in FP32, the default precision."""
         from gte_deploy.backends.openvino import OpenVinoBackend
 

@@ -80,7 +80,7 @@ class CudaTarget(Target):
         with opened_for_comparison(built.graphs["onnxruntime"], file, job.spec) as (backend, caveats):
             yield Candidates({("onnxruntime", "fp32"): backend}, caveats)
 
-    def open(self, built: Built, job: Job) -> "Backend | None":
+    def open_engine(self, built: Built, job: Job) -> "Backend | None":
         """Open ONNX Runtime on the GPU; None without a GPU."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
         from gte_deploy.exporters.targets.cuda.graph import has_cuda

@@ -24,8 +24,9 @@ from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import ParityError  # noqa: E402
 from gte_deploy.exporters import export  # noqa: E402
 from gte_deploy.exporters.bundle.writer import seal  # noqa: E402
-from gte_deploy.exporters.verification.answers import Asked, check_answers, check_bundle  # noqa: E402
-from gte_deploy.exporters.verification.source_view import native_fields, rotation_frequencies  # noqa: E402
+from gte_deploy.exporters.verification.answers import check_answers, check_bundle  # noqa: E402
+from gte_deploy.exporters.verification.answers.source_view import native_fields, rotation_frequencies  # noqa: E402
+from gte_deploy.exporters.verification.answers.subject import Asked  # noqa: E402
 from gte_deploy.model import Model  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
@@ -369,14 +370,12 @@ def test_a_misreading_is_caught_within_the_bounds_of_a_lower_precision(embedder,
     assert not check_answers(embedder, model, precision=precision).passed
 
 
-def test_an_engine_for_gpus_is_represented_by_pytorch(embedder):
+def test_an_engine_for_gpus_is_represented_by_pytorch(embedder, tmp_path):
     """Of a TensorRT bundle nothing runs here but its tokenizer and what its spec says."""
-    spec = gte_deploy.load(embedder, backend="torch").spec
-    check = check_bundle(embedder, embedder, spec, precision="fp16", backend=None)
+    check = check_bundle(embedder, reading(embedder, tmp_path / "bundle"), "fp16")
     assert check.passed and check.compared["answers"] > 10
     assert "PyTorch gave them" in check.skipped[0]
-    misread = dataclasses.replace(spec, normalize=False)
-    assert not check_bundle(embedder, embedder, misread, precision="fp16", backend=None).passed
+    assert not check_bundle(embedder, reading(embedder, tmp_path / "misread", normalize=False), "fp16").passed
 
 
 @pytest.mark.parametrize(

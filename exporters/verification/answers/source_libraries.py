@@ -16,8 +16,8 @@ import numpy as np
 
 from gte_deploy.core.files import read_json
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.exporters.verification.closeness import Question
-from gte_deploy.exporters.verification.odd_texts import long_pairs, short_pairs
+from gte_deploy.exporters.verification.answers.closeness import Question
+from gte_deploy.exporters.verification.answers.odd_texts import long_pairs, short_pairs
 from gte_deploy.model import Model
 from gte_deploy.text.batching import collate
 
