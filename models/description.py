@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.spec import ModelSpec, Pooling, Task
 from gte_deploy.models.adapters import Places, places_of
-from gte_deploy.models.config import read_config, task_of_files
+from gte_deploy.models.config import read_config, task_of_files, task_of_tensors
 from gte_deploy.models.families import family_of
 from gte_deploy.models.families.base import Family
 from gte_deploy.models.folder import CheckpointFiles
@@ -135,7 +135,13 @@ def _spec(
         activation = reranker_activation(places.config)
     sparse = None
     if task == "sparse":
-        sparse = read_sparse_spec(files, places, config.num_labels, lambda: tokenizer.unweighted_ids)
+        sparse = read_sparse_spec(
+            files,
+            places.sparse,
+            lambda: task_of_tensors(places),
+            config.num_labels,
+            lambda: tokenizer.unweighted_ids,
+        )
     has_labels = TASKS[task].has_labels
     return ModelSpec(
         task=task,

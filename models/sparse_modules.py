@@ -11,19 +11,16 @@ import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
-from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec
+from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec, Task
 from gte_deploy.models.fields import SPLADE
 from gte_deploy.models.folder import CheckpointFiles, Module, kind_of, refuse_arguments
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
-
-if TYPE_CHECKING:
-    from gte_deploy.models.adapters import Places
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +90,11 @@ def is_sparse_encoder(folder: Path, modules: SparseModules | None) -> bool:
 
 
 def read_sparse_spec(
-    files: CheckpointFiles, places: Places, num_labels: int | None, unweighted: Callable[[], tuple[int, ...]]
+    files: CheckpointFiles,
+    modules: SparseModules | None,
+    stored_head: Callable[[], Task],
+    num_labels: int | None,
+    unweighted: Callable[[], tuple[int, ...]],
 ) -> SparseSpec:
     """How a checkpoint makes sparse embeddings: by its modules; else by its head.
 
@@ -102,7 +103,8 @@ def read_sparse_spec(
 
     Args:
         files: the checkpoint.
-        places: where its parts are.
+        modules: its modules; see `read_sparse_modules`.
+        stored_head: returns the task of the head whose tensors are stored.
         num_labels: labels of a classifier.
         unweighted: called for the ids that a token-weights head gives no weight.
 
@@ -110,14 +112,12 @@ def read_sparse_spec(
         ConfigError: its modules cannot be honoured, or it has no head for sparse embeddings.
         CheckpointError: a file is missing or unreadable.
     """
-    folder, found = files.path, places.sparse
-    if found is not None:
-        if found.spec is None:
-            raise ConfigError(f"{folder} gives no sparse embeddings: {found.reason}")
-        return found.spec
-    from gte_deploy.models.config import task_of_tensors
-
-    match task_of_tensors(places):
+    folder = files.path
+    if modules is not None:
+        if modules.spec is None:
+            raise ConfigError(f"{folder} gives no sparse embeddings: {modules.reason}")
+        return modules.spec
+    match stored_head():
         case "fill-mask":
             logger.info(
                 "%s has no SpladePooling; the maximum of log1p(relu(x)) is taken, as SparseEncoder does", folder

@@ -54,10 +54,10 @@ def module_name(file: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
-def imported_first(file: Path, known: set[str]) -> set[str]:
-    """The modules of the product that importing a file imports: not in functions, nor for type checkers alone."""
+def imported(file: Path, known: set[str]) -> set[str]:
+    """The modules of the product that a file imports: at its top, in functions, and for type checkers."""
     found = set()
-    for node in parsed(file).body:
+    for node in ast.walk(parsed(file)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def imported_first(file: Path, known: set[str]) -> set[str]:
 
 def test_imports_make_no_circle():
     modules = {module_name(file): file for file in files()}
-    imports = {name: imported_first(file, set(modules)) - {name} for name, file in modules.items()}
+    imports = {name: imported(file, set(modules)) - {name} for name, file in modules.items()}
     left = dict(imports)
     while free := [name for name, others in left.items() if not others & set(left)]:
         for name in free:
