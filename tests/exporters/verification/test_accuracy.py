@@ -6,6 +6,7 @@ import pytest
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.exporters.verification import texts
 from gte_deploy.exporters.verification.accuracy import AccuracyBounds, TextReference, interval
 from gte_deploy.exporters.verification.texts import builtin_texts, read_texts, text_batches
 from gte_deploy.models import resolve_checkpoint
@@ -106,6 +107,20 @@ def test_the_words_and_the_masks_are_the_same_at_every_limit(at_every_limit):
             assert not masked(expected) - masked(found) and extra.total() <= (40 if limit < 32 else 2), limit
     shares = [masked(batches).total() / words(batches) for batches in whole]
     assert all(0.13 < share < 0.17 for share in shares)
+
+
+def test_rounds_are_made_when_they_are_needed(tokenizer, monkeypatch):
+    made, make = [], texts.text_batches
+    monkeypatch.setattr(
+        texts, "text_batches", lambda *args, round, **options: made.append(round) or make(*args, round=round, **options)
+    )
+    rounds = texts.TextRounds(builtin_texts("evaluation"), tokenizer, SPEC, max_tokens=300)
+    bounds = AccuracyBounds(cosine_mean=0, top1_agreement=0)
+    judge = TextReference(Answers("half"), rounds, SPEC)
+    for _ in range(2):  # candidates
+        judge.compare(Answers("half"), bounds)
+    assert len(rounds) == 3 and made == [0]
+    assert len(rounds[2]) == len(rounds[0]) and made == [0, 2]
 
 
 def test_rounds_mask_other_words(at_every_limit):

@@ -16,9 +16,12 @@ from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
 from gte_deploy.exporters.targets.cuda import graph as cuda_graph  # noqa: E402
 from gte_deploy.exporters.verification import results  # noqa: E402
+from gte_deploy.models import checkpoint  # noqa: E402
 
 
-def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path: Path):
+def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded, load = [], checkpoint.load_described
+    monkeypatch.setattr(checkpoint, "load_described", lambda *args, **options: loaded.append(args) or load(*args))
     # Half an hour of training is not in these weights: hidden states of random ones may be near zero, cosines coarse.
     result = export(tiny_embed, tmp_path / "bundle", target="cuda", precision="fp16", max_length=64)
     manifest = open_bundle(tmp_path / "bundle")
@@ -30,6 +33,10 @@ def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path:
     assert result.parity.passed and result.parity.engines[0].accuracy is not None
     on_cuda = cuda_graph.has_cuda()
     assert [("CUDA kernels were not run" in line) for line in result.parity.caveats] == [True] * (not on_cuda)
+    (check,) = result.parity.checks
+    assert check.passed and check.compared["answers"] > 10
+    assert ["PyTorch gave them" in line for line in check.skipped] == [True] * (not on_cuda)
+    assert len(loaded) == 1  # PyTorch answers on the weights that the graph was traced from
 
 
 def test_what_misses_the_bounds_is_not_written(tiny_embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
