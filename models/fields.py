@@ -359,9 +359,9 @@ TABLES = (
 _INTRODUCTION = """# Checkpoints: files and fields that are supported
 
 A dozen small files determine the behaviour of a checkpoint. `gte_deploy.models.description.describe` reads them once,
-for models, exporters, runtime and Triton. The tables below list every field; they are generated from the tables that
-the reader uses (`python -m gte_deploy.models.fields`). A field that can change an answer either has the same effect as
-in the checkpoint's own library, or is refused by name.
+for models, exporters, runtime and Triton. The tables below are generated from the tables that the reader uses
+(`python -m gte_deploy.models.fields`). A field that can change an answer either has the same effect as in the
+checkpoint's own library, or is refused by name.
 
 | | |
 |---|---|
@@ -374,9 +374,9 @@ No remote code runs, nothing is unpickled, and a local folder is read without th
 ## Weights
 
 The weights are in `model.safetensors`, or in shards with their index, in the original layout or in that of
-transformers. Every tensor must belong to the model, and every parameter must get a tensor. Other files are refused; the
-error names their kind and a command that helps. These are pickles (`*.bin`, `*.pt`), Git LFS pointers, GGUF, ONNX,
-TensorFlow and Flax files, quantised weights, and adapters if `peft` is not installed.
+transformers. Every tensor must belong to the model, and every parameter must get a tensor. If a folder has other
+weights instead, the error names their kind and a command that helps: pickles (`*.bin`, `*.pt`), Git LFS pointers, GGUF,
+ONNX, TensorFlow and Flax files, quantised weights, and adapters if `peft` is not installed.
 """
 _EFFECTS = {"honoured": "**honoured**", "fixed": "**fixed**", "without effect": "without effect"}
 _UNKNOWN = {
