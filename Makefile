@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a fresh machine:
-#   make export   install, export the built-in model to ONNX, prove it against PyTorch, ask the bundle a question
+#   make export   install, export the built-in model to ONNX, compare it with PyTorch, fill a mask with the bundle
 #   make test     install, run the tests
 # Both are quick when repeated: an installation is redone when pyproject.toml changes, the export when the code does.
 

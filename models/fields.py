@@ -110,51 +110,53 @@ _PRINTED = _ignored("It changes what transformers returns beside the answer.")
 
 CONFIG = FileFields(
     name="config.json",
-    reads='Both layouts, `model_type` "new" and "gte", by the same rules.',
+    reads='The same rules apply to both layouts, `model_type` "new" and "gte".',
     fields={
         "model_type": _honoured('"new" is the original layout, "gte" is transformers\' own; another is refused.'),
-        "architectures": _honoured("Its head decides the task, unless modules.json or `--task` does."),
+        "architectures": _honoured("The head in its name determines the task, unless modules.json or `--task` does."),
         "vocab_size": _SIZE,
         "hidden_size": _SIZE,
         "num_hidden_layers": _SIZE,
         "num_attention_heads": _SIZE,
         "intermediate_size": _SIZE,
-        "type_vocab_size": _honoured("0 means no token types; with 2 or more the tokenizer's are fed."),
+        "type_vocab_size": _honoured("0 means no token types; with 2 or more the model gets those of the tokenizer."),
         "max_position_embeddings": _honoured("No text may have more tokens."),
-        "layer_norm_eps": _honoured("Of every LayerNorm."),
+        "layer_norm_eps": _honoured("Epsilon of every LayerNorm."),
         "rope_theta": _honoured("Base of the rotary embedding."),
         "rope_scaling": _honoured("null, default, ntk (with mixed_b), and linear in the native layout; else refused."),
-        "rope_parameters": _honoured("As transformers 5 writes rope_theta and rope_scaling, in both layouts."),
-        "pad_token_id": _honoured("Where it is missing, and where the two differ, the tokenizer's is taken."),
+        "rope_parameters": _honoured("Has rope_theta and rope_scaling in the form of transformers 5, in both layouts."),
+        "pad_token_id": _honoured("If it is missing, or differs from the tokenizer's, the tokenizer's is used."),
         "id2label": _honoured("Names of a classifier's labels."),
-        "label2id": _honoured("Is made of id2label."),
+        "label2id": _honoured("It is computed from id2label."),
         "num_labels": _honoured("It is checked against id2label and the shape of the head."),
-        "sentence_transformers": _honoured("`activation_fn` is what predict applies to a reranker's logits."),
-        "sbert_ce_default_activation_function": _honoured("The same, as it was spelled before version 4."),
+        "sentence_transformers": _honoured("Its `activation_fn` is what `predict` applies to a reranker's logits."),
+        "sbert_ce_default_activation_function": _honoured("The older name of `activation_fn`, before version 4."),
         "hidden_act": _fixed("Only the exact GELU is computed.", "gelu"),
         "layer_norm_type": _fixed("Only LayerNorm is computed.", "layer_norm"),
         "position_embedding_type": _fixed("Only rotary positions are computed.", "rope"),
         "logn_attention_scale": _fixed("Scores are not scaled by the logarithm of the length.", False),
         "partial_rotary_factor": _fixed("The whole head is rotated.", 1, 1.0),
         "tie_word_embeddings": _fixed("The decoder of the masked-LM head is the word embedding.", True),
-        "quantization_config": _fixed("Quantised weights are not read; take the checkpoint they were made of."),
+        "quantization_config": _fixed("Quantised weights are not read; take the checkpoint before quantisation."),
         "is_decoder": _fixed("Attention sees both sides.", False),
         "add_cross_attention": _fixed("There is no second input to attend to.", False),
         "head_dim": _honoured("It must be hidden_size over num_attention_heads; else it is refused."),
         "logn_attention_clip1": _ignored("It belongs to logn_attention_scale, which is refused."),
-        "pack_qkv": _ignored("The names of the tensors say it."),
+        "pack_qkv": _ignored("The names of the tensors show it."),
         "unpad_inputs": _ignored("It changes the speed."),
         "use_memory_efficient_attention": _ignored("It changes the speed."),
         "use_cache": _ignored("An encoder has no cache."),
         "torch_dtype": _ignored("The tensors have types of their own; PyTorch computes in float32 here."),
-        "dtype": _ignored("As torch_dtype."),
+        "dtype": _ignored("The newer name of torch_dtype."),
         "bos_token_id": _ignored("The tokenizer has its own."),
         "eos_token_id": _ignored("The tokenizer has its own."),
         "sep_token_id": _ignored("The tokenizer has its own."),
         "cls_token_id": _ignored("The tokenizer has its own."),
         "mask_token_id": _ignored("The tokenizer has its own."),
         "decoder_start_token_id": _ignored("Nothing is generated."),
-        "tokenizer_class": _ignored("tokenizer_config.json decides; where that does not, AutoTokenizer reads it."),
+        "tokenizer_class": _ignored(
+            "tokenizer_config.json decides; if it names no class, AutoTokenizer reads this field."
+        ),
         "problem_type": _ignored("It chooses a loss for training."),
         "hidden_dropout_prob": _TRAINING,
         "attention_probs_dropout_prob": _TRAINING,
@@ -176,18 +178,22 @@ CONFIG = FileFields(
 TOKENIZER = FileFields(
     name="tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.txt, *.model",
     reads=(
-        "transformers' `AutoTokenizer`, without remote code: what it makes of these files is the truth. A bundle gets "
-        "a tokenizer.json that alone gives AutoTokenizer's ids."
+        "`AutoTokenizer` of transformers reads these files, without remote code, and defines the right ids. A bundle "
+        "gets one tokenizer.json that gives the same ids by itself."
     ),
     fields={
-        "model_max_length": _honoured("It limits the tokens of a text, where no other file does."),
-        "do_lower_case": _honoured("By AutoTokenizer, as is the next."),
-        "strip_accents, tokenize_chinese_chars": _honoured("By AutoTokenizer."),
-        "added_tokens_decoder, additional_special_tokens, extra_special_tokens": _honoured("By AutoTokenizer."),
-        "pad_token, unk_token, cls_token, sep_token, mask_token, bos_token, eos_token": _honoured("By AutoTokenizer."),
-        "model_input_names": _honoured("With token_type_ids, and a model that has token types, these are fed."),
+        "model_max_length": _honoured("It limits the tokens of a text, unless another file does."),
+        "do_lower_case": _honoured("AutoTokenizer applies it."),
+        "strip_accents, tokenize_chinese_chars": _honoured("AutoTokenizer applies them."),
+        "added_tokens_decoder, additional_special_tokens, extra_special_tokens": _honoured(
+            "AutoTokenizer applies them."
+        ),
+        "pad_token, unk_token, cls_token, sep_token, mask_token, bos_token, eos_token": _honoured(
+            "AutoTokenizer applies them."
+        ),
+        "model_input_names": _honoured("If it has token_type_ids and the model has token types, the model gets them."),
         "truncation_side": _honoured('"left" keeps the last tokens of a text that is cut.'),
-        "clean_up_tokenization_spaces": _honoured("In the texts that fill_mask gives."),
+        "clean_up_tokenization_spaces": _honoured("It applies to the texts that fill_mask returns."),
         "split_special_tokens": _fixed("Special tokens in a text stay whole.", False),
         "padding_side": _ignored("Padding is masked, and rotary positions are relative."),
         "auto_map": _ignored("It names remote code, which is never run."),
@@ -198,11 +204,11 @@ TOKENIZER = FileFields(
 
 MODULES = FileFields(
     name="modules.json",
-    reads="sentence-transformers' list of modules; it matters for the task that it belongs to.",
+    reads="The list of modules of sentence-transformers, read for the task to which they belong.",
     fields={
-        "idx": _ignored("The order of the list counts."),
+        "idx": _ignored("The order of the list determines the order of modules."),
         "name": _ignored("It is a label."),
-        "path": _honoured("Folder of the module's files; config.json may be in the Transformer's."),
+        "path": _honoured("Folder of the module's files; config.json may be in the folder of the Transformer."),
         "type": _honoured(
             "Transformer, Pooling, Dense, Normalize (and Dropout, which does nothing here) for embeddings; Transformer "
             "for a reranker; MLMTransformer, SpladePooling, Router and SparseStaticEmbedding for sparse embeddings. "
@@ -216,7 +222,7 @@ MODULES = FileFields(
 _NO_LENGTH = "Queries and documents have the same limit."
 SENTENCE_BERT = FileFields(
     name="sentence_bert_config.json",
-    reads="Settings of the Transformer module: for embeddings always, for rerankers where there is a modules.json.",
+    reads="Settings of the Transformer module. They apply to embeddings, and to rerankers that have a modules.json.",
     fields={
         "max_seq_length": _honoured("It limits the tokens of a text, before tokenizer_config.json does."),
         "do_lower_case": _honoured("A Lowercase step comes before the tokenizer's own normalizer."),
@@ -226,9 +232,9 @@ SENTENCE_BERT = FileFields(
         "config_kwargs": _honoured("The newer name of config_args."),
         "model_args": _honoured("Types, devices and kinds of attention do not change the answers; others are refused."),
         "model_kwargs": _honoured("The newer name of model_args."),
-        "transformer_task": _honoured("It must be the task's own; else it is refused."),
+        "transformer_task": _honoured("It must fit the task; else it is refused."),
         "modality_config": _honoured("It must be the forward pass over text; else it is refused."),
-        "module_output_name": _honoured("It must be what modality_config goes with; else it is refused."),
+        "module_output_name": _honoured("It must fit modality_config; else it is refused."),
         "processing_kwargs": _fixed("Texts are cut and padded in one way.", {}),
         "query_length": _fixed(_NO_LENGTH),
         "document_length": _fixed(_NO_LENGTH),
@@ -241,15 +247,15 @@ SENTENCE_BERT = FileFields(
 
 SENTENCE_TRANSFORMERS = FileFields(
     name="config_sentence_transformers.json",
-    reads="Settings of the whole: for embeddings always, for rerankers where there is a modules.json.",
+    reads="Settings of the whole model. They apply to embeddings, and to rerankers that have a modules.json.",
     fields={
-        "prompts": _honoured("Texts to put before the input, by name."),
-        "default_prompt_name": _honoured("The prompt that is used where the caller names none."),
+        "prompts": _honoured("Name -> text that is put before an input."),
+        "default_prompt_name": _honoured("The prompt that is used if the caller names none."),
         "similarity_fn_name": _honoured("It goes into the bundle; `Model.spec` has it."),
-        "truncate_dim": _honoured("Leading dimensions that encode keeps by default."),
-        "max_active_dims": _honoured("Entries that a sparse vector keeps."),
-        "activation_fn": _honoured("What predict applies to a reranker's logits (see below)."),
-        "model_type": _honoured("A file of another kind of model is passed over, as the library passes over it."),
+        "truncate_dim": _honoured("Number of leading dimensions that `encode` keeps by default."),
+        "max_active_dims": _honoured("Number of entries that a sparse vector keeps."),
+        "activation_fn": _honoured("The function that `predict` applies to a reranker's logits; see below."),
+        "model_type": _honoured("A file for another kind of model is ignored, as the library ignores it."),
         "keep_in_fp32_modules": _ignored("PyTorch computes in float32 here."),
         "__version__": _BOOKKEEPING,
         "requirements": _ignored("They are for the library's own installation."),
@@ -262,7 +268,7 @@ POOLING = FileFields(
     reads="The Pooling module, in the folder that modules.json names.",
     fields={
         "pooling_mode": _honoured('"cls" or "mean"; others, and several at once, are refused.'),
-        "pooling_mode_*": _honoured("The older spelling, a boolean for each mode."),
+        "pooling_mode_*": _honoured("The older form, a boolean for each mode."),
         "word_embedding_dimension": _ignored("The tensors have it."),
         "embedding_dimension": _ignored("The tensors have it."),
         "include_prompt": _fixed("The prompt's tokens are pooled as well.", True),
@@ -272,13 +278,13 @@ POOLING = FileFields(
 
 DENSE = FileFields(
     name="2_Dense/config.json",
-    reads="Dense modules after the pooling, in the folders that modules.json names, with model.safetensors beside it.",
+    reads="Dense modules after the pooling, in the folders that modules.json names, with their model.safetensors.",
     fields={
         "in_features": _honoured("It is checked against the weights."),
         "out_features": _honoured("Width of the embedding."),
         "bias": _honoured("It is checked against the weights."),
-        "activation_function": _honoured("One of the functions below; where it is missing, Tanh."),
-        "use_residual": _honoured("The input is added, through a matrix where the widths differ."),
+        "activation_function": _honoured("One of the functions below; Tanh if it is missing."),
+        "use_residual": _honoured("The input is added; if the widths differ, a matrix projects it first."),
         "module_input_name": _fixed("It projects the pooled embedding.", "sentence_embedding"),
         "module_output_name": _fixed("It projects the pooled embedding.", "sentence_embedding"),
     },
@@ -300,12 +306,13 @@ SPLADE = FileFields(
 
 ROUTER = FileFields(
     name="router_config.json",
-    reads="A Router of a sparse model whose routes are query and document; others are refused by name.",
+    reads="A Router of a sparse model with the routes query and document; other routes are refused by name.",
     fields={
         "types": _honoured(
-            "Documents: MLMTransformer or Transformer, and SpladePooling; queries: the same, or weights."
+            "Modules of each route. Documents: MLMTransformer or Transformer, and SpladePooling; queries: the same, or "
+            "SparseStaticEmbedding."
         ),
-        "structure": _honoured("Which modules belong to which route."),
+        "structure": _honoured("The modules of each route."),
         "parameters": _honoured("`default_route` and `allow_empty_key`; `route_mappings` is refused."),
     },
     unknown="ignored",
@@ -313,10 +320,10 @@ ROUTER = FileFields(
 
 STATIC = FileFields(
     name="query_0_SparseStaticEmbedding/config.json, model.safetensors, idf.json",
-    reads="Weights of queries that need no model; they come into the bundle as query_weights.npy.",
+    reads="Weights for the words of a query, which then needs no encoder. The bundle has them as query_weights.npy.",
     fields={
         "weight": _honoured("float32 [vocabulary], in model.safetensors."),
-        "path": _honoured("Of a JSON file of token -> weight, in place of the tensor."),
+        "path": _honoured("Path of a JSON file of token -> weight, in place of the tensor."),
         "frozen": _TRAINING,
     },
     unknown="ignored",
@@ -325,12 +332,12 @@ STATIC = FileFields(
 ADAPTER = FileFields(
     name="adapter_config.json, adapter_model.safetensors",
     reads=(
-        "A PEFT adapter (LoRA and its kin), in place of weights or beside them. It is merged where `peft` is "
-        "installed, and refused by name where it is not."
+        "A PEFT adapter such as LoRA, in place of weights or beside them. It is merged if `peft` is installed, and "
+        "refused by name if not."
     ),
     fields={
-        "base_model_name_or_path": _honoured("The weights that it adapts; the folder's own where that is not found."),
-        "*": _honoured("By peft."),
+        "base_model_name_or_path": _honoured("The weights to adapt; those of the folder if they are not found."),
+        "*": _honoured("peft applies it."),
     },
     unknown="ignored",
 )
@@ -349,32 +356,32 @@ TABLES = (
     ADAPTER,
 )
 
-_INTRODUCTION = """# Checkpoints: what is read, what is honoured, what is refused
+_INTRODUCTION = """# Checkpoints: files and fields that are supported
 
-A checkpoint carries its behaviour in a dozen small files. `gte_deploy.models.description.describe` reads them once, for
-models, exporters, runtime and Triton alike, by the tables below: they are made from the reader's own, with
-`python -m gte_deploy.models.fields`. Every field that can change an answer is honoured, as the checkpoint's own library
-honours it, or refused by name.
+A dozen small files determine the behaviour of a checkpoint. `gte_deploy.models.description.describe` reads them once,
+for models, exporters, runtime and Triton. The tables below are generated from the tables that the reader uses
+(`python -m gte_deploy.models.fields`). A field that can change an answer either has the same effect as in the
+checkpoint's own library, or is refused by name.
 
 | | |
 |---|---|
 | **honoured** | it changes the answers as it does in transformers or sentence-transformers |
-| **fixed** | only the values named are computed; another one is an error that names file, field and value |
+| **fixed** | only the listed values are supported; another value is an error that names file, field and value |
 | without effect | it does not change an answer |
 
 No remote code runs, nothing is unpickled, and a local folder is read without the network.
 
 ## Weights
 
-`model.safetensors`, or shards with their index, in the original layout or transformers' own. Every tensor must be one
-of the model's, and every parameter must be filled. Anything else is named for what it is, with the command that helps:
-pickles (`*.bin`, `*.pt`), pointers that Git LFS left, GGUF, ONNX, TensorFlow and Flax files, quantised weights, and
-adapters where `peft` is not installed.
+The weights are in `model.safetensors`, or in shards with their index, in the original layout or in that of
+transformers. Every tensor must belong to the model, and every parameter must get a tensor. If a folder has other
+weights instead, the error names their kind and a command that helps: pickles (`*.bin`, `*.pt`), Git LFS pointers, GGUF,
+ONNX, TensorFlow and Flax files, quantised weights, and adapters if `peft` is not installed.
 """
 _EFFECTS = {"honoured": "**honoured**", "fixed": "**fixed**", "without effect": "without effect"}
 _UNKNOWN = {
-    "ignored": "Other fields are passed over, as the library passes over them.",
-    "refused": "Any other field is refused, since the library would take it for an argument.",
+    "ignored": "Other fields are ignored, as the library ignores them.",
+    "refused": "Any other field is refused, because the library would use it as an argument.",
 }
 
 
@@ -386,12 +393,12 @@ def document() -> str:
     activations = f"""
 ## Functions of torch.nn
 
-What a reranker's logits go through, and a Dense module's activation, is one of these, under each of its paths
-(`torch.nn.Sigmoid`, `torch.nn.modules.activation.Sigmoid`): {functions}.
+The activation of a reranker's logits, and that of a Dense module, must be one of these functions, under any of its
+paths (`torch.nn.Sigmoid`, `torch.nn.modules.activation.Sigmoid`): {functions}.
 
-A reranker's is looked for in config_sentence_transformers.json, then in config.json; without one it is the sigmoid of
-one label, and nothing of several. A path that is not torch's is somebody's code: a reranker then has the default, as in
-the library, and a Dense module is refused.
+The activation of a reranker is in config_sentence_transformers.json, else in config.json. The default is the sigmoid
+for one label, and none for several. A path outside torch names other people's code: a reranker then has the default, as
+in the library, and a Dense module is refused.
 """
     return "\n".join([_INTRODUCTION, *(_section(table) for table in TABLES)]) + activations
 

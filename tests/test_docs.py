@@ -53,14 +53,27 @@ def test_generated_pages_are_current() -> None:
 
 
 DECISIONS = [page for page in PAGES if page.parent.name == "decisions" and page.name != "README.md"]
+PARTS = ["Context", "Options and measurements", "Decision", "Revisit when"]
 
 
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda path: path.stem)
 def test_a_decision_has_its_parts(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert re.match(r"# .+\n\n20\d\d-\d\d-\d\d.* · \w+", text), "a title, and a line with date and area"
-    assert text.index("## Context") < text.index("## Decision") < text.index("## Consequences")
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == PARTS
     assert re.search(r"^Sources?: ", text, re.MULTILINE)
+
+
+def test_the_index_of_decisions_has_a_line_for_each_under_its_area() -> None:
+    text = (ROOT / "docs" / "decisions" / "README.md").read_text(encoding="utf-8")
+    listed = {
+        (name, area.lower())
+        for area, lines in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"^- \[.+\]\((.+\.md)\)", lines, re.MULTILINE)
+    }
+    stated = re.compile(r"^20\d\d-\d\d-\d\d.*? · (\w+)", re.MULTILINE)
+    areas = {(page.name, found[1]) for page in DECISIONS if (found := stated.search(page.read_text(encoding="utf-8")))}
+    assert listed == areas
 
 
 def test_documents_that_the_code_names_are_there() -> None:

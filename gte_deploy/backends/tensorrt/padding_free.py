@@ -27,7 +27,7 @@ def split_packed_batch(
     """Split a batch into sub-batches: one, unless it has more rows, tokens or masks than a profile takes.
 
     If the profile has room, a text of only padding is added at the end, so that many batches share few token counts. It
-    adds 6 % at most: see `padded_length`.
+    adds at most 7 tokens or 6 %: see `padded_length`.
 
     Args:
         batch: the batch to run.

@@ -17,7 +17,7 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
 # TensorRT prepares kernels and graphs for every new length. Lengths are rounded up in steps of a 32nd of the next power
-# of two, at least 8. That leaves 112 lengths up to 8,192 and adds 8 tokens or 6 % at most.
+# of two, at least 8. That leaves 112 lengths up to 8,192 and adds at most 7 tokens or 6 %.
 _LEAST_STEP, _STEPS = 8, 32
 
 
