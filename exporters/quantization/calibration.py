@@ -17,7 +17,7 @@ from gte_deploy.backends.onnxruntime import OnnxBackend
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import integers
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 
 Calibrator = Literal["max", "percentile", "entropy"]
 

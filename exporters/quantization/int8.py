@@ -38,7 +38,7 @@ from gte_deploy.exporters.graph.editing import (
     replace,
     scope_of,
 )
-from gte_deploy.exporters.graph.linears import Linear, find_linear_layers, linear_of
+from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, linear_layer_of
 from gte_deploy.exporters.quantization.calibration import Range
 
 Activations = Literal["dynamic", "static"]
@@ -143,17 +143,17 @@ def _smoothing_scales(matrix: NDArray[np.float32], found: Range) -> NDArray[np.f
     return (scales / np.exp(np.log(scales).mean())).astype(np.float32)
 
 
-def _up_projection(down: Linear) -> Linear | None:
+def _up_projection(down: LinearLayer) -> LinearLayer | None:
     """The up projection: its output times the gate is the input of `down`. None if there is no such product."""
     value = down.x
     while (source := value.producer()) is not None and source.op_type == "Reshape":
         value = operand(source, 0)
     if source is None or source.op_type != "Mul":
         return None
-    return next((up for side in source.inputs if side and (up := linear_of(side.producer()))), None)
+    return next((up for side in source.inputs if side and (up := linear_layer_of(side.producer()))), None)
 
 
-def _smooth(down: Linear, scales: NDArray[np.float32]) -> None:
+def _smooth(down: LinearLayer, scales: NDArray[np.float32]) -> None:
     up = _up_projection(down)
     if up is None or up.bias is not None:
         raise ExportError(f"{down.name} does not follow a gated unit in this graph, unlike in the graph of the scheme")
@@ -161,7 +161,7 @@ def _smooth(down: Linear, scales: NDArray[np.float32]) -> None:
         linear.weight.const_value = ir.tensor(matrix, name=linear.weight.name)
 
 
-def _integer_product(build: Builder, linear: Linear, scheme: Int8Scheme, activations: Activations) -> ir.Value:
+def _integer_product(build: Builder, linear: LinearLayer, scheme: Int8Scheme, activations: Activations) -> ir.Value:
     if activations == "dynamic":
         quantized, scale, zero = build.node("DynamicQuantizeLinear", [linear.x], outputs=3, dtype=ir.DataType.UINT8)
         scale.dtype = ir.DataType.FLOAT
@@ -172,7 +172,7 @@ def _integer_product(build: Builder, linear: Linear, scheme: Int8Scheme, activat
     return build.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
 
 
-def _dequantized_product(build: Builder, linear: Linear, scheme: Int8Scheme, activations: Activations) -> ir.Value:
+def _dequantized_product(build: Builder, linear: LinearLayer, scheme: Int8Scheme, activations: Activations) -> ir.Value:
     quantized, scale, zero = _quantized_input(build, linear, scheme)
     x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
     weight = build.op("DequantizeLinear", *_quantized_weight(build.graph, linear, scheme), name="weight", axis=1)
@@ -180,7 +180,7 @@ def _dequantized_product(build: Builder, linear: Linear, scheme: Int8Scheme, act
     return product if linear.bias is None else build.op("Add", product, linear.bias)
 
 
-def _quantized_input(build: Builder, linear: Linear, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _quantized_input(build: Builder, linear: LinearLayer, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value, ir.Value]:
     found, smoothing = scheme.ranges[linear.name], scheme.smoothing.get(linear.name, np.float32(1))
     scale, zero = activation_scale(float((found.low / smoothing).min()), float((found.high / smoothing).max()))
     title = f"{linear.x.name}/quantized"  # for all layers that take this input
@@ -192,7 +192,7 @@ def _quantized_input(build: Builder, linear: Linear, scheme: Int8Scheme) -> tupl
     return quantized, *constants
 
 
-def _quantized_weight(graph: ir.Graph, linear: Linear, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value]:
+def _quantized_weight(graph: ir.Graph, linear: LinearLayer, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value]:
     largest = _LARGEST_REDUCED if scheme.reduce_range else _LARGEST
     quantized, scale = quantize_columns(linear.matrix(), largest)
     return (

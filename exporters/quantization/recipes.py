@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running
 from gte_deploy.exporters.quantization.int8 import Activations, int8_scheme, quantize_int8
 from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivity

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, initializer, replace, scope_of
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import is_large, quantize_embeddings
 
 Bits = Literal[4, 8]

@@ -18,11 +18,11 @@ from gte_deploy.exporters.graph.fusion.qkv import PROJECTIONS, QKV
 from gte_deploy.exporters.graph.fusion.rope import ROPE
 from gte_deploy.exporters.graph.fusion.rows import join_rows
 from gte_deploy.exporters.graph.fusion.skip_layer_norm import SKIP_LAYER_NORM
-from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE
+from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE_ON_ROWS
 
 logger = logging.getLogger(__name__)
 
-MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKIP_LAYER_NORM)
+MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE_ON_ROWS, GLU, SKIP_LAYER_NORM)
 """One GEMM for queries, keys and values and one for up and gate: what launch-bound devices want."""
 
 PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)

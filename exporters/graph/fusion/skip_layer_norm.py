@@ -15,7 +15,7 @@ from gte_deploy.exporters.graph.editing import (
     require,
     scope_of,
 )
-from gte_deploy.exporters.graph.fusion.linear import Linear, require_linear
+from gte_deploy.exporters.graph.fusion.linear import LinearMatch, require_linear
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 
@@ -35,7 +35,7 @@ def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
     replace(norm.outputs[0], from_rows(build, normed))
 
 
-def _residual(total: ir.Node) -> tuple[Linear, ir.Value]:
+def _residual(total: ir.Node) -> tuple[LinearMatch, ir.Value]:
     """Which operand is the linear layer, and the other one. A residual that is itself a biased linear is ambiguous."""
     first, second = operand(total, 0), operand(total, 1)
     for value, skip in ((first, second), (second, first)):

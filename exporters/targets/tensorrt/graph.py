@@ -32,23 +32,19 @@ from gte_deploy.core.spec import Precision
 from gte_deploy.exporters.graph.build import Graph, graph_of
 from gte_deploy.exporters.graph.editing import (
     Builder,
-    FusionPass,
     constant,
     consumer,
     initializer,
-    integers,
     operand,
     other_operand,
     producer,
     replace,
-    require,
     scope_of,
     tensor_of,
 )
 from gte_deploy.exporters.graph.fusion import fuse_graph
-from gte_deploy.exporters.graph.fusion.linear import pack as merge_weights
-from gte_deploy.exporters.graph.fusion.linear import require_linear
-from gte_deploy.exporters.graph.linears import Linear, find_linear_layers
+from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
+from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
 
@@ -115,37 +111,13 @@ def tensorrt_graph(
     if scheme is not None:
         smooth(model, scheme.smoothing)
     counts = layout.rewrite(model, sites)
-    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE_SPLIT,))
+    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE,))
     if scheme is not None:
         counts |= _quantize(model, scheme)
     _assign_types(model.graph, COMPUTE_DTYPES[precision])
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return graph_of(model, counts, plain.opset)
-
-
-def _merge_up_and_gate(graph: ir.Graph, gelu: ir.Node) -> None:
-    """Merge the two GEMMs of up · gelu(gate), which share an input, into one GEMM and a Split."""
-    product = consumer(gelu.outputs[0], "Mul")
-    gate = operand(gelu, 0)
-    up = other_operand(product, gelu.outputs[0])
-    linears = [require_linear(value, bias=False) for value in (up, gate)]
-    require(linears[0].x is linears[1].x, "up and gate do not have the same input")
-    build = Builder(graph, gelu, scope_of(product))
-    weight = merge_weights(graph, merged_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
-    merged = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
-    sizes = integers(graph, *(linear.out for linear in linears))
-    parts = build.node("Split", [merged, sizes], name="up_gate", axis=-1, outputs=2)
-    for old, part in zip((up, gate), parts, strict=True):
-        replace(old, part)
-
-
-UP_GATE_SPLIT = FusionPass(name="up_gate", anchor="Gelu", rewrite=_merge_up_and_gate)
-
-
-def merged_name(up: str) -> str:
-    """The name of the matrix that holds the up projection `up` and its gate."""
-    return up.replace("up_proj", "up_gate_proj")
 
 
 def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
@@ -160,7 +132,7 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
     return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": len(linears) - len(chosen)}
 
 
-def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: float) -> None:
+def _quantize_linear(graph: ir.Graph, linear: LinearLayer, kind: EightBits, peak: float) -> None:
     build = Builder(graph, linear.node, scope_of(linear.node))
     stored, largest = _STORED[kind], _LARGEST[kind]
     zero = constant(graph, f"zero_{kind}", np.zeros((), stored.numpy()))
