@@ -1,1 +1,1 @@
-"""One PyTorch trace, and the tools that rewrite it to graphs for engines."""
+"""Traces a PyTorch model once, and rewrites the trace to one graph for each engine."""

@@ -1,6 +1,7 @@
 """The residual step LayerNorm(skip + linear(x)) as Gemm with bias, Add and LayerNormalization on token rows.
 
-Not com.microsoft SkipLayerNormalization, whose CPU kernel is slower (docs/decisions/residual-and-layernorm-apart.md).
+It is not com.microsoft SkipLayerNormalization, because the CPU kernel of that operator is slower
+(docs/decisions/residual-and-layernorm-apart.md).
 """
 
 import onnx_ir as ir
@@ -36,7 +37,7 @@ def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
 
 
 def _residual(total: ir.Node) -> tuple[LinearMatch, ir.Value]:
-    """Which operand is the linear layer, and the other one. A residual that is itself a biased linear is ambiguous."""
+    """Match the operand that is a linear layer with a bias, the first if both are; return it and the other operand."""
     first, second = operand(total, 0), operand(total, 1)
     for value, skip in ((first, second), (second, first)):
         try:
