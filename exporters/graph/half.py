@@ -17,7 +17,7 @@ from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import initializer, tensor_of
 
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_POOLED = "sentence_embedding"
+_EMBEDDING = "sentence_embedding"
 
 
 def lower_to_half(model: ir.Model, dtype: ir.DataType) -> int:
@@ -28,7 +28,7 @@ def lower_to_half(model: ir.Model, dtype: ir.DataType) -> int:
     """
     graph = model.graph
     halves: dict[ir.Value, ir.Value] = {}
-    is_pooled = any(value.name == _POOLED for value in graph.outputs)
+    is_pooled = any(value.name == _EMBEDDING for value in graph.outputs)
 
     def as_half(value: ir.Value) -> ir.Value:
         if value not in halves:
