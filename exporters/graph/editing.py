@@ -4,7 +4,7 @@ A pass looks at every node of one operator type, its anchors. It either rewrites
 `Mismatch` with the reason. The new value replaces the old one; nodes without uses are removed after the pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,11 @@ def other_operand(node: ir.Node, one: ir.Value) -> ir.Value:
     first, second = operand(node, 0), operand(node, 1)
     require(one is first or one is second, f"{node.name} does not use {one.name!r}")
     return second if one is first else first
+
+
+def by_name(values: Iterable[ir.Value], name: str) -> ir.Value:
+    """The value called `name` among the inputs or the outputs of a graph; it must exist."""
+    return next(value for value in values if value.name == name)
 
 
 def dimensions(value: ir.Value) -> tuple[int | str | None, ...]:

@@ -173,7 +173,7 @@ def test_padding_free_engines_have_no_sparse_head(make_checkpoint, tmp_path):
 
 
 def test_how_must_be_said(model):
-    with pytest.raises(ExportError, match="give a SparseSpec"):
+    with pytest.raises(ExportError, match="needs a SparseSpec"):
         build_graphs(model, task="sparse", max_length=LENGTH)
     with pytest.raises(ExportError, match="needs a GteForTokenClassification"):
         build_graphs(model, task="sparse", max_length=LENGTH, sparse=SparseSpec("token-weights"))

@@ -21,6 +21,7 @@ from gte_deploy.exporters.graph.editing import (
     CONTRIB,
     Builder,
     Mismatch,
+    by_name,
     consumer,
     dimensions,
     integers,
@@ -81,7 +82,7 @@ class _PackedInputs:
         self.offset, self.cumulated = offset, cumulated
         int64, int32 = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.INT32}
         graph = build.graph
-        ids = _input(graph, FIRST_INPUT)
+        ids = by_name(graph.inputs, FIRST_INPUT)
         flat = build.op("Reshape", offset, integers(graph, -1), name="offsets", **int32)
         count = build.op("Shape", rows, name="count", start=0, end=1, **int64)
         real = build.op("Slice", flat, integers(graph, 0), count, integers(graph, 0), name="of_tokens", **int32)
@@ -99,7 +100,12 @@ def _insert_remove_padding(graph: ir.Graph, first: ir.Node) -> _PackedInputs:
 
     build = Builder(graph, to_rows, "packing")
     sums = build.op(
-        "ReduceSum", _input(graph, _MASK_INPUT), integers(graph, 1), name="sums", keepdims=0, dtype=ir.DataType.INT64
+        "ReduceSum",
+        by_name(graph.inputs, _MASK_INPUT),
+        integers(graph, 1),
+        name="sums",
+        keepdims=0,
+        dtype=ir.DataType.INT64,
     )
     counts = build.op("Cast", sums, to=ir.DataType.INT32, name="counts", dtype=ir.DataType.INT32)
     rows, offset, cumulated, _ = build.node(
@@ -161,7 +167,3 @@ def _insert_restore_padding(graph: ir.Graph, packed: _PackedInputs) -> None:
 def _rotary(value: ir.Value) -> ir.Node:
     with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
     return producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding")
-
-
-def _input(graph: ir.Graph, name: str) -> ir.Value:
-    return next(value for value in graph.inputs if value.name == name)

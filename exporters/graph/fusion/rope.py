@@ -19,6 +19,7 @@ from gte_deploy.exporters.graph.editing import (
     FusionPass,
     Mismatch,
     array,
+    by_name,
     constant,
     consumer,
     operand,
@@ -91,7 +92,7 @@ def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
 
 def _positions(build: Builder) -> ir.Value:
     """0 … S-1 in every row, [B, S] int64. Every site adds equal nodes, which are merged later."""
-    ids = next(value for value in build.graph.inputs if value.name == FIRST_INPUT)
+    ids = by_name(build.graph.inputs, FIRST_INPUT)
     build, int64 = build.inside("positions"), {"dtype": ir.DataType.INT64}
     shape = build.op("Shape", ids, name="batch_sequence", **int64)
     length = build.op("Squeeze", build.op("Shape", ids, name="sequence", start=1, **int64), name="length", **int64)

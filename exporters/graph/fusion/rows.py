@@ -7,7 +7,7 @@ result back to [B, S, width]. Where the result of one pass is the input of anoth
 
 import onnx_ir as ir
 
-from gte_deploy.exporters.graph.editing import Builder, Mismatch, dimensions, integers, operand, producer
+from gte_deploy.exporters.graph.editing import Builder, Mismatch, by_name, dimensions, integers, operand, producer
 
 FIRST_INPUT = "input_ids"
 
@@ -23,7 +23,7 @@ def to_rows(build: Builder, value: ir.Value) -> ir.Value:
 
 def from_rows(build: Builder, value: ir.Value, *, name: str = "from_rows") -> ir.Value:
     """[B*S, width] -> [B, S, width]."""
-    ids = next(value for value in build.graph.inputs if value.name == FIRST_INPUT)
+    ids = by_name(build.graph.inputs, FIRST_INPUT)
     tokens = build.inside("tokens")
     size = tokens.op("Shape", ids, name="batch_sequence", dtype=ir.DataType.INT64, shape=(2,))
     target = tokens.op(

@@ -158,9 +158,9 @@ def _quantize_linear(graph: ir.Graph, linear: LinearLayer, kind: EightBits, amax
 def _scales(amax: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
     """Scales amax / largest, rounded up to values that FP16 represents exactly, so that `amax` is not clipped."""
     exact = np.maximum(np.asarray(amax, np.float32) / largest, _MIN_SCALE)
-    near = exact.astype(np.float16)
-    up = np.where(near.astype(np.float32) < exact, np.nextafter(near, np.float16(np.inf)), near)
-    return up.astype(np.float32)
+    rounded = exact.astype(np.float16)
+    is_below = rounded.astype(np.float32) < exact
+    return np.where(is_below, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)
 
 
 def _fill_in_types(graph: ir.Graph) -> None:
@@ -266,10 +266,10 @@ def _rotation(negation: ir.Node) -> Iterator[ir.Node]:
 
 def _pooling_nodes(graph: ir.Graph) -> set[ir.Node]:
     """The nodes that compute the sentence embedding from the hidden states."""
-    names = {value.name: value for value in graph.outputs}
-    if "sentence_embedding" not in names:
+    outputs = {value.name: value for value in graph.outputs}
+    if "sentence_embedding" not in outputs:
         return set()
-    return _ancestors(names["sentence_embedding"]) - _ancestors(names["last_hidden_state"])
+    return _ancestors(outputs["sentence_embedding"]) - _ancestors(outputs["last_hidden_state"])
 
 
 def _ancestors(value: ir.Value) -> set[ir.Node]:

@@ -20,7 +20,7 @@ unpacks (`gte_deploy.backends.tensorrt.padding_free`), so no shape in the graph 
 Shapes: B texts, T tokens of all texts, N heads, D head size, H hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,7 @@ from gte_deploy.exporters.graph.editing import (
     FusionPass,
     Mismatch,
     array,
+    by_name,
     constant,
     consumer,
     dimensions,
@@ -62,6 +63,7 @@ _MASK, _TOKEN_TYPES, _MASK_POSITIONS, _HIDDEN, _EMBEDDING, _LOGITS = (
 )
 _TOKENS, _BATCH_AND_ONE = "tokens", "batch_and_one"
 _INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
+# The end of a Slice that goes to the end of its axis.
 _TO_END = (1 << 31) - 1
 
 
@@ -80,7 +82,7 @@ def make_padding_free(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str,
         require(counts[PADDING_FREE_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
         _flatten_embedding(graph)
         _rewrite_heads(graph)
-    graph.inputs.remove(_find(graph.inputs, _MASK))
+    graph.inputs.remove(by_name(graph.inputs, _MASK))
     _set_shapes(graph)
     return counts
 
@@ -111,8 +113,8 @@ def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
         _rotated(build, key, split, "key"),
         build.op("Reshape", value.projection, split, name="value"),
         None,  # no mask: a token attends only to its own text, and there is no padding
-        _find(graph.inputs, QUERY_LENGTHS),
-        _find(graph.inputs, KV_LENGTHS),
+        by_name(graph.inputs, QUERY_LENGTHS),
+        by_name(graph.inputs, KV_LENGTHS),
         domain=TRT_DOMAIN,
         query_form="packed_nhd",
         kv_form="packed_nhd",
@@ -153,7 +155,7 @@ def _rotated(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> 
 def _rows_of_tokens(build: Builder, table: ir.Value) -> ir.Value:
     """The row of a table [max_length, D/2] for each token, [T, 1, D]. Every layer adds equal nodes, merged later."""
     build = build.inside(str(table.name))
-    rows = build.op("Gather", table, _find(build.graph.inputs, POSITIONS), axis=0, name="rows")
+    rows = build.op("Gather", table, by_name(build.graph.inputs, POSITIONS), axis=0, name="rows")
     twice = build.op("Concat", rows, rows, axis=-1, name="twice")
     return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
 
@@ -163,8 +165,8 @@ PADDING_FREE_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", r
 
 def _flatten_embedding(graph: ir.Graph) -> None:
     """Reshape constants that are added to every token, such as the row of token type 0, from [1, 1, H] to [H]."""
-    words = next(use.node for use in _find(graph.inputs, FIRST_INPUT).uses() if use.node.op_type == "Gather")
-    for use in list(words.outputs[0].uses()):
+    embedding = next(use.node for use in by_name(graph.inputs, FIRST_INPUT).uses() if use.node.op_type == "Gather")
+    for use in list(embedding.outputs[0].uses()):
         for i, value in enumerate(use.node.inputs):
             if value is not None and value.is_initializer() and (row := array(value)).ndim > 1:
                 require(row.size == row.shape[-1], f"{value.name!r} has the shape {row.shape}, not that of one token")
@@ -173,7 +175,7 @@ def _flatten_embedding(graph: ir.Graph) -> None:
 
 def _rewrite_heads(graph: ir.Graph) -> None:
     """Make the nodes that index hidden states by (text, position) index them by token."""
-    hidden = _find(graph.outputs, _HIDDEN)
+    hidden = by_name(graph.outputs, _HIDDEN)
     for node in [use.node for use in hidden.uses()]:
         build = Builder(graph, node, "texts")
         match node.op_type:
@@ -185,33 +187,35 @@ def _rewrite_heads(graph: ir.Graph) -> None:
                 require(same_constant(first.inputs[1], [0]), f"{first.name} does not take the first token")
                 replace(first.outputs[0], build.op("Gather", hidden, _starts(build), axis=0, name="first"))
             case "MatMul" if node.inputs[1] is hidden:
-                replace(_find(graph.outputs, _EMBEDDING), _mean(build, hidden))
+                replace(by_name(graph.outputs, _EMBEDDING), _mean(build, hidden))
             case "MatMul":
                 pass  # a head that computes each token separately
             case "Reshape":
                 node.outputs[0].replace_all_uses_with(hidden)
-                logits = _find(graph.outputs, _LOGITS)
+                logits = by_name(graph.outputs, _LOGITS)
                 replace(logits, operand(producer(logits, "Reshape"), 0))
             case other:
-                raise Mismatch(f"{node.name} reads the hidden states, but no {other} does so in this architecture")
+                raise Mismatch(
+                    f"{node.name} reads the hidden states, but is {other}, not GatherND, Slice, MatMul or Reshape"
+                )
 
 
 def _starts(build: Builder) -> ir.Value:
     """[B]: the index of the first token of each text."""
     first, last, axis = (integers(build.graph, n) for n in (0, -1, 0))
-    return build.op("Slice", _find(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="starts", dtype=_INT32)
+    return build.op("Slice", by_name(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="starts", dtype=_INT32)
 
 
 def _ends(build: Builder) -> ir.Value:
     """[B]: the index after the last token of each text."""
     first, last, axis = (integers(build.graph, n) for n in (1, _TO_END, 0))
-    return build.op("Slice", _find(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="ends", dtype=_INT32)
+    return build.op("Slice", by_name(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="ends", dtype=_INT32)
 
 
 def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
     """The mean of the tokens of each text, [B, H], in FP32: a product with a matrix [B, T] of ones and zeros."""
     graph = build.graph
-    ids = _find(graph.inputs, FIRST_INPUT)
+    ids = by_name(graph.inputs, FIRST_INPUT)
     column, row = integers(graph, 1), integers(graph, 0)
     starts, ends = _starts(build), _ends(build)
     zero, one = (constant(graph, f"int64_scalar_{n}", np.array(n, np.int64)) for n in (0, 1))
@@ -225,12 +229,12 @@ def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
         found = build.op("Less", indices, limits, name=f"before_{name}", dtype=ir.DataType.BOOL)
         return build.op("Cast", found, to=ir.DataType.FLOAT, name=f"is_before_{name}")
 
-    inside = build.op("Sub", before(ends, "ends"), before(starts, "starts"), name="inside")
+    is_inside = build.op("Sub", before(ends, "ends"), before(starts, "starts"), name="inside")
     lengths = build.op("Sub", ends, starts, name="lengths", dtype=_INT32)
     lengths = build.op("Cast", lengths, to=ir.DataType.FLOAT, name="float_lengths")
     # A text without tokens gets the zero vector, not 0/0.
     lengths = build.op("Max", lengths, constant(graph, "float_one", np.array(1, np.float32)), name="at_least_one")
-    total = build.op("MatMul", inside, hidden, name="total")
+    total = build.op("MatMul", is_inside, hidden, name="total")
     return build.op("Div", total, build.op("Unsqueeze", lengths, column, name="length_column"), name="mean")
 
 
@@ -242,7 +246,3 @@ def _set_shapes(graph: ir.Graph) -> None:
     for value in graph.outputs:
         shape = dimensions(value)
         value.shape = ir.Shape((_TOKENS, shape[-1]) if len(shape) == 3 else shape)
-
-
-def _find(values: Sequence[ir.Value], name: str) -> ir.Value:
-    return next(value for value in values if value.name == name)
