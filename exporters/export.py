@@ -16,12 +16,10 @@ from gte_deploy.core.errors import InputError, MissingDependencyError
 from gte_deploy.core.files import sha256_file
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.writer import publish, staging
+from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.job import Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, Request, make_request
 from gte_deploy.exporters.targets.base import Target
-from gte_deploy.exporters.verification.answers import Asked, check_bundle
-from gte_deploy.exporters.verification.answers.source_libraries import library_of
-from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
 from gte_deploy.text.tokenization import TextTokenizer
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.results import ParityReport
 
-MIN_MAX_LENGTH = 8
-"""The least value of `max_length`, in tokens."""
 EVALUATION_TOKENS = 6000
 """Words of text for measuring the accuracy of a lower precision: once as single texts, once in windows."""
 _EXTRA = (
@@ -189,6 +185,9 @@ def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
     Raises:
         ParityError: a bound is missed and `bounds` is "strict", or the graph or engine is broken.
     """
+    from gte_deploy.exporters.verification.answers import Asked, check_bundle
+    from gte_deploy.exporters.verification.answers.source_libraries import library_of
+
     bounds = request.options.bounds
     parity = _compare(request.target, built, job)
     parity.require(bounds)
@@ -207,6 +206,7 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
     from gte_deploy.exporters.verification.cases import TokenSource
     from gte_deploy.exporters.verification.parity import Comparison, check_parity
     from gte_deploy.exporters.verification.reference import TorchReference
+    from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts
 
     spec = job.spec
     asked = Comparison(

@@ -1,1 +1,4 @@
-"""One PyTorch trace, and the tools that rewrite it to graphs for engines."""
+"""Traces a PyTorch model once, and rewrites the trace to one graph for each engine."""
+
+MIN_MAX_LENGTH = 8
+"""The smallest `max_length` of a graph, in tokens."""

@@ -1,7 +1,8 @@
-"""A model and a task -> the ONNX graphs of a bundle, one for each engine, and the weights file that they share.
+"""Builds the ONNX graphs of a bundle, one for each engine, and writes them with one weights file that they share.
 
-Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]; fill-mask also `mask_positions` [num_masks, 2] of
-(row, token), which may be empty; where the model is fed token types also `token_type_ids` [batch, sequence].
+Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]. Fill-mask also has `mask_positions`
+[num_masks, 2], pairs of (row, token), which may be empty. Graphs with token types also have `token_type_ids`
+[batch, sequence].
 
 Outputs, float32: `last_hidden_state` [batch, sequence, hidden]; then `sentence_embedding` [batch, embedding] (embed,
 after any Dense modules) or `logits`: [num_masks, vocabulary] (fill-mask), [batch, sequence, vocabulary] (fill-mask with
@@ -30,7 +31,7 @@ from gte_deploy.models.families import fusion_sites
 
 DEFAULT_OPSET = 20
 
-# Smaller tensors stay in the graph: ONNX Runtime infers shapes from those only.
+# Smaller tensors stay in the graph file, because ONNX Runtime infers shapes only from tensors there.
 _MIN_EXTERNAL_BYTES = 256
 _ALIGNMENT = 4096
 """Bytes. Each tensor begins on a page, so that engines can map it."""
@@ -38,14 +39,14 @@ _ALIGNMENT = 4096
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph for one engine and what it takes and gives.
+    """A graph for one engine, with a description of its inputs and outputs.
 
     Args:
-        model: with its weights as initialisers; they may be views of the PyTorch model's parameters.
-        fusions: pass -> how often it fired, in the order in which they ran; empty for a graph of standard operators.
-        opset: of the standard operators.
-        inputs: in graph order.
-        outputs: in graph order.
+        model: the graph with its weights as initialisers; they may be views of the PyTorch model's parameters.
+        fusions: fusion pass -> number of matches, in the order of the passes; empty for a graph of standard operators.
+        opset: the version of the standard operators.
+        inputs: the inputs, in graph order.
+        outputs: the outputs, in graph order.
     """
 
     model: ir.Model
@@ -66,23 +67,24 @@ def build_graphs(
     token_types: bool = False,
     sparse: SparseSpec | None = None,
 ) -> dict[Engine, Graph]:
-    """Trace `model` once; a graph for each engine, sharing its weights.
+    """Trace `model` once, and build a graph for each engine; the graphs share the model's weights.
 
-    ONNX Runtime gets the fused graph. OpenVINO gets standard operators with explicit attention, which it fuses better
-    itself: one text of 8,192 tokens through the base model takes 25 s and 1.9 GB so, 31 s and 2.6 GB fused.
+    ONNX Runtime gets the fused graph. OpenVINO gets standard operators with explicit attention, because its own fusions
+    are better: one text of 8,192 tokens takes 25 s and 1.9 GB with the base model; the fused graph takes 31 s and
+    2.6 GB.
 
     Args:
-        model: of the task's class, float32; it comes back as it was. See `trace`.
+        model: a float32 model of the task's class; its state is restored after the trace, see `trace`.
         task: one of gte_deploy.core.spec.TASKS.
-        max_length: longest sequence that the graphs take, up to the model's max_position_embeddings.
+        max_length: the longest sequence that the graphs take, at most the model's max_position_embeddings.
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.
-        opset: version of the standard operators.
-        token_types: whether the graphs take `token_type_ids`; without, every token has type 0.
-        sparse: how to pool, for sparse.
+        opset: the version of the standard operators.
+        token_types: whether the graphs have the input `token_type_ids`; without it, every token has type 0.
+        sparse: how embeddings are pooled, for sparse.
 
     Raises:
-        ExportError: an argument that the model cannot honour, or a fusion pass that did not fire as it must.
+        ExportError: the model does not support an argument, or a fusion pass did not match as often as it must.
     """
     plain = trace(
         model,
@@ -100,25 +102,26 @@ def build_graphs(
 
 
 def save_graph(graph: Graph, path: Path) -> list[Path]:
-    """Write one graph to `path` and its weights to `path`.data; see `save_graphs`."""
+    """Write one graph to `path` and its weights to `path`.data; return the files. See `save_graphs`."""
     return save_graphs({path: graph}, path.with_name(f"{path.name}.data"))
 
 
 def save_graphs(graphs: Mapping[Path, Graph], data: Path) -> list[Path]:
-    """Write each graph to its path and the weights of all, each once, to `data` in the same folder; the files written.
+    """Write each graph to its path, and the weights of all graphs to `data` in the same folder; return the files.
 
-    Each file is written aside, synced and renamed, readable by other users. The same graphs give the same bytes.
+    Equal weights are written once. Each file is written to a temporary folder, synced and renamed; other users can read
+    it. The same graphs give the same bytes.
     """
-    with tempfile.TemporaryDirectory(dir=data.parent, prefix=f".{data.name}.", suffix=".tmp") as aside:
-        store = _WeightStore(Path(aside) / data.name)
+    with tempfile.TemporaryDirectory(dir=data.parent, prefix=f".{data.name}.", suffix=".tmp") as temporary:
+        store = _WeightStore(Path(temporary) / data.name)
         with store.path.open("wb") as file:
             models = {path.name: _with_external_weights(graph.model, store, file) for path, graph in graphs.items()}
         for name, model in models.items():
-            ir.save(model, Path(aside) / name)
+            ir.save(model, Path(temporary) / name)
         written = [data, *graphs]  # the data before the graphs that refer to it
         for path in written:
-            sync_file(Path(aside) / path.name)
-            os.replace(Path(aside) / path.name, path)
+            sync_file(Path(temporary) / path.name)
+            os.replace(Path(temporary) / path.name, path)
     sync_directory(data.parent)
     return sorted(written)
 
@@ -130,12 +133,12 @@ class _WeightStore:
     path: Path
     offsets: dict[bytes, int] = field(default_factory=dict)
     written: list[tuple[np.ndarray, int]] = field(default_factory=list)
-    """Arrays and where they stand; held, so that no other gets their memory meanwhile."""
+    """Arrays and their offsets. These references keep the memory of an array from being reused for another one."""
 
     def add(self, tensor: ir.TensorProtocol, name: str, file: BinaryIO) -> ir.ExternalTensor:
-        """The tensor's place in the file; what is not there yet is appended."""
+        """Append the tensor, unless the file has its contents already; return its location in the file."""
         array = tensor.numpy()
-        offset = self._place_of_part(array)
+        offset = self._offset_of_view(array)
         if offset is None:
             contents = tensor.tobytes()
             digest = hashlib.sha256(contents).digest()
@@ -155,8 +158,8 @@ class _WeightStore:
             base_dir=self.path.parent,
         )
 
-    def _place_of_part(self, array: np.ndarray) -> int | None:
-        """Where some rows of a stored matrix stand, such as a part of a tied vocabulary's."""
+    def _offset_of_view(self, array: np.ndarray) -> int | None:
+        """The offset of an array that is a view of rows of a stored matrix, such as a part of a tied vocabulary."""
         if not array.flags.c_contiguous:
             return None
         for whole, offset in self.written:
@@ -168,7 +171,7 @@ class _WeightStore:
 
 def _with_external_weights(model: ir.Model, store: _WeightStore, file: BinaryIO) -> ir.Model:
     model = model.clone()
-    # Matrices before the parts of them.
+    # Large tensors first: a matrix comes before the views of its rows.
     for name, value in sorted(model.graph.initializers.items(), key=lambda item: -tensor_of(item[1]).nbytes):
         tensor = tensor_of(value)
         if tensor.nbytes >= _MIN_EXTERNAL_BYTES:
@@ -177,7 +180,7 @@ def _with_external_weights(model: ir.Model, store: _WeightStore, file: BinaryIO)
 
 
 def graph_of(model: ir.Model, fusions: dict[str, int], opset: int) -> Graph:
-    """A model with its inputs and outputs as they are now."""
+    """The `Graph` of `model`, described by its present inputs and outputs."""
     return Graph(
         model=model,
         fusions=fusions,

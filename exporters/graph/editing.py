@@ -1,10 +1,10 @@
-"""What every fusion pass is made of: matching one site of a graph, building what replaces it, counting.
+"""The parts of a fusion pass: functions that match a site of a graph, build its replacement, and count the matches.
 
-A pass looks at every node of one operator (its anchors) and either rewrites the site around it or raises `Mismatch`
-with the reason. The new value takes the old one's place; nodes that lose their last use are removed after the pass.
+A pass looks at every node of one operator type, its anchors. It either rewrites the site around an anchor or raises
+`Mismatch` with the reason. The new value replaces the old one; nodes without uses are removed after the pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ class FusionPass:
     """A named rewrite: `rewrite(graph, anchor)` for every node whose operator is `anchor`.
 
     Args:
-        name: name in reports and in the sites of a family.
-        anchor: operator type that every site has exactly once.
+        name: the name in reports and in the sites of a family.
+        anchor: the operator type that every site has exactly once.
         rewrite: rewrites one site, or raises Mismatch.
     """
 
@@ -34,7 +34,7 @@ class FusionPass:
     rewrite: Callable[[ir.Graph, ir.Node], None]
 
     def __call__(self, model: ir.Model) -> tuple[int, list[str]]:
-        """Rewrite every site in place, leaving a valid graph; how many, and why each other anchor was left alone."""
+        """Rewrite every site in place; return their number, and the reason for each anchor that did not match."""
         fired, reasons = 0, []
         for node in [node for node in model.graph if node.op_type == self.anchor]:
             try:
@@ -48,26 +48,26 @@ class FusionPass:
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node:
-    """The node that makes `value`, which must be an `op_type`."""
+    """The node that computes `value`; Mismatch unless its operator is `op_type`."""
     node = None if value is None else value.producer()
     if node is None:
-        raise Mismatch(f"{_named(value)} is not made by a node, but {op_type} was expected")
+        raise Mismatch(f"{_quoted(value)} is not made by a node, but {op_type} was expected")
     if node.op_type != op_type:
-        raise Mismatch(f"{_named(value)} is made by {node.op_type}, not {op_type}")
+        raise Mismatch(f"{_quoted(value)} is made by {node.op_type}, not {op_type}")
     return node
 
 
 def consumer(value: ir.Value, op_type: str) -> ir.Node:
-    """The only node that uses `value`, which must be an `op_type`."""
+    """The only node that uses `value`; Mismatch unless its operator is `op_type`."""
     users = [use.node for use in value.uses()]
     if [user.op_type for user in users] != [op_type] or value.is_graph_output():
         kinds = ", ".join(user.op_type for user in users) or "nothing"
-        raise Mismatch(f"{_named(value)} is used by {kinds}, not by one {op_type} alone")
+        raise Mismatch(f"{_quoted(value)} is used by {kinds}, not by one {op_type} alone")
     return users[0]
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
-    """An input that must be there."""
+    """Input `index` of a node; Mismatch if it is absent."""
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None:
         raise Mismatch(f"{node.name} has no input {index}")
@@ -81,27 +81,32 @@ def other_operand(node: ir.Node, one: ir.Value) -> ir.Value:
     return second if one is first else first
 
 
+def by_name(values: Iterable[ir.Value], name: str) -> ir.Value:
+    """The value called `name` among the inputs or the outputs of a graph; it must exist."""
+    return next(value for value in values if value.name == name)
+
+
 def dimensions(value: ir.Value) -> tuple[int | str | None, ...]:
-    """The shape of a value, which must be known; a dynamic axis is its name."""
+    """The shape of a value, with names for dynamic axes; Mismatch if it is not known."""
     if value.shape is None:
         raise Mismatch(f"the shape of {value.name!r} is not known")
     return tuple(size if isinstance(size, int) else size.value for size in value.shape)
 
 
 def split_operands(node: ir.Node, op_type: str) -> tuple[ir.Node, ir.Value]:
-    """Of a commutative node's two inputs: the node of the one made by `op_type`, and the other input."""
+    """Of a commutative node's two inputs, find one that an `op_type` computes; return that node and the other input."""
     first, second = operand(node, 0), operand(node, 1)
     for value, other in ((first, second), (second, first)):
-        made = value.producer()
-        if made is not None and made.op_type == op_type:
-            return made, other
+        source = value.producer()
+        if source is not None and source.op_type == op_type:
+            return source, other
     raise Mismatch(f"no operand of {node.name} is made by {op_type}")
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol:
-    """The tensor of an initialiser."""
+    """The tensor of an initialiser; Mismatch if `value` is not one."""
     if value is None or value.const_value is None or not value.is_initializer():
-        raise Mismatch(f"{_named(value)} is not a constant")
+        raise Mismatch(f"{_quoted(value)} is not a constant")
     return value.const_value
 
 
@@ -132,18 +137,18 @@ def same_constant(value: ir.Value | None, expected: Sequence[int]) -> bool:
 
 
 def constant(graph: ir.Graph, name: str, contents: np.ndarray) -> ir.Value:
-    """An initialiser, shared by every pass that asks for this name."""
+    """The initialiser `name`, added at its first use and shared by all later ones."""
     return graph.initializers.get(name) or initializer(graph, name, ir.tensor(contents))
 
 
 def integers(graph: ir.Graph, *numbers: int) -> ir.Value:
-    """A shared int64 vector, such as a Reshape's target."""
+    """A shared int64 vector, such as the target of a Reshape."""
     return constant(graph, "int64_" + "_".join(map(str, numbers)).replace("-", "m"), np.array(numbers, np.int64))
 
 
 @dataclass
 class Builder:
-    """Puts new nodes before `anchor`, named `scope`/what they do."""
+    """Inserts new nodes before `anchor`; their names begin with `scope` and a slash."""
 
     graph: ir.Graph
     anchor: ir.Node
@@ -161,7 +166,7 @@ class Builder:
         shape: ir.Shape | Sequence[int | str | None] | None = None,
         **attributes: Any,
     ) -> list[ir.Value]:
-        """Insert one node; its outputs."""
+        """Insert one node and return its outputs."""
         title = f"{self.scope}/{name or op_type}"
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=title)
         for i, value in enumerate(node.outputs):
@@ -175,11 +180,11 @@ class Builder:
         return list(node.outputs)
 
     def inside(self, scope: str) -> "Builder":
-        """The same place, for nodes of another module."""
+        """A builder at the same place, for nodes of the module `scope`."""
         return Builder(self.graph, self.anchor, scope)
 
     def op(self, op_type: str, *inputs: ir.Value | None, **options: Any) -> ir.Value:
-        """Insert one node with one output; the output."""
+        """Insert one node with one output, and return the output."""
         return self.node(op_type, inputs, **options)[0]
 
 
@@ -189,7 +194,7 @@ def scope_of(node: ir.Node) -> str:
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` take the place of `old`, under `old`'s name where it is an output of the graph."""
+    """Replace all uses of `old` by `new`. If `old` is an output of the graph, `new` also gets its name and type."""
     if old.shape is not None and new.shape is None:
         new.shape = old.shape
     if old.is_graph_output():
@@ -198,5 +203,5 @@ def replace(old: ir.Value, new: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def _named(value: ir.Value | None) -> str:
+def _quoted(value: ir.Value | None) -> str:
     return "an absent input" if value is None else f"{value.name!r}"

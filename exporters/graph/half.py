@@ -1,9 +1,9 @@
-"""An FP32 graph -> the same with FP16 or BF16 weights and activations; inputs and outputs keep their types.
+"""Converts an FP32 graph to FP16 or BF16 weights and activations; its inputs and outputs keep their types.
 
-Everything from the word embedding on is made half: tables, weights and what they touch. What never met them (masks,
-positions) stays as it is, and so does mean pooling: a sum of thousands of tokens is FP32. The rotation tables are FP32
-values that are rounded once, never angles in half precision. LayerNormalization, Gemm and attention keep their sums in
-FP32 inside their kernels.
+The embedding tables and all nodes that depend on them are in half precision, with half-precision weights. Nodes that do
+not depend on the embeddings (masks, positions) keep their types. Mean pooling stays in FP32, because it sums thousands
+of tokens. The rotation tables are FP32 values that are rounded once; no angle is computed in half precision.
+LayerNormalization, Gemm and attention accumulate in FP32 inside their kernels.
 """
 
 import functools
@@ -17,18 +17,18 @@ from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import initializer, tensor_of
 
 HALVES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-_POOLED = "sentence_embedding"
+_EMBEDDING = "sentence_embedding"
 
 
 def lower_to_half(model: ir.Model, dtype: ir.DataType) -> int:
-    """Rewrite the graph in place; how many initialisers are half now.
+    """Rewrite the graph in place; return the number of initialisers in half precision.
 
     Raises:
-        ExportError: when the weights are written, if one is beyond the range of `dtype`.
+        ExportError: a weight is outside the range of `dtype`. The error comes only when the weights are written.
     """
     graph = model.graph
     halves: dict[ir.Value, ir.Value] = {}
-    is_pooled = any(value.name == _POOLED for value in graph.outputs)
+    is_pooled = any(value.name == _EMBEDDING for value in graph.outputs)
 
     def as_half(value: ir.Value) -> ir.Value:
         if value not in halves:
@@ -43,22 +43,22 @@ def lower_to_half(model: ir.Model, dtype: ir.DataType) -> int:
         if not _is_half(node, dtype):
             continue
         if node.op_type == "Gelu":
-            node.domain = ""  # on CUDA the standard operator has a kernel for every type; com.microsoft's lacks BF16
+            node.domain = ""  # on CUDA the standard operator has a kernel for each type; com.microsoft's lacks BF16
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == ir.DataType.FLOAT:
                 node.replace_input_with(index, as_half(value))
         for value in node.outputs:
             if value.dtype == ir.DataType.FLOAT:
-                value.type = ir.TensorType(dtype)  # not value.dtype: copies of a graph share the type
+                value.type = ir.TensorType(dtype)  # not value.dtype: copies of a graph share the type object
                 if value.is_graph_output():
-                    _give_out(graph, value, all_users=is_pooled)
+                    _output_in_fp32(graph, value, for_all_users=is_pooled)
     ir_passes.TopologicalSortPass()(model)
     ir_passes.RemoveUnusedNodesPass()(model)
     return sum(value.dtype == dtype for value in graph.initializers.values())
 
 
 def add_cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """`value` as `dtype`; the node is appended, for a later topological sort."""
+    """Add a Cast of `value` to `dtype`. The node is appended, so the graph needs a topological sort afterwards."""
     name = f"{value.name}/{dtype.name.lower()}"
     node = ir.node("Cast", [value], {"to": dtype}, name=name)
     graph.append(node)
@@ -76,14 +76,17 @@ def _is_half(node: ir.Node, dtype: ir.DataType) -> bool:
     return table is not None and table.is_initializer() and table.dtype == ir.DataType.FLOAT
 
 
-def _give_out(graph: ir.Graph, value: ir.Value, *, all_users: bool) -> None:
-    """Let an output be FP32 again under its own name; and what else reads it, where it is pooled."""
+def _output_in_fp32(graph: ir.Graph, value: ir.Value, *, for_all_users: bool) -> None:
+    """Replace the graph output `value` by its Cast to FP32, which gets the name of the output.
+
+    With `for_all_users` the nodes that read `value` read the FP32 value too. Pooling then sums in FP32.
+    """
     users = list(value.uses())
-    wide = add_cast(graph, value, ir.DataType.FLOAT)
-    value.name, wide.name = f"{value.name}/half", value.name
-    graph.outputs[graph.outputs.index(value)] = wide
-    for user, index in users if all_users else ():
-        user.replace_input_with(index, wide)
+    fp32 = add_cast(graph, value, ir.DataType.FLOAT)
+    value.name, fp32.name = f"{value.name}/half", value.name
+    graph.outputs[graph.outputs.index(value)] = fp32
+    for user, index in users if for_all_users else ():
+        user.replace_input_with(index, fp32)
 
 
 def _rounded_when_read(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:

@@ -1,13 +1,13 @@
-"""A model of transformers -> a standard-operators-only ONNX graph with dynamic batch and sequence axes.
+"""Traces a transformers model to an ONNX graph of standard operators, with dynamic batch and sequence axes.
 
-The traced modules are transformers' own, and the head of the task is the one in `models/heads.py`. Three things differ
-from transformers' forward, and no value does:
+The encoder is transformers' own module, and the task's head comes from `models/heads.py`. The graph differs from
+transformers' forward pass in three ways, none of which changes a value:
 
-* the mask enters attention as an additive [B, 1, 1, S] tensor, so that no graph ever holds [B, 1, S, S] masks;
-* cosines and sines of rotary positions come from tables that the model's own rotary module filled in FP32. Computing
-  them elsewhere rounds far angles differently (3e-4 in the output at position 2,000), and half precision loses them
-  altogether;
-* the head of fill-mask sees the masked rows only.
+* The mask is an additive [B, 1, 1, S] tensor, so no graph stores a [B, 1, S, S] mask.
+* Cosines and sines of rotary positions come from tables, which the model's own rotary module computed in FP32. Another
+  implementation rounds the angles of far positions differently (3e-4 in the output at position 2,000), and half
+  precision loses them altogether.
+* The head of fill-mask computes only masked tokens.
 
 Shapes: B rows, S tokens, M masks, H hidden size, D head size, V vocabulary, L labels.
 """
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.families import family_of
 from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_head
@@ -38,17 +39,16 @@ from gte_deploy.tasks.base import HIDDEN
 logger = logging.getLogger(__name__)
 
 MASK_BIAS = -10_000.0
-"""What a masked key's score loses. exp(-10000) is 0 in FP32; a row without any key stays finite; FP16 can hold it."""
+"""Added to the scores of masked keys. exp(-10000) is 0 in FP32; a row without keys stays finite; FP16 can hold it."""
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 MIN_OPSET = 20
 MAX_OPSET = 23
-MIN_LENGTH = 8
 
-# Elements. Folding evaluates shape arithmetic and the row of token type 0, and never copies a large weight.
+# In elements. Constant folding evaluates shape arithmetic and the row of token type 0, but copies no large weight.
 _FOLD_LIMIT = 1 << 16
-# Shape vectors and scalars are shared where equal; weights keep their own names, even where a fresh model's are equal.
+# In elements. Equal shape vectors and scalars are merged; weights stay separate, even the equal ones of a new model.
 _SHARED_LIMIT = 4
 
 
@@ -63,35 +63,35 @@ def trace(
     token_types: bool = False,
     sparse: SparseSpec | None = None,
 ) -> ir.Model:
-    """Trace `model` for `task`; inputs and outputs as `gte_deploy.exporters.graph.build` states them.
+    """Trace `model` with the head of `task`. `gte_deploy.exporters.graph.build` describes the inputs and outputs.
 
-    With `token_types` the graph takes the type of every token; without, all have type 0.
+    With `token_types` the graph has the input `token_type_ids`; without it, every token has type 0.
 
-    The model is put in eval mode with eager attention for the trace and is given back as it came; it must not run
-    elsewhere meanwhile. Its weights are referenced by the graph, not copied.
+    During the trace the model is in eval mode with eager attention, so it must not run elsewhere. Afterwards its state
+    is restored. The graph refers to the model's weights without a copy.
 
     Raises:
         ConfigError: no family has the model's type.
-        ExportError: an unknown task, pooling or logits; a model of another class or dtype; a length that the model
-            does not have; a RoPE that depends on the length; an opset outside 20–23; token types of a model that does
-            not tell any apart.
+        ExportError: the task, pooling or logits is unknown; the model has another class or dtype; `max_length` is
+            outside the model's range; the RoPE depends on the length; the opset is outside 20–23; `token_types` is set
+            for a model with a single token type.
     """
     options = _checked_options(task, pooling, logits, sparse)
     _check_model(model, options, max_length)
     if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise ExportError(f"opset {opset} is outside {MIN_OPSET} … {MAX_OPSET}")
+        raise ExportError(f"opset {opset} is outside {MIN_OPSET} … {MAX_OPSET}; choose an opset in this range")
     if token_types and model.config.type_vocab_size < 2:
-        raise ExportError(f"token types need a type_vocab_size above 1, and it is {model.config.type_vocab_size}")
+        raise ExportError(f"token types need a type_vocab_size above 1; the model has {model.config.type_vocab_size}")
     with _traceable(model, max_length):
         wrapper = _wrap(model, options).eval()
         traced = _export(wrapper, max_length, opset, token_types=token_types)
-    _name(traced.graph)
-    _tidy(traced)
+    _set_names(traced.graph)
+    _simplify(traced)
     return traced
 
 
 class RotaryTable(nn.Module):
-    """Stands for the model's rotary module: slices of the FP32 tables [max_length, D/2] that it computed itself."""
+    """Replaces the model's rotary module by slices of FP32 tables [max_length, D/2], which that module computed."""
 
     cos: Tensor
     sin: Tensor
@@ -111,7 +111,7 @@ class RotaryTable(nn.Module):
 
 
 class _TracedStates(PaddedStates):
-    """Padded hidden states that take the masked rows with the operator GatherND."""
+    """Padded hidden states that gather the masked tokens with the operator GatherND."""
 
     def masked_tokens(self) -> Tensor | None:
         """See `States`."""
@@ -119,7 +119,7 @@ class _TracedStates(PaddedStates):
         if positions is None:
             return None
         return torch.onnx.ops.symbolic(
-            "GatherND",  # checks row and token; an index into flattened rows would wrap into the next text
+            "GatherND",  # it checks row and token; an index into flattened rows could reach the next text
             (self.hidden, positions),
             dtype=self.hidden.dtype,
             shape=(positions.shape[0], self.hidden.shape[-1]),
@@ -127,7 +127,7 @@ class _TracedStates(PaddedStates):
 
 
 class _Wrapper(nn.Module):
-    """Graph inputs -> the encoder -> the task's outputs. `forward` takes what `input_names` has, then token types."""
+    """Runs the encoder and the head on the inputs of the graph: `input_names`, then token types if there are any."""
 
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
@@ -141,13 +141,13 @@ class _Wrapper(nn.Module):
         if isinstance(head, SparseHead):
             # The model does not own this module. torch names its nodes only if it is registered and called here.
             self.lm_head, self.head = head.module, None
-        # One id, broadcast: ids of [B, S] would look the same row up for every token.
+        # One id that is broadcast; ids [B, S] would look up the same row for every token.
         self.register_buffer("type_zero", torch.zeros((1, 1), dtype=torch.long))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, S, H] and the output of the head; types None is all 0."""
+        """Return the hidden states [B, S, H] and the output of the head. Without types, every token has type 0."""
         return self.compute(input_ids, attention_mask, None, token_type_ids)
 
     def compute(
@@ -157,7 +157,7 @@ class _Wrapper(nn.Module):
         mask_positions: Tensor | None,
         token_type_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with or without mask positions."""
+        """Like `forward`, with mask positions for a head that reads only masked tokens."""
         bias = (1.0 - attention_mask.to(torch.float32)) * MASK_BIAS
         outputs = self.model.base_model(
             input_ids=input_ids,
@@ -194,7 +194,7 @@ def _checked_options(task: str, pooling: str | None, logits: str, sparse: Sparse
     if known_task is None:
         raise ExportError(f"task {task!r} is none of {', '.join(TASKS)}")
     if task == "sparse" and sparse is None:
-        raise ExportError("task 'sparse' must be told how embeddings are made: give a SparseSpec")
+        raise ExportError("task 'sparse' needs a SparseSpec, which says how embeddings are pooled")
     known_pooling: Pooling | None = next((known for known in POOLINGS if known == pooling), None)
     if task == "embed" and known_pooling is None:
         raise ExportError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}; embed needs one")
@@ -210,14 +210,14 @@ def _check_model(model: PreTrainedModel, options: HeadOptions, max_length: int) 
         expected = family.classes.get(task, "family that has this task")
         raise ExportError(f"task {options.task!r} needs a {expected}, and the model is a {type(model).__name__}")
     longest = model.config.max_position_embeddings
-    if not MIN_LENGTH <= max_length <= longest:
-        raise ExportError(f"max_length {max_length} is outside {MIN_LENGTH} … {longest}, which this model has")
+    if not MIN_MAX_LENGTH <= max_length <= longest:
+        raise ExportError(f"max_length {max_length} is outside {MIN_MAX_LENGTH} … {longest}, the range of this model")
     rope_type = model.config.rope_parameters["rope_type"] if family.positions == "rotary" else None
     if rope_type in _LENGTH_DEPENDENT_ROPE:
-        raise ExportError(f"rope_type {rope_type!r} turns with the length of the text, which a table cannot do")
+        raise ExportError(f"rope_type {rope_type!r} depends on the length of the text, and a table cannot")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
-            raise ExportError(f"{name} is {parameter.dtype}; graphs are made from float32 weights: load them so")
+            raise ExportError(f"{name} is {parameter.dtype}; a graph needs float32 weights: load the model in float32")
 
 
 @contextlib.contextmanager
@@ -238,7 +238,7 @@ def _traceable(model: PreTrainedModel, max_length: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_rotary_table(model: PreTrainedModel, max_length: int) -> Iterator[None]:
-    """Put tables in the place of the rotary module, where the family has one."""
+    """Replace the rotary module by tables, if the family has one, and put it back afterwards."""
     family = family_of(model.config)
     if family.positions != "rotary" or family.position_module is None:
         yield
@@ -254,13 +254,13 @@ def _with_rotary_table(model: PreTrainedModel, max_length: int) -> Iterator[None
 
 def _export(wrapper: _Wrapper, max_length: int, opset: int, *, token_types: bool) -> ir.Model:
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max_length)
-    # Sizes other than 0 and 1: torch would take those for constants.
+    # No axis has size 0 or 1, because torch would make it a constant.
     ones = functools.partial(torch.ones, dtype=torch.long, device=wrapper.model.device)
     arguments: dict[str, tuple[Tensor, dict[int, torch.export.Dim]]] = {
-        "input_ids": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
-        "attention_mask": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
+        "input_ids": (ones(2, MIN_MAX_LENGTH - 1), {0: batch, 1: sequence}),
+        "attention_mask": (ones(2, MIN_MAX_LENGTH - 1), {0: batch, 1: sequence}),
         "mask_positions": (ones(3, 2), {0: torch.export.Dim("num_masks")}),
-        "token_type_ids": (ones(2, MIN_LENGTH - 1), {0: batch, 1: sequence}),
+        "token_type_ids": (ones(2, MIN_MAX_LENGTH - 1), {0: batch, 1: sequence}),
     }
     input_names = (*wrapper.input_names, *(["token_type_ids"] if token_types else []))
     chosen = [arguments[name] for name in input_names]
@@ -284,18 +284,18 @@ def _export(wrapper: _Wrapper, max_length: int, opset: int, *, token_types: bool
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Hold back a library's warnings: torch lists every torchvision operator that is not installed."""
-    noisy = logging.getLogger(name)
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    """Silence the warnings of a logger: torch lists every torchvision operator that is not installed."""
+    silenced = logging.getLogger(name)
+    level = silenced.level
+    silenced.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        noisy.setLevel(level)
+        silenced.setLevel(level)
 
 
-def _name(graph: ir.Graph) -> None:
-    """Name initialisers as the model's state dict does, and nodes by the module that they come from."""
+def _set_names(graph: ir.Graph) -> None:
+    """Name initialisers like the keys of the state dict, and nodes after the module that they come from."""
     for name in list(graph.initializers):
         graph.initializers[name].name = name.removeprefix("model.")
     for node in graph:
@@ -308,11 +308,11 @@ def _scopes(node: ir.Node) -> list[str]:
     return ast.literal_eval(value) if value else []
 
 
-def _tidy(model: ir.Model) -> None:
+def _simplify(model: ir.Model) -> None:
     """Fold shape arithmetic, transpose weights for MatMul, share equal constants, remove unused nodes."""
     ir_passes.ClearMetadataAndDocStringPass()(model)
     _transpose_weights(model.graph)
-    _state_reshapes(model.graph)
+    _set_reshape_targets(model.graph)
     optimizer.fold_constants(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     for clean in (
         ir_passes.IdentityEliminationPass(),
@@ -328,18 +328,18 @@ def _tidy(model: ir.Model) -> None:
 
 
 def _transpose_weights(graph: ir.Graph) -> None:
-    """Replace Transpose(weight) by an initialiser that is a transposed view: no copy until it is written."""
+    """Replace Transpose(weight) by an initialiser that is a transposed view; a copy is made only at writing."""
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is None or not weight.is_initializer() or list(node.attributes.get_ints("perm") or ()) != [1, 0]:
             continue
-        turned = initializer(graph, f"{weight.name}.T", ir.Tensor(array(weight).T))
-        node.outputs[0].replace_all_uses_with(turned)
+        transposed = initializer(graph, f"{weight.name}.T", ir.Tensor(array(weight).T))
+        node.outputs[0].replace_all_uses_with(transposed)
         graph.remove(node, safe=True)
 
 
-def _state_reshapes(graph: ir.Graph) -> None:
-    """Write [B, S, …] -> [B, S, fixed …] as a Reshape to [0, 0, fixed …]: no shape is computed at run time."""
+def _set_reshape_targets(graph: ir.Graph) -> None:
+    """Give each Reshape [B, S, …] -> [B, S, fixed …] the constant target [0, 0, fixed …], so no run computes it."""
     for node in list(graph):
         if node.op_type != "Reshape":
             continue

@@ -17,7 +17,7 @@ from gte_deploy.backends.onnxruntime import OnnxBackend
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import integers
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 
 Calibrator = Literal["max", "percentile", "entropy"]
 
@@ -82,7 +82,7 @@ def measure_amax(
     """Weight's name -> amax: the magnitude above which the linear layer's input is clipped, after smoothing.
 
     Args:
-        graph: the FP32 graph of which `ranges` were measured.
+        graph: the FP32 graph whose `ranges` were measured.
         spec: the facts about the model.
         batches: the batches of `measure_ranges`.
         ranges: the ranges of the linear layers to quantize.
@@ -91,27 +91,27 @@ def measure_amax(
             the distribution over 128 levels diverges least from the measured one, as TensorRT's calibrator did.
     """
     one = np.float32(1)
-    largest = {
+    amax = {
         name: float((np.maximum(np.abs(found.low), np.abs(found.high)) / smoothing.get(name, one)).max())
         for name, found in ranges.items()
     }
     if calibrator == "max":
-        return largest
-    histograms = _histograms(graph, spec, batches, largest, smoothing)
+        return amax
+    histograms = _histograms(graph, spec, batches, amax, smoothing)
     share_of = _percentile if calibrator == "percentile" else _least_divergence
-    return {name: largest[name] * share_of(histogram) for name, histogram in histograms.items()}
+    return {name: amax[name] * share_of(histogram) for name, histogram in histograms.items()}
 
 
 def _histograms(
     graph: Graph,
     spec: ModelSpec,
     batches: Sequence[Batch],
-    largest: Mapping[str, float],
+    amax: Mapping[str, float],
     smoothing: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, NDArray[np.int64]]:
-    """Weight's name -> histogram of the magnitudes of its input, in `_BINS` bins over 0 … largest."""
+    """Weight's name -> histogram of the magnitudes of its input, in `_BINS` bins over 0 … amax."""
     model = graph.model.clone()
-    inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in largest}
+    inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in amax}
     for value in dict.fromkeys(inputs.values()):
         if not value.is_graph_output():
             model.graph.outputs.append(value)
@@ -123,7 +123,7 @@ def _histograms(
                 magnitudes = np.abs(values[str(value.name)])
                 if name in smoothing:
                     magnitudes = magnitudes / smoothing[name]
-                found[name] += np.histogram(magnitudes, _BINS, (0, largest[name] or 1))[0]
+                found[name] += np.histogram(magnitudes, _BINS, (0, amax[name] or 1))[0]
     return found
 
 
@@ -133,7 +133,7 @@ def _percentile(histogram: NDArray[np.int64]) -> float:
 
 
 def _least_divergence(histogram: NDArray[np.int64]) -> float:
-    """The share of the range that keeps the most information in 128 levels.
+    """The share of the range whose distribution over 128 levels diverges least from the measured one.
 
     See Migacz, 8-bit inference with TensorRT, 2017. The first bin does not count, because zeros are exact at any scale.
     """
@@ -144,13 +144,13 @@ def _least_divergence(histogram: NDArray[np.int64]) -> float:
         clipped = counts[:bins].copy()
         clipped[-1] += counts[bins:].sum()
         level = np.arange(bins) * _LEVELS // bins
-        held = counts[:bins] > 0
+        nonempty = counts[:bins] > 0
         sums = np.bincount(level, counts[:bins], _LEVELS)
-        sizes = np.bincount(level, held, _LEVELS)
-        spread = np.where(held, (sums / np.maximum(sizes, 1))[level], 0)
-        if clipped.sum() == 0 or spread.sum() == 0:
+        sizes = np.bincount(level, nonempty, _LEVELS)
+        quantized = np.where(nonempty, (sums / np.maximum(sizes, 1))[level], 0)
+        if clipped.sum() == 0 or quantized.sum() == 0:
             continue
-        p, q = clipped / clipped.sum(), spread / spread.sum()
+        p, q = clipped / clipped.sum(), quantized / quantized.sum()
         if np.any((p > 0) & (q == 0)):
             continue  # all clipped values would fall into an empty bin
         inside = p > 0

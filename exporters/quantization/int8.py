@@ -2,18 +2,19 @@
 
     W[:, j] ~ scale[j] * Q[:, j],  Q int8 in -127 … 127;      x ~ scale * (q - zero point),  q uint8
 
-There are two forms of the same arithmetic, because each engine runs another one as an integer GEMM:
+There are two forms of the same arithmetic, because each engine runs only one of them as an integer GEMM:
 
 * ONNX Runtime: QuantizeLinear or DynamicQuantizeLinear, once for all layers that share an input, and com.microsoft
   MatMulIntegerToFloat, which includes the bias;
 * OpenVINO (and TensorRT): QuantizeLinear and DequantizeLinear on both operands of a MatMul.
 
-The gated MLP's product gelu(gate) * up has channels hundreds of times as large as the others, so one scale does not fit
-all. Smoothing evens the channels out first (SmoothQuant, Xiao et al. 2023, eq. 4), at no cost at run time:
+In the gated MLP's product gelu(gate) * up, some channels are hundreds of times as large as the others, so one scale
+does not fit all. Smoothing first evens the channels out (SmoothQuant, Xiao et al. 2023, eq. 4). It costs nothing at run
+time:
 
     (up / s) · (s * down) = up · down,   s_j = max|x_j|^a / max|down_j|^(1 - a)
 
-The division is part of the up projection's weights. Word embeddings become int8 rows with one scale each.
+The weights of the up projection include the division. Word embeddings become int8 rows with one scale each.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from gte_deploy.exporters.graph.editing import (
     replace,
     scope_of,
 )
-from gte_deploy.exporters.graph.linears import Linear, find_linear_layers, linear_of
+from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, linear_layer_of
 from gte_deploy.exporters.quantization.calibration import Range
 
 Activations = Literal["dynamic", "static"]
@@ -47,10 +48,10 @@ SMOOTHING = 0.7
 """The exponent a. On gte-en-mlm-tiny 0.6 to 0.8 give similar results. Without smoothing, fill-mask's best answer is
 PyTorch's in 94 % of the cases; with it, in 98 %."""
 
-_LARGEST = 127
+_MAX_INT8 = 127
 # CPUs without VNNI add pairs of products in 16 bits; with half the range they cannot overflow.
-_LARGEST_REDUCED = 63
-_MIN_SCALE = 1e-5
+_MAX_INT8_REDUCED = 63
+_MIN_MAGNITUDE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ def smooth(model: ir.Model, smoothing: Mapping[str, NDArray[np.float32]]) -> Non
             _smooth(down, scales)
 
 
-def quantize_columns(matrix: NDArray[np.float32], largest: int = _LARGEST) -> tuple[np.ndarray, np.ndarray]:
+def quantize_columns(matrix: NDArray[np.float32], largest: int = _MAX_INT8) -> tuple[np.ndarray, np.ndarray]:
     """Quantize [in, out] float32 to int8 of the same shape and scales [out] float32. A column of zeros has scale 1."""
-    peak = np.abs(matrix).max(axis=0)
-    scale = np.where(peak > 0, peak / largest, 1).astype(np.float32)
+    amax = np.abs(matrix).max(axis=0)
+    scale = np.where(amax > 0, amax / largest, 1).astype(np.float32)
     return np.rint(matrix / scale).astype(np.int8), scale
 
 
@@ -137,31 +138,33 @@ def activation_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
 
 
 def _smoothing_scales(matrix: NDArray[np.float32], found: Range) -> NDArray[np.float32]:
-    peak = np.maximum(np.maximum(np.abs(found.low), np.abs(found.high)), _MIN_SCALE)
-    weight = np.maximum(np.abs(matrix).max(axis=1), _MIN_SCALE)
-    scales = peak**SMOOTHING / weight ** (1 - SMOOTHING)
+    input_amax = np.maximum(np.maximum(np.abs(found.low), np.abs(found.high)), _MIN_MAGNITUDE)
+    weight_amax = np.maximum(np.abs(matrix).max(axis=1), _MIN_MAGNITUDE)
+    scales = input_amax**SMOOTHING / weight_amax ** (1 - SMOOTHING)
     return (scales / np.exp(np.log(scales).mean())).astype(np.float32)
 
 
-def _up_projection(down: Linear) -> Linear | None:
-    """The up projection: its output times the gate is the input of `down`. None if there is no such product."""
+def _up_projection(down: LinearLayer) -> LinearLayer | None:
+    """The up projection, whose output times the activated gate is the input of `down`; None without such a product."""
     value = down.x
     while (source := value.producer()) is not None and source.op_type == "Reshape":
         value = operand(source, 0)
     if source is None or source.op_type != "Mul":
         return None
-    return next((up for side in source.inputs if side and (up := linear_of(side.producer()))), None)
+    return next((up for side in source.inputs if side and (up := linear_layer_of(side.producer()))), None)
 
 
-def _smooth(down: Linear, scales: NDArray[np.float32]) -> None:
+def _smooth(down: LinearLayer, scales: NDArray[np.float32]) -> None:
     up = _up_projection(down)
     if up is None or up.bias is not None:
-        raise ExportError(f"{down.name} does not follow a gated unit in this graph, unlike in the graph of the scheme")
+        raise ExportError(
+            f"{down.name} follows no gated unit in this graph, but it does in the graph that the scheme is for"
+        )
     for linear, matrix in ((up, up.matrix() / scales), (down, down.matrix() * scales[:, None])):
         linear.weight.const_value = ir.tensor(matrix, name=linear.weight.name)
 
 
-def _integer_product(build: Builder, linear: Linear, scheme: Int8Scheme, activations: Activations) -> ir.Value:
+def _integer_product(build: Builder, linear: LinearLayer, scheme: Int8Scheme, activations: Activations) -> ir.Value:
     if activations == "dynamic":
         quantized, scale, zero = build.node("DynamicQuantizeLinear", [linear.x], outputs=3, dtype=ir.DataType.UINT8)
         scale.dtype = ir.DataType.FLOAT
@@ -172,7 +175,7 @@ def _integer_product(build: Builder, linear: Linear, scheme: Int8Scheme, activat
     return build.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
 
 
-def _dequantized_product(build: Builder, linear: Linear, scheme: Int8Scheme, activations: Activations) -> ir.Value:
+def _dequantized_product(build: Builder, linear: LinearLayer, scheme: Int8Scheme, activations: Activations) -> ir.Value:
     quantized, scale, zero = _quantized_input(build, linear, scheme)
     x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
     weight = build.op("DequantizeLinear", *_quantized_weight(build.graph, linear, scheme), name="weight", axis=1)
@@ -180,20 +183,20 @@ def _dequantized_product(build: Builder, linear: Linear, scheme: Int8Scheme, act
     return product if linear.bias is None else build.op("Add", product, linear.bias)
 
 
-def _quantized_input(build: Builder, linear: Linear, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _quantized_input(build: Builder, linear: LinearLayer, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value, ir.Value]:
     found, smoothing = scheme.ranges[linear.name], scheme.smoothing.get(linear.name, np.float32(1))
     scale, zero = activation_scale(float((found.low / smoothing).min()), float((found.high / smoothing).max()))
-    title = f"{linear.x.name}/quantized"  # for all layers that take this input
+    name = f"{linear.x.name}/quantized"  # shared by all layers that take this input
     constants = (
-        constant(build.graph, f"{title}.scale", np.array(scale)),
-        constant(build.graph, f"{title}.zero", np.array(zero)),
+        constant(build.graph, f"{name}.scale", np.array(scale)),
+        constant(build.graph, f"{name}.zero", np.array(zero)),
     )
     quantized = build.op("QuantizeLinear", linear.x, *constants, name="quantized", dtype=ir.DataType.UINT8)
     return quantized, *constants
 
 
-def _quantized_weight(graph: ir.Graph, linear: Linear, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value]:
-    largest = _LARGEST_REDUCED if scheme.reduce_range else _LARGEST
+def _quantized_weight(graph: ir.Graph, linear: LinearLayer, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value]:
+    largest = _MAX_INT8_REDUCED if scheme.reduce_range else _MAX_INT8
     quantized, scale = quantize_columns(linear.matrix(), largest)
     return (
         initializer(graph, f"{linear.name}.int8", ir.tensor(quantized)),
@@ -202,7 +205,7 @@ def _quantized_weight(graph: ir.Graph, linear: Linear, scheme: Int8Scheme) -> tu
 
 
 def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
-    """Quantize embedding tables [rows, H] that only Gathers read to int8 rows with scales; return their number."""
+    """Quantize each embedding table [rows, H] that only one Gather reads, with one scale a row; return their number."""
     count = 0
     for node in [node for node in graph if node.op_type == "Gather"]:
         table, ids = operand(node, 0), operand(node, 1)
@@ -217,8 +220,8 @@ def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
         build = Builder(graph, node, scope_of(node))
         rows = initializer(graph, f"{table.name}.rows.int8", ir.tensor(np.ascontiguousarray(quantized.T)))
         scales = initializer(graph, f"{table.name}.rows.scale", ir.tensor(scale[:, None]))
-        picked = build.op("Gather", rows, ids, name="int8_rows", dtype=ir.DataType.INT8)
-        in_fp32 = build.op("Cast", picked, name="rows", to=ir.DataType.FLOAT)
+        gathered = build.op("Gather", rows, ids, name="int8_rows", dtype=ir.DataType.INT8)
+        in_fp32 = build.op("Cast", gathered, name="rows", to=ir.DataType.FLOAT)
         replace(
             node.outputs[0], build.op("Mul", in_fp32, build.op("Gather", scales, ids, name="scales"), name="scaled")
         )

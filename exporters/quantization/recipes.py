@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running
 from gte_deploy.exporters.quantization.int8 import Activations, int8_scheme, quantize_int8
 from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivity
@@ -17,7 +17,7 @@ from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy
 from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts, text_batches
 from gte_deploy.text.tokenization import TextTokenizer
 
-# Words of each kind of batch; see `text_batches`. A sweep measures each layer on fewer words and judges on all of them.
+# The `max_tokens` of `text_batches`. A sweep measures each group of layers on fewer tokens than the result.
 CALIBRATION_TOKENS = 4000
 _SWEEP_TOKENS = 1000
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
@@ -66,24 +66,28 @@ def quantize_graphs(
     if precision != "int8":
         copy = graphs["onnxruntime"].model.clone()
         counts = quantize_weights(copy, _WEIGHT_BITS[precision])
-        return Quantized({"onnxruntime": _with(graphs["onnxruntime"], copy, counts)})
+        return Quantized({"onnxruntime": _with_model(graphs["onnxruntime"], copy, counts)})
     fp32 = graphs["onnxruntime"]
     texts, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
     scheme = int8_scheme(fp32.model, ranges, reduce_range=reduce_range)
-    # Static ranges are the stricter form, and the form of OpenVINO.
-    judged: Activations = "static" if "openvino" in graphs else activations
+    # Static ranges lose more accuracy than dynamic ones, and OpenVINO's graph always has them.
+    sweep_activations: Activations = "static" if "openvino" in graphs else activations
 
-    def tried(excluded: frozenset[str]) -> Graph:
+    def quantize(excluded: frozenset[str]) -> Graph:
         model = fp32.model.clone()
-        quantize_int8(model, scheme.excluding(excluded), engine="onnxruntime", activations=judged)
+        quantize_int8(model, scheme.excluding(excluded), engine="onnxruntime", activations=sweep_activations)
         return dataclasses.replace(fp32, model=model)
 
-    found = sweep(fp32, scheme.excluded, tried, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress)
+    found = sweep(
+        fp32, scheme.excluded, quantize, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress
+    )
     scheme = scheme.excluding(found.excluded)
     quantized: dict[Engine, Graph] = {}
     for engine, graph in graphs.items():
         copy = graph.model.clone()
-        quantized[engine] = _with(graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations))
+        quantized[engine] = _with_model(
+            graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations)
+        )
     return Quantized(quantized, found)
 
 
@@ -146,17 +150,19 @@ def sweep(
     sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
     rounds = TextRounds(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
     with running(fp32, spec) as backend:
-        few, all_of_them = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
+        small, full = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
 
-        def measured(by: TextReference, bounds: AccuracyBounds | None = None) -> Callable[[frozenset[str]], Accuracy]:
+        def measured_by(
+            reference: TextReference, bounds: AccuracyBounds | None = None
+        ) -> Callable[[frozenset[str]], Accuracy]:
             def measure(excluded: frozenset[str]) -> Accuracy:
                 with running(quantize(excluded), spec) as candidate:
-                    return by.compare(candidate, bounds)
+                    return reference.compare(candidate, bounds)
 
             return measure
 
-        return sweep_sensitivity(groups, measured(few), measured(all_of_them, bounds), bounds, progress=progress)
+        return sweep_sensitivity(groups, measured_by(small), measured_by(full, bounds), bounds, progress=progress)
 
 
-def _with(graph: Graph, model: ir.Model, counts: Mapping[str, int]) -> Graph:
+def _with_model(graph: Graph, model: ir.Model, counts: Mapping[str, int]) -> Graph:
     return dataclasses.replace(graph, model=model, fusions={**graph.fusions, **counts})

@@ -1,8 +1,8 @@
 """Quantizes only the weights of an FP32 graph, to 8 or 4 bits in blocks, to save disk space.
 
 The operator is com.microsoft MatMulNBits; activations stay FP32. Each column of a weight is cut into blocks along its
-inputs, with one scale each. Word embeddings and the vocabulary projection always have 8 bits: with 4 bits, rare words
-would suffer.
+inputs, with one scale each. Word embeddings and the vocabulary projection always have 8 bits, because 4 bits would harm
+rare words.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, initializer, replace, scope_of
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import is_large, quantize_embeddings
 
 Bits = Literal[4, 8]
@@ -21,8 +21,8 @@ Bits = Literal[4, 8]
 BLOCK_SIZE: dict[Bits, int] = {8: 128, 4: 32}
 # Lets the kernel round activations to int8 in the same blocks: integer arithmetic, for 1e-4 of cosine.
 _ACCURACY_LEVEL = 4
-# Shares of a block's full range to try: a narrower range clips the largest weight and rounds the others less.
-_RANGES: dict[Bits, tuple[float, ...]] = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
+# Shares of a block's full range to try. A narrower range clips the largest weight, but rounds the others less.
+_RANGE_SHARES: dict[Bits, tuple[float, ...]] = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8)}
 
 
 def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
@@ -30,14 +30,14 @@ def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
     graph = model.graph
     linears = [linear for linear in find_linear_layers(model) if is_large(linear.name)]
     for linear in linears:
-        width: Bits = 8 if "decoder" in linear.name else bits
+        layer_bits: Bits = 8 if "decoder" in linear.name else bits
         matrix = linear.matrix()
-        blocks, scales = quantize_blocks(matrix, width)
+        blocks, scales = quantize_blocks(matrix, layer_bits)
         build = Builder(graph, linear.node, scope_of(linear.node))
         product = build.op(
             "MatMulNBits",
             linear.x,
-            initializer(graph, f"{linear.name}.int{width}", ir.tensor(blocks)),
+            initializer(graph, f"{linear.name}.int{layer_bits}", ir.tensor(blocks)),
             initializer(graph, f"{linear.name}.scale", ir.tensor(scales)),
             None,
             None,
@@ -45,8 +45,8 @@ def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
             domain=CONTRIB,
             K=matrix.shape[0],
             N=matrix.shape[1],
-            bits=width,
-            block_size=BLOCK_SIZE[width],
+            bits=layer_bits,
+            block_size=BLOCK_SIZE[layer_bits],
             accuracy_level=_ACCURACY_LEVEL,
         )
         replace(linear.node.outputs[0], product)
@@ -60,20 +60,20 @@ def quantize_weights(model: ir.Model, bits: Bits) -> dict[str, int]:
 def quantize_blocks(matrix: NDArray[np.float32], bits: Bits) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Quantize [in, out] float32 to blocks [out, in/block, block·bits/8] uint8 and scales [out, in/block] float32.
 
-    The zero point is 2^(bits-1). The last block is filled up with zeros. Of two 4-bit values in a byte, the first has
-    the low bits.
+    The zero point is 2^(bits-1). The last block is padded with zeros. A byte holds two 4-bit values, the first
+    one in the low bits.
     """
     size, half = BLOCK_SIZE[bits], 1 << (bits - 1)
     inputs, outputs = matrix.shape
     padded = np.zeros((outputs, -(-inputs // size) * size), np.float32)
     padded[:, :inputs] = matrix.T
     blocks = padded.reshape(outputs, -1, size)
-    # The value with the largest magnitude becomes -half, the end with one more step.
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-    full = np.where(peak == 0, 1, peak / -half).astype(np.float32)
+    # The value with the largest magnitude becomes -half, because the negative side has one step more.
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
+    full = np.where(extreme == 0, 1, extreme / -half).astype(np.float32)
     scale, quantized = full, _rounded(blocks, full, half)
     error = _squared_error(blocks, quantized, full)
-    for share in _RANGES[bits][1:]:
+    for share in _RANGE_SHARES[bits][1:]:
         narrower = full * np.float32(share)
         candidate = _rounded(blocks, narrower, half)
         found = _squared_error(blocks, candidate, narrower)

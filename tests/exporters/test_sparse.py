@@ -23,7 +23,7 @@ from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.core.spec import ModelSpec, SparseSpec  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.graph.build import build_graphs, save_graph, save_graphs  # noqa: E402
-from gte_deploy.exporters.graph.linears import find_linear_layers  # noqa: E402
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_ranges  # noqa: E402
 from gte_deploy.exporters.quantization.int8 import int8_scheme, quantize_int8  # noqa: E402
 from gte_deploy.exporters.quantization.recipes import groups_of  # noqa: E402
@@ -173,7 +173,7 @@ def test_padding_free_engines_have_no_sparse_head(make_checkpoint, tmp_path):
 
 
 def test_how_must_be_said(model):
-    with pytest.raises(ExportError, match="give a SparseSpec"):
+    with pytest.raises(ExportError, match="needs a SparseSpec"):
         build_graphs(model, task="sparse", max_length=LENGTH)
     with pytest.raises(ExportError, match="needs a GteForTokenClassification"):
         build_graphs(model, task="sparse", max_length=LENGTH, sparse=SparseSpec("token-weights"))

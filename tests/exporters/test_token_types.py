@@ -219,7 +219,7 @@ def test_tensorrt_rtx_builds_an_engine_of_it(graphs, tmp_path):
 def test_a_model_without_types_cannot_be_asked_for_them(make_checkpoint, tmp_path):
     folder = make_checkpoint(tmp_path / "model", task="classify", **{**SIZES, "type_vocab_size": 1})
     arguments = {"task": "classify", "max_length": 256, "pooling": None, "logits": "masked", "opset": 20}
-    with pytest.raises(ExportError, match="token types need a type_vocab_size above 1, and it is 1"):
+    with pytest.raises(ExportError, match="token types need a type_vocab_size above 1; the model has 1"):
         trace(load_model(folder, task="classify"), token_types=True, **arguments)
 
 

@@ -1,6 +1,7 @@
-"""The fusion passes, in the order in which they run: each builds on the form that the ones before it leave.
+"""The lists of fusion passes, in the order in which they run. A pass expects the form that the earlier passes leave.
 
-A pass that does not fire as often as the model's family says is an error, never a slower or different graph.
+If a pass does not fire as often as the model's family says, that is an error. The graph is never silently slower or
+different.
 """
 
 import logging
@@ -18,31 +19,31 @@ from gte_deploy.exporters.graph.fusion.qkv import PROJECTIONS, QKV
 from gte_deploy.exporters.graph.fusion.rope import ROPE
 from gte_deploy.exporters.graph.fusion.rows import join_rows
 from gte_deploy.exporters.graph.fusion.skip_layer_norm import SKIP_LAYER_NORM
-from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE
+from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE_ON_ROWS
 
 logger = logging.getLogger(__name__)
 
-MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE, GLU, SKIP_LAYER_NORM)
-"""One GEMM for queries, keys and values and one for up and gate: what launch-bound devices want."""
+MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE_ON_ROWS, GLU, SKIP_LAYER_NORM)
+"""For GPUs, where kernel launches limit the speed: one GEMM for queries, keys and values, and one for up and gate."""
 
 PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)
-"""For a CPU, which gains nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
+"""For CPUs, which gain nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
 
 _MAX_REASONS = 3
 _IN_LAYER = re.compile(r"\blayers?\.\d")
 
 
 def fuse_graph(model: ir.Model, *, sites: Mapping[str, int], passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
-    """Run `passes` over a traced graph in place; how often each fired, in order.
+    """Run `passes` on a traced graph in place; return pass -> number of matches, in order.
 
     Args:
         model: the graph.
-        sites: name of a pass -> how often it must fire, as `Family.sites` says. A pass that is not named must not fire.
+        sites: name of a pass -> how often it must fire, from `Family.sites`. A pass without an entry must not fire.
         passes: the passes to run, in order.
 
     Raises:
-        ExportError: a pass fired another number of times than `sites` says. The error names the pass, both numbers, and
-            why anchors were left alone.
+        ExportError: a pass did not fire as often as `sites` says. The error names the pass, both numbers, and why
+            anchors did not match.
     """
     fired = {}
     for fusion in passes:
@@ -68,7 +69,7 @@ def _forget_shapes(graph: ir.Graph) -> None:
 
 
 def _explain(fusion: FusionPass, count: int, expected: int, reasons: Sequence[str]) -> str:
-    # Nodes outside the layers (the embedding's LayerNorm, the head's Gelu) are left alone rightly: they come last.
+    # Anchors outside the layers (the embedding's LayerNorm, the head's Gelu) should not match: their reasons come last.
     likely = sorted(reasons, key=lambda reason: _IN_LAYER.search(reason) is None)[:_MAX_REASONS]
     why = "; ".join(likely) or f"the graph has no other {fusion.anchor} node"
     return (

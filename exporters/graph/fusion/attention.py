@@ -1,12 +1,12 @@
 """Attention: explicit MatMul, Softmax, MatMul -> com.microsoft MultiHeadAttention, with the mask folded into q and k.
 
-With a mask input ONNX Runtime holds all S*S scores of every head (docs/decisions/mask-folded-into-attention.md). So
-8 columns are appended to every head: queries hold [64, 0, …] there and keys [bias / (64 * scale), 0, …]:
+With a mask input ONNX Runtime stores all S*S scores of every head (docs/decisions/mask-folded-into-attention.md). So
+the mask becomes 8 more columns of every head: [64, 0, …] for queries, and [bias / (64 * scale), 0, …] for keys:
 
     scale * (q·k + 64 * bias / (64 * scale)) = scale * q·k + bias
 
-For a real token the bias is 0 and nothing is rounded. Values keep their size. The columns are made once per run, from
-the graph's own bias [B, 1, 1, S], and shared by the layers.
+The bias of a real token is 0, so the columns round nothing. Values keep their size. The columns are computed once per
+run, from the graph's own bias [B, 1, 1, S], and all layers share them.
 """
 
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ class Attention:
 
     Args:
         query, key, value: [B, N, S, D].
-        scale: of the scores.
-        bias: additive mask.
-        output: the Reshape that gives [B, S, N*D].
+        scale: the factor of query · key^T.
+        bias: the additive mask.
+        output: the Reshape to [B, S, N*D].
     """
 
     query: ir.Value
@@ -57,23 +57,23 @@ class Attention:
 
 
 def require_attention(softmax: ir.Node) -> Attention:
-    """The attention around a Softmax, or Mismatch."""
+    """Match the attention around a Softmax, or raise Mismatch."""
     require(softmax.attributes.get_int("axis", -1) in (-1, 3), "the softmax is not over keys")
     scores, bias = split_operands(producer(softmax.inputs[0], "Add"), "Mul")
     product, scale = split_operands(scores, "MatMul")
-    keys_last = producer(product.inputs[1], "Transpose")
-    require_permutation(keys_last, (0, 1, 3, 2))
-    mixed = consumer(softmax.outputs[0], "MatMul")
-    require(mixed.inputs[0] is softmax.outputs[0], "the weights are not the left factor")
-    merged = consumer(mixed.outputs[0], "Transpose")
-    require_permutation(merged, HEADS_FIRST)
-    output = consumer(merged.outputs[0], "Reshape")
-    query, key, value = operand(product, 0), operand(keys_last, 0), operand(mixed, 1)
+    key_transpose = producer(product.inputs[1], "Transpose")
+    require_permutation(key_transpose, (0, 1, 3, 2))
+    weighted = consumer(softmax.outputs[0], "MatMul")
+    require(weighted.inputs[0] is softmax.outputs[0], "the weights are not the left factor")
+    transpose = consumer(weighted.outputs[0], "Transpose")
+    require_permutation(transpose, HEADS_FIRST)
+    output = consumer(transpose.outputs[0], "Reshape")
+    query, key, value = operand(product, 0), operand(key_transpose, 0), operand(weighted, 1)
     return Attention(query, key, value, float(array(scale).item()), bias, output)
 
 
 def require_same_heads(attention: Attention, query: Heads, key: Heads, value: Heads) -> None:
-    """Mismatch unless all three are split alike, and joined so again."""
+    """Raise Mismatch unless all three are split into the same heads, and the output joins these heads."""
     sizes = {(heads.count, heads.size) for heads in (query, key, value)}
     require(len(sizes) == 1, f"queries, keys and values are split into heads differently: {sorted(sizes)}")
     width = value.count * value.size
@@ -82,7 +82,7 @@ def require_same_heads(attention: Attention, query: Heads, key: Heads, value: He
 
 def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     found = require_attention(softmax)
-    output, bias, factor = found.output, found.bias, found.scale
+    output, bias = found.output, found.bias
     query, key, value = (require_heads(v) for v in (found.query, found.key, found.value))
     require_same_heads(found, query, key, value)
     shape = dimensions(bias)
@@ -92,7 +92,7 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     )
 
     build = Builder(graph, output, scope_of(output))
-    query_columns, key_columns = _mask_columns(graph, output, bias, factor, query.count)
+    query_columns, key_columns = _mask_columns(graph, output, bias, found.scale, query.count)
     attended = build.op(
         "MultiHeadAttention",
         _append(build, query, query_columns, "query"),
@@ -100,7 +100,7 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
         value.projection,
         domain=CONTRIB,
         num_heads=value.count,
-        scale=factor,
+        scale=found.scale,
     )
     replace(output.outputs[0], attended)
 
@@ -108,7 +108,7 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
 def _mask_columns(
     graph: ir.Graph, anchor: ir.Node, bias: ir.Value, scale: float, num_heads: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Columns for queries and for keys, [B, S, N, 8] each; every layer makes the same, and equal nodes are merged."""
+    """Columns for queries and for keys, [B, S, N, 8] each. Every layer adds equal nodes, which are merged later."""
     build = Builder(graph, anchor, "mask")
     per_key = build.op("Transpose", bias, perm=(0, 3, 1, 2), name="per_key")
     factor = constant(graph, "mask/key_factor", np.array(1.0 / (QUERY_COLUMN * scale), np.float32))
@@ -123,9 +123,9 @@ def _mask_columns(
 
 
 def _append(build: Builder, heads: Heads, columns: ir.Value, name: str) -> ir.Value:
-    wider = build.op("Concat", heads.view.outputs[0], columns, axis=3, name=f"{name}_and_mask")
+    widened = build.op("Concat", heads.view.outputs[0], columns, axis=3, name=f"{name}_and_mask")
     target = integers(build.graph, 0, 0, heads.count * (heads.size + MASK_COLUMNS))
-    return build.op("Reshape", wider, target, name=name)
+    return build.op("Reshape", widened, target, name=name)
 
 
 ATTENTION = FusionPass(name="attention", anchor="Softmax", rewrite=_rewrite)

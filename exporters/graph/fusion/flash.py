@@ -1,8 +1,9 @@
-"""Attention with folded masks -> the same with values as wide as queries and keys, for CUDA.
+"""For CUDA: makes the values of attention with a folded mask as wide as its queries and keys.
 
-ONNX Runtime's CUDA flash kernel wants no mask input and heads of one size. So values get the mask's columns too, as
-zeros, and lose them again behind the attention. Where the flash kernel is not for a GPU (before Ampere, or FP32),
-others take the same graph: memory-efficient attention, or one that holds the scores of short texts.
+ONNX Runtime's CUDA flash kernel accepts no mask input, and needs heads of one size. So values also get the mask's
+columns, filled with zeros, and a Slice after the attention removes these columns. Where the flash kernel does not apply
+(GPUs before Ampere, FP32), another kernel runs the same graph: memory-efficient attention, or a kernel that stores the
+scores of short texts.
 """
 
 import numpy as np
@@ -37,17 +38,18 @@ def _rewrite(graph: ir.Graph, attention: ir.Node) -> None:
     build = Builder(graph, attention, scope_of(attention))
     zeros = constant(graph, "mask/per_value", np.zeros((1, 1, heads, MASK_COLUMNS), np.float32))
     columns = build.inside("mask").op("Expand", zeros, per_query.inputs[1], name="value_columns")
-    apart = build.op("Reshape", value, integers(graph, 0, 0, heads, size), name="value_heads", allowzero=0)
-    wide = build.op("Concat", apart, columns, axis=3, name="value_and_mask")
-    joined = integers(graph, 0, 0, heads * (size + MASK_COLUMNS))
-    value = build.op("Reshape", wide, joined, name="value", allowzero=0)
+    split = build.op("Reshape", value, integers(graph, 0, 0, heads, size), name="value_heads", allowzero=0)
+    widened = build.op("Concat", split, columns, axis=3, name="value_and_mask")
+    target = integers(graph, 0, 0, heads * (size + MASK_COLUMNS))
+    value = build.op("Reshape", widened, target, name="value", allowzero=0)
     attended = build.op(
         "MultiHeadAttention", query, key, value, name="flash", domain=CONTRIB, num_heads=heads, scale=scale
     )
-    apart = build.op("Reshape", attended, integers(graph, 0, 0, heads, size + MASK_COLUMNS), name="heads", allowzero=0)
+    split = build.op("Reshape", attended, integers(graph, 0, 0, heads, size + MASK_COLUMNS), name="heads", allowzero=0)
     start, end, axis = (integers(graph, n) for n in (0, size, 3))
-    kept = build.op("Slice", apart, start, end, axis, name="without_mask")
-    replace(attention.outputs[0], build.op("Reshape", kept, integers(graph, 0, 0, width), name="joined", allowzero=0))
+    without_mask = build.op("Slice", split, start, end, axis, name="without_mask")
+    joined = build.op("Reshape", without_mask, integers(graph, 0, 0, width), name="joined", allowzero=0)
+    replace(attention.outputs[0], joined)
 
 
 FLASH = FusionPass(name="flash", anchor="MultiHeadAttention", rewrite=_rewrite)

@@ -24,9 +24,8 @@ def _rewrite(graph: ir.Graph, gelu: ir.Node) -> None:
     up = other_operand(product, gelu.outputs[0])
     gate_rows, up_rows = (operand(producer(value, "Reshape"), 0) for value in (operand(gelu, 0), up))
     split = producer(gate_rows, "Split")
-    require(
-        list(split.outputs) == [up_rows, gate_rows], "the unit's operands are not the two halves of one [up; gate] GEMM"
-    )
+    halves = list(split.outputs) == [up_rows, gate_rows]
+    require(halves, "gate and up are not the two halves of one [up; gate] GEMM")
 
     build = Builder(graph, product, scope_of(product))
     activated = build.op("Gelu", gate_rows, domain=CONTRIB, shape=gate_rows.shape)

@@ -1,4 +1,4 @@
-"""The split of a projection into heads, which RoPE and attention both match."""
+"""Matches the split of a projection into heads, which is part of the patterns of RoPE and of attention."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ HEADS_FIRST = (0, 2, 1, 3)
 
 @dataclass(frozen=True)
 class Heads:
-    """transpose(reshape(projection, [B, S, N, D])) -> [B, N, S, D].
+    """The split transpose(reshape(projection, [B, S, N, D])) -> [B, N, S, D].
 
     Args:
-        projection: [B, S, N*D].
-        view: the Reshape; its output is [B, S, N, D].
-        count: N.
-        size: D.
+        projection: the input, [B, S, N*D].
+        view: the Reshape to [B, S, N, D].
+        count: the number of heads, N.
+        size: the size of a head, D.
     """
 
     projection: ir.Value
@@ -27,10 +27,10 @@ class Heads:
 
 
 def require_heads(value: ir.Value | None) -> Heads:
-    """The split that made `value`, or Mismatch."""
-    turn = producer(value, "Transpose")
-    require_permutation(turn, HEADS_FIRST)
-    view = producer(turn.inputs[0], "Reshape")
+    """Match the split that computes `value`, or raise Mismatch."""
+    transpose = producer(value, "Transpose")
+    require_permutation(transpose, HEADS_FIRST)
+    view = producer(transpose.inputs[0], "Reshape")
     target = array(view.inputs[1]).tolist()
     require(
         len(target) == 4 and target[:2] == [0, 0] and min(target[2:]) > 0,
@@ -40,6 +40,6 @@ def require_heads(value: ir.Value | None) -> Heads:
 
 
 def require_permutation(node: ir.Node, expected: tuple[int, ...]) -> None:
-    """Mismatch unless the Transpose permutes so."""
+    """Raise Mismatch unless the Transpose has the permutation `expected`."""
     found = tuple(node.attributes.get_ints("perm", ()))
     require(found == expected, f"{node.name} permutes {found}, not {expected}")

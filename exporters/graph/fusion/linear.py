@@ -1,4 +1,4 @@
-"""Linear layers x·W (+ b), matched and packed side by side into one GEMM."""
+"""Matches linear layers x·W (+ b) of the trace, and concatenates their weights for a merged GEMM."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from gte_deploy.exporters.graph.editing import (
 
 
 @dataclass(frozen=True)
-class Linear:
-    """x [B, S, in] · weight [in, out] (+ bias [out]), in the module `scope`."""
+class LinearMatch:
+    """A match of x [B, S, in] · weight [in, out] (+ bias [out]), in the module `scope`."""
 
     x: ir.Value
     weight: ir.Value
@@ -29,8 +29,12 @@ class Linear:
     scope: str
 
 
-def require_linear(value: ir.Value, *, bias: bool) -> Linear:
-    """The linear layer that made `value`, or Mismatch."""
+def require_linear(value: ir.Value, *, bias: bool) -> LinearMatch:
+    """The linear layer that computes `value`: MatMul and Add if it must have a bias, otherwise MatMul.
+
+    Raises:
+        Mismatch: something else computes `value`.
+    """
     offset: ir.Value | None = None
     if bias:
         product, offset = split_operands(producer(value, "Add"), "MatMul")
@@ -40,16 +44,19 @@ def require_linear(value: ir.Value, *, bias: bool) -> Linear:
     shape = array(weight).shape
     require(len(shape) == 2, f"the weight of {product.name} is not a matrix")
     require(offset is None or array(offset).shape == shape[1:], f"the bias of {product.name} is not [{shape[1]}]")
-    return Linear(x=x, weight=weight, bias=offset, out=shape[1], scope=scope_of(product))
+    return LinearMatch(x=x, weight=weight, bias=offset, out=shape[1], scope=scope_of(product))
 
 
-def pack(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
-    """One initialiser that holds `values` side by side (last axis); it is assembled only when it is read."""
+def concatenate_weights(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
+    """Add one initialiser with the weights or biases `values` side by side on the last axis.
+
+    The contents are concatenated only when they are read.
+    """
     tensors = [tensor_of(value) for value in values]
     shapes = [tensor.shape.numpy() for tensor in tensors]
     shape = ir.Shape((*shapes[0][:-1], sum(each[-1] for each in shapes)))
 
-    def assemble() -> ir.Tensor:
+    def concatenate() -> ir.Tensor:
         return ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis=-1), name=name)
 
-    return initializer(graph, name, ir.LazyTensor(assemble, dtype=tensors[0].dtype, shape=shape, name=name))
+    return initializer(graph, name, ir.LazyTensor(concatenate, dtype=tensors[0].dtype, shape=shape, name=name))

@@ -1,10 +1,12 @@
-"""Padding-free attention for CUDA: the layers of a fused graph see the real tokens of a batch alone, row after row.
+"""Padding-free attention for CUDA: the layers of a fused graph compute only the real tokens of a batch.
 
     hidden [B, S, H] -> RemovePadding -> layers on rows [T, H], PackedMultiHeadAttention -> RestorePadding -> [B, S, H]
 
-These three operators (com.microsoft) exist on CUDA alone, for float32 and float16. They count each row's tokens, so the
-mask must be padding on the right. RoPE is given the position of each row in its own text. Where the packed rows end,
-padding is zero.
+ONNX Runtime has these three com.microsoft operators only on CUDA, for float32 and float16. They take the number of
+tokens of each text, so padding must be on the right. RoPE gets the position of each token in its own text. After
+RestorePadding, the hidden states of padding are zero.
+
+Shapes: B texts, S tokens of a padded text, T real tokens of all texts, H hidden size.
 """
 
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from gte_deploy.exporters.graph.editing import (
     CONTRIB,
     Builder,
     Mismatch,
+    by_name,
     consumer,
     dimensions,
     integers,
@@ -34,27 +37,27 @@ _MASK_INPUT = "attention_mask"
 
 
 def remove_padding(model: ir.Model) -> int:
-    """Pack a graph that `fuse_graph` made with QKV among the passes, in place; how many attentions there are.
+    """Remove padding from a graph in place, after `fuse_graph` with the pass QKV; return the number of attentions.
 
     Raises:
-        ExportError: the graph is not of that form.
+        ExportError: the graph does not have this form.
     """
     graph = model.graph
     attentions = [node for node in graph if node.op_type == "MultiHeadAttention"]
     with rewriting(model):
-        packed = _enter(graph, attentions[0])
+        packed = _insert_remove_padding(graph, attentions[0])
         for attention in attentions:
-            _pack(graph, attention, packed)
-        _leave(graph, packed)
+            _pack_attention(graph, attention, packed)
+        _insert_restore_padding(graph, packed)
     return len(attentions)
 
 
 @contextmanager
 def rewriting(model: ir.Model) -> Iterator[None]:
-    """Say of a Mismatch inside what it means for padding; clean up behind what was rewritten.
+    """Turn a Mismatch inside the context into an ExportError, or clean the graph up after the rewriting.
 
     Raises:
-        ExportError: the graph is not of the form that was looked for.
+        ExportError: the graph does not have the expected form.
     """
     try:
         yield
@@ -72,32 +75,37 @@ def rewriting(model: ir.Model) -> Iterator[None]:
         clean(model)
 
 
-class _Packed:
-    """What every packed attention reads: `offset` [B, S] and `cumulated` [B + 1] int32, `positions` [1, T] int64."""
+class _PackedInputs:
+    """The inputs that all attentions share: `offset` [B, S] and `cumulated` [B + 1] int32, `positions` [1, T] int64."""
 
     def __init__(self, build: Builder, rows: ir.Value, offset: ir.Value, cumulated: ir.Value) -> None:
         self.offset, self.cumulated = offset, cumulated
-        whole, small = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.INT32}
+        int64, int32 = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.INT32}
         graph = build.graph
-        ids = _input(graph, FIRST_INPUT)
-        flat = build.op("Reshape", offset, integers(graph, -1), name="offsets", **small)
-        count = build.op("Shape", rows, name="count", start=0, end=1, **whole)
-        real = build.op("Slice", flat, integers(graph, 0), count, integers(graph, 0), name="of_tokens", **small)
-        length = build.op("Shape", ids, name="length", start=1, **whole)
-        place = build.op("Mod", real, build.op("Cast", length, to=ir.DataType.INT32, **small), name="place", **small)
-        positions = build.op("Cast", place, to=ir.DataType.INT64, name="positions", **whole)
-        self.positions = build.op("Reshape", positions, integers(graph, 1, -1), name="position_ids", **whole)
+        ids = by_name(graph.inputs, FIRST_INPUT)
+        flat = build.op("Reshape", offset, integers(graph, -1), name="offsets", **int32)
+        count = build.op("Shape", rows, name="count", start=0, end=1, **int64)
+        real = build.op("Slice", flat, integers(graph, 0), count, integers(graph, 0), name="of_tokens", **int32)
+        length = build.op("Shape", ids, name="length", start=1, **int64)
+        place = build.op("Mod", real, build.op("Cast", length, to=ir.DataType.INT32, **int32), name="place", **int32)
+        positions = build.op("Cast", place, to=ir.DataType.INT64, name="positions", **int64)
+        self.positions = build.op("Reshape", positions, integers(graph, 1, -1), name="position_ids", **int64)
 
 
-def _enter(graph: ir.Graph, first: ir.Node) -> _Packed:
-    """Put RemovePadding where the first layer turns the embeddings into rows."""
+def _insert_remove_padding(graph: ir.Graph, first: ir.Node) -> _PackedInputs:
+    """Insert RemovePadding where the first layer reshapes the embeddings to rows."""
     projected = producer(operand(_rotary(operand(first, 0)), 0), "Reshape")
     gemm = producer(operand(producer(operand(projected, 0), "Split"), 0), "Gemm")
     to_rows = producer(operand(gemm, 0), "Reshape")
 
     build = Builder(graph, to_rows, "packing")
     sums = build.op(
-        "ReduceSum", _input(graph, _MASK_INPUT), integers(graph, 1), name="sums", keepdims=0, dtype=ir.DataType.INT64
+        "ReduceSum",
+        by_name(graph.inputs, _MASK_INPUT),
+        integers(graph, 1),
+        name="sums",
+        keepdims=0,
+        dtype=ir.DataType.INT64,
     )
     counts = build.op("Cast", sums, to=ir.DataType.INT32, name="counts", dtype=ir.DataType.INT32)
     rows, offset, cumulated, _ = build.node(
@@ -105,13 +113,13 @@ def _enter(graph: ir.Graph, first: ir.Node) -> _Packed:
     )
     rows.dtype = ir.DataType.FLOAT
     to_rows.outputs[0].replace_all_uses_with(rows)
-    return _Packed(build, rows, offset, cumulated)
+    return _PackedInputs(build, rows, offset, cumulated)
 
 
-def _pack(graph: ir.Graph, attention: ir.Node, packed: _Packed) -> None:
-    """MultiHeadAttention with folded masks on [B, S, …] -> PackedMultiHeadAttention on rows."""
+def _pack_attention(graph: ir.Graph, attention: ir.Node, packed: _PackedInputs) -> None:
+    """Replace MultiHeadAttention with a folded mask on [B, S, …] by PackedMultiHeadAttention on rows [T, …]."""
     build = Builder(graph, attention, scope_of(attention))
-    query, key = (_turned(build, _rotary(operand(attention, i)), packed) for i in range(2))
+    query, key = (_rotated(build, _rotary(operand(attention, i)), packed) for i in range(2))
     value = operand(producer(operand(attention, 2), "Reshape"), 0)
     attended = build.op(
         "PackedMultiHeadAttention",
@@ -128,19 +136,19 @@ def _pack(graph: ir.Graph, attention: ir.Node, packed: _Packed) -> None:
     replace(consumer(attention.outputs[0], "Reshape").outputs[0], attended)
 
 
-def _turned(build: Builder, rotary: ir.Node, packed: _Packed) -> ir.Value:
-    """RoPE on rows: one text of T tokens whose positions start again with every row of the batch."""
+def _rotated(build: Builder, rotary: ir.Node, packed: _PackedInputs) -> ir.Value:
+    """RoPE on rows: all texts are one row of T tokens, whose positions begin again at 0 with every text."""
     rows = operand(producer(operand(rotary, 0), "Reshape"), 0)
     half = tensor_of(operand(rotary, 2)).shape.numpy()[1]
     width = rotary.attributes.get_int("num_heads", 0) * 2 * half
     one = build.op("Reshape", rows, integers(build.graph, 1, -1, width), name="one_text")
     attributes: dict[str, Any] = {name: attribute.value for name, attribute in rotary.attributes.items()}
-    turned = build.op("RotaryEmbedding", one, packed.positions, *rotary.inputs[2:], domain=CONTRIB, **attributes)
-    return build.op("Reshape", turned, integers(build.graph, -1, width), name="rows")
+    rotated = build.op("RotaryEmbedding", one, packed.positions, *rotary.inputs[2:], domain=CONTRIB, **attributes)
+    return build.op("Reshape", rotated, integers(build.graph, -1, width), name="rows")
 
 
-def _leave(graph: ir.Graph, packed: _Packed) -> None:
-    """Put RestorePadding behind the last layer; whatever took its rows takes padded ones."""
+def _insert_restore_padding(graph: ir.Graph, packed: _PackedInputs) -> None:
+    """Insert RestorePadding after the last layer. Other nodes that read the layer's rows get padded rows."""
     from_rows = producer(graph.outputs[0], "Reshape")
     rows = operand(from_rows, 0)
     build = Builder(graph, from_rows, "packing")
@@ -159,7 +167,3 @@ def _leave(graph: ir.Graph, packed: _Packed) -> None:
 def _rotary(value: ir.Value) -> ir.Node:
     with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
     return producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding")
-
-
-def _input(graph: ir.Graph, name: str) -> ir.Value:
-    return next(value for value in graph.inputs if value.name == name)

@@ -1,6 +1,6 @@
-"""Queries, keys and values, three linear layers of the same input, as Gemms with bias on token rows.
+"""The query, key and value projections, three linear layers of one input, as Gemms with bias on token rows.
 
-`QKV` packs them into one and splits its result; `PROJECTIONS` leaves them apart, without the copies of the split.
+`QKV` merges the three into one Gemm and a Split. `PROJECTIONS` keeps three Gemms, which saves the copies of the Split.
 """
 
 import onnx_ir as ir
@@ -15,28 +15,28 @@ from gte_deploy.exporters.graph.editing import (
     require,
     scope_of,
 )
-from gte_deploy.exporters.graph.fusion.linear import Linear, pack, require_linear
+from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_linear
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 KINDS = ("query", "key", "value")
 
 
-def _pack(graph: ir.Graph, attention: ir.Node) -> None:
+def _merge(graph: ir.Graph, attention: ir.Node) -> None:
     projections, linears = _matched(attention)
     build = Builder(graph, attention, scope_of(attention))
     rows = to_rows(build, linears[0].x)
     name = f"{build.scope}.qkv_proj"
-    weight = pack(graph, f"{name}.weight.T", [linear.weight for linear in linears])
-    bias = pack(graph, f"{name}.bias", [linear.bias for linear in linears])
+    weight = concatenate_weights(graph, f"{name}.weight.T", [linear.weight for linear in linears])
+    bias = concatenate_weights(graph, f"{name}.bias", [linear.bias for linear in linears])
     sizes = [linear.out for linear in linears]
-    packed = build.inside(name).op("Gemm", rows, weight, bias, shape=("tokens", sum(sizes)))
-    parts = build.node("Split", [packed, integers(graph, *sizes)], name="qkv", axis=1, outputs=3)
+    merged = build.inside(name).op("Gemm", rows, weight, bias, shape=("tokens", sum(sizes)))
+    parts = build.node("Split", [merged, integers(graph, *sizes)], name="qkv", axis=1, outputs=3)
     for projection, part, size, kind in zip(projections, parts, sizes, KINDS, strict=True):
         part.shape = ir.Shape(("tokens", size))
         replace(projection, from_rows(build, part, name=f"{kind}_proj"))
 
 
-def _keep_apart(graph: ir.Graph, attention: ir.Node) -> None:
+def _keep_separate(graph: ir.Graph, attention: ir.Node) -> None:
     projections, linears = _matched(attention)
     build = Builder(graph, attention, scope_of(attention))
     rows = to_rows(build, linears[0].x)
@@ -46,21 +46,21 @@ def _keep_apart(graph: ir.Graph, attention: ir.Node) -> None:
         replace(projection, from_rows(build, projected, name=f"{kind}_proj"))
 
 
-def _matched(attention: ir.Node) -> tuple[list[ir.Value], list[Linear]]:
+def _matched(attention: ir.Node) -> tuple[list[ir.Value], list[LinearMatch]]:
     query, key, value = (operand(attention, i) for i in range(3))
     projections = [_projection(query), _projection(key), value]
     linears = [require_linear(projection, bias=True) for projection in projections]
-    require(len({linear.x for linear in linears}) == 1, "queries, keys and values are not made from the same input")
+    require(len({linear.x for linear in linears}) == 1, "queries, keys and values do not have the same input")
     return projections, linears
 
 
 def _projection(value: ir.Value) -> ir.Value:
-    """The projection of queries or keys, before any rotation and without the mask's columns."""
+    """The projection of queries or keys, before the rotation if there is one, and before the mask columns."""
     with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
     projected = operand(producer(with_mask.inputs[0], "Reshape"), 0)
-    made = projected.producer()
-    return operand(made, 0) if made is not None and made.op_type == "RotaryEmbedding" else projected
+    source = projected.producer()
+    return operand(source, 0) if source is not None and source.op_type == "RotaryEmbedding" else projected
 
 
-QKV = FusionPass(name="qkv", anchor="MultiHeadAttention", rewrite=_pack)
-PROJECTIONS = FusionPass(name="projections", anchor="MultiHeadAttention", rewrite=_keep_apart)
+QKV = FusionPass(name="qkv", anchor="MultiHeadAttention", rewrite=_merge)
+PROJECTIONS = FusionPass(name="projections", anchor="MultiHeadAttention", rewrite=_keep_separate)

@@ -3,9 +3,9 @@
     x * cos + concat(-x[D/2:], x[:D/2]) * sin,   x = transpose(reshape(projection, [B, S, N, D]))
  -> transpose(reshape(RotaryEmbedding(projection, 0, cos table, sin table)))
 
-The tables stay the initialisers that the trace took from PyTorch, [max_length, D/2], shared by every layer; positions
-are [B, S], made once (docs/decisions/rotation-tables-from-pytorch.md). Queries and
-keys are a site each.
+The tables are the trace's own initialisers [max_length, D/2], with PyTorch's values
+(docs/decisions/rotation-tables-from-pytorch.md). The positions [B, S] are computed once per run. All layers share both.
+A layer has two sites: queries and keys.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from gte_deploy.exporters.graph.editing import (
     FusionPass,
     Mismatch,
     array,
+    by_name,
     constant,
     consumer,
     operand,
@@ -35,12 +36,12 @@ from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
 
 @dataclass(frozen=True)
 class Rotation:
-    """x * cos + concat(-x[D/2:], x[:D/2]) * sin, of x split into heads.
+    """A match of x * cos + concat(-x[D/2:], x[:D/2]) * sin, where x is split into heads.
 
     Args:
         heads: x, [B, N, S, D].
-        cosines, sines: the tables that cos and sin are cut from, initialisers [max_length, D/2].
-        total: the Add that gives [B, N, S, D].
+        cosines, sines: the tables whose slices are cos and sin, initialisers [max_length, D/2].
+        total: the Add of both terms, [B, N, S, D].
     """
 
     heads: Heads
@@ -50,7 +51,7 @@ class Rotation:
 
 
 def require_rotation(negation: ir.Node) -> Rotation:
-    """The rotation around a Neg, or Mismatch."""
+    """Match the rotation around a Neg, or raise Mismatch."""
     upper = producer(negation.inputs[0], "Slice")
     rotated = consumer(negation.outputs[0], "Concat")
     lower = producer(rotated.inputs[1], "Slice")
@@ -74,7 +75,7 @@ def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
     heads, total = found.heads, found.total
 
     build = Builder(graph, total, scope_of(total))
-    turned = build.op(
+    rotated = build.op(
         "RotaryEmbedding",
         heads.projection,
         _positions(build),
@@ -85,18 +86,18 @@ def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:
         interleaved=0,
         num_heads=heads.count,
     )
-    apart = build.op("Reshape", turned, heads.view.inputs[1], shape=heads.view.outputs[0].shape, allowzero=0)
-    replace(total.outputs[0], build.op("Transpose", apart, perm=HEADS_FIRST))
+    split = build.op("Reshape", rotated, heads.view.inputs[1], shape=heads.view.outputs[0].shape, allowzero=0)
+    replace(total.outputs[0], build.op("Transpose", split, perm=HEADS_FIRST))
 
 
 def _positions(build: Builder) -> ir.Value:
-    """0 … S-1 in every row, [B, S] int64; every site makes the same, and equal nodes are merged."""
-    ids = next(value for value in build.graph.inputs if value.name == FIRST_INPUT)
-    build, whole = build.inside("positions"), {"dtype": ir.DataType.INT64}
-    shape = build.op("Shape", ids, name="batch_sequence", **whole)
-    length = build.op("Squeeze", build.op("Shape", ids, name="sequence", start=1, **whole), name="length", **whole)
+    """0 … S-1 in every row, [B, S] int64. Every site adds equal nodes, which are merged later."""
+    ids = by_name(build.graph.inputs, FIRST_INPUT)
+    build, int64 = build.inside("positions"), {"dtype": ir.DataType.INT64}
+    shape = build.op("Shape", ids, name="batch_sequence", **int64)
+    length = build.op("Squeeze", build.op("Shape", ids, name="sequence", start=1, **int64), name="length", **int64)
     zero, one = (constant(build.graph, f"int64_scalar_{n}", np.array(n, np.int64)) for n in (0, 1))
-    return build.op("Expand", build.op("Range", zero, length, one, name="row", **whole), shape, name="rows", **whole)
+    return build.op("Expand", build.op("Range", zero, length, one, name="row", **int64), shape, name="rows", **int64)
 
 
 def _slice_bounds(node: ir.Node) -> tuple[int, int]:
@@ -106,18 +107,18 @@ def _slice_bounds(node: ir.Node) -> tuple[int, int]:
 
 
 def _table(value: ir.Value, half: int) -> ir.Value:
-    """The [max_length, D/2] initialiser behind unsqueeze(concat(table[:S], table[:S]))."""
-    while (made := value.producer()) is not None and made.op_type == "Unsqueeze":
-        value = operand(made, 0)
-    twice = producer(value, "Concat")
-    require(len(twice.inputs) == 2 and twice.inputs[0] is twice.inputs[1], "the table's halves are not the same")
-    part = producer(twice.inputs[0], "Slice")
-    table, starts, axes, steps = (operand(part, i) for i in (0, 1, 3, 4))
+    """The initialiser `table` [max_length, D/2] in unsqueeze(concat(table[:S], table[:S]))."""
+    while (source := value.producer()) is not None and source.op_type == "Unsqueeze":
+        value = operand(source, 0)
+    concat = producer(value, "Concat")
+    require(len(concat.inputs) == 2 and concat.inputs[0] is concat.inputs[1], "the table's halves are not the same")
+    rows = producer(concat.inputs[0], "Slice")
+    table, starts, axes, steps = (operand(rows, i) for i in (0, 1, 3, 4))
     from_zero = same_constant(starts, [0]) and same_constant(axes, [0]) and same_constant(steps, [1])
     require(from_zero, "positions do not start at 0")
     contents = array(table)
     if contents.ndim != 2 or contents.shape[1] != half:
-        raise Mismatch(f"the table {table.name!r} is {list(contents.shape)}, not [max_length, {half}]")
+        raise Mismatch(f"the table {table.name!r} has shape {list(contents.shape)}, not [max_length, {half}]")
     return table
 
 

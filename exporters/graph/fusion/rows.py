@@ -1,13 +1,13 @@
-"""Token rows: position-wise work on [B*S, width] instead of [B, S, width].
+"""Token rows: operations on single tokens compute on [B*S, width] instead of [B, S, width].
 
-On rows a linear layer with a bias is one Gemm. It is also what keeps ONNX Runtime from fusing Add and
-LayerNormalization into its CPU SkipLayerNormalization (docs/decisions/residual-and-layernorm-apart.md).
-Every pass that works on rows turns them back to [B, S, width]; `join_rows` removes the two turns where they meet.
+On rows, a linear layer with a bias is one Gemm. Rows also keep ONNX Runtime from fusing Add and LayerNormalization into
+its CPU SkipLayerNormalization (docs/decisions/residual-and-layernorm-apart.md). Every pass that uses rows reshapes its
+result back to [B, S, width]. Where the result of one pass is the input of another, `join_rows` removes both Reshapes.
 """
 
 import onnx_ir as ir
 
-from gte_deploy.exporters.graph.editing import Builder, Mismatch, dimensions, integers, operand, producer
+from gte_deploy.exporters.graph.editing import Builder, Mismatch, by_name, dimensions, integers, operand, producer
 
 FIRST_INPUT = "input_ids"
 
@@ -23,7 +23,7 @@ def to_rows(build: Builder, value: ir.Value) -> ir.Value:
 
 def from_rows(build: Builder, value: ir.Value, *, name: str = "from_rows") -> ir.Value:
     """[B*S, width] -> [B, S, width]."""
-    ids = next(value for value in build.graph.inputs if value.name == FIRST_INPUT)
+    ids = by_name(build.graph.inputs, FIRST_INPUT)
     tokens = build.inside("tokens")
     size = tokens.op("Shape", ids, name="batch_sequence", dtype=ir.DataType.INT64, shape=(2,))
     target = tokens.op(
@@ -33,7 +33,7 @@ def from_rows(build: Builder, value: ir.Value, *, name: str = "from_rows") -> ir
 
 
 def join_rows(graph: ir.Graph) -> int:
-    """Remove [B*S, width] -> [B, S, width] -> [B*S, width]; how many there were."""
+    """Remove all pairs of Reshapes [B*S, width] -> [B, S, width] -> [B*S, width]; return their number."""
     joined = 0
     for node in [node for node in graph if node.op_type == "Reshape"]:
         try:

@@ -1,6 +1,7 @@
 """The residual step LayerNorm(skip + linear(x)) as Gemm with bias, Add and LayerNormalization on token rows.
 
-Not com.microsoft SkipLayerNormalization, whose CPU kernel is slower (docs/decisions/residual-and-layernorm-apart.md).
+It is not com.microsoft SkipLayerNormalization, because the CPU kernel of that operator is slower
+(docs/decisions/residual-and-layernorm-apart.md).
 """
 
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from gte_deploy.exporters.graph.editing import (
     require,
     scope_of,
 )
-from gte_deploy.exporters.graph.fusion.linear import Linear, require_linear
+from gte_deploy.exporters.graph.fusion.linear import LinearMatch, require_linear
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 
@@ -35,8 +36,8 @@ def _rewrite(graph: ir.Graph, norm: ir.Node) -> None:
     replace(norm.outputs[0], from_rows(build, normed))
 
 
-def _residual(total: ir.Node) -> tuple[Linear, ir.Value]:
-    """Which operand is the linear layer, and the other one. A residual that is itself a biased linear is ambiguous."""
+def _residual(total: ir.Node) -> tuple[LinearMatch, ir.Value]:
+    """Match the operand that is a linear layer with a bias, the first if both are; return it and the other operand."""
     first, second = operand(total, 0), operand(total, 1)
     for value, skip in ((first, second), (second, first)):
         try:

@@ -2,7 +2,7 @@
 
 Fused attention never stores the L x L scores. The trace is rewritten to: RoPE as one operator; one GEMM for queries,
 keys and values, and one for up and gate; the gated unit on its two halves; residual sums and LayerNormalization as two
-operators (ONNX Runtime's fused kernel for both may sum in FP16). Attention has one of two forms:
+operators (the fused kernel of ONNX Runtime may sum in FP16). Attention has one of two forms:
 
 * padding-free (`removes_padding`): RemovePadding, PackedMultiHeadAttention with cumulative lengths, RestorePadding. No
   kernel sees a padding token. It is for FP16 and FP32; ONNX Runtime has no such kernels for BF16. Padding must be on

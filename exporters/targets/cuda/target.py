@@ -33,7 +33,7 @@ class CudaOptions:
 
 
 class CudaTarget(Target):
-    """See the module."""
+    """Builds the graph for ONNX Runtime's CUDA provider, and opens it."""
 
     name: ClassVar[str] = "cuda"
     format: ClassVar[str] = "onnx"

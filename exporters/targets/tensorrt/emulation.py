@@ -1,7 +1,7 @@
 """Emulates a TensorRT engine on the CPU: ONNX Runtime runs the graph that TensorRT compiles.
 
 The export compares this emulation with PyTorch. On a CPU, ONNX Runtime has few kernels for FP16 and none for BF16, and
-it stores all scores of explicit attention. So there are two more forms of the graph with the same arithmetic:
+it stores all scores of explicit attention. So the emulation has two more forms of the graph, with the same arithmetic:
 
 * `cpu_emulation` replaces BF16 tensors by FP32 tensors that are rounded to BF16 after each operator. ONNX Runtime does
   the same for FP16 by itself.
@@ -38,7 +38,7 @@ from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
 _MAX_SCORES = 1 << 27
-"""The most scores, B · N · S · S, of one run; about five FP32 and FP16 copies of them exist at once."""
+"""The most scores, B · N · S · S, of one run. ONNX Runtime holds about five FP32 and FP16 copies of them at once."""
 
 
 class PaddedOnnx:
@@ -100,20 +100,22 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
     build = Builder(graph, last, scope_of(last))
     sliced = [operand(first, 0), operand(first, 1), operand(last, 1)]
     inside = {value: ir.Value(name=f"{value.name}/head", type=value.type) for value in sliced}
-    ends = dict(inside)
+    mapped = dict(inside)  # value of the graph -> its value for one head
     body = []
     for node in chain:
-        inputs = [ends.get(value, value) if value is not None else None for value in node.inputs]
+        inputs = [mapped.get(value, value) if value is not None else None for value in node.inputs]
         if node.op_type == "Add":  # the mask, [B, 1, 1, S] -> [B, 1, S]
             inputs = [
-                value if value in ends.values() else build.op("Squeeze", value, integers(graph, 1), dtype=_dtype(value))
+                value
+                if value in mapped.values()
+                else build.op("Squeeze", value, integers(graph, 1), dtype=_dtype(value))
                 for value in inputs
             ]
         copy = ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=1, name=f"{node.name}/head")
         copy.outputs[0].name, copy.outputs[0].dtype = f"{node.outputs[0].name}/head", _dtype(node.outputs[0])
-        ends[node.outputs[0]] = copy.outputs[0]
+        mapped[node.outputs[0]] = copy.outputs[0]
         body.append(copy)
-    one_head = ir.Graph(list(inside.values()), [ends[last.outputs[0]]], nodes=body, name=f"{build.scope}/one_head")
+    one_head = ir.Graph(list(inside.values()), [mapped[last.outputs[0]]], nodes=body, name=f"{build.scope}/one_head")
     attended = build.op(
         "Scan",
         *sliced,
@@ -180,29 +182,30 @@ def packed_emulation(graph: Graph, *, num_heads: int) -> Graph:
 def _text_by_text(build: Builder, node: ir.Node, num_heads: int) -> ir.Value:
     """Replace TRT_Attention(q, k, v [T, N, D], …, query_lengths, kv_lengths [B + 1]) by a Loop over the texts."""
     graph = build.graph
-    whole, small, scalar = ir.DataType.INT64, ir.DataType.INT32, ir.Shape(())
-    number = ir.Value(name=f"{node.name}/number", type=ir.TensorType(whole), shape=scalar)
+    int64, int32, scalar = ir.DataType.INT64, ir.DataType.INT32, ir.Shape(())
+    index = ir.Value(name=f"{node.name}/index", type=ir.TensorType(int64), shape=scalar)
     keep = ir.Value(name=f"{node.name}/keep", type=ir.TensorType(ir.DataType.BOOL), shape=scalar)
-    before = ir.Value(name=f"{node.name}/before", type=ir.TensorType(ir.DataType.FLOAT))
-    going_on = ir.node("Identity", [keep], name=f"{node.name}/going_on")
-    body = ir.Graph([number, keep, before], [*going_on.outputs], nodes=[going_on], name=f"{node.name}/text")
-    text = Builder(body, going_on, f"{node.name}/text")
+    previous = ir.Value(name=f"{node.name}/previous", type=ir.TensorType(ir.DataType.FLOAT))
+    next_keep = ir.node("Identity", [keep], name=f"{node.name}/next_keep")
+    body = ir.Graph([index, keep, previous], [*next_keep.outputs], nodes=[next_keep], name=f"{node.name}/text")
+    text = Builder(body, next_keep, f"{node.name}/text")
     zero, one = (integers(graph, n) for n in (0, 1))
     axis = constant(graph, "int32_0", np.zeros(1, np.int32))
-    this = text.op("Unsqueeze", number, zero, name="this", dtype=whole)
-    following = text.op("Add", this, one, name="following", dtype=whole)
+    begin = text.op("Unsqueeze", index, zero, name="begin", dtype=int64)
+    end = text.op("Add", begin, one, name="end", dtype=int64)
     parts = []
-    for name, index, of in (("query", 0, 4), ("key", 1, 5), ("value", 2, 5)):
-        bounds = [text.op("Gather", operand(node, of), i, name=f"{name}_bound", dtype=small) for i in (this, following)]
-        parts.append(text.op("Slice", operand(node, index), *bounds, axis, name=name))
+    for name, tensor, lengths in (("query", 0, 4), ("key", 1, 5), ("value", 2, 5)):  # operands of TRT_Attention
+        limits = operand(node, lengths)
+        bounds = [text.op("Gather", limits, i, name=f"{name}_bound", dtype=int32) for i in (begin, end)]
+        parts.append(text.op("Slice", operand(node, tensor), *bounds, axis, name=name))
     rows = [text.op("Unsqueeze", text.op("Flatten", part, axis=1), zero) for part in parts]
     attended = text.op("MultiHeadAttention", *rows, domain=CONTRIB, num_heads=num_heads, scale=1.0)
-    split = text.op("Reshape", attended, text.op("Shape", parts[0], dtype=whole))
-    body.outputs.append(text.op("Concat", before, split, axis=0))
+    split = text.op("Reshape", attended, text.op("Shape", parts[0], dtype=int64))
+    body.outputs.append(text.op("Concat", previous, split, axis=0))
     graph.opset_imports.setdefault(CONTRIB, 1)
-    count = build.op("Sub", build.op("Size", operand(node, 4), dtype=whole), one, dtype=whole)
-    nothing = build.op("Slice", operand(node, 0), zero, zero, zero)
-    return build.op("Loop", count, constant(graph, "true", np.array(True)), nothing, name="texts", body=body)
+    count = build.op("Sub", build.op("Size", operand(node, 4), dtype=int64), one, dtype=int64)
+    empty = build.op("Slice", operand(node, 0), zero, zero, zero)
+    return build.op("Loop", count, constant(graph, "true", np.array(True)), empty, name="texts", body=body)
 
 
 def _last_product(softmax: ir.Node) -> ir.Node:
@@ -214,14 +217,14 @@ def _last_product(softmax: ir.Node) -> ir.Node:
 
 
 def _producer_of_scores(node: ir.Node) -> ir.Node:
-    """The node before `node` on the path from q·k. Its other inputs are constants or the mask."""
+    """The node before `node` on the path from q·k. The other inputs of `node` are constants or the mask."""
     candidates = node.inputs[:1] if node.op_type == "MatMul" else node.inputs
     for value in candidates:
-        rounding = behind = None if value is None else value.producer()
-        while behind is not None and behind.op_type == "Cast":
-            behind = operand(behind, 0).producer()
-        if rounding is not None and behind is not None and behind.op_type in ("MatMul", "Mul", "Add", "Softmax"):
-            return rounding
+        before = source = None if value is None else value.producer()
+        while source is not None and source.op_type == "Cast":  # a rounding
+            source = operand(source, 0).producer()
+        if before is not None and source is not None and source.op_type in ("MatMul", "Mul", "Add", "Softmax"):
+            return before
     raise ExportError(f"{node.name} is not part of softmax(q·k * scale + mask)·v")
 
 

@@ -16,7 +16,7 @@ from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import Profile, TensorSpec
 from gte_deploy.exporters.targets.tensorrt import runtimes
-from gte_deploy.exporters.targets.tensorrt.layouts import Layout, layout_of
+from gte_deploy.exporters.targets.tensorrt.layouts import TextLayout, layout_of
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, sm_name
 
@@ -205,7 +205,7 @@ def _count_attentions(trt: Any, network: Any) -> int:
     return kinds.count(trt.LayerType.ATTENTION_OUTPUT)
 
 
-def _profile(builder: Any, network: Any, profile: Profile, layout: Layout) -> Any:
+def _profile(builder: Any, network: Any, profile: Profile, layout: TextLayout) -> Any:
     built = builder.create_optimization_profile()
     shapes = layout.shapes(profile)
     for index in range(network.num_inputs):

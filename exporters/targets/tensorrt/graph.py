@@ -3,15 +3,15 @@
 TensorRT takes the data type of every tensor from the graph, so the graph defines them all:
 
 * GEMMs, attention and the stored weights are in FP16 or BF16. In INT8 and FP8, QuantizeLinear and DequantizeLinear are
-  around the GEMMs, never in or around attention: there TensorRT would lose its fused kernel, and its scratch memory
-  would grow sixteenfold. TensorRT needs symmetric quantization: zero points are 0.
-* FP32 is used between them: residual sums with their LayerNorms, the rotation of queries and keys by PyTorch's own FP32
-  cosines and sines (the graph never computes an angle), the gated unit, the mask before it is added to the scores,
-  pooling, and the outputs. These are elementwise operations that fuse into one kernel, whose inputs and outputs have 16
-  bits. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
+  around the GEMMs, but never in or around attention: with them TensorRT would not use its fused attention kernel, and
+  its scratch memory would grow sixteenfold. TensorRT needs symmetric quantization: zero points are 0.
+* Between GEMMs and attention, FP32 is used: for residual sums with their LayerNorms, the rotation of queries and keys
+  by PyTorch's own FP32 cosines and sines (the graph never computes an angle), the gated unit, the mask before it is
+  added to the scores, pooling, and the outputs. These are elementwise operations that fuse into one kernel, whose
+  inputs and outputs have 16 bits. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
 * The up and gate projections are one GEMM, whose result is split in two.
-* For a padding-free engine, the module `padding_free` first rewrites the graph to packed tokens. Attention then is
-  TRT_Attention, an operator of TensorRT itself.
+* For a padding-free engine, the module `padding_free` first rewrites the graph to the tokens of all texts, without
+  padding. Attention is then TRT_Attention, an operator of TensorRT itself.
 
 Shapes: B rows, S tokens, H hidden size, F width of the gated MLP.
 """
@@ -32,25 +32,21 @@ from gte_deploy.core.spec import Precision
 from gte_deploy.exporters.graph.build import Graph, graph_of
 from gte_deploy.exporters.graph.editing import (
     Builder,
-    FusionPass,
     constant,
     consumer,
     initializer,
-    integers,
     operand,
     other_operand,
     producer,
     replace,
-    require,
     scope_of,
     tensor_of,
 )
 from gte_deploy.exporters.graph.fusion import fuse_graph
-from gte_deploy.exporters.graph.fusion.linear import pack as merge_weights
-from gte_deploy.exporters.graph.fusion.linear import require_linear
-from gte_deploy.exporters.graph.linears import Linear, find_linear_layers
+from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
+from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import smooth
-from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, Layout
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
 
 EightBits = Literal["int8", "fp8"]
 
@@ -63,8 +59,8 @@ COMPUTE_DTYPES: Mapping[Precision, ir.DataType] = {
 """Precision -> data type of every tensor that is neither FP32 nor quantized."""
 
 _FP32 = ir.DataType.FLOAT
-_LARGEST: Mapping[EightBits, int] = {"int8": 127, "fp8": 448}
-_STORED: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+_MAX_MAGNITUDE: Mapping[EightBits, int] = {"int8": 127, "fp8": 448}
+_QUANTIZED_DTYPES: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 # Scales are FP16 in the graph, where smaller values would be rounded coarsely.
 _MIN_SCALE = 2.0**-20
 
@@ -96,16 +92,16 @@ def tensorrt_graph(
     *,
     sites: Mapping[str, int],
     scheme: QdqScheme | None = None,
-    layout: Layout = PADDED,
+    layout: TextLayout = PADDED,
 ) -> Graph:
-    """The graph to compile, from a copy of the plain FP32 graph.
+    """Convert a copy of the plain FP32 graph to the graph that TensorRT compiles.
 
     Args:
         plain: the graph of standard operators, see `gte_deploy.exporters.graph.build.build_graphs`.
         precision: a key of `COMPUTE_DTYPES`.
         sites: how often each fusion pass must fire.
         scheme: the GEMMs to quantize, for int8 and fp8.
-        layout: how the graph's inputs hold texts.
+        layout: how the tensors of the graph hold texts.
 
     Raises:
         ExportError: a pass did not match as often as the architecture requires.
@@ -115,7 +111,7 @@ def tensorrt_graph(
     if scheme is not None:
         smooth(model, scheme.smoothing)
     counts = layout.rewrite(model, sites)
-    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE_SPLIT,))
+    counts |= fuse_graph(model, sites=sites, passes=(UP_GATE,))
     if scheme is not None:
         counts |= _quantize(model, scheme)
     _assign_types(model.graph, COMPUTE_DTYPES[precision])
@@ -124,32 +120,8 @@ def tensorrt_graph(
     return graph_of(model, counts, plain.opset)
 
 
-def _merge_up_and_gate(graph: ir.Graph, gelu: ir.Node) -> None:
-    """Merge the two GEMMs of up · gelu(gate), which share an input, into one GEMM and a Split."""
-    product = consumer(gelu.outputs[0], "Mul")
-    gate = operand(gelu, 0)
-    up = other_operand(product, gelu.outputs[0])
-    linears = [require_linear(value, bias=False) for value in (up, gate)]
-    require(linears[0].x is linears[1].x, "up and gate do not have the same input")
-    build = Builder(graph, gelu, scope_of(product))
-    weight = merge_weights(graph, merged_name(str(linears[0].weight.name)), [linear.weight for linear in linears])
-    merged = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", linears[0].x, weight)
-    sizes = integers(graph, *(linear.out for linear in linears))
-    parts = build.node("Split", [merged, sizes], name="up_gate", axis=-1, outputs=2)
-    for old, part in zip((up, gate), parts, strict=True):
-        replace(old, part)
-
-
-UP_GATE_SPLIT = FusionPass(name="up_gate", anchor="Gelu", rewrite=_merge_up_and_gate)
-
-
-def merged_name(up: str) -> str:
-    """The name of the matrix that holds the up projection `up` and its gate."""
-    return up.replace("up_proj", "up_gate_proj")
-
-
 def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
-    amax = {**scheme.amax, **{merged_name(name): peak for name, peak in scheme.amax.items()}}
+    amax = {**scheme.amax, **{merged_name(name): value for name, value in scheme.amax.items()}}
     excluded = scheme.excluded | {merged_name(name) for name in scheme.excluded}
     linears = find_linear_layers(model)
     chosen = [linear for linear in linears if linear.name not in excluded]
@@ -160,21 +132,21 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
     return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": len(linears) - len(chosen)}
 
 
-def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: float) -> None:
+def _quantize_linear(graph: ir.Graph, linear: LinearLayer, kind: EightBits, amax: float) -> None:
     build = Builder(graph, linear.node, scope_of(linear.node))
-    stored, largest = _STORED[kind], _LARGEST[kind]
-    zero = constant(graph, f"zero_{kind}", np.zeros((), stored.numpy()))
-    scale = constant(graph, f"{linear.x.name}/{kind}.scale", _scales(np.float32(peak), largest))
-    quantized = build.op("QuantizeLinear", linear.x, scale, zero, name="quantized", dtype=stored)
+    dtype, largest = _QUANTIZED_DTYPES[kind], _MAX_MAGNITUDE[kind]
+    zero = constant(graph, f"zero_{kind}", np.zeros((), dtype.numpy()))
+    scale = constant(graph, f"{linear.x.name}/{kind}.scale", _scales(np.float32(amax), largest))
+    quantized = build.op("QuantizeLinear", linear.x, scale, zero, name="quantized", dtype=dtype)
     x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
     matrix = linear.matrix()
     # INT8 has one scale per output, FP8 one scale for all: TensorRT has kernels for these.
     scales = _scales(np.abs(matrix).max(axis=0 if kind == "int8" else None), largest)
-    inside = np.clip(matrix / scales, -largest, largest)
-    narrow = np.rint(inside).astype(np.int8) if kind == "int8" else inside.astype(ml_dtypes.float8_e4m3fn)
+    clipped = np.clip(matrix / scales, -largest, largest)
+    rounded = np.rint(clipped).astype(np.int8) if kind == "int8" else clipped.astype(ml_dtypes.float8_e4m3fn)
     weight = build.op(
         "DequantizeLinear",
-        initializer(graph, f"{linear.name}.{kind}", ir.tensor(narrow)),
+        initializer(graph, f"{linear.name}.{kind}", ir.tensor(rounded)),
         initializer(graph, f"{linear.name}.{kind}.scale", ir.tensor(scales)),
         name="weight",
         **({"axis": 1} if kind == "int8" else {}),
@@ -183,12 +155,12 @@ def _quantize_linear(graph: ir.Graph, linear: Linear, kind: EightBits, peak: flo
     replace(linear.node.outputs[0], product if linear.bias is None else build.op("Add", product, linear.bias))
 
 
-def _scales(peak: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
-    """Scales that FP16 represents exactly, rounded up so that the peak fits."""
-    exact = np.maximum(np.asarray(peak, np.float32) / largest, _MIN_SCALE)
-    near = exact.astype(np.float16)
-    up = np.where(near.astype(np.float32) < exact, np.nextafter(near, np.float16(np.inf)), near)
-    return up.astype(np.float32)
+def _scales(amax: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
+    """Scales amax / largest, rounded up to values that FP16 represents exactly, so that `amax` is not clipped."""
+    exact = np.maximum(np.asarray(amax, np.float32) / largest, _MIN_SCALE)
+    rounded = exact.astype(np.float16)
+    is_below = rounded.astype(np.float32) < exact
+    return np.where(is_below, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)
 
 
 def _fill_in_types(graph: ir.Graph) -> None:
@@ -220,7 +192,7 @@ def _assign_types(graph: ir.Graph, compute_dtype: ir.DataType) -> None:
                 node.replace_input_with(i, typed(value, dtype))
         for output in node.outputs:
             if output.dtype == _FP32:
-                output.type = ir.TensorType(dtype)  # not `output.dtype`: clones share their type objects
+                output.type = ir.TensorType(dtype)  # not output.dtype: copies of a graph share the type
         if node.op_type == "LayerNormalization":
             # In 16 bits the following layers read the residual twice as fast. The output of the graph stays FP32.
             (output,) = node.outputs
@@ -246,7 +218,7 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """The same initialiser in another data type; it is converted when it is read."""
+    """An initialiser with the values of `value` in another data type, converted when they are read."""
     tensor = tensor_of(value)
     name = f"{value.name}.{dtype.name.lower()}"
 
@@ -260,14 +232,14 @@ def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value
 
 def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
     """The nodes in FP32: the mask, the rotation and its tables, gated units, LayerNorms and their residual sums."""
-    kept, of_tokens = set(), set[ir.Value]()
+    kept, computed_from_tokens = set(), set[ir.Value]()
     for node in graph:
         table = operand(node, 0) if node.op_type == "Gather" and operand(node, 1).name != POSITIONS else None
-        reads_words = table is not None and table.is_initializer() and table.dtype == _FP32
-        if reads_words or node.op_type == "DequantizeLinear" or of_tokens & set(node.inputs):
-            of_tokens.update(node.outputs)
+        is_embedding = table is not None and table.is_initializer() and table.dtype == _FP32
+        if is_embedding or node.op_type == "DequantizeLinear" or computed_from_tokens & set(node.inputs):
+            computed_from_tokens.update(node.outputs)
         else:
-            kept.add(node)  # computed only from the mask, tables and shapes
+            kept.add(node)  # it depends only on the mask, tables and shapes
         if node.op_type == "LayerNormalization":
             kept.add(node)
             total = operand(node, 0).producer()
@@ -294,18 +266,18 @@ def _rotation(negation: ir.Node) -> Iterator[ir.Node]:
 
 def _pooling_nodes(graph: ir.Graph) -> set[ir.Node]:
     """The nodes that compute the sentence embedding from the hidden states."""
-    names = {value.name: value for value in graph.outputs}
-    if "sentence_embedding" not in names:
+    outputs = {value.name: value for value in graph.outputs}
+    if "sentence_embedding" not in outputs:
         return set()
-    return _ancestors(names["sentence_embedding"]) - _ancestors(names["last_hidden_state"])
+    return _ancestors(outputs["sentence_embedding"]) - _ancestors(outputs["last_hidden_state"])
 
 
 def _ancestors(value: ir.Value) -> set[ir.Node]:
     found: set[ir.Node] = set()
-    waiting = [value]
-    while waiting:
-        node = waiting.pop().producer()
+    pending = [value]
+    while pending:
+        node = pending.pop().producer()
         if node is not None and node not in found:
             found.add(node)
-            waiting += [each for each in node.inputs if each is not None]
+            pending += [source for source in node.inputs if source is not None]
     return found

@@ -1,7 +1,7 @@
-"""The two layouts of texts in the tensors of an engine: padded rows, or the tokens of all texts without padding.
+"""Defines how the tensors of an engine hold texts: as padded rows, or as the tokens of all texts without padding.
 
-This module holds all differences between the two: the versions of TensorRT with the kernels, the profiles and their
-shapes, the rewriting of the graph, and its emulation on a CPU.
+All differences between the two layouts are in this module: the versions of TensorRT with the kernels, the profiles and
+their shapes, the rewriting of the graph, and its emulation on a CPU.
 """
 
 import re
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 PADDING_FREE_FROM = (11, 1)
 """The first version of TensorRT with kernels for padding-free attention. TensorRT-RTX has none."""
 
-Shapes = dict[str, list[tuple[int, ...]]]
+ProfileShapes = dict[str, list[tuple[int, ...]]]
 """Name of an input -> its shapes at min, opt and max."""
 
 
-class Layout(Protocol):
+class TextLayout(Protocol):
     """The interface of both layouts."""
 
     has_attention_operator: ClassVar[bool]
@@ -51,7 +51,7 @@ class Layout(Protocol):
         """
 
     def check_runtime(self, runtime: Runtime) -> None:
-        """Refuse a TensorRT without the kernels.
+        """Refuse a version of TensorRT without kernels for this layout.
 
         Raises:
             ExportError: the message says which TensorRT has them.
@@ -65,7 +65,7 @@ class Layout(Protocol):
         """
         ...
 
-    def shapes(self, profile: Profile) -> Shapes:
+    def shapes(self, profile: Profile) -> ProfileShapes:
         """The shapes of every possible input; few graphs have `mask_positions` and `token_type_ids`."""
         ...
 
@@ -91,23 +91,23 @@ class Padded:
     trtexec_flags: ClassVar[tuple[str, ...]] = ("--stronglyTyped",)
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Every model has this layout."""
+        """Accept every model."""
 
     def check_runtime(self, runtime: Runtime) -> None:
-        """Every TensorRT has the kernels."""
+        """Accept every version of TensorRT."""
 
     def profiles(self, asked: Sequence[Profile], lengths: Sequence[int], max_length: int) -> tuple[Profile, ...]:
-        """See `Layout`; a profile is (rows, tokens of a row)."""
+        """See `TextLayout`; a profile is (rows, tokens of a row)."""
         if lengths and not asked:
             return profiles_for_lengths(lengths, max_length)
         profiles = tuple(asked) or default_profiles(max_length)
         check_profiles(profiles, max_length)
         return profiles
 
-    def shapes(self, profile: Profile) -> Shapes:
-        """See `Layout`."""
-        ends: list[tuple[int, ...]] = [profile.min, profile.opt, profile.max]
-        rows: Shapes = {name: list(ends) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    def shapes(self, profile: Profile) -> ProfileShapes:
+        """See `TextLayout`."""
+        sizes: list[tuple[int, ...]] = [profile.min, profile.opt, profile.max]
+        rows: ProfileShapes = {name: list(sizes) for name in ("input_ids", "attention_mask", "token_type_ids")}
         return rows | {"mask_positions": [(count, 2) for count in mask_profile(profile)]}
 
     def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
@@ -117,13 +117,13 @@ class Padded:
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
     ) -> "PaddedOnnx":
-        """See `Layout`."""
+        """See `TextLayout`."""
         from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx
 
         return PaddedOnnx(graph, spec, file=file, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
-        """None: the graph itself is run."""
+        """Return no caveats: the emulation runs the graph itself."""
         return []
 
 
@@ -142,7 +142,7 @@ class PaddingFree:
             )
 
     def check_runtime(self, runtime: Runtime) -> None:
-        """See `PADDING_FREE_FROM`."""
+        """Refuse TensorRT-RTX, and versions of TensorRT before `PADDING_FREE_FROM`."""
         wanted = ".".join(map(str, PADDING_FREE_FROM))
         if runtime.variant != "tensorrt":
             reason = f"{runtime.title} has no kernel for it; it was chosen because {runtime.reason}"
@@ -152,26 +152,26 @@ class PaddingFree:
             return
         raise ExportError(
             f"Attention without padding needs ordinary TensorRT {wanted} or later and the GPU that the engine is for: "
-            f"{reason}. Leave out --padding remove, or write the graph with --onnx-only and build it there."
+            f"{reason}. Leave out --padding remove, or write the graph with --onnx-only and build the engine there."
         )
 
     def profiles(self, asked: Sequence[Profile], lengths: Sequence[int], max_length: int) -> tuple[Profile, ...]:
-        """See `Layout`; a profile is (texts, tokens of all texts)."""
+        """See `TextLayout`; a profile is (texts, tokens of all texts)."""
         profiles = tuple(asked) or packed_profiles(max_length, lengths)
         check_packed_profiles(profiles, max_length)
         return profiles
 
-    def shapes(self, profile: Profile) -> Shapes:
-        """See `Layout`."""
-        ends = (profile.min, profile.opt, profile.max)
-        shapes: Shapes = {
-            name: [(tokens,) for _, tokens in ends] for name in ("input_ids", POSITIONS, "token_type_ids")
+    def shapes(self, profile: Profile) -> ProfileShapes:
+        """See `TextLayout`."""
+        sizes = (profile.min, profile.opt, profile.max)
+        shapes: ProfileShapes = {
+            name: [(tokens,) for _, tokens in sizes] for name in ("input_ids", POSITIONS, "token_type_ids")
         }
-        shapes |= {name: [(texts + 1,) for texts, _ in ends] for name in (QUERY_LENGTHS, KV_LENGTHS)}
+        shapes |= {name: [(texts + 1,) for texts, _ in sizes] for name in (QUERY_LENGTHS, KV_LENGTHS)}
         return shapes | {"mask_positions": [(count,) for count in mask_profile(profile)]}
 
     def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
-        """See `Layout`."""
+        """See `TextLayout`."""
         from gte_deploy.exporters.targets.tensorrt.padding_free import make_padding_free
 
         return make_padding_free(model, sites=sites)
@@ -179,25 +179,25 @@ class PaddingFree:
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
     ) -> "PaddingFreeOnnx":
-        """See `Layout`."""
+        """See `TextLayout`."""
         from gte_deploy.exporters.targets.tensorrt.emulation import PaddingFreeOnnx
 
         return PaddingFreeOnnx(graph, spec, profiles=profiles, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
-        """The operator TRT_Attention itself is not run."""
+        """Say that the emulation does not run TRT_Attention itself."""
         return [
-            "ONNX Runtime does not have TRT_Attention; in its place each text attended to itself, as TensorRT's "
-            "documentation describes the operator."
+            "ONNX Runtime does not have TRT_Attention. The comparison computed attention for each text separately, as "
+            "TensorRT's documentation describes the operator."
         ]
 
 
 PADDED, PADDING_FREE = Padded(), PaddingFree()
-LAYOUTS: Mapping[str, Layout] = {"auto": PADDED, "keep": PADDED, "remove": PADDING_FREE}
+TEXT_LAYOUTS: Mapping[str, TextLayout] = {"auto": PADDED, "keep": PADDED, "remove": PADDING_FREE}
 """Value of `TensorRTOptions.padding` -> its layout."""
 
 
-def layout_of(inputs: Iterable[TensorSpec]) -> Layout:
+def layout_of(inputs: Iterable[TensorSpec]) -> TextLayout:
     """The layout of a graph or an engine with these inputs."""
     return PADDING_FREE if is_packed(inputs) else PADDED
 
@@ -216,7 +216,7 @@ def trtexec_line(onnx: str, profiles: Sequence[Profile], inputs: Sequence[Tensor
         if len(profiles) > 1:
             parts.append(f"--profile={index}")
         shapes = {name: found for name, found in layout.shapes(profile).items() if name in names}
-        for end, name in enumerate(("min", "opt", "max")):
-            sizes = (f"{tensor}:{'x'.join(map(str, found[end]))}" for tensor, found in shapes.items())
+        for i, name in enumerate(("min", "opt", "max")):
+            sizes = (f"{tensor}:{'x'.join(map(str, found[i]))}" for tensor, found in shapes.items())
             parts.append(f"--{name}Shapes={','.join(sizes)}")
     return " ".join(parts)

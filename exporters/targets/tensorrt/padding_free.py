@@ -1,6 +1,6 @@
-"""Rewrites a plain FP32 graph on padded texts [B, S] to the packed tokens of all texts [T], without padding.
+"""Rewrites a plain FP32 graph on padded texts [B, S] to the tokens of all texts [T], one after another (packed).
 
-Everything except attention works on single tokens of any text. Attention becomes an operator of TensorRT: TRT_Attention
+All operations except attention work on each token separately. Attention becomes an operator of TensorRT, TRT_Attention,
 in its packed form. Ordinary TensorRT has kernels for it from 11.1 on:
 https://github.com/onnx/onnx-tensorrt/blob/main/docs (TensorRT Custom Operator Schemas)
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html
@@ -20,7 +20,7 @@ unpacks (`gte_deploy.backends.tensorrt.padding_free`), so no shape in the graph 
 Shapes: B texts, T tokens of all texts, N heads, D head size, H hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,7 @@ from gte_deploy.exporters.graph.editing import (
     FusionPass,
     Mismatch,
     array,
+    by_name,
     constant,
     consumer,
     dimensions,
@@ -52,7 +53,7 @@ from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
 TRT_DOMAIN = "trt"
 TRT_ATTENTION = "TRT_Attention"
 
-_MASK, _TYPES, _MASKED, _HIDDEN, _POOLED, _LOGITS = (
+_MASK, _TOKEN_TYPES, _MASK_POSITIONS, _HIDDEN, _EMBEDDING, _LOGITS = (
     "attention_mask",
     "token_type_ids",
     "mask_positions",
@@ -61,14 +62,15 @@ _MASK, _TYPES, _MASKED, _HIDDEN, _POOLED, _LOGITS = (
     "logits",
 )
 _TOKENS, _BATCH_AND_ONE = "tokens", "batch_and_one"
-_WHOLE, _SMALL = ir.DataType.INT64, ir.DataType.INT32
+_INT64, _INT32 = ir.DataType.INT64, ir.DataType.INT32
+# The end of a Slice that goes to the end of its axis.
 _TO_END = (1 << 31) - 1
 
 
 def make_padding_free(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str, int]:
-    """Rewrite a plain graph in place; return the number of attention operators.
+    """Rewrite a plain graph in place; return pass -> number of matches.
 
-    `sites` as in `fuse_graph`.
+    `sites` is the argument of `fuse_graph`.
 
     Raises:
         ExportError: the graph does not have the expected form.
@@ -80,16 +82,16 @@ def make_padding_free(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str,
         require(counts[PADDING_FREE_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
         _flatten_embedding(graph)
         _rewrite_heads(graph)
-    graph.inputs.remove(_value(graph.inputs, _MASK))
-    _state_shapes(graph)
+    graph.inputs.remove(by_name(graph.inputs, _MASK))
+    _set_shapes(graph)
     return counts
 
 
 def _add_inputs(graph: ir.Graph) -> None:
     for name, dtype, axis in (
-        (POSITIONS, _WHOLE, _TOKENS),
-        (QUERY_LENGTHS, _SMALL, _BATCH_AND_ONE),
-        (KV_LENGTHS, _SMALL, _BATCH_AND_ONE),
+        (POSITIONS, _INT64, _TOKENS),
+        (QUERY_LENGTHS, _INT32, _BATCH_AND_ONE),
+        (KV_LENGTHS, _INT32, _BATCH_AND_ONE),
     ):
         graph.inputs.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape((axis,))))
 
@@ -102,17 +104,17 @@ def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     require_same_heads(found, query.heads, key.heads, value)
     build = Builder(graph, found.output, scope_of(found.output))
     split = integers(graph, -1, value.count, value.size)
-    # The operator has no scale, so the queries are scaled before.
+    # The operator has no scale, so the queries are scaled before it.
     scale = constant(graph, "query_scale", np.array(found.scale, np.float32))
     require(bool(array(scale) == np.float32(found.scale)), "the layers' scores are scaled differently")
     attended = build.op(
         TRT_ATTENTION,
-        build.op("Mul", _turned(build, query, split, "query"), scale, name="scaled_query"),
-        _turned(build, key, split, "key"),
+        build.op("Mul", _rotated(build, query, split, "query"), scale, name="scaled_query"),
+        _rotated(build, key, split, "key"),
         build.op("Reshape", value.projection, split, name="value"),
         None,  # no mask: a token attends only to its own text, and there is no padding
-        _value(graph.inputs, QUERY_LENGTHS),
-        _value(graph.inputs, KV_LENGTHS),
+        by_name(graph.inputs, QUERY_LENGTHS),
+        by_name(graph.inputs, KV_LENGTHS),
         domain=TRT_DOMAIN,
         query_form="packed_nhd",
         kv_form="packed_nhd",
@@ -123,37 +125,37 @@ def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     replace(found.output.outputs[0], joined)
 
 
-def _negation(turned: ir.Value) -> ir.Node:
-    """The Neg of the rotation whose result is `turned`."""
-    for term in producer(turned, "Add").inputs:
+def _negation(rotated: ir.Value) -> ir.Node:
+    """The Neg of the rotation whose result is `rotated`."""
+    for term in producer(rotated, "Add").inputs:
         for factor in producer(term, "Mul").inputs:
             source = None if factor is None else factor.producer()
             if source is not None and source.op_type == "Concat" and (node := operand(source, 0).producer()):
                 if node.op_type == "Neg":
                     return node
-    raise Mismatch(f"{turned.name!r} is not a rotation")
+    raise Mismatch(f"{rotated.name!r} is not a rotation")
 
 
-def _turned(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> ir.Value:
-    """Rotate [T, H] to [T, N, D] with the steps of the trace; cosines and sines follow each token's position."""
+def _rotated(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> ir.Value:
+    """Split [T, H] into heads [T, N, D] and rotate them like the trace, by the cosines and sines of each position."""
     graph, half = build.graph, rotation.heads.size // 2
-    cosine, sine = (_of_positions(build, table) for table in (rotation.cosines, rotation.sines))
+    cosine, sine = (_rows_of_tokens(build, table) for table in (rotation.cosines, rotation.sines))
     x = build.op("Reshape", rotation.heads.projection, split, name=name)
     start, middle, end, axis = (integers(graph, n) for n in (0, half, _TO_END, 2))
     lower = build.op("Slice", x, start, middle, axis, name=f"{name}_lower")
     upper = build.op("Slice", x, middle, end, axis, name=f"{name}_upper")
-    crossed = build.op("Concat", build.op("Neg", upper, name=f"{name}_negated"), lower, axis=-1, name=f"{name}_crossed")
+    swapped = build.op("Concat", build.op("Neg", upper, name=f"{name}_negated"), lower, axis=-1, name=f"{name}_crossed")
     terms = [
         build.op("Mul", values, factor, name=f"{name}_{kind}")
-        for kind, values, factor in (("cosine", x, cosine), ("sine", crossed, sine))
+        for kind, values, factor in (("cosine", x, cosine), ("sine", swapped, sine))
     ]
     return build.op("Add", *terms, name=f"{name}_turned")
 
 
-def _of_positions(build: Builder, table: ir.Value) -> ir.Value:
-    """Rows of a table [max_length, D/2] by position, as [T, 1, D]. Equal nodes of all layers are merged later."""
+def _rows_of_tokens(build: Builder, table: ir.Value) -> ir.Value:
+    """The row of a table [max_length, D/2] for each token, [T, 1, D]. Every layer adds equal nodes, merged later."""
     build = build.inside(str(table.name))
-    rows = build.op("Gather", table, _value(build.graph.inputs, POSITIONS), axis=0, name="rows")
+    rows = build.op("Gather", table, by_name(build.graph.inputs, POSITIONS), axis=0, name="rows")
     twice = build.op("Concat", rows, rows, axis=-1, name="twice")
     return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
 
@@ -163,8 +165,8 @@ PADDING_FREE_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", r
 
 def _flatten_embedding(graph: ir.Graph) -> None:
     """Reshape constants that are added to every token, such as the row of token type 0, from [1, 1, H] to [H]."""
-    words = next(use.node for use in _value(graph.inputs, FIRST_INPUT).uses() if use.node.op_type == "Gather")
-    for use in list(words.outputs[0].uses()):
+    embedding = next(use.node for use in by_name(graph.inputs, FIRST_INPUT).uses() if use.node.op_type == "Gather")
+    for use in list(embedding.outputs[0].uses()):
         for i, value in enumerate(use.node.inputs):
             if value is not None and value.is_initializer() and (row := array(value)).ndim > 1:
                 require(row.size == row.shape[-1], f"{value.name!r} has the shape {row.shape}, not that of one token")
@@ -172,8 +174,8 @@ def _flatten_embedding(graph: ir.Graph) -> None:
 
 
 def _rewrite_heads(graph: ir.Graph) -> None:
-    """Let the nodes that read hidden states by (text, position) read them by token index."""
-    hidden = _value(graph.outputs, _HIDDEN)
+    """Make the nodes that index hidden states by (text, position) index them by token."""
+    hidden = by_name(graph.outputs, _HIDDEN)
     for node in [use.node for use in hidden.uses()]:
         build = Builder(graph, node, "texts")
         match node.op_type:
@@ -185,64 +187,62 @@ def _rewrite_heads(graph: ir.Graph) -> None:
                 require(same_constant(first.inputs[1], [0]), f"{first.name} does not take the first token")
                 replace(first.outputs[0], build.op("Gather", hidden, _starts(build), axis=0, name="first"))
             case "MatMul" if node.inputs[1] is hidden:
-                replace(_value(graph.outputs, _POOLED), _mean(build, hidden))
+                replace(by_name(graph.outputs, _EMBEDDING), _mean(build, hidden))
             case "MatMul":
-                pass  # a head that works on every single token
+                pass  # a head that computes each token separately
             case "Reshape":
                 node.outputs[0].replace_all_uses_with(hidden)
-                logits = _value(graph.outputs, _LOGITS)
+                logits = by_name(graph.outputs, _LOGITS)
                 replace(logits, operand(producer(logits, "Reshape"), 0))
             case other:
-                raise Mismatch(f"{node.name} reads the hidden states, but no {other} does so in this architecture")
+                raise Mismatch(
+                    f"{node.name} reads the hidden states, but is {other}, not GatherND, Slice, MatMul or Reshape"
+                )
 
 
 def _starts(build: Builder) -> ir.Value:
     """[B]: the index of the first token of each text."""
     first, last, axis = (integers(build.graph, n) for n in (0, -1, 0))
-    return build.op("Slice", _value(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="starts", dtype=_SMALL)
+    return build.op("Slice", by_name(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="starts", dtype=_INT32)
 
 
 def _ends(build: Builder) -> ir.Value:
     """[B]: the index after the last token of each text."""
     first, last, axis = (integers(build.graph, n) for n in (1, _TO_END, 0))
-    return build.op("Slice", _value(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="ends", dtype=_SMALL)
+    return build.op("Slice", by_name(build.graph.inputs, QUERY_LENGTHS), first, last, axis, name="ends", dtype=_INT32)
 
 
 def _mean(build: Builder, hidden: ir.Value) -> ir.Value:
     """The mean of the tokens of each text, [B, H], in FP32: a product with a matrix [B, T] of ones and zeros."""
     graph = build.graph
-    ids = _value(graph.inputs, FIRST_INPUT)
+    ids = by_name(graph.inputs, FIRST_INPUT)
     column, row = integers(graph, 1), integers(graph, 0)
     starts, ends = _starts(build), _ends(build)
     zero, one = (constant(graph, f"int64_scalar_{n}", np.array(n, np.int64)) for n in (0, 1))
-    size = build.op("Squeeze", build.op("Shape", ids, name="size", dtype=_WHOLE), row, name="count", dtype=_WHOLE)
-    numbers = build.op("Range", zero, size, one, name="numbers", dtype=_WHOLE)
-    numbers = build.op("Cast", numbers, to=_SMALL, name="small_numbers", dtype=_SMALL)
-    numbers = build.op("Unsqueeze", numbers, row, name="number_row", dtype=_SMALL)
+    size = build.op("Squeeze", build.op("Shape", ids, name="size", dtype=_INT64), row, name="count", dtype=_INT64)
+    indices = build.op("Range", zero, size, one, name="numbers", dtype=_INT64)
+    indices = build.op("Cast", indices, to=_INT32, name="small_numbers", dtype=_INT32)
+    indices = build.op("Unsqueeze", indices, row, name="number_row", dtype=_INT32)
 
     def before(limits: ir.Value, name: str) -> ir.Value:
-        limits = build.op("Unsqueeze", limits, column, name=f"{name}_column", dtype=_SMALL)
-        found = build.op("Less", numbers, limits, name=f"before_{name}", dtype=ir.DataType.BOOL)
+        limits = build.op("Unsqueeze", limits, column, name=f"{name}_column", dtype=_INT32)
+        found = build.op("Less", indices, limits, name=f"before_{name}", dtype=ir.DataType.BOOL)
         return build.op("Cast", found, to=ir.DataType.FLOAT, name=f"is_before_{name}")
 
-    inside = build.op("Sub", before(ends, "ends"), before(starts, "starts"), name="inside")
-    lengths = build.op("Sub", ends, starts, name="lengths", dtype=_SMALL)
+    is_inside = build.op("Sub", before(ends, "ends"), before(starts, "starts"), name="inside")
+    lengths = build.op("Sub", ends, starts, name="lengths", dtype=_INT32)
     lengths = build.op("Cast", lengths, to=ir.DataType.FLOAT, name="float_lengths")
     # A text without tokens gets the zero vector, not 0/0.
     lengths = build.op("Max", lengths, constant(graph, "float_one", np.array(1, np.float32)), name="at_least_one")
-    total = build.op("MatMul", inside, hidden, name="total")
+    total = build.op("MatMul", is_inside, hidden, name="total")
     return build.op("Div", total, build.op("Unsqueeze", lengths, column, name="length_column"), name="mean")
 
 
-def _state_shapes(graph: ir.Graph) -> None:
-    """Set the shapes of inputs and outputs."""
+def _set_shapes(graph: ir.Graph) -> None:
+    """Set the shapes of the graph's inputs and outputs."""
     for value in graph.inputs:
-        if value.name in (FIRST_INPUT, _TYPES, _MASKED):
-            value.shape = ir.Shape((dimensions(value)[0] if value.name == _MASKED else _TOKENS,))
+        if value.name in (FIRST_INPUT, _TOKEN_TYPES, _MASK_POSITIONS):
+            value.shape = ir.Shape((dimensions(value)[0] if value.name == _MASK_POSITIONS else _TOKENS,))
     for value in graph.outputs:
         shape = dimensions(value)
         value.shape = ir.Shape((_TOKENS, shape[-1]) if len(shape) == 3 else shape)
-
-
-def _value(values: Sequence[ir.Value], name: str) -> ir.Value:
-    return next(value for value in values if value.name == name)

@@ -39,8 +39,8 @@ def eight_bit_scheme(
     amax = measure_amax(fp32, spec, batches, quantized, smoothing=base.smoothing, calibrator=options.calibrator)
     # The vocabulary's matrix in 8 bits would be a second copy of the embeddings; a few masked rows do not justify it.
     few_rows = spec.task == "fill-mask" and spec.logits == "masked"
-    rows_only = {name for name in quantized if "decoder" in name and few_rows}
-    scheme = QdqScheme(precision, amax, base.smoothing, base.excluded | rows_only)
+    masked_rows_only = {name for name in quantized if "decoder" in name and few_rows}
+    scheme = QdqScheme(precision, amax, base.smoothing, base.excluded | masked_rows_only)
 
     def quantize(excluded: frozenset[str]) -> Graph:
         return tensorrt_graph(plain, job.precision, sites=job.sites, scheme=scheme.excluding(excluded))

@@ -20,17 +20,18 @@ MAX_MASKS = 512
 
 _OPT_TOKENS = 4096
 _MAX_ROWS = 256
-_CUTS = (128, 512)
+_LENGTH_LIMITS = (128, 512)
 _QUANTILES = (0.5, 0.95)
-# Tokens of all texts; and tokens of one text if no lengths are given.
-_PACKED_CUTS = (512, 4096)
-_TYPICAL = 128
+# Tokens of all texts in a padding-free batch.
+_PACKED_LIMITS = (512, 4096)
+# Tokens of one text, if no lengths are given.
+_TYPICAL_LENGTH = 128
 _MAX_FILE_BYTES = 1 << 28
 
 
 def default_profiles(max_length: int) -> tuple[Profile, ...]:
     """Profiles for short, middle and long texts: up to 128, 512 and `max_length` tokens."""
-    ends = [*(cut for cut in _CUTS if cut < max_length), max_length]
+    ends = [*(limit for limit in _LENGTH_LIMITS if limit < max_length), max_length]
     return tuple(_profile(start + 1, (start + 1 + end) // 2, end) for start, end in zip([0, *ends], ends, strict=False))
 
 
@@ -39,13 +40,13 @@ def profiles_for_lengths(lengths: Sequence[int], max_length: int) -> tuple[Profi
 
     Each profile is tuned for the median of its lengths. The last one goes up to `max_length`.
     """
-    found = np.clip(np.sort(np.asarray(lengths, np.int64)), 1, max_length)
+    clipped = np.clip(np.sort(np.asarray(lengths, np.int64)), 1, max_length)
     # Multiples of 8, the unit of tensor cores.
-    cuts = {min(max_length, -(-int(np.quantile(found, share)) // 8) * 8) for share in _QUANTILES}
-    ends = sorted({*cuts, max_length})
+    limits = {min(max_length, -(-int(np.quantile(clipped, share)) // 8) * 8) for share in _QUANTILES}
+    ends = sorted({*limits, max_length})
     profiles = []
     for start, end in zip([0, *ends], ends, strict=False):
-        inside = found[(found > start) & (found <= end)]
+        inside = clipped[(clipped > start) & (clipped <= end)]
         profiles.append(_profile(start + 1, int(np.median(inside)) if len(inside) else (start + 1 + end) // 2, end))
     return tuple(profiles)
 
@@ -58,7 +59,7 @@ def read_lengths(path: Path) -> list[int]:
     """
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path} has {path.stat().st_size:,} bytes; a sample of a million lengths says as much")
+            raise InputError(f"{path} has {path.stat().st_size:,} bytes; a sample of a million lengths is enough")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}. Expected one length in tokens per line.") from error
@@ -115,9 +116,9 @@ def packed_profiles(max_length: int, lengths: Sequence[int] = ()) -> tuple[Profi
 
     Each profile is tuned for half its tokens, in texts of the median length in `lengths` if there are any.
     """
-    typical = int(np.median(lengths)) if lengths else _TYPICAL
+    typical = int(np.median(lengths)) if lengths else _TYPICAL_LENGTH
     profiles = []
-    for tokens in (*_PACKED_CUTS, max(TOKEN_BUDGET, max_length)):
+    for tokens in (*_PACKED_LIMITS, max(TOKEN_BUDGET, max_length)):
         half = tokens // 2
         texts = min(_MAX_ROWS, max(1, half // typical))
         profiles.append(Profile((1, 1), (texts, half), (_MAX_ROWS, tokens)))

@@ -8,7 +8,7 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Engine, ModelSpec, Precision, Profile
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
-from gte_deploy.exporters.targets.tensorrt.layouts import LAYOUTS, Layout, trtexec_line
+from gte_deploy.exporters.targets.tensorrt.layouts import TEXT_LAYOUTS, TextLayout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_capabilities
@@ -34,9 +34,9 @@ class TensorRTTarget(Target):
     options: TensorRTOptions
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TextLayout:
         """How the engine's tensors hold texts."""
-        return LAYOUTS[self.options.padding]
+        return TEXT_LAYOUTS[self.options.padding]
 
     def check(self, precision: Precision) -> None:
         """Check the calibration texts, the calibrator and the source of the profiles."""

@@ -132,13 +132,13 @@ def test_refuses_an_unknown_pooling(golden_dir):
 def test_refuses_rope_that_depends_on_the_length(golden_dir):
     encoder = load_model(golden_dir / "embed_ntk", task="embed")
     encoder.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(ExportError, match="rope_type 'dynamic' turns with the length"):
+    with pytest.raises(ExportError, match="rope_type 'dynamic' depends on the length"):
         trace(encoder, task="embed", **{**ARGUMENTS, "pooling": "mean"})
 
 
 def test_refuses_half_precision(golden_dir):
     half = load_model(golden_dir / "mlm", task="fill-mask", dtype=torch.bfloat16)
-    with pytest.raises(ExportError, match="is torch.bfloat16; graphs are made from float32 weights"):
+    with pytest.raises(ExportError, match="is torch.bfloat16; a graph needs float32 weights"):
         trace(half, task="fill-mask", **ARGUMENTS)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import activation_scale, int8_scheme, quantize_columns, quantize_int8
 
 FORMS = [("onnxruntime", "dynamic"), ("onnxruntime", "static"), ("openvino", "static")]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gte_deploy.exporters.graph.linears import find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import is_large
 from gte_deploy.exporters.quantization.weight_only import BLOCK_SIZE, quantize_blocks, quantize_weights
 

@@ -5,10 +5,10 @@ from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph import fusion
 
 CPU = {"rope": 4, "attention": 2, "projections": 2, "skip_layer_norm": 4}
-PACKED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}
+MERGED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}
 
 
-@pytest.mark.parametrize(("passes", "expected"), [(fusion.PASSES, CPU), (fusion.MERGED_PASSES, PACKED)])
+@pytest.mark.parametrize(("passes", "expected"), [(fusion.PASSES, CPU), (fusion.MERGED_PASSES, MERGED)])
 def test_all_passes_in_order(fuse, plain, same_function, passes, expected):
     fired = fuse(plain, passes=passes)
     assert list(fired.items()) == list(expected.items())

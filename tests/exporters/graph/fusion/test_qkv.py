@@ -5,7 +5,7 @@ import pytest
 from gte_deploy.exporters.graph import fusion
 
 
-def test_packs_three_projections_of_every_layer(plain, apply, same_function, find):
+def test_merges_three_projections_of_every_layer(plain, apply, same_function, find):
     assert apply(plain, "qkv") == (2, [])
     assert [node.name for node in plain.graph if node.op_type == "Gemm"][:2] == [
         "gte.layers.0.self_attn.qkv_proj/Gemm",
@@ -14,7 +14,7 @@ def test_packs_three_projections_of_every_layer(plain, apply, same_function, fin
     same_function(plain)
 
 
-def test_packed_matrix_holds_query_key_value_in_order(plain, apply, find, torch_model):
+def test_merged_matrix_holds_query_key_value_in_order(plain, apply, find, torch_model):
     apply(plain, "qkv")
     attention = torch_model.gte.layers[0].self_attn
     gemm = find(plain, "Gemm")
@@ -60,7 +60,7 @@ def _weight_computed_at_run_time(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     ("alter", "reason"),
     [
-        (_values_of_another_tensor, "not made from the same input"),
+        (_values_of_another_tensor, "do not have the same input"),
         (_queries_without_bias, "is made by MatMul, not Add"),
         (_weight_computed_at_run_time, "is not a constant"),
     ],

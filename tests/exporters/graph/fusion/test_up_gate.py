@@ -3,14 +3,14 @@ import onnx_ir as ir
 import pytest
 
 
-def test_packs_two_matrices_of_every_layer(plain, apply, same_function, kinds):
+def test_merges_two_matrices_of_every_layer(plain, apply, same_function, kinds):
     fired, reasons = apply(plain, "up_gate")
     assert fired == 2
     assert len(reasons) == 1 and reasons[0].startswith("lm_head/Gelu"), "the head's GELU gates nothing"
     same_function(plain)
 
 
-def test_packed_matrix_holds_up_before_gate(plain, apply, torch_model):
+def test_merged_matrix_holds_up_before_gate(plain, apply, torch_model):
     apply(plain, "up_gate")
     mlp = torch_model.gte.layers[1].mlp
     node = next(node for node in plain.graph if node.name == "gte.layers.1.mlp.up_gate_proj/MatMul")
@@ -32,7 +32,7 @@ def _gate_used_twice(model: ir.Model) -> None:
 
 @pytest.mark.parametrize(
     ("alter", "reason"),
-    [(_up_of_another_tensor, "not made from the same input"), (_gate_used_twice, "is used by Mul, Mul")],
+    [(_up_of_another_tensor, "do not have the same input"), (_gate_used_twice, "is used by Mul, Mul")],
 )
 def test_refuses_another_gate(plain, refused, alter, reason):
     alter(plain)

@@ -48,7 +48,7 @@ def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
     from transformers import GteConfig
 
     from gte_deploy.exporters.graph.build import save_graph
-    from gte_deploy.exporters.graph.linears import find_linear_layers
+    from gte_deploy.exporters.graph.linear_layers import find_linear_layers
     from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
     from gte_deploy.models.families.gte import GTE
 

@@ -1,4 +1,4 @@
-"""The linear layers of a traced or fused graph: what quantization works on."""
+"""Finds the linear layers of a traced or fused graph, for quantization."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ import onnx_ir as ir
 
 from gte_deploy.exporters.graph.editing import array, operand
 
-# Dense modules after the pooling: one row for a text, so that fewer bits would gain nothing there.
-_PROJECTION = "sentence_projection."
+# The Dense modules after pooling see one row per text, so quantizing them would gain nothing.
+_DENSE_AFTER_POOLING = "sentence_projection."
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One product with a constant matrix.
+class LinearLayer:
+    """A MatMul or Gemm with a constant matrix.
 
     Args:
-        name: of the weight, as the checkpoint has it; the same in every graph of the model.
+        name: the name of the weight in the checkpoint; the same in every graph of the model.
         node: the MatMul or Gemm.
-        x: its input, [..., in].
+        x: the input, [..., in].
         weight: the initialiser, [in, out], or [out, in] where `transposed`.
-        bias: [out], of a Gemm.
-        transposed: whether `weight` is turned in the product.
+        bias: the bias of a Gemm, [out]; None for a MatMul.
+        transposed: whether the Gemm transposes `weight`.
     """
 
     name: str
@@ -37,21 +37,21 @@ class Linear:
         return contents.T if self.transposed else contents
 
 
-def find_linear_layers(model: ir.Model) -> list[Linear]:
-    """Every linear layer, in graph order."""
-    return [linear for node in model.graph if (linear := linear_of(node)) is not None]
+def find_linear_layers(model: ir.Model) -> list[LinearLayer]:
+    """All linear layers, in the order of the graph."""
+    return [layer for node in model.graph if (layer := linear_layer_of(node)) is not None]
 
 
-def linear_of(node: ir.Node | None) -> Linear | None:
-    """The linear layer that `node` is, or None."""
+def linear_layer_of(node: ir.Node | None) -> LinearLayer | None:
+    """The linear layer that consists of `node`; None for another node and for Dense modules after pooling."""
     if node is None or node.op_type not in ("MatMul", "Gemm") or node.domain:
         return None
     weight = operand(node, 1)
     if weight.const_value is None or len(weight.const_value.shape) != 2:
         return None
-    if str(weight.name).startswith(_PROJECTION):
+    if str(weight.name).startswith(_DENSE_AFTER_POOLING):
         return None
-    return Linear(
+    return LinearLayer(
         name=str(weight.name).removesuffix(".T"),
         node=node,
         x=operand(node, 0),
