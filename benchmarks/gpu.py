@@ -1,19 +1,20 @@
-"""Inference on an NVIDIA GPU, gte-deploy against every other way to run the model: speed, memory, accuracy.
+"""Compares gte-deploy with other ways to run the model on an NVIDIA GPU: speed, memory, accuracy.
 
     python benchmarks/gpu.py                              # everything, base size; hours
     python benchmarks/gpu.py --quick                      # few shapes and repeats
     python benchmarks/gpu.py --contestants torch "ORT CUDA fp16" --shapes 1x512 8x8192
-    python benchmarks/gpu.py --device cpu --subjects tiny --shapes 2x16    # a rehearsal of the benchmark itself
+    python benchmarks/gpu.py --device cpu --subjects tiny --shapes 2x16    # tries the benchmark itself
 
-torch eager, compiled and padding-free, ONNX Runtime's CUDA provider on the traced graph and on ours, its TensorRT
-provider, TensorRT and TensorRT-RTX in FP16, BF16, INT8 and FP8. It needs `pip install '.[bench]'` and, for their rows,
-onnxruntime-gpu, tensorrt or tensorrt-rtx; a contestant that is not installed, cannot be exported for this GPU, or
-fails, is a row with its reason. Without a GPU nothing is measured, and the exit code is 1.
+Contestants are torch eager, compiled and padding-free; ONNX Runtime's CUDA provider on the traced graph and on
+ours, and its TensorRT provider; TensorRT and TensorRT-RTX in FP16, BF16, INT8 and FP8. The benchmark needs
+`pip install '.[bench]'`, and onnxruntime-gpu, tensorrt or tensorrt-rtx for their rows. A contestant that is not
+installed, cannot be exported for this GPU, or fails, becomes a row with the reason. Without a GPU nothing is measured,
+and the exit code is 1.
 
-Every contestant lives in a process of its own. First each is alone on the GPU: accuracy on held-out text against torch
-in FP32, and the GPU memory that it takes at most for every shape. Then they are timed, as many together as fit into
-the memory that they were seen to take, round robin, with a pause of 0.1 s before each call; medians and quartiles are
-over the rounds. All get one padded batch of ids in host memory, and give float32 in host memory.
+Every contestant has a process of its own. First each runs alone on the GPU, for its accuracy on held-out text against
+torch in FP32 and its peak GPU memory for every shape. Then the contestants are timed round robin, as many together as
+fit on the GPU at these peaks, with a pause of 0.1 s before each call; medians and quartiles are over the rounds. Each
+takes one padded batch of ids in host memory, and returns float32 in host memory.
 
     1x16 … 64x8192   rows x tokens
     mixed            32 texts, 16 to 512 tokens: 56 % of the tokens of the padded batch are real
@@ -101,7 +102,7 @@ class Run:
         """Start a contestant in its own process.
 
         Raises:
-            WorkerError: its artefact cannot be made, or it cannot be opened.
+            WorkerError: the contestant's artefact cannot be made, or the contestant cannot be opened.
         """
         folder = artefacts.path(contestant.artefact)
         timeout_s = self.arguments.call_minutes * 60
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 meter = stack.enter_context(Worker(Meter))
             except WorkerError as error:
                 print(
-                    f"gpu: nothing was measured: {error}. Run it on a machine with one; --device cpu rehearses it.",
+                    f"gpu: nothing was measured: {error}. Use a machine with a GPU; --device cpu tests the benchmark.",
                     file=sys.stderr,
                 )
                 return FAILURE
@@ -183,13 +184,13 @@ def _measure_alone(
     tokenizer: TextTokenizer,
     expected: dict[str, Any],
 ) -> None:
-    """Accuracy on text, then every workload once; the right answers are filled in by the first contestant.
+    """Measure accuracy on text, then peak memory in each workload; contestant EXACT fills in `expected`.
 
     Raises:
         WorkerError: the contestant cannot be opened, or its answers cannot be compared.
     """
     subject = artefacts.subject
-    artefacts.path(contestant.artefact)  # its making is no memory of the contestant
+    artefacts.path(contestant.artefact)  # made before the meter starts, to keep its memory out
     _say(f"{subject.name}: {contestant.name} alone")
     with ExitStack() as stack:
         if run.meter:
@@ -208,7 +209,7 @@ def _measure_alone(
             if found["error"] or run.meter:
                 run.report["memory"].append(found)
             if found["error"]:
-                break  # a larger one would end no better, and the process may be gone
+                break  # a larger workload would fail too, and the process may be dead
 
 
 def _accuracy(
@@ -240,7 +241,7 @@ def _accuracy(
 
 
 def _groups(run: Run, subject: Subject, workload: Workload, usable: Sequence[Contestant]) -> Iterator[list[Contestant]]:
-    """Contestants that fit on the GPU at once, the reference in every group; without a GPU all of them."""
+    """Yield groups that fit on the GPU at once, each with the reference; without a GPU, one group of all."""
     taken = {
         row["contestant"]: row["peak_bytes"]
         for row in run.report["memory"]
@@ -291,7 +292,7 @@ def _measure_together(
     tokenizer: TextTokenizer,
     opened: dict[str, Worker],
 ) -> None:
-    """Time one workload, interleaved, and add the rows; `opened` has the workers from before and takes new ones."""
+    """Time one workload, interleaved, and add the rows; missing workers are opened and added to `opened`."""
     subject = artefacts.subject
     _say(f"{subject.name} {workload.name}: {', '.join(one.name for one in group)}")
     job = workload.job(tokenizer)
@@ -308,7 +309,7 @@ def _measure_together(
     at_least = min(_LEAST_ROUNDS, run.arguments.repeats)
     seconds, failed = interleaved(calls, repeats=run.arguments.repeats, at_least=at_least, budget_s=budget_s)
     errors |= failed
-    for name in errors.keys() & opened.keys():  # it may have died: the next workload gets a new one
+    for name in errors.keys() & opened.keys():  # the process may be dead: the next workload gets a new one
         opened.pop(name).close()
     done = {(row["subject"], row["workload"], row["contestant"]) for row in run.report["measurements"]}
     for one in group:
@@ -319,13 +320,13 @@ def _measure_together(
             row["error"] = errors[one.name]
         else:
             row |= {"seconds": seconds[one.name], "reference_seconds": seconds.get(REFERENCE, [])}
-        told = row["error"] or f"{statistics.median(row['seconds']) * 1000:.2f} ms"
-        _say(f"{subject.name} {workload.name}: {one.name}: {told}")
+        result = row["error"] or f"{statistics.median(row['seconds']) * 1000:.2f} ms"
+        _say(f"{subject.name} {workload.name}: {one.name}: {result}")
         run.report["measurements"].append(row)
 
 
 def _warm_call(worker: Worker, job: Job) -> Callable[[], float]:
-    """The call that is timed. Before it, one compiles, tunes and allocates, and one lets CUDA graphs be captured.
+    """Run two calls, which compile, tune, allocate and capture CUDA graphs, and return the call to time.
 
     Raises:
         WorkerError: the contestant fails, or gives numbers that are not finite.
@@ -377,12 +378,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--contestants", nargs="+", metavar="PART", help="those whose name has one of these parts (default: all)"
     )
     parser.add_argument("--quick", action="store_true", help=f"only {' '.join(QUICK_SHAPES)}; few repeats")
-    parser.add_argument("--repeats", type=int, help="rounds at most (default: 30; 5 with --quick)")
-    parser.add_argument("--minutes-per-shape", type=float, default=5, help="of timing at most (default: 5)")
-    parser.add_argument("--call-minutes", type=float, default=10, help="of one call at most (default: 10)")
+    parser.add_argument("--repeats", type=int, help="most rounds (default: 30; 5 with --quick)")
+    parser.add_argument("--minutes-per-shape", type=float, default=5, help="limit for timing (default: 5)")
+    parser.add_argument("--call-minutes", type=float, default=10, help="limit for one call (default: 10)")
     parser.add_argument("--accuracy-texts", type=int, default=64, metavar="N")
-    parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="of the exported bundles")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the benchmark")
+    parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="limit of the exported bundles")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the benchmark itself")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-benchmark", help="the work folder")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-gpu-GPU.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
@@ -401,7 +402,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     chosen = [one for one in CONTESTANTS if parts is None or any(part in one.name for part in parts)]
     if not chosen:
         parser.error(f"--contestants: no name has such a part; there are {', '.join(one.name for one in CONTESTANTS)}")
-    # The first gives the right answers and the speed of 1: they are always there.
+    # EXACT gives the right answers and REFERENCE the speed of 1, so both always run.
     arguments.contestants = [one for one in CONTESTANTS if one in chosen or one.name in (EXACT, REFERENCE)]
     return arguments
 

@@ -1,4 +1,4 @@
-"""Why the fused graph has the form it has: its variants on ONNX Runtime's CPU, measured interleaved.
+"""Compares variants of the fused graph on ONNX Runtime's CPU provider, in interleaved runs.
 
     python benchmarks/graph_variants.py                                  # base model, some ten minutes on two cores
     python benchmarks/graph_variants.py --layers 2 --cpu-time            # on a shared machine: CPU time of one thread
@@ -6,15 +6,15 @@
 
     torch                PyTorch eager, SDPA
     plain                the traced graph, standard operators
-    fused                what `gte-export` writes
+    fused                the graph that `gte-export` writes
     skip-layer-norm      com.microsoft SkipLayerNormalization instead of Add and LayerNormalization on rows
-    packed               one matrix for queries, keys and values and one for up and gate, and the splits behind them
-    packed-qkv           the first of the two
+    packed               one matrix for queries, keys and values and one for up and gate, each with a split after it
+    packed-qkv           only the matrix for queries, keys and values
     no-rows              RoPE and attention fused only; the rest on [batch, sequence, hidden]
-    no-mask              attention without the mask's columns: what the folded mask costs (padding would be attended to)
+    no-mask              attention without the mask's columns: shows the cost of the folded mask (padding is not masked)
     key-padding-mask     the mask as an input of MultiHeadAttention, which then holds all scores
 
-Weights are random; every graph is made from one trace. `--memory` runs one text of that length in a fresh process for
+Weights are random; all graphs come from one trace. `--memory` runs one text of that length in a fresh process for
 each graph and reports its time and the process's peak resident memory (VmHWM), the session's weights included.
 """
 
@@ -96,7 +96,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, metavar="ROWSxTOKENS")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: what others run counts less")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: other programs matter less")
     parser.add_argument("--memory", type=int, metavar="TOKENS")
     arguments = parser.parse_args()
     if arguments.cpu_time:
@@ -196,7 +196,7 @@ def _latency(arguments: argparse.Namespace, model: GteForMaskedLM, files: dict[s
         for name, values in seconds.items():
             median = statistics.median(values)
             rows[name].append(f"{median * 1000:.0f} ({min(values) * 1000:.0f}), {base / median:.2f}")
-    print("Median (least) milliseconds, and how many times as fast as the first row:\n")
+    print("Median (minimum) milliseconds, and speed relative to the first row:\n")
     print(f"| | {' | '.join(arguments.shapes)} |\n|---|{'---|' * len(arguments.shapes)}")
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
@@ -224,7 +224,7 @@ def _memory(arguments: argparse.Namespace, files: dict[str, Path]) -> None:
     print(f"One text of {arguments.memory} tokens, each graph in a fresh process:\n")
     print("| | seconds | peak resident MB | loaded MB |\n|---|---|---|---|")
     for name, file in files.items():
-        # Not this module: importing torch would count.
+        # Not this module, whose import of torch would count.
         command = [sys.executable, "-c", _MEASURE_ONE, str(file), str(arguments.memory), str(arguments.threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         print(f"| {name} | {done.stdout.strip()} |", flush=True)

@@ -1,24 +1,25 @@
-"""Inference on the CPU, gte-deploy against every way there is to run the same model: speed, memory, accuracy.
+"""Compares gte-deploy with other ways to run the same model on the CPU: speed, memory, accuracy.
 
     python benchmarks/inference.py                          # everything; an hour and more on two cores
     python benchmarks/inference.py --quick                  # base without the large corpus; few repeats
     python benchmarks/inference.py --subjects base --shapes 1x512 8x128 --contestants torch gte-deploy --repeats 3
     python benchmarks/inference.py --resume benchmarks/results/2026-01-31-inference-some-cpu.json
 
-It needs `pip install '.[bench]'`; a peer that is not installed, or fails, is a row with its reason. Every contestant
-lives in a process of its own, with the same CPUs, that holds still while others run. Calls go round robin with a pause
-of 0.1 s before each; medians and quartiles are over the rounds. What is given to a contestant depends on its
-interface: texts where it takes texts, as a user calls it by default, else one batch of ids, padded.
+It needs `pip install '.[bench]'`; a peer that is not installed, or fails, becomes a row with the reason. Every
+contestant has a process of its own on the same CPUs, which is idle while others run. Calls go round robin with a pause
+of 0.1 s before each; medians and quartiles are over the rounds. A contestant whose interface takes texts gets texts, as
+in a user's default call; any other gets one padded batch of ids.
 
-    1x16 … 1x8192   rows x tokens; from 4,096 tokens on each contestant is alone in memory, and its peak is reported
+    1x16 … 1x8192   rows x tokens; above 4,096 tokens each contestant is alone in memory, and its peak is reported
     mixed           32 texts, 16 to 512 tokens: 56 % of the tokens of one padded batch are real
-    mixed-padded    the same as one padded batch on our engines: what our own batching gains
+    mixed-padded    the same texts as one padded batch on our engines: shows the gain of our own batching
     short-corpus    256 texts of up to 32 tokens
     corpus          2,000 texts, median 32 tokens, up to 512
 
-Subjects are the base size and, at two points, the large size with seeded random weights, and the built-in trained model
-for the corpora and for accuracy on held-out text. They and all graphs and bundles are made once in the work folder.
-Results go to benchmarks/results/ as JSON, Markdown and a chart after every step; --resume goes on from the JSON.
+Subjects are the base size and, for two shapes, the large size, both with seeded random weights. The built-in trained
+model serves for the corpora and for accuracy on held-out text. All subjects, graphs and bundles are made once in the
+work folder. Results go to benchmarks/results/ as JSON, Markdown and a chart after every step; --resume continues from
+the JSON.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Run:
     deadline: float
 
     def lacks(self, subject: Subject, workload: Workload, contestant: Contestant) -> bool:
-        """Whether this is to be measured and was not yet; what failed, or was left out, is tried again."""
+        """Whether this still has to be measured; failed and omitted measurements are repeated."""
         key = (subject.name, workload.name, contestant.name)
         return contestant.method_for(workload) is not None and not any(
             (row["subject"], row["workload"], row["contestant"]) == key and row["error"] is None
@@ -94,7 +95,7 @@ class Run:
         )
 
     def add(self, table: str, row: dict[str, Any]) -> None:
-        """Put a row in place of an older one of the same subject, workload and contestant."""
+        """Add a row, in place of an older row of the same subject, workload and contestant."""
         key = [row.get(name) for name in ("subject", "workload", "contestant")]
         others = [
             old for old in self.report[table] if [old.get(k) for k in ("subject", "workload", "contestant")] != key
@@ -112,7 +113,7 @@ class Run:
         """Start a contestant in its own process.
 
         Raises:
-            WorkerError: its artefact cannot be made, or it cannot be opened.
+            WorkerError: the contestant's artefact cannot be made, or the contestant cannot be opened.
         """
         folder = artefacts.path(contestant.artefact)
         threads = self.arguments.threads
@@ -158,7 +159,7 @@ def _make(factory: type, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     return factory(*arguments, **options)
 
 
-# --- what there is to do --------------------------------------------------------------------------------------------
+# --- preparation ----------------------------------------------------------------------------------------------------
 
 
 def _artefacts(subject: Subject, arguments: argparse.Namespace) -> Artefacts:
@@ -166,7 +167,7 @@ def _artefacts(subject: Subject, arguments: argparse.Namespace) -> Artefacts:
 
 
 def _prepare(run: Run, artefacts: Artefacts) -> None:
-    """Make everything before anything is measured: what cannot be made is told once, and again in its rows."""
+    """Make everything before any measurement; report once what cannot be made. Its rows repeat the reason."""
     for contestant in run.arguments.contestants:
         try:
             artefacts.path(contestant.artefact)
@@ -176,7 +177,7 @@ def _prepare(run: Run, artefacts: Artefacts) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Contestants that are in memory together, and what is measured with them, one after another."""
+    """Contestants that are in memory together, and the workloads to measure with them, in order."""
 
     artefacts: Artefacts
     workloads: list[Workload]
@@ -184,7 +185,7 @@ class Unit:
 
 
 def _units(run: Run, artefacts: Artefacts) -> Iterator[Unit]:
-    """What is left to measure of a subject. The reference is in every group; a large text has its contestant alone."""
+    """Yield a subject's remaining units. Every group has the reference; for a large text, each contestant is alone."""
     subject = artefacts.subject
     workloads = _workloads(run, subject)
     together = [one for one in workloads if not one.is_alone and not one.is_corpus]
@@ -218,7 +219,7 @@ def _workloads(run: Run, subject: Subject) -> list[Workload]:
 
 
 def _group_size(run: Run, artefacts: Artefacts) -> int:
-    """How many contestants, beside the reference, are held at once: each is taken for twice its weights and 0.5 GB."""
+    """Return how many contestants fit in memory beside the reference, at twice the weights and 0.5 GB for each."""
     if run.arguments.hold:
         return run.arguments.hold
     try:
@@ -241,7 +242,8 @@ def _measure(
 ) -> None:
     """Time one workload on a group of contestants, interleaved, and add their rows.
 
-    `opened` has the group's workers, and the reason of each that could not be opened; it is filled as they are needed.
+    `opened` maps names to the group's workers, or to the error of a worker that could not be opened. This function
+    opens missing workers.
     """
     subject, reference = unit.artefacts.subject, reference_of(workload.name)
     wanted = [one for one in unit.group if run.lacks(subject, workload, one)]
@@ -275,14 +277,14 @@ def _measure(
         worker = opened[name]
         if name in errors:
             row["error"] = errors[name]
-            if isinstance(worker, Worker):  # it may have died: the next workload gets a new one
+            if isinstance(worker, Worker):  # the process may be dead: the next workload gets a new one
                 opened.pop(name)
                 worker.close()
         elif isinstance(worker, Worker):
             row |= {"seconds": seconds[name], "reference_seconds": seconds.get(reference, [])}
             row["peak_bytes"] = worker.peak_bytes
-        told = row["error"] or f"{statistics.median(row['seconds']):.4f} s"
-        _say(f"{subject.name} {workload.name}: {name}: {told}")
+        result = row["error"] or f"{statistics.median(row['seconds']):.4f} s"
+        _say(f"{subject.name} {workload.name}: {name}: {result}")
         run.add("measurements", row)
 
 
@@ -307,7 +309,7 @@ def _row(subject: str, workload: Workload, contestant: Contestant) -> dict[str, 
 
 
 def _flops(subject: str, workload: Workload) -> float:
-    """Of the real tokens in the layers, a multiply-add counted as two."""
+    """Return the FLOPs of the real tokens in the layers; a multiply-add counts as two."""
     from gte_deploy.models.presets import preset
 
     config = preset(SUBJECTS[subject].preset)
@@ -318,10 +320,10 @@ def _flops(subject: str, workload: Workload) -> float:
 
 
 def _warm_call(worker: Worker, contestant: Contestant, workload: Workload, artefacts: Artefacts) -> Callable[[], float]:
-    """Let the contestant allocate and compile what the first call of a shape costs; then the call that is timed."""
+    """Run a first call, in which the contestant allocates and compiles, and return the call to time."""
     tokenizer = load_tokenizer(artefacts.path("checkpoint"))
     method = contestant.method_for(workload)
-    assert method is not None  # the groups hold none for which it is
+    assert method is not None  # a group has only contestants with a method for its workloads
     job = workload.job(tokenizer)
     if workload.is_alone:
         worker.call(method, make_workload("1x16").job(tokenizer))
@@ -342,7 +344,7 @@ def _measure_gemm(run: Run) -> None:
 
 
 def _measure_accuracy(run: Run, artefacts: Artefacts) -> None:
-    """Compare every contestant's answers on held-out text with the reference's."""
+    """Compare every contestant's answers to held-out text with the reference's."""
     subject = artefacts.subject
     done = {(row["subject"], row["contestant"]) for row in run.report["accuracy"] if row["error"] is None}
     contestants = [one for one in run.arguments.contestants if (subject.name, one.name) not in done]
@@ -421,7 +423,7 @@ def _versions() -> dict[str, str]:
 
 
 def _instructions() -> list[str]:
-    """Those of the CPU that decide what 16-bit and int8 can gain."""
+    """Return the CPU's instruction sets that speed up 16-bit and int8."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
     known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16")
@@ -441,17 +443,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contestants", nargs="+", metavar="PART", help="those whose name has one of these parts (default: all)"
     )
-    parser.add_argument("--repeats", type=int, help="rounds at most (default: 9; 3 with --quick)")
-    parser.add_argument("--minutes", type=float, default=45, help="of measuring at most (default: 45)")
-    parser.add_argument("--call-minutes", type=float, default=15, help="of one call at most (default: 15)")
+    parser.add_argument("--repeats", type=int, help="most rounds (default: 9; 3 with --quick)")
+    parser.add_argument("--minutes", type=float, default=45, help="limit for all measurements (default: 45)")
+    parser.add_argument("--call-minutes", type=float, default=15, help="limit for one call (default: 15)")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="and CPUs of each contestant")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="threads and CPUs of each contestant")
     parser.add_argument("--hold", type=int, help="contestants in memory at once, beside the reference")
     parser.add_argument("--corpus-texts", type=int, default=2000, metavar="N")
-    parser.add_argument("--accuracy-texts", type=int, default=24, metavar="N", help="0 leaves accuracy out")
-    parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="of the exported bundles")
+    parser.add_argument("--accuracy-texts", type=int, default=24, metavar="N", help="texts for accuracy; 0 for none")
+    parser.add_argument("--max-length", type=int, default=8192, metavar="TOKENS", help="limit of the exported bundles")
     parser.add_argument("--work", type=Path, default=WORK, help="the work folder")
-    parser.add_argument("--resume", type=Path, metavar="JSON", help="go on from, and write to, this result")
+    parser.add_argument("--resume", type=Path, metavar="JSON", help="continue from this result, and write to it")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-inference-CPU.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     arguments = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""Resident memory over many calls of varying length, on every engine: what a server grows by.
+"""Measures the growth of resident memory over many calls of varying length, on every engine.
 
     python benchmarks/memory.py                              # base size, 10,000 calls an engine; half an hour
     python benchmarks/memory.py --bundle my-bundle --calls 2000
 
-Each engine lives in a fresh process and embeds one text a call; lengths follow a Pareto distribution, so that most are
-short and some as long as --longest. "Grown" compares the mean of the last tenth of the calls with that of the second
-tenth: the first is for warming up. A CSV of resident megabytes and a chart go to benchmarks/results/.
+Each engine runs in a fresh process and embeds one text a call. Lengths follow a Pareto distribution: most are short,
+some as long as --longest. "Grown" compares the mean of the last tenth of the calls with that of the second tenth; the
+first tenth is for warming up. A CSV of resident megabytes and a chart go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _SHORTEST = 4
 
 
 class Soak(LoadedBundle):
-    """An engine that tells its memory."""
+    """An engine that reports its resident memory."""
 
     def resident(self, texts: Sequence[str]) -> int:
-        """Bytes after a call for each text."""
+        """Return the resident bytes after one call for each text."""
         for text in texts:
             self.encode([text])
         return resident_bytes()
@@ -75,14 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def soak_texts(tokenizer: TextTokenizer, calls: int, *, longest: int) -> list[str]:
-    """One text a call; the first has all of `longest` tokens."""
+    """Make the text of each call; the first text has `longest` tokens."""
     lengths = np.random.default_rng(SEED).pareto(1.2, calls) * 8 + _SHORTEST
     lengths[0] = longest
     return synthetic_texts(tokenizer, np.minimum(lengths, longest).astype(int).tolist())
 
 
 def summary(curves: dict[str, list[float]]) -> str:
-    """Megabytes early, late and at most, and the growth, as a table."""
+    """Return a table of early, late and largest megabytes, and of the growth."""
     rows = []
     for name, values in curves.items():
         tenth = max(1, len(values) // 10)

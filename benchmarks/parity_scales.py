@@ -1,13 +1,14 @@
-"""How far FP32 graphs are from PyTorch where outputs are small or large, and how far wrong ones are: what the bound of
-`exporters/verification/parity.py` for "fp32" is taken from.
+"""Measures the differences of correct and of wrong FP32 graphs from PyTorch, for small and large outputs.
+
+The "fp32" bound of `exporters/verification/bounds.py` is based on these numbers.
 
     python benchmarks/parity_scales.py                       # half an hour
     python benchmarks/parity_scales.py --sizes 64:2 --tasks classify
 
-Random models of several widths and depths, with the weights of the last LayerNorm or of the head multiplied. Each line
-gives the largest difference of any output in the graphs of ONNX Runtime and OpenVINO, absolute and as the gate measures
-it, and the smallest relative difference that a fault makes: angles of RoPE off by 2 %, one weight off by three times
-its matrix's spread, a bias dropped, a token of padding that is seen.
+Models are random, of several widths and depths, with the weights of the last LayerNorm or of the head multiplied. Each
+line gives the largest difference of any output in the graphs of ONNX Runtime and OpenVINO, absolute and relative as the
+parity check measures it. It also gives the smallest relative difference that a fault causes: RoPE angles off by 2 %,
+one weight off by three standard deviations of its matrix, a dropped bias, or a padding token that is attended to.
 """
 
 import argparse
@@ -54,7 +55,7 @@ Change = Callable[[Any], None]
 
 
 def random_model(task: str, width: int, layers: int, *, labels: int = 3) -> Any:
-    """Weights so large that every one of them shows in the output."""
+    """Make a model with weights so large that each of them affects the output."""
     torch.manual_seed(0)
     config = GteConfig(
         vocab_size=VOCABULARY,
@@ -84,7 +85,7 @@ def scaled(module: Any, factor: float) -> None:
 
 
 def changes(task: str) -> Iterator[tuple[str, Change]]:
-    """What is done to a model, named."""
+    """Yield the changes that are made to a model, with their names."""
     for factor in FACTORS:
         yield f"last LayerNorm × {factor:g}", lambda m, f=factor: scaled(m.base_model.layers[-1].post_mlp_layernorm, f)
     heads: dict[str, Callable[[Any], Any]] = {
@@ -98,7 +99,7 @@ def changes(task: str) -> Iterator[tuple[str, Change]]:
                 yield f"head × {factor:g}", lambda m, f=factor: scaled(heads[task](m), f)
 
 
-def _turned(model: Any) -> None:
+def _wrong_angles(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             module.inv_freq.mul_(1.02)
@@ -113,11 +114,11 @@ def _no_bias(model: Any) -> None:
     model.base_model.layers[-1].mlp.down_proj.bias.zero_()
 
 
-FAULTS: Mapping[str, Change] = {"angles": _turned, "weight": _wrong_weight, "bias": _no_bias}
+FAULTS: Mapping[str, Change] = {"angles": _wrong_angles, "weight": _wrong_weight, "bias": _no_bias}
 
 
 class Leaking:
-    """PyTorch, to which one token of padding in the last row is real."""
+    """A PyTorch model that takes one padding token in the last row for a real one."""
 
     def __init__(self, inner: Runs) -> None:
         self.inner = inner
@@ -129,8 +130,8 @@ class Leaking:
         return self.inner.run(replace(batch, attention_mask=mask), outputs)
 
 
-def judge(task: str, model: Any, candidates: Mapping[Any, Runs], names: list[str]) -> ParityReport:
-    """The project's own comparison."""
+def compare(task: str, model: Any, candidates: Mapping[Any, Runs], names: list[str]) -> ParityReport:
+    """Run the project's own parity check."""
     spec = ModelSpec(
         task=task, max_length=LENGTH, vocab_size=VOCABULARY, hidden_size=model.config.hidden_size, pad_token_id=0
     )
@@ -145,7 +146,7 @@ def _reference(task: Any, model: Any) -> TorchReference:
 
 
 def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, float, str, float, str]:
-    """Largest absolute and relative difference of the engines, the bounds; the smallest of a fault, and which."""
+    """Return the engines' largest absolute and relative difference and bounds, and the least fault and its name."""
     model = random_model(task, width, layers)
     change(model)
     pooling = "mean" if task == "embed" else None
@@ -157,7 +158,7 @@ def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, 
         save_graphs({files[engine]: graph for engine, graph in graphs.items()}, Path(folder) / "weights")
         kinds = {"onnxruntime": OnnxBackend, "openvino": OpenVinoBackend}
         opened = {(engine, "fp32"): kind(files[engine], spec) for engine, kind in kinds.items()}
-        sound = judge(task, model, opened, names)
+        sound = compare(task, model, opened, names)
         for backend in opened.values():
             backend.close()
     wrong: dict[str, Runs] = {"padding": Leaking(_reference(task, model))}
@@ -168,7 +169,7 @@ def measure(task: str, width: int, layers: int, change: Change) -> tuple[float, 
         change(other)
         wrong[name] = _reference(task, other)
     found = {
-        name: judge(task, model, {("onnxruntime", "fp32"): candidate}, names).engines[0].max_rel
+        name: compare(task, model, {("onnxruntime", "fp32"): candidate}, names).engines[0].max_rel
         for name, candidate in wrong.items()
     }
     bounds = sound.engines[0].tolerance

@@ -1,14 +1,14 @@
-"""Latency and throughput of a Triton server by the number of callers, next to the runtime in this process.
+"""Measures latency and throughput of a Triton server and of the runtime in this process, by number of callers.
 
     python benchmarks/serving.py                             # the built-in model; about six minutes
     python benchmarks/serving.py --subject base --callers 1 4 16 --seconds 30
     python benchmarks/serving.py --bundle my-bundle --lengths 16 512
 
-The bundle is written out as a model repository and served by a real Triton on the same CPUs (tests/triton/server.py),
-whose ONNX Runtime backend is a stand-in that runs the same library behind Triton's Python interface: what Triton costs
-besides the model is told a little too high. Every caller embeds one text a call and asks again as soon as it has its
-answer. The texts are the same everywhere, in lengths spread evenly on a logarithmic scale over --lengths. For each
-number of callers the ways to ask take turns. Callers, client, server and model share the CPUs.
+The bundle is exported as a model repository and served by a real Triton on the same CPUs (tests/triton/server.py). A
+stand-in for Triton's ONNX Runtime backend runs the same library behind Triton's Python interface, so the measured
+overhead of Triton is a little too high. Every caller embeds one text a call, and calls again as soon as it has the
+answer. All callers use the same texts, with lengths spread evenly on a logarithmic scale over --lengths. For each
+number of callers, the three ways of calling take turns. Callers, client, server and model share the CPUs.
 
 JSON with every percentile and a chart go to benchmarks/results/.
 """
@@ -60,7 +60,7 @@ Ask = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Call:
-    """One question: how long it took, whether it was answered, and whether before its turn was over."""
+    """One call: its seconds, whether it was answered, and whether it ended within its turn."""
 
     seconds: float
     answered: bool
@@ -69,15 +69,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Load:
-    """What one way to ask did under one number of callers, over all its turns.
+    """The result of one way of calling with one number of callers, over all turns.
 
     Args:
         way: "in process", "Triton gRPC" or "Triton HTTP".
-        callers: asking at the same time.
-        answers: calls that were answered.
-        refused: calls that the server was too busy for.
-        texts_per_second: answers within the turns, by their seconds.
-        latency_ms: percentile -> milliseconds from question to answer.
+        callers: number of callers at the same time.
+        answers: number of answered calls.
+        refused: number of calls that the busy server refused.
+        texts_per_second: answers within the turns, divided by the turns' seconds.
+        latency_ms: percentile -> milliseconds from call to answer.
     """
 
     way: str
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def server_module() -> ModuleType:
-    """tests/triton/server.py, which is in no package."""
+    """Import tests/triton/server.py, which is in no package."""
     spec = importlib.util.spec_from_file_location("triton_server", ROOT / "tests" / "triton" / "server.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -134,13 +134,13 @@ def server_module() -> ModuleType:
 
 
 def load_texts(bundle: Path, shortest: int, longest: int) -> list[str]:
-    """Texts of lengths between the two, short ones as often as their share on a logarithmic scale."""
+    """Make texts whose lengths are uniform on a logarithmic scale from `shortest` to `longest` tokens."""
     lengths = np.random.default_rng(SEED).uniform(np.log(shortest), np.log(longest), _TEXTS)
     return synthetic_texts(load_tokenizer(bundle), np.exp(lengths).round().astype(int).tolist(), seed=SEED)
 
 
 def open_ways(stack: ExitStack, server: Any, bundle: Path, arguments: argparse.Namespace) -> dict[str, Ask]:
-    """Name -> how to embed one text, the client's connections as many as there are callers."""
+    """Return name -> function that embeds one text; clients have a connection for each caller."""
     from gte_deploy.triton import Client
 
     most = max(arguments.callers)
@@ -151,7 +151,7 @@ def open_ways(stack: ExitStack, server: Any, bundle: Path, arguments: argparse.N
 
 
 def measure(ways: dict[str, Ask], texts: Sequence[str], callers: int, seconds: float) -> list[Load]:
-    """Let that many callers ask for `seconds` in all, one way after the other, in several turns."""
+    """Let `callers` callers call each way for `seconds` in all; the ways take several turns."""
     calls: dict[str, list[Call]] = {way: [] for way in ways}
     for ask in ways.values():
         _turn(ask, texts, callers, min(_WARM_UP_S, seconds / _ROUNDS))
@@ -168,7 +168,7 @@ def measure(ways: dict[str, Ask], texts: Sequence[str], callers: int, seconds: f
 
 
 def _turn(ask: Ask, texts: Sequence[str], callers: int, seconds: float) -> list[Call]:
-    numbers = itertools.count()  # next() of it is one step for every thread
+    numbers = itertools.count()  # next() is atomic for threads
     begin = threading.Barrier(callers)
 
     def call() -> list[Call]:
@@ -204,7 +204,7 @@ def _load(way: str, callers: int, calls: Sequence[Call], seconds: float) -> Load
 
 
 def summary(loads: Sequence[Load]) -> str:
-    """A line for each way and number of callers."""
+    """Return a table with a line for each way and number of callers."""
     head = ["way", "callers", "texts/s", *(f"p{percent} ms" for percent in _PERCENTILES), "answers", "refused"]
     rows = [
         [
@@ -221,7 +221,7 @@ def summary(loads: Sequence[Load]) -> str:
 
 
 def draw(report: dict[str, Any], loads: Sequence[Load], target: Path) -> None:
-    """Throughput, and latency at the median and the 99th percentile, by callers."""
+    """Draw throughput, and latency at the median and the 99th percentile, by number of callers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
@@ -236,7 +236,7 @@ def draw(report: dict[str, Any], loads: Sequence[Load], target: Path) -> None:
         )
     left.set_ylabel("texts per second")
     left.set_ylim(bottom=0)
-    right.set_ylabel("milliseconds from question to answer")
+    right.set_ylabel("milliseconds from call to answer")
     right.set_yscale("log")
     ticks = sorted({load.callers for load in loads})
     for axes in (left, right):
@@ -283,8 +283,8 @@ def _version(distribution: str) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subject", choices=("tiny", "base"), default="tiny", help="made in the work folder")
-    parser.add_argument("--bundle", type=Path, help="in place of --subject")
+    parser.add_argument("--subject", choices=("tiny", "base"), default="tiny", help="model, made in the work folder")
+    parser.add_argument("--bundle", type=Path, help="a bundle in place of --subject")
     parser.add_argument("--callers", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
     parser.add_argument("--seconds", type=float, default=15.0, help="for each way and number of callers")
     parser.add_argument(

@@ -1,19 +1,19 @@
-"""Training speed on whatever device this machine has: tokens/s and share of peak FLOP/s.
+"""Measures training speed on this machine's GPU or CPU: tokens/s and share of peak FLOP/s.
 
     python benchmarks/training.py            # a table, and a file in benchmarks/results/
     python benchmarks/training.py --json     # the same as JSON on stdout
 
-Four ways to compute the same optimizer step (the same texts, masks and weights; that the losses agree is checked):
+Four variants compute the same optimizer step from the same texts, masks and weights; the losses must agree:
 
     packed         the engine of `gte-train run`: no padding, vocabulary projection at masked positions only
     packed+compile the same with `compile: true` (GPU only)
     padded         the engine's step with rows padded to the longest of each micro-batch
     transformers   a plain loop: GteForMaskedLM with labels (all logits), padded rows, torch.optim.AdamW
 
-over two kinds of text: "c4" has log-normal lengths like C4's (median 245 tokens, cut at the row's length), "full" has
-full rows, as the published totals count. Tokens are real ones: padding counts as nothing, so that it shows as slowness.
-FLOPs are model FLOPs of real tokens. Rounds are interleaved and medians reported, so that a change of the clock hits
-all alike. Batches are prepared before: the loader has a test of its own.
+There are two kinds of text: "c4" has log-normal lengths like C4's (median 245 tokens, cut at the row's length), "full"
+has full rows, as the published totals count. Only real tokens count, and FLOPs are model FLOPs of real tokens, so
+padding shows as lower speed. Rounds are interleaved and medians reported: a change of the clock affects all variants
+alike. Batches are prepared before the timing; the loader has its own test.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 0
 C4_LOG_MEAN, C4_LOG_DEVIATION = 5.5, 1.1
 DISTINCT_STEPS = 2
-# What the recipes use; other models take the first.
+# The values of the recipes; other models use the first one.
 TOKEN_BUDGETS = {"gte-en-mlm-base": 32768, "gte-en-mlm-large": 16384}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One model on one kind of text; `micro_batches` full ones make a step."""
+    """One model on one kind of text; a step has `micro_batches` full micro-batches."""
 
     model: str
     kind: str  # "c4" or "full"
@@ -100,7 +100,7 @@ class StepData:
 
 @dataclass(frozen=True)
 class Variant:
-    """`gradients` adds up a step's gradients and returns its mean loss; `optimizer` then steps."""
+    """One way to train: `gradients` adds up a step's gradients and returns its mean loss; `optimizer` then steps."""
 
     name: str
     module: nn.Module
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     workload: Workload, *, device: torch.device, peak_flops: float | None, rounds: int, variants: Sequence[str]
 ) -> dict[str, Any]:
-    """Time every variant on one workload; seconds are of one optimizer step."""
+    """Time optimizer steps of every variant on one workload, and return the workload's entry of the report."""
     config = build_config(workload.model)
     with tempfile.TemporaryDirectory() as folder:
         steps, fill = make_steps(workload, config, Path(folder))
@@ -145,7 +145,7 @@ def measure(
     require_same_loss(chosen, steps[0], bfloat16=device.type == "cuda")
     seconds: dict[str, list[float]] = {variant.name: [] for variant in chosen}
     memory: dict[str, int] = {}
-    for number in range(-1, rounds):  # -1 warms up: kernels are chosen, graphs compiled
+    for number in range(-1, rounds):  # round -1 warms up: it chooses kernels and compiles graphs
         for variant in chosen:
             taken = _timed_step(variant, steps[number % DISTINCT_STEPS], device)
             if number >= 0:
@@ -176,7 +176,7 @@ def measure(
 
 
 def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[list[StepData], dict[str, float]]:
-    """Steps of the workload, the same in every form, and the share of real tokens in each form."""
+    """Make the workload's steps, the same in every form; return them and each form's share of real tokens."""
     corpus = make_corpus(workload, folder)
     index = ChunkIndex(corpus, max_length=workload.max_length, seed=SEED)
     stage = _recipe(workload, compile=False).stages[0]
@@ -203,7 +203,7 @@ def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[lis
 
 
 def make_corpus(workload: Workload, folder: Path) -> TokenCorpus:
-    """A corpus of random words, each one token, enough for the steps."""
+    """Make a corpus of random words, each of one token, large enough for the steps."""
     words = [
         word
         for word in (builtin_path() / "vocab.txt").read_text("utf-8").split("\n")
@@ -223,7 +223,7 @@ def make_corpus(workload: Workload, folder: Path) -> TokenCorpus:
 
 
 def require_same_loss(variants: Sequence[Variant], data: StepData, *, bfloat16: bool) -> None:
-    """Stop unless all variants give the same loss without dropout: else they would not do the same work."""
+    """Stop the benchmark unless all variants have the same loss without dropout, and so do the same work."""
     losses = {}
     for variant in variants:
         variant.module.eval()
@@ -314,7 +314,7 @@ def _add_up(nats: Callable[[PaddedMicroBatch], Tensor], data: StepData, device: 
 
 
 def _trimmed(batch: PaddedMicroBatch) -> PaddedMicroBatch:
-    """Cut to the longest row, as transformers' collators pad."""
+    """Cut a batch to its longest row, as transformers' collators pad."""
     width, longest = batch.input_ids.shape[1], int(batch.attention_mask.sum(axis=1).max())
     rows, places = np.divmod(batch.masked_positions, width)
     return dataclasses.replace(
@@ -365,7 +365,7 @@ def _timed_step(variant: Variant, data: StepData, device: torch.device) -> float
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Date, command, hardware and versions."""
+    """Return date, command, hardware and versions."""
     hardware = {"cpu": _cpu_name(), "cpus": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -388,7 +388,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for a person; "ratio" is against the plain transformers loop."""
+    """Return the report as a table for people; "ratio" is the speed relative to the plain transformers loop."""
     where = report["hardware"].get("gpu", report["hardware"]["cpu"])
     lines = [f"{report['date']}  {where}  {report['dtype']}  torch {report['versions']['torch']}"]
     lines.append(
@@ -418,7 +418,7 @@ def _cpu_name() -> str:
 
 
 def _workloads(args: argparse.Namespace, device: torch.device) -> list[Workload]:
-    """The short rows and the published totals' text first: what is left out when time is over comes last."""
+    """Return the workloads, the most important first: the last ones are left out when the time is over."""
     gpu = device.type == "cuda"
     models = args.models or (["gte-en-mlm-base", "gte-en-mlm-large"] if gpu else ["gte-en-mlm-tiny"])
     lengths = args.lengths or ([512, 8192] if gpu else [128, 512])
@@ -446,10 +446,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--token-budget", type=int, help="tokens of a micro-batch; default: the recipes', 2,048 on a CPU"
     )
-    parser.add_argument("--micro-batches", type=int, help="of one step; default: 2 on a GPU, 1 on a CPU")
-    parser.add_argument("--minutes", type=float, help="after which no workload begins; default: 8 on a GPU, 2 on a CPU")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of peak; known GPUs need none")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU where there is one")
+    parser.add_argument("--micro-batches", type=int, help="number in one step; default: 2 on a GPU, 1 on a CPU")
+    parser.add_argument("--minutes", type=float, help="no workload starts later; default: 8 on a GPU, 2 on a CPU")
+    parser.add_argument("--peak-tflops", type=float, help="the device's peak, unless it is a known GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/training-DEVICE-DATE.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`gte-export`: a checkpoint in, a verified bundle out. Results on stdout, progress on stderr."""
+"""`gte-export`: exports a checkpoint to a verified bundle. Results go to stdout, progress to stderr."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gte-export`; returns the exit code (see `gte_deploy.core.exit_codes`)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # A folder of such a name is written ./onnx.
+    # A checkpoint folder with the name of a command must be given as ./onnx.
     command = words.pop(0) if words and words[0] in _COMMANDS else None
     arguments = _parser(command, command or _format_in(words)).parse_args(words)
     try:
@@ -57,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _format_in(words: Sequence[str]) -> str:
-    """The value of `--format` where the words have one that is known, else the default."""
+    """Return the value of `--format` if the words have a known one, else the default."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--format", default=FORMATS[0])
     try:
         found = str(finder.parse_known_args(list(words))[0].format)
-    except argparse.ArgumentError:  # the whole parser will say so
+    except argparse.ArgumentError:  # the full parser reports this error
         return FORMATS[0]
     return found if found in (*FORMATS, TRITON) else FORMATS[0]
 
 
 def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
-    """The parser for one format: `--help` shows what concerns it, and the options of others are known to be refused."""
+    """Make the parser for one format. Options of other formats are hidden from `--help`, and refused later."""
     if command == CHECK:
         return _check_parser()
     lines = "".join(f"\n  gte-export {name:<7} {text}" for name, text in _COMMANDS.items())
@@ -105,7 +105,7 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
 
 
 def _targets_for(format: str) -> dict[str, type[Target]]:
-    """The targets of a format by name; Triton serves what ONNX Runtime runs."""
+    """Return the targets of a format by name; Triton has those of ONNX Runtime."""
     if format != TRITON:
         return dict(targets_of(format))
     return {name: kind for name, kind in targets_of("onnx").items() if "onnxruntime" in kind.engines}
@@ -144,7 +144,7 @@ def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
 
 
 def _given_once(given: Mapping[str, Any], name: str) -> str | None:
-    """What was given by its place or by its flag."""
+    """Return the value given by position or by flag."""
     by_flag, by_place = given[name], given[f"{name}_argument"]
     if by_flag is not None and by_place is not None:
         raise InputError(f"{name.upper()} and --{name} are the same; give one of them")
@@ -162,10 +162,10 @@ def _target_of(format: str, name: str | None) -> type[Target]:
 
 
 def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequence[type]) -> None:
-    """Refuse what was given and is not for this target, or not for this precision.
+    """Refuse options that do not belong to this target or this precision.
 
     Raises:
-        InputError: saying what it is for.
+        InputError: an option belongs to other targets or precisions; the error names them.
     """
     precision = given.get("precision") or target.precisions[0]
     if precision not in target.precisions:
@@ -183,14 +183,14 @@ def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequen
 
 
 def _takers(name: str) -> str:
-    """What takes an option of this name, as it is asked for on the command line."""
+    """Return the command line's flags for the targets that take an option of this name."""
     if name in options_of(TritonOptions):
         return f"--format {TRITON}"
     return " and ".join(_asked_by(kind) for kind in target_classes() if name in options_of(kind.Options))
 
 
 def _asked_by(kind: type[Target]) -> str:
-    """How a target is asked for on the command line."""
+    """Return the command line's flag for a target."""
     return f"--format {kind.format}" if len(targets_of(kind.format)) == 1 else f"--target {kind.name}"
 
 
@@ -204,7 +204,7 @@ def _not_in_precision(precision: str, target: type[Target]) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """Print what is wrong with a repository, a line for each; the exit code."""
+    """Print one line for each problem of a repository, and return the exit code."""
     from gte_deploy.exporters.triton.checks import check_repository
 
     path = arguments.check_repository
@@ -218,7 +218,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep what torch.onnx and transformers say of themselves off the screen, and all of it off stdout."""
+    """Silence the warnings of torch.onnx and transformers, and send their other output to stderr."""
     previous = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
@@ -270,7 +270,7 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
         devices = " and ".join(name.upper() for name in result.devices)
         return (
             f"repository {result.path} ({megabytes:.1f} MB) for {devices}; {checks}\n"
-            f"ask {', '.join(result.ensembles)}; how to start it: {result.path}/README.md"
+            f"models to request: {', '.join(result.ensembles)}; how to start the server: {result.path}/README.md"
         )
     from gte_deploy.exporters.verification.report import format_table, plan_lines
 
@@ -279,7 +279,7 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
         [
             format_table(result.parity),
             *(() if plan is None else plan_lines(plan)),
-            *(("the bundle MISSES ITS BOUNDS, which its manifest says:",) if missed else ()),
+            *(("the bundle MISSES ITS BOUNDS, as its manifest records:",) if missed else ()),
             *(f"  {line}" for line in missed),
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",
         ]

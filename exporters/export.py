@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.verification.results import ParityReport
 
 EVALUATION_TOKENS = 6000
-"""Words of text for measuring the accuracy of a lower precision: once as single texts, once in windows."""
+"""Number of words for measuring the accuracy of a lower precision: once as single texts, once in windows."""
 _EXTRA = (
     "torch",
     "transformers",
@@ -109,7 +109,7 @@ def export(
 
 
 def default_output(model: str | os.PathLike[str] | None, *, precision: str, format: str = "onnx") -> Path:
-    """The default folder, named after model, format and precision, e.g. gte-en-mlm-tiny-onnx-fp32."""
+    """Return the default folder, named after model, format and precision, e.g. gte-en-mlm-tiny-onnx-fp32."""
     return Path(f"{_name_of(model)}-{format}-{precision}")
 
 
@@ -229,7 +229,7 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
 
 
 def _name_of(model: str | os.PathLike[str] | None) -> str:
-    """The last part of a hub id or of a folder's real path, so that no path of this machine gets into a bundle."""
+    """Return the last part of a hub id or of a folder's real path: a bundle must not contain paths of this machine."""
     if model is None:
         return BUILTIN_NAME
     path = Path(model).expanduser()
@@ -237,9 +237,9 @@ def _name_of(model: str | os.PathLike[str] | None) -> str:
 
 
 def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) -> dict[str, str]:
-    """The name of the checkpoint, the commit of a hub download, and the sha256 of the weights.
+    """Return the name of the checkpoint, the commit of a hub download, and the sha256 of the weights.
 
-    For several weight files it is the sha256 of the lines that sha256sum prints for them.
+    For several weight files, the sha256 is that of the lines which sha256sum prints for the files.
     """
     is_hub_id = model is not None and not Path(model).expanduser().is_dir()
     source = {"name": str(model) if is_hub_id else _name_of(model)}

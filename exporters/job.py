@@ -74,7 +74,7 @@ class Job:
 
     @property
     def sites(self) -> Mapping[str, int]:
-        """How often each fusion pass must fire on a graph of the model."""
+        """The number of times that each fusion pass must fire on a graph of the model."""
         return fusion_sites(self.model)
 
     @property
@@ -83,7 +83,7 @@ class Job:
         return int(self.model.config.num_hidden_layers)
 
     def graph_file(self, engine: Engine) -> Path:
-        """The file for the graph of an engine."""
+        """Return the path for the graph of an engine."""
         return self.folder / GRAPH_PATHS[engine]
 
 

@@ -1,4 +1,4 @@
-"""What an export is asked for: the options of every target, and those of the one target that was chosen."""
+"""The options of an export: the common ones of every target, and those of the chosen target."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,26 +13,25 @@ from gte_deploy.exporters.targets.base import Target
 
 Bounds = Literal["strict", "report"]
 FORMATS = tuple(dict.fromkeys(kind.format for kind in target_classes()))
-"""What `format` may be, the default first."""
+"""The values of `format`, the default first."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What every target takes.
+    """The options that every target takes.
 
     Args:
-        task: "fill-mask", "embed", "classify", "token-classify", "sparse", or "auto" for what the checkpoint was made
-            for.
-        precision: a precision of the target, by default its first. On CPUs "fp32"; "int8" (weights and activations);
+        task: "fill-mask", "embed", "classify", "token-classify", "sparse", or "auto" for the checkpoint's own task.
+        precision: a precision of the target; None for its first. On CPUs "fp32"; "int8" (weights and activations);
             "int8-weight" or "int4-weight" (weights alone, for small disks). For target cuda "fp16", "bf16" or "fp32".
             For TensorRT "fp16", "bf16", "int8" or "fp8". docs/numerics.md compares them.
         max_length: longest input in tokens; None for the checkpoint's own limit.
-        pooling: "mean", "cls", or "auto" for what the checkpoint says.
-        logits: "masked" computes the vocabulary logits of the masks alone, "all" those of every token (fill-mask).
+        pooling: "mean", "cls", or "auto" for the checkpoint's own.
+        logits: "masked" computes vocabulary logits only for the masks, "all" for every token (fill-mask).
         opset: ONNX opset of the graph; None for the default.
-        bounds: what happens where a bound is missed or a check fails: "strict" raises and leaves no bundle; "report"
-            writes it with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. What
-            gives numbers that are not finite, has other shapes or does not run is not written either way.
+        bounds: if a bound is missed or a check fails, "strict" raises and leaves no bundle; "report" writes the bundle
+            with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. A bundle that gives
+            numbers that are not finite, has other shapes or does not run is never written.
     """
 
     task: str = option("auto", "what the model is for (default: what the checkpoint is for)", choices=("auto", *TASKS))
@@ -72,7 +71,7 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """How the default output folder calls it: the format, or the target where it is not the format's first."""
+        """The name for the default output folder: the format, or the target if it is not the format's first."""
         first = next(kind for kind in target_classes() if kind.format == self.target.format)
         return self.target.format if type(self.target) is first else self.target.name
 
@@ -88,14 +87,14 @@ def make_request(
     """Check everything that can be checked before a file is read.
 
     Args:
-        options: of every target.
+        options: the options of every target.
         format: "onnx" or "trt".
         target: name of a target of that format; None for its first.
-        tensorrt: the options of target tensorrt, whole.
-        **given: fields of `ExportOptions` or of the target's options, by themselves.
+        tensorrt: all options of target tensorrt.
+        **given: single fields of `ExportOptions` or of the target's options.
 
     Raises:
-        InputError: an option that is unknown, out of range, or of another target or precision.
+        InputError: an option is unknown, out of range, or belongs to another target or precision.
     """
     kind = _target_of(format, target)
     common = {name: value for name, value in given.items() if name in options_of(ExportOptions)}
@@ -103,7 +102,7 @@ def make_request(
     for name in own:
         if name not in options_of(kind.Options):
             raise InputError(f"{name} is {own[name]!r}; {_whose(name)}")
-    # Not isinstance: the options of other targets are among the bases of TensorRT's.
+    # Not isinstance: TensorRT's options inherit from those of other targets.
     if tensorrt is not None and type(tensorrt) is not kind.Options:
         raise InputError(f"tensorrt is for format trt, and the target is {kind.name}: leave it out")
     options = dataclasses.replace(options or ExportOptions(), **common)
@@ -117,7 +116,7 @@ def make_request(
 
 
 def targets_of(format: str) -> Mapping[str, type[Target]]:
-    """The targets of a format by name, the default first."""
+    """Return the targets of a format by name, the default first."""
     return {kind.name: kind for kind in target_classes() if kind.format == format}
 
 
@@ -131,7 +130,7 @@ def _target_of(format: str, target: str | None) -> type[Target]:
 
 
 def _whose(name: str) -> str:
-    """Which targets have an option of this name, to end a message with."""
+    """Return the end of an error message: the targets that have an option of this name."""
     having = [target_class(target) for target in TARGETS]
     titles = [kind.name for kind in having if name in options_of(kind.Options)]
     return f"that is for target {' and '.join(titles)}" if titles else "there is no such option"

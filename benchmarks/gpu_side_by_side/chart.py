@@ -1,4 +1,4 @@
-"""One picture of a GPU run: tokens a second over the length, a panel for each number of rows."""
+"""Draws a GPU run: tokens per second by length, with a panel for each number of rows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from side_by_side.report import measured
 from gpu_side_by_side.report import Report, Row
 from gte_deploy.core.files import write_with
 
-# By precision; ours are solid and marked, the others dashed.
+# One colour for each precision; our lines are solid, the others dashed.
 _COLOURS = {"fp32": "#6b7280", "fp16": "#2563eb", "bf16": "#ea580c", "int8": "#15803d", "fp8": "#9333ea"}
 _MARKERS = "osD^vP*X"
 
 
 def draw(report: Report, subject: str, target: Path) -> bool:
-    """Write a PNG of the dense workloads of a subject; False where none was measured."""
+    """Write a PNG of the dense workloads of a subject; return False if none was measured."""
     from matplotlib.figure import Figure
 
     rows = [(shape, row) for row in measured(report, subject) if (shape := _shape(row)) is not None]

@@ -1,9 +1,9 @@
-"""Every way to run the model on a GPU, ours and what else there is.
+"""The compared ways to run the model on a GPU: ours and others.
 
-As in `side_by_side.contestants`: a class is made in a process of its own and has `embed` [B, H], `token_embeddings`
-[T, H] and `mask_logits` [M, V], as far as its interface gives them. All get one padded batch of ids in host memory and
-give float32 in host memory: the copies are part of what a server pays. `device` is "cuda", or "cpu" to try the
-benchmark itself.
+As in `side_by_side.contestants`, an object lives in a process of its own and has `embed` [B, H], `token_embeddings`
+[T, H] and `mask_logits` [M, V], as far as its interface gives them. Each takes one padded batch of ids in host memory
+and returns float32 in host memory: a server pays for the copies too. `device` is "cuda", or "cpu" to try the benchmark
+itself.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Torch:
             return self._model.lm_head(self._encode(job)[rows, tokens]).float().cpu().numpy()
 
     def _encode(self, job: Job) -> Any:
-        # A mask of ones says nothing, and keeps SDPA from its flash kernel.
+        # A mask of ones has no effect, but keeps SDPA from using its flash kernel.
         mask = None if job.attention_mask.all() else self._tensor(job.attention_mask)
         return self._encoder(input_ids=self._tensor(job.input_ids), attention_mask=mask)[0]
 
@@ -71,7 +71,7 @@ class Torch:
 
 
 class OnnxRuntime(contestants.OnnxRuntime):
-    """A bare session with default options on the traced graph, nothing fused by us."""
+    """A bare session with default options on the traced graph, without our fusions."""
 
     def __init__(self, folder: Path, device: str) -> None:
         import onnxruntime as ort
@@ -102,14 +102,14 @@ class GteDeploy:
         return self._run(job, "logits")
 
     def _run(self, job: Job, output: str) -> Array:
-        # Not public: one batch as it is, where `encode` would plan its own.
+        # Not public: runs the batch as it is; `encode` would plan its own batches.
         batch = Batch(job.input_ids, job.attention_mask, job.mask_positions)
         return self._model._backend.run(batch, (output,))[output]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the result; `artefact` is what it runs, see `side_by_side.artefacts.Artefacts.path`."""
+    """One row of the result; `artefact` is the name of its model, see `side_by_side.artefacts.Artefacts.path`."""
 
     name: str
     precision: str
@@ -119,14 +119,14 @@ class Contestant:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is this project's."""
+        """Whether the contestant is gte-deploy."""
         return self.factory is GteDeploy
 
 
 EXACT = "torch eager fp32"
-"""Whose answers are the right ones."""
+"""The contestant whose answers are the right ones."""
 REFERENCE = "torch eager fp16"
-"""Whose speed is 1."""
+"""The contestant whose speed is 1."""
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -1,4 +1,4 @@
-"""What the GPU is, and how much of its memory is taken at most meanwhile. Runs in a process of its own."""
+"""Describes the GPU and measures its peak memory, in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _EVERY_S = 0.002
 
 
 class Meter:
-    """Watches one GPU from outside the process that is measured: weights, workspaces, arenas and contexts count."""
+    """Measures one GPU from outside the measured process, so weights, workspaces, arenas and contexts all count."""
 
     def __init__(self) -> None:
         import torch
@@ -22,7 +22,7 @@ class Meter:
         self._thread: threading.Thread | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Name, compute capability, bytes of memory, and the versions of driver-side CUDA as torch sees it."""
+        """Return name, compute capability, bytes of memory, multiprocessors, and the version of torch's CUDA."""
         import torch
 
         properties = torch.cuda.get_device_properties(0)
@@ -35,24 +35,24 @@ class Meter:
         }
 
     def free_bytes(self) -> int:
-        """Memory that nobody has."""
+        """Return the bytes of free memory."""
         import torch
 
         return torch.cuda.mem_get_info()[0]
 
     def start(self) -> None:
-        """Begin to watch; what is taken now does not count."""
+        """Start measuring; memory that is in use now does not count."""
         self._used_before = self._peak = self._used()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(self._stop,), daemon=True)
         self._thread.start()
 
     def peak_bytes(self) -> int:
-        """The most that was taken since `start`, above what was taken then."""
+        """Return the most memory in use since `start`, less the memory in use at `start`."""
         return max(self._peak, self._used()) - self._used_before
 
     def stop(self) -> int:
-        """`peak_bytes`, and no more watching."""
+        """Stop measuring, and return `peak_bytes`."""
         if self._stop is not None and self._thread is not None:
             self._stop.set()
             self._thread.join()

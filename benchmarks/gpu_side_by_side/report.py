@@ -1,4 +1,4 @@
-"""From the numbers of a GPU run to tables. All of it can be computed again from the JSON."""
+"""Makes tables from the numbers of a GPU run, which its JSON file holds."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Row = dict[str, Any]
 
 
 def speed(row: Row) -> float | None:
-    """How many times as fast as the reference in the same rounds."""
+    """Return the speed relative to the reference in the same rounds; None without these rounds."""
     if not row["reference_seconds"]:
         return None
     return statistics.median(row["reference_seconds"]) / statistics.median(row["seconds"])
 
 
 def markdown(report: Report) -> str:
-    """Everything as Markdown tables."""
+    """Return all results as Markdown tables."""
     hardware = report["hardware"]
     parts = [
-        f"# Inference on {hardware.get('gpu', 'no GPU: a rehearsal')}, {report['date'][:10]}",
+        f"# Inference on {hardware.get('gpu', 'no GPU: a trial of the benchmark')}, {report['date'][:10]}",
         ", ".join(f"{name} {value}" for name, value in hardware.items()) + ".",
         ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
         "\n".join(f"    {command}" for command in report["commands"]),
-        "One padded batch of ids in host memory in, float32 in host memory out. Interleaved rounds. Memory is what "
-        "the GPU holds at most above what it held before the contestant was there, contexts included.",
+        "Input is one padded batch of ids in host memory; output is float32 in host memory. Rounds are interleaved. "
+        "Memory is the peak of the GPU less its memory before the contestant started; contexts count.",
     ]
     for subject in dict.fromkeys(row["subject"] for row in report["measurements"]):
         if measured(report, subject):
-            parts.append(f"## {subject}\n\nTimes as fast as {REFERENCE}:\n\n{_speeds(report, subject)}")
+            parts.append(f"## {subject}\n\nSpeed relative to {REFERENCE}:\n\n{_speeds(report, subject)}")
             parts.append(f"Milliseconds, median and quartiles:\n\n{_times(report, subject)}")
         if any(row["subject"] == subject and row["error"] is None for row in report["memory"]):
             parts.append(f"Peak GPU memory, MB:\n\n{_memory(report, subject)}")
@@ -66,7 +66,7 @@ def _memory(report: Report, subject: str) -> str:
 
 
 def _grid(rows: list[Row], cell: Any) -> str:
-    """A row for each contestant, a column for each workload."""
+    """Return a table with a row for each contestant and a column for each workload."""
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     cells = {(row["contestant"], row["workload"]): cell(row) for row in rows}
     names = dict.fromkeys(row["contestant"] for row in rows)

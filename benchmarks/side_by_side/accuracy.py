@@ -1,4 +1,4 @@
-"""How far a contestant's answers are from those of PyTorch in fp32."""
+"""Compares a contestant's answers with those of PyTorch in fp32."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Array = NDArray[np.float32]
 
 
 def cosines(expected: Array, found: Array) -> dict[str, float]:
-    """Mean and least cosine of corresponding rows, and the largest absolute difference.
+    """Return the mean and smallest cosine of corresponding rows, and the largest absolute difference.
 
     Raises:
         WorkerError: the shapes differ, or a number is not finite.
     """
     if expected.shape != found.shape:
-        raise WorkerError(f"the reference gives {expected.shape}, and this {found.shape}")
+        raise WorkerError(f"the reference gives shape {expected.shape}, and the contestant {found.shape}")
     if not np.isfinite(found).all():
         raise WorkerError("a number is not finite")
     a, b = expected.astype(np.float64), found.astype(np.float64)
@@ -27,7 +27,7 @@ def cosines(expected: Array, found: Array) -> dict[str, float]:
 
 
 def agreement(expected: Array, found: Array, job: Job) -> dict[str, float]:
-    """Of predictions [M, V]: top-1 agreement and top-5 overlap with the reference, and the share that is right."""
+    """Return top-1 agreement and top-5 overlap of predictions [M, V] with the reference, and the correct share."""
     difference = cosines(expected, found)
     assert job.labels is not None  # a masked job has them
     best = [np.argsort(-logits, axis=1, kind="stable")[:, :5] for logits in (expected, found)]

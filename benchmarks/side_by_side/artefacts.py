@@ -1,7 +1,7 @@
-"""What contestants run, made once and kept in a work folder: checkpoint, graphs, bundles.
+"""Makes the checkpoints, graphs and bundles that contestants run, once, and keeps them in a work folder.
 
-Every recipe runs in a process of its own, so that its memory goes with it, writes into a folder beside the wanted one,
-and is renamed when it is complete. What was made by other sources of the exporter is made again.
+Every recipe runs in a process of its own, whose end frees its memory. It writes into a folder beside the wanted one,
+which is renamed when it is complete. An artefact is made again if the sources of the exporter have changed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Subject:
     """A model to measure.
 
     Args:
-        name: for people, and of its folder.
-        preset: of `gte_deploy.models.presets`; its weights are seeded random numbers, but for the built-in model.
+        name: the name for people and of the folder.
+        preset: a preset of `gte_deploy.models.presets`, with seeded random weights, or the trained built-in model.
         task: "embed", or "fill-mask" for the agreement of predictions.
     """
 
@@ -66,7 +66,7 @@ SUBJECTS = {
 
 
 class Artefacts:
-    """The work folder of one subject; `path` makes what is missing."""
+    """The work folder of one subject; `path` makes missing artefacts."""
 
     def __init__(self, folder: Path, subject: Subject, *, max_length: int, progress: Callable[[str], None]) -> None:
         self.subject = subject
@@ -76,11 +76,13 @@ class Artefacts:
         self._errors: dict[str, str] = {}
 
     def path(self, name: str) -> Path:
-        """The folder of an artefact: "checkpoint", "plain", "optimizer", "nncf", or a bundle: one of `_EXPORTS`, or
-        "bundle-PRECISION", what `gte-export --precision PRECISION` writes.
+        """Return the folder of an artefact, and make it if it is missing.
+
+        Artefacts are "checkpoint", "plain", "optimizer", "nncf", the bundles of `_EXPORTS`, and "bundle-PRECISION",
+        which `gte-export --precision PRECISION` writes.
 
         Raises:
-            WorkerError: it cannot be made, as it was told the first time that it was asked for.
+            WorkerError: the artefact cannot be made; later calls repeat the first error.
         """
         if name in self._errors:
             raise WorkerError(self._errors[name])
@@ -119,14 +121,14 @@ class Artefacts:
 
 
 def result_file(benchmark: str, suffix: str, *, hardware: str | None = None) -> Path:
-    """Where today's result of a benchmark on `hardware`, by default this CPU, belongs."""
+    """Return the path for today's result of a benchmark on `hardware`, by default this CPU."""
     words = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@.*", " ", hardware or cpu_model())
     name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{benchmark}-{name}.{suffix}"
 
 
 def make_checkpoint(preset_name: str, task: str, target: Path) -> None:
-    """The preset with seeded random weights, or the built-in model; mean pooling, as sentence-transformers reads it."""
+    """Write a preset with seeded random weights, or the built-in model, and mean pooling for sentence-transformers."""
     import torch
     from transformers import PreTrainedModel
 
@@ -147,7 +149,7 @@ def make_checkpoint(preset_name: str, task: str, target: Path) -> None:
 
 
 def make_plain(checkpoint: Path, task: str, max_length: int, target: Path) -> None:
-    """The traced graph in standard operators, nothing fused: what torch.onnx alone gives."""
+    """Write the traced graph in standard operators, without fusions, as torch.onnx alone gives it."""
     import onnx_ir as ir
 
     from gte_deploy.exporters.graph.trace import trace
@@ -160,7 +162,7 @@ def make_plain(checkpoint: Path, task: str, max_length: int, target: Path) -> No
 
 
 def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
-    """The plain graph through `onnxruntime.transformers.optimizer` for BERT."""
+    """Run the plain graph through `onnxruntime.transformers.optimizer` for BERT."""
     from onnxruntime.transformers.optimizer import optimize_model
 
     config = _config(checkpoint)
@@ -174,7 +176,7 @@ def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:
 
 
 def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
-    """Static int8 by NNCF's recipe for transformers, calibrated on the texts that `gte-export` takes by default."""
+    """Quantize to static int8 by NNCF's recipe for transformers, calibrated on the default texts of `gte-export`."""
     from gte_deploy.core.quiet import without_openvino_telemetry
 
     with without_openvino_telemetry():
@@ -201,7 +203,7 @@ def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
 
 
 def make_bundle(checkpoint: Path, task: str, options: Sequence[str], max_length: int, target: Path) -> None:
-    """What `gte-export` writes; what it refuses is told in its own words."""
+    """Run `gte-export`; if it refuses, raise its own error message."""
     command = "from gte_deploy.exporters.cli import main; raise SystemExit(main())"
     options = [*options, "--task", task, "--max-len", str(max_length), "--quiet", "--force"]
     done = subprocess.run(
@@ -240,7 +242,7 @@ def _read_stamp(folder: Path) -> Any:
 
 @functools.cache
 def _sources_digest(*, bundle: bool) -> str:
-    """Of the sources that an artefact comes from: the whole exporter for a bundle, the trace for all else."""
+    """Hash the sources of an artefact: the whole exporter for a bundle, only the trace for the others."""
     files = [Path(__file__), *(ROOT / "models").rglob("*.py"), ROOT / "exporters" / "graph" / "trace.py"]
     if bundle:
         files += (ROOT / "exporters").rglob("*.py")

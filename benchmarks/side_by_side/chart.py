@@ -1,4 +1,4 @@
-"""One picture of the result: how many times as fast as torch fp32, the best peer beside the best of ours."""
+"""Draws the result: speed relative to torch fp32, with the best peer beside our best contestant."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gte_deploy.core.files import write_with
 from side_by_side.report import PRECISIONS, SUBJECT, Report, best, measured
 from side_by_side.workloads import NAMES
 
-# Peers pale, ours strong, one hue a precision; told apart without colour by their order and labels too.
+# Peers are pale, ours are strong, with one hue for each precision; order and labels work without colour.
 _COLOURS = {"fp32": ("#bfdbfe", "#2563eb"), "16-bit": ("#fed7aa", "#ea580c"), "int8": ("#bbf7d0", "#15803d")}
 _WIDTH = 0.8
 
 
 def draw(report: Report, target: Path) -> None:
-    """Write a PNG; nothing where no workload of the base size was measured."""
+    """Write a PNG, unless no workload of the base size was measured."""
     from matplotlib.figure import Figure
 
     names = [name for name in NAMES if name != "mixed-padded" and measured(report, SUBJECT, name)]

@@ -1,8 +1,8 @@
-"""Every way to run the model that is compared, ours and the peers', each as its own documentation tells to use it.
+"""The compared ways to run the model, ours and the peers', each used as its own documentation says.
 
-A contestant's class is made in a process of its own, so its libraries are imported there. `embed` gives sentence
-embeddings [B, H] float32, mean pooled and not normalised; `token_embeddings` the hidden states of the real tokens
-[T, H], row after row; `mask_logits` [M, V] at the job's mask positions. A class lacks what its interface does not give.
+A contestant lives in a process of its own, which imports its libraries. `embed` returns sentence embeddings [B, H]
+float32, mean pooled and not normalised; `token_embeddings` the hidden states of the real tokens [T, H], row after row;
+`mask_logits` the logits [M, V] at the job's mask positions. A class lacks methods that its interface does not allow.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class LightEmbed:
         from light_embed import TextEmbedding
 
         if threads != os.cpu_count():
-            # ONNX Runtime's default is one for every CPU, each pinned to its own, whatever the process is allowed.
+            # ONNX Runtime's default is one pinned thread for every CPU, even for CPUs that the process may not use.
             raise ValueError(f"light-embed takes no number of threads: it can be compared with {os.cpu_count()} only")
         config = {"onnx_file": "onnx/model.onnx", "pooling_config_path": "1_Pooling", "normalize": False}
         self._model = TextEmbedding(str(folder / "bundle"), model_config=config, device="cpu")
@@ -190,7 +190,7 @@ class GteDeploy:
         return self._model.encode(job.texts)
 
     def embed_padded(self, job: Job) -> Array:
-        # Not public: `encode` would not pad so much. It is what a caller without a plan of batches would pay.
+        # Not public: `encode` would pad less. This is the cost for a caller without planned batches.
         batch = Batch(job.input_ids, job.attention_mask)
         return self._model._backend.run(batch, ("sentence_embedding",))["sentence_embedding"]
 
@@ -208,12 +208,12 @@ class Contestant:
     """One row of the result.
 
     Args:
-        name: for people.
-        precision: contestants are compared within it: "fp32", "16-bit", "int8", "int8-weight", "int4-weight".
-        factory: class of this file.
-        artefact: what it runs, see `artefacts.Artefacts.path`.
-        options: for the factory.
-        takes_texts: whether texts go in, as a user calls it, or a padded batch of ids.
+        name: the name for people.
+        precision: "fp32", "16-bit", "int8", "int8-weight" or "int4-weight"; only contestants of one precision compete.
+        factory: a class of this file.
+        artefact: the name of its model, see `artefacts.Artefacts.path`.
+        options: arguments of the factory.
+        takes_texts: whether the input is texts, as in a user's call, or a padded batch of ids.
     """
 
     name: str
@@ -225,11 +225,11 @@ class Contestant:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is this project's."""
+        """Whether the contestant is gte-deploy."""
         return self.factory is GteDeploy
 
     def method_for(self, workload: Workload) -> str | None:
-        """The method that is timed; None where the workload is not for this contestant."""
+        """Return the method to time; None if the workload is not for this contestant."""
         if workload.name == "mixed-padded":
             return "embed_padded" if self.is_ours else None
         return None if workload.is_corpus and not self.takes_texts else "embed"
@@ -267,12 +267,12 @@ CONTESTANTS = (
 
 
 def reference_of(workload: str) -> str:
-    """Whose speed is 1: torch eager, and where only texts go in, what runs it for texts."""
+    """Return the contestant whose speed is 1: torch eager, or sentence-transformers for a corpus of texts."""
     return TEXT_REFERENCE if workload.endswith("corpus") else REFERENCE
 
 
 def mean_pooled(hidden: Array, mask: NDArray[np.int64]) -> Array:
-    """[B, S, H] -> [B, H]."""
+    """Return mean-pooled embeddings [B, H] of hidden states [B, S, H]."""
     weights = mask[:, :, None].astype(np.float32)
     return (hidden * weights).sum(1) / weights.sum(1)
 

@@ -1,4 +1,4 @@
-"""What this machine's cores can multiply at most: the measure of every contestant's share of peak."""
+"""Measures the peak matrix-multiply speed of this machine's cores, the base of every contestant's share of peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _REPEATS = 7
 
 
 def method(size: int) -> str:
-    """How `Gemm` measures, for the report."""
+    """Describe the method of `Gemm` for the report."""
     return (
         f"best of {_REPEATS} products of two {size} × {size} matrices, a multiply-add counted as two: torch.mm in fp32 "
         "and bf16; int8 the faster of torch._int_mm and ONNX Runtime's MatMulInteger (uint8 × int8)"
@@ -18,7 +18,7 @@ def method(size: int) -> str:
 
 
 class Gemm:
-    """Operations per second of the fastest GEMM of each precision."""
+    """Measures the operations per second of the fastest GEMM of each precision."""
 
     def __init__(self, threads: int, size: int) -> None:
         import torch
@@ -27,7 +27,7 @@ class Gemm:
         self._threads, self._size = threads, size
 
     def peaks(self) -> dict[str, float]:
-        """Precision, as the contestants' -> operations per second."""
+        """Return precision, as in `Contestant` -> operations per second."""
         import torch
 
         generator, shape = torch.Generator().manual_seed(0), (self._size, self._size)

@@ -1,4 +1,4 @@
-"""From the numbers to ratios, bars and tables. All of it can be computed again from the JSON."""
+"""Makes ratios, bars and tables from the numbers of a run, which its JSON file holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST = "1x8192"
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of the table of bars; `reached` None where it was not measured."""
+    """One line of the table of bars (targets); `reached` is None if it was not measured."""
 
     name: str
     bar: float
@@ -34,21 +34,21 @@ class Bar:
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is reached; None where it was not measured."""
+        """Whether the bar is reached; None if it was not measured."""
         if self.reached is None:
             return None
         return self.reached <= self.bar if self.at_most else self.reached >= self.bar
 
     @property
     def stretch_met(self) -> bool | None:
-        """The same of the stretch."""
+        """Whether the stretch goal is reached; None if there is none or it was not measured."""
         if self.reached is None or self.stretch is None:
             return None
         return self.reached <= self.stretch if self.at_most else self.reached >= self.stretch
 
 
 def measured(report: Report, subject: str, workload: str | None = None) -> list[Row]:
-    """The rows that have numbers."""
+    """Return the rows that have numbers."""
     return [
         row
         for row in report["measurements"]
@@ -57,12 +57,12 @@ def measured(report: Report, subject: str, workload: str | None = None) -> list[
 
 
 def find(report: Report, contestant: str, workload: str, subject: str = SUBJECT) -> Row | None:
-    """The row of one contestant, where it has numbers."""
+    """Return the row of one contestant, if it has numbers."""
     return next((row for row in measured(report, subject, workload) if row["contestant"] == contestant), None)
 
 
 def relative(row: Row | None, report: Report) -> float | None:
-    """How many times as fast as the reference (see `reference_of`): in the same rounds, or alone where all were."""
+    """Return the speed relative to `reference_of`, of the same rounds or, for workloads that run alone, of its own."""
     if row is None:
         return None
     reference = row["reference_seconds"]
@@ -73,20 +73,20 @@ def relative(row: Row | None, report: Report) -> float | None:
 
 
 def share_of_peak(row: Row, report: Report) -> float | None:
-    """Model FLOPs of the real tokens in a second over the measured GEMM peak of the precision."""
+    """Return model FLOPs of real tokens per second, over the measured GEMM peak of the precision."""
     peak = report["gemm_peak"].get(row["precision"])
     return None if peak is None else row["flops"] / statistics.median(row["seconds"]) / peak
 
 
 def best(report: Report, workload: str, precision: str, *, ours: bool) -> tuple[str, float] | None:
-    """Name and relative speed of the fastest contestant of a precision."""
+    """Return name and relative speed of the fastest contestant of a precision."""
     rows = [row for row in measured(report, SUBJECT, workload) if row["ours"] == ours and row["precision"] == precision]
     found = [(row["contestant"], speed) for row in rows if (speed := relative(row, report)) is not None]
     return max(found, key=lambda pair: pair[1], default=None)
 
 
 def cosine(report: Report, contestant: str, subject: str = SUBJECT) -> float | None:
-    """Mean token cosine with the reference, or of the sentence embeddings where there are no tokens."""
+    """Return the mean token cosine with the reference, or the mean sentence cosine if there are no tokens."""
     for row in report["accuracy"]:
         if (row["subject"], row["contestant"]) == (subject, contestant) and row["error"] is None:
             found = row.get("token_embeddings") or row.get("embed")
@@ -95,7 +95,7 @@ def cosine(report: Report, contestant: str, subject: str = SUBJECT) -> float | N
 
 
 def bars(report: Report) -> list[Bar]:
-    """The table of bars, as far as it was measured, on the base size."""
+    """Return the bars of the base size, with the measured results."""
     found: list[Bar] = []
 
     def speed(name: str, workload: str, bar: float, stretch: float | None, winner: tuple[str, float] | None) -> None:
@@ -129,7 +129,7 @@ def bars(report: Report) -> list[Bar]:
 
 
 def markdown(report: Report) -> str:
-    """Everything as Markdown tables."""
+    """Return all results as Markdown tables."""
     hardware, peak = report["hardware"], report["gemm_peak"]
     parts = [
         f"# Inference on the CPU, {report['date'][:10]}",
@@ -152,7 +152,7 @@ def markdown(report: Report) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned to the right."""
+    """Return a Markdown table; the first column is text, the others are aligned to the right."""
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -177,7 +177,7 @@ def _memory(report: Report, precision: str, bar: float) -> Bar:
 
 
 def _against_peers(report: Report, precision: str, workloads: Sequence[str], bar: float, name: str) -> Bar:
-    """The least lead of our best over the best peer, over the workloads where both were measured."""
+    """Return the smallest lead of our best over the best peer, among workloads with both."""
     leads = []
     for workload in workloads:
         ours, peer = (best(report, workload, precision, ours=side) for side in (True, False))
@@ -194,7 +194,7 @@ def _median(row: Row) -> float:
 
 
 def _bars_table(found: Sequence[Bar]) -> str:
-    def told(value: bool | None) -> str:
+    def answer(value: bool | None) -> str:
         return "not measured" if value is None else "yes" if value else "no"
 
     def cells(bar: Bar) -> list[str]:
@@ -202,13 +202,10 @@ def _bars_table(found: Sequence[Bar]) -> str:
         digits = 6 if bar.bar == 0.9999 else 2
         stretch = "" if bar.stretch is None else f"{sign}{bar.stretch:g}"
         reached = "" if bar.reached is None else f"{bar.reached:.{digits}f}"
-        return [bar.name, f"{sign}{bar.bar:g}", reached, told(bar.met), stretch, _or_nothing(bar, told), bar.by]
+        stretch_met = "" if bar.stretch is None else answer(bar.stretch_met)
+        return [bar.name, f"{sign}{bar.bar:g}", reached, answer(bar.met), stretch, stretch_met, bar.by]
 
     return table(["", "bar", "reached", "met", "stretch", "stretch met", "by"], [cells(bar) for bar in found])
-
-
-def _or_nothing(bar: Bar, told: Any) -> str:
-    return "" if bar.stretch is None else told(bar.stretch_met)
 
 
 def _ordered(report: Report, subject: str) -> list[str]:
@@ -218,14 +215,14 @@ def _ordered(report: Report, subject: str) -> list[str]:
 
 
 def _speed_table(report: Report, subject: str) -> str:
-    """Times as fast as the reference."""
+    """Return the table of speeds relative to the reference."""
     workloads = _ordered(report, subject)
     names = dict.fromkeys(row["contestant"] for row in measured(report, subject))
     rows = []
     for name in names:
         found = [relative(find(report, name, workload, subject), report) for workload in workloads]
         rows.append([name, *("" if value is None else f"{value:.2f}" for value in found)])
-    head = f"Times as fast as {REFERENCE}; in a corpus, where texts go in, as {TEXT_REFERENCE}:"
+    head = f"Speed relative to {REFERENCE}; for a corpus of texts, relative to {TEXT_REFERENCE}:"
     return f"{head}\n\n{table(['', *workloads], rows)}"
 
 
@@ -249,7 +246,7 @@ def _detail_table(report: Report, subject: str) -> str:
 
 
 def accuracy_table(report: Report) -> str:
-    """Every contestant's answers beside the reference's."""
+    """Return a table that compares every contestant's answers with the reference's."""
 
     def number(value: dict[str, float] | None, key: str, form: str) -> str:
         return "" if value is None else format(value[key], form)
@@ -273,7 +270,7 @@ def accuracy_table(report: Report) -> str:
 
 
 def failures(report: Report, tables: Sequence[str] = ("measurements", "accuracy")) -> str:
-    """Who has no number, and why: once for each reason."""
+    """Return a list of the contestants without numbers and the reasons, one line for each reason."""
     places: dict[tuple[str, str], list[str]] = {}
     for name in tables:
         for row in report[name]:

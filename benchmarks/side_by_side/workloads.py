@@ -1,4 +1,4 @@
-"""What the contestants are given: texts, and the same as token ids.
+"""The inputs of the contestants: texts, and the same texts as token ids.
 
 Shapes: B texts, S tokens of the longest, M masks.
 """
@@ -20,7 +20,7 @@ DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048", "1x8192")
 NAMES = (*DENSE[:5], "mixed", "mixed-padded", DENSE[5], "short-corpus", "corpus")
 SEED = 0
 
-# One text in so many tokens takes seconds and gigabytes: such a shape runs with no other contestant in memory.
+# One longer text takes seconds and gigabytes, so it runs with no other contestant in memory.
 _ALONE_TOKENS = 4096
 _MASK_EVERY = 8
 
@@ -49,35 +49,35 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Real ones."""
+        """Number of real tokens."""
         return sum(self.lengths)
 
     @property
     def padded_tokens(self) -> int:
-        """Of one batch of all texts."""
+        """Number of tokens of one padded batch of all texts."""
         return len(self.lengths) * max(self.lengths)
 
     @property
     def is_corpus(self) -> bool:
-        """Many texts: for public interfaces only, which cut them in batches; one batch would be no use of a session."""
+        """Whether this has many texts, for interfaces that make batches; nobody runs them as one batch of a session."""
         return self.name.endswith("corpus")
 
     @property
     def is_alone(self) -> bool:
-        """Too large to hold other contestants in memory."""
+        """Whether this is too large for several contestants in memory."""
         return not self.is_corpus and self.padded_tokens > _ALONE_TOKENS and len(self.lengths) == 1
 
     def job(self, tokenizer: TextTokenizer, *, texts: int | None = None) -> Job:
-        """Seeded texts of these lengths; of the first `texts` only, for warming up."""
+        """Make seeded texts of these lengths; only the first `texts`, if given, for a warm-up."""
         rows = synthetic_texts(tokenizer, self.lengths[:texts], seed=SEED)
         return padded_job(rows, tokenizer)
 
 
 def make_workload(name: str, *, corpus_texts: int = 2000) -> Workload:
-    """One of NAMES, or any ROWSxTOKENS."""
+    """Make a workload of NAMES, or any ROWSxTOKENS."""
     rng = np.random.default_rng(SEED)
     if name in ("mixed", "mixed-padded"):
-        # 32 texts, 16 to 512 tokens, of whose padded batch 56 % is real.
+        # 32 texts, 16 to 512 tokens: 56 % of the padded batch is real tokens.
         lengths = 16 + 496 * np.linspace(0, 1, 32) ** 0.83
         return Workload(name, tuple(rng.permutation(lengths.round().astype(int)).tolist()))
     if name == "short-corpus":  # queries
@@ -89,12 +89,12 @@ def make_workload(name: str, *, corpus_texts: int = 2000) -> Workload:
 
 
 def heldout_job(tokenizer: TextTokenizer, *, texts: int, longest: int) -> Job:
-    """Real texts of all lengths up to `longest` tokens."""
+    """Make a job of real texts with all lengths up to `longest` tokens."""
 
     def tokens(text: str) -> list[int]:
         return tokenizer.encode_texts([text], max_length=longest, truncation=True)[0]
 
-    # Cut where they are too long, decoded and cut again: the texts have exactly the tokens that the sessions get.
+    # Long texts are cut, decoded and tokenised again, so that texts and sessions have exactly the same tokens.
     whole = [tokenizer.decode(tokens(text), skip_special_tokens=True) for text in builtin_texts("evaluation")]
     lengths = [len(row) for row in tokenizer.encode_texts(whole, max_length=1 << 20, truncation=True)]
     fitting = sorted((length, text) for length, text in zip(lengths, whole, strict=True) if length <= longest)
@@ -103,7 +103,7 @@ def heldout_job(tokenizer: TextTokenizer, *, texts: int, longest: int) -> Job:
 
 
 def masked(job: Job, mask_token_id: int) -> Job:
-    """The same batch with every eighth of its real tokens hidden."""
+    """Return the same batch with every eighth real token masked."""
     real = job.attention_mask.copy()
     real[:, 0] = 0
     real[np.arange(len(real)), job.attention_mask.sum(axis=1) - 1] = 0
@@ -115,7 +115,7 @@ def masked(job: Job, mask_token_id: int) -> Job:
 
 
 def padded_job(texts: Sequence[str], tokenizer: TextTokenizer) -> Job:
-    """The texts as one batch; pad ids are 0, as all models of the benchmark have them."""
+    """Make a job of the texts; the padding id is 0, as in all models of the benchmark."""
     rows = tokenizer.encode_texts(texts, max_length=1 << 20, truncation=False)
     batch = collate(rows, pad_token_id=0)
     return Job(list(texts), batch.input_ids, batch.attention_mask)

@@ -30,7 +30,7 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
 
 
 def bundle_files(folder: Path) -> set[str]:
-    """The files that the manifest of a bundle names.
+    """Return the files that the manifest of a bundle names.
 
     Raises:
         BundleError: the folder is not a bundle.
@@ -71,7 +71,7 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
 
 @contextlib.contextmanager
 def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> Iterator[Path]:
-    """A `with` block with a new folder beside `destination`, which is removed at the end unless `publish` renamed it.
+    """Yield a new folder beside `destination`, which is removed at the end unless `publish` renamed it.
 
     Leftovers of killed exports to the same destination are removed first.
 
@@ -90,7 +90,7 @@ def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[st
 
 
 def clean_stale(destination: Path) -> None:
-    """Remove the staging folders of dead exports to `destination`, and restore an old bundle that one moved away."""
+    """Remove the staging folders of dead exports to `destination`, and restore an old bundle that was moved away."""
     for folder in _leftovers(destination, _OLD):
         if not os.path.lexists(destination):
             folder.rename(destination)

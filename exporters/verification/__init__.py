@@ -1,1 +1,1 @@
-"""What was built, compared with PyTorch and with the checkpoint's own library."""
+"""Compares built graphs and engines with PyTorch and with the checkpoint's own library."""

@@ -1,7 +1,7 @@
 """Accuracy of a precision on real text: the candidate's answers against PyTorch's FP32 answers.
 
-Parity checks that a graph computes the same numbers as the model. This module measures how far the answers of a less
-exact graph agree with those of the model. Shapes: T real tokens, N rows, M masks, V vocabulary.
+Parity checks that a graph computes the same numbers as the model. This module measures how closely the answers of
+a less exact graph match the model's. Shapes: T real tokens, N rows, M masks, V vocabulary.
 """
 
 import math
@@ -24,7 +24,7 @@ Outputs = Mapping[str, NDArray[np.float32]]
 Needed = Mapping[str, NDArray[Any]]
 
 _Z = 1.96
-"""Of the 95 % interval: of a hundred models that just keep a bound, two to five are refused in up to three rounds."""
+"""z of a 95 % interval: of 100 models that just keep a bound, two to five are refused within up to three rounds."""
 
 
 class Runs(Protocol):
@@ -40,20 +40,20 @@ class Accuracy:
     """Means over all tokens, rows and masks of the texts.
 
     Args:
-        token_cosine_mean: of hidden states with the reference's.
-        token_cosine_min: the smallest of them.
-        sentence_cosine_mean: of sentence embeddings, or of sparse ones; of mean-pooled hidden states where the task has
-            neither.
-        sentence_cosine_min: the smallest of them.
-        alone_cosine_mean: of the candidate's hidden states of a row in a padded batch with those of the row alone; 1
-            where no batch has several rows.
-        top1_agreement: share of masks whose best word is the reference's; None for other tasks than fill-mask.
-        top1_interval: the 95 % interval of that share, see `interval`.
+        token_cosine_mean: mean cosine of the candidate's hidden states with the reference's.
+        token_cosine_min: the smallest of these cosines.
+        sentence_cosine_mean: mean cosine of the sentence or sparse embeddings; of mean-pooled hidden states if the task
+            has neither.
+        sentence_cosine_min: the smallest of these cosines.
+        alone_cosine_mean: mean cosine of the candidate's hidden states of a row in a padded batch with those of the
+            same row alone; 1 if no batch has several rows.
+        top1_agreement: share of masks whose best word is the reference's; None for tasks other than fill-mask.
+        top1_interval: the 95 % interval of `top1_agreement`, see `interval`.
         top5_agreement: share of the five best words that are among the reference's five; fill-mask only.
-        top1: share of masks whose best word is the one that stood there, [candidate, reference]; fill-mask only.
-        top5: the same of the five best words.
-        tokens: T.
-        masks: M.
+        top1: share of masks whose best word is the original one, [candidate, reference]; fill-mask only.
+        top5: share of masks whose five best words include the original one, [candidate, reference]; fill-mask only.
+        tokens: number of tokens, T.
+        masks: number of masks, M.
     """
 
     token_cosine_mean: float
@@ -72,20 +72,21 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class AccuracyBounds:
-    """The least that a precision may keep; see `Accuracy`.
+    """The lower bounds of a precision; see `Accuracy`.
 
-    An agreement of words is an estimate, so it is judged by its interval: it falls short only where the data contradict
-    the bound, that is where the whole interval lies below. `open` says whether more text could change the verdict. A
-    quantizer, which has a choice, is judged `by_estimate`: half an interval is left for texts that it has not seen.
+    The agreement of words is an estimate, so the upper end of its interval is compared with the bound: the agreement
+    falls short only if the whole interval lies below. `open` tells whether more text could change the result. A
+    quantizer, which can choose other options, compares the estimate itself (`by_estimate`): this leaves a margin of
+    half an interval for texts that it has not seen.
     """
 
     cosine_mean: float
     top1_agreement: float
 
     def missed(self, found: Accuracy, *, by_estimate: bool = False) -> list[str]:
-        """What falls short, in words; empty where all is well. NaN falls short.
+        """Return one sentence for each bound that is missed; NaN misses a bound.
 
-        `by_estimate` judges the agreement itself in place of its interval.
+        `by_estimate` compares the agreement itself in place of the upper end of its interval.
         """
         parts = [
             f"{name} cosine {value:.5f} on average, at least {self.cosine_mean:g} wanted"
@@ -97,8 +98,8 @@ class AccuracyBounds:
             if not value >= self.cosine_mean
         ]
         low, high = found.top1_interval or (1.0, 1.0)
-        judged = found.top1_agreement if by_estimate and found.top1_agreement is not None else high
-        if not judged >= self.top1_agreement:
+        compared = found.top1_agreement if by_estimate and found.top1_agreement is not None else high
+        if not compared >= self.top1_agreement:
             parts.append(
                 f"the best answer for a mask is PyTorch's in {found.top1_agreement:.1%} of {found.masks:,} (95 % "
                 f"interval {low:.1%} to {high:.1%}), at least {100 * self.top1_agreement:g}% wanted"
@@ -106,7 +107,7 @@ class AccuracyBounds:
         return parts
 
     def open(self, found: Accuracy) -> bool:
-        """Whether the interval of the agreement holds the bound."""
+        """Whether the interval of the agreement contains the bound."""
         low, high = found.top1_interval or (1.0, 1.0)
         return low < self.top1_agreement <= high
 
@@ -122,12 +123,13 @@ ACCURACY_BOUNDS: Mapping[Precision, AccuracyBounds] = {
 
 
 class TextReference:
-    """The reference's answers to texts, asked once and only for as many rounds as are needed.
+    """The reference's answers to texts, computed once and only for as many rounds as are needed.
 
     Args:
         reference: computes the right answers.
-        rounds: the batches of each round, see `text_batches`: the first measures everything, the others add masks.
-        spec: of the model.
+        rounds: the batches of each round, see `text_batches`. The first round measures everything; further rounds add
+            masks.
+        spec: the facts about the model.
     """
 
     def __init__(self, reference: Runs, rounds: Rounds, spec: ModelSpec) -> None:
@@ -135,7 +137,7 @@ class TextReference:
         self._answers: dict[int, list[Needed]] = {}
 
     def compare(self, candidate: Runs, bounds: AccuracyBounds | None = None) -> Accuracy:
-        """The candidate's accuracy on the first round, and with `bounds` on further ones while these are `open`."""
+        """Measure accuracy on the first round; with `bounds`, on further rounds too while their result is `open`."""
         cosines, words = _Cosines(), _Words()
         for number in range(len(self._rounds)):
             for (batch, wanted), expected in zip(self._rounds[number], self._expected(number), strict=True):
@@ -150,7 +152,7 @@ class TextReference:
         raise ValueError("there is no round of texts to compare answers on")
 
     def _expected(self, number: int) -> list[Needed]:
-        """Of one round, kept as small as the comparison needs them."""
+        """Return the reference's answers of one round, reduced to what the comparison needs."""
         if number not in self._answers:
             self._answers[number] = [
                 _needed(self._reference.run(batch, self._names(number)), batch, self._spec)
@@ -160,12 +162,12 @@ class TextReference:
 
     def _names(self, number: int) -> tuple[str, ...]:
         hidden, *more = TASKS[self._spec.task].outputs
-        extra = () if TASKS[self._spec.task].has_labels else tuple(more)  # labels say little of a text
+        extra = () if TASKS[self._spec.task].has_labels else tuple(more)  # labels say little about a text
         return (hidden, *extra) if number == 0 else extra
 
 
 class _Cosines:
-    """Of hidden states and sentence embeddings, batch after batch."""
+    """Collects the cosines of hidden states and sentence embeddings, batch by batch."""
 
     def __init__(self) -> None:
         self._tokens: list[NDArray[np.float64]] = []
@@ -196,7 +198,7 @@ _SENTENCES = ("sentence_embedding", "sparse_embedding")
 
 
 class _Words:
-    """The five best words of candidate and reference, batch after batch."""
+    """Collects the five best words of candidate and reference, batch by batch."""
 
     def __init__(self) -> None:
         self._found: list[NDArray[np.int64]] = []
@@ -207,7 +209,7 @@ class _Words:
     def add(
         self, found: NDArray[np.int64], expected: NDArray[np.int64], wanted: NDArray[np.int64], batch: Batch
     ) -> None:
-        """`found` and `expected` are [M, 5], best first, and `wanted` [M] what stood there."""
+        """Add a batch: `found` and `expected` are ids [M, 5], best first; `wanted` [M] are the original ids."""
         assert batch.mask_positions is not None
         self._found.append(found)
         self._expected.append(expected)
@@ -231,22 +233,22 @@ class _Words:
 
 
 def interval(same: NDArray[np.bool_], texts: NDArray[np.int64]) -> tuple[float, float]:
-    """The 95 % interval of the rate of `same` [M], of words that stand in `texts` [M].
+    """Return the 95 % interval of the rate of `same` [M], for the words of `texts` [M].
 
-    Wilson's (1927), which holds for rates near 1 and for few words, where the normal one does not. Words of one text
-    err together, so that they count for fewer: their number is divided by the ratio of the variance between texts to
-    that of independent words (the design effect; Kish 1965), where that is above 1.
+    It is Wilson's interval (1927), which holds for rates near 1 and for few words; the normal interval does not. Errors
+    within one text are correlated, so its words count as fewer: the number of words is divided by the design effect
+    (Kish 1965), the ratio of the variance between texts to the variance of independent words, if it is above 1.
 
     Args:
-        same: at least one.
-        texts: number of the text of each.
+        same: whether the best words for each mask agree; at least one mask.
+        texts: the number of the text that each mask is in.
     """
     count, rate = float(len(same)), float(same.mean())
-    _, of = np.unique(texts, return_inverse=True)
-    clusters = int(of.max()) + 1
+    _, cluster = np.unique(texts, return_inverse=True)
+    clusters = int(cluster.max()) + 1
     independent = rate * (1 - rate) / count
     if clusters > 1 and independent > 0:
-        between = float((np.bincount(of, same - rate) ** 2).sum()) / count**2 * clusters / (clusters - 1)
+        between = float((np.bincount(cluster, same - rate) ** 2).sum()) / count**2 * clusters / (clusters - 1)
         count /= max(1.0, between / independent)
     spread = _Z**2 / count
     centre = (rate + spread / 2) / (1 + spread)
@@ -255,8 +257,10 @@ def interval(same: NDArray[np.bool_], texts: NDArray[np.int64]) -> tuple[float, 
 
 
 def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Needed:
-    """What is kept of `outputs`: of hidden states `tokens` [T, H] and `sentences` [N, H], of logits `best` [M, 5]
-    ids, best first (fill-mask).
+    """Reduce `outputs` to what is compared.
+
+    Hidden states become `tokens` [T, H] and `sentences` [N, H]; logits become the ids `best` [M, 5], best first
+    (fill-mask).
     """
     needed: dict[str, Any] = {}
     if (hidden := outputs.get("last_hidden_state")) is not None:
@@ -271,7 +275,7 @@ def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Needed:
 
 def _five_best(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     left, best = logits.copy(), np.empty((len(logits), 5), np.int64)
-    for rank in range(5):  # a dozen times as fast as to sort or to partition a vocabulary
+    for rank in range(5):  # a dozen times as fast as sorting or partitioning a vocabulary
         best[:, rank] = left.argmax(axis=1)
         left[np.arange(len(left)), best[:, rank]] = -np.inf
     return best
@@ -279,7 +283,7 @@ def _five_best(logits: NDArray[np.float32]) -> NDArray[np.int64]:
 
 def _cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
     a, b = found.astype(np.float64), expected.astype(np.float64)
-    # A text may have no sparse weight at all: the same on both sides is equal, on one side alone as far as can be.
+    # A text may have no sparse weight at all: two such vectors are equal, and one alone has a cosine of 0.
     none = ~a.any(axis=1), ~b.any(axis=1)
     norms = np.where(none[0] | none[1], 1.0, np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return np.where(none[0] & none[1], 1.0, np.einsum("ij,ij->i", a, b) / norms)

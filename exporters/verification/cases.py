@@ -1,4 +1,4 @@
-"""The batches of a parity check: which shapes are compared, and the token ids in them.
+"""The batches of a parity check: their shapes and token ids.
 
 Shapes: B rows, S tokens of the longest row, M masks.
 """
@@ -18,7 +18,7 @@ LENGTHS = (1, 2, 17, 128, 512, 2048)
 _MAX_PAIR_LENGTH = 2048
 _MAX_EIGHT_LENGTH = 128
 _MASKS_PER_ROW = 4
-# Classical logits of longer inputs would take over 1 GiB on each side (250,048 words × 8,192 tokens: 8 GB).
+# Logits of every token of longer inputs would take over 1 GiB on each side (250,048 words × 8,192 tokens: 8 GB).
 _MAX_LOGIT_ELEMENTS = 1 << 28
 
 # Charles Darwin, On the Origin of Species, 1859 (public domain), with numbers, accents and code for variety.
@@ -36,28 +36,28 @@ steadily pursued the same object. Größe, naïveté, 東京, 3.14159 and `for i
 
 @dataclass(frozen=True)
 class Case:
-    """One batch to compare: the tokens of its longest row, its rows, and whether the others are shorter."""
+    """One batch to compare: the tokens of its longest row, the number of rows, and whether the others are shorter."""
 
     length: int
     batch: int = 1
     ragged: bool = False
 
     def row_lengths(self) -> list[int]:
-        """Tokens of each row, the longest first; a ragged batch goes down to an eighth."""
+        """Return the tokens of each row, the longest first; the shortest row of a ragged batch has an eighth."""
         shortest = max(1, self.length // 8) if self.ragged else self.length
         return [round(n) for n in np.linspace(self.length, shortest, self.batch)]
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where the ids of the batches come from: real text and random ids, with the special tokens in place.
+    """The source of token ids for the batches: real text and random ids, with the special tokens in place.
 
     Args:
         text: ids of a passage without special tokens.
         prefix: ids that every input starts with, such as [CLS].
         suffix: ids that every input ends with, such as [SEP].
-        mask: id put at mask positions; None where the tokenizer has none.
-        template: of the tokenizer's pairs, for models that are fed token types; None where there is no such model.
+        mask: id put at mask positions; None if the tokenizer has none.
+        template: the tokenizer's template for pairs, which models with token types need; None for other models.
     """
 
     text: NDArray[np.int64]
@@ -68,14 +68,14 @@ class TokenSource:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: TextTokenizer) -> "TokenSource":
-        """Real text as this tokenizer cuts it."""
+        """Make a source of real text, split by this tokenizer."""
         prefix, suffix = tokenizer.template.prefix, tokenizer.template.suffix
         (row,) = tokenizer.encode_texts([_PASSAGE], max_length=len(_PASSAGE), truncation=True)
         text = np.array(row[len(prefix) : len(row) - len(suffix)], np.int64)
         return cls(text, prefix, suffix, tokenizer.mask_token_id, tokenizer.template)
 
     def row(self, length: int, *, vocab_size: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
-        """`length` ids: random ones below `vocab_size` where `rng` is given, else the passage over and over."""
+        """Return `length` ids: random ids below `vocab_size` if `rng` is given, else the passage, repeated."""
         inner = max(0, length - len(self.prefix) - len(self.suffix))
         body = np.resize(self.text, inner) if rng is None else rng.integers(0, vocab_size, inner)
         return np.concatenate([self.prefix, body, self.suffix])[:length].astype(np.int64)
@@ -83,25 +83,25 @@ class TokenSource:
     def pair(
         self, length: int, *, vocab_size: int, rng: np.random.Generator | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """`length` ids as `row` gives them, but of a pair of texts of equal length, and the types of them."""
-        assert self.template is not None  # only a tokenizer gives types
+        """Return `length` ids like `row`, but of a pair of texts of equal length, and their token types."""
+        assert self.template is not None  # sources made from a tokenizer have one
         special = len(self.template.row([], []))
         inner = max(0, length - special)
         body = (np.resize(self.text, inner) if rng is None else rng.integers(0, vocab_size, inner)).tolist()
         first = inner // 2
         batch = collate([self.template.row(body[:first], body[first:])], pad_token_id=0, token_types=True)
-        assert batch.token_type_ids is not None  # they were asked for
+        assert batch.token_type_ids is not None  # requested above
         return batch.input_ids[0, :length], batch.token_type_ids[0, :length]
 
 
 def parity_cases(max_length: int, *, max_tokens: int | None = None) -> tuple[Case, ...]:
-    """The batches of one export: every length alone, two and eight rows with and without padding where they are cheap.
+    """Return the batches of one export: every length alone, and cheap lengths in two and eight rows, padded or not.
 
-    Long lengths are run alone because PyTorch's time there is the cost of the whole check.
+    Long lengths run alone because PyTorch's time on them is most of the cost of the check.
 
     Args:
-        max_length: longest row; always a case of its own.
-        max_tokens: leave out batches of more tokens (rows × longest row), None for all.
+        max_length: the longest row; always a case of its own.
+        max_tokens: leave out batches with more tokens (rows × longest row); None keeps all.
     """
     longest = max_length if max_tokens is None else min(max_length, max_tokens)
     lengths = sorted({length for length in LENGTHS if length < longest} | {longest})
@@ -114,7 +114,7 @@ def parity_cases(max_length: int, *, max_tokens: int | None = None) -> tuple[Cas
 
 
 def max_tokens_of(spec: ModelSpec) -> int | None:
-    """The largest batch that is compared; bounded only where the graph gives logits of every token."""
+    """Return the most tokens of a compared batch; None, no limit, unless the graph gives logits of every token."""
     if spec.task == "fill-mask" and spec.logits == "all":
         return _MAX_LOGIT_ELEMENTS // spec.vocab_size
     return None
@@ -123,9 +123,9 @@ def max_tokens_of(spec: ModelSpec) -> int | None:
 def make_batch(
     case: Case, spec: ModelSpec, tokens: TokenSource, rng: np.random.Generator, *, text_first: bool
 ) -> Batch:
-    """Rows of real text and of random ids in turn, padded on the right, masks spread over the real tokens.
+    """Make a batch of real text and random ids in turn, padded on the right, with masks spread over the real tokens.
 
-    Where the model is fed token types, two of three rows are pairs.
+    If the model takes token types, two of three rows are pairs.
     """
     lengths = case.row_lengths()
     input_ids = np.full((case.batch, case.length), spec.pad_token_id, np.int64)
@@ -147,7 +147,7 @@ def make_batch(
 
 
 def last_row_alone(batch: Batch) -> Batch:
-    """The last (shortest) row without its padding."""
+    """Return the last (shortest) row without its padding."""
     row, length = len(batch.input_ids) - 1, int(batch.attention_mask[-1].sum())
     positions = batch.mask_positions
     if positions is not None:
@@ -157,9 +157,9 @@ def last_row_alone(batch: Batch) -> Batch:
 
 
 def _mask_positions(lengths: Sequence[int]) -> NDArray[np.int64]:
-    # Between the special tokens where there is a place; a text of one or two tokens is masked at its first.
+    # Masks lie between the special tokens if there is room; a text of one or two tokens is masked at its first.
     pairs = []
     for row, length in enumerate(lengths):
-        places = np.linspace(min(1, length - 1), max(0, length - 2), _MASKS_PER_ROW).round().astype(np.int64)
-        pairs += [(row, place) for place in np.unique(places)]
+        columns = np.linspace(min(1, length - 1), max(0, length - 2), _MASKS_PER_ROW).round().astype(np.int64)
+        pairs += [(row, column) for column in np.unique(columns)]
     return np.array(pairs, np.int64)

@@ -1,4 +1,4 @@
-"""A check of an export beyond the comparison of its graphs: what it found counts like a missed bound."""
+"""The result of a check beyond the comparison of graphs; its failures count like missed bounds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,14 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """What came of one check. `ParityReport` takes any number of them, counts them, reports them and stamps misses.
+    """The result of one check. `ParityReport` takes any number of checks and counts their failures as missed bounds.
 
     Args:
-        name: in a word or two, as it stands in the report, such as "answers".
-        failures: what is not as it should be, one sentence each; empty where the check passed.
-        compared: what was compared, as plain JSON data, such as {"texts": 40, "library": "transformers 5.24"}.
-        skipped: what could not be compared here, one sentence each; skipping fails nothing.
-        broken: what no bundle may do, whatever bounds were asked for: numbers that are not finite, other shapes.
+        name: one or two words for the report, such as "answers".
+        failures: one sentence for each failure; empty if the check passed.
+        compared: the facts of the comparison as plain JSON data, such as {"texts": 40, "library": "transformers 5.24"}.
+        skipped: one sentence for each comparison that was not possible here; none of them is a failure.
+        broken: one sentence for each defect that no bundle may have, whatever the bounds of the export: numbers that
+            are not finite, other shapes.
     """
 
     name: str
@@ -30,5 +31,5 @@ class Check:
         return not self.failures and not self.broken
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the check as plain JSON data."""
         return {**dataclasses.asdict(self), "passed": self.passed}

@@ -1,7 +1,7 @@
 """Measures how the outputs of a candidate differ from those of PyTorch.
 
 Shapes: B rows, S tokens of the longest row, T real (not padding) tokens, M masks, V vocabulary, L labels, D the last
-axis of whatever is compared.
+axis of a compared array.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ _CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Difference:
-    """How a candidate differs from a reference; NaN where the candidate is not finite.
+    """The difference between a candidate and a reference; NaN if the candidate is not finite.
 
     Args:
         max_abs: largest |candidate − reference|.
-        max_rel: largest |candidate − reference| over the scale of its component, see `Scales`.
+        max_rel: largest |candidate − reference|, divided by the scale of its component; see `Scales`.
         cosine_mean: mean cosine of the vectors along the last axis; 1 for labels.
-        cosine_min: the smallest of them.
+        cosine_min: the smallest of these cosines.
         labels: whether the components are labels.
     """
 
@@ -43,7 +43,7 @@ class Difference:
     labels: bool = False
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether the bounds of a single comparison hold; never for NaN."""
+        """Whether the difference keeps the bounds of a single comparison; NaN never does."""
         relative = tolerance.labels if self.labels and tolerance.labels is not None else tolerance.max_rel
         return (
             self.cosine_min >= tolerance.cosine_min
@@ -54,14 +54,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What came of one case.
+    """The result of one case.
 
     Args:
-        case: the batch.
+        case: the shape of the batch.
         outputs: output's name -> difference from PyTorch on the real tokens.
         alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
         finite: whether every number of every output is finite, padding included.
-        masks: how many masks the batch has.
+        masks: number of masks in the batch.
         top1: share of masks whose best token is PyTorch's; fill-mask only.
         top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
         reference_ms: time of PyTorch's run.
@@ -79,7 +79,7 @@ class CaseResult:
     candidate_ms: float
 
     def differences(self) -> list[tuple[str, Difference]]:
-        """Every comparison of the case, named."""
+        """Return every difference of the case with its name."""
         return [*self.outputs.items(), *((f"{name}, row alone", found) for name, found in self.alone.items())]
 
     def within(self, tolerance: Tolerance) -> bool:
@@ -104,7 +104,7 @@ class Deviation:
     labels: bool
 
     def over(self, scale: NDArray[np.float64]) -> Difference:
-        """The difference where the components are of size `scale` [D]."""
+        """Return the difference for components of size `scale` [D]."""
         relative = self.max_abs / np.maximum(scale, np.finfo(np.float32).tiny)
         return Difference(
             float(self.max_abs.max()), float(relative.max()), self.cosine_mean, self.cosine_min, self.labels
@@ -112,47 +112,46 @@ class Deviation:
 
 
 class Scales:
-    """How large the outputs of a reference are: what a difference is divided by.
+    """The sizes of a reference's outputs, by which differences are divided.
 
-    The scale of a component is its largest |value| over every real token, row and mask of all cases. So a fault shows
-    in the smallest of several channels or labels, and a number near 0 may be as far off as its larger neighbours.
-    Where that says too little, something larger stands in:
+    The scale of a component is its largest |value| over the real tokens, rows and masks of all cases. So a fault shows
+    even in the smallest of several channels or labels, and a number near 0 may be as far off as a larger number of the
+    same component. A component that is near 0 everywhere gets a larger scale:
 
-    * a component of a wide output (hidden states, embeddings, a vocabulary's logits) that happens to be near 0
-      everywhere: the root mean square of the whole output;
-    * a label that is near 0 everywhere because what it sums cancels: √(Σ(w·x)² + b²) of the terms themselves, since it
-      is these that are rounded. Labels are not measured by each other.
+    * in a wide output (hidden states, embeddings, a vocabulary's logits), the root mean square of the whole output;
+    * for a label, whose terms may cancel in the sum, √(Σ(w·x)² + b²) of the terms, since the terms are what is rounded.
+      The scale of a label does not depend on other labels.
     """
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = labels
-        self._peaks: dict[str, NDArray[np.float64]] = {}
+        self._amax: dict[str, NDArray[np.float64]] = {}
         self._squares: dict[str, tuple[float, int]] = {}
 
     def add(self, name: str, values: NDArray[np.float32]) -> None:
-        """Take note of an output's real vectors [..., D]."""
+        """Record an output's real vectors [..., D]."""
         rows = values.reshape(-1, values.shape[-1])
-        peak = np.maximum(rows.max(axis=0), -rows.min(axis=0)).astype(np.float64)
-        self._peaks[name] = np.maximum(self._peaks.get(name, 0.0), peak)
+        amax = np.maximum(rows.max(axis=0), -rows.min(axis=0)).astype(np.float64)
+        self._amax[name] = np.maximum(self._amax.get(name, 0.0), amax)
         squares, count = self._squares.get(name, (0.0, 0))
         self._squares[name] = squares + float(np.square(rows, dtype=np.float64).sum()), count + rows.size
 
     def of(self, name: str, terms: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """[D] of an output; `terms` [L] are those of labels, where they are known."""
+        """Return the scale [D] of an output; `terms` [L] are the √(Σ(w·x)² + b²) of labels, if known."""
         squares, count = self._squares[name]
         floor = math.sqrt(squares / count) if name not in self.labels else 0.0 if terms is None else terms
-        return np.maximum(self._peaks[name], floor)
+        return np.maximum(self._amax[name], floor)
 
 
 def compare(reference: NDArray[np.float32], candidate: NDArray[np.float32], *, labels: bool = False) -> Difference:
-    """Compare two arrays of vectors [..., D] in float64, by the scale of `reference` itself.
+    """Compare two arrays of vectors [..., D] in float64, relative to the scale of `reference` itself.
 
     Raises:
         ParityError: the shapes differ.
     """
-    scales = Scales(["it"] if labels else [])
-    scales.add("it", reference)
-    return deviation(reference, candidate, labels=labels).over(scales.of("it"))
+    scales = Scales(["output"] if labels else [])
+    scales.add("output", reference)
+    return deviation(reference, candidate, labels=labels).over(scales.of("output"))
 
 
 def deviation(reference: NDArray[np.float32], candidate: NDArray[np.float32], *, labels: bool = False) -> Deviation:
@@ -181,11 +180,11 @@ def deviation(reference: NDArray[np.float32], candidate: NDArray[np.float32], *,
 def _deviation(
     reference: NDArray[np.float32], candidate: NDArray[np.float32], *, labels: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Largest |difference| of each component, and the cosine of each pair of rows."""
+    """Return the largest |difference| of each component, and the cosine of each pair of rows."""
     expected, found = reference.astype(np.float64), candidate.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = np.abs(found - expected).max(axis=0)
-        if labels:  # of one label a cosine would be a sign, and of several it would say nothing of the smaller ones
+        if labels:  # the cosine of one label is only its sign, and that of several hides errors of the smaller ones
             return difference, np.where(np.isfinite(found).all(axis=1), 1.0, np.nan)
         norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
         cosine = np.einsum("ij,ij->i", expected, found) / norms
@@ -210,7 +209,7 @@ class CaseRun:
     alone: Mapping[str, Deviation]
 
     def over(self, scale_of: Mapping[str, NDArray[np.float64]]) -> CaseResult:
-        """The result where the components of each output are of size `scale_of`."""
+        """Return the result for outputs whose components are of size `scale_of`."""
         outputs, alone = (
             {name: found.over(scale_of[name]) for name, found in side.items()} for side in (self.outputs, self.alone)
         )
@@ -229,10 +228,10 @@ class CaseComparison:
         self._outputs, self._spec = outputs, spec
         self.scales = Scales(["logits"] if spec.task in ("classify", "token-classify") else [])
         self.rounding: list[tuple[str, Deviation]] = []
-        """Output -> difference of the reference's own results for a row in a batch and for the row alone."""
+        """(output, difference of the reference's own results for a row in a batch and for the row alone)."""
 
     def reference(self, side: Runs, case: Case, batch: Batch) -> TimedOutputs:
-        """Run the reference; its outputs add to `scales` and its own rounding to `rounding`."""
+        """Run the reference, and add its outputs to `scales` and its own rounding to `rounding`."""
         expected = self._run(side, batch)
         for name in self._outputs:
             self.scales.add(name, _real(expected.outputs[name], batch))
@@ -241,7 +240,7 @@ class CaseComparison:
         return expected
 
     def candidate(self, side: Runs, case: Case, batch: Batch, expected: TimedOutputs) -> CaseRun:
-        """Run a candidate, and measure its outputs against those of the reference."""
+        """Run a candidate, and compare its outputs with the reference's."""
         found = self._run(side, batch)
         alone = self._alone(side, found.outputs, batch) if case.ragged else {}
         top1, top5 = _agreement(expected.outputs, found.outputs, batch, self._spec)
@@ -268,7 +267,7 @@ class CaseComparison:
         return TimedOutputs(outputs, (time.perf_counter() - started) * 1000)
 
     def _alone(self, side: Runs, found: Outputs, batch: Batch) -> dict[str, Deviation]:
-        """The last row of `found`, which `side` computed in a batch, against the same row alone."""
+        """Compare the last row of `found`, which `side` computed in a batch, with the same row alone."""
         single = side.run(last_row_alone(batch), self._outputs)
         return {name: self._deviation(name, single[name], _of_last_row(found[name], batch)) for name in self._outputs}
 
@@ -277,7 +276,7 @@ class CaseComparison:
 
 
 def _of_last_row(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
-    """The part of a batch's `values` that belongs to its last row, in the shapes that `last_row_alone` gives."""
+    """Return the last row's part of a batch's `values`, in the shapes of a run of `last_row_alone`."""
     if values.ndim == 3:  # [B, S, D]
         return values[-1:, : int(batch.attention_mask[-1].sum())]
     if batch.mask_positions is not None:  # [M, V]
@@ -286,12 +285,12 @@ def _of_last_row(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float3
 
 
 def _real(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
-    """Drop padding: [B, S, D] -> [T, D]; the outputs with one vector a row or mask have none."""
+    """Drop padding: [B, S, D] -> [T, D]; outputs with one vector for each row or mask have no padding."""
     return values[batch.attention_mask.astype(bool)] if values.ndim == 3 else values
 
 
 def _agreement(expected: Outputs, found: Outputs, batch: Batch, spec: ModelSpec) -> tuple[float | None, float | None]:
-    """Top-1 agreement and top-5 overlap of fill-mask at the mask positions; (None, None) for other tasks."""
+    """Return fill-mask's top-1 agreement and top-5 overlap at the masks; (None, None) for other tasks."""
     if batch.mask_positions is None:
         return None, None
     pair = [logits_of_masks(spec, batch.mask_positions, side["logits"]) for side in (expected, found)]

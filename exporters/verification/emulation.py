@@ -1,11 +1,11 @@
-"""A CUDA graph -> one that ONNX Runtime's CPU provider runs, operator by operator: what is compared without a GPU.
+"""Rewrites a CUDA graph for ONNX Runtime's CPU provider, operator by operator, to compare it without a GPU.
 
-* A value in half precision becomes float32, rounded to the half type where a kernel would write it: what kernels that
-  sum in FP32 give, overflow included.
-* RemovePadding, PackedMultiHeadAttention and RestorePadding, which CUDA alone has, become standard operators that do
-  what ONNX Runtime's documentation says of each (docs/ContribOperators.md).
+* A value in half precision becomes float32 and is rounded to the half type where a kernel would write it. The results
+  are those of kernels that sum in FP32, overflow included.
+* RemovePadding, PackedMultiHeadAttention and RestorePadding, which only the CUDA provider has, become standard
+  operators that follow ONNX Runtime's documentation (docs/ContribOperators.md).
 
-What this cannot show is that the CUDA kernels themselves are right.
+The emulation cannot show that the CUDA kernels themselves are right.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _MOVES = frozenset(("Concat", "Gather", "GatherND", "RemovePadding", "Reshape", 
 
 
 def cpu_emulation(graph: Graph) -> Graph:
-    """A copy of `graph` that computes the same on the CPU provider; `graph` is left as it is."""
+    """Return a copy of `graph` that computes the same on the CPU provider; `graph` does not change."""
     model = graph.model.clone()
     for dtype in HALVES.values():
         _widen(model.graph, dtype)
@@ -77,11 +77,11 @@ def _widened_when_read(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
-# --- what the CPU lacks, in standard operators ----------------------------------------------------------------------
+# --- operators that the CPU provider lacks, built from standard operators -------------------------------------------
 
 
 class _Builder:
-    """Nodes before one of the graph's, of int64 or float32 results."""
+    """Inserts nodes with int64, float32 or bool results before a node of the graph."""
 
     def __init__(self, build: Builder) -> None:
         self._build = build
@@ -108,30 +108,30 @@ class _Builder:
         return self.ints("Cast", value, to=ir.DataType.INT64)
 
     def count_up(self, end: ir.Value) -> ir.Value:
-        """0 … end-1, of an `end` [1]."""
+        """Return 0 … end-1 for an `end` [1]."""
         zero, one = (self.value(f"int64_{n}", np.array(n, np.int64)) for n in (0, 1))
         return self.ints("Range", zero, self.ints("Squeeze", end), one)
 
     def are_tokens(self, counts: ir.Value, length: ir.Value) -> ir.Value:
-        """[B, S] of whether a token stands there, of counts [B] and length [1]."""
+        """Return [B, S], whether each position holds a token, from counts [B] and length [1]."""
         return self.bools("Less", self.count_up(length), self.ints("Unsqueeze", counts, self.vector(1)))
 
     def token_numbers(self, rows: ir.Value, offset: ir.Value) -> ir.Value:
-        """[T]: where the packed rows [T, …] stand among the B*S padded ones."""
+        """Return [T], the numbers of the packed rows [T, …] among the B*S padded rows."""
         flat = self.int64(self._build.op("Reshape", offset, self.vector(-1), dtype=ir.DataType.INT32))
         return self.ints("Slice", flat, self.vector(0), self.ints("Shape", rows, start=0, end=1), self.vector(0))
 
     def restored(self, rows: ir.Value, offset: ir.Value) -> ir.Value:
-        """Rows [T, H] -> [B, S, H], zero at padding."""
+        """Return rows [T, H] as [B, S, H], zero at padding."""
         number = self.ints("Reshape", self.ints("Size", offset), self.vector(1))
         width = self.ints("Shape", rows, start=1)
         zeros = self.floats("ConstantOfShape", self.ints("Concat", number, width, axis=0))
-        places = self.ints("Unsqueeze", self.token_numbers(rows, offset), self.vector(1))
-        padded = self.floats("ScatterND", zeros, places, rows)
+        numbers = self.ints("Unsqueeze", self.token_numbers(rows, offset), self.vector(1))
+        padded = self.floats("ScatterND", zeros, numbers, rows)
         return self.floats("Reshape", padded, self.ints("Concat", self.ints("Shape", offset), width, axis=0))
 
     def rows(self, value: ir.Value, numbers: ir.Value) -> ir.Value:
-        """[B, S, H] -> the rows [T, H] of these numbers."""
+        """Return the rows [T, H] with these numbers, from [B, S, H]."""
         flat = self.ints("Concat", self.vector(-1), self.ints("Shape", value, start=2), axis=0)
         return self.floats("Gather", self.floats("Reshape", value, flat), numbers, axis=0)
 
@@ -157,7 +157,7 @@ def _restore_padding(build: _Builder, node: ir.Node) -> list[ir.Value]:
 
 
 def _packed_attention(build: _Builder, node: ir.Node) -> list[ir.Value]:
-    """Every text attends to itself: padded again, with the mask folded into queries and keys (fusion/attention.py)."""
+    """Attend within each text: pad the rows again and fold the mask into queries and keys (fusion/attention.py)."""
     heads, scale = node.attributes.get_int("num_heads", 0), node.attributes.get_float("scale", 0.0)
     rows, offset, cumulated = operand(node, 0), operand(node, 4), build.int64(operand(node, 5))
     query, key, value = (build.restored(operand(node, i), offset) for i in range(3))
@@ -183,12 +183,12 @@ def _packed_attention(build: _Builder, node: ir.Node) -> list[ir.Value]:
 
 
 def _rotary(build: _Builder, node: ir.Node) -> list[ir.Value]:
-    """One text of all tokens -> texts of one token: the CPU kernel takes none that is longer than its tables."""
+    """Turn one text of all tokens into texts of one token: the CPU kernel takes no text longer than its tables."""
     texts = build.floats("Transpose", operand(node, 0), perm=(1, 0, 2))
     positions = build.ints("Transpose", operand(node, 1), perm=(1, 0))
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    turned = build.floats("RotaryEmbedding", texts, positions, *node.inputs[2:], domain=CONTRIB, **attributes)
-    return [build.floats("Transpose", turned, perm=(1, 0, 2))]
+    rotated = build.floats("RotaryEmbedding", texts, positions, *node.inputs[2:], domain=CONTRIB, **attributes)
+    return [build.floats("Transpose", rotated, perm=(1, 0, 2))]
 
 
 _REWRITES: Mapping[str, Callable[[_Builder, ir.Node], list[ir.Value]]] = {

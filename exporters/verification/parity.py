@@ -1,4 +1,4 @@
-"""Runs an exported graph beside PyTorch over batches of many shapes, and judges the differences of their outputs."""
+"""Runs exported graphs and PyTorch on batches of many shapes, and compares their outputs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,25 +18,25 @@ from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 from gte_deploy.exporters.verification.texts import Rounds
 
 _SEED = 20240729
-# Deep models with peaked attention, and saturated poolers, amplify the rounding of FP32. PyTorch itself shows how
-# much, because it sums a row alone in another order than in a batch. That sample has few rows, hence the factor. A
-# wrong graph of such a model is off by more than the cap, since the model amplifies its error too (docs/numerics.md).
+# Deep models with peaked attention, and saturated poolers, amplify the rounding of FP32. PyTorch's own results show how
+# much: it sums a row alone in another order than the same row in a batch. Few rows are compared in this way, hence the
+# factor. The error of a wrong graph is above the cap, since the model amplifies this error too (docs/numerics.md).
 _ROUNDING_FACTOR = 20
 _ROUNDING_CAP = 1e-3
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The inputs of a comparison.
 
     Args:
-        outputs: names of the outputs.
+        outputs: names of the compared outputs.
         spec: the model's facts.
         precision: the precision of the graphs, which sets the bounds.
-        tokens: where token ids come from.
+        tokens: the source of the token ids.
         cases: shapes of the batches; None for `parity_cases`.
-        texts: texts on which the accuracy of every candidate is measured as well and held to the precision's bounds, in
-            rounds as `TextReference` takes them; none for no such measurement.
+        texts: rounds of texts for `TextReference`, on which every candidate's accuracy is measured too and compared
+            with the precision's bounds; empty to leave this out.
     """
 
     outputs: Sequence[str]
@@ -57,13 +57,13 @@ def check_parity(
 ) -> ParityReport:
     """Run the reference and every candidate over the cases and compare the named outputs.
 
-    Nothing is raised for a difference: see `ParityReport.require`.
+    A difference raises no error; see `ParityReport.require`.
 
     Args:
         reference: PyTorch.
-        candidates: (engine, precision that it computes in) -> what runs batches.
-        asked: what is compared.
-        caveats: what is not compared, one sentence each; they become part of the report.
+        candidates: (engine, precision that it computes in) -> the backend that runs batches.
+        asked: the inputs of the comparison.
+        caveats: one sentence for each thing that is not compared; they become part of the report.
         progress: called with one line for every case.
 
     Raises:
@@ -78,7 +78,7 @@ def check_parity(
     for number, case in enumerate(cases, 1):
         report_line(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")
         batch = make_batch(case, spec, asked.tokens, rng, text_first=number % 2 == 0)
-        if number == 1:  # the first run allocates and compiles, which is no part of a latency
+        if number == 1:  # the first run allocates and compiles, which no latency should include
             for side in (reference, *candidates.values()):
                 side.run(batch, outputs)
         expected = comparison.reference(reference, case, batch)
@@ -104,7 +104,7 @@ def check_parity(
         for (engine, compute), candidate in candidates.items()
     )
     missed = [
-        f"{engine.title} misses its bounds with these weights, and the bundle does not claim it."
+        f"{engine.title} misses its bounds with these weights, so the bundle does not list it as verified."
         for engine in engines
         if engine.optional and not engine.passed
     ]
@@ -116,12 +116,12 @@ def _require_finite(scale_of: Mapping[str, NDArray[np.float64]]) -> None:
         if not np.isfinite(scale).all():
             raise CheckpointError(
                 f"PyTorch itself computes {name} with numbers that are not finite: weights of the checkpoint are NaN, "
-                "infinite or overflow FP32. Nothing can be compared with that; look at the weights."
+                "infinite or overflow FP32. No comparison is possible; check the weights."
             )
 
 
 def _widened(tolerance: Tolerance, rounding: Sequence[Difference]) -> Tolerance:
-    """The FP32 bounds for a model for which PyTorch's own rounding makes the differences `rounding`."""
+    """Widen the FP32 bounds for a model whose rounding in PyTorch itself causes the differences `rounding`."""
 
     def bound(labels: bool) -> float | None:
         found = [each.max_rel for each in rounding if each.labels == labels]

@@ -1,4 +1,4 @@
-"""PyTorch's side of the comparison.
+"""The reference of a comparison, computed by PyTorch.
 
 Shapes: B rows, S tokens of the longest row, H hidden size, L labels, V vocabulary.
 """
@@ -16,15 +16,15 @@ from gte_deploy.core.spec import Logits, Pooling, SparseSpec, Task
 from gte_deploy.models.heads import ClassifyHead, Head, HeadOptions, States, TokenClassifyHead, encode_padded, make_head
 from gte_deploy.tasks.base import HIDDEN
 
-# Of which the reference has the whole vocabulary's logits at the same time.
+# The number of tokens whose logits over the whole vocabulary are in memory at the same time.
 _TOKENS_AT_ONCE = 256
 
 
 class TorchReference:
     """transformers' own module in the model's dtype, with the heads that the torch backend has.
 
-    The sparse head is another one: it follows the definitions token by token, so that it can find an error in the head
-    that graphs are traced from.
+    The sparse head differs: it follows the definitions token by token, so that it can find an error in the head that
+    graphs are traced from.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class TorchReference:
         options = HeadOptions(task, pooling, logits, sparse)
         self._head: Head = make_head(model, options) if sparse is None else _SparseByDefinition(model, sparse)
         self.terms: dict[str, NDArray[np.float64]] = {}
-        """Output with labels -> [L], the largest √(Σ(w·x)² + b²) that was summed for each so far; see `Scales`."""
+        """Output with labels -> [L], the largest √(Σ(w·x)² + b²) of each label so far; see `Scales`."""
 
     @torch.inference_mode()
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """See `Backend.run`; every output of the task is returned, whatever is asked."""
+        """See `Backend.run`; every output of the task is returned, whatever `outputs` names."""
         states = encode_padded(self._model.base_model, batch)
         if isinstance(self._head, (ClassifyHead, TokenClassifyHead)):
             self._keep_terms(self._head.features(states))
@@ -52,7 +52,7 @@ class TorchReference:
         return {name: value.float().numpy() for name, value in results.items()}
 
     def _keep_terms(self, features: torch.Tensor) -> None:
-        """Update `terms` by the classifier's features [..., H]."""
+        """Update `terms` with the classifier's features [..., H]."""
         linear = self._model.classifier
         terms = features.double().square() @ linear.weight.double().square().T
         if linear.bias is not None:

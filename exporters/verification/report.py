@@ -29,16 +29,16 @@ _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxrun
 _OPTIONAL_LIBRARIES = ("openvino", "tensorrt", "tensorrt_rtx")
 _LOWEST_SHOWN = 1e-9  # a logarithmic axis has no zero
 _GREY = "#6b7280"
-_COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea")  # one an engine
+_COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea")  # one for each engine
 
 
 def library_versions() -> dict[str, str]:
-    """Version of gte-deploy, of Python and of every library that took part in an export."""
+    """Return the versions of gte-deploy, Python and every library that took part in an export."""
     installed = [*_LIBRARIES, *(name for name in _OPTIONAL_LIBRARIES if importlib.util.find_spec(name))]
     return {
         "gte-deploy": __version__,
         "python": platform.python_version(),
-        # The modules', not the distributions': onnxruntime also comes as onnxruntime-gpu.
+        # Versions of modules, not of distributions: onnxruntime also comes as onnxruntime-gpu.
         **{name: _module(name).__version__ for name in installed},
     }
 
@@ -57,9 +57,9 @@ def build_report(
     sensitivity: Mapping[str, float] | None = None,
     plan: PlanEntry | None = None,
 ) -> dict[str, Any]:
-    """All of report.json: what was exported, how it compared, on what machine, and how long each step took.
+    """Build report.json: the exported model, the comparison, the machine, and the seconds of each step.
 
-    `sensitivity` is what each group of layers costs alone in INT8 or FP8, where that had to be measured.
+    `sensitivity` is the loss that each group of layers causes alone in INT8 or FP8, if it was measured.
     """
     return {
         "format": FORMAT,
@@ -81,13 +81,13 @@ def build_report(
 
 
 def format_table(parity: ParityReport) -> str:
-    """Each engine with one line a case and its verdict; then the other checks and the caveats."""
+    """Format one line for each case and a verdict for each engine, then the other checks and the caveats."""
     engines = ("\n".join(_engine_lines(engine)) for engine in parity.engines)
     return "\n".join([*engines, *map(check_line, parity.checks), *parity.caveats])
 
 
 def verdict(engine: EngineParity) -> str:
-    """One sentence: passed or failed, the worst numbers and the bounds."""
+    """Return one sentence: passed or failed, the worst numbers and the bounds."""
     numbers = (
         f"max rel {engine.max_rel:.2e} (abs {engine.max_abs:.2e}), "
         f"cosine min {engine.cosine_min:.8f}, mean {engine.cosine_mean:.8f}"
@@ -100,27 +100,27 @@ def verdict(engine: EngineParity) -> str:
 
 
 def check_line(check: Check) -> str:
-    """One sentence: passed or failed, what was compared, and what failed or was skipped."""
+    """Return one sentence: passed or failed, the facts of the comparison, failures and skipped comparisons."""
     compared = ", ".join(f"{name} {value}" for name, value in check.compared.items())
     parts = [f"{check.name}: {'passed' if check.passed else 'FAILED'}{f', {compared}' if compared else ''}"]
     return "; ".join([*parts, *check.broken, *check.failures, *(f"skipped: {reason}" for reason in check.skipped)])
 
 
 def plan_lines(plan: PlanEntry) -> list[str]:
-    """What a TensorRT engine is: what built it, for which GPUs and shapes, and of which kernels."""
+    """Describe a TensorRT engine: its builder, GPUs, kernels, tensors and shapes."""
     layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in plan.layers.items())
     tensors = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in (*plan.inputs, *plan.outputs))
     targets = ", ".join(f"sm{target.replace('.', '')}" for target in plan.compute_capabilities)
     axes = "texts x tokens of all" if plan.padding_free else "batch x sequence"
     return [
         f"engine: {plan.variant} {plan.version} for {targets}: {layers}",
-        f"takes and gives {tensors}",
+        f"inputs and outputs: {tensors}",
         f"profiles ({axes}, min:opt:max): {', '.join(map(str, plan.profiles))}",
     ]
 
 
 def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry | None = None) -> str:
-    """One page that needs nothing else: verdict, plots, every case, and where it was measured."""
+    """Render one page without external files: verdict, plots, every case, and the machine."""
     name = html.escape(report["source"]["name"])
     passed = "passed" if parity.passed else "failed"
     facts = {
@@ -148,7 +148,7 @@ def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry
 def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
     loss = report["sensitivity"]
     alone = ", ".join(f"{group} {cost:.1e}" for group, cost in loss.items())
-    return {"token cosine lost by each group alone, worst first": alone} if loss else {}
+    return {"loss of token cosine by each group alone, worst first": alone} if loss else {}
 
 
 def _summary(parity: ParityReport) -> list[str]:
@@ -178,7 +178,7 @@ def _engine_lines(engine: EngineParity) -> list[str]:
 
 
 def _accuracy_lines(engine: EngineParity) -> list[str]:
-    """What the precision costs on text, in one sentence; none where that was not asked for."""
+    """Return one sentence about the accuracy of the precision on text; none if it was not measured."""
     found, bounds = engine.accuracy, engine.accuracy_bounds
     if found is None or bounds is None:
         return []
@@ -187,7 +187,7 @@ def _accuracy_lines(engine: EngineParity) -> list[str]:
         f"sentence cosine mean {found.sentence_cosine_mean:.5f}, min {found.sentence_cosine_min:.5f}",
         f"row in a batch against alone {found.alone_cosine_mean:.5f}",
     ]
-    asked = f"mean cosine {bounds.cosine_mean:g}"
+    wanted = f"mean cosine {bounds.cosine_mean:g}"
     if found.top1 is not None and found.top5 is not None and found.top1_interval is not None:
         low, high = found.top1_interval
         parts += [
@@ -196,12 +196,12 @@ def _accuracy_lines(engine: EngineParity) -> list[str]:
             f"right word first {found.top1[0]:.1%} (PyTorch {found.top1[1]:.1%})",
             f"among five {found.top5[0]:.1%} ({found.top5[1]:.1%})",
         ]
-        asked += f", same best word {bounds.top1_agreement:.0%}"
-    return [f"{engine.title} on {found.tokens:,} tokens of English prose: {'; '.join(parts)} (bounds: {asked})"]
+        wanted += f", same best word {bounds.top1_agreement:.0%}"
+    return [f"{engine.title} on {found.tokens:,} tokens of English prose: {'; '.join(parts)} (bounds: {wanted})"]
 
 
 def _columns(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table: the outputs and the top-k columns are those that the task has."""
+    """Return header and cells of the table, with columns for the outputs and top-k that the task has."""
     outputs = list(results[0].outputs)
     agreement = ["top-1", "top-5"] if results[0].top1 is not None else []
     header = ["length", "batch", "padding", *outputs, "relative", "row alone", "cosine", *agreement]
@@ -259,7 +259,7 @@ def _plot_latency(axes: Axes, parity: ParityReport) -> None:
 def _svg(plot: Any, parity: ParityReport) -> str:
     style: Any = {
         "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": plot.__name__,  # ids that do not change from run to run, nor meet on one page
+        "svg.hashsalt": plot.__name__,  # the same ids in every run, and other ids for each plot of a page
         "font.family": "sans-serif",
         "font.size": 9,
         "axes.spines.top": False,
@@ -280,11 +280,11 @@ def _svg(plot: Any, parity: ParityReport) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]  # the XML prologue has no place inside a page
+    return text[text.index("<svg") :]  # a page must not contain the XML prologue
 
 
 def _platform() -> str:
-    # platform.platform() starts `uname -p` for a word that it then leaves out.
+    # platform.platform() would run `uname -p` for a word that it then drops.
     system = os.uname()
     return "-".join((system.sysname, system.release, system.machine, "with", "".join(platform.libc_ver())))
 
@@ -333,12 +333,12 @@ p {{ margin: .7rem 0 0; color: #4b5563; font-size: .88rem; }}
 <section class="plots">{error_plot}{latency_plot}</section>
 <section>
 {tables}
-<p>Under an output's name stands the largest absolute difference from PyTorch FP32 over all real tokens; under
-&ldquo;row alone&rdquo; that of the shortest row in the batch from the same row run alone; &ldquo;relative&rdquo; is the
-largest difference over the largest value that PyTorch gives for the same channel, word or label in any case, and has a
-bound; &ldquo;cosine&rdquo; is the smallest of any vector compared (labels are numbers and have none); top-1 and top-5
-are the agreement of the best tokens at the masks. Each time is a
-single run. Dashed lines are bounds.</p>
+<p>The column of an output gives its largest absolute difference from PyTorch FP32 over all real tokens.
+&ldquo;row alone&rdquo; is the largest difference between the shortest row in the batch and the same row run alone.
+&ldquo;relative&rdquo; is the largest difference over the largest value that PyTorch gives for the same channel, word or
+label in any case; it has a bound. &ldquo;cosine&rdquo; is the smallest cosine of all compared vectors (labels are
+numbers and have none). top-1 and top-5 are the agreement of the best tokens at the masks. Each time is that of a single
+run. Dashed lines are bounds.</p>
 </section>
 <section class="columns">
 <div><h2>Machine</h2>{machine}</div>

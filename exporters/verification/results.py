@@ -1,4 +1,4 @@
-"""What a comparison with PyTorch found: per case, per engine, and as the report of an export."""
+"""The results of a comparison with PyTorch, for each engine and as the report of an export."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from gte_deploy.exporters.verification.cases import Case
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.differences import CaseResult
 
-# What may be tried where a precision costs too much.
+# Advice for a precision that misses its bounds.
 _FINER: Mapping[Precision, str] = {
     "int8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
     "fp8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
@@ -25,18 +25,14 @@ _FINER: Mapping[Precision, str] = {
     "fp16": "Take bf16, which has the range of fp32, or fp32.",
     "bf16": "Take fp16, which has three bits more, or fp32.",
 }
-
-
-_REPORT = "--bounds report writes the bundle with its misses stamped into it."
-
-
+_REPORT = "--bounds report writes the bundle, and its manifest lists the misses."
 # A relative difference below this may be FP32's rounding, which the model's weights amplify; a wrong graph gives more.
 _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
 class EngineParity:
-    """All cases of one engine, its accuracy on text where that was asked for, and the bounds they were held to."""
+    """All cases of one engine, its accuracy on text if it was measured, and the bounds of both."""
 
     engine: Engine
     compute: Precision
@@ -47,12 +43,12 @@ class EngineParity:
 
     @property
     def title(self) -> str:
-        """Engine and what it computes in."""
+        """The engine and the precision that it computes in."""
         return f"{self.engine} {self.compute}"
 
     @property
     def optional(self) -> bool:
-        """Whether this is a choice at load: the bundle is good without it, and then does not claim it."""
+        """Whether users choose this precision at load; a bundle is valid without it."""
         return self.engine == "openvino" and self.compute != "fp32"
 
     @property
@@ -77,7 +73,7 @@ class EngineParity:
 
     @property
     def cosine_mean(self) -> float:
-        """Of the output with the lowest: its mean cosine over the cases; NaN if any is."""
+        """The mean cosine over the cases of the output where it is lowest; NaN if any is."""
         means = [[found.cosine_mean for found in result.outputs.values()] for result in self.cases]
         return float(np.min(np.mean(means, axis=0)))
 
@@ -88,14 +84,14 @@ class EngineParity:
         return sum(share * masks for share, masks in shares) / sum(masks for _, masks in shares) if shares else None
 
     def broken(self) -> list[str]:
-        """What no bundle may do, whatever its bounds: numbers that are not finite."""
+        """Return the defects that no bundle may have, whatever its bounds: numbers that are not finite."""
         lines = [f"{_title(result.case)}: a number is not finite" for result in self.cases if not result.finite]
         if self.accuracy is not None and not math.isfinite(self.accuracy.token_cosine_mean):
             lines.append("on text: a number is not finite")
         return lines
 
     def failures(self) -> list[str]:
-        """What misses the bounds, one line each."""
+        """Return one line for each missed bound."""
         failed = [_failure(result, self.tolerance) for result in self.cases if not result.within(self.tolerance)]
         for name, found, bound in (
             ("mean cosine", self.cosine_mean, self.tolerance.cosine_mean),
@@ -108,7 +104,7 @@ class EngineParity:
         return failed
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return the comparison as plain JSON data."""
         cases = [{**dataclasses.asdict(r), "passed": r.within(self.tolerance)} for r in self.cases]
         return {
             "engine": self.engine,
@@ -128,13 +124,13 @@ class EngineParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How every engine of one export compared with PyTorch.
+    """The comparison of every engine of one export with PyTorch.
 
     Args:
-        precision: of the bundle.
-        engines: each with its own bounds, over the same cases.
-        caveats: what could not be compared here, or is not claimed, one sentence each.
-        checks: others than the comparison of graphs; see `with_checks`.
+        precision: the bundle's precision.
+        engines: the engines, each with its own bounds, over the same cases.
+        caveats: one sentence for each thing that could not be compared here or is not verified.
+        checks: the checks besides the comparison of graphs; see `with_checks`.
     """
 
     precision: Precision
@@ -144,34 +140,34 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed and every engine is within its bounds, but for those that are `optional`."""
+        """Whether every check passed and every engine is within its bounds; `optional` engines do not count."""
         return not self.failures()
 
     def with_checks(self, *checks: Check) -> "ParityReport":
-        """The same with further checks, whose failures count like missed bounds."""
+        """Return the report with further checks, whose failures count like missed bounds."""
         return dataclasses.replace(self, checks=(*self.checks, *checks))
 
     def failures(self) -> list[str]:
-        """Everything that misses a bound or fails a check, one line each."""
+        """Return one line for each missed bound and each failure of a check."""
         required = (engine for engine in self.engines if not engine.optional)
         return [f"{engine.title}: {line}" for engine in required for line in engine.failures()] + [
             f"{check.name}: {line}" for check in self.checks for line in (*check.broken, *check.failures)
         ]
 
     def broken(self) -> list[str]:
-        """Those of them that no bundle may do, whatever bounds were asked for."""
+        """Return the defects that no bundle may have, whatever the bounds of the export."""
         required = (engine for engine in self.engines if not engine.optional)
         return [f"{engine.title}: {line}" for engine in required for line in engine.broken()] + [
             f"{check.name}: {line}" for check in self.checks for line in check.broken
         ]
 
     def verified(self, engine: Engine) -> tuple[ComputePrecision, ...]:
-        """What `engine` was shown to compute in."""
+        """Return the precisions that `engine` was verified to compute in."""
         passed = [found.compute for found in self.engines if found.engine == engine and found.passed]
         return tuple(compute for compute in COMPUTE_PRECISIONS if compute in passed)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON data; a number that is not finite becomes null."""
+        """Return the report as plain JSON data; a number that is not finite becomes null."""
         return _finite_or_null(
             {
                 "passed": self.passed,
@@ -183,17 +179,17 @@ class ParityReport:
         )
 
     def require(self, bounds: Bounds = "strict") -> None:
-        """Raise unless `passed`; with bounds "report", only where something is `broken`.
+        """Raise unless `passed`; with bounds "report", only if something is `broken`.
 
         Raises:
-            BoundMissedError: naming each failed comparison with its numbers, and the bounds.
+            BoundMissedError: a comparison failed. The error names each failure with its numbers, and the bounds.
         """
         if self.broken() if bounds == "report" else self.failures():
             raise BoundMissedError(self)
 
 
 class BoundMissedError(ParityError):
-    """An engine that misses its bounds, or a check that failed; `report` holds every number."""
+    """An engine misses its bounds, or a check failed; `report` holds every number."""
 
     def __init__(self, report: ParityReport) -> None:
         parts = [
@@ -203,7 +199,7 @@ class BoundMissedError(ParityError):
             if not engine.optional and (failures := engine.failures())
         ]
         parts += [
-            f"the {check.name} are not the checkpoint's own:\n  " + "\n  ".join((*check.broken, *check.failures))
+            f"the {check.name} differ from the checkpoint's own:\n  " + "\n  ".join((*check.broken, *check.failures))
             for check in report.checks
             if not check.passed
         ]
@@ -214,11 +210,11 @@ class BoundMissedError(ParityError):
 
 
 def _advice(report: ParityReport) -> str:
-    """What to do next."""
+    """Return advice on what to do next."""
     missed = [engine for engine in report.engines if not engine.optional and engine.failures()]
     if report.broken():
         if report.precision == "fp16":
-            return f"FP16 ends at 65,504, and values of this model lie beyond. {_FINER['fp16']}"
+            return f"FP16 ends at 65,504, and this model has larger values. {_FINER['fp16']}"
         return "PyTorch's numbers are finite, and these are not: please report it, with the model's name."
     if not missed:
         return f"The checkpoint's own library is right: please report it, with the checkpoint's files. {_REPORT}"
@@ -228,9 +224,9 @@ def _advice(report: ParityReport) -> str:
     if fine:
         blame = f"{' and '.join(fine)} agrees, so {' and '.join(engine.engine for engine in missed)} is at fault"
     elif max(engine.max_rel for engine in missed) < _ROUNDING:
-        return f"That is little for a wrong graph: the weights may amplify FP32's rounding. {_REPORT}"
+        return f"The differences are small for a wrong graph: the weights may amplify FP32's rounding. {_REPORT}"
     else:
-        blame = "That is no rounding"
+        blame = "The differences are too large for rounding"
     return f"{blame}: please report it, with the versions of the libraries. {_REPORT}"
 
 
@@ -250,7 +246,7 @@ def _failure(result: CaseResult, tolerance: Tolerance) -> str:
 
 
 def _finite_or_null(value: Any) -> Any:
-    # NaN and Infinity are no JSON.
+    # JSON has neither NaN nor Infinity.
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Batches of real text: what quantization is calibrated with, and what its accuracy is measured on.
+"""Batches of real text for calibrating a quantization and for measuring the accuracy of a precision.
 
-Both are Addresses on the State of the Union, in the public domain; none is in the built-in model's training text, and
-the two files share none.
+Both files hold Addresses on the State of the Union, in the public domain. No address is in the built-in model's
+training text or in both files.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ from gte_deploy.text.tokenization import TextTokenizer
 
 MASK_PROBABILITY = 0.15
 _ROUNDS = 3
-"""How often `text_batches` can mask other words of the same texts."""
+"""The number of rounds: in each, `text_batches` masks other words of the same texts."""
 TextBatch = tuple[Batch, np.ndarray]
 Span = tuple[int, int]
-"""First word and the one after the last, of all words in a row."""
+"""The numbers of the first word and of the word after the last, counted through all texts."""
 _WINDOWS = (32, 128, 512, 2048)
-_WINDOW_TOKENS = 512  # of a batch of windows; longer ones stand alone
+_WINDOW_TOKENS = 512  # tokens of a batch of windows; a longer window is a batch of its own
 _ROWS_OF_A_BATCH = 4
 _SEED = 20240729
 
 
 def builtin_texts(name: str) -> list[str]:
-    """The paragraphs of "calibration" or "evaluation"."""
+    """Return the paragraphs of "calibration" or "evaluation"."""
     file = resources.files("gte_deploy.exporters") / "texts" / f"{name}.txt"
     return file.read_text(encoding="utf-8").split("\n")
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a user's file that are not blank.
+    """Return the lines of a user's file that are not blank.
 
     Raises:
-        InputError: the file cannot be read as UTF-8 text, or has no such line.
+        InputError: the file cannot be read as UTF-8 text, or has only blank lines.
     """
     try:
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -57,22 +57,22 @@ def read_texts(path: Path) -> list[str]:
 def text_batches(
     texts: Sequence[str], tokenizer: TextTokenizer, spec: ModelSpec, *, max_tokens: int, round: int = 0
 ) -> list[TextBatch]:
-    """Token ids of `texts` in all lengths: every text alone, sorted and padded in batches of four, and all their words
-    run together and cut into windows of 32 to 2,048 tokens.
+    """Make batches of token ids of all lengths from `texts`.
 
-    The words are the same for every limit of the model, and so are those that are masked: what is longer than the
-    limit is cut into pieces, so that a verdict on these batches does not hang on where the limit falls.
+    Every text is a row, sorted by length and padded in batches of four. The words of all texts are also joined and cut
+    into windows of 32 to 2,048 tokens. A text or window above the model's limit is cut into pieces. So the words and
+    the masked words are the same for every limit, and a result on these batches does not depend on it.
 
-    With a classifier that is fed token types, every second row is a pair of its halves. With a fill-mask model, 15 % of
-    the words are masked (seeded), others in every round and others in the windows; the array holds what stood there,
-    [num_masks] int64, empty for other tasks.
+    For a classifier with token types, every second row is a pair of its halves. For a fill-mask model, 15 % of the
+    words are masked (seeded): other words in each round, and other words in the windows than in the texts. The array of
+    a batch holds the original ids, [num_masks] int64; it is empty for other tasks.
 
     Args:
-        texts: at least one.
-        tokenizer: of the model.
-        spec: of the model.
-        max_tokens: words of the texts at most, and as many again in windows.
-        round: up to `_ROUNDS` - 1; all rounds together mask nine words in ten once.
+        texts: at least one text.
+        tokenizer: the model's tokenizer.
+        spec: the facts about the model.
+        max_tokens: the most words that are taken from the texts; the windows hold as many again.
+        round: number of the round, up to `_ROUNDS` - 1; all rounds together mask nine words in ten once.
     """
     rng = np.random.default_rng(_SEED)
     prefix, suffix = tokenizer.template.prefix, tokenizer.template.suffix
@@ -86,24 +86,24 @@ def text_batches(
     inner = max(1, spec.max_length - special)
     pieces = [span for start, end in pairwise(ends) for span in _cut(start, end, inner)]
     windows = _windows(int(ends[-1]), [min(window - special, inner) for window in _WINDOWS])
-    stream, luck = np.concatenate(words).astype(np.int64), rng.random(ends[-1])
+    stream, draws = np.concatenate(words).astype(np.int64), rng.random(ends[-1])
 
     def batch(spans: Sequence[Span], kind: int) -> TextBatch:
         # Each round and kind masks its own 15 % of all words.
-        masked = np.floor(luck / MASK_PROBABILITY) == 2 * round + kind
+        masked = np.floor(draws / MASK_PROBABILITY) == 2 * round + kind
         rows = [
             _row(stream[slice(*span)].tolist(), tokenizer, is_pair=has_pairs and i % 2 == 0)
             for i, span in enumerate(spans)
         ]
         positions, wanted = None, np.empty(0, np.int64)
         if spec.task == "fill-mask" and tokenizer.mask_token_id is not None:
-            places = [
+            masks = [
                 (i, len(prefix) + n)
                 for i, span in enumerate(spans)
                 for n in np.flatnonzero(masked[slice(*span)]).tolist()
             ]
-            # At least one mask: a batch without any says nothing of the vocabulary projection.
-            positions = np.array(places or [(0, min(len(prefix), len(rows[0]) - 1))], np.int64)
+            # At least one mask: a batch without masks does not test the vocabulary projection.
+            positions = np.array(masks or [(0, min(len(prefix), len(rows[0]) - 1))], np.int64)
             wanted = _mask(rows, positions, tokenizer.mask_token_id)
         padded = collate(rows, pad_token_id=spec.pad_token_id, token_types=spec.token_types)
         return dataclasses.replace(padded, mask_positions=positions), wanted
@@ -112,14 +112,14 @@ def text_batches(
 
 
 class Rounds(Protocol):
-    """The batches of each round; a list of lists is one."""
+    """The batches of each round, such as a list of lists."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int, /) -> Sequence[TextBatch]: ...
 
 
 class TextRounds:
-    """The rounds of `text_batches`, each made when it is first asked for; the arguments are those of the function."""
+    """The rounds of `text_batches`, each made at its first use; the arguments are those of `text_batches`."""
 
     def __init__(self, texts: Sequence[str], tokenizer: TextTokenizer, spec: ModelSpec, *, max_tokens: int) -> None:
         self._make = partial(text_batches, texts, tokenizer, spec, max_tokens=max_tokens)
@@ -135,12 +135,12 @@ class TextRounds:
 
 
 def _cut(start: int, end: int, length: int) -> list[Span]:
-    """Spans of `length` that cover `start` to `end`; the last is what is left. One, empty, where there is nothing."""
+    """Return spans of `length` that cover `start` to `end`, the last one shorter; one empty span for no words."""
     return [(i, min(i + length, end)) for i in range(start, end, length)] or [(start, end)]
 
 
 def _windows(total: int, lengths: Sequence[int]) -> list[list[Span]]:
-    """Every word once: a sixth of them in windows of each shorter length, the rest in the longest; in batches."""
+    """Return batches of windows with every word once: a sixth in each shorter length, the rest in the longest."""
     parts = [total * i // 6 for i in range(len(lengths))] + [total]
     groups = []
     for (start, end), length in zip(pairwise(parts), lengths, strict=True):
@@ -153,7 +153,7 @@ def _windows(total: int, lengths: Sequence[int]) -> list[list[Span]]:
 
 
 def _row(words: list[int], tokenizer: TextTokenizer, *, is_pair: bool) -> list[int]:
-    """A text of these words; or a pair of their halves, as long as that, the last words making room for [SEP]."""
+    """Make a text of these words, or a pair of their halves of the same length, with [SEP] in place of the last."""
     inner = len(words) - (tokenizer.min_pair_length - 2) + (tokenizer.min_length - 1)
     if not is_pair or inner < 2:
         return tokenizer.template.row(words)
@@ -161,7 +161,7 @@ def _row(words: list[int], tokenizer: TextTokenizer, *, is_pair: bool) -> list[i
 
 
 def _at_most(rows: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
-    """Rows spread evenly over `rows` that hold no more than `max_tokens`; at least one where there is one."""
+    """Choose rows spread evenly over `rows` with about `max_tokens` tokens; at least one row if there is one."""
     total = sum(map(len, rows))
     keep = min(len(rows), max(1, len(rows) * max_tokens // max(total, 1)))
     return [rows[i] for i in np.linspace(0, len(rows) - 1, keep).round().astype(int)] if rows else []
@@ -174,7 +174,7 @@ def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:
 
 
 def _mask(rows: list[list[int]], positions: NDArray[np.int64], mask_token_id: int) -> NDArray[np.int64]:
-    """Put the mask token at the positions (row, token), and return the ids that stood there."""
+    """Put the mask token at the positions (row, token), and return the original ids."""
     wanted = np.array([rows[row][token] for row, token in positions], np.int64)
     for row, token in positions:
         rows[row][token] = mask_token_id

@@ -198,7 +198,7 @@ def test_cosines_and_agreement(parts: Any):
     result = parts.accuracy.agreement(expected, found, job)
     assert (result["top1_agreement"], result["right"], result["reference_right"]) == (0.75, 0.5, 0.75)
     assert parts.accuracy.agreement(expected, expected, job)["top5_overlap"] == 1.0
-    with pytest.raises(WorkerError, match=r"\(4, 8\), and this \(3, 8\)"):
+    with pytest.raises(WorkerError, match=r"\(4, 8\), and the contestant \(3, 8\)"):
         parts.accuracy.cosines(expected, found[:3])
     with pytest.raises(WorkerError, match="not finite"):
         parts.accuracy.cosines(expected, found * np.nan)

@@ -1,11 +1,11 @@
 """Compares the answers of a bundle with those of the checkpoint's own library, from text to answer.
 
 The comparison of graphs (`verification.parity`) starts from token ids and from a PyTorch model that this package built.
-A prompt, a limit, a tokenizer's setting or a pooling that this package misread is therefore on both of its sides. Here
-one side is AutoTokenizer, SentenceTransformer, CrossEncoder or a pipeline of transformers, which reads every file of
-the checkpoint's folder for itself. Nothing is downloaded, and no code of a checkpoint is run.
+If this package misreads a prompt, a limit, a tokenizer's setting or a pooling, both sides of that comparison are wrong.
+Here one side is AutoTokenizer, SentenceTransformer, CrossEncoder or a pipeline of transformers, which reads every file
+of the checkpoint's folder for itself. Nothing is downloaded, and no code of a checkpoint runs.
 
-To add a check, write a function of type `AnswerCheck` in a module here, and its line in `CHECKS`.
+To add a check, write a function of type `AnswerCheck` in a module here, and add it to `CHECKS`.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ from gte_deploy.model import Model
 
 CHECKS: tuple[AnswerCheck, ...] = (compare_token_ids, compare_rotation, compare_answers)
 
-_PYTORCH_ANSWERED = "The engine's own answers were not compared: PyTorch gave them, with the bundle's tokenizer."
+_PYTORCH_ANSWERED = "The engine was not compared: PyTorch computed the answers, with the bundle's tokenizer."
 
 
 def check_bundle(checkpoint: Path, model: Model, precision: Precision, asked: Asked | None = None) -> Check:
     """Compare a bundle's open model with the checkpoint that the bundle was exported from.
 
     Args:
-        checkpoint: the folder of either layout.
-        model: the bundle's model, left open. It runs on PyTorch if this machine cannot run the bundle's engine: then
-            the bundle's tokenizer and spec are compared, and the result says so.
-        precision: of the bundle; the bounds follow it.
-        asked: the options of the export; None for none.
+        checkpoint: the checkpoint's folder, in either layout.
+        model: the bundle's model; it stays open. It runs on PyTorch if this machine cannot run the bundle's engine:
+            then only the bundle's tokenizer and spec are compared, and the result says so.
+        precision: the bundle's precision, which sets the bounds.
+        asked: the options of the export; None for the defaults.
     """
     on_torch = model.backend == "torch"
     check = check_answers(checkpoint, model, precision="fp32" if on_torch else precision, asked=asked)
@@ -53,11 +53,11 @@ def check_bundle(checkpoint: Path, model: Model, precision: Precision, asked: As
 
 
 def verify_against(bundle: Path, checkpoint: Path) -> Check:
-    """Compare a finished bundle with its checkpoint; a limit below the checkpoint's counts as asked for.
+    """Compare a finished bundle with its checkpoint; a limit below the checkpoint's is no failure.
 
     Raises:
-        BundleError: it is no bundle.
-        ParityError: their answers differ.
+        BundleError: `bundle` is not a bundle.
+        ParityError: the answers of the bundle and the checkpoint differ.
         MissingDependencyError: the [export] extra is not installed.
     """
     for module in ("torch", "transformers", "onnxruntime"):
@@ -72,7 +72,7 @@ def verify_against(bundle: Path, checkpoint: Path) -> Check:
 
 
 def _open(bundle: Path, checkpoint: Path) -> Model:
-    """Open a bundle on the engine for CPUs that it has, or on PyTorch with the checkpoint's weights."""
+    """Open a bundle on its engine for CPUs; if none runs here, on PyTorch with the checkpoint's weights."""
     from gte_deploy.backends.torch import open_torch_backend
 
     manifest = read_manifest(bundle)
@@ -93,10 +93,10 @@ def check_answers(
     """Run every check of `CHECKS` on an open model and its checkpoint.
 
     Args:
-        checkpoint: the folder of either layout that the model came from.
-        model: on any backend; it is left open.
-        precision: of its weights; the bounds follow it.
-        asked: the options of the export; None for none.
+        checkpoint: the folder, in either layout, that the model came from.
+        model: the model, on any backend; it stays open.
+        precision: the precision of the model's weights, which sets the bounds.
+        asked: the options of the export; None for the defaults.
     """
     findings = Findings()
     with _quiet():
@@ -106,12 +106,12 @@ def check_answers(
                 for check in CHECKS:
                     check(subject, findings)
         except CheckpointError as error:
-            findings.skipped.append(f"The checkpoint's own library was not asked: {error}")
+            findings.skipped.append(f"The checkpoint's own library was not used: {error}")
     return findings.check()
 
 
 def _subject(checkpoint: Path, model: Model, close: Closeness, asked: Asked, findings: Findings) -> Subject | None:
-    """Both sides, or None where AutoTokenizer does not read the checkpoint."""
+    """Return both sides, or None if AutoTokenizer does not read the checkpoint."""
     from transformers import AutoTokenizer
 
     is_sentence = library_of(checkpoint, model.spec.task) == SENTENCE_TRANSFORMERS

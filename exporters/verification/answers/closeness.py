@@ -1,4 +1,4 @@
-"""Whether two answers to one text are the same, within what the precision allows; and what differs, in words."""
+"""Compares two answers to one text within the bounds of the precision, and describes their differences."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +25,13 @@ class Question:
     """One question to both sides.
 
     Args:
-        what: the method, and what is special.
+        what: the name of the method, with its special options.
         inputs: texts or pairs.
-        ours: asks this package.
-        theirs: asks the library.
-        form: of both answers: "vectors" or "scores", arrays whose first axis is the inputs, or for one input the
-            "masks" or "tags" that a pipeline answers.
-        scale: the largest logit behind scores, once `theirs` was asked: rounding is relative to it.
+        ours: calls this package.
+        theirs: calls the library.
+        form: the form of both answers. "vectors" and "scores" are arrays whose first axis is the inputs; "masks" and
+            "tags" are a pipeline's answers to one input.
+        scale: returns the largest logit behind the scores, after `theirs` was called; rounding is relative to it.
     """
 
     what: str
@@ -42,18 +42,18 @@ class Question:
     scale: Callable[[], float] = _nothing
 
     def named(self, index: int = 0) -> str:
-        """The question for one of its inputs."""
+        """Describe the question for one of its inputs."""
         return named(self.what, self.inputs[index])
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """How far answers may be apart.
+    """Bounds on the difference of two answers.
 
     Args:
-        relative: |ours - theirs| over |theirs|: of the largest where every answer must fit, else of root mean squares.
-        cosine: of two vectors, at least; on average where not every answer must fit.
-        each: whether every answer must fit, as float32 must; a lower precision is held to averages.
+        relative: bound on |ours - theirs| over |theirs|: of the largest values if `each`, else of root mean squares.
+        cosine: lower bound on the cosine of two vectors if `each`, else on the mean cosine.
+        each: whether every answer must keep the bounds, as in float32; in a lower precision only the averages must.
     """
 
     relative: float
@@ -62,7 +62,7 @@ class Closeness:
 
     @classmethod
     def of(cls, precision: Precision) -> "Closeness":
-        """As tight as float32 sums allow, or as the precision is held to on text."""
+        """Return bounds as tight as float32 sums allow, or the bounds of the precision on text."""
         if precision == "fp32":
             return cls(relative=1e-4, cosine=0.99999, each=True)
         cosine = ACCURACY_BOUNDS[precision].cosine_mean
@@ -70,7 +70,7 @@ class Closeness:
         return cls(relative=4 * math.sqrt(2 * (1 - cosine)), cosine=cosine, each=False)
 
     def differences(self, question: Question, ours: Any, theirs: Any) -> list[str]:
-        """One line for each answer that differs."""
+        """Return one line for each answer that differs."""
         if question.form == "masks":
             return self._masks(question, ours, theirs)
         if question.form == "tags":
@@ -102,7 +102,7 @@ class Closeness:
         return [f"{question.named(worst)}, the worst of {len(found)}: {shown}"]
 
     def _masks(self, question: Question, ours: Any, theirs: Any) -> list[str]:
-        """Theirs are more than ours, so that equal scores may stand in another order."""
+        """Compare words for masks. `theirs` has more words: equal scores may come in another order."""
         found, wanted = ([side] if isinstance(side[0], Mapping) else side for side in (ours, theirs))
         if len(found) != len(wanted):
             return [f"{question.named()}: {len(found)} masks here, {len(wanted)} in the library"]
@@ -112,20 +112,20 @@ class Closeness:
         return []
 
     def _allowed(self, scale: float, best: float) -> float:
-        """Of a probability: a logit that is off by little changes it by that share of itself."""
+        """Return the bound on a probability p: a small error e of a logit changes p by about e × p."""
         if self.each:
             return self.relative * max(1.0, scale) * best
-        # The largest logit is about four times as large as most are, and one of many answers is off the most.
+        # The largest logit is about four times a typical one; the worst of many answers is off by more than most.
         return min(self.relative, 2 * self.relative * max(1.0, scale / 4) * best)
 
     def _mask(self, ours: Sequence[Any], theirs: Sequence[Any], allowed: float) -> str | None:
         by_token = {answer["token"]: answer for answer in theirs}
-        for place, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-            # Among very many equal scores a lower precision may bring up a word that the library did not list.
+        for rank, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            # Among very many equal scores, a lower precision may list a word that the library does not.
             same = by_token.get(a["token"], b if self.each else a)
             if any(not abs(a["score"] - other["score"]) <= allowed for other in (b, same)):
                 return (
-                    f"answer {place + 1} is {a['token_str']!a} with {a['score']:.6f} here, {b['token_str']!a} with "
+                    f"answer {rank + 1} is {a['token_str']!a} with {a['score']:.6f} here, {b['token_str']!a} with "
                     f"{b['score']:.6f} from the library"
                 )
             for key in ("token_str", "sequence"):
@@ -134,7 +134,7 @@ class Closeness:
         return None
 
     def _tags(self, question: Question, ours: Any, theirs: Any) -> list[str]:
-        """A lower precision may tag otherwise; its logits are compared."""
+        """Compare tags in float32 only: a lower precision may change tags, and its logits are compared instead."""
         allowed = self.relative * max(1.0, question.scale())
         nothing: dict[str, Any] = {}
         for a, b in zip_longest(ours, theirs, fillvalue=nothing) if self.each else ():
@@ -145,26 +145,26 @@ class Closeness:
 
 
 def named(what: str, given: Any) -> str:
-    """What was asked of a text or of the texts of a pair."""
+    """Describe the question `what` for a text or a pair of texts."""
     texts = given if isinstance(given, tuple) else (given,)
     return f"{what} of {', '.join(map(quoted, texts))}"
 
 
 def quoted(text: str) -> str:
-    """A text as a literal of ASCII characters, its beginning where it is long."""
+    """Return a text as a literal of ASCII characters; of a long text, only the beginning."""
     whole = ascii(text)
     return whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]}…{whole[0]} ({len(text):,} characters)"
 
 
 def _scale(question: Question, wanted: Numbers) -> float:
-    """What a difference is relative to: for probabilities 1, else the largest number."""
+    """Return the divisor of a difference: 1 for probabilities, else the largest absolute value."""
     if question.form == "scores" and wanted.min() >= 0 and wanted.max() <= 1:
         return 1.0
     return float(np.abs(wanted).max()) or 1.0
 
 
 def _cosines(ours: Numbers, theirs: Numbers) -> Numbers:
-    """Along the last axis; 1 where both vectors are zero."""
+    """Return cosines along the last axis; 1 if both vectors are zero."""
     a, b = ours.reshape(-1, ours.shape[-1]), theirs.reshape(-1, ours.shape[-1])
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both_zero = (norms == 0) & np.all(a == b, axis=1)
@@ -173,6 +173,6 @@ def _cosines(ours: Numbers, theirs: Numbers) -> Numbers:
 
 def _apart(ours: Numbers, theirs: Numbers, apart: float, cosine: float) -> str:
     at = np.unravel_index(int(np.argmax(np.abs(ours - theirs))), ours.shape) if ours.ndim else ()
-    place = f" at {[int(i) for i in at]}" if at else ""
+    position = f" at {[int(i) for i in at]}" if at else ""
     vector = f", cosine {cosine:.6f}" if cosine < 1 else ""
-    return f"{ours[at]:.6f} here, {theirs[at]:.6f} from the library{place}; relative difference {apart:.1e}{vector}"
+    return f"{ours[at]:.6f} here, {theirs[at]:.6f} from the library{position}; relative difference {apart:.1e}{vector}"

@@ -10,12 +10,12 @@ from gte_deploy.exporters.verification.answers.source_libraries import Library, 
 from gte_deploy.exporters.verification.answers.source_view import loadable
 from gte_deploy.exporters.verification.answers.subject import Asked, Findings, Subject
 
-# A longer text costs seconds on each side, and the token ids show already where texts are cut at the limit.
+# A longer text costs seconds on each side, and the comparison of token ids already covers texts above the limit.
 _MAX_LENGTH = 512
 
 
 def compare_answers(subject: Subject, findings: Findings) -> None:
-    """Open the checkpoint in its own library, and compare what both sides answer to the same questions."""
+    """Open the checkpoint in its own library, and compare both sides' answers to the same questions."""
     files = subject.files
     if files.has_adapter:
         findings.skipped.append("Answers were not compared: the checkpoint has an adapter, which peft has merged.")

@@ -1,7 +1,7 @@
-"""Texts on which two readings of one tokenizer part: scripts, marks, emoji, control characters, white space, lengths.
+"""Texts that two readings of a tokenizer may split differently: scripts, marks, emoji, control characters, white space.
 
-What the tokenizer itself decides upon is taken from it: its added and special tokens written in a text, and words of
-its own vocabulary, so that a tokenizer of any language sees more than unknown tokens.
+Other texts are made from the tokenizer itself: its added and special tokens written in a text, and words of its own
+vocabulary. So a tokenizer of any language gets more than unknown tokens.
 """
 
 import random
@@ -113,7 +113,7 @@ ODD_TEXTS: tuple[str, ...] = (
     *_LONG_WORDS,
     *(unicodedata.normalize(form, text) for form in ("NFD", "NFKC") for text in (*_SCRIPTS[1:6], _SCRIPTS[14])),
 )
-"""Those that are the same for every tokenizer."""
+"""The texts that are the same for every tokenizer."""
 PLAIN_TEXTS: tuple[str, ...] = (
     "Paris is the capital of France.",
     "Where is the nearest station?",
@@ -121,14 +121,14 @@ PLAIN_TEXTS: tuple[str, ...] = (
     "水はどこですか。我能吞下玻璃而不伤身体。",
     "Съешь же ещё этих мягких булок 😀, 12 % of 3,400 €",
 )
-"""A few that a model is asked as well, where each costs a run of it."""
+"""A few texts for comparisons in which each text costs a run of the model."""
 _MAX_WRITTEN_TOKENS = 200
 
 
 def token_texts(tokens: Sequence[str]) -> list[str]:
-    """Special and added tokens, written alone, inside a text, inside a word and in the other case.
+    """Return texts with special and added tokens: alone, inside a text, inside a word and in lower case.
 
-    Of very many tokens (a model may reserve thousands) the first and the last hundred.
+    If there are very many tokens (a model may reserve thousands), only the first and the last hundred are used.
     """
     half = _MAX_WRITTEN_TOKENS // 2
     chosen = tokens if len(tokens) <= _MAX_WRITTEN_TOKENS else [*tokens[:half], *tokens[-half:]]
@@ -137,9 +137,9 @@ def token_texts(tokens: Sequence[str]) -> list[str]:
 
 
 def vocabulary_texts(tokenizer: Any, count: int, *, words: int = 8) -> list[str]:
-    """`count` texts of words that a tokenizer of transformers has, drawn by a fixed seed; the last in upper case.
+    """Return `count` texts of words from the vocabulary of a transformers tokenizer, the last text in upper case.
 
-    The words are what its pieces decode to: a word for most pieces, a part of one for some.
+    The tokens are drawn with a fixed seed and decoded: most are whole words, some are parts of words.
     """
     special = set(tokenizer.all_special_ids)
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
@@ -149,20 +149,20 @@ def vocabulary_texts(tokenizer: Any, count: int, *, words: int = 8) -> list[str]
 
 
 def long_text(tokenizer: Any, tokens: int) -> str:
-    """A text of more than `tokens` tokens: every one of them differs from its neighbours, so that a cut shows."""
+    """Return a text of more than `tokens` tokens, with numbers in it so that a cut in another place shows."""
     text = " ".join(vocabulary_texts(tokenizer, 4, words=32)[:3]) or "the king and the queen walk"
     per_text = max(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     return " ".join(f"{text} {number}" for number in range(tokens // per_text + 1))
 
 
 def short_pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of neighbours, one of them the other way round, and some with an empty text."""
+    """Return pairs of neighbours, one pair in reverse order, and pairs with an empty text."""
     first, second = texts[:2]
     neighbours = list(zip(texts[::2], texts[1::2], strict=False))
     return [*neighbours, (second, first), (first, ""), ("", second), ("", "")]
 
 
 def long_pairs(texts: Sequence[str], long: str) -> list[tuple[str, str]]:
-    """Pairs of which the second, the first, and both texts are long, as long as the other and half as long."""
+    """Return pairs with a long second text, a long first text, and two long texts of equal and of unequal length."""
     first, second = texts[:2]
     return [(first, long), (long, second), (long, long), (long, long[: len(long) // 2])]

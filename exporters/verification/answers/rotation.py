@@ -1,4 +1,4 @@
-"""Compares the rotation frequencies of RoPE with those of the formulas, or of transformers."""
+"""Compares the rotation frequencies of RoPE with those of transformers or of the family's formulas."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from gte_deploy.models.families import family_of_type
 
 
 def compare_rotation(subject: Subject, findings: Findings) -> None:
-    """Compare RoPE as this package reads it with RoPE as another reader of the same config.json computes it.
+    """Compare RoPE as this package reads it from config.json with a second reading of the same file.
 
-    The other reader is transformers for the native layout. For the original layout, which transformers does not read,
-    it is the formulas of the family's paper. A model without rotary positions has nothing to compare.
+    The second reading is by transformers for the native layout. For the original layout, which transformers does not
+    read, it follows the formulas of the family's paper. A model without rotary positions has nothing to compare.
     """
     source = subject.files
     if not source.config or family_of_type(source.config.get("model_type"), source.model).positions != "rotary":
@@ -35,7 +35,7 @@ def compare_rotation(subject: Subject, findings: Findings) -> None:
     if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-5, atol=0):
         findings.fail(
             "rotation",
-            f"rotation frequencies of config.json: {found[:4].tolist()}… here, {wanted[:4].tolist()}… by its formula",
+            f"rotation frequencies of config.json: {found[:4].tolist()}… here, expected {wanted[:4].tolist()}…",
         )
     if rotary.attention_scaling != scale:
-        findings.fail("rotation", f"RoPE scales attention by {rotary.attention_scaling} here, by {scale} there")
+        findings.fail("rotation", f"RoPE scales attention by {rotary.attention_scaling} here, expected {scale}")

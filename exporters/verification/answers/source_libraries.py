@@ -1,7 +1,7 @@
-"""The checkpoint's own library, and what both it and this package are asked.
+"""Opens a checkpoint in its own library, and yields the questions for this library and this package.
 
-Nothing here reads a file of the checkpoint for itself: SentenceTransformer, CrossEncoder, SparseEncoder or transformers
-are given the folder. They stay off the network, load no pickle and run no code of the checkpoint.
+SentenceTransformer, CrossEncoder, SparseEncoder or transformers read the checkpoint's folder for themselves. They stay
+off the network, load no pickle and run no code of the checkpoint.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
 
 @dataclass(frozen=True)
 class Texts:
-    """What is asked: short `texts`, one longer than `cut`, the limit of both sides, and the mask token, if any."""
+    """The texts of the questions: short ones, one longer than `cut` (the limit of both sides), and any mask token."""
 
     texts: list[str]
     long: str
@@ -49,12 +49,12 @@ class Texts:
 
     @property
     def few(self) -> list[str]:
-        """Some, for what costs another run of both models."""
+        """A few texts, for questions that cost another run of both models."""
         return self.texts[-_FEW:]
 
     @property
     def length(self) -> dict[str, Any]:
-        """The arguments of this package's methods."""
+        """The arguments that set the limit in this package's methods."""
         return {"truncation": True, "max_length": self.cut}
 
 
@@ -63,12 +63,12 @@ class Library:
     """A checkpoint opened by its own library.
 
     Args:
-        title: its class, for people.
-        limit: longest input in tokens, as it says.
+        title: the name of the library's class, for people.
+        limit: the library's longest input in tokens.
         cut: sets another limit.
-        questions: yields what both sides are asked, given the model and texts.
-        config: of transformers.
-        similarity: how it compares embeddings, where it does.
+        questions: yields the questions for both sides, given the model and texts.
+        config: the config of transformers.
+        similarity: the library's similarity function for embeddings, if it has one.
     """
 
     title: str
@@ -80,15 +80,15 @@ class Library:
 
 
 def library_of(checkpoint: Path, task: str) -> str:
-    """The name of the library that answers for a checkpoint, for people."""
+    """Return the name of the library that a checkpoint's answers are compared with."""
     of_its_kind = task in ("classify", "sparse") or (task == "embed" and (checkpoint / "modules.json").is_file())
     return SENTENCE_TRANSFORMERS if of_its_kind else "transformers"
 
 
 def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[Library, str] | None:
-    """The library that a checkpoint is for, and its name with the version.
+    """Open a checkpoint in its own library, and return the library and its name with the version.
 
-    None where it is not to be had; what is not compared, and why, comes to `skipped`.
+    None if the checkpoint cannot be opened; a sentence for each thing that is not compared is added to `skipped`.
     """
     name = library_of(folder, spec.task)
     if name == SENTENCE_TRANSFORMERS and importlib.util.find_spec("sentence_transformers") is None:
@@ -100,20 +100,20 @@ def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[Lib
     try:
         opener = _OPENERS[spec.task] if name == SENTENCE_TRANSFORMERS else open_transformers
         library = opener(folder, spec)
-    except Exception as error:  # whatever a library of others raises
+    except Exception as error:  # another project's library raises errors of any kind
         skipped.append(f"Answers were not compared: {name} does not load the checkpoint ({short(error)}).")
         return None
     return library, f"{library.title} of {name} {importlib.metadata.version(name)}"
 
 
 def short(error: Exception) -> str:
-    """An error of a library in one line."""
+    """Return an error of a library in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
-    """SentenceTransformer.encode and its kin."""
+    """Open a checkpoint in SentenceTransformer, with questions to `encode`, `encode_query` and `encode_document`."""
     from sentence_transformers import SentenceTransformer
 
     opened: Any = SentenceTransformer(str(folder), **_options())
@@ -127,11 +127,11 @@ def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
                 lambda: getattr(opened, method)(texts, **options, show_progress_bar=False),
             )
 
-        # Apart: the library pads every row of a batch to the longest.
+        # Two questions: the library pads every row of a batch to the longest.
         yield ask("encode", given.texts)
         yield ask("encode", given.ragged)
         for name, prompt in opened.prompts.items():
-            if prompt or name in model.spec.prompts:  # the library has empty ones of its own
+            if prompt or name in model.spec.prompts:  # the library adds empty prompts of its own
                 yield ask(f"encode with the prompt {name!r}", given.few, prompt_name=name)
         if opened.default_prompt_name is not None:
             yield ask("encode without a prompt", given.few, prompt="")
@@ -144,13 +144,13 @@ def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
 
 
 def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
-    """SparseEncoder.encode, as dense rows."""
+    """Open a checkpoint in SparseEncoder, with questions to `encode` and its variants that give dense rows."""
     from sentence_transformers import SparseEncoder
 
     opened: Any = SparseEncoder(str(folder), **_options())
     stored = read_json(folder / "modules.json")
     if stored and len(stored) != len(opened):
-        # What does not call itself a SparseEncoder gets an autoencoder with random weights.
+        # The library adds an autoencoder with random weights to a checkpoint of another class.
         raise ValueError(f"it adds modules to the {len(stored)} of modules.json")
 
     def questions(model: Any, given: Texts) -> Iterator[Question]:
@@ -173,7 +173,7 @@ def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
 
 
 def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
-    """CrossEncoder.predict, of pairs and of single texts."""
+    """Open a checkpoint in CrossEncoder, with questions to `predict` for pairs and for single texts."""
     import torch
     from sentence_transformers import CrossEncoder
 
@@ -205,7 +205,7 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
                 yield ask(
                     f"predict with the prompt {name!r}", pairs[:_FEW], {"prompt_name": name}, {"prompt_name": name}
                 )
-        # The library takes single texts one by one.
+        # The library takes only one single text in a call.
         yield Question(
             "predict of single texts",
             given.few,
@@ -219,7 +219,7 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
 
 
 def open_transformers(folder: Path, spec: ModelSpec) -> Library:
-    """The class of transformers for the task, fed by AutoTokenizer; for fill-mask its pipeline."""
+    """Open a checkpoint in the task's class of transformers, with AutoTokenizer and, for two tasks, a pipeline."""
     import torch
     import transformers
 
@@ -247,7 +247,7 @@ _OPENERS: Mapping[str, Callable[[Path, ModelSpec], Library]] = {
 def _options() -> dict[str, Any]:
     import torch
 
-    # The stored type may be 16 bits: the comparison is with the function, not with its rounding.
+    # The stored type may have 16 bits; the comparison is with the same weights computed in float32.
     return {"device": "cpu", "model_kwargs": {"dtype": torch.float32, "use_safetensors": True}, **_LOCALLY}
 
 
@@ -258,7 +258,7 @@ def _library(
     questions: Callable[[Model, Texts], Iterator[Question]],
     similarity: str | None = None,
 ) -> Library:
-    # A Router holds the transformer a level down.
+    # A Router holds the transformer one level deeper.
     config = next(part for part in opened.modules() if hasattr(part, "auto_model")).auto_model.config
     limit = min(opened.max_seq_length or spec.max_length, config.max_position_embeddings)
     return Library(title, limit, lambda cut: setattr(opened, "max_seq_length", cut), questions, config, similarity)
@@ -271,7 +271,7 @@ class _Seen:
     logits: list[float] = field(default_factory=lambda: [0.0])
 
     def remember(self, module: Any, inputs: Any, output: Any) -> None:
-        """As a forward hook of torch."""
+        """Record the largest logit, as a forward hook of torch."""
         self.logits[0] = float(output["logits"].abs().max())
 
     def scale(self) -> float:
@@ -281,14 +281,14 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Network:
-    """A model of transformers, its tokenizer, and the ids that this has a token for."""
+    """A model of transformers, its tokenizer, and the ids that belong to a token."""
 
     network: Any
     tokenizer: Any
     known: frozenset[int]
 
     def masks(self, model: Model, given: Texts) -> Iterator[Question]:
-        """The fill-mask pipeline's answers to texts with one mask and with two."""
+        """Yield questions to the fill-mask pipeline, for texts with one mask and with two."""
         from transformers import pipeline
 
         mask = given.mask
@@ -299,7 +299,7 @@ class _Network:
         self.network.register_forward_hook(seen.remember)
         cut = {"truncation": True, "max_length": given.cut}
         size = self.network.config.vocab_size
-        # The pipeline answers with rows that no token owns, too.
+        # The pipeline's answers include rows of the vocabulary that belong to no token.
         ours, theirs = min(_TOP_K, len(self.known)), min(_LOOKED_AT + size - len(self.known), size)
 
         def ask(text: str) -> Question:
@@ -317,7 +317,7 @@ class _Network:
         yield ask(f"{given.texts[0]} {mask} {given.long}")
 
     def tensors(self, model: Model, given: Texts) -> Iterator[Question]:
-        """Logits, or hidden states where there is no head, of each text; for token-classify its pipeline's answers."""
+        """Yield questions for each text's logits, or hidden states if there is no head; also for tags."""
         name = "last_hidden_state" if model.spec.task in ("embed", "sparse") else "logits"
 
         def ask(text: str) -> Question:
@@ -355,7 +355,7 @@ class _Network:
             return self.network(**encoded)[name].numpy()
 
     def _known(self, answers: list[Any]) -> list[Any]:
-        """Without the rows that only pad the vocabulary, which this package never answers."""
+        """Drop answers with rows that only pad the vocabulary; this package never gives them."""
         if isinstance(answers[0], list):
             return [self._known(each) for each in answers]
         return [answer for answer in answers if answer["token"] in self.known]

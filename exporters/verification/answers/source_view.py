@@ -1,8 +1,8 @@
-"""A checkpoint as its own library can load it, and its rotation angles, read without the rest of this package.
+"""Makes a checkpoint loadable by its own library, and reads its rotation angles, without the rest of this package.
 
-The published layout (model_type "new") needs remote code in transformers, which is never run. Its weights and its
-config.json are therefore converted here once more, by other lines than those of `models/`: what both sides of a
-comparison had read wrongly in the same way would agree. Every other file is the checkpoint's own, behind a link.
+The published layout (model_type "new") needs remote code in transformers, which never runs here. Its weights and its
+config.json are therefore converted a second time, by other code than that of `models/`: an error of shared code would
+be on both sides of a comparison and would not show. Every other file is a link to the checkpoint's own.
 Legend: theta = RoPE base, s = NTK factor, d = head size, b = mixed_b, i = 0 … d/2 - 1.
 """
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError
 
-# Fields of the original config.json that the native one spells otherwise, or that change no answer.
+# Fields of the original config.json that have another name in the native one, or that change no answer.
 _ORIGINAL_ONLY = frozenset(
     "auto_map logn_attention_clip1 logn_attention_scale layer_norm_type model_type pack_qkv position_embedding_type "
     "rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype dtype unpad_inputs "
@@ -46,14 +46,14 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """What a checkpoint's JSON files say to its own library, read without the rest of this package.
+    """The content of a checkpoint's JSON files, as its own library reads them.
 
     Args:
         checkpoint: the checkpoint's folder.
-        model: the folder of config.json and tokenizer: the checkpoint's, or that of the first module that
+        model: the folder of config.json and the tokenizer: the checkpoint's folder, or that of the first module that
             sentence-transformers lists.
-        config: config.json; {} where there is none.
-        tokenizer_arguments: what the library gives to AutoTokenizer besides the folder.
+        config: the content of config.json; {} if there is none.
+        tokenizer_arguments: the arguments that the library passes to AutoTokenizer besides the folder.
         lowercases: whether the library lower-cases texts, whatever the tokenizer does.
     """
 
@@ -65,7 +65,7 @@ class SourceFiles:
 
     @property
     def is_original(self) -> bool:
-        """Whether config.json is in the layout that transformers reads with remote code alone."""
+        """Whether config.json is in the layout that transformers reads only with remote code."""
         return self.config.get("model_type") == "new"
 
     @property
@@ -79,7 +79,7 @@ def read_source(checkpoint: Path, *, by_sentence_transformers: bool) -> SourceFi
 
     Args:
         checkpoint: a folder of either layout.
-        by_sentence_transformers: whether the library that reads it is sentence-transformers.
+        by_sentence_transformers: whether sentence-transformers is the library that loads the checkpoint.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -102,17 +102,17 @@ def read_source(checkpoint: Path, *, by_sentence_transformers: bool) -> SourceFi
 
 @contextlib.contextmanager
 def loadable(source: SourceFiles, *, tokenizer_class: str, pad_token_id: int | None, pooling: str) -> Iterator[Path]:
-    """The folder that the libraries load: the checkpoint, or a temporary one that stands for it.
+    """Yield the folder that the libraries load: the checkpoint, or a temporary folder in its place.
 
     Args:
         source: the checkpoint.
-        tokenizer_class: what AutoTokenizer makes of the checkpoint, for an original one that does not name it: under
-            another `model_type` it could make something else.
-        pad_token_id: the tokenizer's, for a config.json without one.
+        tokenizer_class: the class that AutoTokenizer chose for the checkpoint. The temporary folder names this class if
+            the checkpoint names none: for another `model_type`, AutoTokenizer could choose another class.
+        pad_token_id: the tokenizer's padding id, for a config.json without one.
         pooling: "mean" or "cls" in place of the checkpoint's own, or "auto".
 
     Raises:
-        CheckpointError: a file of it cannot be converted.
+        CheckpointError: a file of the checkpoint cannot be converted.
     """
     checkpoint, original = source.checkpoint, source.is_original
     if not original and pooling == "auto":
@@ -132,7 +132,7 @@ def loadable(source: SourceFiles, *, tokenizer_class: str, pad_token_id: int | N
 
 
 def native_fields(raw: Mapping[str, Any], pad_token_id: int | None = None) -> dict[str, Any]:
-    """The native config.json that means what the original one `raw` means."""
+    """Return the native config.json that is equivalent to the original one, `raw`."""
     fields = {key: value for key, value in raw.items() if key not in _ORIGINAL_ONLY}
     if fields.get("pad_token_id") is None:
         fields["pad_token_id"] = pad_token_id
@@ -143,10 +143,10 @@ def native_fields(raw: Mapping[str, Any], pad_token_id: int | None = None) -> di
 
 
 def rotation_frequencies(raw: Mapping[str, Any]) -> NDArray[np.float64]:
-    """inv_freq [d/2] of an original config.json, from the formulas of the family's paper and code.
+    """Return inv_freq [d/2] of an original config.json, from the formulas of the family's paper and code.
 
     Raises:
-        CheckpointError: a scaling that the family does not have.
+        CheckpointError: config.json has a scaling that the family does not have.
     """
     theta, scaling = _theta_and_scaling(raw)
     head = _head_size(raw)
@@ -160,7 +160,7 @@ def rotation_frequencies(raw: Mapping[str, Any]) -> NDArray[np.float64]:
 
 
 def _theta_and_scaling(raw: Mapping[str, Any]) -> tuple[float, tuple[float, float | None] | None]:
-    """The base theta and, where there is NTK scaling, (s, b).
+    """Return the base theta and, if there is NTK scaling, (s, b).
 
     transformers 5 moves both fields into `rope_parameters` whenever it saves a config.
     """
@@ -183,7 +183,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
     head = _head_size(raw)
     if mixed_b is None:
         return {"rope_type": "linear", "rope_theta": theta * factor, "factor": factor ** (2 / head)}
-    # The one type of transformers that takes a divisor for each frequency.
+    # The only RoPE type of transformers with a divisor for each frequency.
     plain = theta ** (-2 * np.arange(head // 2) / head)
     divisors = (plain / rotation_frequencies(raw)).tolist()
     return {
@@ -214,21 +214,21 @@ def _weight_files(checkpoint: Path) -> list[Path]:
 
 
 def _convert_weights(files: list[Path], view: Path) -> None:
-    """Write each file under the native names; the tensors are views of the mapped file, so none is held twice."""
+    """Write each file with the native names; tensors are views of the mapped file, so none is in memory twice."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    places: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for number, file in enumerate(files):
         name = "model.safetensors" if len(files) == 1 else f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         tensors: dict[str, Any] = {}
         with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 - it is no mapping
+            for key in stored.keys():  # noqa: SIM118 - not a mapping
                 tensors.update(_native_tensors(key, stored.get_tensor(key)))
             save_file(tensors, view / name, metadata={"format": "pt"})
-        places.update(dict.fromkeys(tensors, name))
+        file_of.update(dict.fromkeys(tensors, name))
     if len(files) > 1:
-        index = {"metadata": {}, "weight_map": places}
+        index = {"metadata": {}, "weight_map": file_of}
         (view / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -248,7 +248,7 @@ def _native_tensors(key: str, tensor: Any) -> dict[str, Any]:
 def _native_name(name: str) -> str:
     for original, native in _RENAMED.items():
         name = name.replace(original, native)
-    # "self_attn." holds "attn.", never "attention.": the names converted before are left as they are.
+    # "self_attn." contains "attn." but not "attention.", so no name is converted twice.
     return f"gte.{name}"
 
 
@@ -261,7 +261,7 @@ def _name_tokenizer(view: Path, tokenizer_class: str) -> None:
 
 
 def _set_pooling(view: Path, pooling: str) -> None:
-    """Let every Pooling module pool as the export was asked to."""
+    """Set the pooling of the export in every Pooling module."""
     modules = json.loads((view / "modules.json").read_bytes()) if (view / "modules.json").exists() else []
     for module in modules:
         if not str(module["type"]).endswith(".Pooling"):
@@ -274,7 +274,7 @@ def _set_pooling(view: Path, pooling: str) -> None:
 
 
 def _own_copy(link: Path) -> None:
-    """Put a copy in the place of a link to a folder, so that nothing is written into the checkpoint."""
+    """Replace a link to a folder by a copy, so that nothing is written into the checkpoint."""
     if link.is_symlink():
         target = link.resolve()
         link.unlink()

@@ -20,8 +20,8 @@ class Asked:
 
     Args:
         pooling: "mean" or "cls", or "auto".
-        limit: whose limit the bundle has: the checkpoint's "own", one that was "asked" for, or one that may be
-            "shorter" than the checkpoint's, for a bundle that does not say.
+        limit: the source of the bundle's limit: the checkpoint's "own"; one that was "asked" for; or, for a bundle
+            without this information, one that may be "shorter" than the checkpoint's.
     """
 
     pooling: str = "auto"
@@ -38,8 +38,8 @@ class Subject:
         tokenizer: the checkpoint's tokenizer as AutoTokenizer makes it.
         tokenizer_class: name of the class that AutoTokenizer chose. It depends on the model type, so the same files
             under the native model type may give another one.
-        close: decides how far answers may differ.
-        asked: the differences that the export was asked for.
+        close: the bounds on the differences of answers.
+        asked: the options of the export that change answers.
     """
 
     model: Model
@@ -58,7 +58,7 @@ class Subject:
 
 @dataclass
 class Findings:
-    """The results of the checks, collected while they run; failures are grouped by what was asked."""
+    """The results of the checks, collected while they run; failures are grouped by question."""
 
     failures: dict[str, list[str]] = field(default_factory=dict)
     compared: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Findings:
         self.failures.setdefault(what, []).extend(lines)
 
     def check(self) -> Check:
-        """The result, with the first few lines of each group of failures."""
+        """Return the result, with the first few lines of each group of failures."""
         failures = []
         for what, lines in self.failures.items():
             more = [f"and {len(lines) - _MAX_SHOWN:,} more of {what}"] if len(lines) > _MAX_SHOWN else []
@@ -82,5 +82,4 @@ class Findings:
 
 
 AnswerCheck = Callable[[Subject, Findings], None]
-"""Compares one aspect of the two sides. It records differences and what could not be compared, and raises nothing for
-them."""
+"""Compares one aspect of the two sides. It records differences and skipped comparisons and raises no error."""

@@ -79,7 +79,7 @@ class _Recorder:
 
 
 def _fed(model: Model, pair: tuple[str, str]) -> dict[str, NDArray[np.int64]]:
-    """The arrays that `predict` gives to the backend for one pair."""
+    """Return the arrays that `predict` gives to the backend for one pair."""
     recorder = _Recorder(model.spec)
     recording = Model(
         recorder, model._tokenizer, model.spec, max_batch_tokens=MAX_BATCH_TOKENS, path=model.path, backend_reason=""
@@ -111,9 +111,9 @@ def _compare_batch(
 
 
 def _real_tokens(side: Mapping[str, Any], row: int, *, types: bool) -> dict[str, list[int]]:
-    """Ids and token types of the real tokens of a row, and the ids at its padding.
+    """Return ids and token types of the real tokens of a row, and the ids at its padding.
 
-    A tokenizer that pads on the left gives other positions to the same tokens; only the tokens are compared.
+    Only tokens are compared: a tokenizer that pads on the left gives other positions to the same tokens.
     """
     real = np.asarray(side["attention_mask"][row]) == 1
     ids = np.asarray(side["input_ids"][row])
@@ -126,7 +126,7 @@ def _real_tokens(side: Mapping[str, Any], row: int, *, types: bool) -> dict[str,
 
 
 def _first_difference(ours: list[int], theirs: list[int]) -> str:
-    lengths = f"{len(ours):,} here and {len(theirs):,} there; " if len(ours) != len(theirs) else ""
+    lengths = f"{len(ours):,} here and {len(theirs):,} from AutoTokenizer; " if len(ours) != len(theirs) else ""
     pairs = zip(ours, theirs, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-    return f"{lengths}from place {at} on {ours[at : at + 6]} here, {theirs[at : at + 6]} from AutoTokenizer"
+    return f"{lengths}from position {at} on {ours[at : at + 6]} here, {theirs[at : at + 6]} from AutoTokenizer"

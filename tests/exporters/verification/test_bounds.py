@@ -173,7 +173,7 @@ def test_a_check_counts_like_a_bound(sound, broken):
     report = sound.parity.with_checks(check)
     assert not report.passed and report.failures() == [f"words: {line}"]
     assert [entry["name"] for entry in report.to_json()["checks"]] == ["answers", "words"]
-    with pytest.raises(BoundMissedError, match="the words are not the checkpoint's own:\n  'Größe'"):
+    with pytest.raises(BoundMissedError, match="the words differ from the checkpoint's own:\n  'Größe'"):
         report.require()
     table = format_table(report)
     assert "words: FAILED, texts 3" in table and line in table and "skipped: sentence-transformers" in table
@@ -190,8 +190,8 @@ def test_a_check_counts_like_a_bound(sound, broken):
 
 ADVICE = [
     ("fp32", {"onnxruntime": 0.5, "openvino": 1e-6}, "openvino fp32 agrees, so onnxruntime is at fault"),
-    ("fp32", {"onnxruntime": 0.5, "openvino": 0.5}, "That is no rounding: please report it"),
-    ("fp32", {"onnxruntime": 3e-4, "openvino": 3e-4}, "little for a wrong graph: the weights may amplify"),
+    ("fp32", {"onnxruntime": 0.5, "openvino": 0.5}, "too large for rounding: please report it"),
+    ("fp32", {"onnxruntime": 3e-4, "openvino": 3e-4}, "small for a wrong graph: the weights may amplify"),
     ("fp32", {"onnxruntime": math.nan}, "PyTorch's numbers are finite, and these are not"),
     ("fp16", {"onnxruntime": math.nan}, "FP16 ends at 65,504.*Take bf16"),
     ("bf16", {"onnxruntime": 0.5}, "Take fp16, which has three bits more"),
