@@ -24,6 +24,7 @@ from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import original_config, read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from gte_deploy.models.fields import document  # noqa: E402
 from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
 
@@ -114,6 +115,14 @@ def test_a_field_that_the_model_cannot_honour_is_refused(bert, checkpoint, tmp_p
     (tmp_path / "config.json").write_text(json.dumps({**raw, "position_embedding_type": "relative_key"}))
     with pytest.raises(ConfigError, match=r"position_embedding_type is 'relative_key'; expected 'absolute'"):
         read_config(tmp_path)
+
+
+def test_the_page_of_fields_shows_its_table(bert):
+    (section,) = [part for part in document().split("\n## ") if part.startswith(f"{bert.fields.name}\n")]
+    assert (
+        "| `position_embedding_type` | **fixed** `'absolute'`: Only an embedding of each place is computed. |"
+        in section
+    )
 
 
 def test_a_task_that_the_family_does_not_do_is_refused(bert, checkpoint, tmp_path):
