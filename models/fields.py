@@ -47,7 +47,7 @@ class FileFields:
     """The fields of one kind of file.
 
     Args:
-        name: of the file, as the docs show it.
+        name: of the file, as the docs show it; a family's config.json is followed by the name of the family.
         reads: who reads it, and when.
         fields: by name; a name that ends in * stands for all that begin so.
         unknown: what a field that is not listed is: "ignored" where the checkpoint's own library passes over it, and
@@ -91,89 +91,23 @@ def _spelled(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _honoured(note: str) -> Field:
+def honoured(note: str) -> Field:
+    """A field that changes the answers as the checkpoint's own library lets it change them; `note` says how."""
     return Field("honoured", note)
 
 
-def _fixed(note: str, *allowed: Any) -> Field:
+def fixed(note: str, *allowed: Any) -> Field:
+    """A field of which only the values `allowed`, and null, are computed; `note` says what they mean."""
     return Field("fixed", note, allowed)
 
 
-def _ignored(note: str) -> Field:
+def ignored(note: str) -> Field:
+    """A field without effect on the answers; `note` says why."""
     return Field("without effect", note)
 
 
-_SIZE = _honoured("It is checked against the shapes of the tensors.")
-_TRAINING = _ignored("It says how the model was trained.")
-_BOOKKEEPING = _ignored("It names versions, sources or classes.")
-_PRINTED = _ignored("It changes what transformers returns beside the answer.")
-
-CONFIG = FileFields(
-    name="config.json",
-    reads='The same rules apply to both layouts, `model_type` "new" and "gte".',
-    fields={
-        "model_type": _honoured('"new" is the original layout, "gte" is transformers\' own; another is refused.'),
-        "architectures": _honoured("The head in its name determines the task, unless modules.json or `--task` does."),
-        "vocab_size": _SIZE,
-        "hidden_size": _SIZE,
-        "num_hidden_layers": _SIZE,
-        "num_attention_heads": _SIZE,
-        "intermediate_size": _SIZE,
-        "type_vocab_size": _honoured("0 means no token types; with 2 or more the model gets those of the tokenizer."),
-        "max_position_embeddings": _honoured("No text may have more tokens."),
-        "layer_norm_eps": _honoured("Epsilon of every LayerNorm."),
-        "rope_theta": _honoured("Base of the rotary embedding."),
-        "rope_scaling": _honoured("null, default, ntk (with mixed_b), and linear in the native layout; else refused."),
-        "rope_parameters": _honoured("Has rope_theta and rope_scaling in the form of transformers 5, in both layouts."),
-        "pad_token_id": _honoured("If it is missing, or differs from the tokenizer's, the tokenizer's is used."),
-        "id2label": _honoured("Names of a classifier's labels."),
-        "label2id": _honoured("It is computed from id2label."),
-        "num_labels": _honoured("It is checked against id2label and the shape of the head."),
-        "sentence_transformers": _honoured("Its `activation_fn` is what `predict` applies to a reranker's logits."),
-        "sbert_ce_default_activation_function": _honoured("The older name of `activation_fn`, before version 4."),
-        "hidden_act": _fixed("Only the exact GELU is computed.", "gelu"),
-        "layer_norm_type": _fixed("Only LayerNorm is computed.", "layer_norm"),
-        "position_embedding_type": _fixed("Only rotary positions are computed.", "rope"),
-        "logn_attention_scale": _fixed("Scores are not scaled by the logarithm of the length.", False),
-        "partial_rotary_factor": _fixed("The whole head is rotated.", 1, 1.0),
-        "tie_word_embeddings": _fixed("The decoder of the masked-LM head is the word embedding.", True),
-        "quantization_config": _fixed("Quantised weights are not read; take the checkpoint before quantisation."),
-        "is_decoder": _fixed("Attention sees both sides.", False),
-        "add_cross_attention": _fixed("There is no second input to attend to.", False),
-        "head_dim": _honoured("It must be hidden_size over num_attention_heads; else it is refused."),
-        "logn_attention_clip1": _ignored("It belongs to logn_attention_scale, which is refused."),
-        "pack_qkv": _ignored("The names of the tensors show it."),
-        "unpad_inputs": _ignored("It changes the speed."),
-        "use_memory_efficient_attention": _ignored("It changes the speed."),
-        "use_cache": _ignored("An encoder has no cache."),
-        "torch_dtype": _ignored("The tensors have types of their own; PyTorch computes in float32 here."),
-        "dtype": _ignored("The newer name of torch_dtype."),
-        "bos_token_id": _ignored("The tokenizer has its own."),
-        "eos_token_id": _ignored("The tokenizer has its own."),
-        "sep_token_id": _ignored("The tokenizer has its own."),
-        "cls_token_id": _ignored("The tokenizer has its own."),
-        "mask_token_id": _ignored("The tokenizer has its own."),
-        "decoder_start_token_id": _ignored("Nothing is generated."),
-        "tokenizer_class": _ignored(
-            "tokenizer_config.json decides; if it names no class, AutoTokenizer reads this field."
-        ),
-        "problem_type": _ignored("It chooses a loss for training."),
-        "hidden_dropout_prob": _TRAINING,
-        "attention_probs_dropout_prob": _TRAINING,
-        "classifier_dropout": _TRAINING,
-        "initializer_range": _TRAINING,
-        "gradient_checkpointing": _TRAINING,
-        "output_attentions": _PRINTED,
-        "output_hidden_states": _PRINTED,
-        "return_dict": _PRINTED,
-        "auto_map": _ignored("It names remote code, which is never run."),
-        "_name_or_path": _BOOKKEEPING,
-        "transformers_version": _BOOKKEEPING,
-        "finetuning_task": _BOOKKEEPING,
-        "torchscript": _BOOKKEEPING,
-    },
-    unknown="ignored",
-)
+TRAINING = ignored("It says how the model was trained.")
+BOOKKEEPING = ignored("It names versions, sources or classes.")
 
 TOKENIZER = FileFields(
     name="tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.txt, *.model",
@@ -182,22 +116,22 @@ TOKENIZER = FileFields(
         "gets one tokenizer.json that gives the same ids by itself."
     ),
     fields={
-        "model_max_length": _honoured("It limits the tokens of a text, unless another file does."),
-        "do_lower_case": _honoured("AutoTokenizer applies it."),
-        "strip_accents, tokenize_chinese_chars": _honoured("AutoTokenizer applies them."),
-        "added_tokens_decoder, additional_special_tokens, extra_special_tokens": _honoured(
+        "model_max_length": honoured("It limits the tokens of a text, unless another file does."),
+        "do_lower_case": honoured("AutoTokenizer applies it."),
+        "strip_accents, tokenize_chinese_chars": honoured("AutoTokenizer applies them."),
+        "added_tokens_decoder, additional_special_tokens, extra_special_tokens": honoured(
             "AutoTokenizer applies them."
         ),
-        "pad_token, unk_token, cls_token, sep_token, mask_token, bos_token, eos_token": _honoured(
+        "pad_token, unk_token, cls_token, sep_token, mask_token, bos_token, eos_token": honoured(
             "AutoTokenizer applies them."
         ),
-        "model_input_names": _honoured("If it has token_type_ids and the model has token types, the model gets them."),
-        "truncation_side": _honoured('"left" keeps the last tokens of a text that is cut.'),
-        "clean_up_tokenization_spaces": _honoured("It applies to the texts that fill_mask returns."),
-        "split_special_tokens": _fixed("Special tokens in a text stay whole.", False),
-        "padding_side": _ignored("Padding is masked, and rotary positions are relative."),
-        "auto_map": _ignored("It names remote code, which is never run."),
-        "chat_template": _ignored("There is no chat."),
+        "model_input_names": honoured("If it has token_type_ids and the model has token types, the model gets them."),
+        "truncation_side": honoured('"left" keeps the last tokens of a text that is cut.'),
+        "clean_up_tokenization_spaces": honoured("It applies to the texts that fill_mask returns."),
+        "split_special_tokens": fixed("Special tokens in a text stay whole.", False),
+        "padding_side": ignored("Padding is masked, and rotary positions are relative."),
+        "auto_map": ignored("It names remote code, which is never run."),
+        "chat_template": ignored("There is no chat."),
     },
     unknown="ignored",
 )
@@ -206,15 +140,15 @@ MODULES = FileFields(
     name="modules.json",
     reads="The list of modules of sentence-transformers, read for the task to which they belong.",
     fields={
-        "idx": _ignored("The order of the list determines the order of modules."),
-        "name": _ignored("It is a label."),
-        "path": _honoured("Folder of the module's files; config.json may be in the folder of the Transformer."),
-        "type": _honoured(
+        "idx": ignored("The order of the list determines the order of modules."),
+        "name": ignored("It is a label."),
+        "path": honoured("Folder of the module's files; config.json may be in the folder of the Transformer."),
+        "type": honoured(
             "Transformer, Pooling, Dense, Normalize (and Dropout, which does nothing here) for embeddings; Transformer "
             "for a reranker; MLMTransformer, SpladePooling, Router and SparseStaticEmbedding for sparse embeddings. "
             "Others are refused by name."
         ),
-        "kwargs": _fixed("They are arguments for calls of the module.", []),
+        "kwargs": fixed("They are arguments for calls of the module.", []),
     },
     unknown="ignored",
 )
@@ -224,23 +158,23 @@ SENTENCE_BERT = FileFields(
     name="sentence_bert_config.json",
     reads="Settings of the Transformer module. They apply to embeddings, and to rerankers that have a modules.json.",
     fields={
-        "max_seq_length": _honoured("It limits the tokens of a text, before tokenizer_config.json does."),
-        "do_lower_case": _honoured("A Lowercase step comes before the tokenizer's own normalizer."),
-        "tokenizer_args": _honoured("Arguments of AutoTokenizer; those that load code or other files are refused."),
-        "processor_kwargs": _honoured("The newer name of tokenizer_args."),
-        "config_args": _honoured("They replace fields of config.json."),
-        "config_kwargs": _honoured("The newer name of config_args."),
-        "model_args": _honoured("Types, devices and kinds of attention do not change the answers; others are refused."),
-        "model_kwargs": _honoured("The newer name of model_args."),
-        "transformer_task": _honoured("It must fit the task; else it is refused."),
-        "modality_config": _honoured("It must be the forward pass over text; else it is refused."),
-        "module_output_name": _honoured("It must fit modality_config; else it is refused."),
-        "processing_kwargs": _fixed("Texts are cut and padded in one way.", {}),
-        "query_length": _fixed(_NO_LENGTH),
-        "document_length": _fixed(_NO_LENGTH),
-        "query_expansion": _fixed("Queries are not lengthened by mask tokens."),
-        "tokenizer_name_or_path": _fixed("The tokenizer is the checkpoint's own."),
-        "unpad_inputs": _ignored("It changes the speed."),
+        "max_seq_length": honoured("It limits the tokens of a text, before tokenizer_config.json does."),
+        "do_lower_case": honoured("A Lowercase step comes before the tokenizer's own normalizer."),
+        "tokenizer_args": honoured("Arguments of AutoTokenizer; those that load code or other files are refused."),
+        "processor_kwargs": honoured("The newer name of tokenizer_args."),
+        "config_args": honoured("They replace fields of config.json."),
+        "config_kwargs": honoured("The newer name of config_args."),
+        "model_args": honoured("Types, devices and kinds of attention do not change the answers; others are refused."),
+        "model_kwargs": honoured("The newer name of model_args."),
+        "transformer_task": honoured("It must fit the task; else it is refused."),
+        "modality_config": honoured("It must be the forward pass over text; else it is refused."),
+        "module_output_name": honoured("It must fit modality_config; else it is refused."),
+        "processing_kwargs": fixed("Texts are cut and padded in one way.", {}),
+        "query_length": fixed(_NO_LENGTH),
+        "document_length": fixed(_NO_LENGTH),
+        "query_expansion": fixed("Queries are not lengthened by mask tokens."),
+        "tokenizer_name_or_path": fixed("The tokenizer is the checkpoint's own."),
+        "unpad_inputs": ignored("It changes the speed."),
     },
     unknown="refused",
 )
@@ -249,16 +183,16 @@ SENTENCE_TRANSFORMERS = FileFields(
     name="config_sentence_transformers.json",
     reads="Settings of the whole model. They apply to embeddings, and to rerankers that have a modules.json.",
     fields={
-        "prompts": _honoured("Name -> text that is put before an input."),
-        "default_prompt_name": _honoured("The prompt that is used if the caller names none."),
-        "similarity_fn_name": _honoured("It goes into the bundle; `Model.spec` has it."),
-        "truncate_dim": _honoured("Number of leading dimensions that `encode` keeps by default."),
-        "max_active_dims": _honoured("Number of entries that a sparse vector keeps."),
-        "activation_fn": _honoured("The function that `predict` applies to a reranker's logits; see below."),
-        "model_type": _honoured("A file for another kind of model is ignored, as the library ignores it."),
-        "keep_in_fp32_modules": _ignored("PyTorch computes in float32 here."),
-        "__version__": _BOOKKEEPING,
-        "requirements": _ignored("They are for the library's own installation."),
+        "prompts": honoured("Name -> text that is put before an input."),
+        "default_prompt_name": honoured("The prompt that is used if the caller names none."),
+        "similarity_fn_name": honoured("It goes into the bundle; `Model.spec` has it."),
+        "truncate_dim": honoured("Number of leading dimensions that `encode` keeps by default."),
+        "max_active_dims": honoured("Number of entries that a sparse vector keeps."),
+        "activation_fn": honoured("The function that `predict` applies to a reranker's logits; see below."),
+        "model_type": honoured("A file for another kind of model is ignored, as the library ignores it."),
+        "keep_in_fp32_modules": ignored("PyTorch computes in float32 here."),
+        "__version__": BOOKKEEPING,
+        "requirements": ignored("They are for the library's own installation."),
     },
     unknown="ignored",
 )
@@ -267,11 +201,11 @@ POOLING = FileFields(
     name="1_Pooling/config.json",
     reads="The Pooling module, in the folder that modules.json names.",
     fields={
-        "pooling_mode": _honoured('"cls" or "mean"; others, and several at once, are refused.'),
-        "pooling_mode_*": _honoured("The older form, a boolean for each mode."),
-        "word_embedding_dimension": _ignored("The tensors have it."),
-        "embedding_dimension": _ignored("The tensors have it."),
-        "include_prompt": _fixed("The prompt's tokens are pooled as well.", True),
+        "pooling_mode": honoured('"cls" or "mean"; others, and several at once, are refused.'),
+        "pooling_mode_*": honoured("The older form, a boolean for each mode."),
+        "word_embedding_dimension": ignored("The tensors have it."),
+        "embedding_dimension": ignored("The tensors have it."),
+        "include_prompt": fixed("The prompt's tokens are pooled as well.", True),
     },
     unknown="refused",
 )
@@ -280,13 +214,13 @@ DENSE = FileFields(
     name="2_Dense/config.json",
     reads="Dense modules after the pooling, in the folders that modules.json names, with their model.safetensors.",
     fields={
-        "in_features": _honoured("It is checked against the weights."),
-        "out_features": _honoured("Width of the embedding."),
-        "bias": _honoured("It is checked against the weights."),
-        "activation_function": _honoured("One of the functions below; Tanh if it is missing."),
-        "use_residual": _honoured("The input is added; if the widths differ, a matrix projects it first."),
-        "module_input_name": _fixed("It projects the pooled embedding.", "sentence_embedding"),
-        "module_output_name": _fixed("It projects the pooled embedding.", "sentence_embedding"),
+        "in_features": honoured("It is checked against the weights."),
+        "out_features": honoured("Width of the embedding."),
+        "bias": honoured("It is checked against the weights."),
+        "activation_function": honoured("One of the functions below; Tanh if it is missing."),
+        "use_residual": honoured("The input is added; if the widths differ, a matrix projects it first."),
+        "module_input_name": fixed("It projects the pooled embedding.", "sentence_embedding"),
+        "module_output_name": fixed("It projects the pooled embedding.", "sentence_embedding"),
     },
     unknown="ignored",
 )
@@ -295,11 +229,11 @@ SPLADE = FileFields(
     name="1_SpladePooling/config.json",
     reads="The SpladePooling module of a sparse model, in the folder that modules.json or a Router names.",
     fields={
-        "pooling_strategy": _honoured('"max" or "sum" over the tokens.'),
-        "activation_function": _honoured('"relu" for log1p(relu(x)), "log1p_relu" for log1p(log1p(relu(x))).'),
-        "embedding_dimension": _ignored("It is the vocabulary's size."),
-        "word_embedding_dimension": _ignored("It is the vocabulary's size."),
-        "chunk_size": _ignored("It changes the memory that is needed."),
+        "pooling_strategy": honoured('"max" or "sum" over the tokens.'),
+        "activation_function": honoured('"relu" for log1p(relu(x)), "log1p_relu" for log1p(log1p(relu(x))).'),
+        "embedding_dimension": ignored("It is the vocabulary's size."),
+        "word_embedding_dimension": ignored("It is the vocabulary's size."),
+        "chunk_size": ignored("It changes the memory that is needed."),
     },
     unknown="refused",
 )
@@ -308,12 +242,12 @@ ROUTER = FileFields(
     name="router_config.json",
     reads="A Router of a sparse model with the routes query and document; other routes are refused by name.",
     fields={
-        "types": _honoured(
+        "types": honoured(
             "Modules of each route. Documents: MLMTransformer or Transformer, and SpladePooling; queries: the same, or "
             "SparseStaticEmbedding."
         ),
-        "structure": _honoured("The modules of each route."),
-        "parameters": _honoured("`default_route` and `allow_empty_key`; `route_mappings` is refused."),
+        "structure": honoured("The modules of each route."),
+        "parameters": honoured("`default_route` and `allow_empty_key`; `route_mappings` is refused."),
     },
     unknown="ignored",
 )
@@ -322,9 +256,9 @@ STATIC = FileFields(
     name="query_0_SparseStaticEmbedding/config.json, model.safetensors, idf.json",
     reads="Weights for the words of a query, which then needs no encoder. The bundle has them as query_weights.npy.",
     fields={
-        "weight": _honoured("float32 [vocabulary], in model.safetensors."),
-        "path": _honoured("Path of a JSON file of token -> weight, in place of the tensor."),
-        "frozen": _TRAINING,
+        "weight": honoured("float32 [vocabulary], in model.safetensors."),
+        "path": honoured("Path of a JSON file of token -> weight, in place of the tensor."),
+        "frozen": TRAINING,
     },
     unknown="ignored",
 )
@@ -336,14 +270,13 @@ ADAPTER = FileFields(
         "refused by name if not."
     ),
     fields={
-        "base_model_name_or_path": _honoured("The weights to adapt; those of the folder if they are not found."),
-        "*": _honoured("peft applies it."),
+        "base_model_name_or_path": honoured("The weights to adapt; those of the folder if they are not found."),
+        "*": honoured("peft applies it."),
     },
     unknown="ignored",
 )
 
-TABLES = (
-    CONFIG,
+SHARED = (
     TOKENIZER,
     MODULES,
     SENTENCE_BERT,
@@ -355,6 +288,16 @@ TABLES = (
     STATIC,
     ADAPTER,
 )
+"""The tables of the files that every family has alike."""
+
+
+def tables() -> tuple[FileFields, ...]:
+    """Every table: those of each family's config.json, then `SHARED`."""
+    from gte_deploy.models import families
+
+    own = {place: families.family_of_type(name).fields for name, place in families.FAMILIES.items()}
+    return (*own.values(), *SHARED)
+
 
 _INTRODUCTION = """# Checkpoints: files and fields that are supported
 
@@ -400,7 +343,7 @@ The activation of a reranker is in config_sentence_transformers.json, else in co
 for one label, and none for several. A path outside torch names other people's code: a reranker then has the default, as
 in the library, and a Dense module is refused.
 """
-    return "\n".join([_INTRODUCTION, *(_section(table) for table in TABLES)]) + activations
+    return "\n".join([_INTRODUCTION, *(_section(table) for table in tables())]) + activations
 
 
 def _section(table: FileFields) -> str:

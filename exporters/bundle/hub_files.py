@@ -37,11 +37,12 @@ def write_hub_files(folder: Path, checkpoint: Description) -> None:
 def hub_files(checkpoint: Description) -> dict[str, Any]:
     """The JSON files of a bundle except those of the tokenizer: path relative to the bundle -> content."""
     spec = checkpoint.spec
-    # In the native layout, which transformers and TEI read without remote code. The positions are those of the graph.
-    config = {
-        **checkpoint.family.native_config(checkpoint.config, task=spec.head_task),
-        "max_position_embeddings": spec.max_length,
-    }
+    # In the native layout, which transformers and TEI read without remote code.
+    config = checkpoint.family.native_config(checkpoint.config, task=spec.head_task)
+    if checkpoint.family.positions != "absolute":
+        # The limit of the graph. A family with a table of positions keeps the number of its rows: libraries refuse the
+        # weights otherwise.
+        config["max_position_embeddings"] = spec.max_length
     if spec.activation is not None:
         config["sentence_transformers"] = {"activation_fn": _torch_path(spec.activation)}
     files: dict[str, Any] = {"config.json": config}

@@ -11,16 +11,20 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gte_deploy.core.errors import InputError
+from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.options import Option, check_choices, options_given
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
+from gte_deploy.models.families import family_of
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.model import Model
+
+# A pass in the sites of families: attention on the tokens of all rows, without padding.
+_PADDING_FREE = "packed_attention"
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,26 @@ def closing(opened: Mapping[Any, Any]) -> Any:
 def allowed_precisions(described: Option, target: type[Target]) -> list[Precision]:
     """The precisions of a target for which an option exists; empty for all."""
     return [precision for precision in target.precisions if precision in described.precisions]
+
+
+def has_padding_free(job: Job) -> bool:
+    """Whether the graph of the job's model can be padding-free, as the sites of its family say."""
+    return _PADDING_FREE in job.sites
+
+
+def require_padding_free(job: Job) -> None:
+    """Refuse to remove the padding of a model whose attention has no padding-free form.
+
+    Raises:
+        ExportError: the message names the model type and the positions of its family.
+    """
+    if not has_padding_free(job):
+        config = job.model.config
+        raise ExportError(
+            f"padding cannot be removed from models of model_type {config.model_type!r}, which have "
+            f"{family_of(config).positions} positions: attention without padding is built for rotary positions and the "
+            "layers of GTE. Export with padding='keep'."
+        )
 
 
 def refuse_token_weights(spec: ModelSpec) -> None:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.core.spec import Logits, Pooling, SparseSpec, Task
+from gte_deploy.core.spec import Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.models.families import head_of
 from gte_deploy.models.heads import ClassifyHead, Head, HeadOptions, States, TokenClassifyHead, encode_padded, make_head
 from gte_deploy.tasks.base import HIDDEN
 
@@ -47,16 +48,17 @@ class TorchReference:
         """See `Backend.run`; every output of the task is returned, whatever `outputs` names."""
         states = encode_padded(self._model.base_model, batch)
         if isinstance(self._head, (ClassifyHead, TokenClassifyHead)):
-            self._keep_terms(self._head.features(states))
+            self._keep_terms(head_of(self._model, self._head.options.task), self._head.features(states))
         results = {HIDDEN: states.hidden, self._head.output: self._head(states)}
         return {name: value.float().numpy() for name, value in results.items()}
 
-    def _keep_terms(self, features: torch.Tensor) -> None:
-        """Update `terms` with the classifier's features [..., H]."""
-        linear = self._model.classifier
-        terms = features.double().square() @ linear.weight.double().square().T
-        if linear.bias is not None:
-            terms = terms + linear.bias.double().square()
+    def _keep_terms(self, classifier: torch.nn.Module, features: torch.Tensor) -> None:
+        """Update `terms` by the classifier's features [..., H], where the classifier is one linear layer."""
+        if not isinstance(classifier, torch.nn.Linear):
+            return
+        terms = features.double().square() @ classifier.weight.double().square().T
+        if classifier.bias is not None:
+            terms = terms + classifier.bias.double().square()
         largest = terms.sqrt().reshape(-1, terms.shape[-1]).amax(0).numpy()
         self.terms["logits"] = np.maximum(self.terms.get("logits", 0.0), largest)
 
@@ -72,17 +74,18 @@ class _SparseByDefinition:
     def __call__(self, states: States) -> torch.Tensor:
         """See `Head`."""
         hidden, mask, input_ids = states.tokens_of_batch()
+        head = head_of(self.model, head_task("sparse", self.sparse))
         weights = hidden.new_zeros(len(hidden), self.model.config.vocab_size)
         if self.sparse.head == "token-weights":
             rows = torch.arange(len(hidden))
             for place, ids in enumerate(input_ids.T):
-                found = (self.model.classifier(hidden[:, place])[:, 0] * mask[:, place]).relu()
+                found = (head(hidden[:, place])[:, 0] * mask[:, place]).relu()
                 weights[rows, ids] = torch.maximum(weights[rows, ids], found)
             weights[:, list(self.sparse.unweighted)] = 0
             return weights
         is_max = self.sparse.pooling == "max"
         for part, kept in zip(hidden.split(_TOKENS_AT_ONCE, 1), mask.split(_TOKENS_AT_ONCE, 1), strict=True):
-            active = (self.model.lm_head(part) * kept[:, :, None]).relu().log1p()
+            active = (head(part) * kept[:, :, None]).relu().log1p()
             active = active.log1p() if self.sparse.activation == "log1p_relu" else active
             weights = torch.maximum(weights, active.amax(1)) if is_max else weights + active.sum(1)
         return weights

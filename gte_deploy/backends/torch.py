@@ -15,7 +15,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.core.cpus import available_cpus
-from gte_deploy.core.errors import BackendError, MissingDependencyError
+from gte_deploy.core.errors import BackendError, ConfigError, MissingDependencyError
 from gte_deploy.core.quiet import keep_caches_in_ours
 from gte_deploy.core.spec import ComputePrecision, ModelSpec, Task
 from gte_deploy.tasks.base import HIDDEN
@@ -49,18 +49,19 @@ class TorchBackend:
 
         With `packed`, no padding is computed: the rows follow one another, and attention has variable lengths. CUDA has
         a kernel for that in 16 bits, so it is the default there. Elsewhere attention runs row by row, with the same
-        answers. `compile` compiles the encoder with torch.compile, for all shapes.
+        answers. Models with biased scores (ALiBi) always run padded. `compile` compiles the encoder with torch.compile,
+        for all shapes.
 
         Raises:
             BackendError: the device is missing.
+            ConfigError: `packed` is True, and the model's family has no attention without padding.
         """
         import torch
 
         self.spec = spec
         self.device = device
         self.precision: ComputePrecision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
-        on_cuda = parse_device(device)[0] == "cuda"
-        self._is_packed = on_cuda and self.precision == "bf16" if packed is None else packed
+        self._is_packed = self._packs(model, packed)
         if self._is_packed:
             from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 
@@ -73,6 +74,19 @@ class TorchBackend:
         self._encoder: Any = torch.compile(encoder, dynamic=True) if compile else encoder
         self.num_threads = _set_threads(num_threads)
         self._is_forked = False
+
+    def _packs(self, model: Any, asked: bool | None) -> bool:
+        """Whether to run without padding: as asked, or where it is faster."""
+        from gte_deploy.models.families import family_of
+
+        family = family_of(model.config)
+        if asked and not family.runs_packed:
+            raise ConfigError(
+                f"models of model_type {model.config.model_type!r} have {family.positions} positions, which attention "
+                "without padding does not compute. Leave out `packed`."
+            )
+        is_faster = parse_device(self.device)[0] == "cuda" and self.precision == "bf16"
+        return is_faster and family.runs_packed if asked is None else asked
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""

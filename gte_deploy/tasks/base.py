@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.spec import ModelSpec, Similarity
 from gte_deploy.core.spec import Task as TaskName
 
@@ -105,16 +105,6 @@ class Task:
     def can_run_on(self, spec: ModelSpec) -> bool:
         """Whether a model with this spec can do the task."""
         return spec.task == self.name if self.suits is None else self.suits(spec)
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Refuse a value that is not among the allowed ones.
-
-    Raises:
-        InputError: the message names the allowed values.
-    """
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
 def import_torch() -> Any:

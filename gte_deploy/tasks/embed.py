@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import EMBEDDING_PRECISIONS, POOLINGS, EmbeddingPrecision, ModelSpec, Pooling
-from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, check_choice, import_torch
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, import_torch
 from gte_deploy.tasks.pooling import l2_normalize, pool, quantize
 from gte_deploy.text.inputs import check_integer
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import (
     SPARSE_ROUTES,
     AggregationStrategy,
@@ -23,7 +24,7 @@ from gte_deploy.core.spec import (
     Task,
 )
 from gte_deploy.tasks import TASKS
-from gte_deploy.tasks.base import ReturnType, check_choice
+from gte_deploy.tasks.base import ReturnType
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest

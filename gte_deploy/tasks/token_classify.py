@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.activations import softmax
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import AGGREGATION_STRATEGIES, AggregationStrategy, ModelSpec
-from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors, check_choice, filled, import_torch
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Outputs, Task, Tensors, filled, import_torch
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.text.inputs import as_texts, as_words
 

@@ -46,8 +46,15 @@ def family_of(config: Any) -> Family:
 
 
 def head_of(model: Any, task: Task) -> Any:
-    """The module of `model` that turns hidden states into the logits of `task`; see `Family.heads`."""
-    return model.get_submodule(family_of(model.config).heads[task])
+    """The module of `model` that turns hidden states into the logits of `task`; see `Family.heads`.
+
+    Raises:
+        ConfigError: the family has no head for the task.
+    """
+    heads, kind = family_of(model.config).heads, model.config.model_type
+    if task not in heads:
+        raise ConfigError(f"models of model_type {kind!r} have no head for {task}; expected one of {', '.join(heads)}")
+    return model.get_submodule(heads[task])
 
 
 def fusion_sites(model: Any) -> Mapping[str, int]:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Positions = Literal["rotary", "absolute", "alibi"]
-"""How a model knows the order of tokens: rotated queries and keys, an embedding of each place, or biased scores.
+"""How a model knows the order of tokens.
 
-The fusion passes and the padding-free attention know no biased scores: a family with "alibi" has no sites of these
-passes, and its models run padded.
+"rotary": queries and keys are rotated. "absolute": a table has an embedding of each place, so that the number of places
+is a size of the weights. "alibi": scores are biased by the distance of two tokens. No attention without padding and no
+fused attention computes these biases: a family with "alibi" names no pass for attention in its `sites`, and its models
+run padded.
 """
 
 
@@ -133,6 +135,11 @@ class Family:
     position_module: str | None = None
     tensors: TensorNames = TensorNames()
     original_config: WriteConfig | None = None
+
+    @property
+    def runs_packed(self) -> bool:
+        """Whether PyTorch can run its models on the tokens of all rows in one sequence, without padding."""
+        return self.positions != "alibi"
 
     @property
     def architectures(self) -> dict[str, Task]:

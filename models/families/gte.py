@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import Task
 from gte_deploy.models.families.base import Family, TensorNames
-from gte_deploy.models.fields import CONFIG
+from gte_deploy.models.fields import BOOKKEEPING, TRAINING, FileFields, fixed, honoured, ignored
 from gte_deploy.models.presets import USAGE_FIELDS, preset
 from gte_deploy.models.reading import Reader, without_warnings_of_types
 from gte_deploy.models.rope import (
@@ -70,6 +70,76 @@ _COMMON_FIELDS = (
     "bos_token_id",
     "eos_token_id",
     "problem_type",
+)
+
+_SIZE = honoured("It is checked against the shapes of the tensors.")
+_PRINTED = ignored("It changes what transformers returns beside the answer.")
+
+FIELDS = FileFields(
+    name="config.json of GTE-v1.5",
+    reads='The same rules apply to both layouts, `model_type` "new" and "gte".',
+    fields={
+        "model_type": honoured('"new" is the original layout, "gte" is transformers\' own; another is refused.'),
+        "architectures": honoured("The head in its name determines the task, unless modules.json or `--task` does."),
+        "vocab_size": _SIZE,
+        "hidden_size": _SIZE,
+        "num_hidden_layers": _SIZE,
+        "num_attention_heads": _SIZE,
+        "intermediate_size": _SIZE,
+        "type_vocab_size": honoured("0 means no token types; with 2 or more the model gets those of the tokenizer."),
+        "max_position_embeddings": honoured("No text may have more tokens."),
+        "layer_norm_eps": honoured("Epsilon of every LayerNorm."),
+        "rope_theta": honoured("Base of the rotary embedding."),
+        "rope_scaling": honoured("null, default, ntk (with mixed_b), and linear in the native layout; else refused."),
+        "rope_parameters": honoured("Has rope_theta and rope_scaling in the form of transformers 5, in both layouts."),
+        "pad_token_id": honoured("If it is missing, or differs from the tokenizer's, the tokenizer's is used."),
+        "id2label": honoured("Names of a classifier's labels."),
+        "label2id": honoured("It is computed from id2label."),
+        "num_labels": honoured("It is checked against id2label and the shape of the head."),
+        "sentence_transformers": honoured("Its `activation_fn` is what `predict` applies to a reranker's logits."),
+        "sbert_ce_default_activation_function": honoured("The older name of `activation_fn`, before version 4."),
+        "hidden_act": fixed("Only the exact GELU is computed.", "gelu"),
+        "layer_norm_type": fixed("Only LayerNorm is computed.", "layer_norm"),
+        "position_embedding_type": fixed("Only rotary positions are computed.", "rope"),
+        "logn_attention_scale": fixed("Scores are not scaled by the logarithm of the length.", False),
+        "partial_rotary_factor": fixed("The whole head is rotated.", 1, 1.0),
+        "tie_word_embeddings": fixed("The decoder of the masked-LM head is the word embedding.", True),
+        "quantization_config": fixed("Quantised weights are not read; take the checkpoint before quantisation."),
+        "is_decoder": fixed("Attention sees both sides.", False),
+        "add_cross_attention": fixed("There is no second input to attend to.", False),
+        "head_dim": honoured("It must be hidden_size over num_attention_heads; else it is refused."),
+        "logn_attention_clip1": ignored("It belongs to logn_attention_scale, which is refused."),
+        "pack_qkv": ignored("The names of the tensors show it."),
+        "unpad_inputs": ignored("It changes the speed."),
+        "use_memory_efficient_attention": ignored("It changes the speed."),
+        "use_cache": ignored("An encoder has no cache."),
+        "torch_dtype": ignored("The tensors have types of their own; PyTorch computes in float32 here."),
+        "dtype": ignored("The newer name of torch_dtype."),
+        "bos_token_id": ignored("The tokenizer has its own."),
+        "eos_token_id": ignored("The tokenizer has its own."),
+        "sep_token_id": ignored("The tokenizer has its own."),
+        "cls_token_id": ignored("The tokenizer has its own."),
+        "mask_token_id": ignored("The tokenizer has its own."),
+        "decoder_start_token_id": ignored("Nothing is generated."),
+        "tokenizer_class": ignored(
+            "tokenizer_config.json decides; if it names no class, AutoTokenizer reads this field."
+        ),
+        "problem_type": ignored("It chooses a loss for training."),
+        "hidden_dropout_prob": TRAINING,
+        "attention_probs_dropout_prob": TRAINING,
+        "classifier_dropout": TRAINING,
+        "initializer_range": TRAINING,
+        "gradient_checkpointing": TRAINING,
+        "output_attentions": _PRINTED,
+        "output_hidden_states": _PRINTED,
+        "return_dict": _PRINTED,
+        "auto_map": ignored("It names remote code, which is never run."),
+        "_name_or_path": BOOKKEEPING,
+        "transformers_version": BOOKKEEPING,
+        "finetuning_task": BOOKKEEPING,
+        "torchscript": BOOKKEEPING,
+    },
+    unknown="ignored",
 )
 
 
@@ -295,7 +365,7 @@ def _sites(config: GteConfig) -> dict[str, int]:
 
 GTE = Family(
     model_types=("gte", "new"),
-    fields=CONFIG,
+    fields=FIELDS,
     read_config=read_config,
     native_config=native_config,
     original_config=original_config,

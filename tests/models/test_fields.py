@@ -10,17 +10,17 @@ from transformers import GteConfig
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.models.config import read_config
 from gte_deploy.models.description import describe
+from gte_deploy.models.families.gte import FIELDS as CONFIG
 from gte_deploy.models.fields import (
-    CONFIG,
     DENSE,
     POOLING,
     SENTENCE_BERT,
     SENTENCE_TRANSFORMERS,
     SPLADE,
     STATIC,
-    TABLES,
     TOKENIZER,
     check_fields,
+    tables,
 )
 
 
@@ -73,9 +73,14 @@ def test_every_argument_of_a_tokenizer_is_in_the_table():
     assert arguments <= listed
 
 
+def test_each_table_has_a_heading_of_its_own():
+    names = [table.name for table in tables()]
+    assert "config.json of GTE-v1.5" in names and len(set(names)) == len(names)
+
+
 FIXED = [
     (table, name, value)
-    for table in TABLES
+    for table in tables()
     for name, field in table.fields.items()
     if field.effect == "fixed"
     for value in ("something else", True, False, 7, [3], {"a": 1})

@@ -164,7 +164,7 @@ def test_prompts_of_pairs_are_put_here_and_not_again_there(monkeypatch: pytest.M
         ({"stride": 3, "aggregation_strategy": "simple"}, "stride is not served"),
         ({"is_split_into_words": True}, "is_split_into_words is not served"),
         ({"offset_mapping": [(0, 1)]}, "offset_mapping is not served"),
-        ({"aggregation_strategy": "best"}, "aggregation_strategy must be one of"),
+        ({"aggregation_strategy": "best"}, "aggregation_strategy is 'best'; expected one of"),
     ],
 )
 def test_what_a_server_does_not_tag(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
@@ -206,7 +206,7 @@ def test_sparse_vectors_and_dictionaries(monkeypatch: pytest.MonkeyPatch):
             (lambda: client.encode("5"), "use encode_sparse"),
             (lambda: client.encode_sparse("5", device="cuda"), "leave device out"),
             (lambda: client.encode_sparse("5", max_active_dims=0), "max_active_dims must be"),
-            (lambda: client.encode_sparse("5", route="both"), "route must be one of"),
+            (lambda: client.encode_sparse("5", route="both"), "route is 'both'; expected one of"),
         ):
             with pytest.raises(InputError, match=message):
                 call()

@@ -9,7 +9,13 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
-from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
+from gte_deploy.exporters.targets.base import (
+    Candidates,
+    Target,
+    has_padding_free,
+    refuse_token_weights,
+    require_padding_free,
+)
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -24,7 +30,8 @@ class CudaOptions:
 
     Args:
         padding: "remove" for a graph whose kernels see no padding token; "keep" for a graph that masks padding; "auto"
-            removes padding in fp16, for which ONNX Runtime has the kernels.
+            removes padding in fp16, for which ONNX Runtime has the kernels, if the model's family has padding-free
+            attention.
     """
 
     padding: Padding = option(
@@ -63,7 +70,7 @@ class CudaTarget(Target):
                 graphs["openvino"],
                 sites=job.sites,
                 precision=job.precision,
-                removes_padding=self.removes_padding(job.precision),
+                removes_padding=self._removes_padding_of(job),
             )
         with job.steps("write the graph"):
             file = job.graph_file("onnxruntime")
@@ -88,5 +95,15 @@ class CudaTarget(Target):
         return OnnxBackend(job.graph_file("onnxruntime"), job.spec, device="cuda") if has_cuda() else None
 
     def removes_padding(self, precision: Precision) -> bool:
-        """Whether the graph of this precision is padding-free."""
+        """Whether the options ask for a padding-free graph in this precision."""
         return self.options.padding == "remove" or (self.options.padding == "auto" and precision == "fp16")
+
+    def _removes_padding_of(self, job: Job) -> bool:
+        """Whether the graph is padding-free. "auto" keeps the padding of a family without padding-free attention.
+
+        Raises:
+            ExportError: padding is to be removed from a model of such a family.
+        """
+        if self.options.padding == "remove":
+            require_padding_free(job)
+        return self.removes_padding(job.precision) and has_padding_free(job)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Engine, ModelSpec, Precision, Profile
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
-from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
+from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights, require_padding_free
 from gte_deploy.exporters.targets.tensorrt.layouts import TEXT_LAYOUTS, TextLayout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
@@ -115,6 +115,8 @@ class TensorRTTarget(Target):
         """The graph in the precision of the job, and the losses from a sweep if one was needed."""
         from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
 
+        if self.options.padding == "remove":
+            require_padding_free(job)
         scheme: QdqScheme | None = None
         sensitivity: Mapping[str, float] = {}
         if job.precision in ("int8", "fp8"):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import POOLINGS, Pooling
 from gte_deploy.exporters.triton.serving.exchange import (
     Settings,
@@ -21,7 +22,6 @@ from gte_deploy.exporters.triton.serving.exchange import (
     option,
     required,
 )
-from gte_deploy.tasks.base import check_choice
 from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling
 from gte_deploy.tasks.pooling import pool
 from gte_deploy.text.inputs import check_integer

@@ -207,7 +207,7 @@ def test_logits_of_tokens(tagger, bundle_of, open_repository):
 def test_bad_requests_for_labels(tagger, open_repository):
     opened = open_repository(tagger[1])
     for options, message in (
-        ({"AGGREGATION_STRATEGY": ["best"]}, "aggregation_strategy must be one of"),
+        ({"AGGREGATION_STRATEGY": ["best"]}, "aggregation_strategy is 'best'; expected one of"),
         ({"MAX_LENGTH": [999]}, "max_length must be an integer from 3 to 128"),
         ({"TEXT": ["the " * 200]}, "input 0 has 202 tokens"),
     ):
@@ -310,7 +310,7 @@ def test_a_bad_request_fails_alone(repository, local):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"POOLING": "max"}, "POOLING must be one of 'mean', 'cls', not 'max'"),
+        ({"POOLING": "max"}, "POOLING is 'max'; expected one of mean, cls"),
         ({"TRUNCATE_DIM": 33}, "TRUNCATE_DIM must be an integer from 1 to 32"),
         ({"PROMPT_NAME": "nobody"}, "prompt_name 'nobody' is none of this model's prompts: query, document, passage"),
     ],

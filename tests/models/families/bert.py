@@ -11,7 +11,7 @@ from typing import Any
 
 from gte_deploy.core.spec import Task
 from gte_deploy.models.families.base import Family, TensorNames
-from gte_deploy.models.fields import Field, FileFields
+from gte_deploy.models.fields import FileFields, fixed
 from gte_deploy.models.reading import Reader
 
 _SIZES = (
@@ -25,13 +25,13 @@ _SIZES = (
 )
 
 FIELDS = FileFields(
-    name="config.json",
-    reads="model_type bert",
+    name="config.json of BERT",
+    reads='`model_type` "bert".',
     fields={
-        "hidden_act": Field("fixed", "Only the exact GELU is computed.", ("gelu",)),
-        "position_embedding_type": Field("fixed", "Only an embedding of each place is computed.", ("absolute",)),
-        "is_decoder": Field("fixed", "Attention sees both sides.", (False,)),
-        "tie_word_embeddings": Field("fixed", "The decoder is the word embedding.", (True,)),
+        "hidden_act": fixed("Only the exact GELU is computed.", "gelu"),
+        "position_embedding_type": fixed("Only an embedding of each place is computed.", "absolute"),
+        "is_decoder": fixed("Attention sees both sides.", False),
+        "tie_word_embeddings": fixed("The decoder is the word embedding.", True),
     },
     unknown="ignored",
 )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import original_config, read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from gte_deploy.models.fields import document  # noqa: E402
 from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
 
@@ -31,6 +31,10 @@ LAYERS = 3
 LENGTH = 48
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?", *"abcdefghijklmnopqrstuvwxyz"]
 WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + ["the", "river", "city", "is", "old", "and"]
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 TEXTS = ("the [MASK] is old.", "the city and [MASK] river")
 
 
@@ -57,16 +61,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bert(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The family, registered as a file and a line of the package would do it."""
-    module = "gte_deploy.models.families.bert"
-    spec = importlib.util.spec_from_file_location(module, Path(__file__).with_name("bert.py"))
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    monkeypatch.setitem(sys.modules, module, loaded)
-    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "bert": "bert:BERT"})
-    return loaded.BERT
+def bert(register_family: Any) -> Any:
+    """The family, registered."""
+    return register_family("bert", "BERT")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +111,14 @@ def test_a_field_that_the_model_cannot_honour_is_refused(bert, checkpoint, tmp_p
     (tmp_path / "config.json").write_text(json.dumps({**raw, "position_embedding_type": "relative_key"}))
     with pytest.raises(ConfigError, match=r"position_embedding_type is 'relative_key'; expected 'absolute'"):
         read_config(tmp_path)
+
+
+def test_the_page_of_fields_shows_its_table(bert):
+    (section,) = [part for part in document().split("\n## ") if part.startswith(f"{bert.fields.name}\n")]
+    assert (
+        "| `position_embedding_type` | **fixed** `'absolute'`: Only an embedding of each place is computed. |"
+        in section
+    )
 
 
 def test_a_task_that_the_family_does_not_do_is_refused(bert, checkpoint, tmp_path):
@@ -196,15 +201,88 @@ def test_a_splade_head_of_another_form_is_refused(bert, checkpoint):
         make_head(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("splade")))
 
 
+def sparse_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint with the modules of a SparseEncoder."""
+    shutil.copytree(checkpoint, folder)
+    types = "sentence_transformers.sparse_encoder.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{types}.MLMTransformer"},
+        {"idx": 1, "name": "1", "path": "1_SpladePooling", "type": f"{types}.SpladePooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_SpladePooling").mkdir()
+    (folder / "1_SpladePooling" / "config.json").write_text(json.dumps({"pooling_strategy": "max"}))
+    return folder
+
+
+def test_a_sparse_checkpoint_is_refused_by_name(bert, checkpoint, tmp_path):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    folder = sparse_checkpoint(checkpoint, tmp_path / "sparse")
+    assert task_of(folder) == "sparse"
+    refusal = "BertOnlyMLMHead has no dense, layer_norm, decoder. Take the task fill-mask"
+    with pytest.raises(ConfigError, match=refusal):
+        gte_deploy.load(folder, backend="torch")
+    with pytest.raises(ConfigError, match=refusal):
+        export(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    with gte_deploy.load(folder, backend="torch", task="fill-mask") as model:
+        assert len(model.fill_mask(TEXTS[0], top_k=2)) == 2
+
+
+def test_a_head_that_the_family_does_not_have_is_refused_by_name(bert, checkpoint):
+    with pytest.raises(ConfigError, match="'bert' have no head for token-classify; expected one of fill-mask$"):
+        make_head(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("token-weights")))
+
+
+def test_the_reference_computes_with_the_heads_of_the_family(bert, checkpoint):
+    """By the definition of a splade head, log1p(relu(x)) of the largest logit among a row's tokens."""
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.verification.reference import TorchReference
+
+    model = load_model(checkpoint)
+    ids = np.array([[2, 40, 41, 3], [2, 42, 3, 0]])
+    batch = Batch(ids, (ids != 0).astype(np.int64))
+    with torch.inference_mode():
+        logits = model(torch.tensor(ids), attention_mask=torch.tensor(batch.attention_mask)).logits.numpy()
+    expected = np.log1p(np.maximum(np.where(ids[:, :, None] != 0, logits, 0.0).max(axis=1), 0.0))
+    reference = TorchReference(model, task="sparse", pooling="mean", logits="masked", sparse=SparseSpec("splade"))
+    np.testing.assert_allclose(reference.run(batch, ())["sparse_embedding"], expected, rtol=0, atol=2e-6)
+
+
+def test_a_shorter_bundle_keeps_the_rows_of_the_table_of_positions(bert, checkpoint, tmp_path):
+    """A library that reads the bundle's config.json takes the weights of the checkpoint."""
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    result = export(checkpoint, tmp_path / "bundle", max_length=16)
+    assert result.manifest.spec.max_length == 16
+    config = transformers.AutoConfig.from_pretrained(result.path)
+    assert config.max_position_embeddings == LENGTH
+    assert json.loads((result.path / "sentence_bert_config.json").read_text())["max_seq_length"] == 16
+    assert transformers.AutoTokenizer.from_pretrained(result.path).model_max_length == 16
+    model = transformers.AutoModelForMaskedLM.from_config(config)
+    model.tie_weights()
+    stored = load_file(checkpoint / "model.safetensors")
+    stored.update({name: stored[source] for name, source in TIED.items()})
+    model.load_state_dict(stored, strict=True)
+    with gte_deploy.load(result.path) as ours, pytest.raises(gte_deploy.InputError, match="input 0 has"):
+        ours.fill_mask("the river is old. " * 5 + "[MASK]")
+
+
 def test_cuda_keeps_padding_alone(bert, checkpoint, tmp_path):
     """Padding is removed around layers whose every operator works on token rows, which takes a gated unit."""
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.export import export
 
-    result = export(checkpoint, tmp_path / "bundle", target="cuda", precision="fp16", padding="keep")
+    # Left to itself the target removes padding in fp16 where it can.
+    result = export(checkpoint, tmp_path / "bundle", target="cuda", precision="fp16")
     assert result.parity.passed and result.manifest.graphs["onnxruntime"].fusions["flash"] == LAYERS
-    with pytest.raises(ExportError, match="padding cannot be removed from this graph: .*Export with padding='keep'"):
-        export(checkpoint, tmp_path / "other", target="cuda", precision="fp16", padding="remove")
+    refusal = "from models of model_type 'bert', which have absolute positions: .* rotary .*Export with padding='keep'"
+    for target in ({"target": "cuda"}, {"format": "trt", "onnx_only": True}):
+        with pytest.raises(ExportError, match=refusal):
+            export(checkpoint, tmp_path / "other", precision="fp16", padding="remove", **target)
 
 
 def test_tensorrt_without_padding_is_refused(bert, checkpoint):

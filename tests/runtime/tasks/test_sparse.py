@@ -228,7 +228,7 @@ def test_forms(saved):
             model.encode(TEXTS)
         with pytest.raises(gte_deploy.InputError, match="input 0 has 201 tokens"):
             model.encode_sparse(["a " * 199])
-        with pytest.raises(gte_deploy.InputError, match="route must be one of"):
+        with pytest.raises(gte_deploy.InputError, match="route is 'sideways'; expected one of None, query, document"):
             model.encode_sparse("a", route="sideways")
 
 

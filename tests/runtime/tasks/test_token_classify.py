@@ -140,7 +140,7 @@ def test_places_of_the_caller(model, pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"aggregation_strategy": "best"}, "aggregation_strategy must be one of 'none', 'simple', 'first'"),
+        ({"aggregation_strategy": "best"}, "aggregation_strategy is 'best'; expected one of none, simple, first"),
         ({"stride": 3}, "stride joins what windows"),
         ({"stride": 126, "aggregation_strategy": "simple"}, "stride must be an integer from 0 to 125"),
         ({"stride": True, "aggregation_strategy": "simple"}, "stride must be an integer"),
