@@ -18,7 +18,7 @@ from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.job import Built, Job, Progress, Steps
-from gte_deploy.exporters.options import ExportOptions, Request, make_request
+from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
 from gte_deploy.exporters.targets.base import Target
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
@@ -119,7 +119,7 @@ def _require_extra() -> None:
             raise MissingDependencyError(module, "export")
 
 
-def _read(model: str | os.PathLike[str] | None, request: Request, steps: Steps) -> Description:
+def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: Steps) -> Description:
     """Describe the checkpoint, with the limits of this export in its spec."""
     options = request.options
     checkpoint = describe(resolve_checkpoint(model), task=options.task, pooling=options.pooling)
@@ -139,7 +139,7 @@ def _read(model: str | os.PathLike[str] | None, request: Request, steps: Steps) 
     return dataclasses.replace(checkpoint, spec=spec)
 
 
-def _load(checkpoint: Description, folder: Path, request: Request, steps: Steps) -> Job:
+def _load(checkpoint: Description, folder: Path, request: ExportRequest, steps: Steps) -> Job:
     # Imported here and in the functions below, so that `gte-export --help` and refused requests load no heavy library.
     from gte_deploy.exporters.graph.build import DEFAULT_OPSET
     from gte_deploy.models.checkpoint import load_described
@@ -177,7 +177,7 @@ def _trace(job: Job) -> "Mapping[Engine, Graph]":
         )
 
 
-def _verify(request: Request, built: Built, job: Job) -> "ParityReport":
+def _verify(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
     """Compare numbers with PyTorch, then answers with the checkpoint's own library.
 
     The model's files are in the folder of the bundle already.

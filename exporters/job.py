@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gte_deploy.bundle.manifest import PlanEntry
-from gte_deploy.core.spec import Engine, ModelSpec, Precision, Target
+from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 from gte_deploy.models.description import Description
 from gte_deploy.models.families import fusion_sites
 
@@ -104,5 +104,5 @@ class Built:
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     plan: PlanEntry | None = None
     keeps_graphs: bool = True
-    made_for: Target = "cpu"
+    made_for: DeviceType = "cpu"
     caveats: Sequence[str] = ()

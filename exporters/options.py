@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choice, check_choices, option, options_of
-from gte_deploy.core.spec import LOGITS, POOLINGS, PRECISIONS, TASKS, Logits, Precision
+from gte_deploy.core.spec import LOGITS, POOLINGS, PRECISIONS, TASK_NAMES, Logits, Precision
 from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
 from gte_deploy.exporters.targets.base import Target
+from gte_deploy.exporters.verification.bounds import Bounds
 
-Bounds = Literal["strict", "report"]
 FORMATS = tuple(dict.fromkeys(kind.format for kind in target_classes()))
 """The values of `format`, the default first."""
 
@@ -34,7 +34,9 @@ class ExportOptions:
             numbers that are not finite, has other shapes or does not run is never written.
     """
 
-    task: str = option("auto", "what the model is for (default: what the checkpoint is for)", choices=("auto", *TASKS))
+    task: str = option(
+        "auto", "what the model is for (default: what the checkpoint is for)", choices=("auto", *TASK_NAMES)
+    )
     precision: str | None = option(
         None, "precision of weights and graphs (default: fp32 on CPUs, fp16 on GPUs)", choices=PRECISIONS
     )
@@ -62,7 +64,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """A checked request: the target with its own options, and the options of every target."""
 
     target: Target
@@ -83,7 +85,7 @@ def make_request(
     target: str | None = None,
     tensorrt: Any = None,
     **given: Any,
-) -> Request:
+) -> ExportRequest:
     """Check everything that can be checked before a file is read.
 
     Args:
@@ -112,7 +114,7 @@ def make_request(
     base: Any = kind.Options() if tensorrt is None else tensorrt
     chosen = kind(dataclasses.replace(base, **own))
     chosen.check(cast(Precision, precision))
-    return Request(chosen, options, cast(Precision, precision))
+    return ExportRequest(chosen, options, cast(Precision, precision))
 
 
 def targets_of(format: str) -> Mapping[str, type[Target]]:

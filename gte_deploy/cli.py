@@ -33,7 +33,7 @@ from gte_deploy.cli_options import (
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.options import HelpFormatter, add_arguments, parse_given, read_options
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 
 if TYPE_CHECKING:
     from gte_deploy.model import Model
@@ -235,7 +235,7 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
     return {"path": str(folder), "kind": "checkpoint", "spec": dataclasses.asdict(spec)}
 
 
-def _load(given: Given, task: Task | None = None) -> "Model":
+def _load(given: Given, task: TaskName | None = None) -> "Model":
     """The model of the command line; `task` is what a checkpoint is loaded for, where it is made for another."""
     from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load

@@ -26,7 +26,7 @@ from gte_deploy.core.spec import (
     ComputePrecision,
     ModelSpec,
     Profile,
-    Task,
+    TaskName,
     is_packed,
 )
 from gte_deploy.model import Model, Origin
@@ -54,7 +54,7 @@ def load(
     num_threads: int | None = None,
     max_batch_tokens: int | None = None,
     compile: bool = False,
-    task: Task | Literal["auto"] = "auto",
+    task: TaskName | Literal["auto"] = "auto",
 ) -> Model:
     """Load a bundle or a checkpoint.
 
@@ -72,7 +72,7 @@ def load(
             the count is the whole process's, see `gte_deploy.backends.torch.TorchBackend`. TensorRT uses none.
         max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
         compile: let torch compile the model, at its first batches. For backend "torch" alone.
-        task: what a checkpoint is loaded for, one of `spec.TASKS`, or "auto" for what it was made for. A bundle has one
+        task: what a checkpoint is loaded for, one of `spec.TASK_NAMES`, or "auto" for its own. A bundle has one
             task, and is refused for any other.
 
     Raises:
@@ -240,7 +240,7 @@ def _open_checkpoint(
     device: str,
     num_threads: int | None,
     compile: bool,
-    task: Task | Literal["auto"],
+    task: TaskName | Literal["auto"],
 ) -> _Opened:
     if backend in ENGINE_OF:
         raise BackendError(

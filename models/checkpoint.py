@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import write_text, write_with
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 from gte_deploy.models.adapters import Places, merge_adapter, places_of
 from gte_deploy.models.config import read_config, task_of_files, task_of_tensors
 from gte_deploy.models.dense import load_dense
@@ -38,7 +38,7 @@ from gte_deploy.models.modules import read_settings
 from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors
 from gte_deploy.models.weight_files import INDEX
 
-LAYOUTS: tuple[str, ...] = ("native", "original")
+CHECKPOINT_LAYOUTS: tuple[str, ...] = ("native", "original")
 """The layouts that `save_model` writes; a family may have no original one."""
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,13 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 
-_ENCODER: Task = "embed"  # its class is the encoder alone
+_ENCODER: TaskName = "embed"  # its class is the encoder alone
 
 
 def load_model(
     folder: str | Path,
     *,
-    task: Task | None = None,
+    task: TaskName | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
@@ -115,7 +115,7 @@ def load_described(checkpoint: Description, *, dtype: torch.dtype = torch.float3
     return model.eval()
 
 
-def _load(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:
+def _load(places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch.dtype) -> PreTrainedModel:
     classes = family_of(config).classes
     if task not in classes:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(classes)}")
@@ -127,7 +127,7 @@ def _load(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dty
     return model
 
 
-def _load_weights(places: Places, config: PreTrainedConfig, task: Task, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch.dtype) -> PreTrainedModel:
     family, folder = family_of(config), places.weights
     with ExitStack() as stack:
         stored = open_tensors(places.weight_files, stack)
@@ -170,8 +170,8 @@ def save_model(
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"cannot save a {type(model).__name__}; expected a model that load_model returns")
     family = family_of(model.config)
-    task: Task | None = next((task for task in family.classes if type(model) is family.model_class(task)), None)
-    layouts = dict(zip(LAYOUTS, (family.native_config, family.original_config), strict=True))
+    task: TaskName | None = next((task for task in family.classes if type(model) is family.model_class(task)), None)
+    layouts = dict(zip(CHECKPOINT_LAYOUTS, (family.native_config, family.original_config), strict=True))
     write_config = layouts.get(layout)
     if task is None or write_config is None:
         known = " or ".join(name for name, write in layouts.items() if write is not None)
@@ -237,7 +237,7 @@ class _Problems:
 
 def _without_head(stored: dict[str, StoredTensor], folder: Path, family: Family) -> dict[str, StoredTensor]:
     """Leave out a masked-LM head, or a token classifier; a pooler shows a sequence classifier, which stays an error."""
-    tasks: tuple[Task, ...] = ("fill-mask",)
+    tasks: tuple[TaskName, ...] = ("fill-mask",)
     if not _has_pooler(stored, family.tensors):
         tasks += ("token-classify",)
     heads = tuple(f"{family.heads[task]}." for task in tasks if task in family.heads)
@@ -251,7 +251,7 @@ def _has_pooler(stored: Iterable[str], names: TensorNames) -> bool:
     return any(names.bare(name).startswith("pooler.") for name in stored)
 
 
-def _model_without_weights(config: PreTrainedConfig, task: Task, *, with_pooler: bool) -> PreTrainedModel:
+def _model_without_weights(config: PreTrainedConfig, task: TaskName, *, with_pooler: bool) -> PreTrainedModel:
     """The module with parameters on the meta device: initialising them takes 20 s for the large model, for nothing."""
     family = family_of(config)
     options = {"add_pooling_layer": with_pooler} if task == _ENCODER else {}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import ConfigError
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 from gte_deploy.models.adapters import Places, places_of
-from gte_deploy.models.families import family_of, family_of_type
+from gte_deploy.models.families import family_of_type
 from gte_deploy.models.fields import check_fields
 from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.reading import read_required_json
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import GteConfig, PreTrainedConfig
 
 
-def task_of(folder: str | Path) -> Task:
-    """The task a checkpoint was made for, one of gte_deploy.core.spec.TASKS. Needs no torch.
+def task_of(folder: str | Path) -> TaskName:
+    """The task a checkpoint was made for, one of gte_deploy.core.spec.TASK_NAMES. Needs no torch.
 
     A SparseEncoder's modules make it "sparse", where they can be honoured. A sentence-transformers Pooling module
     (modules.json) makes it "embed" whatever head is stored beside the encoder (gte-multilingual-base stores a
@@ -35,7 +35,7 @@ def task_of(folder: str | Path) -> Task:
     return task_of_files(files, places_of(files))
 
 
-def task_of_files(files: CheckpointFiles, places: Places) -> Task:
+def task_of_files(files: CheckpointFiles, places: Places) -> TaskName:
     """The task of a checkpoint whose parts are known; see `task_of`."""
     file = places.config / "config.json"
     raw = read_required_json(file)
@@ -53,7 +53,7 @@ def task_of_files(files: CheckpointFiles, places: Places) -> Task:
     return task
 
 
-def task_of_tensors(places: Places) -> Task:
+def task_of_tensors(places: Places) -> TaskName:
     """The task of the stored head, by the names of the stored tensors, whatever modules are listed beside it."""
     names = [name for file in places.weight_files for name in tensor_names(file)]
     file = places.config / "config.json"
@@ -84,20 +84,3 @@ def build_config(name: str) -> GteConfig:
     from gte_deploy.models.families.gte import preset_config
 
     return preset_config(name)
-
-
-def original_config(config: PreTrainedConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
-    """The fields of config.json in the family's original layout; `read_config` of them gives `config` again.
-
-    Raises:
-        ConfigError: the family has no original layout, or that cannot express the config.
-    """
-    write = family_of(config).original_config
-    if write is None:
-        raise ConfigError(f"models of model_type {config.model_type!r} have no original layout; write the native one")
-    return write(config, task=task, dtype=dtype)
-
-
-def native_config(config: PreTrainedConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
-    """The fields of config.json in the native layout, readable by transformers alone."""
-    return family_of(config).native_config(config, task=task, dtype=dtype)

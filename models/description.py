@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gte_deploy.core.errors import CheckpointError
-from gte_deploy.core.spec import ModelSpec, Pooling, Task
+from gte_deploy.core.spec import ModelSpec, Pooling, TaskName
 from gte_deploy.models.adapters import Places, places_of
 from gte_deploy.models.config import read_config, task_of_files, task_of_tensors
 from gte_deploy.models.families import family_of
@@ -49,7 +49,7 @@ class Description:
 
     files: CheckpointFiles
     places: Places
-    task: Task
+    task: TaskName
     config: PreTrainedConfig
     spec: ModelSpec
     tokenizer: ResolvedTokenizer
@@ -83,7 +83,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
 
     Args:
         folder: a local checkpoint (see `resolve_checkpoint`).
-        task: one of gte_deploy.core.spec.TASKS, or "auto" for what the checkpoint was made for.
+        task: one of gte_deploy.core.spec.TASK_NAMES, or "auto" for what the checkpoint was made for.
         pooling: "mean", "cls", or "auto" for what the checkpoint says; where it says nothing, "cls" for an embedding
             checkpoint, as the family was trained, and "mean" for the others.
 
@@ -93,7 +93,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
     """
     files = CheckpointFiles(folder)
     places = places_of(files)
-    resolved: Task = task_of_files(files, places) if task == "auto" else task  # type: ignore[assignment]
+    resolved: TaskName = task_of_files(files, places) if task == "auto" else task  # type: ignore[assignment]
     if resolved not in TASKS:
         raise CheckpointError(f"task is {task!r}; expected one of auto, {', '.join(TASKS)}")
     settings = read_settings(files, resolved)
@@ -124,7 +124,7 @@ def _spec(
     files: CheckpointFiles,
     places: Places,
     config: PreTrainedConfig,
-    task: Task,
+    task: TaskName,
     settings: SentenceSettings,
     tokenizer: ResolvedTokenizer,
     pooling: str,
@@ -172,7 +172,7 @@ def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer:
     return limit if own is None else min(own, limit)
 
 
-def _pooling(task: Task, settings: SentenceSettings, pooling: str) -> Pooling:
+def _pooling(task: TaskName, settings: SentenceSettings, pooling: str) -> Pooling:
     if pooling != "auto":
         return checked_pooling(pooling, "the `pooling` argument")
     return settings.pooling or ("cls" if task == "embed" else "mean")

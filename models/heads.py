@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, Task
+from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, TaskName
 from gte_deploy.models.families import head_of
 from gte_deploy.models.sparse_heads import sparse_head
 
@@ -233,7 +233,7 @@ def encode_packed(encoder: Any, batch: Batch, device: torch.device | None = None
 class HeadOptions:
     """What a head depends on besides the model; see `ModelSpec`."""
 
-    task: Task
+    task: TaskName
     pooling: Pooling = "mean"
     logits: Logits = "masked"
     sparse: SparseSpec | None = None
@@ -343,7 +343,7 @@ class SparseHead:
         return self.module(*states.tokens_of_batch())
 
 
-HEADS: dict[Task, Callable[[Any, HeadOptions], Head]] = {
+HEADS: dict[TaskName, Callable[[Any, HeadOptions], Head]] = {
     "fill-mask": FillMaskHead,
     "embed": EmbedHead,
     "classify": ClassifyHead,

@@ -14,7 +14,7 @@ from typing import Any, cast
 from gte_deploy.core.activations import TORCH_CLASSES, activation_of
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.files import read_json_object
-from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, Task
+from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, TaskName
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
 from gte_deploy.models.folder import MODULES, CheckpointFiles, Module, refuse_arguments
 from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
@@ -114,7 +114,7 @@ def model_folder(files: CheckpointFiles) -> Path:
     return files.path if inner is None else inner.folder
 
 
-def read_settings(files: CheckpointFiles, task: Task) -> SentenceSettings:
+def read_settings(files: CheckpointFiles, task: TaskName) -> SentenceSettings:
     """What the files of sentence-transformers in a checkpoint folder say for `task`.
 
     Raises:
@@ -217,7 +217,7 @@ def reranker_activation(folder: Path) -> str | None:
     return _activation(config_file, name, raw.get(name))
 
 
-def _with_whole(files: CheckpointFiles, task: Task, settings: SentenceSettings) -> SentenceSettings:
+def _with_whole(files: CheckpointFiles, task: TaskName, settings: SentenceSettings) -> SentenceSettings:
     """`settings` with what config_sentence_transformers.json says, where it is of the same kind of model."""
     config, file = files.objects[_WHOLE], files.path / _WHOLE
     if _model_type(files) != _library(task).model_type:
@@ -251,7 +251,7 @@ def _beside_another_task(files: CheckpointFiles) -> SentenceSettings:
     return _with_whole(files, "embed", SentenceSettings(pooling=_pooling(files), normalize="Normalize" in kinds))
 
 
-def _transformer_settings(folder: Path, task: Task) -> SentenceSettings:
+def _transformer_settings(folder: Path, task: TaskName) -> SentenceSettings:
     file = next((folder / name for name in _SETTINGS_FILES if (folder / name).is_file()), folder / _SETTINGS_FILES[0])
     config = read_json_object(file)
     check_fields(config, file, SENTENCE_BERT)
@@ -278,7 +278,7 @@ def _arguments(file: Path, config: Mapping[str, Any], *names: str) -> dict[str, 
     return joined
 
 
-def _check_transformer_task(file: Path, config: Mapping[str, Any], task: Task) -> None:
+def _check_transformer_task(file: Path, config: Mapping[str, Any], task: TaskName) -> None:
     library = _library(task)
     modality = {"text": {"method": _FORWARD, "method_output_name": library.method_output}}
     for name, expected in (
@@ -321,7 +321,7 @@ def _require_kinds(modules: list[Module], known: tuple[str, ...], purpose: str) 
         refuse_arguments(module)
 
 
-def _library(task: Task) -> Library:
+def _library(task: TaskName) -> Library:
     library = TASKS[task].library
     assert library is not None  # the modules of other tasks are not read
     return library

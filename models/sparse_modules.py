@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
-from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec, Task
+from gte_deploy.core.spec import SPARSE_ACTIVATIONS, SPARSE_POOLINGS, SPARSE_ROUTES, SparseRoute, SparseSpec, TaskName
 from gte_deploy.models.fields import SPLADE
 from gte_deploy.models.folder import CheckpointFiles, Module, kind_of, refuse_arguments
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
@@ -92,7 +92,7 @@ def is_sparse_encoder(folder: Path, modules: SparseModules | None) -> bool:
 def read_sparse_spec(
     files: CheckpointFiles,
     modules: SparseModules | None,
-    stored_head: Callable[[], Task],
+    stored_head: Callable[[], TaskName],
     num_labels: int | None,
     unweighted: Callable[[], tuple[int, ...]],
 ) -> SparseSpec:

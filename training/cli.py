@@ -28,9 +28,9 @@ from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
     EXTRAPOLATION_FILE,
     EXTRAPOLATION_PLOT,
+    CheckpointExportOptions,
     EstimateOptions,
     ExportArguments,
-    ExportOptions,
     ExtrapolationArguments,
     ExtrapolationOptions,
     GlueArguments,
@@ -171,7 +171,7 @@ def _export(given: Given) -> int:
 
     from gte_deploy.training.export import export_checkpoint, find_checkpoint
 
-    arguments, options = read_options(ExportArguments, given), parse_given(ExportOptions, given)
+    arguments, options = read_options(ExportArguments, given), parse_given(CheckpointExportOptions, given)
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
     export_checkpoint(find_checkpoint(arguments.checkpoint), arguments.output, **options)
@@ -250,7 +250,7 @@ _COMMANDS = {
     ),
     "run": _Command(_run, "run a recipe, or continue its run", (RunArguments, RunOptions, RecipeArguments)),
     "export": _Command(
-        _export, "write a checkpoint of a run as a Hugging Face folder", (ExportArguments, ExportOptions)
+        _export, "write a checkpoint of a run as a Hugging Face folder", (ExportArguments, CheckpointExportOptions)
     ),
     "glue": _Command(
         _glue,

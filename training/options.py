@@ -21,7 +21,7 @@ Dtype = Literal["bfloat16", "float32"]
 """What a model computes in: bfloat16 is autocast over float32 weights."""
 Sharding = Literal["ddp", "fsdp"]
 DocumentBreak = Literal["blank-line", "file"]
-Layout = Literal["native", "original"]
+CheckpointLayout = Literal["native", "original"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
 GlueTask = Literal["cola", "sst2", "mnli", "mrpc", "stsb", "qqp", "qnli", "rte"]
 
@@ -300,13 +300,13 @@ class ExportArguments:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class CheckpointExportOptions:
     """Arguments of `export_checkpoint`; there `dtype` is torch's."""
 
-    layout: Layout = option(
+    layout: CheckpointLayout = option(
         "native",
         "native: the layout of transformers' own GTE; original: the layout of the published checkpoints",
-        choices=get_args(Layout),
+        choices=get_args(CheckpointLayout),
     )
     tokenizer: Path | None = option(
         None, "folder with a tokenizer.json (default: the run's)", metavar="FOLDER", parse=Path

@@ -75,7 +75,7 @@ def build_graphs(
 
     Args:
         model: a float32 model of the task's class; its state is restored after the trace, see `trace`.
-        task: one of gte_deploy.core.spec.TASKS.
+        task: one of gte_deploy.core.spec.TASK_NAMES.
         max_length: the longest sequence that the graphs take, at most the model's max_position_embeddings.
         pooling: "mean" or "cls", for embed.
         logits: "masked" or "all", for fill-mask.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gte_deploy.core.errors import ExportError
-from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, TaskName, head_task
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.families import family_of
@@ -190,7 +190,7 @@ def _wrap(model: PreTrainedModel, options: HeadOptions) -> _Wrapper:
 
 
 def _checked_options(task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> HeadOptions:
-    known_task: Task | None = next((known for known in TASKS if known == task), None)
+    known_task: TaskName | None = next((known for known in TASKS if known == task), None)
     if known_task is None:
         raise ExportError(f"task {task!r} is none of {', '.join(TASKS)}")
     if task == "sparse" and sparse is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gte_deploy._version import __version__
-from gte_deploy.core.spec import ModelSpec, Precision, Profile, Task, TensorSpec
+from gte_deploy.core.spec import ModelSpec, Precision, Profile, TaskName, TensorSpec
 from gte_deploy.tasks.fill_mask import MAX_LOGITS
 
 DeviceName = Literal["gpu", "cpu"]
@@ -35,7 +35,7 @@ class Word(str):
 
 
 @dataclass(frozen=True)
-class Device:
+class ServingDevice:
     """The settings that differ between config.pbtxt for GPUs and configs/cpu.pbtxt.
 
     Args:
@@ -59,11 +59,11 @@ class Device:
         return Word("KIND_GPU" if self.name == "gpu" else "KIND_CPU")
 
 
-def default_device(name: DeviceName, max_batch_size: int | None = None) -> Device:
+def default_device(name: DeviceName, max_batch_size: int | None = None) -> ServingDevice:
     """The default settings. Only large batches keep a GPU busy; few tokens keep a CPU busy."""
     size = max_batch_size or (32 if name == "gpu" else 8)
     preferred = tuple(n for n in (8, 16, 32, 64, 128) if n <= size)[-2:] if name == "gpu" else ()
-    return Device(
+    return ServingDevice(
         name=name,
         max_batch_size=size,
         preferred_batch_sizes=preferred,
@@ -131,7 +131,7 @@ class Serving:
     threads: int
     response_cache: bool
 
-    def max_masks(self, device: Device) -> int:
+    def max_masks(self, device: ServingDevice) -> int:
         """The most masks of one text, or of one request if Triton does not batch: a batch has 256 MB of logits."""
         rows = device.max_batch_size if self.encoder.batched else 1
         most = min(MAX_LOGITS // (rows * self.spec.vocab_size), self.encoder.max_masks)
@@ -145,7 +145,7 @@ def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
     return [*sorted(inner), max_length]
 
 
-def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
+def all_configs(serving: Serving, device: ServingDevice) -> dict[str, Config]:
     """Name of a model -> its configuration for one kind of device."""
     models = [_tokenizer(serving, device), _encoder(serving, device), _embed_output(serving, device)]
     ensembles = [
@@ -162,14 +162,14 @@ def all_configs(serving: Serving, device: Device) -> dict[str, Config]:
     return {config["name"]: config for config in (*models, *ensembles)}
 
 
-_Head = tuple[str, Mapping[str, str], Callable[[Serving, Device], Config]]
+_Head = tuple[str, Mapping[str, str], Callable[[Serving, ServingDevice], Config]]
 
 
 def _heads(serving: Serving) -> list[_Head]:
     """The ensembles for the task's own head: name, text inputs, and the configuration of the Python model."""
     spec = serving.spec
     sparse: list[_Head] = [("gte_sparse", _TEXT, _sparse_output)] if spec.num_labels == 1 else []
-    heads: dict[Task, list[_Head]] = {
+    heads: dict[TaskName, list[_Head]] = {
         "embed": [],
         "fill-mask": [("gte_fill_mask", _MASKED_TEXT, _fill_mask_output)],
         "classify": [("gte_rerank", _PAIR, _rerank_output)],
@@ -196,7 +196,7 @@ _OPTION_TYPES = {
 }
 
 
-def _tokenizer(serving: Serving, device: Device) -> Config:
+def _tokenizer(serving: Serving, device: ServingDevice) -> Config:
     encoder = serving.encoder
     masked = "mask_positions" in encoder.input_names
     wirings = [_TEXT, *(text_inputs for _, text_inputs, _ in _heads(serving))]
@@ -222,7 +222,7 @@ def _tokenizer(serving: Serving, device: Device) -> Config:
     )
 
 
-def _encoder(serving: Serving, device: Device) -> Config:
+def _encoder(serving: Serving, device: ServingDevice) -> Config:
     encoder = serving.encoder
     instances: Config = {"count": 1, "kind": device.encoder_kind}
     if len(encoder.profiles) > 1:
@@ -251,7 +251,7 @@ def _encoder(serving: Serving, device: Device) -> Config:
     return config
 
 
-def _tensorrt_accelerator(serving: Serving, device: Device) -> Config:
+def _tensorrt_accelerator(serving: Serving, device: ServingDevice) -> Config:
     rows, length = device.max_batch_size, serving.spec.max_length
     shapes = {
         "trt_profile_min_shapes": _shapes(serving, 1, 1, 1),
@@ -277,7 +277,7 @@ def _shapes(serving: Serving, rows: int, tokens: int, masks: int) -> str:
     return ",".join(f"{t.name}:{rows}x{sizes[str(t.shape[1])]}" for t in serving.encoder.inputs)
 
 
-def _warmup(serving: Serving, device: Device) -> list[Config]:
+def _warmup(serving: Serving, device: ServingDevice) -> list[Config]:
     """Warm-up with the shortest and the longest shape. On a GPU the longest is a full batch, to test its memory."""
     batched = serving.encoder.batched
     buckets = _buckets(serving)
@@ -319,7 +319,7 @@ def warmup_file(tensor: TensorSpec, length: int) -> str:
     return f"{tensor.name}_{length}"
 
 
-def _embed_output(serving: Serving, device: Device) -> Config:
+def _embed_output(serving: Serving, device: ServingDevice) -> Config:
     outputs = [{**_tensor(serving, t), "name": _outward(serving, t)} for t in serving.encoder.outputs]
     pooled = [tensor for tensor in outputs if tensor["name"].startswith("embedding_")]
     if not pooled:
@@ -336,7 +336,7 @@ def _embed_output(serving: Serving, device: Device) -> Config:
     )
 
 
-def _fill_mask_output(serving: Serving, device: Device) -> Config:
+def _fill_mask_output(serving: Serving, device: ServingDevice) -> Config:
     answers = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "SCORE": "TYPE_FP32", "SEQUENCE": "TYPE_STRING"}
     return _python_model(
         serving,
@@ -354,7 +354,7 @@ def _fill_mask_output(serving: Serving, device: Device) -> Config:
     )
 
 
-def _rerank_output(serving: Serving, device: Device) -> Config:
+def _rerank_output(serving: Serving, device: ServingDevice) -> Config:
     labels = serving.spec.num_labels
     scores = {**_new(serving, "SCORE", "TYPE_FP32", labels), "label_filename": "labels.txt"}
     return _python_model(
@@ -366,7 +366,7 @@ def _rerank_output(serving: Serving, device: Device) -> Config:
     )
 
 
-def _classify_tokens_output(serving: Serving, device: Device) -> Config:
+def _classify_tokens_output(serving: Serving, device: ServingDevice) -> Config:
     columns = {"LABEL": "TYPE_STRING", "SCORE": "TYPE_FP32", "INDEX": "TYPE_INT32", "WORD": "TYPE_STRING"}
     columns |= {"START": "TYPE_INT32", "END": "TYPE_INT32"}
     return _python_model(
@@ -388,13 +388,13 @@ def _classify_tokens_output(serving: Serving, device: Device) -> Config:
     )
 
 
-def _sparse_output(serving: Serving, device: Device) -> Config:
+def _sparse_output(serving: Serving, device: ServingDevice) -> Config:
     pooled = serving.spec.task == "sparse"
     names = ("sparse_embedding",) if pooled else ("input_ids", "attention_mask", "logits")
     return _sparse_model(serving, device, "gte_sparse_output", _of_encoder(serving, *names))
 
 
-def _sparse_query_output(serving: Serving, device: Device) -> Config:
+def _sparse_query_output(serving: Serving, device: ServingDevice) -> Config:
     inputs = _of_encoder(serving, *_QUERY_INPUTS)
     return _sparse_model(serving, device, "gte_sparse_query_output", inputs)
 
@@ -402,7 +402,7 @@ def _sparse_query_output(serving: Serving, device: Device) -> Config:
 _QUERY_INPUTS = ("input_ids", "attention_mask")
 
 
-def _sparse_model(serving: Serving, device: Device, name: str, inputs: Sequence[Config]) -> Config:
+def _sparse_model(serving: Serving, device: ServingDevice, name: str, inputs: Sequence[Config]) -> Config:
     entries = {"TOKEN": "TYPE_STRING", "TOKEN_ID": "TYPE_INT64", "WEIGHT": "TYPE_FP32"}
     return _python_model(
         serving,
@@ -416,7 +416,7 @@ def _sparse_model(serving: Serving, device: Device, name: str, inputs: Sequence[
     )
 
 
-def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> Config:
+def _sparse_query_ensemble(serving: Serving, device: ServingDevice, output: Config) -> Config:
     """Tokenizer and stored weights, without the encoder."""
     names = {name: name for name in _QUERY_INPUTS}
     weigh = _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]])
@@ -429,7 +429,7 @@ def _sparse_query_ensemble(serving: Serving, device: Device, output: Config) -> 
     }
 
 
-def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, str], output: Config) -> Config:
+def _ensemble(serving: Serving, device: ServingDevice, name: str, wiring: Mapping[str, str], output: Config) -> Config:
     """Tokenizer, encoder and the Python model that computes the answer."""
     own = {tensor["name"] for tensor in output["input"]}
     produced = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
@@ -449,7 +449,7 @@ def _ensemble(serving: Serving, device: Device, name: str, wiring: Mapping[str, 
     }
 
 
-def _token_ensemble(serving: Serving, device: Device) -> Config:
+def _token_ensemble(serving: Serving, device: ServingDevice) -> Config:
     """Tokenizer and encoder, which give the state of every token and the inputs of the encoder."""
     encoder = serving.encoder
     tensors = {tensor.name: tensor for tensor in (*encoder.inputs, *encoder.outputs)}
@@ -470,7 +470,7 @@ def _token_ensemble(serving: Serving, device: Device) -> Config:
 
 def _ensemble_head(
     serving: Serving,
-    device: Device,
+    device: ServingDevice,
     name: str,
     wiring: Mapping[str, str],
     options: Sequence[Config],
@@ -511,7 +511,7 @@ def _map(names: Mapping[str, str] | Iterable[str]) -> list[Config]:
 
 def _python_model(
     serving: Serving,
-    device: Device,
+    device: ServingDevice,
     name: str,
     *,
     inputs: Sequence[Config],
@@ -530,7 +530,7 @@ def _python_model(
     }
 
 
-def _head(serving: Serving, device: Device, name: str) -> Config:
+def _head(serving: Serving, device: ServingDevice, name: str) -> Config:
     return {
         "name": name,
         "max_batch_size": device.max_batch_size if serving.encoder.batched else 0,
@@ -538,7 +538,7 @@ def _head(serving: Serving, device: Device, name: str) -> Config:
     }
 
 
-def _batching(serving: Serving, device: Device, *, waits: bool = False) -> Config:
+def _batching(serving: Serving, device: ServingDevice, *, waits: bool = False) -> Config:
     """Join waiting requests, and refuse those that would wait too long, if the options ask for it.
 
     The encoder `waits` a little for more requests; in a Python model that would only delay the answers. A model without

@@ -31,10 +31,10 @@ from gte_deploy.exporters.targets.tensorrt.profiles import MAX_MASKS
 from gte_deploy.exporters.triton.configs import (
     ENCODER,
     Config,
-    Device,
     DeviceName,
     Encoder,
     Serving,
+    ServingDevice,
     all_configs,
     default_device,
     to_pbtxt,
@@ -327,7 +327,7 @@ def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
     )
 
 
-def _limits(encoder: Encoder, spec: ModelSpec, max_batch_size: int | None) -> tuple[ModelSpec, list[Device]]:
+def _limits(encoder: Encoder, spec: ModelSpec, max_batch_size: int | None) -> tuple[ModelSpec, list[ServingDevice]]:
     """The spec with the longest text to serve, and the devices with the batch sizes that the encoder takes.
 
     Triton has one batch size for all lengths, but the profiles of a plan take fewer rows of longer texts.

@@ -17,10 +17,10 @@ from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.verification.cases import last_row_alone
 from gte_deploy.exporters.verification.texts import Rounds
 from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import Outputs
 from gte_deploy.tasks.fill_mask import logits_of_masks
 from gte_deploy.tasks.pooling import pool
 
-Outputs = Mapping[str, NDArray[np.float32]]
 Needed = Mapping[str, NDArray[Any]]
 
 _Z = 1.96

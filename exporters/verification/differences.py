@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.exporters.verification.accuracy import Outputs, Runs
+from gte_deploy.exporters.verification.accuracy import Runs
 from gte_deploy.exporters.verification.bounds import Tolerance
 from gte_deploy.exporters.verification.cases import Case, last_row_alone
+from gte_deploy.tasks.base import Outputs
 from gte_deploy.tasks.fill_mask import logits_of_masks
 
 _CHUNK_ELEMENTS = 1 << 22

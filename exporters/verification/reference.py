@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.core.spec import Logits, Pooling, SparseSpec, Task, head_task
+from gte_deploy.core.spec import Logits, Pooling, SparseSpec, TaskName, head_task
 from gte_deploy.models.families import head_of
 from gte_deploy.models.heads import ClassifyHead, Head, HeadOptions, States, TokenClassifyHead, encode_padded, make_head
 from gte_deploy.tasks.base import HIDDEN
@@ -32,7 +32,7 @@ class TorchReference:
         self,
         model: torch.nn.Module,
         *,
-        task: Task,
+        task: TaskName,
         pooling: Pooling,
         logits: Logits,
         sparse: SparseSpec | None = None,

@@ -19,7 +19,7 @@ from gte_deploy.backends.checks import (
     has_costly_head,
 )
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.tensorrt.shapes import Layout, split_batch, write_inputs
+from gte_deploy.backends.tensorrt.shapes import PaddedLayout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
 from gte_deploy.core.spec import ModelSpec, Precision, Profile
@@ -112,7 +112,7 @@ class OnnxBackend:
         self, session: Any, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
         """Run a batch as sub-batches that are padded to the profile, as for an engine of TensorRT."""
-        layout = Layout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
+        layout = PaddedLayout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
         masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
         results = layout.results(batch, outputs)
         for sub_batch in split_batch(batch, [tensorrt.profile], masks):

@@ -17,7 +17,7 @@ from gte_deploy.backends.devices import parse_device
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, ConfigError, MissingDependencyError
 from gte_deploy.core.quiet import keep_caches_in_ours
-from gte_deploy.core.spec import ComputePrecision, ModelSpec, Task
+from gte_deploy.core.spec import ComputePrecision, ModelSpec, TaskName
 from gte_deploy.tasks.base import HIDDEN
 from gte_deploy.text.tokenization import TextTokenizer
 
@@ -147,7 +147,7 @@ def _heads(model: Any, spec: ModelSpec) -> "dict[str, Head]":
 def open_torch_backend(
     folder: Path,
     *,
-    task: Task | None = None,
+    task: TaskName | None = None,
     device: str = "cpu",
     num_threads: int | None = None,
     precision: ComputePrecision = "fp32",

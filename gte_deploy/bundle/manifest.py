@@ -18,6 +18,7 @@ from gte_deploy.core.errors import BundleError
 from gte_deploy.core.files import sha256_file
 from gte_deploy.core.spec import (
     COMPUTE_PRECISIONS,
+    DEVICE_TYPES,
     ENGINES,
     LOGITS,
     POOLINGS,
@@ -27,16 +28,15 @@ from gte_deploy.core.spec import (
     SPARSE_HEADS,
     SPARSE_POOLINGS,
     SPARSE_ROUTES,
-    TARGETS,
-    TASKS,
+    TASK_NAMES,
     TENSORRT_VARIANTS,
     ComputePrecision,
+    DeviceType,
     Engine,
     ModelSpec,
     Precision,
     Profile,
     SparseSpec,
-    Target,
     TensorRTVariant,
     TensorSpec,
     is_packed,
@@ -141,7 +141,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     versions: Mapping[str, str]
     source: Mapping[str, str]
-    target: Target = "cpu"
+    target: DeviceType = "cpu"
     plan: PlanEntry | None = None
     missed_bounds: tuple[str, ...] = ()
 
@@ -245,7 +245,7 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
         raise ValueError("graphs is empty and there is no plan, so nothing can run")
     # Older bundles have no target.
     target = data.get("target", "cpu")
-    for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, TARGETS)):
+    for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, DEVICE_TYPES)):
         if value not in allowed:
             raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
     missed = data.get("missed_bounds", [])  # older bundles do not have it
@@ -322,7 +322,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
     sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
     spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse})
     for name, value, allowed in (
-        ("task", spec.task, TASKS),
+        ("task", spec.task, TASK_NAMES),
         ("pooling", spec.pooling, POOLINGS),
         ("logits", spec.logits, LOGITS),
         ("similarity", spec.similarity, (None, *SIMILARITIES)),

@@ -4,19 +4,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Task = Literal["fill-mask", "embed", "classify", "token-classify", "sparse"]
+TaskName = Literal["fill-mask", "embed", "classify", "token-classify", "sparse"]
 Pooling = Literal["mean", "cls"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 """The function that compares two embeddings, under its name in sentence-transformers."""
 Logits = Literal["masked", "all"]
-SparseHead = Literal["splade", "token-weights"]
+SparseHeadName = Literal["splade", "token-weights"]
 SparseActivation = Literal["relu", "log1p_relu"]
 SparsePooling = Literal["max", "sum"]
 SparseRoute = Literal["query", "document"]
 Engine = Literal["onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight"]
 """The precision of a bundle's weights and graphs."""
-Target = Literal["cpu", "cuda"]
+DeviceType = Literal["cpu", "cuda"]
 """The device that ONNX Runtime's graph is for."""
 TensorRTVariant = Literal["tensorrt", "tensorrt-rtx"]
 ComputePrecision = Literal["fp32", "bf16"]
@@ -30,17 +30,17 @@ EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 """How neighbouring tokens with one label are joined, under its name in transformers' pipeline."""
 
-TASKS: tuple[Task, ...] = get_args(Task)
+TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
-SPARSE_HEADS: tuple[SparseHead, ...] = get_args(SparseHead)
+SPARSE_HEADS: tuple[SparseHeadName, ...] = get_args(SparseHeadName)
 SPARSE_ACTIVATIONS: tuple[SparseActivation, ...] = get_args(SparseActivation)
 SPARSE_POOLINGS: tuple[SparsePooling, ...] = get_args(SparsePooling)
 SPARSE_ROUTES: tuple[SparseRoute, ...] = get_args(SparseRoute)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-TARGETS: tuple[Target, ...] = get_args(Target)
+DEVICE_TYPES: tuple[DeviceType, ...] = get_args(DeviceType)
 TENSORRT_VARIANTS: tuple[TensorRTVariant, ...] = get_args(TensorRTVariant)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -107,7 +107,7 @@ class SparseSpec:
         unweighted: token ids that never have a weight, for a token-weights head.
     """
 
-    head: SparseHead
+    head: SparseHeadName
     activation: SparseActivation = "relu"
     pooling: SparsePooling = "max"
     query_weights: str | None = None
@@ -143,7 +143,7 @@ class ModelSpec:
         sparse: how the model computes sparse embeddings; None if it has none.
     """
 
-    task: Task
+    task: TaskName
     max_length: int
     vocab_size: int
     hidden_size: int
@@ -169,12 +169,12 @@ class ModelSpec:
         return self.embedding_size or self.hidden_size
 
     @property
-    def head_task(self) -> Task:
+    def head_task(self) -> TaskName:
         """The task whose head the model has; see `head_task`."""
         return head_task(self.task, self.sparse)
 
 
-def head_task(task: Task, sparse: SparseSpec | None) -> Task:
+def head_task(task: TaskName, sparse: SparseSpec | None) -> TaskName:
     """The task whose head a model has: a sparse model has the head of fill-mask or of token-classify."""
     if task != "sparse" or sparse is None:
         return task

@@ -1,10 +1,10 @@
 """The tasks that a model can be made for: one file each, and this table of them.
 
-To add a task, write its file here, its head in `models/heads.py`, and its line in `TASKS`; `spec.Task` lists the names
-for type checkers.
+To add a task, write its file here, its head in `models/heads.py`, and its line in `TASKS`; `spec.TaskName` lists the
+names for type checkers.
 """
 
-from gte_deploy.core.spec import Task as TaskName
+from gte_deploy.core.spec import TaskName
 from gte_deploy.tasks.base import Task
 from gte_deploy.tasks.classify import CLASSIFY
 from gte_deploy.tasks.embed import EMBED

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import MissingDependencyError
-from gte_deploy.core.spec import ModelSpec, Similarity
-from gte_deploy.core.spec import Task as TaskName
+from gte_deploy.core.spec import ModelSpec, Similarity, TaskName
 
 HIDDEN = "last_hidden_state"
 """The output that a graph for any task has: the hidden states [B, S, H]."""

@@ -21,7 +21,7 @@ from gte_deploy.core.spec import (
     ModelSpec,
     Pooling,
     SparseRoute,
-    Task,
+    TaskName,
 )
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import ReturnType
@@ -550,7 +550,7 @@ class TextInterface(ABC):
         )
         return BatchOptions(limits, truncation, max_length)
 
-    def _require_task(self, *tasks: Task) -> None:
+    def _require_task(self, *tasks: TaskName) -> None:
         if not any(TASKS[task].can_run_on(self.spec) for task in tasks):
             raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
 

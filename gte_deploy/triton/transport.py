@@ -21,8 +21,7 @@ from gte_deploy.core.errors import (
     NonFiniteError,
     UnavailableError,
 )
-
-Tensors = Mapping[str, NDArray[Any]]
+from gte_deploy.tasks.base import Tensors
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _BAD_REQUEST = {400, "INVALID_ARGUMENT"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gte_deploy.core.errors import ConfigError
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family
 
 FAMILIES: Mapping[str, str] = {
@@ -45,7 +45,7 @@ def family_of(config: Any) -> Family:
     return family_of_type(config.model_type, type(config).__name__)
 
 
-def head_of(model: Any, task: Task) -> Any:
+def head_of(model: Any, task: TaskName) -> Any:
     """The module of `model` that turns hidden states into the logits of `task`; see `Family.heads`.
 
     Raises:

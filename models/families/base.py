@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 from gte_deploy.models.fields import FileFields
 from gte_deploy.tasks import TASKS
 
@@ -32,7 +32,7 @@ run padded.
 class WriteConfig(Protocol):
     """Writes a config as the fields of config.json in one layout."""
 
-    def __call__(self, config: Any, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
+    def __call__(self, config: Any, *, task: TaskName, dtype: str = "float32") -> dict[str, Any]:
         """Write the fields.
 
         Args:
@@ -127,9 +127,9 @@ class Family:
     fields: FileFields
     read_config: Callable[[Mapping[str, Any], Path], PreTrainedConfig]
     native_config: WriteConfig
-    classes: Mapping[Task, str]
+    classes: Mapping[TaskName, str]
     architecture_prefixes: tuple[str, ...]
-    heads: Mapping[Task, str]
+    heads: Mapping[TaskName, str]
     positions: Positions
     sites: Callable[[Any], Mapping[str, int]]
     position_module: str | None = None
@@ -142,7 +142,7 @@ class Family:
         return self.positions != "alibi"
 
     @property
-    def architectures(self) -> dict[str, Task]:
+    def architectures(self) -> dict[str, TaskName]:
         """Name in `architectures` of config.json -> the task of its head."""
         return {
             prefix + task.architecture: name
@@ -151,13 +151,13 @@ class Family:
             if task.architecture is not None
         }
 
-    def model_class(self, task: Task) -> type[PreTrainedModel]:
+    def model_class(self, task: TaskName) -> type[PreTrainedModel]:
         """The class of transformers for a task of `classes`."""
         import transformers
 
         found: type[PreTrainedModel] = getattr(transformers, self.classes[task])
         return found
 
-    def has_head(self, names: list[str], task: Task) -> bool:
+    def has_head(self, names: list[str], task: TaskName) -> bool:
         """Whether tensors of the task's head are among these stored names."""
         return task in self.heads and any(name.startswith(f"{self.heads[task]}.") for name in names)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import ConfigError
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import BOOKKEEPING, TRAINING, FileFields, fixed, honoured, ignored
 from gte_deploy.models.presets import USAGE_FIELDS, preset
@@ -46,7 +46,7 @@ _ORIGINAL_DEFAULTS: dict[str, Any] = {
 }
 _REMOTE_CODE = "Alibaba-NLP/new-impl--"
 # Task -> the part of its architecture that follows "New" or "Gte".
-_ARCHITECTURES: dict[Task, str] = {
+_ARCHITECTURES: dict[TaskName, str] = {
     name: task.architecture for name, task in TASKS.items() if task.architecture is not None
 }
 
@@ -178,7 +178,7 @@ def preset_config(name: str) -> GteConfig:
         return GteConfig(**config)
 
 
-def original_config(config: GteConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
+def original_config(config: GteConfig, *, task: TaskName, dtype: str = "float32") -> dict[str, Any]:
     """The fields of config.json in the original layout; `read_config` of it gives `config` again.
 
     Raises:
@@ -213,7 +213,7 @@ def original_config(config: GteConfig, *, task: Task, dtype: str = "float32") ->
     return fields
 
 
-def native_config(config: GteConfig, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
+def native_config(config: GteConfig, *, task: TaskName, dtype: str = "float32") -> dict[str, Any]:
     """The fields of config.json in the native layout, readable by transformers alone.
 
     A mixed_b RoPE is written as "longrope" whose short and long factors are both our divisors: the same function

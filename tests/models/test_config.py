@@ -6,7 +6,8 @@ import torch
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.checkpoint import load_model
-from gte_deploy.models.config import build_config, native_config, original_config, read_config, task_of
+from gte_deploy.models.config import build_config, read_config, task_of
+from gte_deploy.models.families.gte import native_config, original_config
 from gte_deploy.models.presets import PRESETS
 
 # config.json of Alibaba-NLP/gte-base-en-v1.5 as published, its auto_map left out.

@@ -6,7 +6,7 @@ import torch
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.torch import TorchBackend
-from gte_deploy.core.spec import TASKS, SparseSpec
+from gte_deploy.core.spec import TASK_NAMES, SparseSpec
 from gte_deploy.exporters.verification.reference import TorchReference
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.description import describe
@@ -32,10 +32,10 @@ def ragged_batch():
 
 
 def test_every_task_has_a_head(checkpoints):
-    assert set(HEADS) == set(TASKS) == set(checkpoints)
+    assert set(HEADS) == set(TASK_NAMES) == set(checkpoints)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASK_NAMES)
 def test_backend_and_reference_compute_the_same(checkpoints, task):
     folder, batch = checkpoints[task], ragged_batch()
     spec = describe(folder).spec

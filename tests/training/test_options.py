@@ -8,15 +8,15 @@ import pytest
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import options_of
-from gte_deploy.models.checkpoint import LAYOUTS
+from gte_deploy.models.checkpoint import CHECKPOINT_LAYOUTS
 from gte_deploy.training.evaluation.glue_tasks import TASKS
 from gte_deploy.training.export import export_checkpoint
 from gte_deploy.training.options import (
+    CheckpointExportOptions,
+    CheckpointLayout,
     EstimateOptions,
-    ExportOptions,
     GlueTask,
     Hardware,
-    Layout,
     PrepareOptions,
     ReadOptions,
     RunOptions,
@@ -24,7 +24,7 @@ from gte_deploy.training.options import (
 from gte_deploy.training.train import train
 
 
-@pytest.mark.parametrize(("kind", "function"), [(RunOptions, train), (ExportOptions, export_checkpoint)])
+@pytest.mark.parametrize(("kind", "function"), [(RunOptions, train), (CheckpointExportOptions, export_checkpoint)])
 def test_options_are_the_functions_arguments_with_its_defaults(kind, function):
     parameters = inspect.signature(function).parameters
     for name, (default, _) in options_of(kind).items():
@@ -32,7 +32,7 @@ def test_options_are_the_functions_arguments_with_its_defaults(kind, function):
 
 
 def test_choices_are_those_of_the_modules_that_take_them():
-    assert get_args(Layout) == LAYOUTS
+    assert get_args(CheckpointLayout) == CHECKPOINT_LAYOUTS
     assert get_args(GlueTask) == tuple(TASKS)
 
 

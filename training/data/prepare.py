@@ -94,7 +94,7 @@ def prepare(
         "options": asdict(replace(reading, skip_bad=False)),
     }
     with _workspace(output, header, restart=options.restart) as work:
-        job = Job(str(work), str(tokenizer_file), vocab.dtype.str, reading)
+        job = PrepareJob(str(work), str(tokenizer_file), vocab.dtype.str, reading)
         pending = _pending(job, units)
         if len(pending) < len(units):
             logger.info("resuming: %d of %d units are already encoded", len(units) - len(pending), len(units))
@@ -109,7 +109,7 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """The settings that every worker needs. Plain data, because it is sent to other processes."""
 
     work: str
@@ -134,7 +134,7 @@ class _StoppedError(Exception):
 class _Encoder:
     """Encodes units into shards of the workspace."""
 
-    def __init__(self, job: Job, shared: _Shared) -> None:
+    def __init__(self, job: PrepareJob, shared: _Shared) -> None:
         self._job, self._shared = job, shared
         self._tokenizer = load_tokenizer(Path(job.tokenizer_file))
 
@@ -205,7 +205,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> None:
+def _encode_all(units: Sequence[Unit], job: PrepareJob, *, workers: int, bar: tqdm) -> None:
     if not units:
         return
     shared = _Shared(multiprocessing.get_context("spawn"))
@@ -236,7 +236,7 @@ def _encode_all(units: Sequence[Unit], job: Job, *, workers: int, bar: tqdm) -> 
 
 
 def _executor(
-    units: Sequence[Unit], job: Job, shared: _Shared, workers: int
+    units: Sequence[Unit], job: PrepareJob, shared: _Shared, workers: int
 ) -> tuple[futures.Executor, Callable[[Unit], None]]:
     """Return an executor and the function that it runs for each unit.
 
@@ -273,7 +273,7 @@ def _interrupts_held_back() -> Iterator[None]:
 _process_encoder: _Encoder | None = None
 
 
-def _start_worker(job: Job, shared: _Shared, threads: int) -> None:
+def _start_worker(job: PrepareJob, shared: _Shared, threads: int) -> None:
     global _process_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
@@ -356,7 +356,7 @@ def _begin(work: Path, header: str, restart: bool) -> None:
     write_text(header_file, header)
 
 
-def _pending(job: Job, units: Sequence[Unit]) -> list[Unit]:
+def _pending(job: PrepareJob, units: Sequence[Unit]) -> list[Unit]:
     """Return the units that are still to be encoded. Remove the files of all others than finished units."""
     finished = {unit.name for unit in units if _record(job, unit) is not None}
     for file in itertools.chain(*(Path(job.work, folder).iterdir() for folder in ("corpus", "units"))):
@@ -365,7 +365,7 @@ def _pending(job: Job, units: Sequence[Unit]) -> list[Unit]:
     return [unit for unit in units if unit.name not in finished]
 
 
-def _record(job: Job, unit: Unit) -> dict[str, Any] | None:
+def _record(job: PrepareJob, unit: Unit) -> dict[str, Any] | None:
     """Return the record of a finished unit, or None if the unit is to be encoded, perhaps again."""
     try:
         record = json.loads(Path(job.work, "units", f"{unit.name}.json").read_text("utf-8"))
@@ -381,7 +381,7 @@ def _record(job: Job, unit: Unit) -> dict[str, Any] | None:
     return record if whole and same and (job.options.skip_bad or not skipped) else None
 
 
-def _finish(job: Job, units: Sequence[Unit], header: Mapping[str, Any]) -> None:
+def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any]) -> None:
     counts: Counter[str] = Counter()
     shards = []
     for unit in units:

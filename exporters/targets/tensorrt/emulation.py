@@ -27,7 +27,7 @@ from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnxruntime import OnnxBackend
-from gte_deploy.backends.tensorrt.padding_free import PackedLayout
+from gte_deploy.backends.tensorrt.padding_free import PaddingFreeLayout
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import ModelSpec, Profile
@@ -137,7 +137,7 @@ class PaddingFreeOnnx:
         import onnxruntime
 
         self._spec, self._profiles = spec, profiles
-        self._layout = PackedLayout({tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)})
+        self._layout = PaddingFreeLayout({tensor.name: tensor.shape for tensor in (*graph.inputs, *graph.outputs)})
         self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
         masks = "mask_positions" in self._dtypes
         ends = [mask_profile(profile) for profile in profiles]

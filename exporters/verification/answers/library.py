@@ -6,7 +6,7 @@ from gte_deploy.core.errors import GteDeployError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.verification.answers.closeness import Closeness, Question
 from gte_deploy.exporters.verification.answers.odd_texts import ODD_TEXTS, PLAIN_TEXTS, long_text, vocabulary_texts
-from gte_deploy.exporters.verification.answers.source_libraries import Library, Texts, open_library, short
+from gte_deploy.exporters.verification.answers.source_libraries import AskedTexts, OpenLibrary, open_library, short
 from gte_deploy.exporters.verification.answers.source_view import loadable
 from gte_deploy.exporters.verification.answers.subject import Asked, Findings, Subject
 
@@ -36,7 +36,7 @@ def compare_answers(subject: Subject, findings: Findings) -> None:
             _compare_with(library[0], subject, findings)
 
 
-def _compare_with(library: Library, subject: Subject, findings: Findings) -> None:
+def _compare_with(library: OpenLibrary, subject: Subject, findings: Findings) -> None:
     spec, limit = subject.model.spec, subject.asked.limit
     _compare_facts(spec, library, subject.asked, findings)
     has_own_limit = limit == "own" or (limit == "shorter" and library.limit <= spec.max_length)
@@ -44,12 +44,12 @@ def _compare_with(library: Library, subject: Subject, findings: Findings) -> Non
     if not has_own_limit or library.limit > _MAX_LENGTH:
         library.cut(cut)
     texts = [*PLAIN_TEXTS, " ".join(ODD_TEXTS[6:9]), "  white \n space  ", *vocabulary_texts(subject.tokenizer, 5)]
-    given = Texts(texts, long_text(subject.tokenizer, cut), cut, subject.tokenizer.mask_token)
+    given = AskedTexts(texts, long_text(subject.tokenizer, cut), cut, subject.tokenizer.mask_token)
     for question in library.questions(subject.model, given):
         _ask_both(question, subject.close, findings)
 
 
-def _compare_facts(spec: ModelSpec, library: Library, asked: Asked, findings: Findings) -> None:
+def _compare_facts(spec: ModelSpec, library: OpenLibrary, asked: Asked, findings: Findings) -> None:
     """Compare the spec with the limit, the similarity and the labels that the library states."""
     longer, shorter = spec.max_length > library.limit, spec.max_length < library.limit
     facts: list[tuple[str, Any, Any]] = []

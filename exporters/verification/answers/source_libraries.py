@@ -29,7 +29,7 @@ _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
-class Texts:
+class AskedTexts:
     """The texts of the questions: short ones, one longer than `cut` (the limit of both sides), and any mask token."""
 
     texts: list[str]
@@ -59,7 +59,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Library:
+class OpenLibrary:
     """A checkpoint opened by its own library.
 
     Args:
@@ -74,7 +74,7 @@ class Library:
     title: str
     limit: int
     cut: Callable[[int], None]
-    questions: Callable[[Model, Texts], Iterator[Question]]
+    questions: Callable[[Model, AskedTexts], Iterator[Question]]
     config: Any
     similarity: str | None = None
 
@@ -85,7 +85,7 @@ def library_of(checkpoint: Path, task: str) -> str:
     return SENTENCE_TRANSFORMERS if of_its_kind else "transformers"
 
 
-def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[Library, str] | None:
+def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[OpenLibrary, str] | None:
     """Open a checkpoint in its own library, and return the library and its name with the version.
 
     None if the checkpoint cannot be opened; a sentence for each thing that is not compared is added to `skipped`.
@@ -112,13 +112,13 @@ def short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
+def open_sentence_transformer(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in SentenceTransformer, with questions to `encode`, `encode_query` and `encode_document`."""
     from sentence_transformers import SentenceTransformer
 
     opened: Any = SentenceTransformer(str(folder), **_options())
 
-    def questions(model: Model, given: Texts) -> Iterator[Question]:
+    def questions(model: Model, given: AskedTexts) -> Iterator[Question]:
         def ask(what: str, texts: list[str], method: str = "encode", **options: Any) -> Question:
             return Question(
                 what,
@@ -143,7 +143,7 @@ def open_sentence_transformer(folder: Path, spec: ModelSpec) -> Library:
     return _library("SentenceTransformer", opened, spec, questions, similarity=opened.similarity_fn_name)
 
 
-def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
+def open_sparse_encoder(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in SparseEncoder, with questions to `encode` and its variants that give dense rows."""
     from sentence_transformers import SparseEncoder
 
@@ -153,7 +153,7 @@ def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
         # The library adds an autoencoder with random weights to a checkpoint of another class.
         raise ValueError(f"it adds modules to the {len(stored)} of modules.json")
 
-    def questions(model: Any, given: Texts) -> Iterator[Question]:
+    def questions(model: Any, given: AskedTexts) -> Iterator[Question]:
         dense = {"convert_to_sparse_tensor": False}
 
         def ask(method: str, texts: list[str]) -> Question:
@@ -172,7 +172,7 @@ def open_sparse_encoder(folder: Path, spec: ModelSpec) -> Library:
     return _library("SparseEncoder", opened, spec, questions)
 
 
-def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
+def open_cross_encoder(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in CrossEncoder, with questions to `predict` for pairs and for single texts."""
     import torch
     from sentence_transformers import CrossEncoder
@@ -181,7 +181,7 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
     seen = _Seen()
     opened.model.register_forward_hook(seen.remember)
 
-    def questions(model: Model, given: Texts) -> Iterator[Question]:
+    def questions(model: Model, given: AskedTexts) -> Iterator[Question]:
         pairs = short_pairs(given.texts)
 
         def ask(what: str, inputs: list[Any], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Question:
@@ -218,7 +218,7 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> Library:
     return _library("CrossEncoder", opened, spec, questions)
 
 
-def open_transformers(folder: Path, spec: ModelSpec) -> Library:
+def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in the task's class of transformers, with AutoTokenizer and, for two tasks, a pipeline."""
     import torch
     import transformers
@@ -234,10 +234,10 @@ def open_transformers(folder: Path, spec: ModelSpec) -> Library:
     limit = min(tokenizer.model_max_length, network.config.max_position_embeddings)
     opened = _Network(network, tokenizer, frozenset(tokenizer.get_vocab().values()))
     asks = opened.masks if spec.task == "fill-mask" else opened.tensors
-    return Library(type(network).__name__, limit, lambda cut: None, asks, network.config)
+    return OpenLibrary(type(network).__name__, limit, lambda cut: None, asks, network.config)
 
 
-_OPENERS: Mapping[str, Callable[[Path, ModelSpec], Library]] = {
+_OPENERS: Mapping[str, Callable[[Path, ModelSpec], OpenLibrary]] = {
     "embed": open_sentence_transformer,
     "classify": open_cross_encoder,
     "sparse": open_sparse_encoder,
@@ -255,13 +255,13 @@ def _library(
     title: str,
     opened: Any,
     spec: ModelSpec,
-    questions: Callable[[Model, Texts], Iterator[Question]],
+    questions: Callable[[Model, AskedTexts], Iterator[Question]],
     similarity: str | None = None,
-) -> Library:
+) -> OpenLibrary:
     # A Router holds the transformer one level deeper.
     config = next(part for part in opened.modules() if hasattr(part, "auto_model")).auto_model.config
     limit = min(opened.max_seq_length or spec.max_length, config.max_position_embeddings)
-    return Library(title, limit, lambda cut: setattr(opened, "max_seq_length", cut), questions, config, similarity)
+    return OpenLibrary(title, limit, lambda cut: setattr(opened, "max_seq_length", cut), questions, config, similarity)
 
 
 @dataclass
@@ -287,7 +287,7 @@ class _Network:
     tokenizer: Any
     known: frozenset[int]
 
-    def masks(self, model: Model, given: Texts) -> Iterator[Question]:
+    def masks(self, model: Model, given: AskedTexts) -> Iterator[Question]:
         """Yield questions to the fill-mask pipeline, for texts with one mask and with two."""
         from transformers import pipeline
 
@@ -316,7 +316,7 @@ class _Network:
         yield from (ask(f"{mask} {text} {mask}") for text in given.texts[1::2])
         yield ask(f"{given.texts[0]} {mask} {given.long}")
 
-    def tensors(self, model: Model, given: Texts) -> Iterator[Question]:
+    def tensors(self, model: Model, given: AskedTexts) -> Iterator[Question]:
         """Yield questions for each text's logits, or hidden states if there is no head; also for tags."""
         name = "last_hidden_state" if model.spec.task in ("embed", "sparse") else "logits"
 
@@ -328,7 +328,7 @@ class _Network:
         if hasattr(model, "classify_tokens") and model.spec.task == "token-classify":
             yield from self._tags(model, given)
 
-    def _tags(self, model: Any, given: Texts) -> Iterator[Question]:
+    def _tags(self, model: Any, given: AskedTexts) -> Iterator[Question]:
         from transformers import pipeline
 
         pipe: Any = pipeline("token-classification", model=self.network, tokenizer=self.tokenizer, device="cpu")
@@ -347,7 +347,7 @@ class _Network:
 
         yield from (ask(text, strategy) for strategy in ("none", "simple", "first") for text in given.few)
 
-    def _tensor(self, text: str, name: str, given: Texts) -> Any:
+    def _tensor(self, text: str, name: str, given: AskedTexts) -> Any:
         import torch
 
         encoded = self.tokenizer(text, truncation=True, max_length=given.cut, return_tensors="pt")
@@ -361,6 +361,6 @@ class _Network:
         return [answer for answer in answers if answer["token"] in self.known]
 
 
-def _tensor(model: Model, text: str, name: str, given: Texts) -> Any:
+def _tensor(model: Model, text: str, name: str, given: AskedTexts) -> Any:
     ids = model.tokenize([text], **given.length)["input_ids"]
     return model._backend.run(collate(ids.tolist(), pad_token_id=model.spec.pad_token_id), (name,))[name]

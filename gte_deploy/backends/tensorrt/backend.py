@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_outputs, check_takes_types
 from gte_deploy.backends.tensorrt.cuda import Cuda
-from gte_deploy.backends.tensorrt.padding_free import PackedLayout
+from gte_deploy.backends.tensorrt.padding_free import PaddingFreeLayout
 from gte_deploy.backends.tensorrt.plan import open_plan
-from gte_deploy.backends.tensorrt.shapes import Layout, SubBatch
+from gte_deploy.backends.tensorrt.shapes import PaddedLayout, SubBatch
 from gte_deploy.bundle.manifest import Manifest, PlanEntry
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.spec import ModelSpec, Precision
@@ -164,7 +164,9 @@ class _Engine:
         self.inputs = [tensor.name for tensor in plan.inputs]
         tensors = (*plan.inputs, *plan.outputs)
         axes = {tensor.name: tensor.shape for tensor in tensors}
-        self.layout: Layout | PackedLayout = PackedLayout(axes) if plan.padding_free else Layout(axes)
+        self.layout: PaddedLayout | PaddingFreeLayout = (
+            PaddingFreeLayout(axes) if plan.padding_free else PaddedLayout(axes)
+        )
         self.dtypes = {tensor.name: _NUMPY_DTYPES[tensor.dtype] for tensor in tensors}
         self.masks: list[tuple[int, int]] | None = None
         """(least, most) mask positions of each profile."""

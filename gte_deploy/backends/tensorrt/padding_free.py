@@ -65,8 +65,8 @@ def _choose(profiles: Sequence[Profile], lengths: NDArray[np.int64]) -> tuple[in
     return best, counts[best]
 
 
-class PackedLayout:
-    """`Layout` for the tensors of a padding-free engine."""
+class PaddingFreeLayout:
+    """`PaddedLayout` for the tensors of a padding-free engine."""
 
     def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:
         """`tensors` maps tensors to axes, each a size or a name. A name that no input has is the number of texts."""

@@ -140,7 +140,7 @@ def write_inputs(batch: Batch, sub_batch: SubBatch, inputs: Mapping[str, NDArray
             positions[: len(sub_batch.masks)] = batch.mask_positions[sub_batch.masks] - (sub_batch.rows.start, 0)
 
 
-class Layout:
+class PaddedLayout:
     """Computes the shapes of a graph's tensors from those of a batch."""
 
     def __init__(self, tensors: Mapping[str, Sequence[int | str]]) -> None:

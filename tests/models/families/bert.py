@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.core.spec import Task
+from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import FileFields, fixed
 from gte_deploy.models.reading import Reader
@@ -50,7 +50,7 @@ def _read_config(raw: Mapping[str, Any], file: Path) -> Any:
     )
 
 
-def _native_config(config: Any, *, task: Task, dtype: str = "float32") -> dict[str, Any]:
+def _native_config(config: Any, *, task: TaskName, dtype: str = "float32") -> dict[str, Any]:
     return {**json.loads(config.to_json_string()), "architectures": [BERT.classes[task]], "dtype": dtype}
 
 

@@ -21,7 +21,7 @@ from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # 
 from gte_deploy.core.spec import SparseSpec  # noqa: E402
 from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
-from gte_deploy.models.config import original_config, read_config, task_of  # noqa: E402
+from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
 from gte_deploy.models.fields import document  # noqa: E402
 from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
@@ -137,8 +137,6 @@ def test_save_and_load_are_inverse(bert, checkpoint, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor) and torch.equal(own.state_dict()[name], tensor), name
     with pytest.raises(CheckpointError, match="expected one of BertForMaskedLM, BertModel in layout native$"):
         save_model(model, tmp_path, layout="original")
-    with pytest.raises(ConfigError, match="no original layout"):
-        original_config(model.config, task="fill-mask")
 
 
 def test_the_encoder_alone(bert, checkpoint, reference):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gte_deploy.core.spec import TASKS as NAMES
+from gte_deploy.core.spec import TASK_NAMES as NAMES
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.model import Model
 from gte_deploy.models.config import task_of

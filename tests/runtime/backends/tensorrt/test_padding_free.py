@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.padding_free import PackedLayout, split_packed_batch
+from gte_deploy.backends.tensorrt.padding_free import PaddingFreeLayout, split_packed_batch
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
 SMALL, LARGE = Profile((1, 1), (2, 32), (3, 64)), Profile((1, 1), (4, 256), (8, 512))
-LAYOUT = PackedLayout(
+LAYOUT = PaddingFreeLayout(
     {
         "input_ids": ("tokens",),
         "position_ids": ("tokens",),

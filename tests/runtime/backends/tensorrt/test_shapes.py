@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.shapes import Layout, choose_profile, padded_length, split_batch, write_inputs
+from gte_deploy.backends.tensorrt.shapes import PaddedLayout, choose_profile, padded_length, split_batch, write_inputs
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
@@ -113,7 +113,7 @@ def test_types_are_padded_with_type_0():
 
 
 def test_what_comes_back_is_put_in_its_place():
-    layout = Layout(
+    layout = PaddedLayout(
         {
             "input_ids": ("batch", "sequence"),
             "mask_positions": ("masks", 2),
