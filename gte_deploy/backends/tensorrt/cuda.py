@@ -148,7 +148,7 @@ class Buffer:
 
 
 def gpu_capability(index: int = 0) -> str | None:
-    """Compute capability of a GPU, such as "8.9"; None where the driver or the GPU is missing.
+    """Return the compute capability of a GPU, such as "8.9"; None if the driver or the GPU is missing.
 
     It asks the driver's own library, so that the exporter needs no package for it.
     """
