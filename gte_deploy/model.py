@@ -159,7 +159,7 @@ class Model(TextInterface):
     ) -> dict[str, NDArray[np.int64]]:
         """Return `input_ids` and `attention_mask`, both [N, S] int64 and padded on the right.
 
-        For a model that takes token types (`spec.token_types`), also `token_type_ids` of the same shape and type.
+        For a model that takes token types (`spec.token_types`), return `token_type_ids` of the same form, too.
 
         Raises:
             InputError: see `encode`.
@@ -323,7 +323,7 @@ class Model(TextInterface):
         from gte_deploy.models.sparse_modules import read_sparse_modules
 
         found = read_sparse_modules(CheckpointFiles(self.path))
-        return f" But of this one {found.reason}" if found is not None and found.reason else ""
+        return f" Its modules are not supported: {found.reason}" if found is not None and found.reason else ""
 
     def _require_masked_lm(self) -> None:
         # A splade checkpoint also offers the logits of masks; its bundle offers only their pooled form.

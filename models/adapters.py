@@ -152,7 +152,7 @@ def _named_base(folder: Path, name: Any) -> Path:
         return beside
     base = resolve_checkpoint(name)
     if base.resolve() == folder.resolve() and not has_weights(folder):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names its own folder, which has no weights")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names its own folder as the base model, which has no weights")
     return base
 
 

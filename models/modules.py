@@ -309,13 +309,13 @@ def _require_kinds(modules: list[Module], known: tuple[str, ...], purpose: str) 
         file = module.checkpoint / MODULES
         if "." in module.kind:
             raise ConfigError(
-                f"{file} has the module {module.kind}, which is code of its own and is never run; expected modules of "
+                f"{file} has the module {module.kind}, which is custom code and is never run; expected modules of "
                 "sentence_transformers."
             )
         if module.kind not in known:
             raise ConfigError(
-                f"{file} has a {module.kind} module; only {', '.join(known)} are honoured for {purpose}, and leaving "
-                "it out would change the answers."
+                f"{file} has a {module.kind} module; only {', '.join(known)} are supported for {purpose}, and "
+                "ignoring the module would change the answers."
             )
         _ = module.folder  # raises if the folder is refused
         refuse_arguments(module)

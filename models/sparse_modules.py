@@ -202,7 +202,7 @@ def _splade(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
     kinds = [module.kind for module in modules]
     if len(kinds) != 2 or kinds[0] not in ("MLMTransformer", "Transformer") or kinds[1] != "SpladePooling":
         raise ConfigError(
-            f"its modules are {', '.join(kinds)}; honoured are MLMTransformer (or Transformer for fill-mask) and "
+            f"its modules are {', '.join(kinds)}; expected MLMTransformer (or Transformer for fill-mask) and "
             "SpladePooling."
         )
     transformer, pooling = modules
@@ -214,7 +214,9 @@ def _splade(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
 def _pooling(files: CheckpointFiles, module: Module) -> SparseSpec:
     config = files.json[module.file("config.json")]
     if not isinstance(config, dict):
-        raise ConfigError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
+        raise ConfigError(
+            f"{module.path}/config.json, which says how SpladePooling pools, is missing or is not a JSON object."
+        )
     known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
     if unknown := sorted(name for name in config if SPLADE.field(name) is None):
         raise ConfigError(f"{module.path}/config.json has the fields {', '.join(unknown)}, which are not honoured.")
@@ -228,13 +230,13 @@ def _pooling(files: CheckpointFiles, module: Module) -> SparseSpec:
 def _routed(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
     """Read a Router that is the only module: documents go through a splade model, queries through it or by weights."""
     if len(modules) != 1 or modules[0].path:
-        raise ConfigError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
+        raise ConfigError(f"its modules are {', '.join(m.kind for m in modules)}; a Router must be the only module.")
     config = files.json[_ROUTER]
     if not isinstance(config, dict):
-        raise ConfigError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
+        raise ConfigError(f"{_ROUTER}, which says what its Router does, is missing or is not a JSON object.")
     routes = _routes(files.path, config)
     if set(routes) != set(SPARSE_ROUTES):
-        raise ConfigError(f"its Router has the routes {', '.join(routes)}; honoured are query and document.")
+        raise ConfigError(f"its Router has the routes {', '.join(routes)}; expected query and document.")
     documents = _splade(files, routes["document"])
     assert documents.spec is not None
     default = _default_route(config.get("parameters") or {}, list(routes))
@@ -242,7 +244,7 @@ def _routed(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
         return documents
     kinds = [module.kind for module in routes["query"]]
     if kinds != ["SparseStaticEmbedding"]:
-        raise ConfigError(f"its queries go through {', '.join(kinds)}; honoured is SparseStaticEmbedding.")
+        raise ConfigError(f"its queries go through {', '.join(kinds)}; expected SparseStaticEmbedding.")
     spec = replace(documents.spec, query_weights=QUERY_WEIGHTS_FILE, default_route=default)
     (query,) = routes["query"]
     _ = query.folder  # raises if the folder is refused
@@ -288,8 +290,8 @@ def _require_same_tokenizer(files: CheckpointFiles, queries: str, documents: str
     own = files.json[name]
     if own is not None and _cutting(own) != _cutting(files.json[posixpath.join(documents, "tokenizer.json")]):
         raise ConfigError(
-            f"{files.path / name} is another tokenizer than that of documents; one for both is honoured. Replace it "
-            "where they cut alike."
+            f"{files.path / name} is another tokenizer than the one for documents; both must be the same. Replace "
+            "it if both split texts alike."
         )
 
 
@@ -307,7 +309,7 @@ def _weights_of_json(
     weights = _object(files.json[posixpath.join(query, name)] or files.json[name])
     if not weights or not all(type(weight) in (int, float) for weight in weights.values()):
         raise CheckpointError(
-            f"{files.path / query} names the query weights {path!r}, and {name} is no object of word -> weight"
+            f"{files.path / query} names the query weights {path!r}, but {name} is no object of word -> weight"
         )
     stored = np.zeros(vocab_size, np.float32)
     for word, weight in weights.items():
@@ -320,7 +322,7 @@ def _weights_of_json(
 def _stored_weights(folder: Path) -> NDArray[np.float32]:
     """Read the tensor `weight` of the folder's model.safetensors."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file  # unlike its numpy side, it knows bfloat16
+    from safetensors.torch import load_file  # unlike safetensors.numpy, it supports bfloat16
 
     refuse_pickle(folder, WEIGHTS)
     try:

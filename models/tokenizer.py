@@ -96,8 +96,7 @@ class ResolvedTokenizer:
     def save(self, folder: Path, *, max_length: int) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json with a limit of `max_length` tokens.
 
-        The saved class is the generic one: it uses tokenizer.json unchanged, while other classes build their own
-            tokenizer.
+        The saved class is the generic one, which uses tokenizer.json unchanged; others build their own tokenizer.
         """
         backend = Tokenizer.from_str(self.backend.to_str())
         backend.no_truncation()

@@ -14,7 +14,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TO_SAFETENSORS = (
-    'Convert it where you trust its source: python -c "import torch; from safetensors.torch import save_file; s = '
+    'If you trust its source, convert it: python -c "import torch; from safetensors.torch import save_file; s = '
     "torch.load('{name}', weights_only=True); save_file({{k: v.clone().contiguous() for k, v in s.items()}}, "
     "'{target}', metadata={{'format': 'pt'}})\""
 )

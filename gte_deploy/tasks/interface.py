@@ -123,7 +123,7 @@ class TextInterface(ABC):
             precision: smaller types for sentence embeddings, see `pooling.quantize`.
             convert_to_numpy: False gives a list of torch tensors.
             convert_to_tensor: True gives one torch tensor.
-            device: None, or the device that the model was loaded on; for a model on a server None.
+            device: None, or the device that the model was loaded on; always None for a model on a server.
             normalize_embeddings: scale to length 1, after `truncate_dim`.
             truncate_dim: keep this many leading dimensions (Matryoshka); by default as the checkpoint says.
             pooling: "mean" or "cls"; the checkpoint's own by default.
@@ -192,7 +192,7 @@ class TextInterface(ABC):
             convert_to_tensor: True gives one float32 torch tensor: [V] for a text, [N, V] for a list.
             convert_to_sparse_tensor: with `convert_to_tensor`, True gives a sparse COO tensor and False a dense one.
             save_to_cpu: without effect; results are always on the CPU.
-            device: None, or the device that the model was loaded on; for a model on a server None.
+            device: None, or the device that the model was loaded on; always None for a model on a server.
             max_active_dims: number of entries to keep, the heaviest; by default as the checkpoint says, else all.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
             max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
@@ -269,7 +269,7 @@ class TextInterface(ABC):
             apply_softmax: whether a softmax over several labels follows `activation_fn`.
             convert_to_numpy: False gives a list of torch tensors.
             convert_to_tensor: True gives one torch tensor; for a token classifier one for each text.
-            device: None, or the device that the model was loaded on; for a model on a server None.
+            device: None, or the device that the model was loaded on; always None for a model on a server.
             pool: must be None; CrossEncoder's pools of processes are not supported.
             chunk_size: must be None, as `pool`.
             truncation: cut the longer text of a pair first; without it a pair that is too long is an error.
