@@ -42,7 +42,7 @@ LAYOUTS: tuple[str, ...] = ("native", "original")
 
 logger = logging.getLogger(__name__)
 
-# A checkpoint has some of these; this package itself reads only tokenizer.json.
+# The files of a tokenizer: tokenizer.json is required, and a checkpoint may have any of the other files.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -180,7 +180,7 @@ def _are_sparse(files: CheckpointFiles, modules: Sequence[Module]) -> bool:
     if _object(files.json[_SENTENCE_TRANSFORMERS]).get("model_type") == "SparseEncoder":
         return True
     if modules[0].kind in _ROUTERS:
-        # Without its configuration, a Router may be of any kind; a Router of embeddings is not read here.
+        # A Router without a configuration counts as sparse; a Router of dense embeddings does not.
         types = _object(files.json[_ROUTER]).get("types")
         return not isinstance(types, dict) or any(kind_of(str(name)) in _SPARSE_TYPES for name in types.values())
     return modules[0].kind == "Transformer" and _is_masked_lm(files, modules[0])
