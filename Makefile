@@ -66,7 +66,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	@mkdir -p build
 	$(BIN)/python tools/generate_docs.py
-	$(BIN)/python -m gte_deploy.models.fields > build/checkpoints.md && mv build/checkpoints.md docs/checkpoints.md
+	$(BIN)/python -m gte_deploy.models.field_tables > build/checkpoints.md && mv build/checkpoints.md docs/checkpoints.md
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -42,7 +42,7 @@ _PROG = "gte-deploy"
 _STDIN = "-"
 
 Given = Mapping[str, Any]
-"""What was given on the command line: name of an option -> its value as `add_arguments` parsed it."""
+"""The options given on the command line: name -> value, as `add_arguments` parsed it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 def _fill_mask(given: Given) -> None:
     texts = _texts(given)
     with _load(given) as model:
-        # One text at a time would give up batching, and a list of one text is answered as the text alone.
+        # All texts in one call, so that they share batches; a list of one text is answered like the text alone.
         answers = model.fill_mask(texts, **_arguments(given, FillMaskOptions, BatchingOptions))
     for text, answer in zip(texts, [answers] if len(texts) == 1 else answers, strict=True):
         if "json" in given:
@@ -236,7 +236,7 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
 
 
 def _load(given: Given, task: TaskName | None = None) -> "Model":
-    """The model of the command line; `task` is what a checkpoint is loaded for, where it is made for another."""
+    """Load the model that the command line names; `task` replaces a checkpoint's own task."""
     from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load
 
@@ -250,7 +250,7 @@ def _load(given: Given, task: TaskName | None = None) -> "Model":
 
 
 def _arguments(given: Given, *kinds: type) -> dict[str, Any]:
-    """The options of dataclasses that were given, as keyword arguments: a function's own defaults stay for the rest."""
+    """Return the given options of the dataclasses as keyword arguments; other options keep the function's defaults."""
     return {name: value for kind in kinds for name, value in parse_given(kind, given).items()}
 
 

@@ -1,4 +1,4 @@
-"""The options of `gte-deploy`: a dataclass for what several commands share, and one for what each has alone.
+"""The options of `gte-deploy`: dataclasses that several commands share, and one for each command's own options.
 
 Fields are named as the arguments of the Python API that take them, and have the same defaults. A command passes on only
 what was given. Importing this module loads neither numpy nor an engine, so that `--help` is quick.
@@ -29,7 +29,7 @@ from gte_deploy.tuning import DEFAULT_SHAPES
 
 @dataclass(frozen=True)
 class PrintOptions:
-    """What every command prints, and where."""
+    """Output options of every command."""
 
     verbose: bool = option(False, "log each step on stderr", flags=("-v", "--verbose"))
     json: bool = option(False, "print JSON, one line for each result")
@@ -37,7 +37,7 @@ class PrintOptions:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Where a command finds its texts."""
+    """The texts that a command reads."""
 
     texts: tuple[str, ...] = option(
         (),
@@ -56,7 +56,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The model and what runs it: arguments of `gte_deploy.load`, where `compute_precision` is called `precision`."""
+    """The model and its backend: arguments of `gte_deploy.load`, whose `precision` is `compute_precision` here."""
 
     path: str | None = option(
         None,
@@ -85,7 +85,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class BatchingOptions:
-    """How texts are cut and batched."""
+    """Limits on texts and batches."""
 
     batch_size: int = option(32, "most texts in one batch", metavar="N", parse=int)
     max_batch_tokens: int | None = option(
@@ -106,7 +106,7 @@ class BatchingOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What is put before each text."""
+    """The prompt before each text."""
 
     prompt_name: str | None = option(None, "put the model's prompt of this name before each text", metavar="NAME")
     prompt: str | None = option(None, "put this text before each text", metavar="TEXT")
@@ -138,7 +138,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class ArrayOptions:
-    """Where embeddings are written."""
+    """The file for embeddings."""
 
     output: Path | None = option(
         None,
@@ -193,7 +193,7 @@ class ClassifyTokensOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What is verified."""
+    """Options of `gte-deploy verify`."""
 
     bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
     checkpoint: Path | None = option(
@@ -206,7 +206,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """What is described."""
+    """Options of `gte-deploy info`."""
 
     model: str | None = option(
         None,
@@ -243,7 +243,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class PickOptions:
-    """What becomes of the fastest engine."""
+    """Options that record the fastest engine."""
 
     pick: bool = option(
         False, "record the fastest engine in your cache; every later load of this bundle on this machine takes it"

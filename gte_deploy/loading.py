@@ -41,7 +41,7 @@ _ASKED = "it was asked for"
 _MAX_THREADS = 1024
 # A CPU is busy with few tokens, and small batches waste little padding; a GPU needs many.
 _MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
-# Of one run through ONNX Runtime's TensorRT provider; of more there are several.
+# Masks of one run through ONNX Runtime's TensorRT provider. More masks take several runs.
 _MAX_MASKS = 512
 
 
@@ -60,27 +60,29 @@ def load(
 
     Args:
         path: a bundle folder, a checkpoint folder, a name on the Hugging Face Hub, or None for the built-in model.
-        backend: "onnx" (ONNX Runtime), "openvino" and "tensorrt" run a bundle, "torch" a checkpoint. "auto" takes what
-            fits: for a bundle its TensorRT engine where that fits GPU and TensorRT, else what
-            `gte-deploy bench --pick` recorded on this machine, else what was measured to be faster on CPUs like this.
-            `Model.info` says what was taken and why. "onnx" compiles the graph of a TensorRT bundle anew, through ONNX
+        backend: "onnx" (ONNX Runtime), "openvino" and "tensorrt" run a bundle, "torch" runs a checkpoint. For a bundle,
+            "auto" takes its TensorRT engine if that fits GPU and TensorRT, else the engine recorded on this machine
+            by `gte-deploy bench --pick`, else the engine that was measured to be faster on similar CPUs. `Model.info`
+            names the choice and the reason. "onnx" compiles the graph of a TensorRT bundle again, through ONNX
             Runtime's TensorRT provider.
-        precision: what the engine computes in wherever the bundle leaves it the choice: "fp32", or "bf16" with
-            openvino on a CPU that has it and with torch on a GPU. None for fp32, or as recorded.
-        device: "cpu", "cuda" or "cuda:N"; by default the GPU for a bundle that is made for one, and else the CPU.
-        num_threads: CPU threads; by default every CPU that the process may use (affinity and cgroup). With torch
-            the count is the whole process's, see `gte_deploy.backends.torch.TorchBackend`. TensorRT uses none.
-        max_batch_tokens: tokens of a batch at most, padding included; 1,024 on a CPU and 32,768 on a GPU by default.
-        compile: let torch compile the model, at its first batches. For backend "torch" alone.
-        task: what a checkpoint is loaded for, one of `spec.TASK_NAMES`, or "auto" for its own. A bundle has one
-            task, and is refused for any other.
+        precision: precision that the engine computes in, if the bundle leaves the choice: "fp32", or "bf16" with
+            openvino on a CPU that has it or with torch on a GPU. None for the recorded precision, else fp32.
+        device: "cpu", "cuda" or "cuda:N"; by default the GPU for a bundle that was exported for one, else the CPU.
+        num_threads: number of CPU threads; by default every CPU that the process may use (affinity and cgroup). With
+            torch the number holds for the whole process, see `gte_deploy.backends.torch.TorchBackend`. TensorRT uses
+            no CPU threads.
+        max_batch_tokens: largest number of tokens in a batch, padding included; by default 1,024 on a CPU and 32,768 on
+            a GPU.
+        compile: whether torch compiles the model during its first batches; only for backend "torch".
+        task: task to load a checkpoint for, one of `spec.TASK_NAMES`; "auto" is the task that it was trained for. A
+            bundle has one task, and any other is refused.
 
     Raises:
-        InputError: an argument out of its range.
-        BundleError: the bundle is incomplete or altered; checked before anything of it is loaded.
-        CheckpointError, ConfigError: the checkpoint cannot be read or honoured.
-        BackendError: the backend cannot run this, or not on this device.
-        MissingDependencyError: naming the extra to install.
+        InputError: an argument is out of range.
+        BundleError: the bundle is incomplete or altered; every file is checked before any is loaded.
+        CheckpointError, ConfigError: the checkpoint cannot be read, or has settings that are not supported.
+        BackendError: the backend cannot run this model, or not on this device.
+        MissingDependencyError: a package is missing; the message names the extra to install.
     """
     if device is not None:
         parse_device(device)
@@ -127,10 +129,10 @@ def load(
 
 
 def load_again(path: str | None, checksum: str | None, options: Mapping[str, Any]) -> Model:
-    """What a pickled Model becomes where it arrives; `checksum` is its bundle's, None for a checkpoint.
+    """Load a pickled Model again; `checksum` is the checksum of its bundle, None for a checkpoint.
 
     Raises:
-        BundleError: another bundle is there now. See also `load`.
+        BundleError: the path holds another bundle now. See also `load`.
     """
     model = load(path, **options)
     found = model._origin and model._origin.arguments[1]
@@ -145,16 +147,16 @@ def load_again(path: str | None, checksum: str | None, options: Mapping[str, Any
 
 @dataclass(frozen=True)
 class _Opened:
-    """An engine, and what is known of it.
+    """An open engine with the facts about it.
 
     Args:
         backend: the engine.
-        tokenizer: the model's.
-        spec: the model's facts.
-        reason: why this engine.
-        precision: as `load` takes it, to get this engine again.
-        checksum: of the bundle's manifest.
-        reopen: opens the engine again in a forked process.
+        tokenizer: tokenizer of the model.
+        spec: facts about the model.
+        reason: why this engine was chosen.
+        precision: the argument of `load` that gives this engine again.
+        checksum: checksum of the bundle's manifest.
+        reopen: function that opens the engine again in a forked process, with a given number of threads.
     """
 
     backend: Backend
@@ -167,7 +169,7 @@ class _Opened:
 
 
 def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
-    """Of a sparse model whose queries need none: a bundle's own file, or what a checkpoint's modules hold."""
+    """Return a sparse model's stored query weights [V], from the bundle's file or the checkpoint's modules, or None."""
     if spec.sparse is None or is_bundle(folder):
         return stored_query_weights(folder, spec)
     from gte_deploy.models.folder import CheckpointFiles
@@ -178,7 +180,7 @@ def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> N
 
 
 def open_folder(folder: Path, backend: Backend, spec: ModelSpec) -> Model:
-    """Open a bundle's folder, which needs no manifest yet, on an engine that is open already.
+    """Create a model from a bundle's folder and an open engine. The folder needs no manifest yet.
 
     Args:
         folder: holds the tokenizer's files, and the query weights that the spec names.
@@ -200,10 +202,10 @@ def open_folder(folder: Path, backend: Backend, spec: ModelSpec) -> Model:
 
 
 def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] | None:
-    """The weights [V] that a bundle holds for queries, or None where queries go through the model.
+    """Return the query weights [V] that a bundle stores, or None if queries go through the model.
 
     Raises:
-        BundleError: the file is missing, or is not what the spec says.
+        BundleError: the file is missing, or does not match the spec.
     """
     if spec.sparse is None or spec.sparse.query_weights is None:
         return None
@@ -313,7 +315,7 @@ def _open_bundle(
 
 
 def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callable[[int], Backend]:
-    """What opens the graph again, with a number of threads; it refuses other files than those that were verified."""
+    """Return a function that opens the graph again, unless its files changed since they were verified."""
     folder = folder.absolute()  # a child may change its working directory
     found = _identities(folder, manifest)
 
@@ -326,7 +328,7 @@ def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callab
 
 
 def _identities(folder: Path, manifest: Manifest) -> list[tuple[int, ...]]:
-    """What changes where a file is replaced or written to; empty where one cannot be seen."""
+    """Return the properties of each file that change with its content; an empty list if a file is not accessible."""
     try:
         stats = [(folder / name).stat() for name in sorted(manifest.files)]
     except OSError:
@@ -391,7 +393,7 @@ def _no_graph(folder: Path, manifest: Manifest, backend: str) -> str:
 
 
 def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
-    """One profile of all lengths, with the rows that the engine's longest has; tuned for the middle one's."""
+    """Make one profile for all lengths: as many rows as the plan's longest profile, tuned for its middle profile."""
     length = manifest.spec.max_length
     if manifest.plan is None:
         rows = max(1, _MAX_BATCH_TOKENS["cuda"] // length)
@@ -407,11 +409,11 @@ def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
 
 
 def _compiled_folder(manifest: Manifest) -> Path | None:
-    """Where ONNX Runtime keeps what it compiles of this bundle: executable code, so of this user alone."""
+    """Create the cache folder for engines that ONNX Runtime compiles from this bundle; only this user may read it."""
     try:
         folder = cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        logger.warning("the graph is compiled at every loading, for want of a cache: %s", error)
+        logger.warning("every load compiles the graph, because there is no cache folder: %s", error)
         return None
     return folder

@@ -1,4 +1,4 @@
-"""The one object that users hold: texts in, answers out, the same on every backend.
+"""`Model`: takes texts and gives answers, the same on every backend.
 
 Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V vocabulary, L labels, D embedding size.
 """
@@ -41,19 +41,19 @@ from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_lengt
 
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]
-"""From indices of the inputs to their token ids."""
+"""A function from the indices of inputs to their token ids."""
 TokenIds = Iterator[tuple[list[int], Rows]]
-"""Indices and token ids of the inputs of each batch."""
+"""For each batch: the indices of its inputs, and their token ids."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was made, so that another process can make the same model.
+    """The recipe of a model: another process builds the same model from it.
 
     Args:
-        again: function that makes the model from `arguments`, in any process. Both can be pickled.
+        again: function that builds the model from `arguments`, in any process. Function and arguments can be pickled.
         arguments: arguments of `again`.
-        reopen: function that opens only the engine again, with a number of threads; None where that is impossible.
+        reopen: function that opens the engine alone again, with a given number of threads; None if that is impossible.
     """
 
     again: Callable[..., "Model"]
@@ -64,7 +64,7 @@ class Origin:
 class Model(TextInterface):
     """A loaded model. Methods may be called from several threads at once; results are in the order of the inputs.
 
-    Make one with `gte_deploy.load`. As a context manager it closes on leaving.
+    Create one with `gte_deploy.load`. As a context manager, the model closes at the end of the block.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Model(TextInterface):
         query_weights: NDArray[np.float32] | None = None,
         origin: Origin | None = None,
     ) -> None:
-        """Join a backend and a tokenizer; `origin` tells other processes how.
+        """Join a backend and a tokenizer. `origin` lets other processes build the same model.
 
         `query_weights` [V] are the stored weights for the queries of a sparse model.
 
@@ -107,16 +107,16 @@ class Model(TextInterface):
         self._backend.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, or copied, a model is loaded again from its path: `load` is called where it arrives.
+        """Pickle or copy the model as its path and options; the receiving process calls `load` again.
 
         Raises:
-            BackendError: the model is closed, or was not made by `load`.
+            BackendError: the model is closed, or was not created by `load`.
         """
         if self._is_closed:
             raise BackendError("this model is closed, so it cannot be pickled or copied; load it again")
         if self._origin is None:
             raise BackendError(
-                "this model was not made by gte_deploy.load, so nothing tells how to open it elsewhere. Call "
+                "this model was not created by gte_deploy.load, so no other process can open it. Call "
                 "gte_deploy.load in the process that needs it."
             )
         return self._origin.again, self._origin.arguments
@@ -140,7 +140,7 @@ class Model(TextInterface):
         return self._backend.device
 
     def info(self) -> dict[str, Any]:
-        """Facts of the loaded model, as plain JSON data."""
+        """Return facts about the loaded model, as plain JSON data."""
         return {
             "gte_deploy": __version__,
             "path": str(self.path),
@@ -157,9 +157,9 @@ class Model(TextInterface):
     def tokenize(
         self, texts: str | Sequence[str], *, truncation: bool = False, max_length: int | None = None
     ) -> dict[str, NDArray[np.int64]]:
-        """`input_ids` and `attention_mask`, both [N, S] int64 and padded on the right.
+        """Return `input_ids` and `attention_mask`, both [N, S] int64 and padded on the right.
 
-        `token_type_ids`, of the same form, too where the model is fed them (`spec.token_types`).
+        For a model that takes token types (`spec.token_types`), return `token_type_ids` of the same form, too.
 
         Raises:
             InputError: see `encode`.
@@ -171,14 +171,14 @@ class Model(TextInterface):
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **types}
 
     def decode(self, embeddings: Any, top_k: int | None = None) -> Any:
-        """Sparse embeddings as (token, weight) pairs, heaviest first, as SparseEncoder.decode.
+        """Return sparse embeddings as (token, weight) pairs, heaviest first, as SparseEncoder.decode does.
 
         Args:
-            embeddings: what `encode_sparse` gives, or an array or tensor [V] or [N, V].
-            top_k: pairs at most; None for all.
+            embeddings: a result of `encode_sparse`, or an array or tensor [V] or [N, V].
+            top_k: largest number of pairs for each text; None for all.
 
         Raises:
-            InputError: another form, or an entry that the vocabulary does not have.
+            InputError: the embeddings have another form, or an entry outside the vocabulary.
         """
         if top_k is not None:
             check_integer("top_k", top_k, 1, 1 << 31)
@@ -210,7 +210,7 @@ class Model(TextInterface):
     def _query_batches(
         self, request: SparseRequest, weights: NDArray[np.float32], texts: Sequence[str], options: BatchOptions
     ) -> Batches:
-        """Answer queries by the stored weights of their tokens, without the special tokens around the text."""
+        """Answer queries with the stored weights of their tokens; the special tokens around a text are left out."""
         numbers = list(range(len(texts)))
         rows = self._tokenize_texts(texts, options.truncation, options.max_length)(numbers)
         first, last = len(self._tokenizer.template.prefix), len(self._tokenizer.template.suffix)
@@ -239,7 +239,7 @@ class Model(TextInterface):
         return request.answers(given, pieces, self._piece_logits(pieces, options.limits), self._tokenizer, self.spec)
 
     def _piece_logits(self, pieces: Sequence[Piece], limits: BatchLimits) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Number of the piece and logits [T, L] of its own tokens, for each in some order."""
+        """Yield the number of each piece and the logits [T, L] of its own tokens, in any order."""
         batches = token_batches(
             [len(piece.ids) for piece in pieces], lambda numbers: [pieces[i].ids for i in numbers], limits
         )
@@ -274,7 +274,7 @@ class Model(TextInterface):
             yield indices, found
 
     def _masked_token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
-        """Token ids of texts that all have a mask. Texts that may have none come first, so that they fail early."""
+        """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early."""
         mask, tokenize = self._tokenizer.mask_token, self._tokenize_texts(texts, options.truncation, options.max_length)
 
         def checked(indices: list[int]) -> Rows:
@@ -287,7 +287,7 @@ class Model(TextInterface):
         return token_batches(sizes, checked, options.limits)
 
     def _answers(self, request: Request, batches: TokenIds) -> Batches:
-        """The answers of a request, for each batch of token ids."""
+        """Yield the answers to a request for each batch of token ids."""
         outputs = request.graph_outputs(self._backend.outputs)
         for indices, rows in batches:
             batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
@@ -313,7 +313,7 @@ class Model(TextInterface):
         return tokenize
 
     def _limit(self, max_length: int | None, low: int) -> int:
-        """The checked limit of tokens, special tokens included; a limit below `low` is an error."""
+        """Check the limit of tokens, special tokens included; a limit below `low` is an error."""
         return checked_max_length(max_length, low=low, limit=self.spec.max_length)
 
     def _why_not_sparse(self) -> str:
@@ -323,10 +323,10 @@ class Model(TextInterface):
         from gte_deploy.models.sparse_modules import read_sparse_modules
 
         found = read_sparse_modules(CheckpointFiles(self.path))
-        return f" But of this one {found.reason}" if found is not None and found.reason else ""
+        return f" Its modules are not supported: {found.reason}" if found is not None and found.reason else ""
 
     def _require_masked_lm(self) -> None:
-        # A splade checkpoint has the logits of masks as well; its bundle has their pooled form alone.
+        # A splade checkpoint also offers the logits of masks; its bundle offers only their pooled form.
         if self.spec.task != "sparse" or "logits" not in self._backend.outputs:
             self._require_task("fill-mask")
 

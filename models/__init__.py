@@ -1,4 +1,4 @@
-"""The GTE-v1.5 family and how its checkpoints are found. Importing this needs neither torch nor transformers."""
+"""The GTE-v1.5 family, and the search for its checkpoints. Importing this needs neither torch nor transformers."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ __all__ = ["BUILTIN_NAME", "builtin_path", "resolve_checkpoint"]
 
 BUILTIN_NAME = "gte-en-mlm-tiny"
 
-# Data only: neither pickles (*.bin, *.pt) nor code (*.py) are ever fetched.
+# Only data: pickles (*.bin, *.pt) and code (*.py) are never downloaded.
 _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
@@ -30,16 +30,16 @@ def resolve_checkpoint(
     Args:
         name_or_path: an existing folder, the name of a preset, a hub id `owner/name`, or None for the built-in model.
         revision: branch, tag or commit on the hub; None takes the default branch. Hub ids only.
-        cache_dir: where downloads are kept; None takes the Hugging Face cache. `HF_HUB_OFFLINE=1` reads that alone.
+        cache_dir: folder for downloads; None takes the Hugging Face cache. `HF_HUB_OFFLINE=1` reads only that folder.
 
     Raises:
-        CheckpointError: it is none of these, or the hub does not give it; the message says what was tried.
+        CheckpointError: the name is none of these, or the download failed; the message says what was tried.
     """
     if name_or_path is None or str(name_or_path) == BUILTIN_NAME:
         return builtin_path()
     try:
         path = Path(name_or_path).expanduser()
-    except RuntimeError as error:  # no such user, or one without a home folder
+    except RuntimeError as error:  # the user does not exist, or has no home folder
         raise CheckpointError(f"{name_or_path}: {error} Give the whole path instead of ~.") from error
     if path.is_dir():
         if revision is not None:

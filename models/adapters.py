@@ -1,4 +1,4 @@
-"""PEFT adapters (LoRA and its kin) beside a checkpoint's weights or in their place: found, and merged with peft."""
+"""Finds PEFT adapters (such as LoRA), beside a checkpoint's weights or in place of them, and merges them with peft."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter and what it adapts.
+    """An adapter and its base model.
 
     Args:
-        folder: of adapter_config.json and adapter_model.safetensors.
-        base: the checkpoint whose weights it changes.
+        folder: the folder of adapter_config.json and adapter_model.safetensors.
+        base: the folder of the checkpoint whose weights the adapter changes.
     """
 
     folder: Path
@@ -48,10 +48,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the parts of a checkpoint are.
+    """The folders of a checkpoint's parts.
 
     Args:
-        model: the folder of the model: the checkpoint's, or that of its Transformer module.
+        model: the folder of the model: the checkpoint itself, or its Transformer module.
         config: the folder of config.json.
         weights: the folder of the weights.
         adapter: the adapter that changes the weights, or None.
@@ -66,16 +66,16 @@ class Places:
 
     @cached_property
     def weight_files(self) -> Mapping[Path, set[str] | None]:
-        """The safetensors files in `weights`, found once; see `weight_files`."""
+        """The safetensors files in `weights`, found once; see `weight_files.weight_files`."""
         return weight_files(self.weights)
 
 
 def places_of(files: CheckpointFiles) -> Places:
-    """Where the parts of a checkpoint are: an adapter may have them from its base.
+    """Find the parts of a checkpoint; an adapter may take them from its base model.
 
     Raises:
-        CheckpointError: the base of an adapter is not to be had.
-        ConfigError: modules.json is not honoured.
+        CheckpointError: the base model of an adapter is not available.
+        ConfigError: modules.json has a setting that is not supported.
     """
     model = model_folder(files)
     adapter = find_adapter(model)
@@ -85,13 +85,13 @@ def places_of(files: CheckpointFiles) -> Places:
 
 
 def find_adapter(folder: Path) -> Adapter | None:
-    """The adapter in a checkpoint folder, or None.
+    """Find the adapter in a checkpoint folder; return None if there is none.
 
-    Its base is what adapter_config.json names, as transformers takes it: a folder, or a name on the Hugging Face Hub.
-    Where that is not to be had, it is the folder's own weights.
+    As in transformers, adapter_config.json names the base model: a folder, or a name on the Hugging Face Hub. If that
+    is not available, the folder's own weights are the base.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: neither base is available.
     """
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
@@ -101,40 +101,40 @@ def find_adapter(folder: Path) -> Adapter | None:
         return Adapter(folder, _named_base(folder, name))
     except CheckpointError as error:
         if has_weights(folder):
-            logger.warning("%s adapts %r, which is not to be had; the folder's own weights are taken", file, name)
+            logger.warning("%s adapts %r, which is not available; the folder's own weights are used", file, name)
             return Adapter(folder, folder)
         raise CheckpointError(
             f"{folder} holds an adapter and no weights of its own. {file.name} names the base model {name!r}, which "
-            f"is not to be had: {error}"
+            f"is not available: {error}"
         ) from error
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
-    """The model with the adapter's changes in its own weights.
+    """Return the model with the adapter's changes merged into its weights.
 
     Raises:
-        CheckpointError: peft is not installed; the adapter is a pickle, does not fit the model, or has tensors that
-            nothing takes.
+        CheckpointError: peft is not installed; the adapter is a pickle, does not fit the model, or has tensors that the
+            model does not use.
     """
     if importlib.util.find_spec("peft") is None:
         raise CheckpointError(
-            f"{adapter.folder} has the adapter {ADAPTER_CONFIG}, and without it the answers would be another model's. "
-            "Install peft, which merges it (pip install peft), or take the adapter away to load the weights alone."
+            f"{adapter.folder} has the adapter {ADAPTER_CONFIG}, and without it the model would give other answers. "
+            "Install peft, which merges it (pip install peft), or remove the adapter to load the weights alone."
         )
     refuse_pickle(adapter.folder, ADAPTER_WEIGHTS)
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        # autocast would keep the adapter in float32 beside weights in 16 bits.
+        # With autocast, the adapter would stay float32 beside 16-bit weights.
         adapted: Any = PeftModel.from_pretrained(
             model, str(adapter.folder), local_files_only=True, autocast_adapter_dtype=False
         )
         taken = set(get_peft_model_state_dict(adapted))
         merged = adapted.merge_and_unload(safe_merge=True)
-    except Exception as error:  # peft and torch raise many kinds
+    except Exception as error:  # peft and torch raise many types
         raise CheckpointError(
             f"the adapter in {adapter.folder} does not fit {type(model).__name__} ({type(error).__name__}: {error}). "
-            "One that was trained on remote code names modules that transformers' classes do not have; merge it there."
+            "An adapter trained on remote code names modules that transformers' classes lack; merge it in that code."
         ) from error
     stored = {_plain(name) for name in tensor_names(adapter.folder / ADAPTER_WEIGHTS)}
     if odd := sorted(stored ^ {_plain(name) for name in taken}):
@@ -152,7 +152,7 @@ def _named_base(folder: Path, name: Any) -> Path:
         return beside
     base = resolve_checkpoint(name)
     if base.resolve() == folder.resolve() and not has_weights(folder):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names its own folder, which has no weights")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names its own folder as the base model, which has no weights")
     return base
 
 

@@ -1,8 +1,8 @@
 """Packed (padding-free) attention for transformers' Gte models, registered as `gte_packed`.
 
-Several sequences lie behind one another in one row `[1, T]`; `cu_seqlens` says where each begins, and no token
-sees another sequence. The stock implementations of transformers cannot do this here: with `position_ids` alone, or
-with `cu_seq_lens_*` under eager, sdpa and flex attention, packed sequences leak into each other without a word.
+Several sequences follow one another in one row `[1, T]`; `cu_seqlens` holds their boundaries, and no token sees
+another sequence. transformers' own implementations cannot do this here: with `position_ids` alone, or with
+`cu_seq_lens_*` under eager, sdpa and flex attention, packed sequences leak into each other without an error.
 
     register_packed_attention()
     model = GteForMaskedLM._from_config(config, attn_implementation=PACKED_ATTENTION)
@@ -31,7 +31,7 @@ _Attention = TypeVar("_Attention", bound=Callable[..., Tensor])
 
 
 def register_packed_attention() -> None:
-    """Make `attn_implementation="gte_packed"` known to transformers; calling it again changes nothing."""
+    """Register `attn_implementation="gte_packed"` with transformers; further calls change nothing."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, _refuse_mask)
 
@@ -49,25 +49,26 @@ def packed_attention(
     max_seqlen: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Full attention inside each packed sequence, in the calling convention of transformers.
+    """Compute full attention inside each packed sequence, in the calling convention of transformers.
 
     Args:
         module: the calling attention layer; unused.
         query: `[1, H, T, D]`.
         key: as query.
         value: as query.
-        attention_mask: None; `cu_seqlens` takes its place.
-        scaling: factor of the scores, 1/sqrt(D) where None.
-        dropout: 0; the family has none here, and the variable-length kernels offer none.
-        cu_seqlens: `[N + 1] int32`, where each sequence begins, and T. Equal neighbours are empty sequences.
-        max_seqlen: longest sequence in tokens, or any bound above it; only the CUDA kernel reads it.
-        kwargs: what transformers passes to other implementations; unused.
+        attention_mask: None; `cu_seqlens` replaces it.
+        scaling: factor of the scores; None for 1/sqrt(D).
+        dropout: 0; the family uses none here, and the variable-length kernels support none.
+        cu_seqlens: `[N + 1] int32`: the start of each sequence, then T. Equal neighbours are empty sequences.
+        max_seqlen: length in tokens of the longest sequence, or any larger number; only the CUDA kernel reads it.
+        kwargs: arguments for other implementations; unused.
 
     Returns:
-        `[1, T, H, D]`, and None in the place of the attention weights.
+        `[1, T, H, D]`, and None in place of the attention weights.
 
     Raises:
-        InputError: more than one row, a mask, dropout, no `cu_seqlens`, or one that does not end at T.
+        InputError: there is more than one row, a mask, dropout, no `cu_seqlens`, or a `cu_seqlens` that does not end at
+            T.
     """
     if cu_seqlens is None or max_seqlen is None:
         raise InputError(f"{PACKED_ATTENTION} got no cu_seqlens or max_seqlen: pass both to the model's forward")
@@ -85,13 +86,13 @@ def packed_attention(
 
 
 def _refuse_mask(*, attention_mask: Tensor | None = None, **kwargs: object) -> None:
-    """Mask of `gte_packed`: none. A padding mask would be ignored by the attention, so it is refused."""
+    """Return no mask: `gte_packed` would ignore a padding mask, so one is refused."""
     if attention_mask is not None:
         raise InputError(f"{PACKED_ATTENTION} takes cu_seqlens in place of attention_mask; remove the padding first")
 
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:
-    """RoPE multiplies 16-bit q and k by float32 tables, and autocast does not know the flash kernel to undo it."""
+    """Cast to autocast's dtype. RoPE turns 16-bit q and k into float32; autocast does not cover the flash kernel."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -101,7 +102,7 @@ def _find_varlen_attn() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # The first versions of the function take no `scale`.
+    # The first versions of the function have no parameter `scale`.
     return varlen_attn if "scale" in inspect.signature(varlen_attn).parameters else None
 
 
@@ -109,7 +110,7 @@ _VARLEN_ATTN = _find_varlen_attn()
 
 
 def _has_varlen_kernel(query: Tensor) -> bool:
-    """True where the flash kernel runs: CUDA, Ampere or newer, 16-bit. Everything else goes segment by segment."""
+    """Whether the flash kernel can run: CUDA, Ampere or newer, 16-bit. Otherwise attention runs segment by segment."""
     return (
         _VARLEN_ATTN is not None
         and query.is_cuda
@@ -119,15 +120,15 @@ def _has_varlen_kernel(query: Tensor) -> bool:
 
 
 def _not_compiled(function: _Attention) -> _Attention:
-    # The annotations of torch.compiler.disable lose the signature of what they decorate.
+    # The annotations of torch.compiler.disable lose the function's signature.
     return cast(_Attention, torch.compiler.disable(function))
 
 
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, scaling: float | None
 ) -> Tensor:
-    """`[T, H, D]` through the variable-length flash kernel."""
-    assert _VARLEN_ATTN is not None  # _has_varlen_kernel said so
+    """Compute `[T, H, D]` with the variable-length flash kernel."""
+    assert _VARLEN_ATTN is not None  # as _has_varlen_kernel checked
     return _VARLEN_ATTN(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
 
 
@@ -135,7 +136,7 @@ def _attend_varlen(
 def _attend_per_segment(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None
 ) -> Tensor:
-    """`[T, H, D]` by one call of scaled_dot_product_attention per distinct length."""
+    """Compute `[T, H, D]` with one call of scaled_dot_product_attention for each distinct length."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != query.shape[0] or min(lengths) < 0:
@@ -143,7 +144,8 @@ def _attend_per_segment(
             f"cu_seqlens must rise from 0 to the row's {query.shape[0]} tokens; it goes from {bounds[0]} to "
             f"{bounds[-1]}, with steps from {min(lengths)}. Give padding tokens a sequence of their own"
         )
-    # split and stack, not indexing: their gradients are plain copies, while index_select's is a slow scattered sum.
+    # split and stack, not indexing: their gradients are plain copies, while that of index_select is a slow scattered
+    # sum.
     segments = [x.split(lengths) for x in (query, key, value)]
     out: list[Tensor] = [query[:0]] * len(lengths)
     for members in _equal_lengths(lengths):

@@ -1,8 +1,7 @@
-"""Weights: strict load from any layout of a family into the classes of transformers, and save in each.
+"""Loads weights strictly, from any layout of a family into the classes of transformers, and saves them in each layout.
 
-Bare names, without the encoder's prefix, are the common ground of the layouts; `TensorNames` of the family has them.
-Every stored tensor is consumed and every parameter filled, or nothing is returned. Only safetensors is read: nothing
-here unpickles.
+The layouts share the bare names, without the encoder's prefix; the family's `TensorNames` lists them. Loading uses
+every stored tensor and fills every parameter, or fails. It reads only safetensors and never unpickles.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tenso
 from gte_deploy.models.weight_files import INDEX
 
 CHECKPOINT_LAYOUTS: tuple[str, ...] = ("native", "original")
-"""The layouts that `save_model` writes; a family may have no original one."""
+"""The layouts that `save_model` writes; a family may lack the original one."""
 
 logger = logging.getLogger(__name__)
 
-# Whichever of these a checkpoint has; tokenizer.json is the one that everything here reads.
+# The files of a tokenizer: tokenizer.json is required, and a checkpoint may have any of the other files.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -54,7 +53,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 
-_ENCODER: TaskName = "embed"  # its class is the encoder alone
+_ENCODER: TaskName = "embed"  # the task whose class is the encoder alone
 
 
 def load_model(
@@ -64,22 +63,23 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
-    """Load a checkpoint of any layout into the module of transformers, in eval mode on the CPU.
+    """Load a checkpoint of any layout into the class of transformers, in eval mode on the CPU.
 
     Args:
         folder: a local checkpoint (see `resolve_checkpoint`).
-        task: which head, such as "fill-mask" (of GTE, GteForMaskedLM); see `Family.classes`. "sparse" takes the head of
-            fill-mask or of token-classify, whichever is stored. None takes the task that the checkpoint was made for.
-            "embed" leaves out a stored masked-LM or token head, and logs it.
-        dtype: of the parameters; stored ones are cast. RoPE frequencies stay float32.
-        attn_implementation: a name known to transformers' AttentionInterface.
+        task: task that decides the head, such as "fill-mask" (for GTE, GteForMaskedLM); see `Family.classes`. "sparse"
+            takes the stored head, of fill-mask or of token-classify. None takes the task that the checkpoint was
+            trained for. "embed" leaves out a stored masked-LM or token head, and logs it.
+        dtype: dtype of the parameters; stored tensors are cast. RoPE frequencies stay float32.
+        attn_implementation: a name in transformers' AttentionInterface.
 
-    An adapter in the folder is merged, for which peft is needed. Dense modules after the pooling of an embedding model
-    become its submodule `sentence_projection`.
+    An adapter in the folder is merged, which needs peft. An embedding model's Dense modules after the pooling become
+    the submodule `sentence_projection`.
 
     Raises:
-        ConfigError: config.json asks for what the model cannot honour.
-        CheckpointError: a file is missing or damaged, or a tensor is missing, left over or misshapen; it is named.
+        ConfigError: config.json has a setting that the model does not support.
+        CheckpointError: a file is missing or damaged, or a tensor is missing, unused or misshapen; the message names
+            it.
     """
     files = CheckpointFiles(folder)
     places = places_of(files)
@@ -96,16 +96,16 @@ def load_model(
 
 
 def load_described(checkpoint: Description, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the weights of a checkpoint whose other files are read; see `load_model`.
+    """Load the weights of a checkpoint from its description; see `load_model`.
 
     Args:
         checkpoint: the description, whose task decides the head.
-        dtype: of the parameters; stored ones are cast. RoPE frequencies stay float32.
+        dtype: dtype of the parameters; stored tensors are cast. RoPE frequencies stay float32.
 
     Raises:
         CheckpointError: as in `load_model`.
     """
-    config = deepcopy(checkpoint.config)  # the model's own changes with it
+    config = deepcopy(checkpoint.config)  # the model changes its config
     model = _load(checkpoint.places, config, checkpoint.spec.head_task, dtype)
     if checkpoint.dense:
         model.sentence_projection = load_dense(
@@ -151,20 +151,20 @@ def save_model(
 ) -> None:
     """Write config.json and safetensors in one layout of the family; load and save round-trip bitwise.
 
-    Every file is written aside, synced and renamed. config.json is removed first and written last, so that an
-    interrupted save is refused on loading, never mixed with what was there before.
+    Every file is written to a temporary name, synced and renamed. config.json is removed first and written last, so
+    that loading refuses an interrupted save and never mixes it with an older one.
 
     Args:
         model: one of the classes `load_model` returns.
-        folder: made if it does not exist; other files in it, such as the tokenizer's, stay.
-        layout: "native" loads with transformers alone; "original", where the family has one, is what
+        folder: created if it does not exist; other files in it, such as the tokenizer's, stay.
+        layout: "native" loads with transformers alone; "original", if the family has it, is the layout that
             text-embeddings-inference and the published remote code read.
-        dtype: of the stored tensors; None keeps the model's.
+        dtype: dtype of the stored tensors; None keeps the model's.
         max_shard_size: bytes, or a string such as "2GB", above which the weights are split; None never splits.
 
     Raises:
         ConfigError: no family has the model's type.
-        CheckpointError: another class of model, or another layout.
+        CheckpointError: the model is of another class, or the family lacks the layout.
     """
     folder = Path(folder)
     if not isinstance(model, PreTrainedModel):
@@ -196,7 +196,7 @@ def save_model(
 
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> list[Path]:
-    """Copy the tokenizer files of a checkpoint beside another's weights; returns the copies.
+    """Copy a checkpoint's tokenizer files to another folder; return the copies.
 
     Raises:
         CheckpointError: `source` has no tokenizer.json.
@@ -215,7 +215,7 @@ def copy_tokenizer(source: str | Path, destination: str | Path) -> list[Path]:
 
 @dataclass
 class _Problems:
-    """What does not fit, collected over the whole checkpoint, so that one run tells all of it."""
+    """The mismatches of a whole checkpoint, collected so that one error names all of them."""
 
     lists: dict[str, list[str]] = field(default_factory=dict)
 
@@ -236,14 +236,14 @@ class _Problems:
 
 
 def _without_head(stored: dict[str, StoredTensor], folder: Path, family: Family) -> dict[str, StoredTensor]:
-    """Leave out a masked-LM head, or a token classifier; a pooler shows a sequence classifier, which stays an error."""
+    """Leave out a masked-LM head or a token classifier. A pooler marks a sequence classifier, which stays an error."""
     tasks: tuple[TaskName, ...] = ("fill-mask",)
     if not _has_pooler(stored, family.tensors):
         tasks += ("token-classify",)
     heads = tuple(f"{family.heads[task]}." for task in tasks if task in family.heads)
     names = [name for name in stored if name.startswith(heads)]
     if names:
-        logger.info("%s: the encoder alone is loaded; left out: %s", folder, ", ".join(sorted(names)))
+        logger.info("%s: only the encoder is loaded; left out: %s", folder, ", ".join(sorted(names)))
     return {name: tensor for name, tensor in stored.items() if name not in names}
 
 
@@ -252,20 +252,20 @@ def _has_pooler(stored: Iterable[str], names: TensorNames) -> bool:
 
 
 def _model_without_weights(config: PreTrainedConfig, task: TaskName, *, with_pooler: bool) -> PreTrainedModel:
-    """The module with parameters on the meta device: initialising them takes 20 s for the large model, for nothing."""
+    """Create the module with parameters on the meta device: initialising the large model would waste 20 s."""
     family = family_of(config)
     options = {"add_pooling_layer": with_pooler} if task == _ENCODER else {}
     with torch.device("meta"):
         model = family.model_class(task)(config, **options)
     if (name := family.position_module) is not None:
-        # Its buffers are outside the state dict: made on the meta device they would never get values.
+        # The buffers are not in the state dict: on the meta device they would never get values.
         encoder = model.base_model
         setattr(encoder, name, type(getattr(encoder, name))(config))
     return model
 
 
 def rotary_module(config: PreTrainedConfig) -> Any:
-    """The rotary module that the encoder has for `config`, of a family whose positions are rotary."""
+    """Create the encoder's rotary module for `config`; the family must have rotary positions."""
     name = family_of(config).position_module
     assert name is not None  # a family with rotary positions has one
     return getattr(_model_without_weights(config, _ENCODER, with_pooler=False).base_model, name)
@@ -274,7 +274,7 @@ def rotary_module(config: PreTrainedConfig) -> Any:
 def _read_state(
     stored: Mapping[str, StoredTensor], model: nn.Module, folder: Path, dtype: torch.dtype, names: TensorNames
 ) -> dict[str, Tensor]:
-    """A complete state dict for `model`. Raises CheckpointError before reading any data if names or shapes differ."""
+    """Read a complete state dict for `model`. Raises CheckpointError before reading data if names or shapes differ."""
     wanted = {names.bare(name): name for name in model.state_dict()}
     shapes = {names.bare(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = _Problems()
@@ -290,7 +290,7 @@ def _read_state(
                     f"{copy.file}: {copy.name} differs from {source.name}; the model ties them, and loading one "
                     "of the two would change its predictions"
                 )
-        # A copy, because safetensors maps the file: a file shortened later would kill the process.
+        # A copy, because safetensors maps the file: if the file were shortened later, the process would be killed.
         for target, part in zip(targets, tensor.chunk(len(targets)), strict=True):
             state[wanted[target]] = part.to(dtype, copy=True)
     for name in names.tied:
@@ -305,13 +305,13 @@ def _plan(
     names: TensorNames,
     problems: _Problems,
 ) -> tuple[list[tuple[StoredTensor, tuple[str, ...]]], dict[str, StoredTensor]]:
-    """Which stored tensor fills which parameters, and the stored copies of tied parameters.
+    """Map each stored tensor to the parameters that it fills; return this plan and the copies of tied parameters.
 
     Args:
         stored: tensors by their stored names.
         shapes: shapes of the model's parameters by their bare names.
         names: names of the family's tensors.
-        problems: takes what does not fit.
+        problems: collects the mismatches.
     """
     plan: list[tuple[StoredTensor, tuple[str, ...]]] = []
     copies: dict[str, StoredTensor] = {}
@@ -371,7 +371,7 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: in
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    # Weights of an earlier save in the same folder would be read instead of these.
+    # Weights of an earlier save in the same folder would be read in place of the new ones.
     kept = {*split.filename_to_tensors, *([INDEX] if split.is_sharded else [])}
     for file in folder.glob("model*.safetensors*"):
         if file.name not in kept:

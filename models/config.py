@@ -1,4 +1,4 @@
-"""config.json of a checkpoint, read and written by the family that its `model_type` names. Needs no torch."""
+"""Reads and writes a checkpoint's config.json, in the family that its `model_type` names. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 def task_of(folder: str | Path) -> TaskName:
-    """The task a checkpoint was made for, one of gte_deploy.core.spec.TASK_NAMES. Needs no torch.
+    """Return the task that a checkpoint was trained for, one of gte_deploy.core.spec.TASK_NAMES. Needs no torch.
 
-    A SparseEncoder's modules make it "sparse", where they can be honoured. A sentence-transformers Pooling module
-    (modules.json) makes it "embed" whatever head is stored beside the encoder (gte-multilingual-base stores a
-    token-weight head); else `architectures` decides, and where that is missing the names of the tensors.
+    Supported modules of a SparseEncoder make it "sparse". A Pooling module of sentence-transformers (modules.json)
+    makes it "embed", whatever head is stored (gte-multilingual-base stores a token-weight head). Otherwise
+    `architectures` decides, and without that the names of the tensors.
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
-        ConfigError: no family has the model type, or `architectures` names a head that its family does not have.
+        ConfigError: no family has the model type, or `architectures` names a head that the family lacks.
     """
     files = CheckpointFiles(folder)
     return task_of_files(files, places_of(files))
 
 
 def task_of_files(files: CheckpointFiles, places: Places) -> TaskName:
-    """The task of a checkpoint whose parts are known; see `task_of`."""
+    """Return the task of a checkpoint whose parts are known; see `task_of`."""
     file = places.config / "config.json"
     raw = read_required_json(file)
     if is_sparse_encoder(files.path, places.sparse):
@@ -54,7 +54,7 @@ def task_of_files(files: CheckpointFiles, places: Places) -> TaskName:
 
 
 def task_of_tensors(places: Places) -> TaskName:
-    """The task of the stored head, by the names of the stored tensors, whatever modules are listed beside it."""
+    """Return the task of the stored head, from the names of the stored tensors, whatever modules are listed."""
     names = [name for file in places.weight_files for name in tensor_names(file)]
     file = places.config / "config.json"
     family = family_of_type(read_required_json(file).get("model_type"), file)
@@ -66,11 +66,11 @@ def task_of_tensors(places: Places) -> TaskName:
 
 
 def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """Read `folder`/config.json in any layout of any family; `overrides` replace fields of it.
+    """Read `folder`/config.json in any layout of any family; `overrides` replace some of its fields.
 
     Raises:
         CheckpointError: there is no config.json.
-        ConfigError: a field is missing, malformed or not supported by the model; the message names it.
+        ConfigError: a field is missing, malformed or not supported by the model; the message names the field.
     """
     file = Path(folder) / "config.json"
     raw = read_required_json(file) | dict(overrides or {})
@@ -80,7 +80,7 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def build_config(name: str) -> GteConfig:
-    """The config of a preset, for a model to be trained from scratch. Every preset is of the GTE family."""
+    """Build the config of a preset, to train a model from scratch. Every preset is of the GTE family."""
     from gte_deploy.models.families.gte import preset_config
 
     return preset_config(name)

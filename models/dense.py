@@ -1,4 +1,4 @@
-"""sentence-transformers' Dense modules in PyTorch: what projects a pooled embedding.
+"""sentence-transformers' Dense modules in PyTorch, which project a pooled embedding.
 
 Shapes: B rows, I input width, O output width.
 """
@@ -16,19 +16,19 @@ from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
 
 
 class Dense(nn.Module):
-    """activation(x W + b), and x, or its projection, added where the module is residual."""
+    """activation(x W + b); a residual module adds x or a projection of x."""
 
     def __init__(self, module: DenseModule) -> None:
         super().__init__()
         width, out = module.in_features, module.out_features
         self.linear = nn.Linear(width, out, bias=module.bias)
-        # Softmax without an axis guesses one; over rows of [B, O] it is the last.
+        # Softmax without an axis guesses one; for [B, O] it is the last.
         self.activation = nn.Softmax(dim=-1) if module.activation == "Softmax" else getattr(nn, module.activation)()
         self.is_residual = module.residual
         self.residual = nn.Linear(width, out, bias=False) if module.residual and width != out else None
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """[B, I] to [B, O]."""
+        """Project [B, I] to [B, O]."""
         projected = self.activation(self.linear(embedding))
         if not self.is_residual:
             return projected
@@ -36,10 +36,10 @@ class Dense(nn.Module):
 
 
 def load_dense(folder: Path, modules: Sequence[DenseModule], *, width: int, dtype: torch.dtype) -> nn.Sequential:
-    """The Dense modules of a checkpoint with their weights, in order; the first takes embeddings of `width`.
+    """Load the Dense modules of a checkpoint with their weights, in order; the first takes embeddings of `width`.
 
     Raises:
-        CheckpointError: weights are missing, pickled, or do not fit; the module is named.
+        CheckpointError: weights are missing, pickled, or do not fit; the message names the module.
     """
     layers = nn.Sequential()
     for module in modules:

@@ -1,7 +1,7 @@
-"""What a checkpoint folder is: every file that can change an answer, read once, for all who need to know.
+"""Describes a checkpoint folder: reads once every file that can change an answer.
 
-Models, exporters, the runtime and Triton share what `describe` gives. Which field of which file is honoured, and which
-is refused, stands in `models.fields`, and in docs/checkpoints.md.
+Models, exporters, the runtime and Triton share the result of `describe`. `models.fields` and docs/checkpoints.md list
+the fields of each file that are honoured and those that are refused.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A checkpoint, read but for its weights.
+    """The content of a checkpoint, except its weights.
 
     Args:
         files: the checkpoint's folder and its JSON files.
-        places: where its parts are.
+        places: the folders of its parts.
         task: the task of the head.
         config: config of the model; its padding id is the tokenizer's.
         spec: the facts that the runtime needs.
-        tokenizer: as AutoTokenizer makes it.
+        tokenizer: the tokenizer that AutoTokenizer builds.
         settings: contents of sentence-transformers' files.
     """
 
@@ -72,24 +72,24 @@ class Description:
 
     @property
     def weight_files(self) -> list[Path]:
-        """Every safetensors file that the model's weights are read from."""
+        """Every safetensors file with weights of the model."""
         adapter = self.places.adapter
         files = [*self.places.weight_files, *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
         return files if adapter is None else [*files, adapter.folder / ADAPTER_WEIGHTS]
 
 
 def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -> Description:
-    """Read every file of a checkpoint folder but its weights.
+    """Read every file of a checkpoint folder except its weights.
 
     Args:
         folder: a local checkpoint (see `resolve_checkpoint`).
-        task: one of gte_deploy.core.spec.TASK_NAMES, or "auto" for what the checkpoint was made for.
-        pooling: "mean", "cls", or "auto" for what the checkpoint says; where it says nothing, "cls" for an embedding
-            checkpoint, as the family was trained, and "mean" for the others.
+        task: one of gte_deploy.core.spec.TASK_NAMES, or "auto" for the task that the checkpoint was trained for.
+        pooling: "mean", "cls", or "auto" for the checkpoint's own pooling. If no file names one, that is "cls" for an
+            embedding checkpoint, as the family was trained, and "mean" for other checkpoints.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        ConfigError: a file asks for what is not honoured; the message names file, field and value.
+        ConfigError: a file has a setting that is not supported; the message names file, field and value.
     """
     files = CheckpointFiles(folder)
     places = places_of(files)
@@ -166,7 +166,7 @@ def _spec(
 
 
 def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
-    # max_seq_length takes the place of the tokenizer's own limit, as in sentence-transformers.
+    # As in sentence-transformers, max_seq_length replaces the tokenizer's own limit.
     own = tokenizer.max_length if settings.max_length is None else settings.max_length
     limit = config.max_position_embeddings
     return limit if own is None else min(own, limit)

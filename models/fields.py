@@ -1,10 +1,10 @@
-"""What is done with every field of a checkpoint's files: the table that the readers go by, and that the docs show.
+"""The tables of every field in a checkpoint's files. The readers use them, and the docs show them.
 
 A field is *honoured* (it changes the answers as it changes those of the checkpoint's own library), *fixed* (only the
-values listed are computed; another one is refused by name), or *without effect* on the answers. `check_fields` refuses
-what the table refuses; docs/checkpoints.md is made of the same table:
+listed values are supported; another value is refused by name), or *without effect* on the answers. `check_fields`
+refuses what a table refuses. docs/checkpoints.md is generated from the tables:
 
-    python -m gte_deploy.models.fields > docs/checkpoints.md
+    python -m gte_deploy.models.field_tables > docs/checkpoints.md
 """
 
 import logging
@@ -83,21 +83,22 @@ def check_fields(raw: Mapping[str, Any], file: Path, table: FileFields) -> None:
         if field is None:
             logger.debug("%s: the field %s is not known, and nothing reads it", file, name)
         elif not field.accepts(value):
-            allowed = " or ".join(map(_spelled, field.allowed)) or "none, or null"
+            allowed = " or ".join(map(spelled, field.allowed)) or "none, or null"
             raise ConfigError(f"{file}: {name} is {value!r}; expected {allowed}. {field.note}")
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
+    """Return a value as JSON spells it, or Python, such as true or 'gelu'."""
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def honoured(note: str) -> Field:
-    """A field that changes the answers as the checkpoint's own library lets it change them; `note` says how."""
+    """Return a field that changes the answers as in the checkpoint's own library; `note` says how."""
     return Field("honoured", note)
 
 
 def fixed(note: str, *allowed: Any) -> Field:
-    """A field of which only the values `allowed`, and null, are computed; `note` says what they mean."""
+    """Return a field for which only the values `allowed`, and null, are supported; `note` says what they mean."""
     return Field("fixed", note, allowed)
 
 
@@ -289,78 +290,3 @@ SHARED = (
     ADAPTER,
 )
 """The tables of the files that every family has alike."""
-
-
-def tables() -> tuple[FileFields, ...]:
-    """Every table: those of each family's config.json, then `SHARED`."""
-    from gte_deploy.models import families
-
-    own = {place: families.family_of_type(name).fields for name, place in families.FAMILIES.items()}
-    return (*own.values(), *SHARED)
-
-
-_INTRODUCTION = """# Checkpoints: files and fields that are supported
-
-A dozen small files determine the behaviour of a checkpoint. `gte_deploy.models.description.describe` reads them once,
-for models, exporters, runtime and Triton. The tables below are generated from the tables that the reader uses
-(`python -m gte_deploy.models.fields`). A field that can change an answer either has the same effect as in the
-checkpoint's own library, or is refused by name.
-
-| | |
-|---|---|
-| **honoured** | it changes the answers as it does in transformers or sentence-transformers |
-| **fixed** | only the listed values are supported; another value is an error that names file, field and value |
-| without effect | it does not change an answer |
-
-No remote code runs, nothing is unpickled, and a local folder is read without the network.
-
-## Weights
-
-The weights are in `model.safetensors`, or in shards with their index, in the original layout or in that of
-transformers. Every tensor must belong to the model, and every parameter must get a tensor. If a folder has other
-weights instead, the error names their kind and a command that helps: pickles (`*.bin`, `*.pt`), Git LFS pointers, GGUF,
-ONNX, TensorFlow and Flax files, quantised weights, and adapters if `peft` is not installed.
-"""
-_EFFECTS = {"honoured": "**honoured**", "fixed": "**fixed**", "without effect": "without effect"}
-_UNKNOWN = {
-    "ignored": "Other fields are ignored, as the library ignores them.",
-    "refused": "Any other field is refused, because the library would use it as an argument.",
-}
-
-
-def document() -> str:
-    """docs/checkpoints.md: every table in Markdown."""
-    from gte_deploy.core.activations import TORCH_CLASSES
-
-    functions = ", ".join(f"`{name}`" for name in sorted(TORCH_CLASSES.values()))
-    activations = f"""
-## Functions of torch.nn
-
-The activation of a reranker's logits, and that of a Dense module, must be one of these functions, under any of its
-paths (`torch.nn.Sigmoid`, `torch.nn.modules.activation.Sigmoid`): {functions}.
-
-The activation of a reranker is in config_sentence_transformers.json, else in config.json. The default is the sigmoid
-for one label, and none for several. A path outside torch names other people's code: a reranker then has the default, as
-in the library, and a Dense module is refused.
-"""
-    return "\n".join([_INTRODUCTION, *(_section(table) for table in tables())]) + activations
-
-
-def _section(table: FileFields) -> str:
-    rows = [f"| {_named(name)} | {_cell(field)} |" for name, field in table.fields.items()]
-    head = "| field | |\n|---|---|\n"
-    return f"## {table.name}\n\n{table.reads}\n\n{head}" + "\n".join(rows) + f"\n\n{_UNKNOWN[table.unknown]}\n"
-
-
-def _named(name: str) -> str:
-    return ", ".join(f"`{part}`" for part in name.split(", "))
-
-
-def _cell(field: Field) -> str:
-    values = " or ".join(f"`{spelled}`" for spelled in dict.fromkeys(map(_spelled, field.allowed)))
-    allowed = "" if field.effect != "fixed" else f" {values or '`null`'}:"
-    return f"{_EFFECTS[field.effect]}{allowed or '.'} {field.note}"
-
-
-if __name__ == "__main__":
-    print(document(), end="")

@@ -19,8 +19,8 @@ class Module:
 
     Args:
         checkpoint: the checkpoint's folder.
-        kind: name of the class, such as "Pooling"; the whole path of a class that sentence-transformers does not have.
-        path: the module's folder, relative to the checkpoint's; "" for that itself.
+        kind: name of the class, such as "Pooling"; the full path for a class that sentence-transformers does not have.
+        path: the module's folder, relative to the checkpoint; "" for the checkpoint's own folder.
         arguments: names of the arguments that the module takes from the caller.
     """
 
@@ -45,13 +45,13 @@ class Module:
         return self.checkpoint / path
 
     def file(self, name: str) -> str:
-        """A file of the module's folder, relative to the checkpoint's; see `Module.folder`."""
-        _ = self.folder  # or a refusal
+        """Return the path of a file in the module's folder, relative to the checkpoint; see `Module.folder`."""
+        _ = self.folder  # raises if the folder is refused
         return posixpath.join(self.path, name)
 
 
 class _Parsed(dict[str, Any]):
-    """Path of a JSON file relative to a folder -> its contents, parsed when they are first asked for."""
+    """Path of a JSON file relative to a folder -> its contents, parsed on first use."""
 
     def __init__(self, folder: Path, read: Any) -> None:
         super().__init__()
@@ -72,11 +72,11 @@ class CheckpointFiles:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.json = _Parsed(self.path, read_json)
-        """Name of a file -> its contents, or None where there is no such file.
+        """Name of a file -> its contents, or None if there is no such file.
 
-        It raises CheckpointError where a file is not JSON."""
+        A lookup raises CheckpointError if the file is not JSON."""
         self.objects: dict[str, dict[str, Any]] = _Parsed(self.path, read_json_object)
-        """The same for files that hold an object; {} where there is no such file."""
+        """The same for files that hold an object; {} if there is no such file."""
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -84,11 +84,11 @@ class CheckpointFiles:
 
     @cached_property
     def modules(self) -> list[Module] | None:
-        """The entries of modules.json in their order, or None where there is no such file.
+        """The entries of modules.json in order; None if there is no such file.
 
         Raises:
-            CheckpointError: it is not JSON.
-            ConfigError: it is not a list of modules.
+            CheckpointError: the file is not JSON.
+            ConfigError: the file is not a list of modules.
         """
         data = self.json[MODULES]
         if data is None:
@@ -107,7 +107,7 @@ class CheckpointFiles:
 
 
 def kind_of(path: str) -> str:
-    """Name of a class of sentence-transformers, by its path of today or of before; another class keeps its path."""
+    """Return the name of a sentence-transformers class, from its current or a former path, else the path itself."""
     return path.rpartition(".")[2] if path.startswith(_LIBRARY) else path
 
 
@@ -115,7 +115,7 @@ def refuse_arguments(module: Module) -> None:
     """Refuse a module that takes arguments from the caller.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the module takes some.
     """
     if module.arguments:
         raise ConfigError(

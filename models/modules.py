@@ -1,7 +1,7 @@
-"""What sentence-transformers' files beside a checkpoint say: modules, pooling, limits, prompts, activation. No torch.
+"""Reads sentence-transformers' files beside a checkpoint: modules, pooling, limits, prompts, activation. No torch.
 
-These files matter for the task that they belong to. A masked-LM head answers the same whatever modules stand beside it;
-a reranker's settings are read, as the library reads them, where there is a modules.json of its kind.
+The files matter only for their own task. A masked-LM head gives the same answers with any modules beside it; a
+reranker's settings are read, as in the library, if there is a modules.json of its kind.
 """
 
 import logging
@@ -24,7 +24,7 @@ from gte_deploy.tasks.base import Library
 
 logger = logging.getLogger(__name__)
 
-# Old saves name the file after the kind of encoder; the library reads the first that is there.
+# Old saves name the file after the kind of encoder; like the library, this reads the first file that exists.
 _SETTINGS_FILES = (
     "sentence_bert_config.json",
     *(
@@ -35,7 +35,7 @@ _SETTINGS_FILES = (
 _WHOLE = "config_sentence_transformers.json"
 _LEGACY_POOLING_PREFIX = "pooling_mode_"
 _LEGACY_POOLING_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-# What a model is loaded with that leaves its answers as they are.
+# Arguments for loading a model that do not change its answers.
 _HARMLESS_MODEL_ARGUMENTS = frozenset(
     {"torch_dtype", "dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "use_safetensors"}
     | {"trust_remote_code", "add_pooling_layer", "use_memory_efficient_attention", "unpad_inputs"}
@@ -46,15 +46,15 @@ _NO_SIZES = frozenset({"in_features", "out_features"})
 
 @dataclass(frozen=True)
 class DenseModule:
-    """A Dense module: activation(x W + b), and x added to it where `residual`.
+    """A Dense module: activation(x W + b), plus x if it is `residual`.
 
     Args:
-        path: of its folder, relative to the checkpoint.
-        in_features: width of what it takes.
-        out_features: width of what it gives.
-        bias: whether it adds one.
-        activation: class of torch.nn, constructed without arguments.
-        residual: whether the input is added, through a matrix where the widths differ.
+        path: its folder, relative to the checkpoint.
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether it adds a bias.
+        activation: name of a class of torch.nn, constructed without arguments.
+        residual: whether the input is added to the output, through a matrix if the widths differ.
     """
 
     path: str
@@ -67,21 +67,21 @@ class DenseModule:
 
 @dataclass(frozen=True)
 class SentenceSettings:
-    """What sentence-transformers' files say for one task; as they stand here where there is no such file.
+    """The settings in sentence-transformers' files for one task; the defaults hold if a file is missing.
 
     Args:
-        pooling: of the hidden states; None where no file says.
+        pooling: pooling of the hidden states; None if no file names one.
         normalize: whether a Normalize module comes last.
-        dense: what projects the pooled embedding, in order.
-        max_length: tokens of a text, None where no file says.
+        dense: Dense modules that project the pooled embedding, in order.
+        max_length: largest number of tokens in a text; None if no file sets it.
         lowercase: whether a text is lowercased before the tokenizer's own normalizer.
-        tokenizer_arguments: of AutoTokenizer.
-        config_overrides: fields of config.json that are replaced.
+        tokenizer_arguments: arguments of AutoTokenizer.
+        config_overrides: fields of config.json to replace.
         prompts: name -> text.
-        default_prompt_name: the prompt used where the caller names none.
-        similarity: how embeddings are meant to be compared.
+        default_prompt_name: the prompt to use if the caller names none.
+        similarity: the function that compares embeddings.
         truncate_dim: leading dimensions to keep.
-        activation: what a reranker's logits go through, a key of `activations.ACTIVATIONS`.
+        activation: activation for a reranker's logits, a key of `activations.ACTIVATIONS`.
     """
 
     pooling: Pooling | None = None
@@ -99,12 +99,12 @@ class SentenceSettings:
 
 
 def model_folder(files: CheckpointFiles) -> Path:
-    """Where config.json, weights and tokenizer are: the folder itself, or that of its Transformer module.
+    """Return the folder of config.json, weights and tokenizer: `files` itself, or that of its Transformer module.
 
-    A Router may have that in the folder of a route.
+    In a Router, this may be the folder of a route.
 
     Raises:
-        CheckpointError, ConfigError: modules.json is not readable or not honoured.
+        CheckpointError, ConfigError: modules.json cannot be read, or has a setting that is not supported.
     """
     if files.has("config.json") or files.has(ADAPTER_CONFIG):
         return files.path
@@ -115,11 +115,11 @@ def model_folder(files: CheckpointFiles) -> Path:
 
 
 def read_settings(files: CheckpointFiles, task: TaskName) -> SentenceSettings:
-    """What the files of sentence-transformers in a checkpoint folder say for `task`.
+    """Read the settings for `task` from sentence-transformers' files in a checkpoint folder.
 
     Raises:
-        CheckpointError: a file is not readable.
-        ConfigError: a field, a module or a pooling is not honoured; the message names file and field.
+        CheckpointError: a file cannot be read.
+        ConfigError: a field, a module or a pooling is not supported; the message names file and field.
     """
     modules = files.modules
     if task == "classify":
@@ -143,10 +143,10 @@ def read_settings(files: CheckpointFiles, task: TaskName) -> SentenceSettings:
 
 
 def _pooling(files: CheckpointFiles) -> Pooling | None:
-    """The mode of the Pooling module, or None where there is no file.
+    """Read the mode of the Pooling module; return None if there is no file.
 
     Raises:
-        ConfigError: it is none of the modes that are computed, or several.
+        ConfigError: the mode is not supported, or there are several.
     """
     paths = {module.kind: module.path for module in files.modules or ()}
     name = posixpath.join(paths.get("Pooling") or "1_Pooling", "config.json")
@@ -159,17 +159,17 @@ def _pooling(files: CheckpointFiles) -> Pooling | None:
         return checked_pooling(mode[0] if isinstance(mode, list) and len(mode) == 1 else mode, str(file))
     active = [key for key, value in config.items() if key.startswith(_LEGACY_POOLING_PREFIX) and value]
     if not active:
-        return "mean"  # what sentence-transformers takes where no mode is set
+        return "mean"  # sentence-transformers' default
     if len(active) > 1:
         raise ConfigError(f"{file} joins {', '.join(active)}; one of {', '.join(POOLINGS)} is supported.")
     return checked_pooling(_LEGACY_POOLING_MODES.get(active[0], active[0]), str(file))
 
 
 def checked_pooling(pooling: Any, where: str) -> Pooling:
-    """`pooling` where it is one of `POOLINGS`.
+    """Return `pooling` if it is one of `POOLINGS`.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is another value.
     """
     if pooling not in POOLINGS:
         raise ConfigError(f"{where} asks for pooling {pooling!r}; expected one of {', '.join(POOLINGS)}.")
@@ -177,10 +177,10 @@ def checked_pooling(pooling: Any, where: str) -> Pooling:
 
 
 def read_dense(files: CheckpointFiles, path: str) -> DenseModule:
-    """The Dense module in the checkpoint's folder `path`.
+    """Read the Dense module in the checkpoint's folder `path`.
 
     Raises:
-        ConfigError: a field is missing or not honoured.
+        ConfigError: a field is missing or not supported.
     """
     name = posixpath.join(path, "config.json")
     config, file = files.objects[name], files.path / name
@@ -203,10 +203,10 @@ def read_dense(files: CheckpointFiles, path: str) -> DenseModule:
 
 
 def reranker_activation(folder: Path) -> str | None:
-    """What `folder`/config.json says that a reranker's logits go through, in either of its spellings.
+    """Read the activation for a reranker's logits from `folder`/config.json, in either spelling.
 
     Raises:
-        ConfigError: a function of torch that is not computed.
+        ConfigError: the activation is a function of torch that is not supported.
     """
     config_file = folder / "config.json"
     raw = read_json_object(config_file)
@@ -218,10 +218,10 @@ def reranker_activation(folder: Path) -> str | None:
 
 
 def _with_whole(files: CheckpointFiles, task: TaskName, settings: SentenceSettings) -> SentenceSettings:
-    """`settings` with what config_sentence_transformers.json says, where it is of the same kind of model."""
+    """Return `settings` with those of config_sentence_transformers.json, if that file is for the same kind of model."""
     config, file = files.objects[_WHOLE], files.path / _WHOLE
     if _model_type(files) != _library(task).model_type:
-        logger.info("%s is for a %s, and passed over", file, _model_type(files))
+        logger.info("%s is for a %s, and is ignored", file, _model_type(files))
         return settings
     check_fields(config, file, SENTENCE_TRANSFORMERS)
     prompts, default = _prompts(file, config)
@@ -239,15 +239,15 @@ def _with_whole(files: CheckpointFiles, task: TaskName, settings: SentenceSettin
 
 
 def _beside_another_task(files: CheckpointFiles) -> SentenceSettings:
-    """How `encode` pools a model that is made for something else; modules that it does not have are logged."""
+    """Return `encode`'s pooling for a model of another task; modules that cannot apply are logged."""
     modules = files.modules
     kinds = [module.kind for module in modules or ()]
     if modules is not None and kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         if kinds:
-            logger.info("%s: the modules %s are for another task, and passed over", files.path, ", ".join(kinds))
+            logger.info("%s: the modules %s are for another task, and are ignored", files.path, ", ".join(kinds))
         return SentenceSettings()
     for module in modules or ():
-        _ = module.folder  # or a refusal
+        _ = module.folder  # raises if the folder is refused
     return _with_whole(files, "embed", SentenceSettings(pooling=_pooling(files), normalize="Normalize" in kinds))
 
 
@@ -272,7 +272,7 @@ def _transformer_settings(folder: Path, task: TaskName) -> SentenceSettings:
 
 
 def _arguments(file: Path, config: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Arguments under their older and their newer name; leave to run remote code is taken from nobody."""
+    """Return the arguments under their older and newer names; permission to run remote code is dropped."""
     joined = {key: value for name in names for key, value in _object(file, config, name).items()}
     joined.pop("trust_remote_code", None)
     return joined
@@ -291,7 +291,7 @@ def _check_transformer_task(file: Path, config: Mapping[str, Any], task: TaskNam
 
 
 def _require_embedding(files: CheckpointFiles, modules: list[Module]) -> None:
-    """Transformer, Pooling, any Dense, at most one Normalize, in this order."""
+    """Require a Transformer, a Pooling, any number of Dense and at most one Normalize, in this order."""
     kinds = [module.kind for module in modules if module.kind != "Dropout"]
     known = ("Transformer", "Pooling", "Dense", "Normalize")
     _require_kinds(modules, (*known, "Dropout"), "embeddings")
@@ -309,21 +309,21 @@ def _require_kinds(modules: list[Module], known: tuple[str, ...], purpose: str) 
         file = module.checkpoint / MODULES
         if "." in module.kind:
             raise ConfigError(
-                f"{file} has the module {module.kind}, which is code of its own and is never run; expected modules of "
+                f"{file} has the module {module.kind}, which is custom code and is never run; expected modules of "
                 "sentence_transformers."
             )
         if module.kind not in known:
             raise ConfigError(
-                f"{file} has a {module.kind} module; only {', '.join(known)} are honoured for {purpose}, and leaving "
-                "it out would change the answers."
+                f"{file} has a {module.kind} module; only {', '.join(known)} are supported for {purpose}, and "
+                "ignoring the module would change the answers."
             )
-        _ = module.folder  # or a refusal
+        _ = module.folder  # raises if the folder is refused
         refuse_arguments(module)
 
 
 def _library(task: TaskName) -> Library:
     library = TASKS[task].library
-    assert library is not None  # the modules of other tasks are not read
+    assert library is not None  # modules are read only for tasks that the library has
     return library
 
 
@@ -343,8 +343,8 @@ def _prompts(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str
 def _similarity(file: Path, name: Any) -> Similarity | None:
     if name is None or name in SIMILARITIES:
         return cast(Similarity | None, name)
-    # The library passes over names of other kinds of model, such as "maxsim".
-    logger.info("%s: similarity_fn_name %r is none of %s, and passed over", file, name, ", ".join(SIMILARITIES))
+    # Like the library, this ignores the names of other kinds of model, such as "maxsim".
+    logger.info("%s: similarity_fn_name %r is none of %s, and is ignored", file, name, ", ".join(SIMILARITIES))
     return None
 
 
@@ -355,10 +355,8 @@ def _activation(file: Path, field: str, path: Any) -> str | None:
     if known is None and str(path).startswith("torch."):
         raise ConfigError(f"{file}: {field} is {path!r}; expected {_known_activations()}")
     if known is None:
-        # The library does the same: such a path is somebody's code.
-        logger.warning(
-            "%s: %s is %r, which is code of its own and is never run; the default is taken", file, field, path
-        )
+        # The library does the same: such a path names custom code.
+        logger.warning("%s: %s is %r, which is custom code and is never run; the default is used", file, field, path)
     return known
 
 

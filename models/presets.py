@@ -1,7 +1,7 @@
-"""Published models of the family: hyper-parameters under the names of transformers' `GteConfig`, and how each is used.
+"""Published models of the family: hyper-parameters under the names of transformers' `GteConfig`, and their use.
 
-A checkpoint's own config.json always wins; presets serve training from scratch, size estimates and tests. The field
-`inferred` lists what its card does not state: those values were inferred from the siblings.
+A checkpoint's own config.json always has priority; presets serve training from scratch, size estimates and tests. The
+field `inferred` lists values that the model card does not state; they were inferred from the sibling models.
 """
 
 from types import MappingProxyType
@@ -47,7 +47,7 @@ def _rope(theta: float) -> dict[str, Any]:
 
 
 def _ntk(theta: float, factor: float) -> dict[str, Any]:
-    # Fixed NTK scaling is a linear RoPE of another base: see `gte_deploy.models.rope.ntk_rope`.
+    # Fixed NTK scaling is a linear RoPE with another base: see `gte_deploy.models.rope.ntk_rope`.
     return {
         "rope_parameters": {
             "rope_type": "linear",
@@ -57,7 +57,7 @@ def _ntk(theta: float, factor: float) -> dict[str, Any]:
     }
 
 
-# `parameters_millions` is the published count (tied matrices once), None where none is known.
+# `parameters_millions` is the published count (tied matrices once), None if none is known.
 PRESETS: dict[str, dict[str, Any]] = {
     "gte-en-mlm-tiny": {
         **_COMMON,
@@ -155,7 +155,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "parameters_millions": 305,
         "inferred": (),
     },
-    # Sparse: its vectors are log1p(log1p(relu(logits))), the maximum over tokens.
+    # Sparse: the vectors are the maximum over tokens of log1p(log1p(relu(logits))).
     "opensearch-neural-sparse-encoding-doc-v3-gte": {
         **_BASE,
         **_ENGLISH,
@@ -168,15 +168,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What a preset says besides the config.
+# The fields of a preset that are not part of the config.
 USAGE_FIELDS = frozenset({"task", "pooling", "prompts", "hub_id", "parameters_millions", "inferred"})
 
 
 def preset(name: str) -> MappingProxyType[str, Any]:
-    """The read-only entry of `PRESETS` called `name`.
+    """Return the read-only entry `name` of `PRESETS`.
 
     Raises:
-        ConfigError: there is none of that name; the message lists those there are.
+        ConfigError: there is no such preset; the message lists the presets.
     """
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")

@@ -1,4 +1,4 @@
-"""Reading the JSON files of a checkpoint: whole, and field by field. Needs no torch."""
+"""Reads the JSON files of a checkpoint: whole files, and single fields. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def read_required_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file that must be there.
 
     Raises:
-        CheckpointError: the file is not there.
-        ConfigError: it is not a JSON object.
+        CheckpointError: the file does not exist.
+        ConfigError: the file is not a JSON object.
     """
     try:
         value = json.loads(file.read_bytes())
@@ -34,10 +34,10 @@ def read_required_json(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def without_warnings_of_types() -> Iterator[None]:
-    """Silence what transformers says of types that it does not know and that are read here.
+    """Silence transformers' warnings about types that it does not know and that this package reads itself.
 
-    It warns of the `model_type` "new", on which no tokenizer depends, and of types of RoPE that it has no check for;
-    the family's own reader has checked them.
+    It warns about the `model_type` "new", on which no tokenizer depends, and about RoPE types that it cannot check; the
+    family's own reader has checked these.
     """
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("configuration_utils", "modeling_rope_utils")]
     levels = [logger.level for logger in loggers]
@@ -52,14 +52,14 @@ def without_warnings_of_types() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Typed access to the fields of one config.json; every complaint names the file, the field and the value."""
+    """Typed access to the fields of one config.json; every error names the file, the field and the value."""
 
     raw: Mapping[str, Any]
     file: Path
     defaults: Mapping[str, Any]
 
     def get(self, key: str) -> Any:
-        """The value of a field, or its default.
+        """Return the value of a field, or its default.
 
         Raises:
             ConfigError: the field is missing and has no default.
@@ -71,14 +71,14 @@ class Reader:
         return self.defaults[key]
 
     def refuse(self, key: str, value: Any, expected: str) -> ConfigError:
-        """The error for a value that is not supported."""
+        """Return the error for a value that is not supported."""
         return ConfigError(f"{self.file}: {key} is {value!r}; expected {expected}")
 
     def integer(self, key: str, *, at_least: int) -> int:
-        """An integer.
+        """Return the integer in a field.
 
         Raises:
-            ConfigError: the field is missing, or is another value.
+            ConfigError: the field is missing, or holds another value.
         """
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
@@ -86,10 +86,10 @@ class Reader:
         return value
 
     def number(self, key: str, *, at_least: float = 0.0, below: float = math.inf) -> float:
-        """A number of at least `at_least` and below `below`.
+        """Return the number in a field, at least `at_least` and below `below`.
 
         Raises:
-            ConfigError: the field is missing, or is another value.
+            ConfigError: the field is missing, or holds another value.
         """
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:

@@ -1,4 +1,4 @@
-"""RoPE as the family scales it: formulas, and the RoPE that transformers does not know.
+"""The family's scaled RoPE: its formulas, and the variant that transformers does not have.
 
 Legend: theta = RoPE base, s = NTK factor, d = head size, b = mixed_b, i = 0 … d/2 - 1.
 """
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 NTK_MIXED = "ntk_mixed"
-"""Name under which the RoPE with mixed_b is registered with transformers; see `register_rope`."""
+"""The name of the RoPE with mixed_b in transformers; see `register_rope`."""
 
 LONGROPE_FIELDS = ("short_factor", "long_factor", "attention_factor", "original_max_position_embeddings")
-"""The fields that `longrope` adds."""
+"""The fields that a `longrope` config adds."""
 
 
 def ntk_rope(*, theta: float, factor: float, head_dim: int, mixed_b: float | None = None) -> dict[str, Any]:
-    """`rope_parameters` of the family's fixed NTK scaling, which holds at every length.
+    """Return `rope_parameters` for the family's fixed NTK scaling, which is the same at every length.
 
     Without mixed_b, inv_freq_i = (theta s)^(-2i/d) / s^(2/d): transformers' "linear" type of base theta s and factor
-    s^(2/d). With it, inv_freq_i = theta^(-2i/d) / exp(a (i+1)^b), a = ln(s) / (d/2)^b, which has a type of our own.
+    s^(2/d). With mixed_b, inv_freq_i = theta^(-2i/d) / exp(a (i+1)^b), a = ln(s) / (d/2)^b, a type of this package.
     """
     if mixed_b is None:
         return {"rope_type": "linear", "rope_theta": float(theta * factor), "factor": factor ** (2 / head_dim)}
@@ -32,14 +32,14 @@ def ntk_rope(*, theta: float, factor: float, head_dim: int, mixed_b: float | Non
 
 
 def register_rope() -> None:
-    """Make the RoPE with mixed_b known to transformers, through the table it offers for that; twice does no harm."""
+    """Register the RoPE with mixed_b in transformers' table of RoPE types; further calls change nothing."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     ROPE_INIT_FUNCTIONS[NTK_MIXED] = _compute_ntk_mixed
 
 
 def longrope(rope: Mapping[str, Any], head_dim: int, max_positions: int) -> dict[str, Any]:
-    """A RoPE with mixed_b as "longrope", the one type of transformers that has a divisor for each frequency."""
+    """Convert a RoPE with mixed_b to "longrope", the only type of transformers with one divisor for each frequency."""
     divisors = _ntk_mixed_divisors(rope["factor"], rope["mixed_b"], head_dim)
     return {
         **rope,
@@ -52,10 +52,10 @@ def longrope(rope: Mapping[str, Any], head_dim: int, max_positions: int) -> dict
 
 
 def ntk_of_linear(base: float, linear_factor: float, head_dim: int) -> tuple[float, float]:
-    """(theta, s) of a linear RoPE. Every linear RoPE is one: s = factor^(d/2), theta = base / s."""
+    """Return (theta, s) of a linear RoPE. Every linear RoPE has these: s = factor^(d/2), theta = base / s."""
     factor = linear_factor ** (head_dim / 2)
-    # The power amplifies the last bit; the published factors are short decimals, so a rounded one that gives exactly
-    # the same linear RoPE is the one that was meant.
+    # The power amplifies the last bit. The published factors are short decimals, so a rounded factor that gives
+    # exactly the same linear RoPE is the published one.
     rounded = float(f"{factor:.10g}")
     theta = float(f"{base / rounded:.10g}")
     exact = ntk_rope(theta=theta, factor=rounded, head_dim=head_dim)
@@ -65,7 +65,7 @@ def ntk_of_linear(base: float, linear_factor: float, head_dim: int) -> tuple[flo
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config's own `rope_parameters`, as a copy."""
+    """Return a copy of the config's own `rope_parameters`."""
     return dict(config.rope_parameters or {})
 
 
@@ -86,7 +86,7 @@ def _compute_ntk_mixed(
     seq_len: int | None = None,
     layer_type: str | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """inv_freq [d/2] float32 and the attention factor, in the signature of transformers' ROPE_INIT_FUNCTIONS."""
+    """Return inv_freq [d/2] float32 and the attention factor, with the signature of ROPE_INIT_FUNCTIONS."""
     import torch
 
     rope, head_dim = rope_parameters(config), head_size(config)

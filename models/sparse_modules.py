@@ -1,6 +1,6 @@
-"""What a checkpoint's files say of sparse embeddings: SparseEncoder's modules, or a head with one weight a token.
+"""Reads a checkpoint's settings for sparse embeddings: SparseEncoder's modules, or a head with one weight per token.
 
-Read here: modules.json, router_config.json, the configurations of MLMTransformer, Transformer, SpladePooling and
+It reads modules.json, router_config.json, the configurations of MLMTransformer, Transformer, SpladePooling and
 SparseStaticEmbedding, and `max_active_dims` of config_sentence_transformers.json. Importing this needs no torch.
 """
 
@@ -25,12 +25,12 @@ from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
 logger = logging.getLogger(__name__)
 
 QUERY_WEIGHTS_FILE = "query_weights.npy"
-"""Where a bundle holds the weights of queries that need no model: float32 [vocabulary]."""
+"""The file of a bundle with the weights of queries that need no model: float32 [vocabulary]."""
 
 _ROUTER, _SENTENCE_BERT = "router_config.json", "sentence_bert_config.json"
 _SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 _ROUTERS = ("Router", "Asym")
-# Modules that only SparseEncoder has. Transformer is one of its as well where its task is fill-mask.
+# Modules that only SparseEncoder has. A Transformer for fill-mask is one of its modules, too.
 _SPARSE_TYPES = frozenset(("MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "SparseAutoEncoder"))
 _ROUTER_FIELDS = frozenset(("default_route", "allow_empty_key", "route_mappings"))
 
@@ -40,11 +40,11 @@ class SparseModules:
     """The modules of a SparseEncoder's checkpoint.
 
     Args:
-        spec: how they make sparse embeddings; None where they cannot be honoured.
-        reason: why not; "" where they can.
-        transformer: folder of the encoder's configuration, weights and tokenizer in the checkpoint's; "" for that
-            itself.
-        query: folder of the weights of queries, where queries go through no model.
+        spec: how the modules compute sparse embeddings; None if they are not supported.
+        reason: why they are not supported; "" if they are.
+        transformer: folder of the encoder's configuration, weights and tokenizer, relative to the checkpoint; "" for
+            the checkpoint's own.
+        query: folder of the query weights, if queries do not go through the model.
     """
 
     spec: SparseSpec | None
@@ -54,11 +54,11 @@ class SparseModules:
 
 
 def read_sparse_modules(files: CheckpointFiles) -> SparseModules | None:
-    """The modules of a checkpoint, or None where they are not a SparseEncoder's.
+    """Read the modules of a checkpoint; return None if they are not a SparseEncoder's.
 
     Raises:
         CheckpointError: modules.json is not JSON.
-        ConfigError: it is not a list of modules.
+        ConfigError: modules.json is not a list of modules.
     """
     modules = files.modules or []
     if not _are_sparse(files, modules):
@@ -75,7 +75,7 @@ def read_sparse_modules(files: CheckpointFiles) -> SparseModules | None:
 
 
 def encoder_folder(files: CheckpointFiles) -> Path:
-    """Where configuration, weights and tokenizer are: the folder itself, or below it where a Router has them there."""
+    """Return the folder of configuration, weights and tokenizer: the checkpoint's, or a Router's below it."""
     if files.has("config.json") or not files.has(_ROUTER):
         return files.path
     found = read_sparse_modules(files)
@@ -83,7 +83,7 @@ def encoder_folder(files: CheckpointFiles) -> Path:
 
 
 def is_sparse_encoder(folder: Path, modules: SparseModules | None) -> bool:
-    """Whether the checkpoint's own task is sparse embeddings; modules that cannot be honoured are logged."""
+    """Whether the checkpoint's own task is sparse embeddings; modules that are not supported are logged."""
     if modules is not None and modules.spec is None:
         logger.warning("%s gives no sparse embeddings here: %s", folder, modules.reason)
     return modules is not None and modules.spec is not None
@@ -96,20 +96,20 @@ def read_sparse_spec(
     num_labels: int | None,
     unweighted: Callable[[], tuple[int, ...]],
 ) -> SparseSpec:
-    """How a checkpoint makes sparse embeddings: by its modules; else by its head.
+    """Read how a checkpoint computes sparse embeddings: from its modules, else from its head.
 
-    A token classifier of one label gives token weights, whatever modules stand beside it (gte-multilingual-base has a
-    Pooling). A masked-LM head without modules is pooled as SparseEncoder does it then: the maximum of log1p(relu(x)).
+    A token classifier with one label gives token weights, whatever modules it has (gte-multilingual-base has a
+    Pooling). For a masked-LM head without modules, pooling is SparseEncoder's default: the maximum of log1p(relu(x)).
 
     Args:
         files: the checkpoint.
-        modules: its modules; see `read_sparse_modules`.
-        stored_head: returns the task of the head whose tensors are stored.
-        num_labels: labels of a classifier.
-        unweighted: called for the ids that a token-weights head gives no weight.
+        modules: the checkpoint's modules; see `read_sparse_modules`.
+        stored_head: function that returns the task of the stored head.
+        num_labels: number of labels of a classifier.
+        unweighted: function that returns the ids without a weight, for a token-weights head.
 
     Raises:
-        ConfigError: its modules cannot be honoured, or it has no head for sparse embeddings.
+        ConfigError: its modules are not supported, or it has no head for sparse embeddings.
         CheckpointError: a file is missing or unreadable.
     """
     folder = files.path
@@ -119,9 +119,7 @@ def read_sparse_spec(
         return modules.spec
     match stored_head():
         case "fill-mask":
-            logger.info(
-                "%s has no SpladePooling; the maximum of log1p(relu(x)) is taken, as SparseEncoder does", folder
-            )
+            logger.info("%s has no SpladePooling; the maximum of log1p(relu(x)) is used, as SparseEncoder does", folder)
             return SparseSpec("splade", max_active_dims=_max_active_dims(files))
         case "token-classify" if num_labels == 1:
             return SparseSpec("token-weights", unweighted=unweighted(), max_active_dims=_max_active_dims(files))
@@ -139,20 +137,20 @@ def read_query_weights(
     vocab_size: int,
     token_id: Callable[[str], int | None],
 ) -> NDArray[np.float32] | None:
-    """The weights that a query's tokens get without the model, [vocab_size] float32; None where there are none.
+    """Read the weights that query tokens get without the model, [vocab_size] float32; None if there are none.
 
-    Words that the weights do not reach, such as the rows that pad the vocabulary, weigh 0.
+    Entries without a stored weight, such as the rows that pad the vocabulary, weigh 0.
 
     Args:
         files: the checkpoint.
         modules: its modules; see `read_sparse_modules`.
         vocab_size: rows of the model's vocabulary.
-        token_id: returns the id of a word for weights that are stored by words: that of [UNK] if the vocabulary does
-            not have the word.
+        token_id: function that returns the id of a word, for weights stored by word: the id of [UNK] if the vocabulary
+            lacks the word.
 
     Raises:
         CheckpointError: a file is missing or damaged.
-        ConfigError: the queries' tokenizer is not the documents'.
+        ConfigError: the tokenizer of queries differs from that of documents.
     """
     if modules is None or modules.query is None:
         return None
@@ -182,7 +180,7 @@ def _are_sparse(files: CheckpointFiles, modules: Sequence[Module]) -> bool:
     if _object(files.json[_SENTENCE_TRANSFORMERS]).get("model_type") == "SparseEncoder":
         return True
     if modules[0].kind in _ROUTERS:
-        # One without its configuration may be anything; one of embeddings is not for here.
+        # A Router without a configuration counts as sparse; a Router of dense embeddings does not.
         types = _object(files.json[_ROUTER]).get("types")
         return not isinstance(types, dict) or any(kind_of(str(name)) in _SPARSE_TYPES for name in types.values())
     return modules[0].kind == "Transformer" and _is_masked_lm(files, modules[0])
@@ -193,18 +191,18 @@ def _object(data: Any) -> dict[str, Any]:
 
 
 def _is_masked_lm(files: CheckpointFiles, module: Module) -> bool:
-    """Whether a module gives the logits of a masked-LM head."""
+    """Whether a module computes the logits of a masked-LM head."""
     default = "fill-mask" if module.kind == "MLMTransformer" else "feature-extraction"
     settings = _object(files.json[module.file(_SENTENCE_BERT)])
     return bool(settings.get("transformer_task", default) == "fill-mask")
 
 
 def _splade(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
-    """MLMTransformer, or Transformer for fill-mask, then SpladePooling."""
+    """Read MLMTransformer, or Transformer for fill-mask, then SpladePooling."""
     kinds = [module.kind for module in modules]
     if len(kinds) != 2 or kinds[0] not in ("MLMTransformer", "Transformer") or kinds[1] != "SpladePooling":
         raise ConfigError(
-            f"its modules are {', '.join(kinds)}; honoured are MLMTransformer (or Transformer for fill-mask) and "
+            f"its modules are {', '.join(kinds)}; expected MLMTransformer (or Transformer for fill-mask) and "
             "SpladePooling."
         )
     transformer, pooling = modules
@@ -216,7 +214,9 @@ def _splade(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
 def _pooling(files: CheckpointFiles, module: Module) -> SparseSpec:
     config = files.json[module.file("config.json")]
     if not isinstance(config, dict):
-        raise ConfigError(f"{module.path}/config.json, which says how SpladePooling pools, is missing or no object.")
+        raise ConfigError(
+            f"{module.path}/config.json, which says how SpladePooling pools, is missing or is not a JSON object."
+        )
     known = {"pooling_strategy": SPARSE_POOLINGS, "activation_function": SPARSE_ACTIVATIONS}
     if unknown := sorted(name for name in config if SPLADE.field(name) is None):
         raise ConfigError(f"{module.path}/config.json has the fields {', '.join(unknown)}, which are not honoured.")
@@ -228,15 +228,15 @@ def _pooling(files: CheckpointFiles, module: Module) -> SparseSpec:
 
 
 def _routed(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
-    """A Router alone: documents by a splade model, queries by the same or by weights."""
+    """Read a Router that is the only module: documents go through a splade model, queries through it or by weights."""
     if len(modules) != 1 or modules[0].path:
-        raise ConfigError(f"its modules are {', '.join(m.kind for m in modules)}; a Router is honoured alone.")
+        raise ConfigError(f"its modules are {', '.join(m.kind for m in modules)}; a Router must be the only module.")
     config = files.json[_ROUTER]
     if not isinstance(config, dict):
-        raise ConfigError(f"{_ROUTER}, which says what its Router does, is missing or no object.")
+        raise ConfigError(f"{_ROUTER}, which says what its Router does, is missing or is not a JSON object.")
     routes = _routes(files.path, config)
     if set(routes) != set(SPARSE_ROUTES):
-        raise ConfigError(f"its Router has the routes {', '.join(routes)}; honoured are query and document.")
+        raise ConfigError(f"its Router has the routes {', '.join(routes)}; expected query and document.")
     documents = _splade(files, routes["document"])
     assert documents.spec is not None
     default = _default_route(config.get("parameters") or {}, list(routes))
@@ -244,10 +244,10 @@ def _routed(files: CheckpointFiles, modules: Sequence[Module]) -> SparseModules:
         return documents
     kinds = [module.kind for module in routes["query"]]
     if kinds != ["SparseStaticEmbedding"]:
-        raise ConfigError(f"its queries go through {', '.join(kinds)}; honoured is SparseStaticEmbedding.")
+        raise ConfigError(f"its queries go through {', '.join(kinds)}; expected SparseStaticEmbedding.")
     spec = replace(documents.spec, query_weights=QUERY_WEIGHTS_FILE, default_route=default)
     (query,) = routes["query"]
-    _ = query.folder  # or a refusal
+    _ = query.folder  # raises if the folder is refused
     return replace(documents, spec=spec, query=query.path)
 
 
@@ -285,18 +285,18 @@ def _max_active_dims(files: CheckpointFiles) -> int | None:
 
 
 def _require_same_tokenizer(files: CheckpointFiles, queries: str, documents: str) -> None:
-    """Refuse weights of another vocabulary: their ids would be those of other words."""
+    """Refuse query weights for another vocabulary: their ids would mean other words."""
     name = posixpath.join(queries, "tokenizer.json")
     own = files.json[name]
     if own is not None and _cutting(own) != _cutting(files.json[posixpath.join(documents, "tokenizer.json")]):
         raise ConfigError(
-            f"{files.path / name} is another tokenizer than that of documents; one for both is honoured. Replace it "
-            "where they cut alike."
+            f"{files.path / name} is another tokenizer than the one for documents; both must be the same. Replace "
+            "it if both split texts alike."
         )
 
 
 def _cutting(tokenizer: Any) -> dict[str, Any]:
-    """The part of a tokenizer.json that decides ids: all but how it would cut and pad."""
+    """Return the part of a tokenizer.json that decides ids: everything except truncation and padding."""
     unimportant = ("truncation", "padding", "version")
     return {name: value for name, value in _object(tokenizer).items() if name not in unimportant}
 
@@ -304,12 +304,12 @@ def _cutting(tokenizer: Any) -> dict[str, Any]:
 def _weights_of_json(
     files: CheckpointFiles, query: str, path: str, vocab_size: int, token_id: Callable[[str], int | None]
 ) -> NDArray[np.float32]:
-    """Weights by word, as idf.json has them, in the folder `query` or in the checkpoint's own."""
+    """Read weights by word from an idf.json, in the folder `query` or in the checkpoint's own."""
     name = PurePosixPath(path).name
     weights = _object(files.json[posixpath.join(query, name)] or files.json[name])
     if not weights or not all(type(weight) in (int, float) for weight in weights.values()):
         raise CheckpointError(
-            f"{files.path / query} names the query weights {path!r}, and {name} is no object of word -> weight"
+            f"{files.path / query} names the query weights {path!r}, but {name} is no object of word -> weight"
         )
     stored = np.zeros(vocab_size, np.float32)
     for word, weight in weights.items():
@@ -320,9 +320,9 @@ def _weights_of_json(
 
 
 def _stored_weights(folder: Path) -> NDArray[np.float32]:
-    """The tensor `weight` of the folder's model.safetensors."""
+    """Read the tensor `weight` of the folder's model.safetensors."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file  # unlike its numpy side, it knows bfloat16
+    from safetensors.torch import load_file  # unlike safetensors.numpy, it supports bfloat16
 
     refuse_pickle(folder, WEIGHTS)
     try:

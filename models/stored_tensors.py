@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's safetensors files, unread until they are asked for."""
+"""The tensors of a checkpoint's safetensors files, which are read only on request."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models.weight_files import INDEX
 
 MAX_NAMED = 10
-"""How many tensors an error names."""
+"""The most tensors that an error message names."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a safetensors file, unread until `read`.
+    """One tensor in a safetensors file; `read` reads its data.
 
     Args:
         handle: the open file.
@@ -49,14 +49,14 @@ class StoredTensor:
 
 
 def open_tensors(files: Mapping[Path, set[str] | None], stack: ExitStack) -> dict[str, StoredTensor]:
-    """Every tensor of the files by its stored name; the files stay open until `stack` closes.
+    """Return every tensor of the files by its stored name; the files stay open until `stack` closes.
 
     Args:
-        files: each file and the names that an index gives to it; None without an index.
+        files: file -> the tensor names that an index lists for it, or None without an index.
         stack: closes the files.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or holds other tensors than its index says.
+        CheckpointError: a file is missing or damaged, or its tensors differ from those in its index.
     """
     stored: dict[str, StoredTensor] = {}
     for file, expected in files.items():

@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer as transformers' AutoTokenizer makes it of all its files, and that as one tokenizer.json.
+"""Reads a checkpoint's tokenizer files with transformers' AutoTokenizer, and saves the result as one tokenizer.json.
 
 A dozen fields of four files decide the ids of a text, and each version of transformers has its own rules for them. So
-AutoTokenizer itself reads them, without remote code, and what it made is written down: the tokenizer.json of a bundle
-alone gives its ids, whatever reads it.
+AutoTokenizer itself reads the files, without remote code, and its result is saved: the tokenizer.json of a bundle
+alone decides the ids, in every library that reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gte_deploy.models.weight_files import refuse_pointer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What sentence_bert_config.json may hand to AutoTokenizer. Others load code, other files or another class.
+# Arguments that sentence_bert_config.json may pass to AutoTokenizer. Others load code, other files or another class.
 _ARGUMENTS = frozenset(
     {
         "model_max_length",
@@ -44,12 +44,12 @@ _NO_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class ResolvedTokenizer:
-    """What AutoTokenizer made of a checkpoint's files.
+    """The tokenizer that AutoTokenizer built from a checkpoint's files.
 
     Args:
-        theirs: the tokenizer of transformers; nothing in it is changed any more.
-        backend: the tokenizer of the tokenizers library that gives the ids.
-        lowercases: whether sentence-transformers' own Lowercase step was put before its normalizer.
+        theirs: transformers' tokenizer; it must not be changed.
+        backend: the tokenizer of the tokenizers library, which gives the ids.
+        lowercases: whether sentence-transformers' Lowercase step was put before the normalizer.
     """
 
     theirs: PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ class ResolvedTokenizer:
     def pad_token_id(self) -> int:
         """Id that fills short rows."""
         token_id = self.theirs.pad_token_id
-        assert isinstance(token_id, int)  # transformers' annotation allows all that any special token may be
+        assert isinstance(token_id, int)  # transformers' annotation also allows the types of other special tokens
         return token_id
 
     @property
@@ -71,7 +71,7 @@ class ResolvedTokenizer:
 
     @property
     def gives_token_types(self) -> bool:
-        """Whether a model is to be fed `token_type_ids`."""
+        """Whether the model takes `token_type_ids`."""
         return "token_type_ids" in self.theirs.model_input_names
 
     @property
@@ -84,7 +84,7 @@ class ResolvedTokenizer:
         return tuple(sorted({int(token_id) for token_id in ids if token_id is not None}))
 
     def parts(self) -> dict[str, Any]:
-        """What the runtime's tokenizer is made of: the arguments of `gte_deploy.text.tokenization.TextTokenizer`."""
+        """Arguments of the runtime's `gte_deploy.text.tokenization.TextTokenizer`."""
         return {
             "tokenizer": Tokenizer.from_str(self.backend.to_str()),
             "pad_token": str(self.theirs.pad_token),
@@ -96,7 +96,7 @@ class ResolvedTokenizer:
     def save(self, folder: Path, *, max_length: int) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json with a limit of `max_length` tokens.
 
-        The class is the plain one: it takes tokenizer.json as it is, where others build their own anew.
+        The saved class is the generic one, which uses tokenizer.json unchanged; others build their own tokenizer.
         """
         backend = Tokenizer.from_str(self.backend.to_str())
         backend.no_truncation()
@@ -117,7 +117,7 @@ class ResolvedTokenizer:
         }
         write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
         write_text(folder / "tokenizer_config.json", _json(config))
-        # Older readers take the special tokens from this file alone.
+        # Older readers take special tokens only from this file.
         write_text(folder / "special_tokens_map.json", _json(special))
 
 
@@ -125,7 +125,7 @@ _SPECIAL_TOKENS = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has files of a tokenizer; an adapter's may leave them to its base."""
+    """Whether a folder has a tokenizer's files; an adapter may leave them to its base model."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
@@ -135,13 +135,14 @@ def resolve_tokenizer(
     """Read the tokenizer of a checkpoint folder; no network, no remote code.
 
     Args:
-        folder: with the tokenizer's files.
-        arguments: for AutoTokenizer, as sentence_bert_config.json has them.
-        lowercase: put a Lowercase step before the normalizer, as sentence-transformers does for `do_lower_case`.
+        folder: the folder with the tokenizer's files.
+        arguments: arguments for AutoTokenizer, as in sentence_bert_config.json.
+        lowercase: whether to put a Lowercase step before the normalizer, as sentence-transformers does for
+            `do_lower_case`.
 
     Raises:
-        ConfigError: an argument, or a field of tokenizer_config.json, is not honoured.
-        CheckpointError: AutoTokenizer cannot read the files, or makes something that is not a fast tokenizer.
+        ConfigError: an argument or a field of tokenizer_config.json is not supported.
+        CheckpointError: AutoTokenizer cannot read the files, or builds something other than a fast tokenizer.
     """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         refuse_pointer(folder / name)
@@ -174,7 +175,7 @@ def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokeni
             return AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **arguments
             )
-    except Exception as error:  # of many libraries; the tokenizers library raises plain Exception
+    except Exception as error:  # many libraries; the tokenizers library raises plain Exception
         raise CheckpointError(
             f"{folder}: transformers' AutoTokenizer cannot read the tokenizer ({type(error).__name__}: {error}). "
             "A checkpoint has a tokenizer.json, or a vocab.txt with a tokenizer_config.json that names its class."
@@ -196,7 +197,7 @@ def _steps(normalizer: Any) -> list[Any]:
 
 
 def _cleans_up(theirs: PreTrainedTokenizerBase, backend: Tokenizer) -> bool:
-    # transformers ignores it for a BPE, whose texts it would damage.
+    # transformers ignores the setting for a BPE tokenizer, whose texts it would damage.
     return bool(theirs.clean_up_tokenization_spaces) and type(backend.model).__name__ != "BPE"
 
 

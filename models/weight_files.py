@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder hold weights, and what stands there instead where none do. Needs no torch."""
+"""Finds the weight files of a checkpoint folder, and says what a folder without weights holds instead. No torch."""
 
 import json
 from pathlib import Path
@@ -14,26 +14,26 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TO_SAFETENSORS = (
-    'Convert it where you trust its source: python -c "import torch; from safetensors.torch import save_file; s = '
+    'If you trust its source, convert it: python -c "import torch; from safetensors.torch import save_file; s = '
     "torch.load('{name}', weights_only=True); save_file({{k: v.clone().contiguous() for k, v in s.items()}}, "
     "'{target}', metadata={{'format': 'pt'}})\""
 )
-# What else people find in a folder, and what to do about it.
+# Other formats that people find in a folder, and what to do about them.
 _OTHER_FORMATS = {
-    "*.gguf": "GGUF weights, quantised for llama.cpp; take the checkpoint that they were made of",
-    "*.onnx": "an ONNX graph; load a bundle of gte-export instead, or take the checkpoint that it was made of",
+    "*.gguf": "GGUF weights, quantised for llama.cpp; take the checkpoint that they were converted from",
+    "*.onnx": "an ONNX graph; load a bundle of gte-export instead, or take the checkpoint that it was exported from",
     "*.h5": "TensorFlow weights; load them with transformers and save_pretrained",
     "*.msgpack": "Flax weights; load them with transformers and save_pretrained",
-    "openvino_model.xml": "an OpenVINO model; take the checkpoint that it was made of",
+    "openvino_model.xml": "an OpenVINO model; take the checkpoint that it was converted from",
 }
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a checkpoint and, for shards, the names that the index gives to each.
+    """Return the safetensors files of a checkpoint; for shards, with the tensor names that the index gives to each.
 
     Raises:
-        CheckpointError: there are none, naming what is there instead and the command that helps; a Git LFS pointer; an
-            index that names what is not there.
+        CheckpointError: there are no weights (the message names what the folder holds instead, and the command that
+            helps), a file is a Git LFS pointer, or the index names a file that does not exist.
     """
     if (folder / WEIGHTS).exists():
         refuse_pointer(folder / WEIGHTS)
@@ -58,16 +58,16 @@ def has_weights(folder: Path) -> bool:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse a file that Git LFS left its pointer of.
+    """Refuse a file that is only the pointer of Git LFS.
 
     Raises:
-        CheckpointError: it is one.
+        CheckpointError: the file is a pointer.
     """
     try:
         with file.open("rb") as stream:
             is_pointer = stream.read(len(_POINTER)) == _POINTER
     except OSError:
-        return  # whoever reads it says so
+        return  # the caller's own read raises the error
     if is_pointer:
         raise CheckpointError(
             f"{file} is a Git LFS pointer, not the file itself. Fetch it in that folder: git lfs install && git lfs "

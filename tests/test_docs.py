@@ -96,10 +96,10 @@ def test_files_that_the_documents_name_are_there() -> None:
 
 
 def test_the_table_of_fields_is_the_readers_own() -> None:
-    from gte_deploy.models.fields import document
+    from gte_deploy.models.field_tables import document
 
     written = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    assert written == document(), "write it anew: python -m gte_deploy.models.fields > docs/checkpoints.md"
+    assert written == document(), "write it anew: python -m gte_deploy.models.field_tables > docs/checkpoints.md"
 
 
 def _anchors(path: Path) -> set[str]:

@@ -1,7 +1,7 @@
-"""Check what no linter looks at in the files that git tracks; prints each fault, exits with 1 where there is one.
+"""Check the files that git tracks for faults that no linter finds; print each fault, and exit with 1 if there is one.
 
 Source files and documents end with one newline, have no white space at line ends and no conflict markers; JSON, TOML
-and YAML parse; symbolic links lead somewhere; no file is larger than 1 MiB, but those that are listed here.
+and YAML parse; symbolic links have a target; no file is larger than 1 MiB, except those that are listed here.
 """
 
 import json
@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = 1 << 20
 LARGE = ("models/gte_en_mlm_tiny/model.safetensors",)
-# Written by hand; other text is data, and stays as its library wrote it.
+# Files written by hand. Other text is data, and keeps the form in which its library wrote it.
 WRITTEN = {"", ".md", ".py", ".toml", ".yaml", ".yml"}
 PARSERS: dict[str, Callable[[str], object]] = {
     ".json": json.loads,
@@ -27,11 +27,11 @@ PARSERS: dict[str, Callable[[str], object]] = {
 
 
 def faults(file: Path) -> Iterator[str]:
-    """What is wrong with a file, one line each."""
+    """Yield the faults of a file, one line each."""
     if not file.exists():
         yield "the link leads nowhere" if file.is_symlink() else "git tracks it, and it is not there"
         return
-    if file.is_dir():  # a link to a folder, whose files are looked at under their own names
+    if file.is_dir():  # a link to a folder, whose files are checked under their own names
         return
     data = file.read_bytes()
     if len(data) > MAX_BYTES and file.relative_to(ROOT).as_posix() not in LARGE:
@@ -51,7 +51,7 @@ def faults(file: Path) -> Iterator[str]:
 
 
 def style_faults(text: str) -> Iterator[str]:
-    """What is wrong with a text's white space, and the marks of a merge that was not finished."""
+    """Yield the faults of a text: its white space, and the marks of an unfinished merge."""
     if text and (not text.endswith("\n") or text.endswith("\n\n")):
         yield "it does not end with one newline"
     for number, line in enumerate(text.split("\n"), 1):
@@ -62,11 +62,11 @@ def style_faults(text: str) -> Iterator[str]:
 
 
 def main() -> int:
-    """Look at every tracked file."""
+    """Check every tracked file."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         print("This is no git checkout, or git is missing: no file was checked.", file=sys.stderr)
         return 0
-    # A checkout may belong to another user, as in containers; git is only asked for names.
+    # A checkout may belong to another user, as in containers; git only lists names here.
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     found = [f"{name}: {fault}" for name in filter(None, names.split("\0")) for fault in faults(ROOT / name)]

@@ -3,8 +3,8 @@
     python tools/generate_docs.py            # write (make docs)
     python tools/generate_docs.py --check    # exit with 1 and a diff when a page is stale
 
-docs/python-api.md is made of signatures and docstrings, docs/command-line.md of what `--help` prints. In every other
-page the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled in.
+docs/python-api.md is built from signatures and docstrings, docs/command-line.md from the output of `--help`. In every
+other page, the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled.
 """
 
 import argparse
@@ -35,13 +35,13 @@ Definition = ast.ClassDef | ast.FunctionDef
 
 
 def source(module: str) -> str:
-    """The text of a module of the project, whether it is a file or a package."""
+    """Return the source of a project's module, which is a file or a package."""
     path = ROOT.joinpath(*module.split("."))
     return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
 
 
 def find(module: str, name: str) -> tuple[str, Definition]:
-    """Follow imports to the module of the project that defines a name (else LookupError), and the definition."""
+    """Follow imports to the definition of a name in the project; return its module and node. Raises LookupError."""
     if module.split(".")[0] != "gte_deploy":
         raise LookupError(f"{name} is from {module}")
     for node in ast.walk(ast.parse(source(module))):
@@ -55,7 +55,7 @@ def find(module: str, name: str) -> tuple[str, Definition]:
 
 
 def methods(module: str, definition: ast.ClassDef) -> dict[str, tuple[str, ast.FunctionDef]]:
-    """The public methods of a class and its constructor, with their modules; its own win over those of its bases."""
+    """Return the public methods of a class and its constructor, with their modules; a class's own methods win."""
     found = {node.name: (module, node) for node in definition.body if isinstance(node, ast.FunctionDef)}
     for base in definition.bases:
         with contextlib.suppress(LookupError):
@@ -67,14 +67,14 @@ def methods(module: str, definition: ast.ClassDef) -> dict[str, tuple[str, ast.F
 
 
 def signature(module: str, call: str, node: ast.FunctionDef) -> str:
-    """A call as the source declares it, without `self`."""
+    """Return a call as the source declares it, without `self`."""
     lines = source(module).splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
     text = textwrap.dedent("\n".join(lines)).rstrip(":")
     return re.sub(r"\bself(,\s+)?", "", re.sub(r"^def \w+", call, text), count=1)
 
 
 def prose(node: Definition) -> str:
-    """A docstring as Markdown: the sections of arguments and errors become lists."""
+    """Convert a docstring to Markdown: the sections of arguments and errors become lists."""
     lines: list[str] = []
     section = ""
     for line in inspect.cleandoc(ast.get_docstring(node) or "").splitlines():
@@ -89,7 +89,7 @@ def prose(node: Definition) -> str:
 
 
 def section(title: str, module: str, node: Definition) -> str:
-    """One class, function, method or property; the last word of its title is how it is called."""
+    """Write one class, function, method or property; the last word of its title is the name of the call."""
     call = ""
     if isinstance(node, ast.FunctionDef) and "property" not in map(ast.unparse, node.decorator_list):
         call = f"```python\n{signature(module, title.split()[-1], node)}\n```\n\n"
@@ -97,7 +97,7 @@ def section(title: str, module: str, node: Definition) -> str:
 
 
 def class_sections(module: str, name: str, *, variable: str, constructor: bool) -> Iterator[str]:
-    """The section of a class, and one for each of its public methods."""
+    """Yield the section of a class, and one for each of its public methods."""
     where, node = find(module, name)
     assert isinstance(node, ast.ClassDef)
     yield section(f"## {module}.{name}", where, node)
@@ -109,7 +109,7 @@ def class_sections(module: str, name: str, *, variable: str, constructor: bool) 
 
 
 def error_rows() -> Iterator[str]:
-    """A row for each of the package's errors: its bases, its meaning, and the exit code of the commands."""
+    """Yield a row for each of the package's errors: its bases, its meaning, and the exit code of the commands."""
     exit_code_of = importlib.import_module(find("gte_deploy.cli", "exit_code_of")[0]).exit_code_of
     package = importlib.import_module("gte_deploy")
     for name in (name for name in package.__all__ if name.endswith("Error")):
@@ -131,7 +131,7 @@ EXPORT = (
 
 
 def api_page() -> str:
-    """The whole of docs/python-api.md."""
+    """Return the whole of docs/python-api.md."""
     parts = [f"{NOTICE}\n\n# The Python API\n", section("## gte_deploy.load", *find("gte_deploy", "load"))]
     parts += class_sections("gte_deploy", "Model", variable="model", constructor=False)
     parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
@@ -146,7 +146,7 @@ def api_page() -> str:
 
 @functools.cache
 def help_of(command: str) -> str:
-    """What `command --help` prints, 100 columns wide."""
+    """Return the output of `command --help`, 100 columns wide."""
     name, *rest = command.split()
     module, _, main = SCRIPTS[name].partition(":")
     os.environ["COLUMNS"] = "100"
@@ -157,12 +157,12 @@ def help_of(command: str) -> str:
 
 
 def filled(page: str) -> str:
-    """A page with its generated blocks written anew."""
+    """Return a page with its generated blocks filled again."""
     return BLOCK.sub(lambda m: f"{m[1]}```text\n$ {m[2]} --help\n{help_of(m[2])}```\n{m[3]}", page)
 
 
 def commands_page() -> str:
-    """The whole of docs/command-line.md: every command, and the sub-commands that its help lists."""
+    """Return the whole of docs/command-line.md: every command, and the sub-commands that its help lists."""
     parts = [f"{NOTICE}\n\n# The command lines\n\nWhat each command prints for `--help`.\n"]
     for command in SCRIPTS:
         printed = help_of(command)
@@ -174,7 +174,7 @@ def commands_page() -> str:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every page with generated parts, and what it has to say."""
+    """Yield every page with generated parts, and its new content."""
     yield API, api_page()
     yield COMMANDS, commands_page()
     for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {API, COMMANDS})):
@@ -182,7 +182,7 @@ def pages() -> Iterator[tuple[Path, str]]:
 
 
 def main() -> int:
-    """Write or check the pages; 1 where a page is stale."""
+    """Write or check the pages; return 1 if a page is stale."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 and a diff for a stale page")
     check = parser.parse_args().check

@@ -61,12 +61,12 @@ _NEAR_FULL = 0.92  # of a GPU's memory; the CUDA context and the allocator need 
 
 
 Given = Mapping[str, Any]
-"""What was given on the command line: name of an option -> its value as `add_arguments` parsed it."""
+"""The options given on the command line: name -> value, as `add_arguments` parsed it."""
 
 
 @dataclass(frozen=True)
 class _Command:
-    """One command: the function that runs it and gives the exit code, its summary, the dataclasses of its options."""
+    """One command: the function that runs it and returns the exit code, its summary, the dataclasses of its options."""
 
     run: Callable[[Given], int]
     summary: str

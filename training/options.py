@@ -1,6 +1,6 @@
-"""The options of `gte-train`: what its commands ask for, and what the functions behind them take.
+"""The options of `gte-train`: arguments of its commands, and of the functions that the commands call.
 
-Fields are named as the arguments of the functions. A command passes on only what was given. Importing this module loads
+Fields are named as the functions' arguments. A command passes on only the options given to it. Importing this loads
 neither numpy nor torch, so that `--help` is quick. Recipes have their own dataclasses, see `training/recipe.py`.
 """
 
@@ -18,7 +18,7 @@ from gte_deploy.training.flops import GPUS
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["bfloat16", "float32"]
-"""What a model computes in: bfloat16 is autocast over float32 weights."""
+"""The number format of a model's computation: bfloat16 is autocast over float32 weights."""
 Sharding = Literal["ddp", "fsdp"]
 DocumentBreak = Literal["blank-line", "file"]
 CheckpointLayout = Literal["native", "original"]
@@ -39,7 +39,7 @@ def shipped_recipes() -> list[str]:
 
 
 def _teraflops(text: str) -> float:
-    """FLOP/s of a text that gives TFLOP/s."""
+    """Convert a text in TFLOP/s to FLOP/s."""
     try:
         value = float(text)
     except ValueError:
@@ -70,10 +70,10 @@ class RecipeArguments:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """Where to compute.
+    """The device of a computation.
 
     Args:
-        device: "cuda" or "cpu"; None takes a GPU where there is one.
+        device: "cuda" or "cpu"; None takes a GPU if there is one.
     """
 
     device: Device | None = option(
@@ -83,7 +83,7 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class JsonOptions:
-    """How a result is printed."""
+    """The format of a result."""
 
     json: bool = option(False, "print JSON instead of the table")
 
@@ -93,7 +93,7 @@ class JsonOptions:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in the inputs.
+    """Options for reading documents from the inputs.
 
     Args:
         text_column: the field or column of a record that holds the text.
@@ -122,7 +122,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class PrepareOptions(ReadOptions):
-    """How a corpus is prepared.
+    """Options for preparing a corpus.
 
     Args:
         workers: number of processes. With more than one, the caller's main module must be importable
@@ -146,13 +146,13 @@ class PrepareOptions(ReadOptions):
             raise InputError(f"workers {self.workers} is below 1")
 
     def reading(self) -> ReadOptions:
-        """The options that say how documents are found."""
+        """The options for reading documents."""
         return ReadOptions(**{field.name: getattr(self, field.name) for field in fields(ReadOptions)})
 
 
 @dataclass(frozen=True)
 class PrepareArguments:
-    """What a corpus is made of, and where it is written."""
+    """The inputs, output and tokenizer of a corpus."""
 
     inputs: tuple[str, ...] = required(
         "file, folder or glob of .json.gz, .jsonl, .parquet or .txt files, or hf:NAME[@REVISION][:CONFIG[:SPLIT]] for "
@@ -214,7 +214,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class EstimateOptions:
-    """What the command `estimate` takes besides a recipe and the hardware.
+    """Options of the command `estimate` besides the recipe and the hardware.
 
     Args:
         sharding: sharding in place of the recipe's.
@@ -255,7 +255,7 @@ class EstimateOptions:
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What a run reads and where it writes."""
+    """The corpus and the output folder of a run."""
 
     data: Path = required("corpus folder that `gte-train prepare` wrote", metavar="FOLDER", parse=Path)
     output: Path = required(
@@ -288,7 +288,7 @@ class RunOptions(DeviceOptions):
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """What is exported, and to where."""
+    """The checkpoint and the output folder of an export."""
 
     checkpoint: Path = required(
         "a checkpoint, or the folder of a run for its newest checkpoint",
@@ -301,7 +301,7 @@ class ExportArguments:
 
 @dataclass(frozen=True)
 class CheckpointExportOptions:
-    """Arguments of `export_checkpoint`; there `dtype` is torch's."""
+    """Arguments of `export_checkpoint`, whose `dtype` is a torch.dtype."""
 
     layout: CheckpointLayout = option(
         "native",
@@ -319,7 +319,7 @@ class CheckpointExportOptions:
 
 @dataclass(frozen=True)
 class GlueArguments:
-    """What is evaluated, and where the results are written."""
+    """The model to evaluate, and the folder of the results."""
 
     model: str = required(
         "checkpoint folder, preset name or hub id; RoBERTa, XLM-R, nomic-bert and others work too",
@@ -336,10 +336,10 @@ class GlueArguments:
 
 @dataclass(frozen=True)
 class GlueOptions(DeviceOptions):
-    """What is run of GLUE, and how.
+    """The tasks, data, seeds and dtype of a GLUE evaluation.
 
     Args:
-        device: "cuda" or "cpu"; None takes a GPU where there is one.
+        device: "cuda" or "cpu"; None takes a GPU if there is one.
         data: folder of the tasks' files, see `glue_tasks.load_split`; None reads the hub.
         tasks: names of the tasks; MNLI is added if a task starts from it.
         seeds: seeds of the new head, the dropout and the order of the examples; each counts once.
@@ -367,10 +367,10 @@ class GlueOptions(DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a GLUE task is fine-tuned. `max_length` is in tokens, `batch_size` in examples.
+    """Hyper-parameters for fine-tuning a GLUE task. `max_length` is in tokens, `batch_size` in examples.
 
     Length, batch size, learning rate, epochs and warm-up are as published. The linear schedule, the weight decay and
-    the clipping were not published; they are the defaults of transformers. The score is that after the last epoch.
+    the clipping were not published; they are the defaults of transformers. The score is measured after the last epoch.
 
     Raises:
         InputError: a value is out of its range.
@@ -399,7 +399,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class ExtrapolationArguments:
-    """What is measured on which text, and where the result is written."""
+    """The model, the text and the output folder of the measurement."""
 
     model: str = required("masked-LM checkpoint: folder, preset name or hub id", positional=True, metavar="MODEL")
     data: Path = required("corpus folder; use text that the model was not trained on", metavar="FOLDER", parse=Path)
@@ -414,10 +414,10 @@ class ExtrapolationArguments:
 
 @dataclass(frozen=True)
 class ExtrapolationOptions(DeviceOptions):
-    """What the measurement reads and masks.
+    """The rows that the measurement reads, and its masks.
 
     Args:
-        device: "cuda" or "cpu"; None takes a GPU where there is one. On a GPU the forward pass is in bfloat16.
+        device: "cuda" or "cpu"; None takes a GPU if there is one. On a GPU the forward pass is in bfloat16.
         max_length: tokens of a row; documents that do not fill a row are not read.
         contexts: window lengths, each a divisor of `max_length`; None takes the powers of two from 128 on.
         buckets: number of ranges of positions over which losses are averaged.

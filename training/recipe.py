@@ -75,13 +75,13 @@ class Stage:
         steps: optimizer steps.
         batch_size: sequences of a step, over all ranks.
         learning_rate: the peak of the schedule.
-        schedule: how the learning rate falls after the warm-up, see `training/optim.py`.
+        schedule: the fall of the learning rate after the warm-up, see `training/optim.py`.
         warmup_ratio: share of the steps in which the learning rate rises.
         decay_ratio: share of the steps in which wsd and one_minus_sqrt fall; linear does not read it.
         optimizer: settings of AdamW.
-        masking: how tokens are masked.
-        resampling: which short chunks are dropped; the default keeps every chunk.
-        language_exponent: languages are drawn with q ∝ p^exponent, p being their share; null does not weight them.
+        masking: settings of the masking.
+        resampling: rule that drops short chunks; the default keeps every chunk.
+        language_exponent: languages are drawn with q ∝ p^exponent, where p is their share; null does not weight them.
 
     Raises:
         ConfigError: a value is out of its range.

@@ -74,7 +74,7 @@ class StepSize:
 
 @dataclass
 class Run:
-    """The run: its settings, its progress, and the places where it logs and saves."""
+    """A run: its settings, its progress, and its folders for logs and checkpoints."""
 
     recipe: Recipe
     corpus: TokenCorpus

@@ -43,7 +43,7 @@ _ASIDE_SUFFIX = ".tmp"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """The progress of a run, and what identifies the run.
+    """The progress of a run, and the facts that identify the run.
 
     Args:
         stage: index of the stage.

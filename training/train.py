@@ -82,7 +82,7 @@ def train(
         recipe: the recipe to run.
         data: folder of a prepared TokenCorpus.
         output: folder for checkpoints, logs, the plot and the finished model.
-        device: "cuda" or "cpu"; None takes a GPU where there is one.
+        device: "cuda" or "cpu"; None takes a GPU if there is one.
         progress: stream on which the main process shows its progress line.
         tensorboard: also write TensorBoard events.
         tokenizer: folder with the tokenizer.json of the exported model; None takes the corpus's.

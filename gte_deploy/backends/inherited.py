@@ -69,7 +69,7 @@ class ReopenedBackend:
         def open_it() -> None:
             try:
                 result.append(reopen(self.num_threads))
-            except BaseException as error:  # noqa: B036 - raised below, in the thread that asked
+            except BaseException as error:  # noqa: B036 - raised below, in the calling thread
                 result.append(error)
 
         logger.info("a forked process opens its own engine: %s with %d threads", self.name, self.num_threads)

@@ -16,7 +16,7 @@ from gte_deploy.core.errors import BundleError
 _ALLOWED_DOMAINS = frozenset(("", "ai.onnx", "com.microsoft"))
 # Operators of TensorRT's own parser, which padding-free graphs use.
 _ALLOWED_OPERATORS = frozenset((("trt", "TRT_Attention"),))
-# A node that wraps a compiled engine of some accelerator: executable code that nobody can inspect.
+# A node that wraps an accelerator's compiled engine: executable code that cannot be inspected.
 _REFUSED_OPERATORS = frozenset(("EPContext",))
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

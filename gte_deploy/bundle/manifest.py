@@ -70,7 +70,7 @@ class GraphEntry:
         inputs: the inputs in graph order.
         outputs: the outputs in graph order.
         fusions: fusion pass -> number of matches.
-        computes: the precisions that the export verified; the engine may be asked to compute in others.
+        computes: the precisions that the export verified; the engine may compute in others on request.
     """
 
     path: str

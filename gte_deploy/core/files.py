@@ -48,7 +48,7 @@ def read_json(
 def read_json_object(
     path: Path, *, error: type[GteDeployError] = CheckpointError, advice: str = "Download the checkpoint again."
 ) -> dict[str, Any]:
-    """Parse a file that holds a JSON object; return {} where there is no file. Arguments as in `read_json`.
+    """Parse a file that holds a JSON object; return {} if there is no file. Arguments as in `read_json`.
 
     Raises:
         GteDeployError: the file cannot be read, is not JSON, or holds no object; it is an instance of `error`.

@@ -1,7 +1,7 @@
-"""Options stated once: a dataclass field carries default, help, choices and the spelling on a command line.
+"""Options defined once: a dataclass field carries default, help, choices and the spelling on a command line.
 
-The command line's parser, the checks of the Python API, the refusal of options that do not go together and the tables
-in docs/ are all made from such fields.
+The command line's parser, the checks of the Python API, the refusal of options that exclude each other and the tables
+in docs/ are all built from such fields.
 """
 
 import argparse
@@ -19,17 +19,17 @@ _KEY = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of itself.
+    """The description of an option in its dataclass field.
 
     Args:
         help: one sentence for `--help` and docs/; a default other than None and False is added to it.
         choices: the allowed values; empty for any.
         flags: spellings on the command line; by default the field's name with hyphens.
-        metavar: stands for the value in `--help`.
-        parse: makes the value of the command line's text. It may raise InputError.
+        metavar: placeholder of the value in `--help`.
+        parse: function from the command line's text to the value. It may raise InputError.
         repeated: whether the flag may be given several times; the value is a tuple then.
         nargs: number of values after one flag: "+" or "*" for a tuple of them, "?" for one that may be left out.
-        positional: whether the command line takes the value by its place, without a flag.
+        positional: whether the command line takes the value by its position, without a flag.
         precisions: the precisions that the option is for; empty for all.
     """
 
@@ -50,17 +50,17 @@ class Option:
 
 
 def option(default: Any, help: str, **rest: Any) -> Any:
-    """A dataclass field with a default, described by an `Option`."""
+    """Return a dataclass field with a default, described by an `Option`."""
     return dataclasses.field(default=default, metadata={_KEY: Option(help, **rest)})
 
 
 def required(help: str, **rest: Any) -> Any:
-    """A dataclass field that must be given, by its keyword, described by an `Option`."""
+    """Return a keyword-only dataclass field without a default, described by an `Option`."""
     return dataclasses.field(kw_only=True, metadata={_KEY: Option(help, **rest)})
 
 
 def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
-    """Name of every option of a dataclass -> its default (`dataclasses.MISSING` for none) and its description."""
+    """Return the name of each option of a dataclass -> its default (`dataclasses.MISSING` if none) and description."""
     found = {}
     for item in dataclasses.fields(kind):
         if _KEY in item.metadata:
@@ -69,10 +69,10 @@ def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Prints `--help` alike on every Python.
+    """Prints the same `--help` on every Python.
 
-    Before 3.13 argparse repeats the value behind each flag, and forgets the indentation of commands where it measures
-    the column of help texts. Paragraphs are filled; lines that are indented are kept as they are.
+    Before 3.13, argparse repeats the value behind each flag, and ignores the indentation of commands when it measures
+    the column of help texts. Paragraphs are filled; indented lines are kept.
     """
 
     def add_argument(self, action: argparse.Action) -> None:
@@ -94,22 +94,22 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def flags_of(name: str, described: Option) -> tuple[str, ...]:
-    """How a command line spells an option; a positional one is spelled as its metavar in `--help`."""
+    """Return the spellings of an option on a command line; a positional option has its metavar, as in `--help`."""
     if described.positional:
         return (described.metavar or name,)
     return described.flags or (f"--{name.replace('_', '-')}",)
 
 
 def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
-    """Add the options of a dataclass to a parser or to a group of one.
+    """Add the options of a dataclass to a parser or to a group of a parser.
 
-    What is not given on the command line is not in the namespace. A flag that the parser has already is left as it is.
+    The namespace holds only options that the command line gives. A flag that the parser already has is left unchanged.
 
     Args:
-        parser: an ArgumentParser, or a group of one.
+        parser: an ArgumentParser or one of its groups.
         kind: the dataclass.
-        hidden: whether `--help` leaves the options out; they are still parsed, so that a refusal can say what they
-            are for.
+        hidden: whether `--help` leaves the options out; they are still parsed, so that a refusal can say what they are
+            for.
     """
     known = parser._option_string_actions
     for name, (default, described) in options_of(kind).items():
@@ -126,10 +126,10 @@ def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
 
 
 def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a dataclass's options among those that were parsed by `add_arguments`.
+    """Read the values of a dataclass's options from those that `add_arguments` parsed.
 
     Raises:
-        InputError: a text is not of the option's form.
+        InputError: a text does not have the option's form.
     """
     found = {}
     for name, (_, described) in options_of(kind).items():
@@ -139,10 +139,10 @@ def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_options(kind: type[T], given: Mapping[str, Any]) -> T:
-    """An instance of a dataclass of options, of what was parsed by `add_arguments`.
+    """Create an instance of a dataclass of options from the values that `add_arguments` parsed.
 
     Raises:
-        InputError: a text is not of the option's form, or the dataclass refuses a value.
+        InputError: a text does not have the option's form, or the dataclass refuses a value.
     """
     return kind(**parse_given(kind, given))
 
@@ -151,7 +151,7 @@ def check_choices(values: Any) -> None:
     """Check the values of an instance of an options dataclass against their choices.
 
     Raises:
-        InputError: naming the option, its value and what is allowed.
+        InputError: the message names the option, its value and the allowed values.
     """
     for name, (default, described) in options_of(type(values)).items():
         value = getattr(values, name)
@@ -171,14 +171,14 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def options_given(values: Any) -> Iterator[tuple[str, Option]]:
-    """The options of an instance that differ from their defaults."""
+    """Yield the options of an instance that differ from their defaults."""
     for name, (default, described) in options_of(type(values)).items():
         if getattr(values, name) != default:
             yield name, described
 
 
 def options_table(*kinds: type) -> str:
-    """The options of dataclasses as a table in Markdown: flag, values, default and help."""
+    """Format the options of dataclasses as a Markdown table: flag, values, default and help."""
     lines = ["| Option | Values | Default | Meaning |", "|---|---|---|---|"]
     for kind in kinds:
         for name, (default, described) in options_of(kind).items():
@@ -190,7 +190,7 @@ def options_table(*kinds: type) -> str:
 
 
 def _shown(default: Any) -> str:
-    """A default as `--help` and docs/ show it; empty where there is none to show."""
+    """Format a default for `--help` and docs/; empty if there is none to show."""
     if default is None or default is dataclasses.MISSING or isinstance(default, bool):
         return ""
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -28,7 +28,7 @@ BundleBackend = Literal["onnx", "openvino", "tensorrt"]
 EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 """The data type of sentence embeddings, under its name in sentence-transformers."""
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
-"""How neighbouring tokens with one label are joined, under its name in transformers' pipeline."""
+"""The rule that joins neighbouring tokens with one label, under its name in transformers' pipeline."""
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -92,7 +92,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """How a model computes sparse embeddings: vectors with a weight for each entry of the vocabulary.
+    """The computation of sparse embeddings: vectors with a weight for each entry of the vocabulary.
 
     Args:
         head: "splade" pools the masked-LM logits of all tokens; "token-weights" gives each token one weight.
@@ -118,7 +118,7 @@ class SparseSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The facts about a model that the runtime needs, whatever engine runs it.
+    """The facts about a model that the runtime needs on every engine.
 
     Args:
         task: the task that the head is for.

@@ -1,4 +1,4 @@
-"""What a task is, apart from torch: its names, the checks and answers of one call, and its tensors on a Triton server.
+"""Describes a task without torch: names, checks and answers of one call, and its tensors on a Triton server.
 
 Each file of this package describes one task. Nothing here imports torch, an engine or the tokenizers library.
 
@@ -20,7 +20,7 @@ HIDDEN = "last_hidden_state"
 """The output that a graph for any task has: the hidden states [B, S, H]."""
 
 Outputs = Mapping[str, NDArray[np.float32]]
-"""What a backend computed for a batch, by the names of the graph's outputs."""
+"""A backend's results for a batch, by the names of the graph's outputs."""
 
 Tensors = Mapping[str, NDArray[Any]]
 """The tensors of a Triton request or response, by name."""
@@ -34,7 +34,7 @@ class Request(Protocol):
     """The arguments of one call that decide the answer. One request holds for all batches of the call."""
 
     def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
-        """Names of the outputs to compute, of those that the backend offers."""
+        """Return the names of the outputs to compute, out of those that the backend offers."""
         ...
 
     def answer(self, batch: Batch, outputs: Outputs) -> Sequence[Any]:
@@ -59,7 +59,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Library:
-    """How sentence-transformers describes a model for the task in the files of a checkpoint.
+    """The description of a model for the task in sentence-transformers' checkpoint files.
 
     Args:
         model_type: class of the model.
@@ -82,12 +82,12 @@ class Task:
         name: name in command lines, manifests and `ModelSpec.task`.
         outputs: names of the outputs of a graph for the task, the hidden states first.
         request: class of the requests of this task.
-        architecture: the part after "New" or "Gte" in the `architectures` of a checkpoint's config.json; None where the
+        architecture: the part after "New" or "Gte" in the `architectures` of a checkpoint's config.json; None if the
             task has no head of its own and uses the head of another task.
         ensembles: models on a Triton server that serve the task.
         has_labels: whether the head gives one logit for each of the checkpoint's labels.
-        similarity: how two answers are compared where the checkpoint does not say.
-        library: description in sentence-transformers' files; None where that library has no such model.
+        similarity: the function that compares two answers if the checkpoint names none.
+        library: description in sentence-transformers' files; None if that library has no such model.
         suits: decides from a spec whether a model can do the task; by default a model can if it is made for the task.
     """
 

@@ -43,11 +43,11 @@ class ScoreRequest:
     return_type: ReturnType = "numpy"
 
     def check(self) -> None:
-        """Refuse arguments that cannot be honoured, before any work.
+        """Refuse unsupported arguments, before any work.
 
         Raises:
             InputError: an argument has a wrong value; the message names the argument and the allowed values.
-            MissingDependencyError: tensors are asked for and torch is not installed.
+            MissingDependencyError: tensors are requested and torch is not installed.
         """
         if self.activation_fn is not None and not callable(self.activation_fn):
             raise InputError(
@@ -68,7 +68,7 @@ class ScoreRequest:
         return list(outputs["logits"])
 
     def assemble(self, logits: Sequence[NDArray[np.float32]], *, single: bool) -> Any:
-        """Scores of inputs with the logits [L] each: [N] for one label, else [N, L]; for a `single` one its element."""
+        """Return scores from the logits [L] of each input: [N] for one label, else [N, L]; one element if `single`."""
         scores = self.scores(np.stack(logits))
         if self.spec.num_labels == 1:
             scores = scores.reshape(len(logits))
@@ -78,7 +78,7 @@ class ScoreRequest:
         return list(whole) if self.return_type == "list of tensors" else whole
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [N, L] through the activation and, where it is asked for, the softmax."""
+        """Apply the activation and, if requested, the softmax to logits [N, L]."""
         if self.activation_fn is None:
             scores = default_activation(self.spec.activation, self._labels_of_default())(logits)
         else:
@@ -102,7 +102,7 @@ def refuse_processes(pool: Any, chunk_size: Any) -> None:
 
 
 def former_arguments(activation_fn: Any, activation_fct: Any, num_workers: Any) -> Any:
-    """The activation, by its name or its former one; `num_workers` had an effect once and has none now."""
+    """Return the activation, given by its current or its former name; warn that `num_workers` has no effect."""
     if num_workers is not None:
         logger.warning("num_workers has no effect, as in CrossEncoder since its version 5.4")
     if activation_fct is not None:

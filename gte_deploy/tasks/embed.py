@@ -24,7 +24,7 @@ OutputValue = Literal["sentence_embedding", "token_embeddings"]
 
 SERVED = Ensemble("gte_embed", ("EMBEDDING",), ("POOLING", "NORMALIZE", "TRUNCATE_DIM"))
 TOKENS_SERVED = Ensemble("gte_token_embed", ("INPUT_IDS", "ATTENTION_MASK", "TOKEN_EMBEDDINGS"))
-"""Token embeddings; of a model with token types it also gives TOKEN_TYPE_IDS."""
+"""Token embeddings; for a model with token types also TOKEN_TYPE_IDS."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EmbeddingRequest:
     Args:
         spec: facts of the model.
         pooling: "mean" or "cls".
-        output_value: as in SentenceTransformer.encode; None is all there is.
+        output_value: as in SentenceTransformer.encode; None gives every output.
         precision: type of sentence embeddings.
         return_type: "numpy", one "tensor", or a "list of tensors".
         normalize: scale to length 1, after truncation.
@@ -50,11 +50,11 @@ class EmbeddingRequest:
     truncate_dim: int | None = None
 
     def check(self) -> None:
-        """Refuse arguments that cannot be honoured, before any work.
+        """Refuse unsupported arguments, before any work.
 
         Raises:
             InputError: an argument has a wrong value; the message names the argument and the allowed values.
-            MissingDependencyError: tensors are asked for and torch is not installed.
+            MissingDependencyError: tensors are requested and torch is not installed.
         """
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("output_value", self.output_value, ("sentence_embedding", "token_embeddings", None))
@@ -68,7 +68,7 @@ class EmbeddingRequest:
             import_torch()
 
     def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
-        """See `Request`: the backend's own pooling where that is the one wanted."""
+        """See `Request`: uses the backend's own pooling if the call asks for the same pooling."""
         own_pooling = _POOLED in offered and self.pooling == self.spec.pooling
         if self.output_value == "sentence_embedding":
             return (_POOLED,) if own_pooling else (HIDDEN,)
@@ -77,7 +77,7 @@ class EmbeddingRequest:
         return (HIDDEN, _POOLED)
 
     def answer(self, batch: Batch, outputs: Outputs) -> list[Any]:
-        """See `Request`; in numpy, whatever the return type."""
+        """See `Request`; results are numpy arrays for every return type."""
         lengths = batch.attention_mask.sum(axis=1).tolist()
         if self.output_value == "token_embeddings":
             return [tokens[:length] for tokens, length in zip(outputs[HIDDEN], lengths, strict=True)]
@@ -98,7 +98,7 @@ class EmbeddingRequest:
         ]
 
     def assemble(self, results: list[Any], *, single: bool) -> Any:
-        """All rows, in the caller's order, in the form asked for."""
+        """Return all rows, in the caller's order, in the requested form."""
         if self.output_value == "sentence_embedding":
             embeddings = quantize(np.stack(results), self.precision)
             whole = embeddings if self.return_type == "numpy" else import_torch().from_numpy(embeddings)
@@ -109,7 +109,7 @@ class EmbeddingRequest:
         return whole[0] if single else whole
 
     def pooled(self, attention_mask: NDArray[np.int64], outputs: Outputs) -> NDArray[np.float32]:
-        """The pooled states [B, D] of the graph, or those of its hidden states."""
+        """Return pooled states [B, D]: the graph's own, or the pooling of its hidden states."""
         pooled = outputs.get(_POOLED)
         return pool(outputs[HIDDEN], attention_mask, self.pooling) if pooled is None else pooled
 
@@ -125,10 +125,10 @@ class EmbeddingRequest:
 
 
 def check_pooling(spec: ModelSpec, pooling: str) -> None:
-    """Refuse another pooling than the checkpoint's own where Dense modules follow it: they were trained behind that.
+    """Refuse a pooling other than the checkpoint's if Dense modules follow it: they were trained on its output.
 
     Raises:
-        InputError: naming both.
+        InputError: the pooling differs; the message names both.
     """
     if spec.embedding_size is not None and pooling != spec.pooling:
         raise InputError(

@@ -71,12 +71,12 @@ class MaskRequest:
 def logits_of_masks(
     spec: ModelSpec, mask_positions: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Logits [M, V] at the (row, token) of `mask_positions`, of a graph that gives those or [B, S, V]."""
+    """Return logits [M, V] at the (row, token) of `mask_positions`, if the graph gives [M, V] or [B, S, V]."""
     return logits[mask_positions[:, 0], mask_positions[:, 1]] if spec.logits == "all" else logits
 
 
 def parts_of(batch: Batch, vocab_size: int) -> Iterator[Batch]:
-    """The batch with so many of its mask positions at once that their logits are at most `MAX_LOGITS`."""
+    """Split a batch by its mask positions, so that a part has at most `MAX_LOGITS` logits."""
     assert batch.mask_positions is not None  # the batch of this task names the masks
     at_once = max(1, MAX_LOGITS // vocab_size)
     for start in range(0, len(batch.mask_positions), at_once):
@@ -86,10 +86,10 @@ def parts_of(batch: Batch, vocab_size: int) -> Iterator[Batch]:
 def top_tokens(
     logits: NDArray[np.float32], candidates: NDArray[np.int64], top_k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The best `top_k` of the `candidates` for one mask's logits [V]: scores [K] and token ids [K], best first.
+    """Return the best `top_k` of the `candidates` for one mask's logits [V]: scores [K], token ids [K], best first.
 
-    The softmax runs over all of V, rows that no token owns included, so that a score is the pipeline's. Only candidates
-    are answered. Of equal scores the lower id comes first.
+    The softmax runs over all of V, including rows without a token, so that a score equals the pipeline's. Only
+    candidates are returned. Between equal scores the lower id comes first.
     """
     scores = softmax(logits)[candidates]
     kept = min(top_k, len(candidates))
@@ -110,7 +110,7 @@ def answers(
 ) -> list[MaskAnswer]:
     """The answers for the mask at `position` of the token ids `row`.
 
-    As in the pipeline, `sequence` leaves special tokens out only where the text has a single mask: otherwise the
+    As in the pipeline, `sequence` leaves special tokens out only if the text has a single mask: otherwise the
     other masks would vanish from it.
     """
     single = row.count(row[position]) == 1
@@ -127,7 +127,7 @@ def check_mask(index: int, text: str, row: Sequence[int], tokenizer: "TextTokeni
     """Refuse a text whose token ids `row` hold no mask; `index` is the caller's number of the text.
 
     Raises:
-        InputError: it has none, or lost it by truncation.
+        InputError: the text has no mask, or lost it by truncation.
     """
     mask = tokenizer.mask_token
     if tokenizer.mask_token_id in row:
@@ -141,10 +141,10 @@ def check_mask(index: int, text: str, row: Sequence[int], tokenizer: "TextTokeni
 
 
 def to_tensors(found: Sequence[Sequence[Sequence[MaskAnswer]]], width: int) -> dict[str, NDArray[Any]]:
-    """Answers of each mask of each row as the tensors of `SERVED`; `width` is K.
+    """Convert the answers for each mask of each row to the tensors of `SERVED`; `width` is K.
 
-    `MASKS` [B, 1] counts the masks of a row; `TOKEN`, `TOKEN_ID`, `SCORE` and `SEQUENCE` are [B, M, K] with M masks of
-    the row that has most.
+    `MASKS` [B, 1] counts the masks of a row; `TOKEN`, `TOKEN_ID`, `SCORE` and `SEQUENCE` are [B, M, K]. M is the
+    largest number of masks in a row.
     """
     shape = (len(found), max(map(len, found)), width)
     tensors = {

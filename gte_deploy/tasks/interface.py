@@ -1,6 +1,6 @@
-"""What `Model` and `triton.Client` share: the public methods, and the reading of their arguments.
+"""The interface of `Model` and `triton.Client`: the public methods, and the checks of their arguments.
 
-A class with this interface answers batches of texts; see the abstract methods.
+A subclass answers batches of texts; see the abstract methods.
 
 Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V vocabulary, L labels, D embedding size.
 """
@@ -41,12 +41,12 @@ _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 _MAX_INT32 = (1 << 31) - 1
 
 Batches = Iterator[tuple[list[int], Sequence[Any]]]
-"""Numbers of the inputs of a batch and the answer for each; every input comes once."""
+"""For each batch: the numbers of its inputs, and their answers. Every input comes once."""
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How the inputs of one call are cut and batched.
+    """Options for cutting and batching the inputs of one call.
 
     Args:
         limits: bounds on each batch.
@@ -60,20 +60,20 @@ class BatchOptions:
 
 
 class TextInterface(ABC):
-    """Texts in, answers out, wherever they are computed."""
+    """Takes texts and gives answers, computed here or on a server."""
 
     spec: ModelSpec
     _name: str
-    """Of the model, for messages."""
+    """Name of the model in messages."""
 
     _max_batch_tokens: int
-    """Tokens of a batch at most, padding included, where a call does not say."""
+    """Largest number of tokens in a batch, padding included, if a call gives none."""
     _max_rows: int = MAX_BATCH_SIZE
-    """Rows of a batch at most, whatever a call says."""
+    """Largest number of rows in a batch that a call may ask for."""
     _takes_whole_texts_only: bool = False
-    """Whether `classify_tokens` refuses windows, words and places of the caller's."""
+    """Whether `classify_tokens` refuses windows, lists of words and offsets."""
     _gives_dictionaries: bool = False
-    """Whether `encode_sparse` gives {token: weight} where a call asks for no form."""
+    """Whether `encode_sparse` gives {token: weight} if a call asks for no form."""
 
     @abstractmethod
     def close(self) -> None:
@@ -108,38 +108,38 @@ class TextInterface(ABC):
         max_batch_tokens: int | None = None,
         sentences: str | Sequence[str] | None = None,
     ) -> Any:
-        """Embeddings, with the arguments of SentenceTransformer.encode.
+        """Return embeddings. The arguments are those of SentenceTransformer.encode.
 
         One text gives [D] float32, a list of texts [N, D]. Three things differ from SentenceTransformer: a text that is
         too long is an error unless `truncation` is on, an empty list is an error, and token embeddings are numpy
-        arrays unless tensors are asked for.
+        arrays unless tensors are requested.
 
         Args:
             inputs: a text or a list of texts.
-            prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
+            prompt_name: name of the prompt to put before each text; by default the checkpoint's default prompt.
             prompt: text to put before each text; overrides `prompt_name`.
-            batch_size: rows of a batch at most.
-            show_progress_bar: on stderr; by default where the package logs at INFO or DEBUG.
-            output_value: "token_embeddings" gives [S, H] for each text, None a dict of all there is.
+            batch_size: largest number of rows in a batch.
+            show_progress_bar: whether stderr shows progress; by default if the package logs at INFO or DEBUG.
+            output_value: "token_embeddings" gives [S, H] for each text, None a dict of every output.
             precision: smaller types for sentence embeddings, see `pooling.quantize`.
             convert_to_numpy: False gives a list of torch tensors.
             convert_to_tensor: True gives one torch tensor.
-            device: the device that the model was loaded on, or None; None for a model on a server.
+            device: None, or the device that the model was loaded on; always None for a model on a server.
             normalize_embeddings: scale to length 1, after `truncate_dim`.
             truncate_dim: keep this many leading dimensions (Matryoshka); by default as the checkpoint says.
             pooling: "mean" or "cls"; the checkpoint's own by default.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
-            max_length: tokens to allow, special tokens included; the model's own limit by default.
-            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
+            max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
             sentences: the former name of `inputs`.
 
         Raises:
-            InputError: inputs that are not texts, too long, over `inputs.MAX_TEXT_BYTES` or with a lone surrogate (it
-                names the index), or an argument out of its range.
-            NonFiniteError: the model gave NaN or Inf for some inputs; it names their indices.
+            InputError: an input is not a text, is too long, has more than `inputs.MAX_TEXT_BYTES` or has a lone
+                surrogate (the message names its index); or an argument is out of range.
+            NonFiniteError: the model gave NaN or Inf for some inputs; the message names their indices.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             BackendError: the model or the server failed.
-            MissingDependencyError: tensors are asked for and torch is not installed.
+            MissingDependencyError: tensors are requested and torch is not installed.
         """
         self._refuse_sparse()
         self._check_device(device)
@@ -178,37 +178,37 @@ class TextInterface(ABC):
         as_dict: bool | None = None,
         sentences: str | Sequence[str] | None = None,
     ) -> Any:
-        """Sparse embeddings: a weight for some entries of the vocabulary, with the arguments of SparseEncoder.encode.
+        """Return sparse embeddings: weights for some entries of the vocabulary, with SparseEncoder.encode's arguments.
 
-        One text gives a `SparseEmbedding` (`indices` int64 and `values` float32), a list of texts a list of those.
-        Differences from SparseEncoder: tensors come only where they are asked for, and on the CPU; a text that is too
-        long is an error unless `truncation` is on; an empty list is an error.
+        One text gives a `SparseEmbedding` (`indices` int64 and `values` float32), a list of texts a list of them.
+        Three things differ from SparseEncoder: tensors are on the CPU and given only on request, a text that is too
+        long is an error unless `truncation` is on, and an empty list is an error.
 
         Args:
             inputs: a text or a list of texts.
-            prompt_name: the prompt of this name is put before each text; by default the checkpoint's own.
+            prompt_name: name of the prompt to put before each text; by default the checkpoint's default prompt.
             prompt: text to put before each text; overrides `prompt_name`.
-            batch_size: rows of a batch at most.
+            batch_size: largest number of rows in a batch.
             show_progress_bar: as in `encode`.
-            convert_to_tensor: True gives a torch tensor [V], of a list [N, V], float32.
-            convert_to_sparse_tensor: with `convert_to_tensor`, whether it is a sparse COO tensor or a dense one.
-            save_to_cpu: answers are on the CPU in either case.
-            device: the device that the model was loaded on, or None; None for a model on a server.
-            max_active_dims: keep this many entries, the heaviest; by default as the checkpoint says, else all.
+            convert_to_tensor: True gives one float32 torch tensor: [V] for a text, [N, V] for a list.
+            convert_to_sparse_tensor: with `convert_to_tensor`, True gives a sparse COO tensor and False a dense one.
+            save_to_cpu: without effect; results are always on the CPU.
+            device: None, or the device that the model was loaded on; always None for a model on a server.
+            max_active_dims: number of entries to keep, the heaviest; by default as the checkpoint says, else all.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
-            max_length: tokens to allow, special tokens included; the model's own limit by default.
-            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
-            route: "query" or "document" where the checkpoint encodes the two in different ways; its default otherwise.
-                `encode_query` and `encode_document` say it for you.
-            as_dict: True gives {token: weight} for each text, heaviest first, in place of vectors; not with tensors. A
-                model on a server gives these by default, one that is loaded here gives vectors.
+            max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
+            max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
+            route: "query" or "document", if the checkpoint encodes the two in different ways; by default its default
+                route. `encode_query` and `encode_document` set the route.
+            as_dict: True gives {token: weight} for each text, heaviest first, in place of vectors; not with tensors. By
+                default a model on a server gives dictionaries, and a model that is loaded here gives vectors.
             sentences: the former name of `inputs`.
 
         Raises:
-            InputError: not a sparse model; see also `encode`.
+            InputError: the model is not a sparse model; see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
-            MissingDependencyError: tensors are asked for and torch is not installed.
+            MissingDependencyError: tensors are requested and torch is not installed.
         """
         self._require_sparse()
         self._check_device(device)
@@ -245,10 +245,10 @@ class TextInterface(ABC):
         sentences: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
         activation_fct: ActivationFn | None = None,
     ) -> Any:
-        """Scores of a classifier, with the arguments of CrossEncoder.predict; the logits of a token classifier.
+        """Return scores of a classifier, or logits of a token classifier. Arguments are those of CrossEncoder.predict.
 
         A text, or a flat list of two texts (a pair), is one input; a list of lists is a batch. With one label a batch
-        gives [N] float32, with several [N, L]; one input gives one element of that.
+        gives [N] float32, with several [N, L]; one input gives one element of that array.
 
         A token classifier takes a text or a list of texts, and gives [T, L] float32 for each: the logits of the text's
         own tokens, special tokens left out, in the order of `classify_tokens`.
@@ -257,34 +257,34 @@ class TextInterface(ABC):
         empty list is an error, and an activation that gives NaN or another shape is refused.
 
         Args:
-            inputs: texts or pairs. Where the model is fed token types (`spec.token_types`), a pair has those that the
-                checkpoint's tokenizer gives, 1 for the second text as a rule; else the model tells none apart.
-            prompt_name: the prompt of this name is put before the first text of each input; by default the
-                checkpoint's own.
-            prompt: text to put there; overrides `prompt_name`.
-            batch_size: rows of a batch at most.
+            inputs: texts or pairs. For a model that takes token types (`spec.token_types`), the checkpoint's tokenizer
+                gives the types of a pair, usually 1 for the second text. Other models see no types.
+            prompt_name: name of the prompt to put before the first text of each input; by default the checkpoint's
+                default prompt.
+            prompt: text to put before the first text of each input; overrides `prompt_name`.
+            batch_size: largest number of rows in a batch.
             show_progress_bar: as in `encode`.
-            activation_fn: from logits [N, L] to scores of the same shape, in numpy or torch; a torch module, too. By
-                default what the checkpoint says (`spec.activation`), and else the sigmoid for one label and nothing
-                for several, or for tokens.
-            apply_softmax: over the labels, where there are several; after `activation_fn`.
+            activation_fn: function or torch module from logits [N, L] to scores of the same shape, in numpy or torch.
+                The default is the checkpoint's (`spec.activation`), else the sigmoid for one label, and no activation
+                for several labels or for tokens.
+            apply_softmax: whether a softmax over several labels follows `activation_fn`.
             convert_to_numpy: False gives a list of torch tensors.
-            convert_to_tensor: True gives one torch tensor; of a token classifier one for each text.
-            device: the device that the model was loaded on, or None; None for a model on a server.
-            pool: None; CrossEncoder's processes have no counterpart here, and nor has `chunk_size`.
-            chunk_size: None.
+            convert_to_tensor: True gives one torch tensor; for a token classifier one for each text.
+            device: None, or the device that the model was loaded on; always None for a model on a server.
+            pool: must be None; CrossEncoder's pools of processes are not supported.
+            chunk_size: must be None, as `pool`.
             truncation: cut the longer text of a pair first; without it a pair that is too long is an error.
-            max_length: tokens to allow, special tokens included; the model's own limit by default.
-            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            max_length: largest number of tokens in an input, special tokens included; by default the model's own limit.
+            max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
             num_workers: without effect, as in CrossEncoder.
             sentences: the former name of `inputs`.
             activation_fct: the former name of `activation_fn`.
 
         Raises:
-            InputError: not a classifier, an activation that fails, or as `encode`.
+            InputError: the model is not a classifier, or the activation fails; see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
-            MissingDependencyError: tensors are asked for and torch is not installed.
+            MissingDependencyError: tensors are requested and torch is not installed.
         """
         self._require_task("classify", "token-classify")
         self._check_device(device)
@@ -322,34 +322,35 @@ class TextInterface(ABC):
         batch_size: int = 32,
         max_batch_tokens: int | None = None,
     ) -> Any:
-        """Labels of the tokens of each text, in the forms of transformers' token-classification pipeline.
+        """Label the tokens of each text, with results as from transformers' token-classification pipeline.
 
-        A text gives a list of {entity, score, index, word, start, end}, one for each token; with an
-        `aggregation_strategy` of {entity_group, score, word, start, end}, one for each group of neighbours with one
-        label. A list of texts gives a list of those. Special tokens are left out. Two things differ from the pipeline:
-        a text that is too long is an error unless `truncation` or `stride` says what to do, and scores are Python
-        floats. A server takes whole texts: for a model on a server `stride`, `is_split_into_words` and `offset_mapping`
-        are refused.
+        A text gives a list of {entity, score, index, word, start, end}, one for each token. With an
+        `aggregation_strategy` it gives {entity_group, score, word, start, end}, one for each group of neighbours with
+        one label. A list of texts gives a list of such lists. Special tokens are left out. Two things differ from the
+        pipeline: a text that is too long is an error unless `truncation` or `stride` is given, and scores are Python
+        floats. A model on a server takes whole texts: it refuses `stride`, `is_split_into_words` and `offset_mapping`.
 
         Args:
-            inputs: a text or a list of texts; with `is_split_into_words` the words of a text or a list of those, which
-                is a batch in both cases, as in the pipeline.
-            aggregation_strategy: "none"; "simple" joins neighbours whose labels agree but for "B-" and "I-", and a
-                "B-" begins a new group; "first", "average" and "max" give all tokens of a word one label first: that
-                of its first token, of the mean of its tokens' scores, or of its surest token.
-            ignore_labels: labels not to answer, as they stand in `entity` or `entity_group`.
-            offset_mapping: places (start, end) to answer with in place of the tokenizer's, for each token of a text,
-                special tokens included; for several texts a list of those.
+            inputs: a text or a list of texts. With `is_split_into_words`, the words of a text or a list of such lists;
+                both are a batch, as in the pipeline.
+            aggregation_strategy: "none" joins nothing; "simple" joins neighbours whose labels agree except for "B-" and
+                "I-", and a "B-" begins a new group. "first", "average" and "max" first give all tokens of a word one
+                label: the label of its first token, of the mean of its tokens' scores, or of its token with the highest
+                score.
+            ignore_labels: labels to leave out, spelled as in `entity` or `entity_group`.
+            offset_mapping: (start, end) for each token of a text, special tokens included, to return instead of the
+                tokenizer's offsets; for several texts a list of such lists.
             is_split_into_words: whether the texts come as lists of words.
-            delimiter: what stands between words where `start` and `end` are counted.
-            stride: cut a text that is too long into windows that overlap by so many tokens, and join their answers.
+            delimiter: the string between two words, which `start` and `end` count.
+            stride: cut a text that is too long into windows that overlap by this many tokens, and join their answers.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
-            max_length: tokens of a text or a window, special tokens included; the model's own limit by default.
-            batch_size: rows of a batch at most.
-            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            max_length: largest number of tokens in a text or window, special tokens included; by default the model's
+                limit.
+            batch_size: largest number of rows in a batch.
+            max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
 
         Raises:
-            InputError: not a token classifier; an argument out of its range; see also `encode`.
+            InputError: the model is not a token classifier, or an argument is out of range; see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
         """
@@ -377,25 +378,25 @@ class TextInterface(ABC):
         batch_size: int = 32,
         max_batch_tokens: int | None = None,
     ) -> Any:
-        """Candidates for every mask, in the forms of transformers' fill-mask pipeline.
+        """Predict candidates for every mask, with results as from transformers' fill-mask pipeline.
 
-        A text with one mask gives a list of {score, token, token_str, sequence}, best first; one with several gives
-        such a list for each. A list of texts gives a list of those and, as in the pipeline, a list of one text gives
-        what the text alone does. Scores are probabilities over the whole vocabulary; rows that only pad it have a
-        share in them, as in the pipeline, but are never answered.
+        A text with one mask gives a list of {score, token, token_str, sequence}, best first; a text with several masks
+        gives such a list for each. A list of texts gives a list of these results. As in the pipeline, a list of one
+        text gives the same as the text alone. Scores are probabilities over the whole vocabulary. As in the pipeline,
+        rows that only pad the vocabulary take part in them, but are never returned.
 
         Args:
             inputs: texts with at least one mask token each.
-            top_k: answers for each mask, at most as many as there are targets.
-            targets: words to choose from. One that is not in the vocabulary stands for its first piece, with a warning.
+            top_k: number of candidates for each mask, at most the number of targets.
+            targets: words to choose from. A word outside the vocabulary is replaced by its first piece, with a warning.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
-            max_length: tokens to allow, special tokens included; the model's own limit by default.
-            batch_size: rows of a batch at most.
-            max_batch_tokens: tokens of a batch at most, padding included; by default as the model was loaded.
+            max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
+            batch_size: largest number of rows in a batch.
+            max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
 
         Raises:
-            InputError: not a fill-mask model; no mask, or none left by truncation; `top_k` 0 or above the vocabulary;
-                no usable target; see also `encode`.
+            InputError: the model is not a fill-mask model; a text has no mask, or lost it by truncation; `top_k` is 0
+                or above the size of the vocabulary; no target is usable; see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
         """
@@ -416,9 +417,9 @@ class TextInterface(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`encode` with the prompt "query"; without any where the checkpoint has none of that name.
+        """Call `encode` with the prompt "query", or without a prompt if the checkpoint has none of that name.
 
-        Of a sparse model `encode_sparse`, by the route of queries where they have their own.
+        For a sparse model, call `encode_sparse` with the route of queries, if the model has one.
         """
         if prompt_name is None and prompt is None:
             prompt = self.spec.prompts.get("query", "")
@@ -434,9 +435,9 @@ class TextInterface(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, else none.
+        """Call `encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, if any.
 
-        Of a sparse model `encode_sparse`, by the route of documents.
+        For a sparse model, call `encode_sparse` with the route of documents, if the model has one.
         """
         if prompt_name is None and prompt is None:
             prompts = self.spec.prompts
@@ -461,9 +462,9 @@ class TextInterface(ABC):
         chunk_size: None = None,
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
-        """Documents by their score with the query, best first: {corpus_id, score} and, where asked, text.
+        """Rank documents by their score with the query: {corpus_id, score} and, on request, text, best first.
 
-        The arguments are those of CrossEncoder.rank, in its order; see `predict` for the later ones. `kwargs` are the
+        The arguments and their order are those of CrossEncoder.rank; `predict` explains them. `kwargs` are the
         keyword-only arguments of `predict`. `apply_softmax`, `convert_to_numpy` and `convert_to_tensor` have no effect,
         as in CrossEncoder.
 
@@ -497,10 +498,10 @@ class TextInterface(ABC):
 
     @abstractmethod
     def _check_device(self, device: str | None) -> None:
-        """Refuse a device where the model does not compute.
+        """Refuse a device on which the model does not compute.
 
         Raises:
-            InputError: naming the device.
+            InputError: the message names the device.
         """
 
     @abstractmethod
@@ -511,7 +512,7 @@ class TextInterface(ABC):
     def _sparse_batches(
         self, request: SparseRequest, texts: Sequence[str], options: BatchOptions
     ) -> tuple[Batches, Names]:
-        """A `SparseEmbedding` for each text, and the names of its entries, which hold once all batches are read."""
+        """Return the `SparseEmbedding` of each text, and the names of entries, complete after the last batch."""
 
     @abstractmethod
     def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
@@ -569,7 +570,7 @@ class TextInterface(ABC):
             )
 
     def _why_not_sparse(self) -> str:
-        """The end of an error message: why the checkpoint's own files make no sparse model."""
+        """Return the end of an error message: why the checkpoint's own files do not describe a sparse model."""
         return ""
 
     def _route(self, route: str | None) -> SparseRoute:
@@ -592,7 +593,7 @@ def _refuse_parts(model: str, **arguments: Any) -> None:
 
 
 def _without_effect(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `rank` that go to `predict`: all but those that CrossEncoder.rank takes and ignores."""
+    """Return the options of `rank` that `predict` takes: all except those that CrossEncoder.rank ignores."""
     for name in _NO_EFFECT_IN_RANK:
         if name in options:
             logger.warning("%s has no effect in rank, which returns Python floats", name)
@@ -600,7 +601,7 @@ def _without_effect(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
-    """The text put before each input: `prompt`, else the prompt of that name, else the checkpoint's default, else "".
+    """Return the text before each input: `prompt`, or the prompt named `name`, or the checkpoint's default, or "".
 
     Raises:
         InputError: the prompt is not a text, or the checkpoint has no prompt of that name.
@@ -643,7 +644,7 @@ def return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
 def in_order(batches: Batches, total: int, show_progress_bar: bool | None = False) -> list[Any]:
     """The answers of all batches in the order of the inputs, with a progress bar on stderr.
 
-    `show_progress_bar` None shows it where the package logs at INFO or DEBUG.
+    `show_progress_bar` None shows it if the package logs at INFO or DEBUG.
     """
     answers: list[Any] = [None] * total
     for numbers, found in _with_progress(batches, total, show_progress_bar):

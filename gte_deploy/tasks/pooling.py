@@ -29,7 +29,7 @@ def l2_normalize(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> NDArray[np.generic]:
-    """[B, D] float32 in a smaller type, as sentence_transformers.quantize_embeddings does it.
+    """Convert [B, D] float32 to a smaller type, as sentence_transformers.quantize_embeddings does.
 
     "binary" and "ubinary" pack the signs, eight to a byte: [B, ceil(D / 8)] int8 or uint8. "int8" and "uint8" spread
     each dimension's range *in these embeddings* over 256 steps, so they compare only within one call.

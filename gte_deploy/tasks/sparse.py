@@ -26,7 +26,7 @@ Names = Callable[[int], str] | Mapping[int, str] | Sequence[str]
 
 SERVED = Ensemble("gte_sparse", ("TOKENS", "TOKEN", "TOKEN_ID", "WEIGHT"), ("MAX_ACTIVE_DIMS",))
 QUERIES_SERVED = Ensemble("gte_sparse_query", SERVED.outputs, SERVED.options)
-"""Queries by the stored weights of their tokens, where the model has such weights."""
+"""Queries answered from the stored weights of their tokens, if the model has such weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class SparseEmbedding:
         return len(self.indices)
 
     def to_dense(self) -> NDArray[np.float32]:
-        """[V] float32, 0 where there is no weight."""
+        """Return [V] float32, 0 for entries without a weight."""
         dense = np.zeros(self.size, np.float32)
         dense[self.indices] = self.values
         return dense
@@ -59,7 +59,7 @@ class SparseEmbedding:
         return list(zip(self.indices[order].tolist(), self.values[order].tolist(), strict=True))
 
     def as_dict(self, names: Names) -> dict[str, float]:
-        """Name -> weight, heaviest first; of entries with the same name the heaviest stands."""
+        """Return name -> weight, heaviest first. If several entries share a name, the heaviest weight counts."""
         found: dict[str, float] = {}
         for index, weight in self.ordered():
             found.setdefault(names(index) if callable(names) else names[index], weight)
@@ -73,8 +73,8 @@ class SparseRequest:
     Args:
         spec: facts of a model for this task, or of a token classifier with one label.
         max_active_dims: entries that the caller wants to keep; None for the checkpoint's own number.
-        route: "query" or "document", where the two differ.
-        unweighted: token ids that never have a weight, of a token classifier.
+        route: "query" or "document", if the two differ.
+        unweighted: token ids without a weight, for a token classifier.
     """
 
     spec: ModelSpec
@@ -124,7 +124,7 @@ def weights_of_tokens(
 ) -> NDArray[np.float32]:
     """[V] weights of a text's token ids [S] and logits [S], as gte-multilingual-base defines them.
 
-    An entry weighs the largest relu(logit) of its places; `unweighted` ids weigh nothing.
+    An entry weighs the largest relu(logit) of its occurrences; `unweighted` ids weigh nothing.
     """
     weights = np.zeros(size, np.float32)
     np.maximum.at(weights, ids, logits)
@@ -133,7 +133,7 @@ def weights_of_tokens(
 
 
 def weights_of_query(ids: Sequence[int], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[V]: the stored weight of each entry that is there, however often."""
+    """Return weights [V]: the stored weight of each entry that `ids` contain, however often."""
     found = np.zeros_like(weights)
     present = np.unique(np.asarray(ids, dtype=np.int64))
     found[present] = weights[present]
@@ -155,8 +155,8 @@ def unweighted_ids(tokenizer: "TextTokenizer", pad_token_id: int | None = None) 
 def entry_names(tokenizer: "TextTokenizer", spec: ModelSpec) -> Callable[[int], str]:
     """A function that names the entries of the vocabulary as the model's own library does.
 
-    For token weights the decoded token, as gte-multilingual-base's dictionaries have it; else the vocabulary's entry,
-    as SparseEncoder.decode gives it. An id that only pads the vocabulary is called "[ID]".
+    With token weights, the name is the decoded token, as in gte-multilingual-base's dictionaries. Otherwise it is the
+    vocabulary's entry, as from SparseEncoder.decode. An id that only pads the vocabulary is called "[ID]".
     """
     decodes = spec.head_task == "token-classify"
 
@@ -178,11 +178,11 @@ class SparseForm:
     as_dict: bool
 
     def check(self) -> None:
-        """Refuse a form that cannot be honoured, before any work.
+        """Refuse an unsupported form, before any work.
 
         Raises:
-            InputError: tensors and dictionaries are asked for.
-            MissingDependencyError: tensors are asked for and torch is not installed.
+            InputError: both tensors and dictionaries are requested.
+            MissingDependencyError: tensors are requested and torch is not installed.
         """
         if self.tensor and self.as_dict:
             raise InputError("convert_to_tensor and as_dict are different forms; ask for one of them")
@@ -190,7 +190,7 @@ class SparseForm:
             import_torch()
 
     def assemble(self, embeddings: Sequence[SparseEmbedding], names: Names, *, single: bool) -> Any:
-        """All texts, in the caller's order, in the form asked for."""
+        """Return all texts, in the caller's order, in the requested form."""
         if self.tensor:
             whole = as_tensors(embeddings, sparse=self.sparse_tensor)
         else:
@@ -241,7 +241,7 @@ def as_embeddings(embeddings: Any) -> tuple[list[SparseEmbedding], bool]:
 
 
 def to_tensors(embeddings: Sequence[SparseEmbedding], name: Callable[[int], str]) -> dict[str, NDArray[Any]]:
-    """Vectors as the tensors of `SERVED`: `TOKENS` [B, 1] counts their entries, the others are [B, K], heaviest first.
+    """Convert vectors to the tensors of `SERVED`: `TOKENS` [B, 1] counts entries, others are [B, K], heaviest first.
 
     `name` gives the name of an entry.
     """
@@ -256,7 +256,7 @@ def to_tensors(embeddings: Sequence[SparseEmbedding], name: Callable[[int], str]
 
 
 def from_tensors(tensors: Tensors, size: int, names: dict[int, str]) -> list[SparseEmbedding]:
-    """The vectors that `to_tensors` was given, of a vocabulary with `size` entries; `names` receives their names."""
+    """Return the vectors that `to_tensors` converted, with `size` entries each; `names` receives the entry names."""
     return [_embedding_of(tensors, row, size, names) for row in range(len(tensors["TOKENS"]))]
 
 

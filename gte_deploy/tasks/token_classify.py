@@ -1,6 +1,6 @@
-"""Labels of tokens: from logits to the forms of transformers' token-classification pipeline, or as they are.
+"""Labels of tokens: from logits to the forms of transformers' token-classification pipeline, or the bare logits.
 
-Shapes: B rows, T tokens of a text without special ones, L labels, N entities of the row that has most.
+Shapes: B rows, T tokens of a text without special ones, L labels, N largest number of entities in a row.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ class TokenScoreRequest(ScoreRequest):
     """The arguments of one call of `predict` that say what to return: scores [T, L] of the tokens of each text."""
 
     def assemble(self, logits: Sequence[NDArray[np.float32]], *, single: bool) -> Any:
-        """Scores of texts whose logits are [T, L] each; for a `single` text its own."""
+        """Return scores of texts from their logits [T, L]; if `single`, those of the only text."""
         scores = self.scores(np.concatenate(logits))
         parts: list[Any] = np.split(scores, np.cumsum([len(each) for each in logits])[:-1])
         if self.return_type != "numpy":
@@ -69,7 +69,7 @@ class TokenScoreRequest(ScoreRequest):
         return parts[0] if single else parts
 
     def _labels_of_default(self) -> int:
-        """The sigmoid of one label is CrossEncoder's; the logits of tokens have no such custom."""
+        """CrossEncoder applies the sigmoid if there is one label; token logits get no default activation."""
         return 0
 
 
@@ -80,7 +80,7 @@ class TaggingRequest:
     Args:
         aggregation_strategy: "none" answers tokens, the others groups of them.
         ignore_labels: labels that are left out of the answer.
-        stride: number of tokens that neighbouring windows of a long text share; None where texts are not cut.
+        stride: number of tokens that neighbouring windows of a long text share; None if texts are not cut.
     """
 
     aggregation_strategy: AggregationStrategy
@@ -147,10 +147,10 @@ class TaggedTexts:
     """The texts of one call.
 
     Args:
-        texts: the texts whose tokens are labelled; words are joined by the delimiter where the caller gave words.
+        texts: the texts whose tokens are labelled; if the caller gave words, they are joined by the delimiter.
         encoded: the input of the tokenizer: the texts, or the words of each text.
-        word_starts: where each word begins in its text; None where the caller gave texts.
-        offsets: places of the tokens in each text that the caller gave, special tokens included, or None.
+        word_starts: the start of each word in its text; None if the caller gave texts.
+        offsets: (start, end) of the tokens of each text, special tokens included, if the caller gave them, else None.
         single: whether the caller gave one text alone.
     """
 
@@ -165,8 +165,8 @@ class TaggedTexts:
         """Read the arguments as the pipeline does.
 
         Raises:
-            InputError: no text, or words where texts are expected or the other way round; an `offset_mapping` that
-                is not one list of places for each text.
+            InputError: there is no text, or words came in place of texts or texts in place of words; or
+                `offset_mapping` is not one list of offsets for each text.
         """
         if is_split_into_words:
             words = as_words(inputs)
@@ -178,10 +178,10 @@ class TaggedTexts:
         return cls(texts, texts, None, _checked_offsets(offset_mapping, len(texts)), single)
 
     def places(self, piece: "Piece") -> NDArray[np.int64]:
-        """Where the piece's own tokens are in their text, [T, 2].
+        """Return (start, end) of the piece's own tokens in their text, [T, 2].
 
         Raises:
-            InputError: the caller's `offset_mapping` has fewer places than the text has tokens.
+            InputError: the caller's `offset_mapping` has fewer entries than the text has tokens.
         """
         offsets = piece.offsets
         if self.offsets is not None:
@@ -200,7 +200,7 @@ class TaggedTexts:
 def joined_windows(entities: list[Entity]) -> list[Entity]:
     """Join the entities of all windows of a text.
 
-    Of entities that overlap, the longest stays; of equally long ones, the one with the highest score.
+    Among overlapping entities the longest stays; among equally long ones, the one with the highest score.
     """
     if not entities:
         return []
@@ -221,7 +221,7 @@ def _rank(entity: Entity) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class _Token:
-    """A token, or a word of several."""
+    """A token, or a word of several tokens."""
 
     word: str
     scores: NDArray[np.float32]
@@ -260,7 +260,7 @@ class _Tagger:
         if self.tokenizer.marks_subwords:
             is_subword = len(word) != len(shown)
         else:
-            # The pipeline's guess for tokenizers that mark none: a token without a space before it goes on with a word.
+            # The pipeline's guess if tokens have no subword marks: without a space before it, a token continues a word.
             is_subword = start > 0 and " " not in text[start - 1 : start + 1]
         return _Token(word, scores, start, end, index, is_subword)
 
@@ -319,7 +319,7 @@ def _groups(entities: list[Entity]) -> list[list[Entity]]:
 
 
 def _tag(label: str) -> tuple[bool, str]:
-    """Whether the label begins a group, and the tag without its "B-" or "I-"."""
+    """Return whether the label begins a group, and the tag without its "B-" or "I-"."""
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
@@ -342,7 +342,7 @@ def _checked_offsets(offset_mapping: Any, count: int) -> list[NDArray[np.int64]]
 
 
 def entities_to_tensors(found: Sequence[Sequence[Entity]]) -> dict[str, NDArray[Any]]:
-    """The entities of each row as the tensors of `ENTITIES_SERVED`: [B, N], and `ENTITIES` [B, 1] counts them."""
+    """Convert the entities of each row to the tensors of `ENTITIES_SERVED`: [B, N]; `ENTITIES` [B, 1] counts them."""
     width = max(1, *map(len, found))
 
     def column(name: str, filler: Any, dtype: Any) -> NDArray[Any]:
@@ -362,7 +362,7 @@ def entities_to_tensors(found: Sequence[Sequence[Entity]]) -> dict[str, NDArray[
 
 
 def entities_from_tensors(tensors: Tensors, *, grouped: bool) -> list[list[Entity]]:
-    """The entities that `entities_to_tensors` was given; `grouped` says whether they are groups of tokens."""
+    """Return the entities that `entities_to_tensors` converted; `grouped` says whether they are groups of tokens."""
     return [_entities_of(tensors, row, grouped=grouped) for row in range(len(tensors["ENTITIES"]))]
 
 
@@ -380,7 +380,7 @@ def _entities_of(tensors: Tensors, row: int, *, grouped: bool) -> list[Entity]:
 
 
 def logits_to_tensors(logits: Sequence[NDArray[np.float32]], num_labels: int) -> dict[str, NDArray[Any]]:
-    """Logits [T, L] of each row as the tensors of `LOGITS_SERVED`: `TOKENS` [B, 1] counts them, `LOGITS` [B, T, L]."""
+    """Convert the logits [T, L] of each row to `LOGITS_SERVED`: `TOKENS` [B, 1] counts them, `LOGITS` [B, T, L]."""
     counts = [len(row) for row in logits]
     together = np.zeros((len(logits), max(1, *counts), num_labels), dtype=np.float32)
     for target, row in zip(together, logits, strict=True):
@@ -389,7 +389,7 @@ def logits_to_tensors(logits: Sequence[NDArray[np.float32]], num_labels: int) ->
 
 
 def logits_from_tensors(tensors: Tensors) -> list[NDArray[np.float32]]:
-    """The logits that `logits_to_tensors` was given."""
+    """Return the logits that `logits_to_tensors` converted."""
     counts = tensors["TOKENS"][:, 0].tolist()
     return [logits[:count] for logits, count in zip(tensors["LOGITS"], counts, strict=True)]
 

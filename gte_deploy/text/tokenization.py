@@ -65,12 +65,12 @@ class Template:
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens of a text, or of one window of a text, with their places.
+    """The tokens of a text, or of one window of a text, with their positions in it.
 
     Args:
         index: the number of the text.
         ids: token ids, special tokens included.
-        first: the place of the first token of the text; its tokens follow one another without special tokens.
+        first: position in `ids` of the first token of the text; no special token lies between the tokens of the text.
         offsets: [T, 2] int64, the characters at which each of the T tokens begins and ends: in the text, or in the word
             if the text was given as words.
         words: [T] int64, the number of the word that each token belongs to; None if the text was not given as words.
@@ -239,7 +239,7 @@ class TextTokenizer:
         truncation: bool,
         stride: int | None = None,
     ) -> list[Piece]:
-        """The tokens of each text with their places in it. A text may be a list of words.
+        """Return the tokens of each text with their positions in it. A text may be a list of words.
 
         With `stride`, a text that is too long is cut into windows; each window repeats so many tokens of the one
         before. Without `stride`, a text has one piece.

@@ -73,7 +73,7 @@ class Client(TextInterface):
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Ask the server what it serves.
+        """Connect to a server and read the description of its models.
 
         Args:
             url: http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// with TLS.

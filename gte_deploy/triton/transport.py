@@ -192,7 +192,7 @@ def _reason(body: bytes) -> str:
 
 
 def _refused(url: str, status: int | str, reason: str) -> GteDeployError:
-    # The models of gte-export put the name of the error before its message; Triton puts the place before both.
+    # The models of gte-export put the name of the error before its message, and Triton puts its own text before both.
     _, named, own_reason = reason.partition("InputError: ")
     if named or status in _BAD_REQUEST:
         return InputError(own_reason or reason)

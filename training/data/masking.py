@@ -21,7 +21,7 @@ from gte_deploy.training.data.random import STREAM_MASK, join_words, philox4x32,
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are masked.
+    """Settings of the masking.
 
     Args:
         probability: each ordinary token is chosen with this probability.

@@ -56,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """How the optimizer steps of a stage are made, and which part of each step one rank computes.
+    """Settings of a stage's optimizer steps, and of the part of each step that one rank computes.
 
     Args:
         batch_size: sequences of a step, over all ranks.

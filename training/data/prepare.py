@@ -74,7 +74,7 @@ def prepare(
             language. Files are JSON lines (such as C4's .json.gz), .parquet or .txt.
         output: folder to write.
         tokenizer: checkpoint folder with a tokenizer.json, or that file.
-        options: how documents are found, the number of processes, and what becomes of earlier work.
+        options: options for reading documents, the number of processes, and the fate of earlier work.
         progress: show a progress bar on stderr.
 
     Raises:

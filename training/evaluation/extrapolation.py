@@ -88,11 +88,11 @@ def extrapolate(
     Args:
         model: checkpoint folder, preset name or hub id.
         data: corpus that `gte-train prepare` wrote; use text that the model was not trained on.
-        options: what is read and masked, and the device.
+        options: the rows to read, their masks, and the device.
         progress: show a progress bar on stderr.
 
     Raises:
-        InputError: no document is long enough, or a length does not divide another as it must.
+        InputError: no document is long enough, or lengths do not divide one another as required.
         ConfigError: the model has fewer positions, or another vocabulary.
         NonFiniteError: a loss is NaN or infinite.
     """

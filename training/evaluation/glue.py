@@ -73,7 +73,7 @@ def glue(
         model: checkpoint folder, preset name or hub id.
         output: folder of the results. It holds one result per task and seed, which later calls do not compute again,
             and for each seed the MNLI checkpoint, from which RTE, MRPC and STS-B start.
-        options: tasks, seeds, and where the data and the device are.
+        options: tasks, seeds, data and device.
         protocol: how a task is fine-tuned; by default as published.
         progress: show progress bars on stderr.
 

@@ -39,7 +39,7 @@ class Cuda:
         """Compute capability, such as "8.9".
 
         Raises:
-            BackendError: the driver does not say.
+            BackendError: the driver does not report it.
         """
         capability = gpu_capability(self._index)
         if capability is None:
@@ -141,14 +141,14 @@ class Buffer:
         return np.frombuffer(memory, dtype).reshape(shape)
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the memory. Idempotent."""
         if self._size:
             self._size = 0
             self._free(self.address)
 
 
 def gpu_capability(index: int = 0) -> str | None:
-    """Compute capability of a GPU, such as "8.9"; None where the driver or the GPU is missing.
+    """Return the compute capability of a GPU, such as "8.9"; None if the driver or the GPU is missing.
 
     It asks the driver's own library, so that the exporter needs no package for it.
     """

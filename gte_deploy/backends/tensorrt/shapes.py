@@ -31,7 +31,7 @@ class SubBatch:
         profile: index of the engine's profile.
         shape: (rows, tokens of a row) after padding; for a padding-free engine, (texts, tokens of all texts).
         num_masks: mask positions after padding.
-        places: for a padding-free engine: the row among `rows` of every token, and its place in that row, [T] each.
+        places: for a padding-free engine, the row among `rows` of every token and its position in the row, [T] each.
     """
 
     rows: slice

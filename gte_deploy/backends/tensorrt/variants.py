@@ -8,7 +8,7 @@ from gte_deploy.core.spec import TensorRTVariant
 
 @dataclass(frozen=True)
 class Variant:
-    """How one variant of TensorRT is named and installed.
+    """The names of one variant of TensorRT, and its package.
 
     Args:
         title: its name in messages.

@@ -23,7 +23,7 @@ from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
-from gte_deploy.models.fields import document  # noqa: E402
+from gte_deploy.models.field_tables import document  # noqa: E402
 from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
 

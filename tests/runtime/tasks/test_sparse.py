@@ -372,7 +372,7 @@ REFUSED = {
     ),
     "a step more": (_modules(("", "MLMTransformer"), SPLADE, ("2_Normalize", "Normalize")), "SpladePooling, Normalize"),
     "features": (_modules(("", "Transformer"), SPLADE), "Transformer is not for fill-mask"),
-    "more than a router": (_modules(("", "Router"), ("1_Normalize", "Normalize")), "a Router is honoured alone"),
+    "more than a router": (_modules(("", "Router"), ("1_Normalize", "Normalize")), "a Router must be the only module"),
     "another route": (_router(structure={"query": [""], "document": [""], "image": [""]}), "query, document, image"),
     "no structure": (_router(structure=None), "router_config.json is malformed"),
     "a query model": (_router(structure={"query": ["", SPLADE[0]], "document": [SPLADE[0]]}), "SpladePooling"),
