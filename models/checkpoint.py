@@ -355,12 +355,12 @@ def _original_state(state: Mapping[str, Tensor], family: Family, *, has_prefix: 
     names = family.tensors
     prefix, heads = names.original_prefix if has_prefix else "", tuple(f"{head}." for head in family.heads.values())
     bare = {names.bare(name): tensor for name, tensor in state.items()}
-    packed: dict[str, Tensor] = {}
+    merged: dict[str, Tensor] = {}
     for name in dict.fromkeys(names.original(name) for name in bare):
         parts = [bare[target] for target in names.targets(name)]
         full = name if name.startswith(heads) else prefix + name
-        packed[full] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return packed
+        merged[full] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return merged
 
 
 def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: int | str | None) -> None:

@@ -57,7 +57,7 @@ class TensorNames:
         prefixes: prefixes of the encoder's tensors, which reading drops.
         original_prefix: the one of them that the original layout writes.
         renames: pairs (original, native) of parts of bare names, applied in order.
-        packed: part of a packed tensor's native name -> the parts that name its rows' modules, in order.
+        merged: part of a merged tensor's native name -> the parts that name its rows' modules, in order.
         tied: bare native name of a tensor -> the bare native name of the tensor that it shares. A checkpoint may leave
             the first out; where it has both, they must be equal.
         derived: pattern of tensors that some checkpoints store and that the config determines; None for none.
@@ -66,7 +66,7 @@ class TensorNames:
     prefixes: tuple[str, ...] = ()
     original_prefix: str = ""
     renames: tuple[tuple[str, str], ...] = ()
-    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     derived: re.Pattern[str] | None = None
 
@@ -80,16 +80,16 @@ class TensorNames:
         name = self.bare(name)
         for original, native in self.renames:
             name = name.replace(original, native)
-        for packed, parts in self.packed.items():
-            if packed in name:
-                return tuple(name.replace(packed, part) for part in parts)
+        for merged, parts in self.merged.items():
+            if merged in name:
+                return tuple(name.replace(merged, part) for part in parts)
         return (name,)
 
     def original(self, name: str) -> str:
         """The bare original name of the tensor that holds the rows of a bare native one."""
-        for packed, parts in self.packed.items():
+        for merged, parts in self.merged.items():
             for part in parts:
-                name = name.replace(part, packed)
+                name = name.replace(part, merged)
         for original, native in self.renames:
             name = name.replace(native, original)
         return name

@@ -385,7 +385,7 @@ GTE = Family(
             (".mlp_ln.", ".post_mlp_layernorm."),
             ("lm_head.norm.", "lm_head.layer_norm."),
         ),
-        packed={
+        merged={
             ".self_attn.qkv_proj.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
             ".mlp.up_gate_proj.": (".mlp.up_proj.", ".mlp.gate_proj."),  # up stands before gate
         },

@@ -238,9 +238,9 @@ def _native_tensors(key: str, tensor: Any) -> dict[str, Any]:
         return {}
     if name.startswith(_HEADS):
         return {name.replace("lm_head.norm.", "lm_head.layer_norm."): tensor}
-    for packed, parts in _SPLIT.items():
-        if packed in name:
-            names = [_native_name(name.replace(packed, part)) for part in parts]
+    for merged, parts in _SPLIT.items():
+        if merged in name:
+            names = [_native_name(name.replace(merged, part)) for part in parts]
             return dict(zip(names, tensor.chunk(len(parts)), strict=True))
     return {_native_name(name): tensor}
 
