@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Field:
-    """What is done with one field.
+    """The treatment of one field.
 
     Args:
-        effect: see the module.
-        note: how it is honoured, why it may be ignored, or what the fixed value means; a sentence for the docs.
-        allowed: of a fixed field, the values that are accepted; null always is, where the field may be left out.
+        effect: the effect of the field on the answers; see the module.
+        note: a sentence for the docs: the meaning of the field, or the reason for ignoring or fixing it.
+        allowed: the accepted values of a fixed field; null is always accepted, as if the field were missing.
     """
 
     effect: Literal["honoured", "fixed", "without effect"]
@@ -33,12 +33,12 @@ class Field:
     allowed: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Whether a file may have this value. Published configs also spell booleans "true" and "false"."""
+        """Return whether a file may have this value. Published configs also spell booleans "true" and "false"."""
         if isinstance(value, str) and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         if self.effect != "fixed" or value is None:
             return True
-        # A number is no boolean here, though Python says that 1 == True.
+        # In Python 1 == True, but a number in a file is not a boolean.
         return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.allowed)
 
 
@@ -47,11 +47,11 @@ class FileFields:
     """The fields of one kind of file.
 
     Args:
-        name: of the file, as the docs show it; a family's config.json is followed by the name of the family.
-        reads: who reads it, and when.
-        fields: by name; a name that ends in * stands for all that begin so.
-        unknown: what a field that is not listed is: "ignored" where the checkpoint's own library passes over it, and
-            "refused" where that takes every field for an argument.
+        name: the file's name in the docs; for a config.json, the name of the family follows.
+        reads: a sentence that says who reads the file, and when.
+        fields: name -> treatment; a name that ends in * stands for all names that begin like it.
+        unknown: the treatment of other fields: "ignored" if the checkpoint's own library ignores them, "refused" if the
+            library would take every field as an argument.
     """
 
     name: str
@@ -60,7 +60,7 @@ class FileFields:
     unknown: Literal["ignored", "refused"]
 
     def field(self, name: str) -> Field | None:
-        """The entry for a field, or None."""
+        """Return the treatment of a field, or None if the table does not list the field."""
         found = self.fields.get(name)
         if found is None:
             found = next((f for key, f in self.fields.items() if key.endswith("*") and name.startswith(key[:-1])), None)
@@ -71,7 +71,7 @@ def check_fields(raw: Mapping[str, Any], file: Path, table: FileFields) -> None:
     """Refuse what `table` does not allow in `raw`, the contents of `file`.
 
     Raises:
-        ConfigError: naming the file, the field, its value and what is accepted.
+        ConfigError: a value is not allowed; the message names the file, the field, its value and the accepted values.
     """
     for name, value in raw.items():
         field = table.field(name)

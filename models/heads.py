@@ -188,7 +188,7 @@ def encode_padded(encoder: Any, batch: Batch, device: torch.device | None = None
     is_full = bool(batch.attention_mask.all())
     encoded = encoder(
         input_ids=ids,
-        # A mask of ones says nothing, and scaled_dot_product_attention is faster and smaller without one.
+        # A mask of ones changes nothing, and scaled_dot_product_attention is faster and smaller without a mask.
         attention_mask=None if is_full else mask,
         token_type_ids=None if types is None else torch.tensor(types, device=device),
     )
@@ -216,7 +216,7 @@ def encode_packed(encoder: Any, batch: Batch, device: torch.device | None = None
         token_type_ids=None if types is None else torch.tensor(types[real], device=device)[None],
         position_ids=torch.tensor(np.nonzero(real)[1], device=device)[None],
         cu_seqlens=torch.tensor(bounds.astype(np.int32), device=device),
-        # A bound is enough, and few different ones are compiled for less often.
+        # An upper bound is enough, and a few fixed bounds cause fewer compilations.
         max_seqlen=1 << int(lengths.max() - 1).bit_length(),
     )
     return PackedStates(
@@ -231,7 +231,7 @@ def encode_packed(encoder: Any, batch: Batch, device: torch.device | None = None
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What a head depends on besides the model; see `ModelSpec`."""
+    """The options of a head; see `ModelSpec`."""
 
     task: TaskName
     pooling: Pooling = "mean"
@@ -272,7 +272,7 @@ class EmbedHead:
 
 @dataclass(frozen=True)
 class FillMaskHead:
-    """Vocabulary logits of the masks, [M, V]; of all tokens, [B, S, V], where the options or the batch say so."""
+    """Vocabulary logits of the masks, [M, V], or of all tokens, [B, S, V], as the options or the batch ask."""
 
     output: ClassVar[str] = "logits"
     model: Any
@@ -300,7 +300,7 @@ class ClassifyHead:
     options: HeadOptions
 
     def features(self, states: States) -> Tensor:
-        """What the linear layer takes, [B, H]."""
+        """Return the input of the linear layer, [B, H]."""
         return states.pooled()
 
     def __call__(self, states: States) -> Tensor:
@@ -317,7 +317,7 @@ class TokenClassifyHead:
     options: HeadOptions
 
     def features(self, states: States) -> Tensor:
-        """What the linear layer takes, [B, S, H] or [T, H]."""
+        """Return the input of the linear layer, [B, S, H] or [T, H]."""
         return states.hidden
 
     def __call__(self, states: States) -> Tensor:
@@ -350,7 +350,7 @@ HEADS: dict[TaskName, Callable[[Any, HeadOptions], Head]] = {
     "token-classify": TokenClassifyHead,
     "sparse": SparseHead.of,
 }
-"""Task -> its head, made of a model of a class of transformers and options."""
+"""Task -> function that makes its head from a transformers model and options."""
 
 
 def make_head(model: Any, options: HeadOptions) -> Head:

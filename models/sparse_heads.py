@@ -19,7 +19,7 @@ from gte_deploy.core.spec import SparseSpec
 from gte_deploy.models.families import head_of
 
 PART = 2048
-"""Words of a part: 64 MB of logits at 8,192 tokens. Measured in docs/performance.md."""
+"""Number of vocabulary entries in a part: 64 MB of logits at 8,192 tokens. Measured in docs/performance.md."""
 
 
 def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead:
@@ -78,7 +78,7 @@ class SpladeHead(nn.Module):
 
 
 class TokenWeightsHead(nn.Module):
-    """gte-multilingual-base's: a vocabulary entry weighs the largest relu(logit) among its places."""
+    """The sparse head of gte-multilingual-base: a vocabulary entry weighs the largest relu(logit) of its positions."""
 
     keep: Tensor
 
@@ -97,7 +97,7 @@ class TokenWeightsHead(nn.Module):
 
 
 class _LinearOf(nn.Module):
-    """A linear layer on some rows of another's matrix; not a copy of them."""
+    """A linear layer that shares some rows of another layer's matrix, without a copy."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()

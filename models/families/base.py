@@ -1,4 +1,4 @@
-"""A family: everything that loading, tracing and fusing need to know of one architecture.
+"""A family: the facts about one architecture that loading, tracing and fusing need.
 
 Each file of this package describes one family; `FAMILIES` in `__init__.py` lists them. A module of a family imports
 neither torch nor transformers at its top, because a checkpoint can be described without them.
@@ -95,7 +95,7 @@ class TensorNames:
         return name
 
     def is_derived(self, name: str) -> bool:
-        """Whether the config determines the tensor, so that a stored one is passed over."""
+        """Return whether the config determines the tensor, so that loading ignores a stored one."""
         return self.derived is not None and self.derived.search(name) is not None
 
 

@@ -33,8 +33,8 @@ from gte_deploy.tasks import TASKS
 if TYPE_CHECKING:
     from transformers import GteConfig
 
-# What the original implementation assumes where its config.json is silent. Sizes, token types and the RoPE base have
-# no default here: a wrong guess would give a model that runs and is wrong.
+# The defaults of the original implementation for fields that config.json lacks. Sizes, token types and the RoPE base
+# have no default here: with a wrong guess the model would run and give wrong answers.
 _ORIGINAL_DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.1,
@@ -205,7 +205,7 @@ def original_config(config: GteConfig, *, task: TaskName, dtype: str = "float32"
         "unpad_inputs": False,
         "use_memory_efficient_attention": False,
     }
-    # transformers gives every config two nameless labels; without a classifier they say nothing.
+    # transformers gives every config two nameless labels; without a classifier they have no meaning.
     if suffix.endswith("Classification") or config.num_labels != 2:
         fields["num_labels"] = config.num_labels
         fields["id2label"] = {str(index): label for index, label in (config.id2label or {}).items()}
@@ -306,7 +306,7 @@ def _rope_of(reader: Reader, key: str, rope: Any, default_theta: float | None) -
     kind = rope.get("rope_type", rope.get("type", None if reader.raw["model_type"] == "new" else "default"))
     if rope.get("type", kind) != kind:
         raise reader.refuse(key, rope, "a type and a rope_type that agree")
-    # The implementation that the original layout comes with computes no linear scaling.
+    # The original layout's implementation has no linear scaling.
     linear = () if reader.raw["model_type"] == "new" else ("linear",)
     mixed = kind in (NTK_MIXED, "longrope") and {"factor", "mixed_b"} <= set(rope)
     if kind not in ("default", "ntk", *linear) and not mixed:
