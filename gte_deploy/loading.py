@@ -19,6 +19,7 @@ from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_b
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.files import cache_folder
 from gte_deploy.core.forking import in_use
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import (
     BACKENDS,
     COMPUTE_PRECISIONS,
@@ -88,12 +89,10 @@ def load(
         parse_device(device)
     if num_threads is not None:
         num_threads = check_integer("num_threads", num_threads, 1, _MAX_THREADS)
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if precision is not None and precision not in COMPUTE_PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(COMPUTE_PRECISIONS)}, not {precision!r}")
-    if task not in ("auto", *TASKS):
-        raise InputError(f"task must be one of auto, {', '.join(TASKS)}, not {task!r}")
+    check_choice("backend", backend, BACKENDS)
+    if precision is not None:
+        check_choice("precision", precision, COMPUTE_PRECISIONS)
+    check_choice("task", task, ("auto", *TASKS))
     folder = _resolve(path)
     if compile and is_bundle(folder):
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")

@@ -16,6 +16,7 @@ from gte_deploy.backends.picks import Pick, cpu_model, engine_versions, save
 from gte_deploy.bundle.manifest import Manifest, read_manifest
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, InputError
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import BUNDLE_BACKENDS
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
@@ -274,8 +275,8 @@ class LoadedBundle:
 
 def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     """The engines to measure, without any numbers yet."""
-    if backend not in (None, *BUNDLE_BACKENDS):
-        raise InputError(f"backend must be one of {', '.join(BUNDLE_BACKENDS)}, not {backend!r}")
+    if backend is not None:
+        check_choice("backend", backend, BUNDLE_BACKENDS)
     # A requested backend is tried even if the bundle has no graph for it: its error says what is missing.
     here = [name for name in BUNDLE_BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
     names = [backend] if backend else here
