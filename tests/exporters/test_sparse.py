@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ pooling_module = pytest.importorskip("sentence_transformers.sparse_encoder.modul
 import torch  # noqa: E402
 from transformers import GteConfig  # noqa: E402
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
 from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
@@ -47,7 +48,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Heads of 16: TensorRT's fused attention has no smaller ones.
     folder = make_checkpoint(tmp_path_factory.mktemp("sparse") / "mlm", layers=1, heads=2, seed=9)
     return load_model(folder, task="fill-mask")
@@ -155,7 +156,7 @@ def test_for_tensorrt(model):
 
 
 @pytest.fixture(scope="module")
-def token_weights(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def token_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield make_checkpoint(tmp_path_factory.mktemp("sparse") / "weights", task="token-classify", layers=1)
 
 
@@ -166,7 +167,7 @@ def test_token_weights_on_gpus_are_pooled_by_the_runtime(options, token_weights,
     assert not (tmp_path / "out").exists()
 
 
-def test_padding_free_engines_have_no_sparse_head(make_checkpoint, tmp_path):
+def test_padding_free_engines_have_no_sparse_head(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "mlm", layers=1)
     with pytest.raises(InputError, match="padding 'remove' is not for task sparse"):
         export(checkpoint, tmp_path / "out", task="sparse", format="trt", padding="remove", max_length=32)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from factories import make_checkpoint
 from gte_deploy.bundle.manifest import open_bundle
 
 # Starts once and forks for each kill, so that a kill costs what the killed work costs and not an interpreter. The
@@ -169,7 +170,7 @@ def kill_after(server, pid, seconds):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(make_checkpoint, tmp_path_factory):
+def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return [make_checkpoint(folder / name, seed=seed, layers=1) for seed, name in enumerate(("first", "second"))]
 

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ParityError  # noqa: E402
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, PRECISIONS, ModelSpec  # noqa: E402
@@ -350,7 +351,7 @@ TASKS = [("fill-mask", 1), ("embed", 1), ("classify", 1), ("classify", 3), ("tok
 
 
 @pytest.fixture(scope="module")
-def changed(make_checkpoint, tmp_path_factory):
+def changed(tmp_path_factory):
     """`changed(task, labels, *changes)`: a copy of a tiny model, with these done to it."""
     folder, loaded = tmp_path_factory.mktemp("scales"), {}
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from factories import write_tokenizer
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.training.data import prepare as module
 from gte_deploy.training.data import readers, units
@@ -151,10 +152,10 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, make):
     assert corpus.index["counts"]["empty_documents"] == 2
 
 
-def test_long_documents_are_not_cut(tmp_path, make, factories):
+def test_long_documents_are_not_cut(tmp_path, make):
     limited = tmp_path / "limited"
     limited.mkdir()
-    factories.write_tokenizer(limited)
+    write_tokenizer(limited)
     content = json.loads((limited / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     content["padding"] = {

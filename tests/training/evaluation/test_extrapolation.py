@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from factories import make_checkpoint
 from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
@@ -144,9 +144,7 @@ def test_corpus_without_long_documents_is_refused(tiny_mlm: Path, corpus_folder:
         measure(tiny_mlm, corpus_folder, max_length=4096, contexts=[128])
 
 
-def test_model_of_too_few_positions_or_another_vocabulary_is_refused(
-    tmp_path: Path, corpus_folder: Path, make_checkpoint: Callable[..., Path]
-):
+def test_model_of_too_few_positions_or_another_vocabulary_is_refused(tmp_path: Path, corpus_folder: Path):
     short = make_checkpoint(tmp_path / "short", max_positions=32)
     with pytest.raises(ConfigError, match="has 32 positions, not 64"):
         measure(short, corpus_folder)

@@ -8,6 +8,7 @@ import pytest
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
 from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
@@ -106,7 +107,7 @@ def test_a_timing_cache_is_for_ordinary_tensorrt(build, graphs, saved, tmp_path)
 
 
 @pytest.fixture
-def small(make_checkpoint, tmp_path):
+def small(tmp_path):
     return make_checkpoint(tmp_path / "small", hidden_size=64, heads=2, intermediate=128)
 
 
