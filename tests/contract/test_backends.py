@@ -257,14 +257,14 @@ class TestModel:
         pairs = [("the king", text) for text in TEXTS * 3]
         expected = models["embed"].encode(TEXTS * 3), models["classify"].predict(pairs)
         tokens = [[c["token"] for c in np.ravel(answer)] for answer in models["fill-mask"].fill_mask(masked)]
-        monkeypatch.setattr("gte_deploy.text.batching._WINDOW", 4)
+        monkeypatch.setattr("gte_deploy.text.batching.WINDOW", 4)
         np.testing.assert_allclose(models["embed"].encode(TEXTS * 3), expected[0], atol=row_tolerance)
         np.testing.assert_allclose(models["classify"].predict(pairs), expected[1], atol=row_tolerance)
         assert [[c["token"] for c in np.ravel(a)] for a in models["fill-mask"].fill_mask(masked)] == tokens
 
     def test_an_input_that_is_refused_costs_no_run(self, models, monkeypatch):
         """Tokenising goes on beside the model, and yet finds first what it refuses, with the caller's index."""
-        monkeypatch.setattr("gte_deploy.text.batching._WINDOW", 4)
+        monkeypatch.setattr("gte_deploy.text.batching.WINDOW", 4)
 
         def run(batch, outputs):
             raise AssertionError("the model ran")

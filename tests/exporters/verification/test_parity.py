@@ -59,7 +59,7 @@ def test_compare_in_chunks_is_compare(monkeypatch):
     reference = rng.standard_normal((3, 50, 7)).astype(np.float32)
     candidate = reference + rng.standard_normal(reference.shape).astype(np.float32) * 1e-3
     whole = compare(reference, candidate)
-    monkeypatch.setattr("gte_deploy.exporters.verification.bounds._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("gte_deploy.exporters.verification.bounds.CHUNK_ELEMENTS", 70)
     chunked = compare(reference, candidate)
     assert chunked.max_abs == whole.max_abs and chunked.cosine_min == whole.cosine_min
     assert chunked.cosine_mean == pytest.approx(whole.cosine_mean, abs=1e-12)
@@ -68,7 +68,7 @@ def test_compare_in_chunks_is_compare(monkeypatch):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [0, 99])
 def test_what_is_not_finite_is_not_within(bad, where, monkeypatch):
-    monkeypatch.setattr("gte_deploy.exporters.verification.bounds._CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr("gte_deploy.exporters.verification.bounds.CHUNK_ELEMENTS", 10)
     reference = np.ones((100, 2), np.float32)
     candidate = reference.copy()
     candidate[where] = bad

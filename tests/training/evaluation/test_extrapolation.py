@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from factories import make_checkpoint
 from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
-from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.checkpoint import load_model, save_model
 from gte_deploy.training.cli import main
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import MicroBatch
@@ -154,12 +154,12 @@ def test_model_of_too_few_positions_or_another_vocabulary_is_refused(tmp_path: P
         measure(other, corpus_folder)
 
 
-def test_not_a_number_is_refused(tiny_mlm: Path, corpus_folder: Path, monkeypatch):
-    model = packed_model(tiny_mlm)
+def test_not_a_number_is_refused(tiny_mlm: Path, corpus_folder: Path, tmp_path: Path):
+    model = load_model(tiny_mlm, task="fill-mask")
     torch.nn.init.constant_(model.gte.layers[0].mlp.down_proj.bias, float("nan"))
-    monkeypatch.setattr(extrapolation, "_load", lambda *args: model)
+    save_model(model, tmp_path / "spoilt", layout="native")
     with pytest.raises(NonFiniteError):
-        measure(tiny_mlm, corpus_folder)
+        measure(tmp_path / "spoilt", corpus_folder)
 
 
 def test_command_writes_json_and_plot(tiny_mlm: Path, corpus_folder: Path, tmp_path: Path, capsys):

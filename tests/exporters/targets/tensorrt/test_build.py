@@ -137,7 +137,7 @@ def test_without_keep_onnx_the_bundle_holds_the_engine_alone(small, tmp_path, ca
 
 
 def test_onnx_only_needs_no_tensorrt_and_prints_the_line(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtimes, "_import", lambda variant: None)
+    monkeypatch.setattr(runtimes, "import_tensorrt", lambda variant: None)
     out = tmp_path / "bundle"
     assert main([str(small), str(out), "--format", "trt", "--max-len", "32"]) == 3
     assert "gte-deploy[rtx]" in capsys.readouterr().err and not out.exists()
