@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# A trace makes millions of objects, and the libraries keep as many. By default the collector goes over all of them
+# often, for a tenth of the time of an export.
+gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, which builds the file's fixtures once; `make test` spreads groups of tests.
+
+    Tests of every backend stay single: what they share is the backend's models, and they are in the order of backends.
+    """
+    for item in items:
+        shares_its_file = "backend" not in getattr(item, "fixturenames", ())
+        if shares_its_file and item.get_closest_marker("xdist_group") is None:
+            group = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
