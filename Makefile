@@ -41,7 +41,7 @@ export: $(BUNDLE)/manifest.json
 	$(BIN)/gte-deploy fill-mask --model $(BUNDLE) "The president of the united [MASK] of America."
 
 test: $(VENV)/.dev
-	@$(BIN)/python tests/triton/server.py > /dev/null || true
+	@$(BIN)/python tests/support/triton_server.py > /dev/null || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/.dev

@@ -4,11 +4,12 @@
     python benchmarks/serving.py --subject base --callers 1 4 16 --seconds 30
     python benchmarks/serving.py --bundle my-bundle --lengths 16 512
 
-The bundle is exported as a model repository and served by a real Triton on the same CPUs (tests/triton/server.py). A
-stand-in for Triton's ONNX Runtime backend runs the same library behind Triton's Python interface, so the measured
-overhead of Triton is a little too high. Every caller embeds one text a call, and calls again as soon as it has the
-answer. All callers use the same texts, with lengths spread evenly on a logarithmic scale over --lengths. For each
-number of callers, the three ways of calling take turns. Callers, client, server and model share the CPUs.
+The bundle is exported as a model repository and served by a real Triton on the same CPUs
+(tests/support/triton_server.py). A stand-in for Triton's ONNX Runtime backend runs the same library behind Triton's
+Python interface, so the measured overhead of Triton is a little too high. Every caller embeds one text a call, and
+calls again as soon as it has the answer. All callers use the same texts, with lengths spread evenly on a logarithmic
+scale over --lengths. For each number of callers, the three ways of calling take turns. Callers, client, server and
+model share the CPUs.
 
 JSON with every percentile and a chart go to benchmarks/results/.
 """
@@ -125,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def server_module() -> ModuleType:
-    """Import tests/triton/server.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("triton_server", ROOT / "tests" / "triton" / "server.py")
+    """Import tests/support/triton_server.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("triton_server", ROOT / "tests" / "support" / "triton_server.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

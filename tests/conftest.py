@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-import importlib.util
+import gc
 import os
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from factories import make_checkpoint
+from runtime_models import (  # noqa: F401  fixtures
+    backend,
+    bundle_of,
+    load_on,
+    models,
+    repeat_tolerance,
+    word_checkpoints,
+)
 
 # Before anything imports torch: many small tests on few cores are faster with one thread each, and stay offline.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# A trace makes millions of objects, and the libraries keep as many. By default the collector goes over all of them
+# often, for a tenth of the time of an export.
+gc.set_threshold(50_000, 10, 10)
 
 
-def _load(name: str) -> ModuleType:
-    # --import-mode=importlib puts no test folder on sys.path, so a plain import cannot find the neighbour.
-    spec = importlib.util.spec_from_file_location(f"gte_deploy_test_{name}", Path(__file__).with_name(f"{name}.py"))
-    if spec is None or spec.loader is None:
-        raise ImportError(f"tests/{name}.py cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests on one worker, which builds the file's fixtures once; `make test` spreads groups of tests.
 
-
-_factories = _load("factories")
-_runtime_models = _load("runtime_models")
-
-word_checkpoints = _runtime_models.word_checkpoints
-bundle_of = _runtime_models.bundle_of
-load_on = _runtime_models.load_on
-backend = _runtime_models.backend
-models = _runtime_models.models
-repeat_tolerance = _runtime_models.repeat_tolerance
+    Tests of every backend stay single: what they share is the backend's models, and they are in the order of backends.
+    """
+    for item in items:
+        shares_its_file = "backend" not in getattr(item, "fixturenames", ())
+        if shares_its_file and item.get_closest_marker("xdist_group") is None:
+            group = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -49,24 +52,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def factories() -> ModuleType:
-    """The module tests/factories.py."""
-    return _factories
-
-
-@pytest.fixture(scope="session")
-def runtime_models() -> ModuleType:
-    """The module tests/runtime_models.py."""
-    return _runtime_models
-
-
-@pytest.fixture(scope="session")
-def make_checkpoint() -> Callable[..., Path]:
-    """`make_checkpoint(folder, *, task=..., layout=..., ...) -> Path`, see tests/factories.py."""
-    return _factories.make_checkpoint
-
-
-@pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of the golden checkpoints: mlm, embed_ntk, rerank."""
     return Path(__file__).with_name("golden")
@@ -75,13 +60,13 @@ def golden_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An original-layout fill-mask checkpoint. Shared by the session: read only."""
-    return _factories.make_checkpoint(tmp_path_factory.mktemp("tiny") / "mlm")
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "mlm")
 
 
 @pytest.fixture(scope="session")
 def tiny_embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An original-layout embedding checkpoint with CLS pooling and NTK scaling. Shared by the session: read only."""
-    return _factories.make_checkpoint(
+    return make_checkpoint(
         tmp_path_factory.mktemp("tiny") / "embed",
         task="embed",
         rope_theta=500000,
@@ -94,7 +79,7 @@ def tiny_embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An original-layout reranker: pooler, one label, NTK scaling. Shared by the session: read only."""
-    return _factories.make_checkpoint(
+    return make_checkpoint(
         tmp_path_factory.mktemp("tiny") / "reranker",
         task="classify",
         type_vocab_size=1,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jsonschema
@@ -31,6 +29,7 @@ import promql_parser
 import pytest
 import yaml
 
+import triton_server
 from gte_deploy.exporters.triton.configs import CACHE_FOLDER, ENCODER, TOKENIZER
 from gte_deploy.exporters.triton.readme import TRITON_TAG
 
@@ -569,10 +568,9 @@ def test_adapter_values_are_checked() -> None:
 
 def test_names_are_those_of_a_real_triton(tmp_path: Path) -> None:
     """Its options and metrics; and they tell what the autoscalers and the alerts take them to tell."""
-    server = _module(Path(__file__).with_name("triton") / "server.py")
     try:
-        folder = server.install()
-    except server.Unavailable as error:
+        folder = triton_server.install()
+    except triton_server.Unavailable as error:
         pytest.skip(f"no Triton here: {error}")
     assert _known_options(folder) == OPTIONS
     for name, text in _SLEEPER.items():
@@ -582,7 +580,7 @@ def test_names_are_those_of_a_real_triton(tmp_path: Path) -> None:
     (tmp_path / "gte_embed" / "1").mkdir()
     (deployment,) = _of(_built("cpu"), "Deployment")
     options = [each for each in _pod(deployment)["containers"][0]["args"][1:] if "model-repository" not in each]
-    with server.Server(tmp_path, *options, folder=folder) as triton, ThreadPoolExecutor(24) as callers:
+    with triton_server.Server(tmp_path, *options, folder=folder) as triton, ThreadPoolExecutor(24) as callers:
         metrics = _scrape(triton.metrics)
         assert {name for name, _, _ in metrics} == set(_RECORDED["metrics"])
         # There before the first request: where it is absent, no server has the model.
@@ -656,14 +654,6 @@ def _known_options(folder: Path) -> set[str]:
     environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
     done = subprocess.run([program, "--help"], env=environment, capture_output=True, text=True)
     return set(re.findall(r"^\s+(--[a-z0-9-]+)", done.stdout + done.stderr, re.MULTILINE))
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"gte_deploy_test_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _scrape(address: str) -> dict[tuple[str, str, str], float]:

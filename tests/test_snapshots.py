@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
+from factories import make_checkpoint
 from gte_deploy import cli
 from gte_deploy.core.options import flags_of, options_of
 from gte_deploy.exporters import cli as export_cli
@@ -83,7 +84,7 @@ def shape_of(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundle(make_checkpoint, tmp_path_factory):
+def bundle(tmp_path_factory):
     for module in ("torch", "transformers", "onnx", "onnxruntime", "openvino"):
         pytest.importorskip(module)
     from gte_deploy.exporters.export import export

@@ -87,7 +87,7 @@ class Artefacts:
         if name in self._errors:
             raise WorkerError(self._errors[name])
         target = self._folder / name
-        sources = _sources_digest(bundle=name.startswith("bundle-"))
+        sources = sources_digest(bundle=name.startswith("bundle-"))
         stamp = {"sources": sources, "max_length": self._max_length, "task": self.subject.task}
         if _read_stamp(target) == stamp:
             return target
@@ -241,7 +241,7 @@ def _read_stamp(folder: Path) -> Any:
 
 
 @functools.cache
-def _sources_digest(*, bundle: bool) -> str:
+def sources_digest(*, bundle: bool) -> str:
     """Hash the sources of an artefact: the whole exporter for a bundle, only the trace for the others."""
     files = [Path(__file__), *(ROOT / "models").rglob("*.py"), ROOT / "exporters" / "graph" / "trace.py"]
     if bundle:

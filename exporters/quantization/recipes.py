@@ -19,7 +19,7 @@ from gte_deploy.text.tokenization import TextTokenizer
 
 # The `max_tokens` of `text_batches`. A sweep measures each group of layers on fewer tokens than the result.
 CALIBRATION_TOKENS = 4000
-_SWEEP_TOKENS = 1000
+SWEEP_TOKENS = 1000
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
 # Layers with the same input are quantized together, so they are judged together.
 _ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "up_proj": "up_gate", "gate_proj": "up_gate"}
@@ -147,7 +147,7 @@ def sweep(
     """
     bounds = ACCURACY_BOUNDS[precision]
     groups = groups_of(fp32, excluded)
-    sample = [text_batches(texts, tokenizer, spec, max_tokens=_SWEEP_TOKENS)]
+    sample = [text_batches(texts, tokenizer, spec, max_tokens=SWEEP_TOKENS)]
     rounds = TextRounds(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
     with running(fp32, spec) as backend:
         small, full = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)

@@ -22,7 +22,7 @@ from gte_deploy.exporters.verification.cases import Case, last_row_alone
 from gte_deploy.tasks.base import Outputs
 from gte_deploy.tasks.fill_mask import logits_of_masks
 
-_CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def deviation(reference: NDArray[np.float32], candidate: NDArray[np.float32], *,
         raise ParityError(f"PyTorch gives shape {list(reference.shape)} and the graph {list(candidate.shape)}")
     width = reference.shape[-1]
     expected, found = reference.reshape(-1, width), candidate.reshape(-1, width)
-    step = max(1, _CHUNK_ELEMENTS // width)  # float64 copies of 1 GiB of logits would be 4 GiB
+    step = max(1, CHUNK_ELEMENTS // width)  # float64 copies of 1 GiB of logits would be 4 GiB
     parts = [
         _deviation(expected[i : i + step], found[i : i + step], labels=labels) for i in range(0, len(expected), step)
     ]

@@ -15,7 +15,7 @@ ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "
 
 # Linux's flag for an instruction with dot products of 8-bit integers -> its usual name.
 _INT8_FLAGS = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "amx_int8": "AMX"}
-_CPUINFO = Path("/proc/cpuinfo")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _is_usable(backend: str, manifest: Manifest) -> bool:
 
 def _int8_unit() -> str | None:
     try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])

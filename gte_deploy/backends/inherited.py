@@ -21,7 +21,7 @@ Reopen = Callable[[int], Backend]
 """Opens the same backend again with a given number of threads."""
 
 # Opening takes a second or less. A thread opens the engine and is abandoned after this time: a child must not hang.
-_PATIENCE_S = 60.0
+PATIENCE_S = 60.0
 _ADVICE = "Load the model after the fork, in each process that uses it."
 
 
@@ -75,9 +75,9 @@ class ReopenedBackend:
         logger.info("a forked process opens its own engine: %s with %d threads", self.name, self.num_threads)
         thread = threading.Thread(target=open_it, name="gte-reopen", daemon=True)
         thread.start()
-        thread.join(_PATIENCE_S)
+        thread.join(PATIENCE_S)
         if not result:
-            self._refusal = _refusal(self, f"{self.name} did not open again within {_PATIENCE_S:.0f} s")
+            self._refusal = _refusal(self, f"{self.name} did not open again within {PATIENCE_S:.0f} s")
             raise BackendError(self._refusal)
         if isinstance(result[0], BaseException):
             raise result[0]

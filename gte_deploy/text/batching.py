@@ -18,7 +18,7 @@ from gte_deploy.backends.base import Batch
 # budget of a CPU, where a call was measured to cost as much as 18 (INT8) to 30 (tiny) tokens.
 _PADDING_SHARE = 1 / 40
 # Inputs tokenised at once, while the model runs on the inputs before them.
-_WINDOW = 512
+WINDOW = 512
 
 
 class TypedRow(list[int]):
@@ -59,7 +59,7 @@ def token_batches(
     caller runs the earlier ones, so that the model does not wait.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    windows = [order[start : start + _WINDOW] for start in range(0, len(order), _WINDOW)]
+    windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
     rows = tokenize(windows[0])
     with ThreadPoolExecutor(1, thread_name_prefix="gte-tokenize") as pool:
         for window, following in zip_longest(windows, windows[1:]):

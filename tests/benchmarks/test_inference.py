@@ -231,7 +231,7 @@ def test_what_other_sources_made_is_made_again(parts: Any, tmp_path: Path, monke
     artefacts().path("checkpoint")
     assert len(made) == 2
     artefacts(length=16).path("checkpoint")
-    monkeypatch.setattr(parts.artefacts, "_sources_digest", lambda bundle: "another")
+    monkeypatch.setattr(parts.artefacts, "sources_digest", lambda bundle: "another")
     artefacts(length=16).path("checkpoint")
     assert made[2:] == ["make_checkpoint"] * 2
 

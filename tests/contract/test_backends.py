@@ -9,6 +9,7 @@ import pytest
 import gte_deploy
 from gte_deploy.backends.base import Batch
 from gte_deploy.text.batching import collate
+from runtime_models import TEXTS as MASKED_TEXTS
 
 GOLDEN_TOLERANCE, GOLDEN_LONG_TOLERANCE = 1e-4, 5e-4  # see tests/golden/README.md
 # Of the largest value. Random weights make more of bfloat16's rounding than trained ones, for which parity is strict.
@@ -251,19 +252,19 @@ class TestModel:
             reverse = model.encode(TEXTS[::-1], **options)
             np.testing.assert_allclose(reverse, expected[::-1], atol=row_tolerance)
 
-    def test_a_list_tokenised_in_parts_answers_the_same(self, models, runtime_models, monkeypatch, row_tolerance):
-        masked = list(runtime_models.TEXTS) * 3
+    def test_a_list_tokenised_in_parts_answers_the_same(self, models, monkeypatch, row_tolerance):
+        masked = list(MASKED_TEXTS) * 3
         pairs = [("the king", text) for text in TEXTS * 3]
         expected = models["embed"].encode(TEXTS * 3), models["classify"].predict(pairs)
         tokens = [[c["token"] for c in np.ravel(answer)] for answer in models["fill-mask"].fill_mask(masked)]
-        monkeypatch.setattr("gte_deploy.text.batching._WINDOW", 4)
+        monkeypatch.setattr("gte_deploy.text.batching.WINDOW", 4)
         np.testing.assert_allclose(models["embed"].encode(TEXTS * 3), expected[0], atol=row_tolerance)
         np.testing.assert_allclose(models["classify"].predict(pairs), expected[1], atol=row_tolerance)
         assert [[c["token"] for c in np.ravel(a)] for a in models["fill-mask"].fill_mask(masked)] == tokens
 
     def test_an_input_that_is_refused_costs_no_run(self, models, monkeypatch):
         """Tokenising goes on beside the model, and yet finds first what it refuses, with the caller's index."""
-        monkeypatch.setattr("gte_deploy.text.batching._WINDOW", 4)
+        monkeypatch.setattr("gte_deploy.text.batching.WINDOW", 4)
 
         def run(batch, outputs):
             raise AssertionError("the model ran")
@@ -280,8 +281,8 @@ class TestModel:
             with pytest.raises(gte_deploy.InputError, match=message):
                 getattr(models[task], call)([[text] for text in inputs] if call == "predict" else inputs)
 
-    def test_fill_mask_of_a_list_is_that_of_each_text(self, models, runtime_models, row_tolerance):
-        model, texts = models["fill-mask"], list(runtime_models.TEXTS)
+    def test_fill_mask_of_a_list_is_that_of_each_text(self, models, row_tolerance):
+        model, texts = models["fill-mask"], list(MASKED_TEXTS)
         top_k = 1 if row_tolerance == ROW_TOLERANCE_OF_HALVES else 3  # rounding may swap neighbours
         together = model.fill_mask(texts, top_k=top_k)
         for text, answer in zip(texts, together, strict=True):
@@ -357,10 +358,10 @@ def test_results_are_the_callers_own(engines, same):
 
 
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
-def test_the_classical_graph_answers_the_same(bundle_of, load_on, word_checkpoints, runtime_models, engine):
+def test_the_classical_graph_answers_the_same(bundle_of, load_on, word_checkpoints, engine):
     """`logits all` computes every token's logits; what is taken of them, and the embeddings, are those of the masks."""
     checkpoint = word_checkpoints["fill-mask"]
-    texts = list(runtime_models.TEXTS)
+    texts = list(MASKED_TEXTS)
     classical = bundle_of(checkpoint, logits="all")
     with load_on(engine, checkpoint) as masked, gte_deploy.load(classical, backend=engine) as model:
         assert model.spec.logits == "all"

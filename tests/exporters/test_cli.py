@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from factories import make_checkpoint
 from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.exporters import cli, export
@@ -153,7 +154,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 
 @pytest.fixture
-def tiny(trace_once, make_checkpoint, tmp_path):
+def tiny(trace_once, tmp_path):
     return make_checkpoint(tmp_path / "tiny", layers=1)
 
 

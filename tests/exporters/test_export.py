@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
 from gte_deploy.backends.openvino import has_native_bf16  # noqa: E402
@@ -41,7 +42,7 @@ def run(bundle, batch):
 
 
 @pytest.fixture(scope="module")
-def exported(golden_dir, make_checkpoint, tmp_path_factory):
+def exported(golden_dir, tmp_path_factory):
     """Name -> bundle: one for each task, over the layouts; the golden checkpoints where there is one."""
     folder = tmp_path_factory.mktemp("exported")
     embed = make_checkpoint(
@@ -68,7 +69,7 @@ def exported(golden_dir, make_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def small(make_checkpoint, tmp_path_factory):
+def small(tmp_path_factory):
     """A fill-mask checkpoint of one layer: what its export leaves is not about depth."""
     return make_checkpoint(tmp_path_factory.mktemp("small") / "small", layers=1)
 
@@ -172,7 +173,7 @@ def test_the_sentence_transformers_files(exported):
         assert not (exported[task][0] / "modules.json").exists()
 
 
-def test_a_bundle_says_the_same_of_itself_as_its_checkpoint(exported, make_checkpoint, tmp_path):
+def test_a_bundle_says_the_same_of_itself_as_its_checkpoint(exported, tmp_path):
     from gte_deploy.models.description import describe
 
     bundle, result = exported["embed"]
@@ -249,7 +250,7 @@ def test_an_opset_that_is_not_offered(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(make_checkpoint, tmp_path):
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         (checkpoint / name).unlink()
@@ -258,7 +259,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(make_checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_without_weights_is_refused(make_checkpoint, tmp_path):
+def test_a_checkpoint_without_weights_is_refused(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", layers=1)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
@@ -353,7 +354,7 @@ def test_a_full_disk_leaves_the_old_bundle(trace_once, small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_base_size_checkpoint_in_the_original_layout(make_checkpoint, tmp_path):
+def test_a_base_size_checkpoint_in_the_original_layout(tmp_path):
     checkpoint = make_checkpoint(
         tmp_path / "base",
         vocab_size=30528,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ pooling_module = pytest.importorskip("sentence_transformers.sparse_encoder.modul
 import torch  # noqa: E402
 from transformers import GteConfig  # noqa: E402
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
 from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.core.spec import ModelSpec, SparseSpec  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
-from gte_deploy.exporters.graph.build import build_graphs, save_graph, save_graphs  # noqa: E402
+from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
 from gte_deploy.exporters.graph.linear_layers import find_linear_layers  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_ranges  # noqa: E402
 from gte_deploy.exporters.quantization.int8 import int8_scheme, quantize_int8  # noqa: E402
@@ -47,7 +49,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Heads of 16: TensorRT's fused attention has no smaller ones.
     folder = make_checkpoint(tmp_path_factory.mktemp("sparse") / "mlm", layers=1, heads=2, seed=9)
     return load_model(folder, task="fill-mask")
@@ -58,6 +60,19 @@ def batch() -> Batch:
     rng = np.random.default_rng(0)
     mask = (np.arange(20) < np.array([[20], [11], [1]])).astype(np.int64)
     return Batch(rng.integers(5, VOCAB, mask.shape) * mask, mask)
+
+
+@pytest.fixture(scope="module")
+def graphs_of(model: Any) -> Callable[[SparseSpec], dict[str, Graph]]:
+    """`graphs_of(sparse)`: engine -> graph, a copy to be altered; traced once."""
+    built: dict[SparseSpec, dict[str, Graph]] = {}
+
+    def get(sparse: SparseSpec) -> dict[str, Graph]:
+        if sparse not in built:
+            built[sparse] = build_graphs(model, task="sparse", max_length=LENGTH, sparse=sparse)
+        return {name: replace(graph, model=graph.model.clone()) for name, graph in built[sparse].items()}
+
+    return get
 
 
 def expected(model: Any, batch: Batch, sparse: SparseSpec) -> np.ndarray:
@@ -71,10 +86,10 @@ def expected(model: Any, batch: Batch, sparse: SparseSpec) -> np.ndarray:
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])
 @pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
-def test_both_graphs_in_parts(pooling, activation, model, batch, tmp_path):
+def test_both_graphs_in_parts(pooling, activation, graphs_of, model, batch, tmp_path):
     """Their weights lie once in the file, though the word embedding is also the matrix of the parts."""
     sparse = SparseSpec("splade", activation=activation, pooling=pooling)
-    graphs = build_graphs(model, task="sparse", max_length=LENGTH, sparse=sparse)
+    graphs = graphs_of(sparse)
     places = {tmp_path / f"{engine}.onnx": graph for engine, graph in graphs.items()}
     save_graphs(places, tmp_path / "weights.data")
     for path in places:
@@ -109,9 +124,9 @@ def run(engine: str, path: Path, batch: Batch, output: str) -> np.ndarray:
         backend.close()
 
 
-def test_parts_in_8_bits(model, batch, tmp_path):
+def test_parts_in_8_bits(graphs_of, model, batch, tmp_path):
     """Every part is quantized, and a sweep judges them as the one matrix that they are."""
-    graphs = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)
+    graphs = graphs_of(SPARSE)
     graph = graphs["onnxruntime"]
     ranges = measure_ranges(graph, SPEC, [batch])
     plan = int8_scheme(graph.model, ranges)
@@ -131,9 +146,9 @@ def test_parts_in_8_bits(model, batch, tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "removes", "share"), [("fp32", True, 1e-4), ("fp16", True, 0.02)])
-def test_for_cuda(precision, removes, share, model, batch, tmp_path):
+def test_for_cuda(precision, removes, share, graphs_of, model, batch, tmp_path):
     """The CPU's stand-in for what a GPU runs."""
-    plain = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)["openvino"]
+    plain = graphs_of(SPARSE)["openvino"]
     graph = cuda_graph(plain, sites=SITES, precision=precision, removes_padding=removes)
     file = tmp_path / "model.onnx"
     save_graph(graph, file)
@@ -143,9 +158,9 @@ def test_for_cuda(precision, removes, share, model, batch, tmp_path):
     assert np.abs(found - wanted).max() < share * np.abs(wanted).max()
 
 
-def test_for_tensorrt(model):
+def test_for_tensorrt(graphs_of):
     """Standard operators that TensorRT has, none of them with a choice that it lacks."""
-    plain = build_graphs(model, task="sparse", max_length=LENGTH, sparse=SPARSE)["openvino"]
+    plain = graphs_of(SPARSE)["openvino"]
     graph = tensorrt_graph(plain, "fp16", sites=SITES)
     assert {"ReduceMax", "Where", "Log"} <= {node.op_type for node in graph.model.graph}
     assert not {"ScatterElements", "Loop", "Scan"} & {node.op_type for node in graph.model.graph}
@@ -155,7 +170,7 @@ def test_for_tensorrt(model):
 
 
 @pytest.fixture(scope="module")
-def token_weights(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def token_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield make_checkpoint(tmp_path_factory.mktemp("sparse") / "weights", task="token-classify", layers=1)
 
 
@@ -166,7 +181,7 @@ def test_token_weights_on_gpus_are_pooled_by_the_runtime(options, token_weights,
     assert not (tmp_path / "out").exists()
 
 
-def test_padding_free_engines_have_no_sparse_head(make_checkpoint, tmp_path):
+def test_padding_free_engines_have_no_sparse_head(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "mlm", layers=1)
     with pytest.raises(InputError, match="padding 'remove' is not for task sparse"):
         export(checkpoint, tmp_path / "out", task="sparse", format="trt", padding="remove", max_length=32)

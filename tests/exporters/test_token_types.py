@@ -17,6 +17,7 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 from transformers import GteConfig  # noqa: E402
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.core.spec import ModelSpec, TensorSpec  # noqa: E402
@@ -53,7 +54,7 @@ TYPES = TensorSpec("token_type_ids", "int64", ("batch", "sequence"))
 
 
 @pytest.fixture(scope="module")
-def folders(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
     labels = {"classify": 3, "token-classify": 2}
 
@@ -216,7 +217,7 @@ def test_tensorrt_rtx_builds_an_engine_of_it(graphs, tmp_path):
     assert TYPES in plan.inputs
 
 
-def test_a_model_without_types_cannot_be_asked_for_them(make_checkpoint, tmp_path):
+def test_a_model_without_types_cannot_be_asked_for_them(tmp_path):
     folder = make_checkpoint(tmp_path / "model", task="classify", **{**SIZES, "type_vocab_size": 1})
     arguments = {"task": "classify", "max_length": 256, "pooling": None, "logits": "masked", "opset": 20}
     with pytest.raises(ExportError, match="token types need a type_vocab_size above 1; the model has 1"):

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from factories import make_checkpoint
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models import checkpoint
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
@@ -52,7 +53,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("variant", LAYOUTS[1:], ids=str)
-def test_every_layout_holds_the_same_model(task, variant, tmp_path, make_checkpoint):
+def test_every_layout_holds_the_same_model(task, variant, tmp_path):
     common = {"task": task, "type_vocab_size": 2, "num_labels": 3, "rope_scaling": {"type": "ntk", "factor": 2.0}}
     expected = load_model(make_checkpoint(tmp_path / "reference", **common))
     actual = load_model(make_checkpoint(tmp_path / "variant", **common, **variant))
@@ -64,13 +65,13 @@ def test_every_layout_holds_the_same_model(task, variant, tmp_path, make_checkpo
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])
-def test_a_stored_tied_decoder_is_one_with_the_embedding(layout, tmp_path, make_checkpoint):
+def test_a_stored_tied_decoder_is_one_with_the_embedding(layout, tmp_path):
     model = load_model(make_checkpoint(tmp_path / "tied", tie_stored=True, layout=layout))
     assert model.lm_head.decoder.weight is model.gte.embeddings.word_embeddings.weight
     assert torch.equal(_outputs(model), _outputs(load_model(make_checkpoint(tmp_path / "untied", layout=layout))))
 
 
-def test_a_decoder_that_differs_from_the_embedding_is_refused(tmp_path, make_checkpoint):
+def test_a_decoder_that_differs_from_the_embedding_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path, tie_stored=True)
 
     def edit(tensors):
@@ -81,7 +82,7 @@ def test_a_decoder_that_differs_from_the_embedding_is_refused(tmp_path, make_che
         load_model(folder)
 
 
-def test_agrees_with_transformers_own_loading(tmp_path, make_checkpoint):
+def test_agrees_with_transformers_own_loading(tmp_path):
     folder = make_checkpoint(tmp_path, layout="native", type_vocab_size=1, shards=2)
     assert torch.equal(_outputs(load_model(folder)), _outputs(AutoModelForMaskedLM.from_pretrained(folder)))
 
@@ -128,7 +129,7 @@ def _quantised(tensors):
         (_quantised, r"1 of an unknown precision: lm_head\.dense\.weight is I8"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(edit, said, tmp_path, make_checkpoint):
+def test_a_tensor_that_does_not_fit_is_named(edit, said, tmp_path):
     folder = make_checkpoint(tmp_path)
     load_model(folder)
     _rewrite(folder, edit)
@@ -136,7 +137,7 @@ def test_a_tensor_that_does_not_fit_is_named(edit, said, tmp_path, make_checkpoi
         load_model(folder)
 
 
-def test_all_problems_are_told_at_once_and_long_lists_are_cut(tmp_path, make_checkpoint):
+def test_all_problems_are_told_at_once_and_long_lists_are_cut(tmp_path):
     folder = make_checkpoint(tmp_path)
 
     def edit(tensors):
@@ -151,7 +152,7 @@ def test_all_problems_are_told_at_once_and_long_lists_are_cut(tmp_path, make_che
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "num_hidden_layers", "intermediate_size", "type_vocab_size"])
-def test_a_config_of_another_size_is_refused(name, tmp_path, make_checkpoint):
+def test_a_config_of_another_size_is_refused(name, tmp_path):
     folder = make_checkpoint(tmp_path, type_vocab_size=1)
     config = json.loads((folder / "config.json").read_text())
     config[name] += 1
@@ -160,7 +161,7 @@ def test_a_config_of_another_size_is_refused(name, tmp_path, make_checkpoint):
         load_model(folder)
 
 
-def test_stored_buffers_that_the_config_determines_are_tolerated(tmp_path, make_checkpoint):
+def test_stored_buffers_that_the_config_determines_are_tolerated(tmp_path):
     folder = make_checkpoint(tmp_path)
     expected = _outputs(load_model(folder))
 
@@ -172,7 +173,7 @@ def test_stored_buffers_that_the_config_determines_are_tolerated(tmp_path, make_
     assert torch.equal(_outputs(load_model(folder)), expected)
 
 
-def test_an_encoder_leaves_the_masked_lm_head_and_says_so(tmp_path, make_checkpoint, caplog):
+def test_an_encoder_leaves_the_masked_lm_head_and_says_so(tmp_path, caplog):
     folder = make_checkpoint(tmp_path, tie_stored=True)
     with caplog.at_level(logging.INFO, logger="gte_deploy.models.checkpoint"):
         encoder = load_model(folder, task="embed")
@@ -182,14 +183,14 @@ def test_an_encoder_leaves_the_masked_lm_head_and_says_so(tmp_path, make_checkpo
     assert torch.equal(_outputs(encoder), expected)
 
 
-def test_an_encoder_does_not_leave_a_sequence_classifier(tmp_path, make_checkpoint):
+def test_an_encoder_does_not_leave_a_sequence_classifier(tmp_path):
     folder = make_checkpoint(tmp_path, task="classify")
     with pytest.raises(CheckpointError, match=r"2 unexpected: classifier\.bias, classifier\.weight"):
         load_model(folder, task="embed")
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])
-def test_an_encoder_keeps_its_own_pooler(layout, tmp_path, make_checkpoint):
+def test_an_encoder_keeps_its_own_pooler(layout, tmp_path):
     folder = make_checkpoint(tmp_path / "a", task="embed", with_pooler=True, layout=layout)
     model = load_model(folder)
     assert model.pooler is not None
@@ -198,7 +199,7 @@ def test_an_encoder_keeps_its_own_pooler(layout, tmp_path, make_checkpoint):
 
 
 @pytest.mark.parametrize(("task", "missing"), [("fill-mask", "lm_head.dense"), ("classify", "classifier.weight")])
-def test_a_head_that_is_not_stored_is_missing(task, missing, tmp_path, make_checkpoint):
+def test_a_head_that_is_not_stored_is_missing(task, missing, tmp_path):
     folder = make_checkpoint(tmp_path, task="embed")
     with pytest.raises(CheckpointError, match=rf"missing: .*{missing}"):
         load_model(folder, task=task)
@@ -209,14 +210,14 @@ def test_an_unknown_task_is_refused(tiny_mlm):
         load_model(tiny_mlm, task="rank")
 
 
-def test_what_config_refuses_is_not_loaded(tmp_path, make_checkpoint):
+def test_what_config_refuses_is_not_loaded(tmp_path):
     folder = make_checkpoint(tmp_path, rope_scaling={"type": "yarn", "factor": 2.0})
     with pytest.raises(ConfigError, match="rope_scaling"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-def test_a_pickle_is_never_opened(name, tmp_path, make_checkpoint):
+def test_a_pickle_is_never_opened(name, tmp_path):
     folder = make_checkpoint(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(CheckpointError, match=rf"only {name}, which are pickles"):
@@ -224,7 +225,7 @@ def test_a_pickle_is_never_opened(name, tmp_path, make_checkpoint):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_truncated_file_is_refused(keep, tmp_path, make_checkpoint):
+def test_a_truncated_file_is_refused(keep, tmp_path):
     folder = make_checkpoint(tmp_path)
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:keep])
@@ -259,7 +260,7 @@ def _empty_the_map(folder, index):
         (_empty_the_map, "has no weight_map"),
     ],
 )
-def test_a_broken_index_is_refused(edit, said, tmp_path, make_checkpoint):
+def test_a_broken_index_is_refused(edit, said, tmp_path):
     folder = make_checkpoint(tmp_path / "sharded", shards=2)
     make_checkpoint(tmp_path / "other")
     file = folder / "model.safetensors.index.json"
@@ -272,7 +273,7 @@ def test_a_broken_index_is_refused(edit, said, tmp_path, make_checkpoint):
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_precision_is_cast_and_rope_stays_float32(stored, dtype, tmp_path, make_checkpoint):
+def test_stored_precision_is_cast_and_rope_stays_float32(stored, dtype, tmp_path):
     full = load_model(make_checkpoint(tmp_path / "full"))
     model = load_model(make_checkpoint(tmp_path / stored, dtype=stored), dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype} and model.config.dtype == dtype
@@ -282,7 +283,7 @@ def test_stored_precision_is_cast_and_rope_stays_float32(stored, dtype, tmp_path
     assert torch.equal(model.lm_head.dense.weight, expected)
 
 
-def test_the_model_does_not_map_the_file(tmp_path, make_checkpoint):
+def test_the_model_does_not_map_the_file(tmp_path):
     folder = make_checkpoint(tmp_path)
     model = load_model(folder)
     expected = _outputs(model)
@@ -321,7 +322,7 @@ def test_golden_round_trip_is_bitwise(name, golden_dir, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("first", ["original", "native"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_round_trip_is_bitwise(task, first, dtype, tmp_path, make_checkpoint):
+def test_round_trip_is_bitwise(task, first, dtype, tmp_path):
     source = make_checkpoint(tmp_path / "source", task=task, layout=first, dtype=dtype, num_labels=3, type_vocab_size=1)
     other = {"original": "native", "native": "original"}[first]
     save_model(load_model(source), tmp_path / "other", layout=other, dtype=getattr(torch, dtype))
@@ -336,7 +337,7 @@ def test_round_trip_is_bitwise(task, first, dtype, tmp_path, make_checkpoint):
     [("fill-mask", AutoModelForMaskedLM), ("embed", AutoModel), ("classify", AutoModelForSequenceClassification)],
 )
 @pytest.mark.parametrize("mixed_b", [None, 0.5])
-def test_native_layout_is_transformers_own(task, auto, mixed_b, tmp_path, make_checkpoint):
+def test_native_layout_is_transformers_own(task, auto, mixed_b, tmp_path):
     scaling = {"type": "ntk", "factor": 4.0} | ({} if mixed_b is None else {"mixed_b": mixed_b})
     model = load_model(make_checkpoint(tmp_path / "original", task=task, rope_scaling=scaling))
     save_model(model, tmp_path / "native", layout="native", max_shard_size="60KB")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from factories import make_checkpoint
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import build_config, read_config, task_of
@@ -133,7 +134,7 @@ def test_mixed_b_in_the_native_layout_is_read_by_transformers_alone(tmp_path):
         _read(tmp_path, fields)
 
 
-def test_booleans_as_strings(tmp_path, make_checkpoint):
+def test_booleans_as_strings(tmp_path):
     spelled = {"logn_attention_scale": "false", "unpad_inputs": "true", "pack_qkv": "True"}
     config = _read(tmp_path, {**PUBLISHED_BASE_EN, **spelled})
     assert _function_fields(config) == _function_fields(build_config("gte-base-en-v1.5"))
@@ -259,7 +260,7 @@ def test_files_that_are_no_config(tmp_path):
 @pytest.mark.parametrize("task", ["fill-mask", "embed", "classify", "token-classify"])
 @pytest.mark.parametrize("layout", ["original", "native"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_task_from_architectures_and_without_them(task, layout, shards, tmp_path, make_checkpoint):
+def test_task_from_architectures_and_without_them(task, layout, shards, tmp_path):
     folder = make_checkpoint(tmp_path, task=task, layout=layout, shards=shards, layers=1)
     assert task_of(folder) == task
     config = json.loads((folder / "config.json").read_text())
@@ -268,7 +269,7 @@ def test_task_from_architectures_and_without_them(task, layout, shards, tmp_path
     assert task_of(folder) == task
 
 
-def test_a_pooling_module_makes_an_embedding_model(tmp_path, make_checkpoint):
+def test_a_pooling_module_makes_an_embedding_model(tmp_path):
     # gte-multilingual-base: dense vectors by default, and a token-weight head stored beside the encoder.
     folder = make_checkpoint(tmp_path, task="token-classify", pooling="cls")
     assert task_of(folder) == "embed"

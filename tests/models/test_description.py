@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GteConfig, GteForMaskedLM, GteForSequenceClassification, GteModel
 
 import gte_deploy
+from factories import write_tokenizer
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.config import task_of
 from gte_deploy.models.description import describe
@@ -22,13 +22,8 @@ TEXTS = ["the cat sat on the mat", "Paris, the RED cat!", "中国 é the [MASK] 
 HIDDEN = 32
 
 
-@pytest.fixture(scope="session")
-def make_model(factories):
+def make_model(folder, cls=GteModel, **config):
     """Write a model of transformers and its tokenizer; the model."""
-    return partial(_make_model, factories.write_tokenizer)
-
-
-def _make_model(write_tokenizer, folder, cls=GteModel, **config):
     torch.manual_seed(0)
     fields = {
         "vocab_size": len(VOCAB) + 8,
@@ -82,7 +77,7 @@ def cosine(found, expected):
 
 
 @pytest.fixture
-def folder(tmp_path, make_model):
+def folder(tmp_path):
     make_model(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
@@ -324,7 +319,7 @@ def with_adapter(model, folder, **config):
         (GteForSequenceClassification, {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}),
     ],
 )
-def test_an_adapter_is_merged(tmp_path, make_model, place, cls, config):
+def test_an_adapter_is_merged(tmp_path, place, cls, config):
     pytest.importorskip("peft")
     model = make_model(tmp_path / "base", cls, num_labels=3)
     folder = tmp_path / "adapted"
@@ -344,7 +339,7 @@ def test_an_adapter_is_merged(tmp_path, make_model, place, cls, config):
     np.testing.assert_allclose(found, right, atol=1e-5)
 
 
-def test_an_adapter_is_never_ignored(tmp_path, make_model, monkeypatch):
+def test_an_adapter_is_never_ignored(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     with_adapter(make_model(tmp_path / "base"), tmp_path / "adapted")
     folder = tmp_path / "adapted"
@@ -394,7 +389,7 @@ def test_quantised_weights_are_refused(folder):
         gte_deploy.load(folder, backend="torch")
 
 
-def test_fill_mask_does_not_care_for_modules(tmp_path, make_model):
+def test_fill_mask_does_not_care_for_modules(tmp_path):
     folder = tmp_path / "checkpoint"
     make_model(folder, GteForMaskedLM)
     before = gte_deploy.load(folder, backend="torch").fill_mask("the [MASK] sat")

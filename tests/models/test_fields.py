@@ -7,6 +7,7 @@ import re
 import pytest
 from transformers import GteConfig
 
+from factories import make_checkpoint
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.models.config import read_config
 from gte_deploy.models.description import describe
@@ -99,7 +100,7 @@ def test_a_fixed_field_is_refused_with_any_other_value(table, name, value, tmp_p
 
 @pytest.mark.parametrize("layout", ["original", "native"])
 @pytest.mark.parametrize("name", [name for name, field in CONFIG.fields.items() if field.effect == "fixed"])
-def test_both_layouts_refuse_alike(name, layout, tmp_path, make_checkpoint):
+def test_both_layouts_refuse_alike(name, layout, tmp_path):
     folder = make_checkpoint(tmp_path, layout=layout, layers=1)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, name: "something else"}))
@@ -135,7 +136,7 @@ def test_every_honoured_field_is_tested():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_honoured_field_changes_the_description(name, tmp_path, make_checkpoint):
+def test_an_honoured_field_changes_the_description(name, tmp_path):
     value, seen = CHANGES[name]
     folder = make_checkpoint(tmp_path, task="classify", num_labels=2, layers=1, type_vocab_size=1)
     before = seen(describe(folder))
@@ -146,7 +147,7 @@ def test_an_honoured_field_changes_the_description(name, tmp_path, make_checkpoi
     assert seen(describe(folder)) != before
 
 
-def test_the_files_of_a_field_without_effect_describe_the_same(tmp_path, make_checkpoint):
+def test_the_files_of_a_field_without_effect_describe_the_same(tmp_path):
     folder = make_checkpoint(tmp_path, task="classify", num_labels=2, layers=1)
     before = describe(folder)
     config = json.loads((folder / "config.json").read_text())

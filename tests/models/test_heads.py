@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from factories import add_sparse_modules, make_checkpoint
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.torch import TorchBackend
 from gte_deploy.core.spec import TASK_NAMES, SparseSpec
@@ -14,14 +15,14 @@ from gte_deploy.models.heads import HEADS, HeadOptions, make_head, mean_pool
 
 
 @pytest.fixture(scope="module")
-def checkpoints(make_checkpoint, factories, tmp_path_factory):
+def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
     return {
         "fill-mask": make_checkpoint(folder / "fill-mask"),
         "embed": make_checkpoint(folder / "embed", task="embed", pooling="mean"),
         "classify": make_checkpoint(folder / "classify", task="classify", num_labels=3),
         "token-classify": make_checkpoint(folder / "token-classify", task="token-classify", num_labels=4),
-        "sparse": factories.add_sparse_modules(make_checkpoint(folder / "sparse")),
+        "sparse": add_sparse_modules(make_checkpoint(folder / "sparse")),
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import MANIFEST_NAME, open_bundle, read_manifest  # noqa: E402
 from gte_deploy.core.errors import BundleError  # noqa: E402
 from gte_deploy.exporters.bundle.writer import seal  # noqa: E402
@@ -18,7 +19,7 @@ from gte_deploy.exporters.job import WEIGHTS_PATH  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def exported(make_checkpoint, tmp_path_factory):
+def exported(tmp_path_factory):
     """Two bundles of the same shapes and different weights."""
     folder = tmp_path_factory.mktemp("exported")
     first, second = folder / "first", folder / "second"

@@ -138,7 +138,7 @@ def told(script: str, *arguments: Any) -> list[str]:
 
 def test_an_engine_that_does_not_come_to_rest_is_refused_in_the_child(path_for: Callable[[str], Path]) -> None:
     script = """
-        forking._PATIENCE_S = 0.1
+        forking.PATIENCE_S = 0.1
         inside, leave = threading.Event(), threading.Event()
 
         def long_run():
@@ -329,7 +329,7 @@ def test_an_engine_that_does_not_open_again_is_given_up(monkeypatch: pytest.Monk
         name, device, precision, num_threads, outputs = "onnx", "cpu", "fp32", 3, ("logits",)
 
     never = threading.Event()
-    monkeypatch.setattr(inherited, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(inherited, "PATIENCE_S", 0.05)
     engine: Any = Engine()
     backend = inherited.after_fork(engine, lambda threads: never.wait() and engine, idle=True)
     batch: Any = None

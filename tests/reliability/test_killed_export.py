@@ -1,6 +1,8 @@
 """kill -9 while a bundle is written: what is at the target is the old bundle, the new one, or nothing."""
 
+import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import time
 
 import pytest
 
+from factories import make_checkpoint
 from gte_deploy.bundle.manifest import open_bundle
 
 # Starts once and forks for each kill, so that a kill costs what the killed work costs and not an interpreter. The
@@ -56,7 +59,9 @@ def run_export(target, checkpoint, at):
         countdown()
     export(checkpoint, target, max_length=32, force=True, progress=progress)
 
-if sys.argv[1] == "export":
+if sys.argv[1] == "small":  # here once, and not in each child
+    import gte_deploy.bundle.manifest, gte_deploy.core.spec, gte_deploy.exporters.bundle.writer
+else:
     import onnxruntime, torch, tqdm
     tqdm.tqdm.monitor_interval = 0  # its thread could hold a lock at the moment of a fork
     import gte_deploy.backends.onnxruntime, gte_deploy.backends.openvino
@@ -164,12 +169,13 @@ def test_random_moments_of_writing(small, tmp_path):
 
 def kill_after(server, pid, seconds):
     time.sleep(seconds)
-    subprocess.run(["kill", "-9", str(pid)], check=False, stderr=subprocess.DEVNULL)
+    with contextlib.suppress(ProcessLookupError):  # it had ended
+        os.kill(pid, signal.SIGKILL)
     return int(server.read()) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def checkpoints(make_checkpoint, tmp_path_factory):
+def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     return [make_checkpoint(folder / name, seed=seed, layers=1) for seed, name in enumerate(("first", "second"))]
 

@@ -15,10 +15,12 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from factories import add_sparse_modules
+from runtime_models import make_word_checkpoint
 
 pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
@@ -133,18 +135,13 @@ def bundle(bundle_of: Callable[..., Path], word_checkpoints: dict[str, Path]) ->
 @pytest.fixture(scope="module")
 def checkpoints(
     word_checkpoints: dict[str, Path],
-    make_checkpoint: Callable[..., Path],
-    runtime_models: ModuleType,
-    factories: ModuleType,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """One for each task."""
     folder = tmp_path_factory.mktemp("tasks")
-    sparse = runtime_models.make_word_checkpoint(make_checkpoint, folder / "sparse")
-    tagger = runtime_models.make_word_checkpoint(
-        make_checkpoint, folder / "tagger", task="token-classify", num_labels=3
-    )
-    return {**word_checkpoints, "sparse": factories.add_sparse_modules(sparse), "token-classify": tagger}
+    sparse = make_word_checkpoint(folder / "sparse")
+    tagger = make_word_checkpoint(folder / "tagger", task="token-classify", num_labels=3)
+    return {**word_checkpoints, "sparse": add_sparse_modules(sparse), "token-classify": tagger}
 
 
 @pytest.fixture

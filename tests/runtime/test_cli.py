@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
+from factories import write_labels
 from gte_deploy import cli
 from gte_deploy.cli_options import (
     BatchingOptions,
@@ -31,6 +32,7 @@ from gte_deploy.core import exit_codes
 from gte_deploy.core.errors import BundleError, InputError, MissingDependencyError
 from gte_deploy.core.options import options_of
 from gte_deploy.tuning.bench import bench
+from runtime_models import make_word_checkpoint
 
 TEXT = "Paris is the [MASK] of France."
 
@@ -193,10 +195,10 @@ def test_prompts_of_rank(run, checkpoints):
 
 
 @pytest.fixture(scope="module")
-def tagger(make_checkpoint, factories, runtime_models, tmp_path_factory):
+def tagger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tagger") / "c"
-    runtime_models.make_word_checkpoint(make_checkpoint, folder, task="token-classify", num_labels=3, seed=4)
-    factories.write_labels(folder, ["O", "B-PER", "I-PER"])
+    make_word_checkpoint(folder, task="token-classify", num_labels=3, seed=4)
+    write_labels(folder, ["O", "B-PER", "I-PER"])
     return str(folder)
 
 

@@ -23,6 +23,7 @@ from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
 from gte_deploy.text.batching import collate  # noqa: E402
 from gte_deploy.text.tokenization import load_tokenizer  # noqa: E402
+from runtime_models import make_word_checkpoint  # noqa: E402
 
 PAIRS = [
     ("the king", "a queen of france"),
@@ -71,9 +72,7 @@ def edit_config(folder: Path, **fields: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def typed(
-    make_checkpoint: Callable[..., Path], runtime_models: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`typed(template=None, **options)`: a classifier of three labels with two token types. Read only."""
     made: dict[str, Path] = {}
 
@@ -82,7 +81,7 @@ def typed(
         if key not in made:
             options = {"task": "classify", "num_labels": 3, "type_vocab_size": 2, "layers": 1, "seed": 2, **options}
             folder = tmp_path_factory.mktemp("typed") / "checkpoint"
-            made[key] = runtime_models.make_word_checkpoint(make_checkpoint, folder, **options)
+            made[key] = make_word_checkpoint(folder, **options)
             if template is not None:
                 set_template(folder, template)
         return made[key]

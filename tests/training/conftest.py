@@ -1,21 +1,20 @@
-"""Token corpora written by hand or prepared from text, a tiny architecture, and recipes over them."""
+"""A token corpus prepared from text, a tiny architecture, and recipes over them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
+
+from factories import write_tokenizer
 
 
 @pytest.fixture(scope="session")
-def corpus_folder(tmp_path_factory: pytest.TempPathFactory, factories: ModuleType) -> Path:
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 documents of 1 to 150 words from a vocabulary of 256, with the tokenizer inside. Read only."""
     from gte_deploy.training.data.prepare import prepare
 
@@ -27,7 +26,7 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory, factories: ModuleTyp
     documents = [" ".join(rng.choices(words, shares, k=length)) for length in lengths]
     (folder / "text.txt").write_text("\n\n".join(documents))
     (folder / "tokenizer").mkdir()
-    factories.write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     prepare([str(folder / "text.txt")], folder / "data", tokenizer=folder / "tokenizer")
     (folder / "tokenizer").rename(folder / "data" / "tokenizer")
     return folder / "data"
@@ -95,59 +94,5 @@ def make_recipe(make_architecture: Callable[..., Path]) -> Callable[..., dict[st
             "log_every": 1,
         }
         return {**recipe, **changes}
-
-    return make
-
-
-def _write_corpus(
-    folder: Path, documents: Mapping[str, Sequence[np.ndarray]] | Sequence[np.ndarray], *, vocab_size: int = 256
-) -> Path:
-    folder.mkdir(parents=True)
-    per_language = documents if isinstance(documents, Mapping) else {"": documents}
-    shards = []
-    for number, (language, texts) in enumerate(per_language.items()):
-        name = f"shard-{number:05d}"
-        tokens = np.concatenate(texts).astype("<u2" if vocab_size < 65_536 else "<u4").tobytes()
-        offsets = np.cumsum([0, *map(len, texts)]).astype("<i8").tobytes()
-        (folder / f"{name}.tokens").write_bytes(tokens)
-        (folder / f"{name}.offsets").write_bytes(offsets)
-        shards.append(
-            {
-                "name": name,
-                "language": language,
-                "documents": len(texts),
-                "tokens": sum(map(len, texts)),
-                "tokens_sha256": hashlib.sha256(tokens).hexdigest(),
-                "offsets_sha256": hashlib.sha256(offsets).hexdigest(),
-            }
-        )
-    index = {
-        "format": "gte-token-corpus",
-        "version": 1,
-        "vocabulary": {
-            "size": vocab_size,
-            **{"pad_id": 0, "unk_id": 1, "cls_id": 2, "sep_id": 3, "mask_id": 4, "special_ids": [0, 1, 2, 3, 4]},
-        },
-        "languages": list(per_language),
-        "counts": {},
-        "shards": shards,
-    }
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def write_corpus() -> Callable[..., Path]:
-    """`write_corpus(folder, documents, *, vocab_size=256) -> Path`: documents of ids, a list or a dict by language."""
-    return _write_corpus
-
-
-@pytest.fixture(scope="session")
-def random_documents() -> Callable[..., list[np.ndarray]]:
-    """`random_documents(lengths, *, vocab_size=256, seed=0)`: one array of ordinary ids per length."""
-
-    def make(lengths: Sequence[int], *, vocab_size: int = 256, seed: int = 0) -> list[np.ndarray]:
-        rng = np.random.default_rng(seed)
-        return [rng.integers(5, vocab_size, int(length)) for length in lengths]
 
     return make

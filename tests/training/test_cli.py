@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
+from factories import write_tokenizer
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.training import train as train_module
 from gte_deploy.training.cli import main
@@ -32,9 +33,9 @@ def test_prepare_takes_the_built_in_tokenizer(tmp_path, capsys):
     assert "2 documents, 7 tokens" in out and "vocabulary 30,522" in out
 
 
-def test_prepare_run_export(recipe_file, factories, tmp_path, capsys):
+def test_prepare_run_export(recipe_file, tmp_path, capsys):
     (tmp_path / "tokenizer").mkdir()
-    factories.write_tokenizer(tmp_path / "tokenizer")
+    write_tokenizer(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text("\n\n".join(f"w{i} w{i + 1} w{i + 2} w7" for i in range(5, 100)))
     data, output = str(tmp_path / "data"), str(tmp_path / "run")
     prepare = ["prepare", str(tmp_path / "text.txt"), "--output", data, "--tokenizer", str(tmp_path / "tokenizer")]

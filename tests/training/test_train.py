@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, GteForMaskedLM
 
+from corpora import write_corpus
+from factories import WORDS, write_tokenizer
 from gte_deploy.core.errors import ConfigError, NonFiniteError
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training import train as train_module
@@ -252,7 +254,7 @@ def test_weights_of_a_checkpoint_are_the_start(corpus_folder, make_recipe, three
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_not_continued_as_another(three_stages, make_recipe, corpus_folder, write_corpus, tmp_path):
+def test_a_run_is_not_continued_as_another(three_stages, make_recipe, corpus_folder, tmp_path):
     result, output, _ = three_stages
     recipe = json.loads((result.checkpoint / "state.json").read_text())["recipe"]
     with pytest.raises(ConfigError, match="differs in seed, stages.2.steps|differs in stages.2.steps, seed"):
@@ -280,8 +282,8 @@ def test_what_does_not_fit_is_refused(make_recipe, make_architecture, corpus_fol
         run(make_recipe(steps=(1,), model="gte-en-mlm-bass"), corpus_folder, tmp_path / "out")
 
 
-def test_a_tokenizer_that_is_not_the_corpuss_is_refused(make_recipe, corpus_folder, factories, tmp_path):
-    factories.write_tokenizer(tmp_path, factories.WORDS[:-1])
+def test_a_tokenizer_that_is_not_the_corpuss_is_refused(make_recipe, corpus_folder, tmp_path):
+    write_tokenizer(tmp_path, WORDS[:-1])
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match="is missing, or is not the tokenizer of"):
             run(make_recipe(steps=(1,)), corpus_folder, tmp_path / "out", tokenizer=folder)

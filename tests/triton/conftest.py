@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"gte_deploy_triton_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import triton_server
 
 
 @pytest.fixture(scope="session")
-def triton() -> ModuleType:
-    """The module tests/triton/server.py, with the server set up; `triton.Server(repository)` starts it."""
-    module = _load("server")
+def triton() -> Path:
+    """The folder in which the server is set up; `Server(repository, folder=triton)` starts it."""
     try:
-        module.install()
-    except module.Unavailable as error:
+        return triton_server.install()
+    except triton_server.Unavailable as error:
         pytest.skip(f"no Triton here: {error}")
-    return module
 
 
 @pytest.fixture(scope="session")

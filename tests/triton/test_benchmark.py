@@ -29,7 +29,7 @@ def serving() -> Iterator[ModuleType]:
 
 
 def test_a_run_writes_its_numbers_and_its_chart(
-    triton: ModuleType,
+    triton: Path,
     serving: ModuleType,
     word_checkpoints: dict[str, Path],
     bundle_of: Callable[..., Path],

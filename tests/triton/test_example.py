@@ -6,11 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from gte_deploy.models import builtin_path
+from triton_server import Server
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_example_asks_a_server(
-    triton: ModuleType, repository_of: Callable[..., Path], bundle_of: Callable[..., Path]
+    triton: Path, repository_of: Callable[..., Path], bundle_of: Callable[..., Path]
 ) -> None:
     repository = repository_of(bundle_of(builtin_path(), max_length=128))
-    with triton.Server(repository) as server:
+    with Server(repository, folder=triton) as server:
         command = [sys.executable, ROOT / "examples" / "triton_client.py", f"http://{server.http}"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

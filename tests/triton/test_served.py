@@ -1,7 +1,7 @@
 """The shipped model, and one of base size, on a real Triton: the answers of the runtime, and the rest of a
 server's life: bad input, many callers, overload, metrics, broken repositories.
 
-The ONNX Runtime backend is a stand-in (see server.py); the rest is Triton's own.
+The ONNX Runtime backend is a stand-in (see tests/support/triton_server.py); the rest is Triton's own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from gte_deploy.models import builtin_path
 from gte_deploy.models.checkpoint import copy_tokenizer, save_model
 from gte_deploy.models.config import build_config
 from gte_deploy.models.families.gte import GTE
+from triton_server import Server, ServerError
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -80,8 +80,8 @@ def local(bundle: Path) -> Iterator[gte_deploy.Model]:
 
 
 @pytest.fixture(scope="module")
-def server(triton: ModuleType, repository: Path) -> Iterator[Any]:
-    with triton.Server(repository) as server:
+def server(triton: Path, repository: Path) -> Iterator[Any]:
+    with Server(repository, folder=triton) as server:
         yield server
 
 
@@ -237,7 +237,7 @@ def test_metrics(server: Any, connect: Callable[..., Any]):
     ids=["size", "time"],
 )
 def test_overload_is_answered(
-    triton: ModuleType,
+    triton: Path,
     repository_of: Callable[..., Path],
     bundle: Path,
     connect: Callable[..., Any],
@@ -255,7 +255,7 @@ def test_overload_is_answered(
         except UnavailableError as error:
             return str(error)
 
-    with triton.Server(small) as server:
+    with Server(small, folder=triton) as server:
         for protocol in ("http", "grpc"):
             with connect(server, protocol, connections=30) as client:
                 with ThreadPoolExecutor(30) as pool:
@@ -290,18 +290,18 @@ def edited_encoder(repository: Path, target: Path, pattern: str, replacement: st
     ids=["name", "dtype", "syntax", "file"],
 )
 def test_a_broken_repository_is_refused_with_its_reason(
-    triton: ModuleType, repository: Path, tmp_path: Path, pattern: str, replacement: str, reason: str
+    triton: Path, repository: Path, tmp_path: Path, pattern: str, replacement: str, reason: str
 ):
     broken = edited_encoder(repository, tmp_path / "broken", pattern, replacement)
-    with pytest.raises(triton.ServerError, match=reason):
-        triton.Server(broken).close()
+    with pytest.raises(ServerError, match=reason):
+        Server(broken, folder=triton).close()
 
 
 def test_a_server_of_something_else_and_one_that_is_gone(
-    triton: ModuleType, repository: Path, tmp_path: Path, connect: Callable[..., Any]
+    triton: Path, repository: Path, tmp_path: Path, connect: Callable[..., Any]
 ):
     shutil.copytree(repository / "gte_encoder", tmp_path / "gte_encoder", copy_function=os.link)
-    with triton.Server(tmp_path) as server:
+    with Server(tmp_path, folder=triton) as server:
         for protocol in ("http", "grpc"):
             with pytest.raises(BackendError, match="gte_embed"):
                 connect(server, protocol)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from factories import make_checkpoint, write_labels
 from gte_deploy.core.errors import InputError
+from runtime_models import make_word_checkpoint
+from triton_server import Server
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -18,11 +20,11 @@ PROTOCOLS = ("http", "grpc")
 
 
 @pytest.fixture
-def serve(triton: ModuleType, bundle_of: Callable[..., Path], repository_of: Callable[..., Path]) -> Callable[..., Any]:
+def serve(triton: Path, bundle_of: Callable[..., Path], repository_of: Callable[..., Path]) -> Callable[..., Any]:
     """`serve(checkpoint, *server_options, **repository_options)`: a server for a `with` block."""
 
     def start(checkpoint: Path, *arguments: str, **options: Any) -> Any:
-        return triton.Server(repository_of(bundle_of(checkpoint), **options), *arguments)
+        return Server(repository_of(bundle_of(checkpoint), **options), *arguments, folder=triton)
 
     return start
 
@@ -58,16 +60,11 @@ def test_labels_of_tokens(
     serve: Callable[..., Any],
     connect: Callable[..., Any],
     load_on: Callable[..., Any],
-    make_checkpoint: Callable[..., Path],
-    runtime_models: ModuleType,
-    factories: ModuleType,
     tmp_path: Path,
 ):
     labels = ("O", "B-PER", "I-PER", "LOC")
-    checkpoint = runtime_models.make_word_checkpoint(
-        make_checkpoint, tmp_path / "tagger", task="token-classify", num_labels=len(labels), seed=5
-    )
-    factories.write_labels(checkpoint, labels)
+    checkpoint = make_word_checkpoint(tmp_path / "tagger", task="token-classify", num_labels=len(labels), seed=5)
+    write_labels(checkpoint, labels)
     texts = ["the king, readable café (中国)!", "", "paris is a city of france 🙂", *["the queen"] * 9]
     with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
         for protocol in PROTOCOLS:
@@ -95,14 +92,12 @@ def test_labels_of_tokens(
 def test_pairs_with_token_types(
     serve: Callable[..., Any],
     connect: Callable[..., Any],
-    make_checkpoint: Callable[..., Path],
-    runtime_models: ModuleType,
     tmp_path: Path,
 ):
     from sentence_transformers import CrossEncoder
 
     options = {"task": "classify", "num_labels": 3, "type_vocab_size": 2, "layers": 1, "seed": 2}
-    checkpoint = runtime_models.make_word_checkpoint(make_checkpoint, tmp_path / "typed", **options)
+    checkpoint = make_word_checkpoint(tmp_path / "typed", **options)
     pairs = [("the king", "the queen"), ("paris", "a city of france " * 9), ("", "中国")]
     expected = CrossEncoder(str(checkpoint), device="cpu").predict(pairs)
     with serve(checkpoint) as server:
@@ -117,7 +112,6 @@ def test_sparse(
     serve: Callable[..., Any],
     connect: Callable[..., Any],
     bundle_of: Callable[..., Path],
-    make_checkpoint: Callable[..., Path],
     tmp_path: Path,
 ):
     checkpoint = make_checkpoint(tmp_path / "sparse", task="token-classify", max_positions=128)

@@ -32,7 +32,7 @@ DATASET_PREFIX = "hf:"
 _PARQUET_ROWS = 1_000
 _ADVANCE_BYTES = 1 << 16
 _MAX_EXPANSION = 200  # gzip shrinks text 3 to 10 times, and at most about 1,030 times
-_EXPANSION_FREE_BYTES = 64 << 20
+EXPANSION_FREE_BYTES = 64 << 20
 _DATASET = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -154,7 +154,7 @@ class DocumentReader:
                 else:
                     yield number, line
                 done = raw.tell()
-                if total > _EXPANSION_FREE_BYTES and total > _MAX_EXPANSION * done:
+                if total > EXPANSION_FREE_BYTES and total > _MAX_EXPANSION * done:
                     raise InputError(f"{path} expands more than {_MAX_EXPANSION} times: it is no compressed text")
                 if done - reported > _ADVANCE_BYTES:
                     self._advance(done - reported)

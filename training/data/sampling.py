@@ -27,7 +27,7 @@ from gte_deploy.training.data.random import (
 
 NUM_SPECIAL = 2  # a chunk begins with [CLS] and ends with [SEP]
 _MIXTURE_BLOCK = 1 << 16  # samples; every language has its exact share in each such block
-_DOCUMENT_BLOCK = 1 << 20  # documents computed at once; bounds the memory of an index over 10^8 documents
+DOCUMENT_BLOCK = 1 << 20  # documents computed at once; bounds the memory of an index over 10^8 documents
 
 # --- the order of a stage -------------------------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class ChunkIndex:
         """
         key = stream_key(self.seed, STREAM_RESAMPLE)
         first = 0
-        for start in range(0, self.corpus.num_documents, _DOCUMENT_BLOCK):
-            lengths = self.corpus.lengths[start : start + _DOCUMENT_BLOCK]
+        for start in range(0, self.corpus.num_documents, DOCUMENT_BLOCK):
+            lengths = self.corpus.lengths[start : start + DOCUMENT_BLOCK]
             chunks = -(-lengths // self._body)
             tail = lengths - (chunks - 1) * self._body + NUM_SPECIAL
             numbers = first + np.cumsum(chunks) - 1

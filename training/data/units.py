@@ -18,7 +18,7 @@ from gte_deploy.training.data.readers import (
     parquet_library,
 )
 
-_UNIT_BYTES = 32 << 20  # smaller files share a unit with their neighbours
+UNIT_BYTES = 32 << 20  # smaller files share a unit with their neighbours
 _LANGUAGE = re.compile(r"([A-Za-z][A-Za-z0-9_-]{0,31})=(.+)", re.DOTALL)
 
 
@@ -78,7 +78,7 @@ def _file_parts(language: str, files: Sequence[Path]) -> Iterator[dict[str, Any]
     for file in files:
         group.append(file)
         held += file.stat().st_size
-        if held >= _UNIT_BYTES:
+        if held >= UNIT_BYTES:
             yield _file_part(language, group)
             group, held = [], 0
     if group:

@@ -54,7 +54,7 @@ def choose_runtime(asked: str) -> Runtime:
         raise InputError(f"runtime is {asked!r}; expected one of {', '.join(RUNTIMES)}")
     capability = gpu_capability()
     if asked == "tensorrt":
-        module = _import("tensorrt")
+        module = import_tensorrt("tensorrt")
         if module is None:
             raise MissingDependencyError("tensorrt", "trt")
         if capability is None:
@@ -63,11 +63,11 @@ def choose_runtime(asked: str) -> Runtime:
                 "--runtime rtx, which needs no GPU, or write the graph with --onnx-only and build it on that machine."
             )
         return Runtime("tensorrt", f"it was requested; the GPU here has compute capability {capability}", module)
-    if asked == "auto" and capability is not None and (module := _import("tensorrt")) is not None:
+    if asked == "auto" and capability is not None and (module := import_tensorrt("tensorrt")) is not None:
         return Runtime(
             "tensorrt", f"it is installed, and this machine has a GPU of compute capability {capability}", module
         )
-    module = _import("tensorrt-rtx")
+    module = import_tensorrt("tensorrt-rtx")
     if module is None:
         raise MissingDependencyError("tensorrt_rtx", "rtx", _INSTALL)
     if asked == "rtx":
@@ -128,7 +128,8 @@ def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precisio
     return chosen
 
 
-def _import(variant: TensorRTVariant) -> Any:
+def import_tensorrt(variant: TensorRTVariant) -> Any:
+    """The module of a variant, None where it is not installed."""
     try:
         return importlib.import_module(VARIANTS[variant].module)
     except (ImportError, OSError, RuntimeError):  # a wheel without its libraries counts as missing

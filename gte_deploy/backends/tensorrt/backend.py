@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_SLOTS = 2
 # CUDA graphs that one slot keeps. Each graph keeps a context, which shares the slot's memory for activations.
-_KEPT_GRAPHS = 32
-_REMEMBERED_SHAPES = 1024
+KEPT_GRAPHS = 32
+REMEMBERED_SHAPES = 1024
 # Data type in the manifest -> numpy's type in memory. numpy has no bfloat16; it is the upper half of a float32.
 _NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -274,7 +274,7 @@ class _Slot:
             logger.warning("running this engine without CUDA graphs: %s", error)
             self._engine.is_captured = False
             return
-        if len(self._graphs) == _KEPT_GRAPHS:
+        if len(self._graphs) == KEPT_GRAPHS:
             self._release_graph(self._graphs.popitem(last=False)[1])
         self._graphs[key] = graph, context
 
@@ -304,7 +304,7 @@ class _Slot:
         seen = key in self._seen
         self._seen[key] = None
         self._seen.move_to_end(key)
-        if len(self._seen) > _REMEMBERED_SHAPES:
+        if len(self._seen) > REMEMBERED_SHAPES:
             self._seen.popitem(last=False)
         return seen
 

@@ -23,7 +23,7 @@ class Cuda:
             MissingDependencyError: cuda-bindings is not installed.
             BackendError: there is no such GPU, or no driver for it.
         """
-        self._runtime: Any = _import_runtime(extra) if runtime is None else runtime
+        self._runtime: Any = import_runtime(extra) if runtime is None else runtime
         self._index = index
         try:
             count = self._call("cudaGetDeviceCount")
@@ -166,7 +166,12 @@ def gpu_capability(index: int = 0) -> str | None:
     return f"{numbers[0].value}.{numbers[1].value}"
 
 
-def _import_runtime(extra: str) -> Any:
+def import_runtime(extra: str) -> Any:
+    """The CUDA runtime's module.
+
+    Raises:
+        MissingDependencyError: it is not installed; the error names the extra that brings it.
+    """
     try:
         from cuda.bindings import runtime  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
     except ImportError as error:

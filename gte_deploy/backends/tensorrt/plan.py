@@ -3,6 +3,7 @@
 A plan (a serialised engine) is executable code, so everything that can be checked is checked first.
 """
 
+import functools
 import hashlib
 import importlib
 import logging
@@ -109,21 +110,17 @@ def _profile(engine: Any, plan: PlanEntry, index: int) -> tuple[tuple[int, ...],
     return tuple((number - 1, tokens) for (number,), (tokens,) in zip(lengths, shapes, strict=True))
 
 
-_LOGGERS: dict[str, Any] = {}
-
-
+@functools.cache  # a logger must outlive its users
 def _logger_for(trt: Any) -> Any:
-    """A logger that passes TensorRT's messages to ours. Each variant has one, which must outlive its users."""
-    if trt.__name__ not in _LOGGERS:
-        severity = trt.ILogger.Severity
-        levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.DEBUG, severity.VERBOSE: logging.DEBUG}
+    """A logger that passes the messages of a variant of TensorRT to ours."""
+    severity = trt.ILogger.Severity
+    levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.DEBUG, severity.VERBOSE: logging.DEBUG}
 
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
 
-            def log(self, severity: Any, message: str) -> None:
-                logger.log(levels.get(severity, logging.ERROR), "%s: %s", trt.__name__, message)
+        def log(self, severity: Any, message: str) -> None:
+            logger.log(levels.get(severity, logging.ERROR), "%s: %s", trt.__name__, message)
 
-        _LOGGERS[trt.__name__] = Logger()
-    return _LOGGERS[trt.__name__]
+    return Logger()

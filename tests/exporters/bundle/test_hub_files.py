@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 import gte_deploy  # noqa: E402
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 
@@ -62,7 +63,7 @@ def with_dense(folder, *, pooling):
 
 
 @pytest.fixture(scope="module", params=["cls", "mean"])
-def checkpoint(request, make_checkpoint, tmp_path_factory):
+def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense") / "checkpoint"
     make_checkpoint(folder, task="embed", layout="native", pooling=request.param, layers=1, seed=2)
     return with_dense(folder, pooling=request.param)
@@ -166,7 +167,7 @@ RERANKERS = {
 
 
 @pytest.mark.parametrize("change", RERANKERS.values(), ids=RERANKERS)
-def test_rerankers(change, make_checkpoint, tmp_path):
+def test_rerankers(change, tmp_path):
     from sentence_transformers import CrossEncoder
 
     folder = make_checkpoint(tmp_path / "checkpoint", task="classify", layout="native", layers=1, type_vocab_size=2)
@@ -180,7 +181,7 @@ def test_rerankers(change, make_checkpoint, tmp_path):
     assert read(bundle / "tokenizer_config.json")["model_max_length"] == 128
 
 
-def test_an_adapter_is_part_of_the_export(make_checkpoint, tmp_path):
+def test_an_adapter_is_part_of_the_export(tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoTokenizer, GteModel
 

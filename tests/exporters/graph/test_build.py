@@ -18,6 +18,7 @@ import onnx_ir as ir  # noqa: E402
 import onnxruntime as ort  # noqa: E402
 from transformers import GteConfig  # noqa: E402
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.core.spec import Engine, TensorSpec  # noqa: E402
 from gte_deploy.exporters.graph import build as graph_module  # noqa: E402
@@ -36,7 +37,7 @@ GOLDEN_ATOL, LONG_ATOL = 1e-4, 5e-4
 
 
 @pytest.fixture(scope="session")
-def folders(golden_dir: Path, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folders(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = tmp_path_factory.mktemp("graphs")
     # One layer: these are about heads, and a trace costs by the layer. Head size 24: no power of two.
     small = {"layers": 1, "hidden_size": 48, "heads": 2, "seed": 5}

@@ -56,7 +56,7 @@ def test_the_bundle_answers_like_fp32_and_is_small(int8):
         np.testing.assert_allclose(found[0], model.encode(texts[0]), atol=1e-4)  # whatever else is in the batch
 
 
-def test_a_missed_bound_leaves_no_bundle(tmp_path, monkeypatch):
+def test_a_missed_bound_leaves_no_bundle(trace_once, tmp_path, monkeypatch):
     monkeypatch.setitem(
         accuracy.ACCURACY_BOUNDS, "int4-weight", accuracy.AccuracyBounds(cosine_mean=0.999, top1_agreement=0.5)
     )
@@ -68,7 +68,7 @@ def test_a_missed_bound_leaves_no_bundle(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_weight_only_on_the_command_line(tmp_path, capsys):
+def test_weight_only_on_the_command_line(trace_once, tmp_path, capsys):
     assert main(["-o", str(tmp_path / "w8"), "--precision", "int8-weight", "--max-len", "64", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)

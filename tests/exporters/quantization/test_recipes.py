@@ -23,7 +23,7 @@ def tiny() -> dict[Any, Graph]:
 @pytest.fixture
 def quantize(tiny, monkeypatch) -> Callable[..., Any]:
     monkeypatch.setattr(lower_precision, "CALIBRATION_TOKENS", 1200)
-    monkeypatch.setattr(lower_precision, "_SWEEP_TOKENS", 400)
+    monkeypatch.setattr(lower_precision, "SWEEP_TOKENS", 400)
     tokenizer = load_tokenizer(resolve_checkpoint(None))
 
     def run(precision="int8", **options):

@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 import gte_deploy
+from factories import write_labels
+from runtime_models import PIECES, make_word_checkpoint
+from runtime_models import TEXTS as MASKED_TEXTS
+from triton_emulation import Repository
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -73,8 +77,8 @@ def assert_equal_answers(answer, expected):
         assert (answer["TOKEN_ID"][row, len(masks) :] == -1).all()
 
 
-def test_fill_mask(repository, local, runtime_models):
-    texts = list(runtime_models.TEXTS)
+def test_fill_mask(repository, local):
+    texts = list(MASKED_TEXTS)
     (answer,) = repository("fill-mask").ask("gte_fill_mask", {"TEXT": texts})
     assert_equal_answers(answer, local["fill-mask"].fill_mask(texts))
 
@@ -104,17 +108,17 @@ def test_single_texts_of_a_classifier(repository, local):
     np.testing.assert_allclose(answer["SCORE"][:, 0], local["classify"].predict([[t] for t in TEXTS]), atol=1e-6)
 
 
-def test_several_labels(make_checkpoint, runtime_models, bundle_of, open_repository, tmp_path):
+def test_several_labels(bundle_of, tmp_path):
     from gte_deploy.exporters.triton.repository import export_repository
 
-    checkpoint = runtime_models.make_word_checkpoint(make_checkpoint, tmp_path / "c", task="classify", num_labels=3)
+    checkpoint = make_word_checkpoint(tmp_path / "c", task="classify", num_labels=3)
     bundle = bundle_of(checkpoint)
     path = export_repository(bundle, tmp_path / "repository").path
     assert (path / "gte_rerank" / "labels.txt").read_text() == "LABEL_0\nLABEL_1\nLABEL_2\n"
     with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
         for softmax in (False, True):
             request = {"TEXT": ["the king"], "APPLY_SOFTMAX": [softmax]}
-            (answer,) = open_repository(path).ask("gte_rerank", request)
+            (answer,) = Repository(path).ask("gte_rerank", request)
             expected = model.predict([["the king"]], apply_softmax=softmax)
             np.testing.assert_allclose(answer["SCORE"], expected, atol=1e-6)
 
@@ -155,21 +159,19 @@ LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 @pytest.fixture(scope="module")
-def tagger(make_checkpoint, factories, runtime_models, bundle_of, tmp_path_factory):
+def tagger(bundle_of, tmp_path_factory):
     """A checkpoint that classifies tokens, and the repository of its bundle."""
     from gte_deploy.exporters.triton.repository import export_repository
 
     folder = tmp_path_factory.mktemp("tagger")
-    checkpoint = runtime_models.make_word_checkpoint(
-        make_checkpoint, folder / "c", task="token-classify", num_labels=len(LABELS), seed=5
-    )
-    factories.write_labels(checkpoint, LABELS)
+    checkpoint = make_word_checkpoint(folder / "c", task="token-classify", num_labels=len(LABELS), seed=5)
+    write_labels(checkpoint, LABELS)
     return checkpoint, export_repository(bundle_of(checkpoint), folder / "repository", threads=1).path
 
 
 @pytest.mark.parametrize("strategy", [None, "none", "simple", "first", "average", "max"])
 @pytest.mark.parametrize("ignored", [None, [""], ["B-PER", "LOC"]])
-def test_labels_of_tokens(strategy, ignored, tagger, open_repository):
+def test_labels_of_tokens(strategy, ignored, tagger):
     """Against transformers' pipeline on the checkpoint; entities of rows with fewer are padded."""
     from transformers import pipeline
 
@@ -178,7 +180,7 @@ def test_labels_of_tokens(strategy, ignored, tagger, open_repository):
     options = {} if strategy is None else {"AGGREGATION_STRATEGY": [strategy] * 8}
     if ignored is not None:
         options["IGNORE_LABELS"] = np.array([[label.encode() for label in ignored]] * 8, dtype=np.object_)
-    (answer,) = open_repository(path).ask("gte_classify_tokens", {"TEXT": texts, **options})
+    (answer,) = Repository(path).ask("gte_classify_tokens", {"TEXT": texts, **options})
     pipe = pipeline("token-classification", model=str(checkpoint), device="cpu")
     pipe.tokenizer.model_input_names = ["input_ids", "attention_mask"]
     expected = pipe(texts, aggregation_strategy=strategy or "none", ignore_labels=ignored)
@@ -193,10 +195,10 @@ def test_labels_of_tokens(strategy, ignored, tagger, open_repository):
         np.testing.assert_allclose(answer["SCORE"][row, :count], [entity["score"] for entity in entities], atol=1e-4)
 
 
-def test_logits_of_tokens(tagger, bundle_of, open_repository):
+def test_logits_of_tokens(tagger, bundle_of):
     checkpoint, path = tagger
     texts = [*TEXTS, "the king " * 200]
-    (answer,) = open_repository(path).ask("gte_classify_tokens", {"TEXT": texts, "TRUNCATION": [True] * len(texts)})
+    (answer,) = Repository(path).ask("gte_classify_tokens", {"TEXT": texts, "TRUNCATION": [True] * len(texts)})
     with gte_deploy.load(bundle_of(checkpoint), backend="onnx", num_threads=1) as model:
         for count, logits, expected in zip(
             answer["TOKENS"][:, 0], answer["LOGITS"], model.predict(texts, truncation=True), strict=True
@@ -204,8 +206,8 @@ def test_logits_of_tokens(tagger, bundle_of, open_repository):
             np.testing.assert_allclose(logits[:count], expected, atol=1e-5)
 
 
-def test_bad_requests_for_labels(tagger, open_repository):
-    opened = open_repository(tagger[1])
+def test_bad_requests_for_labels(tagger):
+    opened = Repository(tagger[1])
     for options, message in (
         ({"AGGREGATION_STRATEGY": ["best"]}, "aggregation_strategy is 'best'; expected one of"),
         ({"MAX_LENGTH": [999]}, "max_length must be an integer from 3 to 128"),
@@ -268,12 +270,12 @@ def test_sparse_vectors_of_a_masked_lm_head(kept, repository, local):
         assert kept is None or len(found) <= kept
 
 
-def test_queries_of_a_sparse_model_are_stored_weights(repository, runtime_models):
+def test_queries_of_a_sparse_model_are_stored_weights(repository):
     opened = repository("sparse")
     texts = ["the king and the king", "[MASK] water"]
     (answer,) = opened.ask("gte_sparse_query", {"TEXT": texts})
     weights = np.linspace(0.5, 3, 128).astype(np.float32)
-    words = {word: i for i, word in enumerate(runtime_models.PIECES)}
+    words = {word: i for i, word in enumerate(PIECES)}
     for found, text in zip(vectors_of(answer), texts, strict=True):
         ids = {words[word] for word in text.split()}
         assert found == {token: pytest.approx(weights[token]) for token in ids}
@@ -367,7 +369,7 @@ def test_masks_of_requests_that_run_together(repository, local):
 
 
 @pytest.fixture
-def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tmp_path):
+def altered_spec(bundle_of, tmp_path):
     """`altered_spec(task, num_labels=1, **fields)`: repository and model of a bundle with these fields in its spec."""
     import json
     import shutil
@@ -378,29 +380,27 @@ def altered_spec(make_checkpoint, runtime_models, bundle_of, open_repository, tm
     opened = []
 
     def make(task, num_labels=1, **fields):
-        checkpoint = runtime_models.make_word_checkpoint(
-            make_checkpoint, tmp_path / "checkpoint", task=task, num_labels=num_labels, seed=2
-        )
+        checkpoint = make_word_checkpoint(tmp_path / "checkpoint", task=task, num_labels=num_labels, seed=2)
         bundle = tmp_path / "bundle"
         shutil.copytree(bundle_of(checkpoint), bundle)
         manifest = read_manifest(bundle)
         changed = dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, **fields))
         (bundle / MANIFEST_NAME).write_text(json.dumps(changed.to_json()), encoding="utf-8")
         opened.append(gte_deploy.load(bundle, backend="onnx", num_threads=1))
-        return open_repository(export_repository(bundle, tmp_path / "repository").path), opened[-1]
+        return Repository(export_repository(bundle, tmp_path / "repository").path), opened[-1]
 
     yield make
     for model in opened:
         model.close()
 
 
-def test_checkpoints_that_normalise(altered_bundle, bundles, open_repository, tmp_path):
+def test_checkpoints_that_normalise(altered_bundle, bundles, tmp_path):
     from gte_deploy.bundle.manifest import read_manifest
     from gte_deploy.exporters.triton.repository import export_repository
 
     spec = dataclasses.replace(read_manifest(bundles["embed"]).spec, normalize=True)
     bundle = altered_bundle("embed", spec=spec)
-    opened = open_repository(export_repository(bundle, tmp_path / "repository").path)
+    opened = Repository(export_repository(bundle, tmp_path / "repository").path)
     with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
         (answer,) = opened.ask("gte_embed", {"TEXT": TEXTS, "TRUNCATE_DIM": [8] * 5})
         np.testing.assert_allclose(answer["EMBEDDING"], model.encode(TEXTS, truncate_dim=8), atol=1e-5)

@@ -18,6 +18,7 @@ from gte_deploy.exporters.triton.checks import check_repository
 from gte_deploy.exporters.triton.configs import length_buckets
 from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.tasks import TASKS
+from triton_emulation import Repository
 
 ENSEMBLES = {
     "fill-mask": {"gte_embed", "gte_token_embed", "gte_fill_mask"},
@@ -75,8 +76,8 @@ def test_every_file_is_in_the_manifest_and_readable(repositories):
         assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_devices(open_repository, repositories):
-    gpu, cpu = (open_repository(repositories["fill-mask"], variant) for variant in (None, "cpu"))
+def test_devices(repositories):
+    gpu, cpu = (Repository(repositories["fill-mask"], variant) for variant in (None, "cpu"))
     for opened, kind, rows in ((gpu, "KIND_GPU", 32), (cpu, "KIND_CPU", 8)):
         encoder = opened.config("gte_encoder")
         (group,) = encoder.instance_group
@@ -90,9 +91,9 @@ def test_devices(open_repository, repositories):
 
 
 @pytest.mark.parametrize("variant", [None, "cpu"])
-def test_every_model_batches_and_no_queue_has_a_policy(open_repository, repositories, variant):
+def test_every_model_batches_and_no_queue_has_a_policy(repositories, variant):
     """With one, Triton's batcher lets single requests wait for 500 ms: exporters/triton/configs.py, `_batching`."""
-    opened = open_repository(repositories["fill-mask"], variant)
+    opened = Repository(repositories["fill-mask"], variant)
     for name in ("gte_tokenizer", "gte_encoder", "gte_embed_output", "gte_fill_mask_output"):
         batching = opened.config(name).dynamic_batching
         assert opened.config(name).HasField("dynamic_batching") and not batching.HasField("default_queue_policy")
@@ -112,7 +113,7 @@ def test_warm_up_is_the_shortest_and_the_longest(repository):
         opened._run("gte_encoder", [rows])
 
 
-def test_options_reach_the_configurations(bundles, open_repository, tmp_path):
+def test_options_reach_the_configurations(bundles, tmp_path):
     result = export_repository(
         bundles["embed"],
         tmp_path / "r",
@@ -124,7 +125,7 @@ def test_options_reach_the_configurations(bundles, open_repository, tmp_path):
         model_version=5,
     )
     assert result.checked and result.devices == ("gpu", "cpu") and set(result.ensembles) == ENSEMBLES["embed"]
-    opened = open_repository(result.path)
+    opened = Repository(result.path)
     encoder = opened.config("gte_encoder")
     assert encoder.max_batch_size == 4
     for name in ("gte_tokenizer", "gte_encoder", "gte_embed_output"):
@@ -308,11 +309,11 @@ def test_a_plan_without_its_head_is_refused(task, missing, message, altered_bund
     assert not (tmp_path / "r").exists()
 
 
-def test_integer_graphs_are_for_cpus(altered_bundle, open_repository, tmp_path):
+def test_integer_graphs_are_for_cpus(altered_bundle, tmp_path):
     result = export_repository(altered_bundle("embed", precision="int8"), tmp_path / "r")
     assert result.devices == ("cpu",)
     for variant in (None, "cpu"):
-        (group,) = open_repository(result.path, variant).config("gte_encoder").instance_group
+        (group,) = Repository(result.path, variant).config("gte_encoder").instance_group
         assert group.kind == group.KIND_CPU
     assert "--gpus" not in (result.path / "README.md").read_text()
 
@@ -323,16 +324,16 @@ def test_graphs_for_cuda_are_for_gpus(altered_bundle, tmp_path):
     assert not (result.path / "gte_encoder" / "configs").exists()
 
 
-def test_tensorrt_in_onnx_runtime(bundles, open_repository, tmp_path):
+def test_tensorrt_in_onnx_runtime(bundles, tmp_path):
     pytest.importorskip("openvino")
     result = export_repository(bundles["fill-mask"], tmp_path / "r", accelerator="tensorrt")
-    encoder = open_repository(result.path, None).config("gte_encoder")
+    encoder = Repository(result.path, None).config("gte_encoder")
     (accelerator,) = encoder.optimization.execution_accelerators.gpu_execution_accelerator
     assert encoder.default_model_filename == "model_tensorrt.onnx" and accelerator.name == "tensorrt"
     assert accelerator.parameters["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1,mask_positions:1x1"
     assert accelerator.parameters["trt_profile_max_shapes"].startswith("input_ids:32x128,attention_mask:32x128,")
     assert accelerator.parameters["trt_engine_cache_enable"] == accelerator.parameters["trt_timing_cache_enable"] == "1"
-    assert open_repository(result.path, "cpu").config("gte_encoder").default_model_filename == "model.onnx"
+    assert Repository(result.path, "cpu").config("gte_encoder").default_model_filename == "model.onnx"
     assert "gte-triton-cache:/var/cache/gte-triton" in (result.path / "README.md").read_text()
 
 
@@ -366,11 +367,11 @@ SHORT, LONG = ((1, 1), (8, 16), (64, 32)), ((1, 33), (2, 100), (4, 128))
 
 
 @pytest.mark.parametrize(("wanted", "rows", "length"), [(None, 4, 128), (16, 16, 32), (4, 4, 128)])
-def test_a_plan_serves_what_its_profiles_take(wanted, rows, length, altered_bundle, open_repository, tmp_path):
+def test_a_plan_serves_what_its_profiles_take(wanted, rows, length, altered_bundle, tmp_path):
     bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("embed", SHORT, LONG))
     result = export_repository(engine=bundle, output=tmp_path / "r", max_batch_size=wanted)
     assert result.devices == ("gpu",) and result.checked
-    opened = open_repository(result.path, None)
+    opened = Repository(result.path, None)
     encoder = opened.config("gte_encoder")
     assert (encoder.backend, encoder.max_batch_size) == ("tensorrt", rows)
     assert list(encoder.instance_group[0].profile) == ["0", "1"]
@@ -383,12 +384,12 @@ def test_a_plan_serves_what_its_profiles_take(wanted, rows, length, altered_bund
     }
 
 
-def test_answers_of_a_plan(altered_bundle, bundles, open_repository, tmp_path, monkeypatch):
+def test_answers_of_a_plan(altered_bundle, bundles, tmp_path, monkeypatch):
     """A plan takes 32-bit ids, (row, token) pairs of masks that Triton cannot join, and pools in no way of its own."""
     import gte_deploy
 
     bundle = altered_bundle("fill-mask", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("fill-mask", SHORT, LONG))
-    opened = open_repository(export_repository(engine=bundle, output=tmp_path / "r").path, None)
+    opened = Repository(export_repository(engine=bundle, output=tmp_path / "r").path, None)
     assert all(opened.config(path.name).max_batch_size == 0 for path in opened.path.iterdir() if path.is_dir())
     run = opened._run
     with gte_deploy.load(bundles["fill-mask"], backend="onnx", num_threads=1) as model:

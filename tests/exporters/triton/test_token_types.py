@@ -16,15 +16,17 @@ import gte_deploy  # noqa: E402
 from gte_deploy.bundle.manifest import read_manifest  # noqa: E402
 from gte_deploy.exporters.triton.checks import check_repository  # noqa: E402
 from gte_deploy.exporters.triton.repository import _require_equal, export_repository  # noqa: E402
+from runtime_models import make_word_checkpoint  # noqa: E402
+from triton_emulation import Repository  # noqa: E402
 
 FIRST, SECOND = ["the king", "a", "water"], ["a queen of france", "the old house " * 7, ""]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(make_checkpoint: Callable[..., Path], runtime_models: Any, tmp_path_factory: Any) -> Path:
+def checkpoint(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("typed") / "checkpoint"
     options = {"task": "classify", "num_labels": 3, "type_vocab_size": 2, "layers": 1, "seed": 2}
-    return runtime_models.make_word_checkpoint(make_checkpoint, folder, **options)
+    return make_word_checkpoint(folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def by_transformers(checkpoint: Path, *texts: list[str]) -> np.ndarray:
         return GteForSequenceClassification.from_pretrained(checkpoint).eval()(**encoded).logits.numpy()
 
 
-def test_pairs_and_single_texts(path, open_repository, checkpoint):
-    repository = open_repository(path, "cpu")
+def test_pairs_and_single_texts(path, checkpoint):
+    repository = Repository(path, "cpu")
     requests = [{"TEXT": FIRST, "TEXT_PAIR": SECOND}, {"TEXT": FIRST}, {"TEXT": FIRST[:1], "TEXT_PAIR": FIRST[1:2]}]
     pairs, singles, other = repository.ask("gte_rerank", *requests)
     np.testing.assert_allclose(pairs["LOGITS"], by_transformers(checkpoint, FIRST, SECOND), atol=1e-4)
@@ -55,21 +57,21 @@ def test_pairs_and_single_texts(path, open_repository, checkpoint):
     assert len(repository.runs) < len(requests), "the batcher joined some"
 
 
-def test_states_of_tokens_come_with_their_types(path, open_repository, bundle):
-    (answer,) = open_repository(path, "cpu").ask("gte_token_embed", {"TEXT": FIRST})
+def test_states_of_tokens_come_with_their_types(path, bundle):
+    (answer,) = Repository(path, "cpu").ask("gte_token_embed", {"TEXT": FIRST})
     with gte_deploy.load(bundle, num_threads=1) as model:
         for row, wanted in enumerate(model.encode(FIRST, output_value=None)):
             length = len(wanted["input_ids"])
             np.testing.assert_array_equal(answer["TOKEN_TYPE_IDS"][row, :length], wanted["token_type_ids"])
             np.testing.assert_allclose(answer["TOKEN_EMBEDDINGS"][row, :length], wanted["token_embeddings"], atol=1e-5)
-        (embedded,) = open_repository(path, "cpu").ask("gte_embed", {"TEXT": FIRST})
+        (embedded,) = Repository(path, "cpu").ask("gte_embed", {"TEXT": FIRST})
         np.testing.assert_allclose(embedded["EMBEDDING"], model.encode(FIRST), atol=1e-5)
 
 
-def test_every_configuration_names_the_types(path, open_repository):
+def test_every_configuration_names_the_types(path):
     assert check_repository(path) == []
     for variant in (None, "cpu"):
-        repository = open_repository(path, variant)
+        repository = Repository(path, variant)
         encoder = repository.config("gte_encoder")
         inputs = ["input_ids", "attention_mask", "token_type_ids"]
         assert [tensor.name for tensor in encoder.input] == inputs
@@ -81,10 +83,10 @@ def test_every_configuration_names_the_types(path, open_repository):
             assert len(types) == value.dims[0] and 0 <= types.min() and types.max() < 2
 
 
-def test_through_tensorrt_the_types_have_a_profile(bundle, tmp_path, open_repository):
+def test_through_tensorrt_the_types_have_a_profile(bundle, tmp_path):
     path = export_repository(bundle, tmp_path / "repository", accelerator="tensorrt", threads=1).path
     assert check_repository(path) == []
-    config = open_repository(path, None).config("gte_encoder")
+    config = Repository(path, None).config("gte_encoder")
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert accelerator.parameters["trt_profile_max_shapes"].endswith(",token_type_ids:32x128")
 
@@ -109,15 +111,15 @@ def test_a_graph_that_forgets_its_types_is_found(bundle, path, tmp_path):
         _require_equal(source, tmp_path / "model.onnx", spec)
 
 
-def test_models_without_types_keep_their_tensors(repositories, open_repository):
+def test_models_without_types_keep_their_tensors(repositories):
     for task in ("embed", "classify", "token-classify"):
-        repository = open_repository(repositories[task], "cpu")
+        repository = Repository(repositories[task], "cpu")
         assert [tensor.name for tensor in repository.config("gte_encoder").input] == ["input_ids", "attention_mask"]
         outputs = [tensor.name for tensor in repository.config("gte_token_embed").output]
         assert outputs == ["INPUT_IDS", "ATTENTION_MASK", "TOKEN_EMBEDDINGS"]
 
 
-def test_the_spec_travels_with_the_configuration(path, open_repository):
-    parameters = open_repository(path, "cpu").config("gte_embed").parameters
+def test_the_spec_travels_with_the_configuration(path):
+    parameters = Repository(path, "cpu").config("gte_embed").parameters
     spec = json.loads(parameters["gte_deploy_spec"].string_value)
     assert (spec["token_types"], spec["type_vocab_size"]) == (True, 2)

@@ -20,6 +20,7 @@ from transformers import GteConfig  # noqa: E402
 from transformers.models.gte.modeling_gte import GteRotaryEmbedding  # noqa: E402
 
 import gte_deploy  # noqa: E402
+from factories import make_checkpoint, write_unigram_tokenizer  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import ParityError  # noqa: E402
 from gte_deploy.exporters import export  # noqa: E402
@@ -47,14 +48,14 @@ def change(file, what):
 
 
 @pytest.fixture(scope="session")
-def make(make_checkpoint, factories, tmp_path_factory):
+def make(tmp_path_factory):
     """`make(**options)`: a checkpoint of one layer, with `unigram` for a tokenizer like XLM-R's."""
 
     def checkpoint(*, unigram=False, **options):
         options = {"layers": 1, "max_positions": LIMIT, **options}
         folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **options)
         if unigram:
-            factories.write_unigram_tokenizer(folder, max_length=options["max_positions"])
+            write_unigram_tokenizer(folder, max_length=options["max_positions"])
             edit(folder / "config.json", pad_token_id=1)
         return folder
 

@@ -13,6 +13,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 
 import gte_deploy  # noqa: E402
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy import cli as runtime_cli  # noqa: E402
 from gte_deploy.backends.choice import choose_engine  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
@@ -36,7 +37,7 @@ def _quick(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def small(make_checkpoint, tmp_path_factory):
+def small(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("small") / "small", layers=1)
 
 
@@ -235,7 +236,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_sound_models_of_every_scale_are_exported(make_checkpoint, tmp_path, name):
+def test_sound_models_of_every_scale_are_exported(tmp_path, name):
     from safetensors.torch import load_file, save_file
 
     task, options, module, factor = CHANGES[name]

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ParityError  # noqa: E402
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, PRECISIONS, ModelSpec  # noqa: E402
@@ -59,7 +60,7 @@ def test_compare_in_chunks_is_compare(monkeypatch):
     reference = rng.standard_normal((3, 50, 7)).astype(np.float32)
     candidate = reference + rng.standard_normal(reference.shape).astype(np.float32) * 1e-3
     whole = compare(reference, candidate)
-    monkeypatch.setattr("gte_deploy.exporters.verification.differences._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("gte_deploy.exporters.verification.differences.CHUNK_ELEMENTS", 70)
     chunked = compare(reference, candidate)
     assert chunked.max_abs == whole.max_abs and chunked.cosine_min == whole.cosine_min
     assert chunked.cosine_mean == pytest.approx(whole.cosine_mean, abs=1e-12)
@@ -68,7 +69,7 @@ def test_compare_in_chunks_is_compare(monkeypatch):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [0, 99])
 def test_what_is_not_finite_is_not_within(bad, where, monkeypatch):
-    monkeypatch.setattr("gte_deploy.exporters.verification.differences._CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr("gte_deploy.exporters.verification.differences.CHUNK_ELEMENTS", 10)
     reference = np.ones((100, 2), np.float32)
     candidate = reference.copy()
     candidate[where] = bad
@@ -351,7 +352,7 @@ TASKS = [("fill-mask", 1), ("embed", 1), ("classify", 1), ("classify", 3), ("tok
 
 
 @pytest.fixture(scope="module")
-def changed(make_checkpoint, tmp_path_factory):
+def changed(tmp_path_factory):
     """`changed(task, labels, *changes)`: a copy of a tiny model, with these done to it."""
     folder, loaded = tmp_path_factory.mktemp("scales"), {}
 

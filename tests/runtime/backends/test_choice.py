@@ -31,7 +31,7 @@ def machine(monkeypatch, tmp_path):
 
     def make(installed=("onnxruntime", "openvino"), flags="fpu avx2 avx512_vnni"):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name : Test\nflags\t\t: {flags}\nprocessor : 1\n")
-        monkeypatch.setattr(engine_choice, "_CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(engine_choice, "CPUINFO", tmp_path / "cpuinfo")
         missing = {"onnxruntime", "openvino"} - set(installed)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else FIND_SPEC(name))
 
@@ -73,7 +73,7 @@ def test_int8_runs_on_openvino_where_the_cpu_multiplies_int8(machine, flags, bac
 
 
 def test_a_machine_that_tells_nothing_of_its_cpu(machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(engine_choice, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(engine_choice, "CPUINFO", tmp_path / "none")
     assert chosen(manifest("int8")) == ("onnx", "fp32")
 
 

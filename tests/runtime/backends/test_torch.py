@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from factories import add_sparse_modules, make_checkpoint
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.torch import TorchBackend, open_torch_backend
 from gte_deploy.models.checkpoint import load_model
@@ -17,11 +18,11 @@ def packed_backend(folder, **options):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(word_checkpoints, make_checkpoint, factories, tmp_path_factory):
+def checkpoints(word_checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("torch")
     labels = make_checkpoint(folder / "token-classify", task="token-classify", num_labels=3, max_positions=128)
     mean = make_checkpoint(folder / "embed-mean", task="embed", pooling="mean", max_positions=128)
-    sparse = factories.add_sparse_modules(make_checkpoint(folder / "sparse", max_positions=128), pooling="sum")
+    sparse = add_sparse_modules(make_checkpoint(folder / "sparse", max_positions=128), pooling="sum")
     return {**word_checkpoints, "token-classify": labels, "embed-mean": mean, "sparse": sparse}
 
 

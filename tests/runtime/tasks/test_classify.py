@@ -8,15 +8,16 @@ import pytest
 
 import gte_deploy
 from gte_deploy import InputError
+from runtime_models import make_word_checkpoint
 
 PAIRS = [["the king", "a queen of france"], ["a", "the old house " * 9], ["", "time"], ["water", "water"]]
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=[1, 3])
-def folder(request, make_checkpoint, runtime_models, tmp_path_factory):
-    return runtime_models.make_word_checkpoint(
-        make_checkpoint, tmp_path_factory.mktemp("classify") / "c", task="classify", num_labels=request.param, seed=2
+def folder(request, tmp_path_factory):
+    return make_word_checkpoint(
+        tmp_path_factory.mktemp("classify") / "c", task="classify", num_labels=request.param, seed=2
     )
 
 

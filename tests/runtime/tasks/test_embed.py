@@ -5,6 +5,7 @@ import pytest
 
 import gte_deploy
 from gte_deploy import InputError
+from runtime_models import make_word_checkpoint
 
 TEXTS = ["the king of france", "a", "", "walking and playing in the old city: " * 4, "中国 water!", "the queen"]
 # Two float32 runs of the same module with other batches.
@@ -12,11 +13,10 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=["cls", "mean", "normalize"])
-def folder(request, word_checkpoints, make_checkpoint, runtime_models, tmp_path_factory):
+def folder(request, word_checkpoints, tmp_path_factory):
     if request.param == "cls":
         return word_checkpoints["embed"]
-    return runtime_models.make_word_checkpoint(
-        make_checkpoint,
+    return make_word_checkpoint(
         tmp_path_factory.mktemp("embed") / request.param,
         task="embed",
         pooling="mean",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
+from factories import add_sparse_modules, make_checkpoint
 from gte_deploy.core.spec import SparseSpec
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import task_of
@@ -15,6 +16,7 @@ from gte_deploy.models.sparse_heads import SpladeHead
 from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
 from gte_deploy.tasks.sparse import SparseEmbedding
 from gte_deploy.text.tokenization import load_tokenizer
+from runtime_models import PIECES, make_word_checkpoint
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -39,8 +41,8 @@ def libraries():
 
 
 @pytest.fixture(scope="module")
-def masked_lm(make_checkpoint, runtime_models, tmp_path_factory):
-    return runtime_models.make_word_checkpoint(make_checkpoint, tmp_path_factory.mktemp("sparse") / "mlm", seed=7)
+def masked_lm(tmp_path_factory):
+    return make_word_checkpoint(tmp_path_factory.mktemp("sparse") / "mlm", seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +121,11 @@ def test_a_router_of_weights_and_a_model(backend, saved, load_on):
 
 
 @pytest.mark.parametrize("route", ["query", "document", None])
-def test_the_published_layout_of_a_router(route, masked_lm, factories, runtime_models, tmp_path, libraries):
+def test_the_published_layout_of_a_router(route, masked_lm, tmp_path, libraries):
     """The transformer stays in the root; which way plain texts go is the checkpoint's choice."""
     folder = shutil.copytree(masked_lm, tmp_path / "model")
-    weights = np.linspace(3, 0.5, len(runtime_models.PIECES))
-    factories.add_sparse_modules(folder, activation="log1p_relu", query_weights=weights.tolist(), default_route=route)
+    weights = np.linspace(3, 0.5, len(PIECES))
+    add_sparse_modules(folder, activation="log1p_relu", query_weights=weights.tolist(), default_route=route)
     assert task_of(folder) == "sparse"
     judge = sparse_encoder(folder)
     with gte_deploy.load(folder, backend="torch") as model:
@@ -136,13 +138,13 @@ def test_the_published_layout_of_a_router(route, masked_lm, factories, runtime_m
             assert_like(dense(model.encode_sparse(TEXTS)), judge.encode(TEXTS), TOLERANCE["max"])
 
 
-def test_query_weights_by_word(masked_lm, factories, tmp_path, libraries):
+def test_query_weights_by_word(masked_lm, tmp_path, libraries):
     """idf.json in place of a tensor; a word that the vocabulary lacks falls to [UNK], as in transformers."""
     from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
     from transformers import AutoTokenizer
 
     folder = shutil.copytree(masked_lm, tmp_path / "model")
-    factories.add_sparse_modules(folder, query_weights=[0.0] * SIZE)
+    add_sparse_modules(folder, query_weights=[0.0] * SIZE)
     place = folder / "query_0_SparseStaticEmbedding"
     (place / "idf.json").write_text(json.dumps({"king": 2.5, "the": 0.25, "nowhere": 7, "中": 1.5}), encoding="utf-8")
     (place / "config.json").write_text(json.dumps({"path": "idf.json"}), encoding="utf-8")
@@ -252,12 +254,12 @@ def test_a_masked_lm_without_modules_is_pooled_as_sparse_encoder_does(masked_lm,
 
 
 @pytest.fixture(scope="module")
-def token_weights(make_checkpoint, runtime_models, tmp_path_factory):
+def token_weights(tmp_path_factory):
     """With a 1_Pooling folder, so that its own task is embed; weights lie on both sides of 0."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path_factory.mktemp("weights") / "checkpoint"
-    runtime_models.make_word_checkpoint(make_checkpoint, folder, task="token-classify", seed=3, pooling="cls")
+    make_word_checkpoint(folder, task="token-classify", seed=3, pooling="cls")
     tensors = load_file(folder / "model.safetensors")
     tensors["classifier.bias"] = tensors["classifier.bias"] + 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -302,7 +304,7 @@ def test_token_weights(backend, token_weights, bundle_of):
                 assert list(row.values()) == sorted(row.values(), reverse=True)
 
 
-def test_several_labels_are_no_weights(make_checkpoint, tmp_path):
+def test_several_labels_are_no_weights(tmp_path):
     folder = make_checkpoint(tmp_path, task="token-classify", num_labels=3)
     with pytest.raises(gte_deploy.ConfigError, match="token-classify with 3 labels"):
         gte_deploy.load(folder, backend="torch", task="sparse")
@@ -390,12 +392,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_modules_that_are_not_honoured(case, masked_lm, factories, tmp_path, caplog):
+def test_modules_that_are_not_honoured(case, masked_lm, tmp_path, caplog):
     """They are refused by name as sparse, and the checkpoint fills masks with a word about it."""
     caplog.set_level("WARNING")
     change, message = REFUSED[case]
     folder = shutil.copytree(masked_lm, tmp_path / "model")
-    factories.add_sparse_modules(folder, query_weights=[1.0] * SIZE)
+    add_sparse_modules(folder, query_weights=[1.0] * SIZE)
     change(folder)
     assert message in read_sparse_modules(CheckpointFiles(folder)).reason
     with pytest.raises(gte_deploy.ConfigError, match="gives no sparse embeddings") as raised:
@@ -429,19 +431,19 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_query_weights_that_cannot_be_read(case, masked_lm, factories, tmp_path):
+def test_query_weights_that_cannot_be_read(case, masked_lm, tmp_path):
     change, message = DAMAGED[case]
     folder = shutil.copytree(masked_lm, tmp_path / "model")
-    factories.add_sparse_modules(folder, query_weights=[1.0] * SIZE)
+    add_sparse_modules(folder, query_weights=[1.0] * SIZE)
     change(folder / "query_0_SparseStaticEmbedding")
     with pytest.raises(gte_deploy.GteDeployError, match=message):
         gte_deploy.load(folder, backend="torch")
 
 
 @pytest.mark.parametrize("weights", [[1.0] * (SIZE + 1), [[1.0] * SIZE], [float("nan")] * SIZE])
-def test_query_weights_of_a_wrong_form(weights, masked_lm, factories, tmp_path):
+def test_query_weights_of_a_wrong_form(weights, masked_lm, tmp_path):
     folder = shutil.copytree(masked_lm, tmp_path / "model")
-    factories.add_sparse_modules(folder, query_weights=weights)
+    add_sparse_modules(folder, query_weights=weights)
     with pytest.raises(gte_deploy.CheckpointError, match="query weights"):
         gte_deploy.load(folder, backend="torch")
 

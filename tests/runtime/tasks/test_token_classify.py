@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import gte_deploy
+from factories import write_labels, write_xlmr_tokenizer
 from gte_deploy import InputError
+from runtime_models import MAX_LENGTH, make_word_checkpoint
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
 STRATEGIES = ("none", "simple", "first", "average", "max")
@@ -25,21 +27,19 @@ TEXTS = (
 )
 
 
-def make_tagger(make_checkpoint, factories, runtime_models, folder, *, unigram=False, **options):
+def make_tagger(folder, *, unigram=False, **options):
     """A classifier of tokens whose labels are in use, each of them."""
-    runtime_models.make_word_checkpoint(
-        make_checkpoint, folder, task="token-classify", num_labels=len(LABELS), seed=7, **options
-    )
-    factories.write_labels(folder, LABELS)
+    make_word_checkpoint(folder, task="token-classify", num_labels=len(LABELS), seed=7, **options)
+    write_labels(folder, LABELS)
     if unigram:
-        factories.write_xlmr_tokenizer(folder, UNIGRAM, max_length=runtime_models.MAX_LENGTH)
+        write_xlmr_tokenizer(folder, UNIGRAM, max_length=MAX_LENGTH)
     return folder
 
 
 @pytest.fixture(scope="module", params=["wordpiece", "unigram"])
-def checkpoint(request, make_checkpoint, factories, runtime_models, tmp_path_factory):
+def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tagger") / request.param
-    return make_tagger(make_checkpoint, factories, runtime_models, folder, unigram=request.param == "unigram")
+    return make_tagger(folder, unigram=request.param == "unigram")
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,8 @@ def test_enumerations_of_transformers(model):
     assert model.classify_tokens(TEXTS[1], aggregation_strategy=None) == model.classify_tokens(TEXTS[1])
 
 
-def test_every_backend_answers_alike(backend, load_on, make_checkpoint, factories, runtime_models, tmp_path):
-    checkpoint = make_tagger(make_checkpoint, factories, runtime_models, tmp_path / "c")
+def test_every_backend_answers_alike(backend, load_on, tmp_path):
+    checkpoint = make_tagger(tmp_path / "c")
     with gte_deploy.load(checkpoint, backend="torch", num_threads=1) as torch_model:
         expected = torch_model.classify_tokens(list(TEXTS), ignore_labels=())
         logits = torch_model.predict(list(TEXTS))

@@ -52,7 +52,7 @@ def test_no_row_no_batch():
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    monkeypatch.setattr("gte_deploy.text.batching._WINDOW", 8)
+    monkeypatch.setattr("gte_deploy.text.batching.WINDOW", 8)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from factories import write_tokenizer
+
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory, factories: ModuleType) -> Path:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer.json of 256 words."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    factories.write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder

@@ -1,40 +1,13 @@
-import hashlib
 import json
 
 import numpy as np
 import pytest
 
+from corpora import random_documents, write_corpus
 from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
 
 LENGTHS = {"en": (3, 20, 700), "": (1, 40), "de": (5,)}
-SPECIAL = {"pad_id": 0, "unk_id": 1, "cls_id": 2, "sep_id": 3, "mask_id": 4, "special_ids": [0, 1, 2, 3, 4]}
-
-
-def write_corpus(folder, documents, *, vocab_size=256):
-    """The format by hand, one shard per language."""
-    folder.mkdir()
-    shards = []
-    for number, (language, texts) in enumerate(documents.items()):
-        shard = {"name": f"shard-{number:05d}", "language": language, "documents": len(texts)}
-        shard["tokens"] = sum(map(len, texts))
-        contents = {
-            "tokens": np.concatenate(texts).astype("<u2" if vocab_size < 65_536 else "<u4").tobytes(),
-            "offsets": np.cumsum([0, *map(len, texts)]).astype("<i8").tobytes(),
-        }
-        for kind, content in contents.items():
-            (folder / f"{shard['name']}.{kind}").write_bytes(content)
-            shard[f"{kind}_sha256"] = hashlib.sha256(content).hexdigest()
-        shards.append(shard)
-    vocabulary = {"size": vocab_size, **SPECIAL}
-    index = {"format": "gte-token-corpus", "version": 1, "vocabulary": vocabulary, "languages": list(documents)}
-    (folder / "index.json").write_text(json.dumps({**index, "shards": shards}))
-    return folder
-
-
-def random_documents(lengths, *, vocab_size=256, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(5, vocab_size, length) for length in lengths]
 
 
 @pytest.fixture

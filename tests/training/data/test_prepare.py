@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from factories import write_tokenizer
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.training.data import prepare as module
 from gte_deploy.training.data import readers, units
@@ -151,10 +152,10 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, make):
     assert corpus.index["counts"]["empty_documents"] == 2
 
 
-def test_long_documents_are_not_cut(tmp_path, make, factories):
+def test_long_documents_are_not_cut(tmp_path, make):
     limited = tmp_path / "limited"
     limited.mkdir()
-    factories.write_tokenizer(limited)
+    write_tokenizer(limited)
     content = json.loads((limited / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     content["padding"] = {
@@ -243,7 +244,7 @@ def test_a_damaged_parquet_file_is_an_error(tmp_path, make):
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(readers, "_EXPANSION_FREE_BYTES", 1 << 16)
+    monkeypatch.setattr(readers, "EXPANSION_FREE_BYTES", 1 << 16)
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(b"\n" * (1 << 19)))
     with pytest.raises(InputError, match="expands more than 200 times"):
@@ -307,7 +308,7 @@ def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path, make):
 @pytest.fixture
 def many_units(tmp_path, monkeypatch):
     """Six inputs, each a unit of its own."""
-    monkeypatch.setattr(units, "_UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
     rng = np.random.default_rng(0)
     for i in range(6):
         texts = [" ".join(f"w{w}" for w in rng.integers(5, 256, n)) for n in rng.integers(0, 60, 200)]
@@ -428,7 +429,7 @@ from pathlib import Path
 from gte_deploy.training.data import units
 from gte_deploy.training.data.prepare import prepare
 from gte_deploy.training.options import PrepareOptions
-units._UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
+units.UNIT_BYTES = 1  # used where units are planned, so it need not reach the workers
 
 if __name__ == "__main__":
     inputs, output, tokenizer, workers = sys.argv[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from factories import make_checkpoint
 from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
-from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.checkpoint import load_model, save_model
 from gte_deploy.training.cli import main
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import MicroBatch
@@ -144,9 +144,7 @@ def test_corpus_without_long_documents_is_refused(tiny_mlm: Path, corpus_folder:
         measure(tiny_mlm, corpus_folder, max_length=4096, contexts=[128])
 
 
-def test_model_of_too_few_positions_or_another_vocabulary_is_refused(
-    tmp_path: Path, corpus_folder: Path, make_checkpoint: Callable[..., Path]
-):
+def test_model_of_too_few_positions_or_another_vocabulary_is_refused(tmp_path: Path, corpus_folder: Path):
     short = make_checkpoint(tmp_path / "short", max_positions=32)
     with pytest.raises(ConfigError, match="has 32 positions, not 64"):
         measure(short, corpus_folder)
@@ -156,12 +154,12 @@ def test_model_of_too_few_positions_or_another_vocabulary_is_refused(
         measure(other, corpus_folder)
 
 
-def test_not_a_number_is_refused(tiny_mlm: Path, corpus_folder: Path, monkeypatch):
-    model = packed_model(tiny_mlm)
+def test_not_a_number_is_refused(tiny_mlm: Path, corpus_folder: Path, tmp_path: Path):
+    model = load_model(tiny_mlm, task="fill-mask")
     torch.nn.init.constant_(model.gte.layers[0].mlp.down_proj.bias, float("nan"))
-    monkeypatch.setattr(extrapolation, "_load", lambda *args: model)
+    save_model(model, tmp_path / "spoilt", layout="native")
     with pytest.raises(NonFiniteError):
-        measure(tiny_mlm, corpus_folder)
+        measure(tmp_path / "spoilt", corpus_folder)
 
 
 def test_command_writes_json_and_plot(tiny_mlm: Path, corpus_folder: Path, tmp_path: Path, capsys):

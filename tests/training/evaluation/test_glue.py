@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import gte_deploy
+from factories import make_checkpoint, write_safetensors, write_tokenizer
 from gte_deploy.core.errors import CheckpointError, InputError
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
 from gte_deploy.training.cli import main
@@ -227,7 +228,7 @@ def test_a_chained_task_brings_mnli_with_it():
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])
-def test_classifier_has_the_checkpoints_encoder_and_a_seeded_head(tmp_path: Path, make_checkpoint, layout):
+def test_classifier_has_the_checkpoints_encoder_and_a_seeded_head(tmp_path: Path, layout):
     folder = make_checkpoint(tmp_path / "mlm", layout=layout, type_vocab_size=2)
     first, second, other = (load_classifier(folder, num_labels=3, seed=seed) for seed in (0, 0, 1))
     assert type(first) is GteForSequenceClassification
@@ -241,11 +242,11 @@ def test_classifier_has_the_checkpoints_encoder_and_a_seeded_head(tmp_path: Path
     assert not torch.equal(state["gte.pooler.dense.weight"], other.state_dict()["gte.pooler.dense.weight"])
 
 
-def test_damaged_encoder_is_refused(tmp_path: Path, make_checkpoint, factories):
+def test_damaged_encoder_is_refused(tmp_path: Path):
     folder = make_checkpoint(tmp_path / "mlm")
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("new.encoder.layer.1.mlp.down_proj.weight")
-    factories.write_safetensors(folder, tensors)
+    write_safetensors(folder, tensors)
     with pytest.raises(CheckpointError, match="down_proj"):
         load_classifier(folder, num_labels=2, seed=0)
 
@@ -254,23 +255,23 @@ SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 SMALL |= {"intermediate_size": 48, "max_position_embeddings": 140, "type_vocab_size": 2}
 
 
-def test_encoders_that_transformers_knows_run_too(tmp_path: Path, factories):
+def test_encoders_that_transformers_knows_run_too(tmp_path: Path):
     RobertaModel(RobertaConfig(**{**SMALL, "type_vocab_size": 1, "pad_token_id": 0})).save_pretrained(tmp_path / "a")
     NomicBertForMaskedLM(NomicBertConfig(**SMALL)).save_pretrained(tmp_path / "b")
     examples = Examples([("w7 w8", "w9"), ("w7", "w8")], np.array([0, 1]))
     for name, has_types in (("a", False), ("b", True)):
-        factories.write_tokenizer(tmp_path / name)
+        write_tokenizer(tmp_path / name)
         model = load_classifier(tmp_path / name, num_labels=2, seed=0)
         data = Encoded.of(examples, folder=tmp_path / name, model=model, max_length=16)
         assert (data.type_ids is not None) == has_types
         assert predict(model, data).shape == (2, 2)
 
 
-def test_half_filled_encoder_of_another_system_is_refused(tmp_path: Path, factories):
+def test_half_filled_encoder_of_another_system_is_refused(tmp_path: Path):
     RobertaModel(RobertaConfig(**SMALL)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("encoder.layer.1.output.dense.weight")
-    factories.write_safetensors(tmp_path, tensors)
+    write_safetensors(tmp_path, tensors)
     with pytest.raises(CheckpointError, match="layer.1.output.dense.weight"):
         load_classifier(tmp_path, num_labels=2, seed=0)
 
@@ -299,7 +300,7 @@ def test_start_from_keeps_all_but_the_last_layer(tiny_mlm: Path):
 
 
 @pytest.mark.parametrize("names", [None, ["input_ids", "attention_mask"]])
-def test_a_trained_pair_classifier_answers_alike_wherever_it_is_loaded(tmp_path: Path, make_checkpoint, names):
+def test_a_trained_pair_classifier_answers_alike_wherever_it_is_loaded(tmp_path: Path, names):
     """It is trained with the token types that the runtime and CrossEncoder feed it with: the tokenizer's, or none."""
     from sentence_transformers import CrossEncoder
 
@@ -519,7 +520,7 @@ def test_command(tiny_mlm: Path, toy_glue: Path, tmp_path: Path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
-def test_native_save_of_a_published_head_is_not_mistaken(tmp_path: Path, make_checkpoint):
+def test_native_save_of_a_published_head_is_not_mistaken(tmp_path: Path):
     """An MLM checkpoint saved by us and reloaded gives the same classifier."""
     folder = make_checkpoint(tmp_path / "mlm")
     save_model(load_model(folder), tmp_path / "native", layout="native")

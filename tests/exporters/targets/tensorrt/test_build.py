@@ -8,6 +8,7 @@ import pytest
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
 
+from factories import make_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
 from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
@@ -106,11 +107,11 @@ def test_a_timing_cache_is_for_ordinary_tensorrt(build, graphs, saved, tmp_path)
 
 
 @pytest.fixture
-def small(make_checkpoint, tmp_path):
+def small(tmp_path):
     return make_checkpoint(tmp_path / "small", hidden_size=64, heads=2, intermediate=128)
 
 
-def test_the_command_writes_a_bundle_that_describes_its_engine(small, tmp_path, capsys):
+def test_the_command_writes_a_bundle_that_describes_its_engine(trace_once, small, tmp_path, capsys):
     out = tmp_path / "bundle"
     arguments = ["--max-len", "64", "--profile", "1x1:4x16:8x64", "--target", "sm89", "--keep-onnx"]
     assert main([str(small), str(out), "--format", "trt", *arguments]) == 0
@@ -135,12 +136,12 @@ def test_without_keep_onnx_the_bundle_holds_the_engine_alone(small, tmp_path, ca
     assert [tensor.name for tensor in manifest.plan.outputs] == ["last_hidden_state", "sentence_embedding"]
 
 
-def test_onnx_only_needs_no_tensorrt_and_prints_the_line(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtimes, "_import", lambda variant: None)
+def test_onnx_only_needs_no_tensorrt_and_prints_the_line(trace_once, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtimes, "import_tensorrt", lambda variant: None)
     out = tmp_path / "bundle"
-    assert main([str(small), str(out), "--format", "trt", "--max-len", "32"]) == 3
+    assert main([str(small), str(out), "--format", "trt", "--max-len", "64"]) == 3
     assert "gte-deploy[rtx]" in capsys.readouterr().err and not out.exists()
-    assert main([str(small), str(out), "--format", "trt", "--max-len", "32", "--onnx-only"]) == 0
+    assert main([str(small), str(out), "--format", "trt", "--max-len", "64", "--onnx-only"]) == 0
     assert "trtexec --onnx=onnx/model_tensorrt.onnx" in capsys.readouterr().out
     manifest = open_bundle(out)
     assert manifest.plan is None and list(manifest.graphs) == ["tensorrt"]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from factories import make_checkpoint
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.quantization.calibration import measure_amax, measure_ranges
 
@@ -51,7 +52,7 @@ def test_percentile_and_entropy_clip_what_is_rare(amax):
     assert sum(entropy.values()) < 0.95 * sum(most.values())
 
 
-def test_entropy_is_for_integers(make_checkpoint, tmp_path, capsys):
+def test_entropy_is_for_integers(tmp_path, capsys):
     folder = make_checkpoint(tmp_path / "small")
     options = ["--format", "trt", "--precision", "fp8", "--calibrator", "entropy", "--max-len", "16"]
     assert main([str(folder), str(tmp_path / "out"), *options]) == 2

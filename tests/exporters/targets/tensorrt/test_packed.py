@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 import gte_deploy
+from factories import make_checkpoint
 from gte_deploy.backends.base import Batch
 from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.core.errors import BackendError, BundleError, ExportError, InputError
@@ -95,7 +96,7 @@ def test_it_computes_what_pytorch_does(packed, model, spec, precision):
         pytest.param("token-classify", {}, marks=pytest.mark.slow),
     ],
 )
-def test_every_head_finds_its_tokens(make_checkpoint, tmp_path, task, more):
+def test_every_head_finds_its_tokens(tmp_path, task, more):
     sizes = {"hidden_size": 32, "heads": 2, "layers": 1, "max_positions": 1024, "type_vocab_size": 2}
     model = load_model(make_checkpoint(tmp_path / "model", task=task, **sizes), task=task)
     plain = build_graphs(model, task=task, max_length=1024, **more)["openvino"]
@@ -281,7 +282,7 @@ def test_the_trtexec_line_has_its_shapes():
 
 
 @pytest.fixture(scope="module")
-def bundle(make_checkpoint, tmp_path_factory):
+def bundle(tmp_path_factory):
     """What --onnx-only writes of a small embedding model, and what the command said."""
     folder = tmp_path_factory.mktemp("packed")
     checkpoint = make_checkpoint(folder / "model", task="embed", heads=2, layers=1, max_positions=64)

@@ -30,7 +30,7 @@ def machine(monkeypatch):
 
     def set_up(gpu, *variants):
         monkeypatch.setattr(runtimes, "gpu_capability", lambda: gpu)
-        monkeypatch.setattr(runtimes, "_import", lambda variant: MODULE if variant in variants else None)
+        monkeypatch.setattr(runtimes, "import_tensorrt", lambda variant: MODULE if variant in variants else None)
 
     return set_up
 

@@ -526,8 +526,8 @@ def test_a_graph_goes_with_the_memory_it_was_captured_of(make, runtime):
 
 
 def test_graphs_are_bounded(make, runtime, monkeypatch):
-    monkeypatch.setattr(tensorrt_backend, "_KEPT_GRAPHS", 2)
-    monkeypatch.setattr(tensorrt_backend, "_REMEMBERED_SHAPES", 3)
+    monkeypatch.setattr(tensorrt_backend, "KEPT_GRAPHS", 2)
+    monkeypatch.setattr(tensorrt_backend, "REMEMBERED_SHAPES", 3)
     backend, rng = make(), np.random.default_rng(0)
     assert_right(backend, random_batch(rng, 4, 16, 4))
     for rows in (1, 2, 3):
@@ -695,9 +695,8 @@ def module(monkeypatch, runtime):
 
     module.ILogger, module.Runtime, module.plan = ILogger, Runtime, plan_of()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(cuda_module, "_import_runtime", lambda extra: runtime)
+    monkeypatch.setattr(cuda_module, "import_runtime", lambda extra: runtime)
     monkeypatch.setattr(cuda_module, "gpu_capability", lambda index: "8.9")
-    monkeypatch.setattr(tensorrt_plan, "_LOGGERS", {})
     return module
 
 

@@ -1,12 +1,12 @@
 """A real Triton on the CPU, without root or containers: set up once, started on loopback for tests and benchmarks.
 
-    python tests/triton/server.py            # set it up under build/triton-server; nothing to do when repeated
+    python tests/support/triton_server.py    # set it up under build/triton-server; nothing to do when repeated
 
 The server is the one in NVIDIA's wheel `nvidia-pytriton`: the tritonserver binary with its Python backend, response
 cache and metrics. The ONNX Runtime backend is on no package index, so the models that name it run on a stand-in,
-`onnxruntime_backend/model.py`: the same checks of config.pbtxt against the graph, the same onnxruntime library, behind
-Triton's interface for Python-based backends. Everything else (HTTP and gRPC, ensembles, dynamic batching, queues,
-warm-up, statistics) is Triton itself.
+`tests/triton/onnxruntime_backend/model.py`: the same checks of config.pbtxt against the graph, the same onnxruntime
+library, behind Triton's interface for Python-based backends. Everything else (HTTP and gRPC, ensembles, dynamic
+batching, queues, warm-up, statistics) is Triton itself.
 
 The Python backend wants numpy 1, so its models get a small virtual environment that holds it in front of the packages
 of this one.
@@ -32,7 +32,7 @@ from typing import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "triton-server"
-BACKEND = Path(__file__).with_name("onnxruntime_backend") / "model.py"
+BACKEND = ROOT / "tests" / "triton" / "onnxruntime_backend" / "model.py"
 
 VERSION = "2.51"
 

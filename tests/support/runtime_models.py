@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from factories import make_checkpoint
+
 MAX_LENGTH = 128
 VOCAB_SIZE = 128
 PIECES = (
@@ -35,7 +37,7 @@ TEXTS = (
 )
 
 
-def make_word_checkpoint(make_checkpoint: Callable[..., Path], folder: Path, **options: Any) -> Path:
+def make_word_checkpoint(folder: Path, **options: Any) -> Path:
     """A checkpoint with the pieces above, whose tokenizer.json is what BERT's is."""
     options = {
         "vocab": PIECES,
@@ -55,7 +57,7 @@ def make_word_checkpoint(make_checkpoint: Callable[..., Path], folder: Path, **o
 
 
 @pytest.fixture(scope="session")
-def word_checkpoints(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def word_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One native-layout checkpoint for each task. Shared by the session: read only."""
     folder = tmp_path_factory.mktemp("words")
     options: dict[str, dict[str, Any]] = {
@@ -67,9 +69,7 @@ def word_checkpoints(make_checkpoint: Callable[..., Path], tmp_path_factory: pyt
         },
         "classify": {"seed": 2},
     }
-    return {
-        task: make_word_checkpoint(make_checkpoint, folder / task, task=task, **more) for task, more in options.items()
-    }
+    return {task: make_word_checkpoint(folder / task, task=task, **more) for task, more in options.items()}
 
 
 @pytest.fixture(scope="session")
