@@ -10,9 +10,9 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip i
 
 LAYERS, GEMMS = 12, 6 * 12
 MAX_BYTES = 2 << 30
-# In a process of its own: what torch holds is not the builder's.
+# In a process of its own, without torch. Its own peak is VmHWM: ru_maxrss also counts the process that started it.
 BUILD = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import onnx_ir as ir
 from gte_deploy.exporters.graph.build import graph_of
@@ -20,12 +20,13 @@ from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles
 from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime
+from gte_deploy.tuning.measure import peak_resident_bytes
 file, counts = Path(sys.argv[1]), json.loads(sys.argv[2])
 plan = build_plan(
     file, file.parent, choose_runtime("rtx"), TensorRTOptions(), graph=graph_of(ir.load(file), counts, 20),
     num_layers=12, compute_capabilities=("8.6", "8.9", "12.0"), profiles=default_profiles(8192),
 )
-print(json.dumps({"layers": plan.layers, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"layers": plan.layers, "bytes": peak_resident_bytes()}))
 """
 
 
@@ -52,7 +53,7 @@ def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
     from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
     from gte_deploy.models.families.gte import GTE
 
-    # What the scales are does not matter to the builder.
+    # The builder's memory does not depend on the values of the scales.
     amax = {linear.name: 8.0 for linear in find_linear_layers(base["openvino"].model)}
     plan = QdqScheme("int8", amax) if precision == "int8" else None
     sites = GTE.sites(GteConfig(num_hidden_layers=LAYERS))
@@ -61,7 +62,7 @@ def test_the_builder_stays_within_two_gigabytes(base, precision, tmp_path):
     command = [sys.executable, "-c", BUILD, str(tmp_path / "base.onnx"), json.dumps(graph.fusions)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert found["layers"]["fused_attention"] == LAYERS and found["layers"][f"{precision}_gemm"] >= GEMMS
-    assert found["bytes"] < MAX_BYTES
+    assert 0 < found["bytes"] < MAX_BYTES
     size = (tmp_path / "tensorrt/model.plan").stat().st_size
     weights = sum(value.const_value.nbytes for value in graph.model.graph.initializers.values())
     assert 0.9 * weights < size < 1.5 * weights
