@@ -25,7 +25,7 @@ class Option:
         help: one sentence for `--help` and docs/; a default other than None and False is added to it.
         choices: the allowed values; empty for any.
         flags: spellings on the command line; by default the field's name with hyphens.
-        metavar: placeholder of the value in `--help`.
+        metavar: name of the value in `--help`, such as FILE.
         parse: function from the command line's text to the value. It may raise InputError.
         repeated: whether the flag may be given several times; the value is a tuple then.
         nargs: number of values after one flag: "+" or "*" for a tuple of them, "?" for one that may be left out.
