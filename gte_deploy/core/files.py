@@ -77,12 +77,12 @@ def sync_file(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Flush every file and directory below `folder`, and make them readable by other users."""
-    for path in folder.rglob("*"):
-        if not path.is_dir():
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            path.chmod(DIRECTORY_MODE)
+            sync_directory(path)
+        else:
             sync_file(path)
-    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        directory.chmod(DIRECTORY_MODE)
-        sync_directory(directory)
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:

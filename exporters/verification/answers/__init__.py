@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy.backends.choice import ENGINE_OF
-from gte_deploy.bundle.manifest import read_manifest
+from gte_deploy.bundle.manifest import Manifest, read_manifest
 from gte_deploy.core.errors import BackendError, CheckpointError, MissingDependencyError, ParityError
 from gte_deploy.core.spec import BackendName, Precision
 from gte_deploy.exporters.verification.answers.closeness import Closeness
@@ -63,19 +63,18 @@ def verify_against(bundle: Path, checkpoint: Path) -> Check:
     for module in ("torch", "transformers", "onnxruntime"):
         if importlib.util.find_spec(module) is None:
             raise MissingDependencyError(module, "export")
-    precision = read_manifest(bundle).precision
-    with contextlib.closing(_open(bundle, checkpoint)) as model:
-        check = check_bundle(checkpoint, model, precision, Asked(limit="shorter"))
+    manifest = read_manifest(bundle)
+    with contextlib.closing(_open(bundle, manifest, checkpoint)) as model:
+        check = check_bundle(checkpoint, model, manifest.precision, Asked(limit="shorter"))
     if not check.passed:
         raise ParityError(f"{bundle} does not answer as {checkpoint} does:\n  " + "\n  ".join(check.failures))
     return check
 
 
-def _open(bundle: Path, checkpoint: Path) -> Model:
+def _open(bundle: Path, manifest: Manifest, checkpoint: Path) -> Model:
     """Open a bundle on its engine for CPUs; if none runs here, on PyTorch with the checkpoint's weights."""
     from gte_deploy.backends.torch import open_torch_backend
 
-    manifest = read_manifest(bundle)
     engines: tuple[BackendName, ...] = ("onnx", "openvino")
     for engine in engines:
         if ENGINE_OF[engine] in manifest.graphs:
