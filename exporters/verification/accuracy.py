@@ -269,11 +269,12 @@ def _needed(outputs: Outputs, batch: Batch, spec: ModelSpec) -> Needed:
             sentences = pool(hidden, batch.attention_mask, "mean")
         needed = {"tokens": hidden[batch.attention_mask.astype(bool)], "sentences": sentences}
     if spec.task == "fill-mask" and batch.mask_positions is not None:
-        needed["best"] = _five_best(logits_of_masks(spec, batch.mask_positions, outputs["logits"]))
+        needed["best"] = five_best(logits_of_masks(spec, batch.mask_positions, outputs["logits"]))
     return needed
 
 
-def _five_best(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+def five_best(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the ids [M, 5] of the five largest logits [M, V], largest first; of equal ones the lower id."""
     left, best = logits.copy(), np.empty((len(logits), 5), np.int64)
     for rank in range(5):  # a dozen times as fast as sorting or partitioning a vocabulary
         best[:, rank] = left.argmax(axis=1)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.exporters.verification.accuracy import Runs
+from gte_deploy.exporters.verification.accuracy import Runs, five_best
 from gte_deploy.exporters.verification.bounds import Tolerance
 from gte_deploy.exporters.verification.cases import Case, last_row_alone
 from gte_deploy.tasks.base import Outputs
@@ -294,7 +294,6 @@ def _agreement(expected: Outputs, found: Outputs, batch: Batch, spec: ModelSpec)
     """Return fill-mask's top-1 agreement and top-5 overlap at the masks; (None, None) for other tasks."""
     if batch.mask_positions is None:
         return None, None
-    pair = [logits_of_masks(spec, batch.mask_positions, side["logits"]) for side in (expected, found)]
-    best = [np.argsort(-logits, axis=-1, kind="stable")[:, :5] for logits in pair]
+    best = [five_best(logits_of_masks(spec, batch.mask_positions, side["logits"])) for side in (expected, found)]
     shared = [len(np.intersect1d(a, b)) / len(a) for a, b in zip(*best, strict=True)]
     return float(np.mean(best[0][:, 0] == best[1][:, 0])), float(np.mean(shared))
