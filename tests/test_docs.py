@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -106,3 +107,47 @@ def _anchors(path: Path) -> set[str]:
     """GitHub's: lower case, spaces as hyphens, no punctuation."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+class _Plain(ast.NodeTransformer):
+    """Leaves out what the documents leave out: docstrings, annotations, and imports in functions."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.Assign | None:
+        return None if node.value is None else ast.Assign([node.target], node.value, lineno=0)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.generic_visit(node)
+        node.returns = None
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+            argument.annotation = None
+        return node
+
+
+def _definitions(source: str) -> dict[str, str]:
+    """Name of a class or constant -> its code, as `_Plain` leaves it."""
+    tree = _Plain().visit(ast.parse(source))
+    named = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    named |= {node.targets[0].id: node for node in tree.body if isinstance(node, ast.Assign)}
+    return {name: ast.unparse(node) for name, node in named.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("OpenVinoTarget", "exporters/targets/openvino.py"),
+        ("CountRequest", "tests/runtime/tasks/test_registry.py"),
+        ("COUNT", "tests/runtime/tasks/test_registry.py"),
+        ("BERT", "tests/models/families/bert.py"),
+        ("GLU", "exporters/graph/fusion/glu.py"),
+    ],
+)
+def test_the_page_on_extending_shows_the_code_as_it_is(name: str, source: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.M | re.S)
+    shown = [found[name] for block in blocks if name in (found := _definitions(block))]
+    assert shown == [_definitions((ROOT / source).read_text(encoding="utf-8"))[name]]
