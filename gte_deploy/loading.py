@@ -169,7 +169,7 @@ class _Opened:
 
 def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
     """Return a sparse model's stored query weights [V], from the bundle's file or the checkpoint's modules, or None."""
-    if spec.sparse is None or is_bundle(folder):
+    if spec.sparse is None or spec.sparse.query_weights is None or is_bundle(folder):
         return stored_query_weights(folder, spec)
     from gte_deploy.models.folder import CheckpointFiles
     from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
