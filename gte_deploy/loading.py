@@ -16,6 +16,7 @@ from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.core.cpus import MAX_THREADS
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.files import cache_folder
 from gte_deploy.core.forking import in_use
@@ -39,7 +40,6 @@ from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 _ASKED = "it was asked for"
-_MAX_THREADS = 1024
 # A CPU is busy with few tokens, and small batches waste little padding; a GPU needs many.
 _MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 # Masks of one run through ONNX Runtime's TensorRT provider. More masks take several runs.
@@ -88,7 +88,7 @@ def load(
     if device is not None:
         parse_device(device)
     if num_threads is not None:
-        num_threads = check_integer("num_threads", num_threads, 1, _MAX_THREADS)
+        num_threads = check_integer("num_threads", num_threads, 1, MAX_THREADS)
     check_choice("backend", backend, BACKENDS)
     if precision is not None:
         check_choice("precision", precision, COMPUTE_PRECISIONS)
@@ -169,7 +169,7 @@ class _Opened:
 
 def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
     """Return a sparse model's stored query weights [V], from the bundle's file or the checkpoint's modules, or None."""
-    if spec.sparse is None or is_bundle(folder):
+    if spec.sparse is None or spec.sparse.query_weights is None or is_bundle(folder):
         return stored_query_weights(folder, spec)
     from gte_deploy.models.folder import CheckpointFiles
     from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules

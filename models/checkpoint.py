@@ -33,7 +33,7 @@ from gte_deploy.models.description import Description
 from gte_deploy.models.families import family_of
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.folder import CheckpointFiles
-from gte_deploy.models.modules import read_settings
+from gte_deploy.models.modules import SentenceSettings, read_settings
 from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors
 from gte_deploy.models.weight_files import INDEX
 
@@ -88,11 +88,7 @@ def load_model(
         task = task_of_tensors(places)
     settings = read_settings(files, task)
     config = read_config(places.config, settings.config_overrides)
-    model = _load(places, config, task, dtype)
-    if settings.dense:
-        model.sentence_projection = load_dense(files.path, settings.dense, width=config.hidden_size, dtype=dtype)
-    model.set_attn_implementation(attn_implementation)
-    return model.eval()
+    return _load(files, places, settings, config, task, dtype, attn_implementation)
 
 
 def load_described(checkpoint: Description, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -106,16 +102,19 @@ def load_described(checkpoint: Description, *, dtype: torch.dtype = torch.float3
         CheckpointError: as in `load_model`.
     """
     config = deepcopy(checkpoint.config)  # the model changes its config
-    model = _load(checkpoint.places, config, checkpoint.spec.head_task, dtype)
-    if checkpoint.dense:
-        model.sentence_projection = load_dense(
-            checkpoint.folder, checkpoint.dense, width=config.hidden_size, dtype=dtype
-        )
-    model.set_attn_implementation("sdpa")
-    return model.eval()
+    task = checkpoint.spec.head_task
+    return _load(checkpoint.files, checkpoint.places, checkpoint.settings, config, task, dtype, "sdpa")
 
 
-def _load(places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch.dtype) -> PreTrainedModel:
+def _load(
+    files: CheckpointFiles,
+    places: Places,
+    settings: SentenceSettings,
+    config: PreTrainedConfig,
+    task: TaskName,
+    dtype: torch.dtype,
+    attn_implementation: str,
+) -> PreTrainedModel:
     classes = family_of(config).classes
     if task not in classes:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(classes)}")
@@ -124,7 +123,10 @@ def _load(places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch
         model = merge_adapter(model, places.adapter)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
-    return model
+    if settings.dense:
+        model.sentence_projection = load_dense(files.path, settings.dense, width=config.hidden_size, dtype=dtype)
+    model.set_attn_implementation(attn_implementation)
+    return model.eval()
 
 
 def _load_weights(places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,13 +1,14 @@
 """A checkpoint folder: its JSON files, each parsed once, and the modules that sentence-transformers lists. No torch."""
 
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gte_deploy.core.errors import ConfigError
-from gte_deploy.core.files import read_json, read_json_object
+from gte_deploy.core.files import checked_object, read_json
 
 MODULES = "modules.json"
 _LIBRARY = "sentence_transformers."
@@ -51,14 +52,14 @@ class Module:
 
 
 class _Parsed(dict[str, Any]):
-    """Path of a JSON file relative to a folder -> its contents, parsed on first use."""
+    """Path of a JSON file relative to the checkpoint -> its contents, read on first use."""
 
-    def __init__(self, folder: Path, read: Any) -> None:
+    def __init__(self, read: Callable[[str], Any]) -> None:
         super().__init__()
-        self._folder, self._read = folder, read
+        self._read = read
 
     def __missing__(self, name: str) -> Any:
-        self[name] = value = self._read(self._folder / name)
+        self[name] = value = self._read(name)
         return value
 
 
@@ -71,11 +72,13 @@ class CheckpointFiles:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.json = _Parsed(self.path, read_json)
+        self.json = _Parsed(lambda name: read_json(self.path / name))
         """Name of a file -> its contents, or None if there is no such file.
 
         A lookup raises CheckpointError if the file is not JSON."""
-        self.objects: dict[str, dict[str, Any]] = _Parsed(self.path, read_json_object)
+        self.objects: dict[str, dict[str, Any]] = _Parsed(
+            lambda name: checked_object(self.json[name], self.path / name)
+        )
         """The same for files that hold an object; {} if there is no such file."""
 
     def has(self, name: str) -> bool:

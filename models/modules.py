@@ -17,7 +17,7 @@ from gte_deploy.core.files import read_json_object
 from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, TaskName
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
 from gte_deploy.models.folder import MODULES, CheckpointFiles, Module, refuse_arguments
-from gte_deploy.models.sparse_modules import encoder_folder, read_sparse_modules
+from gte_deploy.models.sparse_modules import read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import Library
@@ -109,7 +109,8 @@ def model_folder(files: CheckpointFiles) -> Path:
     if files.has("config.json") or files.has(ADAPTER_CONFIG):
         return files.path
     if files.has("router_config.json"):
-        return encoder_folder(files)
+        found = read_sparse_modules(files)
+        return files.path if found is None else files.path / found.transformer
     inner = next((module for module in files.modules or () if module.kind in ("Transformer", "MLMTransformer")), None)
     return files.path if inner is None else inner.folder
 

@@ -74,14 +74,6 @@ def read_sparse_modules(files: CheckpointFiles) -> SparseModules | None:
         return SparseModules(None, str(error))
 
 
-def encoder_folder(files: CheckpointFiles) -> Path:
-    """Return the folder of configuration, weights and tokenizer: the checkpoint's, or a Router's below it."""
-    if files.has("config.json") or not files.has(_ROUTER):
-        return files.path
-    found = read_sparse_modules(files)
-    return files.path if found is None else files.path / found.transformer
-
-
 def is_sparse_encoder(folder: Path, modules: SparseModules | None) -> bool:
     """Whether the checkpoint's own task is sparse embeddings; modules that are not supported are logged."""
     if modules is not None and modules.spec is None:

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+MAX_THREADS = 1024
+"""The most threads that a caller may ask for."""
+
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
 

@@ -53,7 +53,15 @@ def read_json_object(
     Raises:
         GteDeployError: the file cannot be read, is not JSON, or holds no object; it is an instance of `error`.
     """
-    data = read_json(path, error=error, advice=advice)
+    return checked_object(read_json(path, error=error, advice=advice), path, error=error)
+
+
+def checked_object(data: Any, path: Path, *, error: type[GteDeployError] = CheckpointError) -> dict[str, Any]:
+    """Return the contents of the JSON file `path` as an object; {} for None, which stands for no file.
+
+    Raises:
+        GteDeployError: the contents are no object; it is an instance of `error`.
+    """
     if data is not None and not isinstance(data, dict):
         raise error(f"{path} must hold a JSON object; it holds {type(data).__name__}")
     return data or {}

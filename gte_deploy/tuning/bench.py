@@ -14,7 +14,7 @@ import numpy as np
 
 from gte_deploy.backends.picks import Pick, cpu_model, engine_versions, save
 from gte_deploy.bundle.manifest import Manifest, read_manifest
-from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.cpus import MAX_THREADS, available_cpus
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import BUNDLE_BACKENDS
@@ -24,7 +24,6 @@ from gte_deploy.tuning import DEFAULT_SHAPES
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
 MAX_REPEATS = 10_000
-MAX_THREADS = 1024
 
 # The words that a tokenizer encodes as one token are joined to texts of a given length.
 _WORDS = (

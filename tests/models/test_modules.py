@@ -261,3 +261,13 @@ def test_broken_files(tmp_path, name, value, error):
     write(tmp_path, name, value)
     with pytest.raises(error, match=name.rpartition("/")[2]):
         read_settings(CheckpointFiles(tmp_path), "embed")
+
+
+def test_both_views_of_a_file_share_one_reading(tmp_path):
+    (tmp_path / "a.json").write_text('{"b": 1}')
+    files = CheckpointFiles(tmp_path)
+    assert files.json["a.json"] is files.objects["a.json"]
+    (tmp_path / "list.json").write_text("[1]")
+    assert files.json["list.json"] == [1] and files.json["missing.json"] is None and files.objects["missing.json"] == {}
+    with pytest.raises(CheckpointError, match=r"list\.json must hold a JSON object; it holds list"):
+        files.objects["list.json"]
