@@ -84,10 +84,10 @@ def load_model(
     files = CheckpointFiles(folder)
     places = places_of(files)
     task = task or task_of_files(files, places)
-    if task == "sparse":
-        task = task_of_tensors(places)
     settings = read_settings(files, task)
     config = read_config(places.config, settings.config_overrides)
+    if task == "sparse":
+        task = task_of_tensors(places)
     return _load(files, places, settings, config, task, dtype, attn_implementation)
 
 

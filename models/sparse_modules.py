@@ -298,7 +298,8 @@ def _weights_of_json(
 ) -> NDArray[np.float32]:
     """Read weights by word from an idf.json, in the folder `query` or in the checkpoint's own."""
     name = PurePosixPath(path).name
-    weights = _object(files.json[posixpath.join(query, name)] or files.json[name])
+    beside = files.json[posixpath.join(query, name)]
+    weights = _object(files.json[name] if beside is None else beside)
     if not weights or not all(type(weight) in (int, float) for weight in weights.values()):
         raise CheckpointError(
             f"{files.path / query} names the query weights {path!r}, but {name} is no object of word -> weight"
