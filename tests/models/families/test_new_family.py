@@ -77,7 +77,7 @@ def test_without_its_line_it_is_refused_by_name(checkpoint):
             read(checkpoint)
 
 
-def test_weights_are_read_strictly(bert, checkpoint, reference, tmp_path):
+def test_weights_are_read_strictly(bert, checkpoint, reference):
     model = load_model(checkpoint)
     assert type(model) is transformers.BertForMaskedLM and not model.training
     assert model.state_dict().keys() == reference.state_dict().keys()
