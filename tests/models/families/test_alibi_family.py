@@ -25,6 +25,7 @@ from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.exporters.verification.reference import TorchReference  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from loading import load_file  # noqa: E402
 
 LAYERS, HEADS, LENGTH, LABELS = 2, 4, 40, ("other", "place", "river")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?", *"abcdefghijklmnopqrstuvwxyz"]
@@ -32,9 +33,9 @@ WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + ["the", "r
 
 
 @pytest.fixture(scope="module")
-def network(module_beside: Any) -> Iterator[Any]:
+def network() -> Iterator[Any]:
     """The classes, which transformers has for as long as the tests of this file run."""
-    found = module_beside("alibi_network.py", "alibi_network")
+    found = load_file(Path(__file__).with_name("alibi_network.py"), "alibi_network")
     # transformers puts a new module in its own place when it is first used.
     current = sys.modules["transformers"]
     with pytest.MonkeyPatch.context() as patch:
