@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
 import gte_deploy  # noqa: E402
+from factories import SPELLING  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import ConfigError, ExportError  # noqa: E402
@@ -28,8 +29,6 @@ from gte_deploy.models.description import describe  # noqa: E402
 from loading import load_file  # noqa: E402
 
 LAYERS, HEADS, LENGTH, LABELS = 2, 4, 40, ("other", "place", "river")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?", *"abcdefghijklmnopqrstuvwxyz"]
-WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + ["the", "river", "city", "is", "old", "and"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def checkpoint(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alibi")
     torch.manual_seed(0)
     config = network.AlibiConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(SPELLING),
         hidden_size=32,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
@@ -69,7 +68,7 @@ def checkpoint(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.4,
     )
     network.AlibiForTokenClassification(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(WORDS)}, model_max_length=LENGTH)
+    tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(SPELLING)}, model_max_length=LENGTH)
     tokenizer.save_pretrained(folder)
     return folder
 
