@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from gte_deploy.cli_options import (
 )
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
-from gte_deploy.core.options import HelpFormatter, add_arguments, parse_given, read_options
+from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import TaskName
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 _PROG = "gte-deploy"
 _STDIN = "-"
-
-Given = Mapping[str, Any]
-"""The options given on the command line: name -> value, as `add_arguments` parsed it."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,16 @@ from typing import Any
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+"""Fields of config.json for the sizes that every encoder has; each is an integer of at least 1."""
+
 
 def read_required_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file that must be there.

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
@@ -11,15 +10,13 @@ from types import ModuleType
 import pytest
 import yaml
 
+from loading import load_file
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "tools" / f"{name}.py", name)
 
 
 def test_pre_commit_runs_the_commands_of_make_lint():

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import GteDeployError, MissingDependencyError
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.files import write_text
-from gte_deploy.core.options import HelpFormatter, add_arguments, parse_given, read_options
+from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.models import builtin_path
 from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
@@ -58,10 +58,6 @@ _EPILOG = (
 )
 _PROTOCOL = "fine-tuning (the defaults are as published)"
 _NEAR_FULL = 0.92  # of a GPU's memory; the CUDA context and the allocator need the rest
-
-
-Given = Mapping[str, Any]
-"""The options given on the command line: name -> value, as `add_arguments` parsed it."""
 
 
 @dataclass(frozen=True)

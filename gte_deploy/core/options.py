@@ -14,6 +14,9 @@ from gte_deploy.core.errors import InputError
 
 T = TypeVar("T")
 
+Given = Mapping[str, Any]
+"""The options given on a command line: name -> value, as `add_arguments` parsed it."""
+
 _KEY = "option"
 
 
@@ -125,7 +128,7 @@ def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
             parser.add_argument(*flags, dest=name, required=default is dataclasses.MISSING, **arguments)
 
 
-def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+def parse_given(kind: type, given: Given) -> dict[str, Any]:
     """Read the values of a dataclass's options from those that `add_arguments` parsed.
 
     Raises:
@@ -138,7 +141,7 @@ def parse_given(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_options(kind: type[T], given: Mapping[str, Any]) -> T:
+def read_options(kind: type[T], given: Given) -> T:
     """Create an instance of a dataclass of options from the values that `add_arguments` parsed.
 
     Raises:

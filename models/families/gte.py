@@ -17,7 +17,7 @@ from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import BOOKKEEPING, TRAINING, FileFields, fixed, honoured, ignored
 from gte_deploy.models.presets import USAGE_FIELDS, preset
-from gte_deploy.models.reading import Reader, without_warnings_of_types
+from gte_deploy.models.reading import SIZES, Reader, without_warnings_of_types
 from gte_deploy.models.rope import (
     LONGROPE_FIELDS,
     NTK_MIXED,
@@ -50,16 +50,8 @@ _ARCHITECTURES: dict[TaskName, str] = {
     name: task.architecture for name, task in TASKS.items() if task.architecture is not None
 }
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
 _COMMON_FIELDS = (
-    *_SIZES,
+    *SIZES,
     "type_vocab_size",
     "hidden_act",
     "hidden_dropout_prob",
@@ -232,7 +224,7 @@ def native_config(config: GteConfig, *, task: TaskName, dtype: str = "float32") 
 
 
 def _common_fields(reader: Reader) -> dict[str, Any]:
-    fields: dict[str, Any] = {key: reader.integer(key, at_least=1) for key in _SIZES}
+    fields: dict[str, Any] = {key: reader.integer(key, at_least=1) for key in SIZES}
     hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
     if hidden % heads or hidden // heads % 2:
         raise reader.refuse("hidden_size", hidden, f"num_attention_heads ({heads}) times an even head size")

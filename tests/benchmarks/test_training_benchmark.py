@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,18 +12,14 @@ import pytest
 import torch
 
 from gte_deploy.models.config import build_config
+from loading import load_file
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_benchmark", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_file(FILE, "training_benchmark")
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,6 @@ def with_dense(folder, *layers):
     return modules
 
 
-RESIDUAL = {"use_residual": True}
 EMBEDDINGS = {
     "cls": lambda f: write_modules(f),
     "mean": lambda f: write_modules(f, pooling="mean"),

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = (*SPECIAL_TOKENS, *(f"w{i}" for i in range(5, 256)))
+SPELLING = (
+    *(*SPECIAL_TOKENS, *".,!?", *string.ascii_lowercase),
+    *(f"##{letter}" for letter in string.ascii_lowercase),
+    *("the", "river", "city", "is", "old", "and"),
+)
+"""Word pieces that spell every lower-case word, and a few whole words."""
 
 ARCHITECTURES = {
     "fill-mask": "ForMaskedLM",

@@ -5,13 +5,14 @@ tests/triton runs the same repositories on a real server; here every wire, shape
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from loading import load_file
 
 
 class Tensor:
@@ -145,7 +146,7 @@ class Repository:
             from google.protobuf import json_format
 
             file = next(self.path.glob(f"{name}/[0-9]*/model.py"))
-            module = _import(file)
+            module = load_file(file, f"triton_model_{file.parents[1].name}")
             config = json_format.MessageToDict(self.config(name), preserving_proto_field_name=True)
             self._models[name] = module.TritonPythonModel()
             self._models[name].initialize(
@@ -164,14 +165,6 @@ def _as_array(value: Any) -> np.ndarray:
         return value
     values = value if isinstance(value, list) else [value]
     return np.array([[v.encode() if isinstance(v, str) else v] for v in values], dtype=np.object_)
-
-
-def _import(file: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"triton_model_{file.parents[1].name}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def python_backend() -> types.ModuleType:

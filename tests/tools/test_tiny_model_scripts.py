@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,20 +15,14 @@ from safetensors.torch import save
 
 from gte_deploy.exporters.verification.texts import builtin_texts
 from gte_deploy.models import builtin_path
+from loading import load_file
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "tools" / "tiny_model"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tiny_model_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-corpus, warm_up, evaluate = load("corpus"), load("warm_up"), load("evaluate")
+corpus, warm_up, evaluate = (
+    load_file(SCRIPTS / f"{name}.py", f"tiny_model_{name}") for name in ("corpus", "warm_up", "evaluate")
+)
 
 
 @pytest.fixture(scope="module")

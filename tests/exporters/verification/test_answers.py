@@ -70,11 +70,6 @@ def embedder(make):
     return folder
 
 
-@pytest.fixture(scope="session")
-def reranker(make):
-    return make(task="classify", num_labels=3, layout="native")
-
-
 def reading(checkpoint, folder, *, read=None, tokenizer=lambda folder: None, **spec):
     """A model of the checkpoint, or of the files `read` in its place, with a tokenizer and a spec altered by hand."""
     folder.mkdir(exist_ok=True)

@@ -11,17 +11,7 @@ from typing import Any
 from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import FileFields, fixed
-from gte_deploy.models.reading import Reader
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
+from gte_deploy.models.reading import SIZES, Reader
 
 
 def _read_config(raw: Mapping[str, Any], file: Path) -> Any:
@@ -29,7 +19,7 @@ def _read_config(raw: Mapping[str, Any], file: Path) -> Any:
 
     reader = Reader(raw, file, {})
     return AlibiConfig(
-        **{name: reader.integer(name, at_least=1) for name in _SIZES},
+        **{name: reader.integer(name, at_least=1) for name in (*SIZES, "type_vocab_size")},
         layer_norm_eps=reader.number("layer_norm_eps"),
         id2label={int(index): str(label) for index, label in raw["id2label"].items()},
         architectures=raw.get("architectures"),

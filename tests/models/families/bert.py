@@ -12,17 +12,7 @@ from typing import Any
 from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import FileFields, fixed
-from gte_deploy.models.reading import Reader
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
+from gte_deploy.models.reading import SIZES, Reader
 
 FIELDS = FileFields(
     name="config.json of BERT",
@@ -41,7 +31,7 @@ def _read_config(raw: Mapping[str, Any], file: Path) -> Any:
     from transformers import BertConfig
 
     reader = Reader(raw, file, {})
-    sizes = {name: reader.integer(name, at_least=1) for name in _SIZES}
+    sizes = {name: reader.integer(name, at_least=1) for name in (*SIZES, "type_vocab_size")}
     return BertConfig(
         **sizes,
         layer_norm_eps=reader.number("layer_norm_eps"),

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
 import gte_deploy  # noqa: E402
+from factories import SPELLING  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import ConfigError, ExportError  # noqa: E402
@@ -25,16 +26,15 @@ from gte_deploy.exporters.graph.trace import trace  # noqa: E402
 from gte_deploy.exporters.verification.reference import TorchReference  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from loading import load_file  # noqa: E402
 
 LAYERS, HEADS, LENGTH, LABELS = 2, 4, 40, ("other", "place", "river")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?", *"abcdefghijklmnopqrstuvwxyz"]
-WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + ["the", "river", "city", "is", "old", "and"]
 
 
 @pytest.fixture(scope="module")
-def network(module_beside: Any) -> Iterator[Any]:
+def network() -> Iterator[Any]:
     """The classes, which transformers has for as long as the tests of this file run."""
-    found = module_beside("alibi_network.py", "alibi_network")
+    found = load_file(Path(__file__).with_name("alibi_network.py"), "alibi_network")
     # transformers puts a new module in its own place when it is first used.
     current = sys.modules["transformers"]
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +57,7 @@ def checkpoint(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alibi")
     torch.manual_seed(0)
     config = network.AlibiConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(SPELLING),
         hidden_size=32,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
@@ -68,7 +68,7 @@ def checkpoint(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.4,
     )
     network.AlibiForTokenClassification(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(WORDS)}, model_max_length=LENGTH)
+    tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(SPELLING)}, model_max_length=LENGTH)
     tokenizer.save_pretrained(folder)
     return folder
 

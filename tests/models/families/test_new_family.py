@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import gte_deploy  # noqa: E402
+from factories import SPELLING  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # noqa: E402
@@ -29,8 +30,6 @@ from gte_deploy.training.model import model_config  # noqa: E402
 
 LAYERS = 3
 LENGTH = 48
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,!?", *"abcdefghijklmnopqrstuvwxyz"]
-WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"] + ["the", "river", "city", "is", "old", "and"]
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -44,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(SPELLING),
         hidden_size=32,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
@@ -54,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.4,
     )
     transformers.BertForMaskedLM(config).save_pretrained(folder)
-    transformers.BertTokenizer({word: i for i, word in enumerate(WORDS)}, model_max_length=LENGTH).save_pretrained(
+    transformers.BertTokenizer({word: i for i, word in enumerate(SPELLING)}, model_max_length=LENGTH).save_pretrained(
         folder
     )
     return folder
@@ -77,7 +76,7 @@ def test_without_its_line_it_is_refused_by_name(checkpoint):
             read(checkpoint)
 
 
-def test_weights_are_read_strictly(bert, checkpoint, reference, tmp_path):
+def test_weights_are_read_strictly(bert, checkpoint, reference):
     model = load_model(checkpoint)
     assert type(model) is transformers.BertForMaskedLM and not model.training
     assert model.state_dict().keys() == reference.state_dict().keys()
@@ -148,7 +147,7 @@ def test_the_encoder_alone(bert, checkpoint, reference):
 
 def test_the_description(bert, checkpoint):
     spec = describe(checkpoint).spec
-    assert (spec.task, spec.max_length, spec.vocab_size, spec.hidden_size) == ("fill-mask", LENGTH, len(WORDS), 32)
+    assert (spec.task, spec.max_length, spec.vocab_size, spec.hidden_size) == ("fill-mask", LENGTH, len(SPELLING), 32)
     assert spec.token_types and spec.type_vocab_size == 2
 
 

@@ -21,7 +21,7 @@ from gte_deploy.models import checkpoint  # noqa: E402
 
 def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded, load = [], checkpoint.load_described
-    monkeypatch.setattr(checkpoint, "load_described", lambda *args, **options: loaded.append(args) or load(*args))
+    monkeypatch.setattr(checkpoint, "load_described", lambda *args, **more: loaded.append(args) or load(*args, **more))
     # Half an hour of training is not in these weights: hidden states of random ones may be near zero, cosines coarse.
     result = export(tiny_embed, tmp_path / "bundle", target="cuda", precision="fp16", max_length=64)
     manifest = open_bundle(tmp_path / "bundle")
