@@ -105,6 +105,24 @@ def test_as_sparse_encoder(backend, pooling, activation, saved, load_on):
             assert_like(dense(model.encode_sparse(TEXTS, batch_size=batch_size)), expected, TOLERANCE[pooling])
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"layer_norm_eps": 0.5}, {"rope_parameters": {"rope_theta": 40.0, "rope_type": "default"}}]
+)
+@pytest.mark.parametrize("name", ["config_args", "config_kwargs"])
+def test_config_arguments_reach_the_weights_that_are_loaded_alone(name, arguments, saved, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = shutil.copytree(saved("max", "relu"), tmp_path / "model")
+    plain = sparse_encoder(folder).encode(TEXTS).to_dense()
+    _set(folder, "sentence_bert_config.json", **{name: arguments})
+    judge = sparse_encoder(folder)
+    expected = judge.encode(TEXTS).to_dense()
+    assert (expected - plain).abs().max() > 1e-3
+    tokens = judge[0].tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        logits = load_model(folder)(**tokens).logits * tokens["attention_mask"][:, :, None]
+    torch.testing.assert_close(logits.relu().log1p().amax(1)[:, : expected.shape[1]], expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_router_of_weights_and_a_model(backend, saved, load_on):
     """As SparseEncoder writes one: the transformer has a folder of its own."""
@@ -413,6 +431,13 @@ def test_modules_that_are_not_honoured(case, masked_lm, tmp_path, caplog):
         assert message in str(raised.value)
 
 
+def _words(place, words):
+    """The folder's own words, which those in the checkpoint's folder must not replace."""
+    _set(place, "config.json", path="idf.json")
+    for folder, found in ((place, words), (place.parent, {"king": 2.5})):
+        (folder / "idf.json").write_text(json.dumps(found), encoding="utf-8")
+
+
 DAMAGED = {
     "no file": (lambda place: (place / "model.safetensors").unlink(), "has no model.safetensors"),
     "a pickle alone": (
@@ -426,6 +451,8 @@ DAMAGED = {
     "no safetensors": (lambda place: (place / "model.safetensors").write_bytes(b"\x80" * 64), "no readable tensor"),
     "empty": (lambda place: (place / "model.safetensors").write_bytes(b""), "no readable tensor"),
     "other tokenizer": (lambda place: _set(place, "tokenizer.json", normalizer=None), "another tokenizer"),
+    "an empty object of words": (lambda place: _words(place, {}), "is no object of word -> weight"),
+    "words without weights": (lambda place: _words(place, {"king": "2"}), "is no object of word -> weight"),
     "no words": (lambda place: _set(place, "config.json", path="idf.json"), "is no object of word -> weight"),
 }
 
