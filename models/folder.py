@@ -10,7 +10,7 @@ from typing import Any
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.files import checked_object, read_json
 
-MODULES = "modules.json"
+MODULES_FILE = "modules.json"
 _LIBRARY = "sentence_transformers."
 
 
@@ -93,11 +93,11 @@ class CheckpointFiles:
             CheckpointError: the file is not JSON.
             ConfigError: the file is not a list of modules.
         """
-        data = self.json[MODULES]
+        data = self.json[MODULES_FILE]
         if data is None:
             return None
         if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in data):
-            raise ConfigError(f"{self.path / MODULES} must list objects with a `type`")
+            raise ConfigError(f"{self.path / MODULES_FILE} must list objects with a `type`")
         return [
             Module(
                 self.path,
@@ -122,5 +122,5 @@ def refuse_arguments(module: Module) -> None:
     """
     if module.arguments:
         raise ConfigError(
-            f"{module.checkpoint / MODULES}: kwargs of {module.kind} is {list(module.arguments)}; expected none"
+            f"{module.checkpoint / MODULES_FILE}: kwargs of {module.kind} is {list(module.arguments)}; expected none"
         )

@@ -16,7 +16,7 @@ from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, TaskName
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
-from gte_deploy.models.folder import MODULES, CheckpointFiles, Module, refuse_arguments
+from gte_deploy.models.folder import MODULES_FILE, CheckpointFiles, Module, refuse_arguments
 from gte_deploy.models.sparse_modules import read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.tasks import TASKS
@@ -300,14 +300,14 @@ def _require_embedding(files: CheckpointFiles, modules: list[Module]) -> None:
     orders = ([*known[:2], *["Dense"] * dense], [*known[:2], *["Dense"] * dense, "Normalize"])
     if kinds not in orders and kinds != ["Transformer"]:
         raise ConfigError(
-            f"{files.path / MODULES} lists {', '.join(kinds)}; expected Transformer, Pooling, any number of Dense "
+            f"{files.path / MODULES_FILE} lists {', '.join(kinds)}; expected Transformer, Pooling, any number of Dense "
             "and at most one Normalize, in this order."
         )
 
 
 def _require_kinds(modules: list[Module], known: tuple[str, ...], purpose: str) -> None:
     for module in modules:
-        file = module.checkpoint / MODULES
+        file = module.checkpoint / MODULES_FILE
         if "." in module.kind:
             raise ConfigError(
                 f"{file} has the module {module.kind}, which is custom code and is never run; expected modules of "

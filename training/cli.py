@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _prepare(given: Given) -> int:
     from gte_deploy.models.checkpoint import copy_tokenizer
-    from gte_deploy.training.data.corpus import describe
+    from gte_deploy.training.data.corpus import describe_corpus
     from gte_deploy.training.data.prepare import prepare
     from gte_deploy.training.export import TOKENIZER_FOLDER
 
@@ -119,7 +119,7 @@ def _prepare(given: Given) -> int:
     corpus = prepare(arguments.inputs, arguments.output, tokenizer=tokenizer, options=options, progress=True)
     source = tokenizer if tokenizer.is_dir() else tokenizer.parent
     copy_tokenizer(source, arguments.output / TOKENIZER_FOLDER)
-    print(describe(corpus))
+    print(describe_corpus(corpus))
     return OK
 
 

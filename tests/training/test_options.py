@@ -9,7 +9,7 @@ import pytest
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import options_of
 from gte_deploy.models.checkpoint import CHECKPOINT_LAYOUTS
-from gte_deploy.training.evaluation.glue_tasks import TASKS
+from gte_deploy.training.evaluation.glue_tasks import GLUE_TASKS
 from gte_deploy.training.export import export_checkpoint
 from gte_deploy.training.options import (
     CheckpointExportOptions,
@@ -33,7 +33,7 @@ def test_options_are_the_functions_arguments_with_its_defaults(kind, function):
 
 def test_choices_are_those_of_the_modules_that_take_them():
     assert get_args(CheckpointLayout) == CHECKPOINT_LAYOUTS
-    assert get_args(GlueTask) == tuple(TASKS)
+    assert get_args(GlueTask) == tuple(GLUE_TASKS)
 
 
 def test_how_documents_are_found_is_part_of_how_a_corpus_is_prepared():

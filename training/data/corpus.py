@@ -213,7 +213,7 @@ def document_histogram(corpus: TokenCorpus, language: str | None = None) -> Leng
     return LengthHistogram.of(np.diff(offsets) for offsets in wanted)
 
 
-def describe(corpus: TokenCorpus) -> str:
+def describe_corpus(corpus: TokenCorpus) -> str:
     """Describe a corpus as text for a person: its size, vocabulary, languages and lengths."""
     lines = [
         f"{corpus.folder}: {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens, "

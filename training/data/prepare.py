@@ -48,7 +48,7 @@ from gte_deploy.training.data.corpus import (
 )
 from gte_deploy.training.data.readers import DocumentReader, Unit
 from gte_deploy.training.data.units import plan_units
-from gte_deploy.training.data.vocabulary import load_tokenizer, read_vocabulary
+from gte_deploy.training.data.vocabulary import read_tokenizer, read_vocabulary
 from gte_deploy.training.options import PrepareOptions, ReadOptions
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class _Encoder:
 
     def __init__(self, job: PrepareJob, shared: _Shared) -> None:
         self._job, self._shared = job, shared
-        self._tokenizer = load_tokenizer(Path(job.tokenizer_file))
+        self._tokenizer = read_tokenizer(Path(job.tokenizer_file))
 
     def encode(self, unit: Unit) -> None:
         """Write the unit's tokens and offsets, and then the record that marks the unit as finished."""

@@ -26,7 +26,7 @@ def read_vocabulary(tokenizer: Path) -> tuple[Vocabulary, Path]:
         InputError: there is no readable tokenizer, or it has no [CLS], [SEP], [MASK], [PAD] or [UNK] under any name.
     """
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    encoder = load_tokenizer(file)
+    encoder = read_tokenizer(file)
     ids = encoder.get_vocab(with_added_tokens=True)
     size = max(ids.values(), default=-1) + 1
     declared = _declared_specials(file.parent)
@@ -45,7 +45,7 @@ def read_vocabulary(tokenizer: Path) -> tuple[Vocabulary, Path]:
     return Vocabulary(size=size, **named, special_ids=special_ids), file
 
 
-def load_tokenizer(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> Tokenizer:
     """Load a tokenizer.json to encode plain text: without truncation, padding or special tokens.
 
     Raises:

@@ -42,12 +42,12 @@ from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.reading import read_required_json
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation.glue_tasks import (
+    GLUE_TASKS,
     PUBLISHED_AVERAGES,
-    TASKS,
     Examples,
-    Task,
-    in_order,
+    TaskDescription,
     load_split,
+    tasks_in_order,
 )
 from gte_deploy.training.options import GlueOptions, Protocol
 
@@ -94,7 +94,7 @@ def glue(
         "protocol": dataclasses.asdict(protocol),
         "dtype": options.dtype or ("bfloat16" if place.type == "cuda" else "float32"),
     }
-    ordered = in_order(options.tasks)
+    ordered = tasks_in_order(options.tasks)
     results = []
     for seed in dict.fromkeys(options.seeds):
         trainer = _Trainer(folder, output / f"seed-{seed}", options.data, protocol, seed, place, settings, progress)
@@ -113,7 +113,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for result in results:
         scores.setdefault(result["task"], {})[result["seed"]] = result["score"]
     seeds = list(dict.fromkeys(result["seed"] for result in results))
-    averages = {s: statistics.fmean(scores[t][s] for t in scores) for s in seeds} if len(scores) == len(TASKS) else {}
+    averages = (
+        {s: statistics.fmean(scores[t][s] for t in scores) for s in seeds} if len(scores) == len(GLUE_TASKS) else {}
+    )
     return {
         "scores": {task: {"mean": statistics.fmean(by.values()), "by_seed": by} for task, by in scores.items()},
         "average": statistics.fmean(averages.values()) if averages else None,
@@ -126,7 +128,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any]) -> str:
     """Format the scores and the published averages for a person."""
     rows = []
-    for name, task in TASKS.items():
+    for name, task in GLUE_TASKS.items():
         if name in summary["scores"]:
             score = summary["scores"][name]
             rows.append((task.folder, task.metric, score["mean"], list(score["by_seed"].values())))
@@ -162,13 +164,13 @@ class _Trainer:
     settings: Mapping[str, Any]
     progress: bool
 
-    def result(self, task: Task) -> dict[str, Any]:
+    def result(self, task: TaskDescription) -> dict[str, Any]:
         """Return the result of a task: from its file, if there is one, else from a fine-tuning."""
         file = self.output / f"{task.name}.json"
         if file.is_file():
             result = _read_result(file)
             self._require_same_settings(file, result)
-            if any(other.starts_from == task.name for other in TASKS.values()) and not self._weights(task).is_file():
+            if task.is_start and not self._weights(task).is_file():
                 raise InputError(f"{self._weights(task)} is missing; remove {file} to fine-tune the task again")
             logger.info("%s, seed %d: %.2f from %s", task.folder, self.seed, result["score"], file)
             return result
@@ -178,12 +180,12 @@ class _Trainer:
         logger.info("%s, seed %d: %s %.2f", task.folder, self.seed, task.metric, result["score"])
         return result
 
-    def _run(self, task: Task) -> dict[str, Any]:
+    def _run(self, task: TaskDescription) -> dict[str, Any]:
         started = time.monotonic()
         train, dev = (load_split(task, split, data=self.data) for split in ("train", "dev"))
         model: Any = load_classifier(self.folder, num_labels=task.num_labels, seed=self.seed)
         if task.starts_from is not None:
-            start_from(model, load_file(self._weights(TASKS[task.starts_from])))
+            start_from(model, load_file(self._weights(GLUE_TASKS[task.starts_from])))
         encode = partial(Encoded.of, folder=self.folder, model=model, max_length=self.protocol.max_length)
         bfloat16 = self.settings["dtype"] == "bfloat16"
         model.to(self.device)
@@ -201,7 +203,7 @@ class _Trainer:
                 f"{task.folder}, seed {self.seed}: the fine-tuned model computes NaN; lower the learning rate"
             )
         predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
-        if any(other.starts_from == task.name for other in TASKS.values()):
+        if task.is_start:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
             write_with(self._weights(task), lambda aside: save_file(tensors, aside))
         return {
@@ -215,7 +217,7 @@ class _Trainer:
             "settings": dict(self.settings),
         }
 
-    def _weights(self, task: Task) -> Path:
+    def _weights(self, task: TaskDescription) -> Path:
         return self.output / f"{task.name}.safetensors"
 
     def _require_same_settings(self, file: Path, result: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ def _mean_ranks(values: NDArray) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class TaskDescription:
     """One GLUE task.
 
     Args:
@@ -102,16 +102,22 @@ class Task:
 
     @property
     def is_regression(self) -> bool:
+        """Whether the labels are numbers, not classes."""
         return not self.classes
+
+    @property
+    def is_start(self) -> bool:
+        """Whether another task starts from the encoder that this one fine-tuned."""
+        return any(other.starts_from == self.name for other in GLUE_TASKS.values())
 
 
 _BINARY = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
 
-TASKS = {
+GLUE_TASKS = {
     task.name: task
     for task in (
-        Task(
+        TaskDescription(
             name="cola",
             folder="CoLA",
             columns=(("sentence", "label"),),
@@ -119,7 +125,7 @@ TASKS = {
             metric="Matthews",
             score=matthews,
         ),
-        Task(
+        TaskDescription(
             name="sst2",
             folder="SST-2",
             columns=(("sentence", "label"),),
@@ -127,7 +133,7 @@ TASKS = {
             metric="accuracy",
             score=accuracy,
         ),
-        Task(
+        TaskDescription(
             name="mnli",
             folder="MNLI",
             columns=(("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label")),
@@ -136,7 +142,7 @@ TASKS = {
             score=accuracy,
             dev=("dev_matched", "validation_matched"),
         ),
-        Task(
+        TaskDescription(
             name="mrpc",
             folder="MRPC",
             columns=(("#1 String", "#2 String", "Quality"), ("sentence1", "sentence2", "label")),
@@ -145,7 +151,7 @@ TASKS = {
             score=f1,
             starts_from="mnli",
         ),
-        Task(
+        TaskDescription(
             name="stsb",
             folder="STS-B",
             columns=(("sentence1", "sentence2", "score"), ("sentence1", "sentence2", "label")),
@@ -154,7 +160,7 @@ TASKS = {
             score=spearman,
             starts_from="mnli",
         ),
-        Task(
+        TaskDescription(
             name="qqp",
             folder="QQP",
             columns=(("question1", "question2", "is_duplicate"), ("question1", "question2", "label")),
@@ -162,7 +168,7 @@ TASKS = {
             metric="F1",
             score=f1,
         ),
-        Task(
+        TaskDescription(
             name="qnli",
             folder="QNLI",
             columns=(("question", "sentence", "label"),),
@@ -170,7 +176,7 @@ TASKS = {
             metric="accuracy",
             score=accuracy,
         ),
-        Task(
+        TaskDescription(
             name="rte",
             folder="RTE",
             columns=(("sentence1", "sentence2", "label"),),
@@ -185,17 +191,17 @@ TASKS = {
 _COLA_COLUMNS = ("source", "label", "mark", "sentence")
 
 
-def in_order(names: Iterable[str]) -> list[Task]:
+def tasks_in_order(names: Iterable[str]) -> list[TaskDescription]:
     """Return the named tasks and the tasks from which they start, each after the one from which it starts.
 
     Raises:
         InputError: a name is unknown.
     """
     wanted = set(names)
-    if unknown := sorted(wanted - TASKS.keys()):
-        raise InputError(f"unknown GLUE tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    wanted |= {start for name in wanted if (start := TASKS[name].starts_from) is not None}
-    return [task for task in TASKS.values() if task.name in wanted]
+    if unknown := sorted(wanted - GLUE_TASKS.keys()):
+        raise InputError(f"unknown GLUE tasks {', '.join(unknown)}; there are {', '.join(GLUE_TASKS)}")
+    wanted |= {start for name in wanted if (start := GLUE_TASKS[name].starts_from) is not None}
+    return [task for task in GLUE_TASKS.values() if task.name in wanted]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -212,11 +218,11 @@ class Examples:
         return len(self.texts)
 
 
-def load_split(task: Task, split: str, *, data: Path | None) -> Examples:
+def load_split(task: TaskDescription, split: str, *, data: Path | None) -> Examples:
     """Read one split of a task.
 
     Args:
-        task: one of TASKS.
+        task: one of GLUE_TASKS.
         split: "train" or "dev".
         data: folder that holds one folder per task, named as in the archives or as on the hub, with `train` and `dev`
             (or `validation`; MNLI: `dev_matched`) as .tsv, .jsonl or .parquet; None takes `nyu-mll/glue` from the hub.
@@ -244,7 +250,7 @@ def load_split(task: Task, split: str, *, data: Path | None) -> Examples:
     return Examples(texts, np.array(labels, dtype=np.float32 if task.is_regression else np.int64))
 
 
-def _choose_columns(task: Task, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _choose_columns(task: TaskDescription, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     for columns in task.columns:
         if set(columns) <= row.keys():
             return columns
@@ -252,7 +258,7 @@ def _choose_columns(task: Task, row: Mapping[str, Any], where: str) -> tuple[str
     raise InputError(f"{where} has the columns {', '.join(row)}; expected {expected}")
 
 
-def _label(task: Task, value: Any, where: str) -> float | int:
+def _label(task: TaskDescription, value: Any, where: str) -> float | int:
     if task.is_regression:
         try:
             number = float(value)
@@ -269,7 +275,7 @@ def _label(task: Task, value: Any, where: str) -> float | int:
     raise InputError(f"{where}: the label is {value!r}; expected one of {', '.join(task.classes)}, or its number")
 
 
-def _rows_of_hub(task: Task, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+def _rows_of_hub(task: TaskDescription, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -279,7 +285,7 @@ def _rows_of_hub(task: Task, split: str) -> tuple[Iterable[Mapping[str, Any]], s
     return rows, f"{HUB_DATASET} {task.name} {split}"
 
 
-def _rows_of_folder(task: Task, stems: Sequence[str], data: Path) -> tuple[Iterator[Mapping[str, Any]], str]:
+def _rows_of_folder(task: TaskDescription, stems: Sequence[str], data: Path) -> tuple[Iterator[Mapping[str, Any]], str]:
     folder = _task_folder(task, data)
     for stem in stems:
         for suffix, read in _READERS.items():
@@ -292,14 +298,14 @@ def _rows_of_folder(task: Task, stems: Sequence[str], data: Path) -> tuple[Itera
     raise InputError(f"{folder} has no {names}")
 
 
-def _task_folder(task: Task, data: Path) -> Path:
+def _task_folder(task: TaskDescription, data: Path) -> Path:
     for name in (task.folder, task.name, task.folder.lower()):
         if (data / name).is_dir():
             return data / name
     raise InputError(f"{data} has no folder {task.folder} (or {task.name}); leave --data out to read the hub")
 
 
-def _read_tsv(file: Path, task: Task) -> Iterator[dict[str, str | None]]:
+def _read_tsv(file: Path, task: TaskDescription) -> Iterator[dict[str, str | None]]:
     # The archives do not quote, and their texts contain quotation marks and Unicode line separators.
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         rows = (line.rstrip("\r\n").split("\t") for line in lines)
@@ -308,7 +314,7 @@ def _read_tsv(file: Path, task: Task) -> Iterator[dict[str, str | None]]:
             yield {name: values[i] if i < len(values) else None for i, name in enumerate(header)}
 
 
-def _read_jsonl(file: Path, task: Task) -> Iterator[dict[str, Any]]:
+def _read_jsonl(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:
     with file.open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -320,7 +326,7 @@ def _read_jsonl(file: Path, task: Task) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _read_parquet(file: Path, task: Task) -> Iterator[dict[str, Any]]:
+def _read_parquet(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -330,7 +336,7 @@ def _read_parquet(file: Path, task: Task) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-_READERS: dict[str, Callable[[Path, Task], Iterator[Mapping[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, TaskDescription], Iterator[Mapping[str, Any]]]] = {
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

@@ -24,7 +24,7 @@ from gte_deploy.core.spec import BackendName, Precision
 from gte_deploy.exporters.verification.answers.closeness import Closeness
 from gte_deploy.exporters.verification.answers.library import compare_answers
 from gte_deploy.exporters.verification.answers.rotation import compare_rotation
-from gte_deploy.exporters.verification.answers.source_libraries import SENTENCE_TRANSFORMERS, library_of
+from gte_deploy.exporters.verification.answers.source_libraries import SENTENCE_TRANSFORMERS_NAME, library_of
 from gte_deploy.exporters.verification.answers.source_view import read_source
 from gte_deploy.exporters.verification.answers.subject import AnswerCheck, Asked, Findings, Subject
 from gte_deploy.exporters.verification.answers.token_ids import compare_token_ids
@@ -113,7 +113,7 @@ def _subject(checkpoint: Path, model: Model, close: Closeness, asked: Asked, fin
     """Return both sides, or None if AutoTokenizer does not read the checkpoint."""
     from transformers import AutoTokenizer
 
-    is_sentence = library_of(checkpoint, model.spec.task) == SENTENCE_TRANSFORMERS
+    is_sentence = library_of(checkpoint, model.spec.task) == SENTENCE_TRANSFORMERS_NAME
     files = read_source(checkpoint, by_sentence_transformers=is_sentence)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(

@@ -21,7 +21,7 @@ from gte_deploy.exporters.verification.answers.odd_texts import long_pairs, shor
 from gte_deploy.model import Model
 from gte_deploy.text.batching import collate
 
-SENTENCE_TRANSFORMERS = "sentence-transformers"
+SENTENCE_TRANSFORMERS_NAME = "sentence-transformers"
 _TOP_K = 5
 _LOOKED_AT = 50
 _FEW = 4
@@ -82,7 +82,7 @@ class OpenLibrary:
 def library_of(checkpoint: Path, task: str) -> str:
     """Return the name of the library that a checkpoint's answers are compared with."""
     of_its_kind = task in ("classify", "sparse") or (task == "embed" and (checkpoint / "modules.json").is_file())
-    return SENTENCE_TRANSFORMERS if of_its_kind else "transformers"
+    return SENTENCE_TRANSFORMERS_NAME if of_its_kind else "transformers"
 
 
 def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[OpenLibrary, str] | None:
@@ -91,14 +91,14 @@ def open_library(folder: Path, spec: ModelSpec, skipped: list[str]) -> tuple[Ope
     None if the checkpoint cannot be opened; a sentence for each thing that is not compared is added to `skipped`.
     """
     name = library_of(folder, spec.task)
-    if name == SENTENCE_TRANSFORMERS and importlib.util.find_spec("sentence_transformers") is None:
+    if name == SENTENCE_TRANSFORMERS_NAME and importlib.util.find_spec("sentence_transformers") is None:
         skipped.append(
             "Pooling, prompts, activations and limits were not compared: the checkpoint's own library is not "
             "installed: pip install sentence-transformers"
         )
         name = "transformers"
     try:
-        opener = _OPENERS[spec.task] if name == SENTENCE_TRANSFORMERS else open_transformers
+        opener = _OPENERS[spec.task] if name == SENTENCE_TRANSFORMERS_NAME else open_transformers
         library = opener(folder, spec)
     except Exception as error:  # another project's library raises errors of any kind
         skipped.append(f"Answers were not compared: {name} does not load the checkpoint ({short(error)}).")

@@ -5,7 +5,13 @@ import pytest
 
 from corpora import random_documents, write_corpus
 from gte_deploy.core.errors import InputError
-from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus, Vocabulary, describe, document_histogram
+from gte_deploy.training.data.corpus import (
+    LengthHistogram,
+    TokenCorpus,
+    Vocabulary,
+    describe_corpus,
+    document_histogram,
+)
 
 LENGTHS = {"en": (3, 20, 700), "": (1, 40), "de": (5,)}
 
@@ -156,7 +162,7 @@ def test_histogram_of_nothing_prints():
 
 def test_description_names_sizes_and_languages(folder):
     corpus = TokenCorpus.open(folder)
-    text = describe(corpus)
+    text = describe_corpus(corpus)
     assert "6 documents, 769 tokens" in text and "vocabulary 256" in text
     assert "en: 3 documents, 723 tokens (94.02%)" in text
     assert "(none): 2 documents, 41 tokens" in text

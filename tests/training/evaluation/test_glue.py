@@ -37,8 +37,8 @@ from gte_deploy.training.evaluation.glue import (
     table,
 )
 from gte_deploy.training.evaluation.glue_tasks import (
+    GLUE_TASKS,
     PUBLISHED_AVERAGES,
-    TASKS,
     Examples,
     accuracy,
     f1,
@@ -88,8 +88,8 @@ def test_metrics_are_those_of_scikit_learn_and_scipy():
 def test_the_metric_of_each_task_is_the_published_one():
     published = {"cola": matthews, "sst2": accuracy, "mrpc": f1, "stsb": spearman, "qqp": f1, "mnli": accuracy}
     published |= {"qnli": accuracy, "rte": accuracy}
-    assert {name: task.score for name, task in TASKS.items()} == published
-    assert {name for name, task in TASKS.items() if task.starts_from == "mnli"} == {"rte", "mrpc", "stsb"}
+    assert {name: task.score for name, task in GLUE_TASKS.items()} == published
+    assert {name for name, task in GLUE_TASKS.items() if task.starts_from == "mnli"} == {"rte", "mrpc", "stsb"}
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -151,14 +151,14 @@ def archive(tmp_path: Path) -> Path:
 )
 def test_archives_are_read_as_published(archive: Path, task, train, dev):
     for split, expected in (("train", train), ("dev", dev)):
-        examples = load_split(TASKS[task], split, data=archive)
+        examples = load_split(GLUE_TASKS[task], split, data=archive)
         assert examples.texts == [texts for texts, _ in expected]
         assert examples.labels.tolist() == pytest.approx([label for _, label in expected])
     assert examples.labels.dtype == (np.float32 if task == "stsb" else np.int64)
 
 
 def test_rows_with_missing_columns_are_counted(archive: Path, caplog):
-    load_split(TASKS["qqp"], "train", data=archive)
+    load_split(GLUE_TASKS["qqp"], "train", data=archive)
     assert "left out 1 rows with missing columns" in caplog.text
 
 
@@ -176,8 +176,8 @@ def test_hub_layout_is_read_from_files(tmp_path: Path, form):
             parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"train-{i:05d}-of-00002.parquet")
         table = pyarrow.Table.from_pylist([{**rows[0], "label": 1}])
         parquet.write_table(table, folder / "validation_matched-00000-of-00001.parquet")
-    assert load_split(TASKS["mnli"], "train", data=tmp_path).labels.tolist() == [2, 0, 1]
-    assert load_split(TASKS["mnli"], "dev", data=tmp_path).labels.tolist() == [1]
+    assert load_split(GLUE_TASKS["mnli"], "train", data=tmp_path).labels.tolist() == [2, 0, 1]
+    assert load_split(GLUE_TASKS["mnli"], "dev", data=tmp_path).labels.tolist() == [1]
 
 
 def test_hub_is_asked_for_the_published_dataset(monkeypatch):
@@ -189,7 +189,7 @@ def test_hub_is_asked_for_the_published_dataset(monkeypatch):
         return [{"premise": "w7", "hypothesis": "w8", "label": 2, "idx": 0}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_split(TASKS["mnli"], "dev", data=None).labels.tolist() == [2]
+    assert load_split(GLUE_TASKS["mnli"], "dev", data=None).labels.tolist() == [2]
     assert asked == [("nyu-mll/glue", "mnli", "validation_matched")]
 
 
@@ -206,16 +206,16 @@ def test_hub_is_asked_for_the_published_dataset(monkeypatch):
     ],
 )
 def test_wrong_data_are_refused(tmp_path: Path, task, file, text, message):
-    folder = tmp_path / TASKS[task].folder
+    folder = tmp_path / GLUE_TASKS[task].folder
     folder.mkdir()
     (folder / file).write_text(text)
     with pytest.raises(InputError, match=message):
-        load_split(TASKS[task], "train", data=tmp_path)
+        load_split(GLUE_TASKS[task], "train", data=tmp_path)
 
 
 def test_missing_task_folder_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no folder CoLA"):
-        load_split(TASKS["cola"], "train", data=tmp_path)
+        load_split(GLUE_TASKS["cola"], "train", data=tmp_path)
 
 
 def test_a_chained_task_brings_mnli_with_it():
@@ -382,7 +382,7 @@ def encode_rows(rows: list[tuple[str, int]], folder: Path, model: Any) -> Encode
 def toy_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All eight tasks, learnable, as .tsv in the published layout."""
     folder = tmp_path_factory.mktemp("glue")
-    for number, task in enumerate(TASKS.values()):
+    for number, task in enumerate(GLUE_TASKS.values()):
         (folder / task.folder).mkdir()
         for split, count in (("train", 160), (task.dev[0], 40)):
             rows = toy_rows(count, seed=number * 2 + (split != "train"), classes=len(task.classes) or 2)
@@ -426,7 +426,7 @@ def whole_run(tiny_mlm: Path, toy_glue: Path, tmp_path_factory: pytest.TempPathF
 
 def test_eight_tasks_are_run_and_averaged(whole_run: tuple[Path, dict[str, Any]]):
     output, summary = whole_run
-    assert list(summary["scores"]) == list(TASKS)
+    assert list(summary["scores"]) == list(GLUE_TASKS)
     means = {task: score["mean"] for task, score in summary["scores"].items()}
     assert summary["average"] == pytest.approx(sum(means.values()) / 8)
     assert min(means.values()) > 65, means  # every task is learnable, the regression too
