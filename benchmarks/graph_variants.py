@@ -47,6 +47,7 @@ from transformers import GteConfig, GteForMaskedLM
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, operand, producer, replace
 from gte_deploy.exporters.graph.fusion import MERGED_PASSES, PASSES, FusionPass, fuse_graph
+from gte_deploy.exporters.graph.fusion.attention import require_mask_columns
 from gte_deploy.exporters.graph.trace import trace
 from gte_deploy.models.families.gte import GTE
 from gte_deploy.models.presets import preset
@@ -132,7 +133,7 @@ def _no_mask(model: ir.Model, layers: int, *, as_input: bool = False) -> None:
     graph = model.graph
     for node in [node for node in graph if node.op_type == "MultiHeadAttention"]:
         for i in (0, 1):
-            with_mask = producer(producer(node.inputs[i], "Reshape").inputs[0], "Concat")
+            with_mask = require_mask_columns(node.inputs[i])
             node.replace_input_with(i, operand(producer(with_mask.inputs[0], "Reshape"), 0))
         if as_input:
             build = Builder(graph, node, f"{node.name}/mask")

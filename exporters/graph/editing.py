@@ -4,6 +4,7 @@ A pass looks at every node of one operator type, its anchors. It either rewrites
 `Mismatch` with the reason. The new value replaces the old one; nodes without uses are removed after the pass.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 CONTRIB = "com.microsoft"
+
+# "layers.0" in the names of GTE, "layer.0" in those of BERT.
+_LAYER = re.compile(r"\blayers?\.\d")
 
 
 class Mismatch(Exception):
@@ -191,6 +195,11 @@ class Builder:
 def scope_of(node: ir.Node) -> str:
     """The module that a node belongs to: "layers.0.mlp/Gelu" -> "layers.0.mlp"."""
     return (node.name or "").rpartition("/")[0]
+
+
+def is_in_layer(name: str) -> bool:
+    """Whether a node or a weight belongs to a layer of the encoder, not to the embeddings or the head."""
+    return _LAYER.search(name) is not None
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:

@@ -300,7 +300,7 @@ def _set_names(graph: ir.Graph) -> None:
         graph.initializers[name].name = name.removeprefix("model.")
     for node in graph:
         scopes = [scope for scope in _scopes(node) if scope.startswith(("model.", "lm_head."))]
-        node.name = "/".join((*(scopes[-1:] and [scopes[-1].removeprefix("model.")]), node.op_type))
+        node.name = "/".join([*(scope.removeprefix("model.") for scope in scopes[-1:]), node.op_type])
 
 
 def _scopes(node: ir.Node) -> list[str]:

@@ -35,6 +35,7 @@ from gte_deploy.exporters.graph.editing import (
     array,
     constant,
     initializer,
+    is_in_layer,
     operand,
     replace,
     scope_of,
@@ -92,7 +93,7 @@ def int8_scheme(model: ir.Model, ranges: Mapping[str, Range], *, reduce_range: b
 
 def is_large(weight: str) -> bool:
     """Whether this matrix belongs to a layer or to the vocabulary. Other matrices gain nothing from INT8."""
-    return ".layers." in f".{weight}" or "decoder" in weight
+    return is_in_layer(weight) or "decoder" in weight
 
 
 def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activations: Activations) -> dict[str, int]:

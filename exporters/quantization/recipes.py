@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.graph.linear_layers import find_linear_layers
@@ -68,7 +69,7 @@ def quantize_graphs(
         counts = quantize_weights(copy, _WEIGHT_BITS[precision])
         return Quantized({"onnxruntime": _with_model(graphs["onnxruntime"], copy, counts)})
     fp32 = graphs["onnxruntime"]
-    texts, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
+    texts, _, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
     scheme = int8_scheme(fp32.model, ranges, reduce_range=reduce_range)
     # Static ranges lose more accuracy than dynamic ones, and OpenVINO's graph always has them.
     sweep_activations: Activations = "static" if "openvino" in graphs else activations
@@ -112,14 +113,14 @@ def calibrated(
     tokenizer: TextTokenizer,
     calibration: Sequence[str] | None,
     progress: Callable[[str], None],
-) -> tuple[Sequence[str], dict[str, Range]]:
-    """The calibration texts, and the input range of every linear layer on them."""
+) -> tuple[Sequence[str], Sequence[Batch], dict[str, Range]]:
+    """The calibration texts, their batches, and the input range of every linear layer on them."""
     texts = calibration or builtin_texts("calibration")
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     size = sum(int(batch.attention_mask.sum()) for batch in batches)
     kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
     progress(f"calibrate on {size:,} tokens of {kind}")
-    return texts, measure_ranges(fp32, spec, batches)
+    return texts, batches, measure_ranges(fp32, spec, batches)
 
 
 def sweep(

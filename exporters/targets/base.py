@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.model import Model
 
-# A pass in the sites of families: attention on the tokens of all rows, without padding.
-_PADDING_FREE = "packed_attention"
+PADDING_FREE_PASS = "packed_attention"
+"""The pass in the sites of families, and in reports, for attention without padding."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def allowed_precisions(described: Option, target: type[Target]) -> list[Precisio
 
 def has_padding_free(job: Job) -> bool:
     """Whether the graph of the job's model can be padding-free, as the sites of its family say."""
-    return _PADDING_FREE in job.sites
+    return PADDING_FREE_PASS in job.sites
 
 
 def require_padding_free(job: Job) -> None:

@@ -5,14 +5,13 @@ different.
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.core.errors import ExportError
-from gte_deploy.exporters.graph.editing import FusionPass
+from gte_deploy.exporters.graph.editing import FusionPass, is_in_layer
 from gte_deploy.exporters.graph.fusion.attention import ATTENTION
 from gte_deploy.exporters.graph.fusion.glu import GLU
 from gte_deploy.exporters.graph.fusion.qkv import PROJECTIONS, QKV
@@ -30,7 +29,6 @@ PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, PROJECTIONS, SKIP_LAYER_NORM)
 """For CPUs, which gain nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
 
 _MAX_REASONS = 3
-_IN_LAYER = re.compile(r"\blayers?\.\d")
 
 
 def fuse_graph(model: ir.Model, *, sites: Mapping[str, int], passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
@@ -70,7 +68,7 @@ def _forget_shapes(graph: ir.Graph) -> None:
 
 def _explain(fusion: FusionPass, count: int, expected: int, reasons: Sequence[str]) -> str:
     # Anchors outside the layers (the embedding's LayerNorm, the head's Gelu) should not match: their reasons come last.
-    likely = sorted(reasons, key=lambda reason: _IN_LAYER.search(reason) is None)[:_MAX_REASONS]
+    likely = sorted(reasons, key=lambda reason: not is_in_layer(reason))[:_MAX_REASONS]
     why = "; ".join(likely) or f"the graph has no other {fusion.anchor} node"
     return (
         f"fusion pass {fusion.name!r} fired {count} times, and this architecture has {expected} sites: {why}. "

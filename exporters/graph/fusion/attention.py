@@ -80,6 +80,11 @@ def require_same_heads(attention: Attention, query: Heads, key: Heads, value: He
     require(same_constant(attention.output.inputs[1], [0, 0, width]), f"the heads are not joined to [0, 0, {width}]")
 
 
+def require_mask_columns(value: ir.Value | None) -> ir.Node:
+    """Match the Concat of heads [B, S, N, D] and mask columns in queries or keys after this pass, or raise Mismatch."""
+    return producer(producer(value, "Reshape").inputs[0], "Concat")
+
+
 def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     found = require_attention(softmax)
     output, bias = found.output, found.bias

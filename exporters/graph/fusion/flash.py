@@ -22,12 +22,12 @@ from gte_deploy.exporters.graph.editing import (
     replace,
     scope_of,
 )
-from gte_deploy.exporters.graph.fusion.attention import MASK_COLUMNS
+from gte_deploy.exporters.graph.fusion.attention import MASK_COLUMNS, require_mask_columns
 
 
 def _rewrite(graph: ir.Graph, attention: ir.Node) -> None:
     query, key, value = (operand(attention, i) for i in range(3))
-    with_mask = producer(producer(query, "Reshape").inputs[0], "Concat")
+    with_mask = require_mask_columns(query)
     per_query = producer(with_mask.inputs[1], "Expand")
     heads, scale = attention.attributes.get_int("num_heads", 0), attention.attributes.get_float("scale", 0.0)
     width = dimensions(value)[-1]

@@ -31,6 +31,7 @@ from gte_deploy.exporters.graph.editing import (
     scope_of,
     tensor_of,
 )
+from gte_deploy.exporters.graph.fusion.attention import require_mask_columns
 from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
 
 _MASK_INPUT = "attention_mask"
@@ -165,5 +166,5 @@ def _insert_restore_padding(graph: ir.Graph, packed: _PackedInputs) -> None:
 
 
 def _rotary(value: ir.Value) -> ir.Node:
-    with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
+    with_mask = require_mask_columns(value)
     return producer(producer(with_mask.inputs[0], "Reshape").inputs[0], "RotaryEmbedding")

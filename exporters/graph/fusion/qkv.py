@@ -15,6 +15,7 @@ from gte_deploy.exporters.graph.editing import (
     require,
     scope_of,
 )
+from gte_deploy.exporters.graph.fusion.attention import require_mask_columns
 from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_linear
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
@@ -56,7 +57,7 @@ def _matched(attention: ir.Node) -> tuple[list[ir.Value], list[LinearMatch]]:
 
 def _projection(value: ir.Value) -> ir.Value:
     """The projection of queries or keys, before the rotation if there is one, and before the mask columns."""
-    with_mask = producer(producer(value, "Reshape").inputs[0], "Concat")
+    with_mask = require_mask_columns(value)
     projected = operand(producer(with_mask.inputs[0], "Reshape"), 0)
     source = projected.producer()
     return operand(source, 0) if source is not None and source.op_type == "RotaryEmbedding" else projected

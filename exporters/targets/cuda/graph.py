@@ -25,6 +25,7 @@ from gte_deploy.exporters.graph.fusion import MERGED_PASSES, fuse_graph
 from gte_deploy.exporters.graph.fusion.flash import FLASH
 from gte_deploy.exporters.graph.fusion.padding import remove_padding
 from gte_deploy.exporters.graph.half import HALVES, lower_to_half
+from gte_deploy.exporters.targets.base import PADDING_FREE_PASS
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
 _NOT_ON_CUDA = (
@@ -51,7 +52,7 @@ def cuda_graph(plain: Graph, *, sites: Mapping[str, int], precision: str, remove
     passes = MERGED_PASSES if removes_padding else (*MERGED_PASSES, FLASH)
     fusions = fuse_graph(model, sites=sites, passes=passes)
     if removes_padding:
-        fusions["packed_attention"] = remove_padding(model)
+        fusions[PADDING_FREE_PASS] = remove_padding(model)
     if precision in HALVES:
         fusions["half_weights"] = lower_to_half(model, HALVES[precision])
     return graph_of(model, fusions, plain.opset)

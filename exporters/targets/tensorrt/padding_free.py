@@ -49,6 +49,7 @@ from gte_deploy.exporters.graph.fusion.heads import require_heads
 from gte_deploy.exporters.graph.fusion.padding import rewriting
 from gte_deploy.exporters.graph.fusion.rope import Rotation, require_rotation
 from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
+from gte_deploy.exporters.targets.base import PADDING_FREE_PASS
 
 TRT_DOMAIN = "trt"
 TRT_ATTENTION = "TRT_Attention"
@@ -79,7 +80,7 @@ def make_padding_free(model: ir.Model, *, sites: Mapping[str, int]) -> dict[str,
     _add_inputs(graph)
     counts = fuse_graph(model, sites=sites, passes=(PADDING_FREE_ATTENTION,))
     with rewriting(model):
-        require(counts[PADDING_FREE_ATTENTION.name] > 0, "the attention of its family has no padding-free form")
+        require(counts[PADDING_FREE_PASS] > 0, "the attention of its family has no padding-free form")
         _flatten_embedding(graph)
         _rewrite_heads(graph)
     graph.inputs.remove(by_name(graph.inputs, _MASK))
@@ -160,7 +161,7 @@ def _rows_of_tokens(build: Builder, table: ir.Value) -> ir.Value:
     return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
 
 
-PADDING_FREE_ATTENTION = FusionPass(name="packed_attention", anchor="Softmax", rewrite=_rewrite_attention)
+PADDING_FREE_ATTENTION = FusionPass(name=PADDING_FREE_PASS, anchor="Softmax", rewrite=_rewrite_attention)
 
 
 def _flatten_embedding(graph: ir.Graph) -> None:

@@ -8,10 +8,9 @@ from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.job import Job
 from gte_deploy.exporters.quantization.calibration import measure_amax
 from gte_deploy.exporters.quantization.int8 import int8_scheme
-from gte_deploy.exporters.quantization.recipes import CALIBRATION_TOKENS, calibrated, sweep
+from gte_deploy.exporters.quantization.recipes import calibrated, sweep
 from gte_deploy.exporters.targets.tensorrt.graph import EightBits, QdqScheme, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
-from gte_deploy.exporters.verification.texts import text_batches
 
 
 def eight_bit_scheme(
@@ -32,10 +31,9 @@ def eight_bit_scheme(
     spec, tokenizer, report = job.spec, job.tokenizer, job.steps.report
     precision = cast(EightBits, job.precision)
     fp32, plain = graphs["onnxruntime"], graphs["openvino"]
-    texts, ranges = calibrated(fp32, spec, tokenizer, options.texts(), report)
+    texts, batches, ranges = calibrated(fp32, spec, tokenizer, options.texts(), report)
     base = int8_scheme(fp32.model, ranges)
     quantized = {name: found for name, found in ranges.items() if name not in base.excluded}
-    batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     amax = measure_amax(fp32, spec, batches, quantized, smoothing=base.smoothing, calibrator=options.calibrator)
     # The vocabulary's matrix in 8 bits would be a second copy of the embeddings; a few masked rows do not justify it.
     few_rows = spec.task == "fill-mask" and spec.logits == "masked"

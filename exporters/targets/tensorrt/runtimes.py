@@ -13,6 +13,7 @@ from typing import Any
 from gte_deploy.backends.tensorrt.cuda import gpu_capability
 from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
+from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
@@ -47,11 +48,11 @@ def choose_runtime(asked: str) -> Runtime:
         asked: "tensorrt", "rtx", or "auto" for ordinary TensorRT if it and a GPU are present, else TensorRT-RTX.
 
     Raises:
+        InputError: `asked` is none of these.
         MissingDependencyError: the requested TensorRT is not installed; for "auto", neither is.
         ExportError: ordinary TensorRT was requested, but there is no GPU.
     """
-    if asked not in RUNTIMES:
-        raise InputError(f"runtime is {asked!r}; expected one of {', '.join(RUNTIMES)}")
+    check_choice("runtime", asked, RUNTIMES)
     capability = gpu_capability()
     if asked == "tensorrt":
         module = import_tensorrt("tensorrt")

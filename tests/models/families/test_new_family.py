@@ -296,6 +296,16 @@ def test_tensorrt_without_padding_is_refused(bert, checkpoint):
         tensorrt_graph(plain, "fp16", sites=sites, layout=PADDING_FREE)
 
 
+def test_a_lower_precision_is_that_of_all_its_layers(bert, checkpoint):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.quantization.weight_only import quantize_weights
+
+    graphs = build_graphs(load_model(checkpoint), task="fill-mask", max_length=LENGTH)
+    # Queries, keys, values, the output of attention and two of the MLP; and the vocabulary's matrix.
+    assert quantize_weights(graphs["onnxruntime"].model, 8)["int8_linears"] == 6 * LAYERS + 1
+
+
 @pytest.fixture(scope="module")
 def bundles() -> dict[str, Path]:
     return {}
