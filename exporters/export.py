@@ -93,7 +93,7 @@ def export(
         with steps("read the checkpoint"):
             checkpoint = _read(model, request, steps)
             source = _source_of(model, checkpoint)
-            request.target.check_model(checkpoint.spec, request.precision)
+            request.target.check_model(checkpoint, request.precision)
         job = _load(checkpoint, folder, request, steps)
         built = request.target.build(_trace(job), job)
         write_model_files(job)

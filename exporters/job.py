@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 from gte_deploy.models.description import Description
-from gte_deploy.models.families import fusion_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +74,7 @@ class Job:
     @property
     def sites(self) -> Mapping[str, int]:
         """The number of times that each fusion pass must fire on a graph of the model."""
-        return fusion_sites(self.model)
+        return self.checkpoint.sites
 
     @property
     def num_layers(self) -> int:

@@ -7,6 +7,7 @@ the fields of each file that are honoured and those that are refused.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,11 @@ class Description:
     def family(self) -> Family:
         """Family of the model."""
         return family_of(self.config)
+
+    @property
+    def sites(self) -> Mapping[str, int]:
+        """How often each fusion pass must fire on a graph of the model; see `Family.sites`."""
+        return self.family.sites(self.config)
 
     @property
     def weight_files(self) -> list[Path]:

@@ -15,7 +15,7 @@ from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.options import Option, check_choices, options_given
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
-from gte_deploy.models.families import family_of
+from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -75,7 +75,7 @@ class Target(ABC):
             if (allowed := allowed_precisions(described, type(self))) and precision not in allowed:
                 raise InputError(f"{name} is for precision {' and '.join(allowed)}, and the precision is {precision}")
 
-    def check_model(self, spec: ModelSpec, precision: Precision) -> None:  # noqa: B027 - most refuse nothing
+    def check_model(self, checkpoint: Description, precision: Precision) -> None:  # noqa: B027 - most refuse nothing
         """Refuse a model that this target cannot run, before its weights are loaded.
 
         Raises:
@@ -126,22 +126,21 @@ def allowed_precisions(described: Option, target: type[Target]) -> list[Precisio
     return [precision for precision in target.precisions if precision in described.precisions]
 
 
-def has_padding_free(job: Job) -> bool:
-    """Whether the graph of the job's model can be padding-free, as the sites of its family say."""
-    return PADDING_FREE_PASS in job.sites
+def has_padding_free(checkpoint: Description) -> bool:
+    """Whether the model's graph can be padding-free, as the sites of its family say."""
+    return PADDING_FREE_PASS in checkpoint.sites
 
 
-def require_padding_free(job: Job) -> None:
+def require_padding_free(checkpoint: Description) -> None:
     """Refuse to remove the padding of a model whose attention has no padding-free form.
 
     Raises:
         ExportError: the message names the model type and the positions of its family.
     """
-    if not has_padding_free(job):
-        config = job.model.config
+    if not has_padding_free(checkpoint):
         raise ExportError(
-            f"padding cannot be removed from models of model_type {config.model_type!r}, which have "
-            f"{family_of(config).positions} positions: attention without padding is built for rotary positions and the "
+            f"padding cannot be removed from models of model_type {checkpoint.config.model_type!r}, which have "
+            f"{checkpoint.family.positions} positions: attention without padding is built for rotary positions and the "
             "layers of GTE. Export with padding='keep'."
         )
 

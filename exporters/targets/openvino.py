@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from gte_deploy.core.errors import MissingDependencyError
-from gte_deploy.core.spec import Engine, ModelSpec, Precision
+from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
 from gte_deploy.exporters.targets.cpu import CalibrationOptions, open_openvino, quantized_graphs, save
+from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -32,7 +33,7 @@ class OpenVinoTarget(Target):
         super().check(precision)
         self.options.texts()
 
-    def check_model(self, spec: ModelSpec, precision: Precision) -> None:
+    def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""
         if importlib.util.find_spec("openvino") is None:
             raise MissingDependencyError("openvino", "openvino")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option
-from gte_deploy.core.spec import Engine, ModelSpec, Precision
+from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import (
     Candidates,
@@ -16,6 +16,7 @@ from gte_deploy.exporters.targets.base import (
     refuse_token_weights,
     require_padding_free,
 )
+from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -56,9 +57,14 @@ class CudaTarget(Target):
         if precision == "bf16" and self.options.padding == "remove":
             raise InputError("ONNX Runtime removes padding in fp16 and fp32 only; take one of them, or padding 'keep'")
 
-    def check_model(self, spec: ModelSpec, precision: Precision) -> None:
-        """Refuse sparse heads of token weights: not every CUDA provider has the operator that pools them."""
-        refuse_token_weights(spec)
+    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+        """Refuse sparse heads of token weights, and to remove padding from a family without padding-free attention.
+
+        Not every CUDA provider has the operator that pools token weights.
+        """
+        refuse_token_weights(checkpoint.spec)
+        if self.options.padding == "remove":
+            require_padding_free(checkpoint)
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Fuse the graph of standard operators for CUDA, and save it."""
@@ -70,7 +76,7 @@ class CudaTarget(Target):
                 graphs["openvino"],
                 sites=job.sites,
                 precision=job.precision,
-                removes_padding=self._removes_padding_of(job),
+                removes_padding=self.removes_padding(job.precision) and has_padding_free(job.checkpoint),
             )
         with job.steps("write the graph"):
             file = job.graph_file("onnxruntime")
@@ -97,13 +103,3 @@ class CudaTarget(Target):
     def removes_padding(self, precision: Precision) -> bool:
         """Whether the options ask for a padding-free graph in this precision."""
         return self.options.padding == "remove" or (self.options.padding == "auto" and precision == "fp16")
-
-    def _removes_padding_of(self, job: Job) -> bool:
-        """Whether the graph is padding-free. "auto" keeps the padding of a family without padding-free attention.
-
-        Raises:
-            ExportError: padding is to be removed from a model of such a family.
-        """
-        if self.options.padding == "remove":
-            require_padding_free(job)
-        return self.removes_padding(job.precision) and has_padding_free(job)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from gte_deploy.backends.tensorrt.padding_free import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec, is_packed
+from gte_deploy.exporters.targets.base import require_padding_free
 from gte_deploy.exporters.targets.tensorrt.profiles import (
     check_packed_profiles,
     check_profiles,
@@ -21,6 +22,7 @@ from gte_deploy.exporters.targets.tensorrt.profiles import (
     profiles_for_lengths,
 )
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime
+from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,7 +45,7 @@ class TextLayout(Protocol):
     trtexec_flags: ClassVar[tuple[str, ...]]
     """Flags that TensorRT's tool trtexec needs for the network."""
 
-    def check_model(self, spec: ModelSpec) -> None:
+    def check_model(self, checkpoint: Description) -> None:
         """Refuse a model that this layout cannot run.
 
         Raises:
@@ -90,7 +92,7 @@ class Padded:
     has_attention_operator: ClassVar[bool] = False
     trtexec_flags: ClassVar[tuple[str, ...]] = ("--stronglyTyped",)
 
-    def check_model(self, spec: ModelSpec) -> None:
+    def check_model(self, checkpoint: Description) -> None:
         """Accept every model."""
 
     def check_runtime(self, runtime: Runtime) -> None:
@@ -134,12 +136,13 @@ class PaddingFree:
     # In the versions of TensorRT with the kernels, every network is strongly typed.
     trtexec_flags: ClassVar[tuple[str, ...]] = ()
 
-    def check_model(self, spec: ModelSpec) -> None:
-        """Refuse sparse models, whose head pools padded rows."""
-        if spec.task == "sparse":
+    def check_model(self, checkpoint: Description) -> None:
+        """Refuse sparse models, whose head pools padded rows, and families without padding-free attention."""
+        if checkpoint.spec.task == "sparse":
             raise InputError(
                 "padding 'remove' is not for task sparse with format trt: its head pools padded rows. Keep padding."
             )
+        require_padding_free(checkpoint)
 
     def check_runtime(self, runtime: Runtime) -> None:
         """Refuse TensorRT-RTX, and versions of TensorRT before `PADDING_FREE_FROM`."""

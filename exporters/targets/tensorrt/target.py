@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Engine, ModelSpec, Precision, Profile
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
-from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights, require_padding_free
+from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
 from gte_deploy.exporters.targets.tensorrt.layouts import TEXT_LAYOUTS, TextLayout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_capabilities
+from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
@@ -47,11 +48,11 @@ class TensorRTTarget(Target):
         if self.options.profiles and self.options.lengths is not None:
             raise InputError("profiles come from --profile or from --lengths, not from both")
 
-    def check_model(self, spec: ModelSpec, precision: Precision) -> None:
-        """Check that the profiles fit the model, and that a TensorRT can build here."""
-        self.layout.check_model(spec)
-        refuse_token_weights(spec)
-        self._profiles(spec)
+    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+        """Check that the layout and the profiles fit the model, and that a TensorRT can build here."""
+        self.layout.check_model(checkpoint)
+        refuse_token_weights(checkpoint.spec)
+        self._profiles(checkpoint.spec)
         if (runtime := self._runtime()) is not None:
             resolve_capabilities(runtime, self.options.compute_capabilities, precision)
 
@@ -115,8 +116,6 @@ class TensorRTTarget(Target):
         """The graph in the precision of the job, and the losses from a sweep if one was needed."""
         from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
 
-        if self.options.padding == "remove":
-            require_padding_free(job)
         scheme: QdqScheme | None = None
         sensitivity: Mapping[str, float] = {}
         if job.precision in ("int8", "fp8"):

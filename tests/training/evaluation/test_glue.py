@@ -42,10 +42,10 @@ from gte_deploy.training.evaluation.glue_tasks import (
     Examples,
     accuracy,
     f1,
-    in_order,
     load_split,
     matthews,
     spearman,
+    tasks_in_order,
 )
 from gte_deploy.training.options import GlueOptions, Protocol
 
@@ -219,9 +219,9 @@ def test_missing_task_folder_is_refused(tmp_path: Path):
 
 
 def test_a_chained_task_brings_mnli_with_it():
-    assert [task.name for task in in_order(["stsb", "cola"])] == ["cola", "mnli", "stsb"]
+    assert [task.name for task in tasks_in_order(["stsb", "cola"])] == ["cola", "mnli", "stsb"]
     with pytest.raises(InputError, match="unknown GLUE tasks wnli"):
-        in_order(["wnli"])
+        tasks_in_order(["wnli"])
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
