@@ -1,4 +1,4 @@
-"""What keeps the code easy to extend: few parameters, a short pipeline, no circles of imports."""
+"""What keeps the code easy to extend: few parameters, a short pipeline, no circles of imports, one meaning a name."""
 
 from __future__ import annotations
 
@@ -73,3 +73,44 @@ def test_imports_make_no_circle():
         for name in free:
             del left[name]
     assert not left, f"each of these imports another of them: {sorted(left)}"
+
+
+# Names that several modules give to the same thing of their own, and are read with the module's name.
+ROLES = {
+    "FORMAT": "the kind of a file, in the file itself",
+    "FORMAT_VERSION": "the version of a file's format, in the file itself",
+    "ROOT": "the folder of the repository",
+    "SERVED": "the ensemble of a task on Triton",
+    "T": "a type variable",
+    "filled": "a text or an array with its gaps filled",
+    "format_table": "a report for people",
+    "from_tensors": "answers of a task from Triton's tensors",
+    "logger": "the module's logger",
+    "main": "the entry of a command",
+    "read_config": "a config.json: by any family, or by the module's",
+    "save": "write what the module makes",
+    "table": "a result for people",
+    "to_tensors": "answers of a task as Triton's tensors",
+}
+
+
+def public_names(file: Path) -> Iterator[str]:
+    """The classes, functions, constants and type aliases that a module defines without a leading underscore."""
+    for node in parsed(file).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        for target in targets:
+            name = getattr(target, "name", None) or getattr(target, "id", "_")
+            if not name.startswith("_") and not isinstance(node, ast.Import | ast.ImportFrom):
+                yield name
+
+
+def test_a_public_name_has_one_meaning():
+    places: dict[str, list[str]] = {}
+    for file in files():
+        # The scripts of the built-in model and the models of a Triton server import nothing from each other.
+        if not {"tiny_model", "serving"} & set(file.parts):
+            for name in public_names(file):
+                places.setdefault(name, []).append(file.relative_to(ROOT).as_posix())
+    several = {name for name, found in places.items() if len(set(found)) > 1}
+    assert {name: places[name] for name in several - ROLES.keys()} == {}, "give each its own name, or import the one"
+    assert ROLES.keys() <= several, "no longer defined twice: take it out of the list"
