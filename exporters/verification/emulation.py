@@ -32,7 +32,9 @@ from gte_deploy.exporters.graph.half import HALVES, add_cast
 from gte_deploy.exporters.graph.trace import MASK_BIAS
 
 # Operators that only move data introduce no rounding.
-_MOVES = frozenset(("Concat", "Gather", "GatherND", "RemovePadding", "Reshape", "RestorePadding", "Slice", "Split"))
+_MOVES = frozenset(
+    "Concat Gather GatherND RemovePadding Reshape RestorePadding Slice Split Squeeze Transpose Unsqueeze".split()
+)
 
 
 def cpu_emulation(graph: Graph) -> Graph:

@@ -1,14 +1,17 @@
-"""Emulates a TensorRT engine on the CPU: ONNX Runtime runs the graph that TensorRT compiles.
+"""Emulates a TensorRT engine on the CPU: ONNX Runtime runs the graph that TensorRT compiles, with its roundings.
 
-The export compares this emulation with PyTorch. On a CPU, ONNX Runtime has few kernels for FP16 and none for BF16, and
-it stores all scores of explicit attention. So the emulation has two more forms of the graph, with the same arithmetic:
+The export compares this emulation with PyTorch. ONNX Runtime alone would not show an overflow: on a CPU it computes
+FP16 nodes in FP32 and leaves out the roundings between them, so 300 · 300 / 300 "in FP16" is 300, not infinite. It has
+no kernels for BF16. So the emulation rewrites a copy of the graph, in up to three steps:
 
-* `cpu_emulation` replaces BF16 tensors by FP32 tensors that are rounded to BF16 after each operator. ONNX Runtime does
-  the same for FP16 by itself.
+* `engine_arithmetic` multiplies the 8-bit values themselves, rounds each sum to the type in which the engine's GEMM
+  stores it, and makes every 16-bit tensor an FP32 tensor that is rounded to 16 bits after each operator.
 * `head_by_head` computes attention one head after the other, for inputs whose scores would not fit into memory.
+* ONNX Runtime has no TRT_Attention. In a padding-free graph, `packed_emulation` replaces it by the computation that
+  TensorRT's documentation describes; the same code packs the batches as for an engine.
 
-ONNX Runtime has no TRT_Attention. In a padding-free graph, `packed_emulation` replaces it by the computation that
-TensorRT's documentation describes; the same code packs the batches as for an engine.
+An engine may round less than the emulation: it computes attention, and each chain of elementwise operators, in one
+kernel, whose inner values may be in FP32.
 
 Shapes: B rows, S tokens, N heads, D head size; in a padding-free graph, T tokens of all rows.
 """
@@ -32,7 +35,18 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import ModelSpec, Profile
 from gte_deploy.exporters.graph.build import Graph, save_graph
-from gte_deploy.exporters.graph.editing import CONTRIB, Builder, constant, integers, operand, replace, scope_of
+from gte_deploy.exporters.graph.editing import (
+    CONTRIB,
+    Builder,
+    array,
+    constant,
+    initializer,
+    integers,
+    operand,
+    replace,
+    scope_of,
+)
+from gte_deploy.exporters.targets.tensorrt.graph import is_quantized
 from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
 from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
 from gte_deploy.exporters.verification.emulation import cpu_emulation
@@ -44,15 +58,13 @@ _MAX_SCORES = 1 << 27
 class PaddedOnnx:
     """Runs a padded graph for TensorRT in ONNX Runtime, in the form that each batch needs."""
 
-    def __init__(self, graph: Graph, spec: ModelSpec, *, file: Path | None = None, num_heads: int) -> None:
-        """Open `graph`; `file` is its saved file, if there is one."""
+    def __init__(self, graph: Graph, spec: ModelSpec, *, num_heads: int) -> None:
+        """Open the emulation of `graph`."""
         self._num_heads, self._spec = num_heads, spec
         self._stack = contextlib.ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        self._graph = cpu_emulation(graph) if _has_bf16(graph) else graph
-        if file is None or self._graph is not graph:
-            file = self._save("whole.onnx", self._graph)
-        self._whole = self._open(file)
+        self._graph = engine_arithmetic(graph)
+        self._whole = self._open(self._save("whole.onnx", self._graph))
         self._by_head: OnnxBackend | None = None
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -76,8 +88,42 @@ class PaddedOnnx:
         return self._stack.enter_context(contextlib.closing(OnnxBackend(file, self._spec)))
 
 
-def _has_bf16(graph: Graph) -> bool:
-    return any(value.dtype == ir.DataType.BFLOAT16 for value in graph.model.graph.initializers.values())
+def engine_arithmetic(graph: Graph) -> Graph:
+    """Return a copy of `graph` that computes on the CPU like TensorRT's kernels, overflow included."""
+    model = graph.model.clone()
+    for node in [node for node in model.graph if is_quantized(node)]:
+        _multiply_eight_bits(model.graph, node)
+    ir_passes.RemoveUnusedNodesPass()(model)
+    return cpu_emulation(dataclasses.replace(graph, model=model))
+
+
+def _multiply_eight_bits(graph: ir.Graph, product: ir.Node) -> None:
+    """Sum the products of the 8-bit values in FP32, and store the sums in the type of the MatMul `product`.
+
+    The kernel multiplies its sums by one FP32 number before it stores them. With a scale for each output that number is
+    1, and the next kernel multiplies by the scales; so it is for GEMMs with different scales that are joined because
+    they have the same input. The listings of engines that TensorRT-RTX 1.7 built show both.
+    """
+    build = Builder(graph, product, scope_of(product))
+    dtype = _dtype(product.outputs[0])
+    x, weight = (_dequantization(product, i) for i in (0, 1))
+    joined = [use.node for use in x.outputs[0].uses() if is_quantized(use.node)]
+    has_one_scale = len({array(operand(_dequantization(node, 1), 1)).tobytes() for node in joined}) == 1
+    scale = array(operand(x, 1)).astype(np.float32) * array(operand(weight, 1)).astype(np.float32)
+    is_scaled = scale.size == 1 and has_one_scale
+    kind = ir.DataType.FLOAT if is_scaled else dtype
+    scales = initializer(graph, f"{build.scope}/scales", ir.tensor(scale.astype(kind.numpy())))
+    values = [build.op("Cast", operand(node, 0), to=ir.DataType.FLOAT) for node in (x, weight)]
+    sums = build.op("MatMul", *values, name="sums", dtype=kind)
+    stored = build.op("Mul", sums, scales, name="stored", dtype=dtype)
+    replace(product.outputs[0], stored)
+
+
+def _dequantization(product: ir.Node, index: int) -> ir.Node:
+    """The DequantizeLinear of an operand of an 8-bit GEMM."""
+    node = operand(product, index).producer()
+    assert node is not None
+    return node
 
 
 def head_by_head(graph: Graph) -> Graph:
@@ -169,8 +215,8 @@ class PaddingFreeOnnx:
 
 
 def packed_emulation(graph: Graph, *, num_heads: int) -> Graph:
-    """The `cpu_emulation` of a padding-free graph, with attention computed text by text."""
-    emulation = cpu_emulation(graph)
+    """The `engine_arithmetic` of a padding-free graph, with attention computed text by text."""
+    emulation = engine_arithmetic(graph)
     model = emulation.model
     for node in [node for node in model.graph if node.op_type == TRT_ATTENTION]:
         replace(node.outputs[0], _text_by_text(Builder(model.graph, node, scope_of(node)), node, num_heads))

@@ -17,6 +17,7 @@ Shapes: B rows, S tokens, H hidden size, F width of the gated MLP.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -32,6 +33,7 @@ from gte_deploy.core.spec import Precision
 from gte_deploy.exporters.graph.build import Graph, graph_of
 from gte_deploy.exporters.graph.editing import (
     Builder,
+    array,
     constant,
     consumer,
     initializer,
@@ -45,7 +47,7 @@ from gte_deploy.exporters.graph.editing import (
 from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
-from gte_deploy.exporters.quantization.int8 import smooth
+from gte_deploy.exporters.quantization.int8 import quantize_columns, smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
 
 EightBits = Literal["int8", "fp8"]
@@ -61,8 +63,11 @@ COMPUTE_DTYPES: Mapping[Precision, ir.DataType] = {
 _FP32 = ir.DataType.FLOAT
 _MAX_MAGNITUDE: Mapping[EightBits, int] = {"int8": 127, "fp8": 448}
 _QUANTIZED_DTYPES: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-# Scales are FP16 in the graph, where smaller values would be rounded coarsely.
-_MIN_SCALE = 2.0**-20
+# An input in FP16 has an FP16 scale, and the engine multiplies by its FP16 reciprocal, which must be finite.
+_MIN_SCALE = np.float32(2.0**-14)
+_MAX_FP16 = float(np.finfo(np.float16).max)
+# Operators that only move data: a result in FP32 stays in FP32 behind them.
+_MOVES = frozenset(("Reshape", "Split", "Transpose"))
 
 
 @dataclass(frozen=True)
@@ -133,34 +138,47 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
 
 
 def _quantize_linear(graph: ir.Graph, linear: LinearLayer, kind: EightBits, amax: float) -> None:
+    """Compute a linear layer as (Qx · Qw · 2^-n) * scales + bias, with 8-bit matrices Qx and Qw.
+
+    The engine's GEMM multiplies its sums by 2^-n before it stores them, so FP16 holds them. If the scale of Qx or the
+    scales of Qw stood in DequantizeLinear, TensorRT-RTX would store unscaled sums, which overflow FP16.
+    """
     build = Builder(graph, linear.node, scope_of(linear.node))
     dtype, largest = _QUANTIZED_DTYPES[kind], _MAX_MAGNITUDE[kind]
     zero = constant(graph, f"zero_{kind}", np.zeros((), dtype.numpy()))
-    scale = constant(graph, f"{linear.x.name}/{kind}.scale", _scales(np.float32(amax), largest))
+    scale = constant(graph, f"{linear.x.name}/{kind}.scale", _input_scale(amax, largest))
+    matrix, scales = _quantized_columns(linear.matrix(), kind)
+    shift = _sum_shift(len(matrix), largest)
+    sum_scale, unit = (constant(graph, f"two_to_minus_{n}", np.array(2.0**-n, np.float32)) for n in (shift, 0))
     quantized = build.op("QuantizeLinear", linear.x, scale, zero, name="quantized", dtype=dtype)
-    x = build.op("DequantizeLinear", quantized, scale, zero, name="input")
-    matrix = linear.matrix()
-    # INT8 has one scale per output, FP8 one scale for all: TensorRT has kernels for these.
-    scales = _scales(np.abs(matrix).max(axis=0 if kind == "int8" else None), largest)
-    clipped = np.clip(matrix / scales, -largest, largest)
-    rounded = np.rint(clipped).astype(np.int8) if kind == "int8" else clipped.astype(ml_dtypes.float8_e4m3fn)
-    weight = build.op(
-        "DequantizeLinear",
-        initializer(graph, f"{linear.name}.{kind}", ir.tensor(rounded)),
-        initializer(graph, f"{linear.name}.{kind}.scale", ir.tensor(scales)),
-        name="weight",
-        **({"axis": 1} if kind == "int8" else {}),
-    )
-    product = build.op("MatMul", x, weight)
+    x = build.op("DequantizeLinear", quantized, sum_scale, zero, name="input")
+    stored = initializer(graph, f"{linear.name}.{kind}", ir.tensor(matrix))
+    sums = build.op("MatMul", x, build.op("DequantizeLinear", stored, unit, name="weight"))
+    scales = array(scale) * scales * np.float32(2.0**shift)
+    product = build.op("Mul", sums, initializer(graph, f"{linear.name}.{kind}.scale", ir.tensor(scales)), name="scaled")
     replace(linear.node.outputs[0], product if linear.bias is None else build.op("Add", product, linear.bias))
 
 
-def _scales(amax: np.ndarray | np.float32, largest: int) -> NDArray[np.float32]:
-    """Scales amax / largest, rounded up to values that FP16 represents exactly, so that `amax` is not clipped."""
-    exact = np.maximum(np.asarray(amax, np.float32) / largest, _MIN_SCALE)
-    rounded = exact.astype(np.float16)
-    is_below = rounded.astype(np.float32) < exact
-    return np.where(is_below, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)
+def _input_scale(amax: float, largest: int) -> NDArray[np.float32]:
+    """The scale amax / largest, rounded up to a value that FP16 represents exactly, so that `amax` is not clipped."""
+    exact = max(np.float32(amax) / largest, _MIN_SCALE)
+    rounded = np.float16(exact)
+    return np.array(rounded if rounded >= exact else np.nextafter(rounded, np.float16(np.inf)), np.float32)
+
+
+def _sum_shift(length: int, largest: int) -> int:
+    """The smallest n for which no sum of `length` products of 8-bit values, divided by 2^n, overflows FP16."""
+    # The largest magnitude of an int8 input is 128, not 127.
+    return math.ceil(math.log2(length * largest * (largest + 1) / _MAX_FP16))
+
+
+def _quantized_columns(matrix: NDArray[np.float32], kind: EightBits) -> tuple[np.ndarray, NDArray[np.float32]]:
+    """Quantize [in, out] float32; return 8-bit values [in, out] and scales [out] float32, 1 for a column of zeros."""
+    if kind == "int8":
+        return quantize_columns(matrix)
+    amax = np.abs(matrix).max(axis=0)
+    scales = np.where(amax > 0, amax / _MAX_MAGNITUDE[kind], 1).astype(np.float32)
+    return (matrix / scales).astype(ml_dtypes.float8_e4m3fn), scales
 
 
 def _fill_in_types(graph: ir.Graph) -> None:
@@ -187,6 +205,8 @@ def _assign_types(graph: ir.Graph, compute_dtype: ir.DataType) -> None:
 
     for node in list(graph):
         dtype = _FP32 if node in fp32 or node in pooling else compute_dtype
+        if node.op_type == "QuantizeLinear":
+            dtype = operand(node, 0).dtype or compute_dtype
         for i, value in enumerate(node.inputs):
             if value is not None and value.dtype in (_FP32, compute_dtype) and value.dtype != dtype:
                 node.replace_input_with(i, typed(value, dtype))
@@ -250,7 +270,27 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
             kept.update(use.node for use in node.outputs[0].uses() if use.node.op_type == "Mul")
         elif node.op_type == "Neg":
             kept.update(_rotation(node))
+        elif is_quantized(node):
+            kept.update(_after_sums(node))
     return kept
+
+
+def is_quantized(node: ir.Node) -> bool:
+    """Whether `node` is a GEMM of 8-bit values."""
+    weight = operand(node, 1).producer() if node.op_type == "MatMul" else None
+    return weight is not None and weight.op_type == "DequantizeLinear"
+
+
+def _after_sums(product: ir.Node) -> Iterator[ir.Node]:
+    """The nodes that scale the sums of an 8-bit GEMM, add its bias, and move the result."""
+    pending = [consumer(product.outputs[0], "Mul")]
+    while pending:
+        node = pending.pop()
+        yield node
+        for user in {use.node for output in node.outputs for use in output.uses()}:
+            adds_bias = user.op_type == "Add" and any(value and value.is_initializer() for value in user.inputs)
+            if adds_bias or user.op_type in _MOVES:
+                pending.append(user)
 
 
 def _rotation(negation: ir.Node) -> Iterator[ir.Node]:

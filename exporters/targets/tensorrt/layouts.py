@@ -6,7 +6,6 @@ their shapes, the rewriting of the graph, and its emulation on a CPU.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from gte_deploy.backends.tensorrt.padding_free import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
@@ -76,9 +75,9 @@ class TextLayout(Protocol):
         ...
 
     def emulation(
-        self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
+        self, graph: "Graph", spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int
     ) -> "PaddedOnnx | PaddingFreeOnnx":
-        """The object that runs the graph on a CPU like the engine; `file` is the saved graph."""
+        """The object that runs the graph on a CPU like the engine."""
         ...
 
     def caveats(self) -> list[str]:
@@ -117,12 +116,12 @@ class Padded:
         return {}
 
     def emulation(
-        self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
+        self, graph: "Graph", spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int
     ) -> "PaddedOnnx":
         """See `TextLayout`."""
         from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx
 
-        return PaddedOnnx(graph, spec, file=file, num_heads=num_heads)
+        return PaddedOnnx(graph, spec, num_heads=num_heads)
 
     def caveats(self) -> list[str]:
         """Return no caveats: the emulation runs the graph itself."""
@@ -180,7 +179,7 @@ class PaddingFree:
         return make_padding_free(model, sites=sites)
 
     def emulation(
-        self, graph: "Graph", spec: ModelSpec, *, file: Path, profiles: Sequence[Profile], num_heads: int
+        self, graph: "Graph", spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int
     ) -> "PaddingFreeOnnx":
         """See `TextLayout`."""
         from gte_deploy.exporters.targets.tensorrt.emulation import PaddingFreeOnnx

@@ -9,6 +9,7 @@ from gte_deploy.exporters.job import Job
 from gte_deploy.exporters.quantization.calibration import measure_amax
 from gte_deploy.exporters.quantization.int8 import int8_scheme
 from gte_deploy.exporters.quantization.recipes import calibrated, sweep
+from gte_deploy.exporters.targets.tensorrt.emulation import engine_arithmetic
 from gte_deploy.exporters.targets.tensorrt.graph import EightBits, QdqScheme, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 
@@ -41,7 +42,8 @@ def eight_bit_scheme(
     scheme = QdqScheme(precision, amax, base.smoothing, base.excluded | masked_rows_only)
 
     def quantize(excluded: frozenset[str]) -> Graph:
-        return tensorrt_graph(plain, job.precision, sites=job.sites, scheme=scheme.excluding(excluded))
+        graph = tensorrt_graph(plain, job.precision, sites=job.sites, scheme=scheme.excluding(excluded))
+        return engine_arithmetic(graph)
 
     found = sweep(
         fp32,

@@ -93,7 +93,6 @@ class TensorRTTarget(Target):
         emulation = self.layout.emulation(
             built.graphs["tensorrt"],
             job.spec,
-            file=job.graph_file("tensorrt"),
             profiles=self._profiles(job.spec),
             num_heads=job.model.config.num_attention_heads,
         )

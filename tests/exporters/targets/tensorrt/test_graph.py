@@ -89,7 +89,7 @@ def test_another_architecture_is_an_error(plain, sites, num_layers):
 
 @pytest.mark.parametrize("precision, cosine", [("fp16", 0.99999), ("bf16", 0.9999), ("int8", 0.99), ("fp8", 0.98)])
 def test_it_computes_what_pytorch_does(graphs, saved, model, spec, make_batch, precision, cosine):
-    compiled = PaddedOnnx(graphs(precision), spec, file=saved(precision), num_heads=model.config.num_attention_heads)
+    compiled = PaddedOnnx(graphs(precision), spec, num_heads=model.config.num_attention_heads)
     reference = TorchReference(model, task="fill-mask", pooling="mean", logits="masked")
     try:
         for rows, length in ((1, 1), (3, 130), (1, 2048)):
@@ -132,7 +132,7 @@ def test_the_stand_in_for_bf16_computes_what_the_graph_does(graphs, saved, spec,
 
 def test_far_positions_turn_as_pytorch_turns_them(graphs, saved, model, spec, make_batch):
     """3,000 tokens in FP16: with angles in FP16 the last of them would be turned anywhere."""
-    compiled = PaddedOnnx(graphs("fp16"), spec, file=saved("fp16"), num_heads=model.config.num_attention_heads)
+    compiled = PaddedOnnx(graphs("fp16"), spec, num_heads=model.config.num_attention_heads)
     reference = TorchReference(model, task="fill-mask", pooling="mean", logits="masked")
     batch = make_batch(1, 3000)
     expected = reference.run(batch, OUTPUTS)["last_hidden_state"][0, -500:]
