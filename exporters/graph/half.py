@@ -33,7 +33,7 @@ def lower_to_half(model: ir.Model, dtype: ir.DataType) -> int:
     def as_half(value: ir.Value) -> ir.Value:
         if value not in halves:
             halves[value] = (
-                initializer(graph, f"{value.name}.half", _rounded_when_read(tensor_of(value), dtype))
+                initializer(graph, f"{value.name}.half", rounded_when_read(value, dtype))
                 if value.is_initializer()
                 else add_cast(graph, value, dtype)
             )
@@ -89,16 +89,20 @@ def _output_in_fp32(graph: ir.Graph, value: ir.Value, *, for_all_users: bool) ->
         user.replace_input_with(index, fp32)
 
 
-def _rounded_when_read(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:
-    read = functools.partial(_rounded, tensor, dtype)
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+def rounded_when_read(value: ir.Value, dtype: ir.DataType) -> ir.LazyTensor:
+    """Return the tensor of the initialiser `value` in another data type, converted when it is read.
+
+    Raises:
+        ExportError: a number is outside the range of `dtype`. The error comes only when the tensor is read.
+    """
+    tensor, name = tensor_of(value), str(value.name)
+    read = functools.partial(_rounded, tensor, dtype, name)
+    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
 
-def _rounded(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
+def _rounded(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Tensor:
     with np.errstate(over="ignore"):
         contents = tensor.numpy().astype(dtype.numpy())
     if not np.isfinite(contents).all():
-        raise ExportError(
-            f"{tensor.name} has values that {dtype.name} cannot hold; export with precision bf16 or fp32."
-        )
-    return ir.Tensor(contents, dtype=dtype, name=tensor.name)
+        raise ExportError(f"{name} has values that {dtype.name} cannot hold; export with precision bf16 or fp32.")
+    return ir.Tensor(contents, dtype=dtype, name=name)

@@ -213,7 +213,9 @@ def _advice(report: ParityReport) -> str:
     """Return advice on what to do next."""
     missed = [engine for engine in report.engines if not engine.optional and engine.failures()]
     if report.broken():
-        if report.precision == "fp16":
+        # TensorRT computes in FP16 between its 8-bit GEMMs.
+        has_tensorrt = any(engine.engine == "tensorrt" for engine in report.engines)
+        if report.precision == "fp16" or (has_tensorrt and report.precision in ("int8", "fp8")):
             return f"FP16 ends at 65,504, and this model has larger values. {_FINER['fp16']}"
         return "PyTorch's numbers are finite, and these are not: please report it, with the model's name."
     if not missed:

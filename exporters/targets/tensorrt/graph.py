@@ -42,10 +42,10 @@ from gte_deploy.exporters.graph.editing import (
     producer,
     replace,
     scope_of,
-    tensor_of,
 )
 from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
+from gte_deploy.exporters.graph.half import rounded_when_read
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import quantize_columns, smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
@@ -239,15 +239,8 @@ def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 def _converted(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     """An initialiser with the values of `value` in another data type, converted when they are read."""
-    tensor = tensor_of(value)
     name = f"{value.name}.{dtype.name.lower()}"
-
-    def convert() -> ir.Tensor:
-        return ir.Tensor(tensor.numpy().astype(dtype.numpy()), name=name)
-
-    return graph.initializers.get(name) or initializer(
-        graph, name, ir.LazyTensor(convert, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
-    )
+    return graph.initializers.get(name) or initializer(graph, name, rounded_when_read(value, dtype))
 
 
 def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:

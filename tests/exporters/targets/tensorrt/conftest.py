@@ -54,15 +54,26 @@ def plain(model: Any) -> dict[str, Graph]:
 
 
 @pytest.fixture(scope="session")
-def plan(plain: Any, spec: ModelSpec) -> Any:
-    """`plan(kind)`: every GEMM of the layers quantized, calibrated on a little text."""
+def calibrate(spec: ModelSpec) -> Any:
+    """`calibrate(plain)(kind)`: every GEMM of the layers quantized, calibrated on a little text."""
     tokenizer = load_tokenizer(resolve_checkpoint(None))
-    batches = [batch for batch, _ in text_batches(builtin_texts("calibration")[:30], tokenizer, spec, max_tokens=600)]
-    fp32 = plain["onnxruntime"]
-    ranges = measure_ranges(fp32, spec, batches)
-    base = int8_scheme(fp32.model, ranges)
-    amax = measure_amax(fp32, spec, batches, ranges, smoothing=base.smoothing, calibrator="max")
-    return lambda kind: QdqScheme(kind, amax, base.smoothing, base.excluded | {"lm_head.decoder.weight"})
+    texts = builtin_texts("calibration")[:30]
+
+    def schemes(plain: Mapping[str, Graph]) -> Any:
+        batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=600)]
+        fp32 = plain["onnxruntime"]
+        ranges = measure_ranges(fp32, spec, batches)
+        base = int8_scheme(fp32.model, ranges)
+        amax = measure_amax(fp32, spec, batches, ranges, smoothing=base.smoothing, calibrator="max")
+        return lambda kind: QdqScheme(kind, amax, base.smoothing, base.excluded | {"lm_head.decoder.weight"})
+
+    return schemes
+
+
+@pytest.fixture(scope="session")
+def plan(plain: Any, calibrate: Any) -> Any:
+    """`plan(kind)` for the shipped model; see `calibrate`."""
+    return calibrate(plain)
 
 
 @pytest.fixture(scope="session")

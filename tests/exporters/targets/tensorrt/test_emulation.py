@@ -1,0 +1,162 @@
+"""The emulation of engines: overflow of every 16-bit and 8-bit graph, and the arithmetic of 8-bit GEMMs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from factories import make_checkpoint
+from gte_deploy.core.spec import Profile
+from gte_deploy.exporters.export import export
+from gte_deploy.exporters.graph.build import build_graphs
+from gte_deploy.exporters.graph.editing import array, initializer, operand
+from gte_deploy.exporters.quantization.calibration import running
+from gte_deploy.exporters.targets.cuda.graph import cuda_graph
+from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx, engine_arithmetic
+from gte_deploy.exporters.targets.tensorrt.graph import is_quantized, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+from gte_deploy.exporters.verification.differences import compare
+from gte_deploy.exporters.verification.emulation import cpu_emulation
+from gte_deploy.exporters.verification.reference import TorchReference
+from gte_deploy.exporters.verification.results import BoundMissedError
+from tensorrt_engines import scales_in_dequantization
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+HIDDEN = ["last_hidden_state"]
+PROFILES = (Profile((1, 1), (2, 128), (4, 256)),)
+
+
+@pytest.fixture(scope="module")
+def large(model):
+    """The shipped model with products of the first gated unit near 223,000; it computes the same in FP32."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        mlp = changed.gte.layers[0].mlp
+        mlp.up_proj.weight *= 4096
+        mlp.down_proj.weight /= 4096
+    return changed
+
+
+@pytest.fixture(scope="module")
+def plain_large(large):
+    return build_graphs(large, task="fill-mask", max_length=8192)
+
+
+@pytest.fixture(scope="module")
+def scheme_of(plain_large, calibrate):
+    return calibrate(plain_large)
+
+
+@contextlib.contextmanager
+def emulated(graph, spec, num_heads, layout):
+    """The emulation with which an export compares."""
+    candidate = layout.emulation(graph, spec, profiles=PROFILES, num_heads=num_heads)
+    assert isinstance(candidate, PaddedOnnx if layout is PADDED else PaddingFreeOnnx)
+    with contextlib.closing(candidate):
+        yield candidate
+
+
+@pytest.mark.parametrize("layout", [PADDED, PADDING_FREE], ids=["padded", "padding-free"])
+@pytest.mark.parametrize(("precision", "cosine"), [("fp16", None), ("bf16", 0.9999), ("int8", 0.99), ("fp8", 0.98)])
+def test_values_beyond_fp16(plain_large, large, spec, sites, scheme_of, make_batch, layout, precision, cosine):
+    """FP16 overflows, BF16 has the range, and 8-bit GEMMs read the products of the gated unit in FP32."""
+    scheme = scheme_of(precision) if precision in ("int8", "fp8") else None
+    graph = tensorrt_graph(plain_large["openvino"], precision, sites=sites, scheme=scheme, layout=layout)
+    check_overflow(lambda: emulated(graph, spec, large.config.num_attention_heads, layout), large, make_batch, cosine)
+
+
+@pytest.mark.parametrize(
+    ("precision", "removes_padding", "cosine"), [("fp16", False, None), ("fp16", True, None), ("bf16", False, 0.9999)]
+)
+def test_values_beyond_fp16_on_cuda(plain_large, large, spec, sites, make_batch, precision, removes_padding, cosine):
+    graph = cuda_graph(plain_large["openvino"], sites=sites, precision=precision, removes_padding=removes_padding)
+    check_overflow(lambda: running(cpu_emulation(graph), spec), large, make_batch, cosine)
+
+
+def check_overflow(opened, model, make_batch, cosine):
+    """Compare with PyTorch; `cosine` None stands for results that are not finite."""
+    batch = make_batch(3, 60)
+    with opened() as candidate:
+        found = candidate.run(batch, HIDDEN)["last_hidden_state"][batch.attention_mask == 1]
+    if cosine is None:
+        assert not np.isfinite(found).all()
+        return
+    reference = TorchReference(model, task="fill-mask", pooling="mean", logits="masked").run(batch, HIDDEN)
+    assert compare(reference["last_hidden_state"][batch.attention_mask == 1], found).cosine_mean > cosine
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_unscaled_sums_in_fp16_overflow(graphs, spec, make_batch, precision):
+    """With its scales in DequantizeLinear, the shipped model's own sums are beyond FP16 in such an engine."""
+    unscaled = scales_in_dequantization(graphs(precision))
+    batch, real = make_batch(3, 130), make_batch(3, 130).attention_mask == 1
+    found = {}
+    for name, graph in (("scaled", graphs(precision)), ("unscaled", unscaled)):
+        with running(engine_arithmetic(graph), spec) as backend:
+            found[name] = backend.run(batch, HIDDEN)["last_hidden_state"][real]
+    with running(cpu_emulation(unscaled), spec) as backend:  # the same numbers, but for the type of the sums
+        scaled_before_stored = backend.run(batch, HIDDEN)["last_hidden_state"][real]
+    assert not np.isfinite(found["unscaled"]).any()
+    assert compare(found["scaled"], scaled_before_stored).cosine_mean > 0.999
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_no_sum_can_overflow(graphs, precision):
+    """Whatever the text: every input at its largest magnitude, with the sign of its weight."""
+    products = [node for node in graphs(precision).model.graph if is_quantized(node)]
+    largest = {"int8": 128, "fp8": 448}[precision]
+    for product in products:
+        x, weight = (operand(product, i).producer() for i in (0, 1))
+        scales = [array(operand(node, 1)).astype(np.float32) for node in (x, weight)]
+        assert product.outputs[0].dtype == ir.DataType.FLOAT16 and all(scale.size == 1 for scale in scales)
+        sums = largest * np.abs(array(operand(weight, 0)).astype(np.float32)).sum(axis=0)
+        stored = sums.max() * scales[0] * scales[1]
+        assert 100 < stored <= 65504, product.name
+    assert products
+
+
+def test_joined_gemms_with_scales_of_their_own_are_not_scaled(graphs):
+    """TensorRT joins GEMMs of one input; one factor for their sums is left only if their scales are equal."""
+    changed = dataclasses.replace(graphs("int8"), model=graphs("int8").model.clone())
+    two = initializer(changed.model.graph, "two", ir.tensor(np.array(2, np.float16)))
+    queries = [node for node in changed.model.graph if is_quantized(node) and "q_proj" in str(node.name)]
+    for product in queries:
+        operand(product, 1).producer().replace_input_with(1, two)
+    for graph, after_sums in ((graphs("int8"), "Mul"), (changed, "Cast")):  # the Cast is the rounding to FP16
+        nodes = [node for node in engine_arithmetic(graph).model.graph if str(node.name).endswith("k_proj/sums")]
+        assert len(nodes) == len(queries) > 0
+        assert {use.node.op_type for node in nodes for use in node.outputs[0].uses()} == {after_sums}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_an_export_that_would_overflow_names_fp16_and_the_remedy(tmp_path, precision):
+    """Values [S, N, D] beyond FP16, which the sum with the weights of attention keeps; in INT8 they are in FP16 too."""
+    folder = make_checkpoint(tmp_path / "model", task="embed", layers=1, max_positions=32)
+    enlarge_values(folder)
+    options = TensorRTOptions(onnx_only=True)
+    with pytest.raises(BoundMissedError, match="(?s)not finite.*FP16 ends at 65,504, .*larger values. Take bf16"):
+        export(folder, tmp_path / "fp16", format="trt", precision=precision, tensorrt=options)
+    assert not (tmp_path / "fp16").exists()
+    assert export(folder, tmp_path / "bf16", format="trt", precision="bf16", tensorrt=options).parity.passed
+
+
+def enlarge_values(folder):
+    """Make the values of the only layer as large as FP16 weights allow, and its output projection as much smaller."""
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    packed, bias, output = (
+        next(name for name in weights if kind in name) for kind in ("qkv_proj.weight", "qkv_proj.bias", "o_proj.weight")
+    )
+    factor = 6e4 / float(weights[packed].abs().max())
+    for name in (packed, bias):
+        weights[name][2 * len(weights[name]) // 3 :] *= factor
+    weights[output] /= factor
+    save_file(weights, file, metadata={"format": "pt"})
