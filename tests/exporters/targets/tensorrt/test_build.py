@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -15,9 +16,11 @@ from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.graph.build import save_graph  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, build_plan  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDED  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_capabilities  # noqa: E402
+from tensorrt_engines import eight_bit_gemms, scales_in_dequantization  # noqa: E402
 
 OPTIONS = TensorRTOptions()
 PROFILES = default_profiles(8192)
@@ -64,6 +67,60 @@ def test_an_engine_in_every_precision_to_8192_tokens(build, graphs, saved, num_l
     assert 0.9 * weights < size < 1.5 * weights + (4 << 20)
 
 
+@pytest.fixture
+def listing(runtime):
+    """`listing(file)`: the engine for one GPU, and the builder's list of its layers."""
+
+    def build_for(file):
+        lines = []
+
+        class Logger(trt.ILogger):
+            def __init__(self):
+                trt.ILogger.__init__(self)
+
+            def log(self, level, message):
+                lines.extend(message.splitlines())
+
+        logger = Logger()
+        builder = trt.Builder(logger)
+        network = builder.create_network()
+        assert trt.OnnxParser(network, logger).parse_from_file(str(file))
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        profile = builder.create_optimization_profile()
+        shapes = PADDED.shapes(parse_profile("1x1:8x128:8x512"))
+        for name in (network.get_input(index).name for index in range(network.num_inputs)):
+            profile.set_shape(name, *shapes[name])
+        config.add_optimization_profile(profile)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+        return bytes(builder.build_serialized_network(network, config)), lines
+
+    return build_for
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_engine_scales_its_8_bit_sums_before_it_stores_them(listing, graphs, saved, num_layers, precision):
+    """The GEMM has a factor for the sums, and the scales behind it are the graph's own, not divided by the factor."""
+    plan, lines = listing(saved(precision))
+    gemms = eight_bit_gemms(lines)
+    # queries with keys and values, output, up with gate, down
+    assert [(gemm.output, gemm.is_scaled) for gemm in gemms] == [("Half", True)] * 4 * num_layers
+    assert sum("_gemm_mha_v2" in line.partition(",")[0] for line in lines) == num_layers
+    values = graphs(precision).model.graph.initializers.items()
+    scales = [value.const_value.numpy() for name, value in values if name.endswith(f"weight.{precision}.scale")]
+    assert len(scales) == 6 * num_layers and all(vector.dtype == np.float32 for vector in scales)
+    assert all(vector.tobytes() in plan for vector in scales)
+
+
+def test_scales_in_dequantization_give_unscaled_sums(listing, graphs, tmp_path):
+    """TensorRT-RTX multiplies FP16 sums by the scales after it stored them: the reason for the form of the graph."""
+    save_graph(scales_in_dequantization(graphs("int8")), tmp_path / "unscaled.onnx")
+    _, lines = listing(tmp_path / "unscaled.onnx")
+    found = {(gemm.output, gemm.is_scaled) for gemm in eight_bit_gemms(lines)}
+    assert found == {("Half", False)}, "if this fails, see docs/decisions/eight-bit-sums.md"
+
+
 def test_attention_that_is_not_fused_fails_the_export(build, graphs, tmp_path, num_layers):
     """Q/DQ around the weights of attention is what costs the kernel."""
     model = graphs("fp16").model.clone()
@@ -78,8 +135,6 @@ def test_attention_that_is_not_fused_fails_the_export(build, graphs, tmp_path, n
 
 
 def _quantized(graph, softmax, before):
-    import numpy as np
-
     from gte_deploy.exporters.graph.editing import Builder, constant
 
     build = Builder(graph, before, softmax.name)
