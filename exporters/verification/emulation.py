@@ -1,7 +1,8 @@
-"""Rewrites a CUDA graph for ONNX Runtime's CPU provider, operator by operator, to compare it without a GPU.
+"""Rewrites a graph for a GPU for ONNX Runtime's CPU provider, operator by operator, to compare it without a GPU.
 
 * A value in half precision becomes float32 and is rounded to the half type where a kernel would write it. The results
-  are those of kernels that sum in FP32, overflow included.
+  are those of kernels that sum in FP32, overflow included. ONNX Runtime keeps these roundings at every optimization
+  level; of a graph in FP16 itself, its CPU provider leaves out the roundings between FP16 nodes.
 * RemovePadding, PackedMultiHeadAttention and RestorePadding, which only the CUDA provider has, become standard
   operators that follow ONNX Runtime's documentation (docs/ContribOperators.md).
 

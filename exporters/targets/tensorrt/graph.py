@@ -5,10 +5,13 @@ TensorRT takes the data type of every tensor from the graph, so the graph define
 * GEMMs, attention and the stored weights are in FP16 or BF16. In INT8 and FP8, QuantizeLinear and DequantizeLinear are
   around the GEMMs, but never in or around attention: with them TensorRT would not use its fused attention kernel, and
   its scratch memory would grow sixteenfold. TensorRT needs symmetric quantization: zero points are 0.
+* An 8-bit GEMM multiplies its sums by a power of two before it stores them, so that no sum overflows FP16. The scales
+  of its outputs are an FP32 product behind it (docs/decisions/eight-bit-sums.md).
 * Between GEMMs and attention, FP32 is used: for residual sums with their LayerNorms, the rotation of queries and keys
-  by PyTorch's own FP32 cosines and sines (the graph never computes an angle), the gated unit, the mask before it is
-  added to the scores, pooling, and the outputs. These are elementwise operations that fuse into one kernel, whose
-  inputs and outputs have 16 bits. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
+  by PyTorch's own FP32 cosines and sines (the graph never computes an angle), the scales and biases of 8-bit GEMMs, the
+  gated unit and its quantization, the mask before it is added to the scores, pooling, and the outputs. These are
+  elementwise operations that fuse into one kernel, whose inputs and outputs have 16 bits. Softmax is in the attention
+  kernel, which may compute scores and sums in FP32 or in 16 bits: TensorRT does not let the graph decide.
 * The up and gate projections are one GEMM, whose result is split in two.
 * For a padding-free engine, the module `padding_free` first rewrites the graph to the tokens of all texts, without
   padding. Attention is then TRT_Attention, an operator of TensorRT itself.

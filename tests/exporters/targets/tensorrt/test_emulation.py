@@ -17,6 +17,7 @@ from gte_deploy.exporters.graph.build import build_graphs
 from gte_deploy.exporters.graph.editing import array, initializer, operand
 from gte_deploy.exporters.quantization.calibration import running
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph
+from gte_deploy.exporters.targets.tensorrt import precision as precision_module
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx, engine_arithmetic
 from gte_deploy.exporters.targets.tensorrt.graph import is_quantized, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE
@@ -138,7 +139,7 @@ def test_joined_gemms_with_scales_of_their_own_are_not_scaled(graphs):
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_an_export_that_would_overflow_names_fp16_and_the_remedy(tmp_path, precision):
-    """Values [S, N, D] beyond FP16, which the sum with the weights of attention keeps; in INT8 they are in FP16 too."""
+    """Attention computes in FP16 in both."""
     folder = make_checkpoint(tmp_path / "model", task="embed", layers=1, max_positions=32)
     enlarge_values(folder)
     options = TensorRTOptions(onnx_only=True)
@@ -146,6 +147,23 @@ def test_an_export_that_would_overflow_names_fp16_and_the_remedy(tmp_path, preci
         export(folder, tmp_path / "fp16", format="trt", precision=precision, tensorrt=options)
     assert not (tmp_path / "fp16").exists()
     assert export(folder, tmp_path / "bf16", format="trt", precision="bf16", tensorrt=options).parity.passed
+
+
+def test_the_sweep_over_the_layers_runs_the_emulation(tmp_path, monkeypatch):
+    seen = []
+
+    def sweep(fp32, excluded, quantize, *args, **options):
+        seen.append(quantize(frozenset(excluded)))
+        raise InterruptedError
+
+    monkeypatch.setattr(precision_module, "sweep", sweep)
+    folder = make_checkpoint(tmp_path / "model", task="embed", layers=1, max_positions=32)
+    with pytest.raises(InterruptedError):
+        export(folder, tmp_path / "out", format="trt", precision="int8", tensorrt=TensorRTOptions(onnx_only=True))
+    (graph,) = seen
+    in_fp16 = [node for node in graph.model.graph if node.outputs[0].dtype == ir.DataType.FLOAT16]
+    users = {use.node.op_type for node in in_fp16 for use in node.outputs[0].uses()}
+    assert len(in_fp16) > 10 and {node.op_type for node in in_fp16} == users == {"Cast"}, "roundings alone"
 
 
 def enlarge_values(folder):
