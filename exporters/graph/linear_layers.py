@@ -59,3 +59,9 @@ def linear_layer_of(node: ir.Node | None) -> LinearLayer | None:
         bias=node.inputs[2] if len(node.inputs) > 2 else None,
         transposed=bool(node.attributes.get_int("transB", 0)),
     )
+
+
+def is_quantized(node: ir.Node) -> bool:
+    """Whether `node` is a MatMul with a dequantized matrix: a GEMM of 8-bit values in TensorRT and OpenVINO."""
+    weight = operand(node, 1).producer() if node.op_type == "MatMul" else None
+    return weight is not None and weight.op_type == "DequantizeLinear"

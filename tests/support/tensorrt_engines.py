@@ -12,7 +12,7 @@ from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.graph.editing import array, initializer, operand, replace
-from gte_deploy.exporters.targets.tensorrt.graph import is_quantized
+from gte_deploy.exporters.graph.linear_layers import is_quantized
 
 _LAYER = re.compile(
     r"Name: (.*?), LayerType: \w+, Inputs: (\[.*\]), Constants: (\[.*\]), Outputs: (\[.*\]), TacticName:"

@@ -46,7 +46,7 @@ from gte_deploy.exporters.graph.editing import (
     replace,
     scope_of,
 )
-from gte_deploy.exporters.targets.tensorrt.graph import is_quantized
+from gte_deploy.exporters.graph.linear_layers import is_quantized
 from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
 from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
 from gte_deploy.exporters.verification.emulation import cpu_emulation

@@ -49,7 +49,7 @@ from gte_deploy.exporters.graph.editing import (
 from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.half import rounded_when_read
-from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
+from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, is_quantized
 from gte_deploy.exporters.quantization.int8 import quantize_columns, smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
 
@@ -269,12 +269,6 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
         elif is_quantized(node):
             kept.update(_after_sums(node))
     return kept
-
-
-def is_quantized(node: ir.Node) -> bool:
-    """Whether `node` is a GEMM of 8-bit values."""
-    weight = operand(node, 1).producer() if node.op_type == "MatMul" else None
-    return weight is not None and weight.op_type == "DequantizeLinear"
 
 
 def _after_sums(product: ir.Node) -> Iterator[ir.Node]:

@@ -15,11 +15,12 @@ from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.graph.build import build_graphs
 from gte_deploy.exporters.graph.editing import array, initializer, operand
+from gte_deploy.exporters.graph.linear_layers import is_quantized
 from gte_deploy.exporters.quantization.calibration import running
 from gte_deploy.exporters.targets.cuda.graph import cuda_graph
 from gte_deploy.exporters.targets.tensorrt import precision as precision_module
 from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx, engine_arithmetic
-from gte_deploy.exporters.targets.tensorrt.graph import is_quantized, tensorrt_graph
+from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, PADDING_FREE
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.verification.differences import compare
