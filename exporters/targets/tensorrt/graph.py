@@ -70,7 +70,7 @@ _QUANTIZED_DTYPES: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, 
 _MIN_SCALE = np.float32(2.0**-14)
 _MAX_FP16 = float(np.finfo(np.float16).max)
 # Operators that only move data: a result in FP32 stays in FP32 behind them.
-_MOVES = frozenset(("Reshape", "Split", "Transpose"))
+_MOVES = frozenset(("Reshape", "Split", "Squeeze", "Transpose"))
 
 
 @dataclass(frozen=True)
