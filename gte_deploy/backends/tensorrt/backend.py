@@ -33,6 +33,8 @@ from gte_deploy.core.spec import ModelSpec, Precision
 logger = logging.getLogger(__name__)
 
 _NUM_SLOTS = 2
+# Page-locked host memory is scarce: a larger output gets no more at once than a batch needs.
+PINNED_AT_ONCE = 16 << 20
 _COUNTED = ("runs", "replays", "preparations", "captures", "failed captures", "contexts", "contexts created")
 # Data type in the manifest -> numpy's type in memory. numpy has no bfloat16; it is the upper half of a float32.
 _NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -244,6 +246,8 @@ class _Engine:
         if "mask_positions" in self.inputs:
             limits_of_masks = [engine.get_tensor_profile_shape("mask_positions", i) for i in range(len(plan.profiles))]
             self.masks = [(max(1, low[0]), high[0]) for low, _, high in limits_of_masks]
+        self.most_bytes = self._most_bytes()
+        """Bytes of each tensor at the largest shape of any profile."""
         # TensorRT-RTX compiles kernels for a shape while other runs use it, and captures CUDA graphs itself.
         self.is_rtx = plan.variant == "tensorrt-rtx"
         self._engine = engine
@@ -253,6 +257,14 @@ class _Engine:
     def scratch_bytes(self) -> int:
         """Bytes that a context needs for the activations of any profile."""
         return int(self._engine.device_memory_size_v2)
+
+    def _most_bytes(self) -> dict[str, int]:
+        most = dict.fromkeys(self.dtypes, 1)
+        for index, profile in enumerate(self.plan.profiles):
+            shapes = self.layout.shapes(profile.max, 0 if self.masks is None else self.masks[index][1])
+            for name, shape in shapes.items():
+                most[name] = max(most[name], math.prod(shape) * self.dtypes[name].itemsize)
+        return most
 
     def create_context(self) -> Any:
         """A context without memory for its activations."""
@@ -356,12 +368,13 @@ class _Slot:
         return shapes
 
     def _reserve(self, shapes: Shapes, results: Mapping[str, Any]) -> None:
+        """Provide the buffers. One that moves loses all CUDA graphs, so most are as large as they can get at once."""
         moved = False
         for name in shapes:
-            size = max(1, self._bytes(name, shapes))
-            moved |= self._device[name].reserve(size)
+            most = self._engine.most_bytes[name]
+            moved |= self._device[name].reserve(most)
             if name in self._engine.inputs or name in results:
-                moved |= self._host[name].reserve(size)
+                moved |= self._host[name].reserve(min(most, max(self._bytes(name, shapes), PINNED_AT_ONCE)))
         if moved:
             self._drop_graphs()
 

@@ -24,9 +24,6 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 
-# Buffers up to this size double when they grow.
-_DOUBLED_BYTES = 16 << 20
-
 
 class Cuda:
     """One GPU. All methods but `capability` work in a `with` block of `use` alone."""
@@ -192,9 +189,8 @@ class Buffer:
         if size <= self._size:
             return False
         self.close()
-        # Each move loses all CUDA graphs. So a small buffer doubles, and a large one grows by up to an eighth.
-        double = 1 << (size - 1).bit_length()
-        step = double if size <= _DOUBLED_BYTES else double // 16
+        # It grows in steps of up to an eighth, so that texts of growing length do not move it each time.
+        step = max(1, (1 << (size - 1).bit_length()) // 16)
         wanted = -(-size // step) * step
         self.address = self._allocate(wanted)
         self._size = wanted

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.backends.tensorrt import backend as tensorrt_backend
 from gte_deploy.backends.tensorrt import cuda as cuda_module
 from gte_deploy.backends.tensorrt import plan as tensorrt_plan
 from gte_deploy.backends.tensorrt.cuda import Cuda
@@ -157,17 +158,25 @@ def test_what_cannot_be_run_is_refused_before_anything_is_queued(make, runtime):
     assert not runtime.streams
 
 
-def test_memory_is_reused_and_grows(make, runtime):
+def test_memory_is_allocated_once(make, runtime):
     backend, rng = make(), np.random.default_rng(0)
     assert_right(backend, random_batch(rng, 1, 3, 1))
-    small = len(runtime.memory)
-    assert_right(backend, random_batch(rng, 2, 64, 4))
-    assert_right(backend, random_batch(rng, 4, 16, 4))
     allocated = runtime.calls.count("cudaMalloc") + runtime.calls.count("cudaMallocHost")
     for _ in range(20):
         assert_right(backend, random_batch(rng, rng.integers(1, 5), rng.integers(1, 65), rng.integers(0, 5)))
     assert runtime.calls.count("cudaMalloc") + runtime.calls.count("cudaMallocHost") == allocated
-    assert len(runtime.memory) == small and len(runtime.streams) == 1
+    assert len(runtime.streams) == 1
+
+
+def test_page_locked_memory_of_large_outputs_grows(make, runtime, monkeypatch):
+    monkeypatch.setattr(tensorrt_backend, "PINNED_AT_ONCE", 64)
+    backend, rng = make(), np.random.default_rng(0)
+    for rows, length in ((4, 8), (4, 16), (2, 64)):
+        before = runtime.calls.count("cudaMallocHost")
+        assert_right(backend, random_batch(rng, rows, length, 1))
+        assert runtime.calls.count("cudaMallocHost") > before
+    assert runtime.calls.count("cudaMalloc") == 5 + 1, "each tensor and the activations"
+    assert len(runtime.memory) == 5 + 5 + 1
 
 
 def test_only_what_is_asked_for_is_copied_back(make, runtime):
@@ -218,7 +227,8 @@ def test_rows_are_not_padded_without_a_graph(make):
     assert seen == [(9, 8)] * 3 + [(10, 8)] * 2, "one run before the capture, and one replay"
 
 
-def test_a_graph_goes_with_the_memory_it_was_captured_of(make, runtime):
+def test_a_graph_goes_with_the_memory_it_was_captured_of(make, runtime, monkeypatch):
+    monkeypatch.setattr(tensorrt_backend, "PINNED_AT_ONCE", 64)
     backend, rng = make(), np.random.default_rng(0)
     for _ in range(3):
         assert_right(backend, random_batch(rng, 1, 8, 1))

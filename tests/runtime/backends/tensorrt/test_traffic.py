@@ -20,7 +20,7 @@ from tensorrt_doubles import HostRuntime, backend_over, engine_of, packed_plan, 
 SPEC = ModelSpec(task="embed", max_length=8192, vocab_size=50, hidden_size=4, pad_token_id=0, pooling="mean")
 OUTPUTS = (TensorSpec("sentence_embedding", "float32", ("batch", 4)),)
 LIMITS = GraphLimits()
-WARM_UP_RUNS, STEADY_RUNS = 3000, 3000
+CALLS = 800
 
 
 def lognormal(rng: np.random.Generator, rows: int) -> np.ndarray:
@@ -35,13 +35,13 @@ TRAFFIC = {
     "1 to 32 rows": lambda rng: lognormal(rng, rng.integers(1, 33)),
     "32 rows": lambda rng: lognormal(rng, 32),
 }
-# Shapes repeat often where rows are fixed; batches of 1 to 32 rows have many hundred shapes.
+# (padded, padding-free). Shapes repeat where rows are fixed; batches of 1 to 32 rows have many hundred shapes.
 LEAST_REPLAYS = {
-    "single texts, lognormal": 0.9,
-    "single texts, 1 to 512": 0.95,
-    "single texts, 1 to 8192": 0.7,
-    "1 to 32 rows": 0.0,
-    "32 rows": 0.9,
+    "single texts, lognormal": (0.95, 0.85),
+    "single texts, 1 to 512": (0.99, 0.85),
+    "single texts, 1 to 8192": (0.85, 0.85),
+    "1 to 32 rows": (0.6, 0.2),
+    "32 rows": (0.95, 0.95),
 }
 
 
@@ -64,16 +64,15 @@ def backend_for_traffic(padding_free: bool, runtime: HostRuntime):
 def test_nearly_every_run_in_steady_state_is_a_hit(traffic: str, padding_free: bool):
     runtime, rng = HostRuntime(), np.random.default_rng(0)
     backend = backend_for_traffic(padding_free, runtime)
-    for _ in range(WARM_UP_RUNS):
+    for _ in range(CALLS):
         backend.run(batch_of(TRAFFIC[traffic](rng)), ["sentence_embedding"])
     before = backend.counts()
-    for _ in range(STEADY_RUNS):
+    for _ in range(CALLS):
         backend.run(batch_of(TRAFFIC[traffic](rng)), ["sentence_embedding"])
     after = backend.counts()
     runs, prepared, replays = (after[name] - before[name] for name in ("runs", "preparations", "replays"))
-    print(traffic, padding_free, runs, prepared/runs, replays/runs, before, after)
-    assert runs >= STEADY_RUNS
-    assert 1 - prepared / runs >= 0.95
-    assert replays / runs >= LEAST_REPLAYS[traffic]
+    assert runs >= CALLS, "a batch may take several runs"
+    assert 1 - prepared / CALLS >= 0.95
+    assert replays / runs >= LEAST_REPLAYS[traffic][padding_free]
     num_profiles = len(engine_of(backend).plan.profiles)
-    assert after["contexts"] == runtime.num_contexts <= LIMITS.max_graphs + num_profiles
+    assert after["contexts"] == runtime.num_contexts <= after["contexts created"] <= LIMITS.max_graphs + num_profiles
