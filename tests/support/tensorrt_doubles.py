@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import json
 import threading
 import types
 import weakref
@@ -262,8 +263,8 @@ class HostRuntime:
 
 
 class HostContext:
-    def __init__(self, engine):
-        self.engine = engine
+    def __init__(self, engine, cache=None):
+        self.engine, self.cache = engine, cache
         engine.runtime.num_contexts += 1
         weakref.finalize(self, engine.runtime.lose_context)
         self.profile = self.scratch = None
@@ -293,6 +294,9 @@ class HostContext:
         if is_captured and self.engine.during_capture is not None:
             self.engine.during_capture()
         assert self.scratch in self.engine.runtime.memory
+        if self.cache is not None and self.shapes["input_ids"] not in self.cache.kernels:
+            self.cache.kernels.append(self.shapes["input_ids"])
+            self.engine.compiled.append(self.shapes["input_ids"])
         state = dict(self.shapes), dict(self.addresses)
 
         def compute():
@@ -301,6 +305,43 @@ class HostContext:
 
         with self.engine.runtime.lock:
             self.engine.runtime.queue(stream, compute)
+        return True
+
+
+class HostCache:
+    """TensorRT-RTX's IRuntimeCache: takes what was serialised in the same environment."""
+
+    def __init__(self, environment):
+        self.environment, self.kernels = environment, []
+
+    def serialize(self):
+        return json.dumps([self.environment, self.kernels]).encode()
+
+    def deserialize(self, data):
+        try:
+            environment, kernels = json.loads(data)
+        except ValueError:
+            return False
+        if environment != self.environment:
+            return False
+        self.kernels = [tuple(kernel) for kernel in kernels]
+        return True
+
+
+class HostConfig:
+    """TensorRT-RTX's IRuntimeConfig."""
+
+    def __init__(self, environment):
+        self.environment, self.cache = environment, None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        return HostCache(self.environment)
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
         return True
 
 
@@ -313,6 +354,9 @@ class HostEngine:
         self.contexts = []
         self.fails = self.cannot_be_captured = False
         self.during_capture = self.max_contexts = None
+        self.environment = "driver 1"
+        self.compiled = []
+        """Shapes that TensorRT-RTX compiled kernels for."""
 
     num_io_tensors = property(lambda self: len(self.tensors))
     num_optimization_profiles = property(lambda self: len(self.plan.profiles))
@@ -336,13 +380,13 @@ class HostEngine:
         return [(texts + 1,) if name.endswith("_lengths") else (tokens,) for texts, tokens in ends]
 
     def create_runtime_config(self):
-        return types.SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+        return HostConfig(self.environment)
 
     def create_execution_context(self, how):
         if self.max_contexts is not None and self.runtime.num_contexts >= self.max_contexts:
             return None
         self.contexts.append(how)
-        return HostContext(self)
+        return HostContext(self, getattr(how, "cache", None))
 
     def compute(self, shapes, addresses):
         sizes = {

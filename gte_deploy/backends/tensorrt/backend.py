@@ -25,6 +25,7 @@ from gte_deploy.backends.tensorrt.cuda import Cuda, release_outside_capture
 from gte_deploy.backends.tensorrt.graph_cache import GraphCache, GraphLimits
 from gte_deploy.backends.tensorrt.padding_free import PaddingFreeLayout
 from gte_deploy.backends.tensorrt.plan import open_plan
+from gte_deploy.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
 from gte_deploy.backends.tensorrt.shapes import PaddedLayout, SubBatch
 from gte_deploy.bundle.manifest import Manifest, PlanEntry
 from gte_deploy.core.errors import BackendError
@@ -67,11 +68,12 @@ class TensorRTBackend:
         device: str = "cuda:0",
         precision: Precision = "fp16",
         limits: GraphLimits | None = None,
+        runtime_cache: RuntimeCache | None = None,
     ) -> None:
         """Run `engine`, which the module `trt` deserialised from the plan; see `open_tensorrt_backend`.
 
         `precision` is the precision of the plan, whose data types are fixed. `limits` are those of the CUDA graphs of
-        each execution slot.
+        each execution slot. `runtime_cache` keeps the kernels that TensorRT-RTX compiles.
 
         Raises:
             BackendError: the engine takes token types and the model has none, or the engine lacks them.
@@ -81,7 +83,8 @@ class TensorRTBackend:
         self.device = device
         self.precision: Precision = precision
         self.outputs = tuple(tensor.name for tensor in plan.outputs)
-        self._engine: _Engine | None = _Engine(engine, plan, trt, cuda, limits or GraphLimits())
+        self._kernels = runtime_cache or RuntimeCache(None)
+        self._engine: _Engine | None = _Engine(engine, plan, trt, cuda, limits or GraphLimits(), self._kernels)
         self._counts = self._engine.counts
         self._returned = threading.Condition()
         self._warming_up = threading.Lock()
@@ -90,6 +93,8 @@ class TensorRTBackend:
         # For models that nobody closed. At the end of the interpreter the driver frees everything itself.
         self._finalizer = weakref.finalize(self, _free_dropped, cuda, [self._engine], self._idle)
         self._finalizer.atexit = False
+        # The latest finalizer runs first, so the kernels are saved before the engine is freed.
+        self._last_save = weakref.finalize(self, release_outside_capture, self._kernels.save)
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`.
@@ -127,6 +132,7 @@ class TensorRTBackend:
                 for batch in batches:
                     for _ in range(engine.limits.least_sights):
                         self._run_in(slot, engine, batch, outputs)
+            self._kernels.save()
 
     def counts(self) -> dict[str, int]:
         """Numbers since the model was loaded.
@@ -145,6 +151,7 @@ class TensorRTBackend:
             self._idle.clear()
             self._returned.notify_all()
         if engine is not None:
+            self._last_save()
             cuda, owned = engine.cuda, [engine, *idle]
             del engine, idle
             _free(cuda, owned)
@@ -181,6 +188,7 @@ class TensorRTBackend:
                 slot = slot or _Slot(engine)
                 yield slot
                 sound = True
+                self._keep_kernels()
         finally:
             with self._returned:
                 keep = sound and self._engine is not None
@@ -191,6 +199,12 @@ class TensorRTBackend:
                 self._returned.notify()
             if slot is not None and not keep:
                 _free(engine.cuda, [slot])
+
+    def _keep_kernels(self) -> None:
+        """Save new kernels from time to time, while no other run is in progress. Runs that begin wait for it."""
+        with self._returned:
+            if len(self._idle) == self._num_slots - 1:
+                self._kernels.save_if_due()
 
 
 def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cuda") -> TensorRTBackend:
@@ -206,8 +220,21 @@ def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cu
         raise BackendError(
             f"{folder} holds no TensorRT engine. Load it with backend='auto', or export one with --format trt."
         )
-    trt, cuda, engine = open_plan(folder, plan, manifest.files[plan.path], device)
-    return TensorRTBackend(engine, plan, manifest.spec, trt=trt, cuda=cuda, device=device, precision=manifest.precision)
+    file = manifest.files[plan.path]
+    trt, cuda, engine = open_plan(folder, plan, file, device)
+    kernels = None
+    if plan.variant == "tensorrt-rtx":
+        kernels = RuntimeCache(cache_file(file.sha256, plan.version, cuda.capability()))
+    return TensorRTBackend(
+        engine,
+        plan,
+        manifest.spec,
+        trt=trt,
+        cuda=cuda,
+        device=device,
+        precision=manifest.precision,
+        runtime_cache=kernels,
+    )
 
 
 class _Counts:
@@ -229,10 +256,13 @@ class _Counts:
 class _Engine:
     """An engine, and the facts about it that its execution slots need."""
 
-    def __init__(self, engine: Any, plan: PlanEntry, trt: Any, cuda: Cuda, limits: GraphLimits) -> None:
+    def __init__(
+        self, engine: Any, plan: PlanEntry, trt: Any, cuda: Cuda, limits: GraphLimits, kernels: RuntimeCache
+    ) -> None:
         self.plan = plan
         self.cuda = cuda
         self.limits = limits
+        self.kernels = kernels
         self.counts = _Counts()
         self.inputs = [tensor.name for tensor in plan.inputs]
         tensors = (*plan.inputs, *plan.outputs)
@@ -273,6 +303,7 @@ class _Engine:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self.kernels.attach(config)
             strategy = config
         context = self._engine.create_execution_context(strategy)
         if context is None:
