@@ -16,8 +16,10 @@ import weakref
 import numpy as np
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.backend import TensorRTBackend
+from gte_deploy.backends.tensorrt.backend import Caches, TensorRTBackend
 from gte_deploy.backends.tensorrt.cuda import Cuda
+from gte_deploy.backends.tensorrt.graph_cache import GraphLimits
+from gte_deploy.backends.tensorrt.runtime_cache import RuntimeCache
 from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec
 
@@ -423,12 +425,14 @@ STRATEGIES = types.SimpleNamespace(
 )
 
 
-def backend_over(runtime, plan=None, spec=SPEC, **options):
+def backend_over(runtime, plan=None, spec=SPEC, *, limits=None, runtime_cache=None):
     """A backend over the doubles."""
     plan = plan or plan_of()
     cuda = Cuda(runtime.used, runtime=runtime)
     device = f"cuda:{runtime.used}"
-    return TensorRTBackend(HostEngine(plan, runtime), plan, spec, trt=STRATEGIES, cuda=cuda, device=device, **options)
+    caches = Caches(limits or GraphLimits(), runtime_cache or RuntimeCache())
+    engine = HostEngine(plan, runtime)
+    return TensorRTBackend(engine, plan, spec, trt=STRATEGIES, cuda=cuda, device=device, caches=caches)
 
 
 def engine_of(backend):

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,19 @@ _NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = {
 Shapes = dict[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Caches:
+    """What an engine keeps to run faster.
+
+    Args:
+        graphs: limits of the CUDA graphs of each execution slot.
+        kernels: the kernels that TensorRT-RTX compiles.
+    """
+
+    graphs: GraphLimits = field(default_factory=GraphLimits)
+    kernels: RuntimeCache = field(default_factory=RuntimeCache)
+
+
 class TensorRTBackend:
     """One engine; `run` may be called from many threads at once."""
 
@@ -67,13 +80,11 @@ class TensorRTBackend:
         cuda: Cuda,
         device: str = "cuda:0",
         precision: Precision = "fp16",
-        limits: GraphLimits | None = None,
-        runtime_cache: RuntimeCache | None = None,
+        caches: Caches | None = None,
     ) -> None:
         """Run `engine`, which the module `trt` deserialised from the plan; see `open_tensorrt_backend`.
 
-        `precision` is the precision of the plan, whose data types are fixed. `limits` are those of the CUDA graphs of
-        each execution slot. `runtime_cache` keeps the kernels that TensorRT-RTX compiles.
+        `precision` is the precision of the plan, whose data types are fixed.
 
         Raises:
             BackendError: the engine takes token types and the model has none, or the engine lacks them.
@@ -83,8 +94,9 @@ class TensorRTBackend:
         self.device = device
         self.precision: Precision = precision
         self.outputs = tuple(tensor.name for tensor in plan.outputs)
-        self._kernels = runtime_cache or RuntimeCache(None)
-        self._engine: _Engine | None = _Engine(engine, plan, trt, cuda, limits or GraphLimits(), self._kernels)
+        caches = caches or Caches()
+        self._kernels = caches.kernels
+        self._engine: _Engine | None = _Engine(engine, plan, trt, cuda, caches)
         self._counts = self._engine.counts
         self._returned = threading.Condition()
         self._warming_up = threading.Lock()
@@ -222,9 +234,8 @@ def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cu
         )
     file = manifest.files[plan.path]
     trt, cuda, engine = open_plan(folder, plan, file, device)
-    kernels = None
-    if plan.variant == "tensorrt-rtx":
-        kernels = RuntimeCache(cache_file(file.sha256, plan.version, cuda.capability()))
+    is_rtx = plan.variant == "tensorrt-rtx"
+    kernels = cache_file(file.sha256, plan.version, cuda.capability()) if is_rtx else None
     return TensorRTBackend(
         engine,
         plan,
@@ -233,7 +244,7 @@ def open_tensorrt_backend(folder: Path, manifest: Manifest, *, device: str = "cu
         cuda=cuda,
         device=device,
         precision=manifest.precision,
-        runtime_cache=kernels,
+        caches=Caches(kernels=RuntimeCache(kernels)),
     )
 
 
@@ -256,13 +267,11 @@ class _Counts:
 class _Engine:
     """An engine, and the facts about it that its execution slots need."""
 
-    def __init__(
-        self, engine: Any, plan: PlanEntry, trt: Any, cuda: Cuda, limits: GraphLimits, kernels: RuntimeCache
-    ) -> None:
+    def __init__(self, engine: Any, plan: PlanEntry, trt: Any, cuda: Cuda, caches: Caches) -> None:
         self.plan = plan
         self.cuda = cuda
-        self.limits = limits
-        self.kernels = kernels
+        self.limits = caches.graphs
+        self.kernels = caches.kernels
         self.counts = _Counts()
         self.inputs = [tensor.name for tensor in plan.inputs]
         tensors = (*plan.inputs, *plan.outputs)
@@ -274,8 +283,8 @@ class _Engine:
         self.masks: list[tuple[int, int]] | None = None
         """(least, most) mask positions of each profile."""
         if "mask_positions" in self.inputs:
-            limits_of_masks = [engine.get_tensor_profile_shape("mask_positions", i) for i in range(len(plan.profiles))]
-            self.masks = [(max(1, low[0]), high[0]) for low, _, high in limits_of_masks]
+            limits = [engine.get_tensor_profile_shape("mask_positions", i) for i in range(len(plan.profiles))]
+            self.masks = [(max(1, low[0]), high[0]) for low, _, high in limits]
         self.most_bytes = self._most_bytes()
         """Bytes of each tensor at the largest shape of any profile."""
         # TensorRT-RTX compiles kernels for a shape while other runs use it, and captures CUDA graphs itself.

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Graph = TypeVar("Graph")
+_Graph = TypeVar("_Graph")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class GraphLimits:
 
     Args:
         max_graphs: the most graphs.
-        max_bytes: the most memory of the GPU for graphs and their contexts.
+        max_bytes: memory of the GPU for graphs and their contexts; a cache that holds as much takes no more.
         least_sights: sights of a shape before it is captured.
         window: runs after which every count of sights is halved, so that old traffic is forgotten.
         pause: runs between two replacements of a graph. A replaced graph that was hardly used doubles the pause.
@@ -40,18 +40,18 @@ class GraphLimits:
 
 
 @dataclass
-class _Entry(Generic[Graph]):
-    graph: Graph
+class _Entry(Generic[_Graph]):
+    graph: _Graph
     size: int
     replays: int = 0
 
 
-class GraphCache(Generic[Graph]):
+class GraphCache(Generic[_Graph]):
     """The graphs of one execution slot by their shapes, with the counts that decide about the next one."""
 
     def __init__(self, limits: GraphLimits | None = None) -> None:
         self._limits = limits or GraphLimits()
-        self._entries: dict[Hashable, _Entry[Graph]] = {}
+        self._entries: dict[Hashable, _Entry[_Graph]] = {}
         # Halving bounds the sum of all counts, and so the number of shapes, by twice the window.
         self._sights: dict[Hashable, int] = {}
         self._failures: dict[Hashable, tuple[int, int]] = {}
@@ -74,7 +74,7 @@ class GraphCache(Generic[Graph]):
         """Whether so many captures failed in a row that no more are tried."""
         return self._failures_in_a_row >= self._limits.max_failures
 
-    def find(self, shape: Hashable) -> Graph | None:
+    def find(self, shape: Hashable) -> _Graph | None:
         """Count a run of `shape`, and return its graph, if there is one."""
         self._runs += 1
         if self._runs % self._limits.window == 0:
@@ -97,7 +97,7 @@ class GraphCache(Generic[Graph]):
             return True
         return self._runs >= self._next_replacement and sights > 2 * self._sights.get(self._rarest(), 0)
 
-    def make_room(self) -> Graph | None:
+    def make_room(self) -> _Graph | None:
         """Take the rarest graph out, for the capture of another shape; None if there is room already."""
         if not self._is_full():
             return None
@@ -107,7 +107,7 @@ class GraphCache(Generic[Graph]):
         self._next_replacement = self._runs + self._pause
         return entry.graph
 
-    def add(self, shape: Hashable, graph: Graph, size: int) -> None:
+    def add(self, shape: Hashable, graph: _Graph, size: int) -> None:
         """Keep the graph of a shape; `size` is its memory on the GPU in bytes, with that of its context."""
         self._entries[shape] = _Entry(graph, size)
         self._failures.pop(shape, None)
@@ -121,7 +121,7 @@ class GraphCache(Generic[Graph]):
         self._failures[shape] = count, self._runs + pause
         return pause
 
-    def clear(self) -> list[Graph]:
+    def clear(self) -> list[_Graph]:
         """Take out all graphs, but keep the counts of sights."""
         graphs = [entry.graph for entry in self._entries.values()]
         self._entries.clear()

@@ -46,7 +46,7 @@ class RuntimeCache:
     Problems with the file are logged and never raised: without it the kernels are compiled again.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None = None) -> None:
         """Keep the kernels in `file`, or only in memory for None."""
         self._file = file
         self._lock = threading.Lock()
