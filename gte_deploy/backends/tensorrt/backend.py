@@ -5,6 +5,7 @@ and contexts. With two slots one thread copies while another computes; more slot
 decides which shapes a slot captures as CUDA graphs.
 """
 
+import itertools
 import logging
 import math
 import threading
@@ -115,10 +116,10 @@ class TensorRTBackend:
         profile takes is split into sub-batches.
         """
         engine = self._opened()
-        check_outputs(outputs, self.outputs)
-        check_batch(batch, self.spec)
+        jobs, results = self._jobs(engine, batch, outputs)
         with self._borrowed_slot(engine) as slot:
-            return self._run_in(slot, engine, batch, outputs)
+            _run_in(slot, jobs)
+        return results
 
     def shapes_to_warm_up(self) -> list[tuple[int, int]]:
         """(rows, tokens of a row) of the smallest, the tuned and the largest shape of each profile, each once."""
@@ -137,13 +138,13 @@ class TensorRTBackend:
             InputError, BackendError: see `run`.
         """
         engine = self._opened()
+        jobs = [self._jobs(engine, batch, outputs)[0] for batch in batches]
         with self._warming_up, ExitStack() as stack:
             # One thread takes all slots at a time: two would wait for each other.
             slots = [stack.enter_context(self._borrowed_slot(engine)) for _ in range(_NUM_SLOTS)]
-            for slot in slots:
-                for batch in batches:
-                    for _ in range(engine.limits.least_sights):
-                        self._run_in(slot, engine, batch, outputs)
+            for slot, jobs_of_batch in itertools.product(slots, jobs):
+                for _ in range(engine.limits.least_sights):
+                    _run_in(slot, jobs_of_batch)
             self._kernels.save()
 
     def counts(self) -> dict[str, int]:
@@ -173,17 +174,15 @@ class TensorRTBackend:
             raise BackendError("this model is closed; load it again")
         return self._engine
 
-    def _run_in(
-        self, slot: "_Slot", engine: "_Engine", batch: Batch, outputs: Sequence[str]
-    ) -> dict[str, NDArray[np.float32]]:
+    def _jobs(
+        self, engine: "_Engine", batch: Batch, outputs: Sequence[str]
+    ) -> tuple[list["_Job"], dict[str, NDArray[np.float32]]]:
+        """Check a batch and split it; return the parts, and the arrays that they will fill."""
+        check_outputs(outputs, self.outputs)
+        check_batch(batch, self.spec)
         sub_batches = list(engine.layout.split(batch, engine.plan.profiles, engine.masks))
         results = engine.layout.results(batch, outputs)
-        try:
-            for sub_batch in sub_batches:
-                slot.run(_Job(batch, sub_batch, results, self.spec.pad_token_id))
-        except RuntimeError as error:  # TensorRT's own, and BackendError
-            raise BackendError(f"TensorRT failed on a batch of {batch.input_ids.shape}: {error}") from error
-        return results
+        return [_Job(batch, sub_batch, results, self.spec.pad_token_id) for sub_batch in sub_batches], results
 
     @contextmanager
     def _borrowed_slot(self, engine: "_Engine") -> Iterator["_Slot"]:
@@ -511,6 +510,19 @@ class _Slot:
 
     def _bytes(self, name: str, shapes: Shapes) -> int:
         return math.prod(shapes[name]) * self._engine.dtypes[name].itemsize
+
+
+def _run_in(slot: _Slot, jobs: Sequence[_Job]) -> None:
+    """Run the parts of a batch.
+
+    Raises:
+        BackendError: TensorRT or CUDA failed.
+    """
+    try:
+        for job in jobs:
+            slot.run(job)
+    except RuntimeError as error:  # TensorRT's own, and BackendError
+        raise BackendError(f"TensorRT failed on a batch of {jobs[0].batch.input_ids.shape}: {error}") from error
 
 
 def _free_dropped(cuda: Cuda, owned: list[Any], idle: list[_Slot]) -> None:

@@ -49,6 +49,7 @@ class RuntimeCache:
     def __init__(self, file: Path | None = None) -> None:
         """Keep the kernels in `file`, or only in memory for None."""
         self._file = file
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._cache: Any = None
         self._saved = b""
@@ -74,7 +75,9 @@ class RuntimeCache:
             self.save()
 
     def save(self) -> None:
-        """Write the kernels to the file, if they changed."""
+        """Write the kernels to the file, if they changed; a forked process writes nothing."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if self._cache is None or self._file is None:
                 return

@@ -155,7 +155,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_queued(make, runtime):
             backend.run(batch, ["logits"])
     with pytest.raises(BackendError, match="no output 'nope'"):
         backend.run(Batch(ids, ids), ["nope"])
-    assert not runtime.streams
+    assert not runtime.streams and "cudaStreamCreateWithFlags" not in runtime.calls
 
 
 def test_memory_is_allocated_once(make, runtime):

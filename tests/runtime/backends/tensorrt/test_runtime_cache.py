@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import stat
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
+from gte_deploy.backends.tensorrt import backend as tensorrt_backend
+from gte_deploy.backends.tensorrt import cuda as gpu_runtime
 from gte_deploy.backends.tensorrt import runtime_cache
+from gte_deploy.backends.tensorrt.cuda import Cuda
 from gte_deploy.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
-from tensorrt_doubles import HostConfig, HostRuntime, assert_right, backend_over, engine_of, plan_of, random_batch
+from gte_deploy.bundle.manifest import FileEntry
+from tensorrt_doubles import (
+    SPEC,
+    STRATEGIES,
+    HostConfig,
+    HostEngine,
+    HostRuntime,
+    assert_right,
+    backend_over,
+    engine_of,
+    plan_of,
+    random_batch,
+)
 
 ABOUT = ("0" * 64, "1.7.1.116", "8.9")
 
@@ -169,6 +186,35 @@ def test_kernels_are_saved_at_the_end_of_a_process_that_closes_nothing(home):
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout == "done\n" and found.stderr == ""
     assert cache_file(*ABOUT).exists()
+
+
+def test_a_forked_process_writes_nothing():
+    """CUDA does not survive a fork; the child must not touch what it inherited, not even when it ends."""
+    backend = rtx_backend()
+    run(backend, (1, 8))
+    child = os.fork()
+    if not child:
+        backend._kernels.save()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and not cache_file(*ABOUT).exists()
+    backend.close()
+    assert cache_file(*ABOUT).exists()
+
+
+def test_an_engine_of_tensorrt_rtx_has_a_file_and_one_of_tensorrt_has_none(monkeypatch, tmp_path):
+    runtime = HostRuntime()
+    monkeypatch.setattr(gpu_runtime, "gpu_capability", lambda index: "8.9")
+    for variant in ("tensorrt-rtx", "tensorrt"):
+        plan = plan_of(variant)
+        parts = STRATEGIES, Cuda(0, runtime=runtime), HostEngine(plan, runtime)
+        monkeypatch.setattr(tensorrt_backend, "open_plan", lambda *arguments, parts=parts: parts)
+        manifest = types.SimpleNamespace(
+            plan=plan, files={plan.path: FileEntry(8, "f" * 64)}, spec=SPEC, precision="fp16"
+        )
+        with contextlib.closing(tensorrt_backend.open_tensorrt_backend(tmp_path, manifest)) as backend:
+            run(backend, (1, 8))
+    (file,) = (tmp_path / "gte-deploy").rglob("*.*")
+    assert file.name == f"{'f' * 64}-10.9.0.34-8.9.cache"
 
 
 def test_a_refused_cache_is_logged_and_no_error(caplog):
