@@ -4,7 +4,8 @@ A graph pays only if its shape comes again often: capturing it costs a context a
 shape is captured once it has come several times; a full cache replaces its rarest shape only by a much more frequent
 one, and not often. Every other run is queued without a graph, on a context that exists already.
 
-This module computes only numbers and does not use CUDA.
+The measurements are in docs/decisions/cuda-graphs-by-frequency.md. This module computes only numbers and does not use
+CUDA.
 """
 
 from collections.abc import Hashable
