@@ -1,6 +1,7 @@
 """Compares gte-deploy with other ways to run the model on an NVIDIA GPU: speed, memory, accuracy.
 
     python benchmarks/gpu.py                              # everything, base size; hours
+    python benchmarks/gpu.py --claims-only --subjects tiny   # only the first checks
     python benchmarks/gpu.py --quick                      # few shapes and repeats
     python benchmarks/gpu.py --contestants torch "ORT CUDA fp16" --shapes 1x512 8x8192
     python benchmarks/gpu.py --device cpu --subjects tiny --shapes 2x16    # tries the benchmark itself
@@ -10,6 +11,11 @@ ours, and its TensorRT provider; TensorRT and TensorRT-RTX in FP16, BF16, INT8 a
 `pip install '.[bench]'`, and onnxruntime-gpu, tensorrt or tensorrt-rtx for their rows. A contestant that is not
 installed, cannot be exported for this GPU, or fails, becomes a row with the reason. Without a GPU nothing is measured,
 and the exit code is 1.
+
+Before anything is timed, each of our contestants that embeds, TensorRT first, is checked for what the documents claim:
+finite answers near torch in FP32 at lengths from 1 to 8,192, a hit rate of 95 % in simulated traffic (a hit is a run
+that creates no context and captures no CUDA graph), and the seconds of the first run with and without the kernels that
+an earlier process compiled.
 
 Every contestant has a process of its own. First each runs alone on the GPU, for its accuracy on held-out text against
 torch in FP32 and its peak GPU memory for every shape. Then the contestants are timed round robin, as many together as
@@ -41,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_side_by_side import claims
 from gpu_side_by_side.chart import draw
 from gpu_side_by_side.contestants import CONTESTANTS, EXACT, REFERENCE, Contestant
 from gpu_side_by_side.meter import Meter
@@ -86,6 +93,7 @@ class Run:
             "commands": [shlex.join(["python", *sys.orig_argv[1:]])],
             "hardware": hardware | (meter.call("describe").value if meter else {}),
             "versions": _versions(),
+            "claims": [],
             "accuracy": [],
             "memory": [],
             "measurements": [],
@@ -125,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return FAILURE
         run = Run(arguments, meter)
         arguments.output = arguments.output or result_file("gpu", "json", hardware=run.report["hardware"].get("gpu"))
-        for subject in (SUBJECTS[name] for name in arguments.subjects):
+        subjects = [SUBJECTS[name] for name in arguments.subjects]
+        for subject in subjects:
+            _check_claims(run, subject)
+        for subject in subjects if not arguments.claims_only else []:
             _measure_subject(run, subject)
     run.save()
     for subject in arguments.subjects:
@@ -140,9 +151,39 @@ def _make(factory: type, arguments: tuple[Any, ...], options: dict[str, Any]) ->
     return factory(*arguments, **options)
 
 
+def _artefacts(run: Run, subject: Subject) -> Artefacts:
+    return Artefacts(run.arguments.work, subject, max_length=run.arguments.max_length, progress=_say)
+
+
+# --- first: the claims ----------------------------------------------------------------------------------------------
+
+
+def _check_claims(run: Run, subject: Subject) -> None:
+    """Check our contestants that embed, and write the rows after each."""
+    ours = [one for one in run.arguments.contestants if one.is_ours] if subject.task == "embed" else []
+    if not ours:
+        return
+    artefacts = _artefacts(run, subject)
+    jobs = claims.jobs_of(load_tokenizer(artefacts.path("checkpoint")), run.arguments.max_length)
+    exact = next(one for one in CONTESTANTS if one.name == EXACT)
+    with run.open(exact, artefacts) as worker:
+        expected = [worker.call("embed", job).value for job in jobs]
+    for one in sorted(ours, key=lambda one: "TensorRT" not in one.name):
+        _say(f"{subject.name}: the claims of {one.name}")
+        row: dict[str, Any] = {**_about(subject, one), "error": None}
+        try:
+            folder, device = artefacts.path(one.artefact), run.arguments.device
+            row |= claims.check(one, folder, device, jobs, expected, run.arguments.work / "claims-cache")
+        except WorkerError as error:
+            row["error"] = str(error)
+        _say(f"{subject.name}: the claims of {one.name}: {row['error'] or row}")
+        run.report["claims"].append(row)
+        run.save()
+
+
 def _measure_subject(run: Run, subject: Subject) -> None:
     arguments = run.arguments
-    artefacts = Artefacts(arguments.work, subject, max_length=arguments.max_length, progress=_say)
+    artefacts = _artefacts(run, subject)
     tokenizer = load_tokenizer(artefacts.path("checkpoint"))
     workloads = [make_workload(name) for name in arguments.shapes] if subject.task == "embed" else []
     expected: dict[str, Any] = {}
@@ -377,6 +418,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contestants", nargs="+", metavar="PART", help="those whose name has one of these parts (default: all)"
     )
+    parser.add_argument("--claims-only", action="store_true", help="end after the claims, before anything is timed")
     parser.add_argument("--quick", action="store_true", help=f"only {' '.join(QUICK_SHAPES)}; few repeats")
     parser.add_argument("--repeats", type=int, help="most rounds (default: 30; 5 with --quick)")
     parser.add_argument("--minutes-per-shape", type=float, default=5, help="limit for timing (default: 5)")

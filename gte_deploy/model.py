@@ -4,7 +4,9 @@ Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V voca
 """
 
 import dataclasses
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy._version import __version__
-from gte_deploy.backends.base import Backend, Batch
+from gte_deploy.backends.base import Backend, Batch, LanedBackend
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.bundle.manifest import is_bundle
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.forking import follow, in_use
+from gte_deploy.core.lanes import in_lanes
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.tasks.base import Outputs, Request
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import HIDDEN, Outputs, Request
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, parts_of
@@ -36,8 +40,11 @@ from gte_deploy.tasks.sparse import (
 )
 from gte_deploy.tasks.token_classify import Entity, OwnLogits, TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, collate, token_batches
-from gte_deploy.text.inputs import MAX_BATCH_TOKENS, as_texts, check_integer
+from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
+
+# Batches of `Model.warm_up` for engines without profiles.
+_WARM_LENGTHS, _WARM_ROWS = (16, 128, 512), (1, 32)
 
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]
@@ -59,6 +66,19 @@ class Origin:
     again: Callable[..., "Model"]
     arguments: tuple[Any, ...]
     reopen: Callable[[int], Backend] | None = None
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The result of `Model.warm_up`.
+
+    Args:
+        shapes: (rows, tokens of a row) of each batch that was run.
+        seconds: duration of all runs.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    seconds: float
 
 
 class Model(TextInterface):
@@ -154,6 +174,35 @@ class Model(TextInterface):
             **dataclasses.asdict(self.spec),
         }
 
+    def warm_up(self, lengths: Sequence[int] | None = None, rows: Sequence[int] | None = None) -> "WarmUp":
+        """Run typical batches, so that later calls find kernels compiled, memory reserved and CUDA graphs captured.
+
+        The engine runs every length with every number of rows. A batch has no more rows than one of `encode`: see
+        `load` about `max_batch_tokens`. Without arguments a TensorRT engine runs the smallest, the tuned and the
+        largest shape of each of its profiles, in all execution slots; other engines run 1 and 32 rows of 16, 128 and
+        512 tokens. Calls from other threads wait while a TensorRT engine warms up.
+
+        Args:
+            lengths: tokens of a row, special tokens included; longer ones than the model takes are an error.
+            rows: numbers of rows of a batch.
+
+        Raises:
+            InputError: a length or a number of rows is out of range.
+            BackendError: the engine failed, or the model is closed.
+        """
+        backend = self._backend
+        shapes = self._shapes_to_warm_up(lengths, rows)
+        outputs = [name for name in TASKS[self.spec.task].outputs[1:] if name in backend.outputs][:1] or [HIDDEN]
+        batches = [self._sample_batch(*shape) for shape in shapes]
+        started = time.perf_counter()
+        with in_use():
+            if isinstance(backend, LanedBackend):
+                backend.warm_up(batches, outputs)
+            else:
+                for batch in batches:
+                    backend.run(batch, outputs)
+        return WarmUp(tuple(shapes), time.perf_counter() - started)
+
     def tokenize(
         self, texts: str | Sequence[str], *, truncation: bool = False, max_length: int | None = None
     ) -> dict[str, NDArray[np.int64]]:
@@ -192,6 +241,32 @@ class Model(TextInterface):
                 )
         found = [[(name(index), weight) for index, weight in vector.ordered()[:top_k]] for vector in vectors]
         return found[0] if single else found
+
+    def _shapes_to_warm_up(self, lengths: Sequence[int] | None, rows: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return (rows, tokens of a row) of batches within the limits of `encode`, the largest first."""
+        longest = self.spec.max_length
+        if lengths is None and rows is None and isinstance(self._backend, LanedBackend):
+            wanted = self._backend.shapes_to_warm_up()
+        else:
+            for name, values, most in (("lengths", lengths, longest), ("rows", rows, MAX_BATCH_SIZE)):
+                for value in values or ():
+                    check_integer(f"each of {name}", value, 1, most)
+            tokens = [min(length, longest) for length in _WARM_LENGTHS] if lengths is None else lengths
+            wanted = list(itertools.product(_WARM_ROWS if rows is None else rows, tokens))
+        limits = self._batch_options(MAX_BATCH_SIZE, None, False, None).limits
+        shapes = {
+            (max(1, min(number, limits.max_tokens // length, limits.max_square // length**2)), length)
+            for number, length in ((int(number), min(int(length), longest)) for number, length in wanted)
+        }
+        return sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]), reverse=True)
+
+    def _sample_batch(self, rows: int, length: int) -> Batch:
+        """Return a batch of [rows, length] tokens, of any words, with a mask in each row if the model fills masks."""
+        ids = np.resize(self._answerable, (rows, length)).astype(np.int64)
+        masks = None
+        if self.spec.task == "fill-mask":
+            masks = np.stack([np.arange(rows), np.zeros(rows, np.int64)], axis=1)
+        return Batch(ids, np.ones_like(ids), masks)
 
     def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
         return self._answers(request, self._token_ids(texts, options))
@@ -243,9 +318,13 @@ class Model(TextInterface):
         batches = token_batches(
             [len(piece.ids) for piece in pieces], lambda numbers: [pieces[i].ids for i in numbers], limits
         )
-        for numbers, rows in batches:
+
+        def compute(item: tuple[list[int], Rows]) -> tuple[list[int], NDArray[np.float32]]:
+            numbers, rows = item
             batch = collate(rows, pad_token_id=self.spec.pad_token_id)
-            logits = self._run(batch, ("logits",), [pieces[number].index for number in numbers])["logits"]
+            return numbers, self._run(batch, ("logits",), [pieces[number].index for number in numbers])["logits"]
+
+        for numbers, logits in in_lanes(compute, batches, self._lanes):
             for number, values in zip(numbers, logits, strict=True):
                 piece = pieces[number]
                 yield number, values[piece.first : piece.first + len(piece.offsets)]
@@ -260,7 +339,9 @@ class Model(TextInterface):
         candidates = self._answerable if targets is None else np.array(self._tokenizer.target_ids(targets))
         request = MaskRequest(self.spec, self._tokenizer, candidates, top_k)
         outputs = request.graph_outputs(self._backend.outputs)
-        for indices, rows in self._masked_token_ids(texts, options):
+
+        def answer(item: tuple[list[int], Rows]) -> tuple[list[int], list[list[list[MaskAnswer]]]]:
+            indices, rows = item
             batch = collate(
                 rows,
                 pad_token_id=self.spec.pad_token_id,
@@ -271,7 +352,9 @@ class Model(TextInterface):
             for part in parts_of(batch, self.spec.vocab_size):
                 for masks, more in zip(found, request.answer(part, self._run(part, outputs, indices)), strict=True):
                     masks.extend(more)
-            yield indices, found
+            return indices, found
+
+        return in_lanes(answer, self._masked_token_ids(texts, options), self._lanes)
 
     def _masked_token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
         """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early."""
@@ -289,9 +372,18 @@ class Model(TextInterface):
     def _answers(self, request: Request, batches: TokenIds) -> Batches:
         """Yield the answers to a request for each batch of token ids."""
         outputs = request.graph_outputs(self._backend.outputs)
-        for indices, rows in batches:
+
+        def answer(item: tuple[list[int], Rows]) -> tuple[list[int], Sequence[Any]]:
+            indices, rows = item
             batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
-            yield indices, request.answer(batch, self._run(batch, outputs, indices))
+            return indices, request.answer(batch, self._run(batch, outputs, indices))
+
+        return in_lanes(answer, batches, self._lanes)
+
+    @property
+    def _lanes(self) -> int:
+        """The number of batches of a call that are worked on at once."""
+        return self._backend.lanes if isinstance(self._backend, LanedBackend) else 1
 
     def _run(self, batch: Batch, outputs: Sequence[str], indices: Sequence[int]) -> Outputs:
         with in_use():

@@ -32,6 +32,8 @@ def markdown(report: Report) -> str:
         "Input is one padded batch of ids in host memory; output is float32 in host memory. Rounds are interleaved. "
         "Memory is the peak of the GPU less its memory before the contestant started; contexts count.",
     ]
+    if any(row["error"] is None for row in report["claims"]):
+        parts.append(f"## Claims, checked first\n\n{_claims(report)}")
     for subject in dict.fromkeys(row["subject"] for row in report["measurements"]):
         if measured(report, subject):
             parts.append(f"## {subject}\n\nSpeed relative to {REFERENCE}:\n\n{_speeds(report, subject)}")
@@ -40,8 +42,39 @@ def markdown(report: Report) -> str:
             parts.append(f"Peak GPU memory, MB:\n\n{_memory(report, subject)}")
     if report["accuracy"]:
         parts.append(f"## Accuracy against {EXACT}, held-out text\n\n{accuracy_table(report)}")
-    parts.append(failures(report, ("measurements", "memory", "accuracy")))
+    parts.append(failures(report, ("claims", "measurements", "memory", "accuracy")))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _claims(report: Report) -> str:
+    """Return a table with a row for each contestant whose claims were checked; a first run includes opening."""
+    head = (
+        "",
+        "finite",
+        "least cosine",
+        "hits",
+        "replays",
+        "contexts",
+        "first run, s",
+        "with kept kernels, s",
+        "kept, MB",
+    )
+    lines = []
+    for row in (row for row in report["claims"] if row["error"] is None):
+        lines.append(
+            [
+                f"{row['subject']}: {row['contestant']}",
+                "yes" if row["finite"] else "**no**",
+                f"{row['cosine_min']:.5f}" if "cosine_min" in row else "",
+                f"{row['hit_rate']:.1%}" if "hit_rate" in row else "",
+                f"{row['replay_rate']:.1%}" if "replay_rate" in row else "",
+                str(row.get("contexts", "")),
+                f"{row['cold']['open_s'] + row['cold']['first_run_s']:.2f}",
+                f"{row['warm']['open_s'] + row['warm']['first_run_s']:.2f}",
+                f"{row['kept_bytes'] / 1e6:.1f}",
+            ]
+        )
+    return table(head, lines)
 
 
 def _speeds(report: Report, subject: str) -> str:

@@ -7,7 +7,7 @@ Shapes: B rows, S tokens of the longest row, M masks, H hidden size, V vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,4 +76,24 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the engine. Idempotent; a later `run` raises BackendError."""
+        ...
+
+
+@runtime_checkable
+class LanedBackend(Backend, Protocol):
+    """A backend that works on several batches at once, and that prepares work for each shape of a batch."""
+
+    lanes: int
+    """The number of batches that `run` works on at once; further calls wait."""
+
+    def shapes_to_warm_up(self) -> list[tuple[int, int]]:
+        """Return (rows, tokens of a row) of the shapes that are worth preparing for."""
+        ...
+
+    def warm_up(self, batches: Sequence[Batch], outputs: Sequence[str]) -> None:
+        """Prepare every lane for the shapes of these batches and for these outputs.
+
+        Raises:
+            InputError, BackendError: see `run`.
+        """
         ...

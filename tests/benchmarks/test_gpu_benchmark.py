@@ -65,6 +65,8 @@ def test_what_cannot_run_is_a_row_with_its_reason(report: Any):
     failed = [row for row in data["measurements"] if row["contestant"] == "gte-deploy TensorRT fp16"]
     assert len(failed) == 2 and all(row["error"] and not row["seconds"] for row in failed)
     assert failed[0]["error"] in text and "## Not measured" in text
+    (claim,) = data["claims"]
+    assert (claim["contestant"], claim["precision"]) == ("gte-deploy TensorRT fp16", "fp16") and claim["error"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -144,6 +146,32 @@ def test_tables_from_numbers(gpu: ModuleType, tmp_path: Path):
         "commands": ["python benchmarks/gpu.py"],
         "hardware": {"device": "cuda", "cpu": "A CPU", "gpu": "A GPU"},
         "versions": {"torch": "2"},
+        "claims": [
+            {
+                "subject": "base",
+                "contestant": "gte-deploy TensorRT-RTX fp8",
+                "precision": "fp8",
+                "error": None,
+                "finite": True,
+                "cosine_min": 0.9987,
+                "hit_rate": 0.996,
+                "replay_rate": 0.75,
+                "contexts": 5,
+                "cold": {"open_s": 1.5, "first_run_s": 20.0},
+                "warm": {"open_s": 1.5, "first_run_s": 0.5},
+                "kept_bytes": 3_400_000,
+            },
+            {
+                "subject": "base",
+                "contestant": "gte-deploy TensorRT int8",
+                "precision": "int8",
+                "error": None,
+                "finite": False,
+                "cold": {"open_s": 1, "first_run_s": 1},
+                "warm": {"open_s": 1, "first_run_s": 1},
+                "kept_bytes": 0,
+            },
+        ],
         "accuracy": [],
         "memory": [
             {"subject": "base", "workload": "8x128", "contestant": "torch eager bf16", "peak_bytes": 2e9, "error": None}
@@ -154,12 +182,41 @@ def test_tables_from_numbers(gpu: ModuleType, tmp_path: Path):
         ],
     }
     text = gpu.markdown(report)
+    assert "| base: gte-deploy TensorRT-RTX fp8 | yes | 0.99870 | 99.6% | 75.0% | 5 | 21.50 | 2.00 | 3.4 |" in text
+    assert "| base: gte-deploy TensorRT int8 | **no** |  |  |  |  | 2.00 | 2.00 | 0.0 |" in text
     assert "| gte-deploy ORT CUDA fp16 | 2.00 |" in text
     assert "| gte-deploy ORT CUDA fp16 | 2.00 (1.50 – 2.50) |" in text
     assert "| torch eager bf16 | 2,000 |" in text
     assert "- gte-deploy TensorRT fp8 (base 8x128): this GPU has no FP8" in text
     assert gpu.draw(report, "base", tmp_path / "chart.png") and not gpu.draw(report, "tiny", tmp_path / "none.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_claims_of_an_engine_without_counts(gpu: ModuleType, tmp_path: Path, word_checkpoints: Any):
+    """On the CPU and torch, as far as it goes: answers, times, and no hit rate."""
+    contestant = gpu.Contestant("gte-deploy torch", "fp32", type("GteDeploy", (), {}), "", {"backend": "torch"})
+    checkpoint = word_checkpoints["embed"]
+    jobs = gpu.claims.jobs_of(gpu.load_tokenizer(checkpoint), 32)
+    assert [job.input_ids.shape for job in jobs] == [(1, 1), (1, 2), (1, 17)]
+    with gpu.Worker(gpu.claims.open_checked, checkpoint, "cpu", tmp_path, {"backend": "torch"}) as worker:
+        expected = [worker.call("embed", job).value for job in jobs]
+    row = gpu.claims.check(contestant, checkpoint, "cpu", jobs, expected, tmp_path / "cache")
+    assert row["finite"] and row["cosine_min"] > 0.99999 and row["kept_bytes"] == 0 and "hit_rate" not in row
+    assert min(row[name]["first_run_s"] for name in ("cold", "warm")) > 0
+
+
+def test_counts_of_traffic(gpu: ModuleType):
+    from gte_deploy.core.spec import TensorSpec
+    from tensorrt_doubles import HostRuntime, backend_over, engine_of, plan_of
+
+    outputs = (TensorSpec("sentence_embedding", "float32", ("batch", 4)),)
+    backend = backend_over(HostRuntime(), plan_of(inputs=plan_of().inputs[:2], outputs=outputs))
+    engine_of(backend).compute = lambda shapes, addresses: None
+    backend.spec = SimpleNamespace(vocab_size=1000, max_length=64, pad_token_id=0, token_types=False)
+    model = SimpleNamespace(_model=SimpleNamespace(_backend=backend))
+    model._run_text = lambda length: gpu.claims.Checked._run_text(model, length)
+    found = gpu.claims.Checked.traffic(model, 200, 64)
+    assert found["hit_rate"] > 0.95 and found["replay_rate"] > 0.8 and 2 <= found["contexts"] <= 10
 
 
 @pytest.mark.gpu

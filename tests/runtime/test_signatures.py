@@ -50,6 +50,7 @@ MODEL_ALONE = {
     "decode": "(self, embeddings, top_k=None)",
     "device": None,
     "tokenize": "(self, texts, *, truncation=False, max_length=None)",
+    "warm_up": "(self, lengths=None, rows=None)",
 }
 LOAD = (
     "(path=None, *, backend='auto', precision=None, device=None, num_threads=None, max_batch_tokens=None, "

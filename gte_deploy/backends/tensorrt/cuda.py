@@ -2,7 +2,9 @@
 
 import ctypes
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,20 @@ from numpy.typing import NDArray
 from gte_deploy.core.errors import BackendError, MissingDependencyError
 
 
+class _Thread(threading.local):
+    """The state of the calling thread: whether it captures, and what it frees after the capture."""
+
+    is_capturing = False
+
+    def __init__(self) -> None:
+        self.postponed: list[Callable[[], None]] = []
+
+
+_thread = _Thread()
+
+
 class Cuda:
-    """One GPU. The calling thread must have called `use` before any other method but `capability`."""
+    """One GPU. All methods but `capability` work in a `with` block of `use` alone."""
 
     def __init__(self, index: int, *, extra: str = "rtx", runtime: Any = None) -> None:
         """Find GPU number `index`; `extra` is the extra that the error names if cuda-bindings is missing.
@@ -46,9 +60,26 @@ class Cuda:
             raise BackendError(f"the CUDA driver does not give the compute capability of 'cuda:{self._index}'.")
         return capability
 
-    def use(self) -> None:
-        """Select this GPU for the calling thread; every thread selects for itself."""
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """A `with` block in which the calling thread uses this GPU. After it the thread has its former GPU again.
+
+        Raises:
+            BackendError: CUDA cannot select the GPU.
+        """
+        before = self._call("cudaGetDevice")
+        if before == self._index:
+            yield
+            return
         self._call("cudaSetDevice", self._index)
+        try:
+            yield
+        finally:
+            self.release("cudaSetDevice", before)
+
+    def free_bytes(self) -> int:
+        """Bytes of memory of the GPU that nobody uses."""
+        return int(self._call("cudaMemGetInfo"))
 
     def create_stream(self) -> int:
         """A stream that does not wait for the default stream."""
@@ -82,19 +113,25 @@ class Cuda:
         Raises:
             BackendError: some of the work cannot be captured; the stream remains usable.
         """
+        with _postponed_releases():
+            graph = self._recorded(stream, work)
+        try:
+            return self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.release("cudaGraphDestroy", graph)
+
+    def _recorded(self, stream: int, work: Callable[[], None]) -> Any:
         # An allocation in another thread would break a global capture.
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
         try:
             work()
         except BaseException:
-            self.release("cudaStreamEndCapture", stream)
+            status, *graphs = self._runtime.cudaStreamEndCapture(stream)
+            if graphs and status == self._runtime.cudaError_t.cudaSuccess:
+                self.release("cudaGraphDestroy", graphs[0])
             raise
-        graph = self._call("cudaStreamEndCapture", stream)
-        try:
-            return self._call("cudaGraphInstantiate", graph, 0)
-        finally:
-            self.release("cudaGraphDestroy", graph)
+        return self._call("cudaStreamEndCapture", stream)
 
     def launch(self, graph: Any, stream: int) -> None:
         """Queue a graph."""
@@ -113,6 +150,30 @@ class Cuda:
             text = self._runtime.cudaGetErrorString(status)[1]
             raise BackendError(f"{name}: CUDA error {int(status)}, {text.decode()}")
         return results[0] if results else None
+
+
+def release_outside_capture(release: Callable[[], None]) -> None:
+    """Call `release` now; if this thread is capturing, right after its capture.
+
+    For finalizers: the garbage collector may run them in any thread at any time, and memory that a thread frees during
+    its own capture makes the capture invalid. Captures of other threads do not notice.
+    """
+    if _thread.is_capturing:
+        _thread.postponed.append(release)
+    else:
+        release()
+
+
+@contextmanager
+def _postponed_releases() -> Iterator[None]:
+    """A `with` block of a capture in this thread; see `release_outside_capture`."""
+    _thread.is_capturing = True
+    try:
+        yield
+    finally:
+        _thread.is_capturing = False
+        while _thread.postponed:
+            _thread.postponed.pop(0)()
 
 
 class Buffer:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.shapes import SubBatch, mask_groups, padded_length
+from gte_deploy.backends.tensorrt.shapes import SubBatch, mask_groups, padded_length, padded_rows
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
@@ -26,8 +26,8 @@ def split_packed_batch(
 ) -> Iterator[SubBatch]:
     """Split a batch into sub-batches: one, unless it has more rows, tokens or masks than a profile takes.
 
-    If the profile has room, a text of only padding is added at the end, so that many batches share few token counts. It
-    adds at most 7 tokens or 6 %: see `padded_length`.
+    If the profile has room, texts of only padding are added at the end, so that many batches share few numbers of
+    tokens (see `padded_length`) and of texts (see `padded_rows`). All of these texts but the last have one token.
 
     Args:
         batch: the batch to run.
@@ -43,12 +43,21 @@ def split_packed_batch(
         index, count = _choose(profiles, lengths[start:])
         profile, rows = profiles[index], slice(start, start + count)
         tokens = int(lengths[rows].sum())
-        padded = padded_length(tokens, profile)
-        shape = (count + 1, padded) if tokens < padded and count < profile.max[0] else (count, tokens)
+        shape = _common_shape(count, tokens, profile)
         places = np.nonzero(batch.attention_mask[rows])
         for chosen, number in mask_groups(batch, rows, None if masks is None else masks[index]):
             yield SubBatch(rows, chosen, index, shape, number, places)
         start += count
+
+
+def _common_shape(texts: int, tokens: int, profile: Profile) -> tuple[int, int]:
+    """(texts, tokens of all texts) with texts of padding, each of at least one token; without, if there is no room."""
+    if (padded_rows(texts, profile), padded_length(tokens, profile)) == (texts, tokens):
+        return texts, tokens
+    wanted = padded_rows(texts + 1, profile)
+    least = tokens + wanted - texts
+    padded = padded_length(least, profile)
+    return (wanted, padded) if wanted > texts and padded >= least else (texts, tokens)
 
 
 def _choose(profiles: Sequence[Profile], lengths: NDArray[np.int64]) -> tuple[int, int]:
@@ -76,6 +85,11 @@ class PaddingFreeLayout:
         self._masks = self.tensors["mask_positions"][0] if "mask_positions" in self.tensors else None
 
     split = staticmethod(split_packed_batch)
+
+    @staticmethod
+    def with_common_shape(sub_batch: SubBatch, profile: Profile) -> SubBatch:
+        """The same sub-batch: `split_packed_batch` has padded it already."""
+        return sub_batch
 
     def shapes(self, size: tuple[int, int], num_masks: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, for a number of (texts, tokens of all texts)."""
@@ -116,7 +130,10 @@ class PaddingFreeLayout:
         ends = np.cumsum(batch.attention_mask[sub_batch.rows].sum(axis=1))
         for name in (QUERY_LENGTHS, KV_LENGTHS):
             lengths = inputs[name]
-            lengths[0], lengths[1 : len(ends) + 1], lengths[len(ends) + 1 :] = 0, ends, len(ids)
+            padding = len(lengths) - 1 - len(ends)  # texts
+            lengths[0], lengths[1 : len(ends) + 1] = 0, ends
+            lengths[len(ends) + 1 :] = ends[-1] + 1 + np.arange(padding)
+            lengths[-1] = len(ids)
         if "mask_positions" in inputs:
             masked = inputs["mask_positions"]
             masked[:] = 0

@@ -56,8 +56,8 @@ def open_plan(folder: Path, plan: PlanEntry, file: FileEntry, device: str) -> tu
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.sha256:
         raise BundleError(f"{folder / plan.path} has sha256 {digest}, and the manifest says {file.sha256}.")
-    cuda.use()
-    engine = trt.Runtime(_logger_for(trt)).deserialize_cuda_engine(data)
+    with cuda.use():
+        engine = trt.Runtime(_logger_for(trt)).deserialize_cuda_engine(data)
     if engine is None:
         raise BackendError(f"{VARIANTS[plan.variant].title} {trt.__version__} refuses {plan.path}; its log says why.")
     _check_engine(engine, plan)

@@ -52,11 +52,26 @@ def arrays_for(sub_batch):
         ([60, 5], 1, (3, 72)),  # too many tokens for the small profile
         ([1, 1, 1, 1], 1, (5, 8)),  # too many texts
         ([64], 0, (1, 64)),
+        ([5] * 6, 1, (7, 32)),  # a text of padding; the numbers of texts are few from 8 on
     ],
 )
 def test_the_smallest_profile_and_few_counts_of_tokens(lengths, profile, shape):
     (sub_batch,) = cut(lengths)
     assert (sub_batch.profile, sub_batch.shape, sub_batch.rows) == (profile, shape, slice(0, len(lengths)))
+
+
+def test_texts_of_padding_make_the_numbers_of_texts_few():
+    many = Profile((1, 1), (32, 256), (32, 512))
+    assert [cut([5] * count, profiles=(many,))[0].shape for count in (8, 9)] == [(8, 40), (10, 48)]
+    for count, tokens in ((17, 88), (18, 96), (19, 96)):
+        batch = batch_of([5] * count)
+        (sub_batch,) = split_packed_batch(batch, (many,), [(1, 8)])
+        assert sub_batch.shape == (20, tokens)
+        inputs = arrays_for(sub_batch)
+        LAYOUT.write(batch, sub_batch, inputs, pad_token_id=99)
+        ends = inputs["query_lengths"].tolist()
+        real = 5 * count
+        assert ends == [*range(0, real + 1, 5), *range(real + 1, real + 20 - count), tokens]
 
 
 def test_what_does_not_fit_at_once_is_cut_between_texts():

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.tensorrt.shapes import PaddedLayout, choose_profile, padded_length, split_batch, write_inputs
+from gte_deploy.backends.tensorrt.shapes import (
+    PaddedLayout,
+    choose_profile,
+    padded_length,
+    padded_rows,
+    split_batch,
+    write_inputs,
+)
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
@@ -51,6 +58,17 @@ def test_padded_lengths_are_few_and_little_longer():
         assert length <= padded <= max(length + 7, 1.0625 * length)
     assert padded_length(130, Profile((1, 200), (1, 200), (1, 300))) == 200
     assert padded_length(299, Profile((1, 200), (1, 200), (1, 299))) == 299
+
+
+def test_padded_rows_are_few_and_not_many_more():
+    profile = Profile((1, 1), (1, 512), (32, 512))
+    found = [padded_rows(rows, profile) for rows in range(1, 33)]
+    assert sorted(set(found)) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+    assert all(rows <= padded <= 1.2 * rows for rows, padded in enumerate(found, 1))
+    assert sum(found) <= 1.06 * sum(range(1, 33))
+    assert padded_rows(25, Profile((1, 1), (1, 512), (26, 512))) == 26
+    (sub_batch,) = split_batch(batch_of(9, 20), PROFILES)
+    assert PaddedLayout.with_common_shape(sub_batch, SHORT) == dataclasses.replace(sub_batch, shape=(10, 24))
 
 
 def test_one_part_where_it_fits():

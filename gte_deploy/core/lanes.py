@@ -1,0 +1,39 @@
+"""Works on several items at once, and gives the results in the order of the items."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) -> Iterator[Result]:
+    """Yield `work(item)` for each item, in the order of the items; up to `lanes` items are worked on at once.
+
+    A single lane, and a single item, need no thread: the caller's does the work. Otherwise each lane is a thread, and
+    `items` is read up to `lanes` items ahead. The first error in the order of the items is raised; then, and if the
+    caller stops early, items that are not begun are left out, and the threads end.
+    """
+    if lanes == 1:
+        yield from map(work, items)
+        return
+    source = iter(items)
+    first = list(islice(source, 2))
+    if len(first) < 2:
+        yield from map(work, first)
+        return
+    with ThreadPoolExecutor(lanes, thread_name_prefix="gte-lane") as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in chain(first, source):
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > lanes:  # one more than is worked on, so that no lane waits for the caller
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
