@@ -17,8 +17,6 @@ DeviceName = Literal["gpu", "cpu"]
 Config = dict[str, Any]
 
 TOKENIZER, ENCODER = "gte_tokenizer", "gte_encoder"
-CACHE_FOLDER = "/var/cache/gte-triton"
-"""The folder for the TensorRT engines that ONNX Runtime builds. Mount a volume there to keep them."""
 
 _DATA_TYPES = {
     "int64": "TYPE_INT64",
@@ -84,7 +82,6 @@ class Encoder:
         outputs: the outputs, with the batch axis.
         profiles: the profiles of a TensorRT plan.
         max_masks: the most masks of one run.
-        accelerator: "tensorrt" if ONNX Runtime hands the graph to TensorRT on a GPU.
     """
 
     backend: Literal["onnxruntime", "tensorrt"]
@@ -93,7 +90,6 @@ class Encoder:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...] = ()
     max_masks: int = 1 << 16
-    accelerator: Literal["cuda", "tensorrt"] = "cuda"
 
     @property
     def batched(self) -> bool:
@@ -244,37 +240,9 @@ def _encoder(serving: Serving, device: ServingDevice) -> Config:
             config["parameters"] = _parameters(
                 intra_op_thread_count=str(serving.threads), inter_op_thread_count="1", enable_mem_pattern="0"
             )
-        elif encoder.accelerator == "tensorrt":
-            config["optimization"] = _tensorrt_accelerator(serving, device)
         else:
             config["parameters"] = _parameters(enable_mem_pattern="0", arena_extend_strategy="1")
     return config
-
-
-def _tensorrt_accelerator(serving: Serving, device: ServingDevice) -> Config:
-    rows, length = device.max_batch_size, serving.spec.max_length
-    shapes = {
-        "trt_profile_min_shapes": _shapes(serving, 1, 1, 1),
-        "trt_profile_opt_shapes": _shapes(serving, max(1, rows // 4), min(128, length), 1),
-        "trt_profile_max_shapes": _shapes(serving, rows, length, serving.max_masks(device)),
-    }
-    parameters = {
-        "precision_mode": "FP32",
-        "max_workspace_size_bytes": str(4 << 30),
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": CACHE_FOLDER,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": CACHE_FOLDER,
-        **shapes,
-    }
-    accelerator = {"name": "tensorrt", "parameters": [{"key": k, "value": v} for k, v in parameters.items()]}
-    return {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
-
-
-def _shapes(serving: Serving, rows: int, tokens: int, masks: int) -> str:
-    """Shapes in the form of ONNX Runtime's TensorRT provider: input_ids:1x16,attention_mask:1x16."""
-    sizes = {"sequence": tokens, "masks": masks}
-    return ",".join(f"{t.name}:{rows}x{sizes[str(t.shape[1])]}" for t in serving.encoder.inputs)
 
 
 def _warmup(serving: Serving, device: ServingDevice) -> list[Config]:

@@ -2,15 +2,28 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import check_choices, option
+from gte_deploy.core.options import option
 from gte_deploy.text.inputs import check_integer
 
-Accelerator = Literal["cuda", "tensorrt"]
+CUDA = "cuda"
 _MAX_ROWS, _MOST = 1024, 1 << 20
 _QUEUE_SECONDS = (1e-3, 86_400)
+
+
+def check_accelerator(value: str) -> str:
+    """Check the provider that ONNX Runtime uses on a GPU.
+
+    Raises:
+        InputError: it is not "cuda"; the message names the replacement of "tensorrt".
+    """
+    if value != CUDA:
+        raise InputError(
+            f"accelerator is {value!r}, and ONNX Runtime serves GPUs only through {CUDA!r}. For TensorRT, build a plan "
+            "with gte-export --format trt, and serve it with gte-export --format triton --engine BUNDLE."
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -19,8 +32,7 @@ class TritonOptions:
 
     Args:
         engine: a bundle with a TensorRT plan, which is served in place of a graph for ONNX Runtime.
-        accelerator: the execution provider of ONNX Runtime on a GPU: "cuda", or "tensorrt", which needs the bundle's
-            graph of standard operators and builds an engine when the server starts.
+        accelerator: the provider that ONNX Runtime uses on a GPU: "cuda".
         max_batch_size: the most rows of one run of the encoder and of one request. By default 32 on a GPU and 8 on a
             CPU, or the number that a plan takes at every length. If a plan takes so many rows only for short texts,
             only short texts are served.
@@ -37,8 +49,11 @@ class TritonOptions:
     engine: Path | None = option(
         None, "serve the TensorRT plan of this bundle, in place of MODEL", metavar="BUNDLE", parse=Path
     )
-    accelerator: Accelerator = option(
-        "cuda", "the provider that ONNX Runtime uses on a GPU", choices=get_args(Accelerator)
+    accelerator: str = option(
+        CUDA,
+        "the provider that ONNX Runtime uses on a GPU; for TensorRT see --engine",
+        metavar="NAME",
+        parse=check_accelerator,
     )
     max_batch_size: int | None = option(
         None,
@@ -71,7 +86,7 @@ class TritonOptions:
         Raises:
             InputError: a value is out of range; the message names the option, the value and the range.
         """
-        check_choices(self)
+        check_accelerator(self.accelerator)
         for name, most in (
             ("max_batch_size", _MAX_ROWS),
             ("max_queue_size", _MOST),

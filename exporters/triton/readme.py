@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from gte_deploy._version import __version__
-from gte_deploy.exporters.triton.configs import CACHE_FOLDER, TOKENIZER, Config, DeviceName, Serving
+from gte_deploy.exporters.triton.configs import TOKENIZER, Config, DeviceName, Serving
 
 TRITON_TAG = "26.07-py3"
 
@@ -96,12 +96,11 @@ def _max_rows(models: Mapping[str, Config]) -> str:
 def _run_lines(serving: Serving, device: DeviceName) -> str:
     gpus = " --gpus all" if device == "gpu" else ""
     option = " --model-config-name=cpu" if device == "cpu" else ""
-    cache = f" -v gte-triton-cache:{CACHE_FOLDER}" if device == "gpu" and serving.encoder.accelerator != "cuda" else ""
     if serving.response_cache:
         option += " --cache-config=local,size=268435456"
     return f"""
     # {device.upper()}
-    docker run --rm{gpus} --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models:ro{cache} gte-triton \\
+    docker run --rm{gpus} --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models:ro gte-triton \\
       tritonserver --model-repository=/models{option}
 """
 
@@ -117,10 +116,6 @@ def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]])
         notes.append(
             "The plan runs only in the TensorRT version that built it: build the image from the Triton release that "
             "has it (`--build-arg TRITON=…`)."
-        )
-    if encoder.accelerator == "tensorrt":
-        notes.append(
-            "ONNX Runtime builds a TensorRT engine at the first start, which takes minutes, and keeps it in the volume."
         )
     return "".join(f"\n{note}\n" for note in notes)
 

@@ -22,7 +22,7 @@ from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bu
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
 from gte_deploy.core.options import options_of
-from gte_deploy.core.spec import Engine, ModelSpec
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.bundle.writer import hash_files, publish, staging, write_manifest
 from gte_deploy.exporters.export import default_output, export
 from gte_deploy.exporters.job import Progress
@@ -174,8 +174,6 @@ def _check_arguments(
             raise MissingDependencyError(module, "export")
     if options.engine is not None and model is not None:
         raise InputError("engine is a complete bundle with its own tokenizer; give engine or a model, not both")
-    if options.engine is not None and options.accelerator != "cuda":
-        raise InputError("accelerator is for ONNX Runtime, but engine means a TensorRT plan; give one of them")
     if served is None and options.engine is not None:
         raise BundleError(f"{options.engine} is not a bundle. Write one with gte-export --format trt.")
     if served is not None and export_options:
@@ -209,26 +207,14 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: Trit
         files["gpu"] = "model.onnx"
     if manifest.target == "cpu":
         files["cpu"] = "model.onnx"
-    graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
-    if options.accelerator == "tensorrt":
-        # TensorRT has only standard operators, so it needs the graph for OpenVINO.
-        if "openvino" not in manifest.graphs or manifest.precision != "fp32":
-            raise BundleError(
-                f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator "
-                "'tensorrt' needs. Export it in fp32 where openvino is installed, or build a plan with gte-export "
-                "--format trt."
-            )
-        files["gpu"] = "model_tensorrt.onnx"
-        graphs["model_tensorrt.onnx"] = "openvino"
     for name in dict.fromkeys(files.values()):
-        _write_graph(bundle / manifest.graphs[graphs[name]].path, folder / name, manifest)
+        _write_graph(bundle / manifest.graphs["onnxruntime"].path, folder / name, manifest)
     inputs, outputs = tensor_specs(folder / next(iter(files.values())))
     return Encoder(
         backend="onnxruntime",
         files=files,
         inputs=inputs,
         outputs=outputs,
-        accelerator=options.accelerator,
     )
 
 

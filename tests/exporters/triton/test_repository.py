@@ -241,7 +241,7 @@ def test_a_bundle_is_not_replaced_by_a_repository(altered_bundle, bundles):
         ({"queue_timeout_s": 0}, "queue_timeout_s is 0"),
         ({"threads": 0}, "threads"),
         ({"model_version": 0}, "model_version"),
-        ({"accelerator": "magic"}, "accelerator is 'magic'"),
+        ({"accelerator": "tensorrt"}, "accelerator is 'tensorrt', and .* --format triton --engine BUNDLE"),
         ({"precision": "int8"}, "is a bundle already; precision"),
         ({"engine": "somewhere"}, "give engine or a model"),
     ],
@@ -322,25 +322,6 @@ def test_graphs_for_cuda_are_for_gpus(altered_bundle, tmp_path):
     result = export_repository(altered_bundle("embed", target="cuda"), tmp_path / "r")
     assert result.devices == ("gpu",)
     assert not (result.path / "gte_encoder" / "configs").exists()
-
-
-def test_tensorrt_in_onnx_runtime(bundles, tmp_path):
-    pytest.importorskip("openvino")
-    result = export_repository(bundles["fill-mask"], tmp_path / "r", accelerator="tensorrt")
-    encoder = Repository(result.path, None).config("gte_encoder")
-    (accelerator,) = encoder.optimization.execution_accelerators.gpu_execution_accelerator
-    assert encoder.default_model_filename == "model_tensorrt.onnx" and accelerator.name == "tensorrt"
-    assert accelerator.parameters["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1,mask_positions:1x1"
-    assert accelerator.parameters["trt_profile_max_shapes"].startswith("input_ids:32x128,attention_mask:32x128,")
-    assert accelerator.parameters["trt_engine_cache_enable"] == accelerator.parameters["trt_timing_cache_enable"] == "1"
-    assert Repository(result.path, "cpu").config("gte_encoder").default_model_filename == "model.onnx"
-    assert "gte-triton-cache:/var/cache/gte-triton" in (result.path / "README.md").read_text()
-
-
-def test_tensorrt_in_onnx_runtime_needs_standard_operators(altered_bundle, tmp_path):
-    bundle = altered_bundle("embed", precision="int8")
-    with pytest.raises(BundleError, match="holds no FP32 graph of standard operators"):
-        export_repository(bundle, tmp_path / "r", accelerator="tensorrt")
 
 
 def plan_entry(task, *profiles, variant="tensorrt", ids="int32"):

@@ -83,14 +83,6 @@ def test_every_configuration_names_the_types(path):
             assert len(types) == value.dims[0] and 0 <= types.min() and types.max() < 2
 
 
-def test_through_tensorrt_the_types_have_a_profile(bundle, tmp_path):
-    path = export_repository(bundle, tmp_path / "repository", accelerator="tensorrt", threads=1).path
-    assert check_repository(path) == []
-    config = Repository(path, None).config("gte_encoder")
-    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert accelerator.parameters["trt_profile_max_shapes"].endswith(",token_type_ids:32x128")
-
-
 def test_a_graph_that_forgets_its_types_is_found(bundle, path, tmp_path):
     import onnx
 
