@@ -28,9 +28,10 @@ _OURS = frozenset(("gte_deploy", "gte_deploy_spec"))
 # Triton passes all parameters on, and a backend reads only those that it knows: a misspelt parameter has no effect.
 _PARAMETERS = {
     "ensemble": _OURS,
-    "tensorrt": frozenset(),
+    "tensorrt": frozenset(("execution_context_allocation_strategy",)),
     "python": _OURS
-    | {"length_buckets", "spare_tokens", "max_rows", "max_masks", "flat_positions"}
+    | {"length_buckets", "spare_tokens", "max_rows", "max_masks", "threads"}
+    | {"profiles", "plan_inputs", "plan_outputs"}
     | {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"},
     "onnxruntime": frozenset(
         (

@@ -10,6 +10,7 @@ TRITON_TAG = "26.07-py3"
 
 _ANSWERS = {
     "gte_embed": "a text -> its embedding",
+    "gte_embed_fast": "the same without options of pooling, with fewer steps",
     "gte_token_embed": "a text -> the state of each of its tokens",
     "gte_fill_mask": "a text with masks -> the best tokens for each",
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
@@ -45,7 +46,8 @@ Written by gte-export of gte-deploy {__version__}: {serving.spec.task}, {serving
 | ask | for | inputs | outputs |
 |---|---|---|---|
 {"".join(_row(config) for config in ensembles)}
-Texts are BYTES of shape [rows, 1]. Inputs in brackets are options: one value, repeated for every row of the request.
+Texts are BYTES of shape [rows, 1], token ids INT64 of shape [rows, tokens]. Inputs in brackets are options: one value,
+repeated for every row of the request.
 {_rows_line(configs)} A mistake in one request is an error for that request only.
 
 ## Start
@@ -78,9 +80,13 @@ def _missed(lines: Sequence[str]) -> str:
 
 
 def _row(config: Config) -> str:
+    name = config["name"]
+    text = _ANSWERS[name] if name in _ANSWERS else f"token ids -> as {name.removesuffix('_ids')}"
+    if name == "gte_embed_ids":
+        text = "token ids -> as gte_embed_fast"
     inputs = [f"[{t['name']}]" if t.get("optional") else t["name"] for t in config["input"]]
     outputs = [tensor["name"] for tensor in config["output"]]
-    return f"| {config['name']} | {_ANSWERS[config['name']]} | {', '.join(inputs)} | {', '.join(outputs)} |\n"
+    return f"| {name} | {text} | {', '.join(inputs)} | {', '.join(outputs)} |\n"
 
 
 def _rows_line(configs: Mapping[DeviceName, Mapping[str, Config]]) -> str:

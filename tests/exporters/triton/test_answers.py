@@ -9,7 +9,7 @@ import gte_deploy
 from factories import write_labels
 from runtime_models import PIECES, make_word_checkpoint
 from runtime_models import TEXTS as MASKED_TEXTS
-from triton_emulation import Repository
+from triton_emulation import Repository, Request
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -222,7 +222,7 @@ def test_bad_requests_for_labels(tagger):
     logits = np.zeros((1, 3, len(LABELS)), dtype=np.float32)
     logits[0, 1, 2] = np.nan
     text, mask = np.array([[b"the"]], dtype=np.object_), np.ones((1, 3), dtype=np.int64)
-    (response,) = model.execute([{"TEXT": text, "attention_mask": mask, "logits": logits}])
+    (response,) = model.execute([Request({"TEXT": text, "attention_mask": mask, "logits": logits})])
     assert str(response.error).startswith("NonFiniteError: ")
 
 
@@ -335,7 +335,7 @@ def test_no_nan_leaves(value, repository):
     model = repository("fill-mask").model("gte_embed_output")
     good, bad = np.ones((2, 32), np.float32), np.ones((2, 32), np.float32)
     bad[1, 3] = value
-    requests = [{"embedding_mean": states, "embedding_cls": states} for states in (bad, good)]
+    requests = [Request({"embedding_mean": states, "embedding_cls": states}) for states in (bad, good)]
     first, second = model.execute(requests)
     assert str(first.error).startswith("NonFiniteError: ") and "the inputs 1" in str(first.error)
     assert first.error.code == "INTERNAL"
@@ -345,7 +345,7 @@ def test_no_nan_leaves(value, repository):
 def test_a_failure_nobody_thought_of_fails_that_request(repository):
     model = repository("fill-mask").model("gte_embed_output")
     good = {"embedding_mean": np.ones((1, 32), np.float32), "embedding_cls": np.ones((1, 32), np.float32)}
-    first, second = model.execute([{**good, "NORMALIZE": np.empty((0, 1))}, good])
+    first, second = model.execute([Request({**good, "NORMALIZE": np.empty((0, 1))}), Request(good)])
     assert first.error is not None and second.error is None
 
 

@@ -38,7 +38,7 @@ MISTAKES = {
     "step wire": (EMBED, 'value: "input_ids"', 'value: "ids"', "takes input_ids, which no step gives"),
     "ensemble dtype": (EMBED, "data_type: TYPE_BOOL", "data_type: TYPE_INT32", "TYPE_INT32 is given, but TYPE_BOOL"),
     "ensemble dims": (EMBED, "dims: [ 1 ]", "dims: [ 2 ]", "[-1, 2] is given, but [-1, 1] is expected"),
-    "ensemble rows": (EMBED, "max_batch_size: 32", "max_batch_size: 64", "is above that of gte_tokenizer, 32"),
+    "ensemble rows": (EMBED, "max_batch_size: 32", "max_batch_size: 64", "is above that of gte_encoder, 32"),
     "ensemble output": (EMBED, 'name: "EMBEDDING"', 'name: "VECTOR"', "output VECTOR comes from no step"),
     "optional": (
         TOKENIZER,
