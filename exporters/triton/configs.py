@@ -550,7 +550,6 @@ def _fast_ensemble(serving: Serving, device: ServingDevice, name: str, wiring: M
         **_ensemble_head(serving, device, name, wiring, []),
         "output": [{**_tensor(tensors[inner]), "name": outer} for inner, outer in names.items()],
         "ensemble_scheduling": {"step": _encoding(serving, wiring, names)},
-        **_cache(serving, wiring),
     }
 
 
@@ -608,6 +607,7 @@ def _ensemble_head(
         "max_state_rows": serving.state_rows(device),
         "length_buckets": _buckets(serving),
         "tokenizer": serving.tokenizer,
+        "response_cache": serving.response_cache,
     }
     inputs = (
         [{**_tensor(tensor), "name": tensor.name.upper()} for tensor in serving.encoder.inputs]
@@ -692,7 +692,10 @@ def _batching(serving: Serving, device: ServingDevice, *, waits: bool = False) -
 
 
 def _cache(serving: Serving, wiring: Mapping[str, str] | None) -> Config:
-    """The key of the cache has the bytes of the inputs without their shapes, so ensembles of token ids use none."""
+    """The key of the cache has the bytes of the inputs, without their shapes and without the requested outputs.
+
+    So ensembles of token ids use no cache, and neither does gte_embed_fast, of which clients ask for one output.
+    """
     return {"response_cache": {"enable": True}} if serving.response_cache and wiring is not None else {}
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from gte_deploy.core.files import read_json_object
 from gte_deploy.text.tokenization import TextTokenizer
 
-# Stored settings for the length of a batch, which `TextTokenizer` switches off.
-_WITHOUT_EFFECT = ("truncation", "padding")
+# Parts that do not change token ids: `TextTokenizer` switches the first two off, and the last is for decoding.
+_WITHOUT_EFFECT = ("truncation", "padding", "decoder")
 
 
 def fingerprint(folder: Path, tokenizer: TextTokenizer) -> str:
     """Return a SHA-256 of everything that decides the token ids, for a tokenizer that was loaded from `folder`.
 
-    Files with other spaces or another order of keys have the same fingerprint.
+    Files with other spaces, another order of keys or another decoder have the same fingerprint.
     """
     data = {
         name: value

@@ -140,7 +140,7 @@ def test_options_reach_the_configurations(bundles, tmp_path):
     # The key of Triton's cache is made of the inputs' bytes, without their shapes: only texts are told apart by it.
     models = [path.name for path in result.path.iterdir() if path.is_dir()]
     cached = {name for name in models if opened.config(name).response_cache.enable}
-    assert cached == {"gte_embed", "gte_embed_fast", "gte_token_embed"}
+    assert cached == {"gte_embed", "gte_token_embed"}
     assert (result.path / "gte_encoder" / "5" / "model.onnx").is_file()
     assert "--cache-config=local" in (result.path / "README.md").read_text()
 
