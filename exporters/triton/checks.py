@@ -32,6 +32,7 @@ _PARAMETERS = {
     "python": _OURS
     | {"length_buckets", "spare_tokens", "max_rows", "max_masks", "threads"}
     | {"profiles", "plan_inputs", "plan_outputs"}
+    | {"flat_positions"}  # in repositories of earlier versions
     | {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"},
     "onnxruntime": frozenset(
         (
