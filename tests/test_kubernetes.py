@@ -30,7 +30,7 @@ import pytest
 import yaml
 
 import triton_server
-from gte_deploy.exporters.triton.configs import CACHE_FOLDER, ENCODER, TOKENIZER
+from gte_deploy.exporters.triton.configs import ENCODER, TOKENIZER
 from gte_deploy.exporters.triton.readme import TRITON_TAG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -421,7 +421,6 @@ def test_overlays_change_what_they_mean_to() -> None:
     (cpu_triton,), (gpu_triton,) = (_pod(each["Deployment", "gte-triton"])["containers"] for each in (cpu, gpu))
     assert set(cpu_triton["args"]) - set(gpu_triton["args"]) == {"--model-config-name=cpu", "--allow-gpu-metrics=false"}
     assert set(gpu_triton["args"]) <= set(cpu_triton["args"])
-    assert CACHE_FOLDER in {mount["mountPath"] for mount in gpu_triton["volumeMounts"]}
 
 
 @pytest.mark.parametrize("name", BUILDS)

@@ -106,7 +106,7 @@ def test_the_configurations_for_triton(bundle, tmp_path, frozen):
     pytest.importorskip("tritonclient.grpc")
     from gte_deploy.exporters.triton.repository import export_repository
 
-    path = export_repository(bundle, tmp_path / "repository", threads=2).path
+    path = export_repository(bundle, tmp_path / "repository", threads=2, tokenizers=2).path
     files = sorted(path.rglob("*.pbtxt"))
     assert files
     assert "".join(f"# {file.relative_to(path)}\n{file.read_text()}\n" for file in files) == frozen

@@ -28,9 +28,11 @@ _OURS = frozenset(("gte_deploy", "gte_deploy_spec"))
 # Triton passes all parameters on, and a backend reads only those that it knows: a misspelt parameter has no effect.
 _PARAMETERS = {
     "ensemble": _OURS,
-    "tensorrt": frozenset(),
+    "tensorrt": frozenset(("execution_context_allocation_strategy",)),
     "python": _OURS
-    | {"length_buckets", "spare_tokens", "max_rows", "max_masks", "flat_positions"}
+    | {"length_buckets", "spare_tokens", "max_rows", "max_masks", "threads"}
+    | {"profiles", "plan_inputs", "plan_outputs"}
+    | {"flat_positions"}  # in repositories of earlier versions
     | {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS"},
     "onnxruntime": frozenset(
         (
@@ -40,23 +42,6 @@ _PARAMETERS = {
             *("cudnn_conv_algo_search", "gpu_mem_limit", "arena_extend_strategy"),
         )
     ),
-}
-_PROFILE_PARAMETERS = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
-_ACCELERATOR_PARAMETERS: dict[str, frozenset[str] | None] = {
-    "tensorrt": frozenset(
-        (
-            *("precision_mode", "max_workspace_size_bytes", "trt_max_partition_iterations", "trt_min_subgraph_size"),
-            *("int8_calibration_table_name", "int8_use_native_calibration_table", "trt_dla_enable", "trt_dla_core"),
-            *("trt_engine_cache_enable", "trt_engine_cache_path", "trt_engine_cache_prefix", "trt_dump_subgraphs"),
-            *("trt_force_sequential_engine_build", "trt_context_memory_sharing_enable", "trt_cuda_graph_enable"),
-            *("trt_layer_norm_fp32_fallback", "trt_timing_cache_enable", "trt_timing_cache_path"),
-            *("trt_force_timing_cache", "trt_detailed_build_log", "trt_build_heuristics_enable"),
-            *("trt_sparsity_enable", "trt_builder_optimization_level", "trt_auxiliary_streams"),
-            *("trt_tactic_sources", "trt_extra_plugin_lib_paths", *_PROFILE_PARAMETERS),
-            *("trt_dump_ep_context_model", "trt_ep_context_file_path", "trt_ep_context_embed_mode"),
-        )
-    ),
-    "cuda": None,  # any parameter of ONNX Runtime's CUDA provider
 }
 
 
@@ -190,7 +175,11 @@ def _by_backend(model: Path, config: Any) -> Iterator[str]:
         if tensor.label_filename:
             yield from _labels(model / tensor.label_filename, tensor)
     for accelerator in config.optimization.execution_accelerators.gpu_execution_accelerator:
-        yield from _accelerator(accelerator, config)
+        if accelerator.name == "tensorrt":
+            yield (
+                "accelerator tensorrt builds an FP32 engine without fused attention; serve a plan with gte-export "
+                "--format triton --engine BUNDLE"
+            )
 
 
 def _python(file: Path) -> Iterator[str]:
@@ -245,42 +234,6 @@ def _labels(file: Path, tensor: Any) -> Iterator[str]:
     count = len(file.read_text(encoding="utf-8").splitlines())
     if count != tensor.dims[-1]:
         yield f"output {tensor.name} has {tensor.dims[-1]} values, and {file.name} {count} labels"
-
-
-def _accelerator(accelerator: Any, config: Any) -> Iterator[str]:
-    if accelerator.name not in _ACCELERATOR_PARAMETERS:
-        yield f"accelerator {accelerator.name!r} is none of {', '.join(_ACCELERATOR_PARAMETERS)}"
-        return
-    known = _ACCELERATOR_PARAMETERS[accelerator.name]
-    if known is None:
-        return
-    if unknown := sorted(set(accelerator.parameters) - known):
-        yield f"accelerator {accelerator.name} reads no parameter {', '.join(unknown)}"
-    profiles = []
-    for name in _PROFILE_PARAMETERS:
-        try:
-            profiles.append(_profile(accelerator.parameters[name]))
-        except ValueError:
-            yield (
-                f"{name} is {accelerator.parameters[name]!r}; expected INPUT:AxB,… for all three parameters; "
-                "without them, engines are rebuilt for new shapes"
-            )
-            return
-    wanted = {tensor.name: len(tensor.dims) + bool(config.max_batch_size) for tensor in config.input}
-    for name, profile in zip(_PROFILE_PARAMETERS, profiles, strict=True):
-        if {key: len(shape) for key, shape in profile.items()} != wanted:
-            yield f"{name} has {', '.join(profile)}; it needs the full shape of {', '.join(wanted)}"
-            return
-    for name in wanted:
-        if not all(low <= opt <= high for low, opt, high in zip(*(profile[name] for profile in profiles), strict=True)):
-            yield f"the profile shapes of {name} are not in the order min, opt, max"
-    if config.max_batch_size and any(shape[0] < config.max_batch_size for shape in profiles[2].values()):
-        yield f"{_PROFILE_PARAMETERS[2]} has fewer rows than the max_batch_size {config.max_batch_size}"
-
-
-def _profile(text: str) -> dict[str, list[int]]:
-    pairs = (part.rsplit(":", 1) for part in text.split(","))
-    return {name: [int(size) for size in shape.split("x")] for name, shape in pairs}
 
 
 def _warmup(model: Path, config: Any) -> Iterator[str]:

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gte_deploy._version import __version__
+from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.spec import ModelSpec, Precision, Profile, TaskName, TensorSpec
+from gte_deploy.tasks.base import HIDDEN
 from gte_deploy.tasks.fill_mask import MAX_LOGITS
 
 DeviceName = Literal["gpu", "cpu"]
 Config = dict[str, Any]
 
 TOKENIZER, ENCODER = "gte_tokenizer", "gte_encoder"
-CACHE_FOLDER = "/var/cache/gte-triton"
-"""The folder for the TensorRT engines that ONNX Runtime builds. Mount a volume there to keep them."""
+PLAN, TOKEN_ENCODER = "gte_plan", "gte_token_encoder"
 
 _DATA_TYPES = {
     "int64": "TYPE_INT64",
@@ -28,6 +29,8 @@ _DATA_TYPES = {
     "bfloat16": "TYPE_BF16",
 }
 _SHORTEST = 16
+_TOGETHER = 128
+"""Rows that gte_tokenizer takes at once, so that single texts which wait are tokenised in one call."""
 
 
 class Word(str):
@@ -44,7 +47,7 @@ class ServingDevice:
         preferred_batch_sizes: batch sizes at which the encoder stops waiting for more requests.
         queue_delay_us: microseconds that the encoder waits for more requests.
         spare_tokens: padding, in tokens, that costs as much as one run of the encoder.
-        tokenizers: number of processes that tokenise.
+        tokenizers: number of processes that tokenise, and of processes of each model that computes answers.
     """
 
     name: DeviceName
@@ -59,8 +62,11 @@ class ServingDevice:
         return Word("KIND_GPU" if self.name == "gpu" else "KIND_CPU")
 
 
-def default_device(name: DeviceName, max_batch_size: int | None = None) -> ServingDevice:
-    """The default settings. Only large batches keep a GPU busy; few tokens keep a CPU busy."""
+def default_device(name: DeviceName, max_batch_size: int | None = None, tokenizers: int | None = None) -> ServingDevice:
+    """The default settings. Only large batches keep a GPU busy; few tokens keep a CPU busy.
+
+    On a GPU half the CPUs of this machine tokenise, but at least 2 processes.
+    """
     size = max_batch_size or (32 if name == "gpu" else 8)
     preferred = tuple(n for n in (8, 16, 32, 64, 128) if n <= size)[-2:] if name == "gpu" else ()
     return ServingDevice(
@@ -69,22 +75,23 @@ def default_device(name: DeviceName, max_batch_size: int | None = None) -> Servi
         preferred_batch_sizes=preferred,
         queue_delay_us=500,
         spare_tokens=800 if name == "gpu" else 25,
-        tokenizers=2 if name == "gpu" else 1,
+        tokenizers=tokenizers or (max(2, available_cpus() // 2) if name == "gpu" else 1),
     )
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The model gte_encoder.
+    """The model gte_encoder: a graph for ONNX Runtime, or Python in front of the TensorRT plan gte_plan.
 
     Args:
-        backend: Triton's name of the backend.
+        backend: Triton's name of the backend that runs the graph or the plan.
         files: device -> name of the graph or plan in the version folder; other devices are not served.
-        inputs: the inputs, with the batch axis.
-        outputs: the outputs, with the batch axis.
+        inputs: the inputs, with one row for each text.
+        outputs: the outputs, with one row for each text.
         profiles: the profiles of a TensorRT plan.
         max_masks: the most masks of one run.
-        accelerator: "tensorrt" if ONNX Runtime hands the graph to TensorRT on a GPU.
+        plan_inputs: the inputs of a TensorRT plan, which takes masks as (row, token) pairs.
+        plan_outputs: the outputs of a TensorRT plan.
     """
 
     backend: Literal["onnxruntime", "tensorrt"]
@@ -93,12 +100,17 @@ class Encoder:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...] = ()
     max_masks: int = 1 << 16
-    accelerator: Literal["cuda", "tensorrt"] = "cuda"
+    plan_inputs: tuple[TensorSpec, ...] = ()
+    plan_outputs: tuple[TensorSpec, ...] = ()
+
+    def rows_at(self, length: int) -> int:
+        """The most rows of `length` tokens that a profile of the plan takes; 0 if none does."""
+        return max((profile.max[0] for profile in self.profiles if profile.takes(1, length)), default=0)
 
     @property
-    def batched(self) -> bool:
-        """Whether Triton may join requests. It may not if masks are (row, token) pairs, as in a plan."""
-        return self.backend == "onnxruntime" or "mask_positions" not in self.input_names
+    def model_with_file(self) -> str:
+        """The name of the model that has the graph or plan."""
+        return PLAN if self.backend == "tensorrt" else ENCODER
 
     @property
     def input_names(self) -> list[str]:
@@ -114,6 +126,7 @@ class Serving:
         precision: the precision of the encoder's weights.
         encoder: the model gte_encoder.
         mask_token: the mask token of the tokenizer, or None.
+        tokenizer: the fingerprint of the tokenizer.
         version: number of the version folder.
         max_queue_size: the most requests that may wait for a model; None for no limit.
         queue_timeout_s: seconds that a request may wait for a model; None for no limit.
@@ -125,16 +138,21 @@ class Serving:
     precision: Precision
     encoder: Encoder
     mask_token: str | None
+    tokenizer: str
     version: int
     max_queue_size: int | None
     queue_timeout_s: float | None
     threads: int
     response_cache: bool
 
+    def state_rows(self, device: ServingDevice) -> int:
+        """The most rows of hidden states, which are large: those that a plan takes at every length."""
+        rows = [self.encoder.rows_at(length) for length in _buckets(self)] if self.encoder.profiles else []
+        return min([device.max_batch_size, *rows])
+
     def max_masks(self, device: ServingDevice) -> int:
-        """The most masks of one text, or of one request if Triton does not batch: a batch has 256 MB of logits."""
-        rows = device.max_batch_size if self.encoder.batched else 1
-        most = min(MAX_LOGITS // (rows * self.spec.vocab_size), self.encoder.max_masks)
+        """The most masks of one text: a batch has 256 MB of logits."""
+        most = min(MAX_LOGITS // (device.max_batch_size * self.spec.vocab_size), self.encoder.max_masks)
         return 1 << max(0, most.bit_length() - 1)
 
 
@@ -147,14 +165,19 @@ def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
 
 def all_configs(serving: Serving, device: ServingDevice) -> dict[str, Config]:
     """Name of a model -> its configuration for one kind of device."""
-    models = [_tokenizer(serving, device), _encoder(serving, device), _embed_output(serving, device)]
+    embed = _embed_output(serving, device)
+    models = [_tokenizer(serving, device), *_encoders(serving, device), embed]
     ensembles = [
-        _ensemble(serving, device, "gte_embed", _TEXT, models[2]),
+        _ensemble(serving, device, "gte_embed", _TEXT, embed),
+        _fast_ensemble(serving, device, "gte_embed_fast", _TEXT),
+        _fast_ensemble(serving, device, "gte_embed_ids", None),
         _token_ensemble(serving, device),
     ]
     for name, text_inputs, output in _heads(serving):
         models.append(output(serving, device))
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
+        if "TEXT" not in {tensor["name"] for tensor in models[-1]["input"]}:
+            ensembles.append(_ensemble(serving, device, f"{name}_ids", None, models[-1]))
     sparse = serving.spec.sparse
     if sparse is not None and sparse.query_weights is not None:
         models.append(_sparse_query_output(serving, device))
@@ -203,137 +226,201 @@ def _tokenizer(serving: Serving, device: ServingDevice) -> Config:
     names = dict.fromkeys(name for wiring in wirings for name in wiring.values())
     parameters = {
         "length_buckets": ",".join(map(str, _buckets(serving))),
-        "spare_tokens": str(device.spare_tokens),
+        # Requests for a plan are joined and padded by the model in front of it.
+        "spare_tokens": str(device.spare_tokens if encoder.backend == "onnxruntime" else 0),
         "max_rows": str(device.max_batch_size),
+        "threads": "1" if device.tokenizers > 1 else "0",
     }
     if masked:
-        parameters |= {
-            "max_masks": str(serving.max_masks(device)),
-            "flat_positions": str(int(not encoder.batched)),
-        }
+        parameters["max_masks"] = str(serving.max_masks(device))
+    tokenizing = dataclasses.replace(device, max_batch_size=max(_TOGETHER, device.max_batch_size))
     return _python_model(
         serving,
-        device,
+        tokenizing,
         TOKENIZER,
-        inputs=[_option(serving, name) for name in names],
-        outputs=[_tensor(serving, tensor) for tensor in encoder.inputs],
+        inputs=[_option(name) for name in names],
+        outputs=[_tensor(tensor) for tensor in encoder.inputs],
         parameters=parameters,
         count=device.tokenizers,
     )
 
 
-def _encoder(serving: Serving, device: ServingDevice) -> Config:
+def _encoders(serving: Serving, device: ServingDevice) -> list[Config]:
+    """The models that run the encoder: the graph, or the plan and the Python models in front of it."""
+    if serving.encoder.backend == "onnxruntime":
+        return [_graph(serving, device)]
+    # Hidden states are large, so few rows of them may be joined.
+    states = dataclasses.replace(device, max_batch_size=serving.state_rows(device))
+    hidden = [tensor for tensor in serving.encoder.outputs if tensor.name == HIDDEN]
+    others = [tensor for tensor in serving.encoder.outputs if tensor.name != HIDDEN]
+    return [
+        _joiner(serving, device, ENCODER, others),
+        _joiner(serving, states, TOKEN_ENCODER, hidden),
+        _plan(serving, device),
+    ]
+
+
+def _graph(serving: Serving, device: ServingDevice) -> Config:
+    encoder = serving.encoder
+    config = {
+        **_head(serving, device, ENCODER),
+        "backend": "onnxruntime",
+        "default_model_filename": encoder.files[device.name],
+        "input": [_tensor(tensor) for tensor in encoder.inputs],
+        "output": [_tensor(tensor) for tensor in encoder.outputs],
+        "instance_group": [{"count": 1, "kind": device.encoder_kind}],
+        **_batching(serving, device, waits=True),
+        "model_warmup": _warmup(serving, device),
+    }
+    if device.name == "cpu":
+        # The exporter fused the graph already. A memory pattern for every shape would only need memory.
+        config["optimization"] = {"graph": {"level": 2}}
+        config["parameters"] = _parameters(
+            intra_op_thread_count=str(serving.threads), inter_op_thread_count="1", enable_mem_pattern="0"
+        )
+    else:
+        config["parameters"] = _parameters(enable_mem_pattern="0", arena_extend_strategy="1")
+    return config
+
+
+def _joiner(serving: Serving, device: ServingDevice, name: str, outputs: Sequence[TensorSpec]) -> Config:
+    """The Python model that joins requests to batches that a profile of the plan takes.
+
+    Triton hands over requests of any lengths (allow_ragged_batch). Of two processes, one prepares a batch while the
+    plan runs that of the other.
+    """
+    encoder = serving.encoder
+    profiles = [[profile.min[1], profile.max[1], profile.max[0]] for profile in encoder.profiles if profile.min[0] == 1]
+    return _python_model(
+        serving,
+        device,
+        name,
+        inputs=[{**_tensor(tensor), "allow_ragged_batch": True} for tensor in encoder.inputs],
+        outputs=[_tensor(tensor) for tensor in outputs],
+        parameters={
+            "profiles": json.dumps(profiles),
+            "plan_inputs": json.dumps({tensor.name: tensor.dtype for tensor in encoder.plan_inputs}),
+            "plan_outputs": ",".join(tensor.name for tensor in encoder.plan_outputs),
+            "max_masks": str(encoder.max_masks),
+            "spare_tokens": str(device.spare_tokens),
+        },
+        count=2,
+    )
+
+
+def _plan(serving: Serving, device: ServingDevice) -> Config:
+    """The plan. It takes full shapes (max_batch_size 0), because the Python model in front of it makes the batches."""
     encoder = serving.encoder
     instances: Config = {"count": 1, "kind": device.encoder_kind}
     if len(encoder.profiles) > 1:
         instances["profile"] = [str(i) for i in range(len(encoder.profiles))]
-    config = {
-        **_head(serving, device, ENCODER),
-        "backend": encoder.backend,
+    return {
+        "name": PLAN,
+        "max_batch_size": 0,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "backend": "tensorrt",
         "default_model_filename": encoder.files[device.name],
-        "input": [_tensor(serving, tensor) for tensor in encoder.inputs],
-        "output": [_tensor(serving, tensor) for tensor in encoder.outputs],
+        "input": [_full_tensor(tensor) for tensor in encoder.plan_inputs],
+        "output": [_full_tensor(tensor) for tensor in encoder.plan_outputs],
         "instance_group": [instances],
-        **_batching(serving, device, waits=True),
-        "model_warmup": _warmup(serving, device),
+        # Each profile has a context; by default each context reserves the memory of the largest profile.
+        "parameters": _parameters(execution_context_allocation_strategy="ON_PROFILE_CHANGE"),
+        "model_warmup": _plan_warmup(serving),
     }
+
+
+@dataclass(frozen=True)
+class WarmupTensor:
+    """An input of a warm-up request.
+
+    Args:
+        name: the name of the tensor.
+        dtype: its data type.
+        shape: its shape; without the batch axis if Triton batches.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        """The name of the file with the data, in the folder warmup. Zeros would be a row without any token."""
+        return f"{self.name}_{'x'.join(map(str, self.shape))}"
+
+
+def warmup_tensors(serving: Serving) -> list[list[WarmupTensor]]:
+    """The inputs of each warm-up request for the model that has the graph or plan.
+
+    A graph gets one row of the shortest and of the longest length, which Triton repeats. A plan gets the largest shape
+    of each profile, so that missing memory shows before the server is ready.
+    """
+    encoder = serving.encoder
     if encoder.backend == "onnxruntime":
-        if device.name == "cpu":
-            # The exporter fused the graph already. A memory pattern for every shape would only need memory.
-            config["optimization"] = {"graph": {"level": 2}}
-            config["parameters"] = _parameters(
-                intra_op_thread_count=str(serving.threads), inter_op_thread_count="1", enable_mem_pattern="0"
-            )
-        elif encoder.accelerator == "tensorrt":
-            config["optimization"] = _tensorrt_accelerator(serving, device)
-        else:
-            config["parameters"] = _parameters(enable_mem_pattern="0", arena_extend_strategy="1")
-    return config
-
-
-def _tensorrt_accelerator(serving: Serving, device: ServingDevice) -> Config:
-    rows, length = device.max_batch_size, serving.spec.max_length
-    shapes = {
-        "trt_profile_min_shapes": _shapes(serving, 1, 1, 1),
-        "trt_profile_opt_shapes": _shapes(serving, max(1, rows // 4), min(128, length), 1),
-        "trt_profile_max_shapes": _shapes(serving, rows, length, serving.max_masks(device)),
-    }
-    parameters = {
-        "precision_mode": "FP32",
-        "max_workspace_size_bytes": str(4 << 30),
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": CACHE_FOLDER,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": CACHE_FOLDER,
-        **shapes,
-    }
-    accelerator = {"name": "tensorrt", "parameters": [{"key": k, "value": v} for k, v in parameters.items()]}
-    return {"execution_accelerators": {"gpu_execution_accelerator": [accelerator]}}
-
-
-def _shapes(serving: Serving, rows: int, tokens: int, masks: int) -> str:
-    """Shapes in the form of ONNX Runtime's TensorRT provider: input_ids:1x16,attention_mask:1x16."""
-    sizes = {"sequence": tokens, "masks": masks}
-    return ",".join(f"{t.name}:{rows}x{sizes[str(t.shape[1])]}" for t in serving.encoder.inputs)
+        buckets = _buckets(serving)
+        rows_and_lengths = [(1, buckets[0]), (1, buckets[-1])]
+    else:
+        longest = serving.spec.max_length
+        rows_and_lengths = [(profile.max[0], min(profile.max[1], longest)) for profile in encoder.profiles]
+    found = []
+    for rows, length in rows_and_lengths:
+        sizes = {"batch": rows, "sequence": length}
+        tensors = encoder.plan_inputs or encoder.inputs
+        shapes = [tuple(size if isinstance(size, int) else sizes.get(size, 1) for size in t.shape) for t in tensors]
+        found.append(
+            [
+                WarmupTensor(tensor.name, tensor.dtype, shape if encoder.plan_inputs else shape[1:])
+                for tensor, shape in zip(tensors, shapes, strict=True)
+            ]
+        )
+    return found
 
 
 def _warmup(serving: Serving, device: ServingDevice) -> list[Config]:
     """Warm-up with the shortest and the longest shape. On a GPU the longest is a full batch, to test its memory."""
-    batched = serving.encoder.batched
-    buckets = _buckets(serving)
-    full = device.max_batch_size if device.name == "gpu" and batched else 1
-    return [
-        {
-            "name": name,
-            "batch_size": rows if batched else 0,
-            "inputs": [
-                {
-                    "key": tensor.name,
-                    "value": {
-                        "data_type": Word(_DATA_TYPES[tensor.dtype]),
-                        "dims": warmup_shape(serving.encoder, tensor, length),
-                        "input_data_file": warmup_file(tensor, length),
-                    },
-                }
-                for tensor in serving.encoder.inputs
-            ],
+    full = device.max_batch_size if device.name == "gpu" else 1
+    shortest, longest = warmup_tensors(serving)
+    return [_warmup_request("shortest", 1, shortest), _warmup_request("longest", full, longest)]
+
+
+def _plan_warmup(serving: Serving) -> list[Config]:
+    return [_warmup_request(f"profile {i}", 0, tensors) for i, tensors in enumerate(warmup_tensors(serving))]
+
+
+def _warmup_request(name: str, rows: int, tensors: Sequence[WarmupTensor]) -> Config:
+    values = {
+        tensor.name: {
+            "data_type": Word(_DATA_TYPES[tensor.dtype]),
+            "dims": list(tensor.shape),
+            "input_data_file": tensor.file,
         }
-        for name, rows, length in (("shortest", 1, buckets[0]), ("longest", full, buckets[-1]))
-    ]
-
-
-def warmup_lengths(serving: Serving) -> tuple[int, int]:
-    """The two lengths for the warm-up of gte_encoder."""
-    buckets = _buckets(serving)
-    return buckets[0], buckets[-1]
-
-
-def warmup_shape(encoder: Encoder, tensor: TensorSpec, length: int) -> list[int]:
-    """The shape of one warm-up row: without the batch axis if Triton batches, else in full."""
-    shape = [size if isinstance(size, int) else {"sequence": length}.get(size, 1) for size in tensor.shape]
-    return shape[1:] if encoder.batched else shape
-
-
-def warmup_file(tensor: TensorSpec, length: int) -> str:
-    """The name of a file with warm-up data in gte_encoder/warmup. Zeros would be a row without any token."""
-    return f"{tensor.name}_{length}"
+        for tensor in tensors
+    }
+    inputs = [{"key": key, "value": value} for key, value in values.items()]
+    return {"name": name, "batch_size": rows, "inputs": inputs}
 
 
 def _embed_output(serving: Serving, device: ServingDevice) -> Config:
-    outputs = [{**_tensor(serving, t), "name": _outward(serving, t)} for t in serving.encoder.outputs]
-    pooled = [tensor for tensor in outputs if tensor["name"].startswith("embedding_")]
-    if not pooled:
-        pooled = _of_encoder(serving, "last_hidden_state", "attention_mask")
+    pooled = [_tensor(tensor) for tensor in serving.encoder.outputs if tensor.name in _POOLED]
     return _python_model(
         serving,
         device,
         "gte_embed_output",
         inputs=[
             *pooled,
-            *(_option(serving, name) for name in ("POOLING", "NORMALIZE", "TRUNCATE_DIM")),
+            *(_option(name) for name in ("POOLING", "NORMALIZE", "TRUNCATE_DIM")),
         ],
-        outputs=[_new(serving, "EMBEDDING", "TYPE_FP32", -1)],
+        outputs=[_new("EMBEDDING", "TYPE_FP32", -1)],
+        count=_answering(device),
     )
+
+
+_POOLED = ("embedding_mean", "embedding_cls")
+
+
+def _answering(device: ServingDevice) -> int:
+    """The number of processes of a model that computes answers: it does less for each text than the tokenizer."""
+    return max(1, device.tokenizers // 2)
 
 
 def _fill_mask_output(serving: Serving, device: ServingDevice) -> Config:
@@ -344,25 +431,27 @@ def _fill_mask_output(serving: Serving, device: ServingDevice) -> Config:
         "gte_fill_mask_output",
         inputs=[
             *_of_encoder(serving, "input_ids", "attention_mask", "logits"),
-            _option(serving, "TOP_K"),
-            {**_new(serving, "TARGETS", "TYPE_STRING", -1), "optional": True},
+            _option("TOP_K"),
+            {**_new("TARGETS", "TYPE_STRING", -1), "optional": True},
         ],
         outputs=[
-            _new(serving, "MASKS", "TYPE_INT32", 1),
-            *(_new(serving, name, data_type, -1, -1) for name, data_type in answers.items()),
+            _new("MASKS", "TYPE_INT32", 1),
+            *(_new(name, data_type, -1, -1) for name, data_type in answers.items()),
         ],
+        count=_answering(device),
     )
 
 
 def _rerank_output(serving: Serving, device: ServingDevice) -> Config:
     labels = serving.spec.num_labels
-    scores = {**_new(serving, "SCORE", "TYPE_FP32", labels), "label_filename": "labels.txt"}
+    scores = {**_new("SCORE", "TYPE_FP32", labels), "label_filename": "labels.txt"}
     return _python_model(
         serving,
         device,
         "gte_rerank_output",
-        inputs=[*_of_encoder(serving, "logits"), _option(serving, "APPLY_SOFTMAX")],
-        outputs=[scores, _new(serving, "LOGITS", "TYPE_FP32", labels)],
+        inputs=[*_of_encoder(serving, "logits"), _option("APPLY_SOFTMAX")],
+        outputs=[scores, _new("LOGITS", "TYPE_FP32", labels)],
+        count=_answering(device),
     )
 
 
@@ -374,17 +463,18 @@ def _classify_tokens_output(serving: Serving, device: ServingDevice) -> Config:
         device,
         "gte_classify_tokens_output",
         inputs=[
-            _new(serving, "TEXT", "TYPE_STRING", 1),
+            _new("TEXT", "TYPE_STRING", 1),
             *_of_encoder(serving, "attention_mask", "logits"),
-            *(_option(serving, name) for name in ("TRUNCATION", "MAX_LENGTH", "AGGREGATION_STRATEGY")),
-            {**_new(serving, "IGNORE_LABELS", "TYPE_STRING", -1), "optional": True},
+            *(_option(name) for name in ("TRUNCATION", "MAX_LENGTH", "AGGREGATION_STRATEGY")),
+            {**_new("IGNORE_LABELS", "TYPE_STRING", -1), "optional": True},
         ],
         outputs=[
-            _new(serving, "ENTITIES", "TYPE_INT32", 1),
-            *(_new(serving, name, data_type, -1) for name, data_type in columns.items()),
-            _new(serving, "TOKENS", "TYPE_INT32", 1),
-            _new(serving, "LOGITS", "TYPE_FP32", -1, serving.spec.num_labels),
+            _new("ENTITIES", "TYPE_INT32", 1),
+            *(_new(name, data_type, -1) for name, data_type in columns.items()),
+            _new("TOKENS", "TYPE_INT32", 1),
+            _new("LOGITS", "TYPE_FP32", -1, serving.spec.num_labels),
         ],
+        count=_answering(device),
     )
 
 
@@ -408,11 +498,12 @@ def _sparse_model(serving: Serving, device: ServingDevice, name: str, inputs: Se
         serving,
         device,
         name,
-        inputs=[*inputs, _option(serving, "MAX_ACTIVE_DIMS")],
+        inputs=[*inputs, _option("MAX_ACTIVE_DIMS")],
         outputs=[
-            _new(serving, "TOKENS", "TYPE_INT32", 1),
-            *(_new(serving, name, data_type, -1) for name, data_type in entries.items()),
+            _new("TOKENS", "TYPE_INT32", 1),
+            *(_new(name, data_type, -1) for name, data_type in entries.items()),
         ],
+        count=_answering(device),
     )
 
 
@@ -422,49 +513,81 @@ def _sparse_query_ensemble(serving: Serving, device: ServingDevice, output: Conf
     weigh = _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]])
     tokenize = _step(TOKENIZER, {inner: outer for outer, inner in _TEXT.items()}, names)
     return {
-        **_ensemble_head(serving, device, "gte_sparse_query", _TEXT, [_option(serving, "MAX_ACTIVE_DIMS")]),
+        **_ensemble_head(serving, device, "gte_sparse_query", _TEXT, [_option("MAX_ACTIVE_DIMS")]),
         "output": output["output"],
         "ensemble_scheduling": {"step": [tokenize, weigh]},
-        **_cache(serving),
+        **_cache(serving, _TEXT),
     }
 
 
-def _ensemble(serving: Serving, device: ServingDevice, name: str, wiring: Mapping[str, str], output: Config) -> Config:
-    """Tokenizer, encoder and the Python model that computes the answer."""
-    own = {tensor["name"] for tensor in output["input"]}
-    produced = {tensor.name: _outward(serving, tensor) for tensor in serving.encoder.outputs}
-    known = {*serving.encoder.input_names, *produced.values(), *wiring}
+def _ensemble(
+    serving: Serving, device: ServingDevice, name: str, wiring: Mapping[str, str] | None, output: Config
+) -> Config:
+    """Tokenizer, encoder and the Python model that computes the answer; without `wiring` clients send token ids."""
+    taken = [tensor["name"] for tensor in output["input"]]
+    produced = {tensor.name for tensor in serving.encoder.outputs}
+    known = {*serving.encoder.input_names, *produced, *(wiring or ())}
     options = [tensor for tensor in output["input"] if tensor["name"] not in known]
+    outward = _outward_names(serving) if wiring is None else {}
     return {
         **_ensemble_head(serving, device, name, wiring, options),
         "output": output["output"],
         "ensemble_scheduling": {
             "step": [
-                _tokenizer_step(serving, wiring),
-                _step(ENCODER, serving.encoder.input_names, {k: v for k, v in produced.items() if v in own}),
-                _step(output["name"], [t["name"] for t in output["input"]], [t["name"] for t in output["output"]]),
+                *_encoding(serving, wiring, [each for each in taken if each in produced]),
+                _step(output["name"], {each: outward.get(each, each) for each in taken}, _names(output["output"])),
             ]
         },
-        **_cache(serving),
+        **_cache(serving, wiring),
     }
+
+
+def _fast_ensemble(serving: Serving, device: ServingDevice, name: str, wiring: Mapping[str, str] | None) -> Config:
+    """Embeddings straight from the encoder, which pools and normalises: no Python model computes the answer."""
+    names = {"embedding_finished": "EMBEDDING", "embedding_normalized": "NORMALIZED_EMBEDDING"}
+    tensors = {tensor.name: tensor for tensor in serving.encoder.outputs}
+    return {
+        **_ensemble_head(serving, device, name, wiring, []),
+        "output": [{**_tensor(tensors[inner]), "name": outer} for inner, outer in names.items()],
+        "ensemble_scheduling": {"step": _encoding(serving, wiring, names)},
+    }
+
+
+def _encoding(
+    serving: Serving, wiring: Mapping[str, str] | None, outputs: Mapping[str, str] | Iterable[str]
+) -> list[Config]:
+    """The steps up to the encoder: with `wiring` the tokenizer and the encoder, else the encoder."""
+    if wiring is None:
+        return [_step(ENCODER, _outward_names(serving), outputs)]
+    return [_tokenizer_step(serving, wiring), _step(ENCODER, serving.encoder.input_names, outputs)]
+
+
+def _outward_names(serving: Serving) -> dict[str, str]:
+    """Input of the encoder -> its name for clients that send token ids."""
+    return {name: name.upper() for name in serving.encoder.input_names}
+
+
+def _names(tensors: Sequence[Config]) -> list[str]:
+    return [tensor["name"] for tensor in tensors]
 
 
 def _token_ensemble(serving: Serving, device: ServingDevice) -> Config:
     """Tokenizer and encoder, which give the state of every token and the inputs of the encoder."""
     encoder = serving.encoder
     tensors = {tensor.name: tensor for tensor in (*encoder.inputs, *encoder.outputs)}
-    names = {"INPUT_IDS": "input_ids", "ATTENTION_MASK": "attention_mask", "TOKEN_EMBEDDINGS": "last_hidden_state"}
+    names = {"INPUT_IDS": "input_ids", "ATTENTION_MASK": "attention_mask", "TOKEN_EMBEDDINGS": HIDDEN}
     if serving.spec.token_types:
         names["TOKEN_TYPE_IDS"] = "token_type_ids"
     outward = {inner: outer for outer, inner in names.items()}
     tokenizer = _tokenizer_step(serving, _TEXT, outward)
     inputs = {name: outward.get(name, name) for name in encoder.input_names}
-    run = _step(ENCODER, inputs, {"last_hidden_state": "TOKEN_EMBEDDINGS"})
+    model = TOKEN_ENCODER if encoder.backend == "tensorrt" else ENCODER
+    rows = dataclasses.replace(device, max_batch_size=serving.state_rows(device))
     return {
-        **_ensemble_head(serving, device, "gte_token_embed", _TEXT, []),
-        "output": [{**_tensor(serving, tensors[inner]), "name": outer} for outer, inner in names.items()],
-        "ensemble_scheduling": {"step": [tokenizer, run]},
-        **_cache(serving),
+        **_ensemble_head(serving, rows, "gte_token_embed", _TEXT, []),
+        "output": [{**_tensor(tensors[inner]), "name": outer} for outer, inner in names.items()],
+        "ensemble_scheduling": {"step": [tokenizer, _step(model, inputs, {HIDDEN: "TOKEN_EMBEDDINGS"})]},
+        **_cache(serving, _TEXT),
     }
 
 
@@ -472,7 +595,7 @@ def _ensemble_head(
     serving: Serving,
     device: ServingDevice,
     name: str,
-    wiring: Mapping[str, str],
+    wiring: Mapping[str, str] | None,
     options: Sequence[Config],
 ) -> Config:
     facts = {
@@ -481,15 +604,20 @@ def _ensemble_head(
         "mask_token": serving.mask_token,
         "max_masks": serving.max_masks(device) if "mask_positions" in serving.encoder.input_names else None,
         "max_batch_size": device.max_batch_size,
+        "max_state_rows": serving.state_rows(device),
+        "length_buckets": _buckets(serving),
+        "tokenizer": serving.tokenizer,
+        "response_cache": serving.response_cache,
     }
+    inputs = (
+        [{**_tensor(tensor), "name": tensor.name.upper()} for tensor in serving.encoder.inputs]
+        if wiring is None
+        else [_new("TEXT", "TYPE_STRING", 1), *(_option(outer) for outer in wiring if outer != "TEXT")]
+    )
     return {
         **_head(serving, device, name),
         "platform": "ensemble",
-        "input": [
-            _new(serving, "TEXT", "TYPE_STRING", 1),
-            *(_option(serving, outer) for outer in wiring if outer != "TEXT"),
-            *options,
-        ],
+        "input": [*inputs, *options],
         "parameters": _parameters(gte_deploy_spec=_spec_json(serving), gte_deploy=json.dumps(facts)),
     }
 
@@ -533,7 +661,7 @@ def _python_model(
 def _head(serving: Serving, device: ServingDevice, name: str) -> Config:
     return {
         "name": name,
-        "max_batch_size": device.max_batch_size if serving.encoder.batched else 0,
+        "max_batch_size": device.max_batch_size,
         "version_policy": {"latest": {"num_versions": 1}},
     }
 
@@ -541,8 +669,7 @@ def _head(serving: Serving, device: ServingDevice, name: str) -> Config:
 def _batching(serving: Serving, device: ServingDevice, *, waits: bool = False) -> Config:
     """Join waiting requests, and refuse those that would wait too long, if the options ask for it.
 
-    The encoder `waits` a little for more requests; in a Python model that would only delay the answers. A model without
-    a batch axis also gets these bounds: Triton's dynamic batcher then runs its requests one by one.
+    The encoder `waits` a little for more requests; in a Python model that would only delay the answers.
 
     By default there are no bounds, because with them single requests stay in the queue for half a second
     (docs/decisions/triton-queue-policy.md).
@@ -557,49 +684,55 @@ def _batching(serving: Serving, device: ServingDevice, *, waits: bool = False) -
             "allow_timeout_override": True,
         }
     batching: Config = {"default_queue_policy": policy} if policy else {}
-    if waits and serving.encoder.batched:
+    if waits:
         batching["max_queue_delay_microseconds"] = device.queue_delay_us
         if device.preferred_batch_sizes:
             batching["preferred_batch_size"] = list(device.preferred_batch_sizes)
     return {"dynamic_batching": batching}
 
 
-def _cache(serving: Serving) -> Config:
-    return {"response_cache": {"enable": True}} if serving.response_cache else {}
+def _cache(serving: Serving, wiring: Mapping[str, str] | None) -> Config:
+    """The key of the cache has the bytes of the inputs, without their shapes and without the requested outputs.
+
+    So ensembles of token ids use no cache, and neither does gte_embed_fast, of which clients ask for one output.
+    """
+    return {"response_cache": {"enable": True}} if serving.response_cache and wiring is not None else {}
 
 
 def _buckets(serving: Serving) -> list[int]:
-    shortest = min((profile.min[1] for profile in serving.encoder.profiles), default=_SHORTEST)
-    return length_buckets(serving.spec.max_length, max(shortest, _SHORTEST))
+    """The lengths of rows; for a plan those that a profile takes."""
+    encoder = serving.encoder
+    shortest = min((profile.min[1] for profile in encoder.profiles), default=_SHORTEST)
+    buckets = length_buckets(serving.spec.max_length, max(shortest, _SHORTEST))
+    return [length for length in buckets if not encoder.profiles or encoder.rows_at(length)]
 
 
 def _spec_json(serving: Serving) -> str:
     return json.dumps(dataclasses.asdict(serving.spec), ensure_ascii=False)
 
 
-def _outward(serving: Serving, tensor: TensorSpec) -> str:
-    """The name of an encoder output in the ensemble. A plan names its pooled output without the kind of pooling."""
-    return f"embedding_{serving.spec.pooling}" if tensor.name == "sentence_embedding" else tensor.name
-
-
 def _of_encoder(serving: Serving, *names: str) -> list[Config]:
     tensors = {tensor.name: tensor for tensor in (*serving.encoder.inputs, *serving.encoder.outputs)}
-    return [_tensor(serving, tensors[name]) for name in names]
+    return [_tensor(tensors[name]) for name in names]
 
 
-def _tensor(serving: Serving, tensor: TensorSpec) -> Config:
-    sizes = [size if isinstance(size, int) else -1 for size in tensor.shape]
-    dims = sizes[1:] if serving.encoder.batched else sizes
+def _tensor(tensor: TensorSpec) -> Config:
+    """A tensor of a model that batches: `dims` leave the batch axis out."""
+    full = _full_tensor(tensor)
+    return {**full, "dims": full["dims"][1:]}
+
+
+def _full_tensor(tensor: TensorSpec) -> Config:
+    dims = [size if isinstance(size, int) else -1 for size in tensor.shape]
     return {"name": tensor.name, "data_type": Word(_DATA_TYPES[tensor.dtype]), "dims": dims}
 
 
-def _option(serving: Serving, name: str) -> Config:
-    return {**_new(serving, name, _OPTION_TYPES.get(name, "TYPE_STRING"), 1), "optional": True}
+def _option(name: str) -> Config:
+    return {**_new(name, _OPTION_TYPES.get(name, "TYPE_STRING"), 1), "optional": True}
 
 
-def _new(serving: Serving, name: str, data_type: str, *sizes: int) -> Config:
-    dims = list(sizes) if serving.encoder.batched else [-1, *sizes]
-    return {"name": name, "data_type": Word(data_type), "dims": dims}
+def _new(name: str, data_type: str, *sizes: int) -> Config:
+    return {"name": name, "data_type": Word(data_type), "dims": list(sizes)}
 
 
 def _parameters(**values: str) -> list[Config]:

@@ -20,6 +20,9 @@ _TOKENIZING = (
     "gte_classify_tokens_output",
 )
 
+# Two models for outputs of different sizes, with the same code.
+_SAME_CODE = {"gte_token_encoder": "gte_encoder"}
+
 # Written behind the docstring of model.py. In the repository the models are ordinary modules, which do not need it.
 _PREFERS_OWN_MODULES = """
 import sys
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file c
 
 def write_python_model(name: str, folder: Path, tokenizer: Path) -> None:
     """Write model.py and the modules that it imports to `folder`; the tokenizer too, if it tokenises or decodes."""
-    source = _source(f"{SERVING}.{name}")
+    source = _source(f"{SERVING}.{_SAME_CODE.get(name, name)}")
     (folder / "model.py").write_text(_preferring_own_modules(source.read_text(encoding="utf-8")), encoding="utf-8")
     for module in sorted(_imported(source)):
         file = _source(module)

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from gte_deploy._version import __version__
-from gte_deploy.exporters.triton.configs import CACHE_FOLDER, TOKENIZER, Config, DeviceName, Serving
+from gte_deploy.exporters.triton.configs import TOKENIZER, Config, DeviceName, Serving
 
 TRITON_TAG = "26.07-py3"
 
 _ANSWERS = {
     "gte_embed": "a text -> its embedding",
+    "gte_embed_fast": "the same without options of pooling, with fewer steps",
     "gte_token_embed": "a text -> the state of each of its tokens",
     "gte_fill_mask": "a text with masks -> the best tokens for each",
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
@@ -45,7 +46,8 @@ Written by gte-export of gte-deploy {__version__}: {serving.spec.task}, {serving
 | ask | for | inputs | outputs |
 |---|---|---|---|
 {"".join(_row(config) for config in ensembles)}
-Texts are BYTES of shape [rows, 1]. Inputs in brackets are options: one value, repeated for every row of the request.
+Texts are BYTES of shape [rows, 1], token ids INT64 of shape [rows, tokens]. Inputs in brackets are options: one value,
+repeated for every row of the request.
 {_rows_line(configs)} A mistake in one request is an error for that request only.
 
 ## Start
@@ -78,9 +80,13 @@ def _missed(lines: Sequence[str]) -> str:
 
 
 def _row(config: Config) -> str:
+    name = config["name"]
+    text = _ANSWERS[name] if name in _ANSWERS else f"token ids -> as {name.removesuffix('_ids')}"
+    if name == "gte_embed_ids":
+        text = "token ids -> as gte_embed_fast"
     inputs = [f"[{t['name']}]" if t.get("optional") else t["name"] for t in config["input"]]
     outputs = [tensor["name"] for tensor in config["output"]]
-    return f"| {config['name']} | {_ANSWERS[config['name']]} | {', '.join(inputs)} | {', '.join(outputs)} |\n"
+    return f"| {name} | {text} | {', '.join(inputs)} | {', '.join(outputs)} |\n"
 
 
 def _rows_line(configs: Mapping[DeviceName, Mapping[str, Config]]) -> str:
@@ -96,12 +102,11 @@ def _max_rows(models: Mapping[str, Config]) -> str:
 def _run_lines(serving: Serving, device: DeviceName) -> str:
     gpus = " --gpus all" if device == "gpu" else ""
     option = " --model-config-name=cpu" if device == "cpu" else ""
-    cache = f" -v gte-triton-cache:{CACHE_FOLDER}" if device == "gpu" and serving.encoder.accelerator != "cuda" else ""
     if serving.response_cache:
         option += " --cache-config=local,size=268435456"
     return f"""
     # {device.upper()}
-    docker run --rm{gpus} --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models:ro{cache} gte-triton \\
+    docker run --rm{gpus} --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models:ro gte-triton \\
       tritonserver --model-repository=/models{option}
 """
 
@@ -117,10 +122,6 @@ def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]])
         notes.append(
             "The plan runs only in the TensorRT version that built it: build the image from the Triton release that "
             "has it (`--build-arg TRITON=…`)."
-        )
-    if encoder.accelerator == "tensorrt":
-        notes.append(
-            "ONNX Runtime builds a TensorRT engine at the first start, which takes minutes, and keeps it in the volume."
         )
     return "".join(f"\n{note}\n" for note in notes)
 

@@ -9,12 +9,13 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gte_deploy._version import __version__
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
@@ -22,7 +23,7 @@ from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bu
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
 from gte_deploy.core.options import options_of
-from gte_deploy.core.spec import Engine, ModelSpec
+from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
 from gte_deploy.exporters.bundle.writer import hash_files, publish, staging, write_manifest
 from gte_deploy.exporters.export import default_output, export
 from gte_deploy.exporters.job import Progress
@@ -30,6 +31,7 @@ from gte_deploy.exporters.options import make_request
 from gte_deploy.exporters.targets.tensorrt.profiles import MAX_MASKS
 from gte_deploy.exporters.triton.configs import (
     ENCODER,
+    PLAN,
     Config,
     DeviceName,
     Encoder,
@@ -38,19 +40,22 @@ from gte_deploy.exporters.triton.configs import (
     all_configs,
     default_device,
     to_pbtxt,
-    warmup_file,
-    warmup_lengths,
-    warmup_shape,
+    warmup_tensors,
 )
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.python_models import write_python_model
 from gte_deploy.exporters.triton.readme import dockerfile, readme
+from gte_deploy.tasks.base import HIDDEN
+from gte_deploy.tasks.embed import EmbeddingRequest
+from gte_deploy.tasks.pooling import pool
+from gte_deploy.text.fingerprint import fingerprint
 from gte_deploy.text.tokenization import load_tokenizer
 
 FORMAT = "gte-deploy-triton-repository"
 FORMAT_VERSION = 1
 _BUNDLE = "bundle"  # temporary folder for the bundle of a checkpoint that is exported first
 _MAX_DIFFERENCE = 1e-5
+_MAX_MASKED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -116,14 +121,16 @@ def export_repository(
         if manifest.missed_bounds:
             report(f"the bundle misses {len(manifest.missed_bounds)} bounds; the README of the repository lists them")
         report("write the encoder")
-        encoder = _write_encoder(bundle, manifest, folder / ENCODER / str(options.model_version), options)
+        encoder = _write_encoder(bundle, manifest, folder, options)
         _require_head(encoder, manifest.spec, bundle)
-        spec, devices = _limits(encoder, manifest.spec, options.max_batch_size)
+        spec, devices = _limits(encoder, manifest.spec, options)
+        tokenizer = load_tokenizer(bundle)
         serving = Serving(
             spec=spec,
             precision=manifest.precision,
             encoder=encoder,
-            mask_token=load_tokenizer(bundle).mask_token,
+            mask_token=tokenizer.mask_token,
+            tokenizer=fingerprint(bundle, tokenizer),
             version=options.model_version,
             max_queue_size=options.max_queue_size,
             queue_timeout_s=options.queue_timeout_s,
@@ -174,8 +181,6 @@ def _check_arguments(
             raise MissingDependencyError(module, "export")
     if options.engine is not None and model is not None:
         raise InputError("engine is a complete bundle with its own tokenizer; give engine or a model, not both")
-    if options.engine is not None and options.accelerator != "cuda":
-        raise InputError("accelerator is for ONNX Runtime, but engine means a TensorRT plan; give one of them")
     if served is None and options.engine is not None:
         raise BundleError(f"{options.engine} is not a bundle. Write one with gte-export --format trt.")
     if served is not None and export_options:
@@ -198,9 +203,11 @@ def _default_output(
 def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: TritonOptions) -> Encoder:
     from gte_deploy.exporters.triton.graph import tensor_specs
 
-    folder.mkdir(parents=True)
+    version = str(options.model_version)
     if options.engine is not None:
-        return _write_plan(bundle, manifest, folder)
+        return _write_plan(bundle, manifest, folder / PLAN / version)
+    folder = folder / ENCODER / version
+    folder.mkdir(parents=True)
     if "onnxruntime" not in manifest.graphs:
         raise BundleError(f"{bundle} holds no graph for ONNX Runtime; serve its plan with --engine {bundle}.")
     # INT8 graphs have operators that only a CPU has, and graphs for CUDA have operators that a CPU lacks.
@@ -209,26 +216,14 @@ def _write_encoder(bundle: Path, manifest: Manifest, folder: Path, options: Trit
         files["gpu"] = "model.onnx"
     if manifest.target == "cpu":
         files["cpu"] = "model.onnx"
-    graphs: dict[str, Engine] = {"model.onnx": "onnxruntime"}
-    if options.accelerator == "tensorrt":
-        # TensorRT has only standard operators, so it needs the graph for OpenVINO.
-        if "openvino" not in manifest.graphs or manifest.precision != "fp32":
-            raise BundleError(
-                f"{bundle} ({manifest.precision}) holds no FP32 graph of standard operators, which accelerator "
-                "'tensorrt' needs. Export it in fp32 where openvino is installed, or build a plan with gte-export "
-                "--format trt."
-            )
-        files["gpu"] = "model_tensorrt.onnx"
-        graphs["model_tensorrt.onnx"] = "openvino"
     for name in dict.fromkeys(files.values()):
-        _write_graph(bundle / manifest.graphs[graphs[name]].path, folder / name, manifest)
+        _write_graph(bundle / manifest.graphs["onnxruntime"].path, folder / name, manifest)
     inputs, outputs = tensor_specs(folder / next(iter(files.values())))
     return Encoder(
         backend="onnxruntime",
         files=files,
         inputs=inputs,
         outputs=outputs,
-        accelerator=options.accelerator,
     )
 
 
@@ -241,7 +236,7 @@ def _require_head(encoder: Encoder, spec: ModelSpec, bundle: Path) -> None:
     if spec.task == "embed":
         return
     head = "sparse_embedding" if spec.task == "sparse" else "logits"
-    if head not in {tensor.name for tensor in encoder.outputs}:
+    if head not in {tensor.name for tensor in (encoder.plan_outputs or encoder.outputs)}:
         raise ExportError(f"{bundle} is for task {spec.task}, but its encoder has no output {head}. Export it again.")
     if spec.task == "fill-mask" and "mask_positions" not in encoder.input_names:
         raise ExportError(
@@ -271,7 +266,6 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
 
     from gte_deploy.backends.base import Batch
     from gte_deploy.backends.onnxruntime import OnnxBackend
-    from gte_deploy.tasks.pooling import pool
 
     generator = np.random.default_rng(0)
     ids = generator.integers(0, spec.vocab_size, (3, 8))
@@ -284,10 +278,11 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     types = generator.integers(0, spec.type_vocab_size, ids.shape) if spec.token_types else None
     backend = OnnxBackend(source, spec, num_threads=1)
     try:
+        names += [name for name in ("sentence_embedding",) if name in backend.outputs]
         expected = backend.run(Batch(ids, mask, pairs, types), names)
     finally:
         backend.close()
-    expected |= {f"embedding_{kind}": pool(expected["last_hidden_state"], mask, kind) for kind in ("mean", "cls")}
+    expected |= _expected_embeddings(expected, mask, spec)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as in the server
@@ -303,6 +298,23 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
             )
 
 
+def _expected_embeddings(
+    given: dict[str, NDArray[np.float32]], mask: NDArray[np.int64], spec: ModelSpec
+) -> dict[str, NDArray[np.float32]]:
+    """The embeddings that the written graph should give; `given` loses the pooled states, which it has renamed."""
+    own = given.pop("sentence_embedding", None)
+    pooled = {f"embedding_{kind}": pool(given[HIDDEN], mask, kind) for kind in POOLINGS}
+    if spec.embedding_size is not None:  # Dense modules follow the model's own pooling
+        assert own is not None
+        pooled = {f"embedding_{spec.pooling}": own}
+    plain, scaled = (
+        EmbeddingRequest(spec, spec.pooling, normalize=normalize, truncate_dim=spec.truncate_dim)
+        for normalize in (False, True)
+    )
+    states = pooled[f"embedding_{spec.pooling}"]
+    return {**pooled, "embedding_finished": plain.finished(states), "embedding_normalized": scaled.finished(states)}
+
+
 def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
     plan = manifest.plan
     if plan is None:
@@ -316,36 +328,58 @@ def _write_plan(bundle: Path, manifest: Manifest, folder: Path) -> Encoder:
             f"{bundle} holds a padding-free engine, but the repository's models send padded batches. Export it without "
             "--padding remove."
         )
+    folder.mkdir(parents=True)
     shutil.copyfile(bundle / plan.path, folder / "model.plan")
     return Encoder(
         backend="tensorrt",
         files={"gpu": "model.plan"},
-        inputs=plan.inputs,
-        outputs=plan.outputs,
+        inputs=tuple(_input_by_row(tensor) for tensor in plan.inputs),
+        outputs=tuple(_outputs_by_row(plan.outputs, manifest.spec)),
         profiles=plan.profiles,
         max_masks=MAX_MASKS,
+        plan_inputs=plan.inputs,
+        plan_outputs=plan.outputs,
     )
 
 
-def _limits(encoder: Encoder, spec: ModelSpec, max_batch_size: int | None) -> tuple[ModelSpec, list[ServingDevice]]:
-    """The spec with the longest text to serve, and the devices with the batch sizes that the encoder takes.
+def _input_by_row(tensor: TensorSpec) -> TensorSpec:
+    """An input of gte_encoder, which takes mask positions by row, and 64-bit integers whatever the plan takes."""
+    shape = ("batch", "masks") if tensor.name == "mask_positions" else tensor.shape
+    return TensorSpec(tensor.name, "int64", shape)
 
-    Triton has one batch size for all lengths, but the profiles of a plan take fewer rows of longer texts.
-    """
-    devices = [default_device(name, max_batch_size) for name in encoder.files]
-    if not encoder.profiles:
-        return spec, devices
-    lengths = sorted({min(profile.max[1], spec.max_length) for profile in encoder.profiles})
-    rows = {length: max((p.max[0] for p in encoder.profiles if p.takes(1, length)), default=0) for length in lengths}
-    if max_batch_size is not None:
-        lengths = [length for length in lengths if min(rows[n] for n in lengths if n <= length) >= max_batch_size]
-    if not lengths or not rows[lengths[-1]]:
-        raise InputError(
-            f"no profile of the plan takes batches of 1 to {max_batch_size or 1} rows: "
-            f"{', '.join(map(str, encoder.profiles))}"
-        )
-    size = max_batch_size or min(rows[length] for length in lengths)
-    return dataclasses.replace(spec, max_length=lengths[-1]), [default_device(name, size) for name in encoder.files]
+
+def _outputs_by_row(given: Sequence[TensorSpec], spec: ModelSpec) -> Iterator[TensorSpec]:
+    """The outputs of gte_encoder: those of the plan, mask logits by row, and the embeddings that it computes."""
+    pooled = [tensor for tensor in given if tensor.name == "sentence_embedding"]
+    for tensor in given:
+        if tensor.name == "logits" and spec.task == "fill-mask":
+            yield dataclasses.replace(tensor, shape=("batch", "masks", spec.vocab_size))
+        elif tensor not in pooled:
+            yield tensor
+    # A plan that pools gives only its own pooling.
+    kinds = [spec.pooling] if pooled or spec.embedding_size is not None else list(POOLINGS)
+    kept = min(spec.truncate_dim or spec.embedding_width, spec.embedding_width)
+    widths = {f"embedding_{kind}": spec.embedding_width for kind in kinds}
+    for name, width in {**widths, "embedding_finished": kept, "embedding_normalized": kept}.items():
+        yield TensorSpec(name, "float32", ("batch", width))
+
+
+def _limits(encoder: Encoder, spec: ModelSpec, options: TritonOptions) -> tuple[ModelSpec, list[ServingDevice]]:
+    """The spec with the longest text to serve, and the devices with the batch sizes that the encoder takes."""
+    size = options.max_batch_size
+    if encoder.profiles:
+        lengths = [min(profile.max[1], spec.max_length) for profile in encoder.profiles]
+        served = [length for length in lengths if encoder.rows_at(length)]
+        if not served:
+            raise InputError(
+                f"no profile of the plan takes a single text: {', '.join(map(str, encoder.profiles))}. Build it with "
+                "profiles that begin at one row."
+            )
+        spec = dataclasses.replace(spec, max_length=max(served))
+        most = max(encoder.rows_at(length) for length in served)
+        # The logits of masks need much memory, so fill-mask has fewer rows.
+        size = size or min(most, _MAX_MASKED_ROWS if spec.task == "fill-mask" else most)
+    return spec, [default_device(name, size, options.tokenizers) for name in encoder.files]
 
 
 def _write_models(
@@ -369,17 +403,16 @@ def _write_models(
         if any("label_filename" in tensor for tensor in config["output"]):
             labels = (serving.spec.id2label.get(i, str(i)) for i in range(serving.spec.num_labels))
             (folder / name / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-    _write_warmup(folder / ENCODER / "warmup", serving)
+    _write_warmup(folder / serving.encoder.model_with_file / "warmup", serving)
 
 
 def _write_warmup(folder: Path, serving: Serving) -> None:
     folder.mkdir()
-    for length in warmup_lengths(serving):
-        for tensor in serving.encoder.inputs:
-            shape = warmup_shape(serving.encoder, tensor, length)
+    for request in warmup_tensors(serving):
+        for tensor in request:
             # The same token everywhere and no padding; masks are at the first token, and token types are 0.
-            values = np.full(shape, tensor.name in ("input_ids", "attention_mask"), dtype=tensor.dtype)
-            (folder / warmup_file(tensor, length)).write_bytes(values.tobytes())
+            values = np.full(tensor.shape, tensor.name in ("input_ids", "attention_mask"), dtype=tensor.dtype)
+            (folder / tensor.file).write_bytes(values.tobytes())
 
 
 def _write_documents(

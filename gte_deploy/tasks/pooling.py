@@ -10,7 +10,7 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import EmbeddingPrecision, Pooling
 
 # torch.nn.functional.normalize's default: a zero vector stays zero.
-_NORM_EPSILON = 1e-12
+NORM_EPSILON = 1e-12
 
 
 def pool(hidden: NDArray[np.float32], attention_mask: NDArray[np.int64], pooling: Pooling) -> NDArray[np.float32]:
@@ -25,7 +25,7 @@ def pool(hidden: NDArray[np.float32], attention_mask: NDArray[np.int64], pooling
 def l2_normalize(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale each [..., D] vector to length 1."""
     norm = np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    return embeddings / np.maximum(norm, _NORM_EPSILON)
+    return embeddings / np.maximum(norm, NORM_EPSILON)
 
 
 def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> NDArray[np.generic]:

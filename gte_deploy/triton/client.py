@@ -6,17 +6,21 @@ with Client("http://localhost:8000") as model:
     model.encode(["a text", "another"])
 
 The server runs a repository that `gte-export --format triton` wrote. It takes texts and gives answers. The client
-checks arguments, splits long lists, and converts the answers to the forms that `Model` returns.
+checks arguments, splits long lists, and converts the answers to the forms that `Model` returns. A client that has the
+model's tokenizer sends token ids in place of texts.
 
 Shapes: N inputs, B rows of a request, S tokens, H hidden size, D embedding size, L labels, M masks, K answers.
 """
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +38,11 @@ from gte_deploy.tasks.base import Ensemble
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.interface import Batches, BatchOptions, TextInterface, in_order
+from gte_deploy.tasks.pooling import l2_normalize
 from gte_deploy.tasks.token_classify import Entity, TaggedTexts, TaggingRequest
-from gte_deploy.text.batching import BatchLimits, plan_batches
+from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer
+from gte_deploy.triton.tokenizing import ClientTokenizer, TextKind, open_tokenizer
 from gte_deploy.triton.transport import open_transport
 
 DEFAULT_MAX_BATCH_TOKENS = 16_384
@@ -72,6 +78,7 @@ class Client(TextInterface):
         connections: int = 8,
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         headers: Mapping[str, str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
     ) -> None:
         """Connect to a server and read the description of its models.
 
@@ -83,9 +90,14 @@ class Client(TextInterface):
             max_batch_tokens: the most tokens of a request, padding included, as estimated from the bytes of its texts;
                 a longer text is sent by itself.
             headers: HTTP headers or gRPC metadata for every request, such as those that a gateway needs.
+            tokenizer: the folder of the bundle or checkpoint that the server's repository was exported from, or its
+                tokenizer files. With it, texts are tokenised here and token ids are sent, which saves the server most
+                of its work on a CPU. Token embeddings, labels of tokens, stored weights of queries, and embeddings with
+                another pooling still send texts.
 
         Raises:
-            InputError: an argument is out of range.
+            InputError: an argument is out of range, or the server has another tokenizer.
+            CheckpointError: the folder has no tokenizer.
             UnavailableError: the server cannot be reached, or does not answer within `timeout_s`.
             BackendError: the server has no repository that gte-export wrote.
             MissingDependencyError: tritonclient is not installed.
@@ -101,6 +113,7 @@ class Client(TextInterface):
             "connections": connections,
             "max_batch_tokens": max_batch_tokens,
             "headers": dict(headers or {}),
+            "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
         }
         self._closed = self._is_cut_off = False
         self._connect()
@@ -108,6 +121,9 @@ class Client(TextInterface):
         try:
             config = self._transport.config("gte_embed")
             self._facts, self.spec = _described(config, url)
+            self._tokenizer = (
+                None if tokenizer is None else open_tokenizer(Path(tokenizer), self._facts, self.spec, url)
+            )
         except BaseException:
             self.close()
             raise
@@ -152,57 +168,79 @@ class Client(TextInterface):
         return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
 
     def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
-        inputs = _text_inputs(options) | self._no_prompt()
+        before = self._no_prompt()
         if request.output_value == "sentence_embedding":
-            inputs |= self._embedding_inputs(request)
-            for numbers, values in self._infer_all(_Call(embed.SERVED, inputs), {"TEXT": texts}, options.limits):
-                yield numbers, list(values["EMBEDDING"])
+            yield from self._sentence_batches(request, texts, options)
             return
         types = ("TOKEN_TYPE_IDS",) if self.spec.token_types else ()
-        call = _Call(embed.TOKENS_SERVED, inputs, types)
-        for numbers, values in self._infer_all(call, {"TEXT": texts}, options.limits):
+        call = _Call(embed.TOKENS_SERVED, options, before=before, more_outputs=types)
+        for numbers, values in self._infer_all(call, {"TEXT": texts}):
             batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"], None, values.get("TOKEN_TYPE_IDS"))
             yield numbers, request.answer(batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
+
+    def _sentence_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+        """Embeddings from the encoder itself if it gives them; a Python model on the server computes the others."""
+        kept = self.spec.truncate_dim or self.spec.embedding_width
+        size = request.truncate_dim or self.spec.embedding_width
+        own = request.pooling == self.spec.pooling and "tokenizer" in self._facts
+        # The server's cache belongs to gte_embed.
+        fast = self._tokenizer is not None or not self._facts.get("response_cache")
+        if own and fast and (size == kept or (size < kept and self._tokenizer is not None)):
+            # A shorter vector is cut and scaled here.
+            name = "NORMALIZED_EMBEDDING" if request.normalize and size == kept else "EMBEDDING"
+            ensemble = Ensemble("gte_embed_fast", (name,))
+            call = _Call(ensemble, options, before=self._no_prompt(), ids="gte_embed_ids")
+            for numbers, values in self._infer_all(call, {"TEXT": texts}):
+                vectors = values[name][:, :size]
+                yield numbers, list(l2_normalize(vectors) if request.normalize and size < kept else vectors)
+            return
+        call = _Call(embed.SERVED, options, self._embedding_inputs(request), before=self._no_prompt())
+        for numbers, values in self._infer_all(call, {"TEXT": texts}):
+            yield numbers, list(values["EMBEDDING"])
 
     def _sparse_batches(
         self, request: sparse.SparseRequest, texts: Sequence[str], options: BatchOptions
     ) -> tuple[Batches, sparse.Names]:
         stored = self.spec.sparse is not None and self.spec.sparse.query_weights is not None
-        inputs = _text_inputs(options) | self._no_prompt()
+        inputs: Values = {}
         if request.max_active_dims is not None:
             inputs["MAX_ACTIVE_DIMS"] = _one(request.max_active_dims, np.int32)
-        call = _Call(sparse.QUERIES_SERVED if request.route == "query" and stored else sparse.SERVED, inputs)
+        if request.route == "query" and stored:
+            call = _Call(sparse.QUERIES_SERVED, options, inputs, before=self._no_prompt())
+        else:
+            call = _Call(sparse.SERVED, options, inputs, before=self._no_prompt(), ids="gte_sparse_ids")
         names: dict[int, str] = {}
 
         def answers() -> Batches:
-            for numbers, values in self._infer_all(call, {"TEXT": texts}, options.limits):
+            for numbers, values in self._infer_all(call, {"TEXT": texts}):
                 yield numbers, sparse.from_tensors(values, self.spec.vocab_size, names)
 
         return answers(), names
 
     def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
-        call = _Call(classify.SERVED, _text_inputs(options) | self._no_prompt())
+        call = _Call(classify.SERVED, options, before=self._no_prompt(), ids="gte_rerank_ids", kind="pairs")
         # A request holds single texts or pairs, not both.
         for size in (1, 2):
             numbers = [i for i, pair in enumerate(pairs) if len(pair) == size]
             if numbers:
                 columns = zip(*(pairs[i] for i in numbers), strict=True)
                 texts: Texts = dict(zip(("TEXT", "TEXT_PAIR"), columns, strict=False))
-                for found, values in self._infer_all(call, texts, options.limits, numbers):
+                for found, values in self._infer_all(call, texts, numbers):
                     yield found, list(values["LOGITS"])
 
     def _token_batches(self, texts: Sequence[str], options: BatchOptions) -> Batches:
-        call = _Call(token_classify.LOGITS_SERVED, _text_inputs(options))
-        for numbers, values in self._infer_all(call, {"TEXT": texts}, options.limits):
+        call = _Call(token_classify.LOGITS_SERVED, options)
+        for numbers, values in self._infer_all(call, {"TEXT": texts}):
             yield numbers, token_classify.logits_from_tensors(values)
 
     def _entities(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> list[list[Entity]]:
-        inputs = _text_inputs(options)
-        inputs["AGGREGATION_STRATEGY"] = _bytes([[request.aggregation_strategy]])
-        inputs["IGNORE_LABELS"] = _bytes([request.ignore_labels or [""]])
-        call = _Call(token_classify.ENTITIES_SERVED, inputs)
+        inputs = {
+            "AGGREGATION_STRATEGY": _bytes([[request.aggregation_strategy]]),
+            "IGNORE_LABELS": _bytes([request.ignore_labels or [""]]),
+        }
+        call = _Call(token_classify.ENTITIES_SERVED, options, inputs)
         grouped = request.aggregation_strategy != "none"
-        batches = self._infer_all(call, {"TEXT": given.texts}, options.limits)
+        batches = self._infer_all(call, {"TEXT": given.texts})
         answers = (
             (numbers, token_classify.entities_from_tensors(values, grouped=grouped)) for numbers, values in batches
         )
@@ -215,15 +253,15 @@ class Client(TextInterface):
     def _mask_batches(
         self, top_k: int, targets: list[str] | None, texts: Sequence[str], options: BatchOptions
     ) -> Batches:
-        inputs = _text_inputs(options)
-        inputs["TOP_K"] = _one(top_k, np.int32)
+        inputs = {"TOP_K": _one(top_k, np.int32)}
         if targets is not None:
             inputs["TARGETS"] = _bytes([targets])
-        for numbers, values in self._infer_all(_Call(fill_mask.SERVED, inputs), {"TEXT": texts}, options.limits):
+        call = _Call(fill_mask.SERVED, options, inputs, ids="gte_fill_mask_ids", kind="masked")
+        for numbers, values in self._infer_all(call, {"TEXT": texts}):
             yield numbers, fill_mask.from_tensors(values)
 
     def _infer_all(
-        self, call: "_Call", texts: Texts, limits: BatchLimits, numbers: Sequence[int] | None = None
+        self, call: "_Call", texts: Texts, numbers: Sequence[int] | None = None
     ) -> Iterator[tuple[list[int], Values]]:
         """The numbers of the inputs and the outputs [B, …] of each request; several requests run at a time.
 
@@ -236,32 +274,69 @@ class Client(TextInterface):
                 "this client was created before the process forked, and gRPC does not survive a fork. Create the "
                 "client after the fork, in each process that uses it, or use an http:// URL."
             )
-        rows = list(zip(*texts.values(), strict=True))
-        lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
-        groups = list(plan_batches(lengths, limits))
-        calls = [([i if numbers is None else numbers[i] for i in group], [rows[i] for i in group]) for group in groups]
-
-        def infer(indices: list[int], chosen: list[tuple[str, ...]]) -> Values:
-            columns = zip(*chosen, strict=True)
-            inputs = {name: _bytes([[text] for text in column]) for name, column in zip(texts, columns, strict=True)}
-            inputs |= {name: np.repeat(row, len(indices), axis=0) for name, row in call.inputs.items()}
-            return self._infer(call.ensemble.name, inputs, call.outputs, indices)
-
-        if len(calls) == 1:
-            yield calls[0][0], infer(*calls[0])
+        limits = call.options.limits
+        if call.ensemble == embed.TOKENS_SERVED and (rows := self._facts.get("max_state_rows")):
+            limits = dataclasses.replace(limits, max_rows=min(limits.max_rows, rows))
+        numbers = range(len(next(iter(texts.values())))) if numbers is None else numbers
+        requests = self._requests(call, texts, numbers, limits)
+        first, second = next(requests), next(requests, None)
+        if second is None:
+            yield first.indices, self._infer(first, call.outputs)
             return
         waiting: list[tuple[list[int], Future[Values]]] = []
         try:
-            waiting = [(indices, self._pool.submit(infer, indices, chosen)) for indices, chosen in calls]
+            for request in itertools.chain((first, second), requests):
+                waiting.append((request.indices, self._pool.submit(self._infer, request, call.outputs)))
             for indices, future in waiting:
                 yield indices, future.result()
         finally:
             for _, future in waiting:
                 future.cancel()
 
-    def _infer(self, model: str, inputs: Values, outputs: Sequence[str], indices: list[int]) -> Values:
+    def _requests(
+        self, call: "_Call", texts: Texts, numbers: Sequence[int], limits: BatchLimits
+    ) -> Iterator["_Request"]:
+        """The requests for all texts: token ids if this client has the tokenizer and the server takes ids, or texts."""
+        if self._tokenizer is not None and call.ids is not None:
+            yield from self._id_requests(self._tokenizer, call.ids, call, texts, numbers, limits)
+            return
+        rows = list(zip(*texts.values(), strict=True))
+        lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
+        for group in plan_batches(lengths, limits):
+            columns = zip(*(rows[i] for i in group), strict=True)
+            inputs = {name: _bytes([[text] for text in column]) for name, column in zip(texts, columns, strict=True)}
+            inputs |= _repeated({**_text_inputs(call.options), **call.before, **call.inputs}, len(group))
+            yield _Request(call.ensemble.name, inputs, [numbers[i] for i in group])
+
+    def _id_requests(
+        self,
+        tokenizer: ClientTokenizer,
+        name: str,
+        call: "_Call",
+        texts: Texts,
+        numbers: Sequence[int],
+        limits: BatchLimits,
+    ) -> Iterator["_Request"]:
+        columns = list(texts.values())
+
+        def tokenize(chosen: list[int]) -> list[list[int]]:
+            return tokenizer.rows(
+                [[column[i] for i in chosen] for column in columns],
+                [numbers[i] for i in chosen],
+                max_length=call.options.max_length,
+                truncation=call.options.truncation,
+                kind=call.kind,
+            )
+
+        sizes = [sum(map(len, row)) for row in zip(*columns, strict=True)]
+        for group, rows in token_batches(sizes, tokenize, limits):
+            inputs = tokenizer.tensors(rows, call.kind) | _repeated(call.inputs, len(rows))
+            yield _Request(name, inputs, [numbers[i] for i in group])
+
+    def _infer(self, request: "_Request", outputs: Sequence[str]) -> Values:
+        indices = request.indices
         try:
-            values = self._transport.infer(model, inputs, outputs)
+            values = self._transport.infer(request.model, request.inputs, outputs)
         except (InputError, NonFiniteError) as error:
             raise type(error)(_INDEX.sub(lambda found: _renumbered(found, indices), str(error))) from error
         mask = values.get("ATTENTION_MASK", np.ones((len(indices), 1), dtype=np.int64))
@@ -294,17 +369,39 @@ class _Call:
 
     Args:
         ensemble: the ensemble that answers.
-        inputs: option tensors with one row, which is repeated for every text.
+        options: options for cutting and batching the texts.
+        inputs: option tensors of the answer with one row, which is repeated for every text.
+        before: option tensors of the server's tokenizer, as `inputs`.
         more_outputs: output tensors besides those that the ensemble always has.
+        ids: the ensemble that answers the same for token ids; None if there is none.
+        kind: the kind of the texts.
     """
 
     ensemble: Ensemble
-    inputs: "Values"
+    options: BatchOptions
+    inputs: "Values" = field(default_factory=dict)
+    before: "Values" = field(default_factory=dict)
     more_outputs: tuple[str, ...] = ()
+    ids: str | None = None
+    kind: TextKind = "plain"
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return (*self.ensemble.outputs, *self.more_outputs)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One request: its model, its input tensors, and the numbers of its rows in the caller's list."""
+
+    model: str
+    inputs: "Values"
+    indices: list[int]
+
+
+def _repeated(options: Values, rows: int) -> Values:
+    """Option tensors for so many rows, from those with one row."""
+    return {name: np.repeat(row, rows, axis=0) for name, row in options.items()}
 
 
 def _text_inputs(options: BatchOptions) -> Values:

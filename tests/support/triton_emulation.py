@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,42 @@ class TritonError(Exception):
 class InferenceResponse:
     def __init__(self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None) -> None:
         self.tensors = {tensor.name(): tensor.as_numpy() for tensor in output_tensors or []}
-        self.error = error
+        self.failure = self.error = error
+
+    def has_error(self) -> bool:
+        return self.failure is not None
 
 
-def _get_input_tensor_by_name(request: dict[str, np.ndarray], name: str) -> Tensor | None:
-    return Tensor(name, request[name]) if name in request else None
+class Request(dict[str, np.ndarray]):
+    """The inputs of a request by name, and the outputs that it asks for."""
+
+    def __init__(self, inputs: dict[str, np.ndarray], outputs: Sequence[str] = ()) -> None:
+        super().__init__(inputs)
+        self._outputs = list(outputs)
+
+    def inputs(self) -> list[Tensor]:
+        return [Tensor(name, values) for name, values in self.items()]
+
+    def requested_output_names(self) -> list[str]:
+        return self._outputs
+
+
+class InferenceRequest:
+    """A request of a Python model to another model of its repository."""
+
+    repository: Repository
+
+    def __init__(
+        self, model_name: str, requested_output_names: list[str], inputs: list[Tensor], preferred_memory: Any
+    ) -> None:
+        self._model, self._outputs = model_name, requested_output_names
+        self._inputs = {tensor.name(): tensor.as_numpy() for tensor in inputs}
+
+    def exec(self) -> InferenceResponse:
+        (result,) = self.repository._run(self._model, [Request(self._inputs, self._outputs)])
+        if isinstance(result, TritonError):
+            return InferenceResponse(error=result)
+        return InferenceResponse([Tensor(name, result[name]) for name in self._outputs])
 
 
 class Repository:
@@ -69,7 +101,11 @@ class Repository:
         for step in config.ensemble_scheduling.step:
             alive = [i for i, state in enumerate(states) if not isinstance(state, TritonError)]
             inputs = [
-                {key: states[i][name] for key, name in step.input_map.items() if name in states[i]} for i in alive
+                Request(
+                    {key: states[i][name] for key, name in step.input_map.items() if name in states[i]},
+                    list(step.output_map),
+                )
+                for i in alive
             ]
             for i, result in zip(alive, self._run(step.model_name, inputs), strict=True):
                 if isinstance(result, TritonError):
@@ -111,7 +147,8 @@ class Repository:
             results = [response.error or response.tensors for response in responses]
         for result in results:
             for tensor in config.output if not isinstance(result, TritonError) else ():
-                self._shaped(result[tensor.name], tensor, config)
+                if tensor.name in result:
+                    self._shaped(result[tensor.name], tensor, config)
         return results
 
     def _run_onnx(self, name: str, config: Any, inputs: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
@@ -146,6 +183,7 @@ class Repository:
             from google.protobuf import json_format
 
             file = next(self.path.glob(f"{name}/[0-9]*/model.py"))
+            InferenceRequest.repository = self
             module = load_file(file, f"triton_model_{file.parents[1].name}")
             config = json_format.MessageToDict(self.config(name), preserving_proto_field_name=True)
             self._models[name] = module.TritonPythonModel()
@@ -174,6 +212,9 @@ def python_backend() -> types.ModuleType:
         Tensor=Tensor,
         TritonError=TritonError,
         InferenceResponse=InferenceResponse,
-        get_input_tensor_by_name=_get_input_tensor_by_name,
+        InferenceRequest=InferenceRequest,
+        PreferredMemory=lambda kind, number: (kind, number),
+        TRITONSERVER_MEMORY_CPU="CPU",
+        get_output_tensor_by_name=lambda response, name: Tensor(name, response.tensors[name]),
     )
     return backend

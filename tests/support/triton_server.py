@@ -206,6 +206,12 @@ class Server:
     ) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int:
+        """The server's process; the processes of Python models are its children."""
+        assert self._process is not None
+        return self._process.pid
+
     def log(self) -> str:
         """What the server wrote so far, without its tables."""
         text = self._log.read_text(encoding="utf-8", errors="replace") if self._log.is_file() else ""

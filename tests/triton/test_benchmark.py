@@ -50,6 +50,27 @@ def test_a_run_writes_its_numbers_and_its_chart(
     assert "stand-in" in capsys.readouterr().out
 
 
+def test_the_tokenizer_alone(
+    triton: Path,
+    serving: ModuleType,
+    word_checkpoints: dict[str, Path],
+    bundle_of: Callable[..., Path],
+    tmp_path: Path,
+    capsys: Any,
+):
+    alone = importlib.import_module("serving_tokenizer")
+    bundle, output = bundle_of(word_checkpoints["embed"]), tmp_path / "results" / "tokenizer.json"
+    options = "--rows 1 4 --concurrency 2 --seconds 0.3 --lengths 4 40".split()
+    assert alone.main([*options, "--bundle", str(bundle), "--work", str(tmp_path), "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    assert [(load["rows"], load["concurrency"]) for load in report["loads"]] == [(1, 2), (4, 2)]
+    for load in report["loads"]:
+        assert load["texts_per_second"] > 0 and load["median_ms"] > 0 and load["requests_per_execution"] >= 1
+        assert min(load["server_us"], load["client_us"]) > 0 and load["tokenizer_us"] > 0
+    assert report["library_us"] > 0
+    assert "us CPU a text: tokenizer" in capsys.readouterr().out
+
+
 def test_calls_become_a_rate_and_percentiles(serving: ModuleType):
     calls = [serving.Call(0.1, True, True), serving.Call(0.3, True, False), serving.Call(9.0, False, True)]
     load = serving._load("Triton HTTP", 2, calls, 4.0)

@@ -85,9 +85,11 @@ def server(triton: Path, repository: Path) -> Iterator[Any]:
         yield server
 
 
-@pytest.fixture(scope="module", params=["http", "grpc"])
-def client(request: pytest.FixtureRequest, server: Any, connect: Callable[..., Any]) -> Iterator[Any]:
-    with connect(server, request.param, timeout_s=600) as client:
+@pytest.fixture(scope="module", params=["http", "grpc", "http, token ids", "grpc, token ids"])
+def client(request: pytest.FixtureRequest, server: Any, connect: Callable[..., Any], bundle: Path) -> Iterator[Any]:
+    """A client for each protocol, which sends texts, or token ids by the bundle's tokenizer."""
+    protocol, _, ids = request.param.partition(", ")
+    with connect(server, protocol, timeout_s=600, tokenizer=bundle if ids else None) as client:
         yield client
 
 
@@ -165,6 +167,53 @@ def test_texts_that_cannot_be_answered_are_named(client: Any):
     assert client.fill_mask(texts[0], top_k=1)[0]["token_str"]
 
 
+def requests_answered(raw: Any, model: str) -> int:
+    return int(raw.get_inference_statistics(model, as_json=True)["model_stats"][0].get("inference_count", 0))
+
+
+def test_token_ids_pass_the_tokenizer_by(server: Any, connect: Callable[..., Any], raw: Any, bundle: Path):
+    before = requests_answered(raw, "gte_tokenizer"), requests_answered(raw, "gte_embed_output")
+    with connect(server, "grpc", tokenizer=bundle) as client:
+        client.encode(TEXTS, normalize_embeddings=True)
+        client.fill_mask(MASKED)
+    assert (requests_answered(raw, "gte_tokenizer"), requests_answered(raw, "gte_embed_output")) == before
+    with connect(server, "grpc") as client:
+        client.encode(TEXTS, normalize_embeddings=True)
+    assert requests_answered(raw, "gte_tokenizer") > before[0]
+    assert requests_answered(raw, "gte_embed_output") == before[1], "the encoder finishes embeddings itself"
+
+
+def test_wrong_token_ids_fail_alone(raw: Any, local: gte_deploy.Model):
+    """Wrong ids, positions and masks in one batch with good requests: the good ones are answered as ever."""
+    import tritonclient.grpc
+
+    ids = local.tokenize("The president of the united states.")["input_ids"]
+    expected = local.encode("The president of the united states.")
+    vocab_size = local.spec.vocab_size
+
+    def tensors(given: Any, position: int = 0) -> list[Any]:
+        arrays = {"INPUT_IDS": given, "ATTENTION_MASK": np.ones_like(given), "MASK_POSITIONS": np.array([[position]])}
+        made = [tritonclient.grpc.InferInput(name, list(array.shape), "INT64") for name, array in arrays.items()]
+        for tensor, array in zip(made, arrays.values(), strict=True):
+            tensor.set_data_from_numpy(array)
+        return made
+
+    wrong = [ids + vocab_size, -ids, np.where(ids == ids[0, 2], np.iinfo(np.int64).max, ids)]
+    calls = [(ids, 0), *((each, 0) for each in wrong), (ids, 10**6), (ids, -5), (ids, 0)] * 3
+    with ThreadPoolExecutor(len(calls)) as pool:
+        results = list(pool.map(lambda call: raw.infer("gte_embed_ids", tensors(*call)), calls))
+    for (given, _), result in zip(calls, results, strict=True):
+        embedding = result.as_numpy("EMBEDDING")[0]
+        if given is ids:
+            np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-5)
+        else:
+            assert np.isnan(embedding).all()
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="token ids outside the vocabulary"):
+        raw.infer("gte_fill_mask_ids", tensors(wrong[0]))
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="input 0 has 0 masks"):
+        raw.infer("gte_fill_mask_ids", tensors(ids))
+
+
 def infer(raw: Any, name: str, array: Any, datatype: str, model: str = "gte_embed") -> Any:
     import tritonclient.grpc
 
@@ -220,11 +269,11 @@ def test_metrics(server: Any, connect: Callable[..., Any]):
             text = response.read().decode()
         return float(re.search(rf'^nv_inference_request_success{{model="{model}",[^}}]*}} (\S+)', text, re.M)[1])
 
-    before = successes("gte_embed"), successes("gte_encoder")
+    before = successes("gte_embed_fast"), successes("gte_encoder")
     with connect(server, "http") as client:
         client.encode("one more")
     for _ in range(100):  # they follow the answer by a moment
-        after = successes("gte_embed"), successes("gte_encoder")
+        after = successes("gte_embed_fast"), successes("gte_encoder")
         if after == (before[0] + 1, before[1] + 1):
             return
         time.sleep(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def test_reranker(
     pairs = [("the king", "the queen"), ("paris", "a city of france " * 9), ("the river",), ("", "中国")]
     long = [("the king", "the queen " * 80)] * 2
     with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
-        for protocol in PROTOCOLS:
-            with connect(server, protocol) as client:
+        for protocol, tokenizer in (*product(PROTOCOLS, (None,)), ("grpc", checkpoint)):
+            with connect(server, protocol, tokenizer=tokenizer) as client:
                 assert_close(client.predict(pairs), local.predict(pairs))
                 assert_close(client.predict(pairs[0]), local.predict(pairs[0]))
                 assert_close(client.predict(long, truncation=True), local.predict(long, truncation=True))
@@ -101,8 +102,8 @@ def test_pairs_with_token_types(
     pairs = [("the king", "the queen"), ("paris", "a city of france " * 9), ("", "中国")]
     expected = CrossEncoder(str(checkpoint), device="cpu").predict(pairs)
     with serve(checkpoint) as server:
-        for protocol in PROTOCOLS:
-            with connect(server, protocol) as client:
+        for protocol, tokenizer in (*product(PROTOCOLS, (None,)), ("grpc", checkpoint)):
+            with connect(server, protocol, tokenizer=tokenizer) as client:
                 np.testing.assert_allclose(client.predict(pairs), expected, atol=1e-4)
                 (states,) = client.encode(["the king"], output_value=None)
                 assert states["token_type_ids"].tolist() == [0] * len(states["input_ids"])
@@ -119,8 +120,8 @@ def test_sparse(
     expected = [sparse_weights(bundle_of(checkpoint), text) for text in texts]
     assert expected[0] and expected[2] and not expected[1]
     with serve(checkpoint) as server:
-        for protocol in PROTOCOLS:
-            with connect(server, protocol) as client:
+        for protocol, tokenizer in (*product(PROTOCOLS, (None,)), ("grpc", checkpoint)):
+            with connect(server, protocol, tokenizer=tokenizer) as client:
                 answers = client.encode_sparse(texts)
                 for ours, theirs in zip(answers, expected, strict=True):
                     assert ours == pytest.approx(theirs, abs=1e-5)
@@ -171,3 +172,7 @@ def test_prompts_and_the_response_cache(
         (statistics,) = raw.get_inference_statistics("gte_embed", as_json=True)["model_stats"]
         assert int(statistics["inference_stats"]["cache_hit"]["count"]) == len(options)
         assert_close(client.encode_document(["the king", "paris"]), local.encode_document(["the king", "paris"]))
+        with connect(server, "grpc", tokenizer=checkpoint) as by_ids:
+            for each in options:
+                assert_close(by_ids.encode(["the king", "paris"], **each), local.encode(["the king", "paris"], **each))
+            assert_close(by_ids.encode_document("the king"), local.encode_document("the king"))

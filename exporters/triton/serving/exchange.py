@@ -6,6 +6,7 @@ An error affects only the request that caused it; the other requests of the same
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 SPEC_PARAMETER = "gte_deploy_spec"
 
-# Data types of the outputs for the encoder: TensorRT plans may take 32-bit ids.
-_INTEGER_DTYPES = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
-
 T = TypeVar("T")
 
 
@@ -35,12 +33,14 @@ class Settings:
         """Read the arguments of `initialize`, which Triton calls."""
         config = json.loads(arguments["model_config"])
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
-        self.inputs = frozenset(tensor["name"] for tensor in config["input"])
-        self.outputs = {
-            tensor["name"]: _INTEGER_DTYPES.get(tensor["data_type"], np.object_) for tensor in config["output"]
-        }
+        self.inputs = tuple(tensor["name"] for tensor in config["input"])
+        self.outputs = tuple(tensor["name"] for tensor in config["output"])
         self._parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         self.spec: ModelSpec = spec_from_json(json.loads(self._parameters[SPEC_PARAMETER]))
+
+    def text(self, name: str) -> str:
+        """A parameter of config.pbtxt."""
+        return self._parameters[name]
 
     def integer(self, name: str) -> int:
         """An integer parameter of config.pbtxt."""
@@ -51,41 +51,53 @@ class Settings:
         return [int(value) for value in self._parameters[name].split(",")]
 
 
-def tensor(request: Any, name: str) -> NDArray[Any] | None:
-    """An input of the request, with its batch axis; None if it was not sent."""
-    found = pb_utils.get_input_tensor_by_name(request, name)
-    return None if found is None else found.as_numpy()
+class Inputs:
+    """The inputs of a request by name. The list of tensors is read once, and a tensor is converted when it is read."""
+
+    def __init__(self, request: Any) -> None:
+        self._tensors = {tensor.name(): tensor for tensor in request.inputs()}
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def get(self, name: str) -> NDArray[Any] | None:
+        """An input with its batch axis; None if it was not sent."""
+        found = self._tensors.get(name)
+        return None if found is None else found.as_numpy()
 
 
-def required(request: Any, name: str) -> NDArray[Any]:
+def required(request: Inputs, name: str) -> NDArray[Any]:
     """An input that the configuration requires."""
-    values = tensor(request, name)
+    values = request.get(name)
     assert values is not None, name
     return values
 
 
-def floats(request: Any, name: str) -> NDArray[np.float32]:
+def floats(request: Inputs, name: str) -> NDArray[np.float32]:
     """An output of the encoder in float32; a TensorRT plan may give fewer bits."""
     return required(request, name).astype(np.float32, copy=False)
 
 
-def texts(request: Any, name: str, shown: str = "input") -> list[str] | None:
+def texts(request: Inputs, name: str, shown: str = "input") -> list[str] | None:
     """A BYTES input as texts; None if it was not sent. `shown` is the name of one text in an error.
 
     Raises:
         InputError: the bytes are not UTF-8.
     """
-    values = tensor(request, name)
+    values = request.get(name)
     return None if values is None else [_decoded(value, f"{shown} {i}") for i, value in enumerate(values.reshape(-1))]
 
 
-def option(request: Any, name: str, default: Any = None) -> Any:
+def option(request: Inputs, name: str, default: Any = None) -> Any:
     """The value of an optional input as a Python object; all rows of a request must have the same.
 
     Raises:
         InputError: rows have different values.
     """
-    values = tensor(request, name)
+    values = request.get(name)
     if values is None:
         return default
     first, *rest = values.reshape(-1).tolist()
@@ -94,7 +106,7 @@ def option(request: Any, name: str, default: Any = None) -> Any:
     return _decoded(first, name) if isinstance(first, bytes) else first
 
 
-def shared_texts(request: Any, name: str, shown: str) -> list[str] | None:
+def shared_texts(request: Inputs, name: str, shown: str) -> list[str] | None:
     """The texts of an optional BYTES input; all rows of a request must have the same texts.
 
     Raises:
@@ -124,7 +136,19 @@ def check_finite(name: str, values: NDArray[np.floating[Any]]) -> None:
         )
 
 
-def max_active_dims(request: Any) -> int | None:
+def check_ids(ids: NDArray[np.integer], vocab_size: int) -> None:
+    """Refuse token ids that are not in the vocabulary.
+
+    Raises:
+        InputError: the message names the rows.
+    """
+    wrong = ((ids < 0) | (ids >= vocab_size)).any(axis=1)
+    if wrong.any():
+        rows = ", ".join(map(str, np.flatnonzero(wrong)))
+        raise InputError(f"the inputs {rows} have token ids outside the vocabulary of {vocab_size:,}")
+
+
+def max_active_dims(request: Inputs) -> int | None:
     """The option MAX_ACTIVE_DIMS.
 
     Raises:
@@ -147,14 +171,19 @@ def attempt(work: Callable[[], T]) -> T | Any:
         return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
 
 
-def answer_each(requests: Sequence[Any], answer: Callable[[Any], Mapping[str, NDArray[Any]]]) -> list[Any]:
+def failed(result: Any) -> bool:
+    """Whether `attempt` gave an error."""
+    return isinstance(result, pb_utils.TritonError)
+
+
+def answer_each(requests: Sequence[Any], answer: Callable[[Inputs], Mapping[str, NDArray[Any]]]) -> list[Any]:
     """A response for each request: the tensors of `answer`, or its error."""
-    return [response(attempt(lambda request=request: answer(request))) for request in requests]  # type: ignore[misc]
+    return [response(attempt(partial(answer, Inputs(request)))) for request in requests]
 
 
 def response(result: Any) -> Any:
     """An InferenceResponse with named tensors, or with the TritonError of a failed `attempt`."""
-    if isinstance(result, pb_utils.TritonError):
+    if failed(result):
         return pb_utils.InferenceResponse(error=result)
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, values) for name, values in result.items()])
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
     Settings,
     answer_each,
     check_finite,
@@ -48,7 +49,7 @@ class TritonPythonModel:
         """
         return answer_each(requests, self._answer)
 
-    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+    def _answer(self, request: Inputs) -> dict[str, NDArray[Any]]:
         # An empty name means no label, because a request cannot send a tensor without elements.
         ignored = shared_texts(request, "IGNORE_LABELS", "label")
         wanted = TaggingRequest.of(option(request, "AGGREGATION_STRATEGY"), ignored, None)
@@ -62,7 +63,7 @@ class TritonPythonModel:
         found = wanted.answers(given, pieces, enumerate(logits), self._tokenizer, self._spec)
         return {**entities_to_tensors(found), **logits_to_tensors(logits, self._spec.num_labels)}
 
-    def _own_logits(self, request: Any, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
+    def _own_logits(self, request: Inputs, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
         """Logits [T, L] of each row's own tokens."""
         mask = required(request, "attention_mask") == 1
         logits = np.where(mask[:, :, None], floats(request, "logits"), np.float32(0))

@@ -1,8 +1,8 @@
 """gte_embed_output: converts pooled states to the embeddings that `Model.encode` returns.
 
-The encoder's graph gives both poolings. A TensorRT plan gives its own pooling, or hidden states that are pooled here.
+The encoder gives both poolings, or a TensorRT plan only its own.
 
-Shapes: B rows of a request, S tokens, H hidden size, D dimensions kept.
+Shapes: B rows of a request, H hidden size, D dimensions kept.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,14 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import POOLINGS, Pooling
 from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
     Settings,
     answer_each,
     check_finite,
     floats,
     option,
-    required,
 )
 from gte_deploy.tasks.embed import EmbeddingRequest, check_pooling
-from gte_deploy.tasks.pooling import pool
 from gte_deploy.text.inputs import check_integer
 
 
@@ -40,7 +39,7 @@ class TritonPythonModel:
         """`EMBEDDING` [B, D] for each request."""
         return answer_each(requests, self._answer)
 
-    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+    def _answer(self, request: Inputs) -> dict[str, NDArray[Any]]:
         width = self._spec.embedding_width
         size = option(request, "TRUNCATE_DIM", self._spec.truncate_dim or width)
         check_integer("TRUNCATE_DIM", size, 1, width)
@@ -53,11 +52,8 @@ class TritonPythonModel:
         wanted = EmbeddingRequest(self._spec, pooling, normalize=normalize, truncate_dim=size)
         return {"EMBEDDING": np.ascontiguousarray(wanted.finished(pooled))}
 
-    def _pooled(self, request: Any, pooling: Pooling) -> NDArray[np.float32]:
-        """Pooled states [B, H]: from the encoder, or computed from its hidden states."""
-        name = f"embedding_{pooling}"
-        if name in self._inputs:
+    def _pooled(self, request: Inputs, pooling: Pooling) -> NDArray[np.float32]:
+        """Pooled states [B, H] from the encoder."""
+        if (name := f"embedding_{pooling}") in self._inputs:
             return floats(request, name)
-        if "last_hidden_state" in self._inputs:
-            return pool(floats(request, "last_hidden_state"), required(request, "attention_mask"), pooling)
         raise InputError(f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} use gte_token_embed")

@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.core.errors import InputError
 from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
     Settings,
     answer_each,
     check_finite,
+    check_ids,
     floats,
     option,
     required,
@@ -40,17 +43,18 @@ class TritonPythonModel:
         """`MASKS` [B, 1]; `TOKEN`, `TOKEN_ID`, `SCORE` and `SEQUENCE` [B, M, K] for each request."""
         return answer_each(requests, self._answer)
 
-    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+    def _answer(self, request: Inputs) -> dict[str, NDArray[Any]]:
         top_k = check_integer("TOP_K", option(request, "TOP_K", _DEFAULT_TOP_K), 1, len(self._answerable))
         candidates = self._candidates(request)
         ids, mask = required(request, "input_ids"), required(request, "attention_mask")
+        check_ids(ids, self._spec.vocab_size)
         masks = (ids == self._tokenizer.mask_token_id) & (mask == 1)
         batch = Batch(ids, mask, np.argwhere(masks))
         logits = _logits_of_masks(floats(request, "logits"), masks.sum(axis=1).tolist())
         found = MaskRequest(self._spec, self._tokenizer, candidates, top_k).answer(batch, {"logits": logits})
         return to_tensors(found, min(top_k, len(candidates)))
 
-    def _candidates(self, request: Any) -> NDArray[np.int64]:
+    def _candidates(self, request: Inputs) -> NDArray[np.int64]:
         targets = shared_texts(request, "TARGETS", "target")
         if targets is None:
             return self._answerable
@@ -58,12 +62,14 @@ class TritonPythonModel:
 
 
 def _logits_of_masks(logits: NDArray[np.float32], counts: list[int]) -> NDArray[np.float32]:
-    """Logits [all masks, V] without padding, from [B, M, V] or from a plan's [all masks, V]."""
-    if logits.ndim == 2:
-        ends = np.cumsum(counts)
-        parts = np.split(logits[: ends[-1]], ends[:-1])
-    else:
-        parts = [values[:count] for values, count in zip(logits, counts, strict=True)]
-    for index, part in enumerate(parts):
+    """Logits [all masks, V] without padding, from [B, M, V].
+
+    Raises:
+        InputError: a row has no mask, or more masks than logits; texts are checked before, token ids are not.
+    """
+    parts = [values[:count] for values, count in zip(logits, counts, strict=True)]
+    for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if not count or len(part) < count:
+            raise InputError(f"input {index} has {count:,} masks, and mask_positions has {len(part):,} of them")
         check_finite(f"the logits of input {index}", part)
     return np.concatenate(parts)

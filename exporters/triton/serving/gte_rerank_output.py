@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
     Settings,
     answer_each,
     check_finite,
@@ -29,7 +30,7 @@ class TritonPythonModel:
         """`SCORE` and `LOGITS` [B, L] for each request."""
         return answer_each(requests, self._answer)
 
-    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+    def _answer(self, request: Inputs) -> dict[str, NDArray[Any]]:
         logits = floats(request, "logits")
         check_finite("logits", logits)
         wanted = ScoreRequest(self._spec, apply_softmax=option(request, "APPLY_SOFTMAX", False))

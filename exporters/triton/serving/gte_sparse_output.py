@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
     Settings,
     answer_each,
     check_finite,
+    check_ids,
     floats,
     max_active_dims,
     required,
@@ -40,17 +42,18 @@ class TritonPythonModel:
         """`TOKENS` [B, 1]; `TOKEN`, `TOKEN_ID` and `WEIGHT` [B, N], heaviest first, for each request."""
         return answer_each(requests, self._answer)
 
-    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+    def _answer(self, request: Inputs) -> dict[str, NDArray[Any]]:
         wanted = SparseRequest(self._spec, max_active_dims(request), unweighted=self._unweighted)
         return to_tensors(wanted.vectors(self._weights(request, wanted)), self._name)
 
-    def _weights(self, request: Any, wanted: SparseRequest) -> Iterable[NDArray[np.float32]]:
+    def _weights(self, request: Inputs, wanted: SparseRequest) -> Iterable[NDArray[np.float32]]:
         """The weights [V] of each row."""
         if self._spec.task == "sparse":
             weights = floats(request, "sparse_embedding")
             check_finite("the sparse embedding", weights)
             return weights
         batch = Batch(required(request, "input_ids"), required(request, "attention_mask"))
+        check_ids(batch.input_ids, self._spec.vocab_size)
         logits = np.where(batch.attention_mask[:, :, None] == 1, floats(request, "logits"), np.float32(0))
         check_finite("logits", logits)
         return wanted.weights(batch, {"logits": logits})

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
     Settings,
     answer_each,
     max_active_dims,
@@ -36,7 +37,7 @@ class TritonPythonModel:
         """`TOKENS` [B, 1]; `TOKEN`, `TOKEN_ID` and `WEIGHT` [B, N], heaviest first, for each request."""
         return answer_each(requests, self._answer)
 
-    def _answer(self, request: Any) -> dict[str, NDArray[Any]]:
+    def _answer(self, request: Inputs) -> dict[str, NDArray[Any]]:
         first, last = len(self._template.prefix), len(self._template.suffix)
         lengths = required(request, "attention_mask").sum(axis=1)
         rows = zip(required(request, "input_ids"), lengths, strict=True)

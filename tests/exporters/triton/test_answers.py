@@ -9,7 +9,7 @@ import gte_deploy
 from factories import write_labels
 from runtime_models import PIECES, make_word_checkpoint
 from runtime_models import TEXTS as MASKED_TEXTS
-from triton_emulation import Repository
+from triton_emulation import Repository, Request
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -222,7 +222,7 @@ def test_bad_requests_for_labels(tagger):
     logits = np.zeros((1, 3, len(LABELS)), dtype=np.float32)
     logits[0, 1, 2] = np.nan
     text, mask = np.array([[b"the"]], dtype=np.object_), np.ones((1, 3), dtype=np.int64)
-    (response,) = model.execute([{"TEXT": text, "attention_mask": mask, "logits": logits}])
+    (response,) = model.execute([Request({"TEXT": text, "attention_mask": mask, "logits": logits})])
     assert str(response.error).startswith("NonFiniteError: ")
 
 
@@ -335,7 +335,7 @@ def test_no_nan_leaves(value, repository):
     model = repository("fill-mask").model("gte_embed_output")
     good, bad = np.ones((2, 32), np.float32), np.ones((2, 32), np.float32)
     bad[1, 3] = value
-    requests = [{"embedding_mean": states, "embedding_cls": states} for states in (bad, good)]
+    requests = [Request({"embedding_mean": states, "embedding_cls": states}) for states in (bad, good)]
     first, second = model.execute(requests)
     assert str(first.error).startswith("NonFiniteError: ") and "the inputs 1" in str(first.error)
     assert first.error.code == "INTERNAL"
@@ -345,7 +345,7 @@ def test_no_nan_leaves(value, repository):
 def test_a_failure_nobody_thought_of_fails_that_request(repository):
     model = repository("fill-mask").model("gte_embed_output")
     good = {"embedding_mean": np.ones((1, 32), np.float32), "embedding_cls": np.ones((1, 32), np.float32)}
-    first, second = model.execute([{**good, "NORMALIZE": np.empty((0, 1))}, good])
+    first, second = model.execute([Request({**good, "NORMALIZE": np.empty((0, 1))}), Request(good)])
     assert first.error is not None and second.error is None
 
 
@@ -406,3 +406,42 @@ def test_checkpoints_that_normalise(altered_bundle, bundles, tmp_path):
         np.testing.assert_allclose(answer["EMBEDDING"], model.encode(TEXTS, truncate_dim=8), atol=1e-5)
         (whole,) = opened.ask("gte_embed", {"TEXT": TEXTS})
         np.testing.assert_allclose(np.linalg.norm(whole["EMBEDDING"], axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("truncate_dim", [None, 7, 32])
+def test_the_encoder_finishes_embeddings(normalize, truncate_dim, altered_bundle, bundles, tmp_path):
+    from gte_deploy.bundle.manifest import read_manifest
+    from gte_deploy.exporters.triton.repository import export_repository
+
+    spec = dataclasses.replace(read_manifest(bundles["embed"]).spec, normalize=normalize, truncate_dim=truncate_dim)
+    bundle = altered_bundle("embed", spec=spec)
+    opened = Repository(export_repository(bundle, tmp_path / "repository").path)
+    options = {"TEXT": TEXTS, "PROMPT_NAME": ["query"] * len(TEXTS)}
+    with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
+        (answer,) = opened.ask("gte_embed_fast", options)
+        np.testing.assert_allclose(answer["EMBEDDING"], model.encode(TEXTS, prompt_name="query"), atol=1e-5)
+        scaled = model.encode(TEXTS, prompt_name="query", normalize_embeddings=True)
+        np.testing.assert_allclose(answer["NORMALIZED_EMBEDDING"], scaled, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["embed", "classify", "sparse", "token-classify"])
+def test_wrong_token_ids_fail_alone(task, repository):
+    """The encoder runs all requests in one batch."""
+    name = {"embed": "gte_embed_ids", "classify": "gte_rerank_ids"}.get(task, "gte_sparse_ids")
+    opened = repository(task)
+    ids, mask = np.array([[2, 40, 41, 42, 3]]), np.ones((1, 5), np.int64)
+    wrong = [ids + 124, -ids, np.array([[2, 40, 2**62, 42, 3]])]
+    requests = [{"INPUT_IDS": given, "ATTENTION_MASK": mask} for given in (ids, *wrong, ids)]
+    first, *refused, last = opened.ask(name, *requests)
+    assert opened.runs == [(5, 5)]
+    (alone,) = opened.ask(name, requests[0])
+    for answer in (first, last):
+        for output, values in alone.items():
+            if values.dtype == np.float32:
+                np.testing.assert_allclose(answer[output], values, atol=1e-6)
+    for answer in refused:
+        if task == "embed":
+            assert np.isnan(answer["EMBEDDING"]).all() and np.isnan(answer["NORMALIZED_EMBEDDING"]).all()
+        else:
+            assert str(answer).startswith(("NonFiniteError: ", "InputError: the inputs 0 have token ids outside"))

@@ -11,7 +11,7 @@ from gte_deploy.exporters import cli
 def test_a_repository_of_a_bundle(bundles, tmp_path, capsys):
     assert cli.main(["--format", "triton", str(bundles["embed"]), str(tmp_path / "r"), "--max-queue-size", "9"]) == OK
     out, err = capsys.readouterr()
-    assert out.startswith(f"repository {tmp_path / 'r'} (") and "models to request: gte_embed, gte_token_embed" in out
+    assert out.startswith(f"repository {tmp_path / 'r'} (") and "models to request: gte_embed, gte_embed_fast" in out
     assert "gte-export: check the configurations" in err
     assert "max_queue_size: 9" in (tmp_path / "r" / "gte_encoder" / "config.pbtxt").read_text()
 
@@ -21,7 +21,8 @@ def test_json(bundles, tmp_path, capsys):
     assert cli.main(arguments) == OK
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert result["ensembles"] == ["gte_embed", "gte_token_embed", "gte_rerank"] and result["checked"] is True
+    assert {"gte_embed", "gte_embed_ids", "gte_rerank", "gte_rerank_ids"} < set(result["ensembles"])
+    assert result["checked"] is True
     assert err == ""
 
 
@@ -29,7 +30,7 @@ def test_every_option_reaches_the_export(monkeypatch):
     calls = []
     monkeypatch.setattr(cli, "export_repository", lambda *args, **options: calls.append((args, options)))
     line = "model out --format triton --precision int8 --max-len 64 --max-batch-size 4 --max-queue-size 5 --threads 3"
-    line += " --queue-timeout 0.5 --response-cache --model-version 2 --accelerator tensorrt --force --quiet"
+    line += " --queue-timeout 0.5 --response-cache --model-version 2 --accelerator cuda --force --quiet"
     monkeypatch.setattr(cli, "_result_text", str)
     assert cli.main(line.split()) == OK
     assert calls == [
@@ -44,12 +45,19 @@ def test_every_option_reaches_the_export(monkeypatch):
                 "queue_timeout_s": 0.5,
                 "response_cache": True,
                 "model_version": 2,
-                "accelerator": "tensorrt",
+                "accelerator": "cuda",
                 "force": True,
                 "progress": None,
             },
         )
     ]
+
+
+def test_the_tensorrt_accelerator_is_refused_with_its_replacement(bundles, tmp_path, capsys):
+    arguments = ["--format", "triton", str(bundles["embed"]), str(tmp_path / "r"), "--accelerator", "tensorrt"]
+    assert cli.main(arguments) == USAGE
+    assert "serve it with gte-export --format triton --engine BUNDLE" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", ["--engine=x", "--max-batch-size=3", "--response-cache", "--threads=1"])

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+import gte_deploy
 from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.errors import BundleError, ExportError, InputError, ParityError
 from gte_deploy.core.files import sha256_file
@@ -20,13 +21,16 @@ from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.tasks import TASKS
 from triton_emulation import Repository
 
+EMBEDDING = {"gte_embed", "gte_embed_fast", "gte_embed_ids", "gte_token_embed"}
 ENSEMBLES = {
-    "fill-mask": {"gte_embed", "gte_token_embed", "gte_fill_mask"},
-    "embed": {"gte_embed", "gte_token_embed"},
-    "classify": {"gte_embed", "gte_token_embed", "gte_rerank"},
-    "token-classify": {"gte_embed", "gte_token_embed", "gte_classify_tokens", "gte_sparse"},
-    "sparse": {"gte_embed", "gte_token_embed", "gte_sparse", "gte_sparse_query"},
+    "fill-mask": EMBEDDING | {"gte_fill_mask", "gte_fill_mask_ids"},
+    "embed": EMBEDDING,
+    "classify": EMBEDDING | {"gte_rerank", "gte_rerank_ids"},
+    "token-classify": EMBEDDING | {"gte_classify_tokens", "gte_sparse", "gte_sparse_ids"},
+    "sparse": EMBEDDING | {"gte_sparse", "gte_sparse_ids", "gte_sparse_query"},
 }
+STRAIGHT = {"gte_token_embed", "gte_embed_fast"}
+"""Ensembles of texts whose answers come straight from the encoder."""
 
 
 @pytest.mark.parametrize("task", ENSEMBLES)
@@ -35,7 +39,7 @@ def test_models_by_task(task, repository):
     models = {path.name for path in opened.path.iterdir() if path.is_dir()}
     ensembles = {name for name in models if opened.config(name).platform == "ensemble"}
     assert ensembles == ENSEMBLES[task]
-    outputs = {f"{name}_output" for name in ensembles - {"gte_token_embed"}}
+    outputs = {f"{name}_output" for name in ensembles if name not in STRAIGHT and not name.endswith("_ids")}
     assert models - ensembles == {"gte_tokenizer", "gte_encoder", *outputs}
     for name in models:
         assert (opened.path / name / "1").is_dir()
@@ -136,7 +140,7 @@ def test_options_reach_the_configurations(bundles, tmp_path):
     # The key of Triton's cache is made of the inputs' bytes, without their shapes: only texts are told apart by it.
     models = [path.name for path in result.path.iterdir() if path.is_dir()]
     cached = {name for name in models if opened.config(name).response_cache.enable}
-    assert cached == ENSEMBLES["embed"]
+    assert cached == {"gte_embed", "gte_token_embed"}
     assert (result.path / "gte_encoder" / "5" / "model.onnx").is_file()
     assert "--cache-config=local" in (result.path / "README.md").read_text()
 
@@ -175,7 +179,8 @@ def test_python_models_need_nothing_but_themselves(repositories, tmp_path):
     models = sorted(
         {path.parents[1].name: path for r in repositories.values() for path in r.glob("*/1/model.py")}.values()
     )
-    served = {config for names in ENSEMBLES.values() for config in names if config != "gte_token_embed"}
+    ensembles = set().union(*ENSEMBLES.values())
+    served = {name for name in ensembles if name not in STRAIGHT and not name.endswith("_ids")}
     assert {path.parents[1].name for path in models} == {"gte_tokenizer", *(f"{name}_output" for name in served)}
     for file in models:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -241,7 +246,7 @@ def test_a_bundle_is_not_replaced_by_a_repository(altered_bundle, bundles):
         ({"queue_timeout_s": 0}, "queue_timeout_s is 0"),
         ({"threads": 0}, "threads"),
         ({"model_version": 0}, "model_version"),
-        ({"accelerator": "magic"}, "accelerator is 'magic'"),
+        ({"accelerator": "tensorrt"}, "accelerator is 'tensorrt', and .* --format triton --engine BUNDLE"),
         ({"precision": "int8"}, "is a bundle already; precision"),
         ({"engine": "somewhere"}, "give engine or a model"),
     ],
@@ -324,25 +329,6 @@ def test_graphs_for_cuda_are_for_gpus(altered_bundle, tmp_path):
     assert not (result.path / "gte_encoder" / "configs").exists()
 
 
-def test_tensorrt_in_onnx_runtime(bundles, tmp_path):
-    pytest.importorskip("openvino")
-    result = export_repository(bundles["fill-mask"], tmp_path / "r", accelerator="tensorrt")
-    encoder = Repository(result.path, None).config("gte_encoder")
-    (accelerator,) = encoder.optimization.execution_accelerators.gpu_execution_accelerator
-    assert encoder.default_model_filename == "model_tensorrt.onnx" and accelerator.name == "tensorrt"
-    assert accelerator.parameters["trt_profile_min_shapes"] == "input_ids:1x1,attention_mask:1x1,mask_positions:1x1"
-    assert accelerator.parameters["trt_profile_max_shapes"].startswith("input_ids:32x128,attention_mask:32x128,")
-    assert accelerator.parameters["trt_engine_cache_enable"] == accelerator.parameters["trt_timing_cache_enable"] == "1"
-    assert Repository(result.path, "cpu").config("gte_encoder").default_model_filename == "model.onnx"
-    assert "gte-triton-cache:/var/cache/gte-triton" in (result.path / "README.md").read_text()
-
-
-def test_tensorrt_in_onnx_runtime_needs_standard_operators(altered_bundle, tmp_path):
-    bundle = altered_bundle("embed", precision="int8")
-    with pytest.raises(BundleError, match="holds no FP32 graph of standard operators"):
-        export_repository(bundle, tmp_path / "r", accelerator="tensorrt")
-
-
 def plan_entry(task, *profiles, variant="tensorrt", ids="int32"):
     tokens = [TensorSpec(name, ids, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
     masks = [TensorSpec("mask_positions", "int64", ("masks", 2))] if task == "fill-mask" else []
@@ -366,53 +352,138 @@ def plan_entry(task, *profiles, variant="tensorrt", ids="int32"):
 SHORT, LONG = ((1, 1), (8, 16), (64, 32)), ((1, 33), (2, 100), (4, 128))
 
 
-@pytest.mark.parametrize(("wanted", "rows", "length"), [(None, 4, 128), (16, 16, 32), (4, 4, 128)])
-def test_a_plan_serves_what_its_profiles_take(wanted, rows, length, altered_bundle, tmp_path):
+@pytest.mark.parametrize(("wanted", "rows"), [(None, 64), (16, 16), (4, 4)])
+def test_a_plan_serves_all_its_lengths_with_its_largest_batch(wanted, rows, altered_bundle, tmp_path):
     bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("embed", SHORT, LONG))
     result = export_repository(engine=bundle, output=tmp_path / "r", max_batch_size=wanted)
     assert result.devices == ("gpu",) and result.checked
     opened = Repository(result.path, None)
     encoder = opened.config("gte_encoder")
-    assert (encoder.backend, encoder.max_batch_size) == ("tensorrt", rows)
-    assert list(encoder.instance_group[0].profile) == ["0", "1"]
-    assert (result.path / "gte_encoder" / "1" / "model.plan").read_bytes() == b"plan"
-    assert json.loads(opened.config("gte_embed").parameters["gte_deploy_spec"].string_value)["max_length"] == length
+    assert (encoder.backend, encoder.max_batch_size) == ("python", rows)
+    assert all(tensor.allow_ragged_batch for tensor in encoder.input)
+    assert json.loads(encoder.parameters["profiles"].string_value) == [[1, 32, 64], [33, 128, 4]]
+    plan = opened.config("gte_plan")
+    assert (plan.backend, plan.max_batch_size) == ("tensorrt", 0)
+    assert list(plan.instance_group[0].profile) == ["0", "1"]
+    assert plan.parameters["execution_context_allocation_strategy"].string_value == "ON_PROFILE_CHANGE"
+    assert [list(sample.inputs["input_ids"].dims) for sample in plan.model_warmup] == [[64, 32], [4, 128]]
+    assert (result.path / "gte_plan" / "1" / "model.plan").read_bytes() == b"plan"
+    # Hidden states are large: few rows of them are joined.
+    for name in ("gte_token_encoder", "gte_token_embed"):
+        assert opened.config(name).max_batch_size == 4
+    assert json.loads(opened.config("gte_embed").parameters["gte_deploy_spec"].string_value)["max_length"] == 128
     buckets = opened.config("gte_tokenizer").parameters["length_buckets"].string_value
-    assert buckets.split(",")[-1] == str(length)
+    assert buckets.split(",")[-1] == "128"
     assert {t.name: t.data_type for t in opened.config("gte_tokenizer").output} == {
         t.name: t.data_type for t in encoder.input
     }
 
 
-def test_answers_of_a_plan(altered_bundle, bundles, tmp_path, monkeypatch):
-    """A plan takes 32-bit ids, (row, token) pairs of masks that Triton cannot join, and pools in no way of its own."""
-    import gte_deploy
+@pytest.fixture
+def served_plan(altered_bundle, bundles, tmp_path, monkeypatch):
+    """`served_plan(task, **options)`: a repository of a plan, the model of its graph, and the shapes of its runs.
 
-    bundle = altered_bundle("fill-mask", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("fill-mask", SHORT, LONG))
-    opened = Repository(export_repository(engine=bundle, output=tmp_path / "r").path, None)
-    assert all(opened.config(path.name).max_batch_size == 0 for path in opened.path.iterdir() if path.is_dir())
-    run = opened._run
-    with gte_deploy.load(bundles["fill-mask"], backend="onnx", num_threads=1) as model:
+    ONNX Runtime runs the graph of the bundle in place of the plan, which has the same inputs and outputs.
+    """
+    models = []
+
+    def make(task, **options):
+        bundle = altered_bundle(task, {"tensorrt/model.plan": b"plan"}, plan=plan_entry(task, SHORT, LONG))
+        opened = Repository(export_repository(engine=bundle, output=tmp_path / "r", **options).path, None)
+        models.append(gte_deploy.load(bundles[task], backend="onnx", num_threads=1))
+        run, shapes, profiles = opened._run, [], (Profile(*SHORT), Profile(*LONG))
 
         def run_plan(name, inputs):
-            if name != "gte_encoder":
+            if name != "gte_plan":
                 return run(name, inputs)
-            assert all(feed["input_ids"].dtype == np.int32 for feed in inputs)
-            batches = [
-                (feed["input_ids"].astype(np.int64), feed["attention_mask"].astype(np.int64), feed["mask_positions"])
-                for feed in inputs
-            ]
-            names = ("last_hidden_state", "logits")
-            return [model._backend.run(gte_deploy.backends.base.Batch(*batch), names) for batch in batches]
+            (feed,) = inputs
+            assert feed["input_ids"].dtype == feed["attention_mask"].dtype == np.int32
+            assert any(profile.takes(*feed["input_ids"].shape) for profile in profiles)
+            shapes.append(feed["input_ids"].shape)
+            ids, mask = (feed[name].astype(np.int64) for name in ("input_ids", "attention_mask"))
+            batch = gte_deploy.backends.base.Batch(ids, mask, feed.get("mask_positions"))
+            return [models[-1]._backend.run(batch, feed.requested_output_names())]
 
         monkeypatch.setattr(opened, "_run", run_plan)
-        texts = ["the [MASK] of [MASK]", "a king", "[MASK]"]
-        (embeddings,) = opened.ask("gte_embed", {"TEXT": texts, "POOLING": ["cls"] * 3})
-        np.testing.assert_allclose(embeddings["EMBEDDING"], model.encode(texts, pooling="cls"), atol=1e-5)
-        (answer,) = opened.ask("gte_fill_mask", {"TEXT": [texts[0], texts[2]], "TOP_K": [2, 2]})
-        first, second = model.fill_mask([texts[0], texts[2]], top_k=2)
-        expected = [[[item["token"] for item in best] for best in masks] for masks in (first, [second])]
-        assert [answer["TOKEN_ID"][0].tolist(), answer["TOKEN_ID"][1, :1].tolist()] == expected
+        return opened, models[-1], shapes
+
+    yield make
+    for model in models:
+        model.close()
+
+
+def test_answers_of_a_plan(served_plan):
+    """A plan takes 32-bit ids and (row, token) pairs of masks, and pools in no way of its own."""
+    opened, model, shapes = served_plan("fill-mask")
+    texts = ["the [MASK] of [MASK]", "a king", "[MASK]", "river " * 50]
+    first, second = opened.ask("gte_embed", {"TEXT": texts[:3], "POOLING": ["cls"] * 3}, {"TEXT": texts})
+    np.testing.assert_allclose(first["EMBEDDING"], model.encode(texts[:3], pooling="cls"), atol=1e-5)
+    np.testing.assert_allclose(second["EMBEDDING"], model.encode(texts), atol=1e-5)
+    assert shapes == [(4, 56), (3, 16)]  # together they would be more than the 4 rows of a long run
+    masked = [{"TEXT": [texts[0], texts[2]], "TOP_K": [2, 2]}, {"TEXT": [texts[2]], "TOP_K": [2]}]
+    for request, answer in zip(masked, opened.ask("gte_fill_mask", *masked), strict=True):
+        for row, text in enumerate(request["TEXT"]):
+            expected = model.fill_mask(text, top_k=2)
+            expected = expected if isinstance(expected[0], list) else [expected]
+            found = answer["TOKEN_ID"][row, : len(expected)].tolist()
+            assert found == [[item["token"] for item in best] for best in expected]
+
+
+def test_requests_of_a_plan_are_joined_up_to_the_rows_of_their_length(served_plan):
+    """Short texts run in batches of 64 rows, long ones in batches of 4: the profiles are 64x32 and 4x128."""
+    opened, model, shapes = served_plan("embed")
+    short, long = [f"the king {number}" for number in range(70)], ["river " * 60, "queen " * 61, "the " * 63] * 2
+    texts = [*short, *long]
+    answers = opened.ask("gte_embed_fast", *({"TEXT": [text]} for text in texts))
+    assert shapes == [(2, 80), (4, 64), (64, 16), (6, 16)]
+    expected = model.encode(texts)
+    np.testing.assert_allclose([answer["EMBEDDING"][0] for answer in answers], expected, atol=1e-5)
+    scaled = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose([answer["NORMALIZED_EMBEDDING"][0] for answer in answers], scaled, atol=1e-5)
+    shapes.clear()
+    (answer,) = opened.ask("gte_token_embed", {"TEXT": long[:4]})
+    assert shapes == [(4, 80)] and answer["TOKEN_EMBEDDINGS"].shape == (4, 80, 32)
+
+
+def test_masks_of_a_plan_are_joined_up_to_its_most(served_plan):
+    """Two requests have four rows, and eight masks each as the longest row has: a run takes at most 16 of the 32."""
+    opened, model, shapes = served_plan("fill-mask")
+    opened.model("gte_encoder")._max_masks = 16
+    requests = [{"TEXT": ["[MASK] " * 7, "a [MASK]"]}, {"TEXT": ["the [MASK]", "[MASK] [MASK] " * 4]}]
+    answers = opened.ask("gte_fill_mask", *requests)
+    assert shapes == [(2, 16), (2, 16)]
+    for request, answer in zip(requests, answers, strict=True):
+        for row, text in enumerate(request["TEXT"]):
+            expected = model.fill_mask(text)
+            best = expected[-1] if isinstance(expected[0], list) else expected
+            count = answer["MASKS"][row, 0]
+            assert answer["TOKEN_ID"][row, count - 1].tolist() == [item["token"] for item in best]
+
+
+def test_wrong_token_ids_of_a_plan_fail_alone(served_plan):
+    opened, model, shapes = served_plan("embed")
+    ids = np.array([[2, 5, 6, 3], [2, 7, 3, 0]])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+    requests = [{"INPUT_IDS": ids, "ATTENTION_MASK": mask}]
+    for changed in (ids + 1000, -ids):
+        requests.append({"INPUT_IDS": changed, "ATTENTION_MASK": mask})
+    requests.append({"INPUT_IDS": np.ones((1, 129), np.int64), "ATTENTION_MASK": np.ones((1, 129), np.int64)})
+    requests.append({"INPUT_IDS": ids, "ATTENTION_MASK": mask[:, :3]})
+    good, *wrong = opened.ask("gte_embed_ids", *requests)
+    batch = gte_deploy.backends.base.Batch(ids, mask)
+    expected = model._backend.run(batch, ["sentence_embedding"])["sentence_embedding"]
+    np.testing.assert_allclose(good["EMBEDDING"], expected, atol=1e-5)
+    for error, message in zip(
+        wrong,
+        [
+            "the inputs 0, 1 have token ids outside the vocabulary of 128",
+            "the inputs 0, 1 have token ids outside the vocabulary",
+            "rows of 129 tokens fit no profile of the plan; the lengths are 1 to 32, 33 to 128",
+            "attention_mask has the shape [2, 3], and input_ids [2, 4]",
+        ],
+        strict=True,
+    ):
+        assert f"InputError: {message}" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -428,10 +499,19 @@ def test_plans_that_triton_cannot_run(plan, message, altered_bundle, tmp_path):
         export_repository(engine=altered_bundle("embed", files, plan=plan), output=tmp_path / "r")
 
 
-def test_a_plan_without_the_batch_that_is_asked_for(altered_bundle, tmp_path):
-    bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("embed", SHORT))
-    with pytest.raises(InputError, match="no profile of the plan takes batches of 1 to 65 rows"):
-        export_repository(engine=bundle, output=tmp_path / "r", max_batch_size=65)
+def test_a_plan_that_takes_no_single_text(altered_bundle, tmp_path):
+    plan = plan_entry("embed", ((2, 1), (8, 16), (64, 32)))
+    bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan)
+    with pytest.raises(InputError, match="no profile of the plan takes a single text: 2x1:8x16:64x32"):
+        export_repository(engine=bundle, output=tmp_path / "r")
+
+
+def test_lengths_between_two_profiles_are_no_buckets(altered_bundle, tmp_path):
+    plan = plan_entry("embed", ((1, 1), (8, 16), (64, 32)), ((1, 60), (2, 100), (4, 128)))
+    bundle = altered_bundle("embed", {"tensorrt/model.plan": b"plan"}, plan=plan)
+    opened = Repository(export_repository(engine=bundle, output=tmp_path / "r").path, None)
+    buckets = opened.config("gte_tokenizer").parameters["length_buckets"].string_value
+    assert buckets == "16,24,32,64,80,96,112,128"
 
 
 @pytest.mark.parametrize("longest", [8, 16, 20, 128, 8192])

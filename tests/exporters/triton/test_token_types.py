@@ -57,6 +57,18 @@ def test_pairs_and_single_texts(path, checkpoint):
     assert len(repository.runs) < len(requests), "the batcher joined some"
 
 
+def test_wrong_types_fail_alone(path):
+    ids, mask, types = np.array([[2, 40, 3, 41, 3]]), np.ones((1, 5), np.int64), np.array([[0, 0, 0, 1, 1]])
+    repository = Repository(path, "cpu")
+    requests = [
+        {"INPUT_IDS": ids, "ATTENTION_MASK": mask, "TOKEN_TYPE_IDS": given} for given in (types, types + 9, -types)
+    ]
+    (alone,) = repository.ask("gte_rerank_ids", requests[0])
+    first, *others = repository.ask("gte_rerank_ids", *requests)
+    np.testing.assert_allclose(first["LOGITS"], alone["LOGITS"], atol=1e-6)
+    assert all(np.isfinite(answer["LOGITS"]).all() for answer in others)
+
+
 def test_states_of_tokens_come_with_their_types(path, bundle):
     (answer,) = Repository(path, "cpu").ask("gte_token_embed", {"TEXT": FIRST})
     with gte_deploy.load(bundle, num_threads=1) as model:
@@ -81,14 +93,6 @@ def test_every_configuration_names_the_types(path):
             data = (path / "gte_encoder" / "warmup" / value.input_data_file).read_bytes()
             types = np.frombuffer(data, np.int64)
             assert len(types) == value.dims[0] and 0 <= types.min() and types.max() < 2
-
-
-def test_through_tensorrt_the_types_have_a_profile(bundle, tmp_path):
-    path = export_repository(bundle, tmp_path / "repository", accelerator="tensorrt", threads=1).path
-    assert check_repository(path) == []
-    config = Repository(path, None).config("gte_encoder")
-    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert accelerator.parameters["trt_profile_max_shapes"].endswith(",token_type_ids:32x128")
 
 
 def test_a_graph_that_forgets_its_types_is_found(bundle, path, tmp_path):
