@@ -83,7 +83,7 @@ def build_report(
 def format_table(parity: ParityReport) -> str:
     """Format one line for each case and a verdict for each engine, then the other checks and the caveats."""
     engines = ("\n".join(_engine_lines(engine)) for engine in parity.engines)
-    return "\n".join([*engines, *map(check_line, parity.checks), *parity.caveats])
+    return "\n".join([*engines, *_reference_lines(parity), *map(check_line, parity.checks), *parity.caveats])
 
 
 def verdict(engine: EngineParity) -> str:
@@ -153,7 +153,19 @@ def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _summary(parity: ParityReport) -> list[str]:
     engines = [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))]
-    return [*engines, *map(check_line, parity.checks), *parity.caveats]
+    return [*engines, *_reference_lines(parity), *map(check_line, parity.checks), *parity.caveats]
+
+
+def _reference_lines(parity: ParityReport) -> list[str]:
+    """Return one sentence about cached outputs of PyTorch; none if no output was cached."""
+    use = parity.reference
+    if use is None or not use.cached:
+        return []
+    return [
+        f"PyTorch's hidden states for {use.cached} of {use.batches} batches are those of an earlier export of the same "
+        f"weights on this CPU model, with the same torch and transformers (the oldest of {use.oldest}); their times in "
+        "the table too"
+    ]
 
 
 def _graph_facts(graph: Mapping[str, Any]) -> str:
