@@ -162,9 +162,9 @@ def _reference_lines(parity: ParityReport) -> list[str]:
     if use is None or not use.cached:
         return []
     return [
-        f"PyTorch's hidden states for {use.cached} of {use.batches} batches are those of an earlier export of the same "
-        f"weights on this CPU model, with the same torch and transformers (the oldest of {use.oldest}); their times in "
-        "the table too"
+        f"PyTorch's hidden states for {use.cached} of {use.batches} batches come from the cache: computed for the same "
+        f"weights with the same torch and transformers on this CPU model, the oldest on {use.oldest}. Their times are "
+        "those of that run."
     ]
 
 

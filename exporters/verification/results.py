@@ -128,7 +128,7 @@ class ReferenceUse:
 
     Args:
         batches: number of batches on which PyTorch's outputs were needed.
-        cached: number of these whose hidden states an earlier export of the same weights computed.
+        cached: number of these whose hidden states came from the cache; see `reference_cache`.
         oldest: the earliest day on which cached hidden states were computed, in ISO format; None if none are cached.
     """
 

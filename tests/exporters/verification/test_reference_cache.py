@@ -114,7 +114,7 @@ def test_another_head_uses_the_same_outputs(checkpoint, cache, tmp_path):
 
 def test_the_report_names_the_source_and_the_earlier_times(checkpoint, cache, monkeypatch):
     first, _ = compared(checkpoint("embed"), "embed", cache)
-    assert "earlier export" not in format_table(first)
+    assert "come from the cache" not in format_table(first)
     load = ReferenceCache.load
     monkeypatch.setattr(
         ReferenceCache,
@@ -122,8 +122,8 @@ def test_the_report_names_the_source_and_the_earlier_times(checkpoint, cache, mo
         lambda self, key: (found := load(self, key)) and dataclasses.replace(found, milliseconds=5e6, day="2026-01-31"),
     )
     second, _ = compared(checkpoint("embed"), "embed", cache)
-    assert "for 2 of 6 batches are those of an earlier export of the same weights" in format_table(second)
-    assert "the oldest of 2026-01-31" in format_table(second)
+    assert "for 2 of 6 batches come from the cache" in format_table(second)
+    assert "the oldest on 2026-01-31" in format_table(second)
     assert second.to_json()["reference"] == {"batches": 6, "cached": 2, "oldest": "2026-01-31"}
     times = {result.case: result.reference_ms for result in second.engines[0].cases}
     assert times[SMALL] < 5e6 and all(times[case] > 5e6 for case in LONG)
