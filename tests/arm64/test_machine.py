@@ -22,8 +22,14 @@ def test_a_machine_that_is_not_set_up_is_refused(tmp_path: Path) -> None:
         arm64.installed(tmp_path)
 
 
-def test_a_machine_of_other_versions_is_set_up_anew(tmp_path: Path) -> None:
+def test_a_machine_of_other_versions_or_without_qemu_is_set_up_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     (tmp_path / "done").write_text(arm64._stamp())
+    with pytest.raises(arm64.Unavailable):
+        arm64.installed(tmp_path)
+    (tmp_path / "qemu-aarch64-static").touch()
     assert arm64.installed(tmp_path) == tmp_path
     (tmp_path / "done").write_text(arm64._stamp().replace("numpy==", "numpy==0."))
     with pytest.raises(arm64.Unavailable):

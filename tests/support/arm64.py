@@ -121,7 +121,8 @@ def reaches(log: Path, opcode: int, mask: int) -> bool:
 
 
 def _is_done(folder: Path) -> bool:
-    return _done(folder).is_file() and _done(folder).read_text(encoding="utf-8") == _stamp()
+    is_ours = _done(folder).is_file() and _done(folder).read_text(encoding="utf-8") == _stamp()
+    return is_ours and Path(_qemu(folder)).is_file()  # the system's QEMU may be gone
 
 
 def _done(folder: Path) -> Path:
