@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
 SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 
-.PHONY: help export test test-slow test-gpu lint format docs clean
+.PHONY: help export test test-slow test-gpu test-arm64 lint format docs clean
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
@@ -49,6 +49,10 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu --timeout 0
+
+test-arm64: $(VENV)/.dev
+	$(BIN)/python tests/support/arm64.py
+	$(BIN)/python -m pytest -m arm64 --timeout 0
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

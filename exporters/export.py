@@ -19,7 +19,6 @@ from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.job import Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
-from gte_deploy.exporters.targets.base import Target
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
 from gte_deploy.text.tokenization import TextTokenizer
@@ -189,7 +188,7 @@ def _verify(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
     from gte_deploy.exporters.verification.answers.source_libraries import library_of
 
     bounds = request.options.bounds
-    parity = _compare(request.target, built, job)
+    parity = _compare(request, built, job)
     parity.require(bounds)
     checkpoint, options = job.checkpoint.folder, request.options
     asked = Asked(pooling=options.pooling, limit="own" if options.max_length is None else "asked")
@@ -201,11 +200,12 @@ def _verify(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
     return parity
 
 
-def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
+def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
     """Compare the built graphs or engine, run as users will run them, with PyTorch."""
     from gte_deploy.exporters.verification.cases import TokenSource
     from gte_deploy.exporters.verification.parity import Comparison, check_parity
     from gte_deploy.exporters.verification.reference import TorchReference
+    from gte_deploy.exporters.verification.reference_cache import open_cache
     from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts
 
     spec = job.spec
@@ -218,9 +218,16 @@ def _compare(target: Target, built: Built, job: Job) -> "ParityReport":
         if job.precision == "fp32"
         else TextRounds(builtin_texts("evaluation"), job.tokenizer, spec, max_tokens=EVALUATION_TOKENS),
     )
-    with job.steps("compare with PyTorch"), target.candidates(built, job) as candidates:
+    with job.steps("compare with PyTorch"), request.target.candidates(built, job) as candidates:
         return check_parity(
-            TorchReference(job.model, task=spec.task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse),
+            TorchReference(
+                job.model,
+                task=spec.task,
+                pooling=spec.pooling,
+                logits=spec.logits,
+                sparse=spec.sparse,
+                cache=open_cache(request.options.reference_cache, job.steps.report),
+            ),
             candidates.runs,
             asked,
             caveats=[*built.caveats, *candidates.caveats],

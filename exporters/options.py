@@ -1,6 +1,7 @@
 """The options of an export: the common ones of every target, and those of the chosen target."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -32,6 +33,8 @@ class ExportOptions:
         bounds: if a bound is missed or a check fails, "strict" raises and leaves no bundle; "report" writes the bundle
             with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. A bundle that gives
             numbers that are not finite, has other shapes or does not run is never written.
+        reference_cache: the folder that keeps PyTorch's outputs for long inputs, which later exports of the same
+            weights use; None for the user's cache folder; "off" to compute them each time.
     """
 
     task: str = option(
@@ -60,6 +63,11 @@ class ExportOptions:
         "strict",
         "report: write a bundle that misses its bounds too, with the misses in its manifest",
         choices=get_args(Bounds),
+    )
+    reference_cache: str | os.PathLike[str] | None = option(
+        None,
+        "folder that keeps PyTorch's outputs for later exports of the same weights, or off (default: the user's cache)",
+        metavar="DIR",
     )
 
 

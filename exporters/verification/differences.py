@@ -65,7 +65,7 @@ class CaseResult:
         masks: number of masks in the batch.
         top1: share of masks whose best token is PyTorch's; fill-mask only.
         top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
-        reference_ms: time of PyTorch's run.
+        reference_ms: time of PyTorch's run; that of the earlier run if its outputs are cached.
         candidate_ms: time of the candidate's run.
     """
 
@@ -234,6 +234,8 @@ class CaseComparison:
     def reference(self, side: Runs, case: Case, batch: Batch) -> TimedOutputs:
         """Run the reference, and add its outputs to `scales` and its own rounding to `rounding`."""
         expected = self._run(side, batch)
+        saved_ms = getattr(side, "saved_ms", 0.0)  # only `TorchReference` has a cache
+        expected = dataclasses.replace(expected, milliseconds=expected.milliseconds + saved_ms)
         for name in self._outputs:
             self.scales.add(name, _real(expected.outputs[name], batch))
         if case.ragged:

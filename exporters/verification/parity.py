@@ -108,7 +108,8 @@ def check_parity(
         for engine in engines
         if engine.optional and not engine.passed
     ]
-    return ParityReport(precision=precision, engines=engines, caveats=(*caveats, *missed))
+    use = reference.use if isinstance(reference, TorchReference) else None
+    return ParityReport(precision=precision, engines=engines, caveats=(*caveats, *missed), reference=use)
 
 
 def _require_finite(scale_of: Mapping[str, NDArray[np.float64]]) -> None:

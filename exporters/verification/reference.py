@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, Pooling, SparseSpec, TaskName, head_task
+from gte_deploy.exporters.verification.reference_cache import CachingEncoder, ReferenceCache
+from gte_deploy.exporters.verification.results import ReferenceUse
 from gte_deploy.models.families import head_of
 from gte_deploy.models.heads import ClassifyHead, Head, HeadOptions, States, TokenClassifyHead, encode_padded, make_head
 from gte_deploy.tasks.base import HIDDEN
@@ -26,6 +28,8 @@ class TorchReference:
 
     The sparse head differs: it follows the definitions token by token, so that it can find an error in the head that
     graphs are traced from.
+
+    With a cache, the encoder's outputs for long batches are taken from it, and new ones are stored there.
     """
 
     def __init__(
@@ -36,17 +40,31 @@ class TorchReference:
         pooling: Pooling,
         logits: Logits,
         sparse: SparseSpec | None = None,
+        cache: ReferenceCache | None = None,
     ) -> None:
         self._model: Any = model.eval()
+        encoder: Any = model.base_model
+        self._cached = None if cache is None else CachingEncoder(encoder, cache)
+        self._encoder = encoder if self._cached is None else self._cached
         options = HeadOptions(task, pooling, logits, sparse)
         self._head: Head = make_head(model, options) if sparse is None else _SparseByDefinition(model, sparse)
         self.terms: dict[str, NDArray[np.float64]] = {}
         """Output with labels -> [L], the largest √(Σ(w·x)² + b²) of each label so far; see `Scales`."""
 
+    @property
+    def use(self) -> ReferenceUse | None:
+        """The number of batches so far, and how many of them came from the cache; None without a cache."""
+        return None if self._cached is None else self._cached.use
+
+    @property
+    def saved_ms(self) -> float:
+        """The milliseconds that the cache saved in the last run."""
+        return 0.0 if self._cached is None else self._cached.saved_ms
+
     @torch.inference_mode()
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`; every output of the task is returned, whatever `outputs` names."""
-        states = encode_padded(self._model.base_model, batch)
+        states = encode_padded(self._encoder, batch)
         if isinstance(self._head, (ClassifyHead, TokenClassifyHead)):
             self._keep_terms(head_of(self._model, self._head.options.task), self._head.features(states))
         results = {HIDDEN: states.hidden, self._head.output: self._head(states)}

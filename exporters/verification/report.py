@@ -83,7 +83,7 @@ def build_report(
 def format_table(parity: ParityReport) -> str:
     """Format one line for each case and a verdict for each engine, then the other checks and the caveats."""
     engines = ("\n".join(_engine_lines(engine)) for engine in parity.engines)
-    return "\n".join([*engines, *map(check_line, parity.checks), *parity.caveats])
+    return "\n".join([*engines, *_reference_lines(parity), *map(check_line, parity.checks), *parity.caveats])
 
 
 def verdict(engine: EngineParity) -> str:
@@ -153,7 +153,19 @@ def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _summary(parity: ParityReport) -> list[str]:
     engines = [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))]
-    return [*engines, *map(check_line, parity.checks), *parity.caveats]
+    return [*engines, *_reference_lines(parity), *map(check_line, parity.checks), *parity.caveats]
+
+
+def _reference_lines(parity: ParityReport) -> list[str]:
+    """Return one sentence about cached outputs of PyTorch; none if no output was cached."""
+    use = parity.reference
+    if use is None or not use.cached:
+        return []
+    return [
+        f"PyTorch's hidden states for {use.cached} of {use.batches} batches come from the cache: computed for the same "
+        f"weights with the same torch and transformers on this CPU model, the oldest on {use.oldest}. Their times are "
+        "those of that run."
+    ]
 
 
 def _graph_facts(graph: Mapping[str, Any]) -> str:

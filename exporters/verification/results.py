@@ -123,6 +123,27 @@ class EngineParity:
 
 
 @dataclass(frozen=True)
+class ReferenceUse:
+    """The source of PyTorch's outputs.
+
+    Args:
+        batches: number of batches on which PyTorch's outputs were needed.
+        cached: number of these whose hidden states came from the cache; see `reference_cache`.
+        oldest: the earliest day on which cached hidden states were computed, in ISO format; None if none are cached.
+    """
+
+    batches: int = 0
+    cached: int = 0
+    oldest: str | None = None
+
+    def with_batch(self, cached_on: str | None) -> "ReferenceUse":
+        """Return the counts with one more batch, cached on a day or computed now (None)."""
+        if cached_on is None:
+            return ReferenceUse(self.batches + 1, self.cached, self.oldest)
+        return ReferenceUse(self.batches + 1, self.cached + 1, min(cached_on, self.oldest or cached_on))
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The comparison of every engine of one export with PyTorch.
 
@@ -131,12 +152,14 @@ class ParityReport:
         engines: the engines, each with its own bounds, over the same cases.
         caveats: one sentence for each thing that could not be compared here or is not verified.
         checks: the checks besides the comparison of graphs; see `with_checks`.
+        reference: the source of PyTorch's outputs; None if no cache was used.
     """
 
     precision: Precision
     engines: tuple[EngineParity, ...]
     caveats: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+    reference: ReferenceUse | None = None
 
     @property
     def passed(self) -> bool:
@@ -175,6 +198,7 @@ class ParityReport:
                 "engines": [engine.to_json() for engine in self.engines],
                 "not_proven": list(self.caveats),
                 "checks": [check.to_json() for check in self.checks],
+                "reference": self.reference and dataclasses.asdict(self.reference),
             }
         )
 

@@ -1,5 +1,7 @@
 """Runs the graph of a bundle with ONNX Runtime: on the CPU, on CUDA or through TensorRT."""
 
+import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,9 @@ from gte_deploy.core.spec import ModelSpec, Precision, Profile
 logger = logging.getLogger(__name__)
 
 _LOG_ERRORS_ONLY = 3
+# Major version of CUDA -> the oldest NVIDIA driver for Linux that runs it.
+# https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
+_DRIVERS = {"12": "525", "13": "580"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class OnnxBackend:
         self.precision: Precision = precision
         self.num_threads = num_threads or available_cpus()
         self._tensorrt = tensorrt
-        ort = _import_onnxruntime()
+        ort = _import_onnxruntime(device)
         self._errors = _error_types()
         self._run_options = ort.RunOptions()
         self._session: Any = self._open(ort, graph)
@@ -146,6 +151,11 @@ class OnnxBackend:
         options.enable_mem_pattern = False
         self._run_options.only_execute_path_to_fetches = True
         providers = _providers(ort, self.device, self._tensorrt)
+        if parse_device(self.device)[0] == "cuda":
+            _load_cuda_libraries(ort)
+        if self._tensorrt is not None:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("tensorrt_libs")  # loads the libraries of pip's tensorrt-cu13
         try:
             session = ort.InferenceSession(str(graph), options, providers=providers)
         except self._errors as error:
@@ -153,19 +163,48 @@ class OnnxBackend:
         wanted, active = providers[0][0], session.get_providers()[0]
         if active != wanted:
             raise BackendError(
-                f"device {self.device!r} needs {wanted}, and ONNX Runtime fell back to {active}: the libraries of "
-                f"{'TensorRT 10 (pip install tensorrt-cu12==10.*)' if self._tensorrt else 'CUDA'} could not be loaded. "
-                "Install them, or pass device='cpu'."
+                f"device {self.device!r} needs {wanted}, and ONNX Runtime fell back to {active}: "
+                f"{_missing_libraries(ort, through_tensorrt=self._tensorrt is not None)}, or pass device='cpu'."
             )
         return session
 
 
-def _import_onnxruntime() -> Any:
+def _import_onnxruntime(device: str) -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise MissingDependencyError("onnxruntime", "cpu") from error
+        raise MissingDependencyError("onnxruntime", "cpu" if parse_device(device)[0] == "cpu" else "gpu") from error
     return onnxruntime
+
+
+@functools.cache
+def _load_cuda_libraries(ort: Any) -> None:
+    """Load the CUDA and cuDNN libraries that pip installed. They are not on the linker's search path.
+
+    A missing library is logged at level DEBUG; ONNX Runtime then looks for it on the search path.
+    """
+    preload = getattr(ort, "preload_dlls", None)  # new in 1.21
+    if preload is None:
+        return
+    # It prints what it does not find. Redirecting stdout would also take what other threads print.
+    ort.print = lambda *words: logger.debug("onnxruntime.preload_dlls: %s", " ".join(map(str, words)))
+    try:
+        preload()
+    except (OSError, RuntimeError) as error:
+        logger.debug("onnxruntime.preload_dlls failed: %s", error)
+    finally:
+        vars(ort).pop("print", None)
+
+
+def _missing_libraries(ort: Any, *, through_tensorrt: bool) -> str:
+    """Return which libraries could not be loaded, and how to install them."""
+    version = getattr(ort, "cuda_version", "") or "13"
+    major = version.partition(".")[0]
+    driver = f"an NVIDIA driver {_DRIVERS[major]} or newer" if major in _DRIVERS else "an NVIDIA driver for it"
+    packages, libraries = "'gte-deploy[gpu]'", f"CUDA {version}"
+    if through_tensorrt:
+        packages, libraries = f"{packages} 'tensorrt-cu{major}==10.*'", f"TensorRT 10 and {libraries}"
+    return f"the libraries of {libraries} could not be loaded. Install {driver}, and pip install {packages}"
 
 
 def _error_types() -> tuple[type[Exception], ...]:

@@ -1,9 +1,12 @@
 """What the ONNX backend refuses, and how it looks into a graph without the onnx package."""
 
 import dataclasses
+import importlib
 import json
+import re
 import shutil
 import sys
+import types
 
 import numpy as np
 import onnx
@@ -12,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import gte_deploy
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT, _providers
+from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT, _load_cuda_libraries, _providers
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
 from gte_deploy.bundle.manifest import FileEntry, GraphEntry, Manifest, read_manifest
 from gte_deploy.core.errors import BackendError, BundleError, InputError, MissingDependencyError, NonFiniteError
@@ -217,6 +220,110 @@ def test_cuda_and_tensorrt_get_their_options(monkeypatch, tmp_path):
         _providers(onnxruntime, "cuda", TENSORRT)
 
 
+@pytest.fixture
+def fake_gpu_package(monkeypatch, tmp_path):
+    """`fake_gpu_package(source, version)`: an onnxruntime-gpu without a driver, whose `preload_dlls` is `source`."""
+    import onnxruntime
+
+    def opened(source, version="13.0"):
+        fake = types.ModuleType("onnxruntime")
+        vars(fake).update(vars(onnxruntime))
+        for name in ("preload_dlls", "print"):
+            vars(fake).pop(name, None)
+        fake.cuda_version = version
+        fake.calls = []
+        fake.get_available_providers = lambda: GPU_PROVIDERS
+        # Without its libraries, a provider is left out, and ONNX Runtime takes the next.
+        on_cpu = [("CPUExecutionProvider", {})]
+        fake.InferenceSession = lambda path, options, providers: (
+            fake.calls.append("session") or onnxruntime.InferenceSession(path, options, providers=on_cpu)
+        )
+        exec(source, vars(fake))
+        monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+        return fake
+
+    return opened
+
+
+GPU_PROVIDERS = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+PRELOAD = """
+def preload_dlls():
+    calls.append("preload")
+    print("Failed to load libcublas.so.13:", OSError("no such file"))
+"""
+
+
+def test_cuda_libraries_of_pip_are_loaded_once_before_the_first_session(fake_gpu_package, tmp_path, capfd, caplog):
+    fake = fake_gpu_package(PRELOAD)
+    caplog.set_level("DEBUG", "gte_deploy")
+    for _ in range(2):
+        with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
+            OnnxBackend(saved(tmp_path, graph_model()), SPEC, device="cuda")
+    assert fake.calls == ["preload", "session", "session"]
+    assert capfd.readouterr() == ("", "")
+    assert "Failed to load libcublas.so.13: no such file" in caplog.text
+    assert not hasattr(fake, "print"), "the function's own print is back"
+
+
+@pytest.mark.parametrize("source", ["", "def preload_dlls():\n    raise RuntimeError('no such directory')"])
+def test_preloading_is_not_required(fake_gpu_package, tmp_path, source):
+    fake_gpu_package(source)
+    with pytest.raises(BackendError, match="fell back to CPUExecutionProvider"):
+        OnnxBackend(saved(tmp_path, graph_model()), SPEC, device="cuda")
+
+
+def test_the_cpu_loads_no_cuda_libraries(fake_gpu_package, tmp_path):
+    fake = fake_gpu_package(PRELOAD)
+    OnnxBackend(saved(tmp_path, graph_model()), SPEC, num_threads=1).close()
+    assert fake.calls == ["session"]
+
+
+def test_the_installed_onnxruntime_preloads_silently(capfd):
+    import onnxruntime
+
+    _load_cuda_libraries.cache_clear()
+    _load_cuda_libraries(onnxruntime)
+    assert capfd.readouterr() == ("", "")
+    assert "print" not in vars(onnxruntime)
+
+
+@pytest.mark.parametrize(
+    "version, tensorrt, says",
+    [
+        ("13.0", None, "CUDA 13.0 could not be loaded. Install an NVIDIA driver 580 or newer, and pip install "
+         "'gte-deploy[gpu]', or pass device='cpu'"),
+        ("12.8", None, "CUDA 12.8 could not be loaded. Install an NVIDIA driver 525 or newer"),
+        ("14.1", None, "Install an NVIDIA driver for it"),
+        ("13.0", TENSORRT, "TensorRT 10 and CUDA 13.0 could not be loaded. Install an NVIDIA driver 580 or newer, and "
+         "pip install 'gte-deploy[gpu]' 'tensorrt-cu13==10.*'"),
+    ],
+)  # fmt: skip
+def test_missing_libraries_are_named_with_their_packages(fake_gpu_package, tmp_path, version, tensorrt, says):
+    fake_gpu_package(PRELOAD, version)
+    with pytest.raises(BackendError, match=re.escape(says)):
+        OnnxBackend(saved(tmp_path, graph_model()), SPEC, device="cuda", tensorrt=tensorrt)
+
+
+def test_tensorrt_loads_the_libraries_of_its_package(fake_gpu_package, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(importlib, "import_module", record_imports(loaded))
+    fake_gpu_package(PRELOAD)
+    for tensorrt in (None, TENSORRT):
+        with pytest.raises(BackendError, match="could not be loaded"):
+            OnnxBackend(saved(tmp_path, graph_model()), SPEC, device="cuda", tensorrt=tensorrt)
+        assert ("tensorrt_libs" in loaded) == (tensorrt is not None)
+
+
+def record_imports(loaded):
+    found = importlib.import_module
+
+    def import_module(name):
+        loaded.append(name)
+        return types.ModuleType(name) if name == "tensorrt_libs" else found(name)
+
+    return import_module
+
+
 def test_through_tensorrt_a_batch_is_run_in_parts_of_the_profiles_shape(tmp_path):
     """The provider itself needs a GPU; what is run on it, and what becomes of it, is the same on the CPU."""
     path = saved(tmp_path, graph_model())
@@ -258,10 +365,11 @@ def test_threads_default_to_the_cpus_of_the_process(tmp_path, monkeypatch):
     assert options.intra_op_num_threads == 3
 
 
-def test_without_onnxruntime_the_extra_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("device, extra", [("cpu", "cpu"), ("cuda:1", "gpu")])
+def test_without_onnxruntime_the_extra_is_named(tmp_path, monkeypatch, device, extra):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r"gte-deploy\[cpu\]"):
-        OnnxBackend(saved(tmp_path, graph_model()), SPEC)
+    with pytest.raises(MissingDependencyError, match=rf"gte-deploy\[{extra}\]"):
+        OnnxBackend(saved(tmp_path, graph_model()), SPEC, device=device)
 
 
 def rewritten(bundle, target, change):
