@@ -9,7 +9,7 @@ TensorRT takes the data type of every tensor from the graph, so the graph define
   by PyTorch's own FP32 cosines and sines (the graph never computes an angle), the gated unit, the mask before it is
   added to the scores, pooling, and the outputs. These are elementwise operations that fuse into one kernel, whose
   inputs and outputs have 16 bits. Softmax is in the attention kernel, which keeps scores and sums in FP32 by itself.
-* The up and gate projections are one GEMM, whose result is split in two.
+* Queries, keys and values are one GEMM (see the module `qkv`), and so are the up and gate projections.
 * For a padding-free engine, the module `padding_free` first rewrites the graph to the tokens of all texts, without
   padding. Attention is then TRT_Attention, an operator of TensorRT itself.
 
@@ -47,6 +47,7 @@ from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import smooth
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
+from gte_deploy.exporters.targets.tensorrt.qkv import joined_parts
 
 EightBits = Literal["int8", "fp8"]
 
@@ -124,9 +125,9 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
     amax = {**scheme.amax, **{merged_name(name): value for name, value in scheme.amax.items()}}
     excluded = scheme.excluded | {merged_name(name) for name in scheme.excluded}
     linears = find_linear_layers(model)
-    chosen = [linear for linear in linears if linear.name not in excluded]
+    chosen = [linear for linear in linears if not joined_parts(linear) & excluded]
     for linear in chosen:
-        _quantize_linear(model.graph, linear, scheme.kind, amax[linear.name])
+        _quantize_linear(model.graph, linear, scheme.kind, max(amax[name] for name in joined_parts(linear)))
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # GEMMs that share an input quantize it once
     return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": len(linears) - len(chosen)}

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
 
-LAYERS, GEMMS = 12, 6 * 12
+LAYERS, GEMMS = 12, 4 * 12
 MAX_BYTES = 2 << 30
 # In a process of its own, without torch. Its own peak is VmHWM: ru_maxrss also counts the process that started it.
 BUILD = """

@@ -21,7 +21,7 @@ from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resol
 
 OPTIONS = TensorRTOptions()
 PROFILES = default_profiles(8192)
-GEMMS = {"fp16": 0, "bf16": 0, "int8": 6, "fp8": 6}
+GEMMS = {"fp16": 0, "bf16": 0, "int8": 4, "fp8": 4}
 
 
 @pytest.fixture(scope="module")
