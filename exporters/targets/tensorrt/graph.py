@@ -3,8 +3,9 @@
 TensorRT takes the data type of every tensor from the graph, so the graph defines them all:
 
 * GEMMs, attention and the stored weights are in FP16 or BF16. In INT8 and FP8, QuantizeLinear and DequantizeLinear are
-  around the GEMMs, but never in or around attention: with them TensorRT would not use its fused attention kernel, and
-  its scratch memory would grow sixteenfold. TensorRT needs symmetric quantization: zero points are 0.
+  around the GEMMs, but not in or around attention: with them TensorRT-RTX would not use its fused attention kernel,
+  and its scratch memory would grow sixteenfold. The exception is FP8 attention, for ordinary TensorRT, on request (see
+  the module `fp8_attention`). TensorRT needs symmetric quantization: zero points are 0.
 * Between GEMMs and attention, FP32 is used: for residual sums with their LayerNorms, the rotation of queries and keys
   by PyTorch's own FP32 cosines and sines (the graph never computes an angle), the gated unit, the mask before it is
   added to the scores, pooling, and the outputs. These are elementwise operations that fuse into one kernel, whose
@@ -46,6 +47,7 @@ from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.int8 import smooth
+from gte_deploy.exporters.targets.tensorrt.fp8_attention import AttentionAmax, quantize_attention
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
 from gte_deploy.exporters.targets.tensorrt.qkv import joined_parts
 
@@ -75,12 +77,14 @@ class QdqScheme:
         amax: weight's name -> the largest representable magnitude of the GEMM's input, after smoothing.
         smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.int8`.
         excluded: names of weights whose GEMMs stay in FP16.
+        attention: module of an attention -> the magnitudes that FP8 must represent; empty if attention stays in FP16.
     """
 
     kind: EightBits
     amax: Mapping[str, float]
     smoothing: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
+    attention: Mapping[str, AttentionAmax] = field(default_factory=dict)
 
     def excluding(self, names: Collection[str]) -> "QdqScheme":
         """The same scheme with these weights in FP16 as well."""
@@ -116,6 +120,8 @@ def tensorrt_graph(
     if scheme is not None:
         counts |= _quantize(model, scheme)
     _assign_types(model.graph, COMPUTE_DTYPES[precision])
+    if scheme is not None and scheme.attention:
+        counts |= quantize_attention(model, scheme.attention)
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return graph_of(model, counts, plain.opset)
