@@ -66,7 +66,7 @@ def test_tensorrt_rtx_is_refused_before_a_model_is_loaded(monkeypatch, tmp_path)
     module = types.SimpleNamespace(__version__="1.7")
     monkeypatch.setattr(target, "choose_runtime", lambda asked: Runtime("tensorrt-rtx", "no GPU was found", module))
     monkeypatch.setattr("gte_deploy.models.checkpoint.load_described", None)
-    with pytest.raises(ExportError, match="because no GPU was found: .*sixteenfold.*--onnx-only"):
+    with pytest.raises(ExportError, match="because no GPU was found: .*unfused.*--onnx-only"):
         export(output=tmp_path / "b", format="trt", precision="fp8", fp8_attention=True)
     assert not (tmp_path / "b").exists()
 
