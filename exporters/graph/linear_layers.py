@@ -62,6 +62,6 @@ def linear_layer_of(node: ir.Node | None) -> LinearLayer | None:
 
 
 def is_quantized(node: ir.Node) -> bool:
-    """Whether `node` is a MatMul with a dequantized matrix: a GEMM of 8-bit values in TensorRT and OpenVINO."""
+    """Whether `node` is a MatMul with a dequantized weight: a GEMM of 8-bit values in TensorRT and OpenVINO."""
     weight = operand(node, 1).producer() if node.op_type == "MatMul" else None
-    return weight is not None and weight.op_type == "DequantizeLinear"
+    return weight is not None and weight.op_type == "DequantizeLinear" and operand(weight, 0).is_initializer()

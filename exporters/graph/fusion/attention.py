@@ -80,6 +80,15 @@ def require_same_heads(attention: Attention, query: Heads, key: Heads, value: He
     require(same_constant(attention.output.inputs[1], [0, 0, width]), f"the heads are not joined to [0, 0, {width}]")
 
 
+def require_mask_of_keys(bias: ir.Value) -> None:
+    """Raise Mismatch unless the additive mask is the same for all queries and heads."""
+    shape = dimensions(bias)
+    require(
+        len(shape) == 4 and shape[1:3] == (1, 1),
+        f"the mask {bias.name!r} has shape {list(shape)}, not [batch, 1, 1, sequence]",
+    )
+
+
 def require_mask_columns(value: ir.Value | None) -> ir.Node:
     """Match the Concat of heads [B, S, N, D] and mask columns in queries or keys after this pass, or raise Mismatch."""
     return producer(producer(value, "Reshape").inputs[0], "Concat")
@@ -90,11 +99,7 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     output, bias = found.output, found.bias
     query, key, value = (require_heads(v) for v in (found.query, found.key, found.value))
     require_same_heads(found, query, key, value)
-    shape = dimensions(bias)
-    require(
-        len(shape) == 4 and shape[1:3] == (1, 1),
-        f"the mask {bias.name!r} has shape {list(shape)}, not [batch, 1, 1, sequence]",
-    )
+    require_mask_of_keys(bias)
 
     build = Builder(graph, output, scope_of(output))
     query_columns, key_columns = _mask_columns(graph, output, bias, found.scale, query.count)

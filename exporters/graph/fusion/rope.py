@@ -41,12 +41,15 @@ class Rotation:
     Args:
         heads: x, [B, N, S, D].
         cosines, sines: the tables whose slices are cos and sin, initialisers [max_length, D/2].
+        cosine, sine: the factors cos and sin, [1, 1, S, D].
         total: the Add of both terms, [B, N, S, D].
     """
 
     heads: Heads
     cosines: ir.Value
     sines: ir.Value
+    cosine: ir.Value
+    sine: ir.Value
     total: ir.Node
 
 
@@ -67,7 +70,7 @@ def require_rotation(negation: ir.Node) -> Rotation:
     sine = other_operand(sine_term, rotated.outputs[0])
     cosine_term = producer(other_operand(total, sine_term.outputs[0]), "Mul")
     cosine = other_operand(cosine_term, operand(upper, 0))
-    return Rotation(heads, _table(cosine, half), _table(sine, half), total)
+    return Rotation(heads, _table(cosine, half), _table(sine, half), cosine, sine, total)
 
 
 def _rewrite(graph: ir.Graph, negation: ir.Node) -> None:

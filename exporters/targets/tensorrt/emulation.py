@@ -55,6 +55,9 @@ _MAX_SCORES = 1 << 27
 """The most scores, B · N · S · S, of one run. ONNX Runtime holds about five FP32 and FP16 copies of them at once."""
 
 
+_ROUNDINGS = frozenset(("Cast", "QuantizeLinear", "DequantizeLinear"))
+
+
 class PaddedOnnx:
     """Runs a padded graph for TensorRT in ONNX Runtime, in the form that each batch needs."""
 
@@ -267,7 +270,7 @@ def _producer_of_scores(node: ir.Node) -> ir.Node:
     candidates = node.inputs[:1] if node.op_type == "MatMul" else node.inputs
     for value in candidates:
         before = source = None if value is None else value.producer()
-        while source is not None and source.op_type == "Cast":  # a rounding
+        while source is not None and source.op_type in _ROUNDINGS:
             source = operand(source, 0).producer()
         if before is not None and source is not None and source.op_type in ("MatMul", "Mul", "Add", "Softmax"):
             return before

@@ -3,8 +3,9 @@
 TensorRT takes the data type of every tensor from the graph, so the graph defines them all:
 
 * GEMMs, attention and the stored weights are in FP16 or BF16. In INT8 and FP8, QuantizeLinear and DequantizeLinear are
-  around the GEMMs, but never in or around attention: with them TensorRT would not use its fused attention kernel, and
-  its scratch memory would grow sixteenfold. TensorRT needs symmetric quantization: zero points are 0.
+  around the GEMMs, but not in or around attention: with them TensorRT-RTX would not use its fused attention kernel,
+  and its scratch memory would grow sixteenfold. The exception is FP8 attention, for ordinary TensorRT, on request (see
+  the module `fp8_attention`). TensorRT needs symmetric quantization: zero points are 0.
 * An 8-bit GEMM multiplies its sums by a power of two before it stores them, so that no sum overflows FP16. The scales
   of its outputs are an FP32 product behind it (docs/decisions/eight-bit-sums.md).
 * Between GEMMs and attention, FP32 is used: for residual sums with their LayerNorms, the rotation of queries and keys
@@ -12,7 +13,7 @@ TensorRT takes the data type of every tensor from the graph, so the graph define
   gated unit and its quantization, the mask before it is added to the scores, pooling, and the outputs. These are
   elementwise operations that fuse into one kernel, whose inputs and outputs have 16 bits. Softmax is in the attention
   kernel, which may compute scores and sums in FP32 or in 16 bits: TensorRT does not let the graph decide.
-* The up and gate projections are one GEMM, whose result is split in two.
+* Queries, keys and values are one GEMM (see the module `qkv`), and so are the up and gate projections.
 * For a padding-free engine, the module `padding_free` first rewrites the graph to the tokens of all texts, without
   padding. Attention is then TRT_Attention, an operator of TensorRT itself.
 
@@ -51,7 +52,9 @@ from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.half import rounded_when_read
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, is_quantized
 from gte_deploy.exporters.quantization.int8 import quantize_columns, smooth
+from gte_deploy.exporters.targets.tensorrt.fp8_attention import AttentionAmax, quantize_attention
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
+from gte_deploy.exporters.targets.tensorrt.qkv import joined_parts
 
 EightBits = Literal["int8", "fp8"]
 
@@ -82,12 +85,14 @@ class QdqScheme:
         amax: weight's name -> the largest representable magnitude of the GEMM's input, after smoothing.
         smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.int8`.
         excluded: names of weights whose GEMMs stay in FP16.
+        attention: module of an attention -> the magnitudes that FP8 must represent; empty if attention stays in FP16.
     """
 
     kind: EightBits
     amax: Mapping[str, float]
     smoothing: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
+    attention: Mapping[str, AttentionAmax] = field(default_factory=dict)
 
     def excluding(self, names: Collection[str]) -> "QdqScheme":
         """The same scheme with these weights in FP16 as well."""
@@ -123,6 +128,8 @@ def tensorrt_graph(
     if scheme is not None:
         counts |= _quantize(model, scheme)
     _assign_types(model.graph, COMPUTE_DTYPES[precision])
+    if scheme is not None and scheme.attention:
+        counts |= quantize_attention(model, scheme.attention)
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return graph_of(model, counts, plain.opset)
@@ -132,9 +139,9 @@ def _quantize(model: ir.Model, scheme: QdqScheme) -> dict[str, int]:
     amax = {**scheme.amax, **{merged_name(name): value for name, value in scheme.amax.items()}}
     excluded = scheme.excluded | {merged_name(name) for name in scheme.excluded}
     linears = find_linear_layers(model)
-    chosen = [linear for linear in linears if linear.name not in excluded]
+    chosen = [linear for linear in linears if not joined_parts(linear) & excluded]
     for linear in chosen:
-        _quantize_linear(model.graph, linear, scheme.kind, amax[linear.name])
+        _quantize_linear(model.graph, linear, scheme.kind, max(amax[name] for name in joined_parts(linear)))
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.CommonSubexpressionEliminationPass()(model)  # GEMMs that share an input quantize it once
     return {f"{scheme.kind}_linears": len(chosen), "fp16_linears": len(linears) - len(chosen)}

@@ -112,8 +112,10 @@ class Padded:
         return rows | {"mask_positions": [(count, 2) for count in mask_profile(profile)]}
 
     def rewrite(self, model: "ir.Model", sites: Mapping[str, int]) -> dict[str, int]:
-        """Do nothing: the trace has this layout already."""
-        return {}
+        """Join queries, keys and values; the trace has this layout already."""
+        from gte_deploy.exporters.targets.tensorrt.qkv import join_projections
+
+        return join_projections(model, sites=sites)
 
     def emulation(
         self, graph: "Graph", spec: ModelSpec, *, profiles: Sequence[Profile], num_heads: int

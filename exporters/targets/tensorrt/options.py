@@ -37,6 +37,8 @@ class TensorRTOptions(CalibrationOptions):
         profiles: the shapes that the engine takes; empty for the default profiles.
         lengths: a file with one length in tokens per line; the profiles follow its distribution.
         calibrator: how INT8 and FP8 scales are chosen, see `gte_deploy.exporters.quantization.calibration`.
+        fp8_attention: whether FP8 includes attention, which only ordinary TensorRT fuses; see
+            `gte_deploy.exporters.targets.tensorrt.fp8_attention`. No such engine has been built so far.
         onnx_only: whether to write only the graph.
         keep_onnx: whether the graph stays in the bundle beside the engine.
         workspace: bytes of scratch memory that a kernel may use.
@@ -77,6 +79,11 @@ class TensorRTOptions(CalibrationOptions):
     )
     calibrator: "Calibrator" = option(
         "max", "how ranges are clipped", choices=("max", "percentile", "entropy"), precisions=("int8", "fp8")
+    )
+    fp8_attention: bool = option(
+        False,
+        "quantize attention to FP8 too, for ordinary TensorRT; no such engine has been built so far",
+        precisions=("fp8",),
     )
     onnx_only: bool = option(False, "write the graph and the trtexec command, but build no engine")
     keep_onnx: bool = option(False, "keep the graph in the bundle, beside the engine")

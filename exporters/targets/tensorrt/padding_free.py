@@ -44,12 +44,10 @@ from gte_deploy.exporters.graph.editing import (
     scope_of,
 )
 from gte_deploy.exporters.graph.fusion import fuse_graph
-from gte_deploy.exporters.graph.fusion.attention import require_attention, require_same_heads
-from gte_deploy.exporters.graph.fusion.heads import require_heads
 from gte_deploy.exporters.graph.fusion.padding import rewriting
-from gte_deploy.exporters.graph.fusion.rope import Rotation, require_rotation
 from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
 from gte_deploy.exporters.targets.base import PADDING_FREE_PASS
+from gte_deploy.exporters.targets.tensorrt.qkv import joined_projection, require_projections, split_heads
 
 TRT_DOMAIN = "trt"
 TRT_ATTENTION = "TRT_Attention"
@@ -99,20 +97,17 @@ def _add_inputs(graph: ir.Graph) -> None:
 
 def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
     """Replace MatMul, Softmax and MatMul on [B, N, S, …] by TRT_Attention on [T, N, D]."""
-    found = require_attention(softmax)
-    query, key = (require_rotation(_negation(value)) for value in (found.query, found.key))
-    value = require_heads(found.value)
-    require_same_heads(found, query.heads, key.heads, value)
-    build = Builder(graph, found.output, scope_of(found.output))
-    split = integers(graph, -1, value.count, value.size)
-    # The operator has no scale, so the queries are scaled before it.
-    scale = constant(graph, "query_scale", np.array(found.scale, np.float32))
-    require(bool(array(scale) == np.float32(found.scale)), "the layers' scores are scaled differently")
+    found = require_projections(softmax)
+    output, heads = found.attention.output, found.heads
+    if found.rotation is None:
+        raise Mismatch("queries are not rotated")
+    build = Builder(graph, output, scope_of(output))
+    cosine, sine = (_rows_of_tokens(build, table) for table in (found.rotation.cosines, found.rotation.sines))
+    split = integers(graph, -1, 3, heads.count, heads.size)
+    x = build.op("Reshape", joined_projection(build, found), split, name="parts")
     attended = build.op(
         TRT_ATTENTION,
-        build.op("Mul", _rotated(build, query, split, "query"), scale, name="scaled_query"),
-        _rotated(build, key, split, "key"),
-        build.op("Reshape", value.projection, split, name="value"),
+        *split_heads(build, x, found, (cosine, sine), rank=4),  # the operator has no scale of its own
         None,  # no mask: a token attends only to its own text, and there is no padding
         by_name(graph.inputs, QUERY_LENGTHS),
         by_name(graph.inputs, KV_LENGTHS),
@@ -122,43 +117,16 @@ def _rewrite_attention(graph: ir.Graph, softmax: ir.Node) -> None:
         causal_kind="none",
         TRT_decomposable=0,
     )
-    joined = build.op("Reshape", attended, integers(graph, -1, value.count * value.size), name="joined")
-    replace(found.output.outputs[0], joined)
-
-
-def _negation(rotated: ir.Value) -> ir.Node:
-    """The Neg of the rotation whose result is `rotated`."""
-    for term in producer(rotated, "Add").inputs:
-        for factor in producer(term, "Mul").inputs:
-            source = None if factor is None else factor.producer()
-            if source is not None and source.op_type == "Concat" and (node := operand(source, 0).producer()):
-                if node.op_type == "Neg":
-                    return node
-    raise Mismatch(f"{rotated.name!r} is not a rotation")
-
-
-def _rotated(build: Builder, rotation: Rotation, split: ir.Value, name: str) -> ir.Value:
-    """Split [T, H] into heads [T, N, D] and rotate them like the trace, by the cosines and sines of each position."""
-    graph, half = build.graph, rotation.heads.size // 2
-    cosine, sine = (_rows_of_tokens(build, table) for table in (rotation.cosines, rotation.sines))
-    x = build.op("Reshape", rotation.heads.projection, split, name=name)
-    start, middle, end, axis = (integers(graph, n) for n in (0, half, _TO_END, 2))
-    lower = build.op("Slice", x, start, middle, axis, name=f"{name}_lower")
-    upper = build.op("Slice", x, middle, end, axis, name=f"{name}_upper")
-    swapped = build.op("Concat", build.op("Neg", upper, name=f"{name}_negated"), lower, axis=-1, name=f"{name}_crossed")
-    terms = [
-        build.op("Mul", values, factor, name=f"{name}_{kind}")
-        for kind, values, factor in (("cosine", x, cosine), ("sine", swapped, sine))
-    ]
-    return build.op("Add", *terms, name=f"{name}_turned")
+    joined = build.op("Reshape", attended, integers(graph, -1, heads.count * heads.size), name="joined")
+    replace(output.outputs[0], joined)
 
 
 def _rows_of_tokens(build: Builder, table: ir.Value) -> ir.Value:
-    """The row of a table [max_length, D/2] for each token, [T, 1, D]. Every layer adds equal nodes, merged later."""
+    """The row of a table [max_length, D/2] for each token, [T, 1, 1, D]. Every layer adds equal nodes, merged later."""
     build = build.inside(str(table.name))
     rows = build.op("Gather", table, by_name(build.graph.inputs, POSITIONS), axis=0, name="rows")
     twice = build.op("Concat", rows, rows, axis=-1, name="twice")
-    return build.op("Unsqueeze", twice, integers(build.graph, 1), name="of_heads")
+    return build.op("Unsqueeze", twice, integers(build.graph, 1, 2), name="of_heads")
 
 
 PADDING_FREE_ATTENTION = FusionPass(name=PADDING_FREE_PASS, anchor="Softmax", rewrite=_rewrite_attention)

@@ -1,5 +1,6 @@
 """Chooses the GEMMs of TensorRT's graph that become INT8 or FP8, and their scales."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import cast
 
@@ -10,6 +11,7 @@ from gte_deploy.exporters.quantization.calibration import measure_amax
 from gte_deploy.exporters.quantization.int8 import int8_scheme
 from gte_deploy.exporters.quantization.recipes import calibrated, sweep
 from gte_deploy.exporters.targets.tensorrt.emulation import engine_arithmetic
+from gte_deploy.exporters.targets.tensorrt.fp8_attention import measure_attention_amax
 from gte_deploy.exporters.targets.tensorrt.graph import EightBits, QdqScheme, tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 
@@ -40,6 +42,9 @@ def eight_bit_scheme(
     few_rows = spec.task == "fill-mask" and spec.logits == "masked"
     masked_rows_only = {name for name in quantized if "decoder" in name and few_rows}
     scheme = QdqScheme(precision, amax, base.smoothing, base.excluded | masked_rows_only)
+    if options.fp8_attention:
+        attention = measure_attention_amax(plain, spec, batches, sites=job.sites)
+        scheme = dataclasses.replace(scheme, attention=attention)
 
     def quantize(excluded: frozenset[str]) -> Graph:
         graph = tensorrt_graph(plain, job.precision, sites=job.sites, scheme=scheme.excluding(excluded))

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from gte_deploy.core.errors import InputError
+from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import Engine, ModelSpec, Precision, Profile
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_weights
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
     "itself runs only on its GPUs."
+)
+
+
+_UNFUSED_IN_RTX = "TensorRT-RTX leaves FP8 attention unfused in profiles that take short texts"
+_FP8_ATTENTION_NOT_BUILT = (
+    "Attention is quantized to FP8 in the form that NVIDIA's ModelOpt writes for ordinary TensorRT. The comparison ran "
+    "this arithmetic on the CPU; no engine with FP8 attention has been built or run in the tests of this project."
 )
 
 
@@ -47,6 +54,10 @@ class TensorRTTarget(Target):
             raise InputError("calibrator entropy is for 128 integer levels; use max or percentile for fp8")
         if self.options.profiles and self.options.lengths is not None:
             raise InputError("profiles come from --profile or from --lengths, not from both")
+        if self.options.fp8_attention and self.options.padding == "remove":
+            raise InputError("fp8_attention is for engines with padding; leave out --fp8-attention or --padding remove")
+        if self.options.fp8_attention and self.options.runtime == "rtx":
+            raise InputError(f"fp8_attention is for ordinary TensorRT, and the runtime is rtx: {_UNFUSED_IN_RTX}")
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Check that the layout and the profiles fit the model, and that a TensorRT can build here."""
@@ -54,6 +65,11 @@ class TensorRTTarget(Target):
         refuse_token_weights(checkpoint.spec)
         self._profiles(checkpoint.spec)
         if (runtime := self._runtime()) is not None:
+            if self.options.fp8_attention and runtime.variant == "tensorrt-rtx":
+                raise ExportError(
+                    f"fp8_attention is for ordinary TensorRT, and {runtime.title} was chosen because {runtime.reason}: "
+                    f"{_UNFUSED_IN_RTX}. Leave out --fp8-attention, or write the graph with --onnx-only."
+                )
             resolve_capabilities(runtime, self.options.compute_capabilities, precision)
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
@@ -97,7 +113,8 @@ class TensorRTTarget(Target):
             num_heads=job.model.config.num_attention_heads,
         )
         with contextlib.closing(emulation):
-            yield Candidates({("tensorrt", job.precision): emulation}, self.layout.caveats())
+            caveats = [*self.layout.caveats(), *([_FP8_ATTENTION_NOT_BUILT] if self.options.fp8_attention else [])]
+            yield Candidates({("tensorrt", job.precision): emulation}, caveats)
 
     def _runtime(self) -> Runtime | None:
         """The TensorRT that builds the engine; None if no engine is wanted."""

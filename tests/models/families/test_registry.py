@@ -9,9 +9,10 @@ from gte_deploy.exporters.graph.fusion import MERGED_PASSES, PASSES
 from gte_deploy.exporters.graph.fusion.flash import FLASH
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE
 from gte_deploy.exporters.targets.tensorrt.padding_free import PADDING_FREE_ATTENTION
+from gte_deploy.exporters.targets.tensorrt.qkv import JOINED_QKV
 from gte_deploy.models.families import FAMILIES, family_of, family_of_type
 
-KNOWN_PASSES = {each.name for each in (*PASSES, *MERGED_PASSES, FLASH, UP_GATE, PADDING_FREE_ATTENTION)}
+KNOWN_PASSES = {each.name for each in (*PASSES, *MERGED_PASSES, FLASH, UP_GATE, JOINED_QKV, PADDING_FREE_ATTENTION)}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

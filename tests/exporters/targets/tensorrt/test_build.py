@@ -24,7 +24,7 @@ from tensorrt_engines import eight_bit_gemms, scales_in_dequantization  # noqa: 
 
 OPTIONS = TensorRTOptions()
 PROFILES = default_profiles(8192)
-GEMMS = {"fp16": 0, "bf16": 0, "int8": 6, "fp8": 6}
+GEMMS = {"fp16": 0, "bf16": 0, "int8": 4, "fp8": 4}
 
 
 @pytest.fixture(scope="module")

@@ -37,10 +37,16 @@ def test_every_tensor_has_the_type_that_the_table_says(graphs, precision, num_la
     assert [(value.name, value.dtype) for value in graph.outputs] == [(name, FP32) for name in OUTPUTS]
 
 
-def test_up_and_gate_are_one_gemm(graphs, num_layers):
-    assert graphs("fp16").fusions == {"up_gate": num_layers}
-    splits = [node for node in graphs("fp16").model.graph if node.op_type == "Split"]
-    assert len(splits) == num_layers
+def test_a_layer_has_four_gemms(graphs, model, num_layers):
+    """Queries, keys and values are one; up and gate are one."""
+    assert graphs("fp16").fusions == {"qkv": num_layers, "up_gate": num_layers}
+    hidden, wide = model.config.hidden_size, model.config.intermediate_size
+    matrices = [
+        node.inputs[1].const_value.shape.numpy()
+        for node in graphs("fp16").model.graph
+        if node.op_type == "MatMul" and node.inputs[1].is_initializer() and "layers." in node.name
+    ]
+    assert matrices == [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * wide), (wide, hidden)] * num_layers
 
 
 def test_the_rotation_is_pytorchs_own_and_in_fp32(graphs, plain, num_layers):
@@ -53,7 +59,7 @@ def test_the_rotation_is_pytorchs_own_and_in_fp32(graphs, plain, num_layers):
     theirs = plain["openvino"].model.graph.initializers.values()
     assert ours == {v.const_value.numpy().tobytes() for v in theirs if tuple(v.shape.numpy()) == (8192, 32)}
     assert all(node.outputs[0].dtype == FP32 for node in graph if node.op_type == "Neg")
-    assert sum(node.op_type == "Neg" for node in graph) == 2 * num_layers
+    assert sum(node.op_type == "Neg" for node in graph) == num_layers, "queries and keys turn together"
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -61,8 +67,8 @@ def test_quantization_stands_around_gemms_and_nowhere_near_attention(graphs, pre
     graph = graphs(precision)
     linears = [node for node in graph.model.graph if node.op_type == "MatMul" and node.inputs[1].producer() is not None]
     quantized = [node for node in linears if node.inputs[1].producer().op_type == "DequantizeLinear"]
-    # queries, keys, values, output, up with gate, down
-    assert len(quantized) == 6 * num_layers == graph.fusions[f"{precision}_linears"]
+    # queries with keys and values, output, up with gate, down
+    assert len(quantized) == 4 * num_layers == graph.fusions[f"{precision}_linears"]
     for node in graph.model.graph:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             assert node.inputs[1].const_value.numpy().min() > 0

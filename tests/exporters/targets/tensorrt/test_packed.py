@@ -128,7 +128,8 @@ def test_its_inputs_operators_and_types(packed, graphs, num_layers, precision):
         "mask_positions": ("int64", ("num_masks",)),
     }
     assert [tensor.shape[0] for tensor in graph.outputs] == ["tokens", "num_masks"]
-    assert graph.fusions == {"packed_attention": num_layers, **graphs(precision).fusions}
+    padded = {name: count for name, count in graphs(precision).fusions.items() if name != "qkv"}
+    assert graph.fusions == {"packed_attention": num_layers, **padded}
     nodes = list(graph.model.graph)
     assert not {"Softmax", "GatherND", "Cos", "Sin"} & {node.op_type for node in nodes}
     attentions = [node for node in nodes if node.domain]
@@ -205,7 +206,7 @@ def test_everything_but_the_kernel_becomes_an_engine(build, packed, num_layers, 
     assert shapes["input_ids"] == shapes["position_ids"] == ("int64", ("tokens",))
     assert shapes["last_hidden_state"] == ("float32", ("tokens", 256))
     assert plan.layers["fused_attention"] == num_layers
-    assert plan.layers.get(f"{precision}_gemm", 0) >= 6 * num_layers * (precision == "int8")
+    assert plan.layers.get(f"{precision}_gemm", 0) >= 4 * num_layers * (precision == "int8")
 
 
 def test_attentions_are_counted_in_the_network(rtx, packed, num_layers, tmp_path):
