@@ -272,13 +272,13 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
             f"repository {result.path} ({megabytes:.1f} MB) for {devices}; {checks}\n"
             f"models to request: {', '.join(result.ensembles)}; how to start the server: {result.path}/README.md"
         )
-    from gte_deploy.exporters.verification.report import format_table, plan_lines
+    from gte_deploy.exporters.verification.report import format_table
 
     plan, missed = result.manifest.plan, result.manifest.missed_bounds
     return "\n".join(
         [
             format_table(result.parity),
-            *(() if plan is None else plan_lines(plan)),
+            *(() if plan is None else plan.describe()),
             *(("the bundle MISSES ITS BOUNDS, as its manifest records:",) if missed else ()),
             *(f"  {line}" for line in missed),
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",

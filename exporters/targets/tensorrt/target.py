@@ -84,8 +84,10 @@ class TensorRTTarget(Target):
                 compute_capabilities=resolve_capabilities(runtime, self.options.compute_capabilities, job.precision),
                 profiles=profiles,
             )
-        keeps = self.options.keep_onnx
-        return Built({"tensorrt": graph}, sensitivity, plan, keeps_graphs=keeps, caveats=[_ENGINE_NOT_RUN])
+        for caveat in plan.caveats:
+            job.steps.report(caveat)
+        caveats = [_ENGINE_NOT_RUN, *plan.caveats]
+        return Built({"tensorrt": graph}, sensitivity, plan, keeps_graphs=self.options.keep_onnx, caveats=caveats)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:

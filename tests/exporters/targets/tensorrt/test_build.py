@@ -13,8 +13,9 @@ from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
 from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.graph.build import save_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, build_plan  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, _memory_advice, build_plan  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_capabilities  # noqa: E402
@@ -52,7 +53,7 @@ def test_an_engine_in_every_precision_to_8192_tokens(build, graphs, saved, num_l
     assert (plan.variant, plan.version) == ("tensorrt-rtx", runtime.version)
     assert plan.compute_capabilities == (("8.9", "12.0") if precision == "fp8" else ("8.6", "8.9", "12.0"))
     assert plan.profiles == PROFILES and plan.timing_cache is None
-    assert plan.layers["fused_attention"] == num_layers
+    assert plan.layers["fused_attention"] == num_layers and not plan.caveats
     assert plan.layers.get(f"{precision}_gemm", 0) >= GEMMS[precision] * num_layers
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*plan.inputs, *plan.outputs)}
     hidden = ("batch", "sequence", 256)
@@ -99,6 +100,36 @@ def test_a_graph_that_tensorrt_cannot_read_is_an_error_with_its_reason(build, gr
     save_graph(plain["onnxruntime"], tmp_path / "fused.onnx")
     with pytest.raises(ExportError, match="TensorRT-RTX .* cannot read the graph"):
         build(graphs("fp16"), tmp_path / "fused.onnx", "fp16", PROFILES[:1])
+
+
+def test_a_build_without_enough_memory_says_what_to_do(build, graphs, saved, tmp_path):
+    """The kernels for a large profile need their memory, which TensorRT-RTX has if nothing limits it."""
+    profiles = [parse_profile("1x1:8x128:32x8192")]
+    limited = TensorRTOptions(workspace=64 << 20)
+    with pytest.raises(ExportError, match="need [0-9]+ MiB .* --workspace allows 64 MiB: .*smaller maximum than 1x1:8"):
+        build(graphs("fp16"), saved("fp16"), "fp16", profiles, options=limited)
+    assert build(graphs("fp16"), saved("fp16"), "fp16", profiles).layers["fused_attention"] == 4
+
+
+def test_without_a_limit_the_memory_of_the_gpu_is_named():
+    reason = "Error Code 2: OutOfMemory (Requested size was 91875456 bytes.)"
+    advice = _memory_advice(reason, OPTIONS, [parse_profile("1x1:1x8:1x64"), parse_profile("1x1:1x8:2x64")])
+    assert "88 MiB" in advice and "this GPU has less" in advice and "2x64" in advice
+    assert _memory_advice("no kernel", OPTIONS, PROFILES) == ""
+
+
+def test_what_the_listing_does_not_show_is_a_caveat(build, graphs, saved, monkeypatch, num_layers):
+    """As a version of TensorRT with other names for its kernels would be reported."""
+    lines = tensorrt_engine._layer_lines
+
+    def renamed(*arguments):
+        return [line.replace("_gemm_mha_v2", "__myl_Etc") for line in lines(*arguments)]
+
+    monkeypatch.setattr(tensorrt_engine, "_layer_lines", renamed)
+    plan = build(graphs("fp16"), saved("fp16"), "fp16", PROFILES[:1])
+    assert "fused_attention" not in plan.layers
+    (caveat,) = plan.caveats
+    assert f"0 fused attention layers where the graph has {num_layers}" in caveat
 
 
 def test_a_timing_cache_is_for_ordinary_tensorrt(build, graphs, saved, tmp_path):
