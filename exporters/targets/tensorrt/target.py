@@ -22,6 +22,8 @@ _ENGINE_NOT_RUN = (
     "itself runs only on its GPUs."
 )
 
+_THEN_ADOPT = "Then make it part of the bundle, on the same machine: gte-export adopt model.plan ."
+
 
 class TensorRTTarget(Target):
     """See the module."""
@@ -67,8 +69,10 @@ class TensorRTTarget(Target):
             save_graph(graph, file)
         runtime, profiles = self._runtime(), self._profiles(job.spec)
         if runtime is None:
-            line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs)
-            advice = f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}"
+            line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs, workspace=self.options.workspace)
+            advice = (
+                f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}\n{_THEN_ADOPT}"
+            )
             return Built({"tensorrt": graph}, sensitivity, caveats=[advice])
         from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 
