@@ -17,9 +17,9 @@ from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import Profile, TensorSpec
 from gte_deploy.exporters.targets.tensorrt import runtimes
 from gte_deploy.exporters.targets.tensorrt.layers import (
-    Comparison,
     Expected,
     Layer,
+    LayerComparison,
     compare_layers,
     inspector_lines,
     listing_caveats,
@@ -27,14 +27,13 @@ from gte_deploy.exporters.targets.tensorrt.layers import (
 )
 from gte_deploy.exporters.targets.tensorrt.layouts import TextLayout, layout_of
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, sm_name
+from gte_deploy.exporters.targets.tensorrt.runtimes import MessageLog, Runtime, sm_name
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
 
 PLAN_PATH = "tensorrt/model.plan"
 TIMING_CACHE_PATH = "tensorrt/timing.cache"
-_MAX_ERRORS = 3
 _REQUESTED_MEMORY = re.compile(r"OutOfMemory.*?Requested size was (\d+) bytes", re.DOTALL)
 
 
@@ -66,7 +65,7 @@ def build_plan(
         ExportError: TensorRT refuses the graph, or builds an engine other than requested.
     """
     trt = runtime.module
-    log = _Log(runtime)
+    log = MessageLog(trt)
     builder = trt.Builder(log.logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
@@ -134,7 +133,7 @@ def _fp32_products(graph: "Graph") -> set[str | None]:
 
 def _compare(
     layers: Sequence[Layer], graph: "Graph", num_layers: int, num_profiles: int, attentions: int | None
-) -> Comparison:
+) -> LayerComparison:
     """Compare the layers with the graph. `attentions`: attention operators in the network, None if it has none."""
     kinds = ("int8", "fp8")
     expected = Expected(
@@ -165,31 +164,7 @@ def _memory_advice(reason: str, options: TensorRTOptions, profiles: Sequence[Pro
     return f"{need}, and --workspace allows {options.workspace >> 20:,} MiB: leave it out, raise it, or give {smaller}"
 
 
-class _Log:
-    """Collects the messages of the builder, line by line."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        log = self
-        self.lines: list[str] = []
-        self._errors: list[str] = []
-        severity = runtime.module.ILogger.Severity
-
-        class Logger(runtime.module.ILogger):  # type: ignore[name-defined]
-            def __init__(self) -> None:
-                runtime.module.ILogger.__init__(self)
-
-            def log(self, level: Any, message: str) -> None:
-                log.lines.append(message)
-                if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    log._errors.append(message)
-
-        self.logger = Logger()
-
-    def last_errors(self) -> str:
-        return "; ".join(self._errors[-_MAX_ERRORS:]) or "TensorRT gives no reason"
-
-
-def _layer_lines(trt: Any, plan: Any, log: _Log) -> list[str]:
+def _layer_lines(trt: Any, plan: Any, log: MessageLog) -> list[str]:
     """The layers of the engine: from its inspector if there is a GPU to open it, else from the builder's log."""
     if runtimes.gpu_capability() is not None:
         engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)

@@ -105,6 +105,11 @@ class Layer:
         return max(1 + self.name.count("+"), len(products))
 
     @property
+    def computes_layers(self) -> bool:
+        """Whether it computes attention or a GEMM, as opposed to a reformat or an elementwise kernel."""
+        return self.is_fused_attention or self.is_softmax or self.gemms > 0
+
+    @property
     def operand_dtype(self) -> str:
         """The data type of a GEMM's two factors; "" if the listing does not give it.
 
@@ -136,7 +141,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LayerComparison:
     """The result of comparing a listing with its graph.
 
     Args:
@@ -157,7 +162,7 @@ def inspector_lines(trt: Any, engine: Any) -> list[str]:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE)).splitlines()
 
 
-def listing_caveats(compared: Comparison) -> tuple[str, ...]:
+def listing_caveats(compared: LayerComparison) -> tuple[str, ...]:
     """A sentence about everything that the listing does not show; none if there is no such thing."""
     if not compared.unsure:
         return ()
@@ -187,13 +192,14 @@ def parse_layers(lines: Iterable[str]) -> list[Layer]:
     return detailed or names
 
 
-def compare_layers(layers: Sequence[Layer], expected: Expected) -> Comparison:
+def compare_layers(layers: Sequence[Layer], expected: Expected) -> LayerComparison:
     """Compare the layers of an engine with the kernels that its graph needs."""
-    used = [counts for found in _by_profile(layers).values() if (counts := _count(found))]
+    listed = _by_profile(layers).values()
+    used = [_count(found) for found in listed if any(layer.computes_layers for layer in found)]
     kinds = sorted({kind for counts in used for kind in counts})
     least = {kind: min(counts[kind] for counts in used) for kind in kinds}
     if not layers:
-        return Comparison(least, unsure=("TensorRT lists no layers",))
+        return LayerComparison(least, unsure=("TensorRT lists no layers",))
     if not any(layer.kind for layer in layers):
         line = f"TensorRT lists {len(layers)} layers by name alone, so the data types of GEMMs are unknown"
         findings = [_Finding(line, False), *_check_attention(layers, least, expected)]
@@ -207,7 +213,7 @@ def compare_layers(layers: Sequence[Layer], expected: Expected) -> Comparison:
         ]
         if repeats > 1 and least.get("fused_attention", 0) != expected.attentions * repeats:
             findings.append(_Finding(f"the layers of {len(used)} of {expected.profiles} profiles are listed", False))
-    return Comparison(
+    return LayerComparison(
         least,
         wrong=tuple(finding.line for finding in findings if finding.is_certain),
         unsure=tuple(finding.line for finding in findings if not finding.is_certain),
