@@ -36,6 +36,7 @@ from gte_deploy.exporters.targets.tensorrt.layers import (
     compare_layers,
     inspector_lines,
     listing_caveats,
+    overflow_line,
     overflowing_sums,
     parse_layers,
 )
@@ -192,9 +193,8 @@ def describe_plan(
         )
     if overflows := overflowing_sums(layers):
         raise ExportError(
-            f"{name} has {len(overflows)} 8-bit GEMMs that store unscaled sums as FP16, where they overflow: "
-            f"{', '.join(overflows[:3])}. Its answers would be wrong: build it with another version of TensorRT, or "
-            "from a graph of another --precision."
+            f"{name} would give wrong answers: {overflow_line(overflows)}. Build it with another version of TensorRT, "
+            "or from a graph of another --precision."
         )
     return PlanEntry(
         path=PLAN_PATH,

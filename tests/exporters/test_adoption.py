@@ -297,7 +297,7 @@ def overflowing(engine):
         ("embed", mismatched, r"profile 1 .*attention_mask has the shapes .*trtexec line"),
         ("fill-mask", lambda engine: masked(engine, 4), r"mask_positions has the shapes"),
         ("embed", unfused, r"would be slow: 0 fused attention layers.*trtexec line"),
-        ("embed", overflowing, r"1 8-bit GEMMs that store unscaled sums as FP16.*q_proj"),
+        ("embed", overflowing, r"1 8-bit GEMMs store unscaled sums as FP16.*q_proj"),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused(task, change, says, bundle, machine):

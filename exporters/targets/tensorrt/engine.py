@@ -23,6 +23,8 @@ from gte_deploy.exporters.targets.tensorrt.layers import (
     compare_layers,
     inspector_lines,
     listing_caveats,
+    overflow_line,
+    overflowing_sums,
     parse_layers,
 )
 from gte_deploy.exporters.targets.tensorrt.layouts import TextLayout, layout_of
@@ -99,6 +101,11 @@ def build_plan(
         raise ExportError(
             f"{runtime.title} built an engine that would be slow: {'; '.join(compared.wrong)}. Nothing was written; "
             "try another version of it, or another --precision."
+        )
+    if overflows := overflowing_sums(layers):
+        raise ExportError(
+            f"{runtime.title} built an engine that would give wrong answers: {overflow_line(overflows)}. Nothing was "
+            "written; use --precision fp16 or bf16, or another version of it."
         )
     path = folder / PLAN_PATH
     path.parent.mkdir()

@@ -36,6 +36,7 @@ _NARROWEST_FIRST = ("int8", "fp8", "fp16", "bf16", "fp32")
 _MOVES = frozenset(("Cas", "Con", "Mov", "Rep", "Res", "Sli", "Tra"))
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _LARGEST_FP16 = 65504.0
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,12 @@ def overflowing_sums(layers: Sequence[Layer]) -> list[str]:
         if is_alpha_one and _inner_size(layer) * largest**2 > _LARGEST_FP16 and _is_scaled_later(layer, layers):
             found.append(layer.name)
     return found
+
+
+def overflow_line(names: Sequence[str]) -> str:
+    """A clause about the GEMMs from `overflowing_sums`, with the names of the first."""
+    named = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"{len(names)} 8-bit GEMMs store unscaled sums as FP16, where sums can overflow ({named})"
 
 
 def _layer(name: str, kind: str, rest: str) -> Layer:
