@@ -15,6 +15,7 @@ from gte_deploy._version import __version__
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.options import HelpFormatter, add_arguments, flags_of, options_of, parse_given
+from gte_deploy.exporters.adoption import AdoptionResult, adopt
 from gte_deploy.exporters.export import ExportResult, export
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
@@ -22,11 +23,12 @@ from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.repository import RepositoryResult, export_repository
 
-TRITON, CHECK = "triton", "check"
+TRITON, CHECK, ADOPT = "triton", "check", "adopt"
 _COMMANDS = {
     "onnx": "a bundle for ONNX Runtime and OpenVINO (the same as --format onnx)",
     "trt": "a bundle with a TensorRT engine (--format trt)",
     TRITON: "a model repository for Triton (--format triton)",
+    ADOPT: "add an engine that trtexec built, on a Jetson for example, to its bundle",
     CHECK: "check the configurations of a Triton model repository",
 }
 
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == CHECK or "check_repository" in arguments:
             return _check(arguments)
         with _quiet_libraries():
-            result = _export(arguments)
+            result = _adopt(arguments) if command == ADOPT else _export(arguments)
         print(json.dumps(_result_json(result)) if arguments.json else _result_text(result), flush=True)
     except GteDeployError as error:
         return _fail(arguments, str(error), exit_code_of(error), error)
@@ -71,6 +73,8 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
     """Make the parser for one format. Options of other formats are hidden from `--help`, and refused later."""
     if command == CHECK:
         return _check_parser()
+    if command == ADOPT:
+        return _adopt_parser()
     lines = "".join(f"\n  gte-export {name:<7} {text}" for name, text in _COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="gte-export" if command is None else f"gte-export {command}",
@@ -121,6 +125,23 @@ def _check_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _adopt_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"gte-export {ADOPT}",
+        description="Add a TensorRT engine that another tool built, such as trtexec on a Jetson, to the bundle that "
+        "has its graph. It needs the GPU of the engine and the TensorRT that built it, and no PyTorch.",
+        epilog=HELP,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="file of the engine, for example model.plan")
+    text = "folder of the bundle, written with --format trt --onnx-only"
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=text)
+    parser.add_argument("--device", default="cuda", metavar="cuda:N", help="the GPU of the engine (default: cuda)")
+    parser.add_argument("--force", action="store_true", help="replace the engine that the bundle has")
+    _add_output_options(parser)
+    return parser
+
+
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -141,6 +162,16 @@ def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
     if is_triton:
         return export_repository(model, output, **common, **options)
     return export(model, output, **common, format=arguments.format, **options)
+
+
+def _adopt(arguments: argparse.Namespace) -> AdoptionResult:
+    return adopt(
+        arguments.plan,
+        arguments.bundle,
+        device=arguments.device,
+        force=arguments.force,
+        progress=None if arguments.quiet else _tell,
+    )
 
 
 def _given_once(given: Mapping[str, Any], name: str) -> str | None:
@@ -242,7 +273,9 @@ def _fail(arguments: argparse.Namespace, message: str, code: int, error: GteDepl
     return code
 
 
-def _result_json(result: ExportResult | RepositoryResult) -> dict[str, object]:
+def _result_json(result: ExportResult | RepositoryResult | AdoptionResult) -> dict[str, object]:
+    if isinstance(result, AdoptionResult):
+        return {"path": str(result.path), "plan": result.plan.to_json(), "size": result.size}
     if isinstance(result, RepositoryResult):
         return {
             "path": str(result.path),
@@ -263,7 +296,11 @@ def _result_json(result: ExportResult | RepositoryResult) -> dict[str, object]:
     }
 
 
-def _result_text(result: ExportResult | RepositoryResult) -> str:
+def _result_text(result: ExportResult | RepositoryResult | AdoptionResult) -> str:
+    if isinstance(result, AdoptionResult):
+        engine, size = result.plan, result.size / 1e6
+        closing = f"bundle {result.path}: engine {engine.path} ({size:.1f} MB)"
+        return "\n".join([*engine.describe(), *engine.caveats, closing])
     megabytes = sum(size.size for size in _files(result).values()) / 1e6
     if isinstance(result, RepositoryResult):
         checks = "its configurations pass the checks" if result.checked else "its configurations were not checked"
@@ -272,13 +309,13 @@ def _result_text(result: ExportResult | RepositoryResult) -> str:
             f"repository {result.path} ({megabytes:.1f} MB) for {devices}; {checks}\n"
             f"models to request: {', '.join(result.ensembles)}; how to start the server: {result.path}/README.md"
         )
-    from gte_deploy.exporters.verification.report import format_table, plan_lines
+    from gte_deploy.exporters.verification.report import format_table
 
     plan, missed = result.manifest.plan, result.manifest.missed_bounds
     return "\n".join(
         [
             format_table(result.parity),
-            *(() if plan is None else plan_lines(plan)),
+            *(() if plan is None else plan.describe()),
             *(("the bundle MISSES ITS BOUNDS, as its manifest records:",) if missed else ()),
             *(f"  {line}" for line in missed),
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",

@@ -125,6 +125,7 @@ EXPORT = (
     ("gte_deploy.exporters.targets.cpu", "CalibrationOptions"),
     ("gte_deploy.exporters.targets.cuda.target", "CudaOptions"),
     ("gte_deploy.exporters.targets.tensorrt.options", "TensorRTOptions"),
+    ("gte_deploy.exporters.adoption", "adopt"),
     ("gte_deploy.exporters.triton.repository", "export_repository"),
     ("gte_deploy.exporters.triton.options", "TritonOptions"),
 )

@@ -106,19 +106,6 @@ def check_line(check: Check) -> str:
     return "; ".join([*parts, *check.broken, *check.failures, *(f"skipped: {reason}" for reason in check.skipped)])
 
 
-def plan_lines(plan: PlanEntry) -> list[str]:
-    """Describe a TensorRT engine: its builder, GPUs, kernels, tensors and shapes."""
-    layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in plan.layers.items())
-    tensors = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in (*plan.inputs, *plan.outputs))
-    targets = ", ".join(f"sm{target.replace('.', '')}" for target in plan.compute_capabilities)
-    axes = "texts x tokens of all" if plan.padding_free else "batch x sequence"
-    return [
-        f"engine: {plan.variant} {plan.version} for {targets}: {layers}",
-        f"inputs and outputs: {tensors}",
-        f"profiles ({axes}, min:opt:max): {', '.join(map(str, plan.profiles))}",
-    ]
-
-
 def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry | None = None) -> str:
     """Render one page without external files: verdict, plots, every case, and the machine."""
     name = html.escape(report["source"]["name"])
@@ -129,7 +116,7 @@ def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry
         **_sensitivity_facts(report),
         "longest input": f"{report['max_length']:,} tokens",
         **{f"graph for {engine}": _graph_facts(graph) for engine, graph in report["graphs"].items()},
-        **({"engine": "; ".join(plan_lines(plan))} if plan is not None else {}),
+        **({"engine": "; ".join(plan.describe())} if plan is not None else {}),
     }
     return _PAGE.format(
         title=f"Parity of {name}",

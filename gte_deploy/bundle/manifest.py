@@ -95,6 +95,7 @@ class PlanEntry:
         outputs: the outputs of the engine.
         layers: kind of layer -> number in the engine, e.g. "fused_attention".
         timing_cache: path of the builder's timing cache in the bundle, or None.
+        caveats: one sentence for each thing that the export could not verify about the engine.
     """
 
     path: str
@@ -106,6 +107,7 @@ class PlanEntry:
     outputs: tuple[TensorSpec, ...]
     layers: Mapping[str, int]
     timing_cache: str | None = None
+    caveats: tuple[str, ...] = ()
 
     @property
     def padding_free(self) -> bool:
@@ -115,6 +117,18 @@ class PlanEntry:
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON data, for the manifest and for reports."""
         return {_JSON_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+
+    def describe(self) -> list[str]:
+        """Describe the engine for people: its builder, GPUs, kernels, tensors and shapes."""
+        layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in self.layers.items())
+        tensors = ", ".join(f"{tensor.name} {tensor.dtype}" for tensor in (*self.inputs, *self.outputs))
+        targets = ", ".join(f"sm{target.replace('.', '')}" for target in self.compute_capabilities)
+        axes = "texts x tokens of all" if self.padding_free else "batch x sequence"
+        return [
+            f"engine: {self.variant} {self.version} for {targets}: {layers or 'layers unknown'}",
+            f"inputs and outputs: {tensors}",
+            f"profiles ({axes}, min:opt:max): {', '.join(map(str, self.profiles))}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -281,6 +295,9 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
             raise ValueError(f"plan.{name} must be a list with at least one entry")
     if any(type(count) is not int or count < 0 for count in data["layers"].values()):
         raise ValueError(f"plan.layers must count layers, not {data['layers']!r}")
+    caveats = data.get("caveats", [])  # older bundles do not have it
+    if not isinstance(caveats, list) or not all(isinstance(line, str) for line in caveats):
+        raise ValueError(f"plan.caveats must be a list of sentences, not {caveats!r}")
     return PlanEntry(
         path=data["path"],
         variant=data["flavour"],
@@ -293,6 +310,7 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
         outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
         layers={str(name): count for name, count in data["layers"].items()},
         timing_cache=data["timing_cache"],
+        caveats=tuple(caveats),
     )
 
 

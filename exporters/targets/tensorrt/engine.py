@@ -6,8 +6,8 @@ the builder.
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +16,27 @@ from gte_deploy.bundle.manifest import PlanEntry
 from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import Profile, TensorSpec
 from gte_deploy.exporters.targets.tensorrt import runtimes
+from gte_deploy.exporters.targets.tensorrt.layers import (
+    Expected,
+    Layer,
+    LayerComparison,
+    compare_layers,
+    inspector_lines,
+    listing_caveats,
+    overflow_line,
+    overflowing_sums,
+    parse_layers,
+)
 from gte_deploy.exporters.targets.tensorrt.layouts import TextLayout, layout_of
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, sm_name
+from gte_deploy.exporters.targets.tensorrt.runtimes import MessageLog, Runtime, sm_name
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
 
 PLAN_PATH = "tensorrt/model.plan"
 TIMING_CACHE_PATH = "tensorrt/timing.cache"
-_GEMM_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
-# A layer, as the builder and the inspector print it. Compiled kernels of a profile end in _myl<profile>_<number>.
-_LAYER = re.compile(
-    r"Name: (?P<name>.*?(?:_myl(?P<profile>\d+)_\d+)?), LayerType: (?P<type>\w+)"
-    r"(?:, Inputs: \[ \{.*?Datatype: (?P<dtype>\w+))?"
-)
-_MAX_ERRORS = 3
+_REQUESTED_MEMORY = re.compile(r"OutOfMemory.*?Requested size was (\d+) bytes", re.DOTALL)
 
 
 def build_plan(
@@ -62,7 +67,7 @@ def build_plan(
         ExportError: TensorRT refuses the graph, or builds an engine other than requested.
     """
     trt = runtime.module
-    log = _Log(runtime)
+    log = MessageLog(trt)
     builder = trt.Builder(log.logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
@@ -72,7 +77,8 @@ def build_plan(
     _check_types(trt, network, graph, runtime)
     layout = layout_of(graph.inputs)
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # TF32 would round what the graph computes in FP32
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles:
@@ -84,11 +90,23 @@ def build_plan(
     cache = _timing_cache(config, runtime, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ExportError(f"{runtime.title} cannot build the engine: {log.last_errors()}")
-    layers = count_layers(_layer_lines(trt, plan, log))
-    if layout.has_attention_operator:
-        layers["fused_attention"] = _count_attentions(trt, network)
-    _check_layers(layers, graph, num_layers, runtime)
+        reason = log.last_errors()
+        raise ExportError(
+            f"{runtime.title} cannot build the engine: {reason}{_memory_advice(reason, options, profiles)}"
+        )
+    layers = parse_layers(_layer_lines(trt, plan, log))
+    attentions = _count_attentions(trt, network) if layout.has_attention_operator else None
+    compared = _compare(layers, graph, num_layers, len(profiles), attentions)
+    if compared.wrong:
+        raise ExportError(
+            f"{runtime.title} built an engine that would be slow: {'; '.join(compared.wrong)}. Nothing was written; "
+            "try another version of it, or another --precision."
+        )
+    if overflows := overflowing_sums(layers):
+        raise ExportError(
+            f"{runtime.title} built an engine that would give wrong answers: {overflow_line(overflows)}. Nothing was "
+            "written; use --precision fp16 or bf16, or another version of it."
+        )
     path = folder / PLAN_PATH
     path.parent.mkdir()
     path.write_bytes(plan)
@@ -105,28 +123,10 @@ def build_plan(
         profiles=tuple(profiles),
         inputs=tuple(_tensor(tensor, specs) for tensor in inputs),
         outputs=tuple(_tensor(tensor, specs) for tensor in outputs),
-        layers=layers,
+        layers=compared.counts,
         timing_cache=None if cache is None else TIMING_CACHE_PATH,
+        caveats=listing_caveats(compared),
     )
-
-
-def count_layers(lines: Sequence[str]) -> dict[str, int]:
-    """Count the layers of an engine from TensorRT's detailed listing: kind -> number.
-
-    Kinds are "fused_attention" and GEMMs by the type of their input, such as "fp16_gemm". A GEMM that joins several
-    counts as several. If profiles differ, the least number counts.
-    """
-    profiles: dict[str, Counter[str]] = {}
-    for line in lines:
-        if (found := _LAYER.match(line)) is None:
-            continue
-        counts = profiles.setdefault(found["profile"] or "", Counter())
-        if "mha" in found["name"]:
-            counts["fused_attention"] += 1
-        elif found["type"] in ("gemm", "runtime_fusion") and found["dtype"] in _GEMM_TYPES:
-            counts[f"{_GEMM_TYPES[found['dtype']]}_gemm"] += 1 + found["name"].count("+")
-    kinds = sorted({kind for counts in profiles.values() for kind in counts})
-    return {kind: min(counts[kind] for counts in profiles.values()) for kind in kinds}
 
 
 def _fp32_products(graph: "Graph") -> set[str | None]:
@@ -138,59 +138,45 @@ def _fp32_products(graph: "Graph") -> set[str | None]:
     }
 
 
-def _check_layers(layers: Mapping[str, int], graph: "Graph", num_layers: int, runtime: Runtime) -> None:
-    fp32_gemms = len(_fp32_products(graph))
-    wanted = {"fused_attention": num_layers}
-    wanted |= {
-        f"{kind}_gemm": graph.fusions[f"{kind}_linears"]
-        for kind in ("int8", "fp8")
-        if f"{kind}_linears" in graph.fusions
-    }
-    wrong = [
-        f"{layers.get(kind, 0)} {kind.replace('_', ' ')} layers where the graph has {count}"
-        for kind, count in wanted.items()
-        if layers.get(kind, 0) < count
-    ]
-    if layers.get("fp32_gemm", 0) > fp32_gemms:
-        wrong.append(f"{layers['fp32_gemm']} GEMMs in FP32 where the graph has {fp32_gemms}")
-    if wrong:
-        raise ExportError(
-            f"{runtime.title} built an engine that would be slow: {'; '.join(wrong)}. Nothing was written; try another "
-            "version of it, or another --precision."
-        )
+def _compare(
+    layers: Sequence[Layer], graph: "Graph", num_layers: int, num_profiles: int, attentions: int | None
+) -> LayerComparison:
+    """Compare the layers with the graph. `attentions`: attention operators in the network, None if it has none."""
+    kinds = ("int8", "fp8")
+    expected = Expected(
+        attentions=num_layers if attentions is None else 0,
+        profiles=num_profiles,
+        quantized={kind: graph.fusions[f"{kind}_linears"] for kind in kinds if f"{kind}_linears" in graph.fusions},
+        half=sum(graph.fusions.get(f"{kind}_linears", 0) for kind in ("fp16", "bf16")),
+        fp32=len(_fp32_products(graph)),
+    )
+    compared = compare_layers(layers, expected)
+    if attentions is None:
+        return compared
+    # TensorRT has no other kernel for the operator than the fused one.
+    counts = {**compared.counts, "fused_attention": attentions}
+    missing = (f"{attentions} fused attention layers where the graph has {num_layers}",)
+    return replace(compared, counts=counts, wrong=compared.wrong + missing * (attentions < num_layers))
 
 
-class _Log:
-    """Collects the messages of the builder, line by line."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        log = self
-        self.lines: list[str] = []
-        self._errors: list[str] = []
-        severity = runtime.module.ILogger.Severity
-
-        class Logger(runtime.module.ILogger):  # type: ignore[name-defined]
-            def __init__(self) -> None:
-                runtime.module.ILogger.__init__(self)
-
-            def log(self, level: Any, message: str) -> None:
-                log.lines.append(message)
-                if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    log._errors.append(message)
-
-        self.logger = Logger()
-
-    def last_errors(self) -> str:
-        return "; ".join(self._errors[-_MAX_ERRORS:]) or "TensorRT gives no reason"
+def _memory_advice(reason: str, options: TensorRTOptions, profiles: Sequence[Profile]) -> str:
+    """Say what to do if a build failed for lack of memory; an empty text for other reasons."""
+    if (found := _REQUESTED_MEMORY.search(reason)) is None:
+        return ""
+    largest = max(profiles, key=lambda profile: profile.max[0] * profile.max[1])
+    smaller = f"a --profile with a smaller maximum than {largest}"
+    need = f". The kernels need {int(found[1]) / (1 << 20):,.0f} MiB of scratch memory at once"
+    if options.workspace is None:
+        return f"{need}, and this GPU has less: give {smaller}"
+    return f"{need}, and --workspace allows {options.workspace >> 20:,} MiB: leave it out, raise it, or give {smaller}"
 
 
-def _layer_lines(trt: Any, plan: Any, log: _Log) -> list[str]:
+def _layer_lines(trt: Any, plan: Any, log: MessageLog) -> list[str]:
     """The layers of the engine: from its inspector if there is a GPU to open it, else from the builder's log."""
     if runtimes.gpu_capability() is not None:
         engine = trt.Runtime(log.logger).deserialize_cuda_engine(plan)
         if engine is not None:
-            inspector = engine.create_engine_inspector()
-            return inspector.get_engine_information(trt.LayerInformationFormat.ONELINE).splitlines()
+            return inspector_lines(trt, engine)
     return [line for message in log.lines for line in message.splitlines()]
 
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 PADDING_FREE_FROM = (11, 1)
 """The first version of TensorRT with kernels for padding-free attention. TensorRT-RTX has none."""
 
+# What `build_plan` sets as well: FP32 is not rounded to TF32, and the engine lists its layers.
+_TRTEXEC_FLAGS = ("--noTF32", "--profilingVerbosity=detailed")
+
 ProfileShapes = dict[str, list[tuple[int, ...]]]
 """Name of an input -> its shapes at min, opt and max."""
 
@@ -89,6 +92,7 @@ class Padded:
     """Rows [batch, sequence] with an attention mask."""
 
     has_attention_operator: ClassVar[bool] = False
+    # For TensorRT 10. In TensorRT 11 every network is strongly typed, and trtexec ignores the flag.
     trtexec_flags: ClassVar[tuple[str, ...]] = ("--stronglyTyped",)
 
     def check_model(self, checkpoint: Description) -> None:
@@ -206,16 +210,21 @@ def layout_of(inputs: Iterable[TensorSpec]) -> TextLayout:
     return PADDING_FREE if is_packed(inputs) else PADDED
 
 
-def trtexec_line(onnx: str, profiles: Sequence[Profile], inputs: Sequence[TensorSpec]) -> str:
+def trtexec_line(
+    onnx: str, profiles: Sequence[Profile], inputs: Sequence[TensorSpec], *, workspace: int | None = None
+) -> str:
     """The command that builds the same engine with TensorRT's tool trtexec. TensorRT-RTX's tool is tensorrt_rtx.
 
     Args:
         onnx: path of the graph.
         profiles: the profiles of the engine.
         inputs: the inputs of the graph.
+        workspace: limit for the scratch memory of the kernels, in bytes; None for no limit.
     """
     layout, names = layout_of(inputs), {tensor.name for tensor in inputs}
-    parts = [f"trtexec --onnx={onnx} --saveEngine=model.plan", *layout.trtexec_flags]
+    parts = [f"trtexec --onnx={onnx} --saveEngine=model.plan", *layout.trtexec_flags, *_TRTEXEC_FLAGS]
+    if workspace is not None:
+        parts.append(f"--memPoolSize=workspace:{workspace >> 20}M")
     for index, profile in enumerate(profiles):
         if len(profiles) > 1:
             parts.append(f"--profile={index}")

@@ -15,8 +15,6 @@ from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_capab
 if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.calibration import Calibrator
 
-DEFAULT_WORKSPACE = 4 << 30
-
 
 def _mebibytes(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
@@ -41,7 +39,8 @@ class TensorRTOptions(CalibrationOptions):
             `gte_deploy.exporters.targets.tensorrt.fp8_attention`. No such engine has been built so far.
         onnx_only: whether to write only the graph.
         keep_onnx: whether the graph stays in the bundle beside the engine.
-        workspace: bytes of scratch memory that a kernel may use.
+        workspace: bytes of scratch memory that the kernels may use; None for TensorRT's own limit, all of the GPU's
+            memory (TensorRT-RTX without a GPU: 64 GiB).
         timing_cache: the timing cache of an earlier build, which makes this build faster (ordinary TensorRT).
     """
 
@@ -87,8 +86,11 @@ class TensorRTOptions(CalibrationOptions):
     )
     onnx_only: bool = option(False, "write the graph and the trtexec command, but build no engine")
     keep_onnx: bool = option(False, "keep the graph in the bundle, beside the engine")
-    workspace: int = option(
-        DEFAULT_WORKSPACE, "scratch memory of the builder (default: 4096)", metavar="MIB", parse=_mebibytes
+    workspace: int | None = option(
+        None,
+        "limit for the scratch memory of the kernels (default: no limit but the GPU's memory)",
+        metavar="MIB",
+        parse=_mebibytes,
     )
     timing_cache: Path | None = option(
         None, "the timing cache of an earlier build, which makes this build faster", metavar="FILE", parse=Path

@@ -18,6 +18,7 @@ from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
+_MAX_ERRORS = 3
 # Precision -> the least compute capability that has the hardware.
 _NEEDS: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
 
@@ -39,6 +40,35 @@ class Runtime:
     def version(self) -> str:
         """The version of the module."""
         return str(self.module.__version__)
+
+
+class MessageLog:
+    """Collects the messages of a TensorRT, line by line.
+
+    Args:
+        module: the module of the TensorRT.
+    """
+
+    def __init__(self, module: Any) -> None:
+        log = self
+        self.lines: list[str] = []
+        self._errors: list[str] = []
+        severity = module.ILogger.Severity
+
+        class Logger(module.ILogger):
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                log.lines.append(message)
+                if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                    log._errors.append(message)
+
+        self.logger = Logger()
+
+    def last_errors(self) -> str:
+        """The last few messages of errors in one line."""
+        return "; ".join(self._errors[-_MAX_ERRORS:]) or "TensorRT gives no reason"
 
 
 def choose_runtime(asked: str) -> Runtime:

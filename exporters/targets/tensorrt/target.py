@@ -22,6 +22,8 @@ _ENGINE_NOT_RUN = (
     "itself runs only on its GPUs."
 )
 
+_THEN_ADOPT = "Then make it part of the bundle, on the same machine: gte-export adopt model.plan ."
+
 
 _UNFUSED_IN_RTX = "TensorRT-RTX leaves FP8 attention unfused in profiles that take short texts"
 _FP8_ATTENTION_NOT_BUILT = (
@@ -83,8 +85,10 @@ class TensorRTTarget(Target):
             save_graph(graph, file)
         runtime, profiles = self._runtime(), self._profiles(job.spec)
         if runtime is None:
-            line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs)
-            advice = f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}"
+            line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs, workspace=self.options.workspace)
+            advice = (
+                f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}\n{_THEN_ADOPT}"
+            )
             return Built({"tensorrt": graph}, sensitivity, caveats=[advice])
         from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 
@@ -100,8 +104,10 @@ class TensorRTTarget(Target):
                 compute_capabilities=resolve_capabilities(runtime, self.options.compute_capabilities, job.precision),
                 profiles=profiles,
             )
-        keeps = self.options.keep_onnx
-        return Built({"tensorrt": graph}, sensitivity, plan, keeps_graphs=keeps, caveats=[_ENGINE_NOT_RUN])
+        for caveat in plan.caveats:
+            job.steps.report(caveat)
+        caveats = [_ENGINE_NOT_RUN, *plan.caveats]
+        return Built({"tensorrt": graph}, sensitivity, plan, keeps_graphs=self.options.keep_onnx, caveats=caveats)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:

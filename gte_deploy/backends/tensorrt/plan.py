@@ -82,32 +82,40 @@ def _module_for(plan: PlanEntry) -> tuple[Any, str]:
     return trt, variant.extra
 
 
-def _check_engine(engine: Any, plan: PlanEntry) -> None:
-    """Check that the manifest describes the engine correctly. The sizes of buffers come from the manifest."""
+def engine_tensors(engine: Any) -> dict[str, tuple[str | None, tuple[int, ...]]]:
+    """Name of a tensor -> its data type, None if the runtime does not know it, and its shape, -1 for dynamic axes."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    tensors = {
+    return {
         name: (DTYPE_NAMES.get(engine.get_tensor_dtype(name).name), tuple(engine.get_tensor_shape(name)))
         for name in names
     }
+
+
+def engine_profiles(engine: Any, *, padding_free: bool) -> list[tuple[tuple[int, ...], ...]]:
+    """(batch, sequence) of each profile at min, opt and max; if padding-free, (texts, tokens of all texts)."""
+    found = []
+    for index in range(engine.num_optimization_profiles):
+        shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index)]
+        if padding_free:
+            lengths = engine.get_tensor_profile_shape(QUERY_LENGTHS, index)
+            shapes = [(number - 1, tokens) for (number,), (tokens,) in zip(lengths, shapes, strict=True)]
+        found.append(tuple(shapes))
+    return found
+
+
+def _check_engine(engine: Any, plan: PlanEntry) -> None:
+    """Check that the manifest describes the engine correctly. The sizes of buffers come from the manifest."""
+    tensors = engine_tensors(engine)
     said = {
         tensor.name: (tensor.dtype, tuple(-1 if isinstance(size, str) else size for size in tensor.shape))
         for tensor in (*plan.inputs, *plan.outputs)
     }
     if tensors != said:
         raise BundleError(f"the engine {plan.path} has the tensors {tensors}, and the manifest says {said}.")
-    profiles = [_profile(engine, plan, index) for index in range(engine.num_optimization_profiles)]
+    profiles = engine_profiles(engine, padding_free=plan.padding_free)
     expected = [(profile.min, profile.opt, profile.max) for profile in plan.profiles]
     if profiles != expected:
         raise BundleError(f"the engine {plan.path} has the profiles {profiles}, and the manifest says {expected}.")
-
-
-def _profile(engine: Any, plan: PlanEntry, index: int) -> tuple[tuple[int, ...], ...]:
-    """(batch, sequence) at min, opt and max; for a padding-free engine, (texts, tokens of all texts)."""
-    shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape("input_ids", index)]
-    if not plan.padding_free:
-        return tuple(shapes)
-    lengths = engine.get_tensor_profile_shape(QUERY_LENGTHS, index)
-    return tuple((number - 1, tokens) for (number,), (tokens,) in zip(lengths, shapes, strict=True))
 
 
 @functools.cache  # a logger must outlive its users

@@ -74,6 +74,7 @@ PLAN = {
     "outputs": [{"name": "last_hidden_state", "dtype": "float16", "shape": ["batch", "sequence", 32]}],
     "layers": {"fused_attention": 2},
     "timing_cache": None,
+    "caveats": ["the engine was built elsewhere"],
 }
 
 
@@ -126,7 +127,22 @@ def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
     path = write(lambda manifest: manifest.update(graphs={}, plan=copy.deepcopy(PLAN)))
     manifest = open_bundle(path)
     assert manifest.plan.profiles[1] == Profile(min=(1, 513), opt=(1, 900), max=(2, 999))
+    assert manifest.plan.caveats == ("the engine was built elsewhere",)
     assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
+
+
+def test_a_plan_of_an_earlier_version_has_no_caveats(write):
+    plan = {name: value for name, value in PLAN.items() if name != "caveats"}
+    assert read_manifest(write(lambda manifest: manifest.update(plan=plan))).plan.caveats == ()
+
+
+def test_a_plan_describes_itself(write):
+    plan = read_manifest(write(lambda manifest: manifest.update(plan=copy.deepcopy(PLAN)))).plan
+    assert plan.describe() == [
+        "engine: tensorrt-rtx 1.7.1.116 for sm89, sm120: 2 fused attention",
+        "inputs and outputs: input_ids int64, last_hidden_state float16",
+        "profiles (batch x sequence, min:opt:max): 1x1:8x128:32x512, 1x513:1x900:2x999",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +169,8 @@ def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
         ("layers", {"fused_attention": -1}, "layers"),
         ("layers", {"fused_attention": "2"}, "layers"),
         ("layers", None, "malformed"),
+        ("caveats", "one", "caveats"),
+        ("caveats", [1], "caveats"),
     ],
 )
 def test_a_malformed_plan_is_refused(write, field, value, says):

@@ -13,9 +13,10 @@ from factories import make_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
 from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
-from gte_deploy.exporters.graph.build import save_graph  # noqa: E402
+from gte_deploy.exporters.graph.build import graph_of, save_graph  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, build_plan  # noqa: E402
+from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, _memory_advice, build_plan  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
@@ -55,7 +56,7 @@ def test_an_engine_in_every_precision_to_8192_tokens(build, graphs, saved, num_l
     assert (plan.variant, plan.version) == ("tensorrt-rtx", runtime.version)
     assert plan.compute_capabilities == (("8.9", "12.0") if precision == "fp8" else ("8.6", "8.9", "12.0"))
     assert plan.profiles == PROFILES and plan.timing_cache is None
-    assert plan.layers["fused_attention"] == num_layers
+    assert plan.layers["fused_attention"] == num_layers and not plan.caveats
     assert plan.layers.get(f"{precision}_gemm", 0) >= GEMMS[precision] * num_layers
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*plan.inputs, *plan.outputs)}
     hidden = ("batch", "sequence", 256)
@@ -157,9 +158,95 @@ def test_a_graph_that_tensorrt_cannot_read_is_an_error_with_its_reason(build, gr
         build(graphs("fp16"), tmp_path / "fused.onnx", "fp16", PROFILES[:1])
 
 
+def test_a_build_without_enough_memory_says_what_to_do(build, graphs, saved, tmp_path):
+    """The kernels for a large profile need their memory, which TensorRT-RTX has if nothing limits it."""
+    profiles = [parse_profile("1x1:8x128:32x8192")]
+    limited = TensorRTOptions(workspace=64 << 20)
+    with pytest.raises(ExportError, match="need [0-9]+ MiB .* --workspace allows 64 MiB: .*smaller maximum than 1x1:8"):
+        build(graphs("fp16"), saved("fp16"), "fp16", profiles, options=limited)
+    assert build(graphs("fp16"), saved("fp16"), "fp16", profiles).layers["fused_attention"] == 4
+
+
+def test_without_a_limit_the_memory_of_the_gpu_is_named():
+    reason = "Error Code 2: OutOfMemory (Requested size was 91875456 bytes.)"
+    advice = _memory_advice(reason, OPTIONS, [parse_profile("1x1:1x8:1x64"), parse_profile("1x1:1x8:2x64")])
+    assert "88 MiB" in advice and "this GPU has less" in advice and "2x64" in advice
+    assert _memory_advice("no kernel", OPTIONS, PROFILES) == ""
+
+
+def test_what_the_listing_does_not_show_is_a_caveat(build, graphs, saved, monkeypatch, num_layers):
+    """As a version of TensorRT with other names for its kernels would be reported."""
+    lines = tensorrt_engine._layer_lines
+
+    def renamed(*arguments):
+        return [line.replace("_gemm_mha_v2", "__myl_Etc") for line in lines(*arguments)]
+
+    monkeypatch.setattr(tensorrt_engine, "_layer_lines", renamed)
+    plan = build(graphs("fp16"), saved("fp16"), "fp16", PROFILES[:1])
+    assert "fused_attention" not in plan.layers
+    (caveat,) = plan.caveats
+    assert f"0 fused attention layers where the graph has {num_layers}" in caveat
+
+
 def test_a_timing_cache_is_for_ordinary_tensorrt(build, graphs, saved, tmp_path):
     with pytest.raises(InputError, match="timing"):
         build(graphs("fp16"), saved("fp16"), "fp16", options=TensorRTOptions(timing_cache=tmp_path / "cache"))
+
+
+def quantized_product(file, scale_type):
+    """A product of INT8 numbers with a scale for each output; `scale_type` is that of the scales and of the result."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    kind = {np.float16: TensorProto.FLOAT16, np.float32: TensorProto.FLOAT}[scale_type]
+    constants = {
+        "axis": np.array([2]),
+        "row": np.ones(64, scale_type),
+        "scale": np.array(0.01, scale_type),
+        "zero": np.array(0, np.int8),
+        "weight": np.ones((64, 64), np.int8),
+        "weight_scale": np.linspace(0.001, 0.002, 64).astype(scale_type),
+        "weight_zero": np.zeros(64, np.int8),
+        "bias": np.ones(64, scale_type),
+    }
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=kind),
+        helper.make_node("Unsqueeze", ["ids", "axis"], ["column"]),
+        helper.make_node("Mul", ["column", "row"], ["x"]),
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x8"]),
+        helper.make_node("DequantizeLinear", ["x8", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["weight", "weight_scale", "weight_zero"], ["w"], axis=1),
+        helper.make_node("MatMul", ["xq", "w"], ["y"], name="proj/MatMul"),
+        helper.make_node("Add", ["y", "bias"], ["z"]),
+        helper.make_node("Cast", ["z"], ["last_hidden_state"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", 64])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    onnx.save(onnx.shape_inference.infer_shapes(model), file)
+    return graph_of(ir.load(file), {"int8_linears": 1}, 20)
+
+
+@pytest.mark.parametrize("scale_type", ["float16", "float32"])
+def test_unscaled_8_bit_sums_in_fp16_fail_the_export(runtime, scale_type, tmp_path):
+    """With FP16 scales TensorRT-RTX stores the sums of products as FP16 and scales them in the next kernel."""
+    import numpy as np
+
+    graph = quantized_product(tmp_path / "product.onnx", getattr(np, scale_type))
+    arguments = {"graph": graph, "num_layers": 0, "compute_capabilities": ("8.9",), "profiles": PROFILES[:1]}
+    if scale_type == "float16":
+        with pytest.raises(ExportError, match=r"wrong answers: 1 8-bit GEMMs store unscaled sums as FP16.*proj/MatMul"):
+            build_plan(tmp_path / "product.onnx", tmp_path, runtime, OPTIONS, **arguments)
+        assert not (tmp_path / PLAN_PATH).exists()
+    else:
+        plan = build_plan(tmp_path / "product.onnx", tmp_path, runtime, OPTIONS, **arguments)
+        assert plan.layers["int8_gemm"] == 1
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ from gte_deploy.exporters.triton.repository import _write_plan
 from gte_deploy.exporters.verification.bounds import TOLERANCES
 from gte_deploy.exporters.verification.differences import compare
 from gte_deploy.exporters.verification.reference import TorchReference
-from gte_deploy.exporters.verification.report import plan_lines
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.families import fusion_sites
@@ -200,7 +199,7 @@ def test_everything_but_the_kernel_becomes_an_engine(build, packed, num_layers, 
         model.graph.remove(node, safe=True)
     plan = build(dataclasses.replace(packed(precision), model=model))
     assert plan.padding_free and plan.profiles == packed_profiles(8192)
-    assert "texts x tokens of all, min:opt:max" in plan_lines(plan)[-1]
+    assert "texts x tokens of all, min:opt:max" in plan.describe()[-1]
     shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*plan.inputs, *plan.outputs)}
     assert shapes["query_lengths"] == shapes["kv_lengths"] == ("int32", ("batch_and_one",))
     assert shapes["input_ids"] == shapes["position_ids"] == ("int64", ("tokens",))

@@ -109,7 +109,8 @@ def test_the_trtexec_line_has_every_profile():
     inputs = [TensorSpec(name, "int64", ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
     masks = TensorSpec("mask_positions", "int64", ("num_masks", 2))
     assert trtexec_line("model.onnx", profiles, [*inputs, masks]) == (
-        "trtexec --onnx=model.onnx --saveEngine=model.plan --stronglyTyped "
+        "trtexec --onnx=model.onnx --saveEngine=model.plan --stronglyTyped --noTF32 "
+        "--profilingVerbosity=detailed "
         "--profile=0 --minShapes=input_ids:1x1,attention_mask:1x1,mask_positions:1x2 "
         "--optShapes=input_ids:8x64,attention_mask:8x64,mask_positions:8x2 "
         "--maxShapes=input_ids:32x128,attention_mask:32x128,mask_positions:512x2 "
@@ -117,7 +118,10 @@ def test_the_trtexec_line_has_every_profile():
         "--optShapes=input_ids:4x512,attention_mask:4x512,mask_positions:4x2 "
         "--maxShapes=input_ids:4x1024,attention_mask:4x1024,mask_positions:512x2"
     )
-    assert "--profile" not in trtexec_line("model.onnx", profiles[:1], inputs)
+    assert "--profile=" not in trtexec_line("model.onnx", profiles[:1], inputs)
+    assert "memPoolSize" not in trtexec_line("model.onnx", profiles, inputs)
+    limited = trtexec_line("model.onnx", profiles, inputs, workspace=512 << 20)
+    assert "--profilingVerbosity=detailed --memPoolSize=workspace:512M --profile=0" in limited
 
 
 @pytest.mark.parametrize(
