@@ -17,7 +17,7 @@ from gte_deploy.core.files import sha256_file
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
-from gte_deploy.exporters.job import Built, Job, Progress, Steps
+from gte_deploy.exporters.job import EVALUATION_TOKENS, Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.results import ParityReport
 
-EVALUATION_TOKENS = 6000
-"""Number of words for measuring the accuracy of a lower precision: once as single texts, once in windows."""
 _EXTRA = (
     "torch",
     "transformers",
@@ -96,7 +94,7 @@ def export(
         job = _load(checkpoint, folder, request, steps)
         built = request.target.build(_trace(job), job)
         write_model_files(job)
-        parity = _verify(request, built, job)
+        built, parity = _verify(request, built, job)
         if not built.keeps_graphs:
             for engine in built.graphs:
                 shutil.rmtree(job.graph_file(engine).parent, ignore_errors=True)
@@ -156,6 +154,7 @@ def _load(checkpoint: Description, folder: Path, request: ExportRequest, steps: 
             model=load_described(checkpoint),
             tokenizer=tokenizer,
             steps=steps,
+            bounds=request.options.bounds,
         )
 
 
@@ -176,10 +175,15 @@ def _trace(job: Job) -> "Mapping[Engine, Graph]":
         )
 
 
-def _verify(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
+def _verify(request: ExportRequest, built: Built, job: Job) -> "tuple[Built, ParityReport]":
     """Compare numbers with PyTorch, then answers with the checkpoint's own library.
 
-    The model's files are in the folder of the bundle already.
+    The model's files are in the folder of the bundle already. If graphs in 8 bits miss their bounds, the target builds
+    others with more layers in a higher precision; this chooses a single number by the verdict's texts, see
+    docs/decisions/sensitivity-sweep.md.
+
+    Returns:
+        The graphs and engine that keep the bounds, and their comparison.
 
     Raises:
         ParityError: a bound is missed and `bounds` is "strict", or the graph or engine is broken.
@@ -189,6 +193,10 @@ def _verify(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
 
     bounds = request.options.bounds
     parity = _compare(request, built, job)
+    while bounds == "strict" and parity.failures() and not parity.broken() and built.finer is not None:
+        job.steps.report(f"more layers in a higher precision, because of missed bounds: {'; '.join(parity.failures())}")
+        built = built.finer()
+        parity = _compare(request, built, job)
     parity.require(bounds)
     checkpoint, options = job.checkpoint.folder, request.options
     asked = Asked(pooling=options.pooling, limit="own" if options.max_length is None else "asked")
@@ -197,7 +205,7 @@ def _verify(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             check = check_bundle(checkpoint, model, job.precision, asked)
     parity = parity.with_checks(check)
     parity.require(bounds)
-    return parity
+    return built, parity
 
 
 def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gte_deploy.bundle.manifest import PlanEntry
+from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 from gte_deploy.models.description import Description
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.verification.bounds import Bounds
     from gte_deploy.text.tokenization import TextTokenizer
 
 Progress = Callable[[str], None]
@@ -28,10 +30,13 @@ GRAPH_PATHS: Mapping[Engine, str] = {
 WEIGHTS_PATH = "onnx/model.onnx.data"
 """Path of the weights that several graphs share."""
 
+EVALUATION_TOKENS = 6000
+"""Number of words for measuring the accuracy of a lower precision: once as single texts, once in windows."""
+
 
 @dataclass
 class Steps:
-    """Reports each step as it starts and records how many seconds it took."""
+    """Reports each step as it starts and records how many seconds it took; a step may run several times."""
 
     report: Progress
     seconds: dict[str, float] = field(default_factory=dict)
@@ -41,7 +46,7 @@ class Steps:
         self.report(name)
         started = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Job:
         model: the PyTorch model, float32.
         tokenizer: the checkpoint's tokenizer.
         steps: reports progress.
+        bounds: whether a bundle that misses its bounds is refused.
     """
 
     checkpoint: Description
@@ -65,6 +71,7 @@ class Job:
     model: "PreTrainedModel"
     tokenizer: "TextTokenizer"
     steps: Steps
+    bounds: "Bounds" = "strict"
 
     @property
     def spec(self) -> ModelSpec:
@@ -85,6 +92,15 @@ class Job:
         """Return the path for the graph of an engine."""
         return self.folder / GRAPH_PATHS[engine]
 
+    def require_kept_bounds(self, failure: str) -> None:
+        """Refuse graphs that cannot keep their bounds, before they are written or compiled.
+
+        Raises:
+            ParityError: `failure` is not empty, and `bounds` is "strict".
+        """
+        if failure and self.bounds == "strict":
+            raise ParityError(failure)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -97,6 +113,8 @@ class Built:
         keeps_graphs: whether the graphs stay in the bundle.
         made_for: the device that ONNX Runtime's graph is for.
         caveats: one sentence for each thing that this machine could not verify.
+        finer: builds again with more layers in a higher precision, for graphs that missed their bounds; None if the
+            target cannot.
     """
 
     graphs: Mapping[Engine, "Graph"]
@@ -105,3 +123,4 @@ class Built:
     keeps_graphs: bool = True
     made_for: DeviceType = "cpu"
     caveats: Sequence[str] = ()
+    finer: "Callable[[], Built] | None" = None

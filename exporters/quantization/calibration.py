@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ Calibrator = Literal["max", "percentile", "entropy"]
 _PERCENTILE = 0.9999
 _BINS = 2048
 _LEVELS = 128
+_SAMPLED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,28 @@ def _range_outputs(graph: ir.Graph, value: ir.Value, channels: int) -> tuple[str
         graph.outputs.append(node.outputs[0])
         names.append(str(node.name))
     return names[0], names[1]
+
+
+def sample_rows(
+    graph: Graph, spec: ModelSpec, batches: Sequence[Batch], names: Collection[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Weight's name -> about `_SAMPLED_ROWS` rows [rows, in] of the linear layer's input, spread over all batches."""
+    model = graph.model.clone()
+    inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in names}
+    for value in dict.fromkeys(inputs.values()):
+        if not value.is_graph_output():
+            model.graph.outputs.append(value)
+    share = _SAMPLED_ROWS / max(1, sum(batch.input_ids.size for batch in batches))
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in inputs}
+    with running(dataclasses.replace(graph, model=model), spec) as backend:
+        for batch in batches:
+            values = backend.run(batch, list(dict.fromkeys(str(value.name) for value in inputs.values())))
+            for name, value in inputs.items():
+                array = values[str(value.name)]
+                rows = array.reshape(-1, array.shape[-1])
+                kept = np.linspace(0, len(rows) - 1, max(1, round(len(rows) * share))).astype(np.int64)
+                found[name].append(rows[kept])
+    return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
 def measure_amax(

@@ -8,13 +8,7 @@ There are two forms of the same arithmetic, because each engine runs only one of
   MatMulIntegerToFloat, which includes the bias;
 * OpenVINO (and TensorRT): QuantizeLinear and DequantizeLinear on both operands of a MatMul.
 
-In the gated MLP's product gelu(gate) * up, some channels are hundreds of times as large as the others, so one scale
-does not fit all. Smoothing first evens the channels out (SmoothQuant, Xiao et al. 2023, eq. 4). It costs nothing at run
-time:
-
-    (up / s) · (s * down) = up · down,   s_j = max|x_j|^a / max|down_j|^(1 - a)
-
-The weights of the up projection include the division. Word embeddings become int8 rows with one scale each.
+The inputs are smoothed first, see the module `smoothing`. Word embeddings become int8 rows with one scale each.
 """
 
 import dataclasses
@@ -27,7 +21,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.graph.editing import (
     CONTRIB,
@@ -35,24 +28,20 @@ from gte_deploy.exporters.graph.editing import (
     array,
     constant,
     initializer,
-    is_in_layer,
     operand,
     replace,
     scope_of,
 )
-from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, linear_layer_of
+from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.calibration import Range
+from gte_deploy.exporters.quantization.rounding import MAX_INT8, activation_scale, quantize_columns
+from gte_deploy.exporters.quantization.smoothing import Sample, choose_smoothing, is_large
+from gte_deploy.exporters.quantization.smoothing import smooth as smooth
 
 Activations = Literal["dynamic", "static"]
 
-SMOOTHING = 0.7
-"""The exponent a. On gte-en-mlm-tiny 0.6 to 0.8 give similar results. Without smoothing, fill-mask's best answer is
-PyTorch's in 94 % of the cases; with it, in 98 %."""
-
-_MAX_INT8 = 127
 # CPUs without VNNI add pairs of products in 16 bits; with half the range they cannot overflow.
 _MAX_INT8_REDUCED = 63
-_MIN_MAGNITUDE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -61,39 +50,44 @@ class Int8Scheme:
 
     Args:
         ranges: weight's name -> range of the layer's input on calibration texts, before smoothing.
-        smoothing: down projection's weight -> s [in], float32.
-        excluded: names of weights that stay FP32. They always include heads that see few rows, which take no time.
+        smoothing: weight's name -> divisors s [in] of the layer's input, float32.
+        multiplied: weights in `smoothing` whose input needs a multiplication of its own.
+        excluded: names of weights that stay FP32. They always include heads that see few rows, which take no time. A
+            table of embeddings has the name of `table_name`.
         reduce_range: whether weights are in -63 … 63, for CPUs without VNNI.
     """
 
     ranges: Mapping[str, Range]
     smoothing: Mapping[str, NDArray[np.float32]]
+    multiplied: frozenset[str] = frozenset()
     excluded: frozenset[str] = frozenset()
     reduce_range: bool = False
 
     def excluding(self, names: Collection[str]) -> "Int8Scheme":
-        """The same scheme with these weights in FP32 as well."""
-        return dataclasses.replace(self, excluded=self.excluded | frozenset(names))
+        """The same scheme with these weights in FP32 as well. An FP32 layer needs no multiplication of its input."""
+        excluded = self.excluded | frozenset(names)
+        unneeded = self.multiplied & excluded
+        smoothing = {name: s for name, s in self.smoothing.items() if name not in unneeded}
+        return dataclasses.replace(self, smoothing=smoothing, excluded=excluded)
 
 
-def int8_scheme(model: ir.Model, ranges: Mapping[str, Range], *, reduce_range: bool = False) -> Int8Scheme:
-    """The scheme for a model, from any of its FP32 graphs."""
-    linears = find_linear_layers(model)
+def int8_scheme(
+    model: ir.Model, ranges: Mapping[str, Range], *, sample: Sample | None = None, reduce_range: bool = False
+) -> Int8Scheme:
+    """The scheme for a model, from any of its FP32 graphs; `sample` as in `choose_smoothing`."""
+    smoothing = choose_smoothing(model, ranges, sample)
     return Int8Scheme(
         ranges=ranges,
-        smoothing={
-            down.name: _smoothing_scales(down.matrix(), ranges[down.name])
-            for down in linears
-            if _up_projection(down) is not None
-        },
-        excluded=frozenset(linear.name for linear in linears if not is_large(linear.name)),
+        smoothing=smoothing.divisors,
+        multiplied=smoothing.multiplied,
+        excluded=frozenset(linear.name for linear in find_linear_layers(model) if not is_large(linear.name)),
         reduce_range=reduce_range,
     )
 
 
-def is_large(weight: str) -> bool:
-    """Whether this matrix belongs to a layer or to the vocabulary. Other matrices gain nothing from INT8."""
-    return is_in_layer(weight) or "decoder" in weight
+def table_name(table: ir.Value) -> str:
+    """The name of a table of embeddings among excluded weights. A tied decoder has the name of the table itself."""
+    return f"{table.name}.rows"
 
 
 def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activations: Activations) -> dict[str, int]:
@@ -115,54 +109,6 @@ def quantize_int8(model: ir.Model, scheme: Int8Scheme, *, engine: Engine, activa
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
     return {"int8_linears": len(chosen), "fp32_linears": len(linears) - len(chosen), "int8_embeddings": embeddings}
-
-
-def smooth(model: ir.Model, smoothing: Mapping[str, NDArray[np.float32]]) -> None:
-    """Even out the inputs of the down projections in `smoothing`, in place."""
-    for down in find_linear_layers(model):
-        if (scales := smoothing.get(down.name)) is not None:
-            _smooth(down, scales)
-
-
-def quantize_columns(matrix: NDArray[np.float32], largest: int = _MAX_INT8) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize [in, out] float32 to int8 of the same shape and scales [out] float32. A column of zeros has scale 1."""
-    amax = np.abs(matrix).max(axis=0)
-    scale = np.where(amax > 0, amax / largest, 1).astype(np.float32)
-    return np.rint(matrix / scale).astype(np.int8), scale
-
-
-def activation_scale(low: float, high: float) -> tuple[np.float32, np.uint8]:
-    """The scale and zero point of uint8 for a range. The range is widened to include 0, so that 0 is exact."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / 255, float(np.finfo(np.float32).tiny)) if high > low else 1.0
-    return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, 255))
-
-
-def _smoothing_scales(matrix: NDArray[np.float32], found: Range) -> NDArray[np.float32]:
-    input_amax = np.maximum(np.maximum(np.abs(found.low), np.abs(found.high)), _MIN_MAGNITUDE)
-    weight_amax = np.maximum(np.abs(matrix).max(axis=1), _MIN_MAGNITUDE)
-    scales = input_amax**SMOOTHING / weight_amax ** (1 - SMOOTHING)
-    return (scales / np.exp(np.log(scales).mean())).astype(np.float32)
-
-
-def _up_projection(down: LinearLayer) -> LinearLayer | None:
-    """The up projection, whose output times the activated gate is the input of `down`; None without such a product."""
-    value = down.x
-    while (source := value.producer()) is not None and source.op_type == "Reshape":
-        value = operand(source, 0)
-    if source is None or source.op_type != "Mul":
-        return None
-    return next((up for side in source.inputs if side and (up := linear_layer_of(side.producer()))), None)
-
-
-def _smooth(down: LinearLayer, scales: NDArray[np.float32]) -> None:
-    up = _up_projection(down)
-    if up is None or up.bias is not None:
-        raise ExportError(
-            f"{down.name} follows no gated unit in this graph, but it does in the graph that the scheme is for"
-        )
-    for linear, matrix in ((up, up.matrix() / scales), (down, down.matrix() * scales[:, None])):
-        linear.weight.const_value = ir.tensor(matrix, name=linear.weight.name)
 
 
 def _integer_product(build: Builder, linear: LinearLayer, scheme: Int8Scheme, activations: Activations) -> ir.Value:
@@ -197,7 +143,7 @@ def _quantized_input(build: Builder, linear: LinearLayer, scheme: Int8Scheme) ->
 
 
 def _quantized_weight(graph: ir.Graph, linear: LinearLayer, scheme: Int8Scheme) -> tuple[ir.Value, ir.Value]:
-    largest = _MAX_INT8_REDUCED if scheme.reduce_range else _MAX_INT8
+    largest = _MAX_INT8_REDUCED if scheme.reduce_range else MAX_INT8
     quantized, scale = quantize_columns(linear.matrix(), largest)
     return (
         initializer(graph, f"{linear.name}.int8", ir.tensor(quantized)),
@@ -208,14 +154,9 @@ def _quantized_weight(graph: ir.Graph, linear: LinearLayer, scheme: Int8Scheme) 
 def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
     """Quantize each embedding table [rows, H] that only one Gather reads, with one scale a row; return their number."""
     count = 0
-    for node in [node for node in graph if node.op_type == "Gather"]:
+    for node in embedding_lookups(graph):
         table, ids = operand(node, 0), operand(node, 1)
-        tensor = table.const_value
-        if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
-            continue
-        if table.name in excluded or len(table.uses()) > 1 or node.attributes.get_int("axis") not in (None, 0):
-            continue
-        if ids.name == "token_type_ids":  # the few rows of token types would save nothing
+        if table.name in excluded or table_name(table) in excluded or len(table.uses()) > 1:
             continue
         quantized, scale = quantize_columns(array(table).T)
         build = Builder(graph, node, scope_of(node))
@@ -228,3 +169,15 @@ def quantize_embeddings(graph: ir.Graph, excluded: Collection[str] = ()) -> int:
         )
         count += 1
     return count
+
+
+def embedding_lookups(graph: ir.Graph) -> list[ir.Node]:
+    """The Gathers of rows of FP32 tables, without the few rows of token types, which would save nothing."""
+    found = []
+    for node in graph:
+        if node.op_type == "Gather" and operand(node, 1).name != "token_type_ids":
+            tensor = operand(node, 0).const_value
+            is_table = tensor is not None and len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT
+            if is_table and node.attributes.get_int("axis") in (None, 0):
+                found.append(node)
+    return found

@@ -4,23 +4,42 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.backends.onnxruntime import OnnxBackend
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
+from gte_deploy.exporters.graph.editing import operand
 from gte_deploy.exporters.graph.linear_layers import find_linear_layers
-from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running
-from gte_deploy.exporters.quantization.int8 import Activations, int8_scheme, quantize_int8
-from gte_deploy.exporters.quantization.sensitivity import Sweep, sweep_sensitivity
+from gte_deploy.exporters.job import EVALUATION_TOKENS
+from gte_deploy.exporters.quantization.calibration import Range, measure_ranges, running, sample_rows
+from gte_deploy.exporters.quantization.int8 import (
+    Activations,
+    embedding_lookups,
+    int8_scheme,
+    quantize_int8,
+    table_name,
+)
+from gte_deploy.exporters.quantization.sensitivity import Judgement, Sweep, SweepError, sweep_sensitivity
+from gte_deploy.exporters.quantization.smoothing import outlier_ratio
 from gte_deploy.exporters.quantization.weight_only import Bits, quantize_weights
-from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, AccuracyBounds, TextReference
-from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts, text_batches
+from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, TextReference
+from gte_deploy.exporters.verification.cases import TokenSource, max_tokens_of, parity_cases
+from gte_deploy.exporters.verification.parity import Comparison, check_parity
+from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts, text_batches, texts_left_out
 from gte_deploy.text.tokenization import TextTokenizer
 
 # The `max_tokens` of `text_batches`. A sweep measures each group of layers on fewer tokens than the result.
 CALIBRATION_TOKENS = 4000
 SWEEP_TOKENS = 1000
+# The longest of the parity cases that a sweep judges; the export compares all lengths at the end.
+_CASE_LENGTH = 128
+_HELD_OUT = "on held-out text: "
+# The number of groups that an error message names.
+_NAMED_GROUPS = 3
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
 # Layers with the same input are quantized together, so they are judged together.
 _ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "up_proj": "up_gate", "gate_proj": "up_gate"}
@@ -34,10 +53,40 @@ class Quantized:
         graphs: engine -> graph; weight-only precisions have only ONNX Runtime's. The fusions of a graph include the
             numbers of quantized layers.
         sweep: the layers that stay in FP32, and their losses; INT8 only.
+        finer: returns graphs with more layers in FP32, for graphs that missed their bounds; INT8 only.
     """
 
     graphs: dict[Engine, Graph]
     sweep: Sweep | None = None
+    finer: "Callable[[], Quantized] | None" = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The ranges of a model's linear layers, and what is needed to measure more.
+
+    Args:
+        fp32: ONNX Runtime's FP32 graph.
+        spec: the facts about the model.
+        tokenizer: the tokenizer of the model.
+        texts: the calibration texts.
+        batches: the batches of these texts.
+        ranges: weight's name -> range of the layer's input on the batches.
+        progress: called with a line at every long step.
+    """
+
+    fp32: Graph
+    spec: ModelSpec
+    tokenizer: TextTokenizer
+    texts: Sequence[str]
+    batches: Sequence[Batch]
+    ranges: Mapping[str, Range]
+    progress: Callable[[str], None]
+
+    def sample(self, names: Collection[str]) -> dict[str, NDArray[np.float32]]:
+        """See `choose_smoothing`."""
+        self.progress(f"outlier channels: choose the smoothing of {len(names)} inputs")
+        return sample_rows(self.fp32, self.spec, self.batches, names)
 
 
 def quantize_graphs(
@@ -64,32 +113,30 @@ def quantize_graphs(
         reduce_range: whether weights have 7 bits, for CPUs without VNNI.
         progress: called with a line at every long step.
     """
-    if precision != "int8":
-        copy = graphs["onnxruntime"].model.clone()
-        counts = quantize_weights(copy, _WEIGHT_BITS[precision])
-        return Quantized({"onnxruntime": _with_model(graphs["onnxruntime"], copy, counts)})
     fp32 = graphs["onnxruntime"]
-    texts, _, ranges = calibrated(fp32, spec, tokenizer, calibration, progress)
-    scheme = int8_scheme(fp32.model, ranges, reduce_range=reduce_range)
+    if precision != "int8":
+        copy = fp32.model.clone()
+        counts = quantize_weights(copy, _WEIGHT_BITS[precision])
+        return Quantized({"onnxruntime": _with_model(fp32, copy, counts)})
+    measured = calibrated(fp32, spec, tokenizer, calibration, progress)
+    base = int8_scheme(fp32.model, measured.ranges, sample=measured.sample, reduce_range=reduce_range)
     # Static ranges lose more accuracy than dynamic ones, and OpenVINO's graph always has them.
     sweep_activations: Activations = "static" if "openvino" in graphs else activations
+    groups = {**groups_of(fp32, base.excluded), **_tables(fp32)}
 
-    def quantize(excluded: frozenset[str]) -> Graph:
-        model = fp32.model.clone()
-        quantize_int8(model, scheme.excluding(excluded), engine="onnxruntime", activations=sweep_activations)
-        return dataclasses.replace(fp32, model=model)
+    def quantized(engine: Engine, excluded: frozenset[str], activations: Activations) -> Graph:
+        copy = graphs[engine].model.clone()
+        counts = quantize_int8(copy, base.excluding(excluded), engine=engine, activations=activations)
+        return _with_model(graphs[engine], copy, counts)
 
-    found = sweep(
-        fp32, scheme.excluded, quantize, "int8", texts=texts, tokenizer=tokenizer, spec=spec, progress=progress
-    )
-    scheme = scheme.excluding(found.excluded)
-    quantized: dict[Engine, Graph] = {}
-    for engine, graph in graphs.items():
-        copy = graph.model.clone()
-        quantized[engine] = _with_model(
-            graph, copy, quantize_int8(copy, scheme, engine=engine, activations=activations)
+    def swept(previous: Sweep | None) -> Quantized:
+        found = sweep(
+            measured, groups, lambda excluded: quantized("onnxruntime", excluded, sweep_activations), "int8", previous
         )
-    return Quantized(quantized, found)
+        result: dict[Engine, Graph] = {engine: quantized(engine, found.excluded, activations) for engine in graphs}
+        return Quantized(result, found, lambda: swept(found))
+
+    return swept(None)
 
 
 def groups_of(graph: Graph, excluded: Collection[str]) -> dict[str, list[str]]:
@@ -107,62 +154,133 @@ def groups_of(graph: Graph, excluded: Collection[str]) -> dict[str, list[str]]:
     return groups
 
 
+def _tables(graph: Graph) -> dict[str, list[str]]:
+    """The groups of embedding tables. A table that is also a decoder's matrix is in the group of the decoder."""
+    decoders = {linear.name for linear in find_linear_layers(graph.model)}
+    tables = [operand(node, 0) for node in embedding_lookups(graph.model.graph)]
+    return {
+        str(table.name).removesuffix(".weight"): [table_name(table)] for table in tables if table.name not in decoders
+    }
+
+
 def calibrated(
     fp32: Graph,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
     calibration: Sequence[str] | None,
     progress: Callable[[str], None],
-) -> tuple[Sequence[str], Sequence[Batch], dict[str, Range]]:
-    """The calibration texts, their batches, and the input range of every linear layer on them."""
+) -> Calibration:
+    """Measure the input range of every linear layer on the calibration texts; None for built-in English prose."""
     texts = calibration or builtin_texts("calibration")
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     size = sum(int(batch.attention_mask.sum()) for batch in batches)
     kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
     progress(f"calibrate on {size:,} tokens of {kind}")
-    return texts, batches, measure_ranges(fp32, spec, batches)
+    return Calibration(fp32, spec, tokenizer, texts, batches, measure_ranges(fp32, spec, batches), progress)
 
 
 def sweep(
-    fp32: Graph,
-    excluded: Collection[str],
+    measured: Calibration,
+    groups: Mapping[str, Sequence[str]],
     quantize: Callable[[frozenset[str]], Graph],
     precision: Precision,
-    *,
-    texts: Sequence[str],
-    tokenizer: TextTokenizer,
-    spec: ModelSpec,
-    progress: Callable[[str], None],
+    previous: Sweep | None = None,
 ) -> Sweep:
-    """Find the layers that must stay in a higher precision, by comparison with FP32 on the calibration texts.
+    """Find the layers that must stay in a higher precision, by comparison with FP32.
+
+    If all layers in 8 bits keep the bounds on the calibration texts, there is no sweep. Its result must keep them on
+    the calibration texts, on held-out texts and on the parity cases of short batches.
 
     Args:
-        fp32: the graph to quantize.
-        excluded: weights that stay in a higher precision in any case.
-        quantize: returns the quantized graph in which the given weights stay in a higher precision as well.
+        measured: the model and its calibration texts.
+        groups: groups of weights that are judged together, see `groups_of`.
+        quantize: returns the quantized graph in which the given weights stay in a higher precision.
         precision: the precision, which sets the bounds of accuracy.
-        texts: the calibration texts.
-        tokenizer: the tokenizer of the model.
-        spec: the facts about the model.
-        progress: called with a line for every measurement.
+        previous: an earlier result whose graphs missed the bounds of the export; see `sweep_sensitivity`.
     """
-    bounds = ACCURACY_BOUNDS[precision]
-    groups = groups_of(fp32, excluded)
-    sample = [text_batches(texts, tokenizer, spec, max_tokens=SWEEP_TOKENS)]
-    rounds = TextRounds(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
-    with running(fp32, spec) as backend:
-        small, full = TextReference(backend, sample, spec), TextReference(backend, rounds, spec)
+    bounds, progress = ACCURACY_BOUNDS[precision], measured.progress
+    with running(measured.fp32, measured.spec) as reference:
+        judge = _Judge(reference, measured, precision)
+        if previous is None:
+            with running(quantize(frozenset()), measured.spec) as candidate:
+                accuracy = judge.calibration.compare(candidate, bounds)
+            if not (missed := bounds.missed(accuracy, by_estimate=True)):
+                return Sweep(frozenset(), {}, accuracy)
+            progress(f"with all layers in 8 bits the graph misses its bounds ({'; '.join(missed)})")
+        sample = [text_batches(measured.texts, measured.tokenizer, measured.spec, max_tokens=SWEEP_TOKENS)]
+        small = TextReference(reference, sample, measured.spec)
 
-        def measured_by(
-            reference: TextReference, bounds: AccuracyBounds | None = None
-        ) -> Callable[[frozenset[str]], Accuracy]:
-            def measure(excluded: frozenset[str]) -> Accuracy:
-                with running(quantize(excluded), spec) as candidate:
-                    return reference.compare(candidate, bounds)
+        def measure(excluded: frozenset[str]) -> Accuracy:
+            with running(quantize(excluded), measured.spec) as candidate:
+                return small.compare(candidate)
 
-            return measure
+        def judged(excluded: frozenset[str]) -> Judgement:
+            with running(quantize(excluded), measured.spec) as candidate:
+                return judge(candidate)
 
-        return sweep_sensitivity(groups, measured_by(small), measured_by(full, bounds), bounds, progress=progress)
+        try:
+            return sweep_sensitivity(groups, measure, judged, bounds, previous=previous, progress=progress)
+        except SweepError as error:
+            excluded = frozenset(name for names in groups.values() for name in names)
+            failure = _advice(error, measured, groups, precision)
+            return Sweep(excluded, error.loss, error.accuracy, len(groups), failure)
+
+
+class _Judge:
+    """Judges a graph on all the data that the result of a sweep must hold on.
+
+    The held-out texts are those of the evaluation texts that the export's verdict does not read. So the verdict is on
+    texts that chose nothing.
+    """
+
+    def __init__(self, reference: OnnxBackend, measured: Calibration, precision: Precision) -> None:
+        spec, tokenizer = measured.spec, measured.tokenizer
+        self._reference, self._bounds = reference, ACCURACY_BOUNDS[precision]
+        self.calibration = TextReference(
+            reference, TextRounds(measured.texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS), spec
+        )
+        held_out = texts_left_out(builtin_texts("evaluation"), tokenizer, max_tokens=EVALUATION_TOKENS)
+        self._held_out = TextReference(
+            reference, TextRounds(held_out, tokenizer, spec, max_tokens=CALIBRATION_TOKENS), spec
+        )
+        limit = max_tokens_of(spec)
+        self._cases = Comparison(
+            outputs=[output.name for output in measured.fp32.outputs],
+            spec=spec,
+            precision=precision,
+            tokens=TokenSource.from_tokenizer(tokenizer),
+            cases=parity_cases(min(spec.max_length, _CASE_LENGTH), max_tokens=limit),
+        )
+
+    def __call__(self, candidate: OnnxBackend) -> Judgement:
+        accuracy = self.calibration.compare(candidate, self._bounds)
+        missed = self._bounds.missed(accuracy, by_estimate=True)
+        if not missed:
+            held_out = self._held_out.compare(candidate, self._bounds)
+            missed = [f"{_HELD_OUT}{line}" for line in self._bounds.missed(held_out, by_estimate=True)]
+        if not missed:
+            report = check_parity(self._reference, {("onnxruntime", self._cases.precision): candidate}, self._cases)
+            missed = report.failures()
+        return Judgement(accuracy, missed)
+
+
+def _advice(error: SweepError, measured: Calibration, groups: Mapping[str, Sequence[str]], precision: Precision) -> str:
+    """Say why a model cannot have 8 bits, and what to do."""
+    worst = []
+    for group, loss in list(error.loss.items())[:_NAMED_GROUPS]:
+        found = measured.ranges.get(groups[group][0])
+        ratio = "" if found is None else f"; its largest input channel is {outlier_ratio(found):,.0f} × the median"
+        worst.append(f"\n  {group} loses {loss:.1e} of the token cosine{ratio}")
+    named = f"\nThe most sensitive groups of layers, each alone in 8 bits:{''.join(worst)}" if worst else ""
+    if all(line.startswith(_HELD_OUT) for line in error.missed):
+        advice = "The calibration texts keep the bounds: calibrate on more texts like those that will be served."
+    else:
+        advice = "Other calibration texts do not help."
+    return (
+        f"{precision} misses its bounds with this model, even with almost all layers in a higher precision: "
+        f"{'; '.join(error.missed)}{named}\nNo bundle was written. {advice} Or take a finer precision: int8-weight or "
+        "fp32 on a CPU, fp16 or bf16 on a GPU."
+    )
 
 
 def _with_model(graph: Graph, model: ir.Model, counts: Mapping[str, int]) -> Graph:

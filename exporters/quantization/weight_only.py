@@ -14,7 +14,8 @@ from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.exporters.graph.editing import CONTRIB, Builder, initializer, replace, scope_of
 from gte_deploy.exporters.graph.linear_layers import find_linear_layers
-from gte_deploy.exporters.quantization.int8 import is_large, quantize_embeddings
+from gte_deploy.exporters.quantization.int8 import quantize_embeddings
+from gte_deploy.exporters.quantization.smoothing import is_large
 
 Bits = Literal[4, 8]
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -88,14 +88,13 @@ class CpuTarget(Target):
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
             caveats.append("openvino is not installed here, so the bundle holds no graph for it.")
-        sensitivity: Mapping[str, float] = {}
-        if job.precision != "fp32":
-            quantized = quantized_graphs(graphs, job, self.options)
-            if len(quantized.graphs) < len(graphs):
-                caveats.append(f"{job.precision} has a graph only for ONNX Runtime.")
-            graphs, sensitivity = quantized.graphs, quantized.sweep.loss if quantized.sweep else {}
-        save(graphs, job)
-        return Built(graphs, sensitivity, caveats=caveats)
+        if job.precision == "fp32":
+            save(graphs, job)
+            return Built(graphs, caveats=caveats)
+        quantized = quantized_graphs(graphs, job, self.options)
+        if len(quantized.graphs) < len(graphs):
+            caveats.append(f"{job.precision} has a graph only for ONNX Runtime.")
+        return save_quantized(quantized, quantized.graphs, job, caveats)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
@@ -133,6 +132,27 @@ def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: Calibr
         )
 
 
+def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job, caveats: Sequence[str] = ()) -> Built:
+    """Write the graphs for `engines` to the folder of the bundle.
+
+    Raises:
+        ParityError: no layer may be INT8, and `bounds` is "strict".
+    """
+    if quantized.sweep is not None:
+        job.require_kept_bounds(quantized.sweep.failure)
+    graphs: dict[Engine, Graph] = {engine: quantized.graphs[engine] for engine in engines}
+    save(graphs, job)
+
+    def finer() -> Built:
+        assert quantized.finer is not None  # checked below
+        with job.steps(f"quantize to {job.precision}"):
+            found = quantized.finer()
+        return save_quantized(found, engines, job, caveats)
+
+    sensitivity = quantized.sweep.loss if quantized.sweep else {}
+    return Built(graphs, sensitivity, caveats=caveats, finer=finer if quantized.finer else None)
+
+
 def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
     """Write graphs over one weights file to the folder of the bundle."""
     # The module and not its function, because a test replaces the function.
@@ -140,7 +160,7 @@ def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
 
     with job.steps("write the graphs"):
         weights = job.folder / WEIGHTS_PATH
-        weights.parent.mkdir()
+        weights.parent.mkdir(exist_ok=True)
         files = {job.folder / GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}
         graph_module.save_graphs(files, weights)
 

@@ -9,7 +9,7 @@ from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
-from gte_deploy.exporters.targets.cpu import CalibrationOptions, open_openvino, quantized_graphs, save
+from gte_deploy.exporters.targets.cpu import CalibrationOptions, open_openvino, quantized_graphs, save, save_quantized
 from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
@@ -40,13 +40,11 @@ class OpenVinoTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Quantize the graphs if requested, and save the one of standard operators."""
-        sensitivity: Mapping[str, float] = {}
         if job.precision != "fp32":
-            quantized = quantized_graphs(graphs, job, self.options)
-            graphs, sensitivity = quantized.graphs, quantized.sweep.loss if quantized.sweep else {}
+            return save_quantized(quantized_graphs(graphs, job, self.options), ["openvino"], job)
         kept: dict[Engine, Graph] = {"openvino": graphs["openvino"]}
         save(kept, job)
-        return Built(kept, sensitivity)
+        return Built(kept)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:

@@ -78,10 +78,8 @@ def text_batches(
     prefix, suffix = tokenizer.template.prefix, tokenizer.template.suffix
     special = len(prefix) + len(suffix)
     has_pairs = spec.task == "classify" and spec.token_types
-    rows = tokenizer.encode_texts(
-        [text for text in texts if text.strip()], max_length=max(max_tokens, special + 1), truncation=True
-    )
-    words = [row[len(prefix) : len(row) - len(suffix)] for row in _at_most(rows, max_tokens)]
+    rows = _rows(texts, tokenizer, max_tokens)
+    words = [rows[i][len(prefix) : len(rows[i]) - len(suffix)] for i in _at_most(rows, max_tokens)]
     ends = np.cumsum([0, *map(len, words)])
     inner = max(1, spec.max_length - special)
     pieces = [span for start, end in pairwise(ends) for span in _cut(start, end, inner)]
@@ -109,6 +107,13 @@ def text_batches(
         return dataclasses.replace(padded, mask_positions=positions), wanted
 
     return [batch(group, 0) for group in _grouped(pieces)] + [batch(group, 1) for group in windows]
+
+
+def texts_left_out(texts: Sequence[str], tokenizer: TextTokenizer, *, max_tokens: int) -> list[str]:
+    """Return the texts that `text_batches` with the same arguments does not take."""
+    taken = set(_at_most(_rows(texts, tokenizer, max_tokens), max_tokens))
+    kept = [text for text in texts if text.strip()]
+    return [text for i, text in enumerate(kept) if i not in taken]
 
 
 class Rounds(Protocol):
@@ -160,11 +165,18 @@ def _row(words: list[int], tokenizer: TextTokenizer, *, is_pair: bool) -> list[i
     return tokenizer.template.row(words[: inner // 2], words[inner // 2 : inner])
 
 
-def _at_most(rows: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+def _rows(texts: Sequence[str], tokenizer: TextTokenizer, max_tokens: int) -> list[list[int]]:
+    """Return the token ids of the texts that are not blank, each cut to `max_tokens`."""
+    special = len(tokenizer.template.prefix) + len(tokenizer.template.suffix)
+    kept = [text for text in texts if text.strip()]
+    return tokenizer.encode_texts(kept, max_length=max(max_tokens, special + 1), truncation=True)
+
+
+def _at_most(rows: Sequence[list[int]], max_tokens: int) -> list[int]:
     """Choose rows spread evenly over `rows` with about `max_tokens` tokens; at least one row if there is one."""
     total = sum(map(len, rows))
     keep = min(len(rows), max(1, len(rows) * max_tokens // max(total, 1)))
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, keep).round().astype(int)] if rows else []
+    return np.linspace(0, len(rows) - 1, keep).round().astype(int).tolist() if rows else []
 
 
 def _grouped(spans: Sequence[Span]) -> Iterator[list[Span]]:

@@ -108,7 +108,7 @@ def build_plan(
             "written; use --precision fp16 or bf16, or another version of it."
         )
     path = folder / PLAN_PATH
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(plan)
     if cache is not None:
         (folder / TIMING_CACHE_PATH).write_bytes(cache.serialize())

@@ -1,6 +1,7 @@
 """The target "tensorrt": an engine of TensorRT or TensorRT-RTX, compiled from a typed graph."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +17,7 @@ from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.targets.tensorrt.precision import QuantizedGemms
 
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
@@ -76,20 +78,40 @@ class TensorRTTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Write the graph in the precision of the job, and compile the engine from it."""
-        from gte_deploy.exporters.graph.build import save_graph
+        gemms: QuantizedGemms | None = None
+        if job.precision in ("int8", "fp8"):
+            from gte_deploy.exporters.targets.tensorrt.precision import choose_gemms
 
+            with job.steps(f"choose the layers in {job.precision}"):
+                gemms = choose_gemms(graphs, job, self.options)
+        return self._build(graphs, job, gemms)
+
+    def _build(self, graphs: "Mapping[Engine, Graph]", job: Job, gemms: "QuantizedGemms | None") -> Built:
+        from gte_deploy.exporters.graph.build import save_graph
+        from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph
+
+        if gemms is not None:
+            job.require_kept_bounds(gemms.sweep.failure)
+        scheme = None if gemms is None else gemms.scheme
         with job.steps(f"write the graph in {job.precision}"):
-            graph, sensitivity = self._graph(graphs, job)
+            graph = tensorrt_graph(
+                graphs["openvino"], job.precision, sites=job.sites, scheme=scheme, layout=self.layout
+            )
             file = job.graph_file("tensorrt")
-            file.parent.mkdir()
+            file.parent.mkdir(exist_ok=True)
             save_graph(graph, file)
+        made = Built(
+            {"tensorrt": graph},
+            {} if gemms is None else gemms.sweep.loss,
+            finer=None if gemms is None else lambda: self._build(graphs, job, gemms.finer()),
+        )
         runtime, profiles = self._runtime(), self._profiles(job.spec)
         if runtime is None:
             line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs, workspace=self.options.workspace)
             advice = (
                 f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}\n{_THEN_ADOPT}"
             )
-            return Built({"tensorrt": graph}, sensitivity, caveats=[advice])
+            return dataclasses.replace(made, caveats=[advice])
         from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 
         job.steps.report(f"build with {runtime.title}: {runtime.reason}")
@@ -107,7 +129,7 @@ class TensorRTTarget(Target):
         for caveat in plan.caveats:
             job.steps.report(caveat)
         caveats = [_ENGINE_NOT_RUN, *plan.caveats]
-        return Built({"tensorrt": graph}, sensitivity, plan, keeps_graphs=self.options.keep_onnx, caveats=caveats)
+        return dataclasses.replace(made, plan=plan, keeps_graphs=self.options.keep_onnx, caveats=caveats)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
@@ -133,16 +155,3 @@ class TensorRTTarget(Target):
     def _profiles(self, spec: ModelSpec) -> tuple[Profile, ...]:
         lengths = [] if self.options.lengths is None else read_lengths(self.options.lengths)
         return self.layout.profiles(self.options.profiles, lengths, spec.max_length)
-
-    def _graph(self, graphs: "Mapping[Engine, Graph]", job: Job) -> "tuple[Graph, Mapping[str, float]]":
-        """The graph in the precision of the job, and the losses from a sweep if one was needed."""
-        from gte_deploy.exporters.targets.tensorrt.graph import QdqScheme, tensorrt_graph
-
-        scheme: QdqScheme | None = None
-        sensitivity: Mapping[str, float] = {}
-        if job.precision in ("int8", "fp8"):
-            from gte_deploy.exporters.targets.tensorrt.precision import eight_bit_scheme
-
-            scheme, sensitivity = eight_bit_scheme(graphs, job, self.options)
-        graph = tensorrt_graph(graphs["openvino"], job.precision, sites=job.sites, scheme=scheme, layout=self.layout)
-        return graph, sensitivity

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -5,9 +6,11 @@ import pytest
 
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, build_graphs
+from gte_deploy.exporters.job import EVALUATION_TOKENS
 from gte_deploy.exporters.quantization import recipes as lower_precision
 from gte_deploy.exporters.quantization.recipes import groups_of, quantize_graphs
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, AccuracyBounds
+from gte_deploy.exporters.verification.texts import builtin_texts, text_batches, texts_left_out
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.text.tokenization import load_tokenizer
@@ -64,6 +67,16 @@ def test_the_most_sensitive_layers_stay_high_where_a_bound_is_missed(quantize, t
     )
 
 
+def test_a_model_that_cannot_be_int8_is_told_why(quantize, tiny, monkeypatch):
+    monkeypatch.setitem(lower_precision.ACCURACY_BOUNDS, "int8", AccuracyBounds(cosine_mean=1 - 1e-9, top1_agreement=0))
+    made, _ = quantize(graphs={"onnxruntime": tiny["onnxruntime"]})
+    assert counts(made.graphs["onnxruntime"])["int8_linears"] == 0
+    message = made.sweep.failure
+    assert "int8 misses its bounds with this model" in message and "No bundle was written" in message
+    assert "mlp.down_proj loses" in message and "× the median" in message
+    assert "Other calibration texts do not help" in message and "int8-weight" in message
+
+
 def test_a_users_texts_decide_the_ranges(quantize, tiny):
     made, lines = quantize(calibration=["zebra " * 30, "12345 67890"], graphs={"onnxruntime": tiny["onnxruntime"]})
     ours, _ = quantize(graphs={"onnxruntime": tiny["onnxruntime"]})
@@ -88,6 +101,21 @@ def test_the_fp32_graphs_are_left_alone(quantize, tiny):
     before = [node.op_type for node in tiny["onnxruntime"].model.graph]
     quantize("int4-weight")
     assert [node.op_type for node in tiny["onnxruntime"].model.graph] == before
+
+
+def test_the_sweep_and_the_verdict_read_different_texts():
+    spec = dataclasses.replace(SPEC, task="embed", pooling="mean", max_length=8192)
+    tokenizer = load_tokenizer(resolve_checkpoint(None))
+    texts = [text for text in builtin_texts("evaluation") if text]
+    left_out = texts_left_out(texts, tokenizer, max_tokens=EVALUATION_TOKENS)
+    read = {
+        tuple(row[mask.astype(bool)].tolist())
+        for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=EVALUATION_TOKENS)
+        for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    }
+    rows = dict(zip(texts, tokenizer.encode_texts(texts, max_length=8192, truncation=True), strict=True))
+    assert {text for text, row in rows.items() if tuple(row) not in read} == set(left_out)
+    assert sum(len(rows[text]) for text in left_out) > 3000
 
 
 def test_layers_that_share_an_input_are_judged_together(tiny):
