@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,8 @@ def cosines() -> Any:
     return cosine
 
 
-def add_outliers(checkpoint: Path, folder: Path, *, factor: float, channels: int = 2) -> Path:
-    """Copy a checkpoint and multiply the gammas of the same `channels` channels of every LayerNorm by `factor`.
+def add_outliers(checkpoint: Path, folder: Path, *, factor: float, channels: Sequence[int]) -> Path:
+    """Copy a checkpoint and multiply the gammas of these channels of every LayerNorm by `factor`.
 
     The result is another model, with outlier channels like those of trained BERT models.
     """
@@ -99,20 +100,21 @@ def add_outliers(checkpoint: Path, folder: Path, *, factor: float, channels: int
     weights = load_file(checkpoint / "model.safetensors")
     for name in [name for name in weights if re.search(r"(layer_?norm|_ln|head\.norm)\.weight$", name, re.IGNORECASE)]:
         weights[name] = weights[name].copy()
-        size = len(weights[name])
-        weights[name][np.linspace(size // 14, size - size // 5, channels).astype(int)] *= factor
+        weights[name][list(channels)] *= factor
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="session")
 def with_outliers() -> Any:
-    """`with_outliers(checkpoint, folder, factor=20, channels=2)`: see `add_outliers`."""
+    """`with_outliers(checkpoint, folder, factor=20, channels=(2, 26))`: see `add_outliers`."""
     return add_outliers
 
 
 @pytest.fixture(scope="session")
 def outlier_fp32(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Graph]:
     """Like `fp32`, with outlier channels."""
-    checkpoint = add_outliers(golden_dir / "mlm", tmp_path_factory.mktemp("outliers") / "mlm", factor=20)
+    checkpoint = add_outliers(
+        golden_dir / "mlm", tmp_path_factory.mktemp("outliers") / "mlm", factor=20, channels=(2, 26)
+    )
     return build_graphs(load_model(checkpoint, task="fill-mask"), task="fill-mask", max_length=8192)

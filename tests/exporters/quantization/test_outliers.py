@@ -31,8 +31,14 @@ def checkpoint(with_outliers, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("outliers", "share"),
-    [({"factor": 20}, 0.5), ({"factor": 50}, 0.25), ({"factor": 20, "channels": 4}, 0.25)],
-    ids=["two × 20", "two × 50", "four × 20"],
+    [
+        ({"factor": 20, "channels": (17, 101)}, 0.5),
+        # Harder: these models find the right word in 1 % of the cases at most, and small errors flip their best words.
+        ({"factor": 20, "channels": (18, 205)}, 0.2),
+        ({"factor": 50, "channels": (17, 101)}, 0.2),
+        ({"factor": 20, "channels": (3, 50, 120, 200)}, 0.2),
+    ],
+    ids=["two-20", "other-two-20", "two-50", "four-20"],
 )
 @pytest.mark.parametrize(
     ("options", "engines"),
