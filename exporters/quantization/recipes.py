@@ -1,6 +1,7 @@
 """Converts the FP32 graphs of a bundle to a lower precision, for `gte-export --precision`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from gte_deploy.exporters.quantization.weight_only import Bits, quantize_weights
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy, TextReference
 from gte_deploy.exporters.verification.cases import TokenSource, max_tokens_of, parity_cases
 from gte_deploy.exporters.verification.parity import Comparison, check_parity
+from gte_deploy.exporters.verification.results import FP16_OVERFLOWS
 from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts, text_batches, texts_left_out
 from gte_deploy.text.tokenization import TextTokenizer
 
@@ -266,6 +268,11 @@ class _Judge:
 
 def _advice(error: SweepError, measured: Calibration, groups: Mapping[str, Sequence[str]], precision: Precision) -> str:
     """Say why a model cannot have 8 bits, and what to do."""
+    if math.isnan(error.accuracy.token_cosine_mean):
+        return (
+            f"{precision}: even without 8 bits the graph gives numbers that are not finite, and PyTorch's are finite. "
+            f"{FP16_OVERFLOWS} No bundle was written."
+        )
     worst = []
     for group, loss in list(error.loss.items())[:_NAMED_GROUPS]:
         found = measured.ranges.get(groups[group][0])

@@ -25,6 +25,7 @@ _FINER: Mapping[Precision, str] = {
     "fp16": "Take bf16, which has the range of fp32, or fp32.",
     "bf16": "Take fp16, which has three bits more, or fp32.",
 }
+FP16_OVERFLOWS = f"FP16 ends at 65,504, and this model has larger values. {_FINER['fp16']}"
 _REPORT = "--bounds report writes the bundle, and its manifest lists the misses."
 # A relative difference below this may be FP32's rounding, which the model's weights amplify; a wrong graph gives more.
 _ROUNDING = 1e-3
@@ -240,7 +241,7 @@ def _advice(report: ParityReport) -> str:
         # TensorRT computes in FP16 between its 8-bit GEMMs.
         has_tensorrt = any(engine.engine == "tensorrt" for engine in report.engines)
         if report.precision == "fp16" or (has_tensorrt and report.precision in ("int8", "fp8")):
-            return f"FP16 ends at 65,504, and this model has larger values. {_FINER['fp16']}"
+            return FP16_OVERFLOWS
         return "PyTorch's numbers are finite, and these are not: please report it, with the model's name."
     if not missed:
         return f"The checkpoint's own library is right: please report it, with the checkpoint's files. {_REPORT}"

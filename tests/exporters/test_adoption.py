@@ -33,6 +33,7 @@ from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.layouts import layout_of  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile  # noqa: E402
 from gte_deploy.exporters.triton.repository import export_repository  # noqa: E402
+from tensorrt_doubles import HostRuntime  # noqa: E402
 
 PLAN = "tensorrt/model.plan"
 VERSION = "10.16.2.10"
@@ -115,22 +116,6 @@ class Engine:
         return types.SimpleNamespace(get_engine_information=lambda form: "\n".join(self.lines))
 
 
-class FakeRuntime:
-    """cuda.bindings.runtime with one GPU."""
-
-    cudaError_t = types.SimpleNamespace(cudaSuccess=0)
-
-    def __init__(self):
-        self.devices = []
-
-    def cudaGetDeviceCount(self):
-        return 0, 1
-
-    def cudaSetDevice(self, index):
-        self.devices.append(index)
-        return (0,)
-
-
 @pytest.fixture
 def machine(monkeypatch):
     """TensorRT 10.16.2.10 with a GPU of sm87; `machine.engine` is what a plan becomes."""
@@ -155,7 +140,7 @@ def machine(monkeypatch):
     module.TensorIOMode = types.SimpleNamespace(INPUT="in", OUTPUT="out")
     module.LayerInformationFormat = types.SimpleNamespace(ONELINE="one line")
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    module.cuda = FakeRuntime()
+    module.cuda = HostRuntime()
     monkeypatch.setattr(cuda_module, "import_runtime", lambda extra: module.cuda)
     monkeypatch.setattr(cuda_module, "gpu_capability", lambda index: "8.7")
     return module
@@ -200,8 +185,8 @@ def test_the_runtime_and_triton_take_an_adopted_engine(bundle, machine, tmp_path
         assert model.info()["outputs"] == ["last_hidden_state", "sentence_embedding"]
     arguments = ["--format", "triton", "--engine", str(folder), "--output", str(tmp_path / "repository"), "--quiet"]
     assert main(arguments) == 0
-    assert (tmp_path / "repository" / "gte_encoder" / "1" / "model.plan").read_bytes() == plan_bytes()
-    config = (tmp_path / "repository" / "gte_encoder" / "config.pbtxt").read_text()
+    assert (tmp_path / "repository" / "gte_plan" / "1" / "model.plan").read_bytes() == plan_bytes()
+    config = (tmp_path / "repository" / "gte_plan" / "config.pbtxt").read_text()
     assert 'backend: "tensorrt"' in config and "profile" in config
 
 

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 
 from factories import make_checkpoint
+from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.graph.build import build_graphs, graph_of
@@ -26,7 +27,6 @@ from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.verification.differences import compare
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.exporters.verification.reference import TorchReference
-from gte_deploy.exporters.verification.results import BoundMissedError
 from tensorrt_engines import scales_in_dequantization
 
 torch = pytest.importorskip("torch")
@@ -166,7 +166,7 @@ def test_an_export_that_would_overflow_names_fp16_and_the_remedy(tmp_path, preci
     folder = make_checkpoint(tmp_path / "model", task="embed", layers=1, max_positions=32)
     enlarge_values(folder)
     options = TensorRTOptions(onnx_only=True)
-    with pytest.raises(BoundMissedError, match="(?s)not finite.*FP16 ends at 65,504, .*larger values. Take bf16"):
+    with pytest.raises(ParityError, match="(?s)not finite.*FP16 ends at 65,504, .*larger values. Take bf16"):
         export(folder, tmp_path / "fp16", format="trt", precision=precision, tensorrt=options)
     assert not (tmp_path / "fp16").exists()
     assert export(folder, tmp_path / "bf16", format="trt", precision="bf16", tensorrt=options).parity.passed
@@ -175,8 +175,8 @@ def test_an_export_that_would_overflow_names_fp16_and_the_remedy(tmp_path, preci
 def test_the_sweep_over_the_layers_runs_the_emulation(tmp_path, monkeypatch):
     seen = []
 
-    def sweep(fp32, excluded, quantize, *args, **options):
-        seen.append(quantize(frozenset(excluded)))
+    def sweep(measured, groups, quantize, *args):
+        seen.append(quantize(frozenset()))
         raise InterruptedError
 
     monkeypatch.setattr(precision_module, "sweep", sweep)

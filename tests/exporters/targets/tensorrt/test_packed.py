@@ -24,7 +24,11 @@ from gte_deploy.exporters.targets.tensorrt.graph import COMPUTE_DTYPES, tensorrt
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDING_FREE, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import check_packed_profiles, packed_profiles, parse_profile
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime
+from gte_deploy.exporters.targets.tensorrt.runtimes import (
+    MessageLog,
+    Runtime,
+    choose_runtime,
+)
 from gte_deploy.exporters.triton.repository import _write_plan
 from gte_deploy.exporters.verification.bounds import TOLERANCES
 from gte_deploy.exporters.verification.differences import compare
@@ -211,7 +215,7 @@ def test_everything_but_the_kernel_becomes_an_engine(build, packed, num_layers, 
 def test_attentions_are_counted_in_the_network(rtx, packed, num_layers, tmp_path):
     trt = rtx.module
     save_graph(packed("fp16"), tmp_path / "packed.onnx")
-    log = tensorrt_engine._Log(rtx)
+    log = MessageLog(trt)
     network = trt.Builder(log.logger).create_network(tensorrt_engine._network_flags(trt))
     parser = trt.OnnxParser(network, log.logger)
     assert parser.parse_from_file(str(tmp_path / "packed.onnx"))
@@ -274,7 +278,7 @@ def test_the_trtexec_line_has_its_shapes():
     inputs = [TensorSpec(name, "int64", ("tokens",)) for name in names]
     line = trtexec_line("model.onnx", packed_profiles(512)[:1], inputs)
     assert line == (
-        "trtexec --onnx=model.onnx --saveEngine=model.plan "
+        "trtexec --onnx=model.onnx --saveEngine=model.plan --noTF32 --profilingVerbosity=detailed "
         "--minShapes=input_ids:1,position_ids:1,query_lengths:2,kv_lengths:2,mask_positions:1 "
         "--optShapes=input_ids:256,position_ids:256,query_lengths:3,kv_lengths:3,mask_positions:2 "
         "--maxShapes=input_ids:512,position_ids:512,query_lengths:257,kv_lengths:257,mask_positions:512"
