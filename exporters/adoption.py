@@ -174,8 +174,8 @@ def describe_plan(
     """
     graph, title = manifest.graphs["tensorrt"], f"{VARIANTS[variant].title} {trt.__version__}"
     log = MessageLog(trt)
-    cuda.use()
-    engine = trt.Runtime(log.logger).deserialize_cuda_engine(data)
+    with cuda.use():
+        engine = trt.Runtime(log.logger).deserialize_cuda_engine(data)
     if engine is None:
         raise ExportError(
             f"{title} refuses {name}: {log.last_errors()}. A plan runs only on the kind of GPU that it was built for, "

@@ -72,8 +72,13 @@ def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
 
 
 def _device_of_onnx(manifest: Manifest) -> str:
+    """The GPU if ONNX Runtime has its CUDA provider and the driver has a GPU, else the CPU."""
     if manifest.target == "cuda":
         return "cuda"
+    from gte_deploy.backends.tensorrt.cuda import gpu_capability
+
+    if gpu_capability() is None:
+        return "cpu"
     try:
         providers = importlib.import_module("onnxruntime").get_available_providers()
     except (ImportError, AttributeError):

@@ -132,6 +132,7 @@ def machine(monkeypatch):
 
         def deserialize_cuda_engine(self, data):
             module.seen.append(data)
+            module.opened_on = module.cuda.device()
             if module.engine is None:
                 self.logger.log(1, "the plan is for another GPU")
             return module.engine
@@ -174,6 +175,13 @@ def test_a_plan_becomes_the_engine_of_its_bundle(task, bundle, machine):
     old = json.loads(before[next(name for name in before if str(name) == "manifest.json")])
     new = json.loads((folder / "manifest.json").read_text())
     assert {name for name in new if new[name] != old[name]} == {"plan", "files", "checksum"}
+
+
+def test_a_plan_is_opened_on_the_chosen_gpu(bundle, machine):
+    folder = bundle()
+    machine.engine, machine.cuda.count = Engine(read_manifest(folder).graphs["tensorrt"]), 2
+    adopt(folder / "model.plan", folder, device="cuda:1")
+    assert (machine.opened_on, machine.cuda.device()) == (1, 0)
 
 
 def test_the_runtime_and_triton_take_an_adopted_engine(bundle, machine, tmp_path):

@@ -156,6 +156,10 @@ def test_an_engine_that_does_not_fit_is_left_for_its_graph(machine, fits, error,
     choice = choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN))
     assert (choice.backend, choice.device) == ("onnx", "cpu") and str(error) in choice.reason
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    # onnxruntime-gpu lists the provider on every machine.
+    monkeypatch.setattr("gte_deploy.backends.tensorrt.cuda.gpu_capability", lambda: None)
+    assert choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN)).device == "cpu"
+    monkeypatch.setattr("gte_deploy.backends.tensorrt.cuda.gpu_capability", lambda: "8.9")
     assert choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN)).device == "cuda"
     assert choose_engine(manifest("fp16", ("tensorrt",), plan=PLAN), device="cuda:1").device == "cuda:1"
     alone = choose_engine(manifest("fp16", (), plan=PLAN))
