@@ -3,6 +3,7 @@
 The engines are doubles that answer what an inspector and a runtime ask; no engine is run.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -430,7 +431,7 @@ def test_the_installed_tensorrt_rtx_needs_a_gpu(bundle):
         adopt(folder / "model.plan", folder)
     # The same bytes without the check of the GPU: TensorRT-RTX says what it lacks.
     manifest = read_manifest(folder)
-    cuda = types.SimpleNamespace(use=lambda: None, capability=lambda: "8.9")
+    cuda = types.SimpleNamespace(use=contextlib.nullcontext, capability=lambda: "8.9")
     with pytest.raises(ExportError, match=r"TensorRT-RTX .* refuses the plan: \S"):
         adoption.describe_plan(
             plan_bytes(b"vtrt", version),
