@@ -248,7 +248,8 @@ class Server:
             )
         end = time.monotonic() + timeout_s
         while self._process.poll() is None and time.monotonic() < end:
-            if _answers(f"http://{self.http}/v2/health/ready"):
+            # The metrics have a listener of their own, which may begin after the models are ready.
+            if _answers(f"http://{self.http}/v2/health/ready") and _answers(f"http://{self.metrics}/metrics"):
                 return True
             time.sleep(0.05)
         return False
