@@ -97,16 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = load_texts(bundle, *arguments.lengths)
     load_before = os.getloadavg()[0]
     with ExitStack() as stack:
-        server = stack.enter_context(triton.Server(_repository(bundle, arguments)))
+        server = stack.enter_context(triton.Server(_repository(bundle, arguments.work, threads=arguments.threads)))
         ways = open_ways(stack, server, bundle, arguments)
         _check_equal(ways, texts[:8])
         loads = [load for callers in arguments.callers for load in measure(ways, texts, callers, arguments.seconds)]
     report = {
         "benchmark": "serving",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "bundle": bundle.name if arguments.bundle else f"{arguments.subject}, fp32",
-        "lengths": arguments.lengths,
-        "seconds": arguments.seconds,
+        **_settings(bundle, arguments),
         "hardware": {
             "cpu": cpu_model(),
             "cpus": available_cpus(),
@@ -265,17 +262,26 @@ def _check_equal(ways: dict[str, Ask], texts: Sequence[str]) -> None:
                 raise SystemExit(f"{way} differs from the runtime by {difference:.1e}")
 
 
+def _settings(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "bundle": bundle.name if arguments.bundle else f"{arguments.subject}, fp32",
+        "lengths": arguments.lengths,
+        "seconds": arguments.seconds,
+    }
+
+
 def _bundle(arguments: argparse.Namespace) -> Path:
     artefacts = Artefacts(arguments.work, SUBJECTS[arguments.subject], max_length=8192, progress=_say)
     return artefacts.path("bundle-fp32") / "bundle"
 
 
-def _repository(bundle: Path, arguments: argparse.Namespace) -> Path:
+def _repository(bundle: Path, work: Path, **options: Any) -> Path:
     from gte_deploy.exporters.triton.repository import export_repository
 
-    target = arguments.work / "triton-repository"
+    target = work / "triton-repository"
     shutil.rmtree(target, ignore_errors=True)
-    return Path(export_repository(bundle, target, threads=arguments.threads).path)
+    return Path(export_repository(bundle, target, **options).path)
 
 
 def _version(distribution: str) -> str:

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serving import _bundle, _version, load_texts, server_module
+from serving import _bundle, _repository, _settings, _version, load_texts, server_module
 from side_by_side.artefacts import SUBJECTS, WORK, result_file
 from side_by_side.report import table
 
@@ -73,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle = arguments.bundle or _bundle(arguments)
     texts = load_texts(bundle, *arguments.lengths)
     alone_us = library_us(bundle, texts)
-    with triton.Server(_repository(bundle, arguments)) as server:
+    options = {"tokenizers": arguments.tokenizers, "max_batch_size": arguments.max_batch_size}
+    with triton.Server(_repository(bundle, arguments.work, threads=1, **options)) as server:
         loads = [
             measure(server, texts, rows, concurrency, arguments.seconds)
             for rows in arguments.rows
@@ -81,10 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     report = {
         "benchmark": "serving tokenizer",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "bundle": bundle.name if arguments.bundle else f"{arguments.subject}, fp32",
-        "lengths": arguments.lengths,
-        "seconds": arguments.seconds,
+        **_settings(bundle, arguments),
         "tokenizers": arguments.tokenizers,
         "max_batch_size": arguments.max_batch_size,
         "hardware": {"cpu": cpu_model(), "cpus": available_cpus()},
@@ -230,15 +226,6 @@ def summary(loads: Sequence[Load]) -> str:
         for load in loads
     ]
     return table(head, rows)
-
-
-def _repository(bundle: Path, arguments: argparse.Namespace) -> Path:
-    from gte_deploy.exporters.triton.repository import export_repository
-
-    target = arguments.work / "triton-repository"
-    shutil.rmtree(target, ignore_errors=True)
-    options = {"tokenizers": arguments.tokenizers, "max_batch_size": arguments.max_batch_size}
-    return Path(export_repository(bundle, target, threads=1, **options).path)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -34,6 +34,11 @@ class Range:
     low: NDArray[np.float32]
     high: NDArray[np.float32]
 
+    @property
+    def amax(self) -> NDArray[np.float32]:
+        """The largest magnitude of each channel, [channels]."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
 
 def measure_ranges(graph: Graph, spec: ModelSpec, batches: Sequence[Batch]) -> dict[str, Range]:
     """Run `batches` through the FP32 `graph`; return weight's name -> range of the linear layer's input.
@@ -75,22 +80,28 @@ def sample_rows(
     graph: Graph, spec: ModelSpec, batches: Sequence[Batch], names: Collection[str]
 ) -> dict[str, NDArray[np.float32]]:
     """Weight's name -> about `_SAMPLED_ROWS` rows [rows, in] of the linear layer's input, spread over all batches."""
+    share = _SAMPLED_ROWS / max(1, sum(batch.input_ids.size for batch in batches))
+    found: dict[str, list[NDArray[np.float32]]] = {}
+    for name, values in _input_values(graph, spec, batches, names):
+        rows = values.reshape(-1, values.shape[-1])
+        kept = np.linspace(0, len(rows) - 1, max(1, round(len(rows) * share))).astype(np.int64)
+        found.setdefault(name, []).append(rows[kept])
+    return {name: np.concatenate(rows) for name, rows in found.items()}
+
+
+def _input_values(
+    graph: Graph, spec: ModelSpec, batches: Sequence[Batch], names: Collection[str]
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield, for each batch, each weight's name in `names` and the input [..., in] of its linear layer."""
     model = graph.model.clone()
     inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in names}
     for value in dict.fromkeys(inputs.values()):
         if not value.is_graph_output():
             model.graph.outputs.append(value)
-    share = _SAMPLED_ROWS / max(1, sum(batch.input_ids.size for batch in batches))
-    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in inputs}
     with running(dataclasses.replace(graph, model=model), spec) as backend:
         for batch in batches:
             values = backend.run(batch, list(dict.fromkeys(str(value.name) for value in inputs.values())))
-            for name, value in inputs.items():
-                array = values[str(value.name)]
-                rows = array.reshape(-1, array.shape[-1])
-                kept = np.linspace(0, len(rows) - 1, max(1, round(len(rows) * share))).astype(np.int64)
-                found[name].append(rows[kept])
-    return {name: np.concatenate(rows) for name, rows in found.items()}
+            yield from ((name, values[str(value.name)]) for name, value in inputs.items())
 
 
 def measure_amax(
@@ -114,10 +125,7 @@ def measure_amax(
             the distribution over 128 levels diverges least from the measured one, as TensorRT's calibrator did.
     """
     one = np.float32(1)
-    amax = {
-        name: float((np.maximum(np.abs(found.low), np.abs(found.high)) / smoothing.get(name, one)).max())
-        for name, found in ranges.items()
-    }
+    amax = {name: float((found.amax / smoothing.get(name, one)).max()) for name, found in ranges.items()}
     if calibrator == "max":
         return amax
     histograms = _histograms(graph, spec, batches, amax, smoothing)
@@ -133,20 +141,12 @@ def _histograms(
     smoothing: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, NDArray[np.int64]]:
     """Weight's name -> histogram of the magnitudes of its input, in `_BINS` bins over 0 … amax."""
-    model = graph.model.clone()
-    inputs = {linear.name: linear.x for linear in find_linear_layers(model) if linear.name in amax}
-    for value in dict.fromkeys(inputs.values()):
-        if not value.is_graph_output():
-            model.graph.outputs.append(value)
-    found = {name: np.zeros(_BINS, np.int64) for name in inputs}
-    with running(dataclasses.replace(graph, model=model), spec) as backend:
-        for batch in batches:
-            values = backend.run(batch, list(dict.fromkeys(str(value.name) for value in inputs.values())))
-            for name, value in inputs.items():
-                magnitudes = np.abs(values[str(value.name)])
-                if name in smoothing:
-                    magnitudes = magnitudes / smoothing[name]
-                found[name] += np.histogram(magnitudes, _BINS, (0, amax[name] or 1))[0]
+    found = {name: np.zeros(_BINS, np.int64) for name in amax}
+    for name, values in _input_values(graph, spec, batches, amax):
+        magnitudes = np.abs(values)
+        if name in smoothing:
+            magnitudes = magnitudes / smoothing[name]
+        found[name] += np.histogram(magnitudes, _BINS, (0, amax[name] or 1))[0]
     return found
 
 

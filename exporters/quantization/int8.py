@@ -35,8 +35,7 @@ from gte_deploy.exporters.graph.editing import (
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers
 from gte_deploy.exporters.quantization.calibration import Range
 from gte_deploy.exporters.quantization.rounding import MAX_INT8, activation_scale, quantize_columns
-from gte_deploy.exporters.quantization.smoothing import Sample, choose_smoothing, is_large
-from gte_deploy.exporters.quantization.smoothing import smooth as smooth
+from gte_deploy.exporters.quantization.smoothing import Sample, choose_smoothing, is_large, smooth
 
 Activations = Literal["dynamic", "static"]
 

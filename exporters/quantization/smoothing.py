@@ -66,14 +66,9 @@ def is_large(weight: str) -> bool:
     return is_in_layer(weight) or "decoder" in weight
 
 
-def channel_amax(found: Range) -> NDArray[np.float32]:
-    """The largest magnitude of each channel, [channels]."""
-    return np.maximum(np.abs(found.low), np.abs(found.high))
-
-
 def outlier_ratio(found: Range) -> float:
     """The largest channel's magnitude over that of the median channel."""
-    amax = np.maximum(channel_amax(found), _MIN_MAGNITUDE)
+    amax = np.maximum(found.amax, _MIN_MAGNITUDE)
     return float(amax.max() / np.median(amax))
 
 
@@ -149,7 +144,7 @@ def _divisors(layers: Sequence[LinearLayer], found: Range, rows: NDArray[np.floa
     """The divisors s [in] with the best exponent for these rows [rows, in]; with `EXPONENT` if there are none."""
     weight_amax = np.max([np.abs(layer.matrix()).max(axis=1) for layer in layers], axis=0)
     weight_amax = np.maximum(weight_amax, _MIN_MAGNITUDE)
-    input_amax = np.maximum(channel_amax(found), _MIN_MAGNITUDE)
+    input_amax = np.maximum(found.amax, _MIN_MAGNITUDE)
 
     def with_exponent(exponent: float) -> NDArray[np.float32]:
         s = input_amax**exponent / weight_amax ** (1 - exponent)

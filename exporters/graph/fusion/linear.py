@@ -47,6 +47,17 @@ def require_linear(value: ir.Value, *, bias: bool) -> LinearMatch:
     return LinearMatch(x=x, weight=weight, bias=offset, out=shape[1], scope=scope_of(product))
 
 
+def require_shared_input(query: ir.Value, key: ir.Value, value: ir.Value) -> list[LinearMatch]:
+    """The linear layers with bias that compute queries, keys and values from the same input.
+
+    Raises:
+        Mismatch: something else computes them.
+    """
+    linears = [require_linear(each, bias=True) for each in (query, key, value)]
+    require(len({linear.x for linear in linears}) == 1, "queries, keys and values do not have the same input")
+    return linears
+
+
 def concatenate_weights(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:
     """Add one initialiser with the weights or biases `values` side by side on the last axis.
 

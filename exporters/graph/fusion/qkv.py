@@ -12,11 +12,10 @@ from gte_deploy.exporters.graph.editing import (
     operand,
     producer,
     replace,
-    require,
     scope_of,
 )
 from gte_deploy.exporters.graph.fusion.attention import require_mask_columns
-from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_linear
+from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_shared_input
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 KINDS = ("query", "key", "value")
@@ -50,9 +49,7 @@ def _keep_separate(graph: ir.Graph, attention: ir.Node) -> None:
 def _matched(attention: ir.Node) -> tuple[list[ir.Value], list[LinearMatch]]:
     query, key, value = (operand(attention, i) for i in range(3))
     projections = [_projection(query), _projection(key), value]
-    linears = [require_linear(projection, bias=True) for projection in projections]
-    require(len({linear.x for linear in linears}) == 1, "queries, keys and values do not have the same input")
-    return projections, linears
+    return projections, require_shared_input(*projections)
 
 
 def _projection(value: ir.Value) -> ir.Value:

@@ -32,14 +32,13 @@ from gte_deploy.exporters.graph.editing import (
     split_operands,
 )
 from gte_deploy.exporters.quantization.calibration import running
+from gte_deploy.exporters.quantization.rounding import fp16_scale
 from gte_deploy.exporters.targets.tensorrt.qkv import join_projections
 
 FP8_ATTENTION = "fp8_attention"
 """The number of quantized attentions in the fusions of a graph."""
 
 _DTYPE, _MAX_MAGNITUDE = ir.DataType.FLOAT8E4M3FN, 448
-# Smaller scales would be rounded coarsely in FP16.
-_MIN_SCALE = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def quantize_attention(model: ir.Model, amax: Mapping[str, AttentionAmax]) -> di
     for module, products in _attentions(graph).items():
         largest = amax[module]
         for node, index, name, scale in (
-            (products.scores, 0, "query", _scale(largest.query)),
-            (products.scores, 1, "key", _scale(largest.key)),
+            (products.scores, 0, "query", fp16_scale(largest.query, _MAX_MAGNITUDE)),
+            (products.scores, 1, "key", fp16_scale(largest.key, _MAX_MAGNITUDE)),
             (products.weighted, 0, "weights", np.array(1 / _MAX_MAGNITUDE, np.float16)),
-            (products.weighted, 1, "value", _scale(largest.value)),
+            (products.weighted, 1, "value", fp16_scale(largest.value, _MAX_MAGNITUDE)),
         ):
             node.replace_input_with(index, _quantized(graph, node, operand(node, index), f"{module}/fp8_{name}", scale))
     return {FP8_ATTENTION: len(amax)}
@@ -133,10 +132,3 @@ def _quantized(graph: ir.Graph, user: ir.Node, value: ir.Value, name: str, scale
     build, dtype = Builder(graph, user, name), value.dtype or ir.DataType.FLOAT16
     quantized = build.op("QuantizeLinear", value, step, zero, name="quantized", dtype=_DTYPE)
     return build.op("DequantizeLinear", quantized, step, zero, name="dequantized", dtype=dtype)
-
-
-def _scale(amax: float) -> NDArray[np.float16]:
-    """The scale amax / 448, rounded up to FP16, so that `amax` is not clipped."""
-    exact = np.float32(max(amax / _MAX_MAGNITUDE, _MIN_SCALE))
-    rounded = exact.astype(np.float16)
-    return np.array(rounded if rounded.astype(np.float32) >= exact else np.nextafter(rounded, np.float16(np.inf)))

@@ -51,7 +51,8 @@ from gte_deploy.exporters.graph.fusion import fuse_graph
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.half import rounded_when_read
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, is_quantized
-from gte_deploy.exporters.quantization.int8 import quantize_columns, smooth
+from gte_deploy.exporters.quantization.rounding import fp16_scale, quantize_columns
+from gte_deploy.exporters.quantization.smoothing import smooth
 from gte_deploy.exporters.targets.tensorrt.fp8_attention import AttentionAmax, quantize_attention
 from gte_deploy.exporters.targets.tensorrt.layouts import PADDED, TextLayout
 from gte_deploy.exporters.targets.tensorrt.qkv import joined_parts
@@ -69,8 +70,6 @@ COMPUTE_DTYPES: Mapping[Precision, ir.DataType] = {
 _FP32 = ir.DataType.FLOAT
 _MAX_MAGNITUDE: Mapping[EightBits, int] = {"int8": 127, "fp8": 448}
 _QUANTIZED_DTYPES: Mapping[EightBits, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-# An input in FP16 has an FP16 scale, and the engine multiplies by its FP16 reciprocal, which must be finite.
-_MIN_SCALE = np.float32(2.0**-14)
 _MAX_FP16 = float(np.finfo(np.float16).max)
 # Operators that only move data: a result in FP32 stays in FP32 behind them.
 _MOVES = frozenset(("Reshape", "Split", "Squeeze", "Transpose"))
@@ -83,7 +82,7 @@ class QdqScheme:
     Args:
         kind: 8-bit integers, or E4M3 floating point.
         amax: weight's name -> the largest representable magnitude of the GEMM's input, after smoothing.
-        smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.int8`.
+        smoothing: down projection's weight -> s [F], see `gte_deploy.exporters.quantization.smoothing`.
         excluded: names of weights whose GEMMs stay in FP16.
         attention: module of an attention -> the magnitudes that FP8 must represent; empty if attention stays in FP16.
     """
@@ -156,7 +155,7 @@ def _quantize_linear(graph: ir.Graph, linear: LinearLayer, kind: EightBits, amax
     build = Builder(graph, linear.node, scope_of(linear.node))
     dtype, largest = _QUANTIZED_DTYPES[kind], _MAX_MAGNITUDE[kind]
     zero = constant(graph, f"zero_{kind}", np.zeros((), dtype.numpy()))
-    scale = constant(graph, f"{linear.x.name}/{kind}.scale", _input_scale(amax, largest))
+    scale = constant(graph, f"{linear.x.name}/{kind}.scale", fp16_scale(amax, largest).astype(np.float32))
     matrix, scales = _quantized_columns(linear.matrix(), kind)
     shift = _sum_shift(len(matrix), largest)
     sum_scale, unit = (constant(graph, f"two_to_minus_{n}", np.array(2.0**-n, np.float32)) for n in (shift, 0))
@@ -167,13 +166,6 @@ def _quantize_linear(graph: ir.Graph, linear: LinearLayer, kind: EightBits, amax
     scales = array(scale) * scales * np.float32(2.0**shift)
     product = build.op("Mul", sums, initializer(graph, f"{linear.name}.{kind}.scale", ir.tensor(scales)), name="scaled")
     replace(linear.node.outputs[0], product if linear.bias is None else build.op("Add", product, linear.bias))
-
-
-def _input_scale(amax: float, largest: int) -> NDArray[np.float32]:
-    """The scale amax / largest, rounded up to a value that FP16 represents exactly, so that `amax` is not clipped."""
-    exact = max(np.float32(amax) / largest, _MIN_SCALE)
-    rounded = np.float16(exact)
-    return np.array(rounded if rounded >= exact else np.nextafter(rounded, np.float16(np.inf)), np.float32)
 
 
 def _sum_shift(length: int, largest: int) -> int:

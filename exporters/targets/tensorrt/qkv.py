@@ -40,7 +40,7 @@ from gte_deploy.exporters.graph.fusion.attention import (
     require_same_heads,
 )
 from gte_deploy.exporters.graph.fusion.heads import Heads, require_heads
-from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_linear
+from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_shared_input
 from gte_deploy.exporters.graph.fusion.rope import Rotation, require_rotation
 from gte_deploy.exporters.graph.linear_layers import LinearLayer
 
@@ -86,8 +86,7 @@ def require_projections(softmax: ir.Node) -> Projections:
     else:
         query, key, rotation = require_heads(found.query), require_heads(found.key), None
     require_same_heads(found, query, key, value)
-    linears = [require_linear(heads.projection, bias=True) for heads in (query, key, value)]
-    require(len({linear.x for linear in linears}) == 1, "queries, keys and values do not have the same input")
+    linears = require_shared_input(query.projection, key.projection, value.projection)
     return Projections(found, linears, value, rotation)
 
 
