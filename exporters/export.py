@@ -225,6 +225,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
         texts=[]
         if job.precision == "fp32"
         else TextRounds(builtin_texts("evaluation"), job.tokenizer, spec, max_tokens=EVALUATION_TOKENS),
+        parts=[[output.name for output in part.outputs] for part in next(iter(built.parts.values()), {}).values()],
     )
     with job.steps("compare with PyTorch"), request.target.candidates(built, job) as candidates:
         return check_parity(

@@ -15,6 +15,7 @@ from gte_deploy.models.description import Description
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gte_deploy.backends.graphs import GraphFiles
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.bounds import Bounds
     from gte_deploy.text.tokenization import TextTokenizer
@@ -32,6 +33,11 @@ WEIGHTS_PATH = "onnx/model.onnx.data"
 
 EVALUATION_TOKENS = 6000
 """Number of words for measuring the accuracy of a lower precision: once as single texts, once in windows."""
+
+
+def part_path(engine: Engine, name: str) -> str:
+    """Return the path of a part of an engine's graph in a bundle; see `gte_deploy.exporters.graph.parts`."""
+    return f"{GRAPH_PATHS[engine].removesuffix('.onnx')}_{name}.onnx"
 
 
 @dataclass
@@ -92,6 +98,13 @@ class Job:
         """Return the path for the graph of an engine."""
         return self.folder / GRAPH_PATHS[engine]
 
+    def graph_files(self, built: "Built", engine: Engine) -> "GraphFiles":
+        """Return the files of the graph of an engine and of its parts, by the names of their outputs."""
+        parts = built.parts.get(engine, {})
+        files = {GRAPH_PATHS[engine]: built.graphs[engine]}
+        files |= {part_path(engine, name): part for name, part in parts.items()}
+        return {tuple(output.name for output in graph.outputs): self.folder / path for path, graph in files.items()}
+
     def require_kept_bounds(self, failure: str) -> None:
         """Refuse graphs that cannot keep their bounds, before they are written or compiled.
 
@@ -115,6 +128,7 @@ class Built:
         caveats: one sentence for each thing that this machine could not verify.
         finer: builds again with more layers in a higher precision, for graphs that missed their bounds; None if the
             target cannot.
+        parts: engine -> the parts of its graph by name, saved at `part_path`.
     """
 
     graphs: Mapping[Engine, "Graph"]
@@ -124,3 +138,4 @@ class Built:
     made_for: DeviceType = "cpu"
     caveats: Sequence[str] = ()
     finer: "Callable[[], Built] | None" = None
+    parts: Mapping[Engine, Mapping[str, "Graph"]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.graphs import graph_files
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
@@ -370,8 +371,8 @@ def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_thre
     if choice.backend == "openvino":
         from gte_deploy.backends.openvino import OpenVinoBackend
 
-        return OpenVinoBackend(folder / graph.path, manifest.spec, **options)
-    return OnnxBackend(folder / graph.path, manifest.spec, **options)
+        return OpenVinoBackend(graph_files(folder, graph), manifest.spec, **options)
+    return OnnxBackend(graph_files(folder, graph), manifest.spec, **options)
 
 
 def _no_graph(folder: Path, manifest: Manifest, backend: str) -> str:

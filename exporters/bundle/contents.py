@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from gte_deploy.bundle.manifest import GraphEntry, Manifest
+from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
-from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job
+from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job, part_path
 from gte_deploy.exporters.verification.report import build_report, library_versions, render_html
 from gte_deploy.exporters.verification.results import ParityReport
 from gte_deploy.models.sparse_modules import read_query_weights
@@ -48,6 +48,10 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
             outputs=graph.outputs,
             fusions=graph.fusions,
             computes=parity.verified(engine),
+            parts=tuple(
+                GraphPart(part_path(engine, name), part.inputs, part.outputs)
+                for name, part in built.parts.get(engine, {}).items()
+            ),
         )
         for engine, graph in built.graphs.items()
     }

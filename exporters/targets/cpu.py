@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, Precision
-from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
+from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job, part_path
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ class CpuTarget(Target):
             del graphs["openvino"]
             caveats.append("openvino is not installed here, so the bundle holds no graph for it.")
         if job.precision == "fp32":
-            save(graphs, job)
-            return Built(graphs, caveats=caveats)
+            return Built(graphs, caveats=caveats, parts=save(graphs, job))
         quantized = quantized_graphs(graphs, job, self.options)
         if len(quantized.graphs) < len(graphs):
             caveats.append(f"{job.precision} has a graph only for ONNX Runtime.")
@@ -102,7 +101,7 @@ class CpuTarget(Target):
         opened: dict[tuple[Engine, Precision], Backend] = {("onnxruntime", "fp32"): self.open_engine(built, job)}
         caveats: list[str] = []
         if "openvino" in built.graphs:
-            openvino, caveats = open_openvino(job)
+            openvino, caveats = open_openvino(built, job)
             opened |= openvino
         with closing(opened):
             yield Candidates(opened, caveats)
@@ -111,7 +110,7 @@ class CpuTarget(Target):
         """Open ONNX Runtime, the default engine."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
 
-        return OnnxBackend(job.graph_file("onnxruntime"), job.spec)
+        return OnnxBackend(job.graph_files(built, "onnxruntime"), job.spec)
 
 
 def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: CalibrationOptions) -> "Quantized":
@@ -141,7 +140,7 @@ def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job
     if quantized.sweep is not None:
         job.require_kept_bounds(quantized.sweep.failure)
     graphs: dict[Engine, Graph] = {engine: quantized.graphs[engine] for engine in engines}
-    save(graphs, job)
+    parts = save(graphs, job)
 
     def finer() -> Built:
         assert quantized.finer is not None  # checked below
@@ -150,30 +149,34 @@ def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job
         return save_quantized(found, engines, job, caveats)
 
     sensitivity = quantized.sweep.loss if quantized.sweep else {}
-    return Built(graphs, sensitivity, caveats=caveats, finer=finer if quantized.finer else None)
+    return Built(graphs, sensitivity, caveats=caveats, finer=finer if quantized.finer else None, parts=parts)
 
 
-def save(graphs: "Mapping[Engine, Graph]", job: Job) -> None:
-    """Write graphs over one weights file to the folder of the bundle."""
+def save(graphs: "Mapping[Engine, Graph]", job: Job) -> "Mapping[Engine, Mapping[str, Graph]]":
+    """Write graphs and their parts over one weights file to the folder of the bundle, and return the parts."""
     # The module and not its function, because a test replaces the function.
     from gte_deploy.exporters.graph import build as graph_module
+    from gte_deploy.exporters.graph.parts import parts_of
 
     with job.steps("write the graphs"):
         weights = job.folder / WEIGHTS_PATH
         weights.parent.mkdir(exist_ok=True)
-        files = {job.folder / GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}
-        graph_module.save_graphs(files, weights)
+        parts = {engine: parts_of(graph, job.spec) for engine, graph in graphs.items()}
+        files = {GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}
+        files |= {part_path(engine, name): part for engine in parts for name, part in parts[engine].items()}
+        graph_module.save_graphs({job.folder / path: graph for path, graph in files.items()}, weights)
+    return parts
 
 
-def open_openvino(job: Job) -> "tuple[dict[tuple[Engine, Precision], Backend], list[str]]":
+def open_openvino(built: Built, job: Job) -> "tuple[dict[tuple[Engine, Precision], Backend], list[str]]":
     """Open OpenVINO's graph in every precision that this CPU computes in; return the backends and the caveats."""
     from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16
 
-    file = job.graph_file("openvino")
+    files = job.graph_files(built, "openvino")
     opened: dict[tuple[Engine, Precision], Backend] = {
-        ("openvino", "fp32"): OpenVinoBackend(file, job.spec, precision="fp32")
+        ("openvino", "fp32"): OpenVinoBackend(files, job.spec, precision="fp32")
     }
     if not has_native_bf16():
         return opened, ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
-    opened["openvino", "bf16"] = OpenVinoBackend(file, job.spec, precision="bf16")
+    opened["openvino", "bf16"] = OpenVinoBackend(files, job.spec, precision="bf16")
     return opened, []

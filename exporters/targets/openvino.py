@@ -43,13 +43,12 @@ class OpenVinoTarget(Target):
         if job.precision != "fp32":
             return save_quantized(quantized_graphs(graphs, job, self.options), ["openvino"], job)
         kept: dict[Engine, Graph] = {"openvino": graphs["openvino"]}
-        save(kept, job)
-        return Built(kept)
+        return Built(kept, parts=save(kept, job))
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """OpenVINO in every precision that this CPU computes in."""
-        opened, caveats = open_openvino(job)
+        opened, caveats = open_openvino(built, job)
         with closing(opened):
             yield Candidates(opened, caveats)
 
@@ -57,4 +56,4 @@ class OpenVinoTarget(Target):
         """Open OpenVINO in FP32, the default precision."""
         from gte_deploy.backends.openvino import OpenVinoBackend
 
-        return OpenVinoBackend(job.graph_file("openvino"), job.spec, precision="fp32")
+        return OpenVinoBackend(job.graph_files(built, "openvino"), job.spec, precision="fp32")

@@ -61,6 +61,7 @@ class CaseResult:
         case: the shape of the batch.
         outputs: output's name -> difference from PyTorch on the real tokens.
         alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
+        parts: output's name -> difference from PyTorch on the real tokens, computed by a part of the graph.
         finite: whether every number of every output is finite, padding included.
         masks: number of masks in the batch.
         top1: share of masks whose best token is PyTorch's; fill-mask only.
@@ -72,6 +73,7 @@ class CaseResult:
     case: Case
     outputs: Mapping[str, Difference]
     alone: Mapping[str, Difference]
+    parts: Mapping[str, Difference]
     finite: bool
     masks: int
     top1: float | None
@@ -81,7 +83,11 @@ class CaseResult:
 
     def differences(self) -> list[tuple[str, Difference]]:
         """Return every difference of the case with its name."""
-        return [*self.outputs.items(), *((f"{name}, row alone", found) for name, found in self.alone.items())]
+        return [
+            *self.outputs.items(),
+            *((f"{name}, row alone", found) for name, found in self.alone.items()),
+            *((f"{name}, by a part of the graph", found) for name, found in self.parts.items()),
+        ]
 
     def within(self, tolerance: Tolerance) -> bool:
         """Whether the case is finite and every comparison is within the bounds."""
@@ -208,13 +214,15 @@ class CaseRun:
     result: CaseResult
     outputs: Mapping[str, Deviation]
     alone: Mapping[str, Deviation]
+    parts: Mapping[str, Deviation]
 
     def over(self, scale_of: Mapping[str, NDArray[np.float64]]) -> CaseResult:
         """Return the result for outputs whose components are of size `scale_of`."""
-        outputs, alone = (
-            {name: found.over(scale_of[name]) for name, found in side.items()} for side in (self.outputs, self.alone)
+        outputs, alone, parts = (
+            {name: found.over(scale_of[name]) for name, found in side.items()}
+            for side in (self.outputs, self.alone, self.parts)
         )
-        return dataclasses.replace(self.result, outputs=outputs, alone=alone)
+        return dataclasses.replace(self.result, outputs=outputs, alone=alone, parts=parts)
 
 
 class CaseComparison:
@@ -223,10 +231,11 @@ class CaseComparison:
     Args:
         outputs: names of the compared outputs.
         spec: the model's facts.
+        parts: see `Comparison`.
     """
 
-    def __init__(self, outputs: Sequence[str], spec: ModelSpec) -> None:
-        self._outputs, self._spec = outputs, spec
+    def __init__(self, outputs: Sequence[str], spec: ModelSpec, parts: Sequence[Sequence[str]] = ()) -> None:
+        self._outputs, self._spec, self._parts = outputs, spec, parts
         self.scales = Scales(["logits"] if spec.task in ("classify", "token-classify") else [])
         self.rounding: list[tuple[str, Deviation]] = []
         """(output, difference of the reference's own results for a row in a batch and for the row alone)."""
@@ -246,23 +255,32 @@ class CaseComparison:
         """Run a candidate, and compare its outputs with the reference's."""
         found = self._run(side, batch)
         alone = self._alone(side, found.outputs, batch) if case.ragged else {}
+        whole = {name: found.outputs[name] for name in self._outputs}
+        by_parts: dict[str, NDArray[np.float32]] = {}
+        for names in self._parts:
+            outputs = side.run(batch, names)
+            by_parts |= {name: outputs[name] for name in names}
         top1, top5 = _agreement(expected.outputs, found.outputs, batch, self._spec)
         result = CaseResult(
             case=case,
             outputs={},
             alone={},
-            finite=all(bool(np.isfinite(found.outputs[name]).all()) for name in self._outputs),
+            parts={},
+            finite=all(bool(np.isfinite(values).all()) for values in (*whole.values(), *by_parts.values())),
             masks=0 if batch.mask_positions is None else len(batch.mask_positions),
             top1=top1,
             top5=top5,
             reference_ms=expected.milliseconds,
             candidate_ms=found.milliseconds,
         )
-        compared = {
-            name: self._deviation(name, _real(expected.outputs[name], batch), _real(found.outputs[name], batch))
-            for name in self._outputs
-        }
-        return CaseRun(result, compared, alone)
+        compared, parts = (
+            {
+                name: self._deviation(name, _real(expected.outputs[name], batch), _real(values, batch))
+                for name, values in computed.items()
+            }
+            for computed in (whole, by_parts)
+        )
+        return CaseRun(result, compared, alone, parts)
 
     def _run(self, side: Runs, batch: Batch) -> TimedOutputs:
         started = time.perf_counter()

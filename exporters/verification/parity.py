@@ -37,6 +37,7 @@ class Comparison:
         cases: shapes of the batches; None for `parity_cases`.
         texts: rounds of texts for `TextReference`, on which every candidate's accuracy is measured too and compared
             with the precision's bounds; empty to leave this out.
+        parts: the names of the outputs of each part of the graphs; a run for these alone computes them by the part.
     """
 
     outputs: Sequence[str]
@@ -45,6 +46,7 @@ class Comparison:
     tokens: TokenSource
     cases: Sequence[Case] | None = None
     texts: Rounds = ()
+    parts: Sequence[Sequence[str]] = ()
 
 
 def check_parity(
@@ -73,7 +75,7 @@ def check_parity(
     outputs, spec, precision = asked.outputs, asked.spec, asked.precision
     cases = parity_cases(spec.max_length, max_tokens=max_tokens_of(spec)) if asked.cases is None else asked.cases
     rng = np.random.default_rng(_SEED)
-    comparison = CaseComparison(outputs, spec)
+    comparison = CaseComparison(outputs, spec, asked.parts)
     runs: dict[tuple[Engine, Precision], list[CaseRun]] = {key: [] for key in candidates}
     for number, case in enumerate(cases, 1):
         report_line(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")

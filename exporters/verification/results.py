@@ -75,7 +75,9 @@ class EngineParity:
     @property
     def cosine_mean(self) -> float:
         """The mean cosine over the cases of the output where it is lowest; NaN if any is."""
-        means = [[found.cosine_mean for found in result.outputs.values()] for result in self.cases]
+        means = [
+            [found.cosine_mean for found in (*result.outputs.values(), *result.parts.values())] for result in self.cases
+        ]
         return float(np.min(np.mean(means, axis=0)))
 
     @property

@@ -9,9 +9,6 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import BackendError, InputError, NonFiniteError
 from gte_deploy.core.spec import ModelSpec
 
-COSTLY_OUTPUTS = frozenset(("logits", "sparse_embedding"))
-"""Outputs whose head works on the whole vocabulary; see `has_costly_head`."""
-
 
 def has_costly_head(spec: ModelSpec) -> bool:
     """Whether the graph's head computes the whole vocabulary for every token, even if nobody asks for its output."""

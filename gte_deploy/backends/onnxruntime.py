@@ -13,14 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import (
-    COSTLY_OUTPUTS,
-    check_batch,
-    check_graph_inputs,
-    check_outputs,
-    has_costly_head,
-)
+from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.graphs import GraphFiles, Names, OpenGraphs
 from gte_deploy.backends.tensorrt.shapes import PaddedLayout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
@@ -53,14 +48,22 @@ class ThroughTensorRT:
     token_types: bool = False
 
 
+@dataclass(frozen=True)
+class _OpenGraph:
+    """An inference session and the names of its inputs."""
+
+    session: Any
+    inputs: Names
+
+
 class OnnxBackend:
-    """One inference session; `run` may be called from many threads at once."""
+    """Inference sessions of a graph and its parts; `run` may be called from many threads at once."""
 
     name = "onnx"
 
     def __init__(
         self,
-        graph: Path,
+        graph: Path | GraphFiles,
         spec: ModelSpec,
         *,
         device: str = "cpu",
@@ -69,6 +72,9 @@ class OnnxBackend:
         tensorrt: ThroughTensorRT | None = None,
     ) -> None:
         """Open a session on an ONNX file; ONNX Runtime maps the external data beside the file.
+
+        `graph` may also be a graph and its parts: then this opens the file that the model's answer needs, and a call
+        that needs another opens that one.
 
         `num_threads` is the number of threads inside one operator on the CPU; the default is every CPU that this
         process may use. `precision` is the precision that the graph's data types give. With `tensorrt`, TensorRT runs
@@ -85,57 +91,64 @@ class OnnxBackend:
         self._tensorrt = tensorrt
         ort = _import_onnxruntime(device)
         self._errors = _error_types()
-        self._run_options = ort.RunOptions()
-        self._session: Any = self._open(ort, graph)
-        self.outputs = tuple(output.name for output in self._session.get_outputs())
-        self._inputs = tuple(node.name for node in self._session.get_inputs())
-        check_graph_inputs(graph, self._inputs, spec)
+        self._ort = ort
+        if isinstance(graph, Path):
+            opened = self._open(graph)
+            outputs = tuple(output.name for output in opened.session.get_outputs())
+            self._graphs = OpenGraphs({outputs: graph}, self._open_for, {outputs: opened})
+        else:
+            self._graphs = OpenGraphs(graph, self._open_for)
+        self.outputs = self._graphs.outputs
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
-        session = self._session
-        if session is None:
-            raise BackendError("this model is closed; load it again")
-        check_batch(batch, self.spec)
         check_outputs(outputs, self.outputs)
+        graph = self._graphs.for_outputs(outputs)
+        check_batch(batch, self.spec)
         if self._tensorrt is not None:
-            return self._run_in_sub_batches(session, self._tensorrt, batch, outputs)
-        values = self._run(session, batch.graph_inputs(self._inputs), outputs)
+            return self._run_in_sub_batches(graph, self._tensorrt, batch, outputs)
+        values = self._run(graph.session, batch.graph_inputs(graph.inputs), outputs)
         return {name: value.astype(np.float32, copy=False) for name, value in zip(outputs, values, strict=True)}
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._session = None
+        self._graphs.close()
 
     def _run(self, session: Any, feed: Mapping[str, NDArray[np.int64]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         try:
-            return session.run(list(outputs), feed, self._options_for(outputs))
+            return session.run(list(outputs), feed)
         except self._errors as error:
             raise BackendError(f"ONNX Runtime failed on a batch of {feed['input_ids'].shape}: {error}") from error
 
     def _run_in_sub_batches(
-        self, session: Any, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
+        self, graph: _OpenGraph, tensorrt: ThroughTensorRT, batch: Batch, outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
         """Run a batch as sub-batches that are padded to the profile, as for an engine of TensorRT."""
+        session = graph.session
         layout = PaddedLayout({node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())})
         masks = None if tensorrt.max_masks is None else [(1, tensorrt.max_masks)]
         results = layout.results(batch, outputs)
         for sub_batch in split_batch(batch, [tensorrt.profile], masks):
             shapes = layout.shapes(sub_batch.shape, sub_batch.num_masks)
-            feed = {name: np.empty(shapes[name], np.int64) for name in self._inputs}
+            feed = {name: np.empty(shapes[name], np.int64) for name in graph.inputs}
             write_inputs(batch, sub_batch, feed, pad_token_id=self.spec.pad_token_id)
             for name, values in zip(outputs, self._run(session, feed, outputs), strict=True):
                 layout.place(name, values, sub_batch, results[name])
         return results
 
-    def _options_for(self, outputs: Sequence[str]) -> Any:
-        return None if self._needs_every_node(outputs) else self._run_options
+    def _open_for(self, outputs: Names, graph: Path) -> _OpenGraph:
+        """Open a graph, and check that it has the outputs that the manifest gives it."""
+        opened = self._open(graph)
+        found = tuple(output.name for output in opened.session.get_outputs())
+        if found != outputs:
+            raise BackendError(
+                f"{graph} has the outputs {', '.join(found)}, and the manifest says {', '.join(outputs)}. Export the "
+                "bundle again."
+            )
+        return opened
 
-    def _needs_every_node(self, outputs: Sequence[str]) -> bool:
-        # Only graphs with all logits and sparse graphs have a costly head that runs even if nobody wants its output.
-        return not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
-
-    def _open(self, ort: Any, graph: Path) -> Any:
+    def _open(self, graph: Path) -> _OpenGraph:
+        ort = self._ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         options.inter_op_num_threads = 1
@@ -149,7 +162,6 @@ class OnnxBackend:
         # The arena halves the peak memory of a long text. Its size stays constant over texts of all lengths as long as
         # nothing shrinks it. A memory pattern for every shape would only need more memory.
         options.enable_mem_pattern = False
-        self._run_options.only_execute_path_to_fetches = True
         providers = _providers(ort, self.device, self._tensorrt)
         if parse_device(self.device)[0] == "cuda":
             _load_cuda_libraries(ort)
@@ -166,7 +178,9 @@ class OnnxBackend:
                 f"device {self.device!r} needs {wanted}, and ONNX Runtime fell back to {active}: "
                 f"{_missing_libraries(ort, through_tensorrt=self._tensorrt is not None)}, or pass device='cpu'."
             )
-        return session
+        inputs = tuple(node.name for node in session.get_inputs())
+        check_graph_inputs(graph, inputs, self.spec)
+        return _OpenGraph(session, inputs)
 
 
 def _import_onnxruntime(device: str) -> Any:

@@ -4,8 +4,8 @@ import contextlib
 import functools
 import os
 import queue
-import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import (
-    COSTLY_OUTPUTS,
-    check_batch,
-    check_graph_inputs,
-    check_outputs,
-    has_costly_head,
-)
+from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs, has_costly_head
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.graphs import GraphFiles, Names, OpenGraphs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import ComputePrecision, ModelSpec
+from gte_deploy.tasks.base import HIDDEN
 
 _HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
 # OpenVINO compiles kernels for every new shape (3 ms for the tiny model, 6 ms for base) and keeps them: 0.2 to 0.8 MB
@@ -34,17 +30,27 @@ _KEPT_KERNELS = 256
 # oneDNN keeps another 1,024 kernels until the process ends, even after the model is closed, which saves no time.
 _ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
-_Requests = queue.SimpleQueue[Any]
+
+@dataclass(frozen=True)
+class _OpenGraph:
+    """The idle requests of a compiled model, and the names of its inputs."""
+
+    inputs: Names
+    idle: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+
+    def infer(self, request: Any, batch: Batch) -> Any:
+        """Run a batch; the results are overwritten by the next run of the request."""
+        return request.infer(batch.graph_inputs(self.inputs), share_inputs=True, share_outputs=True)
 
 
 class OpenVinoBackend:
-    """One compiled model. Many threads may call `run` at once; it computes one batch at a time."""
+    """Compiled models of a graph and its parts. Many threads may call `run`; a model computes one batch at a time."""
 
     name = "openvino"
 
     def __init__(
         self,
-        graph: Path,
+        graph: Path | GraphFiles,
         spec: ModelSpec,
         *,
         device: str = "cpu",
@@ -52,6 +58,9 @@ class OpenVinoBackend:
         precision: ComputePrecision = "fp32",
     ) -> None:
         """Compile an ONNX file for this CPU. External data beside the file is mapped; nothing is written to disk.
+
+        `graph` may also be a graph and its parts: then this compiles the file that the model's answer needs, and a call
+        that needs another compiles that one.
 
         `num_threads` is the number of threads inside one operator; the default is every CPU that this process may
         use.
@@ -76,58 +85,49 @@ class OpenVinoBackend:
                 f"this CPU ({core.get_property('CPU', 'FULL_DEVICE_NAME')}) does not compute in bfloat16, and "
                 "emulating it would be slower than float32. Load with precision='fp32'."
             )
-        try:
-            self._model: Any = core.read_model(graph)
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
-        self.outputs = tuple(output.any_name for output in self._model.outputs)
-        self._inputs = tuple(node.any_name for node in self._model.inputs)
-        check_graph_inputs(graph, self._inputs, spec)
-        self._lock = threading.Lock()
-        self._idle: dict[tuple[str, ...], _Requests] | None = {}
-        self._requests_for(self.outputs)
+        if isinstance(graph, Path):
+            graph = {tuple(output.any_name for output in self._read(graph).outputs): graph}
+        if has_costly_head(spec):
+            # Bundles of earlier formats have no part for the hidden states alone: `_open` cuts it from the whole graph.
+            graph = {(HIDDEN,): max(graph.items(), key=lambda file: len(file[0]))[1], **graph}
+        self._graphs = OpenGraphs(graph, self._open)
+        self.outputs = self._graphs.outputs
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`."""
         check_outputs(outputs, self.outputs)
-        idle = self._requests_for(outputs)
+        graph = self._graphs.for_outputs(outputs)
         check_batch(batch, self.spec)
-        request = idle.get()
+        request = graph.idle.get()
         try:
-            results = self._infer(request, batch)
+            results = graph.infer(request, batch)
             # Copies, because the next batch overwrites the tensors of the request.
             return {name: np.array(results[name], dtype=np.float32) for name in outputs}
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed on a batch of {batch.input_ids.shape}: {error}") from error
         finally:
-            idle.put(request)
+            graph.idle.put(request)
 
     def close(self) -> None:
         """See `Backend.close`."""
-        with self._lock:
-            self._idle = self._model = None
+        self._graphs.close()
 
-    def _infer(self, request: Any, batch: Batch) -> Any:
-        return request.infer(batch.graph_inputs(self._inputs), share_inputs=True, share_outputs=True)
+    def _read(self, graph: Path) -> Any:
+        try:
+            return _core(self._openvino).read_model(graph)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
 
-    def _requests_for(self, outputs: Sequence[str]) -> _Requests:
-        """The idle requests of a model that computes `outputs`; the first call compiles it.
-
-        A model computes all its outputs in every run. Graphs with all logits and sparse graphs have a costly output:
-        for them, a second model computes only the hidden states, with its own copy of the weights.
-        """
-        needs_all = not has_costly_head(self.spec) or bool(COSTLY_OUTPUTS & set(outputs))
-        computed = tuple(name for name in self.outputs if needs_all or name not in COSTLY_OUTPUTS)
-        with self._lock:
-            if self._idle is None:
-                raise BackendError("this model is closed; load it again")
-            if computed not in self._idle:
-                self._idle[computed] = self._compile(computed)
-            return self._idle[computed]
-
-    def _compile(self, outputs: Sequence[str]) -> _Requests:
-        results = [output for output in self._model.outputs if output.any_name in outputs]
-        part = self._openvino.Model(results, self._model.get_parameters())
+    def _open(self, outputs: Names, graph: Path) -> _OpenGraph:
+        """Compile what computes `outputs`, and run it once."""
+        model = self._read(graph)
+        results = [output for output in model.outputs if output.any_name in outputs]
+        if len(results) < len(outputs):
+            raise BackendError(f"{graph} lacks some of the outputs {', '.join(outputs)}. Export the bundle again.")
+        opened = _OpenGraph(tuple(node.any_name for node in model.inputs))
+        check_graph_inputs(graph, opened.inputs, self.spec)
+        if len(results) < len(model.outputs):
+            model = self._openvino.Model(results, model.get_parameters())
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.num_threads,
@@ -136,20 +136,19 @@ class OpenVinoBackend:
             # Two processes would pin their threads to the same cores, and each would run at half speed.
             "ENABLE_CPU_PINNING": False,
         }
-        idle: _Requests = queue.SimpleQueue()
         token = np.zeros((1, 1), np.int64)
         try:
             with _environment(_ONEDNN_CACHE, "0"):
-                compiled = _core(self._openvino).compile_model(part, "CPU", config)
+                compiled = _core(self._openvino).compile_model(model, "CPU", config)
                 for _ in range(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")):
-                    idle.put(compiled.create_infer_request())
-                request = idle.get()
+                    opened.idle.put(compiled.create_infer_request())
+                request = opened.idle.get()
                 # A graph that cannot run fails here, not at the first text. And oneDNN reads its setting only in a run.
-                self._infer(request, Batch(token, token + 1))
-                idle.put(request)
+                opened.infer(request, Batch(token, token + 1))
+                opened.idle.put(request)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile the graph: {error}") from error
-        return idle
+        return opened
 
 
 def has_native_bf16() -> bool:

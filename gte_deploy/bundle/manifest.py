@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,9 +44,10 @@ from gte_deploy.core.spec import (
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "gte-deploy-bundle"
-FORMAT_VERSION = 2
-# Version 1 had no token types, Dense modules, activations and sparse embeddings; its fields still mean the same.
-_READ_VERSIONS = (1, FORMAT_VERSION)
+FORMAT_VERSION = 3
+# Version 1 had no token types, Dense modules, activations and sparse embeddings, and version 2 had no parts of graphs.
+# Their fields still mean the same.
+_READ_VERSIONS = (1, 2, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
 # Fields whose name in files is older than their name here.
 _JSON_NAMES = {"variant": "flavour"}
@@ -61,6 +62,21 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class GraphPart:
+    """A smaller graph that computes some outputs of a graph, from the same inputs and the same weights file.
+
+    Args:
+        path: path relative to the bundle, with forward slashes.
+        inputs: the inputs in graph order.
+        outputs: the outputs in graph order; fewer than those of the whole graph.
+    """
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
 class GraphEntry:
     """The ONNX graph of a bundle for one engine.
 
@@ -71,6 +87,7 @@ class GraphEntry:
         outputs: the outputs in graph order.
         fusions: fusion pass -> number of matches.
         computes: the precisions that the export verified; the engine may compute in others on request.
+        parts: smaller graphs, which the engine runs for calls that need no other outputs.
     """
 
     path: str
@@ -79,6 +96,7 @@ class GraphEntry:
     outputs: tuple[TensorSpec, ...]
     fusions: Mapping[str, int]
     computes: tuple[ComputePrecision, ...] = ("fp32",)
+    parts: tuple[GraphPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,7 @@ def read_manifest(path: Path) -> Manifest:
     if data.get("format_version") not in _READ_VERSIONS:
         raise BundleError(
             f"{file} has format version {data.get('format_version')!r}; this gte-deploy reads "
-            f"{' and '.join(map(str, _READ_VERSIONS))}. "
+            f"{', '.join(map(str, _READ_VERSIONS))}. "
             "Export the bundle again, or install the gte-deploy that wrote it."
         )
     checksum = data.pop("checksum", None)
@@ -315,19 +333,42 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
 
 
 def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphEntry:
-    if data["path"] not in files:
-        raise ValueError(f"the graph {data['path']!r} is not among the files")
+    _require_file(data["path"], files)
     computes = tuple(data["computes"])
     if not set(computes) <= set(COMPUTE_PRECISIONS):
         raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(COMPUTE_PRECISIONS)}")
-    return GraphEntry(
+    entry = GraphEntry(
         path=data["path"],
         opset=int(data["opset"]),
         inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
         outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
         fusions={str(name): int(count) for name, count in data["fusions"].items()},
         computes=computes,
+        # Older bundles have no parts.
+        parts=tuple(_part_from_json(part, files) for part in data.get("parts", [])),
     )
+    for part in entry.parts:
+        if _names(part.inputs) != _names(entry.inputs) or not set() < _names(part.outputs) < _names(entry.outputs):
+            raise ValueError(f"{part.path} must have the inputs and some of the outputs of {entry.path}")
+    return entry
+
+
+def _part_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphPart:
+    _require_file(data["path"], files)
+    return GraphPart(
+        path=data["path"],
+        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
+        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+    )
+
+
+def _names(tensors: Sequence[TensorSpec]) -> set[str]:
+    return {tensor.name for tensor in tensors}
+
+
+def _require_file(graph: str, files: Mapping[str, FileEntry]) -> None:
+    if graph not in files:
+        raise ValueError(f"the graph {graph!r} is not among the files")
 
 
 def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gte_deploy.backends.onnxruntime import OnnxBackend
-from gte_deploy.core.spec import ModelSpec
-from gte_deploy.exporters.graph.build import Graph, graph_of, save_graph
+from gte_deploy.exporters.graph.build import Graph, graph_of, save_graphs
 from gte_deploy.exporters.graph.fusion import MERGED_PASSES, fuse_graph
 from gte_deploy.exporters.graph.fusion.flash import FLASH
 from gte_deploy.exporters.graph.fusion.padding import remove_padding
 from gte_deploy.exporters.graph.half import HALVES, lower_to_half
+from gte_deploy.exporters.job import WEIGHTS_PATH, Built, Job
 from gte_deploy.exporters.targets.base import PADDING_FREE_PASS
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
@@ -59,19 +59,22 @@ def cuda_graph(plain: Graph, *, sites: Mapping[str, int], precision: str, remove
 
 
 @contextlib.contextmanager
-def opened_for_comparison(graph: Graph, file: Path, spec: ModelSpec) -> Iterator[tuple[OnnxBackend, list[str]]]:
-    """Open `file` on CUDA for the comparison with PyTorch, or its emulation on the CPU if CUDA cannot run here.
+def opened_for_comparison(built: Built, job: Job) -> Iterator[tuple[OnnxBackend, list[str]]]:
+    """Open the graph and its parts on CUDA to compare them with PyTorch, or emulate them if CUDA cannot run here.
 
     Yields the backend and the caveats: one sentence for each thing that is not verified.
     """
+    files = job.graph_files(built, "onnxruntime")
     if has_cuda():
-        with contextlib.closing(OnnxBackend(file, spec, device="cuda")) as backend:
+        with contextlib.closing(OnnxBackend(files, job.spec, device="cuda")) as backend:
             yield backend, []
         return
+    graphs = [built.graphs["onnxruntime"], *built.parts.get("onnxruntime", {}).values()]
     with tempfile.TemporaryDirectory() as folder:
-        emulation = Path(folder) / "model.onnx"
-        save_graph(cpu_emulation(graph), emulation)
-        with contextlib.closing(OnnxBackend(emulation, spec)) as backend:
+        copies = {outputs: Path(folder) / file.name for outputs, file in files.items()}
+        emulations = dict(zip(copies.values(), map(cpu_emulation, graphs), strict=True))
+        save_graphs(emulations, Path(folder) / Path(WEIGHTS_PATH).name)
+        with contextlib.closing(OnnxBackend(copies, job.spec)) as backend:
             yield backend, [_NOT_ON_CUDA]
 
 

@@ -16,6 +16,7 @@ from gte_deploy.exporters.targets.base import (
     refuse_token_weights,
     require_padding_free,
 )
+from gte_deploy.exporters.targets.cpu import save
 from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ class CudaTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Fuse the graph of standard operators for CUDA, and save it."""
-        from gte_deploy.exporters.graph.build import save_graph
         from gte_deploy.exporters.targets.cuda.graph import cuda_graph
 
         with job.steps(f"fuse for CUDA in {job.precision}"):
@@ -78,19 +78,15 @@ class CudaTarget(Target):
                 precision=job.precision,
                 removes_padding=self.removes_padding(job.precision) and has_padding_free(job.checkpoint),
             )
-        with job.steps("write the graph"):
-            file = job.graph_file("onnxruntime")
-            file.parent.mkdir()
-            save_graph(graph, file)
-        return Built({"onnxruntime": graph}, made_for="cuda")
+        made: dict[Engine, Graph] = {"onnxruntime": graph}
+        return Built(made, made_for="cuda", parts=save(made, job))
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """The graph on a GPU, or its emulation on the CPU if there is no GPU."""
         from gte_deploy.exporters.targets.cuda.graph import opened_for_comparison
 
-        file = job.graph_file("onnxruntime")
-        with opened_for_comparison(built.graphs["onnxruntime"], file, job.spec) as (backend, caveats):
+        with opened_for_comparison(built, job) as (backend, caveats):
             yield Candidates({("onnxruntime", "fp32"): backend}, caveats)
 
     def open_engine(self, built: Built, job: Job) -> "Backend | None":
@@ -98,7 +94,8 @@ class CudaTarget(Target):
         from gte_deploy.backends.onnxruntime import OnnxBackend
         from gte_deploy.exporters.targets.cuda.graph import has_cuda
 
-        return OnnxBackend(job.graph_file("onnxruntime"), job.spec, device="cuda") if has_cuda() else None
+        files = job.graph_files(built, "onnxruntime")
+        return OnnxBackend(files, job.spec, device="cuda") if has_cuda() else None
 
     def removes_padding(self, precision: Precision) -> bool:
         """Whether the options ask for a padding-free graph in this precision."""

@@ -17,7 +17,7 @@ import gte_deploy
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT, _load_cuda_libraries, _providers
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
-from gte_deploy.bundle.manifest import FileEntry, GraphEntry, Manifest, read_manifest
+from gte_deploy.bundle.manifest import FileEntry, GraphEntry, GraphPart, Manifest, read_manifest
 from gte_deploy.core.errors import BackendError, BundleError, InputError, MissingDependencyError, NonFiniteError
 from gte_deploy.core.files import sha256_file
 from gte_deploy.core.spec import ModelSpec, Profile
@@ -49,6 +49,12 @@ def manifest_of(*files):
     entries = {name: FileEntry(1, "0") for name in ("onnx/model.onnx", *files)}
     graph = GraphEntry("onnx/model.onnx", 20, (), (), {})
     return Manifest(SPEC, "fp32", {"onnxruntime": graph}, entries, {}, {})
+
+
+def with_part(manifest):
+    """The manifest of a bundle whose graph also has the part onnx/model_answer.onnx."""
+    graph = dataclasses.replace(manifest.graphs["onnxruntime"], parts=(GraphPart("onnx/model_answer.onnx", (), ()),))
+    return dataclasses.replace(manifest, graphs={"onnxruntime": graph})
 
 
 def batch_of(ids):
@@ -130,6 +136,22 @@ def test_the_graph_of_an_engine_that_is_not_to_run_is_looked_at_too(tmp_path):
     graphs = {**manifest_of().graphs, "openvino": GraphEntry("onnx/model_openvino.onnx", 20, (), (), {})}
     with pytest.raises(BundleError, match="model_openvino.onnx has a node evil::Anything"):
         check_graphs(tmp_path, dataclasses.replace(manifest_of(), graphs=graphs))
+
+
+def test_the_part_of_a_graph_is_looked_at_too(tmp_path):
+    weight = numpy_helper.from_array(np.ones(4, np.float32), "w")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../secret")
+    for model, says in (
+        (graph_model(nodes=[helper.make_node("Anything", [], ["x"], domain="evil")]), "has a node evil::Anything"),
+        (graph_model(initializers=[weight]), "reads '../secret', which the manifest does not name"),
+    ):
+        saved(tmp_path, model).rename(tmp_path / "onnx/model_answer.onnx")
+        saved(tmp_path, graph_model())
+        check_graphs(tmp_path, manifest_of())
+        with pytest.raises(BundleError, match=f"model_answer.onnx {says}"):
+            check_graphs(tmp_path, with_part(manifest_of()))
 
 
 @pytest.mark.parametrize("location", ["../../secret", "/etc/passwd", "other.data"])
@@ -361,7 +383,8 @@ def test_threads_default_to_the_cpus_of_the_process(tmp_path, monkeypatch):
     path = saved(tmp_path, graph_model())
     assert OnnxBackend(path, SPEC).num_threads == 3
     assert OnnxBackend(path, SPEC, num_threads=2).num_threads == 2
-    options = OnnxBackend(path, SPEC)._session.get_session_options()
+    backend = OnnxBackend(path, SPEC)
+    options = backend._graphs.for_outputs(backend.outputs).session.get_session_options()
     assert options.intra_op_num_threads == 3
 
 
@@ -384,7 +407,8 @@ def rewritten(bundle, target, change):
     manifest = read_manifest(target)
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith("onnx/")}
     files["onnx/model.onnx"] = FileEntry(path.stat().st_size, sha256_file(path))
-    changed = dataclasses.replace(manifest, files=files, graphs={"onnxruntime": manifest.graphs["onnxruntime"]})
+    graph = dataclasses.replace(manifest.graphs["onnxruntime"], parts=())
+    changed = dataclasses.replace(manifest, files=files, graphs={"onnxruntime": graph})
     (target / "manifest.json").write_text(json.dumps(changed.to_json()))
     return target
 

@@ -49,18 +49,33 @@ MANIFEST = {
             "path": "onnx/model.onnx",
             "opset": 20,
             "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
-            "outputs": [{"name": "last_hidden_state", "dtype": "float32", "shape": ["batch", "sequence", 32]}],
+            "outputs": [
+                {"name": "last_hidden_state", "dtype": "float32", "shape": ["batch", "sequence", 32]},
+                {"name": "logits", "dtype": "float32", "shape": ["num_masks", 256]},
+            ],
             "fusions": {"attention": 2},
             "computes": ["fp32"],
+            "parts": [
+                {
+                    "path": "onnx/model_answer.onnx",
+                    "inputs": [{"name": "input_ids", "dtype": "int64", "shape": ["batch", "sequence"]}],
+                    "outputs": [{"name": "logits", "dtype": "float32", "shape": ["num_masks", 256]}],
+                }
+            ],
         },
     },
-    "files": {"onnx/model.onnx": {"size": len(GRAPH), "sha256": hashlib.sha256(GRAPH).hexdigest()}},
+    "files": {
+        name: {"size": len(GRAPH), "sha256": hashlib.sha256(GRAPH).hexdigest()}
+        for name in ("onnx/model.onnx", "onnx/model_answer.onnx")
+    },
     "versions": {"onnx": "1.23"},
     "source": {"name": "toy"},
     "target": "cpu",
     "plan": None,
     "missed_bounds": [],
 }
+WHOLE = MANIFEST["graphs"]["onnxruntime"]
+(PART,) = WHOLE["parts"]
 PLAN = {
     "path": "onnx/model.onnx",
     "flavour": "tensorrt-rtx",
@@ -87,7 +102,8 @@ def write(tmp_path):
         canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
         manifest["checksum"] = hashlib.sha256(canonical.encode()).hexdigest()
         (tmp_path / "onnx").mkdir(exist_ok=True)
-        (tmp_path / "onnx/model.onnx").write_bytes(GRAPH)
+        for name in MANIFEST["files"]:
+            (tmp_path / name).write_bytes(GRAPH)
         (tmp_path / "manifest.json").write_text(json.dumps(manifest) if text is None else text)
         return tmp_path
 
@@ -106,7 +122,7 @@ def test_a_manifest_survives_the_round_trip(write):
 def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
     def earlier(manifest):
         manifest["format_version"] = 1
-        del manifest["target"], manifest["plan"]
+        del manifest["target"], manifest["plan"], manifest["graphs"]["onnxruntime"]["parts"]
         for name in (
             "token_types",
             "type_vocab_size",
@@ -120,6 +136,7 @@ def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
 
     manifest = read_manifest(write(earlier))
     assert (manifest.target, manifest.plan) == ("cpu", None)
+    assert manifest.graphs["onnxruntime"].parts == ()
     assert (manifest.spec.token_types, manifest.spec.embedding_width, manifest.spec.sparse) == (False, 32, None)
 
 
@@ -193,7 +210,7 @@ def change(path: str, value):
     "path, value, says",
     [
         ("format", "something", "not the manifest"),
-        ("format_version", 3, "format version 3"),
+        ("format_version", 4, "format version 4; this gte-deploy reads 1, 2, 3"),
         ("precision", "fp17", "fp17"),
         ("spec/task", "sing", "sing"),
         ("spec/pooling", "max", "max"),
@@ -212,6 +229,12 @@ def change(path: str, value):
         ("graphs/coreml", MANIFEST["graphs"]["onnxruntime"], "onnxruntime, coreml"),
         ("graphs/openvino", {**MANIFEST["graphs"]["onnxruntime"], "path": "other.onnx"}, "other.onnx"),
         ("graphs/onnxruntime/path", "elsewhere.onnx", "elsewhere.onnx"),
+        ("graphs/onnxruntime/parts", 3, "malformed"),
+        ("graphs/onnxruntime/parts", [{**PART, "path": "elsewhere.onnx"}], "elsewhere.onnx"),
+        ("graphs/onnxruntime/parts", [{**PART, "inputs": []}], "some of the outputs of onnx/model.onnx"),
+        ("graphs/onnxruntime/parts", [{**PART, "outputs": []}], "some of the outputs of onnx/model.onnx"),
+        ("graphs/onnxruntime/parts", [{**PART, "outputs": WHOLE["outputs"]}], "some of the outputs"),
+        ("graphs/onnxruntime/parts", [{**PART, "outputs": PART["inputs"]}], "some of the outputs"),
         ("graphs/onnxruntime/inputs", 3, "malformed"),
         ("graphs/onnxruntime/computes", ["fp64"], "fp64"),
         ("missed_bounds", "one", "missed_bounds"),
@@ -253,14 +276,15 @@ def test_a_huge_manifest_is_refused_unread(write):
         read_manifest(write(text=" " * (5 << 20)))
 
 
+@pytest.mark.parametrize("name", MANIFEST["files"])
 @pytest.mark.parametrize(
     "data, says",
     [(GRAPH[:-1], "bytes"), (GRAPH[:-1] + b"!", "sha256"), (None, "missing")],
     ids=["truncated", "flipped", "gone"],
 )
-def test_an_altered_file_is_refused(write, data, says):
+def test_an_altered_file_is_refused(write, name, data, says):
     path = write()
-    graph = path / "onnx/model.onnx"
+    graph = path / name
     graph.unlink()
     if data is not None:
         graph.write_bytes(data)
@@ -284,7 +308,7 @@ def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(write, tmp_path):
     (snapshot / "onnx").mkdir(parents=True)
     (repository / "blobs").mkdir()
     source = write()
-    for number, name in enumerate(("manifest.json", "onnx/model.onnx")):
+    for number, name in enumerate(("manifest.json", *MANIFEST["files"])):
         blob = repository / "blobs" / str(number)
         blob.write_bytes((source / name).read_bytes())
         (snapshot / name).symlink_to(blob)

@@ -1,0 +1,78 @@
+"""Opens the graph that computes least for the outputs of a call: the whole graph of a bundle, or one of its parts."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from gte_deploy.bundle.manifest import GraphEntry
+from gte_deploy.core.errors import BackendError
+from gte_deploy.tasks.base import HIDDEN
+
+Names = tuple[str, ...]
+GraphFiles = Mapping[Names, Path]
+"""The names of a graph's outputs -> its file: the whole graph with all outputs, and its parts."""
+
+Opened = TypeVar("Opened")
+"""An engine's own object for an open graph."""
+
+
+def graph_files(folder: Path, entry: GraphEntry) -> GraphFiles:
+    """Return the files of a graph in the bundle `folder`, and of its parts."""
+    return {tuple(tensor.name for tensor in graph.outputs): folder / graph.path for graph in (entry, *entry.parts)}
+
+
+class OpenGraphs(Generic[Opened]):
+    """A graph and its parts. Each of them is opened once, with its own copy of the weights; threads may share them.
+
+    The graph that the model's own answer needs opens at once, so that a graph that cannot run fails when it is loaded.
+    Every other one opens at the first call that needs it.
+    """
+
+    def __init__(
+        self,
+        files: GraphFiles,
+        open_graph: Callable[[Names, Path], Opened],
+        opened: Mapping[Names, Opened] | None = None,
+    ) -> None:
+        """Open the graph for the answer: for all outputs besides the hidden states.
+
+        Args:
+            files: the graphs.
+            open_graph: opens a file that computes these outputs.
+            opened: those that are open already.
+
+        Raises:
+            BackendError: the engine refuses the graph.
+        """
+        self._files = sorted(files.items(), key=lambda file: len(file[0]))
+        self._open_graph = open_graph
+        self._opened: dict[Names, Opened] | None = dict(opened or {})
+        self._lock = threading.Lock()
+        self.outputs = self._files[-1][0]
+        """The names of all outputs."""
+        self.for_outputs([name for name in self.outputs if name != HIDDEN] or self.outputs)
+
+    def for_outputs(self, names: Sequence[str]) -> Opened:
+        """Return the graph with the fewest outputs that has all of `names`, which are known; the first call opens it.
+
+        Raises:
+            BackendError: the graphs are closed, or the engine refuses the graph.
+        """
+        wanted = set(names)
+        outputs, file = next(choice for choice in self._files if wanted.issubset(choice[0]))
+        # Without the lock: calls for an open graph need not wait until another one is open.
+        graph = None if self._opened is None else self._opened.get(outputs)
+        if graph is None:
+            with self._lock:
+                if self._opened is None:
+                    raise BackendError("this model is closed; load it again")
+                if outputs not in self._opened:
+                    self._opened[outputs] = self._open_graph(outputs, file)
+                graph = self._opened[outputs]
+        return graph
+
+    def close(self) -> None:
+        """Drop the open graphs. Idempotent."""
+        with self._lock:
+            self._opened = None
