@@ -6,6 +6,7 @@ The models have two layers: the first computes all rows in a part too, the last 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import onnxruntime as ort  # noqa: E402
 from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import ExportError  # noqa: E402
-from gte_deploy.core.spec import ModelSpec  # noqa: E402
+from gte_deploy.core.spec import ModelSpec, SparseSpec  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, graph_of, save_graphs  # noqa: E402
 from gte_deploy.exporters.graph.parts import parts_of  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_amax, measure_ranges  # noqa: E402
@@ -281,3 +282,120 @@ def test_sizes_of_batches(whole_of, name, form, lengths):
 def test_no_masks(whole_of, form):
     part = parts_of(whole_of("mlm", form), spec_of("mlm"))["answer"]
     assert answer(part, form, batch_of("mlm", masks=0)).shape == (0, VOCABULARY)
+
+
+PRODUCTS = ("Gemm", "MatMul", "MatMulIntegerToFloat", "MatMulNBits")
+
+
+def rows_of(graph: Graph, form: str, batch: Batch, folder: Path) -> Counter[tuple[str, int]]:
+    """(operator, rows) -> number of runs, by ONNX Runtime's profile, of linear layers and LayerNormalization."""
+    session = opened(graph, form, folder / "profile")
+    session.run(None, feeds_of(graph, batch))
+    found: Counter[tuple[str, int]] = Counter()
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        arguments = event.get("args", {})
+        kind = "linear" if arguments.get("op_name") in PRODUCTS else arguments.get("op_name")
+        if kind not in ("linear", "LayerNormalization") or "input_type_shape" not in arguments:
+            continue
+        shapes = [next(iter(shape.values())) for shape in arguments["input_type_shape"]]
+        if kind == "linear" and arguments["op_name"] == "MatMul" and len(shapes[1]) > 2:
+            continue  # attention
+        found[kind, int(np.prod(shapes[0][:-1]))] += 1
+    return found
+
+
+# Form -> linear layers of all rows and of asked rows, for "cls" and for "mlm" with its head of two. Separate GEMMs are
+# seven in a layer; merged ones are four. Of dynamic INT8 only the down projection is left, because a scale of its input
+# is that of all rows.
+ROWS = {
+    **dict.fromkeys(("plain", "fused", "int8", "int8 openvino", "weights 8", "weights 4"), ((9, 5), (10, 6))),
+    **dict.fromkeys(("cuda", "cuda padding-free", "cuda fp16", *TENSORRT), ((5, 3), (5, 5))),
+    "int8 dynamic": ((13, 1), (13, 3)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["cls", "mlm"])
+def test_the_last_layer_computes_only_the_rows_of_its_head(whole_of, name, form, tmp_path):
+    batch = batch_of(name)
+    part = parts_of(whole_of(name, form), spec_of(name))["answer"]
+    found = rows_of(part, form, batch, tmp_path)
+    asked = len(batch.input_ids if batch.mask_positions is None else batch.mask_positions)
+    tokens = int(batch.attention_mask.sum()) if "padding-free" in form else batch.input_ids.size
+    every, few = ROWS[form][name == "mlm"]
+    assert {rows: found["linear", rows] for kind, rows in found if kind == "linear"} == {tokens: every, asked: few}
+    norms_of_head = int(name == "mlm")
+    if form != "int8 dynamic":
+        assert found["LayerNormalization", tokens] == 3
+        assert found["LayerNormalization", asked] == 2 + norms_of_head
+
+
+def test_parts_of_each_task(model_of, traced):
+    """No part for an answer that reads all rows; the hidden states alone where the head is costly."""
+    graph, mlm = traced("cls")["onnxruntime"], spec_of("mlm")
+    for spec, names in (
+        (spec_of("cls"), ["answer"]),
+        (dataclasses.replace(spec_of("cls"), pooling="mean"), []),
+        (dataclasses.replace(spec_of("cls"), task="token-classify", num_labels=2), []),
+        (dataclasses.replace(mlm, logits="all"), ["hidden"]),
+        (dataclasses.replace(mlm, task="sparse", sparse=SparseSpec("splade")), ["hidden"]),
+    ):
+        assert list(parts_of(graph, spec)) == names
+
+
+def test_hidden_states_alone(model_of):
+    """The part without the vocabulary's projection computes the same, and does not hold its nodes."""
+    batch = batch_of("mlm")
+    for engine, whole in build_graphs(model_of("mlm"), task="fill-mask", logits="all", max_length=64).items():
+        part = parts_of(whole, dataclasses.replace(spec_of("mlm"), logits="all"))["hidden"]
+        assert [spec.name for spec in part.outputs] == ["last_hidden_state"] and part.inputs == whole.inputs
+        found = opened(part, engine).run(None, feeds_of(part, batch))[0]
+        reference = copy.deepcopy(model_of("mlm")).double()
+        with torch.no_grad():
+            states = reference.base_model(torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask))
+        real = batch.attention_mask == 1
+        np.testing.assert_allclose(found[real], states.last_hidden_state.numpy()[real], rtol=0, atol=1e-4)
+        assert not any("lm_head" in str(node.name) for node in part.model.graph)
+
+
+@pytest.mark.parametrize("form", ["plain", "cuda padding-free"])
+def test_a_part_has_the_inputs_and_the_fusions_of_the_whole(whole_of, form):
+    whole = whole_of("mlm", form)
+    before = ir.to_proto(whole.model).SerializeToString()
+    part = parts_of(whole, spec_of("mlm"))["answer"]
+    assert part.inputs == whole.inputs and part.outputs == whole.outputs[1:]
+    assert (part.fusions, part.opset) == (whole.fusions, whole.opset)
+    assert ir.to_proto(whole.model).SerializeToString() == before
+
+
+def test_parts_add_nothing_to_the_weights(whole_of, tmp_path):
+    for form in ("fused", "int8", "cuda fp16", "trt int8"):
+        whole = whole_of("cls", form)
+        save_graphs({tmp_path / "alone.onnx": whole}, tmp_path / "alone.data")
+        parts = parts_of(whole, spec_of("cls"))
+        save_graphs(
+            {tmp_path / "both.onnx": whole, tmp_path / "part.onnx": parts["answer"]},
+            tmp_path / "both.data",
+        )
+        assert (tmp_path / "both.data").read_bytes() == (tmp_path / "alone.data").read_bytes()
+
+
+def test_a_head_that_is_not_known_is_an_error(traced):
+    graph = traced("cls")["onnxruntime"]
+    with pytest.raises(ExportError, match="0 nodes select the first or the masked tokens for sentence_embedding"):
+        mean = build_mean(graph)
+        parts_of(mean, spec_of("cls"))
+
+
+def build_mean(graph: Graph) -> Graph:
+    """A graph whose embedding is the mean of all tokens, while its spec says CLS."""
+    model = graph.model.clone()
+    hidden, embedding = model.graph.outputs
+    axes = ir.Value(name="axes", const_value=ir.tensor(np.array([1])), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.register_initializer(axes)
+    mean = ir.node("ReduceMean", [hidden, axes], {"keepdims": 0}, name="mean")
+    model.graph.append(mean)
+    mean.outputs[0].name, embedding.name = embedding.name, None
+    mean.outputs[0].type, mean.outputs[0].shape = embedding.type, embedding.shape
+    model.graph.outputs[1] = mean.outputs[0]
+    return graph_of(model, graph.fusions, graph.opset)
