@@ -40,6 +40,11 @@ def part_path(engine: Engine, name: str) -> str:
     return f"{GRAPH_PATHS[engine].removesuffix('.onnx')}_{name}.onnx"
 
 
+def by_outputs(graphs: "Mapping[Path, Graph]") -> "GraphFiles":
+    """Return the names of each graph's outputs -> its file, as the runtime takes a graph and its parts."""
+    return {tuple(output.name for output in graph.outputs): path for path, graph in graphs.items()}
+
+
 @dataclass
 class Steps:
     """Reports each step as it starts and records how many seconds it took; a step may run several times."""
@@ -99,11 +104,14 @@ class Job:
         return self.folder / GRAPH_PATHS[engine]
 
     def graph_files(self, built: "Built", engine: Engine) -> "GraphFiles":
-        """Return the files of the graph of an engine and of its parts, by the names of their outputs."""
-        parts = built.parts.get(engine, {})
-        files = {GRAPH_PATHS[engine]: built.graphs[engine]}
-        files |= {part_path(engine, name): part for name, part in parts.items()}
-        return {tuple(output.name for output in graph.outputs): self.folder / path for path, graph in files.items()}
+        """Return the files of an engine's graph and of its parts, by the names of their outputs."""
+        return by_outputs(self.saved_graphs(built, engine))
+
+    def saved_graphs(self, built: "Built", engine: Engine) -> "dict[Path, Graph]":
+        """Return the files of an engine's graph and of its parts, with the graph in each."""
+        parts = built.parts.get(engine, {}).items()
+        files = {GRAPH_PATHS[engine]: built.graphs[engine]} | {part_path(engine, name): part for name, part in parts}
+        return {self.folder / path: graph for path, graph in files.items()}
 
     def require_kept_bounds(self, failure: str) -> None:
         """Refuse graphs that cannot keep their bounds, before they are written or compiled.

@@ -70,7 +70,7 @@ def build_report(
         "max_length": spec.max_length,
         "pooling": spec.pooling,
         "logits": spec.logits if spec.task == "fill-mask" else None,
-        "graphs": {engine: {"opset": graph.opset, "fusions": dict(graph.fusions)} for engine, graph in graphs.items()},
+        "graphs": {engine: _describe_graph(graph) for engine, graph in graphs.items()},
         "plan": plan and plan.to_json(),
         "parity": parity.to_json(),
         "sensitivity": dict(sensitivity or {}),
@@ -94,9 +94,15 @@ def verdict(engine: EngineParity) -> str:
     )
     agreement = "" if engine.top1 is None else f", top-1 {engine.top1:.1%}"
     return (
-        f"{engine.title}: parity {'passed' if engine.passed else _miss(engine)}, {len(engine.cases)} cases, {numbers}"
+        f"{engine.title}: parity {'passed' if engine.passed else _miss(engine)}, {len(engine.cases)} cases"
+        f"{_parts_compared(engine)}, {numbers}"
         f"{agreement} (bounds: {engine.tolerance})"
     )
+
+
+def _parts_compared(engine: EngineParity) -> str:
+    names = list(engine.cases[0].parts)
+    return f" of the whole graph and of the part for {' and '.join(names)}" if names else ""
 
 
 def check_line(check: Check) -> str:
@@ -157,7 +163,14 @@ def _reference_lines(parity: ParityReport) -> list[str]:
 
 def _graph_facts(graph: Mapping[str, Any]) -> str:
     fusions = ", ".join(f"{fusion} {count}" for fusion, count in graph["fusions"].items())
-    return f"opset {graph['opset']}, {f'fusions: {fusions}' if fusions else 'standard operators'}"
+    compared = "; ".join(f"{path} gives {', '.join(outputs)}" for path, outputs in graph["compared"].items())
+    return f"opset {graph['opset']}, {f'fusions: {fusions}' if fusions else 'standard operators'}; compared: {compared}"
+
+
+def _describe_graph(graph: GraphEntry) -> dict[str, Any]:
+    """Describe a graph and its parts, all of which were compared with PyTorch."""
+    files = {each.path: [output.name for output in each.outputs] for each in (graph, *graph.parts)}
+    return {"opset": graph.opset, "fusions": dict(graph.fusions), "compared": files}
 
 
 def _miss(engine: EngineParity) -> str:
@@ -203,14 +216,17 @@ def _columns(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]
     """Return header and cells of the table, with columns for the outputs and top-k that the task has."""
     outputs = list(results[0].outputs)
     agreement = ["top-1", "top-5"] if results[0].top1 is not None else []
-    header = ["length", "batch", "padding", *outputs, "relative", "row alone", "cosine", *agreement]
+    by_part = ["by a part"] if results[0].parts else []
+    header = ["length", "batch", "padding", *outputs, *by_part, "relative", "row alone", "cosine", *agreement]
     rows = []
     for result in results:
         alone = max((found.max_abs for found in result.alone.values()), default=None)
         cosine = min(found.cosine_min for _, found in result.differences())
         row = [f"{result.case.length:,}", str(result.case.batch), "ragged" if result.case.ragged else "none"]
         row += [f"{result.outputs[name].max_abs:.1e}" for name in outputs]
-        row.append(f"{max(found.max_rel for found in result.outputs.values()):.1e}")
+        row += [f"{max(found.max_abs for found in result.parts.values()):.1e}" for _ in by_part]
+        compared = (*result.outputs.values(), *result.parts.values())
+        row.append(f"{max(found.max_rel for found in compared):.1e}")
         row += ["" if alone is None else f"{alone:.1e}", f"{cosine:.7f}"]
         row += [f"{share:.0%}" for share in (result.top1, result.top5) if share is not None]
         rows.append([*row, f"{result.reference_ms:,.1f}", f"{result.candidate_ms:,.1f}"])
@@ -236,7 +252,10 @@ def _definitions(items: Mapping[str, Any]) -> str:
 def _plot_error(axes: Axes, parity: ParityReport) -> None:
     for engine, color in zip(parity.engines, _COLORS, strict=False):
         lengths = [result.case.length for result in engine.cases]
-        errors = [max(_LOWEST_SHOWN, *(found.max_rel for found in result.outputs.values())) for result in engine.cases]
+        errors = [
+            max(_LOWEST_SHOWN, *(found.max_rel for found in (*result.outputs.values(), *result.parts.values())))
+            for result in engine.cases
+        ]
         axes.scatter(lengths, errors, s=26, color=color, alpha=0.75, linewidths=0, label=engine.title)
         if engine.tolerance.max_rel is not None:
             axes.axhline(engine.tolerance.max_rel, color=color, linestyle="--", linewidth=1.2)
@@ -332,7 +351,8 @@ p {{ margin: .7rem 0 0; color: #4b5563; font-size: .88rem; }}
 <section class="plots">{error_plot}{latency_plot}</section>
 <section>
 {tables}
-<p>The column of an output gives its largest absolute difference from PyTorch FP32 over all real tokens.
+<p>The column of an output gives its largest absolute difference from PyTorch FP32 over all real tokens, and
+&ldquo;by a part&rdquo; that of an output which a part of the graph computes.
 &ldquo;row alone&rdquo; is the largest difference between the shortest row in the batch and the same row run alone.
 &ldquo;relative&rdquo; is the largest difference over the largest value that PyTorch gives for the same channel, word or
 label in any case; it has a bound. &ldquo;cosine&rdquo; is the smallest cosine of all compared vectors (labels are

@@ -30,17 +30,17 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`spoil(engine, change)`: let this engine's graph be saved with its largest weight changed."""
+    """`spoil(engine, change, part)`: let this engine's graph, or a part, be saved with its largest weight changed."""
     onnx = pytest.importorskip("onnx")
     from gte_deploy.exporters.graph import build as graph
-    from gte_deploy.exporters.job import GRAPH_PATHS
+    from gte_deploy.exporters.job import GRAPH_PATHS, part_path
 
     save: Callable[..., Any] = graph.save_graphs
 
-    def spoil_graph(engine: str, change: Callable[[Any], Any]) -> None:
+    def spoil_graph(engine: Any, change: Callable[[Any], Any], part: str | None = None) -> None:
         def save_wrong(graphs: Any, data: Path) -> Any:
             files = save(graphs, data)
-            path = data.parent / Path(GRAPH_PATHS[engine]).name
+            path = data.parent / Path(GRAPH_PATHS[engine] if part is None else part_path(engine, part)).name
             model = onnx.load(path)
             weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
             values = onnx.numpy_helper.to_array(weight)

@@ -29,6 +29,7 @@ from gte_deploy.exporters.verification.report import format_table  # noqa: E402
 from gte_deploy.exporters.verification.results import BoundMissedError  # noqa: E402
 
 LENGTH = 32
+HIDDEN = "last_hidden_state"
 
 
 def read(path):
@@ -97,7 +98,12 @@ def test_the_bundle_is_whole_and_says_what_it_is(exported, task):
         if task == "fill-mask":  # and this checkpoint has two token types
             names += ["mask_positions", "token_type_ids"]
         assert [tensor.name for tensor in graph.inputs] == names
-        assert inspect_onnx(bundle / graph.path).external_files == {"model.onnx.data"}
+        for file in (graph, *graph.parts):
+            assert inspect_onnx(bundle / file.path).external_files == {"model.onnx.data"}
+        answers = [{output.name: output.shape for output in part.outputs} for part in graph.parts]
+        assert answers == (
+            [] if task == "token-classify" else [{k: v for k, v in OUTPUTS[task].items() if k != HIDDEN}]
+        )
     assert manifest.graphs["onnxruntime"].fusions["attention"] == read(bundle / "config.json")["num_hidden_layers"]
     assert manifest.graphs["openvino"].fusions == {}
     assert {"torch", "onnx", "onnxruntime", "gte-deploy"} <= set(manifest.versions)
@@ -199,6 +205,13 @@ def test_the_report(exported, task):
         assert engine["max_abs"] <= 1e-4 or engine["compute"] == "bf16"
         assert {1, 2, 17, result.manifest.spec.max_length} <= {case["length"] for case in engine["cases"]}
         assert (engine["cases"][0]["top1"] is not None) == (engine["top1"] is not None) == (task == "fill-mask")
+    names = {
+        graph.path: [output.name for output in graph.outputs]
+        for graph in (result.manifest.graphs["onnxruntime"], *result.manifest.graphs["onnxruntime"].parts)
+    }
+    assert report["graphs"]["onnxruntime"]["compared"] == names
+    for engine in engines:
+        assert all(set(case["parts"]) == set(OUTPUTS[task]) - {HIDDEN} for case in engine["cases"]) or len(names) == 1
     assert report["graphs"]["onnxruntime"]["fusions"] == result.manifest.graphs["onnxruntime"].fusions
     assert report["timings_s"]["trace and fuse"] > 0 and report["machine"]["cpus"] >= 1
     page = (bundle / "report.html").read_text()
@@ -290,6 +303,17 @@ def shift(weights):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_wrong_part_of_a_graph_leaves_no_bundle(trace_once, small, tmp_path, spoil, engine):
+    spoil(engine, shift, part="answer")
+    says = f"(?s){engine} fp32 differs.*logits, by a part of the graph: max abs .*No bundle was written"
+    with pytest.raises(BoundMissedError, match=says) as error:
+        export(small, tmp_path / "out", max_length=LENGTH)
+    assert {found.engine for found in error.value.report.engines if not found.passed} == {engine}
+    assert "last_hidden_state" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_wrong_graph_leaves_no_bundle(trace_once, small, tmp_path, spoil, engine):
     spoil(engine, shift)
     with pytest.raises(BoundMissedError, match=f"(?s){engine} fp32 differs.*max abs .*No bundle was written") as error:
@@ -304,7 +328,7 @@ def test_without_openvino_there_is_no_graph_for_it_and_the_report_says_so(trace_
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     result = export(small, tmp_path / "out", max_length=LENGTH)
     assert set(result.manifest.graphs) == {"onnxruntime"} and "openvino" not in result.manifest.versions
-    assert {"onnx/model.onnx", "onnx/model.onnx.data"} == {
+    assert {"onnx/model.onnx", "onnx/model_answer.onnx", "onnx/model.onnx.data"} == {
         name for name in result.manifest.files if name.startswith("onnx")
     }
     (sentence,) = result.parity.caveats

@@ -153,7 +153,7 @@ def test_for_cuda(precision, removes, share, graphs_of, model, batch, tmp_path):
     file = tmp_path / "model.onnx"
     save_graph(graph, file)
     wanted = expected(model, batch, SPARSE)
-    with opened_for_comparison(graph, file, SPEC) as (backend, _):
+    with opened_for_comparison({file: graph}, SPEC) as (backend, _):
         found = backend.run(batch, ("sparse_embedding",))["sparse_embedding"]
     assert np.abs(found - wanted).max() < share * np.abs(wanted).max()
 

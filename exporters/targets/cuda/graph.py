@@ -19,12 +19,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, graph_of, save_graphs
 from gte_deploy.exporters.graph.fusion import MERGED_PASSES, fuse_graph
 from gte_deploy.exporters.graph.fusion.flash import FLASH
 from gte_deploy.exporters.graph.fusion.padding import remove_padding
 from gte_deploy.exporters.graph.half import HALVES, lower_to_half
-from gte_deploy.exporters.job import WEIGHTS_PATH, Built, Job
+from gte_deploy.exporters.job import by_outputs
 from gte_deploy.exporters.targets.base import PADDING_FREE_PASS
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
@@ -59,22 +60,21 @@ def cuda_graph(plain: Graph, *, sites: Mapping[str, int], precision: str, remove
 
 
 @contextlib.contextmanager
-def opened_for_comparison(built: Built, job: Job) -> Iterator[tuple[OnnxBackend, list[str]]]:
-    """Open the graph and its parts on CUDA to compare them with PyTorch, or emulate them if CUDA cannot run here.
+def opened_for_comparison(graphs: Mapping[Path, Graph], spec: ModelSpec) -> Iterator[tuple[OnnxBackend, list[str]]]:
+    """Open a graph and its parts on CUDA to compare them with PyTorch, or emulate them if CUDA cannot run here.
+
+    `graphs` are those in the files, the whole graph and its parts.
 
     Yields the backend and the caveats: one sentence for each thing that is not verified.
     """
-    files = job.graph_files(built, "onnxruntime")
     if has_cuda():
-        with contextlib.closing(OnnxBackend(files, job.spec, device="cuda")) as backend:
+        with contextlib.closing(OnnxBackend(by_outputs(graphs), spec, device="cuda")) as backend:
             yield backend, []
         return
-    graphs = [built.graphs["onnxruntime"], *built.parts.get("onnxruntime", {}).values()]
     with tempfile.TemporaryDirectory() as folder:
-        copies = {outputs: Path(folder) / file.name for outputs, file in files.items()}
-        emulations = dict(zip(copies.values(), map(cpu_emulation, graphs), strict=True))
-        save_graphs(emulations, Path(folder) / Path(WEIGHTS_PATH).name)
-        with contextlib.closing(OnnxBackend(copies, job.spec)) as backend:
+        emulations = {Path(folder) / file.name: cpu_emulation(graph) for file, graph in graphs.items()}
+        save_graphs(emulations, Path(folder) / "weights")
+        with contextlib.closing(OnnxBackend(by_outputs(emulations), spec)) as backend:
             yield backend, [_NOT_ON_CUDA]
 
 

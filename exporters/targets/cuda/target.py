@@ -86,7 +86,7 @@ class CudaTarget(Target):
         """The graph on a GPU, or its emulation on the CPU if there is no GPU."""
         from gte_deploy.exporters.targets.cuda.graph import opened_for_comparison
 
-        with opened_for_comparison(built, job) as (backend, caveats):
+        with opened_for_comparison(job.saved_graphs(built, "onnxruntime"), job.spec) as (backend, caveats):
             yield Candidates({("onnxruntime", "fp32"): backend}, caveats)
 
     def open_engine(self, built: Built, job: Job) -> "Backend | None":

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,17 @@ def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
     assert (manifest.target, manifest.plan) == ("cpu", None)
     assert manifest.graphs["onnxruntime"].parts == ()
     assert (manifest.spec.token_types, manifest.spec.embedding_width, manifest.spec.sparse) == (False, 32, None)
+
+
+def test_the_manifest_that_a_gte_deploy_of_version_2_wrote_is_read(tmp_path):
+    """The file is the manifest of the built-in model's bundle, as that gte-deploy wrote it."""
+    shutil.copy(Path(__file__).with_name("manifest_version_2.json"), tmp_path / "manifest.json")
+    manifest = read_manifest(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 2
+    assert (manifest.spec.task, manifest.spec.hidden_size, manifest.precision) == ("fill-mask", 256, "fp32")
+    (graph,) = manifest.graphs.values()
+    assert (graph.path, graph.parts, graph.computes) == ("onnx/model.onnx", (), ("fp32",))
+    assert [output.name for output in graph.outputs] == ["last_hidden_state", "logits"]
 
 
 def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
