@@ -48,6 +48,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
             outputs=graph.outputs,
             fusions=graph.fusions,
             computes=parity.verified(engine),
+            emulated=parity.verified(engine, emulated=True),
         )
         for engine, graph in built.graphs.items()
     }

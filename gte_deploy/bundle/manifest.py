@@ -71,6 +71,7 @@ class GraphEntry:
         outputs: the outputs in graph order.
         fusions: fusion pass -> number of matches.
         computes: the precisions that the export verified; the engine may compute in others on request.
+        emulated: those of `computes` that were verified by an emulation, because the exporting machine lacks them.
     """
 
     path: str
@@ -79,6 +80,7 @@ class GraphEntry:
     outputs: tuple[TensorSpec, ...]
     fusions: Mapping[str, int]
     computes: tuple[ComputePrecision, ...] = ("fp32",)
+    emulated: tuple[ComputePrecision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,9 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
     if data["path"] not in files:
         raise ValueError(f"the graph {data['path']!r} is not among the files")
     computes = tuple(data["computes"])
+    emulated = tuple(data.get("emulated", ()))  # older bundles do not have it
+    if not set(emulated) <= set(computes):
+        raise ValueError(f"emulated {', '.join(emulated)} must be among the verified precisions {', '.join(computes)}")
     if not set(computes) <= set(COMPUTE_PRECISIONS):
         raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(COMPUTE_PRECISIONS)}")
     return GraphEntry(
@@ -327,6 +332,7 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
         outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
         fusions={str(name): int(count) for name, count in data["fusions"].items()},
         computes=computes,
+        emulated=emulated,
     )
 
 
