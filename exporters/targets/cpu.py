@@ -210,7 +210,7 @@ def openvino_candidates(graph: "Graph", job: Job) -> Iterator[Candidates]:
     caveats, emulated = [], []
     if has_native_bf16():
         opened[_OPENVINO_BF16] = OpenVinoBackend(file, job.spec, precision="bf16")
-    elif job.precision == "bf16":
+    elif job.precision in ("bf16", "int8"):
         from gte_deploy.exporters.verification.emulated_onnx import EmulatedOnnx
         from gte_deploy.exporters.verification.emulation import bf16_emulation
 
