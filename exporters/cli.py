@@ -227,11 +227,7 @@ def _asked_by(kind: type[Target]) -> str:
 
 def _not_in_precision(precision: str, target: type[Target]) -> str:
     takers = " or ".join(_asked_by(kind) for kind in target_classes() if precision in kind.precisions)
-    hint = " A CPU that has bfloat16 computes an fp32 bundle in it: load(…, backend='openvino', precision='bf16')."
-    return (
-        f"--precision {precision} is for {takers}; {_asked_by(target)} is written in {', '.join(target.precisions)}."
-        f"{hint if precision == 'bf16' else ''}"
-    )
+    return f"--precision {precision} is for {takers}; {_asked_by(target)} is written in {', '.join(target.precisions)}."
 
 
 def _check(arguments: argparse.Namespace) -> int:

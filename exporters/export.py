@@ -239,6 +239,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             ),
             candidates.runs,
             asked,
+            emulated=candidates.emulated,
             caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )

@@ -23,8 +23,9 @@ class ExportOptions:
 
     Args:
         task: "fill-mask", "embed", "classify", "token-classify", "sparse", or "auto" for the checkpoint's own task.
-        precision: a precision of the target; None for its first. On CPUs "fp32"; "int8" (weights and activations);
-            "int8-weight" or "int4-weight" (weights alone, for small disks). For target cuda "fp16", "bf16" or "fp32".
+        precision: a precision of the target; None for its first. On CPUs "fp32"; "bf16" (for CPUs that are faster in
+            it; others run the bundle in FP32); "int8" (weights and activations); "int8-weight" or "int4-weight"
+            (weights alone, for small disks). For target cuda "fp16", "bf16" or "fp32".
             For TensorRT "fp16", "bf16", "int8" or "fp8". docs/numerics.md compares them.
         max_length: longest input in tokens; None for the checkpoint's own limit.
         pooling: "mean", "cls", or "auto" for the checkpoint's own.

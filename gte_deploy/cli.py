@@ -177,6 +177,7 @@ def _verify(given: Given) -> None:
 
 
 def _info(given: Given) -> None:
+    from gte_deploy.backends.advice import faster_here
     from gte_deploy.backends.choice import choose_engine
     from gte_deploy.bundle.manifest import is_bundle, read_manifest
 
@@ -186,6 +187,7 @@ def _info(given: Given) -> None:
         facts = {"path": name, "kind": "bundle", **manifest.to_json()}
         facts["files"] = {file: entry.size for file, entry in manifest.files.items()}
         facts["engine"] = dataclasses.asdict(choose_engine(manifest))
+        facts["faster_here"] = faster_here(manifest)
     else:
         facts = _checkpoint_info(name)
     if "json" in given:

@@ -12,15 +12,15 @@ from gte_deploy.core.spec import (
     AGGREGATION_STRATEGIES,
     BACKENDS,
     BUNDLE_BACKENDS,
-    COMPUTE_PRECISIONS,
     EMBEDDING_PRECISIONS,
+    LOAD_PRECISIONS,
     POOLINGS,
     SPARSE_ROUTES,
     AggregationStrategy,
     BackendName,
     BundleBackend,
-    ComputePrecision,
     EmbeddingPrecision,
+    LoadPrecision,
     Pooling,
     SparseRoute,
 )
@@ -65,11 +65,11 @@ class LoadOptions:
         metavar="MODEL",
     )
     backend: BackendName = option("auto", "library that runs the model", choices=BACKENDS)
-    compute_precision: ComputePrecision | None = option(
-        None,
-        "precision that the engine computes in: openvino, or torch on a GPU (default: fp32, or as bench --pick "
-        "recorded)",
-        choices=COMPUTE_PRECISIONS,
+    compute_precision: LoadPrecision = option(
+        "auto",
+        "precision that the engine computes in: openvino, or torch on a GPU; auto: as suits the bundle and this "
+        "machine, or as bench --pick recorded",
+        choices=LOAD_PRECISIONS,
     )
     device: str | None = option(
         None, "cpu, cuda or cuda:N (default: the device that the bundle is made for, else cpu)", metavar="DEVICE"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend
-from gte_deploy.backends.choice import ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
+from gte_deploy.backends.choice import ASKED, ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.graphs import graph_files
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
@@ -24,9 +24,10 @@ from gte_deploy.core.forking import in_use
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import (
     BACKENDS,
-    COMPUTE_PRECISIONS,
+    LOAD_PRECISIONS,
     BackendName,
     ComputePrecision,
+    LoadPrecision,
     ModelSpec,
     Profile,
     TaskName,
@@ -40,7 +41,6 @@ from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_ASKED = "it was asked for"
 # A CPU is busy with few tokens, and small batches waste little padding; a GPU needs many.
 _MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 # Masks of one run through ONNX Runtime's TensorRT provider. More masks take several runs.
@@ -51,7 +51,7 @@ def load(
     path: str | os.PathLike[str] | None = None,
     *,
     backend: BackendName = "auto",
-    precision: ComputePrecision | None = None,
+    precision: LoadPrecision | None = "auto",
     device: str | None = None,
     num_threads: int | None = None,
     max_batch_tokens: int | None = None,
@@ -68,7 +68,10 @@ def load(
             names the choice and the reason. "onnx" compiles the graph of a TensorRT bundle again, through ONNX
             Runtime's TensorRT provider.
         precision: precision that the engine computes in, if the bundle leaves the choice: "fp32", or "bf16" with
-            openvino on a CPU that has it or with torch on a GPU. None for the recorded precision, else fp32.
+            openvino on a CPU that has it or with torch on a GPU. "auto", or None, is the precision recorded by
+            `gte-deploy bench --pick`; else "bf16" for bundles that were exported and verified for it (`--precision
+            bf16`, and `int8` in the parts that are not INT8) where a short measurement finds this CPU faster in it;
+            else "fp32".
         device: "cpu", "cuda" or "cuda:N"; by default the GPU for a bundle that was exported for one, else the CPU.
         num_threads: number of CPU threads; by default every CPU that the process may use (affinity and cgroup). With
             torch the number holds for the whole process, see `gte_deploy.backends.torch.TorchBackend`. TensorRT uses
@@ -92,7 +95,8 @@ def load(
         num_threads = check_integer("num_threads", num_threads, 1, MAX_THREADS)
     check_choice("backend", backend, BACKENDS)
     if precision is not None:
-        check_choice("precision", precision, COMPUTE_PRECISIONS)
+        check_choice("precision", precision, LOAD_PRECISIONS)
+    asked = None if precision == "auto" else precision
     check_choice("task", task, ("auto", *TASKS))
     folder = _resolve(path)
     if compile and is_bundle(folder):
@@ -100,9 +104,9 @@ def load(
     with in_use():
         if is_bundle(folder):
             _require_task_of_bundle(folder, task)
-            opened = _open_bundle(folder, backend, precision, device, num_threads)
+            opened = _open_bundle(folder, backend, asked, device, num_threads)
         else:
-            opened = _open_checkpoint(folder, backend, precision, device or "cpu", num_threads, compile, task)
+            opened = _open_checkpoint(folder, backend, asked, device or "cpu", num_threads, compile, task)
     engine = opened.backend
     logger.info("%s runs on %s in %s: %s", folder, engine.name, engine.precision, opened.reason)
     options = {
@@ -196,7 +200,7 @@ def open_folder(folder: Path, backend: Backend, spec: ModelSpec) -> Model:
         spec,
         max_batch_tokens=_MAX_BATCH_TOKENS[parse_device(backend.device)[0]],
         path=folder,
-        backend_reason=_ASKED,
+        backend_reason=ASKED,
         query_weights=stored_query_weights(folder, spec),
     )
 
@@ -264,7 +268,7 @@ def _open_checkpoint(
         precision=precision or "fp32",
         compile=compile,
     )
-    reason = _ASKED if backend == "torch" else "torch runs checkpoints"
+    reason = ASKED if backend == "torch" else "torch runs checkpoints"
     return _Opened(opened, tokenizer, opened.spec, reason, precision)
 
 
@@ -296,11 +300,7 @@ def _open_bundle(
             f"precision 'bf16' is what the openvino backend can compute a bundle in; {folder} would run on onnx, which "
             "computes in fp32. Leave precision out."
         )
-    if backend == "auto":
-        choice = choose_engine(manifest, device=device, precision=precision)
-    else:
-        default = "cuda" if is_for_gpus(manifest) else "cpu"
-        choice = EngineChoice(backend, precision or "fp32", _ASKED, device or default)
+    choice = choose_engine(manifest, backend=backend, device=device, precision=precision)
     if choice.backend == "tensorrt":
         from gte_deploy.backends.tensorrt.backend import open_tensorrt_backend
 

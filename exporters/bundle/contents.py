@@ -48,6 +48,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
             outputs=graph.outputs,
             fusions=graph.fusions,
             computes=parity.verified(engine),
+            emulated=parity.verified(engine, emulated=True),
             parts=tuple(
                 GraphPart(part_path(engine, name), part.inputs, part.outputs)
                 for name, part in built.parts.get(engine, {}).items()

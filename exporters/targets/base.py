@@ -6,7 +6,7 @@ nor an engine at the top, because `gte-export --help` reads its options.
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,10 +39,12 @@ class Candidates:
     Args:
         runs: (engine, its compute precision) -> the object that runs batches.
         caveats: one sentence for each thing that this machine cannot verify.
+        emulated: those of `runs` that emulate an engine which this machine cannot run, as reports call them.
     """
 
     runs: "Mapping[tuple[Engine, Precision], Runs]"
     caveats: Sequence[str] = ()
+    emulated: Collection[tuple[Engine, Precision]] = ()
 
 
 class Target(ABC):

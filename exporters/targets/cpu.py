@@ -1,22 +1,37 @@
 """The target "cpu": a fused graph for ONNX Runtime and one of standard operators for OpenVINO, with shared weights."""
 
 import contextlib
+import dataclasses
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job, part_path
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
+from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.quantization.int8 import Activations
     from gte_deploy.exporters.quantization.recipes import Quantized
+    from gte_deploy.exporters.verification.accuracy import Runs
+
+
+KEPT_IN_FP32: Collection[Precision] = ("fp32", "bf16")
+"""The precisions whose graphs are those of FP32. OpenVINO rounds them to bfloat16 when it compiles them."""
+
+_OPENVINO_BF16: tuple[Engine, Precision] = ("openvino", "bf16")
+_EMULATED = (
+    "openvino bf16 was emulated, because this CPU does not compute in bfloat16: ONNX Runtime ran its graph with "
+    "the inputs and the result of every operator rounded to bfloat16, and sums in FP32. OpenVINO itself did not run in "
+    "bfloat16."
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class CpuTarget(Target):
     format: ClassVar[str] = "onnx"
     title: ClassVar[str] = "a CPU (--target cpu)"
     engines: ClassVar[tuple[Engine, ...]] = ("onnxruntime", "openvino")
-    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "int8", "int8-weight", "int4-weight")
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8", "int8-weight", "int4-weight")
     Options: ClassVar[type] = CpuOptions
     options: CpuOptions
 
@@ -82,13 +97,18 @@ class CpuTarget(Target):
         super().check(precision)
         self.options.texts()
 
+    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+        """Require openvino for bf16, which no other engine computes in on a CPU."""
+        if precision == "bf16":
+            require_openvino()
+
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Quantize the graphs if requested, and save them."""
         graphs, caveats = dict(graphs), []
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
             caveats.append("openvino is not installed here, so the bundle holds no graph for it.")
-        if job.precision == "fp32":
+        if job.precision in KEPT_IN_FP32:
             return Built(graphs, caveats=caveats, parts=save(graphs, job))
         quantized = quantized_graphs(graphs, job, self.options)
         if len(quantized.graphs) < len(graphs):
@@ -98,19 +118,29 @@ class CpuTarget(Target):
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """Every engine of the bundle, in every precision that this CPU computes in."""
-        opened: dict[tuple[Engine, Precision], Backend] = {("onnxruntime", "fp32"): self.open_engine(built, job)}
-        caveats: list[str] = []
-        if "openvino" in built.graphs:
-            openvino, caveats = open_openvino(built, job)
-            opened |= openvino
+        opened: dict[tuple[Engine, Precision], Runs] = {("onnxruntime", "fp32"): self.open_engine(built, job)}
         with closing(opened):
-            yield Candidates(opened, caveats)
+            if "openvino" not in built.graphs:
+                yield Candidates(opened)
+                return
+            with openvino_candidates(built, job) as openvino:
+                yield dataclasses.replace(openvino, runs={**opened, **openvino.runs})
 
     def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open ONNX Runtime, the default engine."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
 
         return OnnxBackend(job.graph_files(built, "onnxruntime"), job.spec)
+
+
+def require_openvino() -> None:
+    """Require openvino, without which a precision could not be verified.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    if importlib.util.find_spec("openvino") is None:
+        raise MissingDependencyError("openvino", "openvino")
 
 
 def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: CalibrationOptions) -> "Quantized":
@@ -168,15 +198,29 @@ def save(graphs: "Mapping[Engine, Graph]", job: Job) -> "Mapping[Engine, Mapping
     return parts
 
 
-def open_openvino(built: Built, job: Job) -> "tuple[dict[tuple[Engine, Precision], Backend], list[str]]":
-    """Open OpenVINO's graph in every precision that this CPU computes in; return the backends and the caveats."""
+@contextlib.contextmanager
+def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
+    """Open OpenVINO's graph in FP32 and in bfloat16; the latter as an emulation where this CPU does not compute in it.
+
+    The emulation takes the time of a further engine, so only a bundle for bfloat16 gets it.
+    """
     from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16
 
     files = job.graph_files(built, "openvino")
-    opened: dict[tuple[Engine, Precision], Backend] = {
+    opened: dict[tuple[Engine, Precision], Runs] = {
         ("openvino", "fp32"): OpenVinoBackend(files, job.spec, precision="fp32")
     }
-    if not has_native_bf16():
-        return opened, ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
-    opened["openvino", "bf16"] = OpenVinoBackend(files, job.spec, precision="bf16")
-    return opened, []
+    caveats, emulated = [], []
+    if has_native_bf16():
+        opened[_OPENVINO_BF16] = OpenVinoBackend(files, job.spec, precision="bf16")
+    elif job.precision in ("bf16", "int8"):
+        from gte_deploy.exporters.verification.emulated_onnx import EmulatedOnnx
+        from gte_deploy.exporters.verification.emulation import bf16_emulation
+
+        heads = job.model.config.num_attention_heads
+        opened[_OPENVINO_BF16] = EmulatedOnnx(bf16_emulation(built.graphs["openvino"]), job.spec, num_heads=heads)
+        caveats, emulated = [_EMULATED], [_OPENVINO_BF16]
+    else:
+        caveats = ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
+    with closing(opened):
+        yield Candidates(opened, caveats, emulated)

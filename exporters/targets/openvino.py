@@ -1,15 +1,21 @@
 """The target "openvino": a bundle with only OpenVINO's graph, without a second graph for ONNX Runtime."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import Built, Job
-from gte_deploy.exporters.targets.base import Candidates, Target, closing
-from gte_deploy.exporters.targets.cpu import CalibrationOptions, open_openvino, quantized_graphs, save, save_quantized
+from gte_deploy.exporters.targets.base import Candidates, Target
+from gte_deploy.exporters.targets.cpu import (
+    KEPT_IN_FP32,
+    CalibrationOptions,
+    openvino_candidates,
+    quantized_graphs,
+    require_openvino,
+    save,
+    save_quantized,
+)
 from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
@@ -24,7 +30,7 @@ class OpenVinoTarget(Target):
     format: ClassVar[str] = "onnx"
     title: ClassVar[str] = "only OpenVINO (--target openvino)"
     engines: ClassVar[tuple[Engine, ...]] = ("openvino",)
-    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "int8")
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8")
     Options: ClassVar[type] = CalibrationOptions
     options: CalibrationOptions
 
@@ -35,12 +41,11 @@ class OpenVinoTarget(Target):
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""
-        if importlib.util.find_spec("openvino") is None:
-            raise MissingDependencyError("openvino", "openvino")
+        require_openvino()
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Quantize the graphs if requested, and save the one of standard operators."""
-        if job.precision != "fp32":
+        if job.precision not in KEPT_IN_FP32:
             return save_quantized(quantized_graphs(graphs, job, self.options), ["openvino"], job)
         kept: dict[Engine, Graph] = {"openvino": graphs["openvino"]}
         return Built(kept, parts=save(kept, job))
@@ -48,9 +53,8 @@ class OpenVinoTarget(Target):
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """OpenVINO in every precision that this CPU computes in."""
-        opened, caveats = open_openvino(built, job)
-        with closing(opened):
-            yield Candidates(opened, caveats)
+        with openvino_candidates(built, job) as opened:
+            yield opened
 
     def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open OpenVINO in FP32, the default precision."""

@@ -1,4 +1,6 @@
-"""Rewrites a graph for a GPU for ONNX Runtime's CPU provider, operator by operator, to compare it without a GPU.
+"""Rewrites a graph for ONNX Runtime's CPU provider, operator by operator, to compare it without the hardware it is for.
+
+`cpu_emulation` is for graphs for a GPU:
 
 * A value in half precision becomes float32 and is rounded to the half type where a kernel would write it. The results
   are those of kernels that sum in FP32, overflow included. ONNX Runtime keeps these roundings at every optimization
@@ -6,7 +8,9 @@
 * RemovePadding, PackedMultiHeadAttention and RestorePadding, which only the CUDA provider has, become standard
   operators that follow ONNX Runtime's documentation (docs/ContribOperators.md).
 
-The emulation cannot show that the CUDA kernels themselves are right.
+`bf16_emulation` is for an FP32 or INT8 graph that OpenVINO computes in bfloat16, on a CPU that has none.
+
+An emulation cannot show that the kernels themselves are right.
 """
 
 import dataclasses
@@ -29,13 +33,15 @@ from gte_deploy.exporters.graph.editing import (
     tensor_of,
 )
 from gte_deploy.exporters.graph.fusion.attention import MASK_COLUMNS, QUERY_COLUMN
-from gte_deploy.exporters.graph.half import HALVES, add_cast
+from gte_deploy.exporters.graph.half import HALVES, add_cast, rounded_when_read
 from gte_deploy.exporters.graph.trace import MASK_BIAS
 
 # Operators that only move data introduce no rounding.
 _MOVES = frozenset(
     "Concat Gather GatherND RemovePadding Reshape RestorePadding Slice Split Squeeze Transpose Unsqueeze".split()
 )
+# GEMMs of 8-bit values multiply the integers and scale the sums in FP32; only the scaled sums are rounded.
+_SCALES = frozenset(("QuantizeLinear", "DequantizeLinear"))
 
 
 def cpu_emulation(graph: Graph) -> Graph:
@@ -49,9 +55,45 @@ def cpu_emulation(graph: Graph) -> Graph:
             values = rewrite(_Builder(Builder(model.graph, node, f"{node.name}/cpu")), node)
             for old, new in zip(node.outputs, values, strict=True):
                 replace(old, new)
+    _clean(model)
+    return dataclasses.replace(graph, model=model)
+
+
+def bf16_emulation(graph: Graph) -> Graph:
+    """Return a copy of `graph`, in FP32 or INT8, whose operators read and write bfloat16 and sum in FP32.
+
+    OpenVINO rounds less: it keeps FP32 inside the kernels that it fuses, and after the last matrix product.
+    """
+    model, dtype = graph.model.clone(), ir.DataType.BFLOAT16
+    for name, value in list(model.graph.initializers.items()):
+        users = [use for use in value.uses() if use.node.op_type not in _SCALES]
+        if users and value.dtype == ir.DataType.FLOAT:
+            tensor = _widened_when_read(rounded_when_read(value, dtype))
+            rounded = initializer(model.graph, f"{name}.rounded", tensor)
+            for user, index in users:
+                user.replace_input_with(index, rounded)
+    for node in list(model.graph):
+        for value in node.outputs:
+            if value.dtype == ir.DataType.FLOAT and node.op_type not in _MOVES | _SCALES:
+                _round_output(model.graph, value, dtype)
+    _clean(model)
+    return dataclasses.replace(graph, model=model)
+
+
+def _round_output(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    """Let all users of the FP32 `value` read it rounded to `dtype`."""
+    users = list(value.uses())
+    rounded = add_cast(graph, add_cast(graph, value, dtype), ir.DataType.FLOAT)
+    for user, index in users:
+        user.replace_input_with(index, rounded)
+    if value.is_graph_output():
+        value.name, rounded.name = f"{value.name}/exact", value.name
+        graph.outputs[graph.outputs.index(value)] = rounded
+
+
+def _clean(model: ir.Model) -> None:
     for clean in (ir_passes.RemoveUnusedNodesPass(), ir_passes.TopologicalSortPass(), ir_passes.NameFixPass()):
         clean(model)
-    return dataclasses.replace(graph, model=model)
 
 
 def _widen(graph: ir.Graph, dtype: ir.DataType) -> None:
@@ -67,10 +109,7 @@ def _widen(graph: ir.Graph, dtype: ir.DataType) -> None:
             if node.op_type == "Cast":
                 node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
             if node.op_type not in _MOVES:
-                users = list(value.uses())
-                rounded = add_cast(graph, add_cast(graph, value, dtype), ir.DataType.FLOAT)
-                for user, index in users:
-                    user.replace_input_with(index, rounded)
+                _round_output(graph, value, dtype)
 
 
 def _widened_when_read(tensor: ir.TensorProtocol) -> ir.LazyTensor:

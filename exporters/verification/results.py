@@ -33,7 +33,18 @@ _ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class EngineParity:
-    """All cases of one engine, its accuracy on text if it was measured, and the bounds of both."""
+    """All cases of one engine, its accuracy on text if it was measured, and the bounds of both.
+
+    Args:
+        engine: the engine.
+        compute: the precision that it computes in.
+        tolerance: the bounds on the cases.
+        cases: the result of each batch.
+        accuracy: the accuracy on text, if it was measured.
+        accuracy_bounds: the bounds on it.
+        optional: whether the bundle is valid if this engine misses its bounds in this precision.
+        emulated: whether an emulation computed the numbers in place of the engine.
+    """
 
     engine: Engine
     compute: Precision
@@ -41,16 +52,13 @@ class EngineParity:
     cases: tuple[CaseResult, ...]
     accuracy: Accuracy | None = None
     accuracy_bounds: AccuracyBounds | None = None
+    optional: bool = False
+    emulated: bool = False
 
     @property
     def title(self) -> str:
         """The engine and the precision that it computes in."""
-        return f"{self.engine} {self.compute}"
-
-    @property
-    def optional(self) -> bool:
-        """Whether users choose this precision at load; a bundle is valid without it."""
-        return self.engine == "openvino" and self.compute != "fp32"
+        return f"{self.engine} {self.compute}{' (emulated)' if self.emulated else ''}"
 
     @property
     def passed(self) -> bool:
@@ -112,6 +120,7 @@ class EngineParity:
         return {
             "engine": self.engine,
             "compute": self.compute,
+            "emulated": self.emulated,
             "passed": self.passed,
             "bounds": dataclasses.asdict(self.tolerance),
             "max_abs": self.max_abs,
@@ -187,10 +196,11 @@ class ParityReport:
             f"{check.name}: {line}" for check in self.checks for line in check.broken
         ]
 
-    def verified(self, engine: Engine) -> tuple[ComputePrecision, ...]:
-        """Return the precisions that `engine` was verified to compute in."""
-        passed = [found.compute for found in self.engines if found.engine == engine and found.passed]
-        return tuple(compute for compute in COMPUTE_PRECISIONS if compute in passed)
+    def verified(self, engine: Engine, *, emulated: bool = False) -> tuple[ComputePrecision, ...]:
+        """Return the precisions that `engine` was verified to compute in; with `emulated`, only by an emulation."""
+        passed = [found for found in self.engines if found.engine == engine and found.passed]
+        computes = [found.compute for found in passed if found.emulated or not emulated]
+        return tuple(compute for compute in COMPUTE_PRECISIONS if compute in computes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data; a number that is not finite becomes null."""

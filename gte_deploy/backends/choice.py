@@ -1,12 +1,14 @@
-"""Chooses the engine for a bundle if the caller names none, and gives the reason."""
+"""Chooses the engine and the compute precision for a bundle if the caller names none, and gives the reason."""
 
+import dataclasses
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 from gte_deploy.backends import picks
+from gte_deploy.backends.bf16_speed import Bf16Speed, bf16_speed
 from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.core.cpus import cpu_flags
 from gte_deploy.core.errors import BackendError, MissingDependencyError
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine
 
@@ -15,7 +17,9 @@ ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "
 
 # Linux's flag for an instruction with dot products of 8-bit integers -> its usual name.
 _INT8_FLAGS = {"avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "amx_int8": "AMX"}
-CPUINFO = Path("/proc/cpuinfo")
+ASKED = "it was asked for"
+LEAST_BF16_SPEEDUP = 1.2
+"""bfloat16 must be this many times as fast as float32 to be chosen: it is less exact, and timings are noisy."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,29 @@ def is_for_gpus(manifest: Manifest) -> bool:
 
 
 def choose_engine(
-    manifest: Manifest, *, device: str | None = None, precision: ComputePrecision | None = None
+    manifest: Manifest,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    precision: ComputePrecision | None = None,
 ) -> EngineChoice:
-    """The engine for a bundle on this machine: the requested one, else the recorded pick, else the usually faster one.
+    """The engine for a bundle on this machine, and the precision that it computes in.
 
-    bfloat16 changes answers a little, so it is never chosen by itself; a recorded pick has it if the user allowed it.
+    The engine is the requested one, else the recorded pick, else the usually faster one. If no precision is requested,
+    a bundle whose export verified bfloat16 for it (see `may_run_in_bf16`) runs in bfloat16 where this CPU is faster in
+    it. An FP32 bundle runs in bfloat16 only by a recorded pick, which has it if the user allowed it.
+
+    Args:
+        manifest: the bundle's.
+        backend: as `gte_deploy.load` takes it; not "torch".
+        device: as `gte_deploy.load` takes it; None for the one that suits the bundle.
+        precision: the requested precision; None to choose it.
     """
+    if backend != "auto":
+        choice = EngineChoice(
+            backend, precision or "fp32", ASKED, device or ("cuda" if is_for_gpus(manifest) else "cpu")
+        )
+        return _in_default_precision(manifest, choice) if precision is None else choice
     if is_for_gpus(manifest):
         return _for_gpus(manifest, device)
     if precision == "bf16":
@@ -48,7 +69,58 @@ def choose_engine(
         return EngineChoice(
             "onnx", "fp32", f"ONNX Runtime is the only engine of the bundle that runs on {device}", device
         )
-    return _picked(manifest, precision) or _by_rule(manifest)
+    if (picked := _picked(manifest, precision)) is not None:
+        return picked
+    if precision is None and manifest.precision == "bf16":
+        is_faster, reason = _bf16(manifest)
+        if is_faster:
+            return EngineChoice("openvino", "bf16", reason)
+        return dataclasses.replace(_by_rule(manifest), reason=f"{reason}, and fp32 is more exact")
+    choice = _by_rule(manifest)
+    return _in_default_precision(manifest, choice) if precision is None else choice
+
+
+def may_run_in_bf16(manifest: Manifest) -> bool:
+    """Whether the export verified that OpenVINO may compute this bundle in bfloat16 without being asked.
+
+    A bundle for bfloat16 may, and the parts of an INT8 bundle that are not INT8. For an FP32 bundle the export checks
+    bfloat16 as well, but only users decide about it.
+    """
+    graph = manifest.graphs.get("openvino")
+    return manifest.precision in ("bf16", "int8") and graph is not None and "bf16" in graph.computes
+
+
+def int8_unit() -> str | None:
+    """The usual name of this CPU's instruction with dot products of 8-bit integers; None if it has none."""
+    flags = cpu_flags()
+    return next((unit for flag, unit in _INT8_FLAGS.items() if flag in flags), None)
+
+
+def _in_default_precision(manifest: Manifest, choice: EngineChoice) -> EngineChoice:
+    """The same choice in bfloat16, if the bundle may run in it and this CPU is faster in it."""
+    if choice.backend != "openvino" or not may_run_in_bf16(manifest):
+        return choice
+    is_faster, reason = _bf16(manifest)
+    computes: ComputePrecision = "bf16" if is_faster else "fp32"
+    return dataclasses.replace(choice, precision=computes, reason=f"{choice.reason}; {reason}")
+
+
+def _bf16(manifest: Manifest) -> tuple[bool, str]:
+    """Whether OpenVINO runs the bundle faster in bfloat16 on this machine, and the reason."""
+    if not _is_usable("openvino", manifest):
+        return False, "openvino, which alone computes in bf16 on a CPU, is not installed"
+    if not may_run_in_bf16(manifest):
+        return False, "bf16 missed its bounds at export"
+    speed = bf16_speed()
+    if speed is None:
+        return False, "this CPU does not compute in bf16"
+    ratio, part = speedup(manifest, speed)
+    return ratio >= LEAST_BF16_SPEEDUP, f"this CPU computes {part} in bf16 {ratio:.1f} times as fast as in fp32"
+
+
+def speedup(manifest: Manifest, speed: Bf16Speed) -> tuple[float, str]:
+    """How many times as fast as FP32 bfloat16 is where the bundle would use it, and the name of that part."""
+    return (speed.attention, "attention") if manifest.precision == "int8" else (speed.layers, "matrix products")
 
 
 def _for_gpus(manifest: Manifest, device: str | None) -> EngineChoice:
@@ -114,7 +186,7 @@ def _by_rule(manifest: Manifest) -> EngineChoice:
     if manifest.precision != "int8":
         reason = f"{manifest.precision} runs on ONNX Runtime unless gte-deploy bench --pick recorded another engine"
         return EngineChoice("onnx", "fp32", reason)
-    if (unit := _int8_unit()) is None:
+    if (unit := int8_unit()) is None:
         return EngineChoice(
             "onnx", "fp32", "OpenVINO is not faster here: this CPU has no int8 dot products (VNNI, AMX)"
         )
@@ -124,12 +196,3 @@ def _by_rule(manifest: Manifest) -> EngineChoice:
 def _is_usable(backend: str, manifest: Manifest) -> bool:
     engine = ENGINE_OF.get(backend)
     return engine is not None and engine in manifest.graphs and importlib.util.find_spec(engine) is not None
-
-
-def _int8_unit() -> str | None:
-    try:
-        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    return next((unit for flag, unit in _INT8_FLAGS.items() if flag in flags), None)

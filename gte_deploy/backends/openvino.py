@@ -128,18 +128,10 @@ class OpenVinoBackend:
         check_graph_inputs(graph, opened.inputs, self.spec)
         if len(results) < len(model.outputs):
             model = self._openvino.Model(results, model.get_parameters())
-        config = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self.num_threads,
-            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
-            "CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS,
-            # Two processes would pin their threads to the same cores, and each would run at half speed.
-            "ENABLE_CPU_PINNING": False,
-        }
         token = np.zeros((1, 1), np.int64)
         try:
-            with _environment(_ONEDNN_CACHE, "0"):
-                compiled = _core(self._openvino).compile_model(model, "CPU", config)
+            with without_onednn_cache():
+                compiled = compile_on_cpu(model, self.precision, num_threads=self.num_threads)
                 for _ in range(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")):
                     opened.idle.put(compiled.create_infer_request())
                 request = opened.idle.get()
@@ -154,6 +146,24 @@ class OpenVinoBackend:
 def has_native_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU without emulating it."""
     return "BF16" in _core(import_openvino()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def compile_on_cpu(model: Any, precision: ComputePrecision, *, num_threads: int) -> Any:
+    """Compile an `openvino.Model` for this CPU; return the compiled model."""
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": num_threads,
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS,
+        # Two processes would pin their threads to the same cores, and each would run at half speed.
+        "ENABLE_CPU_PINNING": False,
+    }
+    return _core(import_openvino()).compile_model(model, "CPU", config)
+
+
+def without_onednn_cache() -> contextlib.AbstractContextManager[None]:
+    """A `with` block for compiling and for the first run, in which oneDNN reads that it keeps no kernels."""
+    return _environment(_ONEDNN_CACHE, "0")
 
 
 @functools.cache

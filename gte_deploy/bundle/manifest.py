@@ -87,6 +87,7 @@ class GraphEntry:
         outputs: the outputs in graph order.
         fusions: fusion pass -> number of matches.
         computes: the precisions that the export verified; the engine may compute in others on request.
+        emulated: those of `computes` that were verified by an emulation, because the exporting machine lacks them.
         parts: smaller graphs, which the engine runs for calls that need no other outputs.
     """
 
@@ -96,6 +97,7 @@ class GraphEntry:
     outputs: tuple[TensorSpec, ...]
     fusions: Mapping[str, int]
     computes: tuple[ComputePrecision, ...] = ("fp32",)
+    emulated: tuple[ComputePrecision, ...] = ()
     parts: tuple[GraphPart, ...] = ()
 
 
@@ -335,6 +337,9 @@ def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> 
 def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphEntry:
     _require_file(data["path"], files)
     computes = tuple(data["computes"])
+    emulated = tuple(data.get("emulated", ()))  # older bundles do not have it
+    if not set(emulated) <= set(computes):
+        raise ValueError(f"emulated {', '.join(emulated)} must be among the verified precisions {', '.join(computes)}")
     if not set(computes) <= set(COMPUTE_PRECISIONS):
         raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(COMPUTE_PRECISIONS)}")
     entry = GraphEntry(
@@ -344,6 +349,7 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
         outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
         fusions={str(name): int(count) for name, count in data["fusions"].items()},
         computes=computes,
+        emulated=emulated,
         # Older bundles have no parts.
         parts=tuple(_part_from_json(part, files) for part in data.get("parts", [])),
     )

@@ -1,4 +1,7 @@
-"""Counts the CPUs that this process may use: by its affinity and its cgroup's quota, not by the host."""
+"""Counts the CPUs that this process may use: by its affinity and its cgroup's quota, not by the host.
+
+Also reads the flags of the CPU, which name its instructions.
+"""
 
 import os
 from pathlib import Path
@@ -8,6 +11,7 @@ MAX_THREADS = 1024
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PROC_CGROUP) -> int:
@@ -21,6 +25,17 @@ def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PRO
         cpus = os.cpu_count() or 1
     quota = _cgroup_quota(cgroup_root, proc_cgroup)
     return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """Linux's flags of the CPU, such as "avx2"; empty if the system does not tell them."""
+    try:
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    # "Features" on Arm.
+    lines = (line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return tuple(next(lines, "").split())
 
 
 def _cgroup_quota(root: Path, proc_cgroup: Path) -> float | None:

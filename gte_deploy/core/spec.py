@@ -21,6 +21,8 @@ DeviceType = Literal["cpu", "cuda"]
 TensorRTVariant = Literal["tensorrt", "tensorrt-rtx"]
 ComputePrecision = Literal["fp32", "bf16"]
 """The precision that an engine computes in if the graph leaves it the choice."""
+LoadPrecision = Literal["auto", "fp32", "bf16"]
+"""What `gte_deploy.load` takes: a compute precision, or "auto" for the one that suits bundle and machine."""
 BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt"]
 """The backend that runs a model, as `gte_deploy.load` takes it."""
 BundleBackend = Literal["onnx", "openvino", "tensorrt"]
@@ -43,6 +45,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICE_TYPES: tuple[DeviceType, ...] = get_args(DeviceType)
 TENSORRT_VARIANTS: tuple[TensorRTVariant, ...] = get_args(TensorRTVariant)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
+LOAD_PRECISIONS: tuple[LoadPrecision, ...] = get_args(LoadPrecision)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 BUNDLE_BACKENDS: tuple[BundleBackend, ...] = get_args(BundleBackend)
 EMBEDDING_PRECISIONS: tuple[EmbeddingPrecision, ...] = get_args(EmbeddingPrecision)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gte_deploy.backends.choice import is_for_gpus, may_run_in_bf16
 from gte_deploy.backends.picks import Pick, cpu_model, engine_versions, save
 from gte_deploy.bundle.manifest import Manifest, read_manifest
 from gte_deploy.core.cpus import MAX_THREADS, available_cpus
@@ -67,7 +68,7 @@ class EngineResult:
     Args:
         name: backend and precision, for people.
         backend: the backend, as `gte_deploy.load` takes it.
-        precision: the compute precision, as `gte_deploy.load` takes it; None for that of the bundle.
+        precision: the compute precision, as `gte_deploy.load` takes it; None for that of a bundle for GPUs.
         seconds: shape -> seconds of each timed call.
         first_answer_s: seconds from the start of a process to its first answer.
         peak_bytes: highest resident memory of its process over all calls.
@@ -185,7 +186,8 @@ def fastest(report: BenchReport, *, precision_may_change: bool = False) -> Engin
     Raises:
         BackendError: no engine ran in the bundle's own precision.
     """
-    allowed = [result for result in report.measured if result.precision is None or precision_may_change]
+    bf16_allowed = precision_may_change or may_run_in_bf16(report.manifest)
+    allowed = [result for result in report.measured if result.precision != "bf16" or bf16_allowed]
     if not allowed:
         raise BackendError(
             f"no engine that ran computes in the bundle's own precision, {report.manifest.precision}. "
@@ -279,9 +281,12 @@ def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     # A requested backend is tried even if the bundle has no graph for it: its error says what is missing.
     here = [name for name in BUNDLE_BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
     names = [backend] if backend else here
-    engines = [EngineResult(f"{name} {manifest.precision}", name) for name in names]
-    if manifest.precision == "fp32" and "openvino" in names:
-        engines.append(EngineResult("openvino bf16", "openvino", "bf16"))
+    if is_for_gpus(manifest):
+        return [EngineResult(f"{name} {manifest.precision}", name) for name in names]
+    title = "fp32" if manifest.precision == "bf16" else manifest.precision
+    engines = [EngineResult(f"{name} {title}", name, "fp32") for name in names]
+    if "openvino" in names and manifest.precision in ("fp32", "bf16", "int8"):
+        engines.append(EngineResult(f"openvino {'int8+' * (title == 'int8')}bf16", "openvino", "bf16"))
     return engines
 
 

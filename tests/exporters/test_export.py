@@ -243,7 +243,7 @@ def test_another_task_and_pooling_than_the_checkpoints_own(exported):
     "options, says",
     [
         ({"task": "sing"}, "task is 'sing'"),
-        ({"precision": "fp12"}, "is 'fp12'; expected one of fp32, int8"),
+        ({"precision": "fp12"}, "is 'fp12'; expected one of fp32, bf16, int8"),
         ({"pooling": "max"}, "pooling is 'max'"),
         ({"logits": "some"}, "logits is 'some'"),
         ({"max_length": 7}, "expected 8 to 8,192"),

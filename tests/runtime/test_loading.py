@@ -108,7 +108,7 @@ def test_the_wrong_backend_says_what_to_do(word_checkpoints, bundle_of):
     ("options", "message"),
     [
         ({"backend": "jax"}, "backend is .jax.; expected one of auto, onnx"),
-        ({"precision": "fp16"}, "precision is .fp16.; expected one of fp32, bf16"),
+        ({"precision": "fp16"}, "precision is .fp16.; expected one of auto, fp32, bf16"),
         ({"device": "tpu"}, "device must be"),
         ({"num_threads": 0}, "num_threads"),
         ({"num_threads": 10**6}, "num_threads"),

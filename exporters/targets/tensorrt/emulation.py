@@ -6,7 +6,7 @@ no kernels for BF16. So the emulation rewrites a copy of the graph, in up to thr
 
 * `engine_arithmetic` multiplies the 8-bit values themselves, rounds each sum to the type in which the engine's GEMM
   stores it, and makes every 16-bit tensor an FP32 tensor that is rounded to 16 bits after each operator.
-* `head_by_head` computes attention one head after the other, for inputs whose scores would not fit into memory.
+* `EmulatedOnnx` computes attention one head after the other, for inputs whose scores would not fit into memory.
 * ONNX Runtime has no TRT_Attention. In a padding-free graph, `packed_emulation` replaces it by the computation that
   TensorRT's documentation describes; the same code packs the batches as for an engine.
 
@@ -16,7 +16,6 @@ kernel, whose inner values may be in FP32.
 Shapes: B rows, S tokens, N heads, D head size; in a padding-free graph, T tokens of all rows.
 """
 
-import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -29,10 +28,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.onnxruntime import OnnxBackend
 from gte_deploy.backends.tensorrt.padding_free import PaddingFreeLayout
 from gte_deploy.core.cpus import available_cpus
-from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import ModelSpec, Profile
 from gte_deploy.exporters.graph.build import Graph, save_graph
 from gte_deploy.exporters.graph.editing import (
@@ -49,46 +46,16 @@ from gte_deploy.exporters.graph.editing import (
 from gte_deploy.exporters.graph.linear_layers import is_quantized
 from gte_deploy.exporters.targets.tensorrt.padding_free import TRT_ATTENTION
 from gte_deploy.exporters.targets.tensorrt.profiles import mask_profile
+from gte_deploy.exporters.verification.emulated_onnx import EmulatedOnnx
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 
-_MAX_SCORES = 1 << 27
-"""The most scores, B · N · S · S, of one run. ONNX Runtime holds about five FP32 and FP16 copies of them at once."""
 
-
-_ROUNDINGS = frozenset(("Cast", "QuantizeLinear", "DequantizeLinear"))
-
-
-class PaddedOnnx:
+class PaddedOnnx(EmulatedOnnx):
     """Runs a padded graph for TensorRT in ONNX Runtime, in the form that each batch needs."""
 
     def __init__(self, graph: Graph, spec: ModelSpec, *, num_heads: int) -> None:
         """Open the emulation of `graph`."""
-        self._num_heads, self._spec = num_heads, spec
-        self._stack = contextlib.ExitStack()
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        self._graph = engine_arithmetic(graph)
-        self._whole = self._open(self._save("whole.onnx", self._graph))
-        self._by_head: OnnxBackend | None = None
-
-    def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """See `Backend.run`."""
-        rows, length = batch.input_ids.shape
-        if rows * self._num_heads * length**2 <= _MAX_SCORES:
-            return self._whole.run(batch, outputs)
-        if self._by_head is None:
-            self._by_head = self._open(self._save("by_head.onnx", head_by_head(self._graph)))
-        return self._by_head.run(batch, outputs)
-
-    def close(self) -> None:
-        """Close the sessions and delete their files."""
-        self._stack.close()
-
-    def _save(self, name: str, graph: Graph) -> Path:
-        save_graph(graph, self._folder / name)
-        return self._folder / name
-
-    def _open(self, file: Path) -> OnnxBackend:
-        return self._stack.enter_context(contextlib.closing(OnnxBackend(file, self._spec)))
+        super().__init__(engine_arithmetic(graph), spec, num_heads=num_heads)
 
 
 def engine_arithmetic(graph: Graph) -> Graph:
@@ -127,55 +94,6 @@ def _dequantization(product: ir.Node, index: int) -> ir.Node:
     node = operand(product, index).producer()
     assert node is not None
     return node
-
-
-def head_by_head(graph: Graph) -> Graph:
-    """The same graph with the MatMul, Mul, Add, Softmax and MatMul of each attention in a Scan over the heads."""
-    model = graph.model.clone()
-    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-        _scan_heads(model.graph, softmax)
-    ir_passes.RemoveUnusedNodesPass()(model)
-    ir_passes.TopologicalSortPass()(model)
-    return dataclasses.replace(graph, model=model)
-
-
-def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
-    """Rewrite softmax(q·k * scale + bias)·v on [B, N, …] to the same nodes on [B, …], one head after the other."""
-    chain = [_last_product(softmax)]
-    while chain[-1] is chain[0] or chain[-1].op_type != "MatMul":
-        chain.append(_producer_of_scores(chain[-1]))
-    chain.reverse()
-    first, last = chain[0], chain[-1]
-    build = Builder(graph, last, scope_of(last))
-    sliced = [operand(first, 0), operand(first, 1), operand(last, 1)]
-    inside = {value: ir.Value(name=f"{value.name}/head", type=value.type) for value in sliced}
-    mapped = dict(inside)  # value of the graph -> its value for one head
-    body = []
-    for node in chain:
-        inputs = [mapped.get(value, value) if value is not None else None for value in node.inputs]
-        if node.op_type == "Add":  # the mask, [B, 1, 1, S] -> [B, 1, S]
-            inputs = [
-                value
-                if value in mapped.values()
-                else build.op("Squeeze", value, integers(graph, 1), dtype=_dtype(value))
-                for value in inputs
-            ]
-        copy = ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=1, name=f"{node.name}/head")
-        copy.outputs[0].name, copy.outputs[0].dtype = f"{node.outputs[0].name}/head", _dtype(node.outputs[0])
-        mapped[node.outputs[0]] = copy.outputs[0]
-        body.append(copy)
-    one_head = ir.Graph(list(inside.values()), [mapped[last.outputs[0]]], nodes=body, name=f"{build.scope}/one_head")
-    attended = build.op(
-        "Scan",
-        *sliced,
-        name="heads",
-        dtype=_dtype(last.outputs[0]),
-        body=one_head,
-        num_scan_inputs=len(sliced),
-        scan_input_axes=[1] * len(sliced),
-        scan_output_axes=[1],
-    )
-    replace(last.outputs[0], attended)
 
 
 class PaddingFreeOnnx:
@@ -255,26 +173,6 @@ def _text_by_text(build: Builder, node: ir.Node, num_heads: int) -> ir.Value:
     count = build.op("Sub", build.op("Size", operand(node, 4), dtype=int64), one, dtype=int64)
     empty = build.op("Slice", operand(node, 0), zero, zero, zero)
     return build.op("Loop", count, constant(graph, "true", np.array(True)), empty, name="texts", body=body)
-
-
-def _last_product(softmax: ir.Node) -> ir.Node:
-    """The MatMul of attention weights and values; in an emulated graph it follows the rounding of the weights."""
-    node = softmax
-    while node.op_type != "MatMul":
-        ((node, _),) = node.outputs[0].uses()
-    return node
-
-
-def _producer_of_scores(node: ir.Node) -> ir.Node:
-    """The node before `node` on the path from q·k. The other inputs of `node` are constants or the mask."""
-    candidates = node.inputs[:1] if node.op_type == "MatMul" else node.inputs
-    for value in candidates:
-        before = source = None if value is None else value.producer()
-        while source is not None and source.op_type in _ROUNDINGS:
-            source = operand(source, 0).producer()
-        if before is not None and source is not None and source.op_type in ("MatMul", "Mul", "Add", "Softmax"):
-            return before
-    raise ExportError(f"{node.name} is not part of softmax(q·k * scale + mask)·v")
 
 
 def _dtype(value: ir.Value | None) -> ir.DataType:

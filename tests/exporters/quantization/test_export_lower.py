@@ -84,7 +84,7 @@ def test_weight_only_on_the_command_line(trace_once, tmp_path, capsys):
     [
         (["--calibration", "texts.txt"], "--calibration is for --precision int8"),
         (["--precision", "int4-weight", "--reduce-range"], "--reduce-range is for --precision int8"),
-        (["--precision", "bf16"], "precision='bf16'"),
+        (["--precision", "fp16"], "--precision fp16 is for --target cuda or --format trt; --target cpu is written in"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, reason, capsys):

@@ -169,7 +169,8 @@ def reference(tiny_mlm):
 
 def parity_of(reference, candidate, tokens, *, spec=SPEC, outputs=("last_hidden_state", "logits"), **options):
     candidates = candidate if isinstance(candidate, dict) else {("onnxruntime", "fp32"): candidate}
-    asked = Comparison(outputs, spec, "fp32", tokens, cases=CASES, texts=options.pop("texts", ()))
+    precision, texts = options.pop("precision", "fp32"), options.pop("texts", ())
+    asked = Comparison(outputs, spec, precision, tokens, cases=CASES, texts=texts)
     return check_parity(reference, candidates, asked, **options)
 
 
@@ -282,6 +283,17 @@ def test_a_miss_in_bfloat16_is_told_and_fails_nothing(reference, tokens):
     (sentence,) = report.caveats
     assert "openvino bf16 misses its bounds" in sentence
     assert sentence in format_table(report) and "parity missed" in format_table(report)
+
+
+def test_a_miss_in_bfloat16_fails_a_bundle_for_bfloat16(reference, tokens):
+    wrong = Wrong(reference, nan_everywhere)
+    candidates = {("onnxruntime", "fp32"): reference, ("openvino", "fp32"): reference, ("openvino", "bf16"): wrong}
+    report = parity_of(reference, candidates, tokens, precision="bf16", emulated=[("openvino", "bf16")])
+    assert not report.passed and report.verified("openvino") == ("fp32",)
+    assert report.verified("openvino", emulated=True) == ()
+    assert [found.tolerance for found in report.engines] == [FP32, FP32, TOLERANCES["bf16"]]
+    with pytest.raises(BoundMissedError, match=r"openvino bf16 \(emulated\) differs"):
+        report.require()
 
 
 def shrink_masks(count):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -39,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 def result(name, medians, *, error=None):
     seconds = {shape: [median] * 3 for shape, median in zip(SHAPES, medians, strict=True)}
     backend, precision = name.split()
-    return EngineResult(name, backend, "bf16" if precision == "bf16" else None, seconds, 1.0, 10**8, error)
+    return EngineResult(name, backend, "bf16" if precision.endswith("bf16") else "fp32", seconds, 1.0, 10**8, error)
 
 
 def test_every_shape_is_timed(report):
@@ -118,10 +119,38 @@ def test_the_fastest_is_chosen_over_all_shapes_and_of_the_same_precision(report)
         fastest(dataclasses.replace(many, engines=engines[2:]))
 
 
+@pytest.mark.parametrize(
+    ("precision", "names"),
+    [
+        ("fp32", ["onnx fp32", "openvino fp32", "openvino bf16"]),
+        ("bf16", ["onnx fp32", "openvino fp32", "openvino bf16"]),
+        ("int8", ["onnx int8", "openvino int8", "openvino int8+bf16"]),
+    ],
+)
+def test_bfloat16_is_measured_and_is_a_bundles_own_where_its_export_verified_it(report, monkeypatch, precision, names):
+    opened = []
+
+    def worker(factory, path, backend, computes, threads):
+        opened.append((backend, computes))
+        raise WorkerError("not here")
+
+    graphs = dict(report.manifest.graphs)
+    graphs["openvino"] = dataclasses.replace(graphs["openvino"], computes=("fp32", "bf16"))
+    given = dataclasses.replace(report.manifest, precision=precision, graphs=graphs)
+    monkeypatch.setattr("gte_deploy.tuning.bench.read_manifest", lambda path: given)
+    monkeypatch.setattr("gte_deploy.tuning.bench.Worker", worker)
+    with pytest.raises(BackendError, match=": not here; ".join(map(re.escape, names))):
+        bench(report.bundle, shapes=SHAPES)
+    assert opened == [("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+    engines = tuple(result(name, [seconds] * 2) for name, seconds in zip(names, (3.0, 2.0, 1.0), strict=True))
+    found = fastest(dataclasses.replace(report, manifest=given, engines=engines)).name
+    assert found == ("openvino fp32" if precision == "fp32" else names[-1])
+
+
 def test_what_is_recorded_is_found_by_the_manifest(report, bundle):
     file = record(report, report.engines[0])
     pick = picks.lookup(read_manifest(bundle).to_json()["checksum"])
-    assert file.is_file() and (pick.backend, pick.precision) == ("onnx", None)
+    assert file.is_file() and (pick.backend, pick.precision) == ("onnx", "fp32")
     assert pick.measured["onnx fp32"]["1x8"] == report.engines[0].spread("1x8").median
 
 

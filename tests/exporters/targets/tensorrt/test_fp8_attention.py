@@ -15,12 +15,13 @@ from gte_deploy.exporters.export import export
 from gte_deploy.exporters.options import make_request
 from gte_deploy.exporters.quantization.calibration import running
 from gte_deploy.exporters.targets.tensorrt import target
-from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, head_by_head
+from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx
 from gte_deploy.exporters.targets.tensorrt.fp8_attention import measure_attention_amax
 from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime
 from gte_deploy.exporters.verification.bounds import TOLERANCES
 from gte_deploy.exporters.verification.differences import compare
+from gte_deploy.exporters.verification.emulated_onnx import head_by_head
 from gte_deploy.exporters.verification.emulation import cpu_emulation
 from gte_deploy.exporters.verification.reference import TorchReference
 from gte_deploy.exporters.verification.texts import builtin_texts, text_batches

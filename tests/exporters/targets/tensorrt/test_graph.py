@@ -9,9 +9,10 @@ import pytest
 from gte_deploy.backends.onnxruntime import OnnxBackend
 from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.build import save_graph
-from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, engine_arithmetic, head_by_head
+from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, engine_arithmetic
 from gte_deploy.exporters.targets.tensorrt.graph import COMPUTE_DTYPES, QdqScheme, tensorrt_graph
 from gte_deploy.exporters.verification.differences import compare
+from gte_deploy.exporters.verification.emulated_onnx import head_by_head
 from gte_deploy.exporters.verification.reference import TorchReference
 
 OUTPUTS = ("last_hidden_state", "logits")
