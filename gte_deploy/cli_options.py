@@ -81,6 +81,9 @@ class LoadOptions:
         metavar="N",
         parse=int,
     )
+    streams: int | None = option(
+        None, "batches of a list to compute at once (default: as suits the CPUs)", metavar="N", parse=int
+    )
 
 
 @dataclass(frozen=True)

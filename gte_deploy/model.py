@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy._version import __version__
-from gte_deploy.backends.base import Backend, Batch, LanedBackend
+from gte_deploy.backends.base import WARM_SHAPES, Backend, Batch, LanedBackend
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.manifest import is_bundle
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.forking import follow, in_use
@@ -42,9 +43,6 @@ from gte_deploy.tasks.token_classify import Entity, OwnLogits, TaggedTexts, Tagg
 from gte_deploy.text.batching import BatchLimits, collate, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
-
-# Batches of `Model.warm_up` for engines without profiles.
-_WARM_LENGTHS, _WARM_ROWS = (16, 128, 512), (1, 32)
 
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]
@@ -170,9 +168,16 @@ class Model(TextInterface):
             "device": self.device,
             "num_threads": self._backend.num_threads,
             "max_batch_tokens": self._max_batch_tokens,
+            "lists": self._streams(),
             "outputs": list(self._backend.outputs),
             **dataclasses.asdict(self.spec),
         }
+
+    def _streams(self) -> dict[str, Any]:
+        """Return the number of batches of a list that are computed at once, and the CPU threads of each."""
+        if isinstance(self._backend, StreamedBackend):
+            return dataclasses.asdict(self._backend.plan)
+        return {"streams": self._lanes, "threads": self._backend.num_threads}
 
     def warm_up(self, lengths: Sequence[int] | None = None, rows: Sequence[int] | None = None) -> "WarmUp":
         """Run typical batches, so that later calls find kernels compiled, memory reserved and CUDA graphs captured.
@@ -251,8 +256,9 @@ class Model(TextInterface):
             for name, values, most in (("lengths", lengths, longest), ("rows", rows, MAX_BATCH_SIZE)):
                 for value in values or ():
                     check_integer(f"each of {name}", value, 1, most)
-            tokens = [min(length, longest) for length in _WARM_LENGTHS] if lengths is None else lengths
-            wanted = list(itertools.product(_WARM_ROWS if rows is None else rows, tokens))
+            usual_rows, usual_lengths = (sorted(set(values)) for values in zip(*WARM_SHAPES, strict=True))
+            tokens = [min(length, longest) for length in usual_lengths] if lengths is None else lengths
+            wanted = list(itertools.product(usual_rows if rows is None else rows, tokens))
         limits = self._batch_options(MAX_BATCH_SIZE, None, False, None).limits
         shapes = {
             (max(1, min(number, limits.max_tokens // length, limits.max_square // length**2)), length)
@@ -379,6 +385,16 @@ class Model(TextInterface):
             return indices, request.answer(batch, self._run(batch, outputs, indices))
 
         return in_lanes(answer, batches, self._lanes)
+
+    def _batch_options(
+        self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
+    ) -> BatchOptions:
+        options = super()._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        if not isinstance(self._backend, StreamedBackend):
+            return options
+        plan = self._backend.plan
+        limits = dataclasses.replace(options.limits, streams=plan.streams, least_tokens=plan.least_tokens)
+        return dataclasses.replace(options, limits=limits)
 
     @property
     def _lanes(self) -> int:

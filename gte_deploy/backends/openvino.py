@@ -38,7 +38,7 @@ _Requests = queue.SimpleQueue[Any]
 
 
 class OpenVinoBackend:
-    """One compiled model. Many threads may call `run` at once; it computes one batch at a time."""
+    """One compiled model. Many threads may call `run` at once; it computes a batch in each of its streams at a time."""
 
     name = "openvino"
 
@@ -50,11 +50,12 @@ class OpenVinoBackend:
         device: str = "cpu",
         num_threads: int | None = None,
         precision: ComputePrecision = "fp32",
+        streams: int = 1,
     ) -> None:
         """Compile an ONNX file for this CPU. External data beside the file is mapped; nothing is written to disk.
 
         `num_threads` is the number of threads inside one operator; the default is every CPU that this process may
-        use.
+        use. `streams` is the number of batches that are computed at once, each on so many threads.
 
         Raises:
             MissingDependencyError: openvino is not installed.
@@ -69,6 +70,7 @@ class OpenVinoBackend:
         self.device = device
         self.precision: ComputePrecision = precision
         self.num_threads = num_threads or available_cpus()
+        self._streams = streams
         self._openvino = import_openvino()
         core = _core(self._openvino)
         if precision == "bf16" and not has_native_bf16():
@@ -130,7 +132,8 @@ class OpenVinoBackend:
         part = self._openvino.Model(results, self._model.get_parameters())
         config = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self.num_threads,
+            "NUM_STREAMS": self._streams,
+            "INFERENCE_NUM_THREADS": self.num_threads * self._streams,
             "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
             "CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS,
             # Two processes would pin their threads to the same cores, and each would run at half speed.

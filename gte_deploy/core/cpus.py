@@ -8,6 +8,7 @@ MAX_THREADS = 1024
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
+_NODES = Path("/sys/devices/system/node")
 
 
 def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PROC_CGROUP) -> int:
@@ -21,6 +22,21 @@ def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PRO
         cpus = os.cpu_count() or 1
     quota = _cgroup_quota(cgroup_root, proc_cgroup)
     return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def numa_nodes(*, folder: Path = _NODES) -> int:
+    """The number of NUMA nodes with a CPU in the affinity mask; 1 where the system does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 1
+    usable = os.sched_getaffinity(0)
+    lists = [_fields(file) for file in folder.glob("node*/cpulist")]
+    return max(1, sum(any(usable & _cpus(span) for span in fields[0].split(",")) for fields in lists if fields))
+
+
+def _cpus(span: str) -> set[int]:
+    """The CPUs of a span as Linux writes it, such as "7" or "0-3"."""
+    first, _, last = span.partition("-")
+    return set(range(int(first), int(last or first) + 1))
 
 
 def _cgroup_quota(root: Path, proc_cgroup: Path) -> float | None:

@@ -1,5 +1,6 @@
 """Works on several items at once, and gives the results in the order of the items."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,6 +9,14 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_here = threading.local()
+
+
+def in_a_lane() -> bool:
+    """Whether the calling thread works for `in_lanes` on one of several items."""
+    return getattr(_here, "in_a_lane", False)
 
 
 def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) -> Iterator[Result]:
@@ -25,7 +34,7 @@ def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) 
     if len(first) < 2:
         yield from map(work, first)
         return
-    with ThreadPoolExecutor(lanes, thread_name_prefix="gte-lane") as pool:
+    with ThreadPoolExecutor(lanes, thread_name_prefix="gte-lane", initializer=_enter_lane) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in chain(first, source):
@@ -37,3 +46,7 @@ def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) 
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _enter_lane() -> None:
+    _here.in_a_lane = True
