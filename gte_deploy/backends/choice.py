@@ -129,7 +129,7 @@ def streams_of(
         choice.backend,
         cpus=num_threads or available_cpus(),
         nodes=numa_nodes(),
-        weights_bytes=sum(file.size for name, file in manifest.files.items() if ".onnx" in name),
+        bundle_bytes=sum(file.size for file in manifest.files.values()),
         streams=streams,
         picked=choice.lists if num_threads in (None, available_cpus()) else None,
     )

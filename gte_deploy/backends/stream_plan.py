@@ -12,7 +12,7 @@ from gte_deploy.core.errors import InputError
 MAX_STREAMS = 32
 """The most streams of a plan: each has activations of its own, some 50 MB for a batch of the base size."""
 PACKED_BYTES = 64 << 20
-"""Size of the weights up to which the streams get a packed copy of them."""
+"""Size of a bundle up to which the streams get a packed copy of the weights."""
 FEWEST_TOKENS = 128
 """A list is not cut into batches of fewer tokens: below that, the cost of a call outweighs the second stream."""
 
@@ -74,12 +74,19 @@ def efficiency(threads: int) -> float:
     return 1 / (1 + _SHARED * (threads - 1))
 
 
+def usual_streams(cpus: int, nodes: int) -> int:
+    """The number of streams that suits the CPUs: one for each, at most MAX_STREAMS, none over two NUMA nodes."""
+    node = max(1, cpus // nodes)
+    threads = min(math.ceil(cpus / MAX_STREAMS), node)
+    return min(nodes, cpus) * (node // threads)
+
+
 def plan_streams(
     backend: str,
     *,
     cpus: int,
     nodes: int,
-    weights_bytes: int,
+    bundle_bytes: int,
     streams: int | None = None,
     picked: ListPick | None = None,
 ) -> StreamPlan:
@@ -89,11 +96,12 @@ def plan_streams(
         backend: "onnx" or "openvino".
         cpus: CPU threads of the whole model.
         nodes: NUMA nodes that the CPUs are on. No stream of the plan needs CPUs of two nodes.
-        weights_bytes: size of the weights.
+        bundle_bytes: size of the bundle, nearly all of it weights.
         streams: the number that the caller wants; None for the best.
         picked: the recorded measurement on this machine, for this number of CPUs.
     """
-    packed = backend == "openvino" or weights_bytes <= PACKED_BYTES
+    is_small = bundle_bytes <= PACKED_BYTES
+    packed = is_small or backend == "openvino"
     batch_tokens = picked.batch_tokens if picked is not None else None
     if streams is not None:
         reason = "it was asked for"
@@ -101,19 +109,17 @@ def plan_streams(
         streams, reason = picked.streams, "gte-deploy bench --pick found it the fastest for lists here"
     elif cpus == 1:
         streams, reason = 1, "the model has one CPU thread"
-    elif backend == "openvino":
-        streams, reason = 1, "OpenVINO needs a second copy of the weights for streams: load(…, streams=N) allows it"
+    elif backend == "openvino" and not is_small:
+        reason = "streams on OpenVINO need a second copy of the weights, which are large: load(…, streams=N) allows it"
+        streams = 1
     else:
-        node = max(1, cpus // nodes)
-        threads = min(math.ceil(cpus / MAX_STREAMS), node)
-        streams = max(1, min(nodes, cpus) * (node // threads))
+        streams = usual_streams(cpus, nodes)
         reason = f"{cpus} CPU threads compute {streams} batches of a list faster at once than one after the other"
-        if _least_tokens(streams, threads, cpus, packed) > _LONGEST_LEAST:
+        if _least_tokens(streams, cpus, packed) > _LONGEST_LEAST:
             streams = 1
             reason = f"with {cpus} CPU threads, streams that read the weights from the mapped file are no faster"
-    threads = max(1, cpus // streams)
-    least = min(_least_tokens(streams, threads, cpus, packed), _LONGEST_LEAST)
-    return StreamPlan(streams, threads, least, packed, reason, batch_tokens)
+    least = min(_least_tokens(streams, cpus, packed), _LONGEST_LEAST)
+    return StreamPlan(streams, max(1, cpus // streams), least, packed, reason, batch_tokens)
 
 
 def stream_count(streams: object) -> int | None:
@@ -129,8 +135,9 @@ def stream_count(streams: object) -> int | None:
     raise InputError(f"streams is {streams!r}; expected 'auto' or an integer from 1 to {MAX_STREAMS * 8}")
 
 
-def _least_tokens(streams: int, threads: int, cpus: int, packed: bool) -> int:
+def _least_tokens(streams: int, cpus: int, packed: bool) -> int:
     """Tokens of a batch from which streams are faster than one batch on all threads, with a margin of two."""
+    threads = max(1, cpus // streams)
     gain = streams * threads * efficiency(threads) / (cpus * efficiency(cpus)) - 1
     if packed:
         return FEWEST_TOKENS
