@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +44,13 @@ from gte_deploy.text.batching import BatchLimits, collate, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
 
+Result = TypeVar("Result")
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]
 """A function from the indices of inputs to their token ids."""
-TokenIds = Iterator[tuple[list[int], Rows]]
-"""For each batch: the indices of its inputs, and their token ids."""
+TokenBatch = tuple[list[int], Rows]
+"""A batch: the indices of its inputs, and their token ids."""
+TokenIds = Iterator[TokenBatch]
 
 
 @dataclass(frozen=True)
@@ -325,12 +327,12 @@ class Model(TextInterface):
             [len(piece.ids) for piece in pieces], lambda numbers: [pieces[i].ids for i in numbers], limits
         )
 
-        def compute(item: tuple[list[int], Rows]) -> tuple[list[int], NDArray[np.float32]]:
+        def compute(item: TokenBatch) -> tuple[list[int], NDArray[np.float32]]:
             numbers, rows = item
             batch = collate(rows, pad_token_id=self.spec.pad_token_id)
             return numbers, self._run(batch, ("logits",), [pieces[number].index for number in numbers])["logits"]
 
-        for numbers, logits in in_lanes(compute, batches, self._lanes):
+        for numbers, logits in self._in_lanes(compute, batches):
             for number, values in zip(numbers, logits, strict=True):
                 piece = pieces[number]
                 yield number, values[piece.first : piece.first + len(piece.offsets)]
@@ -346,7 +348,7 @@ class Model(TextInterface):
         request = MaskRequest(self.spec, self._tokenizer, candidates, top_k)
         outputs = request.graph_outputs(self._backend.outputs)
 
-        def answer(item: tuple[list[int], Rows]) -> tuple[list[int], list[list[list[MaskAnswer]]]]:
+        def answer(item: TokenBatch) -> tuple[list[int], list[list[list[MaskAnswer]]]]:
             indices, rows = item
             batch = collate(
                 rows,
@@ -360,7 +362,7 @@ class Model(TextInterface):
                     masks.extend(more)
             return indices, found
 
-        return in_lanes(answer, self._masked_token_ids(texts, options), self._lanes)
+        return self._in_lanes(answer, self._masked_token_ids(texts, options))
 
     def _masked_token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
         """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early."""
@@ -379,12 +381,12 @@ class Model(TextInterface):
         """Yield the answers to a request for each batch of token ids."""
         outputs = request.graph_outputs(self._backend.outputs)
 
-        def answer(item: tuple[list[int], Rows]) -> tuple[list[int], Sequence[Any]]:
+        def answer(item: TokenBatch) -> tuple[list[int], Sequence[Any]]:
             indices, rows = item
             batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
             return indices, request.answer(batch, self._run(batch, outputs, indices))
 
-        return in_lanes(answer, batches, self._lanes)
+        return self._in_lanes(answer, batches)
 
     def _batch_options(
         self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
@@ -393,8 +395,27 @@ class Model(TextInterface):
         if not isinstance(self._backend, StreamedBackend):
             return options
         plan = self._backend.plan
-        limits = dataclasses.replace(options.limits, streams=plan.streams, least_tokens=plan.least_tokens)
+        limits = dataclasses.replace(
+            options.limits,
+            streams=plan.streams,
+            least_tokens=plan.least_tokens,
+            fewest_batches=plan.fewest_batches,
+        )
         return dataclasses.replace(options, limits=limits)
+
+    def _in_lanes(self, work: Callable[[TokenBatch], Result], batches: TokenIds) -> Iterator[Result]:
+        """Yield `work(batch)` for each batch of a call, in their order; several are worked on at once."""
+        if not isinstance(self._backend, StreamedBackend):
+            return in_lanes(work, batches, self._lanes)
+        most = self._max_batch_tokens
+        return in_lanes(
+            work,
+            batches,
+            self._lanes,
+            fewest=self._backend.plan.fewest_batches,
+            # One thread would take longer for a long text than all threads for the rest of the list.
+            alone=lambda batch: len(batch[1][0]) > most,
+        )
 
     @property
     def _lanes(self) -> int:

@@ -124,7 +124,7 @@ def streams_of(
                 f"streams={streams} is for bundles for a CPU, on onnx or openvino, and not for {choice.backend} on "
                 f"{choice.device}. Leave streams out."
             )
-        return StreamPlan(1, num_threads or available_cpus(), 1, True, f"{choice.backend} has no streams here")
+        return StreamPlan(1, num_threads or available_cpus(), 1, 2, True, f"{choice.backend} has no streams here")
     return plan_streams(
         choice.backend,
         cpus=num_threads or available_cpus(),

@@ -32,6 +32,7 @@ class StreamPlan:
         streams: the number of batches that are computed at once; 1 for one after the other, on all threads.
         threads: CPU threads of each stream.
         least_tokens: a list is cut into a batch for each stream, as long as a batch keeps so many tokens.
+        fewest_batches: a list of fewer batches keeps too many streams idle: it runs on all threads.
         packed: whether the streams have a packed copy of the weights. Without one they read the mapped file.
         reason: why, in a sentence.
         batch_tokens: the most tokens of a batch, padding included; None for the default.
@@ -40,6 +41,7 @@ class StreamPlan:
     streams: int
     threads: int
     least_tokens: int
+    fewest_batches: int
     packed: bool
     reason: str
     batch_tokens: int | None = None
@@ -118,8 +120,9 @@ def plan_streams(
         if _least_tokens(streams, cpus, packed) > _LONGEST_LEAST:
             streams = 1
             reason = f"with {cpus} CPU threads, streams that read the weights from the mapped file are no faster"
-    least = min(_least_tokens(streams, cpus, packed), _LONGEST_LEAST)
-    return StreamPlan(streams, max(1, cpus // streams), least, packed, reason, batch_tokens)
+    threads, least = max(1, cpus // streams), min(_least_tokens(streams, cpus, packed), _LONGEST_LEAST)
+    fewest = math.ceil(cpus * efficiency(cpus) / (threads * efficiency(threads)))
+    return StreamPlan(streams, threads, least, max(2, min(streams, fewest)), packed, reason, batch_tokens)
 
 
 def stream_count(streams: object) -> int | None:

@@ -19,19 +19,31 @@ def in_a_lane() -> bool:
     return getattr(_here, "in_a_lane", False)
 
 
-def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) -> Iterator[Result]:
+def in_lanes(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    lanes: int,
+    *,
+    fewest: int = 2,
+    alone: Callable[[Item], bool] = lambda item: False,
+) -> Iterator[Result]:
     """Yield `work(item)` for each item, in the order of the items; up to `lanes` items are worked on at once.
 
-    A single lane, and a single item, need no thread: the caller's does the work. Otherwise each lane is a thread, and
-    `items` is read up to `lanes` items ahead. The first error in the order of the items is raised; then, and if the
-    caller stops early, items that are not begun are left out, and the threads end.
+    A single lane, and fewer than `fewest` items, need no thread: the caller's does the work. So it does for the first
+    items as long as `alone` holds for them, one at a time. Otherwise each lane is a thread, and `items` is read up to
+    `lanes` items ahead. The first error in the order of the items is raised; then, and if the caller stops early, items
+    that are not begun are left out, and the threads end.
     """
     if lanes == 1:
         yield from map(work, items)
         return
     source = iter(items)
-    first = list(islice(source, 2))
-    if len(first) < 2:
+    first = list(islice(source, 1))
+    while first and alone(first[0]):
+        yield work(first[0])
+        first = list(islice(source, 1))
+    first += islice(source, fewest - 1)
+    if len(first) < fewest:
         yield from map(work, first)
         return
     with ThreadPoolExecutor(lanes, thread_name_prefix="gte-lane", initializer=_enter_lane) as pool:

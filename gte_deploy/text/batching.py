@@ -45,6 +45,7 @@ class BatchLimits:
         max_square: the most rows times the square of the longest row: the cost of attention.
         streams: number of batches that are computed at once. Each gets a like share of the tokens.
         least_tokens: no share is smaller, so that few texts stay one batch.
+        fewest_batches: with fewer batches than that, the streams would be slower than one batch after the other.
     """
 
     max_rows: int
@@ -52,12 +53,14 @@ class BatchLimits:
     max_square: int
     streams: int = 1
     least_tokens: int = 1
+    fewest_batches: int = 2
 
     def share(self, lengths: Sequence[int]) -> int:
         """Return the most tokens of a batch, so that rows of these lengths keep all streams busy until the end."""
-        if self.streams == 1:
-            return self.max_tokens
         total = sum(lengths)
+        least = max(self.least_tokens, max(lengths, default=0))
+        if self.streams == 1 or total < least * self.fewest_batches:
+            return self.max_tokens
         batches = self.streams * math.ceil(total / (self.streams * self.max_tokens))
         # Half a row more, as batches end with whole rows; else the rest would be one more batch.
         share = math.ceil(total / batches + total / len(lengths) / 2)
