@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.manifest import is_bundle
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.forking import follow, in_use
-from gte_deploy.core.lanes import in_lanes
+from gte_deploy.core.lanes import Result, in_lanes
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Outputs, Request
@@ -44,7 +44,6 @@ from gte_deploy.text.batching import BatchLimits, collate, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
 
-Result = TypeVar("Result")
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]
 """A function from the indices of inputs to their token ids."""
