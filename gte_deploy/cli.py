@@ -178,7 +178,7 @@ def _verify(given: Given) -> None:
 
 def _info(given: Given) -> None:
     from gte_deploy.backends.advice import faster_here
-    from gte_deploy.backends.choice import choose_engine
+    from gte_deploy.backends.choice import choose_engine, streams_of
     from gte_deploy.bundle.manifest import is_bundle, read_manifest
 
     name = read_options(InfoOptions, given).model
@@ -186,7 +186,9 @@ def _info(given: Given) -> None:
         manifest = read_manifest(Path(name))
         facts = {"path": name, "kind": "bundle", **manifest.to_json()}
         facts["files"] = {file: entry.size for file, entry in manifest.files.items()}
-        facts["engine"] = dataclasses.asdict(choose_engine(manifest))
+        choice = choose_engine(manifest)
+        facts["engine"] = dataclasses.asdict(choice)
+        facts["lists"] = dataclasses.asdict(streams_of(manifest, choice))
         facts["faster_here"] = faster_here(manifest)
     else:
         facts = _checkpoint_info(name)

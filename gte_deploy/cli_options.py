@@ -6,6 +6,7 @@ what was given. Importing this module loads neither numpy nor an engine, so that
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gte_deploy.core.options import option, required
 from gte_deploy.core.spec import (
@@ -25,6 +26,10 @@ from gte_deploy.core.spec import (
     SparseRoute,
 )
 from gte_deploy.tuning import DEFAULT_SHAPES
+
+
+def _word_or_integer(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class LoadOptions:
         flags=("--threads",),
         metavar="N",
         parse=int,
+    )
+    streams: int | Literal["auto"] = option(
+        "auto", "batches of a list to compute at once, or auto: as suits the CPUs", metavar="N", parse=_word_or_integer
     )
 
 

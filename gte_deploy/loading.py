@@ -1,5 +1,6 @@
 """`load`: from a path or name to a Model."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -11,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend
-from gte_deploy.backends.choice import ASKED, ENGINE_OF, EngineChoice, choose_engine, is_for_gpus
+from gte_deploy.backends.choice import ASKED, ENGINE_OF, EngineChoice, choose_engine, is_for_gpus, streams_of
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.graphs import graph_files
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
+from gte_deploy.backends.stream_plan import StreamPlan, stream_count
+from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.cpus import MAX_THREADS
@@ -55,6 +58,7 @@ def load(
     device: str | None = None,
     num_threads: int | None = None,
     max_batch_tokens: int | None = None,
+    streams: int | Literal["auto"] = "auto",
     compile: bool = False,
     task: TaskName | Literal["auto"] = "auto",
 ) -> Model:
@@ -77,7 +81,11 @@ def load(
             torch the number holds for the whole process, see `gte_deploy.backends.torch.TorchBackend`. TensorRT uses
             no CPU threads.
         max_batch_tokens: largest number of tokens in a batch, padding included; by default 1,024 on a CPU and 32,768 on
-            a GPU.
+            a GPU, or as `gte-deploy bench --pick` recorded.
+        streams: number of batches of a list of texts that are computed at once, each on its share of the threads; a
+            single batch keeps all threads. "auto" takes what `bench --pick` recorded, else what suits the CPUs; 1 is
+            one batch after the other. A bundle on onnx or openvino and a CPU can have several. On openvino they take a
+            second copy of the weights, so "auto" has several there only for small models.
         compile: whether torch compiles the model during its first batches; only for backend "torch".
         task: task to load a checkpoint for, one of `spec.TASK_NAMES`; "auto" is the task that it was trained for. A
             bundle has one task, and any other is refused.
@@ -98,14 +106,16 @@ def load(
         check_choice("precision", precision, LOAD_PRECISIONS)
     asked = None if precision == "auto" else precision
     check_choice("task", task, ("auto", *TASKS))
+    wanted = stream_count(streams)
     folder = _resolve(path)
     if compile and is_bundle(folder):
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
     with in_use():
         if is_bundle(folder):
             _require_task_of_bundle(folder, task)
-            opened = _open_bundle(folder, backend, asked, device, num_threads)
+            opened = _open_bundle(folder, backend, asked, device, num_threads, wanted)
         else:
+            _refuse_streams(folder, wanted)
             opened = _open_checkpoint(folder, backend, asked, device or "cpu", num_threads, compile, task)
     engine = opened.backend
     logger.info("%s runs on %s in %s: %s", folder, engine.name, engine.precision, opened.reason)
@@ -115,16 +125,17 @@ def load(
         "device": engine.device,
         "num_threads": num_threads,
         "max_batch_tokens": max_batch_tokens,
+        "streams": streams,
         "compile": compile,
         "task": task,
     }
     where = None if path is None or str(path) == BUILTIN_NAME else str(folder.absolute())
-    budget = _MAX_BATCH_TOKENS[parse_device(engine.device)[0]] if max_batch_tokens is None else max_batch_tokens
+    usual = opened.batch_tokens or _MAX_BATCH_TOKENS[parse_device(engine.device)[0]]
     return Model(
         engine,
         opened.tokenizer,
         opened.spec,
-        max_batch_tokens=budget,
+        max_batch_tokens=usual if max_batch_tokens is None else max_batch_tokens,
         path=folder,
         backend_reason=opened.reason,
         query_weights=_query_weights(folder, opened.spec, opened.tokenizer),
@@ -161,6 +172,7 @@ class _Opened:
         precision: the argument of `load` that gives this engine again.
         checksum: checksum of the bundle's manifest.
         reopen: function that opens the engine again in a forked process, with a given number of threads.
+        batch_tokens: the recorded limit of tokens in a batch; None for the usual one.
     """
 
     backend: Backend
@@ -170,6 +182,7 @@ class _Opened:
     precision: ComputePrecision | None = None
     checksum: str | None = None
     reopen: Callable[[int], Backend] | None = None
+    batch_tokens: int | None = None
 
 
 def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
@@ -231,6 +244,14 @@ def _require_task_of_bundle(folder: Path, task: str) -> None:
         )
 
 
+def _refuse_streams(folder: Path, streams: int | None) -> None:
+    if streams is not None and streams > 1:
+        raise InputError(
+            f"streams={streams} is for bundles on onnx or openvino, and {folder} runs on torch. Export it with "
+            "gte-export and load the result, or leave streams out."
+        )
+
+
 def _resolve(path: str | os.PathLike[str] | None) -> Path:
     if path is not None and is_bundle(Path(path)):
         return Path(path)
@@ -273,7 +294,12 @@ def _open_checkpoint(
 
 
 def _open_bundle(
-    folder: Path, backend: str, precision: ComputePrecision | None, device: str | None, num_threads: int | None
+    folder: Path,
+    backend: str,
+    precision: ComputePrecision | None,
+    device: str | None,
+    num_threads: int | None,
+    streams: int | None,
 ) -> _Opened:
     if backend == "torch":
         raise BackendError(
@@ -301,6 +327,7 @@ def _open_bundle(
             "computes in fp32. Leave precision out."
         )
     choice = choose_engine(manifest, backend=backend, device=device, precision=precision)
+    plan = streams_of(manifest, choice, num_threads=num_threads, streams=streams)
     if choice.backend == "tensorrt":
         from gte_deploy.backends.tensorrt.backend import open_tensorrt_backend
 
@@ -309,20 +336,27 @@ def _open_bundle(
     else:
         reopen = _reopening(folder, manifest, choice)
         opened = _open_graph(folder, manifest, choice, num_threads)
+        if plan.streams > 1:
+            opened = StreamedBackend(opened, plan, functools.partial(reopen, plan.threads, plan))
     again = precision if is_for_gpus(manifest) else choice.precision
     checksum = manifest.to_json()["checksum"]
-    return _Opened(opened, load_tokenizer(folder), manifest.spec, choice.reason, again, checksum, reopen)
+    return _Opened(
+        opened, load_tokenizer(folder), manifest.spec, choice.reason, again, checksum, reopen, plan.batch_tokens
+    )
 
 
-def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callable[[int], Backend]:
-    """Return a function that opens the graph again, unless its files changed since they were verified."""
+def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callable[..., Backend]:
+    """Return a function that opens the graph again, unless its files changed since they were verified.
+
+    The function takes a number of threads, and the plan if the engine is for streams.
+    """
     folder = folder.absolute()  # a child may change its working directory
     found = _identities(folder, manifest)
 
-    def reopen(num_threads: int) -> Backend:
+    def reopen(num_threads: int, plan: StreamPlan | None = None) -> Backend:
         if _identities(folder, manifest) != found:
             raise BackendError(f"{folder} has changed since it was loaded; load it again in this process")
-        return _open_graph(folder, manifest, choice, num_threads)
+        return _open_graph(folder, manifest, choice, num_threads, plan)
 
     return reopen
 
@@ -336,7 +370,10 @@ def _identities(folder: Path, manifest: Manifest) -> list[tuple[int, ...]]:
     return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_threads: int | None) -> Backend:
+def _open_graph(
+    folder: Path, manifest: Manifest, choice: EngineChoice, num_threads: int | None, plan: StreamPlan | None = None
+) -> Backend:
+    """Open a graph for single batches on `num_threads`; with a plan, for streams of so many threads each."""
     graph = manifest.graphs.get(ENGINE_OF[choice.backend])
     on_cpu = parse_device(choice.device)[0] == "cpu"
     options: dict[str, Any] = {"device": choice.device, "num_threads": num_threads}
@@ -371,7 +408,11 @@ def _open_graph(folder: Path, manifest: Manifest, choice: EngineChoice, num_thre
     if choice.backend == "openvino":
         from gte_deploy.backends.openvino import OpenVinoBackend
 
+        if plan is not None:
+            options["streams"] = plan.streams
         return OpenVinoBackend(graph_files(folder, graph), manifest.spec, **options)
+    if plan is not None:
+        options["packed"] = plan.packed
     return OnnxBackend(graph_files(folder, graph), manifest.spec, **options)
 
 

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from gte_deploy._version import __version__
 from gte_deploy.backends.advice import faster_here
-from gte_deploy.backends.base import Backend, Batch, LanedBackend
+from gte_deploy.backends.base import WARM_SHAPES, Backend, Batch, LanedBackend
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.forking import follow, in_use
-from gte_deploy.core.lanes import in_lanes
+from gte_deploy.core.lanes import Result, in_lanes
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Outputs, Request
@@ -44,14 +45,12 @@ from gte_deploy.text.batching import BatchLimits, collate, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
 
-# Batches of `Model.warm_up` for engines without profiles.
-_WARM_LENGTHS, _WARM_ROWS = (16, 128, 512), (1, 32)
-
 Rows = list[list[int]]
 Tokenize = Callable[[list[int]], Rows]
 """A function from the indices of inputs to their token ids."""
-TokenIds = Iterator[tuple[list[int], Rows]]
-"""For each batch: the indices of its inputs, and their token ids."""
+TokenBatch = tuple[list[int], Rows]
+"""A batch: the indices of its inputs, and their token ids."""
+TokenIds = Iterator[TokenBatch]
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,17 @@ class Model(TextInterface):
             "device": self.device,
             "num_threads": self._backend.num_threads,
             "max_batch_tokens": self._max_batch_tokens,
+            "lists": self._streams(),
             "outputs": list(self._backend.outputs),
             "faster_here": self._faster_here(),
             **dataclasses.asdict(self.spec),
         }
+
+    def _streams(self) -> dict[str, Any]:
+        """Return the number of batches of a list that are computed at once, and the CPU threads of each."""
+        if isinstance(self._backend, StreamedBackend):
+            return dataclasses.asdict(self._backend.plan)
+        return {"streams": self._lanes, "threads": self._backend.num_threads}
 
     def warm_up(self, lengths: Sequence[int] | None = None, rows: Sequence[int] | None = None) -> "WarmUp":
         """Run typical batches, so that later calls find kernels compiled, memory reserved and CUDA graphs captured.
@@ -257,8 +263,9 @@ class Model(TextInterface):
             for name, values, most in (("lengths", lengths, longest), ("rows", rows, MAX_BATCH_SIZE)):
                 for value in values or ():
                     check_integer(f"each of {name}", value, 1, most)
-            tokens = [min(length, longest) for length in _WARM_LENGTHS] if lengths is None else lengths
-            wanted = list(itertools.product(_WARM_ROWS if rows is None else rows, tokens))
+            usual_rows, usual_lengths = (sorted(set(values)) for values in zip(*WARM_SHAPES, strict=True))
+            tokens = [min(length, longest) for length in usual_lengths] if lengths is None else lengths
+            wanted = list(itertools.product(usual_rows if rows is None else rows, tokens))
         limits = self._batch_options(MAX_BATCH_SIZE, None, False, None).limits
         shapes = {
             (max(1, min(number, limits.max_tokens // length, limits.max_square // length**2)), length)
@@ -325,12 +332,12 @@ class Model(TextInterface):
             [len(piece.ids) for piece in pieces], lambda numbers: [pieces[i].ids for i in numbers], limits
         )
 
-        def compute(item: tuple[list[int], Rows]) -> tuple[list[int], NDArray[np.float32]]:
+        def compute(item: TokenBatch) -> tuple[list[int], NDArray[np.float32]]:
             numbers, rows = item
             batch = collate(rows, pad_token_id=self.spec.pad_token_id)
             return numbers, self._run(batch, ("logits",), [pieces[number].index for number in numbers])["logits"]
 
-        for numbers, logits in in_lanes(compute, batches, self._lanes):
+        for numbers, logits in self._in_lanes(compute, batches):
             for number, values in zip(numbers, logits, strict=True):
                 piece = pieces[number]
                 yield number, values[piece.first : piece.first + len(piece.offsets)]
@@ -346,7 +353,7 @@ class Model(TextInterface):
         request = MaskRequest(self.spec, self._tokenizer, candidates, top_k)
         outputs = request.graph_outputs(self._backend.outputs)
 
-        def answer(item: tuple[list[int], Rows]) -> tuple[list[int], list[list[list[MaskAnswer]]]]:
+        def answer(item: TokenBatch) -> tuple[list[int], list[list[list[MaskAnswer]]]]:
             indices, rows = item
             batch = collate(
                 rows,
@@ -360,7 +367,7 @@ class Model(TextInterface):
                     masks.extend(more)
             return indices, found
 
-        return in_lanes(answer, self._masked_token_ids(texts, options), self._lanes)
+        return self._in_lanes(answer, self._masked_token_ids(texts, options))
 
     def _masked_token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
         """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early."""
@@ -379,12 +386,41 @@ class Model(TextInterface):
         """Yield the answers to a request for each batch of token ids."""
         outputs = request.graph_outputs(self._backend.outputs)
 
-        def answer(item: tuple[list[int], Rows]) -> tuple[list[int], Sequence[Any]]:
+        def answer(item: TokenBatch) -> tuple[list[int], Sequence[Any]]:
             indices, rows = item
             batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
             return indices, request.answer(batch, self._run(batch, outputs, indices))
 
-        return in_lanes(answer, batches, self._lanes)
+        return self._in_lanes(answer, batches)
+
+    def _batch_options(
+        self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
+    ) -> BatchOptions:
+        options = super()._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        if not isinstance(self._backend, StreamedBackend):
+            return options
+        plan = self._backend.plan
+        limits = dataclasses.replace(
+            options.limits,
+            streams=plan.streams,
+            least_tokens=plan.least_tokens,
+            fewest_batches=plan.fewest_batches,
+        )
+        return dataclasses.replace(options, limits=limits)
+
+    def _in_lanes(self, work: Callable[[TokenBatch], Result], batches: TokenIds) -> Iterator[Result]:
+        """Yield `work(batch)` for each batch of a call, in their order; several are worked on at once."""
+        if not isinstance(self._backend, StreamedBackend):
+            return in_lanes(work, batches, self._lanes)
+        most = self._max_batch_tokens
+        return in_lanes(
+            work,
+            batches,
+            self._lanes,
+            fewest=self._backend.plan.fewest_batches,
+            # One thread would take longer for a long text than all threads for the rest of the list.
+            alone=lambda batch: len(batch[1][0]) > most,
+        )
 
     @property
     def _lanes(self) -> int:

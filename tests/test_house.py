@@ -11,8 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("gte_deploy", "exporters", "models", "training", "tools")
 MOST_PARAMETERS = 8
 # Signatures that others have set: sentence-transformers' (SentenceTransformer, SparseEncoder, CrossEncoder), the
-# pipeline's of transformers, and that of transformers' attention functions.
+# pipeline's of transformers, and that of transformers' attention functions. And `load`, whose arguments are the options
+# of a user.
 SET_BY_OTHERS = {
+    "gte_deploy/loading.py": {"load"},
     "gte_deploy/tasks/interface.py": {"encode", "encode_sparse", "predict", "rank", "classify_tokens"},
     "models/attention.py": {"packed_attention"},
 }

@@ -5,6 +5,7 @@ A backend knows token ids and tensors. It does not know texts, pooling or HTTP.
 Shapes: B rows, S tokens of the longest row, M masks, H hidden size, V vocabulary, L labels.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.spec import Precision
+
+WARM_SHAPES = tuple(itertools.product((1, 32), (16, 128, 512)))
+"""(rows, tokens of a row) of the batches that an engine without profiles warms up with."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from gte_deploy.backends import picks
 from gte_deploy.backends.bf16_speed import Bf16Speed, bf16_speed
+from gte_deploy.backends.stream_plan import ListPick, StreamPlan, plan_streams
 from gte_deploy.bundle.manifest import Manifest
-from gte_deploy.core.cpus import cpu_flags
-from gte_deploy.core.errors import BackendError, MissingDependencyError
+from gte_deploy.core.cpus import available_cpus, cpu_flags, numa_nodes
+from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine
 
 ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
@@ -24,12 +25,16 @@ LEAST_BF16_SPEEDUP = 1.2
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Backend, precision and device, as `gte_deploy.load` takes them, and the reason for the choice in one sentence."""
+    """Backend, precision and device, as `gte_deploy.load` takes them, and the reason for the choice in one sentence.
+
+    `lists` is the recorded measurement of lists with this backend.
+    """
 
     backend: str
     precision: ComputePrecision
     reason: str
     device: str = "cpu"
+    lists: ListPick | None = None
 
 
 def is_for_gpus(manifest: Manifest) -> bool:
@@ -166,7 +171,39 @@ def _picked(manifest: Manifest, precision: ComputePrecision | None) -> EngineCho
     computes: ComputePrecision | None = next((known for known in COMPUTE_PRECISIONS if known == wanted), None)
     if computes is None or precision not in (None, computes) or not _is_usable(pick.backend, manifest):
         return None
-    return EngineChoice(pick.backend, computes, f"gte-deploy bench --pick found it the fastest here on {pick.date}")
+    reason = f"gte-deploy bench --pick found it the fastest here on {pick.date}"
+    return EngineChoice(pick.backend, computes, reason, lists=pick.lists)
+
+
+def streams_of(
+    manifest: Manifest, choice: EngineChoice, *, num_threads: int | None = None, streams: int | None = None
+) -> StreamPlan:
+    """The plan for lists with the chosen engine of a bundle.
+
+    Args:
+        manifest: the bundle.
+        choice: the engine.
+        num_threads: CPU threads of the model; None for every CPU that the process may use.
+        streams: the number that the caller wants; None for the best.
+
+    Raises:
+        InputError: the caller wants several, and the engine has none.
+    """
+    if choice.device != "cpu" or choice.backend not in ("onnx", "openvino") or is_for_gpus(manifest):
+        if streams is not None and streams > 1:
+            raise InputError(
+                f"streams={streams} is for bundles for a CPU, on onnx or openvino, and not for {choice.backend} on "
+                f"{choice.device}. Leave streams out."
+            )
+        return StreamPlan(1, num_threads or available_cpus(), 1, 2, True, f"{choice.backend} has no streams here")
+    return plan_streams(
+        choice.backend,
+        cpus=num_threads or available_cpus(),
+        nodes=numa_nodes(),
+        bundle_bytes=sum(file.size for file in manifest.files.values()),
+        streams=streams,
+        picked=choice.lists if num_threads in (None, available_cpus()) else None,
+    )
 
 
 def _by_rule(manifest: Manifest) -> EngineChoice:

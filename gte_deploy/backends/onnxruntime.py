@@ -70,6 +70,7 @@ class OnnxBackend:
         num_threads: int | None = None,
         precision: Precision = "fp32",
         tensorrt: ThroughTensorRT | None = None,
+        packed: bool = True,
     ) -> None:
         """Open a session on an ONNX file; ONNX Runtime maps the external data beside the file.
 
@@ -78,7 +79,8 @@ class OnnxBackend:
 
         `num_threads` is the number of threads inside one operator on the CPU; the default is every CPU that this
         process may use. `precision` is the precision that the graph's data types give. With `tensorrt`, TensorRT runs
-        the graph on `device`.
+        the graph on `device`. `packed` makes a copy of the weights in the order in which the kernels read them; without
+        it, every call packs them, and the session has no copy of the mapped file.
 
         Raises:
             MissingDependencyError: onnxruntime is not installed.
@@ -89,6 +91,7 @@ class OnnxBackend:
         self.precision: Precision = precision
         self.num_threads = num_threads or available_cpus()
         self._tensorrt = tensorrt
+        self._packed = packed
         ort = _import_onnxruntime(device)
         self._errors = _error_types()
         self._ort = ort
@@ -159,6 +162,8 @@ class OnnxBackend:
         # Threads spin inside a run, which makes it faster (fp32 5 %, int8 15 % at 128 tokens), and stop at its end.
         # Else each thread would keep a core busy for another 35 ms that the tokenizer or other processes need.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self._packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         # The arena halves the peak memory of a long text. Its size stays constant over texts of all lengths as long as
         # nothing shrinks it. A memory pattern for every shape would only need more memory.
         options.enable_mem_pattern = False

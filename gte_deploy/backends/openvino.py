@@ -44,7 +44,10 @@ class _OpenGraph:
 
 
 class OpenVinoBackend:
-    """Compiled models of a graph and its parts. Many threads may call `run`; a model computes one batch at a time."""
+    """Compiled models of a graph and its parts. Many threads may call `run`.
+
+    Each of its streams computes one batch at a time.
+    """
 
     name = "openvino"
 
@@ -56,6 +59,7 @@ class OpenVinoBackend:
         device: str = "cpu",
         num_threads: int | None = None,
         precision: ComputePrecision = "fp32",
+        streams: int = 1,
     ) -> None:
         """Compile an ONNX file for this CPU. External data beside the file is mapped; nothing is written to disk.
 
@@ -63,7 +67,7 @@ class OpenVinoBackend:
         that needs another compiles that one.
 
         `num_threads` is the number of threads inside one operator; the default is every CPU that this process may
-        use.
+        use. `streams` is the number of batches that are computed at once, each on so many threads.
 
         Raises:
             MissingDependencyError: openvino is not installed.
@@ -78,6 +82,7 @@ class OpenVinoBackend:
         self.device = device
         self.precision: ComputePrecision = precision
         self.num_threads = num_threads or available_cpus()
+        self._streams = streams
         self._openvino = import_openvino()
         core = _core(self._openvino)
         if precision == "bf16" and not has_native_bf16():
@@ -131,7 +136,7 @@ class OpenVinoBackend:
         token = np.zeros((1, 1), np.int64)
         try:
             with without_onednn_cache():
-                compiled = compile_on_cpu(model, self.precision, num_threads=self.num_threads)
+                compiled = compile_on_cpu(model, self.precision, num_threads=self.num_threads, streams=self._streams)
                 for _ in range(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")):
                     opened.idle.put(compiled.create_infer_request())
                 request = opened.idle.get()
@@ -148,11 +153,12 @@ def has_native_bf16() -> bool:
     return "BF16" in _core(import_openvino()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def compile_on_cpu(model: Any, precision: ComputePrecision, *, num_threads: int) -> Any:
-    """Compile an `openvino.Model` for this CPU; return the compiled model."""
+def compile_on_cpu(model: Any, precision: ComputePrecision, *, num_threads: int, streams: int = 1) -> Any:
+    """Compile an `openvino.Model` for this CPU, with `num_threads` for each stream; return the compiled model."""
     config = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": num_threads,
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": num_threads * streams,
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "CPU_RUNTIME_CACHE_CAPACITY": _KEPT_KERNELS,
         # Two processes would pin their threads to the same cores, and each would run at half speed.

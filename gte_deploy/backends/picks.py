@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy._version import __version__
+from gte_deploy.backends.stream_plan import ListPick
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.files import cache_folder, write_text
 
@@ -36,6 +37,7 @@ class Pick:
         measured: engine -> shape -> median seconds, for every measured engine.
         date: the date of the measurement, ISO 8601.
         versions: engine -> version, for the installed engines.
+        lists: what is fastest for lists of texts; None if that was not measured.
     """
 
     backend: str
@@ -43,6 +45,7 @@ class Pick:
     measured: Mapping[str, Mapping[str, float]]
     date: str
     versions: Mapping[str, str]
+    lists: ListPick | None = None
 
 
 def lookup(manifest_checksum: str) -> Pick | None:
@@ -120,7 +123,8 @@ def _parsed(file: Path, key: Mapping[str, Any]) -> Pick:
     content = json.loads(file.read_bytes())
     if content["format"] != _FORMAT or content["key"] != key:
         raise ValueError(f"{file} is not a pick for this bundle and machine")
-    pick = Pick(**content["pick"])
+    fields = content["pick"]
+    pick = Pick(**{**fields, "lists": fields.get("lists") and ListPick.from_json(fields["lists"])})
     if not isinstance(pick.backend, str) or not isinstance(pick.precision, str | None):
         raise ValueError(f"{file} names no backend")
     return pick

@@ -12,6 +12,7 @@ MAX_THREADS = 1024
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC_CGROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+_NODES = Path("/sys/devices/system/node")
 
 
 def available_cpus(*, cgroup_root: Path = _CGROUP_ROOT, proc_cgroup: Path = _PROC_CGROUP) -> int:
@@ -36,6 +37,21 @@ def cpu_flags() -> tuple[str, ...]:
     # "Features" on Arm.
     lines = (line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features")))
     return tuple(next(lines, "").split())
+
+
+def numa_nodes(*, folder: Path = _NODES) -> int:
+    """The number of NUMA nodes with a CPU in the affinity mask; 1 where the system does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 1
+    usable = os.sched_getaffinity(0)
+    lists = [_fields(file) for file in folder.glob("node*/cpulist")]
+    return max(1, sum(any(usable & _cpus(span) for span in fields[0].split(",")) for fields in lists if fields))
+
+
+def _cpus(span: str) -> set[int]:
+    """The CPUs of a span as Linux writes it, such as "7" or "0-3"."""
+    first, _, last = span.partition("-")
+    return set(range(int(first), int(last or first) + 1))
 
 
 def _cgroup_quota(root: Path, proc_cgroup: Path) -> float | None:

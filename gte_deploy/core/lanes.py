@@ -1,5 +1,6 @@
 """Works on several items at once, and gives the results in the order of the items."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,22 +11,42 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) -> Iterator[Result]:
+_here = threading.local()
+
+
+def in_a_lane() -> bool:
+    """Whether the calling thread works for `in_lanes` on one of several items."""
+    return getattr(_here, "in_a_lane", False)
+
+
+def in_lanes(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    lanes: int,
+    *,
+    fewest: int = 2,
+    alone: Callable[[Item], bool] = lambda item: False,
+) -> Iterator[Result]:
     """Yield `work(item)` for each item, in the order of the items; up to `lanes` items are worked on at once.
 
-    A single lane, and a single item, need no thread: the caller's does the work. Otherwise each lane is a thread, and
-    `items` is read up to `lanes` items ahead. The first error in the order of the items is raised; then, and if the
-    caller stops early, items that are not begun are left out, and the threads end.
+    A single lane, and fewer than `fewest` items, need no thread: the caller's does the work. So it does for the first
+    items as long as `alone` holds for them, one at a time. Otherwise each lane is a thread, and `items` is read up to
+    `lanes` items ahead. The first error in the order of the items is raised; then, and if the caller stops early, items
+    that are not begun are left out, and the threads end.
     """
     if lanes == 1:
         yield from map(work, items)
         return
     source = iter(items)
-    first = list(islice(source, 2))
-    if len(first) < 2:
+    first = list(islice(source, 1))
+    while first and alone(first[0]):
+        yield work(first[0])
+        first = list(islice(source, 1))
+    first += islice(source, fewest - 1)
+    if len(first) < fewest:
         yield from map(work, first)
         return
-    with ThreadPoolExecutor(lanes, thread_name_prefix="gte-lane") as pool:
+    with ThreadPoolExecutor(lanes, thread_name_prefix="gte-lane", initializer=_enter_lane) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in chain(first, source):
@@ -37,3 +58,7 @@ def in_lanes(work: Callable[[Item], Result], items: Iterable[Item], lanes: int) 
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _enter_lane() -> None:
+    _here.in_a_lane = True

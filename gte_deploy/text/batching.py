@@ -4,6 +4,7 @@ Inputs and rows are sorted by length, so that the rows of a batch differ little.
 caller's order.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,11 +43,28 @@ class BatchLimits:
         max_rows: the most rows.
         max_tokens: the most tokens, padding included: rows times the longest row.
         max_square: the most rows times the square of the longest row: the cost of attention.
+        streams: number of batches that are computed at once. Each gets a like share of the tokens.
+        least_tokens: no share is smaller, so that few texts stay one batch.
+        fewest_batches: with fewer batches than that, the streams would be slower than one batch after the other.
     """
 
     max_rows: int
     max_tokens: int
     max_square: int
+    streams: int = 1
+    least_tokens: int = 1
+    fewest_batches: int = 2
+
+    def share(self, lengths: Sequence[int]) -> int:
+        """Return the most tokens of a batch, so that rows of these lengths keep all streams busy until the end."""
+        total = sum(lengths)
+        least = max(self.least_tokens, max(lengths, default=0))
+        if self.streams == 1 or total < least * self.fewest_batches:
+            return self.max_tokens
+        batches = self.streams * math.ceil(total / (self.streams * self.max_tokens))
+        # Half a row more, as batches end with whole rows; else the rest would be one more batch.
+        share = math.ceil(total / batches + total / len(lengths) / 2)
+        return min(self.max_tokens, max(self.least_tokens, share))
 
 
 def token_batches(
@@ -71,11 +89,12 @@ def token_batches(
 
 def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[int]]:
     """Indices of the rows of each batch, longest rows first; every index occurs once."""
+    most = limits.share(lengths)
     group: list[int] = []
     longest = real = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
-        if group and not _fits(len(group) + 1, longest, real + length, limits):
+        if group and not _fits(len(group) + 1, longest, real + length, most, limits):
             yield group
             group, longest, real = [], 0, 0
         longest = longest or length
@@ -115,11 +134,11 @@ def _types(rows: Sequence[Sequence[int]], attention_mask: NDArray[np.int64]) -> 
     return types
 
 
-def _fits(rows: int, longest: int, real: int, limits: BatchLimits) -> bool:
+def _fits(rows: int, longest: int, real: int, most: int, limits: BatchLimits) -> bool:
     padded = rows * longest
     return (
         rows <= limits.max_rows
-        and padded <= limits.max_tokens
+        and padded <= most
         and padded * longest <= limits.max_square
         and padded - real <= limits.max_tokens * _PADDING_SHARE
     )

@@ -22,6 +22,7 @@ from gte_deploy.core.spec import BUNDLE_BACKENDS
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 from gte_deploy.tuning import DEFAULT_SHAPES
+from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, measure_lists
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
 MAX_REPEATS = 10_000
@@ -73,6 +74,7 @@ class EngineResult:
         first_answer_s: seconds from the start of a process to its first answer.
         peak_bytes: highest resident memory of its process over all calls.
         error: why the engine could not be measured, or None. The other fields are complete only with None.
+        lists: the measurements of a list of texts, for each setting.
     """
 
     name: str
@@ -82,6 +84,7 @@ class EngineResult:
     first_answer_s: float | None = None
     peak_bytes: int | None = None
     error: str | None = None
+    lists: Sequence[ListResult] = ()
 
     def spread(self, shape: str) -> Spread:
         """Median and quartiles of one shape."""
@@ -90,7 +93,7 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Every engine's result on one bundle."""
+    """Every engine's result on one bundle. `list_tokens` are the lengths of the texts of the list."""
 
     bundle: Path
     manifest: Manifest
@@ -98,6 +101,7 @@ class BenchReport:
     num_threads: int
     engines: tuple[EngineResult, ...]
     date: str
+    list_tokens: Sequence[int]
 
     @property
     def measured(self) -> list[EngineResult]:
@@ -142,6 +146,8 @@ def bench(
 ) -> BenchReport:
     """Time `Model.encode` of a bundle with every engine, each in a fresh process, in turn.
 
+    It times batches of fixed shapes, and a list of texts of mixed lengths with one stream and with several.
+
     Args:
         bundle: the folder of the bundle.
         backend: "onnx", "openvino" or "tensorrt"; None for every engine that the bundle is for.
@@ -162,6 +168,25 @@ def bench(
     chosen = _shapes(shapes, manifest.spec.max_length, tokenizer.min_length)
     texts = {str(shape): synthetic_texts(tokenizer, [shape.tokens] * shape.rows) for shape in chosen}
     results = _measure(bundle, _engines(manifest, backend), texts, repeats, threads, progress)
+    lengths = list_lengths(threads, low=tokenizer.min_length, high=manifest.spec.max_length)
+    if not is_for_gpus(manifest):
+        the_list = synthetic_texts(tokenizer, lengths)
+        results = [
+            dataclasses.replace(
+                result,
+                lists=measure_lists(
+                    bundle,
+                    (result.backend, result.precision),
+                    the_list,
+                    num_threads=threads,
+                    repeats=repeats,
+                    progress=progress,
+                ),
+            )
+            if result.error is None
+            else result
+            for result in results
+        ]
     report = BenchReport(
         bundle=bundle,
         manifest=manifest,
@@ -169,6 +194,7 @@ def bench(
         num_threads=threads,
         engines=tuple(results),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        list_tokens=lengths,
     )
     if not report.measured:
         reasons = "; ".join(f"{result.name}: {result.error}" for result in results)
@@ -211,6 +237,7 @@ def record(report: BenchReport, picked: EngineResult) -> Path:
         },
         date=report.date,
         versions=engine_versions(),
+        lists=best_for_lists(picked.lists),
     )
     return save(report.manifest.to_json()["checksum"], pick)
 
@@ -229,6 +256,7 @@ def format_table(report: BenchReport) -> str:
                 f"{result.name:<16} {shape!s:>8} {spread.median * 1000:>10,.2f} {quartiles:>19} "
                 f"{spread.least * 1000:>9,.2f} {_tokens_per_second(result, shape):>10,.0f}"
             )
+    lines += _list_lines(report)
     lines.append(f"{'engine':<16} {'first answer s':>14} {'peak MB':>8}")
     for result in report.engines:
         if result.first_answer_s is None or result.peak_bytes is None or result.error is not None:
@@ -236,6 +264,25 @@ def format_table(report: BenchReport) -> str:
         else:
             lines.append(f"{result.name:<16} {result.first_answer_s:>14.2f} {result.peak_bytes / 1e6:>8,.0f}")
     return "\n".join(lines)
+
+
+def _list_lines(report: BenchReport) -> list[str]:
+    """Lines for the settings of lists of each engine."""
+    tokens = sum(report.list_tokens)
+    lines = []
+    for result in report.measured:
+        for entry in result.lists:
+            setting = f"{result.name:<16} {entry.setting.streams:>8} {entry.setting.batch_tokens:>12,}"
+            if entry.error is not None:
+                lines.append(f"{setting} not measured: {entry.error}")
+                continue
+            spread = entry.spread
+            quartiles = f"{spread.q1 * 1000:,.2f} – {spread.q3 * 1000:,.2f}"
+            lines.append(f"{setting} {spread.median * 1000:>10,.2f} {quartiles:>19} {tokens / spread.median:>10,.0f}")
+    if not lines:
+        return []
+    columns = f"{'engine':<16} {'streams':>8} {'batch tokens':>12} {'median ms':>10} {'quartiles':>19} {'tokens/s':>10}"
+    return [f"a list of {len(report.list_tokens)} texts of mixed lengths, {tokens:,} tokens", columns, *lines]
 
 
 def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: int = 0) -> list[str]:
@@ -267,7 +314,7 @@ class LoadedBundle:
         from gte_deploy.loading import load
 
         options: dict[str, Any] = {} if precision is None else {"precision": precision}
-        self._model = load(bundle, backend=backend, num_threads=num_threads, **options)  # type: ignore[arg-type]
+        self._model = load(bundle, backend=backend, num_threads=num_threads, streams=1, **options)  # type: ignore[arg-type]
 
     def encode(self, texts: Sequence[str]) -> None:
         """Embed texts of one length, in one batch."""

@@ -54,7 +54,7 @@ MODEL_ALONE = {
 }
 LOAD = (
     "(path=None, *, backend='auto', precision=None, device=None, num_threads=None, max_batch_tokens=None, "
-    "compile=False, task='auto')"
+    "streams='auto', compile=False, task='auto')"
 )
 CLIENT = (
     "(url='http://localhost:8000', *, timeout_s=60.0, connections=8, max_batch_tokens=16384, headers=None, "

@@ -1,5 +1,6 @@
 """The recorded choice of engine: found again for the same bundle and machine, never a reason to fail."""
 
+import dataclasses
 import json
 import logging
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from gte_deploy.backends import picks
 from gte_deploy.backends.picks import Pick
+from gte_deploy.backends.stream_plan import ListPick
 
 CHECKSUM = "a" * 64
 PICK = Pick(
@@ -54,6 +56,16 @@ def test_another_machine_or_engine_has_no_pick(monkeypatch, caplog, name, value)
     assert not caplog.records
 
 
+def test_lists_are_recorded_too_and_older_files_have_none():
+    pick = dataclasses.replace(PICK, lists=ListPick(streams=4, batch_tokens=512))
+    file = picks.save(CHECKSUM, pick)
+    assert picks.lookup(CHECKSUM) == pick
+    content = json.loads(file.read_bytes())
+    del content["pick"]["lists"]
+    file.write_text(json.dumps(content))
+    assert picks.lookup(CHECKSUM) == PICK
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -67,6 +79,11 @@ def test_another_machine_or_engine_has_no_pick(monkeypatch, caplog, name, value)
         lambda content: json.dumps({**content, "pick": {}}).encode(),
         lambda content: json.dumps({**content, "pick": {**content["pick"], "backend": 7}}).encode(),
         lambda content: json.dumps({**content, "pick": {**content["pick"], "more": 1}}).encode(),
+        lambda content: json.dumps({**content, "pick": {**content["pick"], "lists": [2]}}).encode(),
+        lambda content: json.dumps({**content, "pick": {**content["pick"], "lists": {"streams": 2}}}).encode(),
+        lambda content: json.dumps(
+            {**content, "pick": {**content["pick"], "lists": {"streams": -2, "batch_tokens": 1}}}
+        ).encode(),
     ],
 )
 def test_a_damaged_or_foreign_file_is_ignored_with_a_warning(caplog, damage):

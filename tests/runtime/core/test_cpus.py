@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.cpus import available_cpus, numa_nodes
 
 
 @pytest.fixture
@@ -56,3 +56,21 @@ def test_affinity_without_cgroups(tmp_path, monkeypatch):
 
 def test_here():
     assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.usefixtures("four_cpus")
+@pytest.mark.parametrize(
+    ("lists", "nodes"),
+    [
+        ({}, 1),
+        ({"node0": "0-3\n"}, 1),
+        ({"node0": "0-1\n", "node1": "2-3\n"}, 2),
+        ({"node0": "0,8\n", "node1": "1,9\n", "node2": "2-3,10-11\n", "node3": "4-7\n"}, 3),  # no CPU of the last
+        ({"node0": "0-63\n", "node1": "\n"}, 1),  # a node with memory alone
+    ],
+)
+def test_numa_nodes(tmp_path, lists, nodes):
+    for name, cpus in lists.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpulist").write_text(cpus)
+    assert numa_nodes(folder=tmp_path) == nodes

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gte_deploy.core.lanes import in_lanes
+from gte_deploy.core.lanes import in_a_lane, in_lanes
 
 
 def lanes_alive() -> list[str]:
@@ -49,6 +49,29 @@ def test_one_lane_and_one_item_are_done_in_the_callers_thread():
     assert list(in_lanes(lambda _: threading.get_ident(), range(3), 1)) == [me] * 3
     assert list(in_lanes(lambda _: threading.get_ident(), range(1), 2)) == [me]
     assert me not in list(in_lanes(lambda _: threading.get_ident(), range(2), 2))
+
+
+def test_fewer_items_than_asked_for_are_done_in_the_callers_thread():
+    me = threading.get_ident()
+    assert list(in_lanes(lambda _: threading.get_ident(), range(4), 2, fewest=5)) == [me] * 4
+    assert me not in list(in_lanes(lambda _: threading.get_ident(), range(5), 2, fewest=5))
+    assert list(in_lanes(lambda item: item, range(9), 2, fewest=5)) == list(range(9))
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 9])
+def test_the_first_items_are_done_alone_as_long_as_they_ask_for_it(count: int):
+    me, inside = threading.get_ident(), []
+
+    def work(item: int) -> tuple[int, bool, bool]:
+        inside.append(item)
+        return item, threading.get_ident() == me, in_a_lane()
+
+    found = in_lanes(work, range(count), 2, alone=lambda item: item < 2 or item == 5)
+    for number in range(min(2, count)):
+        assert next(found) == (number, True, False) and inside == list(range(number + 1))
+    rest = list(found)
+    assert [item for item, _, _ in rest] == list(range(2, count))
+    assert {(callers, lane) for _, callers, lane in rest} <= ({(True, False)} if count == 3 else {(False, True)})
 
 
 def test_items_are_read_no_further_ahead_than_lanes():

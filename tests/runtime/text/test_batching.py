@@ -46,6 +46,40 @@ def test_equal_rows_fill_a_batch():
     assert [len(group) for group in plan_batches([64] * 70, BatchLimits(32, 2048, 8192**2))] == [32, 32, 6]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([50] * 60, [750, 750, 750, 750]),  # with batches of 1,000 the second stream would be idle at the end
+        ([16] * 8, [128]),  # too few for two
+        ([16] * 16, [128, 128]),
+        ([16] * 17, [144, 128]),
+        ([300] + [10] * 20, [300, 200]),  # the long row alone takes longer than all on all threads
+        ([500], [500]),
+        ([], []),
+    ],
+)
+def test_every_stream_gets_a_like_share(lengths, sizes):
+    limits = BatchLimits(32, 1024, 8192**2, streams=2, least_tokens=128)
+    assert [len(group) * lengths[group[0]] for group in plan_batches(lengths, limits)] == sizes
+
+
+def test_lists_that_would_keep_most_streams_idle_are_not_cut_finer():
+    limits = BatchLimits(32, 1024, 8192**2, streams=32, least_tokens=128, fewest_batches=12)
+    assert len(list(plan_batches([48] * 31, limits))) == 2
+    assert len(list(plan_batches([48] * 32, limits))) == 16
+    assert len(list(plan_batches([1500] + [48] * 300, limits))) == 16
+
+
+def test_shares_hold_every_row_once_and_keep_the_limits():
+    lengths = np.random.default_rng(0).integers(1, 300, 700).tolist()
+    for streams in (2, 3, 8, 32):
+        limits = BatchLimits(32, 1024, 8192**2, streams=streams, least_tokens=128)
+        plan = list(plan_batches(lengths, limits))
+        assert sorted(index for group in plan for index in group) == list(range(700))
+        padded = [len(group) * max(lengths[i] for i in group) for group in plan]
+        assert max(padded) <= 1024 and sum(padded) < 1.06 * sum(lengths)
+
+
 def test_no_row_no_batch():
     assert list(plan_batches([], BatchLimits(1, 1, 1))) == []
 

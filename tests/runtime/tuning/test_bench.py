@@ -11,13 +11,15 @@ import pytest
 
 from gte_deploy import cli
 from gte_deploy.backends import picks
+from gte_deploy.backends.stream_plan import ListPick
 from gte_deploy.bundle.manifest import PlanEntry, read_manifest
 from gte_deploy.core import exit_codes
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import Profile
 from gte_deploy.text.tokenization import load_tokenizer
 from gte_deploy.tuning.bench import EngineResult, bench, fastest, format_table, record, synthetic_texts
-from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved, resident_bytes
+from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, measure_lists
+from gte_deploy.tuning.measure import Answer, Spread, Worker, WorkerError, interleaved, resident_bytes
 
 SHAPES = ["1x8", "3x16"]
 
@@ -50,6 +52,57 @@ def test_every_shape_is_timed(report):
     assert onnx.first_answer_s > max(max(seconds) for seconds in onnx.seconds.values()) > 0
     # A Python with onnxruntime takes tens of megabytes; one that shared the memory of pytest and torch, hundreds.
     assert 2e7 < onnx.peak_bytes < 3e8
+
+
+def test_lists_are_timed_with_one_stream_and_with_several(bundle, tmp_path):
+    threads = len(os.sched_getaffinity(0))
+    report = bench(bundle, backend="onnx", shapes=SHAPES[:1], repeats=2, num_threads=threads)
+    (onnx,) = report.engines
+    assert {result.setting.streams for result in onnx.lists} == {1, max(1, threads // 2), threads}
+    assert {result.setting.batch_tokens for result in onnx.lists} == {512, 1024, 2048}
+    assert all(result.error is None and len(result.seconds) == 2 for result in onnx.lists)
+    first = onnx.lists[0]
+    assert first.setting == ListPick(1, 1024)
+    tokens = sum(report.list_tokens)
+    assert f"{first.spread.median * 1000:,.2f}" in format_table(report) and f"{tokens:,} tokens" in format_table(report)
+    data = json.loads(json.dumps(report.to_json()))["engines"][0]["lists"][0]
+    assert data["setting"] == {"streams": 1, "batch_tokens": 1024} and data["seconds"] == list(first.seconds)
+    record(report, onnx)
+    assert picks.lookup(read_manifest(bundle).to_json()["checksum"]).lists == best_for_lists(onnx.lists)
+
+
+def test_lists_of_an_engine_that_fails_with_streams(bundle, monkeypatch):
+    class Worker:
+        def __init__(self, factory, path, backend, precision, threads, streams):
+            if streams > 1:
+                raise WorkerError("no memory")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def call(self, method, texts, tokens):
+            return Answer(None, 1.0 if tokens == 1024 else 0.9, 0)
+
+    monkeypatch.setattr("gte_deploy.tuning.lists.Worker", Worker)
+    found = measure_lists(bundle, ("onnx", None), ["a"], num_threads=2, repeats=1, progress=lambda line: None)
+    assert [(result.setting.streams, result.error) for result in found] == [(1, None)] * 3 + [(2, "no memory")] * 3
+    assert best_for_lists(found) == ListPick(1, 512)
+    assert best_for_lists(found[3:]) is None
+
+
+def test_the_setting_for_lists_changes_only_for_a_clear_gain():
+    one, two = ListPick(1, 1024), ListPick(2, 1024)
+    assert best_for_lists([ListResult(one, [1.0] * 3), ListResult(two, [0.98] * 3)]) == one
+    assert best_for_lists([ListResult(one, [1.0] * 3), ListResult(two, [0.9] * 3)]) == two
+
+
+def test_the_list_grows_with_the_threads_and_keeps_to_the_model():
+    assert len(list_lengths(1, low=3, high=128)) == len(list_lengths(8, low=3, high=128)) == 64
+    assert len(list_lengths(96, low=3, high=128)) == 768
+    assert (min(list_lengths(96, low=9, high=50)), max(list_lengths(96, low=9, high=50))) == (9, 50)
 
 
 def test_json_and_table_say_the_same(report):
