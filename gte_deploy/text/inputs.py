@@ -12,7 +12,7 @@ MAX_TEXT_BYTES = 4 << 20
 MAX_BATCH_SIZE = 65_536
 MAX_BATCH_TOKENS = 1 << 24
 
-Item = TypeVar("Item", bound=Hashable)
+Distinct = TypeVar("Distinct", bound=Hashable)
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
@@ -38,9 +38,9 @@ def as_texts(inputs: Any, *, name: str = "inputs", prompt: str = "") -> tuple[li
     return [_prompted(text, prompt, name, i) for i, text in enumerate(_as_list(inputs, name))], False
 
 
-def distinct(inputs: Sequence[Item]) -> dict[int, Item]:
+def distinct(inputs: Sequence[Distinct]) -> dict[int, Distinct]:
     """The inputs of one call, each once: the number of the first among equal ones -> the input, in order."""
-    firsts: dict[Item, int] = {}
+    firsts: dict[Distinct, int] = {}
     for number, item in enumerate(inputs):
         firsts.setdefault(item, number)
     return {number: item for item, number in firsts.items()}

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # The first attempt on a long text takes this many characters for each wanted token; English has 4 to 5.
 _CHARS_PER_TOKEN = 8
 _LOOK_AHEAD_GROWTH = 4
+# A text of so many characters, alone, is tokenised in the caller's thread. A batch wakes a thread, which takes longer,
+# but does not compute offsets.
+_ALONE_CHARS = 256
 # Words at the end of the tokenised part that the cut may have changed: half of "[MASK]" is up to three words.
 _UNSAFE_WORDS = 8
 # Unicode's last code point, which is no character.
@@ -354,13 +357,19 @@ class TextTokenizer:
         return int(pieces[0])
 
     def _encode(self, text: str) -> Any:
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: Sequence[str]) -> Sequence[Any]:
+        if len(texts) == 1 and len(texts[0]) <= _ALONE_CHARS:
+            return [self._tokenizer.encode(texts[0], add_special_tokens=False)]
+        found: Sequence[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
+        return found
 
     def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
         """Ids of each text without special tokens, and whether they are all the ids of the text."""
         look_ahead = self._look_ahead(budget)
         short = [text for text in texts if len(text) <= look_ahead]
-        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
+        encodings = iter(self._encode_all(short))
         return [
             (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget)
             for text in texts
