@@ -84,7 +84,8 @@ class WarmUp:
 class Model(TextInterface):
     """A loaded model. Methods may be called from several threads at once; results are in the order of the inputs.
 
-    Create one with `gte_deploy.load`. As a context manager, the model closes at the end of the block.
+    Equal inputs of one call are computed once, and each gets a result of its own; an error names the first of them.
+    Create a model with `gte_deploy.load`. As a context manager, the model closes at the end of the block.
     """
 
     def __init__(

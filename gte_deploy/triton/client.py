@@ -61,9 +61,9 @@ Values = dict[str, NDArray[Any]]
 class Client(TextInterface):
     """A model on a server. Methods may be called from several threads at once; results are in the order of the inputs.
 
-    The methods are those of `Model`. For an error that only the server can find, the message is the server's. As a
-    context manager the client closes at the end. Warnings about words that are not in the vocabulary, which `Model`
-    gives here, are in the server's log.
+    The methods are those of `Model`; equal inputs of one call are sent once. For an error that only the server can
+    find, the message is the server's. As a context manager the client closes at the end. Warnings about words that are
+    not in the vocabulary, which `Model` gives here, are in the server's log.
     """
 
     _gives_dictionaries = True
