@@ -31,7 +31,7 @@ from gte_deploy.tasks.base import HIDDEN, Outputs, Request
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, parts_of
-from gte_deploy.tasks.interface import Batches, BatchOptions, TextInterface
+from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
 from gte_deploy.tasks.sparse import (
     Names,
     SparseRequest,
@@ -40,9 +40,9 @@ from gte_deploy.tasks.sparse import (
     unweighted_ids,
     weights_of_query,
 )
-from gte_deploy.tasks.token_classify import Entity, OwnLogits, TaggedTexts, TaggingRequest
+from gte_deploy.tasks.token_classify import OwnLogits, TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, collate, token_batches
-from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer
+from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer, distinct
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
 
 Rows = list[list[int]]
@@ -84,7 +84,8 @@ class WarmUp:
 class Model(TextInterface):
     """A loaded model. Methods may be called from several threads at once; results are in the order of the inputs.
 
-    Create one with `gte_deploy.load`. As a context manager, the model closes at the end of the block.
+    Equal inputs of one call are computed once, and each gets a result of its own; an error names the first of them.
+    Create a model with `gte_deploy.load`. As a context manager, the model closes at the end of the block.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class Model(TextInterface):
             InputError: see `encode`.
         """
         texts = as_texts(texts, name="texts")[0]
-        rows = self._tokenize_texts(texts, truncation, max_length)(list(range(len(texts))))
+        rows = self._tokenize_texts(dict(enumerate(texts)), truncation, max_length)(list(range(len(texts))))
         batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
         types = {} if batch.token_type_ids is None else {"token_type_ids": batch.token_type_ids}
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **types}
@@ -281,12 +282,10 @@ class Model(TextInterface):
             masks = np.stack([np.arange(rows), np.zeros(rows, np.int64)], axis=1)
         return Batch(ids, np.ones_like(ids), masks)
 
-    def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         return self._answers(request, self._token_ids(texts, options))
 
-    def _sparse_batches(
-        self, request: SparseRequest, texts: Sequence[str], options: BatchOptions
-    ) -> tuple[Batches, Names]:
+    def _sparse_batches(self, request: SparseRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
         names = entry_names(self._tokenizer, self.spec)
         if request.route == "query" and self._query_weights is not None:
             return self._query_batches(request, self._query_weights, texts, options), names
@@ -296,41 +295,44 @@ class Model(TextInterface):
         return self._answers(request, self._token_ids(texts, options)), names
 
     def _query_batches(
-        self, request: SparseRequest, weights: NDArray[np.float32], texts: Sequence[str], options: BatchOptions
+        self, request: SparseRequest, weights: NDArray[np.float32], texts: Texts, options: BatchOptions
     ) -> Batches:
         """Answer queries with the stored weights of their tokens; the special tokens around a text are left out."""
-        numbers = list(range(len(texts)))
+        numbers = list(texts)
         rows = self._tokenize_texts(texts, options.truncation, options.max_length)(numbers)
         first, last = len(self._tokenizer.template.prefix), len(self._tokenizer.template.suffix)
         yield numbers, request.vectors(weights_of_query(row[first : len(row) - last], weights) for row in rows)
 
-    def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
+    def _pair_batches(self, request: ScoreRequest, pairs: Pairs, options: BatchOptions) -> Batches:
         limit = self._limit(options.max_length, self._tokenizer.min_pair_length)
 
         def tokenize(indices: list[int]) -> Rows:
             chosen = [pairs[i] for i in indices]
             return self._tokenizer.encode_pairs(chosen, indices, max_length=limit, truncation=options.truncation)
 
-        sizes = [sum(map(len, pair)) for pair in pairs]
+        sizes = {number: sum(map(len, pair)) for number, pair in pairs.items()}
         return self._answers(request, token_batches(sizes, tokenize, options.limits))
 
-    def _token_batches(self, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _token_batches(self, texts: Texts, options: BatchOptions) -> Batches:
         template = self._tokenizer.template
         request = OwnLogits(first=len(template.prefix), last=len(template.suffix))
         return self._answers(request, self._token_ids(texts, options))
 
-    def _entities(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> list[list[Entity]]:
+    def _entity_batches(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> Batches:
         limit = self._limit(options.max_length, self._tokenizer.min_length)
+        numbers = list(distinct(given.keys))
+        chosen: Any = [given.encoded[number] for number in numbers]
         pieces = self._tokenizer.encode_places(
-            given.encoded, max_length=limit, truncation=options.truncation, stride=request.stride
+            chosen, numbers, max_length=limit, truncation=options.truncation, stride=request.stride
         )
-        return request.answers(given, pieces, self._piece_logits(pieces, options.limits), self._tokenizer, self.spec)
+        logits = self._piece_logits(pieces, options.limits)
+        found = request.answers(given, pieces, logits, self._tokenizer, self.spec)
+        yield numbers, [found[number] for number in numbers]
 
     def _piece_logits(self, pieces: Sequence[Piece], limits: BatchLimits) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield the number of each piece and the logits [T, L] of its own tokens, in any order."""
-        batches = token_batches(
-            [len(piece.ids) for piece in pieces], lambda numbers: [pieces[i].ids for i in numbers], limits
-        )
+        sizes = {number: len(piece.ids) for number, piece in enumerate(pieces)}
+        batches = token_batches(sizes, lambda numbers: [pieces[i].ids for i in numbers], limits)
 
         def compute(item: TokenBatch) -> tuple[list[int], NDArray[np.float32]]:
             numbers, rows = item
@@ -346,9 +348,7 @@ class Model(TextInterface):
     def _most_answers(self) -> int:
         return len(self._answerable)
 
-    def _mask_batches(
-        self, top_k: int, targets: list[str] | None, texts: Sequence[str], options: BatchOptions
-    ) -> Batches:
+    def _mask_batches(self, top_k: int, targets: list[str] | None, texts: Texts, options: BatchOptions) -> Batches:
         candidates = self._answerable if targets is None else np.array(self._tokenizer.target_ids(targets))
         request = MaskRequest(self.spec, self._tokenizer, candidates, top_k)
         outputs = request.graph_outputs(self._backend.outputs)
@@ -369,7 +369,7 @@ class Model(TextInterface):
 
         return self._in_lanes(answer, self._masked_token_ids(texts, options))
 
-    def _masked_token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
+    def _masked_token_ids(self, texts: Texts, options: BatchOptions) -> TokenIds:
         """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early."""
         mask, tokenize = self._tokenizer.mask_token, self._tokenize_texts(texts, options.truncation, options.max_length)
 
@@ -379,7 +379,7 @@ class Model(TextInterface):
                 check_mask(index, texts[index], row, self._tokenizer)
             return rows
 
-        sizes = [len(text) if mask is not None and mask in text else math.inf for text in texts]
+        sizes = {i: len(text) if mask is not None and mask in text else math.inf for i, text in texts.items()}
         return token_batches(sizes, checked, options.limits)
 
     def _answers(self, request: Request, batches: TokenIds) -> Batches:
@@ -425,7 +425,7 @@ class Model(TextInterface):
     @property
     def _lanes(self) -> int:
         """The number of batches of a call that are worked on at once."""
-        return self._backend.lanes if isinstance(self._backend, LanedBackend) else 1
+        return int(getattr(self._backend, "lanes", 1))  # isinstance of a protocol would cost 50 µs in every call
 
     def _run(self, batch: Batch, outputs: Sequence[str], indices: Sequence[int]) -> Outputs:
         with in_use():
@@ -433,11 +433,11 @@ class Model(TextInterface):
         check_finite(values, batch, indices)
         return values
 
-    def _token_ids(self, texts: Sequence[str], options: BatchOptions) -> TokenIds:
+    def _token_ids(self, texts: Texts, options: BatchOptions) -> TokenIds:
         tokenize = self._tokenize_texts(texts, options.truncation, options.max_length)
-        return token_batches([len(text) for text in texts], tokenize, options.limits)
+        return token_batches({number: len(text) for number, text in texts.items()}, tokenize, options.limits)
 
-    def _tokenize_texts(self, texts: Sequence[str], truncation: bool, max_length: int | None) -> Tokenize:
+    def _tokenize_texts(self, texts: Texts, truncation: bool, max_length: int | None) -> Tokenize:
         limit = self._limit(max_length, self._tokenizer.min_length)
 
         def tokenize(indices: list[int]) -> Rows:

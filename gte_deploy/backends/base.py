@@ -38,14 +38,10 @@ class Batch:
 
     def graph_inputs(self, names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """The named inputs of a graph of padded texts, in that order. Zeros or no rows replace a missing one."""
-        types, positions = self.token_type_ids, self.mask_positions
-        offered = {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "token_type_ids": np.zeros_like(self.input_ids) if types is None else types,
-            "mask_positions": np.empty((0, 2), np.int64) if positions is None else positions,
-        }
-        return {name: offered[name] for name in names}
+        return {name: self._missing(name) if (array := getattr(self, name)) is None else array for name in names}
+
+    def _missing(self, name: str) -> NDArray[np.int64]:
+        return np.empty((0, 2), np.int64) if name == "mask_positions" else np.zeros_like(self.input_ids)
 
 
 class Backend(Protocol):

@@ -9,13 +9,12 @@ This covers `os.fork`, `os.forkpty` and multiprocessing. A process that `subproc
 inherits nothing.
 """
 
-import contextlib
 import ctypes
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 # A fork waits at most so long for computations to end. A batch on a CPU takes less time; opening a model may take more.
@@ -32,7 +31,7 @@ class Follower(Protocol):
         ...
 
 
-class _Gate:
+class _Gate(AbstractContextManager[None]):
     """Lets many computations in at once, and a fork only while no computation is inside."""
 
     def __init__(self) -> None:
@@ -47,7 +46,7 @@ class _Gate:
         self._forks = 0
         self._idle = True
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         if self._pid != os.getpid():  # C code forked without Python's hooks
             self.after_in_child()
         me = threading.get_ident()
@@ -56,7 +55,7 @@ class _Gate:
                 self._changed.wait()
             self._inside[me] = self._inside.get(me, 0) + 1
 
-    def leave(self) -> None:
+    def __exit__(self, *error: object) -> None:
         me = threading.get_ident()
         with self._changed:
             self._inside[me] -= 1
@@ -93,14 +92,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_gate.before, after_in_parent=_gate.after_in_parent, after_in_child=_gate.after_in_child)
 
 
-@contextlib.contextmanager
-def in_use() -> Iterator[None]:
+def in_use() -> AbstractContextManager[None]:
     """A `with` block for the work of an engine: no other thread forks inside it. Blocks may be nested."""
-    _gate.enter()
-    try:
-        yield
-    finally:
-        _gate.leave()
+    return _gate
 
 
 def follow(follower: Follower) -> None:

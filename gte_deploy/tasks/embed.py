@@ -78,13 +78,12 @@ class EmbeddingRequest:
 
     def answer(self, batch: Batch, outputs: Outputs) -> list[Any]:
         """See `Request`; results are numpy arrays for every return type."""
+        if self.output_value == "sentence_embedding":
+            return list(self.finished(self.pooled(batch.attention_mask, outputs)))
         lengths = batch.attention_mask.sum(axis=1).tolist()
         if self.output_value == "token_embeddings":
             return [tokens[:length] for tokens, length in zip(outputs[HIDDEN], lengths, strict=True)]
-        pooled = self.pooled(batch.attention_mask, outputs)
-        if self.output_value == "sentence_embedding":
-            return list(self.finished(pooled))
-        sentences = self._truncated(pooled)
+        sentences = self._truncated(self.pooled(batch.attention_mask, outputs))
         types = batch.token_type_ids
         return [
             {

@@ -25,6 +25,10 @@ MAX_LOGITS = 1 << 26
 SERVED = Ensemble("gte_fill_mask", ("MASKS", "TOKEN", "TOKEN_ID", "SCORE", "SEQUENCE"), ("TOP_K", "TARGETS"))
 
 
+# Columns of scores in the search for the best of them; 512 was the fastest for 30,522 words.
+_COLUMNS = 512
+
+
 class MaskAnswer(TypedDict):
     """One candidate for one mask, with the pipeline's keys in its order."""
 
@@ -93,8 +97,10 @@ def top_tokens(
     """
     scores = softmax(logits)[candidates]
     kept = min(top_k, len(candidates))
-    threshold = np.partition(scores, -kept)[-kept]
-    best = np.flatnonzero(scores >= threshold)
+    # The best of each column are fast to find. Of `kept` columns or more they bound the scores to look at from below.
+    width = min(len(scores), max(_COLUMNS, kept))
+    columns = scores[: len(scores) // width * width].reshape(-1, width).max(axis=0)
+    best = np.flatnonzero(scores >= np.partition(columns, -kept)[-kept])
     best = best[np.lexsort((candidates[best], -scores[best]))][:kept]
     return scores[best], candidates[best]
 
@@ -114,11 +120,11 @@ def answers(
     other masks would vanish from it.
     """
     single = row.count(row[position]) == 1
-    filled = list(row)
+    before, after = ([i for i in part if i != pad_token_id] for part in (row[:position], row[position + 1 :]))
     result: list[MaskAnswer] = []
     for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
-        filled[position] = token
-        sequence = tokenizer.decode([i for i in filled if i != pad_token_id], skip_special_tokens=single)
+        filled = [*before, *([token] if token != pad_token_id else ()), *after]
+        sequence = tokenizer.decode(filled, skip_special_tokens=single)
         result.append({"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence})
     return result
 

@@ -5,9 +5,11 @@ A subclass answers batches of texts; see the abstract methods.
 Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V vocabulary, L labels, D embedding size.
 """
 
+import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -28,9 +30,9 @@ from gte_deploy.tasks.base import ReturnType
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
-from gte_deploy.tasks.token_classify import Entity, TaggedTexts, TaggingRequest, TokenScoreRequest
+from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest, TokenScoreRequest
 from gte_deploy.text.batching import BatchLimits
-from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer
+from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer, distinct
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,12 @@ _MAX_INT32 = (1 << 31) - 1
 
 Batches = Iterator[tuple[list[int], Sequence[Any]]]
 """For each batch: the numbers of its inputs, and their answers. Every input comes once."""
+
+Texts = Mapping[int, str]
+"""The texts to answer by their numbers in the caller's list. Of equal texts only the first is there."""
+
+Pairs = Mapping[int, tuple[str, ...]]
+"""The pairs, or single texts, to answer; as `Texts`."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,8 @@ class TextInterface(ABC):
         request.check()
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
-        answers = self._embed_batches(request, texts, options)
-        return request.assemble(in_order(answers, len(texts), show_progress_bar), single=single)
+        answers = self._embed_batches(request, distinct(texts), options)
+        return request.assemble(in_order(answers, texts, show_progress_bar), single=single)
 
     def encode_sparse(
         self,
@@ -220,8 +228,8 @@ class TextInterface(ABC):
         request = SparseRequest(self.spec, max_active_dims, self._route(route))
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
-        answers, names = self._sparse_batches(request, texts, options)
-        return form.assemble(in_order(answers, len(texts), show_progress_bar), names, single=single)
+        answers, names = self._sparse_batches(request, distinct(texts), options)
+        return form.assemble(in_order(answers, texts, show_progress_bar), names, single=single)
 
     def predict(
         self,
@@ -301,11 +309,11 @@ class TextInterface(ABC):
         given, before = one_of(inputs, sentences), prompt_text(self.spec, prompt, prompt_name)
         if by_token:
             texts, single = as_texts(given, prompt=before)
-            answers = self._token_batches(texts, options)
-            return request.assemble(in_order(answers, len(texts), show_progress_bar), single=single)
+            answers = self._token_batches(distinct(texts), options)
+            return request.assemble(in_order(answers, texts, show_progress_bar), single=single)
         pairs, single = as_pairs(given, prompt=before)
-        answers = self._pair_batches(request, pairs, options)
-        return request.assemble(in_order(answers, len(pairs), show_progress_bar), single=single)
+        answers = self._pair_batches(request, distinct(pairs), options)
+        return request.assemble(in_order(answers, pairs, show_progress_bar), single=single)
 
     def classify_tokens(
         self,
@@ -364,7 +372,7 @@ class TextInterface(ABC):
         given = TaggedTexts.of(
             inputs, is_split_into_words=is_split_into_words, delimiter=delimiter, offset_mapping=offset_mapping
         )
-        answers = self._entities(request, given, options)
+        answers = in_order(self._entity_batches(request, given, options), given.keys)
         return answers[0] if given.single else answers
 
     def fill_mask(
@@ -405,7 +413,7 @@ class TextInterface(ABC):
         words = None if targets is None else as_texts(targets, name="targets")[0]
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
         texts, single = as_texts(inputs)
-        found = in_order(self._mask_batches(top_k, words, texts, options), len(texts))
+        found = in_order(self._mask_batches(top_k, words, distinct(texts), options), texts)
         nested = [masks[0] if len(masks) == 1 else masks for masks in found]
         return nested[0] if single or len(nested) == 1 else nested
 
@@ -505,31 +513,27 @@ class TextInterface(ABC):
         """
 
     @abstractmethod
-    def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         """The answers of `EmbeddingRequest.answer`."""
 
     @abstractmethod
-    def _sparse_batches(
-        self, request: SparseRequest, texts: Sequence[str], options: BatchOptions
-    ) -> tuple[Batches, Names]:
+    def _sparse_batches(self, request: SparseRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
         """Return the `SparseEmbedding` of each text, and the names of entries, complete after the last batch."""
 
     @abstractmethod
-    def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
+    def _pair_batches(self, request: ScoreRequest, pairs: Pairs, options: BatchOptions) -> Batches:
         """Logits [L] of each pair, or single text."""
 
     @abstractmethod
-    def _token_batches(self, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _token_batches(self, texts: Texts, options: BatchOptions) -> Batches:
         """Logits [T, L] of the tokens of each text, special tokens left out."""
 
     @abstractmethod
-    def _entities(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> list[list[Entity]]:
-        """The entities of each text."""
+    def _entity_batches(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> Batches:
+        """The entities of each of the distinct texts."""
 
     @abstractmethod
-    def _mask_batches(
-        self, top_k: int, targets: list[str] | None, texts: Sequence[str], options: BatchOptions
-    ) -> Batches:
+    def _mask_batches(self, top_k: int, targets: list[str] | None, texts: Texts, options: BatchOptions) -> Batches:
         """The answers for each mask of each text."""
 
     @property
@@ -641,19 +645,27 @@ def return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
     return "numpy" if convert_to_numpy else "list of tensors"
 
 
-def in_order(batches: Batches, total: int, show_progress_bar: bool | None = False) -> list[Any]:
-    """The answers of all batches in the order of the inputs, with a progress bar on stderr.
+def in_order(batches: Batches, inputs: Sequence[Hashable], show_progress_bar: bool | None = False) -> list[Any]:
+    """The answers to all inputs in their order, with a progress bar on stderr.
 
-    `show_progress_bar` None shows it if the package logs at INFO or DEBUG.
+    Args:
+        batches: the answers to `distinct(inputs)`. An input that equals an earlier one gets a copy of its answer.
+        inputs: all inputs of the call.
+        show_progress_bar: None shows it if the package logs at INFO or DEBUG.
     """
-    answers: list[Any] = [None] * total
-    for numbers, found in _with_progress(batches, total, show_progress_bar):
-        for number, answer in zip(numbers, found, strict=True):
-            answers[number] = answer
-    return answers
+    answers: dict[int, Any] = {}
+    for numbers, found in _with_progress(batches, inputs, show_progress_bar):
+        answers.update(zip(numbers, found, strict=True))
+    if len(answers) < len(inputs):
+        firsts: dict[Hashable, int] = {}
+        for number, item in enumerate(inputs):
+            first = firsts.setdefault(item, number)
+            if first != number:
+                answers[number] = copy.deepcopy(answers[first])
+    return [answers[number] for number in range(len(inputs))]
 
 
-def _with_progress(batches: Batches, total: int, wanted: bool | None) -> Batches:
+def _with_progress(batches: Batches, inputs: Sequence[Hashable], wanted: bool | None) -> Batches:
     if wanted is None:
         wanted = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     if not wanted:
@@ -661,7 +673,8 @@ def _with_progress(batches: Batches, total: int, wanted: bool | None) -> Batches
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc="Inputs") as bar:
+    equal = Counter(inputs)
+    with tqdm(total=len(inputs), desc="Inputs") as bar:
         for numbers, found in batches:
             yield numbers, found
-            bar.update(len(numbers))
+            bar.update(sum(equal[inputs[number]] for number in numbers))

@@ -18,6 +18,8 @@ def pool(hidden: NDArray[np.float32], attention_mask: NDArray[np.int64], pooling
     if pooling == "cls":
         return hidden[:, 0].astype(np.float32)
     # Along the token axis numpy adds one by one: 8,192 float32 sums in float64 keep their digits.
+    if attention_mask.all():  # adding all is faster than choosing
+        return (np.add.reduce(hidden, axis=1, dtype=np.float64) / hidden.shape[1]).astype(np.float32)
     total = np.add.reduce(hidden, axis=1, dtype=np.float64, where=attention_mask[:, :, None] == 1)
     return (total / attention_mask.sum(axis=1, keepdims=True)).astype(np.float32)
 

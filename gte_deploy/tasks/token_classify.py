@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens of a text without special ones, L labels, N largest number of entities in a row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ class TaggingRequest:
         tokenizer: "TextTokenizer",
         spec: ModelSpec,
     ) -> list[list[Entity]]:
-        """The entities of each text.
+        """The entities of each text; none of a text without pieces.
 
         Args:
             given: the texts.
@@ -176,6 +176,13 @@ class TaggedTexts:
             return cls(texts, words, starts, _checked_offsets(offset_mapping, len(texts)), single=False)
         texts, single = as_texts(inputs)
         return cls(texts, texts, None, _checked_offsets(offset_mapping, len(texts)), single)
+
+    @property
+    def keys(self) -> Sequence[Hashable]:
+        """A key for each text: equal texts have equal keys, unless the caller gave their offsets."""
+        if self.offsets is not None:
+            return range(len(self.texts))
+        return self.texts if self.word_starts is None else [tuple(words) for words in self.encoded]
 
     def places(self, piece: "Piece") -> NDArray[np.int64]:
         """Return (start, end) of the piece's own tokens in their text, [T, 2].

@@ -5,8 +5,9 @@ caller's order.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -68,20 +69,22 @@ class BatchLimits:
 
 
 def token_batches(
-    sizes: Sequence[float], tokenize: Callable[[list[int]], list[list[int]]], limits: BatchLimits
+    sizes: Mapping[int, float], tokenize: Callable[[list[int]], list[list[int]]], limits: BatchLimits
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Indices and token ids of the rows of each batch, for inputs of roughly these `sizes`; every index occurs once.
+    """Numbers and token ids of the rows of each batch, for inputs of roughly these `sizes`; every number occurs once.
 
-    `tokenize` returns the token ids of the inputs with given indices. The largest inputs come first, so that an input
-    that is too long is refused before other work is done. A thread tokenises the inputs of later batches while the
-    caller runs the earlier ones, so that the model does not wait.
+    `sizes` has the size of each input by its number, and `tokenize` returns the token ids of the inputs with given
+    numbers. The largest inputs come first, so that an input that is too long is refused before other work is done. A
+    thread tokenises the inputs of later batches while the caller runs the earlier ones, so that the model does not
+    wait.
     """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    order = sorted(sizes, key=sizes.__getitem__, reverse=True)
     windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
     rows = tokenize(windows[0])
-    with ThreadPoolExecutor(1, thread_name_prefix="gte-tokenize") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="gte-tokenize") if len(windows) > 1 else None
+    with pool or nullcontext():
         for window, following in zip_longest(windows, windows[1:]):
-            ahead = pool.submit(tokenize, following) if following else None
+            ahead = pool.submit(tokenize, following) if pool and following else None
             for group in plan_batches([len(row) for row in rows], limits):
                 yield [window[i] for i in group], [rows[i] for i in group]
             rows = ahead.result() if ahead else []
@@ -115,13 +118,17 @@ def collate(
         mask_token_id: the id whose positions the batch lists, row by row; None for no list.
         token_types: whether the batch gets token types, for a model that takes them.
     """
-    lengths = np.array([len(row) for row in rows])
-    attention_mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    input_ids = np.full(attention_mask.shape, pad_token_id, dtype=np.int64)
-    input_ids[attention_mask == 1] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    padding = [pad_token_id] * (longest - min(lengths))
+    input_ids = np.array([[*row, *padding[: longest - len(row)]] for row in rows], dtype=np.int64)
+    if padding:
+        attention_mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    else:
+        attention_mask = np.ones_like(input_ids)
     positions = None
     if mask_token_id is not None:
-        positions = np.argwhere((input_ids == mask_token_id) & (attention_mask == 1)).astype(np.int64)
+        positions = np.argwhere((input_ids == mask_token_id) & (attention_mask == 1)).astype(np.int64, copy=False)
     return Batch(input_ids, attention_mask, positions, _types(rows, attention_mask) if token_types else None)
 
 

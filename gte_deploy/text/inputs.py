@@ -1,7 +1,7 @@
 """Checks the texts, pairs and integers of a caller before any work. A message names the index and the limit."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,8 @@ MAX_TEXT_BYTES = 4 << 20
 """Longest text in UTF-8 bytes, prompt included. Tokenising takes about a second per megabyte, before truncation."""
 MAX_BATCH_SIZE = 65_536
 MAX_BATCH_TOKENS = 1 << 24
+
+Distinct = TypeVar("Distinct", bound=Hashable)
 
 
 def check_integer(name: str, value: Any, low: int, high: int) -> int:
@@ -32,8 +34,16 @@ def as_texts(inputs: Any, *, name: str = "inputs", prompt: str = "") -> tuple[li
             a lone surrogate.
     """
     if isinstance(inputs, str):
-        return [_checked_text(prompt + inputs, f"{name} (one text)")], True
-    return [_prompted(text, prompt, f"{name}[{i}]") for i, text in enumerate(_as_list(inputs, name))], False
+        return [_prompted(inputs, prompt, name)], True
+    return [_prompted(text, prompt, name, i) for i, text in enumerate(_as_list(inputs, name))], False
+
+
+def distinct(inputs: Sequence[Distinct]) -> dict[int, Distinct]:
+    """The inputs of one call, each once: the number of the first among equal ones -> the input, in order."""
+    firsts: dict[Distinct, int] = {}
+    for number, item in enumerate(inputs):
+        firsts.setdefault(item, number)
+    return {number: item for item, number in firsts.items()}
 
 
 def as_words(inputs: Any) -> list[list[str]]:
@@ -47,7 +57,7 @@ def as_words(inputs: Any) -> list[list[str]]:
     items = _as_list(inputs, "inputs")
     if isinstance(items[0], str):
         return [as_texts(items)[0]]
-    return [as_texts(_as_list(item, f"inputs[{i}]"), name=f"inputs[{i}]")[0] for i, item in enumerate(items)]
+    return [as_texts(_as_list(item, "inputs", i), name=f"inputs[{i}]")[0] for i, item in enumerate(items)]
 
 
 def as_pairs(inputs: Any, *, prompt: str = "") -> tuple[list[tuple[str, ...]], bool]:
@@ -60,42 +70,52 @@ def as_pairs(inputs: Any, *, prompt: str = "") -> tuple[list[tuple[str, ...]], b
         InputError: the input has another form, or `as_texts` refuses a text.
     """
     if isinstance(inputs, str):
-        return [(_checked_text(prompt + inputs, "inputs (one text)"),)], True
+        return [(_prompted(inputs, prompt, "inputs"),)], True
     items = _as_list(inputs, "inputs")
     if not any(isinstance(item, str) for item in items):
-        return [_as_pair(item, f"inputs[{i}]", prompt) for i, item in enumerate(items)], False
+        return [_as_pair(item, prompt, "inputs", i) for i, item in enumerate(items)], False
     if len(items) != 2:
         raise InputError(
             f"inputs is a flat list of {len(items)} texts; one pair has two. For a batch give a list of pairs "
             "[[query, document], …], or of single texts [[text], …]."
         )
-    return [_as_pair(items, "inputs", prompt)], True
+    return [_as_pair(items, prompt, "inputs")], True
 
 
-def _as_list(inputs: Any, name: str) -> list[Any]:
-    if isinstance(inputs, np.ndarray):
-        inputs = inputs.tolist() if inputs.ndim else inputs.item()
-    if not isinstance(inputs, Sequence) or isinstance(inputs, (str, bytes, bytearray, memoryview)):
-        raise InputError(f"{name} must be a text or a list of texts, not {type(inputs).__name__}")
+# The functions below run once for each text. They take the place of a text as an argument's name and indices in it, and
+# spell it, as in inputs[3][1], only for an error.
+
+
+def _as_list(inputs: Any, name: str, *place: int) -> list[Any]:
+    if not isinstance(inputs, list | tuple):
+        if isinstance(inputs, np.ndarray):
+            inputs = inputs.tolist() if inputs.ndim else inputs.item()
+        if not isinstance(inputs, Sequence) or isinstance(inputs, (str, bytes, bytearray, memoryview)):
+            raise InputError(f"{_where(name, place)} must be a text or a list of texts, not {type(inputs).__name__}")
     if len(inputs) == 0:
-        raise InputError(f"{name} is empty; give at least one text")
+        raise InputError(f"{_where(name, place)} is empty; give at least one text")
     return list(inputs)
 
 
-def _as_pair(item: Any, where: str, prompt: str) -> tuple[str, ...]:
-    texts = _as_list(item, where)
+def _as_pair(item: Any, prompt: str, name: str, *place: int) -> tuple[str, ...]:
+    texts = _as_list(item, name, *place)
     if len(texts) > 2:
-        raise InputError(f"{where} has {len(texts)} texts; expected one text or a pair")
-    return tuple(_prompted(text, "" if i else prompt, f"{where}[{i}]") for i, text in enumerate(texts))
+        raise InputError(f"{_where(name, place)} has {len(texts)} texts; expected one text or a pair")
+    return tuple([_prompted(text, "" if i else prompt, name, *place, i) for i, text in enumerate(texts)])
 
 
-def _prompted(text: Any, prompt: str, where: str) -> str:
+def _prompted(text: Any, prompt: str, name: str, *place: int) -> str:
+    """Return the text behind the prompt, if it is one that can be tokenised."""
     if not isinstance(text, str):
-        raise InputError(f"{where} must be a text (str), not {type(text).__name__}")
-    return _checked_text(prompt + text, where)
+        raise InputError(f"{_where(name, place)} must be a text (str), not {type(text).__name__}")
+    text = prompt + text
+    # ASCII has no surrogates, and as many bytes as characters; Python stores whether a text is ASCII.
+    if len(text) > MAX_TEXT_BYTES or not text.isascii():
+        _check_encoding(text, _where(name, place) if place else f"{name} (one text)")
+    return text
 
 
-def _checked_text(text: str, where: str) -> str:
+def _check_encoding(text: str, where: str) -> None:
     # A text has at least as many bytes as characters, so an oversized text is refused before it is copied.
     if len(text) > MAX_TEXT_BYTES:
         raise InputError(_too_long(where, f"{len(text):,} characters"))
@@ -108,7 +128,10 @@ def _checked_text(text: str, where: str) -> str:
         ) from None
     if size > MAX_TEXT_BYTES:
         raise InputError(_too_long(where, f"{size:,} bytes"))
-    return text
+
+
+def _where(name: str, place: Sequence[int]) -> str:
+    return name + "".join(f"[{index}]" for index in place)
 
 
 def _too_long(where: str, size: str) -> str:

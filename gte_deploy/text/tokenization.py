@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 # The first attempt on a long text takes this many characters for each wanted token; English has 4 to 5.
 _CHARS_PER_TOKEN = 8
 _LOOK_AHEAD_GROWTH = 4
+# A text of so many characters, alone, is tokenised in the caller's thread. A batch wakes a thread, which takes longer,
+# but does not compute offsets.
+_ALONE_CHARS = 256
 # Words at the end of the tokenised part that the cut may have changed: half of "[MASK]" is up to three words.
 _UNSAFE_WORDS = 8
 # Unicode's last code point, which is no character.
@@ -53,14 +56,17 @@ class Template:
     def row(self, *texts: Sequence[int]) -> list[int]:
         """Token ids of one or two texts with the special tokens; a `TypedRow` if not every type is 0."""
         parts: tuple[Sequence[int], ...] = (self.prefix, texts[0], self.suffix)
-        types = self.types
+        types, has_types = self.types, self._has_types[0]
         if len(texts) == 2:
             parts = (self.prefix, texts[0], self.middle, texts[1], self.pair_suffix)
-            types = self.pair_types
+            types, has_types = self.pair_types, self._has_types[1]
         ids = list(chain.from_iterable(parts))
-        if not any(map(any, types)):
-            return ids
-        return TypedRow(ids, _runs(parts, types))
+        return TypedRow(ids, _runs(parts, types)) if has_types else ids
+
+    @cached_property
+    def _has_types(self) -> tuple[bool, bool]:
+        """Whether a text, and whether a pair, has a token of another type than 0."""
+        return any(map(any, self.types)), any(map(any, self.pair_types))
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,11 @@ class TextTokenizer:
         rows = []
         numbers = range(len(texts)) if indices is None else indices
         for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
-            if len(ids) > budget and not truncation:
-                raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
-            rows.append(template.row(*self._cut([ids], budget)))
+            if len(ids) > budget:
+                if not truncation:
+                    raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
+                ids = self._cut([ids], budget)[0]
+            rows.append(template.row(ids))
         return rows
 
     def encode_pairs(
@@ -215,11 +223,11 @@ class TextTokenizer:
         Raises:
             InputError: as `encode_texts`.
         """
-        flat = [text for texts in inputs for text in texts]
-        encoded = iter(self._encode_bounded(flat, max_length))
+        flat = list(dict.fromkeys(chain.from_iterable(inputs)))  # each text once: many pairs may share a query
+        encoded = dict(zip(flat, self._encode_bounded(flat, max_length), strict=True))
         rows = []
         for index, texts in zip(range(len(inputs)) if indices is None else indices, inputs, strict=True):
-            parts = [next(encoded) for _ in texts]
+            parts = [encoded[text] for text in texts]
             special = self._num_special(len(parts))
             count = sum(len(ids) for ids, _ in parts) + special
             if count > max_length and not truncation:
@@ -234,6 +242,7 @@ class TextTokenizer:
     def encode_places(
         self,
         texts: Sequence[str] | Sequence[Sequence[str]],
+        indices: Sequence[int] | None = None,
         *,
         max_length: int,
         truncation: bool,
@@ -242,7 +251,7 @@ class TextTokenizer:
         """Return the tokens of each text with their positions in it. A text may be a list of words.
 
         With `stride`, a text that is too long is cut into windows; each window repeats so many tokens of the one
-        before. Without `stride`, a text has one piece.
+        before. Without `stride`, a text has one piece. `indices` are the numbers of the texts in the caller's list.
 
         Raises:
             InputError: as `encode_texts`; or `stride` leaves no new token for a window.
@@ -251,12 +260,14 @@ class TextTokenizer:
         if stride is not None:
             check_integer("stride", stride, 0, budget - 1)
         pieces: list[Piece] = []
-        for index, (encoding, kept, whole) in enumerate(self._encodings(texts, None if stride is not None else budget)):
+        numbers = range(len(texts)) if indices is None else indices
+        encodings = self._encodings(texts, None if stride is not None else budget)
+        for index, text, (encoding, kept, whole) in zip(numbers, texts, encodings, strict=True):
             if kept > budget and stride is None and not truncation:
                 raise _too_many_tokens(index, kept + max_length - budget, max_length, whole=whole)
             first = max(0, kept - budget) if self._cuts_left else 0
             cuts = [(first, min(kept, first + budget))] if stride is None else _windows(kept, budget, stride)
-            as_words = not isinstance(texts[index], str)
+            as_words = not isinstance(text, str)
             pieces.extend(self._piece(index, encoding, cut, as_words=as_words) for cut in cuts)
         return pieces
 
@@ -346,13 +357,19 @@ class TextTokenizer:
         return int(pieces[0])
 
     def _encode(self, text: str) -> Any:
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return self._encode_all([text])[0]
+
+    def _encode_all(self, texts: Sequence[str]) -> Sequence[Any]:
+        if len(texts) == 1 and len(texts[0]) <= _ALONE_CHARS:
+            return [self._tokenizer.encode(texts[0], add_special_tokens=False)]
+        found: Sequence[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
+        return found
 
     def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
         """Ids of each text without special tokens, and whether they are all the ids of the text."""
         look_ahead = self._look_ahead(budget)
         short = [text for text in texts if len(text) <= look_ahead]
-        encodings = iter(self._tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
+        encodings = iter(self._encode_all(short))
         return [
             (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget)
             for text in texts

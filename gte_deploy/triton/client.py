@@ -37,11 +37,11 @@ from gte_deploy.tasks import classify, embed, fill_mask, sparse, token_classify
 from gte_deploy.tasks.base import Ensemble
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
-from gte_deploy.tasks.interface import Batches, BatchOptions, TextInterface, in_order
+from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
 from gte_deploy.tasks.pooling import l2_normalize
-from gte_deploy.tasks.token_classify import Entity, TaggedTexts, TaggingRequest
+from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
-from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer
+from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer, distinct
 from gte_deploy.triton.tokenizing import ClientTokenizer, TextKind, open_tokenizer
 from gte_deploy.triton.transport import open_transport
 
@@ -54,7 +54,6 @@ _SPECIAL_TOKENS = 4
 _DESCRIPTIONS = ("gte_deploy", "gte_deploy_spec")
 _INDEX = re.compile(r"\b(inputs? )(\d+(?:, \d+)*)\b")
 
-Texts = Mapping[str, Sequence[str]]
 Values = dict[str, NDArray[Any]]
 """Tensors by name."""
 
@@ -62,9 +61,9 @@ Values = dict[str, NDArray[Any]]
 class Client(TextInterface):
     """A model on a server. Methods may be called from several threads at once; results are in the order of the inputs.
 
-    The methods are those of `Model`. For an error that only the server can find, the message is the server's. As a
-    context manager the client closes at the end. Warnings about words that are not in the vocabulary, which `Model`
-    gives here, are in the server's log.
+    The methods are those of `Model`; equal inputs of one call are sent once. For an error that only the server can
+    find, the message is the server's. As a context manager the client closes at the end. Warnings about words that are
+    not in the vocabulary, which `Model` gives here, are in the server's log.
     """
 
     _gives_dictionaries = True
@@ -167,18 +166,18 @@ class Client(TextInterface):
         served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
         return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
 
-    def _embed_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         before = self._no_prompt()
         if request.output_value == "sentence_embedding":
             yield from self._sentence_batches(request, texts, options)
             return
         types = ("TOKEN_TYPE_IDS",) if self.spec.token_types else ()
         call = _Call(embed.TOKENS_SERVED, options, before=before, more_outputs=types)
-        for numbers, values in self._infer_all(call, {"TEXT": texts}):
+        for numbers, values in self._infer_all(call, texts):
             batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"], None, values.get("TOKEN_TYPE_IDS"))
             yield numbers, request.answer(batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
 
-    def _sentence_batches(self, request: EmbeddingRequest, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _sentence_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         """Embeddings from the encoder itself if it gives them; a Python model on the server computes the others."""
         kept = self.spec.truncate_dim or self.spec.embedding_width
         size = request.truncate_dim or self.spec.embedding_width
@@ -190,16 +189,16 @@ class Client(TextInterface):
             name = "NORMALIZED_EMBEDDING" if request.normalize and size == kept else "EMBEDDING"
             ensemble = Ensemble("gte_embed_fast", (name,))
             call = _Call(ensemble, options, before=self._no_prompt(), ids="gte_embed_ids")
-            for numbers, values in self._infer_all(call, {"TEXT": texts}):
+            for numbers, values in self._infer_all(call, texts):
                 vectors = values[name][:, :size]
                 yield numbers, list(l2_normalize(vectors) if request.normalize and size < kept else vectors)
             return
         call = _Call(embed.SERVED, options, self._embedding_inputs(request), before=self._no_prompt())
-        for numbers, values in self._infer_all(call, {"TEXT": texts}):
+        for numbers, values in self._infer_all(call, texts):
             yield numbers, list(values["EMBEDDING"])
 
     def _sparse_batches(
-        self, request: sparse.SparseRequest, texts: Sequence[str], options: BatchOptions
+        self, request: sparse.SparseRequest, texts: Texts, options: BatchOptions
     ) -> tuple[Batches, sparse.Names]:
         stored = self.spec.sparse is not None and self.spec.sparse.query_weights is not None
         inputs: Values = {}
@@ -212,60 +211,51 @@ class Client(TextInterface):
         names: dict[int, str] = {}
 
         def answers() -> Batches:
-            for numbers, values in self._infer_all(call, {"TEXT": texts}):
+            for numbers, values in self._infer_all(call, texts):
                 yield numbers, sparse.from_tensors(values, self.spec.vocab_size, names)
 
         return answers(), names
 
-    def _pair_batches(self, request: ScoreRequest, pairs: Sequence[tuple[str, ...]], options: BatchOptions) -> Batches:
+    def _pair_batches(self, request: ScoreRequest, pairs: Pairs, options: BatchOptions) -> Batches:
         call = _Call(classify.SERVED, options, before=self._no_prompt(), ids="gte_rerank_ids", kind="pairs")
         # A request holds single texts or pairs, not both.
         for size in (1, 2):
-            numbers = [i for i, pair in enumerate(pairs) if len(pair) == size]
-            if numbers:
-                columns = zip(*(pairs[i] for i in numbers), strict=True)
-                texts: Texts = dict(zip(("TEXT", "TEXT_PAIR"), columns, strict=False))
-                for found, values in self._infer_all(call, texts, numbers):
-                    yield found, list(values["LOGITS"])
+            chosen = {number: pair for number, pair in pairs.items() if len(pair) == size}
+            if chosen:
+                for numbers, values in self._infer_all(call, chosen):
+                    yield numbers, list(values["LOGITS"])
 
-    def _token_batches(self, texts: Sequence[str], options: BatchOptions) -> Batches:
+    def _token_batches(self, texts: Texts, options: BatchOptions) -> Batches:
         call = _Call(token_classify.LOGITS_SERVED, options)
-        for numbers, values in self._infer_all(call, {"TEXT": texts}):
+        for numbers, values in self._infer_all(call, texts):
             yield numbers, token_classify.logits_from_tensors(values)
 
-    def _entities(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> list[list[Entity]]:
+    def _entity_batches(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> Batches:
         inputs = {
             "AGGREGATION_STRATEGY": _bytes([[request.aggregation_strategy]]),
             "IGNORE_LABELS": _bytes([request.ignore_labels or [""]]),
         }
         call = _Call(token_classify.ENTITIES_SERVED, options, inputs)
         grouped = request.aggregation_strategy != "none"
-        batches = self._infer_all(call, {"TEXT": given.texts})
-        answers = (
-            (numbers, token_classify.entities_from_tensors(values, grouped=grouped)) for numbers, values in batches
-        )
-        return in_order(answers, len(given.texts))
+        for numbers, values in self._infer_all(call, distinct(given.texts)):
+            yield numbers, token_classify.entities_from_tensors(values, grouped=grouped)
 
     @property
     def _most_answers(self) -> int:
         return self.spec.vocab_size
 
-    def _mask_batches(
-        self, top_k: int, targets: list[str] | None, texts: Sequence[str], options: BatchOptions
-    ) -> Batches:
+    def _mask_batches(self, top_k: int, targets: list[str] | None, texts: Texts, options: BatchOptions) -> Batches:
         inputs = {"TOP_K": _one(top_k, np.int32)}
         if targets is not None:
             inputs["TARGETS"] = _bytes([targets])
         call = _Call(fill_mask.SERVED, options, inputs, ids="gte_fill_mask_ids", kind="masked")
-        for numbers, values in self._infer_all(call, {"TEXT": texts}):
+        for numbers, values in self._infer_all(call, texts):
             yield numbers, fill_mask.from_tensors(values)
 
-    def _infer_all(
-        self, call: "_Call", texts: Texts, numbers: Sequence[int] | None = None
-    ) -> Iterator[tuple[list[int], Values]]:
+    def _infer_all(self, call: "_Call", inputs: Texts | Pairs) -> Iterator[tuple[list[int], Values]]:
         """The numbers of the inputs and the outputs [B, …] of each request; several requests run at a time.
 
-        `numbers` are the numbers of the inputs in the caller's list, for results and errors; by default from 0.
+        The inputs are texts, or tuples of equally many texts.
         """
         if self._closed:
             raise BackendError("this client is closed")
@@ -277,8 +267,8 @@ class Client(TextInterface):
         limits = call.options.limits
         if call.ensemble == embed.TOKENS_SERVED and (rows := self._facts.get("max_state_rows")):
             limits = dataclasses.replace(limits, max_rows=min(limits.max_rows, rows))
-        numbers = range(len(next(iter(texts.values())))) if numbers is None else numbers
-        requests = self._requests(call, texts, numbers, limits)
+        rows = {number: (item,) if isinstance(item, str) else item for number, item in inputs.items()}
+        requests = self._requests(call, rows, limits)
         first, second = next(requests), next(requests, None)
         if second is None:
             yield first.indices, self._infer(first, call.outputs)
@@ -293,45 +283,42 @@ class Client(TextInterface):
             for _, future in waiting:
                 future.cancel()
 
-    def _requests(
-        self, call: "_Call", texts: Texts, numbers: Sequence[int], limits: BatchLimits
-    ) -> Iterator["_Request"]:
+    def _requests(self, call: "_Call", rows: Pairs, limits: BatchLimits) -> Iterator["_Request"]:
         """The requests for all texts: token ids if this client has the tokenizer and the server takes ids, or texts."""
         if self._tokenizer is not None and call.ids is not None:
-            yield from self._id_requests(self._tokenizer, call.ids, call, texts, numbers, limits)
+            yield from self._id_requests(self._tokenizer, call.ids, call, rows, limits)
             return
-        rows = list(zip(*texts.values(), strict=True))
-        lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows]
+        numbers = list(rows)
+        lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows.values()]
         for group in plan_batches(lengths, limits):
-            columns = zip(*(rows[i] for i in group), strict=True)
-            inputs = {name: _bytes([[text] for text in column]) for name, column in zip(texts, columns, strict=True)}
+            indices = [numbers[i] for i in group]
+            columns = zip(*(rows[number] for number in indices), strict=True)
+            named = zip(("TEXT", "TEXT_PAIR"), columns, strict=False)
+            inputs = {name: _bytes([[text] for text in column]) for name, column in named}
             inputs |= _repeated({**_text_inputs(call.options), **call.before, **call.inputs}, len(group))
-            yield _Request(call.ensemble.name, inputs, [numbers[i] for i in group])
+            yield _Request(call.ensemble.name, inputs, indices)
 
     def _id_requests(
         self,
         tokenizer: ClientTokenizer,
         name: str,
         call: "_Call",
-        texts: Texts,
-        numbers: Sequence[int],
+        rows: Pairs,
         limits: BatchLimits,
     ) -> Iterator["_Request"]:
-        columns = list(texts.values())
-
         def tokenize(chosen: list[int]) -> list[list[int]]:
             return tokenizer.rows(
-                [[column[i] for i in chosen] for column in columns],
-                [numbers[i] for i in chosen],
+                list(zip(*(rows[number] for number in chosen), strict=True)),
+                chosen,
                 max_length=call.options.max_length,
                 truncation=call.options.truncation,
                 kind=call.kind,
             )
 
-        sizes = [sum(map(len, row)) for row in zip(*columns, strict=True)]
-        for group, rows in token_batches(sizes, tokenize, limits):
-            inputs = tokenizer.tensors(rows, call.kind) | _repeated(call.inputs, len(rows))
-            yield _Request(name, inputs, [numbers[i] for i in group])
+        sizes = {number: sum(map(len, row)) for number, row in rows.items()}
+        for indices, ids in token_batches(sizes, tokenize, limits):
+            inputs = tokenizer.tensors(ids, call.kind) | _repeated(call.inputs, len(ids))
+            yield _Request(name, inputs, indices)
 
     def _infer(self, request: "_Request", outputs: Sequence[str]) -> Values:
         indices = request.indices

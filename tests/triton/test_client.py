@@ -109,7 +109,8 @@ def test_a_list_goes_in_bounded_requests_several_at_a_time(client: triton.Client
 
 
 def test_a_request_holds_only_so_many_tokens(client: triton.Client, transport: FakeTransport):
-    client.encode(["7" + " " * 150] * 6, max_batch_tokens=120)  # 54 tokens each, as far as bytes tell
+    texts = [f"{number}" + " " * 150 for number in range(6)]  # 54 tokens each, as far as bytes tell
+    client.encode(texts, max_batch_tokens=120)
     assert [len(inputs["TEXT"]) for _, inputs in transport.requests] == [2, 2, 2]
 
 
@@ -143,6 +144,41 @@ def test_pairs_and_single_texts_go_apart_and_come_back_in_order(monkeypatch: pyt
         assert [item["corpus_id"] for item in client.rank("5", ["a", "b"], top_k=1)] == [0]
         with pytest.raises(InputError, match="fill-mask"):
             client.fill_mask("a")
+
+
+def texts_sent(transport: FakeTransport, *names: str) -> list[list[bytes]]:
+    """The texts of every row that was sent, in order."""
+    columns = [[inputs[name][:, 0] for name in names] for _, inputs in transport.requests]
+    return sorted(list(row) for request in columns for row in zip(*request, strict=True))
+
+
+def test_equal_texts_are_sent_once(client: triton.Client, transport: FakeTransport):
+    texts = ["3", "1", "3", "2", "1", "3"] * 4
+    embeddings = client.encode(texts)
+    assert embeddings[:, 0].tolist() == [float(text) for text in texts]
+    assert texts_sent(transport, "TEXT") == [[b"1"], [b"2"], [b"3"]]
+
+
+def test_equal_pairs_are_sent_once(monkeypatch: pytest.MonkeyPatch):
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), "task": "classify", "num_labels": 1}))
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        identity = {"activation_fn": lambda logits: logits}
+        assert client.predict([("1", "a"), ("2", "a"), ("1", "a")], **identity).tolist() == [1, 2, 1]
+        assert texts_sent(fake, "TEXT", "TEXT_PAIR") == [[b"1", b"a"], [b"2", b"a"]]
+        fake.requests.clear()
+        ranked = client.rank("5", ["a", "b", "a"], **identity)
+        assert {item["corpus_id"]: item["score"] for item in ranked} == {0: 5, 1: 5, 2: 5}
+        assert texts_sent(fake, "TEXT", "TEXT_PAIR") == [[b"5", b"a"], [b"5", b"b"]]
+
+
+def test_what_a_server_refuses_names_the_first_of_equal_texts(client: triton.Client, transport: FakeTransport):
+    def fail(texts: list[str]) -> None:
+        raise InputError(f"input {texts.index('9')} has 99 tokens")
+
+    transport.fail = fail
+    with pytest.raises(InputError, match="^input 2 has 99 tokens$"):
+        client.encode(["1", "1", "9", "1", "9"])
 
 
 def test_prompts_of_pairs_are_put_here_and_not_again_there(monkeypatch: pytest.MonkeyPatch):

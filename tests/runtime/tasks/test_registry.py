@@ -14,6 +14,7 @@ from gte_deploy.models.heads import HEADS, HeadOptions
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Task
 from gte_deploy.tasks.interface import in_order
+from gte_deploy.text.inputs import distinct
 from gte_deploy.text.tokenization import load_tokenizer
 
 WIDTH = 4
@@ -71,9 +72,10 @@ def test_a_task_of_one_file_is_answered_by_the_model(counting, word_checkpoints)
     )
     task = TASKS[model.spec.task]
     assert task.can_run_on(spec) and not TASKS["embed"].can_run_on(spec)
-    texts = ["the king", "a", "the old man and the sea"] * 5
+    texts = ["the king", "a", "the old man and the sea", "a king", "an old man"] * 5
     options = model._batch_options(4, None, True, None)
-    answers = in_order(model._answers(task.request(spec, factor=10), model._token_ids(texts, options)), len(texts))
+    batches = model._answers(task.request(spec, factor=10), model._token_ids(distinct(texts), options))
+    answers = in_order(batches, texts)
     rows = model.tokenize(texts)["attention_mask"].sum(axis=1)
     assert answers == (10 * rows).tolist()
     assert len(backend.asked) > 1 and set(backend.asked) == {("count",)}

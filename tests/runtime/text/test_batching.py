@@ -98,7 +98,7 @@ def test_token_batches_hold_every_input_once_largest_first(small_windows, length
         asked.append(indices)
         return [[index] * lengths[index] for index in indices]
 
-    batches = list(token_batches(lengths, tokenize, BatchLimits(4, 200, 10**9)))
+    batches = list(token_batches(dict(enumerate(lengths)), tokenize, BatchLimits(4, 200, 10**9)))
     assert sorted(i for indices, _ in batches for i in indices) == list(range(len(lengths)))
     for indices, rows in batches:
         assert rows == [[index] * lengths[index] for index in indices]
@@ -115,7 +115,7 @@ def test_the_next_inputs_are_tokenised_while_the_caller_works(small_windows):
         threads.append(threading.current_thread())
         return [[1]] * len(indices)
 
-    batches = token_batches([1] * 24, tokenize, BatchLimits(8, 100, 10**9))
+    batches = token_batches(dict.fromkeys(range(24), 1), tokenize, BatchLimits(8, 100, 10**9))
     next(batches)  # and no more is asked for: what follows happens beside the caller
     assert tokenised[1].wait(timeout=30)
     assert not tokenised[2].is_set()  # one window ahead, not the whole list
@@ -136,7 +136,7 @@ def test_what_tokenising_refuses_reaches_the_caller(small_windows, refused, befo
     running = threading.active_count()
     done = []
     with pytest.raises(ValueError, match=str(refused)):
-        for indices, _ in token_batches(range(21), tokenize, BatchLimits(8, 100, 10**9)):
+        for indices, _ in token_batches({i: i for i in range(21)}, tokenize, BatchLimits(8, 100, 10**9)):
             done.append(indices)
     assert len(done) == before
     assert threading.active_count() == running
@@ -144,7 +144,9 @@ def test_what_tokenising_refuses_reaches_the_caller(small_windows, refused, befo
 
 def test_a_caller_that_stops_leaves_no_thread(small_windows):
     running = threading.active_count()
-    batches = token_batches([1] * 24, lambda indices: [[1]] * len(indices), BatchLimits(8, 100, 10**9))
+    batches = token_batches(
+        dict.fromkeys(range(24), 1), lambda indices: [[1]] * len(indices), BatchLimits(8, 100, 10**9)
+    )
     next(batches)
     batches.close()
     assert threading.active_count() == running

@@ -76,6 +76,13 @@ def test_single_texts_and_pairs_mix(ours, theirs):
     assert ours.encode_pairs([("the king",), ("a", "the queen")], max_length=99, truncation=False) == expected
 
 
+def test_pairs_that_share_texts(ours, theirs):
+    pairs = [("the king", "a"), ("the king", "the king"), ("a", "the king " * 20), ("the king " * 20, "a")]
+    options = {"truncation": "longest_first", "max_length": 12}
+    expected = [theirs(first, second, **options)["input_ids"] for first, second in pairs]
+    assert ours.encode_pairs(pairs, max_length=12, truncation=True) == expected
+
+
 def test_lengths_at_the_limit(ours):
     text = "the " * 10
     assert len(ours.encode_texts([text], max_length=12, truncation=False)[0]) == 12
