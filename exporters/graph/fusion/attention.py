@@ -6,10 +6,15 @@ the mask becomes 8 more columns of every head: [64, 0, …] for queries, and [bi
     scale * (q·k + 64 * bias / (64 * scale)) = scale * q·k + bias
 
 The bias of a real token is 0, so the columns round nothing. Values keep their size. The columns are computed once per
-run, from the graph's own bias [B, 1, 1, S], and all layers share them.
+run, from the graph's own bias [B, 1, 1, S], and all layers share them. There are two forms:
+
+* `ATTENTION` always has 8 columns. The passes for CUDA take it.
+* `ATTENTION_ON_CPU` has 8 columns in a batch with padding and none in a batch without it, such as every single text.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +24,7 @@ from gte_deploy.exporters.graph.editing import (
     Builder,
     FusionPass,
     array,
+    by_name,
     constant,
     consumer,
     dimensions,
@@ -34,6 +40,7 @@ from gte_deploy.exporters.graph.editing import (
 from gte_deploy.exporters.graph.fusion.heads import HEADS_FIRST, Heads, require_heads, require_permutation
 
 MASK_COLUMNS = 8
+MASK_INPUT = "attention_mask"
 QUERY_COLUMN = 64.0
 
 
@@ -94,7 +101,7 @@ def require_mask_columns(value: ir.Value | None) -> ir.Node:
     return producer(producer(value, "Reshape").inputs[0], "Concat")
 
 
-def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
+def _rewrite(graph: ir.Graph, softmax: ir.Node, *, only_with_padding: bool) -> None:
     found = require_attention(softmax)
     output, bias = found.output, found.bias
     query, key, value = (require_heads(v) for v in (found.query, found.key, found.value))
@@ -102,11 +109,13 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     require_mask_of_keys(bias)
 
     build = Builder(graph, output, scope_of(output))
-    query_columns, key_columns = _mask_columns(graph, output, bias, found.scale, query.count)
+    columns = _width(Builder(graph, output, "mask")) if only_with_padding else None
+    query_columns, key_columns = _mask_columns(graph, output, bias, found.scale, query.count, columns)
+    width = query.count * (query.size + MASK_COLUMNS) if columns is None else -1
     attended = build.op(
         "MultiHeadAttention",
-        _append(build, query, query_columns, "query"),
-        _append(build, key, key_columns, "key"),
+        _append(build, query, query_columns, width, "query"),
+        _append(build, key, key_columns, width, "key"),
         value.projection,
         domain=CONTRIB,
         num_heads=value.count,
@@ -115,27 +124,47 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
     replace(output.outputs[0], attended)
 
 
+def _width(build: Builder) -> ir.Value:
+    """The number of mask columns of this run, [1] int64: 0 if no text has padding."""
+    int64: Any = {"dtype": ir.DataType.INT64}
+    smallest = build.op("ReduceMin", by_name(build.graph.inputs, MASK_INPUT), name="smallest", keepdims=0, **int64)
+    has_none = build.op("Reshape", smallest, integers(build.graph, 1), name="has_no_padding", **int64)
+    has_padding = build.op("Sub", integers(build.graph, 1), has_none, name="has_padding", **int64)
+    return build.op("Mul", has_padding, integers(build.graph, MASK_COLUMNS), name="width", **int64)
+
+
 def _mask_columns(
-    graph: ir.Graph, anchor: ir.Node, bias: ir.Value, scale: float, num_heads: int
+    graph: ir.Graph, anchor: ir.Node, bias: ir.Value, scale: float, num_heads: int, width: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
-    """Columns for queries and for keys, [B, S, N, 8] each. Every layer adds equal nodes, which are merged later."""
+    """Columns for queries and for keys, [B, S, N, 8] each, or [B, S, N, width].
+
+    Every layer adds equal nodes, which are merged later.
+    """
     build = Builder(graph, anchor, "mask")
     per_key = build.op("Transpose", bias, perm=(0, 3, 1, 2), name="per_key")
     factor = constant(graph, "mask/key_factor", np.array(1.0 / (QUERY_COLUMN * scale), np.float32))
     column = build.op("Mul", per_key, factor, name="column")
     padded = build.op("Pad", column, integers(graph, *[0] * 7, MASK_COLUMNS - 1), name="padded")
+    first = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
+    first[..., 0] = QUERY_COLUMN
+    per_query = constant(graph, "mask/per_query", first)
+    if width is not None:
+        start, axis = integers(graph, 0), integers(graph, 3)
+        padded = build.op("Slice", padded, start, width, axis, name="cut_for_keys")
+        per_query = build.op("Slice", per_query, start, width, axis, name="cut_for_queries")
     key_columns = build.op("Expand", padded, integers(graph, 1, 1, num_heads, 1), name="key_columns")
-    per_query = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
-    per_query[..., 0] = QUERY_COLUMN
     size = build.op("Shape", per_key, name="size", dtype=ir.DataType.INT64)
-    query_columns = build.op("Expand", constant(graph, "mask/per_query", per_query), size, name="query_columns")
+    query_columns = build.op("Expand", per_query, size, name="query_columns")
     return query_columns, key_columns
 
 
-def _append(build: Builder, heads: Heads, columns: ir.Value, name: str) -> ir.Value:
+def _append(build: Builder, heads: Heads, columns: ir.Value, width: int, name: str) -> ir.Value:
     widened = build.op("Concat", heads.view.outputs[0], columns, axis=3, name=f"{name}_and_mask")
-    target = integers(build.graph, 0, 0, heads.count * (heads.size + MASK_COLUMNS))
+    target = integers(build.graph, 0, 0, width)
     return build.op("Reshape", widened, target, name=name)
 
 
-ATTENTION = FusionPass(name="attention", anchor="Softmax", rewrite=_rewrite)
+ATTENTION = FusionPass(name="attention", anchor="Softmax", rewrite=functools.partial(_rewrite, only_with_padding=False))
+ATTENTION_ON_CPU = FusionPass(
+    name="attention", anchor="Softmax", rewrite=functools.partial(_rewrite, only_with_padding=True)
+)

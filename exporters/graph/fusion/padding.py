@@ -31,10 +31,8 @@ from gte_deploy.exporters.graph.editing import (
     scope_of,
     tensor_of,
 )
-from gte_deploy.exporters.graph.fusion.attention import require_mask_columns
+from gte_deploy.exporters.graph.fusion.attention import MASK_INPUT, require_mask_columns
 from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
-
-_MASK_INPUT = "attention_mask"
 
 
 def remove_padding(model: ir.Model) -> int:
@@ -102,7 +100,7 @@ def _insert_remove_padding(graph: ir.Graph, first: ir.Node) -> _PackedInputs:
     build = Builder(graph, to_rows, "packing")
     sums = build.op(
         "ReduceSum",
-        by_name(graph.inputs, _MASK_INPUT),
+        by_name(graph.inputs, MASK_INPUT),
         integers(graph, 1),
         name="sums",
         keepdims=0,

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from gte_deploy.exporters.graph import fusion
 from gte_deploy.exporters.graph.editing import integers
 from gte_deploy.exporters.graph.fusion.attention import MASK_COLUMNS
 
@@ -26,9 +27,23 @@ def test_mask_is_part_of_the_dot_product_and_no_input(plain, apply, find):
     assert query_target.tolist() == [0, 0, 4 * (8 + MASK_COLUMNS)]
 
 
-def test_padding_changes_nothing(plain, apply, feeds, run):
+def test_without_padding_a_cpu_has_no_columns(plain, traced_proto, apply, feeds, run, same_function):
+    apply(plain, "attention", passes=fusion.PASSES)
+    same_function(plain)
+    padded = feeds(3, 40)
+    unpadded = {**padded, "attention_mask": np.ones((3, 40), np.int64)}
+    expected = run(ir.from_proto(traced_proto), unpadded)[0]
+    np.testing.assert_allclose(run(plain, unpadded)[0], expected, rtol=0, atol=5e-5)
+    for node in [node for node in plain.graph if node.op_type == "MultiHeadAttention"]:
+        plain.graph.outputs.extend(node.inputs[:2])
+    assert [value.shape for value in run(plain, padded)[2:]] == [(3, 40, 4 * (8 + MASK_COLUMNS))] * 4
+    assert [value.shape for value in run(plain, unpadded)[2:]] == [(3, 40, 4 * 8)] * 4
+
+
+@pytest.mark.parametrize("passes", [fusion.MERGED_PASSES, fusion.PASSES])
+def test_padding_changes_nothing(plain, apply, feeds, run, passes):
     """A row padded by any number of tokens equals the row alone, whatever the padding holds."""
-    apply(plain, "attention")
+    apply(plain, "attention", passes=passes)
     alone = feeds(1, 12)
     hidden = run(plain, alone)[0]
     for extra in (1, 5, 300):
@@ -77,9 +92,10 @@ def test_refuses_other_attention(plain, find, refused, alter, fired, reason):
     assert reason in message
 
 
-def test_long_text_holds_no_square_of_scores(plain, apply, tmp_path):
+@pytest.mark.parametrize("passes", [fusion.MERGED_PASSES, fusion.PASSES])
+def test_long_text_holds_no_square_of_scores(plain, apply, tmp_path, passes):
     """8,192 tokens, 4 heads: the scores alone would be 1 GiB; the run adds a tenth of that at most."""
-    apply(plain, "attention")
+    apply(plain, "attention", passes=passes)
     ir.save(plain, tmp_path / "model.onnx")
     script = textwrap.dedent(
         """
