@@ -113,6 +113,7 @@ class Built:
         keeps_graphs: whether the graphs stay in the bundle.
         made_for: the device that ONNX Runtime's graph is for.
         caveats: one sentence for each thing that this machine could not verify.
+        whole: the graph of every output, if `graphs` holds the part of it that computes only the answer.
         finer: builds again with more layers in a higher precision, for graphs that missed their bounds; None if the
             target cannot.
     """
@@ -123,4 +124,5 @@ class Built:
     keeps_graphs: bool = True
     made_for: DeviceType = "cpu"
     caveats: Sequence[str] = ()
+    whole: "Graph | None" = None
     finer: "Callable[[], Built] | None" = None
