@@ -55,11 +55,11 @@ def fuse_graph(model: ir.Model, *, sites: Mapping[str, int], passes: Sequence[Fu
     join_rows(model.graph)
     ir_passes.RemoveUnusedNodesPass()(model)
     ir_passes.TopologicalSortPass()(model)
-    _forget_shapes(model.graph)
+    forget_shapes(model.graph)
     return fired
 
 
-def _forget_shapes(graph: ir.Graph) -> None:
+def forget_shapes(graph: ir.Graph) -> None:
     """Drop the shapes of values inside the graph, which cost memory (docs/decisions/no-inner-shapes.md)."""
     for value in (value for node in graph for value in node.outputs):
         if not value.is_graph_output():
