@@ -31,7 +31,7 @@ from gte_deploy._version import __version__
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.bundle.manifest import spec_from_json
-from gte_deploy.core.errors import BackendError, InputError, NonFiniteError
+from gte_deploy.core.errors import BackendError, InputError, NonFiniteError, UnavailableError
 from gte_deploy.core.forking import follow, keep_for_good
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import classify, embed, fill_mask, sparse, token_classify

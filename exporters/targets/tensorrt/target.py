@@ -199,20 +199,17 @@ class _AnswersAndStates:
 
 
 def _require_answer_part(spec: ModelSpec) -> None:
-    """Refuse an engine of answers for a model whose answer needs the states of all tokens.
+    """Refuse an engine of answers for a model whose answer needs the last layer's states of all tokens.
 
     Raises:
-        InputError: the message says why, and what to do.
+        InputError: the message says for which models there are such engines, and what to do.
     """
-    if spec.task == "embed" and spec.pooling != "cls":
-        reason = "mean pooling needs"
-    elif spec.logits == "all":
-        reason = "logits 'all' need"
-    elif spec.task not in ("embed", "classify", "fill-mask"):
-        reason = f"task {spec.task} needs"
-    else:
-        return
-    raise InputError(
-        "outputs 'answer' is for embeddings with CLS pooling, for task classify, and for the masks of fill-mask; "
-        f"{reason} the last layer's states of every token. Leave out --outputs answer."
-    )
+    from gte_deploy.exporters.graph.parts import reads_few_rows
+
+    if not reads_few_rows(spec):
+        asked = {"embed": f"{spec.pooling} pooling", "fill-mask": f"logits {spec.logits!r}"}
+        raise InputError(
+            "outputs 'answer' is for embeddings with CLS pooling, for task classify, and for fill-mask with logits "
+            f"'masked'; {asked.get(spec.task, f'task {spec.task}')} needs the last layer's states of every token. "
+            "Leave out --outputs answer."
+        )
