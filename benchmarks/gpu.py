@@ -7,7 +7,9 @@
     python benchmarks/gpu.py --device cpu --subjects tiny --shapes 2x16    # tries the benchmark itself
 
 Contestants are torch eager, compiled and padding-free; ONNX Runtime's CUDA provider on the traced graph and on
-ours, and its TensorRT provider; TensorRT and TensorRT-RTX in FP16, BF16, INT8 and FP8. The benchmark needs
+ours, and its TensorRT provider; TensorRT and TensorRT-RTX in FP16, BF16, INT8 and FP8. Those with "CLS" pool by the
+first token, so that the last layer need not compute the others: ONNX Runtime runs a part of its graph, and "answer
+alone" is an engine of --outputs answer, beside one of all outputs. The benchmark needs
 `pip install '.[bench]'`, and onnxruntime-gpu, tensorrt or tensorrt-rtx for their rows. A contestant that is not
 installed, cannot be exported for this GPU, or fails, becomes a row with the reason. Without a GPU nothing is measured,
 and the exit code is 1.
@@ -167,13 +169,16 @@ def _check_claims(run: Run, subject: Subject) -> None:
     jobs = claims.jobs_of(load_tokenizer(artefacts.path("checkpoint")), run.arguments.max_length)
     exact = next(one for one in CONTESTANTS if one.name == EXACT)
     with run.open(exact, artefacts) as worker:
-        expected = [worker.call("embed", job).value for job in jobs]
+        methods = {one.right_answer for one in ours}
+        expected = {name: [worker.call(name, job).value for job in jobs] for name in methods}
     for one in sorted(ours, key=lambda one: "TensorRT" not in one.name):
         _say(f"{subject.name}: the claims of {one.name}")
         row: dict[str, Any] = {**_about(subject, one), "error": None}
         try:
             folder, device = artefacts.path(one.artefact), run.arguments.device
-            row |= claims.check(one, folder, device, jobs, expected, run.arguments.work / "claims-cache")
+            row |= claims.check(
+                one, folder, device, jobs, expected[one.right_answer], run.arguments.work / "claims-cache"
+            )
         except WorkerError as error:
             row["error"] = str(error)
         _say(f"{subject.name}: the claims of {one.name}: {row['error'] or row}")
@@ -263,7 +268,9 @@ def _accuracy(
 ) -> dict[str, Any]:
     longest = min(_ACCURACY_LENGTH, run.arguments.max_length)
     job = heldout_job(tokenizer, texts=run.arguments.accuracy_texts, longest=longest)
-    methods = ["embed", "token_embeddings"]
+    methods = ["embed", *(["token_embeddings"] if contestant.gives_states else [])]
+    if contestant.name == EXACT:
+        methods.append("first_tokens")
     if subject.task == "fill-mask":
         assert tokenizer.mask_token_id is not None
         methods, job = ["mask_logits"], masked(job, tokenizer.mask_token_id)
@@ -272,9 +279,9 @@ def _accuracy(
         expected |= answers
     row: dict[str, Any] = {**_about(subject, contestant), "error": None}
     for name, value in answers.items():
-        if name in expected:
-            compare = agreement(expected[name], value, job) if name == "mask_logits" else cosines(expected[name], value)
-            row[name] = compare
+        right = expected.get(contestant.right_answer if name == "embed" else name)
+        if right is not None:
+            row[name] = agreement(right, value, job) if name == "mask_logits" else cosines(right, value)
     return row
 
 

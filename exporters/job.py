@@ -134,6 +134,7 @@ class Built:
         keeps_graphs: whether the graphs stay in the bundle.
         made_for: the device that ONNX Runtime's graph is for.
         caveats: one sentence for each thing that this machine could not verify.
+        whole: the graph of every output, if `graphs` holds the part of it that computes only the answer.
         finer: builds again with more layers in a higher precision, for graphs that missed their bounds; None if the
             target cannot.
         parts: engine -> the parts of its graph by name, saved at `part_path`.
@@ -145,5 +146,6 @@ class Built:
     keeps_graphs: bool = True
     made_for: DeviceType = "cpu"
     caveats: Sequence[str] = ()
+    whole: "Graph | None" = None
     finer: "Callable[[], Built] | None" = None
     parts: Mapping[Engine, Mapping[str, "Graph"]] = field(default_factory=dict)

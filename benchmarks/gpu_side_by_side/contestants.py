@@ -19,6 +19,7 @@ from side_by_side import contestants
 from side_by_side.workloads import Job
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.core.spec import Pooling
 
 Array = NDArray[np.float32]
 
@@ -44,6 +45,12 @@ class Torch:
             hidden, weights = self._encode(job).float(), self._tensor(job.attention_mask).float()
             pooled = (hidden * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
             return pooled.cpu().numpy()
+
+    def first_tokens(self, job: Job) -> Array:
+        import torch
+
+        with torch.inference_mode():
+            return self._encode(job)[:, 0].float().cpu().numpy()
 
     def token_embeddings(self, job: Job) -> Array:
         import torch
@@ -109,13 +116,30 @@ class GteDeploy:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the result; `artefact` is the name of its model, see `side_by_side.artefacts.Artefacts.path`."""
+    """One row of the result.
+
+    Args:
+        name: the name in the tables.
+        precision: the precision of its weights.
+        factory: the class of the object that runs it.
+        artefact: the name of its model, see `side_by_side.artefacts.Artefacts.path`.
+        options: further arguments of `factory`.
+        pooling: how `embed` pools.
+        gives_states: whether it has `token_embeddings`.
+    """
 
     name: str
     precision: str
     factory: type
     artefact: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Pooling = "mean"
+    gives_states: bool = True
+
+    @property
+    def right_answer(self) -> str:
+        """The method of contestant EXACT that gives what `embed` of this one should give."""
+        return "embed" if self.pooling == "mean" else "first_tokens"
 
     @property
     def is_ours(self) -> bool:
@@ -149,6 +173,19 @@ CONTESTANTS = (
         for name in ("fp32", "fp16", "bf16")
     ),
     Contestant("gte-deploy ORT CUDA fp16 padded", "fp16", GteDeploy, "bundle-cuda-fp16-padded", {"backend": "onnx"}),
+    Contestant("gte-deploy ORT CUDA fp16 CLS", "fp16", GteDeploy, "bundle-cuda-fp16-cls", {"backend": "onnx"}, "cls"),
+    *(
+        Contestant(
+            f"gte-deploy TensorRT fp16 CLS{title}",
+            "fp16",
+            GteDeploy,
+            f"bundle-tensorrt-fp16-cls{suffix}",
+            {"backend": "tensorrt"},
+            "cls",
+            gives_states=not suffix,
+        )
+        for title, suffix in (("", ""), (", answer alone", "-answer"))
+    ),
     Contestant("gte-deploy ORT TensorRT fp16", "fp16", GteDeploy, "bundle-onnx-only-fp16", {"backend": "onnx"}),
     *(
         Contestant(f"gte-deploy {title} {name}", name, GteDeploy, f"bundle-{kind}-{name}", {"backend": "tensorrt"})

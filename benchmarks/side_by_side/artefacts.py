@@ -31,6 +31,14 @@ _EXPORTS = {
     "bundle-int8-dynamic": ("--precision", "int8", "--activations", "dynamic"),
     "bundle-cuda-fp16-padded": ("--target", "cuda", "--precision", "fp16", "--padding", "keep"),
     **{f"bundle-cuda-{name}": ("--target", "cuda", "--precision", name) for name in ("fp32", "fp16", "bf16")},
+    "bundle-cuda-fp16-cls": ("--target", "cuda", "--precision", "fp16", "--pooling", "cls"),
+    **{
+        f"bundle-tensorrt-fp16-cls{suffix}": (
+            *("--format", "trt", "--runtime", "tensorrt", "--precision", "fp16", "--pooling", "cls"),
+            *("--outputs", outputs),
+        )
+        for suffix, outputs in (("", "all"), ("-answer", "answer"))
+    },
     "bundle-onnx-only-fp16": ("--format", "trt", "--precision", "fp16", "--onnx-only"),
     **{
         f"bundle-{runtime}-{name}": ("--format", "trt", "--runtime", runtime, "--precision", name)

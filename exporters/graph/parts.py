@@ -29,14 +29,14 @@ def parts_of(graph: Graph, spec: ModelSpec) -> dict[str, Graph]:
         ExportError: the head of the graph does not select its rows in a known way.
     """
     parts = {}
-    if _reads_few_rows(spec):
+    if reads_few_rows(spec):
         parts["answer"] = _part(graph, [output.name for output in graph.outputs if output.name != HIDDEN])
     if has_costly_head(spec):
         parts["hidden"] = _part(graph, [HIDDEN])
     return parts
 
 
-def _reads_few_rows(spec: ModelSpec) -> bool:
+def reads_few_rows(spec: ModelSpec) -> bool:
     """Whether the answer of the task depends on few rows of the last layer."""
     match spec.task:
         case "embed":

@@ -116,6 +116,10 @@ class Encoder:
     def input_names(self) -> list[str]:
         return [tensor.name for tensor in self.inputs]
 
+    @property
+    def output_names(self) -> set[str]:
+        return {tensor.name for tensor in self.outputs}
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -165,14 +169,18 @@ def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
 
 def all_configs(serving: Serving, device: ServingDevice) -> dict[str, Config]:
     """Name of a model -> its configuration for one kind of device."""
-    embed = _embed_output(serving, device)
-    models = [_tokenizer(serving, device), *_encoders(serving, device), embed]
-    ensembles = [
-        _ensemble(serving, device, "gte_embed", _TEXT, embed),
-        _fast_ensemble(serving, device, "gte_embed_fast", _TEXT),
-        _fast_ensemble(serving, device, "gte_embed_ids", None),
-        _token_ensemble(serving, device),
-    ]
+    models = [_tokenizer(serving, device), *_encoders(serving, device)]
+    ensembles = []
+    outputs = serving.encoder.output_names
+    if "embedding_finished" in outputs:
+        models.append(_embed_output(serving, device))
+        ensembles += [
+            _ensemble(serving, device, "gte_embed", _TEXT, models[-1]),
+            _fast_ensemble(serving, device, "gte_embed_fast", _TEXT),
+            _fast_ensemble(serving, device, "gte_embed_ids", None),
+        ]
+    if HIDDEN in outputs:
+        ensembles.append(_token_ensemble(serving, device))
     for name, text_inputs, output in _heads(serving):
         models.append(output(serving, device))
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
@@ -249,15 +257,14 @@ def _encoders(serving: Serving, device: ServingDevice) -> list[Config]:
     """The models that run the encoder: the graph, or the plan and the Python models in front of it."""
     if serving.encoder.backend == "onnxruntime":
         return [_graph(serving, device)]
-    # Hidden states are large, so few rows of them may be joined.
-    states = dataclasses.replace(device, max_batch_size=serving.state_rows(device))
     hidden = [tensor for tensor in serving.encoder.outputs if tensor.name == HIDDEN]
     others = [tensor for tensor in serving.encoder.outputs if tensor.name != HIDDEN]
-    return [
-        _joiner(serving, device, ENCODER, others),
-        _joiner(serving, states, TOKEN_ENCODER, hidden),
-        _plan(serving, device),
-    ]
+    models = [_joiner(serving, device, ENCODER, others), _plan(serving, device)]
+    if hidden:
+        # Hidden states are large, so few rows of them may be joined.
+        states = dataclasses.replace(device, max_batch_size=serving.state_rows(device))
+        models.append(_joiner(serving, states, TOKEN_ENCODER, hidden))
+    return models
 
 
 def _graph(serving: Serving, device: ServingDevice) -> Config:
@@ -525,7 +532,7 @@ def _ensemble(
 ) -> Config:
     """Tokenizer, encoder and the Python model that computes the answer; without `wiring` clients send token ids."""
     taken = [tensor["name"] for tensor in output["input"]]
-    produced = {tensor.name for tensor in serving.encoder.outputs}
+    produced = serving.encoder.output_names
     known = {*serving.encoder.input_names, *produced, *(wiring or ())}
     options = [tensor for tensor in output["input"] if tensor["name"] not in known]
     outward = _outward_names(serving) if wiring is None else {}
@@ -605,6 +612,7 @@ def _ensemble_head(
         "max_masks": serving.max_masks(device) if "mask_positions" in serving.encoder.input_names else None,
         "max_batch_size": device.max_batch_size,
         "max_state_rows": serving.state_rows(device),
+        "hidden_states": HIDDEN in serving.encoder.output_names,
         "length_buckets": _buckets(serving),
         "tokenizer": serving.tokenizer,
         "response_cache": serving.response_cache,

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 from gte_deploy._version import __version__
 from gte_deploy.exporters.triton.configs import TOKENIZER, Config, DeviceName, Serving
+from gte_deploy.tasks.base import HIDDEN
 
 TRITON_TAG = "26.07-py3"
 
@@ -57,8 +58,8 @@ repeated for every row of the request.
 ## Ask
 
 {_client_example(serving)}
-    curl -s localhost:8000/v2/models/gte_embed/infer -d \\
-      '{{"inputs": [{{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["a text"]}}]}}'
+    curl -s localhost:8000/v2/models/{ensembles[0]["name"]}/infer -d \\
+      '{{"inputs": [{{"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": ["{_example(serving)}"]}}]}}'
 
 JSON is slow for many texts; the client sends binary tensors.
 
@@ -118,12 +119,23 @@ def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]])
         notes.append("This repository is only for GPUs.")
     if "gpu" not in configs:
         notes.append("This repository is only for CPUs.")
+    if HIDDEN not in encoder.output_names:
+        notes.append(
+            "The engine gives only the answer of its task, so there are no token embeddings"
+            f"{'' if serving.spec.task == 'embed' else ' and no embeddings'} (gte-export --outputs all has them)."
+        )
     if encoder.backend == "tensorrt":
         notes.append(
             "The plan runs only in the TensorRT version that built it: build the image from the Triton release that "
             "has it (`--build-arg TRITON=…`)."
         )
     return "".join(f"\n{note}\n" for note in notes)
+
+
+def _example(serving: Serving) -> str:
+    """A text that the first ensemble answers."""
+    masked = serving.spec.task == "fill-mask" and "embedding_finished" not in serving.encoder.output_names
+    return f"a {serving.mask_token}" if masked else "a text"
 
 
 def _client_example(serving: Serving) -> str:

@@ -349,13 +349,18 @@ def _input_by_row(tensor: TensorSpec) -> TensorSpec:
 
 
 def _outputs_by_row(given: Sequence[TensorSpec], spec: ModelSpec) -> Iterator[TensorSpec]:
-    """The outputs of gte_encoder: those of the plan, mask logits by row, and the embeddings that it computes."""
+    """The outputs of gte_encoder: those of the plan, mask logits by row, and the embeddings that it computes.
+
+    A plan of answers alone has embeddings only if they are the answer.
+    """
     pooled = [tensor for tensor in given if tensor.name == "sentence_embedding"]
     for tensor in given:
         if tensor.name == "logits" and spec.task == "fill-mask":
             yield dataclasses.replace(tensor, shape=("batch", "masks", spec.vocab_size))
         elif tensor not in pooled:
             yield tensor
+    if not pooled and HIDDEN not in {tensor.name for tensor in given}:
+        return
     # A plan that pools gives only its own pooling.
     kinds = [spec.pooling] if pooled or spec.embedding_size is not None else list(POOLINGS)
     kept = min(spec.truncate_dim or spec.embedding_width, spec.embedding_width)

@@ -71,7 +71,9 @@ def check_outputs(names: Sequence[str], offered: Sequence[str]) -> None:
     """
     for name in names:
         if name not in offered:
-            raise BackendError(f"this model has no output {name!r}; it offers {', '.join(offered)}")
+            # Only an engine that was exported for its answer alone lacks hidden states.
+            advice = ". Export it with --outputs all" if name == "last_hidden_state" else ""
+            raise BackendError(f"this model has no output {name!r}; it offers {', '.join(offered)}{advice}")
 
 
 def _check_array(name: str, array: NDArray[np.int64], rank: int) -> None:

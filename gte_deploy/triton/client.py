@@ -12,6 +12,7 @@ model's tokenizer sends token ids in place of texts.
 Shapes: N inputs, B rows of a request, S tokens, H hidden size, D embedding size, L labels, M masks, K answers.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -30,7 +31,7 @@ from gte_deploy._version import __version__
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.bundle.manifest import spec_from_json
-from gte_deploy.core.errors import BackendError, InputError, NonFiniteError
+from gte_deploy.core.errors import BackendError, InputError, NonFiniteError, UnavailableError
 from gte_deploy.core.forking import follow, keep_for_good
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import classify, embed, fill_mask, sparse, token_classify
@@ -118,7 +119,7 @@ class Client(TextInterface):
         self._connect()
         follow(self)
         try:
-            config = self._transport.config("gte_embed")
+            config = self._config()
             self._facts, self.spec = _described(config, url)
             self._tokenizer = (
                 None if tokenizer is None else open_tokenizer(Path(tokenizer), self._facts, self.spec, url)
@@ -161,6 +162,19 @@ class Client(TextInterface):
         self._transport = open_transport(**options)
         self._pool = ThreadPoolExecutor(self._options["connections"], thread_name_prefix="gte-triton")
 
+    def _config(self) -> dict[str, Any]:
+        """The configuration of an ensemble, of which each describes the model."""
+        try:
+            return self._transport.config(embed.SERVED.name)
+        except UnavailableError:
+            raise
+        except BackendError:
+            # The repository of an engine that gives only logits has no ensemble of embeddings.
+            for ensemble in (classify.SERVED, fill_mask.SERVED):
+                with contextlib.suppress(BackendError):
+                    return self._transport.config(ensemble.name)
+            raise
+
     def info(self) -> dict[str, Any]:
         """Facts about the served model, as plain JSON data."""
         served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
@@ -168,6 +182,7 @@ class Client(TextInterface):
 
     def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         before = self._no_prompt()
+        self._require_states(request)
         if request.output_value == "sentence_embedding":
             yield from self._sentence_batches(request, texts, options)
             return
@@ -176,6 +191,15 @@ class Client(TextInterface):
         for numbers, values in self._infer_all(call, texts):
             batch = Batch(values["INPUT_IDS"], values["ATTENTION_MASK"], None, values.get("TOKEN_TYPE_IDS"))
             yield numbers, request.answer(batch, {"last_hidden_state": values["TOKEN_EMBEDDINGS"]})
+
+    def _require_states(self, request: EmbeddingRequest) -> None:
+        """Refuse a request that needs hidden states if the server's engine gives only the answer of its task."""
+        is_answer = request.output_value == "sentence_embedding" and request.pooling == self.spec.pooling
+        if not (self._facts.get("hidden_states", True) or (is_answer and self.spec.task == "embed")):
+            raise BackendError(
+                f"the engine of the server at {self._name} gives only the answer of task {self.spec.task}, and this "
+                "call needs hidden states. Export it with --outputs all"
+            )
 
     def _sentence_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         """Embeddings from the encoder itself if it gives them; a Python model on the server computes the others."""

@@ -98,6 +98,24 @@ def test_the_grid_is_one_to_64_rows_and_16_to_8192_tokens(gpu: ModuleType):
     assert [one.name for one in few[:2]] == [gpu.EXACT, gpu.REFERENCE] and len(few) == 6
 
 
+def test_contestants_of_cls_are_held_against_first_tokens(gpu: ModuleType, word_checkpoints: Any):
+    """An engine of answers has no token embeddings, and beside it is one of all outputs."""
+    cls = {one.name: one for one in gpu._parse(["--contestants", "TensorRT fp16 CLS"]).contestants[2:]}
+    assert list(cls) == ["gte-deploy TensorRT fp16 CLS", "gte-deploy TensorRT fp16 CLS, answer alone"]
+    assert [one.gives_states for one in cls.values()] == [True, False]
+    assert {one.right_answer for one in cls.values()} == {"first_tokens"}
+    exact = next(one for one in gpu.CONTESTANTS if one.name == gpu.EXACT)
+    run = SimpleNamespace(arguments=SimpleNamespace(max_length=32, accuracy_texts=2))
+    subject, expected = gpu.SUBJECTS["base"], {}
+    tokenizer = gpu.load_tokenizer(word_checkpoints["embed"])
+    with gpu.Worker(exact.factory, word_checkpoints["embed"], "cpu") as worker:
+        gpu._accuracy(run, worker, subject, exact, tokenizer, expected)
+    one = cls["gte-deploy TensorRT fp16 CLS, answer alone"]
+    with gpu.Worker(one.factory, word_checkpoints["embed"], "cpu", "torch") as worker:
+        row = gpu._accuracy(run, worker, subject, one, tokenizer, expected)
+    assert row["embed"]["min"] > 0.99999 and "token_embeddings" not in row
+
+
 # --- from made-up numbers -------------------------------------------------------------------------------------------
 
 

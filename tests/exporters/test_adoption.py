@@ -53,9 +53,10 @@ def made(tmp_path_factory):
     bundles = {}
     for task in ("embed", "fill-mask"):
         checkpoint = make_checkpoint(folder / task, task=task, hidden_size=64, heads=2, intermediate=128, layers=2)
-        bundles[task] = export(
-            checkpoint, folder / f"{task}-bundle", format="trt", onnx_only=True, max_length=64, task=task
-        ).path
+        options = {"format": "trt", "onnx_only": True, "max_length": 64, "task": task}
+        bundles[task] = export(checkpoint, folder / f"{task}-bundle", **options).path
+    answers = {**options, "task": "embed", "pooling": "cls", "outputs": "answer"}
+    bundles["answers"] = export(folder / "embed", folder / "answers-bundle", **answers).path
     return bundles
 
 
@@ -206,6 +207,31 @@ def test_an_engine_of_fill_mask_serves_too(bundle, machine, tmp_path):
     with gte_deploy.load(folder, backend="tensorrt", device="cuda") as model:
         assert model.spec.task == "fill-mask"
     export_repository(engine=folder, output=tmp_path / "repository")
+
+
+def test_an_engine_of_answers(bundle, machine, tmp_path):
+    """Its bundle, the runtime and a repository have embeddings, and everything else is refused by name."""
+    folder = bundle("answers")
+    graph = read_manifest(folder).graphs["tensorrt"]
+    assert [tensor.name for tensor in graph.outputs] == ["sentence_embedding"]
+    machine.engine = Engine(graph)
+    result = adopt(folder / "model.plan", folder)
+    assert result.plan.outputs == graph.outputs and result.plan.layers == {"fused_attention": 2}
+    with gte_deploy.load(folder, backend="tensorrt", device="cuda") as model:
+        assert model.info()["outputs"] == ["sentence_embedding"]
+        for options in ({"output_value": "token_embeddings"}, {"output_value": None}, {"pooling": "mean"}):
+            with pytest.raises(BackendError, match="'last_hidden_state'.* Export it with --outputs all"):
+                model.encode("w5 w6", **options)
+    found = export_repository(engine=folder, output=tmp_path / "repository")
+    assert set(found.ensembles) == {"gte_embed", "gte_embed_fast", "gte_embed_ids"}
+
+
+def test_an_engine_of_all_outputs_does_not_fit_a_graph_of_answers(bundle, machine):
+    folder = bundle("answers")
+    machine.engine = Engine(read_manifest(folder).graphs["tensorrt"])
+    machine.engine.tensors["last_hidden_state"] = ("float32", (-1, -1, 64))
+    with pytest.raises(ExportError, match="it has the outputs last_hidden_state, sentence_embedding, and the graph"):
+        adopt(folder / "model.plan", folder)
 
 
 def test_an_engine_is_replaced_only_on_request(bundle, machine):

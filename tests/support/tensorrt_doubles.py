@@ -414,7 +414,7 @@ class HostEngine:
         else:
             assert inputs["attention_mask"].any(axis=1).all(), "a row without a token"
             found = formula(*inputs.values())
-        for name, values in found.items():
+        for name, values in ((tensor.name, found[tensor.name]) for tensor in self.plan.outputs):
             out = view(name)
             out[:] = values.view(np.uint32) >> 16 if out.dtype == np.uint16 else values
 

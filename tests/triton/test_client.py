@@ -29,8 +29,8 @@ SPEC = ModelSpec(task="embed", max_length=512, vocab_size=100, hidden_size=4, pa
 MAX_BATCH = 8
 
 
-def config_of(spec: ModelSpec = SPEC) -> dict[str, Any]:
-    described = {"gte_deploy_spec": asdict(spec), "gte_deploy": {"version": "1", "precision": "fp32"}}
+def config_of(spec: ModelSpec = SPEC, **facts: Any) -> dict[str, Any]:
+    described = {"gte_deploy_spec": asdict(spec), "gte_deploy": {"version": "1", "precision": "fp32", **facts}}
     parameters = {name: {"string_value": json.dumps(value)} for name, value in described.items()}
     return {"name": "gte_embed", "max_batch_size": MAX_BATCH, "parameters": parameters}
 
@@ -122,6 +122,43 @@ def test_options_are_sent_only_where_they_differ(client: triton.Client, transpor
     assert set(full) == {"TEXT", "POOLING", "NORMALIZE", "TRUNCATE_DIM", "TRUNCATION", "MAX_LENGTH"}
     assert all(array.shape == (2, 1) for array in full.values())
     assert [full["POOLING"][0, 0], full["TRUNCATE_DIM"].dtype, full["NORMALIZE"].dtype] == [b"cls", "int32", "bool"]
+
+
+@pytest.mark.parametrize("task", ["embed", "classify"])
+def test_the_server_of_an_engine_of_answers(monkeypatch: pytest.MonkeyPatch, task: Any):
+    """It has no ensemble for what the engine does not give; a reranker's does not even have embeddings."""
+    fake = FakeTransport(ModelSpec(**{**asdict(SPEC), "task": task, "num_labels": 1, "pooling": "cls"}))
+
+    def config(model: str) -> dict[str, Any]:
+        if model != {"embed": "gte_embed", "classify": "gte_rerank"}[task]:
+            raise BackendError(f"http://server failed with 404: unknown model {model}")
+        return config_of(fake.spec, hidden_states=False)
+
+    fake.config = config
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        assert client.info()["hidden_states"] is False and client.spec.task == task
+        if task == "embed":
+            assert client.encode(["1", "2"])[:, 0].tolist() == [1, 2]
+        else:
+            assert client.predict(["1", "2"]).shape == ()
+        served = len(fake.requests)
+        wanted = [{"output_value": "token_embeddings"}, {"pooling": "mean"}, *([{}] if task == "classify" else [])]
+        for options in wanted:
+            with pytest.raises(BackendError, match=f"only the answer of task {task}, .* Export it with --outputs all"):
+                client.encode("1", **options)
+        assert len(fake.requests) == served
+
+
+def test_a_server_without_any_known_ensemble(monkeypatch: pytest.MonkeyPatch):
+    def config(model: str) -> dict[str, Any]:
+        raise BackendError(f"unknown model {model}")
+
+    fake = FakeTransport()
+    fake.config, fake.close = config, lambda: None
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with pytest.raises(BackendError, match="unknown model gte_embed"):
+        triton.Client()
 
 
 def test_a_default_prompt_is_put_here_and_not_again_there(monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option
@@ -14,6 +14,8 @@ from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_capab
 
 if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.calibration import Calibrator
+
+EngineOutputs = Literal["all", "answer"]
 
 
 def _mebibytes(text: str) -> int:
@@ -29,6 +31,8 @@ class TensorRTOptions(CalibrationOptions):
     Args:
         padding: "remove" for a padding-free engine, which needs ordinary TensorRT 11.1 or later; see
             `gte_deploy.exporters.targets.tensorrt.padding_free`. "keep" and "auto" keep padding.
+        outputs: "answer" for an engine that gives only the answer of the task, without hidden states. Its last layer
+            then computes only the tokens that the answer needs.
         runtime: "auto", "tensorrt" or "rtx", see `choose_runtime`.
         compute_capabilities: the GPUs that the engine is for, such as "8.9". None is the GPU of this machine; with
             TensorRT-RTX, it is those of `DEFAULT_CAPABILITIES` that compute in the precision.
@@ -48,6 +52,11 @@ class TensorRTOptions(CalibrationOptions):
         "auto",
         "remove: a padding-free engine, for TensorRT 11.1 or later (default: keep)",
         choices=get_args(Padding),
+    )
+    outputs: EngineOutputs = option(
+        "all",
+        "answer: an engine without hidden states, whose last layer computes only the tokens that the answer needs",
+        choices=get_args(EngineOutputs),
     )
     runtime: str = option(
         "auto",

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from gte_deploy.core.errors import ExportError, InputError
@@ -14,10 +15,14 @@ from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_capabilities
 from gte_deploy.models.description import Description
+from gte_deploy.tasks.base import Outputs
 
 if TYPE_CHECKING:
+    from gte_deploy.backends.base import Batch
     from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
     from gte_deploy.exporters.targets.tensorrt.precision import QuantizedGemms
+    from gte_deploy.exporters.verification.accuracy import Runs
 
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
@@ -31,6 +36,11 @@ _UNFUSED_IN_RTX = "TensorRT-RTX leaves FP8 attention unfused in profiles that ta
 _FP8_ATTENTION_NOT_BUILT = (
     "Attention is quantized to FP8 in the form that NVIDIA's ModelOpt writes for ordinary TensorRT. The comparison ran "
     "this arithmetic on the CPU; no engine with FP8 attention has been built or run in the tests of this project."
+)
+
+_STATES_OF_WHOLE = (
+    "The engine gives no hidden states (--outputs answer). Those whose accuracy on text was measured come from the "
+    "whole graph, of which the engine's graph is a part."
 )
 
 
@@ -67,6 +77,8 @@ class TensorRTTarget(Target):
         """Check that the layout and the profiles fit the model, and that a TensorRT can build here."""
         self.layout.check_model(checkpoint)
         refuse_token_weights(checkpoint.spec)
+        if self.options.outputs == "answer":
+            _require_answer_part(checkpoint.spec)
         self._profiles(checkpoint.spec)
         if (runtime := self._runtime()) is not None:
             if self.options.fp8_attention and runtime.variant == "tensorrt-rtx":
@@ -88,15 +100,17 @@ class TensorRTTarget(Target):
 
     def _build(self, graphs: "Mapping[Engine, Graph]", job: Job, gemms: "QuantizedGemms | None") -> Built:
         from gte_deploy.exporters.graph.build import save_graph
+        from gte_deploy.exporters.graph.parts import parts_of
         from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph
 
         if gemms is not None:
             job.require_kept_bounds(gemms.sweep.failure)
         scheme = None if gemms is None else gemms.scheme
         with job.steps(f"write the graph in {job.precision}"):
-            graph = tensorrt_graph(
+            whole = tensorrt_graph(
                 graphs["openvino"], job.precision, sites=job.sites, scheme=scheme, layout=self.layout
             )
+            graph = parts_of(whole, job.spec)["answer"] if self.options.outputs == "answer" else whole
             file = job.graph_file("tensorrt")
             file.parent.mkdir(exist_ok=True)
             save_graph(graph, file)
@@ -104,6 +118,7 @@ class TensorRTTarget(Target):
             {"tensorrt": graph},
             {} if gemms is None else gemms.sweep.loss,
             finer=None if gemms is None else lambda: self._build(graphs, job, gemms.finer()),
+            whole=None if graph is whole else whole,
         )
         runtime, profiles = self._runtime(), self._profiles(job.spec)
         if runtime is None:
@@ -134,15 +149,20 @@ class TensorRTTarget(Target):
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """The graph of the engine, run by ONNX Runtime on the CPU."""
+        caveats = [*self.layout.caveats(), *([_FP8_ATTENTION_NOT_BUILT] if self.options.fp8_attention else [])]
+        with contextlib.ExitStack() as stack:
+            runs = stack.enter_context(self._emulation(built.graphs["tensorrt"], job))
+            if built.whole is not None:
+                names = [tensor.name for tensor in built.graphs["tensorrt"].outputs]
+                runs = _AnswersAndStates(runs, names, stack.enter_context(self._emulation(built.whole, job)))
+                caveats.append(_STATES_OF_WHOLE)
+            yield Candidates({("tensorrt", job.precision): runs}, caveats)
+
+    def _emulation(self, graph: "Graph", job: Job) -> "contextlib.closing[PaddedOnnx | PaddingFreeOnnx]":
         emulation = self.layout.emulation(
-            built.graphs["tensorrt"],
-            job.spec,
-            profiles=self._profiles(job.spec),
-            num_heads=job.model.config.num_attention_heads,
+            graph, job.spec, profiles=self._profiles(job.spec), num_heads=job.model.config.num_attention_heads
         )
-        with contextlib.closing(emulation):
-            caveats = [*self.layout.caveats(), *([_FP8_ATTENTION_NOT_BUILT] if self.options.fp8_attention else [])]
-            yield Candidates({("tensorrt", job.precision): emulation}, caveats)
+        return contextlib.closing(emulation)
 
     def _runtime(self) -> Runtime | None:
         """The TensorRT that builds the engine; None if no engine is wanted."""
@@ -155,3 +175,41 @@ class TensorRTTarget(Target):
     def _profiles(self, spec: ModelSpec) -> tuple[Profile, ...]:
         lengths = [] if self.options.lengths is None else read_lengths(self.options.lengths)
         return self.layout.profiles(self.options.profiles, lengths, spec.max_length)
+
+
+@dataclass(frozen=True)
+class _AnswersAndStates:
+    """Runs a graph of answers, and for hidden states the whole graph that it is a part of.
+
+    Args:
+        answers: runs the graph of answers.
+        names: the outputs of that graph.
+        whole: runs the whole graph.
+    """
+
+    answers: "Runs"
+    names: Sequence[str]
+    whole: "Runs"
+
+    def run(self, batch: "Batch", outputs: Sequence[str]) -> Outputs:
+        """See `Backend.run`."""
+        own, others = ([name for name in outputs if (name in self.names) is wanted] for wanted in (True, False))
+        found = self.answers.run(batch, own) if own else {}
+        return {**found, **(self.whole.run(batch, others) if others else {})}
+
+
+def _require_answer_part(spec: ModelSpec) -> None:
+    """Refuse an engine of answers for a model whose answer needs the last layer's states of all tokens.
+
+    Raises:
+        InputError: the message says for which models there are such engines, and what to do.
+    """
+    from gte_deploy.exporters.graph.parts import reads_few_rows
+
+    if not reads_few_rows(spec):
+        asked = {"embed": f"{spec.pooling} pooling", "fill-mask": f"logits {spec.logits!r}"}
+        raise InputError(
+            "outputs 'answer' is for embeddings with CLS pooling, for task classify, and for fill-mask with logits "
+            f"'masked'; {asked.get(spec.task, f'task {spec.task}')} needs the last layer's states of every token. "
+            "Leave out --outputs answer."
+        )

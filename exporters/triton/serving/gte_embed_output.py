@@ -56,4 +56,7 @@ class TritonPythonModel:
         """Pooled states [B, H] from the encoder."""
         if (name := f"embedding_{pooling}") in self._inputs:
             return floats(request, name)
-        raise InputError(f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} use gte_token_embed")
+        raise InputError(
+            f"this TensorRT plan pools by {self._spec.pooling!r}; for {pooling!r} use gte_token_embed, which plans "
+            "exported with --outputs answer do not have"
+        )

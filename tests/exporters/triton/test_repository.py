@@ -329,10 +329,12 @@ def test_graphs_for_cuda_are_for_gpus(altered_bundle, tmp_path):
     assert not (result.path / "gte_encoder" / "configs").exists()
 
 
-def plan_entry(task, *profiles, variant="tensorrt", ids="int32"):
+def plan_entry(task, *profiles, variant="tensorrt", ids="int32", states=True):
     tokens = [TensorSpec(name, ids, ("batch", "sequence")) for name in ("input_ids", "attention_mask")]
     masks = [TensorSpec("mask_positions", "int64", ("masks", 2))] if task == "fill-mask" else []
-    outputs = [TensorSpec("last_hidden_state", "float32", ("batch", "sequence", 32))]
+    outputs = [TensorSpec("last_hidden_state", "float32", ("batch", "sequence", 32))] if states else []
+    if task == "classify":
+        outputs.append(TensorSpec("logits", "float32", ("batch", 1)))
     if task == "fill-mask":
         outputs.append(TensorSpec("logits", "float32", ("masks", 128)))
     if task == "embed":
@@ -387,8 +389,9 @@ def served_plan(altered_bundle, bundles, tmp_path, monkeypatch):
     """
     models = []
 
-    def make(task, **options):
-        bundle = altered_bundle(task, {"tensorrt/model.plan": b"plan"}, plan=plan_entry(task, SHORT, LONG))
+    def make(task, states=True, **options):
+        plan = plan_entry(task, SHORT, LONG, states=states)
+        bundle = altered_bundle(task, {"tensorrt/model.plan": b"plan"}, plan=plan)
         opened = Repository(export_repository(engine=bundle, output=tmp_path / "r", **options).path, None)
         models.append(gte_deploy.load(bundles[task], backend="onnx", num_threads=1))
         run, shapes, profiles = opened._run, [], (Profile(*SHORT), Profile(*LONG))
@@ -427,6 +430,39 @@ def test_answers_of_a_plan(served_plan):
             expected = expected if isinstance(expected[0], list) else [expected]
             found = answer["TOKEN_ID"][row, : len(expected)].tolist()
             assert found == [[item["token"] for item in best] for best in expected]
+
+
+@pytest.mark.parametrize("task", ["embed", "classify", "fill-mask"])
+def test_a_plan_of_answers_serves_only_these(served_plan, task):
+    opened, model, _ = served_plan(task, states=False)
+    assert check_repository(opened.path) == []
+    ensembles = {
+        path.name for path in opened.path.iterdir() if path.is_dir() and opened.config(path.name).platform == "ensemble"
+    }
+    assert ensembles == ENSEMBLES[task] - (EMBEDDING if task != "embed" else {"gte_token_embed"})
+    assert not (opened.path / "gte_token_encoder").exists()
+    outputs = {tensor.name for tensor in opened.config("gte_encoder").output}
+    assert outputs == (
+        {"embedding_cls", "embedding_finished", "embedding_normalized"} if task == "embed" else {"logits"}
+    )
+    assert [tensor.name for tensor in opened.config("gte_plan").output] == [model._backend.outputs[1]]
+    text = (opened.path / "README.md").read_text()
+    assert "gives only the answer of its task" in text and "gte_token_embed" not in text
+    first = {"embed": "gte_embed", "classify": "gte_rerank", "fill-mask": "gte_fill_mask"}[task]
+    assert f"/v2/models/{first}/infer" in text
+    if task == "embed":
+        texts = ["a king", "river " * 50]
+        (answer,) = opened.ask("gte_embed", {"TEXT": texts})
+        np.testing.assert_allclose(answer["EMBEDDING"], model.encode(texts), atol=1e-5)
+        (error,) = opened.ask("gte_embed", {"TEXT": texts, "POOLING": ["mean"] * 2})
+        assert "pools by 'cls'" in str(error) and "--outputs answer do not have" in str(error)
+    elif task == "classify":
+        (answer,) = opened.ask("gte_rerank", {"TEXT": ["a king", "a"], "TEXT_PAIR": ["the river", "b"]})
+        expected = model.predict([("a king", "the river"), ("a", "b")])
+        np.testing.assert_allclose(answer["SCORE"][:, 0], expected, atol=1e-5)
+    else:
+        (answer,) = opened.ask("gte_fill_mask", {"TEXT": ["the [MASK]"], "TOP_K": [2]})
+        assert answer["TOKEN_ID"][0, 0].tolist() == [item["token"] for item in model.fill_mask("the [MASK]", top_k=2)]
 
 
 def test_requests_of_a_plan_are_joined_up_to_the_rows_of_their_length(served_plan):

@@ -65,6 +65,18 @@ def test_batches_of_every_shape(make, variant, dtype):
         assert_right(backend, random_batch(rng, rows, length, masks), outputs)
 
 
+@pytest.mark.parametrize("plan", [plan_of(), plan_of("tensorrt-rtx"), packed_plan()], ids=["padded", "rtx", "packed"])
+def test_an_engine_that_gives_only_the_answer(make, plan):
+    backend, rng = make(dataclasses.replace(plan, outputs=plan.outputs[1:])), np.random.default_rng(0)
+    assert backend.outputs == ("logits",)
+    for _ in range(20):
+        batch = random_batch(rng, rng.integers(1, 12), rng.integers(1, 65), rng.integers(0, 12))
+        assert_right(backend, batch, ("logits",))
+    backend.warm_up([batch], ("logits",))
+    with pytest.raises(BackendError, match="'last_hidden_state'; it offers logits. Export it with --outputs all"):
+        backend.run(batch, ("last_hidden_state",))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_types_reach_the_engine_and_those_of_the_batch_before_do_not(make, packed):
     plan = packed_plan() if packed else plan_of()
