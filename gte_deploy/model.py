@@ -30,7 +30,7 @@ from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Outputs, Request
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
-from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, parts_of
+from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, split_by_masks
 from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
 from gte_deploy.tasks.sparse import (
     Names,
@@ -362,7 +362,7 @@ class Model(TextInterface):
                 token_types=self.spec.token_types,
             )
             found: list[list[list[MaskAnswer]]] = [[] for _ in rows]
-            for part in parts_of(batch, self.spec.vocab_size):
+            for part in split_by_masks(batch, self.spec.vocab_size):
                 for masks, more in zip(found, request.answer(part, self._run(part, outputs, indices)), strict=True):
                     masks.extend(more)
             return indices, found

@@ -9,8 +9,8 @@ from gte_deploy.bundle.manifest import GraphEntry
 from gte_deploy.core.errors import BackendError
 from gte_deploy.tasks.base import HIDDEN
 
-Names = tuple[str, ...]
-GraphFiles = Mapping[Names, Path]
+OutputNames = tuple[str, ...]
+GraphFiles = Mapping[OutputNames, Path]
 """The names of a graph's outputs -> its file: the whole graph with all outputs, and its parts."""
 
 Opened = TypeVar("Opened")
@@ -32,8 +32,8 @@ class OpenGraphs(Generic[Opened]):
     def __init__(
         self,
         files: GraphFiles,
-        open_graph: Callable[[Names, Path], Opened],
-        opened: Mapping[Names, Opened] | None = None,
+        open_graph: Callable[[OutputNames, Path], Opened],
+        opened: Mapping[OutputNames, Opened] | None = None,
     ) -> None:
         """Open the graph for the answer: for all outputs besides the hidden states.
 
@@ -47,7 +47,7 @@ class OpenGraphs(Generic[Opened]):
         """
         self._files = sorted(files.items(), key=lambda file: len(file[0]))
         self._open_graph = open_graph
-        self._opened: dict[Names, Opened] | None = dict(opened or {})
+        self._opened: dict[OutputNames, Opened] | None = dict(opened or {})
         self._lock = threading.Lock()
         self.outputs = self._files[-1][0]
         """The names of all outputs."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.graphs import GraphFiles, Names, OpenGraphs
+from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames
 from gte_deploy.backends.tensorrt.shapes import PaddedLayout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
@@ -53,7 +53,7 @@ class _OpenGraph:
     """An inference session and the names of its inputs."""
 
     session: Any
-    inputs: Names
+    inputs: OutputNames
 
 
 class OnnxBackend:
@@ -139,7 +139,7 @@ class OnnxBackend:
                 layout.place(name, values, sub_batch, results[name])
         return results
 
-    def _open_for(self, outputs: Names, graph: Path) -> _OpenGraph:
+    def _open_for(self, outputs: OutputNames, graph: Path) -> _OpenGraph:
         """Open a graph, and check that it has the outputs that the manifest gives it."""
         opened = self._open(graph)
         found = tuple(output.name for output in opened.session.get_outputs())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs, has_costly_head
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.graphs import GraphFiles, Names, OpenGraphs
+from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.quiet import import_openvino
@@ -35,7 +35,7 @@ _ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 class _OpenGraph:
     """The idle requests of a compiled model, and the names of its inputs."""
 
-    inputs: Names
+    inputs: OutputNames
     idle: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
     def infer(self, request: Any, batch: Batch) -> Any:
@@ -123,7 +123,7 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
 
-    def _open(self, outputs: Names, graph: Path) -> _OpenGraph:
+    def _open(self, outputs: OutputNames, graph: Path) -> _OpenGraph:
         """Compile what computes `outputs`, and run it once."""
         model = self._read(graph)
         results = [output for output in model.outputs if output.any_name in outputs]

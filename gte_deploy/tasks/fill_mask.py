@@ -79,7 +79,7 @@ def logits_of_masks(
     return logits[mask_positions[:, 0], mask_positions[:, 1]] if spec.logits == "all" else logits
 
 
-def parts_of(batch: Batch, vocab_size: int) -> Iterator[Batch]:
+def split_by_masks(batch: Batch, vocab_size: int) -> Iterator[Batch]:
     """Split a batch by its mask positions, so that a part has at most `MAX_LOGITS` logits."""
     assert batch.mask_positions is not None  # the batch of this task names the masks
     at_once = max(1, MAX_LOGITS // vocab_size)
