@@ -262,7 +262,7 @@ def _before_reshape(node: ir.Node, layout: _Layout) -> dict[int, _Layout]:
         makes_texts = layout == _Layout() and rank == 2 and _is_size_of_texts(target)
         return {0: _Layout("rows")} if makes_texts else {}
     sizes = array(target).tolist()
-    splits_or_joins = layout == _Layout(axis=1 - len(sizes)) and sizes[:2] == [0, 0] and min(sizes[2:], default=0) > 0
+    splits_or_joins = layout == _Layout(axis=1 - len(sizes)) and sizes[:2] == [0, 0] and 0 not in sizes[2:]
     makes_rows = layout.kind == "rows" and len(sizes) == 2 and sizes[0] == -1 and rank > 2
     return {0: _Layout(axis=1 - rank)} if splits_or_joins or makes_rows else {}
 
