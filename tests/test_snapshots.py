@@ -99,6 +99,7 @@ def test_the_fields_of_a_bundles_files(bundle, frozen, name):
     data = json.loads((bundle / name).read_text())
     for key in ("versions", "timings_s"):  # named after what is installed, and after the steps
         data.pop(key, None)
+    data.get("parity", {}).pop("not_proven", None)  # empty on a CPU with bfloat16
     assert json.dumps(shape_of(data), indent=1) + "\n" == frozen
 
 
@@ -116,7 +117,7 @@ REFUSED = (
     "one --model two",
     "--target sm86",
     "--padding keep",
-    "--precision bf16",
+    "--precision fp16",
     "--precision int8 --target cuda",
     "--target cuda --precision bf16 --padding remove",
     "--profile 1x1:1x8:1x16",

@@ -202,7 +202,8 @@ def save(graphs: "Mapping[Engine, Graph]", job: Job) -> "Mapping[Engine, Mapping
 def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
     """Open OpenVINO's graph in FP32 and in bfloat16; the latter as an emulation where this CPU does not compute in it.
 
-    The emulation takes the time of a further engine, so only a bundle for bfloat16 gets it.
+    The emulation takes the time of a further engine, so an FP32 bundle, which runs in bfloat16 only on request, does
+    without it.
     """
     from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16
 
@@ -216,10 +217,13 @@ def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
     elif job.precision in ("bf16", "int8"):
         from gte_deploy.exporters.verification.emulated_onnx import EmulatedOnnx
         from gte_deploy.exporters.verification.emulation import bf16_emulation
+        from gte_deploy.exporters.verification.parity import LONGEST_OPTIONAL_EMULATION
 
         heads = job.model.config.num_attention_heads
         opened[_OPENVINO_BF16] = EmulatedOnnx(bf16_emulation(built.graphs["openvino"]), job.spec, num_heads=heads)
         caveats, emulated = [_EMULATED], [_OPENVINO_BF16]
+        if job.precision == "int8" and job.spec.max_length > LONGEST_OPTIONAL_EMULATION:
+            caveats.append(f"The emulation had inputs of at most {LONGEST_OPTIONAL_EMULATION:,} tokens.")
     else:
         caveats = ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
     with closing(opened):

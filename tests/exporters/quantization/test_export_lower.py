@@ -33,11 +33,13 @@ def test_the_report_says_what_int8_costs(int8):
         found, bounds = engine["accuracy"], engine["accuracy_bounds"]
         assert bounds == {"cosine_mean": 0.999, "top1_agreement": 0.97}
         assert found["token_cosine_mean"] >= 0.999 and found["sentence_cosine_mean"] >= 0.999
-        assert found["alone_cosine_mean"] == pytest.approx(1, abs=1e-5)
+        # A sum in another order may round to another bfloat16.
+        assert found["alone_cosine_mean"] == pytest.approx(1, abs=1e-4 if engine["compute"] == "bf16" else 1e-5)
         low, high = found["top1_interval"]
         assert low < found["top1_agreement"] < high and high >= 0.97 and found["masks"] > 400
         before, after = found["top1"][1], found["top1"][0]
         assert after > 0.25 and abs(after - before) < 0.02
+    assert "bf16" in int8.manifest.graphs["openvino"].computes and "bf16" in [engine["compute"] for engine in engines]
     assert report["sensitivity"] == {}
     page = (int8.path / "report.html").read_text()
     assert "same best word as PyTorch" in page and "masks (95 % interval" in page and "int8_linears 29" in page

@@ -15,6 +15,7 @@ from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ParityError  # noqa: E402
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, PRECISIONS, ModelSpec  # noqa: E402
+from gte_deploy.exporters.verification import parity as parity_module  # noqa: E402
 from gte_deploy.exporters.verification.bounds import TOLERANCES, Tolerance  # noqa: E402
 from gte_deploy.exporters.verification.cases import (  # noqa: E402
     Case,
@@ -294,6 +295,18 @@ def test_a_miss_in_bfloat16_fails_a_bundle_for_bfloat16(reference, tokens):
     assert [found.tolerance for found in report.engines] == [FP32, FP32, TOLERANCES["bf16"]]
     with pytest.raises(BoundMissedError, match=r"openvino bf16 \(emulated\) differs"):
         report.require()
+
+
+def test_an_emulation_that_no_bundle_needs_leaves_long_inputs_out(reference, tokens, monkeypatch):
+    monkeypatch.setattr(parity_module, "LONGEST_OPTIONAL_EMULATION", 17)
+    key = ("openvino", "bf16")
+    for precision, lengths in (("int8", [1, 17]), ("bf16", [1, 17, 40])):
+        report = parity_of(reference, {key: reference}, tokens, precision=precision, emulated=[key])
+        (engine,) = report.engines
+        assert [result.case.length for result in engine.cases] == lengths and engine.optional == (precision == "int8")
+        assert engine.title == "openvino bf16 (emulated)" and report.verified("openvino", emulated=True) == ("bf16",)
+    (engine,) = parity_of(reference, {key: reference}, tokens, precision="int8").engines
+    assert len(engine.cases) == len(CASES), "the engine itself is quick"
 
 
 def shrink_masks(count):
