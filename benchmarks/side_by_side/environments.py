@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gte_deploy.core.quiet import without_openvino_telemetry
 from gte_deploy.tuning.measure import Answer, Worker, WorkerError, serve_calls
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def serve() -> None:
     """Answer the calls of an `EnvironmentWorker`; sys.argv[1] is the file descriptor of the pipe."""
     connection = Connection(int(sys.argv[1]))
     cpus, factory, arguments, options = connection.recv()
-    serve_calls(connection, cpus, functools.partial(factory, **options), arguments)
+    with without_openvino_telemetry():  # the peers import openvino
+        serve_calls(connection, cpus, functools.partial(factory, **options), arguments)
 
 
 def _python(environment: Path) -> Path:

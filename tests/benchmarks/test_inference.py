@@ -106,7 +106,7 @@ def test_a_number_comes_with_date_hardware_versions_and_command(report: dict[str
 def test_tables_name_every_contestant_and_reason(report: dict[str, Any], arguments: list[str], parts: Any):
     text = Path(arguments[arguments.index("--output") + 1]).with_suffix(".md").read_text()
     assert text == parts.report.markdown(report)
-    assert "| 2x8, gte-deploy onnx fp32 |" in text and text.index("## Bars") > text.index("## Not measured")
+    assert "| 2x8, gte-deploy onnx fp32 |" in text and text.rindex("\n## ") == text.index("\n## Bars")
     for row in report["measurements"]:
         assert row["contestant"] in text and (row["error"] is None or row["error"] in text)
 
@@ -499,7 +499,8 @@ def test_a_bar_needs_a_contestant_as_accurate_as_the_peer(parts: Any):
     assert "accuracy of OpenVINO direct NNCF int8 was not measured" in bar(Open=None).by
     report = made_up(parts)
     report["measurements"] = [row for row in report["measurements"] if row["ours"]]
-    assert {(one.by, one.met) for one in parts.report.bars(report)} == {("no result of a peer", None)}
+    found = {(one.by, one.met) for one in parts.report.bars(report) if one.workload != "base 1x8192"}
+    assert found == {("no result of a peer", None)}
 
 
 def test_share_of_peak_and_tables(parts: Any):
