@@ -408,7 +408,8 @@ def _measure_gemm(run: Run) -> None:
     if run.report["gemm_peak"]:
         return
     _say("GEMM peaks")
-    with Worker(Gemm, run.arguments.threads, SIZE, cpus=run.arguments.threads) as worker:
+    offered = run.report["hardware"]["kernels"]
+    with Worker(Gemm, run.arguments.threads, SIZE, offered, cpus=run.arguments.threads) as worker:
         run.report["gemm_peak"] = {"method": method(SIZE), **worker.call("peaks").value}
     run.save()
 

@@ -3,7 +3,7 @@
     python benchmarks/peers.py                   # all
     python benchmarks/peers.py openvino onnx     # some
 
-They lie in build/peers/, are kept, and take 1 to 3 GB each. benchmarks/inference.py lists a peer whose environment is
+They lie in build/peers/, are kept, and take over 1 GB each. benchmarks/inference.py lists a peer whose environment is
 missing, or could not be made, with the reason.
 """
 

@@ -142,7 +142,7 @@ def markdown(report: Report) -> str:
         "\n".join(f"    {command}" for command in report["commands"]),
     ]
     if peak:
-        rates = ", ".join(f"{name} {peak[name] / 1e9:,.0f} G" for name in PRECISIONS)
+        rates = ", ".join(f"{name} {peak[name] / 1e9:,.0f} G" for name in PRECISIONS if name in peak)
         parts.append(f"GEMM peak, operations/s: {rates} ({peak['method']}).")
     if report["no_energy"]:
         parts.append(f"Energy was not measured: {report['no_energy']}.")
