@@ -1,25 +1,33 @@
 """Compares gte-deploy with other ways to run the same model on the CPU: speed, memory, accuracy.
 
     python benchmarks/inference.py                          # everything; an hour and more on two cores
-    python benchmarks/inference.py --quick                  # base without the large corpus; few repeats
+    python benchmarks/inference.py --quick                  # without the large size and three workloads; few repeats
     python benchmarks/inference.py --subjects base --shapes 1x512 8x128 --contestants torch gte-deploy --repeats 3
     python benchmarks/inference.py --resume benchmarks/results/2026-01-31-inference-some-cpu.json
 
-It needs `pip install '.[bench]'`; a peer that is not installed, or fails, becomes a row with the reason. Every
-contestant has a process of its own on the same CPUs, which is idle while others run. Calls go round robin with a pause
-of 0.1 s before each; medians and quartiles are over the rounds. A contestant whose interface takes texts gets texts, as
-in a user's default call; any other gets one padded batch of ids.
+It needs `pip install '.[bench]'`, and `python benchmarks/peers.py` for peers that need other versions of our
+requirements; a peer that is not installed, or fails, becomes a row with the reason. Every contestant has a process of
+its own on the same CPUs, which is idle while others run. Calls go round robin with a pause of 0.1 s before each;
+medians and quartiles are over the rounds. A contestant whose interface takes texts gets texts, as in a user's default
+call; any other gets one padded batch of ids, and of a list, batches of 32 texts in the given order.
 
-    1x16 … 1x8192   rows x tokens; above 4,096 tokens each contestant is alone in memory, and its peak is reported
+    1x16 … 1x8192   rows x tokens; from 4,096 tokens each contestant is alone in memory, and its peak is reported
     mixed           32 texts, 16 to 512 tokens: 56 % of the tokens of one padded batch are real
     mixed-padded    the same texts as one padded batch on our engines: shows the gain of our own batching
+    list-256x32     a list of 256 texts of 32 tokens; likewise list-64x128, or any other
+    list-mixed      a list of 128 texts, median 48 tokens, up to 512
     short-corpus    256 texts of up to 32 tokens
     corpus          2,000 texts, median 32 tokens, up to 512
+
+A fixed matrix product in every round, and the CPU times of the system, tell how much other programs disturb. The
+benchmark does not start on a machine that is too noisy, and a measurement that was disturbed has no result, so that
+--resume repeats it; with --allow-noise it is kept and marked. Where the CPU's energy counters (RAPL) can be read, a
+row has the joules of a call, with those of the rest of the machine.
 
 Subjects are the base size and, for two shapes, the large size, both with seeded random weights. The built-in trained
 model serves for the corpora and for accuracy on held-out text. All subjects, graphs and bundles are made once in the
 work folder. Results go to benchmarks/results/ as JSON, Markdown and a chart after every step; --resume continues from
-the JSON.
+the JSON. The Markdown ends with a table of bars: how many times as fast as the fastest peer ours has to be, and is.
 """
 
 from __future__ import annotations
@@ -45,7 +53,9 @@ import numpy as np
 from side_by_side.accuracy import agreement, cosines
 from side_by_side.artefacts import SUBJECTS, WORK, Artefacts, Subject, result_file
 from side_by_side.contestants import CONTESTANTS, REFERENCE, Contestant, reference_of
+from side_by_side.environments import REQUIREMENTS, EnvironmentWorker, interpreter, versions
 from side_by_side.gemm import SIZE, Gemm, method
+from side_by_side.machine import Calibration, CpuTimes, Energy, Noise, busy_share, kernel_of, kernels
 from side_by_side.report import markdown
 from side_by_side.workloads import NAMES, Workload, heldout_job, make_workload, masked
 
@@ -57,12 +67,15 @@ from gte_deploy.text.tokenization import load_tokenizer
 from gte_deploy.tuning.measure import Worker, WorkerError, interleaved
 
 WORKLOADS = {
-    "base": NAMES,
+    "base": [name for name in NAMES if name not in ("short-corpus", "corpus")],
     "large": ("1x128", "1x512"),
     "tiny": ("short-corpus", "corpus"),
     "tiny-fill-mask": (),
 }
+_LEFT_OUT_BY_QUICK = ("corpus", "list-64x128", "1x4096")
 _LEAST_ROUNDS = 3
+_CALIBRATIONS = 7
+_CALIBRATION = "calibration"
 
 DISTRIBUTIONS = (
     "torch",
@@ -76,6 +89,7 @@ DISTRIBUTIONS = (
     "numpy",
     "tokenizers",
 )
+PEER_DISTRIBUTIONS = ("optimum-intel", "optimum-onnx", "infinity-emb")
 
 
 @dataclasses.dataclass
@@ -85,6 +99,8 @@ class Run:
     arguments: argparse.Namespace
     report: dict[str, Any]
     deadline: float
+    calibration: Worker
+    energy: Energy
 
     def lacks(self, subject: Subject, workload: Workload, contestant: Contestant) -> bool:
         """Whether this still has to be measured; failed and omitted measurements are repeated."""
@@ -115,21 +131,53 @@ class Run:
         Raises:
             WorkerError: the contestant's artefact cannot be made, or the contestant cannot be opened.
         """
+        python = self.require(contestant)
         folder = artefacts.path(contestant.artefact)
-        threads = self.arguments.threads
-        return Worker(
-            _make,
-            contestant.factory,
-            (folder, threads),
-            dict(contestant.options),
-            cpus=threads,
-            timeout_s=self.arguments.call_minutes * 60,
-        )
+        arguments = (contestant.factory, (folder, self.arguments.threads), dict(contestant.options))
+        limits: dict[str, Any] = {"cpus": self.arguments.threads, "timeout_s": self.arguments.call_minutes * 60}
+        return EnvironmentWorker(python, *arguments, **limits) if python else Worker(_make, *arguments, **limits)
+
+    def require(self, contestant: Contestant) -> Path | None:
+        """Return the interpreter of a contestant that has an environment of its own.
+
+        Raises:
+            WorkerError: the CPU lacks what the contestant needs, or its environment is missing.
+        """
+        if lack := contestant.what_lacks(self.report["hardware"]["kernels"]):
+            raise WorkerError(lack)
+        return None if contestant.environment is None else interpreter(contestant.environment)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    run = Run(arguments, _report(arguments), deadline=0.0)
+    with ExitStack() as stack:
+        calibration = stack.enter_context(Worker(Calibration, arguments.threads, cpus=arguments.threads))
+        _refuse_noise(arguments, calibration)
+        energy = Energy()
+        report = _report(arguments)
+        report["no_energy"] = energy.reason
+        run = Run(arguments, report, 0.0, calibration, energy)
+        _measure_all(run)
+    _draw(run)
+    print(json.dumps(run.report) if arguments.json else markdown(run.report))
+    _say(f"written to {arguments.output}")
+    return 0
+
+
+def _refuse_noise(arguments: argparse.Namespace, calibration: Worker) -> None:
+    """Stop before anything is made or measured, if the machine is too noisy to compare."""
+    before, busy = CpuTimes.now(), busy_share()
+    seconds = [calibration.call("product").seconds for _ in range(_CALIBRATIONS)]
+    reason = Noise.of(seconds, busy=busy, steal=CpuTimes.now().shares_since(before)[1]).reason()
+    if reason is not None and not arguments.allow_noise:
+        raise SystemExit(
+            f"the machine is too noisy to compare: {reason}. End other programs, or take --allow-noise, which marks "
+            "the results as noisy."
+        )
+
+
+def _measure_all(run: Run) -> None:
+    arguments = run.arguments
     subjects = [SUBJECTS[name] for name in arguments.subjects]
     stages = {subject.name: _artefacts(subject, arguments) for subject in subjects}
     for artefacts in stages.values():
@@ -148,10 +196,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 left -= 1
                 run.save()
     run.save()
-    _draw(run)
-    print(json.dumps(run.report) if arguments.json else markdown(run.report))
-    _say(f"written to {arguments.output}")
-    return 0
 
 
 def _make(factory: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -170,6 +214,7 @@ def _prepare(run: Run, artefacts: Artefacts) -> None:
     """Make everything before any measurement; report once what cannot be made. Its rows repeat the reason."""
     for contestant in run.arguments.contestants:
         try:
+            run.require(contestant)
             artefacts.path(contestant.artefact)
         except WorkerError as error:
             _say(f"{artefacts.subject.name}: {contestant.name} is left out: {error}")
@@ -188,8 +233,8 @@ def _units(run: Run, artefacts: Artefacts) -> Iterator[Unit]:
     """Yield a subject's remaining units. Every group has the reference; for a large text, each contestant is alone."""
     subject = artefacts.subject
     workloads = _workloads(run, subject)
-    together = [one for one in workloads if not one.is_alone and not one.is_corpus]
-    for part in (together, [one for one in workloads if one.is_corpus]):
+    together = [one for one in workloads if not one.is_alone and not one.is_list]
+    for part in (together, [one for one in workloads if one.is_list]):
         reference = [one for one in run.arguments.contestants if part and one.name == reference_of(part[0].name)]
         missing = [
             one
@@ -214,7 +259,7 @@ def _workloads(run: Run, subject: Subject) -> list[Workload]:
     if subject.task != "embed":
         return []
     if run.arguments.quick and subject.name != "tiny":
-        names = [name for name in names if name != "corpus"]
+        names = [name for name in names if name not in _LEFT_OUT_BY_QUICK]
     return [make_workload(name, corpus_texts=run.arguments.corpus_texts) for name in names]
 
 
@@ -249,14 +294,16 @@ def _measure(
     wanted = [one for one in unit.group if run.lacks(subject, workload, one)]
     if wanted:
         wanted = [one for one in unit.group if one in wanted or (one.name == reference and one.method_for(workload))]
-    rows = {one.name: _row(subject.name, workload, one) for one in wanted}
+    offered = run.report["hardware"]["kernels"]
+    rows = {one.name: _row(subject.name, workload, one, kernel_of(one.precision, offered)) for one in wanted}
     if time.monotonic() > run.deadline:
         for row in rows.values():
             run.add("measurements", {**row, "error": f"left out: the {run.arguments.minutes:g} minutes were over"})
         return
     _say(f"{subject.name} {workload.name}: {', '.join(rows)}")
     started = time.monotonic()
-    calls: dict[str, Callable[[], float]] = {}
+    joules: dict[str, list[float]] = {}
+    calls: dict[str, Callable[[], float]] = {_CALIBRATION: lambda: run.calibration.call("product").seconds}
     errors: dict[str, str] = {}
     for one in wanted:
         try:
@@ -265,14 +312,19 @@ def _measure(
             worker = opened[one.name]
             if isinstance(worker, str):
                 raise WorkerError(worker)
-            calls[one.name] = _warm_call(worker, one, workload, unit.artefacts)
+            call = _warm_call(worker, one, workload, unit.artefacts)
+            calls[one.name] = call if run.energy.reason else _metered(call, run.energy, joules.setdefault(one.name, []))
         except WorkerError as error:
             opened.setdefault(one.name, str(error))
             errors[one.name] = str(error)
-    at_least = 1 if workload.is_alone or workload.is_corpus else min(_LEAST_ROUNDS, run.arguments.repeats)
+    at_least = 1 if workload.is_alone or workload.is_list else min(_LEAST_ROUNDS, run.arguments.repeats)
+    before, busy = CpuTimes.now(), busy_share()
+    calibration = [run.calibration.call("product").seconds for _ in range(_CALIBRATIONS)]
     left = budget_s - (time.monotonic() - started)
     seconds, failed = interleaved(calls, repeats=run.arguments.repeats, at_least=at_least, budget_s=left)
     errors |= failed
+    calibration += seconds[_CALIBRATION]
+    noise = Noise.of(calibration, busy=busy, steal=CpuTimes.now().shares_since(before)[1])
     for name, row in rows.items():
         worker = opened[name]
         if name in errors:
@@ -282,18 +334,22 @@ def _measure(
                 worker.close()
         elif isinstance(worker, Worker):
             row |= {"seconds": seconds[name], "reference_seconds": seconds.get(reference, [])}
-            row["peak_bytes"] = worker.peak_bytes
+            row |= {"peak_bytes": worker.peak_bytes, "joules": joules.get(name), "noise": noise.reason()}
+            if row["noise"] and not run.arguments.allow_noise:
+                row |= {"seconds": [], "error": f"the machine was too noisy: {row['noise']}"}
         result = row["error"] or f"{statistics.median(row['seconds']):.4f} s"
         _say(f"{subject.name} {workload.name}: {name}: {result}")
-        run.add("measurements", row)
+        if row["error"] is None or run.lacks(subject, workload, next(one for one in wanted if one.name == name)):
+            run.add("measurements", row)
 
 
-def _row(subject: str, workload: Workload, contestant: Contestant) -> dict[str, Any]:
+def _row(subject: str, workload: Workload, contestant: Contestant, kernel: str | None) -> dict[str, Any]:
     return {
         "subject": subject,
         "workload": workload.name,
         "contestant": contestant.name,
         "precision": contestant.precision,
+        "kernel": kernel,
         "ours": contestant.is_ours,
         "takes_texts": contestant.takes_texts,
         "texts": len(workload.lengths),
@@ -304,6 +360,8 @@ def _row(subject: str, workload: Workload, contestant: Contestant) -> dict[str, 
         "seconds": [],
         "reference_seconds": [],
         "peak_bytes": None,
+        "joules": None,
+        "noise": None,
         "error": None,
     }
 
@@ -319,6 +377,18 @@ def _flops(subject: str, workload: Workload) -> float:
     return 2.0 * config["num_hidden_layers"] * (dense + attention)
 
 
+def _metered(call: Callable[[], float], energy: Energy, joules: list[float]) -> Callable[[], float]:
+    """Return a call that appends its joules. The machine's other energy is in them, that of the pause is not."""
+
+    def metered() -> float:
+        energy.joules()
+        seconds = call()
+        joules.append(energy.joules())
+        return seconds
+
+    return metered
+
+
 def _warm_call(worker: Worker, contestant: Contestant, workload: Workload, artefacts: Artefacts) -> Callable[[], float]:
     """Run a first call, in which the contestant allocates and compiles, and return the call to time."""
     tokenizer = load_tokenizer(artefacts.path("checkpoint"))
@@ -328,7 +398,7 @@ def _warm_call(worker: Worker, contestant: Contestant, workload: Workload, artef
     if workload.is_alone:
         worker.call(method, make_workload("1x16").job(tokenizer))
     else:
-        answer = worker.call(method, workload.job(tokenizer, texts=32) if workload.is_corpus else job)
+        answer = worker.call(method, workload.job(tokenizer, texts=32) if workload.is_list else job)
         if not np.isfinite(answer.value).all():
             raise WorkerError("an embedding is not finite")
     return lambda: worker.call(method, job).seconds
@@ -338,7 +408,8 @@ def _measure_gemm(run: Run) -> None:
     if run.report["gemm_peak"]:
         return
     _say("GEMM peaks")
-    with Worker(Gemm, run.arguments.threads, SIZE, cpus=run.arguments.threads) as worker:
+    offered = run.report["hardware"]["kernels"]
+    with Worker(Gemm, run.arguments.threads, SIZE, offered, cpus=run.arguments.threads) as worker:
         run.report["gemm_peak"] = {"method": method(SIZE), **worker.call("peaks").value}
     run.save()
 
@@ -394,9 +465,10 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
             "cpu": cpu_model(),
             "cpus": available_cpus(),
             "threads": arguments.threads,
-            "instructions": _instructions(),
+            "kernels": kernels(),
         },
         "versions": _versions(),
+        "environments": {name: versions(name, (*DISTRIBUTIONS, *PEER_DISTRIBUTIONS)) for name in REQUIREMENTS},
         "gemm_peak": {},
         "accuracy": [],
         "measurements": [],
@@ -409,25 +481,18 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(
                 f"{arguments.resume} cannot be resumed: its {name} is {report.get(name)}, and here it is {fresh[name]}"
             )
+    report["environments"] |= {name: found for name, found in fresh["environments"].items() if found}
     return {**report, "commands": [*report["commands"], *fresh["commands"]]}
 
 
 def _versions() -> dict[str, str]:
-    versions = {"gte-deploy": __version__, "python": platform.python_version()}
+    found = {"gte-deploy": __version__, "python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def _instructions() -> list[str]:
-    """Return the CPU's instruction sets that speed up 16-bit and int8."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
-    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "i8mm", "bf16")
-    return [name for name in known if name in flags]
+            found[name] = "not installed"
+    return found
 
 
 def _draw(run: Run) -> None:
@@ -447,6 +512,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=45, help="limit for all measurements (default: 45)")
     parser.add_argument("--call-minutes", type=float, default=15, help="limit for one call (default: 15)")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--allow-noise", action="store_true", help="measure on a noisy machine, and mark the results")
     parser.add_argument("--threads", type=int, default=available_cpus(), help="threads and CPUs of each contestant")
     parser.add_argument("--hold", type=int, help="contestants in memory at once, beside the reference")
     parser.add_argument("--corpus-texts", type=int, default=2000, metavar="N")
@@ -466,8 +532,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if arguments.contestants is None or any(part in one.name for part in arguments.contestants)
     ]
     for name in arguments.shapes or ():
-        if name not in NAMES and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", name):
-            parser.error(f"--shapes: {name!r} is neither ROWSxTOKENS nor one of {', '.join(NAMES)}")
+        if name not in NAMES and not re.fullmatch(r"(list-)?[1-9]\d*x[1-9]\d*", name):
+            parser.error(f"--shapes: {name!r} is neither ROWSxTOKENS, list-ROWSxTOKENS nor one of {', '.join(NAMES)}")
     if not arguments.contestants:
         parser.error(f"--contestants: no name has such a part; there are {', '.join(one.name for one in CONTESTANTS)}")
     arguments.output = arguments.output or arguments.resume or result_file("inference", "json")

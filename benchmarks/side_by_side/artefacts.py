@@ -86,8 +86,8 @@ class Artefacts:
     def path(self, name: str) -> Path:
         """Return the folder of an artefact, and make it if it is missing.
 
-        Artefacts are "checkpoint", "plain", "optimizer", "nncf", the bundles of `_EXPORTS`, and "bundle-PRECISION",
-        which `gte-export --precision PRECISION` writes.
+        Artefacts are "checkpoint", "plain", "optimizer", "nncf", "exported" for `peers`, the bundles of `_EXPORTS`, and
+        "bundle-PRECISION", which `gte-export --precision PRECISION` writes.
 
         Raises:
             WorkerError: the artefact cannot be made; later calls repeat the first error.
@@ -112,8 +112,8 @@ class Artefacts:
             recipe: tuple[Any, ...] = (make_checkpoint, subject.preset, subject.task)
         elif name == "plain":
             recipe = (make_plain, self.path("checkpoint"), subject.task, self._max_length)
-        elif name in ("optimizer", "nncf"):
-            make = make_optimized if name == "optimizer" else make_nncf
+        elif name in ("optimizer", "nncf", "exported"):
+            make = {"optimizer": make_optimized, "nncf": make_nncf, "exported": make_exported}[name]
             recipe = (make, self.path("plain"), self.path("checkpoint"))
         else:
             options = _EXPORTS.get(name) or ("--precision", name.removeprefix("bundle-"))
@@ -208,6 +208,19 @@ def make_nncf(plain: Path, checkpoint: Path, target: Path) -> None:
     dataset = nncf.Dataset([feed(row) for row in rows])
     quantized = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
     openvino.save_model(quantized, target / "model.xml", compress_to_fp16=False)
+
+
+def make_exported(plain: Path, checkpoint: Path, target: Path) -> None:
+    """Write the checkpoint with the plain graph in the folders where sentence-transformers and optimum look for one."""
+    from gte_deploy.core.quiet import import_openvino
+
+    openvino = import_openvino()
+    shutil.copytree(checkpoint, target, dirs_exist_ok=True, copy_function=os.link)
+    shutil.copytree(plain, target / "onnx", copy_function=os.link)
+    for file in (target / _STAMP, target / "onnx" / _STAMP):
+        file.unlink()
+    model = openvino.Core().read_model(str(plain / "model.onnx"))
+    openvino.save_model(model, target / "openvino" / "openvino_model.xml", compress_to_fp16=False)
 
 
 def make_bundle(checkpoint: Path, task: str, options: Sequence[str], max_length: int, target: Path) -> None:

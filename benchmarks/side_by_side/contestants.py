@@ -8,7 +8,7 @@ float32, mean pooled and not normalised; `token_embeddings` the hidden states of
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from side_by_side.workloads import Job, Workload
+from side_by_side.machine import kernel_of
+from side_by_side.peers import Infinity, OptimumIntel, SentenceTransformersBackend
+from side_by_side.workloads import Job, Workload, is_list
 
 Array = NDArray[np.float32]
+
+_BATCH = 32  # sentence-transformers' default
+
+
+def _in_batches(contestant: Any, job: Job) -> Array:
+    """Embed a list as a script would that takes batches of it, which are tokenised already."""
+    return np.concatenate([contestant.embed(part) for part in job.batches(_BATCH)])
 
 
 class Torch:
@@ -38,6 +47,8 @@ class Torch:
     def embed(self, job: Job) -> Array:
         hidden = self._hidden(job)
         return mean_pooled(hidden, job.attention_mask)
+
+    embed_list = _in_batches
 
     def token_embeddings(self, job: Job) -> Array:
         return self._hidden(job)[job.attention_mask == 1]
@@ -77,6 +88,8 @@ class OnnxRuntime:
     def embed(self, job: Job) -> Array:
         return self._run(job, "sentence_embedding")
 
+    embed_list = _in_batches
+
     def token_embeddings(self, job: Job) -> Array:
         return self._run(job, "last_hidden_state")[job.attention_mask == 1]
 
@@ -107,6 +120,8 @@ class OpenVino:
 
     def embed(self, job: Job) -> Array:
         return self._run(job, "sentence_embedding")
+
+    embed_list = _in_batches
 
     def token_embeddings(self, job: Job) -> Array:
         return self._run(job, "last_hidden_state")[job.attention_mask == 1]
@@ -210,10 +225,11 @@ class Contestant:
     Args:
         name: the name for people.
         precision: "fp32", "16-bit", "int8", "int8-weight" or "int4-weight"; only contestants of one precision compete.
-        factory: a class of this file.
+        factory: a class of this file, or of `peers` for another environment.
         artefact: the name of its model, see `artefacts.Artefacts.path`.
         options: arguments of the factory.
         takes_texts: whether the input is texts, as in a user's call, or a padded batch of ids.
+        environment: the environment of `environments` that a class of `peers` runs in.
     """
 
     name: str
@@ -222,6 +238,7 @@ class Contestant:
     artefact: str
     options: Mapping[str, Any] = field(default_factory=dict)
     takes_texts: bool = False
+    environment: str | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -232,7 +249,22 @@ class Contestant:
         """Return the method to time; None if the workload is not for this contestant."""
         if workload.name == "mixed-padded":
             return "embed_padded" if self.is_ours else None
-        return None if workload.is_corpus and not self.takes_texts else "embed"
+        return "embed_list" if workload.is_list and not self.takes_texts else "embed"
+
+    def what_lacks(self, offered: Sequence[str]) -> str | None:
+        """Say which kernels the CPU, which offers these, lacks for this contestant; None if it lacks none."""
+        if not self.computes_bf16 or kernel_of("16-bit", offered):
+            return None
+        return f"this CPU has no bf16 kernels (AVX512-BF16, AMX-BF16 or ARM's bf16); it has {', '.join(offered)}"
+
+    @property
+    def computes_bf16(self) -> bool:
+        """Whether any of its products are in bf16."""
+        return self.precision == "16-bit" or self.options.get("precision") == "bf16"
+
+
+def _peer(name: str, factory: type, environment: str, **options: Any) -> Contestant:
+    return Contestant(name, "fp32", factory, "exported", options, takes_texts=True, environment=environment)
 
 
 def _ours(name: str, precision: str, bundle: str, backend: str, compute_precision: str | None = None) -> Contestant:
@@ -252,23 +284,29 @@ CONTESTANTS = (
     Contestant(TEXT_REFERENCE, "fp32", SentenceTransformers, "checkpoint", takes_texts=True),
     Contestant("FastEmbed", "fp32", FastEmbed, "bundle-fp32", takes_texts=True),
     Contestant("light-embed", "fp32", LightEmbed, "bundle-fp32", takes_texts=True),
+    _peer("sentence-transformers openvino", SentenceTransformersBackend, "openvino", backend="openvino"),
+    _peer("sentence-transformers onnx", SentenceTransformersBackend, "onnx", backend="onnx"),
+    _peer("optimum-intel", OptimumIntel, "openvino"),
+    _peer("infinity", Infinity, "infinity"),
     _ours("onnx fp32", "fp32", "bundle-fp32", "onnx"),
     _ours("openvino fp32", "fp32", "bundle-fp32", "openvino"),
     Contestant("torch bf16", "16-bit", Torch, "checkpoint", {"dtype": "bfloat16"}),
     Contestant("OpenVINO direct bf16", "16-bit", OpenVino, "plain", {"precision": "bf16"}),
     _ours("openvino bf16", "16-bit", "bundle-fp32", "openvino", "bf16"),
     Contestant("OpenVINO direct NNCF int8", "int8", OpenVino, "nncf"),
+    Contestant("OpenVINO direct NNCF int8, rest bf16", "int8", OpenVino, "nncf", {"precision": "bf16"}),
     _ours("onnx int8", "int8", "bundle-int8", "onnx"),
     _ours("onnx int8 dynamic", "int8", "bundle-int8-dynamic", "onnx"),
     _ours("openvino int8", "int8", "bundle-int8", "openvino"),
+    _ours("openvino int8, rest bf16", "int8", "bundle-int8", "openvino", "bf16"),
     _ours("onnx int8-weight", "int8-weight", "bundle-int8-weight", "onnx"),
     _ours("onnx int4-weight", "int4-weight", "bundle-int4-weight", "onnx"),
 )
 
 
 def reference_of(workload: str) -> str:
-    """Return the contestant whose speed is 1: torch eager, or sentence-transformers for a corpus of texts."""
-    return TEXT_REFERENCE if workload.endswith("corpus") else REFERENCE
+    """Return the contestant whose speed is 1: torch eager, or sentence-transformers for a list of texts."""
+    return TEXT_REFERENCE if is_list(workload) else REFERENCE
 
 
 def mean_pooled(hidden: Array, mask: NDArray[np.int64]) -> Array:

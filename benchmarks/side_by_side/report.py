@@ -9,42 +9,49 @@ from typing import Any
 
 from gte_deploy.tuning.measure import Spread
 from side_by_side.contestants import REFERENCE, TEXT_REFERENCE, reference_of
-from side_by_side.workloads import DENSE, NAMES
+from side_by_side.machine import NOISE_RULE
+from side_by_side.workloads import DENSE, LISTS, NAMES
 
 Report = dict[str, Any]
 Row = dict[str, Any]
 
-OUR_ORT = "gte-deploy onnx fp32"
-PLAIN_ORT = "ORT plain graph"
 PRECISIONS = ("fp32", "16-bit", "int8")
 SUBJECT = "base"
-LONGEST = "1x8192"
+
+# How many times as fast as the fastest peer our fastest contestant has to be.
+BARS = {**dict.fromkeys(DENSE, 1.05), **dict.fromkeys(("mixed", *LISTS), 1.3), "1x8192": 1.2}
+COSINE_MARGIN = 0.0005
+BARS_RULE = (
+    "Each line compares the fastest peer of a precision with the fastest contestant of gte-deploy in that precision "
+    f"whose token cosine with torch fp32 is at most {COSINE_MARGIN:g} lower than the peer's (the sentence cosine, for "
+    "contestants that give no embeddings of tokens)."
+)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of the table of bars (targets); `reached` is None if it was not measured."""
+    """One line of the table of bars.
 
-    name: str
+    Args:
+        workload: subject and workload.
+        precision: of PRECISIONS.
+        bar: how many times as fast as the fastest peer ours has to be.
+        reached: how many times as fast ours is; None if the comparison is missing.
+        by: the two contestants with their cosines, or why the comparison is missing.
+        is_noisy: whether a compared measurement is marked as noisy.
+    """
+
+    workload: str
+    precision: str
     bar: float
-    stretch: float | None
     reached: float | None
     by: str
-    at_most: bool = False
+    is_noisy: bool = False
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is reached; None if it was not measured."""
-        if self.reached is None:
-            return None
-        return self.reached <= self.bar if self.at_most else self.reached >= self.bar
-
-    @property
-    def stretch_met(self) -> bool | None:
-        """Whether the stretch goal is reached; None if there is none or it was not measured."""
-        if self.reached is None or self.stretch is None:
-            return None
-        return self.reached <= self.stretch if self.at_most else self.reached >= self.stretch
+        """Whether the bar is reached; None if the comparison is missing."""
+        return None if self.reached is None else self.reached >= self.bar
 
 
 def measured(report: Report, subject: str, workload: str | None = None) -> list[Row]:
@@ -78,54 +85,49 @@ def share_of_peak(row: Row, report: Report) -> float | None:
     return None if peak is None else row["flops"] / statistics.median(row["seconds"]) / peak
 
 
-def best(report: Report, workload: str, precision: str, *, ours: bool) -> tuple[str, float] | None:
-    """Return name and relative speed of the fastest contestant of a precision."""
-    rows = [row for row in measured(report, SUBJECT, workload) if row["ours"] == ours and row["precision"] == precision]
+def ranked(
+    report: Report, workload: str, precision: str, *, ours: bool, subject: str = SUBJECT
+) -> list[tuple[str, float]]:
+    """Return names and relative speeds of the contestants of a precision, the fastest first."""
+    rows = [row for row in measured(report, subject, workload) if row["ours"] == ours and row["precision"] == precision]
     found = [(row["contestant"], speed) for row in rows if (speed := relative(row, report)) is not None]
-    return max(found, key=lambda pair: pair[1], default=None)
+    return sorted(found, key=lambda pair: pair[1], reverse=True)
 
 
 def cosine(report: Report, contestant: str, subject: str = SUBJECT) -> float | None:
-    """Return the mean token cosine with the reference, or the mean sentence cosine if there are no tokens."""
+    """Return the mean cosine with the reference of a contestant's tokens, or else sentences, if it was measured."""
     for row in report["accuracy"]:
-        if (row["subject"], row["contestant"]) == (subject, contestant) and row["error"] is None:
+        if row["error"] is None and (row["subject"], row["contestant"]) == (subject, contestant):
             found = row.get("token_embeddings") or row.get("embed")
-            return found["mean"] if found else None
+            return found and found["mean"]
     return None
 
 
 def bars(report: Report) -> list[Bar]:
-    """Return the bars of the base size, with the measured results."""
-    found: list[Bar] = []
-
-    def speed(name: str, workload: str, bar: float, stretch: float | None, winner: tuple[str, float] | None) -> None:
-        by, reached = winner or ("", None)
-        note = f"{by}, cosine {value:.6f}" if (value := cosine(report, by)) is not None else by
-        found.append(Bar(f"{name} against torch fp32, {workload}", bar, stretch, reached, note))
-
-    for workload, bar in (("1x512", 1.25), ("8x128", 1.15)):
-        reached = relative(find(report, OUR_ORT, workload), report)
-        speed("ORT fp32", workload, bar, 1.45, (OUR_ORT, reached) if reached else None)
-    found += _against_plain(report)
-    for precision, bar in (("fp32", 1.4), ("int8", 1.0)):
-        found.append(_memory(report, precision, bar))
-    padded, sorted_ = (find(report, OUR_ORT, name) for name in ("mixed-padded", "mixed"))
-    gain = _median(padded) / _median(sorted_) if padded and sorted_ else None
-    found.append(Bar("mixed batch against one padded batch", 1.9, 2.2, gain, OUR_ORT))
-    for workload, bar, stretch in (("1x512", 3.3, 4.0), ("8x128", 4.4, 5.0)):
-        speed("best int8 of ours", workload, bar, stretch, best(report, workload, "int8", ours=True))
-    for workload, bar, stretch in (("1x512", 2.0, 2.4), ("8x128", 2.5, 2.8)):
-        speed("best 16-bit of ours", workload, bar, stretch, best(report, workload, "16-bit", ours=True))
-    half = best(report, "1x512", "16-bit", ours=True)
-    found.append(
-        Bar(
-            "cosine of the best 16-bit of ours", 0.9999, None, half and cosine(report, half[0]), half[0] if half else ""
-        )
-    )
-    for precision in PRECISIONS:
-        found.append(_against_peers(report, precision, DENSE, 1.0, "dense shapes"))
-        found.append(_against_peers(report, precision, ("mixed", "corpus"), 1.9, "mixed lengths"))
+    """Return the bars of all workloads that have numbers, computed from these."""
+    found = []
+    for subject in dict.fromkeys(row["subject"] for row in report["measurements"]):
+        for workload in (name for name in _ordered(report, subject) if name in BARS):
+            found += [_bar(report, subject, workload, precision) for precision in PRECISIONS]
     return found
+
+
+def _bar(report: Report, subject: str, workload: str, precision: str) -> Bar:
+    name, bar = f"{subject} {workload}", BARS[workload]
+    ours, peers = (ranked(report, workload, precision, ours=side, subject=subject) for side in (True, False))
+    if not ours or not peers:
+        return Bar(name, precision, bar, None, f"no result of {'gte-deploy' if not ours else 'a peer'}")
+    peer, peer_speed = peers[0]
+    least = cosine(report, peer, subject)
+    if least is None:
+        return Bar(name, precision, bar, None, f"the accuracy of {peer} was not measured")
+    for one, speed in ours:
+        value = cosine(report, one, subject)
+        if value is not None and value >= least - COSINE_MARGIN:
+            rows = [find(report, contestant, workload, subject) for contestant in (one, peer)]
+            is_noisy = any(row is not None and row.get("noise") for row in rows)
+            return Bar(name, precision, bar, speed / peer_speed, f"{one} ({value:.5f}), {peer} ({least:.5f})", is_noisy)
+    return Bar(name, precision, bar, None, f"nothing of gte-deploy is as accurate as {peer} ({least:.5f})")
 
 
 def markdown(report: Report) -> str:
@@ -133,21 +135,28 @@ def markdown(report: Report) -> str:
     hardware, peak = report["hardware"], report["gemm_peak"]
     parts = [
         f"# Inference on the CPU, {report['date'][:10]}",
-        f"{hardware['cpu']} ({', '.join(hardware['instructions'])}), {hardware['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        f"{hardware['cpu']} ({', '.join(hardware['kernels'])}), {hardware['threads']} threads; "
+        + _named(report["versions"])
+        + "".join(f"; {name}'s environment: {_named(found)}" for name, found in report["environments"].items() if found)
         + ".",
         "\n".join(f"    {command}" for command in report["commands"]),
     ]
     if peak:
-        rates = ", ".join(f"{name} {peak[name] / 1e9:,.0f} G" for name in PRECISIONS)
+        rates = ", ".join(f"{name} {peak[name] / 1e9:,.0f} G" for name in PRECISIONS if name in peak)
         parts.append(f"GEMM peak, operations/s: {rates} ({peak['method']}).")
-    parts.append("## Bars\n\n" + _bars_table(bars(report)))
+    if report["no_energy"]:
+        parts.append(f"Energy was not measured: {report['no_energy']}.")
+    noisy = [row for row in report["measurements"] if row["noise"] and row["error"] is None]
+    if noisy:
+        total = sum(row["error"] is None for row in report["measurements"])
+        parts.append(f"**The machine was noisy in {len(noisy)} of {total} measurements, marked ≈.** {NOISE_RULE}")
     for subject in dict.fromkeys(row["subject"] for row in report["measurements"]):
         parts.append(f"## {subject}\n\n{_speed_table(report, subject)}")
         parts.append(_detail_table(report, subject))
     if report["accuracy"]:
         parts.append("## Accuracy against torch fp32, held-out text\n\n" + accuracy_table(report))
     parts.append(failures(report))
+    parts.append(f"## Bars\n\n{BARS_RULE}\n\n{_bars_table(bars(report))}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -157,55 +166,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _against_plain(report: Report) -> list[Bar]:
-    ours, plain = find(report, OUR_ORT, LONGEST), find(report, PLAIN_ORT, LONGEST)
-    both = ours is not None and plain is not None
-    faster = _median(plain) / _median(ours) if ours and plain else None
-    memory = ours["peak_bytes"] / plain["peak_bytes"] if ours and plain and both else None
-    return [
-        Bar("fused against the plain graph at 8,192 tokens, times as fast", 2.3, None, faster, OUR_ORT),
-        Bar("fused against the plain graph at 8,192 tokens, share of memory", 0.1, None, memory, OUR_ORT, at_most=True),
-    ]
-
-
-def _memory(report: Report, precision: str, bar: float) -> Bar:
-    rows = [row for row in measured(report, SUBJECT, LONGEST) if row["ours"] and row["precision"] == precision]
-    least = min(rows, key=lambda row: row["peak_bytes"], default=None)
-    reached = least["peak_bytes"] / 1e9 if least else None
-    by = least["contestant"] if least else ""
-    return Bar(f"peak resident GB at 8,192 tokens, {precision}", bar, None, reached, by, at_most=True)
-
-
-def _against_peers(report: Report, precision: str, workloads: Sequence[str], bar: float, name: str) -> Bar:
-    """Return the smallest lead of our best over the best peer, among workloads with both."""
-    leads = []
-    for workload in workloads:
-        ours, peer = (best(report, workload, precision, ours=side) for side in (True, False))
-        if ours and peer:
-            leads.append((ours[1] / peer[1], f"{workload}: {ours[0]} over {peer[0]}", ours[0], peer[0]))
-    reached, by, *names = min(leads, default=(None, "", "", ""))
-    values = [f"{value:.5f}" for one in names if (value := cosine(report, one)) is not None]
-    note = f"{by} (cosines {' and '.join(values)})" if values and precision != "fp32" else by
-    return Bar(f"ours against the best peer, {precision}, {name}", bar, None, reached, note)
-
-
-def _median(row: Row) -> float:
-    return statistics.median(row["seconds"])
+def _named(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _bars_table(found: Sequence[Bar]) -> str:
-    def answer(value: bool | None) -> str:
-        return "not measured" if value is None else "yes" if value else "no"
-
     def cells(bar: Bar) -> list[str]:
-        sign = "≤ " if bar.at_most else "≥ "
-        digits = 6 if bar.bar == 0.9999 else 2
-        stretch = "" if bar.stretch is None else f"{sign}{bar.stretch:g}"
-        reached = "" if bar.reached is None else f"{bar.reached:.{digits}f}"
-        stretch_met = "" if bar.stretch is None else answer(bar.stretch_met)
-        return [bar.name, f"{sign}{bar.bar:g}", reached, answer(bar.met), stretch, stretch_met, bar.by]
+        met = {None: "not measured", True: "met", False: "missed"}[bar.met]
+        reached = "" if bar.reached is None else f"{'≈ ' if bar.is_noisy else ''}{bar.reached:.2f}"
+        return [bar.workload, bar.precision, f"≥ {bar.bar:g}", reached, met, bar.by]
 
-    return table(["", "bar", "reached", "met", "stretch", "stretch met", "by"], [cells(bar) for bar in found])
+    return table(["", "precision", "bar", "times as fast", "", "by"], [cells(bar) for bar in found])
 
 
 def _ordered(report: Report, subject: str) -> list[str]:
@@ -220,10 +191,19 @@ def _speed_table(report: Report, subject: str) -> str:
     names = dict.fromkeys(row["contestant"] for row in measured(report, subject))
     rows = []
     for name in names:
-        found = [relative(find(report, name, workload, subject), report) for workload in workloads]
-        rows.append([name, *("" if value is None else f"{value:.2f}" for value in found)])
-    head = f"Speed relative to {REFERENCE}; for a corpus of texts, relative to {TEXT_REFERENCE}:"
-    return f"{head}\n\n{table(['', *workloads], rows)}"
+        found = [find(report, name, workload, subject) for workload in workloads]
+        kernel = next((row["kernel"] for row in found if row is not None), None)
+        rows.append([name, kernel or "", *(_speed(row, report) for row in found)])
+    head = (
+        f"Speed relative to {REFERENCE}; for a list of texts, relative to {TEXT_REFERENCE}. The kernels are the "
+        "fastest that the CPU has for the precision:"
+    )
+    return f"{head}\n\n{table(['', 'kernels', *workloads], rows)}"
+
+
+def _speed(row: Row | None, report: Report) -> str:
+    value = relative(row, report)
+    return "" if row is None or value is None else f"{'≈ ' if row['noise'] else ''}{value:.2f}"
 
 
 def _detail_table(report: Report, subject: str) -> str:
@@ -240,9 +220,10 @@ def _detail_table(report: Report, subject: str) -> str:
                     f"{row['tokens'] / spread.median:,.0f}",
                     "" if share is None else f"{share:.0%}",
                     f"{row['peak_bytes'] / 1e6:,.0f}" if row["alone"] else "",
+                    f"{statistics.median(row['joules']):,.1f}" if row["joules"] else "",
                 ]
             )
-    return table(["", "median ms", "quartiles", "rounds", "tokens/s", "of GEMM peak", "peak MB, alone"], rows)
+    return table(["", "median ms", "quartiles", "rounds", "tokens/s", "of GEMM peak", "peak MB, alone", "joules"], rows)
 
 
 def accuracy_table(report: Report) -> str:

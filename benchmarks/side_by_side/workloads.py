@@ -5,7 +5,7 @@ Shapes: B texts, S tokens of the longest, M masks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,10 @@ from gte_deploy.text.batching import collate
 from gte_deploy.text.tokenization import TextTokenizer
 from gte_deploy.tuning.bench import synthetic_texts
 
-DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048", "1x8192")
-NAMES = (*DENSE[:5], "mixed", "mixed-padded", DENSE[5], "short-corpus", "corpus")
+DENSE = ("1x16", "1x128", "1x512", "8x128", "1x2048")
+LONG = ("1x4096", "1x8192")
+LISTS = ("list-256x32", "list-64x128", "list-mixed", "short-corpus", "corpus")
+NAMES = (*DENSE, "mixed", "mixed-padded", *LONG, *LISTS)
 SEED = 0
 
 # One longer text takes seconds and gigabytes, so it runs with no other contestant in memory.
@@ -39,6 +41,15 @@ class Job:
     mask_positions: NDArray[np.int64] | None = None
     labels: NDArray[np.int64] | None = None
 
+    def batches(self, rows: int) -> Iterator[Job]:
+        """Yield batches of so many texts in the given order, each padded to its longest text, for a bare session."""
+        for start in range(0, len(self.texts), rows):
+            part = slice(start, start + rows)
+            mask = self.attention_mask[part]
+            longest = int(mask.sum(axis=1).max())
+            ids, mask = (np.ascontiguousarray(value[:, :longest]) for value in (self.input_ids[part], mask))
+            yield Job(self.texts[part], ids, mask)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -58,14 +69,14 @@ class Workload:
         return len(self.lengths) * max(self.lengths)
 
     @property
-    def is_corpus(self) -> bool:
-        """Whether this has many texts, for interfaces that make batches; nobody runs them as one batch of a session."""
-        return self.name.endswith("corpus")
+    def is_list(self) -> bool:
+        """Whether this has many texts, which every contestant divides into batches: nobody runs them as one batch."""
+        return is_list(self.name)
 
     @property
     def is_alone(self) -> bool:
         """Whether this is too large for several contestants in memory."""
-        return not self.is_corpus and self.padded_tokens > _ALONE_TOKENS and len(self.lengths) == 1
+        return not self.is_list and self.padded_tokens >= _ALONE_TOKENS and len(self.lengths) == 1
 
     def job(self, tokenizer: TextTokenizer, *, texts: int | None = None) -> Job:
         """Make seeded texts of these lengths; only the first `texts`, if given, for a warm-up."""
@@ -73,18 +84,25 @@ class Workload:
         return padded_job(rows, tokenizer)
 
 
+def is_list(name: str) -> bool:
+    """Whether the workload of this name is a list, see `Workload.is_list`."""
+    return name in LISTS or name.startswith("list-")
+
+
 def make_workload(name: str, *, corpus_texts: int = 2000) -> Workload:
-    """Make a workload of NAMES, or any ROWSxTOKENS."""
+    """Make a workload of NAMES, or any ROWSxTOKENS or list-ROWSxTOKENS."""
     rng = np.random.default_rng(SEED)
     if name in ("mixed", "mixed-padded"):
         # 32 texts, 16 to 512 tokens: 56 % of the padded batch is real tokens.
         lengths = 16 + 496 * np.linspace(0, 1, 32) ** 0.83
         return Workload(name, tuple(rng.permutation(lengths.round().astype(int)).tolist()))
+    if name == "list-mixed":  # sentences and passages
+        return Workload(name, _log_normal(rng, min(128, corpus_texts), median=48, deviation=0.9, longest=512))
     if name == "short-corpus":  # queries
         return Workload(name, _log_normal(rng, min(256, corpus_texts), median=10, deviation=0.5, longest=32))
     if name == "corpus":  # sentences and passages, a few long ones
         return Workload(name, _log_normal(rng, corpus_texts, median=32, deviation=0.9, longest=512))
-    rows, _, tokens = name.partition("x")
+    rows, _, tokens = name.removeprefix("list-").partition("x")
     return Workload(name, (int(tokens),) * int(rows))
 
 

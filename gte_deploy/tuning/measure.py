@@ -77,7 +77,7 @@ class Worker:
         self.peak_bytes = 0
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, cpus, factory, arguments))
+        self._process = context.Process(target=serve_calls, args=(theirs, cpus, factory, arguments))
         self._process.start()
         theirs.close()  # so that the pipe ends when the process ends
         self._receive()
@@ -178,8 +178,10 @@ def _status_bytes(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
-def _serve(connection: Connection, cpus: int | None, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Run in the worker's process: answer calls until the other side closes the pipe."""
+def serve_calls(
+    connection: Connection, cpus: int | None, factory: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """Run in the process of a `Worker`: answer calls until the other side closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which then closes the pipe
     os.dup2(2, 1)  # the output of libraries does not belong on stdout
     if cpus is not None and hasattr(os, "sched_setaffinity"):

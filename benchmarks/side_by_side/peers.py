@@ -1,0 +1,120 @@
+"""Peers that run in environments of their own, see `environments`; so this file imports nothing of gte-deploy.
+
+`embed` takes texts and returns sentence embeddings [B, H] float32, mean pooled; `token_embeddings` the hidden states of
+the real tokens [T, H], row after row. The folder holds the checkpoint with the traced graph without fusions, as
+onnx/model.onnx and openvino/openvino_model.xml, where sentence-transformers keeps exported graphs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+_BATCH = 32  # sentence-transformers' default
+
+
+class OptimumIntel:
+    """optimum.intel.OVModelForFeatureExtraction with transformers' tokenizer and mean pooling, as its examples do."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        _know_gte()
+        from optimum.intel import OVModelForFeatureExtraction
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = OVModelForFeatureExtraction.from_pretrained(
+            folder / "openvino", config=_config(folder), ov_config={"INFERENCE_NUM_THREADS": threads}
+        )
+
+    def embed(self, texts: list[str]) -> Array:
+        return np.concatenate([self._pooled(texts[i : i + _BATCH]) for i in range(0, len(texts), _BATCH)])
+
+    def token_embeddings(self, texts: list[str]) -> Array:
+        hidden, mask = self._hidden(texts)
+        return hidden[mask == 1]
+
+    def _pooled(self, texts: list[str]) -> Array:
+        hidden, mask = self._hidden(texts)
+        weights = mask[:, :, None].astype(np.float32)
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+    def _hidden(self, texts: list[str]) -> tuple[Array, NDArray[np.int64]]:
+        batch = self._tokenizer(texts, padding=True, return_tensors="pt")
+        hidden = self._model(**batch).last_hidden_state
+        return np.asarray(hidden), np.asarray(batch["attention_mask"])
+
+
+class SentenceTransformersBackend:
+    """SentenceTransformer.encode on its OpenVINO or ONNX backend."""
+
+    def __init__(self, folder: Path, threads: int, backend: str) -> None:
+        _know_gte()
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(threads)
+        if backend == "openvino":
+            options: dict[str, Any] = {"ov_config": {"INFERENCE_NUM_THREADS": threads}}
+        else:
+            import onnxruntime
+
+            session = onnxruntime.SessionOptions()
+            session.intra_op_num_threads = threads
+            options = {"session_options": session, "provider": "CPUExecutionProvider"}
+        self._model = SentenceTransformer(
+            str(folder), device="cpu", backend=backend, local_files_only=True, model_kwargs=options
+        )
+
+    def embed(self, texts: list[str]) -> Array:
+        return self._model.encode(texts, show_progress_bar=False)
+
+    def token_embeddings(self, texts: list[str]) -> Array:
+        rows = self._model.encode(texts, output_value="token_embeddings", show_progress_bar=False)
+        return np.concatenate([row.numpy() for row in rows])
+
+
+class Infinity:
+    """infinity_emb.SyncEngineArray with its ONNX engine; the number of threads is that of the process's CPUs."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        _know_gte()
+        from infinity_emb import EngineArgs, SyncEngineArray
+
+        self._model = SyncEngineArray.from_args(
+            [
+                EngineArgs(
+                    model_name_or_path=str(folder),
+                    engine="optimum",
+                    device="cpu",
+                    pooling_method="mean",
+                    model_warmup=False,
+                    embedding_dtype="float32",
+                )
+            ]
+        )
+        self._name = str(folder)
+
+    def embed(self, texts: list[str]) -> Array:
+        embeddings, _ = self._model.embed(model=self._name, sentences=texts).result()
+        return np.stack(embeddings).astype(np.float32, copy=False)
+
+
+def _know_gte() -> None:
+    """Tell an older transformers that a config of type "gte" exists: it needs no more to run an exported graph."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    class GteConfig(PretrainedConfig):
+        model_type = "gte"
+
+    AutoConfig.register("gte", GteConfig, exist_ok=True)
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
