@@ -85,7 +85,7 @@ def load(
         streams: number of batches of a list of texts that are computed at once, each on its share of the threads; a
             single batch keeps all threads. "auto" takes what `bench --pick` recorded, else what suits the CPUs; 1 is
             one batch after the other. A bundle on onnx or openvino and a CPU can have several. On openvino they take a
-            second copy of the weights, so "auto" has several there only for small models.
+            second copy of the weights, so "auto" has one there unless `bench --pick` recorded several.
         compile: whether torch compiles the model during its first batches; only for backend "torch".
         task: task to load a checkpoint for, one of `spec.TASK_NAMES`; "auto" is the task that it was trained for. A
             bundle has one task, and any other is refused.

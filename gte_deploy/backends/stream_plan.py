@@ -102,8 +102,7 @@ def plan_streams(
         streams: the number that the caller wants; None for the best.
         picked: the recorded measurement on this machine, for this number of CPUs.
     """
-    is_small = bundle_bytes <= PACKED_BYTES
-    packed = is_small or backend == "openvino"
+    packed = backend == "openvino" or bundle_bytes <= PACKED_BYTES
     batch_tokens = picked.batch_tokens if picked is not None else None
     if streams is not None:
         reason = "it was asked for"
@@ -111,9 +110,8 @@ def plan_streams(
         streams, reason = picked.streams, "gte-deploy bench --pick found it the fastest for lists here"
     elif cpus == 1:
         streams, reason = 1, "the model has one CPU thread"
-    elif backend == "openvino" and not is_small:
-        reason = "streams on OpenVINO need a second copy of the weights, which are large: load(…, streams=N) allows it"
-        streams = 1
+    elif backend == "openvino":
+        streams, reason = 1, "OpenVINO needs a second copy of the weights for streams: load(…, streams=N) allows it"
     else:
         streams = usual_streams(cpus, nodes)
         reason = f"{cpus} CPU threads compute {streams} batches of a list faster at once than one after the other"
