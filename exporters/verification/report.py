@@ -169,7 +169,7 @@ def _graph_facts(graph: Mapping[str, Any]) -> str:
 
 def _describe_graph(graph: GraphEntry) -> dict[str, Any]:
     """Describe a graph and its parts, all of which were compared with PyTorch."""
-    files = {each.path: [output.name for output in each.outputs] for each in (graph, *graph.parts)}
+    files = {each.path: [output.name for output in each.outputs] for each in graph.with_parts}
     return {"opset": graph.opset, "fusions": dict(graph.fusions), "compared": files}
 
 

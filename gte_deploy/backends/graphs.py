@@ -19,7 +19,7 @@ Opened = TypeVar("Opened")
 
 def graph_files(folder: Path, entry: GraphEntry) -> GraphFiles:
     """Return the files of a graph in the bundle `folder`, and of its parts."""
-    return {tuple(tensor.name for tensor in graph.outputs): folder / graph.path for graph in (entry, *entry.parts)}
+    return {tuple(tensor.name for tensor in graph.outputs): folder / graph.path for graph in entry.with_parts}
 
 
 class OpenGraphs(Generic[Opened]):

@@ -100,6 +100,11 @@ class GraphEntry:
     emulated: tuple[ComputePrecision, ...] = ()
     parts: tuple[GraphPart, ...] = ()
 
+    @property
+    def with_parts(self) -> "tuple[GraphEntry | GraphPart, ...]":
+        """The whole graph, and then its parts."""
+        return (self, *self.parts)
+
 
 @dataclass(frozen=True)
 class PlanEntry:
