@@ -211,7 +211,8 @@ def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
     opened: dict[tuple[Engine, Precision], Runs] = {
         ("openvino", "fp32"): OpenVinoBackend(files, job.spec, precision="fp32")
     }
-    caveats, emulated = [], []
+    caveats: list[str] = []
+    emulated: list[tuple[Engine, Precision]] = []
     if has_native_bf16():
         opened[_OPENVINO_BF16] = OpenVinoBackend(files, job.spec, precision="bf16")
     elif job.precision in ("bf16", "int8"):

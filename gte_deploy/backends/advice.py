@@ -18,7 +18,8 @@ def faster_here(manifest: Manifest, *, measure: bool = True) -> list[str]:
     """
     if is_for_gpus(manifest):
         return []
-    lines, unit, has_openvino = [], int8_unit(), importlib.util.find_spec("openvino") is not None
+    lines: list[str] = []
+    unit, has_openvino = int8_unit(), importlib.util.find_spec("openvino") is not None
     if unit is not None and manifest.precision in ("fp32", "bf16"):
         lines.append(f"This CPU has {unit}, so int8 is faster, and a little less exact: export with --precision int8.")
     if unit is not None and manifest.precision == "int8" and not has_openvino:

@@ -24,9 +24,9 @@ from gte_deploy.core.cpus import cpu_flags
 from gte_deploy.core.files import cache_folder, write_text
 from gte_deploy.core.spec import ComputePrecision
 
-_ROUNDS = 5
+_ROUNDS = 10
 # Seconds after which no further round begins, for CPUs that need more than some 10 ms for a product.
-_ENOUGH = 0.06
+_ENOUGH = 0.08
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def _measured() -> Bf16Speed | None:
     if recorded is not None or not has_native_bf16():
         return recorded
     speed = Bf16Speed(
-        layers=_ratio((256, 768), (768, 768), is_attention=False),
-        attention=_ratio((1, 12, 256, 64), (1, 12, 256, 64), is_attention=True),
+        layers=_ratio((128, 768), (768, 768), is_attention=False),
+        attention=_ratio((1, 12, 128, 64), (1, 12, 128, 64), is_attention=True),
     )
     with contextlib.suppress(OSError):  # without a writable cache, every process measures
         file = _file()

@@ -64,7 +64,7 @@ def test_a_cpu_without_bfloat16_is_not_measured(cpu, not_measured, flags, native
 
 def test_the_best_of_several_times_counts(cpu, monkeypatch):
     cpu("Features : asimd bf16")
-    times = {"fp32": iter([9.0, 2.0, 7.0, 3.0, 8.0] * 2), "bf16": iter([5.0, 4.0, 1.0, 6.0, 9.0] * 2)}
+    times = {"fp32": iter([9.0, 2.0, 7.0, 3.0, 8.0] * 4), "bf16": iter([5.0, 4.0, 1.0, 6.0, 9.0] * 4)}
 
     class Timed:
         def __init__(self, x, y, precision, *, is_attention):
