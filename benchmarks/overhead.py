@@ -1,14 +1,14 @@
 """Measures the time of a call outside the engine: microseconds for each text, by stage.
 
-    python benchmarks/overhead.py                               # about a minute
-    python benchmarks/overhead.py --bundle my-bundle --texts 500 --json
+    python benchmarks/overhead.py --bundle my-bundle            # some ten seconds for each workload
+    python benchmarks/overhead.py --bundle one another --texts 600 --json
 
 A clock around the functions of each stage counts the time in them, without that of other stages inside; the engine is
 ONNX Runtime's `session.run`. The rest of a call is the stage "other". A thread tokenises later texts of a list while
 the engine runs; its time is the stage "tokenize ahead", which is no part of the time outside the engine.
 
 The workloads are those of a fill-mask bundle and of a classifier's: one short text or pair for each call, and a list of
-different short texts. Numbers are medians over the calls, or of the quickest quarter of calls for --quick-quarter: on a
+different short texts. Numbers are medians over the calls, or over the quickest quarter of them (--quick-quarter): on a
 shared machine they leave out what other processes took.
 
 JSON and a table go to benchmarks/results/.
