@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from gte_deploy.exporters.graph.editing import (
     CONTRIB,
@@ -145,7 +146,7 @@ def _mask_columns(
     factor = constant(graph, "mask/key_factor", np.array(1.0 / (QUERY_COLUMN * scale), np.float32))
     column = build.op("Mul", per_key, factor, name="column")
     padded = build.op("Pad", column, integers(graph, *[0] * 7, MASK_COLUMNS - 1), name="padded")
-    first = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
+    first: NDArray[np.float32] = np.zeros((1, 1, num_heads, MASK_COLUMNS), np.float32)
     first[..., 0] = QUERY_COLUMN
     per_query = constant(graph, "mask/per_query", first)
     if width is not None:
