@@ -151,7 +151,7 @@ class TensorRTTarget(Target):
         """The graph of the engine, run by ONNX Runtime on the CPU."""
         caveats = [*self.layout.caveats(), *([_FP8_ATTENTION_NOT_BUILT] if self.options.fp8_attention else [])]
         with contextlib.ExitStack() as stack:
-            runs = stack.enter_context(self._emulation(built.graphs["tensorrt"], job))
+            runs: Runs = stack.enter_context(self._emulation(built.graphs["tensorrt"], job))
             if built.whole is not None:
                 names = [tensor.name for tensor in built.graphs["tensorrt"].outputs]
                 runs = _AnswersAndStates(runs, names, stack.enter_context(self._emulation(built.whole, job)))
