@@ -149,7 +149,7 @@ class _Selection:
     computed: set[ir.Value]
     asked: dict[ir.Value, _Layout] = field(default_factory=dict)
     whole: set[ir.Value] = field(default_factory=set)
-    picked: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    picked: dict[tuple[ir.Value, _Layout], ir.Value] = field(default_factory=dict)
 
     def move_up(self) -> None:
         """Rewrite the graph."""

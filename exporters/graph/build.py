@@ -133,7 +133,10 @@ class _WeightStore:
     path: Path
     offsets: dict[bytes, int] = field(default_factory=dict)
     written: list[tuple[np.ndarray, int]] = field(default_factory=list)
-    """Arrays and their offsets. These references keep the memory of an array from being reused for another one."""
+    """Arrays and their offsets. These references keep the memory of an array from being reused for another one.
+
+    An array whose contents are there already is not kept: every part of a graph computes its own merged weights.
+    """
 
     def add(self, tensor: ir.TensorProtocol, name: str, file: BinaryIO) -> ir.ExternalTensor:
         """Append the tensor, unless the file has its contents already; return its location in the file."""
@@ -146,8 +149,8 @@ class _WeightStore:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 self.offsets[digest] = file.tell()
                 file.write(contents)
+                self.written.append((array, self.offsets[digest]))
             offset = self.offsets[digest]
-            self.written.append((array, offset))
         return ir.ExternalTensor(
             location=self.path.name,
             offset=offset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -172,6 +173,39 @@ def test_passes_fire_as_the_family_says(bert, checkpoint, passes, expected):
         fusion.fuse_graph(graph.clone(), sites={}, passes=chosen)
     with pytest.raises(ExportError, match=r"'rope' fired 0 times, and this architecture has 6 sites"):
         fusion.fuse_graph(graph.clone(), sites=families.family_of_type("gte").sites(model.config), passes=chosen)
+
+
+@pytest.mark.parametrize(("task", "options"), [("fill-mask", {}), ("embed", {"pooling": "cls"})])
+def test_the_last_layer_computes_only_the_rows_that_are_asked_for(bert, checkpoint, reference, task, options):
+    pytest.importorskip("onnxscript")
+    import onnx_ir
+    import onnxruntime
+
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.graph.parts import parts_of
+
+    ids = np.array([[2, 60, 61, 4, 3], [2, 62, 3, 0, 0]])
+    feed = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).astype(np.int64),
+        "mask_positions": np.array([[0, 3], [1, 1]]),
+    }
+    with torch.inference_mode():
+        encoded = (torch.tensor(ids), torch.tensor(feed["attention_mask"]))
+        first = reference.bert(*encoded).last_hidden_state[:, 0]
+        expected = first if task == "embed" else reference(*encoded).logits[[0, 1], [3, 1]]
+    spec = dataclasses.replace(describe(checkpoint).spec, task=task, **options)
+    graphs = build_graphs(load_model(checkpoint, task=task), task=task, max_length=LENGTH, **options)
+    for whole in graphs.values():
+        part = parts_of(whole, spec)["answer"]
+        session = onnxruntime.InferenceSession(onnx_ir.to_proto(part.model).SerializeToString())
+        found = session.run(None, {tensor.name: feed[tensor.name] for tensor in part.inputs})[0]
+        np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
+        # Of the last layer, keys and values (and for masked tokens queries) are computed for all tokens.
+        picks = [node for node in part.model.graph if str(node.name).startswith("asked_rows/")]
+        readers = {use.node.name for node in picks for use in node.outputs[0].uses()}
+        wanted = "o_proj" if task == "fill-mask" else "q_proj"
+        assert picks and readers, wanted
 
 
 def test_rows_without_padding_give_the_same_states(bert, checkpoint):
