@@ -170,7 +170,7 @@ def length_buckets(max_length: int, shortest: int = _SHORTEST) -> list[int]:
 def all_configs(serving: Serving, device: ServingDevice) -> dict[str, Config]:
     """Name of a model -> its configuration for one kind of device."""
     models = [_tokenizer(serving, device), *_encoders(serving, device)]
-    ensembles = []
+    ensembles: list[Config] = []
     outputs = serving.encoder.output_names
     if "embedding_finished" in outputs:
         models.append(_embed_output(serving, device))
