@@ -26,6 +26,7 @@ from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, me
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
 MAX_REPEATS = 10_000
+_MOST_DRAWS = 20
 
 # The words that a tokenizer encodes as one token are joined to texts of a given length.
 _WORDS = (
@@ -288,6 +289,8 @@ def _list_lines(report: BenchReport) -> list[str]:
 def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: int = 0) -> list[str]:
     """Texts of common English words with exactly these lengths in tokens, special tokens included.
 
+    They differ, unless a length has too few different ones.
+
     Raises:
         InputError: a length is too short for the tokenizer, or the tokenizer splits every common word.
     """
@@ -298,7 +301,15 @@ def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: i
     whole = tokenizer.encode_texts(_WORDS, max_length=max(longest, 64), truncation=True)
     words = [word for word, row in zip(_WORDS, whole, strict=True) if len(row) == special + 1]
     rng = np.random.default_rng(seed)
-    texts = [" ".join(rng.choice(words, length - special)) for length in lengths] if words else []
+    texts: list[str] = []
+    seen: set[str] = set()
+    for length in lengths if words else ():
+        for _ in range(_MOST_DRAWS):  # equal texts of a call are computed once, so they should differ
+            text = " ".join(rng.choice(words, length - special))
+            if text not in seen:
+                break
+        texts.append(text)
+        seen.add(text)
     found = [len(row) for row in tokenizer.encode_texts(texts, max_length=2 * longest, truncation=True)]
     if found != list(lengths):
         raise InputError(
