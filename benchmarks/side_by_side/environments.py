@@ -59,9 +59,13 @@ def make(name: str, requirements: Sequence[str], *, folder: Path = ENVIRONMENTS)
         return _python(target)
     shutil.rmtree(target, ignore_errors=True)
     venv.create(target, with_pip=True)
-    command = [str(_python(target)), "-m", "pip", "install", "--quiet", *requirements]
+    pip = [str(_python(target)), "-m", "pip", "--quiet"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PIP_MINUTES * 60)
+        ended = subprocess.run(
+            [*pip, "install", *requirements], capture_output=True, text=True, check=False, timeout=_PIP_MINUTES * 60
+        )
+        # Texts need no torchvision, and one that was built for another build of torch breaks transformers.
+        subprocess.run([*pip, "uninstall", "--yes", "torchvision"], capture_output=True, check=False)
         errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
         message = None if ended.returncode == 0 else " ".join(errors) or f"pip ended with {ended.returncode}"
     except subprocess.TimeoutExpired:

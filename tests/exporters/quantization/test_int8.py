@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gte_deploy.backends.choice import int8_unit
 from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.int8 import activation_scale, int8_scheme, quantize_columns, quantize_int8
 
@@ -12,7 +13,8 @@ FORMS = [("onnxruntime", "dynamic"), ("onnxruntime", "static"), ("openvino", "st
 
 @pytest.fixture
 def plan(fp32, ranges):
-    return int8_scheme(fp32["onnxruntime"].model, ranges)
+    # Without VNNI, sums of products overflow 16 bits unless weights have 7 bits.
+    return int8_scheme(fp32["onnxruntime"].model, ranges, reduce_range=int8_unit() is None)
 
 
 @pytest.fixture
@@ -36,9 +38,10 @@ def test_answers_stay_close(quantized, fp32, run, cosines, batches, engine, acti
     for batch in batches:
         real = batch.attention_mask.astype(bool)
         (hidden, logits), (found, found_logits) = run(fp32[engine].model, batch), run(model, batch)
-        # 32 channels average out little; the bounds of real models are held to in test_export.py.
-        assert cosines(hidden[real], found[real]).mean() > 0.99
-        assert cosines(logits, found_logits).mean() > 0.98
+        # 32 channels average out little; the bounds of real models are held to in test_export.py. 7 bits are coarser.
+        least, least_of_logits = (0.99, 0.98) if int8_unit() else (0.98, 0.95)
+        assert cosines(hidden[real], found[real]).mean() > least
+        assert cosines(logits, found_logits).mean() > least_of_logits
 
 
 @pytest.mark.parametrize(("engine", "activations"), FORMS)
