@@ -26,7 +26,7 @@ from gte_deploy.core.quiet import import_openvino
 MASK_COLUMNS, QUERY_COLUMN = 8, 64.0
 
 openvino = import_openvino()
-from openvino import opset13 as ops  # noqa: E402 - after the import that turns its telemetry off
+ops = openvino.opset13
 
 
 @dataclass(frozen=True)

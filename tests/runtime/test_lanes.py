@@ -14,7 +14,11 @@ from tensorrt_doubles import HostRuntime, backend_over, engine_of, plan_of
 
 pytest.importorskip("torch", reason="the backend under the lanes is torch")
 
-TEXTS = ["the king and the sea", "a", "the old man", "the man and the king", "old sea", "a king"] * 4
+TEXTS = [
+    f"{first} {last}"
+    for last in ("king", "sea", "man", "old")
+    for first in ("the king and the", "a", "the old", "the man and the", "old", "the")
+]
 
 
 class TwoLanes:

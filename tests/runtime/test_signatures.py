@@ -53,7 +53,7 @@ MODEL_ALONE = {
     "warm_up": "(self, lengths=None, rows=None)",
 }
 LOAD = (
-    "(path=None, *, backend='auto', precision=None, device=None, num_threads=None, max_batch_tokens=None, "
+    "(path=None, *, backend='auto', precision='auto', device=None, num_threads=None, max_batch_tokens=None, "
     "streams='auto', compile=False, task='auto')"
 )
 CLIENT = (

@@ -1,6 +1,7 @@
 """Which graph of a bundle runs for the outputs of a call: the whole one or a part, on each engine for CPUs."""
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -130,7 +131,7 @@ def test_the_head_does_not_run_for_hidden_states(path_of, monkeypatch, tmp_path)
     monkeypatch.setattr(onnxruntime, "InferenceSession", profiled)
     with gte_deploy.load(path_of(ALL_LOGITS), backend="onnx", num_threads=1) as model:
         hidden = model._backend.run(batch_of(ROWS), [HIDDEN])[HIDDEN]
-        model._backend.run(batch_of(ROWS[:1]), ["logits"])
+        model._backend.run(dataclasses.replace(batch_of(ROWS[:1]), mask_positions=None), ["logits"])
         by_hidden, by_logits = (shapes_that_ran(sessions[name]) for name in ("model_hidden.onnx", "model.onnx"))
     assert hidden.shape == (3, 9, 32) and (3, 9, 32) in by_hidden
     assert (1, 6, 128) in by_logits and (3, 9, 128) not in by_logits
@@ -195,7 +196,7 @@ def test_one_copy_of_the_weights_as_long_as_one_kind_of_call_is_made(tmp_path):
     """Megabytes of a process: the answer needs as much with a part as without one, a call for more a second copy."""
     onnx = pytest.importorskip("onnx")
     tensor, of = onnx.TensorProto, onnx.helper
-    width, layers = 1024, 8  # 34 MB
+    width, layers = 1024, 16  # 67 MB
     inputs = [of.make_tensor_value_info(name, tensor.INT64, ["b", "s"]) for name in ("input_ids", "attention_mask")]
     weights = [
         onnx.numpy_helper.from_array(np.eye(width, dtype=np.float32), f"weight{number}") for number in range(layers)
@@ -252,9 +253,9 @@ def test_one_copy_of_the_weights_as_long_as_one_kind_of_call_is_made(tmp_path):
     assert done.returncode == 0, done.stderr
     before, whole_answers, whole_states, part_answers, part_states = map(float, done.stdout.split())
     copy = whole_answers - before
-    assert copy > 16 and whole_states - whole_answers < 5
+    assert copy > 30 and whole_states - whole_answers < 5
     assert part_answers - whole_states < 1.4 * copy
-    assert part_states - part_answers > 16, "the whole graph, opened by a call that needs it"
+    assert part_states - part_answers > 30, "the whole graph, opened by a call that needs it"
 
 
 def rewritten(bundle, target, change):

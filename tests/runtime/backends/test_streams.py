@@ -273,7 +273,9 @@ def test_one_thread_has_no_streams_and_a_list_is_cut_for_several(word_checkpoint
         shapes, whole = [], model._backend._whole.run
         model._backend._whole.run = lambda batch, names: (shapes.append(batch.input_ids.shape), whole(batch, names))[1]
         model.encode("a text")
-        model.encode(["old king"] * 20)  # 80 tokens: too few for several batches
+        words = ["old", "king", "sea", "man", "the"]
+        pairs = [f"{one} {other}" for one in words for other in words[:4]]
+        model.encode(pairs)  # 80 tokens: too few for several batches
         assert shapes == [(1, 4), (20, 4)] and model._backend._streams is None
         model.encode(TEXTS)
         assert len(shapes) == 2 and model._backend._streams is not None
