@@ -202,7 +202,7 @@ def test_the_report(exported, task):
     )
     assert len(report["parity"]["not_proven"]) == ("bf16" not in claimed)
     for engine in engines:
-        assert engine["max_abs"] <= 1e-4 or engine["compute"] == "bf16"
+        assert engine["max_abs"] <= 2e-4 or engine["compute"] == "bf16"
         assert {1, 2, 17, result.manifest.spec.max_length} <= {case["length"] for case in engine["cases"]}
         assert (engine["cases"][0]["top1"] is not None) == (engine["top1"] is not None) == (task == "fill-mask")
     names = {

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cpu_marks import needs_vnni
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.build import Graph, build_graphs
 from gte_deploy.exporters.job import EVALUATION_TOKENS
@@ -53,6 +54,7 @@ def test_the_trained_model_needs_no_layer_in_fp32(quantize):
     assert len(lines) == 1 and lines[0].startswith("calibrate on")
 
 
+@needs_vnni
 def test_the_most_sensitive_layers_stay_high_where_a_bound_is_missed(quantize, tiny, monkeypatch):
     bounds = AccuracyBounds(cosine_mean=0.9998, top1_agreement=0.5)
     monkeypatch.setitem(lower_precision.ACCURACY_BOUNDS, "int8", bounds)

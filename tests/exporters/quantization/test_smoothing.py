@@ -6,6 +6,7 @@ import functools
 import numpy as np
 import pytest
 
+from cpu_marks import needs_vnni
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.linear_layers import find_linear_layers
 from gte_deploy.exporters.quantization.calibration import measure_ranges, sample_rows
@@ -77,6 +78,7 @@ def test_a_tied_vocabulary_is_smoothed_in_a_copy(outlier_fp32, scheme):
     np.testing.assert_allclose(decoder.matrix(), before.T * scheme.smoothing[decoder.name][:, None], rtol=1e-6)
 
 
+@needs_vnni
 @pytest.mark.parametrize("engine", ENGINES)
 def test_smoothing_makes_int8_closer(outlier_fp32, scheme, run, cosines, batches, engine):
     def loss(scheme):

@@ -10,6 +10,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'gte-deploy[openvino]'")
 
 import gte_deploy  # noqa: E402
+from cpu_marks import needs_vnni  # noqa: E402
 from factories import make_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
 from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError  # noqa: E402
@@ -50,6 +51,7 @@ def test_the_report_says_what_was_compared(bundle):
     assert check["passed"] and "PyTorch computed the answers" not in " ".join(check["skipped"])
 
 
+@needs_vnni
 def test_in_int8(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "EVALUATION_TOKENS", 400)
     checkpoint = make_checkpoint(tmp_path / "embed", task="embed", layers=1)
