@@ -105,9 +105,9 @@ def check_parity(
         EngineParity(
             engine,
             compute,
-            # In a bundle for bfloat16, OpenVINO rounds the weights; the graphs are those of FP32.
+            # In a CPU's bundle for bfloat16, OpenVINO rounds the weights; the graphs are those of FP32.
             _widened(TOLERANCES["fp32"], own)
-            if compute == "fp32" and precision in ("fp32", "bf16")
+            if compute == "fp32" and (precision == "fp32" or ("openvino", precision) in candidates)
             else tolerance_of(precision, compute),
             tuple(run.over(scale_of) for run in runs[engine, compute]),
             on_text.compare(candidate, bounds) if asked.texts else None,
