@@ -388,8 +388,8 @@ def test_an_environment_that_pip_cannot_make_has_pips_reason(parts: Any, tmp_pat
 
 
 def test_a_peer_answers_from_its_own_environment(parts: Any, tmp_path: Path):
-    python = parts.environments.make("empty", [], folder=tmp_path)
-    assert parts.environments.make("empty", [], folder=tmp_path) == python  # made once
+    python = parts.environments.make("empty", ["pip"], folder=tmp_path)
+    assert parts.environments.make("empty", ["pip"], folder=tmp_path) == python  # made once
     assert list(parts.environments.versions("empty", ["pip", "torch"], folder=tmp_path)) == ["pip"]
     limits = {"cpus": 1, "timeout_s": 120}
     job = parts.workloads.Job(["b", "a"], np.zeros((2, 1), np.int64), np.ones((2, 1), np.int64))
