@@ -191,7 +191,7 @@ def save(graphs: "Mapping[Engine, Graph]", job: Job) -> "Mapping[Engine, Mapping
     with job.steps("write the graphs"):
         weights = job.folder / WEIGHTS_PATH
         weights.parent.mkdir(exist_ok=True)
-        parts = {engine: parts_of(graph, job.spec) for engine, graph in graphs.items()}
+        parts: dict[Engine, Mapping[str, Graph]] = {e: parts_of(graph, job.spec) for e, graph in graphs.items()}
         files = {GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}
         files |= {part_path(engine, name): part for engine in parts for name, part in parts[engine].items()}
         graph_module.save_graphs({job.folder / path: graph for path, graph in files.items()}, weights)

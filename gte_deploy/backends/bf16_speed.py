@@ -95,8 +95,10 @@ def _recorded() -> Bf16Speed | None:
 def _ratio(x: tuple[int, ...], y: tuple[int, ...], *, is_attention: bool) -> float:
     """Time a product in both precisions in turn. The best of several times is the least disturbed one."""
     precisions: tuple[ComputePrecision, ...] = ("fp32", "bf16")
-    products = {precision: Product(x, y, precision, is_attention=is_attention) for precision in precisions}
-    best = dict.fromkeys(precisions, float("inf"))
+    products: dict[ComputePrecision, Product] = {
+        precision: Product(x, y, precision, is_attention=is_attention) for precision in precisions
+    }
+    best: dict[ComputePrecision, float] = dict.fromkeys(precisions, float("inf"))
     started = time.perf_counter()
     for _ in range(_ROUNDS):
         for precision, product in products.items():

@@ -15,6 +15,7 @@ from gte_deploy.backends.base import WARM_SHAPES, Backend, Batch
 from gte_deploy.backends.stream_plan import StreamPlan
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.lanes import in_a_lane, in_lanes
+from gte_deploy.core.spec import Precision
 
 
 class StreamedBackend:
@@ -32,7 +33,7 @@ class StreamedBackend:
         """
         self.name = whole.name
         self.device = whole.device
-        self.precision = whole.precision
+        self.precision: Precision = whole.precision
         self.num_threads = whole.num_threads
         self.outputs = whole.outputs
         self.plan = plan

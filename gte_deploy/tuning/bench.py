@@ -304,10 +304,11 @@ def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: i
     texts: list[str] = []
     seen: set[str] = set()
     for length in lengths if words else ():
+        text = " ".join(rng.choice(words, length - special))
         for _ in range(_MOST_DRAWS):  # equal texts of a call are computed once, so they should differ
-            text = " ".join(rng.choice(words, length - special))
             if text not in seen:
                 break
+            text = " ".join(rng.choice(words, length - special))
         texts.append(text)
         seen.add(text)
     found = [len(row) for row in tokenizer.encode_texts(texts, max_length=2 * longest, truncation=True)]
