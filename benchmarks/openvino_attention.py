@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from gte_deploy.backends.base import Batch
 from gte_deploy.core.quiet import import_openvino
 
 MASK_COLUMNS, QUERY_COLUMN = 8, 64.0
@@ -160,13 +161,8 @@ def compiled_request(file: Path, variant: str, threads: int, precision: str) -> 
 def feeds(request: Any, rows: int, tokens: int) -> dict[str, np.ndarray]:
     """Inputs of texts without padding."""
     ids = np.random.default_rng(0).integers(5, 100, (rows, tokens))
-    offered = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "token_type_ids": np.zeros_like(ids),
-        "mask_positions": np.zeros((1, 2), np.int64),
-    }
-    return {value.any_name: offered[value.any_name] for value in request.model_inputs}
+    batch = Batch(ids, np.ones_like(ids), np.zeros((1, 2), np.int64))
+    return batch.graph_inputs([value.any_name for value in request.model_inputs])
 
 
 def _peak_mb() -> float:

@@ -36,6 +36,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from gte_deploy.backends.base import Batch
 from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
@@ -177,14 +178,9 @@ class Profiler:
     def kinds(self, graph: Path, rows: int, tokens: int) -> dict[str, float]:
         """Kind of operator -> milliseconds of one run without padding."""
         ids = np.random.default_rng(0).integers(5, 100, (rows, tokens))
-        offered = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "token_type_ids": np.zeros_like(ids),
-            "mask_positions": np.zeros((1, 2), np.int64),
-        }
+        batch = Batch(ids, np.ones_like(ids), np.zeros((1, 2), np.int64))
         found: dict[str, float] = defaultdict(float)
-        for kind, seconds in self._nodes(graph, offered):
+        for kind, seconds in self._nodes(graph, batch):
             found[kind] += seconds * 1e3
         return dict(found)
 
@@ -200,11 +196,11 @@ class Profiler:
                 found[kind] = 2 * PEAK_SIZE**3 / seconds / 1e9
         return found
 
-    def _nodes(self, graph: Path, inputs: Mapping[str, np.ndarray]) -> list[tuple[str, float]]:
-        return (_onnx_nodes if self.engine == "onnx" else _openvino_nodes)(self, graph, inputs)
+    def _nodes(self, graph: Path, batch: Batch) -> list[tuple[str, float]]:
+        return (_onnx_nodes if self.engine == "onnx" else _openvino_nodes)(self, graph, batch)
 
 
-def _onnx_nodes(profiler: Profiler, graph: Path, inputs: Mapping[str, np.ndarray]) -> list[tuple[str, float]]:
+def _onnx_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple[str, float]]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = profiler.threads
     options.log_severity_level = 3
@@ -215,7 +211,7 @@ def _onnx_nodes(profiler: Profiler, graph: Path, inputs: Mapping[str, np.ndarray
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        feed = {value.name: inputs[value.name] for value in session.get_inputs()}
+        feed = batch.graph_inputs([value.name for value in session.get_inputs()])
         for _ in range(profiler.repeats + 1):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -228,7 +224,7 @@ def _onnx_nodes(profiler: Profiler, graph: Path, inputs: Mapping[str, np.ndarray
     return [(_KINDS.get(types[name], "others"), statistics.median(taken[1:])) for name, taken in runs.items()]
 
 
-def _openvino_nodes(profiler: Profiler, graph: Path, inputs: Mapping[str, np.ndarray]) -> list[tuple[str, float]]:
+def _openvino_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple[str, float]]:
     openvino = import_openvino()
     config = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -239,7 +235,7 @@ def _openvino_nodes(profiler: Profiler, graph: Path, inputs: Mapping[str, np.nda
     }
     model = openvino.Core().compile_model(str(graph), "CPU", config)
     request = model.create_infer_request()
-    feed = {value.any_name: inputs[value.any_name] for value in model.inputs}
+    feed = batch.graph_inputs([value.any_name for value in model.inputs])
     runs: dict[str, list[float]] = defaultdict(list)
     kinds = {}
     for _ in range(profiler.repeats + 1):

@@ -24,6 +24,7 @@ from gte_deploy.exporters.graph.editing import (
     CONTRIB,
     Builder,
     array,
+    clean_up,
     constant,
     integers,
     operand,
@@ -99,13 +100,7 @@ def ask_for_rows(model: ir.Model) -> None:
             "The traced graph differs from the one that is known; check the versions of transformers and torch."
         )
     _Selection(graph, heads[0], _computed(graph)).move_up()
-    for clean in (
-        ir_passes.RemoveUnusedNodesPass(),
-        ir_passes.CommonSubexpressionEliminationPass(),
-        ir_passes.TopologicalSortPass(),
-        ir_passes.NameFixPass(),
-    ):
-        clean(model)
+    clean_up(model)
     forget_shapes(graph)
 
 

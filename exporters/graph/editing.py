@@ -150,6 +150,17 @@ def integers(graph: ir.Graph, *numbers: int) -> ir.Value:
     return constant(graph, "int64_" + "_".join(map(str, numbers)).replace("-", "m"), np.array(numbers, np.int64))
 
 
+def clean_up(model: ir.Model) -> None:
+    """Remove unused nodes, merge equal ones, and sort and name the rest, after a rewriting of the graph in place."""
+    for clean in (
+        ir_passes.RemoveUnusedNodesPass(),
+        ir_passes.CommonSubexpressionEliminationPass(),
+        ir_passes.TopologicalSortPass(),
+        ir_passes.NameFixPass(),
+    ):
+        clean(model)
+
+
 @dataclass
 class Builder:
     """Inserts new nodes before `anchor`; their names begin with `scope` and a slash."""

@@ -28,7 +28,7 @@ KEPT_IN_FP32: Collection[Precision] = ("fp32", "bf16")
 
 _OPENVINO_BF16: tuple[Engine, Precision] = ("openvino", "bf16")
 _EMULATED = (
-    "openvino bf16 was emulated, because this CPU does not compute in bfloat16: ONNX Runtime ran its graph with "
+    "openvino bf16 was emulated, because this CPU does not compute in bfloat16: ONNX Runtime ran its whole graph with "
     "the inputs and the result of every operator rounded to bfloat16, and sums in FP32. OpenVINO itself did not run in "
     "bfloat16."
 )

@@ -231,11 +231,10 @@ class CaseComparison:
     Args:
         outputs: names of the compared outputs.
         spec: the model's facts.
-        parts: see `Comparison`.
     """
 
-    def __init__(self, outputs: Sequence[str], spec: ModelSpec, parts: Sequence[Sequence[str]] = ()) -> None:
-        self._outputs, self._spec, self._parts = outputs, spec, parts
+    def __init__(self, outputs: Sequence[str], spec: ModelSpec) -> None:
+        self._outputs, self._spec = outputs, spec
         self.scales = Scales(["logits"] if spec.task in ("classify", "token-classify") else [])
         self.rounding: list[tuple[str, Deviation]] = []
         """(output, difference of the reference's own results for a row in a batch and for the row alone)."""
@@ -251,13 +250,15 @@ class CaseComparison:
             self.rounding += self._alone(side, expected.outputs, batch).items()
         return expected
 
-    def candidate(self, side: Runs, case: Case, batch: Batch, expected: TimedOutputs) -> CaseRun:
-        """Run a candidate, and compare its outputs with the reference's."""
+    def candidate(
+        self, side: Runs, case: Case, batch: Batch, expected: TimedOutputs, parts: Sequence[Sequence[str]] = ()
+    ) -> CaseRun:
+        """Run a candidate, and the parts of its graph (see `Comparison`); compare the outputs with the reference's."""
         found = self._run(side, batch)
         alone = self._alone(side, found.outputs, batch) if case.ragged else {}
         whole = {name: found.outputs[name] for name in self._outputs}
         by_parts: dict[str, NDArray[np.float32]] = {}
-        for names in self._parts:
+        for names in parts:
             outputs = side.run(batch, names)
             by_parts |= {name: outputs[name] for name in names}
         top1, top5 = _agreement(expected.outputs, found.outputs, batch, self._spec)
@@ -273,14 +274,14 @@ class CaseComparison:
             reference_ms=expected.milliseconds,
             candidate_ms=found.milliseconds,
         )
-        compared, parts = (
+        compared, of_parts = (
             {
                 name: self._deviation(name, _real(expected.outputs[name], batch), _real(values, batch))
                 for name, values in computed.items()
             }
             for computed in (whole, by_parts)
         )
-        return CaseRun(result, compared, alone, parts)
+        return CaseRun(result, compared, alone, of_parts)
 
     def _run(self, side: Runs, batch: Batch) -> TimedOutputs:
         started = time.perf_counter()

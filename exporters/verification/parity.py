@@ -80,7 +80,7 @@ def check_parity(
     outputs, spec, precision = asked.outputs, asked.spec, asked.precision
     cases = parity_cases(spec.max_length, max_tokens=max_tokens_of(spec)) if asked.cases is None else asked.cases
     rng = np.random.default_rng(_SEED)
-    comparison = CaseComparison(outputs, spec, asked.parts)
+    comparison = CaseComparison(outputs, spec)
     runs: dict[tuple[Engine, Precision], list[CaseRun]] = {key: [] for key in candidates}
     for number, case in enumerate(cases, 1):
         report_line(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")
@@ -92,7 +92,8 @@ def check_parity(
         for key, candidate in candidates.items():
             if key in emulated and _is_optional(*key, precision) and case.length > LONGEST_OPTIONAL_EMULATION:
                 continue
-            runs[key].append(comparison.candidate(candidate, case, batch, expected))
+            parts = () if key in emulated else asked.parts  # an emulation has the whole graph alone
+            runs[key].append(comparison.candidate(candidate, case, batch, expected, parts))
     terms = reference.terms if isinstance(reference, TorchReference) else {}
     scale_of = {name: comparison.scales.of(name, terms.get(name)) for name in outputs}
     _require_finite(scale_of)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import (
@@ -22,6 +21,7 @@ from gte_deploy.exporters.graph.editing import (
     Builder,
     Mismatch,
     by_name,
+    clean_up,
     consumer,
     dimensions,
     integers,
@@ -65,13 +65,7 @@ def rewriting(model: ir.Model) -> Iterator[None]:
             f"padding cannot be removed from this graph: {mismatch}. "
             "Export with padding='keep', and check the versions of transformers and torch."
         ) from mismatch
-    for clean in (
-        ir_passes.RemoveUnusedNodesPass(),
-        ir_passes.CommonSubexpressionEliminationPass(),
-        ir_passes.TopologicalSortPass(),
-        ir_passes.NameFixPass(),
-    ):
-        clean(model)
+    clean_up(model)
 
 
 class _PackedInputs:
