@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from gte_deploy.exporters.graph.editing import CONTRIB, is_in_layer
 
 PEAK_SIZE = 2048
 SHAPES = ("1x16", "1x512", "8x128")
+# The names of a graph's inputs -> their arrays.
+InputsByName = Callable[[Sequence[str]], Mapping[str, np.ndarray]]
 GRAPHS = {"onnx": "onnxruntime", "openvino": "openvino"}
 PRODUCTS, INTEGER_PRODUCTS, ATTENTION = "matrix products", "8-bit matrix products", "attention"
 
@@ -180,27 +182,27 @@ class Profiler:
         ids = np.random.default_rng(0).integers(5, 100, (rows, tokens))
         batch = Batch(ids, np.ones_like(ids), np.zeros((1, 2), np.int64))
         found: dict[str, float] = defaultdict(float)
-        for kind, seconds in self._nodes(graph, batch):
+        for kind, seconds in self._nodes(graph, batch.graph_inputs):
             found[kind] += seconds * 1e3
         return dict(found)
 
     def peaks(self) -> dict[str, float]:
         """Kind of matrix product -> billions of operations a second of one large product."""
+        x = np.random.default_rng(0).integers(-100, 100, (PEAK_SIZE, PEAK_SIZE)).astype(np.float32)
         found = {}
         for kind in (PRODUCTS, INTEGER_PRODUCTS):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "peak.onnx"
                 ir.save(_large_product(self.engine, kind), file)
-                x = np.random.default_rng(0).integers(-100, 100, (PEAK_SIZE, PEAK_SIZE)).astype(np.float32)
-                seconds = sum(taken for each, taken in self._nodes(file, {"x": x}) if each in (PRODUCTS, kind))
-                found[kind] = 2 * PEAK_SIZE**3 / seconds / 1e9
+                nodes = self._nodes(file, lambda _: {"x": x})
+            found[kind] = 2 * PEAK_SIZE**3 / sum(taken for each, taken in nodes if each in (PRODUCTS, kind)) / 1e9
         return found
 
-    def _nodes(self, graph: Path, batch: Batch) -> list[tuple[str, float]]:
-        return (_onnx_nodes if self.engine == "onnx" else _openvino_nodes)(self, graph, batch)
+    def _nodes(self, graph: Path, inputs: InputsByName) -> list[tuple[str, float]]:
+        return (_onnx_nodes if self.engine == "onnx" else _openvino_nodes)(self, graph, inputs)
 
 
-def _onnx_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple[str, float]]:
+def _onnx_nodes(profiler: Profiler, graph: Path, inputs: InputsByName) -> list[tuple[str, float]]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = profiler.threads
     options.log_severity_level = 3
@@ -211,7 +213,7 @@ def _onnx_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple[str
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        feed = batch.graph_inputs([value.name for value in session.get_inputs()])
+        feed = inputs([value.name for value in session.get_inputs()])
         for _ in range(profiler.repeats + 1):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -224,7 +226,7 @@ def _onnx_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple[str
     return [(_KINDS.get(types[name], "others"), statistics.median(taken[1:])) for name, taken in runs.items()]
 
 
-def _openvino_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple[str, float]]:
+def _openvino_nodes(profiler: Profiler, graph: Path, inputs: InputsByName) -> list[tuple[str, float]]:
     openvino = import_openvino()
     config = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -235,7 +237,7 @@ def _openvino_nodes(profiler: Profiler, graph: Path, batch: Batch) -> list[tuple
     }
     model = openvino.Core().compile_model(str(graph), "CPU", config)
     request = model.create_infer_request()
-    feed = batch.graph_inputs([value.any_name for value in model.inputs])
+    feed = inputs([value.any_name for value in model.inputs])
     runs: dict[str, list[float]] = defaultdict(list)
     kinds = {}
     for _ in range(profiler.repeats + 1):
