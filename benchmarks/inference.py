@@ -506,7 +506,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, help="default: all; --quick leaves out large")
     parser.add_argument("--shapes", nargs="+", metavar="WORKLOAD", help="ROWSxTOKENS or a name from above")
     parser.add_argument(
-        "--contestants", nargs="+", metavar="PART", help="those whose name has one of these parts (default: all)"
+        "--contestants", nargs="+", metavar="PART", help="names, or parts of several names each (default: all)"
     )
     parser.add_argument("--repeats", type=int, help="most rounds (default: 9; 3 with --quick)")
     parser.add_argument("--minutes", type=float, default=45, help="limit for all measurements (default: 45)")
@@ -526,10 +526,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.subjects is None:
         arguments.subjects = [name for name in SUBJECTS if not (arguments.quick and name == "large")]
     arguments.repeats = arguments.repeats or (3 if arguments.quick else 9)
+    names = {one.name for one in CONTESTANTS}
     arguments.contestants = [
         one
         for one in CONTESTANTS
-        if arguments.contestants is None or any(part in one.name for part in arguments.contestants)
+        if arguments.contestants is None
+        or any(one.name == part if part in names else part in one.name for part in arguments.contestants)
     ]
     for name in arguments.shapes or ():
         if name not in NAMES and not re.fullmatch(r"(list-)?[1-9]\d*x[1-9]\d*", name):

@@ -7,6 +7,8 @@ onnx/model.onnx and openvino/openvino_model.xml, where sentence-transformers kee
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ class OptimumIntel:
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = OVModelForFeatureExtraction.from_pretrained(
-            folder / "openvino", config=_config(folder), ov_config={"INFERENCE_NUM_THREADS": threads}
+            folder, subfolder="openvino", export=False, ov_config={"INFERENCE_NUM_THREADS": threads}
         )
 
     def embed(self, texts: list[str]) -> Array:
@@ -85,10 +87,16 @@ class Infinity:
         _know_gte()
         from infinity_emb import EngineArgs, SyncEngineArray
 
+        # Of a local folder, it finds a graph only beside the config, and only if the folder is ".".
+        self._folder = tempfile.TemporaryDirectory(dir=folder)
+        os.chdir(self._folder.name)
+        for file in (*folder.glob("*.*"), *folder.glob("onnx/*")):
+            if file.is_file():
+                os.link(file, file.name)
         self._model = SyncEngineArray.from_args(
             [
                 EngineArgs(
-                    model_name_or_path=str(folder),
+                    model_name_or_path=".",
                     engine="optimum",
                     device="cpu",
                     pooling_method="mean",
@@ -97,10 +105,9 @@ class Infinity:
                 )
             ]
         )
-        self._name = str(folder)
 
     def embed(self, texts: list[str]) -> Array:
-        embeddings, _ = self._model.embed(model=self._name, sentences=texts).result()
+        embeddings, _ = self._model.embed(model=".", sentences=texts).result()
         return np.stack(embeddings).astype(np.float32, copy=False)
 
 
@@ -112,9 +119,3 @@ def _know_gte() -> None:
         model_type = "gte"
 
     AutoConfig.register("gte", GteConfig, exist_ok=True)
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder)

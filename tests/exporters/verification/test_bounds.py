@@ -226,6 +226,19 @@ def test_the_advice_fits_the_miss(sound, precision, differences, advice):
     assert ("--bounds report" in str(error.value)) == all(map(math.isfinite, differences.values()))
 
 
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("fp32", "The checkpoint's own library is right: please report it"),
+        ("int8", r"Calibrate on texts like .* If an fp32 bundle differs too, please report it"),
+    ],
+)
+def test_the_advice_when_only_answers_differ(sound, precision, advice):
+    report = dataclasses.replace(sound.parity, precision=precision).with_checks(Check("answers", failures=("0 and 1",)))
+    with pytest.raises(BoundMissedError, match=advice):
+        report.require()
+
+
 CHANGES = {
     "a regression head for prices": ("classify", {"num_labels": 1}, "classifier", 1500.0),
     "a regression head for tiny numbers": ("classify", {"num_labels": 1}, "classifier", 1e-3),
