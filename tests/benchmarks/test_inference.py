@@ -370,6 +370,15 @@ def test_no_energy_has_a_reason(parts: Any, tmp_path: Path):
     assert "cannot be read" in parts.machine.Energy(tmp_path).reason
 
 
+def test_a_whole_name_is_one_contestant_and_a_part_all_that_have_it(inference: ModuleType):
+    def chosen(*given: str) -> list[str]:
+        return [one.name for one in inference._parse(["--contestants", *given]).contestants]
+
+    assert chosen("gte-deploy onnx int8") == ["gte-deploy onnx int8"]
+    assert {"gte-deploy onnx int8", "gte-deploy openvino int8"} < set(chosen("int8"))
+    assert chosen("infinity", "torch eager fp32") == ["torch eager fp32", "infinity"]
+
+
 # --- environments of peers ------------------------------------------------------------------------------------------
 
 
