@@ -28,8 +28,8 @@ GRAPH_PATHS: Mapping[Engine, str] = {
     "tensorrt": "onnx/model_tensorrt.onnx",
 }
 """Engine -> path of its graph in a bundle."""
-WEIGHTS_PATH = "onnx/model.onnx.data"
-"""Path of the weights that several graphs share."""
+WEIGHTS_PATH = "onnx/model.onnx_data"
+"""Path of the weights that several graphs share; transformers.js asks for the name of a graph and `_data`."""
 
 EVALUATION_TOKENS = 6000
 """Number of words for measuring the accuracy of a lower precision: once as single texts, once in windows."""

@@ -205,7 +205,7 @@ class Model(TextInterface):
         """
         backend = self._backend
         shapes = self._shapes_to_warm_up(lengths, rows)
-        outputs = [name for name in TASKS[self.spec.task].outputs[1:] if name in backend.outputs][:1] or [HIDDEN]
+        outputs = [name for name in TASKS[self.spec.task].answers if name in backend.outputs][:1] or [HIDDEN]
         batches = [self._sample_batch(*shape) for shape in shapes]
         started = time.perf_counter()
         with in_use():

@@ -166,7 +166,7 @@ def make_plain(checkpoint: Path, task: str, max_length: int, target: Path) -> No
     model = load_model(checkpoint, task=task)  # type: ignore[arg-type]
     pooling = "mean" if task == "embed" else None
     traced = trace(model, task=task, max_length=max_length, pooling=pooling, logits="masked", opset=20)
-    ir.save(traced, target / "model.onnx", external_data="model.onnx.data")
+    ir.save(traced, target / "model.onnx", external_data="model.onnx_data")
 
 
 def make_optimized(plain: Path, checkpoint: Path, target: Path) -> None:

@@ -13,17 +13,23 @@ from typing import Any
 from gte_deploy.core.activations import TORCH_CLASSES
 from gte_deploy.core.files import write_text, write_with
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.exporters.job import GRAPH_PATHS
 from gte_deploy.models.description import Description
 from gte_deploy.models.weight_files import WEIGHTS
 
 # The names of the modules in every version of the library.
 _TYPES = "sentence_transformers.models"
 _TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+# A browser cannot look for files, so transformers.js fetches the weights file of a graph only if this names the graph.
+# Without the dtype, which here stands for a file name without a suffix, it asks for model_quantized.onnx in a browser.
+_JAVASCRIPT = {"use_external_data_format": {Path(GRAPH_PATHS["onnxruntime"]).name: 1}, "dtype": "fp32"}
 
 
 def write_hub_files(folder: Path, checkpoint: Description) -> None:
-    """Write the files into the folder of a bundle."""
+    """Write the files into the folder of a bundle, which has its graphs already."""
     files = hub_files(checkpoint)
+    if (folder / GRAPH_PATHS["onnxruntime"]).is_file():
+        files["config.json"]["transformers.js_config"] = _JAVASCRIPT
     checkpoint.tokenizer.save(folder, max_length=checkpoint.spec.max_length)
     for name, data in files.items():
         (folder / name).parent.mkdir(exist_ok=True)

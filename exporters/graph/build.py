@@ -4,10 +4,10 @@ Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]. Fill-mask
 [num_masks, 2], pairs of (row, token), which may be empty. Graphs with token types also have `token_type_ids`
 [batch, sequence].
 
-Outputs, float32: `last_hidden_state` [batch, sequence, hidden]; then `sentence_embedding` [batch, embedding] (embed,
-after any Dense modules) or `logits`: [num_masks, vocabulary] (fill-mask), [batch, sequence, vocabulary] (fill-mask with
-all logits), [batch, labels] (classify), [batch, sequence, labels] (token-classify);
-or `sparse_embedding` [batch, vocabulary] (sparse), pooled and activated.
+Outputs, float32, in the order of `Task.outputs`: `last_hidden_state` [batch, sequence, hidden], and
+`sentence_embedding` [batch, embedding] (embed, after any Dense modules) or `logits`: [num_masks, vocabulary]
+(fill-mask), [batch, sequence, vocabulary] (fill-mask with all logits), [batch, labels] (classify),
+[batch, sequence, labels] (token-classify); or `sparse_embedding` [batch, vocabulary] (sparse), pooled and activated.
 """
 
 import hashlib
@@ -102,8 +102,8 @@ def build_graphs(
 
 
 def save_graph(graph: Graph, path: Path) -> list[Path]:
-    """Write one graph to `path` and its weights to `path`.data; return the files. See `save_graphs`."""
-    return save_graphs({path: graph}, path.with_name(f"{path.name}.data"))
+    """Write one graph to `path` and its weights to `path`_data; return the files. See `save_graphs`."""
+    return save_graphs({path: graph}, path.with_name(f"{path.name}_data"))
 
 
 def save_graphs(graphs: Mapping[Path, Graph], data: Path) -> list[Path]:

@@ -133,11 +133,11 @@ class _Wrapper(nn.Module):
 
     type_zero: Tensor
 
-    def __init__(self, model: PreTrainedModel, head: Head) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head, output_names: tuple[str, ...]) -> None:
         super().__init__()
         self.model: Any = model
         self.head: Head | None = head
-        self.output_names = (HIDDEN, head.output)
+        self.output_names = output_names
         if isinstance(head, SparseHead):
             # The model does not own this module. torch names its nodes only if it is registered and called here.
             self.lm_head, self.head = head.module, None
@@ -146,8 +146,8 @@ class _Wrapper(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the hidden states [B, S, H] and the output of the head. Without types, every token has type 0."""
+    ) -> tuple[Tensor, ...]:
+        """Return the outputs in the order of `output_names`. Without token types, every token has type 0."""
         return self.compute(input_ids, attention_mask, None, token_type_ids)
 
     def compute(
@@ -156,19 +156,20 @@ class _Wrapper(nn.Module):
         attention_mask: Tensor,
         mask_positions: Tensor | None,
         token_type_ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Like `forward`, with mask positions for a head that reads only masked tokens."""
         bias = (1.0 - attention_mask.to(torch.float32)) * MASK_BIAS
-        outputs = self.model.base_model(
+        encoded = self.model.base_model(
             input_ids=input_ids,
             # A 4-D mask passes through transformers unchanged and is added to the scores.
             attention_mask=bias.unsqueeze(1).unsqueeze(1),
             token_type_ids=self.type_zero if token_type_ids is None else token_type_ids,
         )
-        hidden = outputs.last_hidden_state
-        states = _TracedStates(hidden, attention_mask, input_ids, mask_positions, outputs.pooler_output)
+        hidden = encoded.last_hidden_state
+        states = _TracedStates(hidden, attention_mask, input_ids, mask_positions, encoded.pooler_output)
         head = SparseHead(self.lm_head) if self.head is None else self.head
-        return hidden, head(states)
+        outputs = {HIDDEN: hidden, head.output: head(states)}
+        return tuple(outputs[name] for name in self.output_names)
 
 
 class _MaskedWrapper(_Wrapper):
@@ -180,13 +181,14 @@ class _MaskedWrapper(_Wrapper):
         attention_mask: Tensor,
         mask_positions: Tensor,
         token_type_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return self.compute(input_ids, attention_mask, mask_positions, token_type_ids)
 
 
 def _wrap(model: PreTrainedModel, options: HeadOptions) -> _Wrapper:
     takes_masks = options.task == "fill-mask" and options.logits == "masked"
-    return (_MaskedWrapper if takes_masks else _Wrapper)(model, make_head(model, options))
+    wrapper = _MaskedWrapper if takes_masks else _Wrapper
+    return wrapper(model, make_head(model, options), TASKS[options.task].outputs)
 
 
 def _checked_options(task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> HeadOptions:

@@ -17,7 +17,7 @@ from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.verification.cases import last_row_alone
 from gte_deploy.exporters.verification.texts import Rounds
 from gte_deploy.tasks import TASKS
-from gte_deploy.tasks.base import Outputs
+from gte_deploy.tasks.base import HIDDEN, Outputs
 from gte_deploy.tasks.fill_mask import logits_of_masks
 from gte_deploy.tasks.pooling import pool
 
@@ -161,9 +161,9 @@ class TextReference:
         return self._answers[number]
 
     def _names(self, number: int) -> tuple[str, ...]:
-        hidden, *more = TASKS[self._spec.task].outputs
-        extra = () if TASKS[self._spec.task].has_labels else tuple(more)  # labels say little about a text
-        return (hidden, *extra) if number == 0 else extra
+        task = TASKS[self._spec.task]
+        extra = () if task.has_labels else task.answers  # labels say little about a text
+        return (HIDDEN, *extra) if number == 0 else extra
 
 
 class _Cosines:

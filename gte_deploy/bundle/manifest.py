@@ -44,10 +44,11 @@ from gte_deploy.core.spec import (
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "gte-deploy-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Version 1 had no token types, Dense modules, activations and sparse embeddings, and version 2 had no parts of graphs.
+# Up to version 3, the weights were in model.onnx.data, and the hidden states were the first output of every graph.
 # Their fields still mean the same.
-_READ_VERSIONS = (1, 2, FORMAT_VERSION)
+_READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
 # Fields whose name in files is older than their name here.
 _JSON_NAMES = {"variant": "flavour"}

@@ -80,7 +80,9 @@ class Task:
 
     Args:
         name: name in command lines, manifests and `ModelSpec.task`.
-        outputs: names of the outputs of a graph for the task, the hidden states first.
+        outputs: names of the outputs of a graph for the task, in the order of the graph. The answer comes first, since
+            many libraries take the first output of a graph; the hidden states come first for embeddings, because those
+            libraries pool them.
         request: class of the requests of this task.
         architecture: the part after "New" or "Gte" in the `architectures` of a checkpoint's config.json; None if the
             task has no head of its own and uses the head of another task.
@@ -100,6 +102,11 @@ class Task:
     similarity: Similarity | None = None
     library: Library | None = None
     suits: Callable[[ModelSpec], bool] | None = None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The names of the outputs besides the hidden states."""
+        return tuple(name for name in self.outputs if name != HIDDEN)
 
     def can_run_on(self, spec: ModelSpec) -> bool:
         """Whether a model with this spec can do the task."""

@@ -153,7 +153,7 @@ def _checked_scores(scores: NDArray[Any], logits: NDArray[np.float32]) -> NDArra
 
 CLASSIFY = Task(
     name="classify",
-    outputs=(HIDDEN, "logits"),
+    outputs=("logits", HIDDEN),
     request=ScoreRequest,
     architecture="ForSequenceClassification",
     ensembles=(SERVED,),

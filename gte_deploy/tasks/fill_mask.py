@@ -191,7 +191,7 @@ def _answers_of(tensors: Tensors, row: int, mask: int) -> list[MaskAnswer]:
 
 FILL_MASK = Task(
     name="fill-mask",
-    outputs=(HIDDEN, "logits"),
+    outputs=("logits", HIDDEN),
     request=MaskRequest,
     architecture="ForMaskedLM",
     ensembles=(SERVED,),

@@ -275,7 +275,7 @@ def _suits(spec: ModelSpec) -> bool:
 
 SPARSE = Task(
     name="sparse",
-    outputs=(HIDDEN, _POOLED),
+    outputs=(_POOLED, HIDDEN),
     request=SparseRequest,
     ensembles=(SERVED, QUERIES_SERVED),
     similarity="dot",

@@ -403,7 +403,7 @@ def logits_from_tensors(tensors: Tensors) -> list[NDArray[np.float32]]:
 
 TOKEN_CLASSIFY = Task(
     name="token-classify",
-    outputs=(HIDDEN, "logits"),
+    outputs=("logits", HIDDEN),
     request=OwnLogits,
     architecture="ForTokenClassification",
     ensembles=(ENTITIES_SERVED, LOGITS_SERVED),

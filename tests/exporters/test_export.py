@@ -99,7 +99,7 @@ def test_the_bundle_is_whole_and_says_what_it_is(exported, task):
             names += ["mask_positions", "token_type_ids"]
         assert [tensor.name for tensor in graph.inputs] == names
         for file in (graph, *graph.parts):
-            assert inspect_onnx(bundle / file.path).external_files == {"model.onnx.data"}
+            assert inspect_onnx(bundle / file.path).external_files == {"model.onnx_data"}
         answers = [{output.name: output.shape for output in part.outputs} for part in graph.parts]
         assert answers == (
             [] if task == "token-classify" else [{k: v for k, v in OUTPUTS[task].items() if k != HIDDEN}]
@@ -328,7 +328,7 @@ def test_without_openvino_there_is_no_graph_for_it_and_the_report_says_so(trace_
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     result = export(small, tmp_path / "out", max_length=LENGTH)
     assert set(result.manifest.graphs) == {"onnxruntime"} and "openvino" not in result.manifest.versions
-    assert {"onnx/model.onnx", "onnx/model_answer.onnx", "onnx/model.onnx.data"} == {
+    assert {"onnx/model.onnx", "onnx/model_answer.onnx", "onnx/model.onnx_data"} == {
         name for name in result.manifest.files if name.startswith("onnx")
     }
     (sentence,) = result.parity.caveats

@@ -164,7 +164,7 @@ def test_for_tensorrt(graphs_of):
     graph = tensorrt_graph(plain, "fp16", sites=SITES)
     assert {"ReduceMax", "Where", "Log"} <= {node.op_type for node in graph.model.graph}
     assert not {"ScatterElements", "Loop", "Scan"} & {node.op_type for node in graph.model.graph}
-    assert [output.name for output in graph.outputs] == ["last_hidden_state", "sparse_embedding"]
+    assert [output.name for output in graph.outputs] == ["sparse_embedding", "last_hidden_state"]
     with pytest.raises(ExportError, match="padding cannot be removed"):
         tensorrt_graph(plain, "fp16", sites=SITES, layout=PADDING_FREE)
 

@@ -33,6 +33,7 @@ from gte_deploy.exporters.graph.editing import (
 )
 from gte_deploy.exporters.graph.fusion.attention import MASK_INPUT, require_mask_columns
 from gte_deploy.exporters.graph.fusion.rows import FIRST_INPUT
+from gte_deploy.tasks.base import HIDDEN
 
 
 def remove_padding(model: ir.Model) -> int:
@@ -142,13 +143,14 @@ def _rotated(build: Builder, rotary: ir.Node, packed: _PackedInputs) -> ir.Value
 
 def _insert_restore_padding(graph: ir.Graph, packed: _PackedInputs) -> None:
     """Insert RestorePadding after the last layer. Other nodes that read the layer's rows get padded rows."""
-    from_rows = producer(graph.outputs[0], "Reshape")
+    hidden = by_name(graph.outputs, HIDDEN)
+    from_rows = producer(hidden, "Reshape")
     rows = operand(from_rows, 0)
     build = Builder(graph, from_rows, "packing")
     others = [use for use in rows.uses() if use.node is not from_rows]
-    restored = build.op("RestorePadding", rows, packed.offset, domain=CONTRIB, shape=graph.outputs[0].shape)
+    restored = build.op("RestorePadding", rows, packed.offset, domain=CONTRIB, shape=hidden.shape)
     if others:
-        width = dimensions(graph.outputs[0])[-1]
+        width = dimensions(hidden)[-1]
         if not isinstance(width, int):
             raise Mismatch(f"the width of the hidden states is {width}")
         padded = build.op("Reshape", restored, integers(graph, -1, width), name="padded_rows")

@@ -23,9 +23,11 @@ from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.core.spec import Engine, TensorSpec  # noqa: E402
 from gte_deploy.exporters.graph import build as graph_module  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, save_graph, save_graphs  # noqa: E402
+from gte_deploy.exporters.graph.editing import by_name  # noqa: E402
 from gte_deploy.exporters.graph.fusion import fuse_graph  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.families.gte import GTE  # noqa: E402
+from gte_deploy.tasks.base import HIDDEN  # noqa: E402
 
 IDS = TensorSpec("input_ids", "int64", ("batch", "sequence"))
 MASK = TensorSpec("attention_mask", "int64", ("batch", "sequence"))
@@ -76,6 +78,7 @@ def graphs(folders: Any) -> Callable[[str], Graph]:
 
 
 def run(graph: Graph, input_ids: Any, attention_mask: Any = None, mask_positions: Any = None) -> list[np.ndarray]:
+    """The hidden states, and then the other outputs."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -87,7 +90,8 @@ def run(graph: Graph, input_ids: Any, attention_mask: Any = None, mask_positions
         "attention_mask": np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int64),
         "mask_positions": np.asarray([] if mask_positions is None else mask_positions, np.int64).reshape(-1, 2),
     }
-    return session.run(None, {spec.name: feeds[spec.name] for spec in graph.inputs})
+    names = sorted((tensor.name for tensor in graph.outputs), key=lambda name: name != HIDDEN)
+    return session.run(names, {spec.name: feeds[spec.name] for spec in graph.inputs})
 
 
 def golden(folder: Path) -> dict[str, np.ndarray]:
@@ -124,7 +128,7 @@ def test_golden_scores(graphs, folders):
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "last"),
+    ("name", "inputs", "answer"),
     [
         ("mlm plain", (IDS, MASK, POSITIONS), TensorSpec("logits", "float32", ("num_masks", 256))),
         ("mlm", (IDS, MASK, POSITIONS), TensorSpec("logits", "float32", ("num_masks", 256))),
@@ -135,11 +139,13 @@ def test_golden_scores(graphs, folders):
         ("tokens", (IDS, MASK), TensorSpec("logits", "float32", ("batch", "sequence", 3))),
     ],
 )
-def test_interface(graphs, name, inputs, last):
+def test_interface(graphs, name, inputs, answer):
     graph = graphs(name)
-    width = last.shape[-1] if name == "cls" else {"all": 48, "tokens": 48}.get(name, 32)
+    width = answer.shape[-1] if name == "cls" else {"all": 48, "tokens": 48}.get(name, 32)
     assert graph.inputs == inputs
-    assert graph.outputs == (TensorSpec("last_hidden_state", "float32", ("batch", "sequence", width)), last)
+    hidden = TensorSpec(HIDDEN, "float32", ("batch", "sequence", width))
+    # Libraries that take the first output want logits, but pool hidden states by themselves.
+    assert graph.outputs == ((answer, hidden) if answer.name == "logits" else (hidden, answer))
     assert graph.model.opset_imports[""] == graph.opset == 20
 
 
@@ -213,7 +219,7 @@ def test_head_runs_on_masked_rows_only(graphs):
     model = graphs("mlm").model
     gather = next(node for node in model.graph if node.op_type == "GatherND")
     assert [value.name for value in gather.inputs] == ["last_hidden_state", "mask_positions"]
-    logits, value = model.graph.outputs[1], gather.outputs[0]
+    logits, value = by_name(model.graph.outputs, "logits"), gather.outputs[0]
     path = []
     while value is not logits:
         node = value.consumers()[0]
@@ -246,14 +252,14 @@ def test_equals_transformers_on_long_rows(graphs, folders, name, tokens):
 def save_both(graphs: Callable[[str], Graph], folder: Path) -> list[Path]:
     folder.mkdir()
     paths = {folder / "model.onnx": graphs("mlm"), folder / "model_openvino.onnx": graphs("mlm plain")}
-    return save_graphs(paths, folder / "model.onnx.data")
+    return save_graphs(paths, folder / "model.onnx_data")
 
 
 def test_saved_files_are_the_same_each_time_and_readable_by_others(graphs, tmp_path):
     digests = set()
     for folder in (tmp_path / "first", tmp_path / "second"):
         written = save_both(graphs, folder)
-        assert [path.name for path in written] == ["model.onnx", "model.onnx.data", "model_openvino.onnx"]
+        assert [path.name for path in written] == ["model.onnx", "model.onnx_data", "model_openvino.onnx"]
         assert sorted(folder.iterdir()) == written
         assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o644}
         digests.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in written))
@@ -277,7 +283,7 @@ def test_the_graphs_of_both_engines_share_their_weights(graphs, tmp_path):
 
 def test_a_saved_graph_computes_what_it_did(graphs, tmp_path):
     save_graph(graphs("embed"), tmp_path / "model.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx_data"]
     session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     ids = np.full((1, 5), 9)
     np.testing.assert_array_equal(
@@ -286,7 +292,7 @@ def test_a_saved_graph_computes_what_it_did(graphs, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(graphs, tmp_path, monkeypatch):
-    old = {"model.onnx": b"old", "model.onnx.data": b"old weights"}
+    old = {"model.onnx": b"old", "model.onnx_data": b"old weights"}
     for name, contents in old.items():
         (tmp_path / name).write_bytes(contents)
 

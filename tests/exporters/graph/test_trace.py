@@ -157,4 +157,4 @@ def test_other_opsets_fuse_and_run(model, opset):
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "mask_positions": np.array([[1, 2]])}
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(ids)).logits[1, 2].numpy()
-    np.testing.assert_allclose(session.run(None, feeds)[1][0], logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(session.run(["logits"], feeds)[0][0], logits, rtol=0, atol=2e-4)

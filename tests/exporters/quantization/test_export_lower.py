@@ -47,7 +47,7 @@ def test_the_report_says_what_int8_costs(int8):
 
 def test_the_bundle_answers_like_fp32_and_is_small(int8):
     sizes = {name: entry.size for name, entry in int8.manifest.files.items()}
-    assert int8.manifest.precision == "int8" and sizes["onnx/model.onnx.data"] < 23e6
+    assert int8.manifest.precision == "int8" and sizes["onnx/model.onnx_data"] < 23e6
     with gte_deploy.load(int8.path, backend="onnx") as model, gte_deploy.load() as reference:
         assert model.info()["backend"] == "onnx"
         assert model.fill_mask(TEXT)[0]["token_str"] == "states"

@@ -78,9 +78,9 @@ def test_a_missing_configuration(copy):
 
 
 def test_missing_weights(copy):
-    (copy / "gte_encoder" / "1" / "model.onnx.data").unlink()
+    (copy / "gte_encoder" / "1" / "model.onnx_data").unlink()
     problems = check_repository(copy)
-    assert any("reads its weights from model.onnx.data, which is missing" in problem for problem in problems)
+    assert any("reads its weights from model.onnx_data, which is missing" in problem for problem in problems)
 
 
 def test_a_broken_graph(copy):

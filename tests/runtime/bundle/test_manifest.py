@@ -144,15 +144,18 @@ def test_a_manifest_of_an_earlier_version_means_what_it_meant(write):
     assert (manifest.spec.token_types, manifest.spec.embedding_width, manifest.spec.sparse) == (False, 32, None)
 
 
-def test_the_manifest_that_a_gte_deploy_of_version_2_wrote_is_read(tmp_path):
-    """The file is the manifest of the built-in model's bundle, as that gte-deploy wrote it."""
-    shutil.copy(Path(__file__).with_name("manifest_version_2.json"), tmp_path / "manifest.json")
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_manifest_that_an_earlier_gte_deploy_wrote_is_read(tmp_path, version):
+    """Each file is the manifest of the built-in model's bundle, as the gte-deploy of that version wrote it."""
+    shutil.copy(Path(__file__).with_name(f"manifest_version_{version}.json"), tmp_path / "manifest.json")
     manifest = read_manifest(tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "manifest.json").read_text())["format_version"] == version
     assert (manifest.spec.task, manifest.spec.hidden_size, manifest.precision) == ("fill-mask", 256, "fp32")
-    (graph,) = manifest.graphs.values()
-    assert (graph.path, graph.parts, graph.computes) == ("onnx/model.onnx", (), ("fp32",))
+    graph = manifest.graphs["onnxruntime"]
+    assert (graph.path, graph.computes) == ("onnx/model.onnx", ("fp32",))
+    assert [part.path for part in graph.parts] == (["onnx/model_answer.onnx"] if version == 3 else [])
     assert [output.name for output in graph.outputs] == ["last_hidden_state", "logits"]
+    assert "onnx/model.onnx.data" in manifest.files
 
 
 def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
@@ -225,7 +228,7 @@ def change(path: str, value):
     "path, value, says",
     [
         ("format", "something", "not the manifest"),
-        ("format_version", 4, "format version 4; this gte-deploy reads 1, 2, 3"),
+        ("format_version", 5, "format version 5; this gte-deploy reads 1, 2, 3, 4"),
         ("precision", "fp17", "fp17"),
         ("spec/task", "sing", "sing"),
         ("spec/pooling", "max", "max"),

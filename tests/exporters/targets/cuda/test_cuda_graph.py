@@ -119,6 +119,11 @@ def reference(model: Any, name: str, feeds: dict[str, np.ndarray]) -> tuple[np.n
     return hidden, logits[tuple(feeds["mask_positions"].T)] if name == "mlm" else logits
 
 
+def hidden_first(graph: Graph) -> list[str]:
+    names = [tensor.name for tensor in graph.outputs]
+    return sorted(names, key=lambda name: name != "last_hidden_state")
+
+
 def run_on_cpu(graph: Graph, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -126,7 +131,7 @@ def run_on_cpu(graph: Graph, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     proto = ir.to_proto(graph.model).SerializeToString()
     session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {spec.name: feeds[spec.name] for spec in graph.inputs})
+    return session.run(hidden_first(graph), {spec.name: feeds[spec.name] for spec in graph.inputs})
 
 
 def assert_close(
@@ -211,7 +216,7 @@ OPERATORS = [RemovePadding, RestorePadding, PackedMultiHeadAttention, MultiHeadA
 def evaluate(graph: Graph, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """The graph through onnx's reference implementation and the operators above."""
     session = ReferenceEvaluator(ir.to_proto(graph.model), new_ops=OPERATORS)
-    return session.run(None, {spec.name: feeds[spec.name] for spec in graph.inputs})
+    return session.run(hidden_first(graph), {spec.name: feeds[spec.name] for spec in graph.inputs})
 
 
 # --- the function ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from gte_deploy.exporters.verification.differences import compare
 from gte_deploy.exporters.verification.emulated_onnx import head_by_head
 from gte_deploy.exporters.verification.reference import TorchReference
 
-OUTPUTS = ("last_hidden_state", "logits")
+OUTPUTS = ("logits", "last_hidden_state")
 FP32 = ir.DataType.FLOAT
 
 

@@ -130,7 +130,7 @@ def test_its_inputs_operators_and_types(packed, graphs, num_layers, precision):
         "kv_lengths": ("int32", ("batch_and_one",)),
         "mask_positions": ("int64", ("num_masks",)),
     }
-    assert [tensor.shape[0] for tensor in graph.outputs] == ["tokens", "num_masks"]
+    assert [tensor.shape[0] for tensor in graph.outputs] == ["num_masks", "tokens"]
     padded = {name: count for name, count in graphs(precision).fusions.items() if name != "qkv"}
     assert graph.fusions == {"packed_attention": num_layers, **padded}
     nodes = list(graph.model.graph)
