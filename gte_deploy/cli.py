@@ -111,6 +111,8 @@ def _encode(given: Given) -> None:
         raise InputError(f"--output {output}: the folder does not exist")
     arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
     with _load(given) as model:
+        if model.spec.task == "sparse":
+            raise InputError(f"{model.path} is made for sparse embeddings: use {_PROG} encode-sparse")
         embeddings = model.encode(texts, show_progress_bar=sys.stderr.isatty(), **arguments)
     if output is None:
         for embedding in embeddings.tolist():

@@ -43,6 +43,7 @@ from gte_deploy.tasks.sparse import (
 from gte_deploy.tasks.token_classify import OwnLogits, TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, collate, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_texts, check_integer, distinct
+from gte_deploy.text.model_tokenizer import ModelTokenizer
 from gte_deploy.text.tokenization import Piece, TextTokenizer, checked_max_length
 
 Rows = list[list[int]]
@@ -140,7 +141,7 @@ class Model(TextInterface):
                 "this model was not created by gte_deploy.load, so no other process can open it. Call "
                 "gte_deploy.load in the process that needs it."
             )
-        return self._origin.again, self._origin.arguments
+        return self._origin.again, self._origin.arguments, self._settings()
 
     def after_fork(self, *, idle: bool) -> None:
         """See `forking.Follower`."""
@@ -159,6 +160,11 @@ class Model(TextInterface):
     def device(self) -> str:
         """Device of the backend, such as "cpu" or "cuda:0"."""
         return self._backend.device
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        """The model's tokenizer: `model.tokenizer(texts)`, `.encode`, `.decode`, `.tokenize`; see `ModelTokenizer`."""
+        return ModelTokenizer(self._tokenizer, self.spec)
 
     def info(self) -> dict[str, Any]:
         """Return facts about the loaded model, as plain JSON data.

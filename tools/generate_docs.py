@@ -56,13 +56,17 @@ def find(module: str, name: str) -> tuple[str, Definition]:
 
 def methods(module: str, definition: ast.ClassDef) -> dict[str, tuple[str, ast.FunctionDef]]:
     """Return the public methods of a class and its constructor, with their modules; a class's own methods win."""
-    found = {node.name: (module, node) for node in definition.body if isinstance(node, ast.FunctionDef)}
+    found = {
+        node.name: (module, node)
+        for node in definition.body
+        if isinstance(node, ast.FunctionDef) and f"{node.name}.setter" not in map(ast.unparse, node.decorator_list)
+    }
     for base in definition.bases:
         with contextlib.suppress(LookupError):
             where, parent = find(module, ast.unparse(base))
             assert isinstance(parent, ast.ClassDef)
             found = {**methods(where, parent), **found}
-    names = (name for name in sorted(found) if name == "__init__" or not name.startswith("_"))
+    names = (name for name in sorted(found) if name in ("__init__", "__call__") or not name.startswith("_"))
     return {name: found[name] for name in names if name not in INTERNAL}
 
 
@@ -102,7 +106,9 @@ def class_sections(module: str, name: str, *, variable: str, constructor: bool) 
     assert isinstance(node, ast.ClassDef)
     yield section(f"## {module}.{name}", where, node)
     for method, (at, definition) in methods(where, node).items():
-        if method != "__init__":
+        if method == "__call__":
+            yield section(f"### {variable}", at, definition)
+        elif method != "__init__":
             yield section(f"### {variable}.{method}", at, definition)
         elif constructor:
             yield section(f"### {module}.{name}", at, definition)
@@ -135,6 +141,9 @@ def api_page() -> str:
     """Return the whole of docs/python-api.md."""
     parts = [f"{NOTICE}\n\n# The Python API\n", section("## gte_deploy.load", *find("gte_deploy", "load"))]
     parts += class_sections("gte_deploy", "Model", variable="model", constructor=False)
+    parts += class_sections(
+        "gte_deploy.text.model_tokenizer", "ModelTokenizer", variable="model.tokenizer", constructor=False
+    )
     parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
     for module, name in EXPORT:
         parts.append(section(f"## {module}.{name}", *find(module, name)))

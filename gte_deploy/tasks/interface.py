@@ -28,6 +28,7 @@ from gte_deploy.core.spec import (
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import ReturnType
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
+from gte_deploy.tasks.drop_in import DropIn
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest, TokenScoreRequest
@@ -67,7 +68,7 @@ class BatchOptions:
     max_length: int | None
 
 
-class TextInterface(ABC):
+class TextInterface(DropIn, ABC):
     """Takes texts and gives answers, computed here or on a server."""
 
     spec: ModelSpec
@@ -103,24 +104,29 @@ class TextInterface(ABC):
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         output_value: OutputValue | None = "sentence_embedding",
-        precision: EmbeddingPrecision = "float32",
+        precision: EmbeddingPrecision | None = "float32",
         convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
+        convert_to_tensor: bool | None = None,
         device: str | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
+        pool: None = None,
+        chunk_size: None = None,
         *,
         pooling: Pooling | None = None,
         truncation: bool = False,
         max_length: int | None = None,
         max_batch_tokens: int | None = None,
         sentences: str | Sequence[str] | None = None,
+        convert_to_sparse_tensor: bool | None = None,
+        save_to_cpu: bool = False,
+        max_active_dims: int | None = None,
     ) -> Any:
         """Return embeddings. The arguments are those of SentenceTransformer.encode.
 
         One text gives [D] float32, a list of texts [N, D]. Three things differ from SentenceTransformer: a text that is
         too long is an error unless `truncation` is on, an empty list is an error, and token embeddings are numpy
-        arrays unless tensors are requested.
+        arrays unless tensors are requested. A sparse model gives the answers of `encode_sparse`.
 
         Args:
             inputs: a text or a list of texts.
@@ -129,17 +135,22 @@ class TextInterface(ABC):
             batch_size: largest number of rows in a batch.
             show_progress_bar: whether stderr shows progress; by default if the package logs at INFO or DEBUG.
             output_value: "token_embeddings" gives [S, H] for each text, None a dict of every output.
-            precision: smaller types for sentence embeddings, see `pooling.quantize`.
+            precision: smaller types for sentence embeddings, see `pooling.quantize`; None for "float32".
             convert_to_numpy: False gives a list of torch tensors.
             convert_to_tensor: True gives one torch tensor.
             device: None, or the device that the model was loaded on; always None for a model on a server.
             normalize_embeddings: scale to length 1, after `truncate_dim`.
             truncate_dim: keep this many leading dimensions (Matryoshka); by default as the checkpoint says.
+            pool: must be None; pools of processes are not supported.
+            chunk_size: must be None, as `pool`.
             pooling: "mean" or "cls"; the checkpoint's own by default.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
             max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
             max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
             sentences: the former name of `inputs`.
+            convert_to_sparse_tensor: for a sparse model, see `encode_sparse`.
+            save_to_cpu: for a sparse model, without effect.
+            max_active_dims: for a sparse model, see `encode_sparse`.
 
         Raises:
             InputError: an input is not a text, is too long, has more than `inputs.MAX_TEXT_BYTES` or has a lone
@@ -149,17 +160,37 @@ class TextInterface(ABC):
             BackendError: the model or the server failed.
             MissingDependencyError: tensors are requested and torch is not installed.
         """
-        self._refuse_sparse()
         self._check_device(device)
+        refuse_processes(pool, chunk_size)
         request = EmbeddingRequest(
             self.spec,
             pooling=self.spec.pooling if pooling is None else pooling,
             output_value=output_value,
-            precision=precision,
-            return_type=return_type(convert_to_numpy, convert_to_tensor),
+            precision=precision or "float32",
+            return_type=return_type(convert_to_numpy, bool(convert_to_tensor)),
             normalize=normalize_embeddings,
             truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
         )
+        if self.spec.task == "sparse":
+            self._refuse_dense_options(request)
+            return self.encode_sparse(
+                one_of(inputs, sentences),
+                prompt_name,
+                prompt,
+                batch_size,
+                show_progress_bar,
+                convert_to_tensor,
+                convert_to_sparse_tensor,
+                max_active_dims=max_active_dims,
+                truncation=truncation,
+                max_length=max_length,
+                max_batch_tokens=max_batch_tokens,
+            )
+        if convert_to_sparse_tensor is not None or max_active_dims is not None:
+            raise InputError(
+                "convert_to_sparse_tensor and max_active_dims are for sparse models, and "
+                f"{self._name} is made for {self.spec.task}"
+            )
         request.check()
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
@@ -173,11 +204,13 @@ class TextInterface(ABC):
         prompt: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
-        convert_to_tensor: bool = False,
-        convert_to_sparse_tensor: bool = True,
+        convert_to_tensor: bool | None = None,
+        convert_to_sparse_tensor: bool | None = None,
         save_to_cpu: bool = False,
         device: str | None = None,
         max_active_dims: int | None = None,
+        pool: None = None,
+        chunk_size: None = None,
         *,
         truncation: bool = False,
         max_length: int | None = None,
@@ -198,11 +231,15 @@ class TextInterface(ABC):
             prompt: text to put before each text; overrides `prompt_name`.
             batch_size: largest number of rows in a batch.
             show_progress_bar: as in `encode`.
-            convert_to_tensor: True gives one float32 torch tensor: [V] for a text, [N, V] for a list.
-            convert_to_sparse_tensor: with `convert_to_tensor`, True gives a sparse COO tensor and False a dense one.
+            convert_to_tensor: True gives one float32 torch tensor: [V] for a text, [N, V] for a list. False gives a
+                list of tensors if `convert_to_sparse_tensor` is given. None, the default, is True in that case.
+            convert_to_sparse_tensor: True gives sparse COO tensors, False dense ones; None gives sparse ones if
+                `convert_to_tensor` is True, else no tensors.
             save_to_cpu: without effect; results are always on the CPU.
             device: None, or the device that the model was loaded on; always None for a model on a server.
             max_active_dims: number of entries to keep, the heaviest; by default as the checkpoint says, else all.
+            pool: must be None; pools of processes are not supported.
+            chunk_size: must be None, as `pool`.
             truncation: keep the first tokens of a text that is too long; without it that is an error.
             max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
             max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
@@ -220,8 +257,8 @@ class TextInterface(ABC):
         """
         self._require_sparse()
         self._check_device(device)
-        by_default = self._gives_dictionaries and not convert_to_tensor
-        form = SparseForm(convert_to_tensor, convert_to_sparse_tensor, by_default if as_dict is None else bool(as_dict))
+        refuse_processes(pool, chunk_size)
+        form = SparseForm.of(convert_to_tensor, convert_to_sparse_tensor, as_dict, by_default=self._gives_dictionaries)
         form.check()
         if max_active_dims is not None:
             max_active_dims = check_integer("max_active_dims", max_active_dims, 1, _MAX_INT32)
@@ -548,6 +585,8 @@ class TextInterface(ABC):
         self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
     ) -> BatchOptions:
         tokens = self._max_batch_tokens if max_batch_tokens is None else max_batch_tokens
+        if max_length is None and self._cut_to is not None:
+            truncation, max_length = True, self._cut_to
         limits = BatchLimits(
             max_rows=min(check_integer("batch_size", batch_size, 1, MAX_BATCH_SIZE), self._max_rows),
             max_tokens=check_integer("max_batch_tokens", tokens, 1, MAX_BATCH_TOKENS),
@@ -559,10 +598,14 @@ class TextInterface(ABC):
         if not any(TASKS[task].can_run_on(self.spec) for task in tasks):
             raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
 
-    def _refuse_sparse(self) -> None:
-        if self.spec.task == "sparse":
+    def _refuse_dense_options(self, request: EmbeddingRequest) -> None:
+        plain = EmbeddingRequest(
+            self.spec, self.spec.pooling, return_type=request.return_type, truncate_dim=self.spec.truncate_dim
+        )
+        if request != plain:
             raise InputError(
-                f"{self._name} is made for sparse embeddings: use encode_sparse, encode_query or encode_document"
+                f"{self._name} is made for sparse embeddings, which have no output_value, precision, normalization, "
+                "truncate_dim or pooling of their own; leave these arguments out"
             )
 
     def _require_sparse(self) -> None:

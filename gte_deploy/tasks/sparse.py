@@ -171,11 +171,37 @@ def entry_names(tokenizer: "TextTokenizer", spec: ModelSpec) -> Callable[[int], 
 
 @dataclass(frozen=True)
 class SparseForm:
-    """The form that `encode_sparse` returns: vectors, one torch tensor (sparse or dense), or dictionaries."""
+    """The form that `encode_sparse` returns: vectors, torch tensors, or dictionaries.
+
+    Args:
+        tensor: whether tensors are returned.
+        one_tensor: whether all texts are one tensor, or a list of one for each.
+        sparse_tensor: whether tensors are sparse or dense.
+        as_dict: whether dictionaries are returned.
+    """
 
     tensor: bool
+    one_tensor: bool
     sparse_tensor: bool
     as_dict: bool
+
+    @classmethod
+    def of(
+        cls,
+        convert_to_tensor: bool | None,
+        convert_to_sparse_tensor: bool | None,
+        as_dict: bool | None,
+        *,
+        by_default: bool,
+    ) -> "SparseForm":
+        """Read the arguments of `encode_sparse`; `by_default` says whether dictionaries are the form if none is."""
+        tensor = bool(convert_to_tensor) or convert_to_sparse_tensor is not None
+        return cls(
+            tensor=tensor,
+            one_tensor=convert_to_tensor is not False,
+            sparse_tensor=convert_to_sparse_tensor is not False,
+            as_dict=(by_default and not tensor) if as_dict is None else bool(as_dict),
+        )
 
     def check(self) -> None:
         """Refuse an unsupported form, before any work.
@@ -185,7 +211,7 @@ class SparseForm:
             MissingDependencyError: tensors are requested and torch is not installed.
         """
         if self.tensor and self.as_dict:
-            raise InputError("convert_to_tensor and as_dict are different forms; ask for one of them")
+            raise InputError("tensors and as_dict are different forms; ask for one of them")
         if self.tensor:
             import_torch()
 
@@ -193,6 +219,7 @@ class SparseForm:
         """Return all texts, in the caller's order, in the requested form."""
         if self.tensor:
             whole = as_tensors(embeddings, sparse=self.sparse_tensor)
+            whole = whole if self.one_tensor else list(whole)
         else:
             whole = [embedding.as_dict(names) for embedding in embeddings] if self.as_dict else list(embeddings)
         return whole[0] if single else whole

@@ -4,6 +4,7 @@ The shared `tokenizers.Tokenizer` never truncates or pads. Such settings belong 
 settings would get each other's lengths without an error. This module truncates the ids and keeps the special tokens.
 """
 
+import copy
 import json
 import logging
 import math
@@ -172,13 +173,21 @@ class TextTokenizer:
         found: str | None = self._tokenizer.id_to_token(token_id)
         return found
 
+    def vocabulary(self) -> dict[str, int]:
+        """Entry -> id, added tokens included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def copied(self) -> Tokenizer:
+        """A copy of the tokenizer that others may change."""
+        return copy.deepcopy(self._tokenizer)
+
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
         """[vocab_size] bool: whether each id has a token. Rows that pad the embedding have none.
 
         Raises:
             CheckpointError: the tokenizer has an id without a row in the model.
         """
-        ids = np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), dtype=np.int64)
+        ids = np.fromiter(self.vocabulary().values(), dtype=np.int64)
         if ids.max() >= vocab_size:
             raise CheckpointError(
                 f"tokenizer.json has token id {ids.max():,}, and the model's vocabulary has {vocab_size:,} rows. "

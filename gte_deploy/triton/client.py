@@ -43,6 +43,7 @@ from gte_deploy.tasks.pooling import l2_normalize
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer, distinct
+from gte_deploy.text.model_tokenizer import ModelTokenizer
 from gte_deploy.triton.tokenizing import ClientTokenizer, TextKind, open_tokenizer
 from gte_deploy.triton.transport import open_transport
 
@@ -144,7 +145,7 @@ class Client(TextInterface):
         """
         if self._closed:
             raise BackendError("this client is closed, so it cannot be pickled or copied; create another one")
-        return _client, (self._options,)
+        return _client, (self._options,), self._settings()
 
     def after_fork(self, *, idle: bool) -> None:
         """See `forking.Follower`: a child opens new HTTP connections; gRPC does not work in a child."""
@@ -174,6 +175,16 @@ class Client(TextInterface):
                 with contextlib.suppress(BackendError):
                     return self._transport.config(ensemble.name)
             raise
+
+    @property
+    def tokenizer(self) -> ModelTokenizer | None:
+        """The tokenizer, if the client was created with one; otherwise None."""
+        return None if self._tokenizer is None else ModelTokenizer(self._tokenizer.tokenizer, self.spec)
+
+    @property
+    def device(self) -> str:
+        """The device of results, as tensors: "cpu". The server decides where it computes."""
+        return "cpu"
 
     def info(self) -> dict[str, Any]:
         """Facts about the served model, as plain JSON data."""

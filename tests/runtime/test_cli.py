@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -111,6 +112,7 @@ class FakeModel(contextlib.nullcontext):
     def __init__(self, calls):
         super().__init__(self)
         self.calls = calls
+        self.spec = types.SimpleNamespace(task="embed")
 
     def encode(self, texts, **options):
         self.calls.append(options)

@@ -16,24 +16,35 @@ BOTH = {
         "max_batch_tokens=None)"
     ),
     "close": "(self)",
+    "default_prompt_name": None,
+    "device": None,
     "encode": (
         "(self, inputs=None, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, "
-        "output_value='sentence_embedding', precision='float32', convert_to_numpy=True, convert_to_tensor=False, "
-        "device=None, normalize_embeddings=False, truncate_dim=None, *, pooling=None, truncation=False, "
-        "max_length=None, max_batch_tokens=None, sentences=None)"
+        "output_value='sentence_embedding', precision='float32', convert_to_numpy=True, convert_to_tensor=None, "
+        "device=None, normalize_embeddings=False, truncate_dim=None, pool=None, chunk_size=None, *, pooling=None, "
+        "truncation=False, max_length=None, max_batch_tokens=None, sentences=None, convert_to_sparse_tensor=None, "
+        "save_to_cpu=False, max_active_dims=None)"
     ),
     "encode_document": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
     "encode_query": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
     "encode_sparse": (
         "(self, inputs=None, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, "
-        "convert_to_tensor=False, convert_to_sparse_tensor=True, save_to_cpu=False, device=None, max_active_dims=None, "
-        "*, truncation=False, max_length=None, max_batch_tokens=None, route=None, as_dict=None, sentences=None)"
+        "convert_to_tensor=None, convert_to_sparse_tensor=None, save_to_cpu=False, device=None, max_active_dims=None, "
+        "pool=None, chunk_size=None, *, truncation=False, max_length=None, max_batch_tokens=None, "
+        "route=None, as_dict=None, sentences=None)"
     ),
+    "eval": "(self)",
     "fill_mask": (
         "(self, inputs, *, top_k=5, targets=None, truncation=False, max_length=None, batch_size=32, "
         "max_batch_tokens=None)"
     ),
+    "get_embedding_dimension": "(self)",
+    "get_max_seq_length": "(self)",
+    "get_sentence_embedding_dimension": "(self)",
     "info": "(self)",
+    "max_seq_length": None,
+    "model_card_data": None,
+    "num_labels": None,
     "predict": (
         "(self, inputs=None, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, activation_fn=None, "
         "apply_softmax=False, convert_to_numpy=True, convert_to_tensor=False, device=None, pool=None, chunk_size=None, "
@@ -44,11 +55,17 @@ BOTH = {
         "(self, query, documents, top_k=None, return_documents=False, prompt_name=None, prompt=None, batch_size=32, "
         "show_progress_bar=None, activation_fn=None, device=None, pool=None, chunk_size=None, **kwargs)"
     ),
+    "prompts": None,
+    "similarity": "(self, embeddings1, embeddings2)",
+    "similarity_fn_name": None,
+    "similarity_pairwise": "(self, embeddings1, embeddings2)",
+    "sparsity": "(embeddings)",
+    "tokenizer": None,
+    "truncate_dim": None,
 }
 MODEL_ALONE = {
     "backend": None,
     "decode": "(self, embeddings, top_k=None)",
-    "device": None,
     "tokenize": "(self, texts, *, truncation=False, max_length=None)",
     "warm_up": "(self, lengths=None, rows=None)",
 }

@@ -192,6 +192,11 @@ def test_embeddings_are_those_of_sentence_transformers(backend, load_on, typed, 
         assert list(tokens) == ["input_ids", "attention_mask", "token_type_ids"]
         for name, values in tokens.items():
             np.testing.assert_array_equal(values, features[name])
+        rows = model.tokenizer(SINGLES)["token_type_ids"]
+        padded = zip(tokens["token_type_ids"].tolist(), rows, strict=True)
+        assert rows == [types[: len(row)] for types, row in padded]
+        bare = model.tokenizer(SINGLES[0], add_special_tokens=False)
+        assert bare["token_type_ids"] == [1 if template else 0] * len(bare["input_ids"])
         for row, whole in enumerate(model.encode(SINGLES, output_value=None)):
             length = len(whole["input_ids"])
             np.testing.assert_array_equal(whole["token_type_ids"], tokens["token_type_ids"][row, :length])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import socket
@@ -96,6 +97,19 @@ def client(transport: FakeTransport) -> Iterator[triton.Client]:
 def test_signatures_are_those_of_a_loaded_model(name: str):
     ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (triton.Client, gte_deploy.Model))
     assert ours == theirs
+
+
+def test_attributes_are_those_of_a_loaded_model(client: triton.Client, transport: FakeTransport):
+    assert client.tokenizer is None and client.device == "cpu"
+    assert client.get_embedding_dimension() == SPEC.hidden_size and client.similarity_fn_name == "cosine"
+    embeddings = client.encode(["1", "2"])
+    np.testing.assert_allclose(client.similarity(embeddings, embeddings), np.ones((2, 2)), rtol=1e-6)
+    client.max_seq_length = 9
+    client.encode("3")
+    sent = transport.requests[-1][1]
+    assert sent["TRUNCATION"].tolist() == [[True]] and sent["MAX_LENGTH"].tolist() == [[9]]
+    with copy.copy(client) as again:
+        assert again.max_seq_length == 9
 
 
 def test_a_list_goes_in_bounded_requests_several_at_a_time(client: triton.Client, transport: FakeTransport):
@@ -269,14 +283,13 @@ def test_sparse_vectors_and_dictionaries(monkeypatch: pytest.MonkeyPatch):
     with triton.Client(connections=3) as client:
         texts = [str(number) for number in range(1, 9)] * 3
         assert client.encode_sparse(texts) == [{"b": 9.0, "a": float(text)} for text in texts]
-        assert client.encode_sparse("5") == {"b": 9.0, "a": 5.0}
+        assert client.encode_sparse("5") == client.encode("5") == {"b": 9.0, "a": 5.0}
         vector = client.encode_document("5", as_dict=False, max_active_dims=2)
         assert (vector.indices.tolist(), vector.values.tolist(), vector.size) == ([3, 7], [5.0, 9.0][::-1], 100)
         assert fake.requests[-1][0] == "gte_sparse" and fake.requests[-1][1]["MAX_ACTIVE_DIMS"].tolist() == [[2]]
         client.encode_query("5", truncation=True)
         assert fake.requests[-1][0] == "gte_sparse_query" and set(fake.requests[-1][1]) == {"TEXT", "TRUNCATION"}
         for call, message in (
-            (lambda: client.encode("5"), "use encode_sparse"),
             (lambda: client.encode_sparse("5", device="cuda"), "leave device out"),
             (lambda: client.encode_sparse("5", max_active_dims=0), "max_active_dims must be"),
             (lambda: client.encode_sparse("5", route="both"), "route is 'both'; expected one of"),

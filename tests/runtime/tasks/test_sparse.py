@@ -244,8 +244,7 @@ def test_forms(saved):
         assert isinstance(model.encode_sparse([TEXTS[0]]), list)
         with pytest.raises(gte_deploy.InputError, match="ask for one of them"):
             model.encode_sparse(TEXTS, convert_to_tensor=True, as_dict=True)
-        with pytest.raises(gte_deploy.InputError, match="use encode_sparse, encode_query or encode_document"):
-            model.encode(TEXTS)
+        np.testing.assert_array_equal(dense(model.encode(TEXTS)), dense(vectors))
         with pytest.raises(gte_deploy.InputError, match="input 0 has 201 tokens"):
             model.encode_sparse(["a " * 199])
         with pytest.raises(gte_deploy.InputError, match="route is 'sideways'; expected one of None, query, document"):
@@ -502,3 +501,5 @@ def test_the_command_line(token_weights, bundle_of, capsys):
     assert [list(line.items()) for line in lines] == [
         [(token, pytest.approx(weight)) for token, weight in row.items()] for row in expected
     ]
+    assert main(["encode", "-m", str(bundle), "--backend", "onnx", *TEXTS[:2]]) != 0
+    assert "use gte-deploy encode-sparse" in capsys.readouterr().err
