@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
 SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 
-.PHONY: help export test test-slow test-gpu test-arm64 lint format docs clean
+.PHONY: help export test test-slow test-gpu test-arm64 test-consumers lint format docs clean
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
@@ -42,6 +42,7 @@ export: $(BUNDLE)/manifest.json
 
 test: $(VENV)/.dev
 	@$(BIN)/python tests/support/triton_server.py > /dev/null || true
+	@$(BIN)/python tests/support/environments.py light > /dev/null || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/.dev
@@ -53,6 +54,11 @@ test-gpu: $(VENV)/.dev
 test-arm64: $(VENV)/.dev
 	$(BIN)/python tests/support/arm64.py
 	$(BIN)/python -m pytest -m arm64 --timeout 0
+
+# An environment that pip cannot make has a test that is skipped by name.
+test-consumers: $(VENV)/.dev
+	$(BIN)/python tests/support/environments.py || true
+	$(BIN)/python -m pytest -m consumers --timeout 0
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

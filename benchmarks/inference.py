@@ -5,7 +5,7 @@
     python benchmarks/inference.py --subjects base --shapes 1x512 8x128 --contestants torch gte-deploy --repeats 3
     python benchmarks/inference.py --resume benchmarks/results/2026-01-31-inference-some-cpu.json
 
-It needs `pip install '.[bench]'`, and `python benchmarks/peers.py` for peers that need other versions of our
+It needs `pip install '.[bench]'`, and `python tests/support/environments.py` for peers that need other versions of our
 requirements; a peer that is not installed, or fails, becomes a row with the reason. Every contestant has a process of
 its own on the same CPUs, which is idle while others run. Calls go round robin with a pause of 0.1 s before each;
 medians and quartiles are over the rounds. A contestant whose interface takes texts gets texts, as in a user's default
@@ -53,7 +53,7 @@ import numpy as np
 from side_by_side.accuracy import agreement, cosines
 from side_by_side.artefacts import SUBJECTS, WORK, Artefacts, Subject, result_file
 from side_by_side.contestants import CONTESTANTS, REFERENCE, Contestant, reference_of
-from side_by_side.environments import REQUIREMENTS, EnvironmentWorker, interpreter, versions
+from side_by_side.environments import ENVIRONMENTS, EnvironmentWorker, interpreter, versions
 from side_by_side.gemm import SIZE, Gemm, method
 from side_by_side.machine import Calibration, CpuTimes, Energy, Noise, busy_share, kernel_of, kernels
 from side_by_side.report import markdown
@@ -468,7 +468,7 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
             "kernels": kernels(),
         },
         "versions": _versions(),
-        "environments": {name: versions(name, (*DISTRIBUTIONS, *PEER_DISTRIBUTIONS)) for name in REQUIREMENTS},
+        "environments": {name: versions(name, (*DISTRIBUTIONS, *PEER_DISTRIBUTIONS)) for name in ENVIRONMENTS},
         "gemm_peak": {},
         "accuracy": [],
         "measurements": [],

@@ -4,7 +4,8 @@
     python tools/generate_docs.py --check    # exit with 1 and a diff when a page is stale
 
 docs/python-api.md is built from signatures and docstrings, docs/command-line.md from the output of `--help`. In every
-other page, the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled.
+other page, the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled, and those between
+`<!-- file: PATH -->` and `<!-- end -->` with the file.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 API, COMMANDS = ROOT / "docs" / "python-api.md", ROOT / "docs" / "command-line.md"
 BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) --help -->\n).*?(<!-- end -->)", re.DOTALL)
+FILE_BLOCK = re.compile(r"(<!-- file: ([\w./-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LANGUAGES = {".py": "python", ".mjs": "javascript", ".html": "html"}
 NOTICE = "<!-- Written by tools/generate_docs.py: change the docstrings or the options, then run `make docs`. -->"
 # The installed commands -> module:function.
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
@@ -168,7 +171,13 @@ def help_of(command: str) -> str:
 
 def filled(page: str) -> str:
     """Return a page with its generated blocks filled again."""
-    return BLOCK.sub(lambda m: f"{m[1]}```text\n$ {m[2]} --help\n{help_of(m[2])}```\n{m[3]}", page)
+    page = BLOCK.sub(lambda m: f"{m[1]}```text\n$ {m[2]} --help\n{help_of(m[2])}```\n{m[3]}", page)
+    return FILE_BLOCK.sub(lambda m: f"{m[1]}{file_block(ROOT / m[2])}{m[3]}", page)
+
+
+def file_block(file: Path) -> str:
+    """Return a file as a block of code."""
+    return f"```{LANGUAGES[file.suffix]}\n{file.read_text(encoding='utf-8')}```\n"
 
 
 def commands_page() -> str:

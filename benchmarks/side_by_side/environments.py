@@ -1,24 +1,20 @@
-"""Virtual environments for peers that need other versions of our requirements, and the processes that run in them.
+"""The processes of peers that need other versions of our requirements, in the environments of tests/support.
 
-Each lies under build/, is made once, and is used for the benchmark only:
-
-    python benchmarks/peers.py                   # make all; then benchmarks/inference.py measures these peers as well
-    python benchmarks/peers.py infinity          # make one
+    python tests/support/environments.py openvino onnx infinity    # then benchmarks/inference.py measures these peers
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.quiet import without_openvino_telemetry
@@ -28,83 +24,34 @@ if TYPE_CHECKING:
     from side_by_side.workloads import Job
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENTS = ROOT / "build" / "peers"
-
-REQUIREMENTS = {
-    "openvino": ("sentence-transformers[openvino]>=6",),
-    "onnx": ("sentence-transformers[onnx]",),
-    "infinity": ("infinity-emb[torch,optimum]",),
-}
-_FAILED = "failed.txt"
-_DONE = "requirements.txt"
-_PIP_MINUTES = 30
+ENVIRONMENTS = ("openvino", "onnx", "infinity")
 
 
-def requirements_of(name: str) -> tuple[str, ...]:
-    """Return the requirements of an environment of REQUIREMENTS, with the same torch as here."""
-    torch = importlib.metadata.version("torch").partition("+")[0]
-    return (*REQUIREMENTS[name], f"torch=={torch}")
+@functools.cache
+def _environments() -> ModuleType:
+    """Import tests/support/environments.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("environments", ROOT / "tests" / "support" / "environments.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def make(name: str, requirements: Sequence[str], *, folder: Path = ENVIRONMENTS) -> Path:
-    """Make a virtual environment, unless it exists with these requirements, and return its interpreter.
-
-    Raises:
-        WorkerError: pip cannot install the requirements; the message is pip's. `interpreter` repeats it.
-    """
-    target = folder / name
-    wanted = "\n".join(requirements) + "\n"
-    done = target / _DONE
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
-        return _python(target)
-    shutil.rmtree(target, ignore_errors=True)
-    venv.create(target, with_pip=True)
-    pip = [str(_python(target)), "-m", "pip", "--quiet"]
-    try:
-        ended = subprocess.run(
-            [*pip, "install", *requirements], capture_output=True, text=True, check=False, timeout=_PIP_MINUTES * 60
-        )
-        # Texts need no torchvision, and one that was built for another build of torch breaks transformers.
-        subprocess.run([*pip, "uninstall", "--yes", "torchvision"], capture_output=True, check=False)
-        errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
-        message = None if ended.returncode == 0 else " ".join(errors) or f"pip ended with {ended.returncode}"
-    except subprocess.TimeoutExpired:
-        message = f"pip took longer than {_PIP_MINUTES} minutes"
-    if message is not None:
-        (target / _FAILED).write_text(message, encoding="utf-8")
-        raise WorkerError(message)
-    done.write_text(wanted, encoding="utf-8")
-    return _python(target)
-
-
-def interpreter(name: str, *, folder: Path = ENVIRONMENTS) -> Path:
-    """Return the interpreter of an environment that `make` made.
+def interpreter(name: str) -> Path:
+    """Return the interpreter of an environment that is made.
 
     Raises:
         WorkerError: there is none; the message is pip's, or names the command that makes it.
     """
-    target = folder / name
-    if (target / _DONE).is_file():
-        return _python(target)
-    if (target / _FAILED).is_file():
-        raise WorkerError(f"pip could not install it: {(target / _FAILED).read_text(encoding='utf-8')}")
-    raise WorkerError(f"it needs an environment of its own: python benchmarks/peers.py {name}")
-
-
-def versions(name: str, distributions: Sequence[str], *, folder: Path = ENVIRONMENTS) -> dict[str, str]:
-    """Return the versions of the installed ones of these distributions; empty if there is no such environment."""
     try:
-        python = interpreter(name, folder=folder)
-    except WorkerError:
-        return {}
-    code = (
-        "import importlib.metadata as m, sys\n"
-        "for d in m.distributions():\n"
-        "    if d.metadata['Name'].lower().replace('_', '-') in sys.argv[1:]:\n"
-        "        print(d.metadata['Name'].lower().replace('_', '-'), d.version)"
-    )
-    listed = subprocess.run([python, "-c", code, *distributions], capture_output=True, text=True, check=True).stdout
-    return dict(sorted(line.split() for line in listed.splitlines()))
+        return _environments().interpreter(name)
+    except _environments().Unavailable as error:
+        raise WorkerError(str(error)) from error
+
+
+def versions(name: str, distributions: Sequence[str]) -> dict[str, str]:
+    """Return the versions of the installed ones of these distributions; empty if there is no such environment."""
+    return _environments().versions(name, distributions)
 
 
 class _Process(subprocess.Popen[bytes]):
@@ -167,6 +114,3 @@ def serve() -> None:
     with without_openvino_telemetry():  # the peers import openvino
         serve_calls(connection, cpus, functools.partial(factory, **options), arguments)
 
-
-def _python(environment: Path) -> Path:
-    return environment / "bin" / "python"

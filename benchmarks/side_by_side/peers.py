@@ -1,4 +1,5 @@
-"""Peers that run in environments of their own, see `environments`; so this file imports nothing of gte-deploy.
+"""Peers that run in environments of their own, see `environments`; so this file imports nothing of gte-deploy but
+`register`, which tells an older transformers that the model type "gte" exists.
 
 `embed` takes texts and returns sentence embeddings [B, H] float32, mean pooled; `token_embeddings` the hidden states of
 the real tokens [T, H], row after row. The folder holds the checkpoint with the traced graph without fusions, as
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.integrations.transformers import register
+
 Array = NDArray[np.float32]
 
 _BATCH = 32  # sentence-transformers' default
@@ -24,7 +27,7 @@ class OptimumIntel:
     """optimum.intel.OVModelForFeatureExtraction with transformers' tokenizer and mean pooling, as its examples do."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        _know_gte()
+        register()
         from optimum.intel import OVModelForFeatureExtraction
         from transformers import AutoTokenizer
 
@@ -55,7 +58,7 @@ class SentenceTransformersBackend:
     """SentenceTransformer.encode on its OpenVINO or ONNX backend."""
 
     def __init__(self, folder: Path, threads: int, backend: str) -> None:
-        _know_gte()
+        register()
         import torch
         from sentence_transformers import SentenceTransformer
 
@@ -84,7 +87,7 @@ class Infinity:
     """infinity_emb.SyncEngineArray with its ONNX engine; the number of threads is that of the process's CPUs."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        _know_gte()
+        register()
         from infinity_emb import EngineArgs, SyncEngineArray
 
         # Of a local folder, it finds a graph only beside the config, and only if the folder is ".".
@@ -109,13 +112,3 @@ class Infinity:
     def embed(self, texts: list[str]) -> Array:
         embeddings, _ = self._model.embed(model=".", sentences=texts).result()
         return np.stack(embeddings).astype(np.float32, copy=False)
-
-
-def _know_gte() -> None:
-    """Tell an older transformers that a config of type "gte" exists: it needs no more to run an exported graph."""
-    from transformers import AutoConfig, PretrainedConfig
-
-    class GteConfig(PretrainedConfig):
-        model_type = "gte"
-
-    AutoConfig.register("gte", GteConfig, exist_ok=True)

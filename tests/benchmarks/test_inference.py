@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import environments
 from gte_deploy.models import builtin_path
 from gte_deploy.text.tokenization import load_tokenizer
 from gte_deploy.tuning.measure import WorkerError
@@ -382,24 +383,14 @@ def test_a_whole_name_is_one_contestant_and_a_part_all_that_have_it(inference: M
 # --- environments of peers ------------------------------------------------------------------------------------------
 
 
-def test_an_environment_that_pip_cannot_make_has_pips_reason(parts: Any, tmp_path: Path):
-    environments = parts.environments
-    with pytest.raises(WorkerError, match=r"python benchmarks/peers.py one"):
-        environments.interpreter("one", folder=tmp_path)
-    for _ in range(2):  # nothing is kept that looks whole
-        with pytest.raises(
-            WorkerError, match="ERROR: .*No such file|ERROR: Invalid requirement|ERROR: .*does not exist"
-        ):
-            environments.make("one", ["./no-such-package"], folder=tmp_path)
-    with pytest.raises(WorkerError, match="pip could not install it: ERROR"):
-        environments.interpreter("one", folder=tmp_path)
-    assert environments.versions("one", ["pip"], folder=tmp_path) == {}
+def test_a_peer_without_an_environment_has_the_reason(parts: Any):
+    with pytest.raises(WorkerError, match=r"python tests/support/environments.py one"):
+        parts.environments.interpreter("one")
+    assert parts.environments.versions("one", ["pip"]) == {}
 
 
 def test_a_peer_answers_from_its_own_environment(parts: Any, tmp_path: Path):
-    python = parts.environments.make("empty", ["pip"], folder=tmp_path)
-    assert parts.environments.make("empty", ["pip"], folder=tmp_path) == python  # made once
-    assert list(parts.environments.versions("empty", ["pip", "torch"], folder=tmp_path)) == ["pip"]
+    python = environments.make("empty", ["pip"], folder=tmp_path)
     limits = {"cpus": 1, "timeout_s": 120}
     job = parts.workloads.Job(["b", "a"], np.zeros((2, 1), np.int64), np.ones((2, 1), np.int64))
     with parts.environments.EnvironmentWorker(python, list, (["first"],), {}, **limits) as worker:

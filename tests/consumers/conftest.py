@@ -1,0 +1,90 @@
+"""Bundles for the consumers, and the run of a consumer's script in its environment.
+
+The checkpoints are the built-in model, written by sentence-transformers itself. The bundles hold texts of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from environments import Unavailable, interpreter
+from gte_deploy.models import builtin_path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(__file__).parent / "scripts"
+MAX_LENGTH = 64
+TIMEOUT_S = 300
+HERE = "here"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task -> a checkpoint in FP32, as `save` of sentence-transformers' class for the task writes it. Read only."""
+    pytest.importorskip("sentence_transformers", reason="the judge of the consumers is sentence-transformers")
+    import torch
+    from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    fp32 = {"dtype": "float32"}
+    transformer = Transformer(str(builtin_path()), model_kwargs=fp32)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
+    torch.manual_seed(0)  # the head of the reranker is new
+    models = {
+        "embed": SentenceTransformer(modules=modules, device="cpu"),
+        "classify": CrossEncoder(str(builtin_path()), num_labels=1, device="cpu", model_kwargs=fp32),
+        "sparse": SparseEncoder(str(builtin_path()), device="cpu", model_kwargs=fp32),
+    }
+    for task, model in models.items():
+        model.save(str(folder / task))
+    return {**{task: folder / task for task in models}, "fill-mask": builtin_path()}
+
+
+@pytest.fixture(scope="session")
+def bundle_for(bundle_of: Callable[..., Path], checkpoints: dict[str, Path]) -> Callable[[str], Path]:
+    """`bundle_for("embed int8")`: the bundle that the exporter makes of the task's checkpoint. Read only."""
+
+    def bundle(subject: str) -> Path:
+        task, _, precision = subject.partition(" ")
+        options = {"precision": precision} if precision else {}
+        return bundle_of(checkpoints[task], max_length=MAX_LENGTH, task=task, **options)
+
+    return bundle
+
+
+@pytest.fixture
+def run_script(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`run_script(script, *arguments)` runs it in the test's `environment` and returns the folder with the answer.
+
+    Skips the test if there is no such environment. The environment "here" is this process, which has imported torch.
+    """
+    environment = getattr(request.node, "callspec", None) and request.node.callspec.params.get("environment") or HERE
+    try:
+        python = None if environment == HERE else interpreter(environment)
+    except Unavailable as error:
+        pytest.skip(f"consumers in {environment}: {error}")
+
+    def run(script: str, *arguments: str | os.PathLike[str]) -> Path:
+        command = [str(SCRIPTS / script), *map(os.fspath, arguments)]
+        if python is None:
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(sys, "argv", command)
+            runpy.run_path(command[0], run_name="__main__")
+            return tmp_path
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        ended = subprocess.run(
+            [python, *command], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        return tmp_path
+
+    return run

@@ -1,0 +1,21 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+bundle, query, documents = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+config = json.loads((bundle / "config.json").read_text())
+tokenizer.enable_truncation(config["max_position_embeddings"])  # the limit of the bundle
+tokenizer.enable_padding(pad_id=config["pad_token_id"])
+encodings = tokenizer.encode_batch([(query, document) for document in documents])
+feed = {
+    "input_ids": np.array([encoding.ids for encoding in encodings]),
+    "attention_mask": np.array([encoding.attention_mask for encoding in encodings]),
+}
+session = onnxruntime.InferenceSession(bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+(logits,) = session.run(["logits"], feed)  # [documents, 1] float32
+np.save("scores.npy", logits[:, 0])

@@ -1,0 +1,133 @@
+"""Virtual environments of other libraries, which pin versions that this project cannot run beside: made once, kept.
+
+    python tests/support/environments.py                 # make all under build/environments; nothing to do when repeated
+    python tests/support/environments.py light onnx      # make some
+
+The tests of consumers (tests/consumers) run their scripts in them, and so does the benchmark its peers. pip resolves
+every requirement as it does for a user. The environments with torch take over 1 GB each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "environments"
+
+REQUIREMENTS = {
+    "genai": ("openvino-genai",),
+    "infinity": ("infinity-emb[torch,optimum]", "torch"),
+    "light": ("fastembed", "light-embed"),
+    "onnx": ("sentence-transformers[onnx]", "torch"),
+    "openvino": ("sentence-transformers[openvino]>=6", "torch"),
+    "ort120": ("onnxruntime==1.20.*", "tokenizers"),
+    "ort122": ("onnxruntime==1.22.*", "tokenizers"),
+    "ort124": ("onnxruntime==1.24.*", "tokenizers"),
+}
+"""Name of an environment -> what pip installs in it; a bare "torch" stands for the version of this environment."""
+
+_FAILED = "failed.txt"
+_DONE = "requirements.txt"
+_PIP_MINUTES = 30
+
+
+class Unavailable(Exception):
+    """The environment is not made, or pip cannot make it."""
+
+
+def requirements_of(name: str) -> tuple[str, ...]:
+    """Return the requirements of an environment of REQUIREMENTS, with the same torch as here."""
+    torch = f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+    return tuple(torch if one == "torch" else one for one in REQUIREMENTS[name])
+
+
+def make(name: str, requirements: Sequence[str], *, folder: Path = FOLDER) -> Path:
+    """Make a virtual environment, unless it exists with these requirements, and return its interpreter.
+
+    Raises:
+        Unavailable: pip cannot install the requirements; the message is pip's. `interpreter` repeats it.
+    """
+    target = folder / name
+    wanted = "\n".join(requirements) + "\n"
+    done = target / _DONE
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+        return _python(target)
+    shutil.rmtree(target, ignore_errors=True)
+    venv.create(target, with_pip=True)
+    pip = [str(_python(target)), "-m", "pip", "--quiet"]
+    try:
+        ended = subprocess.run(
+            [*pip, "install", *requirements], capture_output=True, text=True, check=False, timeout=_PIP_MINUTES * 60
+        )
+        # Texts need no torchvision, and one that was built for another build of torch breaks transformers.
+        subprocess.run([*pip, "uninstall", "--yes", "torchvision"], capture_output=True, check=False)
+        errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")]
+        message = None if ended.returncode == 0 else " ".join(errors) or f"pip ended with {ended.returncode}"
+    except subprocess.TimeoutExpired:
+        message = f"pip took longer than {_PIP_MINUTES} minutes"
+    if message is not None:
+        (target / _FAILED).write_text(message, encoding="utf-8")
+        raise Unavailable(message)
+    done.write_text(wanted, encoding="utf-8")
+    return _python(target)
+
+
+def interpreter(name: str, *, folder: Path = FOLDER) -> Path:
+    """Return the interpreter of an environment that `make` made.
+
+    Raises:
+        Unavailable: there is none; the message is pip's, or names the command that makes it.
+    """
+    target = folder / name
+    if (target / _DONE).is_file():
+        return _python(target)
+    if (target / _FAILED).is_file():
+        raise Unavailable(f"pip could not install it: {(target / _FAILED).read_text(encoding='utf-8')}")
+    raise Unavailable(f"it needs an environment of its own: python tests/support/environments.py {name}")
+
+
+def versions(name: str, distributions: Sequence[str], *, folder: Path = FOLDER) -> dict[str, str]:
+    """Return the versions of the installed ones of these distributions; empty if there is no such environment."""
+    try:
+        python = interpreter(name, folder=folder)
+    except Unavailable:
+        return {}
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "for d in m.distributions():\n"
+        "    if d.metadata['Name'].lower().replace('_', '-') in sys.argv[1:]:\n"
+        "        print(d.metadata['Name'].lower().replace('_', '-'), d.version)"
+    )
+    listed = subprocess.run([python, "-c", code, *distributions], capture_output=True, text=True, check=True).stdout
+    return dict(sorted(line.split() for line in listed.splitlines()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make environments; return 1 if pip cannot make one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(REQUIREMENTS)} (default: all)")
+    names = parser.parse_args(argv).names or list(REQUIREMENTS)
+    if unknown := set(names) - set(REQUIREMENTS):
+        parser.error(f"there is no environment {', '.join(sorted(unknown))}; there are {', '.join(REQUIREMENTS)}")
+    failed = False
+    for name in names:
+        try:
+            print(f"{name}: {make(name, requirements_of(name))}")
+        except Unavailable as error:
+            failed = True
+            print(f"{name}: {error}", file=sys.stderr)
+    return int(failed)
+
+
+def _python(environment: Path) -> Path:
+    return environment / "bin" / "python"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
