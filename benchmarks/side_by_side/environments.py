@@ -1,6 +1,6 @@
 """The processes of peers that need other versions of our requirements, in the environments of tests/support.
 
-    python tests/support/environments.py openvino onnx infinity    # then benchmarks/inference.py measures these peers
+python tests/support/environments.py openvino onnx infinity    # then benchmarks/inference.py measures these peers
 """
 
 from __future__ import annotations
@@ -113,4 +113,3 @@ def serve() -> None:
     cpus, factory, arguments, options = connection.recv()
     with without_openvino_telemetry():  # the peers import openvino
         serve_calls(connection, cpus, functools.partial(factory, **options), arguments)
-

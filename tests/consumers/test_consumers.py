@@ -33,11 +33,12 @@ FP32 = 2e-5
 INT8_COSINE = 0.99
 
 
-def cases(*rows: tuple[str, str, str]) -> Any:
-    """Rows of script, environment and subject, as parameters; slow environments are marked."""
+def cases(*rows: tuple[str, str, str]) -> pytest.MarkDecorator:
+    """Rows of script, environment and subject, as parameters; those in large environments are marked."""
+    quick = (HERE, "light")
     return pytest.mark.parametrize(
         ("script", "environment", "subject"),
-        [pytest.param(*row, marks=[] if row[1] in (HERE, "light") else pytest.mark.consumers, id=" ".join(row)) for row in rows],
+        [pytest.param(*row, marks=[] if row[1] in quick else pytest.mark.consumers, id=" ".join(row)) for row in rows],
     )
 
 
@@ -133,28 +134,6 @@ def test_scores_of_a_reranker(
 
 
 @cases(
-    ("fill_mask_onnxruntime.py", HERE, "fill-mask"),
-    ("fill_mask_onnxruntime.py", "ort120", "fill-mask"),
-    ("fill_mask_optimum_onnx.py", "onnx", "fill-mask"),
-)
-@pytest.mark.parametrize("text", MASKED)
-def test_fill_mask(
-    script: str,
-    subject: str,
-    text: str,
-    bundle_for: Callable[[str], Path],
-    run_script: Callable[..., Path],
-    judge: dict[str, Any],
-) -> None:
-    found = json.loads((run_script(script, bundle_for(subject), text) / "answer.json").read_text())
-    wanted = judge["fill-mask"][text]
-    assert [answer["score"] for answer in found] == pytest.approx(np.sort(wanted)[: -len(found) - 1 : -1], abs=FP32)
-    for answer in found:
-        assert answer["score"] == pytest.approx(wanted[judge["ids"][answer["token_str"]]], abs=FP32)
-
-
-@cases(
-    ("sparse_fastembed.py", "light", "fill-mask"),
     ("sparse_onnxruntime.py", "ort124", "sparse"),
 )
 def test_sparse_embeddings(
@@ -205,5 +184,5 @@ def test_the_pipeline_of_transformers_on_the_checkpoint(
     """It computes in FP16, the precision of the stored weights."""
     found = run_script("fill_mask_transformers.py", checkpoints["fill-mask"], MASKED[0]) / "answer.json"
     scores = {answer["token_str"]: answer["score"] for answer in json.loads(found.read_text())}
-    (wanted,) = gte_deploy.load(bundle_for("fill-mask")).fill_mask([MASKED[0]])
+    wanted = gte_deploy.load(bundle_for("fill-mask")).fill_mask(MASKED[0])
     assert scores == pytest.approx({answer["token_str"]: answer["score"] for answer in wanted}, abs=5e-3)

@@ -1,6 +1,6 @@
 """Virtual environments of other libraries, which pin versions that this project cannot run beside: made once, kept.
 
-    python tests/support/environments.py                 # make all under build/environments; nothing to do when repeated
+    python tests/support/environments.py                 # make all under build/environments; nothing when repeated
     python tests/support/environments.py light onnx      # make some
 
 The tests of consumers (tests/consumers) run their scripts in them, and so does the benchmark its peers. pip resolves
