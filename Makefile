@@ -55,9 +55,10 @@ test-arm64: $(VENV)/.dev
 	$(BIN)/python tests/support/arm64.py
 	$(BIN)/python -m pytest -m arm64 --timeout 0
 
-# An environment that pip cannot make has a test that is skipped by name.
+# An environment that pip or npm cannot make has a test that is skipped by name.
 test-consumers: $(VENV)/.dev
 	$(BIN)/python tests/support/environments.py || true
+	$(BIN)/python tests/support/javascript.py || true
 	$(BIN)/python -m pytest -m consumers --timeout 0
 
 lint: $(VENV)/.dev
