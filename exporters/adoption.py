@@ -42,6 +42,7 @@ from gte_deploy.exporters.targets.tensorrt.layers import (
 )
 from gte_deploy.exporters.targets.tensorrt.layouts import TextLayout, layout_of
 from gte_deploy.exporters.targets.tensorrt.runtimes import MessageLog, import_tensorrt
+from gte_deploy.tasks import TASKS
 
 # The first four bytes of a plan. Bytes 24 to 27 are the version if bytes 4 to 7 are 0; TensorRT's trtexec
 # (--getPlanVersionOnly) reads the same.
@@ -336,7 +337,7 @@ def _expected(graph: GraphEntry, spec: ModelSpec, layout: TextLayout, num_profil
         profiles=num_profiles,
         quantized={kind: fusions[f"{kind}_linears"] for kind in ("int8", "fp8") if f"{kind}_linears" in fusions},
         half=sum(fusions.get(f"{kind}_linears", 0) for kind in ("fp16", "bf16")),
-        fp32=int(spec.task == "embed"),  # pooling
+        fp32=int(TASKS[spec.task].pools),  # pooling
     )
 
 

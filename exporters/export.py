@@ -21,6 +21,7 @@ from gte_deploy.exporters.job import EVALUATION_TOKENS, Built, Job, Progress, St
 from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
+from gte_deploy.tasks import TASKS
 from gte_deploy.text.tokenization import TextTokenizer
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _trace(job: Job) -> "Mapping[Engine, Graph]":
             job.model,
             task=spec.task,
             max_length=spec.max_length,
-            pooling=spec.pooling if spec.task == "embed" else None,
+            pooling=spec.pooling if TASKS[spec.task].pools else None,
             logits=spec.logits,
             opset=job.opset,
             token_types=spec.token_types,

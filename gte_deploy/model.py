@@ -31,6 +31,7 @@ from gte_deploy.tasks.base import HIDDEN, Outputs, Request
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, split_by_masks
+from gte_deploy.tasks.hybrid import HybridRequest
 from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
 from gte_deploy.tasks.sparse import (
     Names,
@@ -211,7 +212,7 @@ class Model(TextInterface):
         """
         backend = self._backend
         shapes = self._shapes_to_warm_up(lengths, rows)
-        outputs = [name for name in TASKS[self.spec.task].answers if name in backend.outputs][:1] or [HIDDEN]
+        outputs = [name for name in TASKS[self.spec.task].answers if name in backend.outputs] or [HIDDEN]
         batches = [self._sample_batch(*shape) for shape in shapes]
         started = time.perf_counter()
         with in_use():
@@ -299,6 +300,9 @@ class Model(TextInterface):
             unweighted = unweighted_ids(self._tokenizer, self.spec.pad_token_id)
             request = dataclasses.replace(request, unweighted=unweighted)
         return self._answers(request, self._token_ids(texts, options)), names
+
+    def _hybrid_batches(self, request: HybridRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
+        return self._answers(request, self._token_ids(texts, options)), entry_names(self._tokenizer, self.spec)
 
     def _query_batches(
         self, request: SparseRequest, weights: NDArray[np.float32], texts: Texts, options: BatchOptions

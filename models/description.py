@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.spec import ModelSpec, Pooling, TaskName
 from gte_deploy.models.adapters import Places, places_of
 from gte_deploy.models.config import read_config, task_of_files, task_of_tensors
@@ -140,13 +140,18 @@ def _spec(
     if task == "classify" and activation is None:
         activation = reranker_activation(places.config)
     sparse = None
-    if task == "sparse":
+    if task in ("sparse", "hybrid"):
         sparse = read_sparse_spec(
             files,
             places.sparse,
             lambda: task_of_tensors(places),
             config.num_labels,
             lambda: tokenizer.unweighted_ids,
+        )
+    if task == "hybrid" and sparse is not None and sparse.head != "token-weights":
+        raise ConfigError(
+            f"{files.path} has no head for task hybrid, which needs a token classifier of one label: its head is for "
+            "fill-mask. Take task embed or sparse."
         )
     has_labels = TASKS[task].has_labels
     return ModelSpec(
@@ -181,4 +186,4 @@ def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer:
 def _pooling(task: TaskName, settings: SentenceSettings, pooling: str) -> Pooling:
     if pooling != "auto":
         return checked_pooling(pooling, "the `pooling` argument")
-    return settings.pooling or ("cls" if task == "embed" else "mean")
+    return settings.pooling or ("cls" if TASKS[task].pools else "mean")

@@ -21,6 +21,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, TaskName
 from gte_deploy.models.families import head_of
 from gte_deploy.models.sparse_heads import sparse_head
+from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
 
 def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -299,13 +300,19 @@ class ClassifyHead:
     model: Any
     options: HeadOptions
 
+    @property
+    def classifier(self) -> torch.nn.Module:
+        """The linear layer."""
+        return head_of(self.model, "classify")
+
     def features(self, states: States) -> Tensor:
         """Return the input of the linear layer, [B, H]."""
         return states.pooled()
 
     def __call__(self, states: States) -> Tensor:
         """See `Head`."""
-        return head_of(self.model, "classify")(self.features(states))
+        logits: Tensor = self.classifier(self.features(states))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -316,13 +323,29 @@ class TokenClassifyHead:
     model: Any
     options: HeadOptions
 
+    @property
+    def classifier(self) -> torch.nn.Module:
+        """The linear layer."""
+        return head_of(self.model, "token-classify")
+
     def features(self, states: States) -> Tensor:
         """Return the input of the linear layer, [B, S, H] or [T, H]."""
         return states.hidden
 
     def __call__(self, states: States) -> Tensor:
         """See `Head`."""
-        return states.padded(head_of(self.model, "token-classify")(self.features(states)))
+        return states.padded(self.classifier(self.features(states)))
+
+
+@dataclass(frozen=True)
+class TokenReluHead(TokenClassifyHead):
+    """Weights of the tokens for a hybrid model: relu of the logit of a classifier with one label, [B, S, 1]."""
+
+    output: ClassVar[str] = TOKEN_WEIGHTS
+
+    def __call__(self, states: States) -> Tensor:
+        """See `Head`."""
+        return torch.relu(super().__call__(states))
 
 
 @dataclass(frozen=True)
@@ -343,16 +366,17 @@ class SparseHead:
         return self.module(*states.tokens_of_batch())
 
 
-HEADS: dict[TaskName, Callable[[Any, HeadOptions], Head]] = {
-    "fill-mask": FillMaskHead,
-    "embed": EmbedHead,
-    "classify": ClassifyHead,
-    "token-classify": TokenClassifyHead,
-    "sparse": SparseHead.of,
+HEADS: dict[TaskName, tuple[Callable[[Any, HeadOptions], Head], ...]] = {
+    "fill-mask": (FillMaskHead,),
+    "embed": (EmbedHead,),
+    "classify": (ClassifyHead,),
+    "token-classify": (TokenClassifyHead,),
+    "sparse": (SparseHead.of,),
+    "hybrid": (EmbedHead, TokenReluHead),
 }
-"""Task -> function that makes its head from a transformers model and options."""
+"""Task -> functions that make its heads, one for each output, from a transformers model and options."""
 
 
-def make_head(model: Any, options: HeadOptions) -> Head:
-    """The head of the task in `options`, on the modules of `model`."""
-    return HEADS[options.task](model, options)
+def make_heads(model: Any, options: HeadOptions) -> tuple[Head, ...]:
+    """The heads of the task in `options`, on the modules of `model`."""
+    return tuple(make(model, options) for make in HEADS[options.task])

@@ -130,7 +130,7 @@ def read_settings(files: CheckpointFiles, task: TaskName) -> SentenceSettings:
         return _with_whole(files, task, _transformer_settings(model_folder(files), task))
     if task == "sparse" and read_sparse_modules(files) is not None:
         return _with_whole(files, task, _transformer_settings(model_folder(files), task))
-    if task != "embed":
+    if not TASKS[task].pools:
         return _beside_another_task(files)
     if modules is not None:
         _require_embedding(files, modules)

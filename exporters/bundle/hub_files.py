@@ -16,6 +16,7 @@ from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.job import GRAPH_PATHS
 from gte_deploy.models.description import Description
 from gte_deploy.models.weight_files import WEIGHTS
+from gte_deploy.tasks import TASKS
 
 # The names of the modules in every version of the library.
 _TYPES = "sentence_transformers.models"
@@ -52,7 +53,7 @@ def hub_files(checkpoint: Description) -> dict[str, Any]:
     if spec.activation is not None:
         config["sentence_transformers"] = {"activation_fn": _torch_path(spec.activation)}
     files: dict[str, Any] = {"config.json": config}
-    if spec.task in ("fill-mask", "embed"):
+    if spec.task == "fill-mask" or TASKS[spec.task].pools:
         files |= _embedding(checkpoint)
     elif spec.task == "classify" and spec.prompts:
         files |= _reranker(spec)

@@ -7,7 +7,8 @@ Inputs, all int64: `input_ids` and `attention_mask` [batch, sequence]. Fill-mask
 Outputs, float32, in the order of `Task.outputs`: `last_hidden_state` [batch, sequence, hidden], and
 `sentence_embedding` [batch, embedding] (embed, after any Dense modules) or `logits`: [num_masks, vocabulary]
 (fill-mask), [batch, sequence, vocabulary] (fill-mask with all logits), [batch, labels] (classify),
-[batch, sequence, labels] (token-classify); or `sparse_embedding` [batch, vocabulary] (sparse), pooled and activated.
+[batch, sequence, labels] (token-classify); or `sparse_embedding` [batch, vocabulary] (sparse), pooled and activated;
+or `sentence_embedding` and `token_weights` [batch, sequence, 1] (hybrid).
 """
 
 import hashlib
@@ -77,11 +78,11 @@ def build_graphs(
         model: a float32 model of the task's class; its state is restored after the trace, see `trace`.
         task: one of gte_deploy.core.spec.TASK_NAMES.
         max_length: the longest sequence that the graphs take, at most the model's max_position_embeddings.
-        pooling: "mean" or "cls", for embed.
+        pooling: "mean" or "cls", for embed and hybrid.
         logits: "masked" or "all", for fill-mask.
         opset: the version of the standard operators.
         token_types: whether the graphs have the input `token_type_ids`; without it, every token has type 0.
-        sparse: how embeddings are pooled, for sparse.
+        sparse: how embeddings are pooled, for sparse and hybrid.
 
     Raises:
         ExportError: the model does not support an argument, or a fusion pass did not match as often as it must.

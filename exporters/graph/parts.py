@@ -2,6 +2,8 @@
 
 * "answer" computes only the answer of the task, for tasks that read few tokens: the first token of each text (CLS
   pooling, classifiers) or the masked tokens (fill-mask). Its last layer computes only these rows, see `asked_rows`.
+* "embedding" computes only the sentence embedding of a hybrid model with CLS pooling. Its last layer computes only the
+  first token of each text.
 * "hidden" computes only the hidden states, for heads that work on the whole vocabulary for every token.
 
 A part has the same inputs as the whole graph, and its outputs have the same values.
@@ -15,7 +17,7 @@ from gte_deploy.backends.checks import has_costly_head
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.graph.asked_rows import ask_for_rows
 from gte_deploy.exporters.graph.build import Graph, graph_of
-from gte_deploy.tasks.base import HIDDEN
+from gte_deploy.tasks.base import EMBEDDING, HIDDEN
 
 
 def parts_of(graph: Graph, spec: ModelSpec) -> dict[str, Graph]:
@@ -31,6 +33,8 @@ def parts_of(graph: Graph, spec: ModelSpec) -> dict[str, Graph]:
     parts = {}
     if reads_few_rows(spec):
         parts["answer"] = _part(graph, [output.name for output in graph.outputs if output.name != HIDDEN])
+    if spec.task == "hybrid" and spec.pooling == "cls":
+        parts["embedding"] = _part(graph, [EMBEDDING])
     if has_costly_head(spec):
         parts["hidden"] = _part(graph, [HIDDEN])
     return parts

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -32,7 +32,7 @@ from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, 
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
 from gte_deploy.models.families import family_of
-from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_head
+from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_heads
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN
 
@@ -133,14 +133,14 @@ class _Wrapper(nn.Module):
 
     type_zero: Tensor
 
-    def __init__(self, model: PreTrainedModel, head: Head, output_names: tuple[str, ...]) -> None:
+    def __init__(self, model: PreTrainedModel, heads: Sequence[Head], output_names: tuple[str, ...]) -> None:
         super().__init__()
         self.model: Any = model
-        self.head: Head | None = head
+        self.heads = heads
         self.output_names = output_names
-        if isinstance(head, SparseHead):
+        if isinstance(heads[0], SparseHead):
             # The model does not own this module. torch names its nodes only if it is registered and called here.
-            self.lm_head, self.head = head.module, None
+            self.lm_head, self.heads = heads[0].module, ()
         # One id that is broadcast; ids [B, S] would look up the same row for every token.
         self.register_buffer("type_zero", torch.zeros((1, 1), dtype=torch.long))
 
@@ -167,8 +167,8 @@ class _Wrapper(nn.Module):
         )
         hidden = encoded.last_hidden_state
         states = _TracedStates(hidden, attention_mask, input_ids, mask_positions, encoded.pooler_output)
-        head = SparseHead(self.lm_head) if self.head is None else self.head
-        outputs = {HIDDEN: hidden, head.output: head(states)}
+        heads = self.heads or (SparseHead(self.lm_head),)
+        outputs = {HIDDEN: hidden, **{head.output: head(states) for head in heads}}
         return tuple(outputs[name] for name in self.output_names)
 
 
@@ -188,18 +188,18 @@ class _MaskedWrapper(_Wrapper):
 def _wrap(model: PreTrainedModel, options: HeadOptions) -> _Wrapper:
     takes_masks = options.task == "fill-mask" and options.logits == "masked"
     wrapper = _MaskedWrapper if takes_masks else _Wrapper
-    return wrapper(model, make_head(model, options), TASKS[options.task].outputs)
+    return wrapper(model, make_heads(model, options), TASKS[options.task].outputs)
 
 
 def _checked_options(task: str, pooling: str | None, logits: str, sparse: SparseSpec | None) -> HeadOptions:
     known_task: TaskName | None = next((known for known in TASKS if known == task), None)
     if known_task is None:
         raise ExportError(f"task {task!r} is none of {', '.join(TASKS)}")
-    if task == "sparse" and sparse is None:
-        raise ExportError("task 'sparse' needs a SparseSpec, which says how embeddings are pooled")
+    if task in ("sparse", "hybrid") and sparse is None:
+        raise ExportError(f"task {task!r} needs a SparseSpec, which says how embeddings are pooled")
     known_pooling: Pooling | None = next((known for known in POOLINGS if known == pooling), None)
-    if task == "embed" and known_pooling is None:
-        raise ExportError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}; embed needs one")
+    if TASKS[known_task].pools and known_pooling is None:
+        raise ExportError(f"pooling {pooling!r} is none of {', '.join(POOLINGS)}; {task} needs one")
     known_logits: Logits | None = next((known for known in LOGITS if known == logits), None)
     if known_logits is None:
         raise ExportError(f"logits {logits!r} is none of {', '.join(LOGITS)}")

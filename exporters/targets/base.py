@@ -148,13 +148,13 @@ def require_padding_free(checkpoint: Description) -> None:
 
 
 def refuse_token_weights(spec: ModelSpec) -> None:
-    """Refuse a sparse head of token weights on a GPU.
+    """Refuse a sparse head of token weights on a GPU. A hybrid model's graph gives one weight for each token instead.
 
     Raises:
         InputError: the message names the task that gives the same answers on a GPU.
     """
-    if spec.sparse is not None and spec.sparse.head == "token-weights":
+    if spec.task == "sparse" and spec.sparse is not None and spec.sparse.head == "token-weights":
         raise InputError(
             "a token-weights head needs ScatterElements with a maximum, which not every CUDA or TensorRT has. "
-            "Export it with --task token-classify: encode_sparse then gives the same answers."
+            "Export it with --task token-classify or --task hybrid: encode_sparse then gives the same answers."
         )

@@ -14,6 +14,7 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.spec import ModelSpec, Precision, Profile, TaskName, TensorSpec
 from gte_deploy.tasks.base import HIDDEN
 from gte_deploy.tasks.fill_mask import MAX_LOGITS
+from gte_deploy.tasks.sparse import SparseRequest
 
 DeviceName = Literal["gpu", "cpu"]
 Config = dict[str, Any]
@@ -186,6 +187,12 @@ def all_configs(serving: Serving, device: ServingDevice) -> dict[str, Config]:
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
         if "TEXT" not in {tensor["name"] for tensor in models[-1]["input"]}:
             ensembles.append(_ensemble(serving, device, f"{name}_ids", None, models[-1]))
+    if serving.spec.task == "hybrid":
+        halves = [model for model in models if model["name"] in ("gte_embed_output", "gte_sparse_output")]
+        ensembles += [
+            _ensemble(serving, device, name, wiring, *halves)
+            for name, wiring in (("gte_hybrid", _TEXT), ("gte_hybrid_ids", None))
+        ]
     sparse = serving.spec.sparse
     if sparse is not None and sparse.query_weights is not None:
         models.append(_sparse_query_output(serving, device))
@@ -206,6 +213,7 @@ def _heads(serving: Serving) -> list[_Head]:
         "classify": [("gte_rerank", _PAIR, _rerank_output)],
         "token-classify": [("gte_classify_tokens", _PLAIN_TEXT, _classify_tokens_output), *sparse],
         "sparse": [("gte_sparse", _TEXT, _sparse_output)],
+        "hybrid": [("gte_sparse", _TEXT, _sparse_output)],
     }
     return heads[spec.task]
 
@@ -486,8 +494,8 @@ def _classify_tokens_output(serving: Serving, device: ServingDevice) -> Config:
 
 
 def _sparse_output(serving: Serving, device: ServingDevice) -> Config:
-    pooled = serving.spec.task == "sparse"
-    names = ("sparse_embedding",) if pooled else ("input_ids", "attention_mask", "logits")
+    (weights,) = SparseRequest(serving.spec).graph_outputs(())
+    names = (weights,) if serving.spec.task == "sparse" else ("input_ids", "attention_mask", weights)
     return _sparse_model(serving, device, "gte_sparse_output", _of_encoder(serving, *names))
 
 
@@ -528,22 +536,27 @@ def _sparse_query_ensemble(serving: Serving, device: ServingDevice, output: Conf
 
 
 def _ensemble(
-    serving: Serving, device: ServingDevice, name: str, wiring: Mapping[str, str] | None, output: Config
+    serving: Serving, device: ServingDevice, name: str, wiring: Mapping[str, str] | None, *outputs: Config
 ) -> Config:
-    """Tokenizer, encoder and the Python model that computes the answer; without `wiring` clients send token ids."""
-    taken = [tensor["name"] for tensor in output["input"]]
+    """Tokenizer, encoder and the Python models that compute the answer; without `wiring` clients send token ids."""
+    taken = [tensor for output in outputs for tensor in output["input"]]
     produced = serving.encoder.output_names
     known = {*serving.encoder.input_names, *produced, *(wiring or ())}
-    options = [tensor for tensor in output["input"] if tensor["name"] not in known]
+    options = [tensor for tensor in taken if tensor["name"] not in known]
     outward = _outward_names(serving) if wiring is None else {}
+    answers = [
+        _step(
+            output["name"],
+            {each: outward.get(each, each) for each in _names(output["input"])},
+            _names(output["output"]),
+        )
+        for output in outputs
+    ]
     return {
         **_ensemble_head(serving, device, name, wiring, options),
-        "output": output["output"],
+        "output": [tensor for output in outputs for tensor in output["output"]],
         "ensemble_scheduling": {
-            "step": [
-                *_encoding(serving, wiring, [each for each in taken if each in produced]),
-                _step(output["name"], {each: outward.get(each, each) for each in taken}, _names(output["output"])),
-            ]
+            "step": [*_encoding(serving, wiring, [each for each in _names(taken) if each in produced]), *answers]
         },
         **_cache(serving, wiring),
     }

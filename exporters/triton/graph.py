@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
 from gte_deploy.tasks.pooling import NORM_EPSILON
+from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
 _PREFIX = "triton/"
 
@@ -32,8 +33,8 @@ def write_graph(source: Path, target: Path, spec: ModelSpec) -> None:
     `mask_positions` [B, M], the masked tokens of each row.
     Outputs, float32: `last_hidden_state` [B, S, H]; `embedding_mean` and `embedding_cls` [B, H]; `embedding_finished`
     [B, D], as `Model.encode` returns it without options; `embedding_normalized` [B, D], the same scaled to length 1;
-    `logits` if the task has them, [B, M, V] for fill-mask. Rows with an id outside the vocabulary are NaN in all except
-    `last_hidden_state` and the logits of fill-mask.
+    `logits` if the task has them, [B, M, V] for fill-mask; `token_weights` [B, S, 1] for hybrid. Rows with an id
+    outside the vocabulary are NaN in all except `last_hidden_state` and the logits of fill-mask.
 
     Raises:
         ExportError: the graph computes the fill-mask logits of every token.
@@ -152,7 +153,7 @@ def _bound_inputs(graph: onnx.GraphProto, spec: ModelSpec) -> None:
         _node("Unsqueeze", [_PREFIX + "row_is_wrong", _integers(graph, "token_axis", [2])], "row_of_tokens_is_wrong"),
     ]
     graph.initializer.append(helper.make_tensor(_PREFIX + "nan", TensorProto.FLOAT, [], [math.nan]))
-    checked = {"embedding_mean", "embedding_cls", "sparse_embedding"} | ({"logits"} - _unchecked(spec))
+    checked = {"embedding_mean", "embedding_cls", "sparse_embedding", TOKEN_WEIGHTS} | ({"logits"} - _unchecked(spec))
     after: list[onnx.NodeProto] = []
     for output in graph.output:
         if output.name in checked:

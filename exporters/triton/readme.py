@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 from gte_deploy._version import __version__
 from gte_deploy.exporters.triton.configs import TOKENIZER, Config, DeviceName, Serving
+from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN
 
 TRITON_TAG = "26.07-py3"
@@ -17,6 +18,7 @@ _ANSWERS = {
     "gte_rerank": "a text, or a pair of texts -> its score for each label",
     "gte_classify_tokens": "a text -> the labels of its tokens",
     "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
+    "gte_hybrid": "a text -> its embedding and the weights of its tokens, from one run of the encoder",
     "gte_sparse_query": "a query -> the same, from stored weights without the encoder",
 }
 
@@ -122,7 +124,7 @@ def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]])
     if HIDDEN not in encoder.output_names:
         notes.append(
             "The engine gives only the answer of its task, so there are no token embeddings"
-            f"{'' if serving.spec.task == 'embed' else ' and no embeddings'} (gte-export --outputs all has them)."
+            f"{'' if TASKS[serving.spec.task].pools else ' and no embeddings'} (gte-export --outputs all has them)."
         )
     if encoder.backend == "tensorrt":
         notes.append(
@@ -144,6 +146,7 @@ def _client_example(serving: Serving) -> str:
         "classify": 'client.predict([("a query", "a document")])',
         "token-classify": 'client.classify_tokens("Paris is in France.", aggregation_strategy="simple")',
         "sparse": 'client.encode_document(["a text", "another"])',
+        "hybrid": 'client.encode_hybrid(["a text", "another"], normalize_embeddings=True)',
     }
     ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')
     return f"""\

@@ -45,7 +45,8 @@ from gte_deploy.exporters.triton.configs import (
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.python_models import write_python_model
 from gte_deploy.exporters.triton.readme import dockerfile, readme
-from gte_deploy.tasks.base import HIDDEN
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import EMBEDDING, HIDDEN
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.pooling import pool
 from gte_deploy.text.fingerprint import fingerprint
@@ -235,7 +236,7 @@ def _require_head(encoder: Encoder, spec: ModelSpec, bundle: Path) -> None:
     """
     if spec.task == "embed":
         return
-    head = "sparse_embedding" if spec.task == "sparse" else "logits"
+    (head,) = (name for name in TASKS[spec.task].outputs if name not in (HIDDEN, EMBEDDING))
     if head not in {tensor.name for tensor in (encoder.plan_outputs or encoder.outputs)}:
         raise ExportError(f"{bundle} is for task {spec.task}, but its encoder has no output {head}. Export it again.")
     if spec.task == "fill-mask" and "mask_positions" not in encoder.input_names:
@@ -273,12 +274,11 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     by_row = np.array([[1, 7], [4, 2], [0, 0]])
     masked = spec.task == "fill-mask"
     pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
-    head = {"embed": [], "sparse": ["sparse_embedding"]}.get(spec.task, ["logits"])
-    names = ["last_hidden_state", *head]
+    names = [name for name in TASKS[spec.task].outputs if name != EMBEDDING]
     types = generator.integers(0, spec.type_vocab_size, ids.shape) if spec.token_types else None
     backend = OnnxBackend(source, spec, num_threads=1)
     try:
-        names += [name for name in ("sentence_embedding",) if name in backend.outputs]
+        names += [name for name in (EMBEDDING,) if name in backend.outputs]
         expected = backend.run(Batch(ids, mask, pairs, types), names)
     finally:
         backend.close()
@@ -302,7 +302,7 @@ def _expected_embeddings(
     given: dict[str, NDArray[np.float32]], mask: NDArray[np.int64], spec: ModelSpec
 ) -> dict[str, NDArray[np.float32]]:
     """The embeddings that the written graph should give; `given` loses the pooled states, which it has renamed."""
-    own = given.pop("sentence_embedding", None)
+    own = given.pop(EMBEDDING, None)
     pooled = {f"embedding_{kind}": pool(given[HIDDEN], mask, kind) for kind in POOLINGS}
     if spec.embedding_size is not None:  # Dense modules follow the model's own pooling
         assert own is not None
@@ -353,7 +353,7 @@ def _outputs_by_row(given: Sequence[TensorSpec], spec: ModelSpec) -> Iterator[Te
 
     A plan of answers alone has embeddings only if they are the answer.
     """
-    pooled = [tensor for tensor in given if tensor.name == "sentence_embedding"]
+    pooled = [tensor for tensor in given if tensor.name == EMBEDDING]
     for tensor in given:
         if tensor.name == "logits" and spec.task == "fill-mask":
             yield dataclasses.replace(tensor, shape=("batch", "masks", spec.vocab_size))

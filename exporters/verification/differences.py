@@ -21,6 +21,7 @@ from gte_deploy.exporters.verification.bounds import Tolerance
 from gte_deploy.exporters.verification.cases import Case, last_row_alone
 from gte_deploy.tasks.base import Outputs
 from gte_deploy.tasks.fill_mask import logits_of_masks
+from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
 CHUNK_ELEMENTS = 1 << 22
 
@@ -235,7 +236,8 @@ class CaseComparison:
 
     def __init__(self, outputs: Sequence[str], spec: ModelSpec) -> None:
         self._outputs, self._spec = outputs, spec
-        self.scales = Scales(["logits"] if spec.task in ("classify", "token-classify") else [])
+        labels = {"classify": "logits", "token-classify": "logits", "hybrid": TOKEN_WEIGHTS}.get(spec.task)
+        self.scales = Scales([] if labels is None else [labels])
         self.rounding: list[tuple[str, Deviation]] = []
         """(output, difference of the reference's own results for a row in a batch and for the row alone)."""
 

@@ -16,7 +16,15 @@ from gte_deploy.core.spec import Logits, Pooling, SparseSpec, TaskName, head_tas
 from gte_deploy.exporters.verification.reference_cache import CachingEncoder, ReferenceCache
 from gte_deploy.exporters.verification.results import ReferenceUse
 from gte_deploy.models.families import head_of
-from gte_deploy.models.heads import ClassifyHead, Head, HeadOptions, States, TokenClassifyHead, encode_padded, make_head
+from gte_deploy.models.heads import (
+    ClassifyHead,
+    Head,
+    HeadOptions,
+    States,
+    TokenClassifyHead,
+    encode_padded,
+    make_heads,
+)
 from gte_deploy.tasks.base import HIDDEN
 
 # The number of tokens whose logits over the whole vocabulary are in memory at the same time.
@@ -47,7 +55,10 @@ class TorchReference:
         self._cached = None if cache is None else CachingEncoder(encoder, cache)
         self._encoder = encoder if self._cached is None else self._cached
         options = HeadOptions(task, pooling, logits, sparse)
-        self._head: Head = make_head(model, options) if sparse is None else _SparseByDefinition(model, sparse)
+        by_definition = task == "sparse" and sparse is not None
+        self._heads: Sequence[Head] = (
+            [_SparseByDefinition(model, sparse)] if by_definition else make_heads(model, options)
+        )
         self.terms: dict[str, NDArray[np.float64]] = {}
         """Output with labels -> [L], the largest √(Σ(w·x)² + b²) of each label so far; see `Scales`."""
 
@@ -65,20 +76,22 @@ class TorchReference:
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`; every output of the task is returned, whatever `outputs` names."""
         states = encode_padded(self._encoder, batch)
-        if isinstance(self._head, (ClassifyHead, TokenClassifyHead)):
-            self._keep_terms(head_of(self._model, self._head.options.task), self._head.features(states))
-        results = {HIDDEN: states.hidden, self._head.output: self._head(states)}
+        for head in self._heads:
+            if isinstance(head, (ClassifyHead, TokenClassifyHead)):
+                self._keep_terms(head, states)
+        results = {HIDDEN: states.hidden, **{head.output: head(states) for head in self._heads}}
         return {name: value.float().numpy() for name, value in results.items()}
 
-    def _keep_terms(self, classifier: torch.nn.Module, features: torch.Tensor) -> None:
-        """Update `terms` by the classifier's features [..., H], where the classifier is one linear layer."""
+    def _keep_terms(self, head: ClassifyHead | TokenClassifyHead, states: States) -> None:
+        """Update `terms` by the features [..., H] of the head's classifier, where that is one linear layer."""
+        classifier, features = head.classifier, head.features(states)
         if not isinstance(classifier, torch.nn.Linear):
             return
         terms = features.double().square() @ classifier.weight.double().square().T
         if classifier.bias is not None:
             terms = terms + classifier.bias.double().square()
         largest = terms.sqrt().reshape(-1, terms.shape[-1]).amax(0).numpy()
-        self.terms["logits"] = np.maximum(self.terms.get("logits", 0.0), largest)
+        self.terms[head.output] = np.maximum(self.terms.get(head.output, 0.0), largest)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Backend(Protocol):
 
         `last_hidden_state` [B, S, H], `sentence_embedding` [B, H] (embed), `logits` [M, V] (fill-mask with masked
         logits), [B, S, V] (fill-mask with all logits), [B, L] (classify) or [B, S, L] (token-classify),
-        `sparse_embedding` [B, V] (sparse); all float32.
+        `sparse_embedding` [B, V] (sparse), `sentence_embedding` and `token_weights` [B, S, 1] (hybrid); all float32.
 
         Raises:
             InputError: the batch has a wrong rank, dtype, id or mask position.

@@ -136,11 +136,11 @@ class TorchBackend:
 
 def _heads(model: Any, spec: ModelSpec) -> "dict[str, Head]":
     """Output -> its head. A splade model can also fill masks."""
-    from gte_deploy.models.heads import HeadOptions, make_head
+    from gte_deploy.models.heads import HeadOptions, make_heads
 
-    heads = [make_head(model, HeadOptions.of(spec))]
+    heads = make_heads(model, HeadOptions.of(spec))
     if spec.task == "sparse" and spec.head_task == "fill-mask":
-        heads.append(make_head(model, HeadOptions("fill-mask")))
+        heads += make_heads(model, HeadOptions("fill-mask"))
     return {head.output: head for head in heads}
 
 

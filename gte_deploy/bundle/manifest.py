@@ -408,8 +408,10 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         raise ValueError(f"spec.token_types must be a boolean and spec.type_vocab_size an integer, not {spec}")
     if spec.token_types and spec.type_vocab_size < 2:
         raise ValueError(f"spec.token_types is true, and spec.type_vocab_size {spec.type_vocab_size} is below 2")
-    if (spec.task == "sparse") > (sparse is not None):
-        raise ValueError("spec.sparse is missing, though the task is sparse")
+    if spec.task in ("sparse", "hybrid") and sparse is None:
+        raise ValueError(f"spec.sparse is missing, though the task is {spec.task}")
+    if spec.task == "hybrid" and sparse is not None and sparse.head != "token-weights":
+        raise ValueError(f"spec.sparse.head is {sparse.head!r}, though the task is hybrid")
     if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
         raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
     return spec

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-TaskName = Literal["fill-mask", "embed", "classify", "token-classify", "sparse"]
+TaskName = Literal["fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid"]
 Pooling = Literal["mean", "cls"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 """The function that compares two embeddings, under its name in sentence-transformers."""
@@ -178,7 +178,7 @@ class ModelSpec:
 
 
 def head_task(task: TaskName, sparse: SparseSpec | None) -> TaskName:
-    """The task whose head a model has: a sparse model has the head of fill-mask or of token-classify."""
-    if task != "sparse" or sparse is None:
+    """The task whose head a model has: a sparse or hybrid model has that of fill-mask or token-classify."""
+    if sparse is None or task not in ("sparse", "hybrid"):
         return task
     return "fill-mask" if sparse.head == "splade" else "token-classify"

@@ -19,6 +19,9 @@ from gte_deploy.core.spec import ModelSpec, Similarity, TaskName
 HIDDEN = "last_hidden_state"
 """The output that a graph for any task has: the hidden states [B, S, H]."""
 
+EMBEDDING = "sentence_embedding"
+"""The output of tasks that pool the hidden states: [B, D], through any Dense modules."""
+
 Outputs = Mapping[str, NDArray[np.float32]]
 """A backend's results for a batch, by the names of the graph's outputs."""
 
@@ -107,6 +110,11 @@ class Task:
     def answers(self) -> tuple[str, ...]:
         """The names of the outputs besides the hidden states."""
         return tuple(name for name in self.outputs if name != HIDDEN)
+
+    @property
+    def pools(self) -> bool:
+        """Whether a graph for the task gives a pooled embedding."""
+        return EMBEDDING in self.outputs
 
     def can_run_on(self, spec: ModelSpec) -> bool:
         """Whether a model with this spec can do the task."""

@@ -14,11 +14,9 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import EMBEDDING_PRECISIONS, POOLINGS, EmbeddingPrecision, ModelSpec, Pooling
-from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, import_torch
+from gte_deploy.tasks.base import EMBEDDING, HIDDEN, Ensemble, Library, Outputs, ReturnType, Task, import_torch
 from gte_deploy.tasks.pooling import l2_normalize, pool, quantize
 from gte_deploy.text.inputs import check_integer
-
-_POOLED = "sentence_embedding"
 
 OutputValue = Literal["sentence_embedding", "token_embeddings"]
 
@@ -69,12 +67,12 @@ class EmbeddingRequest:
 
     def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
         """See `Request`: uses the backend's own pooling if the call asks for the same pooling."""
-        own_pooling = _POOLED in offered and self.pooling == self.spec.pooling
+        own_pooling = EMBEDDING in offered and self.pooling == self.spec.pooling
         if self.output_value == "sentence_embedding":
-            return (_POOLED,) if own_pooling else (HIDDEN,)
+            return (EMBEDDING,) if own_pooling else (HIDDEN,)
         if self.output_value == "token_embeddings" or not own_pooling:
             return (HIDDEN,)
-        return (HIDDEN, _POOLED)
+        return (HIDDEN, EMBEDDING)
 
     def answer(self, batch: Batch, outputs: Outputs) -> list[Any]:
         """See `Request`; results are numpy arrays for every return type."""
@@ -109,7 +107,7 @@ class EmbeddingRequest:
 
     def pooled(self, attention_mask: NDArray[np.int64], outputs: Outputs) -> NDArray[np.float32]:
         """Return pooled states [B, D]: the graph's own, or the pooling of its hidden states."""
-        pooled = outputs.get(_POOLED)
+        pooled = outputs.get(EMBEDDING)
         return pool(outputs[HIDDEN], attention_mask, self.pooling) if pooled is None else pooled
 
     def finished(self, pooled: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -145,7 +143,7 @@ def _as_tensors(result: Any) -> Any:
 
 EMBED = Task(
     name="embed",
-    outputs=(HIDDEN, _POOLED),
+    outputs=(HIDDEN, EMBEDDING),
     request=EmbeddingRequest,
     architecture="Model",
     ensembles=(SERVED, TOKENS_SERVED),

@@ -30,6 +30,7 @@ from gte_deploy.tasks.base import ReturnType
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.tasks.drop_in import DropIn
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
+from gte_deploy.tasks.hybrid import HybridEmbedding, HybridRequest
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest, TokenScoreRequest
 from gte_deploy.text.batching import BatchLimits
@@ -260,13 +261,74 @@ class TextInterface(DropIn, ABC):
         refuse_processes(pool, chunk_size)
         form = SparseForm.of(convert_to_tensor, convert_to_sparse_tensor, as_dict, by_default=self._gives_dictionaries)
         form.check()
-        if max_active_dims is not None:
-            max_active_dims = check_integer("max_active_dims", max_active_dims, 1, _MAX_INT32)
-        request = SparseRequest(self.spec, max_active_dims, self._route(route))
+        request = self._sparse_request(max_active_dims, route)
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
         texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
         answers, names = self._sparse_batches(request, distinct(texts), options)
         return form.assemble(in_order(answers, texts, show_progress_bar), names, single=single)
+
+    def encode_hybrid(
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        *,
+        precision: EmbeddingPrecision = "float32",
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        max_active_dims: int | None = None,
+        as_dict: bool | None = None,
+        convert_to_tensor: bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> HybridEmbedding:
+        """Return the dense and the sparse embeddings of texts from one pass of a model for the task hybrid.
+
+        The result has two fields: `dense` is what `encode` gives for the same texts, and `sparse` is what
+        `encode_sparse` gives.
+
+        Args:
+            inputs: a text or a list of texts.
+            prompt_name: name of the prompt to put before each text; by default the checkpoint's default prompt.
+            prompt: text to put before each text; overrides `prompt_name`.
+            batch_size: largest number of rows in a batch.
+            show_progress_bar: as in `encode`.
+            precision: type of the dense embeddings, as in `encode`.
+            normalize_embeddings: scale the dense embeddings to length 1, after `truncate_dim`.
+            truncate_dim: leading dimensions of the dense embeddings to keep; by default as the checkpoint says.
+            max_active_dims: entries of the sparse embeddings to keep, as in `encode_sparse`.
+            as_dict: form of the sparse embeddings, as in `encode_sparse`.
+            convert_to_tensor: True gives one torch tensor for each half: dense [N, D], and sparse COO [N, V].
+            truncation: keep the first tokens of a text that is too long; without it that is an error.
+            max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
+            max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
+
+        Raises:
+            InputError: the model is not made for the task hybrid; see also `encode`.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+            MissingDependencyError: tensors are requested and torch is not installed.
+        """
+        self._require_hybrid()
+        form = SparseForm.of(convert_to_tensor, True, as_dict, by_default=self._gives_dictionaries)
+        form.check()
+        dense = EmbeddingRequest(
+            self.spec,
+            pooling=self.spec.pooling,
+            precision=precision,
+            return_type=return_type(True, convert_to_tensor),
+            normalize=normalize_embeddings,
+            truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
+        )
+        dense.check()
+        request = HybridRequest(dense, self._sparse_request(max_active_dims, None))
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        texts, single = as_texts(inputs, prompt=prompt_text(self.spec, prompt, prompt_name))
+        answers, names = self._hybrid_batches(request, distinct(texts), options)
+        return request.assemble(in_order(answers, texts, show_progress_bar), form, names, single=single)
 
     def predict(
         self,
@@ -558,6 +620,10 @@ class TextInterface(DropIn, ABC):
         """Return the `SparseEmbedding` of each text, and the names of entries, complete after the last batch."""
 
     @abstractmethod
+    def _hybrid_batches(self, request: HybridRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
+        """Return the answers of `HybridRequest.answer`, and names as `_sparse_batches` does."""
+
+    @abstractmethod
     def _pair_batches(self, request: ScoreRequest, pairs: Pairs, options: BatchOptions) -> Batches:
         """Logits [L] of each pair, or single text."""
 
@@ -615,6 +681,19 @@ class TextInterface(DropIn, ABC):
                 "masked-LM head or with a token classifier of one label is loaded (task='sparse') or exported "
                 f"(--task sparse) as one.{self._why_not_sparse()}"
             )
+
+    def _require_hybrid(self) -> None:
+        if not TASKS["hybrid"].can_run_on(self.spec):
+            raise InputError(
+                f"this needs a hybrid model, and {self._name} is made for {self.spec.task}. A checkpoint with a token "
+                "classifier of one label, such as gte-multilingual-base, is loaded (task='hybrid') or exported "
+                "(--task hybrid) as one."
+            )
+
+    def _sparse_request(self, max_active_dims: int | None, route: SparseRoute | None) -> SparseRequest:
+        if max_active_dims is not None:
+            max_active_dims = check_integer("max_active_dims", max_active_dims, 1, _MAX_INT32)
+        return SparseRequest(self.spec, max_active_dims, self._route(route))
 
     def _why_not_sparse(self) -> str:
         """Return the end of an error message: why the checkpoint's own files do not describe a sparse model."""

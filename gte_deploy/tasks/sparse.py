@@ -12,13 +12,19 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.spec import ModelSpec, SparseRoute
+from gte_deploy.core.spec import ModelSpec, SparseRoute, TaskName
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, Task, Tensors, filled, import_torch
 
 if TYPE_CHECKING:
     from gte_deploy.text.tokenization import TextTokenizer
 
 _POOLED = "sparse_embedding"
+
+TOKEN_WEIGHTS = "token_weights"
+"""The output of hybrid models: [B, S, 1], relu(logit) of each token; the values of padding have no meaning."""
+
+# The output that has the weights of a model for another task.
+_OUTPUTS: Mapping[TaskName, str] = {"token-classify": "logits", "hybrid": TOKEN_WEIGHTS}
 
 Names = Callable[[int], str] | Mapping[int, str] | Sequence[str]
 """Vocabulary id -> name of the entry."""
@@ -71,7 +77,7 @@ class SparseRequest:
     """The arguments of one call that say what to answer.
 
     Args:
-        spec: facts of a model for this task, or of a token classifier with one label.
+        spec: facts of a model for this task, of a hybrid model, or of a token classifier with one label.
         max_active_dims: entries that the caller wants to keep; None for the checkpoint's own number.
         route: "query" or "document", if the two differ.
         unweighted: token ids without a weight, for a token classifier.
@@ -91,7 +97,7 @@ class SparseRequest:
 
     def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
         """See `Request`."""
-        return ("logits",) if self.spec.task == "token-classify" else (_POOLED,)
+        return (_OUTPUTS.get(self.spec.task, _POOLED),)
 
     def answer(self, batch: Batch, outputs: Outputs) -> list[SparseEmbedding]:
         """See `Request`."""
@@ -105,9 +111,11 @@ class SparseRequest:
         """The weights [V] of each row."""
         if _POOLED in outputs:
             return outputs[_POOLED]
-        rows = zip(batch.input_ids, outputs["logits"][:, :, 0], batch.attention_mask == 1, strict=True)
+        (name,) = self.graph_outputs(tuple(outputs))
+        rows = zip(batch.input_ids, outputs[name][:, :, 0], batch.attention_mask == 1, strict=True)
         size = self.spec.vocab_size
-        return (weights_of_tokens(ids[real], row[real], size, self.unweighted) for ids, row, real in rows)
+        unweighted = self.unweighted if self.spec.sparse is None else self.spec.sparse.unweighted
+        return (weights_of_tokens(ids[real], row[real], size, unweighted) for ids, row, real in rows)
 
 
 def sparsify(weights: NDArray[np.float32], max_active_dims: int | None = None) -> SparseEmbedding:
@@ -122,7 +130,7 @@ def sparsify(weights: NDArray[np.float32], max_active_dims: int | None = None) -
 def weights_of_tokens(
     ids: NDArray[np.int64], logits: NDArray[np.float32], size: int, unweighted: Collection[int]
 ) -> NDArray[np.float32]:
-    """[V] weights of a text's token ids [S] and logits [S], as gte-multilingual-base defines them.
+    """[V] weights of a text's token ids [S] and logits (or token weights) [S], as gte-multilingual-base defines them.
 
     An entry weighs the largest relu(logit) of its occurrences; `unweighted` ids weigh nothing.
     """
@@ -296,8 +304,8 @@ def _embedding_of(tensors: Tensors, row: int, size: int, names: dict[int, str]) 
 
 
 def _suits(spec: ModelSpec) -> bool:
-    """A token classifier with one label gives the weights of tokens, too."""
-    return spec.task == "sparse" or (spec.task == "token-classify" and spec.num_labels == 1)
+    """A hybrid model and a token classifier with one label give the weights of tokens, too."""
+    return spec.task in ("sparse", "hybrid") or (spec.task == "token-classify" and spec.num_labels == 1)
 
 
 SPARSE = Task(

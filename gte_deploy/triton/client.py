@@ -34,10 +34,11 @@ from gte_deploy.bundle.manifest import spec_from_json
 from gte_deploy.core.errors import BackendError, InputError, NonFiniteError, UnavailableError
 from gte_deploy.core.forking import follow, keep_for_good
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.tasks import classify, embed, fill_mask, sparse, token_classify
+from gte_deploy.tasks import TASKS, classify, embed, fill_mask, hybrid, sparse, token_classify
 from gte_deploy.tasks.base import Ensemble
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
+from gte_deploy.tasks.hybrid import HybridRequest
 from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
 from gte_deploy.tasks.pooling import l2_normalize
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest
@@ -206,7 +207,7 @@ class Client(TextInterface):
     def _require_states(self, request: EmbeddingRequest) -> None:
         """Refuse a request that needs hidden states if the server's engine gives only the answer of its task."""
         is_answer = request.output_value == "sentence_embedding" and request.pooling == self.spec.pooling
-        if not (self._facts.get("hidden_states", True) or (is_answer and self.spec.task == "embed")):
+        if not (self._facts.get("hidden_states", True) or (is_answer and TASKS[self.spec.task].pools)):
             raise BackendError(
                 f"the engine of the server at {self._name} gives only the answer of task {self.spec.task}, and this "
                 "call needs hidden states. Export it with --outputs all"
@@ -236,9 +237,7 @@ class Client(TextInterface):
         self, request: sparse.SparseRequest, texts: Texts, options: BatchOptions
     ) -> tuple[Batches, sparse.Names]:
         stored = self.spec.sparse is not None and self.spec.sparse.query_weights is not None
-        inputs: Values = {}
-        if request.max_active_dims is not None:
-            inputs["MAX_ACTIVE_DIMS"] = _one(request.max_active_dims, np.int32)
+        inputs = self._sparse_inputs(request)
         if request.route == "query" and stored:
             call = _Call(sparse.QUERIES_SERVED, options, inputs, before=self._no_prompt())
         else:
@@ -250,6 +249,24 @@ class Client(TextInterface):
                 yield numbers, sparse.from_tensors(values, self.spec.vocab_size, names)
 
         return answers(), names
+
+    def _hybrid_batches(
+        self, request: HybridRequest, texts: Texts, options: BatchOptions
+    ) -> tuple[Batches, sparse.Names]:
+        inputs = {**self._embedding_inputs(request.dense), **self._sparse_inputs(request.sparse)}
+        call = _Call(hybrid.SERVED, options, inputs, before=self._no_prompt(), ids="gte_hybrid_ids")
+        names: dict[int, str] = {}
+
+        def answers() -> Batches:
+            for numbers, values in self._infer_all(call, texts):
+                vectors = sparse.from_tensors(values, self.spec.vocab_size, names)
+                yield numbers, list(zip(values["EMBEDDING"], vectors, strict=True))
+
+        return answers(), names
+
+    def _sparse_inputs(self, request: sparse.SparseRequest) -> Values:
+        kept = request.max_active_dims
+        return {} if kept is None else {"MAX_ACTIVE_DIMS": _one(kept, np.int32)}
 
     def _pair_batches(self, request: ScoreRequest, pairs: Pairs, options: BatchOptions) -> Batches:
         call = _Call(classify.SERVED, options, before=self._no_prompt(), ids="gte_rerank_ids", kind="pairs")

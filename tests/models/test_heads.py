@@ -11,7 +11,7 @@ from gte_deploy.core.spec import TASK_NAMES, SparseSpec
 from gte_deploy.exporters.verification.reference import TorchReference
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.description import describe
-from gte_deploy.models.heads import HEADS, HeadOptions, make_head, mean_pool
+from gte_deploy.models.heads import HEADS, HeadOptions, make_heads, mean_pool
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,7 @@ def checkpoints(tmp_path_factory):
         "classify": make_checkpoint(folder / "classify", task="classify", num_labels=3),
         "token-classify": make_checkpoint(folder / "token-classify", task="token-classify", num_labels=4),
         "sparse": add_sparse_modules(make_checkpoint(folder / "sparse")),
+        "hybrid": make_checkpoint(folder / "hybrid", task="token-classify", pooling="cls"),
     }
 
 
@@ -39,10 +40,10 @@ def test_every_task_has_a_head(checkpoints):
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_backend_and_reference_compute_the_same(checkpoints, task):
     folder, batch = checkpoints[task], ragged_batch()
-    spec = describe(folder).spec
-    backend = TorchBackend(load_model(folder), spec)
+    spec = describe(folder, task=task).spec
+    backend = TorchBackend(load_model(folder, task=spec.head_task), spec)
     reference = TorchReference(
-        load_model(folder), task=task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse
+        load_model(folder, task=spec.head_task), task=task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse
     )
     right = reference.run(batch, ())
     found = backend.run(batch, backend.outputs)
@@ -68,6 +69,6 @@ def test_mean_pooling_leaves_padding_out(dtype):
 
 def test_sparse_heads_share_the_weights_of_the_model(checkpoints):
     model = load_model(checkpoints["fill-mask"])
-    head = make_head(model, HeadOptions("sparse", sparse=SparseSpec("splade")))
+    (head,) = make_heads(model, HeadOptions("sparse", sparse=SparseSpec("splade")))
     first = next(iter(head.module.decoder.parameters()))
     assert first.data_ptr() == model.lm_head.decoder.weight.data_ptr()

@@ -156,6 +156,16 @@ def add_sparse_modules(
     return folder
 
 
+def raise_token_weights(folder: Path) -> Path:
+    """Add 1 to the bias of a token classifier with one label, so that its weights lie on both sides of 0."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.bias"] = tensors["classifier.bias"] + 1
+    write_safetensors(folder, tensors)
+    return folder
+
+
 def write_safetensors(folder: Path, tensors: Mapping[str, Any], *, dtype: str = "float32", shards: int = 1) -> None:
     """Write arrays as model.safetensors, or as `shards` files and their index."""
     import torch

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from factories import make_checkpoint, write_labels
+import gte_deploy
+from factories import make_checkpoint, raise_token_weights, write_labels
 from gte_deploy.core.errors import InputError
 from runtime_models import make_word_checkpoint
 from triton_server import Server
@@ -22,10 +23,11 @@ PROTOCOLS = ("http", "grpc")
 
 @pytest.fixture
 def serve(triton: Path, bundle_of: Callable[..., Path], repository_of: Callable[..., Path]) -> Callable[..., Any]:
-    """`serve(checkpoint, *server_options, **repository_options)`: a server for a `with` block."""
+    """`serve(checkpoint, *server_options, task=None, **repository_options)`: a server for a `with` block."""
 
-    def start(checkpoint: Path, *arguments: str, **options: Any) -> Any:
-        return Server(repository_of(bundle_of(checkpoint), **options), *arguments, folder=triton)
+    def start(checkpoint: Path, *arguments: str, task: str | None = None, **options: Any) -> Any:
+        bundle = bundle_of(checkpoint) if task is None else bundle_of(checkpoint, task=task)
+        return Server(repository_of(bundle, **options), *arguments, folder=triton)
 
     return start
 
@@ -127,6 +129,28 @@ def test_sparse(
                     assert ours == pytest.approx(theirs, abs=1e-5)
                     assert list(ours.values()) == sorted(ours.values(), reverse=True)
                 assert client.encode_sparse(texts[0]) == answers[0]
+
+
+def test_hybrid(
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    bundle_of: Callable[..., Path],
+    tmp_path: Path,
+):
+    checkpoint = make_word_checkpoint(tmp_path / "hybrid", task="token-classify", seed=3, pooling="cls")
+    bundle = bundle_of(raise_token_weights(checkpoint), task="hybrid")
+    texts = ["the king and the queen", "", "[MASK] unknownword 中国", *["the queen"] * 9]
+    options = {"normalize_embeddings": True, "max_active_dims": 4}
+    with serve(checkpoint, task="hybrid") as server, gte_deploy.load(bundle, backend="onnx", num_threads=1) as local:
+        expected = local.encode_hybrid(texts, as_dict=True, **options)
+        for protocol, tokenizer in (*product(PROTOCOLS, (None,)), ("grpc", checkpoint)):
+            with connect(server, protocol, tokenizer=tokenizer) as client:
+                found = client.encode_hybrid(texts, **options)
+                assert_close(found.dense, expected.dense)
+                for ours, theirs in zip(found.sparse, expected.sparse, strict=True):
+                    assert ours == pytest.approx(theirs, abs=1e-5)
+                assert_close(client.encode(texts, normalize_embeddings=True), expected.dense)
+                assert client.encode_sparse(texts, max_active_dims=4) == found.sparse
 
 
 def sparse_weights(bundle: Path, text: str) -> dict[str, float]:

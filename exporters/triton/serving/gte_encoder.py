@@ -35,6 +35,7 @@ from gte_deploy.exporters.triton.serving.exchange import (
 )
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.pooling import pool
+from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
 _PLAN = "gte_plan"
 _HIDDEN, _POOLED, _POSITIONS = "last_hidden_state", "sentence_embedding", "mask_positions"
@@ -181,7 +182,7 @@ class TritonPythonModel:
         """A request's rows of an output, without the tokens and masks that only longer requests have."""
         if name == "logits" and _POSITIONS in part.tensors:
             return np.ascontiguousarray(values[:, : part.num_masks])
-        if name == _HIDDEN or (name == "logits" and self._spec.task == "token-classify"):
+        if name in (_HIDDEN, TOKEN_WEIGHTS) or (name == "logits" and self._spec.task == "token-classify"):
             return np.ascontiguousarray(values[:, : part.length])
         return values
 

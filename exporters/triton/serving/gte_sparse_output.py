@@ -1,7 +1,7 @@
 """gte_sparse_output: converts outputs of the encoder to sparse vectors, as `encode_sparse` returns them.
 
-The graph of a sparse model gives pooled and activated vectors. A token classifier with one label gives the logits of
-the tokens, which become weights by the definition of gte-multilingual-base.
+The graph of a sparse model gives pooled and activated vectors. A hybrid model gives the weights of the tokens, and a
+token classifier with one label their logits; both become vectors by the definition of gte-multilingual-base.
 
 Shapes: B rows of a request, S tokens, V vocabulary, N entries (the most of any vector).
 """
@@ -54,6 +54,7 @@ class TritonPythonModel:
             return weights
         batch = Batch(required(request, "input_ids"), required(request, "attention_mask"))
         check_ids(batch.input_ids, self._spec.vocab_size)
-        logits = np.where(batch.attention_mask[:, :, None] == 1, floats(request, "logits"), np.float32(0))
-        check_finite("logits", logits)
-        return wanted.weights(batch, {"logits": logits})
+        (name,) = wanted.graph_outputs(())
+        values = np.where(batch.attention_mask[:, :, None] == 1, floats(request, name), np.float32(0))
+        check_finite(name, values)
+        return wanted.weights(batch, {name: values})

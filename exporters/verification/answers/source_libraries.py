@@ -4,6 +4,7 @@ SentenceTransformer, CrossEncoder, SparseEncoder or transformers read the checkp
 off the network, load no pickle and run no code of the checkpoint.
 """
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
@@ -15,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from gte_deploy.core.files import read_json
-from gte_deploy.core.spec import ModelSpec
+from gte_deploy.core.spec import ModelSpec, TaskName
 from gte_deploy.exporters.verification.answers.closeness import Question
 from gte_deploy.exporters.verification.answers.odd_texts import long_pairs, short_pairs
 from gte_deploy.model import Model
+from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.base import HIDDEN
+from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 from gte_deploy.text.batching import collate
 
 SENTENCE_TRANSFORMERS_NAME = "sentence-transformers"
@@ -79,9 +83,9 @@ class OpenLibrary:
     similarity: str | None = None
 
 
-def library_of(checkpoint: Path, task: str) -> str:
+def library_of(checkpoint: Path, task: TaskName) -> str:
     """Return the name of the library that a checkpoint's answers are compared with."""
-    of_its_kind = task in ("classify", "sparse") or (task == "embed" and (checkpoint / "modules.json").is_file())
+    of_its_kind = task in ("classify", "sparse") or (TASKS[task].pools and (checkpoint / "modules.json").is_file())
     return SENTENCE_TRANSFORMERS_NAME if of_its_kind else "transformers"
 
 
@@ -227,6 +231,7 @@ def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
         "fill-mask": transformers.AutoModelForMaskedLM,
         "classify": transformers.AutoModelForSequenceClassification,
         "token-classify": transformers.AutoModelForTokenClassification,
+        "hybrid": transformers.AutoModelForTokenClassification,
     }
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **_LOCALLY)
     made: Any = classes.get(spec.task, transformers.AutoModel)
@@ -237,10 +242,22 @@ def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
     return OpenLibrary(type(network).__name__, limit, lambda cut: None, asks, network.config)
 
 
+def open_hybrid(folder: Path, spec: ModelSpec) -> OpenLibrary:
+    """Open a checkpoint in SentenceTransformer for the dense half, and in transformers for the weights of tokens."""
+    dense, weights = open_sentence_transformer(folder, spec), open_transformers(folder, spec)
+
+    def questions(model: Model, given: AskedTexts) -> Iterator[Question]:
+        yield from dense.questions(model, given)
+        yield from weights.questions(model, given)
+
+    return dataclasses.replace(dense, title=f"{weights.title} and {dense.title}", questions=questions)
+
+
 _OPENERS: Mapping[str, Callable[[Path, ModelSpec], OpenLibrary]] = {
     "embed": open_sentence_transformer,
     "classify": open_cross_encoder,
     "sparse": open_sparse_encoder,
+    "hybrid": open_hybrid,
 }
 
 
@@ -318,13 +335,14 @@ class _Network:
 
     def tensors(self, model: Model, given: AskedTexts) -> Iterator[Question]:
         """Yield questions for each text's logits, or hidden states if there is no head; also for tags."""
-        name = "last_hidden_state" if model.spec.task in ("embed", "sparse") else "logits"
+        names = {"embed": (HIDDEN,), "sparse": (HIDDEN,), "hybrid": (HIDDEN, TOKEN_WEIGHTS)}
 
-        def ask(text: str) -> Question:
+        def ask(name: str, text: str) -> Question:
             ours, theirs = (lambda: _tensor(model, text, name, given)), (lambda: self._tensor(text, name, given))
-            return Question(name, [text], ours, theirs, "scores" if name == "logits" else "vectors")
+            return Question(name, [text], ours, theirs, "vectors" if name == HIDDEN else "scores")
 
-        yield from map(ask, given.all)
+        for name in names.get(model.spec.task, ("logits",)):
+            yield from (ask(name, text) for text in given.all)
         if hasattr(model, "classify_tokens") and model.spec.task == "token-classify":
             yield from self._tags(model, given)
 
@@ -352,7 +370,10 @@ class _Network:
 
         encoded = self.tokenizer(text, truncation=True, max_length=given.cut, return_tensors="pt")
         with torch.inference_mode():
-            return self.network(**encoded)[name].numpy()
+            if name == HIDDEN:
+                return self.network.base_model(**encoded).last_hidden_state.numpy()
+            logits = self.network(**encoded).logits
+            return (logits.relu() if name == TOKEN_WEIGHTS else logits).numpy()
 
     def _known(self, answers: list[Any]) -> list[Any]:
         """Drop answers with rows that only pad the vocabulary; this package never gives them."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from factories import add_sparse_modules
+from factories import add_sparse_modules, raise_token_weights
 from runtime_models import VOCAB_SIZE, make_word_checkpoint
 from triton_emulation import Repository, python_backend
 
@@ -37,17 +37,13 @@ def bundles(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """A bundle for each task. Read only."""
-    from safetensors.torch import load_file, save_file
-
-    sparse = make_word_checkpoint(tmp_path_factory.mktemp("sparse") / "checkpoint", task="token-classify", seed=3)
-    # Weights of tokens on both sides of zero, whatever the seed makes of the rest.
-    tensors = load_file(sparse / "model.safetensors")
-    tensors["classifier.bias"] = tensors["classifier.bias"] + 1
-    save_file(tensors, sparse / "model.safetensors", metadata={"format": "pt"})
+    sparse = tmp_path_factory.mktemp("sparse") / "checkpoint"
+    raise_token_weights(make_word_checkpoint(sparse, task="token-classify", seed=3))
     splade = make_word_checkpoint(tmp_path_factory.mktemp("splade") / "checkpoint")
     add_sparse_modules(splade, query_weights=np.linspace(0.5, 3, VOCAB_SIZE).tolist())
     more = {"token-classify": sparse, "sparse": splade}
-    return {task: bundle_of(path) for task, path in {**word_checkpoints, **more}.items()}
+    made = {task: bundle_of(path) for task, path in {**word_checkpoints, **more}.items()}
+    return {**made, "hybrid": bundle_of(sparse, task="hybrid")}
 
 
 @pytest.fixture(scope="session")

@@ -270,6 +270,25 @@ def test_sparse_vectors_of_a_masked_lm_head(kept, repository, local):
         assert kept is None or len(found) <= kept
 
 
+@pytest.mark.parametrize("options", [{}, {"NORMALIZE": True, "TRUNCATE_DIM": 5, "MAX_ACTIVE_DIMS": 2}], ids=str)
+def test_hybrid(options, repository, local):
+    """One run of the encoder for both halves, which are those of gte_embed and gte_sparse."""
+    opened = repository("hybrid")
+    request = {"TEXT": TEXTS, **{name: [value] * len(TEXTS) for name, value in options.items()}}
+    (answer,) = opened.ask("gte_hybrid", request)
+    assert len(opened.runs) == 1
+    names = {"NORMALIZE": "normalize_embeddings", "TRUNCATE_DIM": "truncate_dim", "MAX_ACTIVE_DIMS": "max_active_dims"}
+    expected = local["hybrid"].encode_hybrid(TEXTS, **{names[name]: value for name, value in options.items()})
+    np.testing.assert_allclose(answer["EMBEDDING"], expected.dense, atol=1e-5)
+    for found, wanted in zip(vectors_of(answer), expected.sparse, strict=True):
+        assert found == pytest.approx(dict(wanted.ordered()), abs=1e-5)
+    (sparse,) = opened.ask("gte_sparse", {"TEXT": TEXTS})
+    for found, wanted in zip(vectors_of(sparse), local["hybrid"].encode_sparse(TEXTS), strict=True):
+        assert found == pytest.approx(dict(wanted.ordered()), abs=1e-5)
+    (dense,) = opened.ask("gte_embed", {"TEXT": TEXTS})
+    np.testing.assert_allclose(dense["EMBEDDING"], local["hybrid"].encode(TEXTS), atol=1e-5)
+
+
 def test_queries_of_a_sparse_model_are_stored_weights(repository):
     opened = repository("sparse")
     texts = ["the king and the king", "[MASK] water"]
@@ -425,10 +444,12 @@ def test_the_encoder_finishes_embeddings(normalize, truncate_dim, altered_bundle
         np.testing.assert_allclose(answer["NORMALIZED_EMBEDDING"], scaled, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["embed", "classify", "sparse", "token-classify"])
+@pytest.mark.parametrize("task", ["embed", "classify", "sparse", "token-classify", "hybrid"])
 def test_wrong_token_ids_fail_alone(task, repository):
     """The encoder runs all requests in one batch."""
-    name = {"embed": "gte_embed_ids", "classify": "gte_rerank_ids"}.get(task, "gte_sparse_ids")
+    name = {"embed": "gte_embed_ids", "classify": "gte_rerank_ids", "hybrid": "gte_hybrid_ids"}.get(
+        task, "gte_sparse_ids"
+    )
     opened = repository(task)
     ids, mask = np.array([[2, 40, 41, 42, 3]]), np.ones((1, 5), np.int64)
     wrong = [ids + 124, -ids, np.array([[2, 40, 2**62, 42, 3]])]

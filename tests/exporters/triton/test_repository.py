@@ -28,9 +28,10 @@ ENSEMBLES = {
     "classify": EMBEDDING | {"gte_rerank", "gte_rerank_ids"},
     "token-classify": EMBEDDING | {"gte_classify_tokens", "gte_sparse", "gte_sparse_ids"},
     "sparse": EMBEDDING | {"gte_sparse", "gte_sparse_ids", "gte_sparse_query"},
+    "hybrid": EMBEDDING | {"gte_sparse", "gte_sparse_ids", "gte_hybrid", "gte_hybrid_ids"},
 }
-STRAIGHT = {"gte_token_embed", "gte_embed_fast"}
-"""Ensembles of texts whose answers come straight from the encoder."""
+STRAIGHT = {"gte_token_embed", "gte_embed_fast", "gte_hybrid"}
+"""Ensembles of texts whose answers come straight from the encoder, or from the models of two other ensembles."""
 
 
 @pytest.mark.parametrize("task", ENSEMBLES)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gte_deploy
 from gte_deploy.core.errors import BackendError, CheckpointError, InputError
 from gte_deploy.triton import client as triton
 from gte_deploy.triton.transport import _refused
@@ -127,7 +128,22 @@ def test_masks(clients: Callable[..., Any]) -> None:
     np.testing.assert_allclose(by_ids.encode(texts), by_text.encode(texts), atol=1e-6)
 
 
-@pytest.mark.parametrize("task", ["sparse", "token-classify"])
+def test_hybrid_embeddings(clients: Callable[..., Any], bundles: dict[str, Path]) -> None:
+    by_text, by_ids = clients("hybrid")
+    options = {"normalize_embeddings": True, "truncate_dim": 5, "max_active_dims": 3, "as_dict": False}
+    with gte_deploy.load(bundles["hybrid"], backend="onnx", num_threads=1) as local:
+        expected = local.encode_hybrid(TEXTS, **options)
+    for client in (by_text, by_ids):
+        found = client.encode_hybrid(TEXTS, **options)
+        np.testing.assert_allclose(found.dense, expected.dense, atol=1e-5)
+        for ours, theirs in zip(found.sparse, expected.sparse, strict=True):
+            np.testing.assert_allclose(ours.to_dense(), theirs.to_dense(), atol=1e-5)
+        assert client.encode_hybrid(TEXTS[1]).sparse == client.encode_sparse(TEXTS[1])
+    assert ensembles_asked(by_text) == {"gte_hybrid", "gte_sparse"}
+    assert ensembles_asked(by_ids) == {"gte_hybrid_ids", "gte_sparse_ids"}
+
+
+@pytest.mark.parametrize("task", ["sparse", "token-classify", "hybrid"])
 def test_sparse_vectors(task: str, clients: Callable[..., Any]) -> None:
     by_text, by_ids = clients(task)
     for found, expected in zip(by_ids.encode_sparse(TEXTS), by_text.encode_sparse(TEXTS), strict=True):

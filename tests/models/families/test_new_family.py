@@ -26,7 +26,7 @@ from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
 from gte_deploy.models.field_tables import document  # noqa: E402
-from gte_deploy.models.heads import HeadOptions, make_head  # noqa: E402
+from gte_deploy.models.heads import HeadOptions, make_heads  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
 
 LAYERS = 3
@@ -225,7 +225,7 @@ def test_training_refuses_it(bert, checkpoint):
 
 def test_a_splade_head_of_another_form_is_refused(bert, checkpoint):
     with pytest.raises(ConfigError, match="BertOnlyMLMHead has no dense, layer_norm, decoder"):
-        make_head(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("splade")))
+        make_heads(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("splade")))
 
 
 def sparse_checkpoint(checkpoint: Path, folder: Path) -> Path:
@@ -260,7 +260,7 @@ def test_a_sparse_checkpoint_is_refused_by_name(bert, checkpoint, tmp_path):
 
 def test_a_head_that_the_family_does_not_have_is_refused_by_name(bert, checkpoint):
     with pytest.raises(ConfigError, match="'bert' have no head for token-classify; expected one of fill-mask$"):
-        make_head(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("token-weights")))
+        make_heads(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("token-weights")))
 
 
 def test_the_reference_computes_with_the_heads_of_the_family(bert, checkpoint):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from factories import add_sparse_modules, make_checkpoint
+from factories import add_sparse_modules, make_checkpoint, raise_token_weights
 from gte_deploy.core.spec import SparseSpec
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import task_of
@@ -273,14 +273,8 @@ def test_a_masked_lm_without_modules_is_pooled_as_sparse_encoder_does(masked_lm,
 @pytest.fixture(scope="module")
 def token_weights(tmp_path_factory):
     """With a 1_Pooling folder, so that its own task is embed; weights lie on both sides of 0."""
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path_factory.mktemp("weights") / "checkpoint"
-    make_word_checkpoint(folder, task="token-classify", seed=3, pooling="cls")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["classifier.bias"] = tensors["classifier.bias"] + 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return raise_token_weights(make_word_checkpoint(folder, task="token-classify", seed=3, pooling="cls"))
 
 
 def published_rule(folder, text):
