@@ -18,6 +18,7 @@ from gte_deploy.cli_options import (
     BatchingOptions,
     BenchOptions,
     ClassifyTokensOptions,
+    EncodeHybridOptions,
     EncodeOptions,
     EncodeSparseOptions,
     FillMaskOptions,
@@ -129,6 +130,15 @@ def _encode_sparse(given: Given) -> None:
         embeddings = model.encode_sparse(texts, show_progress_bar=sys.stderr.isatty(), as_dict=True, **arguments)
     for embedding in embeddings:
         print(json.dumps(embedding, ensure_ascii="json" in given))
+
+
+def _encode_hybrid(given: Given) -> None:
+    texts = _texts(given)
+    arguments = _arguments(given, EncodeHybridOptions, PromptOptions, BatchingOptions)
+    with _load(given, task="hybrid") as model:
+        found = model.encode_hybrid(texts, show_progress_bar=sys.stderr.isatty(), as_dict=True, **arguments)
+    for dense, sparse in zip(found.dense.tolist(), found.sparse, strict=True):
+        print(json.dumps({"dense": dense, "sparse": sparse}, ensure_ascii="json" in given))
 
 
 def _rank(given: Given) -> None:
@@ -318,6 +328,11 @@ _COMMANDS = {
         _encode_sparse,
         "Weigh the vocabulary for each text: one JSON object of token and weight a line, heaviest first.",
         (TextOptions, PromptOptions, EncodeSparseOptions, *_ANY_MODEL),
+    ),
+    "encode-hybrid": _Command(
+        _encode_hybrid,
+        "Embed each text densely and sparsely in one pass: one JSON object with both a line.",
+        (TextOptions, PromptOptions, EncodeHybridOptions, *_ANY_MODEL),
     ),
     "rank": _Command(
         _rank,

@@ -173,6 +173,25 @@ class EncodeSparseOptions:
 
 
 @dataclass(frozen=True)
+class EncodeHybridOptions:
+    """Arguments of `Model.encode_hybrid`."""
+
+    normalize_embeddings: bool = option(False, "scale each dense embedding to length 1", flags=("--normalize",))
+    truncate_dim: int | None = option(
+        None,
+        "leading dimensions of the dense embedding to keep (default: as the checkpoint says)",
+        metavar="N",
+        parse=int,
+    )
+    precision: EmbeddingPrecision = option(
+        "float32", "type of the numbers in a dense embedding", choices=EMBEDDING_PRECISIONS
+    )
+    max_active_dims: int | None = option(
+        None, "weights to keep of each text, the heaviest (default: as the checkpoint says)", metavar="N", parse=int
+    )
+
+
+@dataclass(frozen=True)
 class RankOptions:
     """Arguments of `Model.rank`."""
 

@@ -22,6 +22,7 @@ from gte_deploy.cli_options import (
     BatchingOptions,
     BenchOptions,
     ClassifyTokensOptions,
+    EncodeHybridOptions,
     EncodeOptions,
     EncodeSparseOptions,
     FillMaskOptions,
@@ -79,11 +80,16 @@ DIRECT = (
     (EncodeOptions, gte_deploy.Model.encode),
     (PromptOptions, gte_deploy.Model.encode),
     (EncodeSparseOptions, gte_deploy.Model.encode_sparse),
+    (EncodeHybridOptions, gte_deploy.Model.encode_hybrid),
+    (PromptOptions, gte_deploy.Model.encode_hybrid),
     (PromptOptions, gte_deploy.Model.encode_sparse),
     (RankOptions, gte_deploy.Model.rank),
     (ClassifyTokensOptions, gte_deploy.Model.classify_tokens),
     (BenchOptions, bench),
-    *((BatchingOptions, getattr(gte_deploy.Model, name)) for name in ("fill_mask", "encode", "encode_sparse")),
+    *(
+        (BatchingOptions, getattr(gte_deploy.Model, name))
+        for name in ("fill_mask", "encode", "encode_sparse", "encode_hybrid")
+    ),
     *((BatchingOptions, getattr(gte_deploy.Model, name)) for name in ("predict", "classify_tokens")),
 )
 

@@ -21,7 +21,7 @@ from gte_deploy.exporters.verification.answers.closeness import Question
 from gte_deploy.exporters.verification.answers.odd_texts import long_pairs, short_pairs
 from gte_deploy.model import Model
 from gte_deploy.tasks import TASKS
-from gte_deploy.tasks.base import HIDDEN
+from gte_deploy.tasks.base import HIDDEN, filled
 from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 from gte_deploy.text.batching import collate
 
@@ -224,6 +224,14 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> OpenLibrary:
 
 def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in the task's class of transformers, with AutoTokenizer and, for two tasks, a pipeline."""
+    opened = _open_network(folder, spec)
+    config = opened.network.config
+    limit = min(opened.tokenizer.model_max_length, config.max_position_embeddings)
+    asks = opened.masks if spec.task == "fill-mask" else opened.tensors
+    return OpenLibrary(opened.title, limit, lambda cut: None, asks, config)
+
+
+def _open_network(folder: Path, spec: ModelSpec) -> "_Network":
     import torch
     import transformers
 
@@ -236,21 +244,18 @@ def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **_LOCALLY)
     made: Any = classes.get(spec.task, transformers.AutoModel)
     network: Any = made.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **_LOCALLY).eval()
-    limit = min(tokenizer.model_max_length, network.config.max_position_embeddings)
-    opened = _Network(network, tokenizer, frozenset(tokenizer.get_vocab().values()))
-    asks = opened.masks if spec.task == "fill-mask" else opened.tensors
-    return OpenLibrary(type(network).__name__, limit, lambda cut: None, asks, network.config)
+    return _Network(network, tokenizer, frozenset(tokenizer.get_vocab().values()))
 
 
 def open_hybrid(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in SentenceTransformer for the dense half, and in transformers for the weights of tokens."""
-    dense, weights = open_sentence_transformer(folder, spec), open_transformers(folder, spec)
+    dense, classifier = open_sentence_transformer(folder, spec), _open_network(folder, spec)
 
     def questions(model: Model, given: AskedTexts) -> Iterator[Question]:
         yield from dense.questions(model, given)
-        yield from weights.questions(model, given)
+        yield classifier.weights(model, given)
 
-    return dataclasses.replace(dense, title=f"{weights.title} and {dense.title}", questions=questions)
+    return dataclasses.replace(dense, title=f"{classifier.title} and {dense.title}", questions=questions)
 
 
 _OPENERS: Mapping[str, Callable[[Path, ModelSpec], OpenLibrary]] = {
@@ -304,6 +309,11 @@ class _Network:
     tokenizer: Any
     known: frozenset[int]
 
+    @property
+    def title(self) -> str:
+        """The name of the model's class."""
+        return type(self.network).__name__
+
     def masks(self, model: Model, given: AskedTexts) -> Iterator[Question]:
         """Yield questions to the fill-mask pipeline, for texts with one mask and with two."""
         from transformers import pipeline
@@ -335,16 +345,32 @@ class _Network:
 
     def tensors(self, model: Model, given: AskedTexts) -> Iterator[Question]:
         """Yield questions for each text's logits, or hidden states if there is no head; also for tags."""
-        names = {"embed": (HIDDEN,), "sparse": (HIDDEN,), "hybrid": (HIDDEN, TOKEN_WEIGHTS)}
+        name = HIDDEN if model.spec.task in ("embed", "sparse", "hybrid") else "logits"
 
-        def ask(name: str, text: str) -> Question:
+        def ask(text: str) -> Question:
             ours, theirs = (lambda: _tensor(model, text, name, given)), (lambda: self._tensor(text, name, given))
             return Question(name, [text], ours, theirs, "vectors" if name == HIDDEN else "scores")
 
-        for name in names.get(model.spec.task, ("logits",)):
-            yield from (ask(name, text) for text in given.all)
+        yield from map(ask, given.all)
+        if model.spec.task == "hybrid":
+            yield self.weights(model, given)
         if hasattr(model, "classify_tokens") and model.spec.task == "token-classify":
             yield from self._tags(model, given)
+
+    def weights(self, model: Model, given: AskedTexts) -> Question:
+        """Return the question for the weights of all tokens: one for all texts, of which some may weigh nearly 0."""
+
+        def side(tensor: Callable[[str], Any]) -> Any:
+            rows = [tensor(text)[0, :, 0].tolist() for text in given.all]
+            return filled(rows, max(map(len, rows)), 0.0, np.float32)
+
+        return Question(
+            TOKEN_WEIGHTS,
+            given.all,
+            lambda: side(lambda text: _tensor(model, text, TOKEN_WEIGHTS, given)),
+            lambda: side(lambda text: self._tensor(text, TOKEN_WEIGHTS, given)),
+            "scores",
+        )
 
     def _tags(self, model: Any, given: AskedTexts) -> Iterator[Question]:
         from transformers import pipeline
