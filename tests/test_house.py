@@ -15,7 +15,7 @@ MOST_PARAMETERS = 8
 # of a user.
 SET_BY_OTHERS = {
     "gte_deploy/loading.py": {"load"},
-    "gte_deploy/tasks/interface.py": {"encode", "encode_sparse", "predict", "rank", "classify_tokens"},
+    "gte_deploy/tasks/interface.py": {"encode", "encode_sparse", "encode_hybrid", "predict", "rank", "classify_tokens"},
     "models/attention.py": {"packed_attention"},
 }
 

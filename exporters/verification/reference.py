@@ -55,9 +55,10 @@ class TorchReference:
         self._cached = None if cache is None else CachingEncoder(encoder, cache)
         self._encoder = encoder if self._cached is None else self._cached
         options = HeadOptions(task, pooling, logits, sparse)
-        by_definition = task == "sparse" and sparse is not None
         self._heads: Sequence[Head] = (
-            [_SparseByDefinition(model, sparse)] if by_definition else make_heads(model, options)
+            [_SparseByDefinition(model, sparse)]
+            if task == "sparse" and sparse is not None
+            else make_heads(model, options)
         )
         self.terms: dict[str, NDArray[np.float64]] = {}
         """Output with labels -> [L], the largest √(Σ(w·x)² + b²) of each label so far; see `Scales`."""

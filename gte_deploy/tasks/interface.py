@@ -313,7 +313,7 @@ class TextInterface(DropIn, ABC):
             MissingDependencyError: tensors are requested and torch is not installed.
         """
         self._require_hybrid()
-        form = SparseForm.of(convert_to_tensor, True, as_dict, by_default=self._gives_dictionaries)
+        form = SparseForm.of(convert_to_tensor, None, as_dict, by_default=self._gives_dictionaries)
         form.check()
         dense = EmbeddingRequest(
             self.spec,

@@ -26,6 +26,11 @@ BOTH = {
         "save_to_cpu=False, max_active_dims=None)"
     ),
     "encode_document": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
+    "encode_hybrid": (
+        "(self, inputs, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, *, precision='float32', "
+        "normalize_embeddings=False, truncate_dim=None, max_active_dims=None, as_dict=None, convert_to_tensor=False, "
+        "truncation=False, max_length=None, max_batch_tokens=None)"
+    ),
     "encode_query": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
     "encode_sparse": (
         "(self, inputs=None, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, "
