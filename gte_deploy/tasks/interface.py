@@ -31,6 +31,7 @@ from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_argumen
 from gte_deploy.tasks.drop_in import DropIn
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
 from gte_deploy.tasks.hybrid import HybridEmbedding, HybridRequest
+from gte_deploy.tasks.multi_vector import TokenVectors
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest, TokenScoreRequest
 from gte_deploy.text.batching import BatchLimits
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 _EMPTY_PROMPTS = ("query", "document")
 _NO_EFFECT_IN_RANK = ("apply_softmax", "convert_to_numpy", "convert_to_tensor")
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+_MULTI_VECTOR_OPTIONS = frozenset(("batch_size", "show_progress_bar", "truncation", "max_length", "max_batch_tokens"))
 _MAX_INT32 = (1 << 31) - 1
 
 Batches = Iterator[tuple[list[int], Sequence[Any]]]
@@ -329,6 +331,50 @@ class TextInterface(DropIn, ABC):
         texts, single = as_texts(inputs, prompt=prompt_text(self.spec, prompt, prompt_name))
         answers, names = self._hybrid_batches(request, distinct(texts), options)
         return request.assemble(in_order(answers, texts, show_progress_bar), form, names, single=single)
+
+    def encode_multi_vector(
+        self,
+        inputs: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        projection: Any = None,
+        skip_words: Sequence[str] = (),
+        normalize_embeddings: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Return an embedding for each token of a text, for late interaction; `multi_vector.maxsim` scores them.
+
+        One text gives [T, D] float32, a list of texts a list of such arrays. All tokens count, special tokens and the
+        prompt included, except those of `skip_words`. The model can be for any task that has hidden states, except
+        sparse.
+
+        Args:
+            inputs: a text or a list of texts.
+            prompt_name: name of the prompt to put before each text, such as "query" or "document"; by default the
+                checkpoint's default prompt.
+            prompt: text to put before each text; overrides `prompt_name`.
+            projection: [D, H] array or tensor: the weight of a linear layer without bias, such as `linear.weight` in
+                the Dense module of a ColBERT checkpoint. None keeps the hidden states, D = H.
+            skip_words: tokens that get no embedding, such as `string.punctuation` for documents. A word that is no
+                token of the vocabulary is ignored.
+            normalize_embeddings: scale each embedding to length 1, after the projection.
+            **options: `batch_size`, `show_progress_bar`, `truncation`, `max_length` and `max_batch_tokens` of `encode`.
+
+        Raises:
+            InputError: an option is not one of these; the projection has another form; `skip_words` are given to a
+                client without a tokenizer; see also `encode`.
+            UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
+            NonFiniteError, BackendError: the model or the server failed.
+        """
+        if unknown := sorted(set(options) - _MULTI_VECTOR_OPTIONS):
+            known = ", ".join(sorted(_MULTI_VECTOR_OPTIONS))
+            raise InputError(f"encode_multi_vector has no option {', '.join(unknown)}; it has {known}")
+        vectors = TokenVectors.of(
+            projection, self._skipped_ids(skip_words), normalize=normalize_embeddings, width=self.spec.hidden_size
+        )
+        found = self.encode(inputs, prompt_name, prompt, output_value=None, **options)
+        return vectors.of_text(found) if isinstance(found, dict) else [vectors.of_text(each) for each in found]
 
     def predict(
         self,
@@ -681,6 +727,14 @@ class TextInterface(DropIn, ABC):
                 "masked-LM head or with a token classifier of one label is loaded (task='sparse') or exported "
                 f"(--task sparse) as one.{self._why_not_sparse()}"
             )
+
+    def _skipped_ids(self, words: Sequence[str]) -> list[int]:
+        if not words:
+            return []
+        if self.tokenizer is None:
+            raise InputError(f"skip_words need the tokenizer: give the folder of {self._name} to the client")
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[word] for word in words if word in vocabulary]
 
     def _require_hybrid(self) -> None:
         if not TASKS["hybrid"].can_run_on(self.spec):

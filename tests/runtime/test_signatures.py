@@ -31,6 +31,10 @@ BOTH = {
         "normalize_embeddings=False, truncate_dim=None, max_active_dims=None, as_dict=None, convert_to_tensor=False, "
         "truncation=False, max_length=None, max_batch_tokens=None)"
     ),
+    "encode_multi_vector": (
+        "(self, inputs, prompt_name=None, prompt=None, *, projection=None, skip_words=(), normalize_embeddings=True, "
+        "**options)"
+    ),
     "encode_query": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
     "encode_sparse": (
         "(self, inputs=None, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, "
