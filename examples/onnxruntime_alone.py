@@ -34,7 +34,8 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    session = onnxruntime.InferenceSession(bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    # model.onnx gives the logits of all tokens; this graph computes them only where they are needed.
+    session = onnxruntime.InferenceSession(bundle / "onnx" / "model_masked.onnx", providers=["CPUExecutionProvider"])
     ids = np.array([tokenizer.encode("The president of the united [MASK] of America.").ids])  # [1, S] int64
     mask_positions = np.argwhere(ids == tokenizer.token_to_id("[MASK]"))  # [M, 2] int64: row and token
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "mask_positions": mask_positions}

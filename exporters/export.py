@@ -206,6 +206,8 @@ def _verify(request: ExportRequest, built: Built, job: Job) -> "tuple[Built, Par
             check = check_bundle(checkpoint, model, job.precision, asked)
     parity = parity.with_checks(check)
     parity.require(bounds)
+    parity = parity.with_checks(*request.target.finish(job))
+    parity.require(bounds)
     return built, parity
 
 
@@ -241,6 +243,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             candidates.runs,
             asked,
             emulated=candidates.emulated,
+            all_logits=candidates.all_logits,
             caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )

@@ -109,9 +109,10 @@ class Job:
 
     def saved_graphs(self, built: "Built", engine: Engine) -> "dict[Path, Graph]":
         """Return the files of an engine's graph and of its parts, with the graph in each."""
-        parts = built.parts.get(engine, {}).items()
-        files = {GRAPH_PATHS[engine]: built.graphs[engine]} | {part_path(engine, name): part for name, part in parts}
-        return {self.folder / path: graph for path, graph in files.items()}
+        parts = {part_path(engine, name): part for name, part in built.parts.get(engine, {}).items()}
+        return {
+            self.folder / path: graph for path, graph in {built.path(engine): built.graphs[engine], **parts}.items()
+        }
 
     def require_kept_bounds(self, failure: str) -> None:
         """Refuse graphs that cannot keep their bounds, before they are written or compiled.
@@ -128,7 +129,7 @@ class Built:
     """The graphs and the engine that a target wrote to the folder of the bundle.
 
     Args:
-        graphs: engine -> its graph, saved at `GRAPH_PATHS`.
+        graphs: engine -> the graph that the runtime opens, saved at `path`.
         sensitivity: group of layers -> its loss in low precision; empty unless a sweep was needed.
         plan: the TensorRT engine, if there is one.
         keeps_graphs: whether the graphs stay in the bundle.
@@ -138,6 +139,8 @@ class Built:
         finer: builds again with more layers in a higher precision, for graphs that missed their bounds; None if the
             target cannot.
         parts: engine -> the parts of its graph by name, saved at `part_path`.
+        all_logits: engine -> the graph with the logits of every token, saved at `GRAPH_PATHS`, which other libraries
+            open; empty unless the runtime's graph computes only masked tokens.
     """
 
     graphs: Mapping[Engine, "Graph"]
@@ -149,3 +152,8 @@ class Built:
     whole: "Graph | None" = None
     finer: "Callable[[], Built] | None" = None
     parts: Mapping[Engine, Mapping[str, "Graph"]] = field(default_factory=dict)
+    all_logits: Mapping[Engine, "Graph"] = field(default_factory=dict)
+
+    def path(self, engine: Engine) -> str:
+        """Return the path of an engine's graph in the bundle."""
+        return part_path(engine, "masked") if engine in self.all_logits else GRAPH_PATHS[engine]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job, part_path
 from gte_deploy.exporters.verification.report import build_report, library_versions, render_html
 from gte_deploy.exporters.verification.results import ParityReport
 from gte_deploy.models.sparse_modules import read_query_weights
+
+if TYPE_CHECKING:
+    from gte_deploy.exporters.graph.build import Graph
 
 
 def write_model_files(job: Job) -> None:
@@ -42,7 +45,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
     """
     entries: dict[Engine, GraphEntry] = {
         engine: GraphEntry(
-            path=GRAPH_PATHS[engine],
+            path=built.path(engine),
             opset=graph.opset,
             inputs=graph.inputs,
             outputs=graph.outputs,
@@ -50,9 +53,11 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
             computes=parity.verified(engine),
             emulated=parity.verified(engine, emulated=True),
             parts=tuple(
-                GraphPart(part_path(engine, name), part.inputs, part.outputs)
-                for name, part in built.parts.get(engine, {}).items()
+                _described(part_path(engine, name), part) for name, part in built.parts.get(engine, {}).items()
             ),
+            all_logits=_described(GRAPH_PATHS[engine], built.all_logits[engine])
+            if engine in built.all_logits
+            else None,
         )
         for engine, graph in built.graphs.items()
     }
@@ -81,6 +86,10 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
             missed_bounds=tuple(parity.failures()),
         ),
     )
+
+
+def _described(path: str, graph: "Graph") -> GraphPart:
+    return GraphPart(path, graph.inputs, graph.outputs)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gte_deploy.core.errors import ExportError, InputError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.accuracy import Runs
+    from gte_deploy.exporters.verification.checks import Check
     from gte_deploy.model import Model
 
 PADDING_FREE_PASS = "packed_attention"
@@ -40,11 +41,13 @@ class Candidates:
         runs: (engine, its compute precision) -> the object that runs batches.
         caveats: one sentence for each thing that this machine cannot verify.
         emulated: those of `runs` that emulate an engine which this machine cannot run, as reports call them.
+        all_logits: those of `runs` with a graph for all logits -> the object that runs that graph.
     """
 
     runs: "Mapping[tuple[Engine, Precision], Runs]"
     caveats: Sequence[str] = ()
     emulated: Collection[tuple[Engine, Precision]] = ()
+    all_logits: "Mapping[tuple[Engine, Precision], Runs]" = field(default_factory=dict)
 
 
 class Target(ABC):
@@ -100,6 +103,10 @@ class Target(ABC):
     @abstractmethod
     def candidates(self, built: Built, job: Job) -> AbstractContextManager[Candidates]:
         """Open the engines to compare with PyTorch, or their emulation if this machine cannot run them."""
+
+    def finish(self, job: Job) -> "Sequence[Check]":
+        """Write further files from the verified graphs, and return the checks of these files."""
+        return ()
 
     def open_engine(self, built: Built, job: Job) -> "Backend | None":
         """Open the engine that the runtime takes by default; None if this machine cannot run it."""

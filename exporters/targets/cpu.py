@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.options import option
-from gte_deploy.core.spec import Engine, Precision
-from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job, part_path
+from gte_deploy.core.spec import Engine, ModelSpec, Precision
+from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
 from gte_deploy.models.description import Description
 
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.quantization.int8 import Activations
     from gte_deploy.exporters.quantization.recipes import Quantized
+    from gte_deploy.exporters.targets.openvino_ir import OpenVinoIr
     from gte_deploy.exporters.verification.accuracy import Runs
+    from gte_deploy.exporters.verification.checks import Check
 
 
 KEPT_IN_FP32: Collection[Precision] = ("fp32", "bf16")
 """The precisions whose graphs are those of FP32. OpenVINO rounds them to bfloat16 when it compiles them."""
 
+_ONNXRUNTIME: tuple[Engine, Precision] = ("onnxruntime", "fp32")
+_OPENVINO_FP32: tuple[Engine, Precision] = ("openvino", "fp32")
 _OPENVINO_BF16: tuple[Engine, Precision] = ("openvino", "bf16")
 _EMULATED = (
     "openvino bf16 was emulated, because this CPU does not compute in bfloat16: ONNX Runtime ran its whole graph with "
@@ -62,7 +66,25 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
-class CpuOptions(CalibrationOptions):
+class OpenVinoOptions(CalibrationOptions):
+    """The files for OpenVINO besides its ONNX graph.
+
+    Args:
+        openvino_ir: "model" also writes openvino/openvino_model.xml and .bin, a second copy of the weights, which
+            optimum-intel and sentence-transformers open; "genai" the tokenizer too, for OpenVINO GenAI.
+    """
+
+    openvino_ir: "OpenVinoIr | None" = option(
+        None,
+        "also write OpenVINO's own format: 'model' for optimum-intel and sentence-transformers, 'genai' with the "
+        "tokenizer for OpenVINO GenAI; it stores the weights a second time",
+        choices=("model", "genai"),
+        precisions=("fp32", "bf16", "int8"),
+    )
+
+
+@dataclass(frozen=True)
+class CpuOptions(OpenVinoOptions):
     """Options for the graphs of a lower precision.
 
     Args:
@@ -98,7 +120,10 @@ class CpuTarget(Target):
         self.options.texts()
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
-        """Require openvino for bf16, which no other engine computes in on a CPU."""
+        """Require openvino for bf16, which no other engine computes in on a CPU, and for its own format."""
+        from gte_deploy.exporters.targets.openvino_ir import check_ir
+
+        check_ir(self.options.openvino_ir, checkpoint.spec)
         if precision == "bf16":
             require_openvino()
 
@@ -109,7 +134,7 @@ class CpuTarget(Target):
             del graphs["openvino"]
             caveats.append("openvino is not installed here, so the bundle holds no graph for it.")
         if job.precision in KEPT_IN_FP32:
-            return Built(graphs, caveats=caveats, parts=save(graphs, job))
+            return dataclasses.replace(save(graphs, job, with_all_logits=True), caveats=caveats)
         quantized = quantized_graphs(graphs, job, self.options)
         if len(quantized.graphs) < len(graphs):
             caveats.append(f"{job.precision} has a graph only for ONNX Runtime.")
@@ -118,19 +143,39 @@ class CpuTarget(Target):
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """Every engine of the bundle, in every precision that this CPU computes in."""
-        opened: dict[tuple[Engine, Precision], Runs] = {("onnxruntime", "fp32"): self.open_engine(built, job)}
-        with closing(opened):
+        from gte_deploy.backends.onnxruntime import OnnxBackend
+
+        opened: dict[tuple[Engine, Precision], Runs] = {_ONNXRUNTIME: self.open_engine(built, job)}
+        every = _all_logits(built, job, "onnxruntime")
+        of_all: dict[tuple[Engine, Precision], Runs] = {} if every is None else {_ONNXRUNTIME: OnnxBackend(*every)}
+        with closing(opened), closing(of_all):
             if "openvino" not in built.graphs:
-                yield Candidates(opened)
+                yield Candidates(opened, all_logits=of_all)
                 return
             with openvino_candidates(built, job) as openvino:
-                yield dataclasses.replace(openvino, runs={**opened, **openvino.runs})
+                yield dataclasses.replace(
+                    openvino, runs={**opened, **openvino.runs}, all_logits={**of_all, **openvino.all_logits}
+                )
+
+    def finish(self, job: Job) -> "Sequence[Check]":
+        """Write the model in OpenVINO's own format, if the options ask for it."""
+        return finish_openvino(job, self.options)
 
     def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open ONNX Runtime, the default engine."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
 
         return OnnxBackend(job.graph_files(built, "onnxruntime"), job.spec)
+
+
+def finish_openvino(job: Job, options: OpenVinoOptions) -> "Sequence[Check]":
+    """Write the model in OpenVINO's own format, if the options ask for it."""
+    from gte_deploy.exporters.targets.openvino_ir import write_ir
+
+    if options.openvino_ir is None:
+        return ()
+    with job.steps("write OpenVINO's own format"):
+        return (write_ir(job, options.openvino_ir),)
 
 
 def require_openvino() -> None:
@@ -169,8 +214,7 @@ def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job
     """
     if quantized.sweep is not None:
         job.require_kept_bounds(quantized.sweep.failure)
-    graphs: dict[Engine, Graph] = {engine: quantized.graphs[engine] for engine in engines}
-    parts = save(graphs, job)
+    built = save({engine: quantized.graphs[engine] for engine in engines}, job, with_all_logits=True)
 
     def finer() -> Built:
         assert quantized.finer is not None  # checked below
@@ -179,23 +223,42 @@ def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job
         return save_quantized(found, engines, job, caveats)
 
     sensitivity = quantized.sweep.loss if quantized.sweep else {}
-    return Built(graphs, sensitivity, caveats=caveats, finer=finer if quantized.finer else None, parts=parts)
+    return dataclasses.replace(
+        built, sensitivity=sensitivity, caveats=caveats, finer=finer if quantized.finer else None
+    )
 
 
-def save(graphs: "Mapping[Engine, Graph]", job: Job) -> "Mapping[Engine, Mapping[str, Graph]]":
-    """Write graphs and their parts over one weights file to the folder of the bundle, and return the parts."""
+def save(graphs: "Mapping[Engine, Graph]", job: Job, *, with_all_logits: bool = False) -> Built:
+    """Write graphs and their parts over one weights file to the folder of the bundle.
+
+    `with_all_logits` also writes the graphs of `all_logits_graph`, if those of the model need mask positions.
+    """
     # The module and not its function, because a test replaces the function.
     from gte_deploy.exporters.graph import build as graph_module
+    from gte_deploy.exporters.graph.all_logits import all_logits_graph, needs_mask_positions
     from gte_deploy.exporters.graph.parts import parts_of
 
     with job.steps("write the graphs"):
         weights = job.folder / WEIGHTS_PATH
         weights.parent.mkdir(exist_ok=True)
-        parts: dict[Engine, Mapping[str, Graph]] = {e: parts_of(graph, job.spec) for e, graph in graphs.items()}
-        files = {GRAPH_PATHS[engine]: graph for engine, graph in graphs.items()}
-        files |= {part_path(engine, name): part for engine in parts for name, part in parts[engine].items()}
-        graph_module.save_graphs({job.folder / path: graph for path, graph in files.items()}, weights)
-    return parts
+        has_all = with_all_logits and needs_mask_positions(job.spec)
+        built = Built(
+            graphs,
+            parts={engine: parts_of(graph, job.spec) for engine, graph in graphs.items()},
+            all_logits={engine: all_logits_graph(graph) for engine, graph in graphs.items() if has_all},
+        )
+        files = {job.folder / GRAPH_PATHS[engine]: graph for engine, graph in built.all_logits.items()}
+        for engine in graphs:
+            files |= job.saved_graphs(built, engine)
+        graph_module.save_graphs(files, weights)
+    return built
+
+
+def _all_logits(built: Built, job: Job, engine: Engine) -> tuple[Path, ModelSpec] | None:
+    """The file of an engine's graph with all logits, and the spec to open it with; None if there is none."""
+    if engine not in built.all_logits:
+        return None
+    return job.folder / GRAPH_PATHS[engine], dataclasses.replace(job.spec, logits="all")
 
 
 @contextlib.contextmanager
@@ -208,9 +271,10 @@ def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
     from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16
 
     files = job.graph_files(built, "openvino")
-    opened: dict[tuple[Engine, Precision], Runs] = {
-        ("openvino", "fp32"): OpenVinoBackend(files, job.spec, precision="fp32")
-    }
+    opened: dict[tuple[Engine, Precision], Runs] = {_OPENVINO_FP32: OpenVinoBackend(files, job.spec, precision="fp32")}
+    every = _all_logits(built, job, "openvino")
+    # In FP32 alone: in bfloat16, the same operators round as they do in the graph with masked logits.
+    of_all: dict[tuple[Engine, Precision], Runs] = {} if every is None else {_OPENVINO_FP32: OpenVinoBackend(*every)}
     caveats: list[str] = []
     emulated: list[tuple[Engine, Precision]] = []
     if has_native_bf16():
@@ -227,5 +291,5 @@ def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
             caveats.append(f"The emulation had inputs of at most {LONGEST_OPTIONAL_EMULATION:,} tokens.")
     else:
         caveats = ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
-    with closing(opened):
-        yield Candidates(opened, caveats, emulated)
+    with closing(opened), closing(of_all):
+        yield Candidates(opened, caveats, emulated, of_all)

@@ -1,7 +1,7 @@
 """The target "openvino": a bundle with only OpenVINO's graph, without a second graph for ONNX Runtime."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from gte_deploy.core.spec import Engine, Precision
@@ -9,7 +9,8 @@ from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target
 from gte_deploy.exporters.targets.cpu import (
     KEPT_IN_FP32,
-    CalibrationOptions,
+    OpenVinoOptions,
+    finish_openvino,
     openvino_candidates,
     quantized_graphs,
     require_openvino,
@@ -21,6 +22,7 @@ from gte_deploy.models.description import Description
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.exporters.verification.checks import Check
 
 
 class OpenVinoTarget(Target):
@@ -31,8 +33,8 @@ class OpenVinoTarget(Target):
     title: ClassVar[str] = "only OpenVINO (--target openvino)"
     engines: ClassVar[tuple[Engine, ...]] = ("openvino",)
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8")
-    Options: ClassVar[type] = CalibrationOptions
-    options: CalibrationOptions
+    Options: ClassVar[type] = OpenVinoOptions
+    options: OpenVinoOptions
 
     def check(self, precision: Precision) -> None:
         """Check that the calibration texts can be read."""
@@ -41,20 +43,27 @@ class OpenVinoTarget(Target):
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""
+        from gte_deploy.exporters.targets.openvino_ir import check_ir
+
         require_openvino()
+        check_ir(self.options.openvino_ir, checkpoint.spec)
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Quantize the graphs if requested, and save the one of standard operators."""
         if job.precision not in KEPT_IN_FP32:
             return save_quantized(quantized_graphs(graphs, job, self.options), ["openvino"], job)
         kept: dict[Engine, Graph] = {"openvino": graphs["openvino"]}
-        return Built(kept, parts=save(kept, job))
+        return save(kept, job, with_all_logits=True)
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """OpenVINO in every precision that this CPU computes in."""
         with openvino_candidates(built, job) as opened:
             yield opened
+
+    def finish(self, job: Job) -> "Sequence[Check]":
+        """Write the model in OpenVINO's own format, if the options ask for it."""
+        return finish_openvino(job, self.options)
 
     def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open OpenVINO in FP32, the default precision."""

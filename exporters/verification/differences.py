@@ -63,6 +63,8 @@ class CaseResult:
         outputs: output's name -> difference from PyTorch on the real tokens.
         alone: output's name -> difference of the shortest row in the batch from the same row alone; ragged cases only.
         parts: output's name -> difference from PyTorch on the real tokens, computed by a part of the graph.
+        all_logits: output's name -> difference from PyTorch, computed by the graph with all logits: hidden states on
+            the real tokens, logits at the masks. Empty if there is none, or if the batch has too many tokens for it.
         finite: whether every number of every output is finite, padding included.
         masks: number of masks in the batch.
         top1: share of masks whose best token is PyTorch's; fill-mask only.
@@ -75,6 +77,7 @@ class CaseResult:
     outputs: Mapping[str, Difference]
     alone: Mapping[str, Difference]
     parts: Mapping[str, Difference]
+    all_logits: Mapping[str, Difference]
     finite: bool
     masks: int
     top1: float | None
@@ -82,12 +85,17 @@ class CaseResult:
     reference_ms: float
     candidate_ms: float
 
+    def compared(self) -> dict[str, Difference]:
+        """Return every difference from PyTorch by its name."""
+        parts = {f"{name}, by a part of the graph": found for name, found in self.parts.items()}
+        all_logits = {f"{name}, by the graph with all logits": found for name, found in self.all_logits.items()}
+        return {**self.outputs, **parts, **all_logits}
+
     def differences(self) -> list[tuple[str, Difference]]:
         """Return every difference of the case with its name."""
         return [
-            *self.outputs.items(),
+            *self.compared().items(),
             *((f"{name}, row alone", found) for name, found in self.alone.items()),
-            *((f"{name}, by a part of the graph", found) for name, found in self.parts.items()),
         ]
 
     def within(self, tolerance: Tolerance) -> bool:
@@ -216,14 +224,15 @@ class CaseRun:
     outputs: Mapping[str, Deviation]
     alone: Mapping[str, Deviation]
     parts: Mapping[str, Deviation]
+    all_logits: Mapping[str, Deviation]
 
     def over(self, scale_of: Mapping[str, NDArray[np.float64]]) -> CaseResult:
         """Return the result for outputs whose components are of size `scale_of`."""
-        outputs, alone, parts = (
+        outputs, alone, parts, all_logits = (
             {name: found.over(scale_of[name]) for name, found in side.items()}
-            for side in (self.outputs, self.alone, self.parts)
+            for side in (self.outputs, self.alone, self.parts, self.all_logits)
         )
-        return dataclasses.replace(self.result, outputs=outputs, alone=alone, parts=parts)
+        return dataclasses.replace(self.result, outputs=outputs, alone=alone, parts=parts, all_logits=all_logits)
 
 
 class CaseComparison:
@@ -253,9 +262,18 @@ class CaseComparison:
         return expected
 
     def candidate(
-        self, side: Runs, case: Case, batch: Batch, expected: TimedOutputs, parts: Sequence[Sequence[str]] = ()
+        self,
+        side: Runs,
+        case: Case,
+        batch: Batch,
+        expected: TimedOutputs,
+        parts: Sequence[Sequence[str]] = (),
+        all_logits: Runs | None = None,
     ) -> CaseRun:
-        """Run a candidate, and the parts of its graph (see `Comparison`); compare the outputs with the reference's."""
+        """Run a candidate, the parts of its graph (see `Comparison`), and its graph with all logits, if there is one.
+
+        Compare the outputs with the reference's.
+        """
         found = self._run(side, batch)
         alone = self._alone(side, found.outputs, batch) if case.ragged else {}
         whole = {name: found.outputs[name] for name in self._outputs}
@@ -263,27 +281,29 @@ class CaseComparison:
         for names in parts:
             outputs = side.run(batch, names)
             by_parts |= {name: outputs[name] for name in names}
+        by_all = {} if all_logits is None else _at_masks(all_logits.run(batch, self._outputs), batch)
         top1, top5 = _agreement(expected.outputs, found.outputs, batch, self._spec)
         result = CaseResult(
             case=case,
             outputs={},
             alone={},
             parts={},
-            finite=all(bool(np.isfinite(values).all()) for values in (*whole.values(), *by_parts.values())),
+            all_logits={},
+            finite=all(np.isfinite(values).all() for side in (whole, by_parts, by_all) for values in side.values()),
             masks=0 if batch.mask_positions is None else len(batch.mask_positions),
             top1=top1,
             top5=top5,
             reference_ms=expected.milliseconds,
             candidate_ms=found.milliseconds,
         )
-        compared, of_parts = (
+        compared, of_parts, of_all = (
             {
                 name: self._deviation(name, _real(expected.outputs[name], batch), _real(values, batch))
                 for name, values in computed.items()
             }
-            for computed in (whole, by_parts)
+            for computed in (whole, by_parts, by_all)
         )
-        return CaseRun(result, compared, alone, of_parts)
+        return CaseRun(result, compared, alone, of_parts, of_all)
 
     def _run(self, side: Runs, batch: Batch) -> TimedOutputs:
         started = time.perf_counter()
@@ -297,6 +317,13 @@ class CaseComparison:
 
     def _deviation(self, name: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Deviation:
         return deviation(reference, candidate, labels=name in self.scales.labels)
+
+
+def _at_masks(found: Outputs, batch: Batch) -> dict[str, NDArray[np.float32]]:
+    """Return the outputs with the logits of masked tokens alone, [B, S, V] -> [M, V]."""
+    assert batch.mask_positions is not None  # only fill-mask has logits of all tokens
+    rows, tokens = batch.mask_positions.T
+    return {name: values[rows, tokens] if name == "logits" else values for name, values in found.items()}
 
 
 def _of_last_row(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:

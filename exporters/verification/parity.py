@@ -26,6 +26,9 @@ _ROUNDING_CAP = 1e-3
 # Tokens. Longer inputs would take an emulation more than a fifth of the time of an export; a bundle that needs the
 # emulation's verdict waits for it.
 LONGEST_OPTIONAL_EMULATION = 2048
+# Tokens of a batch. Its 30,528 logits for each token take 62 MB; a longer batch takes other paths in no operator behind
+# the hidden states, and the graph with masked logits shares everything before them.
+_MOST_TOKENS_OF_ALL_LOGITS = 512
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def check_parity(
     *,
     emulated: Collection[tuple[Engine, Precision]] = (),
     caveats: Sequence[str] = (),
+    all_logits: Mapping[tuple[Engine, Precision], Runs] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
     """Run the reference and every candidate over the cases and compare the named outputs.
@@ -71,6 +75,7 @@ def check_parity(
         asked: the inputs of the comparison.
         emulated: the candidates that emulate their engine.
         caveats: one sentence for each thing that is not compared; they become part of the report.
+        all_logits: candidate -> the backend of its graph with all logits, for those that have one.
         progress: called with one line for every case.
 
     Raises:
@@ -93,7 +98,9 @@ def check_parity(
             if key in emulated and _is_optional(*key, precision) and case.length > LONGEST_OPTIONAL_EMULATION:
                 continue
             parts = () if key in emulated else asked.parts  # an emulation has the whole graph alone
-            runs[key].append(comparison.candidate(candidate, case, batch, expected, parts))
+            is_short = case.length * case.batch <= _MOST_TOKENS_OF_ALL_LOGITS
+            every = (all_logits or {}).get(key) if is_short else None
+            runs[key].append(comparison.candidate(candidate, case, batch, expected, parts, every))
     terms = reference.terms if isinstance(reference, TorchReference) else {}
     scale_of = {name: comparison.scales.of(name, terms.get(name)) for name in outputs}
     _require_finite(scale_of)

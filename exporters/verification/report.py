@@ -20,7 +20,7 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import Engine, ModelSpec
 from gte_deploy.exporters.verification.checks import Check
-from gte_deploy.exporters.verification.differences import CaseResult
+from gte_deploy.exporters.verification.differences import CaseResult, Difference
 from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 
 FORMAT = "gte-deploy-parity-report"
@@ -101,8 +101,11 @@ def verdict(engine: EngineParity) -> str:
 
 
 def _parts_compared(engine: EngineParity) -> str:
-    names = list(engine.cases[0].parts)
-    return f" of the whole graph and of the part for {' and '.join(names)}" if names else ""
+    first = engine.cases[0]
+    graphs = ["the whole graph"]
+    graphs += [f"the part for {' and '.join(first.parts)}"] if first.parts else []
+    graphs += ["the graph for all logits"] if first.all_logits else []
+    return f" of {', '.join(graphs[:-1])} and of {graphs[-1]}" if graphs[1:] else ""
 
 
 def check_line(check: Check) -> str:
@@ -168,8 +171,8 @@ def _graph_facts(graph: Mapping[str, Any]) -> str:
 
 
 def _describe_graph(graph: GraphEntry) -> dict[str, Any]:
-    """Describe a graph and its parts, all of which were compared with PyTorch."""
-    files = {each.path: [output.name for output in each.outputs] for each in graph.with_parts}
+    """Describe the files of a graph, all of which were compared with PyTorch."""
+    files = {each.path: [output.name for output in each.outputs] for each in graph.files}
     return {"opset": graph.opset, "fusions": dict(graph.fusions), "compared": files}
 
 
@@ -217,20 +220,25 @@ def _columns(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]
     outputs = list(results[0].outputs)
     agreement = ["top-1", "top-5"] if results[0].top1 is not None else []
     by_part = ["by a part"] if results[0].parts else []
-    header = ["length", "batch", "padding", *outputs, *by_part, "relative", "row alone", "cosine", *agreement]
+    by_all = ["by all logits"] if results[0].all_logits else []
+    header = ["length", "batch", "padding", *outputs, *by_part, *by_all, "relative", "row alone", "cosine", *agreement]
     rows = []
     for result in results:
         alone = max((found.max_abs for found in result.alone.values()), default=None)
         cosine = min(found.cosine_min for _, found in result.differences())
         row = [f"{result.case.length:,}", str(result.case.batch), "ragged" if result.case.ragged else "none"]
         row += [f"{result.outputs[name].max_abs:.1e}" for name in outputs]
-        row += [f"{max(found.max_abs for found in result.parts.values()):.1e}" for _ in by_part]
-        compared = (*result.outputs.values(), *result.parts.values())
-        row.append(f"{max(found.max_rel for found in compared):.1e}")
+        row += [_largest_of(result.parts) for _ in by_part]
+        row += [_largest_of(result.all_logits) for _ in by_all]
+        row.append(f"{max(found.max_rel for found in result.compared().values()):.1e}")
         row += ["" if alone is None else f"{alone:.1e}", f"{cosine:.7f}"]
         row += [f"{share:.0%}" for share in (result.top1, result.top5) if share is not None]
         rows.append([*row, f"{result.reference_ms:,.1f}", f"{result.candidate_ms:,.1f}"])
     return [*header, "torch ms", "ms"], rows
+
+
+def _largest_of(found: Mapping[str, Difference]) -> str:
+    return f"{max(each.max_abs for each in found.values()):.1e}" if found else ""
 
 
 def _html_table(engine: EngineParity) -> str:
@@ -253,8 +261,7 @@ def _plot_error(axes: Axes, parity: ParityReport) -> None:
     for engine, color in zip(parity.engines, _COLORS, strict=False):
         lengths = [result.case.length for result in engine.cases]
         errors = [
-            max(_LOWEST_SHOWN, *(found.max_rel for found in (*result.outputs.values(), *result.parts.values())))
-            for result in engine.cases
+            max(_LOWEST_SHOWN, *(found.max_rel for found in result.compared().values())) for result in engine.cases
         ]
         axes.scatter(lengths, errors, s=26, color=color, alpha=0.75, linewidths=0, label=engine.title)
         if engine.tolerance.max_rel is not None:

@@ -83,10 +83,11 @@ class EngineParity:
     @property
     def cosine_mean(self) -> float:
         """The mean cosine over the cases of the output where it is lowest; NaN if any is."""
-        means = [
-            [found.cosine_mean for found in (*result.outputs.values(), *result.parts.values())] for result in self.cases
-        ]
-        return float(np.min(np.mean(means, axis=0)))
+        found: dict[str, list[float]] = {}
+        for result in self.cases:
+            for name, difference in result.compared().items():
+                found.setdefault(name, []).append(difference.cosine_mean)
+        return float(np.min([np.mean(cosines) for cosines in found.values()]))
 
     @property
     def top1(self) -> float | None:

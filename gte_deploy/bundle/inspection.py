@@ -51,7 +51,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a graph has an operator of another domain, an EPContext node, or data outside the manifest.
     """
-    for graph in (graph for entry in manifest.graphs.values() for graph in entry.with_parts):
+    for graph in (graph for entry in manifest.graphs.values() for graph in entry.files):
         contents = inspect_onnx(folder / graph.path)
         for domain, operator in sorted(contents.operators):
             known = domain in _ALLOWED_DOMAINS or (domain, operator) in _ALLOWED_OPERATORS

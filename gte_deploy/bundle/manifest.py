@@ -46,7 +46,8 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "gte-deploy-bundle"
 FORMAT_VERSION = 4
 # Version 1 had no token types, Dense modules, activations and sparse embeddings, and version 2 had no parts of graphs.
-# Up to version 3, the weights were in model.onnx.data, and the hidden states were the first output of every graph.
+# Up to version 3, the weights were in model.onnx.data, the hidden states were the first output of every graph, and
+# fill-mask had no graph with all logits.
 # Their fields still mean the same.
 _READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
@@ -90,6 +91,8 @@ class GraphEntry:
         computes: the precisions that the export verified; the engine may compute in others on request.
         emulated: those of `computes` that were verified by an emulation, because the exporting machine lacks them.
         parts: smaller graphs, which the engine runs for calls that need no other outputs.
+        all_logits: for fill-mask, the graph that other libraries open: without `mask_positions`, and with the logits of
+            every token. The runtime never opens it. None if the graph itself is such a graph, and for other tasks.
     """
 
     path: str
@@ -100,11 +103,17 @@ class GraphEntry:
     computes: tuple[ComputePrecision, ...] = ("fp32",)
     emulated: tuple[ComputePrecision, ...] = ()
     parts: tuple[GraphPart, ...] = ()
+    all_logits: GraphPart | None = None
 
     @property
     def with_parts(self) -> "tuple[GraphEntry | GraphPart, ...]":
         """The whole graph, and then its parts."""
         return (self, *self.parts)
+
+    @property
+    def files(self) -> "tuple[GraphEntry | GraphPart, ...]":
+        """Everything that is a file: the whole graph, its parts, and the graph for other libraries."""
+        return self.with_parts if self.all_logits is None else (*self.with_parts, self.all_logits)
 
 
 @dataclass(frozen=True)
@@ -356,12 +365,18 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
         fusions={str(name): int(count) for name, count in data["fusions"].items()},
         computes=computes,
         emulated=emulated,
-        # Older bundles have no parts.
+        # Older bundles have neither of these.
         parts=tuple(_part_from_json(part, files) for part in data.get("parts", [])),
+        all_logits=None if data.get("all_logits") is None else _part_from_json(data["all_logits"], files),
     )
     for part in entry.parts:
         if _names(part.inputs) != _names(entry.inputs) or not set() < _names(part.outputs) < _names(entry.outputs):
             raise ValueError(f"{part.path} must have the inputs and some of the outputs of {entry.path}")
+    if (other := entry.all_logits) is not None and (
+        _names(other.inputs) != _names(entry.inputs) - {"mask_positions"}
+        or _names(other.outputs) != _names(entry.outputs)
+    ):
+        raise ValueError(f"{other.path} must have the inputs but mask_positions, and the outputs of {entry.path}")
     return entry
 
 

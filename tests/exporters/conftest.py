@@ -30,7 +30,10 @@ def trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`spoil(engine, change, part)`: let this engine's graph, or a part, be saved with its largest weight changed."""
+    """`spoil(engine, change, part)`: let this engine's graph, or a part, be saved with its largest weight changed.
+
+    The part "all_logits" is the graph for other libraries.
+    """
     onnx = pytest.importorskip("onnx")
     from gte_deploy.exporters.graph import build as graph
     from gte_deploy.exporters.job import GRAPH_PATHS, part_path
@@ -40,7 +43,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def spoil_graph(engine: Any, change: Callable[[Any], Any], part: str | None = None) -> None:
         def save_wrong(graphs: Any, data: Path) -> Any:
             files = save(graphs, data)
-            path = data.parent / Path(GRAPH_PATHS[engine] if part is None else part_path(engine, part)).name
+            whole = part_path(engine, "masked")
+            names = {None: whole if data.parent / Path(whole).name in graphs else GRAPH_PATHS[engine]}
+            names["all_logits"] = GRAPH_PATHS[engine]
+            path = data.parent / Path(names.get(part) or part_path(engine, part)).name
             model = onnx.load(path)
             weight = max(model.graph.initializer, key=lambda tensor: tensor.ByteSize())
             values = onnx.numpy_helper.to_array(weight)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("openvino")
 
+import gte_deploy  # noqa: E402
 from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
@@ -23,6 +24,7 @@ from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ExportError, InputError  # noqa: E402
 from gte_deploy.core.exit_codes import FAILURE  # noqa: E402
 from gte_deploy.core.files import sha256_file  # noqa: E402
+from gte_deploy.core.spec import TensorSpec  # noqa: E402
 from gte_deploy.exporters.cli import main  # noqa: E402
 from gte_deploy.exporters.export import default_output, export  # noqa: E402
 from gte_deploy.exporters.verification.report import format_table  # noqa: E402
@@ -98,7 +100,7 @@ def test_the_bundle_is_whole_and_says_what_it_is(exported, task):
         if task == "fill-mask":  # and this checkpoint has two token types
             names += ["mask_positions", "token_type_ids"]
         assert [tensor.name for tensor in graph.inputs] == names
-        for file in (graph, *graph.parts):
+        for file in graph.files:
             assert inspect_onnx(bundle / file.path).external_files == {"model.onnx_data"}
         answers = [{output.name: output.shape for output in part.outputs} for part in graph.parts]
         assert answers == (
@@ -206,8 +208,7 @@ def test_the_report(exported, task):
         assert {1, 2, 17, result.manifest.spec.max_length} <= {case["length"] for case in engine["cases"]}
         assert (engine["cases"][0]["top1"] is not None) == (engine["top1"] is not None) == (task == "fill-mask")
     names = {
-        graph.path: [output.name for output in graph.outputs]
-        for graph in (result.manifest.graphs["onnxruntime"], *result.manifest.graphs["onnxruntime"].parts)
+        graph.path: [output.name for output in graph.outputs] for graph in result.manifest.graphs["onnxruntime"].files
     }
     assert report["graphs"]["onnxruntime"]["compared"] == names
     for engine in engines:
@@ -219,6 +220,33 @@ def test_the_report(exported, task):
     assert page.count("<tr") == sum(1 + len(engine["cases"]) for engine in engines)
     for remote in ("<script", "<link", "<img", "src=", "@import", "url(http"):
         assert remote not in page, "one page, nothing fetched"
+
+
+def test_other_libraries_get_a_fill_mask_graph_that_the_runtime_never_opens(exported, monkeypatch):
+    bundle, result = exported["fill-mask"]
+    opened, open_graph = [], OnnxBackend._open
+    monkeypatch.setattr(OnnxBackend, "_open", lambda backend, path: opened.append(path) or open_graph(backend, path))
+    for engine, name in (("onnxruntime", "model"), ("openvino", "model_openvino")):
+        graph = result.manifest.graphs[engine]
+        assert (graph.path, graph.all_logits.path) == (f"onnx/{name}_masked.onnx", f"onnx/{name}.onnx")
+        assert [tensor.name for tensor in graph.all_logits.inputs] == ["input_ids", "attention_mask", "token_type_ids"]
+        assert graph.all_logits.outputs[0] == TensorSpec("logits", "float32", ("batch", "sequence", 256))
+    with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
+        model.fill_mask("w20 [MASK] w30")
+        model.encode("w20", output_value="token_embeddings")
+    assert {path.name for path in opened} == {"model_answer.onnx", "model_masked.onnx"}
+    report = read(bundle / "report.json")
+    for engine in report["parity"]["engines"]:
+        compared = [set(case["all_logits"]) for case in engine["cases"] if case["length"] * case["batch"] <= 512]
+        assert all(names == ({HIDDEN, "logits"} if engine["compute"] == "fp32" else set()) for names in compared)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_wrong_graph_with_all_logits_is_not_exported(trace_once, spoil, small, tmp_path, engine):
+    spoil(engine, lambda weight: weight * 1.01, "all_logits")
+    with pytest.raises(BoundMissedError, match="by the graph with all logits") as error:
+        export(small, tmp_path / "out", max_length=LENGTH)
+    assert {found.engine for found in error.value.report.engines if not found.passed} == {engine}
 
 
 def test_logits_of_every_token(small, tmp_path):
@@ -328,7 +356,7 @@ def test_without_openvino_there_is_no_graph_for_it_and_the_report_says_so(trace_
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     result = export(small, tmp_path / "out", max_length=LENGTH)
     assert set(result.manifest.graphs) == {"onnxruntime"} and "openvino" not in result.manifest.versions
-    assert {"onnx/model.onnx", "onnx/model_answer.onnx", "onnx/model.onnx_data"} == {
+    assert {"onnx/model.onnx", "onnx/model_masked.onnx", "onnx/model_answer.onnx", "onnx/model.onnx_data"} == {
         name for name in result.manifest.files if name.startswith("onnx")
     }
     (sentence,) = result.parity.caveats

@@ -1,6 +1,7 @@
 """The target "cuda": one graph for ONNX Runtime's CUDA provider, built by the module `graph`."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -79,7 +80,7 @@ class CudaTarget(Target):
                 removes_padding=self.removes_padding(job.precision) and has_padding_free(job.checkpoint),
             )
         made: dict[Engine, Graph] = {"onnxruntime": graph}
-        return Built(made, made_for="cuda", parts=save(made, job))
+        return dataclasses.replace(save(made, job), made_for="cuda")
 
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:

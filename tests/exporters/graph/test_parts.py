@@ -27,6 +27,7 @@ from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.core.spec import ModelSpec, SparseSpec  # noqa: E402
+from gte_deploy.exporters.graph.all_logits import all_logits_graph  # noqa: E402
 from gte_deploy.exporters.graph.build import Graph, build_graphs, graph_of, save_graphs  # noqa: E402
 from gte_deploy.exporters.graph.parts import parts_of  # noqa: E402
 from gte_deploy.exporters.quantization.calibration import measure_amax, measure_ranges  # noqa: E402
@@ -345,6 +346,19 @@ def test_parts_of_each_task(model_of, traced):
         (dataclasses.replace(mlm, task="sparse", sparse=SparseSpec("splade")), ["hidden"]),
     ):
         assert list(parts_of(graph, spec)) == names
+
+
+@pytest.mark.parametrize("form", ["plain", "fused", *QUANTIZED])
+def test_the_graph_with_all_logits_gives_those_of_the_masks(whole_of, form):
+    """Graphs of every CPU and precision; `test_all_logits` compares every token with transformers."""
+    batch = batch_of("mlm", lengths=(9,))
+    batch = dataclasses.replace(batch, mask_positions=np.argwhere(batch.attention_mask == 1))  # the same rows
+    whole = whole_of("mlm", form)
+    graph = all_logits_graph(whole)
+    found = opened(graph, form).run(["logits", "last_hidden_state"], feeds_of(graph, batch))
+    expected = opened(whole, form).run(["logits", "last_hidden_state"], feeds_of(whole, batch))
+    np.testing.assert_allclose(found[0][0], expected[0], atol=SAME[form] * np.abs(expected[0]).max())
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
 def test_hidden_states_alone(model_of):

@@ -293,6 +293,47 @@ def test_a_bundle_of_version_2_without_parts_answers_the_same(task, engine, path
             np.testing.assert_allclose(found[:, :3], expected[:, :3], atol=1e-5)
 
 
+def test_a_bundle_in_the_layout_of_version_3_answers_the_same(engine, path_of, tmp_path):
+    """The weights had another name, the hidden states came first, and fill-mask had one whole graph."""
+    onnx = pytest.importorskip("onnx")
+
+    def old_graph(path):
+        model = onnx.load(path, load_external_data=False)
+        outputs = sorted(model.graph.output, key=lambda output: output.name != HIDDEN)
+        del model.graph.output[:]
+        model.graph.output.extend(outputs)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = entry.value.replace("onnx_data", "onnx.data")
+        return model.SerializeToString()
+
+    def as_version_3(data):
+        data["format_version"] = 3
+        folder = tmp_path / "old"
+        for graph in data["graphs"].values():
+            (folder / graph.pop("all_logits")["path"]).unlink()
+            graph["outputs"].reverse()
+            for file in (graph, *graph["parts"]):
+                content = old_graph(folder / file["path"])
+                (folder / file["path"]).unlink()
+                del data["files"][file["path"]]
+                file["path"] = file["path"].replace("_masked", "")
+                (folder / file["path"]).write_bytes(content)
+                entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                data["files"][file["path"]] = entry
+        (folder / "onnx/model.onnx_data").rename(folder / "onnx/model.onnx.data")
+        data["files"]["onnx/model.onnx.data"] = data["files"].pop("onnx/model.onnx_data")
+
+    old = rewritten(path_of("fill-mask"), tmp_path / "old", as_version_3)
+    models = [gte_deploy.load(path, backend=engine, num_threads=1) for path in (path_of("fill-mask"), old)]
+    with models[0] as new, models[1] as former:
+        assert former._backend.outputs == (HIDDEN, "logits") == new._backend.outputs[::-1]
+        assert former.fill_mask("w20 [MASK] w30") == new.fill_mask("w20 [MASK] w30")
+        for name in (HIDDEN, "logits"):
+            found, expected = (model._backend.run(batch_of(ROWS), [name])[name] for model in (former, new))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_a_part_that_is_missing_or_altered_is_refused(path_of, tmp_path):
     target = tmp_path / "bundle"
     shutil.copytree(path_of("embed"), target)

@@ -398,16 +398,16 @@ def test_without_onnxruntime_the_extra_is_named(tmp_path, monkeypatch, device, e
 def rewritten(bundle, target, change):
     """A copy of a bundle with another graph, and a manifest that is true to it."""
     shutil.copytree(bundle, target)
-    path = target / "onnx" / "model.onnx"
+    manifest = read_manifest(target)
+    graph = dataclasses.replace(manifest.graphs["onnxruntime"], parts=(), all_logits=None)
+    path = target / graph.path
     model = onnx.load(path)
     change(model)
     for file in (target / "onnx").iterdir():
         file.unlink()
     onnx.save(model, path)
-    manifest = read_manifest(target)
     files = {name: entry for name, entry in manifest.files.items() if not name.startswith("onnx/")}
-    files["onnx/model.onnx"] = FileEntry(path.stat().st_size, sha256_file(path))
-    graph = dataclasses.replace(manifest.graphs["onnxruntime"], parts=())
+    files[graph.path] = FileEntry(path.stat().st_size, sha256_file(path))
     changed = dataclasses.replace(manifest, files=files, graphs={"onnxruntime": graph})
     (target / "manifest.json").write_text(json.dumps(changed.to_json()))
     return target

@@ -65,6 +65,7 @@ MANIFEST = {
                     "outputs": [{"name": "logits", "dtype": "float32", "shape": ["num_masks", 256]}],
                 }
             ],
+            "all_logits": None,
         },
     },
     "files": {
@@ -253,6 +254,9 @@ def change(path: str, value):
         ("graphs/onnxruntime/parts", [{**PART, "outputs": []}], "some of the outputs of onnx/model.onnx"),
         ("graphs/onnxruntime/parts", [{**PART, "outputs": WHOLE["outputs"]}], "some of the outputs"),
         ("graphs/onnxruntime/parts", [{**PART, "outputs": PART["inputs"]}], "some of the outputs"),
+        ("graphs/onnxruntime/all_logits", {**PART, "path": "elsewhere.onnx"}, "elsewhere.onnx"),
+        ("graphs/onnxruntime/all_logits", PART, "the inputs but mask_positions, and the outputs of onnx/model.onnx"),
+        ("graphs/onnxruntime/all_logits", {**PART, **WHOLE, "inputs": []}, "the inputs but mask_positions"),
         ("graphs/onnxruntime/inputs", 3, "malformed"),
         ("graphs/onnxruntime/computes", ["fp64"], "fp64"),
         ("missed_bounds", "one", "missed_bounds"),

@@ -1,0 +1,118 @@
+"""Writes a model in OpenVINO's own format (IR) beside the graphs of a bundle, for libraries that open nothing else.
+
+optimum-intel, sentence-transformers with backend="openvino" and OpenVINO GenAI look for openvino_model.xml. GenAI takes
+a model with a single output and pools it by itself; the other two read an output by its name. So the IR has only the
+first output of the graph, which they all take: hidden states for embeddings, logits for the other tasks. GenAI also
+needs the tokenizer as an OpenVINO model. The .bin file is a second copy of the weights, so an IR is written on request.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.quiet import import_openvino
+from gte_deploy.core.spec import ModelSpec
+from gte_deploy.exporters.job import GRAPH_PATHS, Job
+from gte_deploy.exporters.verification.checks import Check
+
+OpenVinoIr = Literal["model", "genai"]
+
+IR_PATH = "openvino/openvino_model.xml"
+"""Path of the model in a bundle; its weights lie beside it in a .bin file."""
+TOKENIZER_PATH = "openvino/openvino_tokenizer.xml"
+"""Path of the tokenizer as an OpenVINO model."""
+
+# The same engine runs the same operators, only without those behind other outputs.
+_MAX_RELATIVE = 1e-5
+_CASES = ((1, 1), (17, 3), (128, 2))
+_NUM_TEXTS = 100
+
+
+def check_ir(kind: OpenVinoIr | None, spec: ModelSpec) -> None:
+    """Refuse an IR that no library could use, or that this environment cannot make.
+
+    Raises:
+        InputError: the task is sparse.
+        MissingDependencyError: openvino, or for "genai" openvino-tokenizers, is not installed.
+    """
+    if kind is None:
+        return
+    if spec.task == "sparse":
+        raise InputError(
+            "openvino_ir is not for task sparse: no library opens a pooled sparse model in this format. SparseEncoder "
+            "pools the logits of the masked-LM head by itself: export with --task fill-mask"
+        )
+    for module, extra in (("openvino", "openvino"), *([("openvino_tokenizers", "genai")] if kind == "genai" else [])):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, extra)
+
+
+def write_ir(job: Job, kind: OpenVinoIr) -> Check:
+    """Write the IR, for "genai" also the tokenizer, and compare both with what they were made from.
+
+    Args:
+        job: the export; its folder has OpenVINO's graphs and the tokenizer's files.
+        kind: what to write.
+    """
+    openvino = import_openvino()
+    graph, file = job.folder / GRAPH_PATHS["openvino"], job.folder / IR_PATH
+    file.parent.mkdir()
+    model = openvino.Core().read_model(graph)
+    openvino.save_model(openvino.Model([model.outputs[0]], model.get_parameters()), file, compress_to_fp16=False)
+    failures = list(_differences(job, model.outputs[0].any_name))
+    compared: dict[str, Any] = {"output": model.outputs[0].any_name, "batches": len(_CASES)}
+    if kind == "genai":
+        texts = _write_tokenizer(job)
+        failures += texts
+        compared["texts tokenised"] = _NUM_TEXTS
+    return Check("openvino ir", failures=tuple(failures), compared=compared)
+
+
+def _differences(job: Job, output: str) -> Iterator[str]:
+    """Yield one sentence for each batch on which the IR and the ONNX graph give different numbers."""
+    from gte_deploy.backends.openvino import OpenVinoBackend
+    from gte_deploy.exporters.verification.cases import Case, TokenSource, make_batch
+    from gte_deploy.exporters.verification.differences import compare
+
+    spec = dataclasses.replace(job.spec, logits="all") if job.spec.task == "fill-mask" else job.spec
+    onnx, ir = (OpenVinoBackend(job.folder / path, spec) for path in (GRAPH_PATHS["openvino"], IR_PATH))
+    tokens, rng = TokenSource.from_tokenizer(job.tokenizer), np.random.default_rng(0)
+    for length, rows in _CASES:
+        case = Case(min(length, spec.max_length), rows, ragged=rows > 1)
+        batch = make_batch(case, spec, tokens, rng, text_first=True)
+        expected, found = (backend.run(batch, [output])[output] for backend in (onnx, ir))
+        relative = compare(expected, found).max_rel
+        if not relative <= _MAX_RELATIVE:
+            yield f"{output} of a batch [{rows}, {case.length}] differs by {relative:.1e} from the ONNX graph"
+    onnx.close()
+    ir.close()
+
+
+def _write_tokenizer(job: Job) -> list[str]:
+    """Write the bundle's tokenizer as an OpenVINO model; return a sentence for each text with other token ids."""
+    openvino = import_openvino()
+    import openvino_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from gte_deploy.exporters.verification.texts import builtin_texts
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(job.folder), local_files_only=True)
+    limit = job.spec.max_length
+    # By default it would not truncate; GenAI passes no limit unless its user does.
+    converted = openvino_tokenizers.convert_tokenizer(theirs, max_length=limit, truncation=True)
+    openvino.save_model(converted, job.folder / TOKENIZER_PATH)
+    compiled = openvino.compile_model(job.folder / TOKENIZER_PATH, "CPU")
+    texts = [*builtin_texts("evaluation")[: _NUM_TEXTS - 1], "a " * limit]
+    found = compiled(texts)
+    failures = []
+    for i, (text, wanted) in enumerate(
+        zip(texts, job.tokenizer.encode_texts(texts, max_length=limit, truncation=True), strict=True)
+    ):
+        ids = found["input_ids"][i][found["attention_mask"][i] == 1].tolist()
+        if ids != list(wanted):
+            failures.append(f"the tokenizer gives other token ids for {text[:40]!r}")
+    return failures[:3]
