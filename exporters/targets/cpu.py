@@ -6,13 +6,14 @@ import importlib.util
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
+from gte_deploy.exporters.targets.openvino_ir import OpenVinoIr, check_ir, write_ir
 from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.quantization.int8 import Activations
     from gte_deploy.exporters.quantization.recipes import Quantized
-    from gte_deploy.exporters.targets.openvino_ir import OpenVinoIr
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
 
@@ -74,11 +74,11 @@ class OpenVinoOptions(CalibrationOptions):
             optimum-intel and sentence-transformers open; "genai" the tokenizer too, for OpenVINO GenAI.
     """
 
-    openvino_ir: "OpenVinoIr | None" = option(
+    openvino_ir: OpenVinoIr | None = option(
         None,
         "also write OpenVINO's own format: 'model' for optimum-intel and sentence-transformers, 'genai' with the "
         "tokenizer for OpenVINO GenAI; it stores the weights a second time",
-        choices=("model", "genai"),
+        choices=get_args(OpenVinoIr),
         precisions=("fp32", "bf16", "int8"),
     )
 
@@ -121,8 +121,6 @@ class CpuTarget(Target):
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino for bf16, which no other engine computes in on a CPU, and for its own format."""
-        from gte_deploy.exporters.targets.openvino_ir import check_ir
-
         check_ir(self.options.openvino_ir, checkpoint.spec)
         if precision == "bf16":
             require_openvino()
@@ -159,23 +157,13 @@ class CpuTarget(Target):
 
     def finish(self, job: Job) -> "Sequence[Check]":
         """Write the model in OpenVINO's own format, if the options ask for it."""
-        return finish_openvino(job, self.options)
+        return write_ir(job, self.options.openvino_ir)
 
     def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open ONNX Runtime, the default engine."""
         from gte_deploy.backends.onnxruntime import OnnxBackend
 
         return OnnxBackend(job.graph_files(built, "onnxruntime"), job.spec)
-
-
-def finish_openvino(job: Job, options: OpenVinoOptions) -> "Sequence[Check]":
-    """Write the model in OpenVINO's own format, if the options ask for it."""
-    from gte_deploy.exporters.targets.openvino_ir import write_ir
-
-    if options.openvino_ir is None:
-        return ()
-    with job.steps("write OpenVINO's own format"):
-        return (write_ir(job, options.openvino_ir),)
 
 
 def require_openvino() -> None:

@@ -10,13 +10,13 @@ from gte_deploy.exporters.targets.base import Candidates, Target
 from gte_deploy.exporters.targets.cpu import (
     KEPT_IN_FP32,
     OpenVinoOptions,
-    finish_openvino,
     openvino_candidates,
     quantized_graphs,
     require_openvino,
     save,
     save_quantized,
 )
+from gte_deploy.exporters.targets.openvino_ir import check_ir, write_ir
 from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ class OpenVinoTarget(Target):
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""
-        from gte_deploy.exporters.targets.openvino_ir import check_ir
-
         require_openvino()
         check_ir(self.options.openvino_ir, checkpoint.spec)
 
@@ -63,7 +61,7 @@ class OpenVinoTarget(Target):
 
     def finish(self, job: Job) -> "Sequence[Check]":
         """Write the model in OpenVINO's own format, if the options ask for it."""
-        return finish_openvino(job, self.options)
+        return write_ir(job, self.options.openvino_ir)
 
     def open_engine(self, built: Built, job: Job) -> "Backend":
         """Open OpenVINO in FP32, the default precision."""

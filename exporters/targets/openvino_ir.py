@@ -51,23 +51,30 @@ def check_ir(kind: OpenVinoIr | None, spec: ModelSpec) -> None:
             raise MissingDependencyError(module, extra)
 
 
-def write_ir(job: Job, kind: OpenVinoIr) -> Check:
+def write_ir(job: Job, kind: OpenVinoIr | None) -> tuple[Check, ...]:
     """Write the IR, for "genai" also the tokenizer, and compare both with what they were made from.
 
     Args:
         job: the export; its folder has OpenVINO's graphs and the tokenizer's files.
-        kind: what to write.
+        kind: what to write; None for nothing.
     """
+    if kind is None:
+        return ()
+    with job.steps("write OpenVINO's own format"):
+        return (_write(job, kind),)
+
+
+def _write(job: Job, kind: OpenVinoIr) -> Check:
     openvino = import_openvino()
     graph, file = job.folder / GRAPH_PATHS["openvino"], job.folder / IR_PATH
     file.parent.mkdir()
     model = openvino.Core().read_model(graph)
     openvino.save_model(openvino.Model([model.outputs[0]], model.get_parameters()), file, compress_to_fp16=False)
-    failures = list(_differences(job, model.outputs[0].any_name))
-    compared: dict[str, Any] = {"output": model.outputs[0].any_name, "batches": len(_CASES)}
+    output = model.outputs[0].any_name
+    failures = list(_differences(job, output))
+    compared: dict[str, Any] = {"output": output, "batches": len(_CASES)}
     if kind == "genai":
-        texts = _write_tokenizer(job)
-        failures += texts
+        failures += _write_tokenizer(job)
         compared["texts tokenised"] = _NUM_TEXTS
     return Check("openvino ir", failures=tuple(failures), compared=compared)
 

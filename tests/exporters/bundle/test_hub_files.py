@@ -100,7 +100,12 @@ def test_the_files_of_the_bundle_say_what_it_does(bundle, checkpoint, theirs):
     from transformers import AutoTokenizer
 
     assert read(bundle / "tokenizer_config.json")["model_max_length"] == 24
-    assert read(bundle / "config.json")["max_position_embeddings"] == 24
+    assert len(AutoTokenizer.from_pretrained(bundle)("w20 " * 50, truncation=True)["input_ids"]) == 24
+    config = read(bundle / "config.json")
+    assert config["max_position_embeddings"] == 24
+    # A browser fetches the weights of a graph only under its name and "_data", and only if the config names the graph.
+    (graph,) = config["transformers.js_config"]["use_external_data_format"]
+    assert (bundle / "onnx" / graph).is_file() and (bundle / "onnx" / f"{graph}_data").is_file()
     assert read(bundle / "config_sentence_transformers.json")["similarity_fn_name"] == "dot"
     # The library reads the same of the bundle as of the checkpoint, given weights of the kind that it loads.
     whole = bundle.with_name("whole")
