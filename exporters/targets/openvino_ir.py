@@ -8,7 +8,7 @@ needs the tokenizer as an OpenVINO model. The .bin file is a second copy of the 
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ TOKENIZER_PATH = "openvino/openvino_tokenizer.xml"
 # The same engine runs the same operators, only without those behind other outputs.
 _MAX_RELATIVE = 1e-5
 _CASES = ((1, 1), (17, 3), (128, 2))
-_NUM_TEXTS = 100
+_MOST_TEXTS = 100
 
 
 def check_ir(kind: OpenVinoIr | None, spec: ModelSpec) -> None:
@@ -65,6 +65,8 @@ def write_ir(job: Job, kind: OpenVinoIr | None) -> tuple[Check, ...]:
 
 
 def _write(job: Job, kind: OpenVinoIr) -> Check:
+    from gte_deploy.exporters.verification.texts import builtin_texts
+
     openvino = import_openvino()
     graph, file = job.folder / GRAPH_PATHS["openvino"], job.folder / IR_PATH
     file.parent.mkdir()
@@ -74,8 +76,9 @@ def _write(job: Job, kind: OpenVinoIr) -> Check:
     failures = list(_differences(job, output))
     compared: dict[str, Any] = {"output": output, "batches": len(_CASES)}
     if kind == "genai":
-        failures += _write_tokenizer(job)
-        compared["texts tokenised"] = _NUM_TEXTS
+        texts = [*builtin_texts("evaluation")[:_MOST_TEXTS], "a " * job.spec.max_length]  # the last is cut
+        failures += _write_tokenizer(job, texts)
+        compared["texts tokenised"] = len(texts)
     return Check("openvino ir", failures=tuple(failures), compared=compared)
 
 
@@ -99,13 +102,11 @@ def _differences(job: Job, output: str) -> Iterator[str]:
     ir.close()
 
 
-def _write_tokenizer(job: Job) -> list[str]:
-    """Write the bundle's tokenizer as an OpenVINO model; return a sentence for each text with other token ids."""
+def _write_tokenizer(job: Job, texts: Sequence[str]) -> list[str]:
+    """Write the bundle's tokenizer as an OpenVINO model; return a sentence for the first texts with other token ids."""
     openvino = import_openvino()
     import openvino_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from gte_deploy.exporters.verification.texts import builtin_texts
 
     theirs = PreTrainedTokenizerFast.from_pretrained(str(job.folder), local_files_only=True)
     limit = job.spec.max_length
@@ -113,13 +114,8 @@ def _write_tokenizer(job: Job) -> list[str]:
     converted = openvino_tokenizers.convert_tokenizer(theirs, max_length=limit, truncation=True)
     openvino.save_model(converted, job.folder / TOKENIZER_PATH)
     compiled = openvino.compile_model(job.folder / TOKENIZER_PATH, "CPU")
-    texts = [*builtin_texts("evaluation")[: _NUM_TEXTS - 1], "a " * limit]
     found = compiled(texts)
-    failures = []
-    for i, (text, wanted) in enumerate(
-        zip(texts, job.tokenizer.encode_texts(texts, max_length=limit, truncation=True), strict=True)
-    ):
-        ids = found["input_ids"][i][found["attention_mask"][i] == 1].tolist()
-        if ids != list(wanted):
-            failures.append(f"the tokenizer gives other token ids for {text[:40]!r}")
-    return failures[:3]
+    rows = [ids[mask == 1].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)]
+    expected = job.tokenizer.encode_texts(texts, max_length=limit, truncation=True)
+    wrong = [text for text, row, ids in zip(texts, rows, expected, strict=True) if row != list(ids)]
+    return [f"the tokenizer gives other token ids for {text[:40]!r}" for text in wrong[:3]]
