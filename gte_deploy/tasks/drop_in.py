@@ -123,6 +123,11 @@ class DropIn:
         return self.spec.truncate_dim
 
     @property
+    def name(self) -> str:
+        """The path that the model was loaded from, or the URL of its server."""
+        return self._name
+
+    @property
     def prompts(self) -> dict[str, str]:
         """A copy of the checkpoint's prompts: name -> text before an input."""
         return dict(self.spec.prompts)

@@ -108,7 +108,8 @@ def _read(embeddings: Any) -> Any:
         if all(map(_is_tensor, embeddings)):
             embeddings = import_torch().stack(list(embeddings))
     if _is_tensor(embeddings):
-        tensor = embeddings.detach().cpu()
+        given: Any = embeddings
+        tensor = given.detach().cpu()
         if tensor.layout != import_torch().strided:
             tensor = (tensor if tensor.ndim == 2 else tensor.unsqueeze(0)).to_sparse_coo().coalesce()
             rows, columns = tensor.indices().numpy()
