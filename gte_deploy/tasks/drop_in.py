@@ -8,14 +8,16 @@ Shapes: N and M embeddings, D dimensions, V vocabulary.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import SIMILARITIES, ModelSpec, Similarity
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.similarity import similarity_matrix, similarity_of_pairs, sparsity_of
 from gte_deploy.text.inputs import check_integer
-from gte_deploy.text.model_tokenizer import ModelTokenizer
+
+if TYPE_CHECKING:
+    from gte_deploy.text.model_tokenizer import ModelTokenizer
 
 
 @dataclass
@@ -47,7 +49,7 @@ class DropIn:
 
     @property
     @abstractmethod
-    def tokenizer(self) -> ModelTokenizer | None:
+    def tokenizer(self) -> "ModelTokenizer | None":
         """The tokenizer; None for a client that leaves the tokenisation to the server."""
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:

@@ -93,7 +93,9 @@ def test_the_built_in_model_scores_as_in_the_library(texts):
 
 def test_a_sparse_encoder_scores_as_the_librarys(sparse_encoder, texts):
     expected = scores(sparse_encoder.theirs, task_of(MockRetrievalTask, texts))
-    assert scores(GteEncoder(sparse_encoder.ours), task_of(MockRetrievalTask, texts)) == pytest.approx(expected, **TOLERANCE)
+    assert scores(GteEncoder(sparse_encoder.ours), task_of(MockRetrievalTask, texts)) == pytest.approx(
+        expected, **TOLERANCE
+    )
 
 
 def test_a_cross_encoder_scores_as_the_librarys(reranker, texts):

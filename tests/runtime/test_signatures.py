@@ -53,6 +53,7 @@ BOTH = {
     "info": "(self)",
     "max_seq_length": None,
     "model_card_data": None,
+    "name": None,
     "num_labels": None,
     "predict": (
         "(self, inputs=None, prompt_name=None, prompt=None, batch_size=32, show_progress_bar=None, activation_fn=None, "

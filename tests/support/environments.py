@@ -21,6 +21,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "environments"
 
 REQUIREMENTS = {
+    "adapters": (
+        *("chromadb", "haystack-ai", "langchain-core", "llama-index-core", "mteb>=2", "qdrant-client"),
+        *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
+    ),
     "genai": ("openvino-genai",),
     "infinity": ("infinity-emb[torch,optimum]", "torch"),
     "light": ("fastembed", "light-embed"),
