@@ -124,11 +124,11 @@ def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: S
     spec = checkpoint.spec
     if options.logits == "all" and spec.task != "fill-mask":
         raise InputError(f"logits 'all' is only for task fill-mask; the task is {spec.task}")
-    limit = checkpoint.config.max_position_embeddings
+    limit = checkpoint.family.max_tokens(checkpoint.config)
     length = spec.max_length if options.max_length is None else options.max_length
     if not MIN_MAX_LENGTH <= length <= limit:
         raise InputError(
-            f"max_length is {length:,}; expected {MIN_MAX_LENGTH} to {limit:,}, the checkpoint's "
+            f"max_length is {length:,}; expected {MIN_MAX_LENGTH} to {limit:,}, the places of the checkpoint's "
             "max_position_embeddings"
         )
     if length > spec.max_length:

@@ -1,4 +1,4 @@
-"""The GTE-v1.5 family, and the search for its checkpoints. Importing this needs neither torch nor transformers."""
+"""The families of models, and the search for its checkpoints. Importing this needs neither torch nor transformers."""
 
 import os
 from pathlib import Path

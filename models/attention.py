@@ -1,4 +1,4 @@
-"""Packed (padding-free) attention for transformers' Gte models, registered as `gte_packed`.
+"""Packed (padding-free) attention for the models of transformers, registered as `gte_packed`.
 
 Several sequences follow one another in one row `[1, T]`; `cu_seqlens` holds their boundaries, and no token sees
 another sequence. transformers' own implementations cannot do this here: with `position_ids` alone, or with

@@ -69,7 +69,7 @@ def load_model(
         folder: a local checkpoint (see `resolve_checkpoint`).
         task: task that decides the head, such as "fill-mask" (for GTE, GteForMaskedLM); see `Family.classes`. "sparse"
             takes the stored head, of fill-mask or of token-classify. None takes the task that the checkpoint was
-            trained for. "embed" leaves out a stored masked-LM or token head, and logs it.
+            trained for. Known tensors of another task are left out and logged: for "embed" a masked-LM or token head.
         dtype: dtype of the parameters; stored tensors are cast. RoPE frequencies stay float32.
         attn_implementation: a name in transformers' AttentionInterface.
 
@@ -133,8 +133,7 @@ def _load_weights(places: Places, config: PreTrainedConfig, task: TaskName, dtyp
     family, folder = family_of(config), places.weights
     with ExitStack() as stack:
         stored = open_tensors(places.weight_files, stack)
-        if task == _ENCODER:
-            stored = _without_head(stored, folder, family)
+        stored = _without_others(stored, folder, family, task)
         model = _model_without_weights(config, task, with_pooler=_has_pooler(stored, family.tensors))
         state = _read_state(stored, model, folder, dtype, family.tensors)
     model.load_state_dict(state, strict=True, assign=True)
@@ -237,15 +236,21 @@ class _Problems:
             )
 
 
-def _without_head(stored: dict[str, StoredTensor], folder: Path, family: Family) -> dict[str, StoredTensor]:
-    """Leave out a masked-LM head or a token classifier. A pooler marks a sequence classifier, which stays an error."""
-    tasks: tuple[TaskName, ...] = ("fill-mask",)
-    if not _has_pooler(stored, family.tensors):
-        tasks += ("token-classify",)
-    heads = tuple(f"{family.heads[task]}." for task in tasks if task in family.heads)
-    names = [name for name in stored if name.startswith(heads)]
+def _without_others(
+    stored: dict[str, StoredTensor], folder: Path, family: Family, task: TaskName
+) -> dict[str, StoredTensor]:
+    """Leave out what belongs to another task: see `Family.left_out`.
+
+    The encoder alone leaves out a masked-LM head or a token classifier; a classifier of texts stays an error.
+    """
+    prefixes = family.left_out.get(task, ())
+    if task == _ENCODER:
+        tasks: tuple[TaskName, ...] = ("fill-mask",)
+        tasks += () if family.classifies_texts(stored) else ("token-classify",)
+        prefixes = tuple(f"{family.heads[other]}." for other in tasks if other in family.heads)
+    names = [name for name in stored if family.tensors.bare(name).startswith(prefixes)]
     if names:
-        logger.info("%s: only the encoder is loaded; left out: %s", folder, ", ".join(sorted(names)))
+        logger.info("%s: left out, because the task %s has none: %s", folder, task, ", ".join(sorted(names)))
     return {name: tensor for name, tensor in stored.items() if name not in names}
 
 
@@ -260,10 +265,21 @@ def _model_without_weights(config: PreTrainedConfig, task: TaskName, *, with_poo
     with torch.device("meta"):
         model = family.model_class(task)(config, **options)
     if (name := family.position_module) is not None:
-        # The buffers are not in the state dict: on the meta device they would never get values.
-        encoder = model.base_model
-        setattr(encoder, name, type(getattr(encoder, name))(config))
+        _compute_positions(model.base_model, name, config)
     return model
+
+
+def _compute_positions(encoder: Any, name: str, config: PreTrainedConfig) -> None:
+    """Give values to the buffers of the module of positions: they are not in the state dict."""
+    module = getattr(encoder, name)
+    if not any(True for _ in module.parameters()):
+        setattr(encoder, name, type(module)(config))
+        return
+    # The module holds the embeddings as well: only its buffers are computed, beside a vocabulary of a few rows.
+    small = deepcopy(config)
+    small.vocab_size = (config.pad_token_id or 0) + 1
+    for buffer, values in type(module)(small).named_buffers():
+        module.register_buffer(buffer, values, persistent=False)
 
 
 def rotary_module(config: PreTrainedConfig) -> Any:

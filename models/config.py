@@ -62,7 +62,7 @@ def task_of_tensors(places: Places) -> TaskName:
         return "fill-mask"
     if not family.has_head(names, "classify") and not family.has_head(names, "token-classify"):
         return "embed"
-    return "classify" if any("pooler." in name for name in names) else "token-classify"
+    return "classify" if family.classifies_texts(names) else "token-classify"
 
 
 def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:

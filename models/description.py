@@ -114,6 +114,11 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
             f"{files.path}: the tokenizer's padding has id {tokenizer.pad_token_id}, and the model's vocabulary "
             f"{config.vocab_size:,} rows. Take the tokenizer that belongs to the checkpoint."
         )
+    if family_of(config).counts_after_padding and config.pad_token_id != tokenizer.pad_token_id:
+        raise ConfigError(
+            f"{places.config / 'config.json'}: pad_token_id is {config.pad_token_id}, and positions are counted from "
+            f"it; expected {tokenizer.pad_token_id}, the tokenizer's"
+        )
     config.pad_token_id = tokenizer.pad_token_id
     return Description(
         files=files,
@@ -179,7 +184,7 @@ def _spec(
 def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer: ResolvedTokenizer) -> int:
     # As in sentence-transformers, max_seq_length replaces the tokenizer's own limit.
     own = tokenizer.max_length if settings.max_length is None else settings.max_length
-    limit = config.max_position_embeddings
+    limit = family_of(config).max_tokens(config)
     return limit if own is None else min(own, limit)
 
 

@@ -109,6 +109,7 @@ def ignored(note: str) -> Field:
 
 TRAINING = ignored("It says how the model was trained.")
 BOOKKEEPING = ignored("It names versions, sources or classes.")
+PRINTED = ignored("It changes what transformers returns beside the answer.")
 
 TOKENIZER = FileFields(
     name="tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.txt, *.model",
@@ -130,7 +131,7 @@ TOKENIZER = FileFields(
         "truncation_side": honoured('"left" keeps the last tokens of a text that is cut.'),
         "clean_up_tokenization_spaces": honoured("It applies to the texts that fill_mask returns."),
         "split_special_tokens": fixed("Special tokens in a text stay whole.", False),
-        "padding_side": ignored("Padding is masked, and rotary positions are relative."),
+        "padding_side": ignored("Padding is masked, and the runtime pads on the right."),
         "auto_map": ignored("It names remote code, which is never run."),
         "chat_template": ignored("There is no chat."),
     },

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, TaskName
-from gte_deploy.models.families import head_of
+from gte_deploy.models.families import family_of, head_of
 from gte_deploy.models.sparse_heads import sparse_head
 from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
@@ -215,7 +216,7 @@ def encode_packed(encoder: Any, batch: Batch, device: torch.device | None = None
     encoded = encoder(
         input_ids=torch.tensor(batch.input_ids[real], device=device)[None],
         token_type_ids=None if types is None else torch.tensor(types[real], device=device)[None],
-        position_ids=torch.tensor(np.nonzero(real)[1], device=device)[None],
+        position_ids=torch.tensor(_position_ids(encoder.config, batch.input_ids, real), device=device)[None],
         cu_seqlens=torch.tensor(bounds.astype(np.int32), device=device),
         # An upper bound is enough, and a few fixed bounds cause fewer compilations.
         max_seqlen=1 << int(lengths.max() - 1).bit_length(),
@@ -228,6 +229,15 @@ def encode_packed(encoder: Any, batch: Batch, device: torch.device | None = None
         pooler=encoder.pooler,
         starts=torch.tensor(bounds[:-1], device=device),
     )
+
+
+def _position_ids(config: Any, input_ids: NDArray[np.int64], real: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The positions [T] of the tokens of all rows, as transformers computes them in padded rows [B, S]."""
+    if not family_of(config).counts_after_padding:
+        return np.nonzero(real)[1]
+    # transformers looks at ids, not at the mask: a padding token that a text spells takes no position of its own.
+    counted = input_ids != config.pad_token_id
+    return (counted.cumsum(axis=1) * counted + config.pad_token_id)[real]
 
 
 @dataclass(frozen=True)
@@ -307,7 +317,8 @@ class ClassifyHead:
 
     def features(self, states: States) -> Tensor:
         """Return the input of the linear layer, [B, H]."""
-        return states.pooled()
+        dense = family_of(self.model.config).classifier_dense
+        return states.pooled() if dense is None else self.model.get_submodule(dense)(states.first_tokens()).tanh()
 
     def __call__(self, states: States) -> Tensor:
         """See `Head`."""

@@ -105,3 +105,39 @@ class Reader:
         if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:
             raise self.refuse(key, value, f"a number of at least {at_least} and below {below}")
         return value
+
+
+def pad_token_id(reader: Reader, vocab_size: int) -> int | None:
+    """Return `pad_token_id` of config.json, or None for null.
+
+    Raises:
+        ConfigError: it is not an id of the vocabulary.
+    """
+    if reader.get("pad_token_id") is None:
+        return None
+    value = reader.integer("pad_token_id", at_least=0)
+    if value >= vocab_size:
+        raise reader.refuse("pad_token_id", value, f"an id below vocab_size ({vocab_size})")
+    return value
+
+
+def label_fields(reader: Reader) -> dict[str, Any]:
+    """Return the fields of config.json that name or count the labels of a classifier, checked against each other.
+
+    Raises:
+        ConfigError: they are malformed or contradict each other.
+    """
+    labels = reader.raw.get("id2label")
+    fields: dict[str, Any] = {}
+    if labels is not None:
+        if not isinstance(labels, dict) or sorted(labels) != sorted(str(i) for i in range(len(labels))):
+            raise reader.refuse("id2label", labels, "an object with the keys 0, 1, …")
+        fields["id2label"] = {int(index): str(label) for index, label in labels.items()}
+        fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
+    if "num_labels" in reader.raw:
+        count = reader.integer("num_labels", at_least=1)
+        if labels is not None and count != len(labels):
+            raise reader.refuse("num_labels", count, f"{len(labels)}, as id2label has")
+        if labels is None:
+            fields["num_labels"] = count
+    return fields

@@ -26,15 +26,18 @@ def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead
     """The sparse head of a model for fill-mask or token-classify; its parameters are the model's own, uncopied.
 
     Raises:
-        ConfigError: a splade head on a masked-LM head of another form than GTE's.
+        ConfigError: a splade head on a masked-LM head of an unknown form.
     """
     if sparse.head == "splade":
         head = head_of(model, "fill-mask")
-        if missing := [name for name in ("dense", "layer_norm", "decoder") if not hasattr(head, name)]:
-            raise ConfigError(
-                f"a splade head takes a masked-LM head of dense, layer_norm and decoder; {type(head).__name__} has no "
-                f"{', '.join(missing)}. Take the task fill-mask."
-            )
+        head = getattr(head, "predictions", head)  # BERT's
+        if not hasattr(head, "transform"):
+            missing = [name for name in ("dense", "layer_norm", "decoder") if not hasattr(head, name)]
+            if missing:
+                raise ConfigError(
+                    f"a splade head takes a masked-LM head of dense, layer_norm and decoder; {type(head).__name__} has "
+                    f"no {', '.join(missing)}. Take the task fill-mask."
+                )
         return SpladeHead(head, sparse)
     return TokenWeightsHead(head_of(model, "token-classify"), model.config.vocab_size, sparse)
 
@@ -46,7 +49,10 @@ class SpladeHead(nn.Module):
         super().__init__()
         self._sparse = sparse
         part = PART if part is None else part
-        self.dense, self.layer_norm = lm_head.dense, lm_head.layer_norm
+        if hasattr(lm_head, "transform"):
+            self.transform = lm_head.transform
+        else:
+            self.dense, self.layer_norm = lm_head.dense, lm_head.layer_norm
         self.decoder = nn.ModuleList(
             _LinearOf(weight, bias)
             for weight, bias in zip(
@@ -60,11 +66,15 @@ class SpladeHead(nn.Module):
         if is_max:
             # Padding repeats the first token, which changes no maximum: cheaper than a mask on [B, S, V].
             hidden = torch.where(attention_mask[:, :, None] == 1, hidden, hidden[:, :1])
-        rows = self.layer_norm(F.gelu(self.dense(hidden.reshape(-1, hidden.shape[-1]))))
+        rows = self._transformed(hidden.reshape(-1, hidden.shape[-1]))
         pooled = [self._pooled(part(rows).reshape(*hidden.shape[:2], -1), attention_mask) for part in self.decoder]
         weights = torch.cat(pooled, dim=-1)
         # The activation only rises, so it commutes with the maximum: [B, V] instead of [B, S, V].
         return self._activated(weights) if is_max else weights
+
+    def _transformed(self, rows: Tensor) -> Tensor:
+        """[B*S, H] to the input of the decoder, of the same shape."""
+        return self.transform(rows) if hasattr(self, "transform") else self.layer_norm(F.gelu(self.dense(rows)))
 
     def _pooled(self, logits: Tensor, mask: Tensor) -> Tensor:
         """[B, S, W] to [B, W]."""

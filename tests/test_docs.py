@@ -143,7 +143,7 @@ def _definitions(source: str) -> dict[str, str]:
         ("OpenVinoTarget", "exporters/targets/openvino.py"),
         ("CountRequest", "tests/runtime/tasks/test_registry.py"),
         ("COUNT", "tests/runtime/tasks/test_registry.py"),
-        ("BERT", "tests/models/families/bert.py"),
+        ("BERT", "models/families/bert.py"),
         ("GLU", "exporters/graph/fusion/glu.py"),
     ],
 )

@@ -3,9 +3,10 @@
     python tools/generate_docs.py            # write (make docs)
     python tools/generate_docs.py --check    # exit with 1 and a diff when a page is stale
 
-docs/python-api.md is built from signatures and docstrings, docs/command-line.md from the output of `--help`. In every
-other page, the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled, and those between
-`<!-- file: PATH -->` and `<!-- end -->` with the file.
+docs/python-api.md is built from signatures and docstrings, docs/command-line.md from the output of `--help`,
+docs/families.md from the registry of families. In every other page, the blocks between
+`<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled, and those between `<!-- file: PATH -->` and
+`<!-- end -->` with the file.
 """
 
 import argparse
@@ -23,9 +24,12 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 API, COMMANDS = ROOT / "docs" / "python-api.md", ROOT / "docs" / "command-line.md"
+FAMILY_PAGE = ROOT / "docs" / "families.md"
 BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) --help -->\n).*?(<!-- end -->)", re.DOTALL)
 FILE_BLOCK = re.compile(r"(<!-- file: ([\w./-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LANGUAGES = {".py": "python", ".mjs": "javascript", ".html": "html"}
@@ -192,11 +196,88 @@ def commands_page() -> str:
     return filled("\n".join(parts))
 
 
+PASS_TITLES = {
+    "rope": "rotation of queries and keys as one operator",
+    "attention": "attention as one operator, with the mask folded into it",
+    "projections": "three projections as GEMMs with bias (CPUs)",
+    "qkv": "three projections as one GEMM (GPUs)",
+    "flash": "flash attention in half precision (CUDA)",
+    "up_gate": "up and gate projections as one GEMM (GPUs)",
+    "glu": "the gated unit as one pass (CUDA)",
+    "skip_layer_norm": "residual sum, LayerNorm and GEMM on token rows",
+    "packed_attention": "attention without padding (CUDA, TensorRT)",
+}
+POSITION_TITLES = {
+    "rotary": "rotary",
+    "absolute": "a table with an embedding of each place",
+    "alibi": "scores biased by distance (ALiBi)",
+}
+FAMILIES_INTRODUCTION = """# Families of models
+
+This page lists the architectures that every command takes. Each is read strictly and without remote code, traced from
+the class of transformers, fused, and compared with its own library in every export. A pass that fires another number of
+times than the table says is an error. [Fields of config.json](checkpoints.md) are honoured or refused by name; so are
+other values of `model_type`. [Extending](extending.md#a-family) shows how to add a family.
+"""
+FAMILIES_END = """## What was verified
+
+- The tests make random checkpoints with the classes of transformers, and save them as transformers and
+  sentence-transformers do. They export them, and compare the bundles with transformers' pipelines,
+  SentenceTransformer, CrossEncoder and SparseEncoder: ONNX Runtime and OpenVINO in FP32 for all families, INT8 on CPUs
+  and TensorRT-RTX's build of an engine too (`make test-slow`). The bounds are those of [numerics](numerics.md).
+- The numbers of parameters of the published base and large models are tested from their sizes alone. The published
+  weights of BERT, RoBERTa and XLM-R were not downloaded, and their scores and speed were not measured here.
+- CUDA graphs of BERT, RoBERTa and XLM-R were emulated on a CPU, and not run on a GPU.
+
+## What is refused
+
+- Removal of padding on GPUs (`padding="remove"`) for families without the pass "packed_attention": the passes for it
+  rewrite rotary attention and gated layers. `padding="auto"` keeps padding there.
+- A sentencepiece model without tokenizer.json, unless transformers can convert it here.
+- Training (`gte-train`) of other families than GTE.
+"""
+
+
+def family_section(family: Any) -> str:
+    """Write one family: its facts, and a table of its passes."""
+    per_layer = family.sites(SimpleNamespace(num_hidden_layers=1))
+    limit = "max_position_embeddings" + (" - pad_token_id - 1" if family.counts_after_padding else "")
+    padding = "PyTorch on GPUs in bfloat16" if family.runs_packed else "nowhere"
+    padding += ", CUDA and TensorRT" if "packed_attention" in per_layer else ""
+    left_out = "; ".join(
+        f"{task}: {', '.join(f'`{prefix}*`' for prefix in prefixes)}" for task, prefixes in family.left_out.items()
+    )
+    classes = ", ".join(f"{task} (`{name}`)" for task, name in family.classes.items())
+    rows = {
+        "`model_type`": ", ".join(f"`{name}`" for name in family.model_types),
+        "tasks": f"{classes}, sparse (on the heads of fill-mask and token-classify)",
+        "positions": POSITION_TITLES[family.positions],
+        "longest text in tokens": f"`{limit}`",
+        "layouts": "native and original" if family.original_config else "that of transformers",
+        "padding is removed in": padding,
+        "last layer for the rows that are asked for": "fill-mask, embed with CLS pooling, classify",
+        "tensors that are left out": left_out or "none",
+    }
+    lines = [f"## {family.fields.name.removeprefix('config.json of ')}\n", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "| fusion pass | sites of each layer | |", "|---|---|---|"]
+    lines += [f"| {name} | {per_layer.get(name, 0)} | {what} |" for name, what in PASS_TITLES.items()]
+    return "\n".join([*lines, ""])
+
+
+def families_page() -> str:
+    """Return the whole of docs/families.md, from the registry of families."""
+    package = importlib.import_module("gte_deploy.models.families")
+    found = {place: package.family_of_type(name) for name, place in package.FAMILIES.items()}
+    return "\n".join([NOTICE, "", FAMILIES_INTRODUCTION, *map(family_section, found.values()), FAMILIES_END])
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield every page with generated parts, and its new content."""
     yield API, api_page()
     yield COMMANDS, commands_page()
-    for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {API, COMMANDS})):
+    yield FAMILY_PAGE, families_page()
+    for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {API, COMMANDS, FAMILY_PAGE})):
         yield file, filled(file.read_text(encoding="utf-8"))
 
 

@@ -211,7 +211,7 @@ def _check_model(model: PreTrainedModel, options: HeadOptions, max_length: int) 
     if task not in family.classes or not isinstance(model, family.model_class(task)):
         expected = family.classes.get(task, "family that has this task")
         raise ExportError(f"task {options.task!r} needs a {expected}, and the model is a {type(model).__name__}")
-    longest = model.config.max_position_embeddings
+    longest = family.max_tokens(model.config)
     if not MIN_MAX_LENGTH <= max_length <= longest:
         raise ExportError(f"max_length {max_length} is outside {MIN_MAX_LENGTH} … {longest}, the range of this model")
     rope_type = model.config.rope_parameters["rope_type"] if family.positions == "rotary" else None
@@ -314,6 +314,7 @@ def _simplify(model: ir.Model) -> None:
     """Fold shape arithmetic, transpose weights for MatMul, share equal constants, remove unused nodes."""
     ir_passes.ClearMetadataAndDocStringPass()(model)
     _transpose_weights(model.graph)
+    _type_products(model.graph)
     _set_reshape_targets(model.graph)
     optimizer.fold_constants(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     for clean in (
@@ -327,6 +328,13 @@ def _simplify(model: ir.Model) -> None:
     ):
         clean(model)
     model.producer_name, model.producer_version = "gte-deploy", None
+
+
+def _type_products(graph: ir.Graph) -> None:
+    """Give types to the products inside linear layers, which torch leaves out and a change of precision looks at."""
+    for node in graph:
+        if node.op_type == "MatMul" and node.outputs[0].dtype is None:
+            node.outputs[0].dtype = operand(node, 0).dtype
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

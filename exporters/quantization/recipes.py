@@ -31,7 +31,14 @@ from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy
 from gte_deploy.exporters.verification.cases import TokenSource, max_tokens_of, parity_cases
 from gte_deploy.exporters.verification.parity import Comparison, check_parity
 from gte_deploy.exporters.verification.results import FP16_OVERFLOWS
-from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts, text_batches, texts_left_out
+from gte_deploy.exporters.verification.texts import (
+    Languages,
+    TextRounds,
+    builtin_texts,
+    calibration_texts,
+    text_batches,
+    texts_left_out,
+)
 from gte_deploy.text.tokenization import TextTokenizer
 
 # The `max_tokens` of `text_batches`. A sweep measures each group of layers on fewer tokens than the result.
@@ -44,7 +51,10 @@ _HELD_OUT = "on held-out text: "
 _NAMED_GROUPS = 3
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
 # Layers with the same input are quantized together, so they are judged together.
-_ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "up_proj": "up_gate", "gate_proj": "up_gate"}
+_ROLES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv"),
+    **dict.fromkeys(("up_proj", "gate_proj"), "up_gate"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def quantize_graphs(
     *,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
-    calibration: Sequence[str] | None = None,
+    calibration: Sequence[str] | Languages = "auto",
     activations: Activations = "static",
     reduce_range: bool = False,
     progress: Callable[[str], None],
@@ -109,8 +119,8 @@ def quantize_graphs(
         precision: a precision other than "fp32".
         spec: the facts about the model.
         tokenizer: the tokenizer of the model.
-        calibration: texts like those in production; None for built-in English prose. This and the next two arguments
-            are for INT8 only.
+        calibration: texts like those in production, or which of the built-in ones; see `calibration_texts`. This and
+            the next two arguments are for INT8 only.
         activations: the ranges of activations in ONNX Runtime's graph; OpenVINO's graph is always static.
         reduce_range: whether weights have 7 bits, for CPUs without VNNI.
         progress: called with a line at every long step.
@@ -169,14 +179,13 @@ def calibrated(
     fp32: Graph,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
-    calibration: Sequence[str] | None,
+    calibration: Sequence[str] | Languages,
     progress: Callable[[str], None],
 ) -> Calibration:
-    """Measure the input range of every linear layer on the calibration texts; None for built-in English prose."""
-    texts = calibration or builtin_texts("calibration")
+    """Measure the input range of every linear layer on the calibration texts; see `calibration_texts`."""
+    texts, kind = calibration_texts(calibration, tokenizer, spec.vocab_size)
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     size = sum(int(batch.attention_mask.sum()) for batch in batches)
-    kind = "your texts" if calibration else "built-in English prose (--calibration takes your own texts)"
     progress(f"calibrate on {size:,} tokens of {kind}")
     return Calibration(fp32, spec, tokenizer, texts, batches, measure_ranges(fp32, spec, batches), progress)
 

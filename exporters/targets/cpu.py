@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, get_args
 
-from gte_deploy.core.errors import MissingDependencyError
+from gte_deploy.core.errors import InputError, MissingDependencyError
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.recipes import Quantized
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
+    from gte_deploy.exporters.verification.texts import Languages
 
 
 KEPT_IN_FP32: Collection[Precision] = ("fp32", "bf16")
@@ -43,26 +44,38 @@ class CalibrationOptions:
     """The calibration texts for INT8.
 
     Args:
-        calibration: a UTF-8 file with one text per line, like the texts in production; None for built-in English prose.
+        calibration: a UTF-8 file with one text per line, like the texts in production; None for built-in texts.
+        languages: the built-in texts: "english" prose, "multilingual" texts in 18 languages, or "auto" for the latter
+            if the vocabulary has words of three scripts besides Latin.
     """
 
     calibration: Path | None = option(
         None,
-        "UTF-8 file with your own texts, one per line (default: built-in English prose)",
+        "UTF-8 file with your own texts, one per line (default: built-in texts)",
         metavar="FILE",
         parse=Path,
         precisions=("int8", "fp8"),
     )
+    languages: "Languages" = option(
+        "auto",
+        "languages of the built-in texts (default: several if the vocabulary has words of several scripts)",
+        choices=("auto", "english", "multilingual"),
+        precisions=("int8", "fp8"),
+    )
 
-    def texts(self) -> list[str] | None:
-        """The texts of the file; None without a file.
+    def texts(self) -> "list[str] | Languages":
+        """The texts of the file; without a file, which of the built-in texts to take.
 
         Raises:
-            InputError: the file cannot be read.
+            InputError: the file cannot be read, or languages are chosen as well.
         """
         from gte_deploy.exporters.verification.texts import read_texts
 
-        return None if self.calibration is None else read_texts(Path(self.calibration))
+        if self.calibration is None:
+            return self.languages
+        if self.languages != "auto":
+            raise InputError(f"languages is {self.languages!r} and calibration is a file of texts; give one of the two")
+        return read_texts(Path(self.calibration))
 
 
 @dataclass(frozen=True)

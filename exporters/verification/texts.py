@@ -1,16 +1,19 @@
 """Batches of real text for calibrating a quantization and for measuring the accuracy of a precision.
 
-Both files hold Addresses on the State of the Union, in the public domain. No address is in the built-in model's
-training text or in both files.
+The calibration and the evaluation texts are Addresses on the State of the Union, in the public domain. No address is
+in the built-in model's training text or in both files. The multilingual texts are the first articles of the Universal
+Declaration of Human Rights in 18 languages, a document of the United Nations that anyone may reproduce.
 """
 
 import dataclasses
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,10 @@ from gte_deploy.text.tokenization import TextTokenizer
 MASK_PROBABILITY = 0.15
 _ROUNDS = 3
 """The number of rounds: in each, `text_batches` masks other words of the same texts."""
+Languages = Literal["auto", "english", "multilingual"]
+"""The built-in calibration texts; "auto" decides by the vocabulary, see `is_multilingual`."""
+_MIN_SCRIPTS = 3
+_MIN_WORDS = 100
 TextBatch = tuple[Batch, np.ndarray]
 Span = tuple[int, int]
 """The numbers of the first word and of the word after the last, counted through all texts."""
@@ -34,9 +41,43 @@ _SEED = 20240729
 
 
 def builtin_texts(name: str) -> list[str]:
-    """Return the paragraphs of "calibration" or "evaluation"."""
+    """Return the paragraphs of "calibration", "evaluation" or "multilingual"."""
     file = resources.files("gte_deploy.exporters") / "texts" / f"{name}.txt"
     return file.read_text(encoding="utf-8").split("\n")
+
+
+def is_multilingual(tokenizer: TextTokenizer, vocab_size: int) -> bool:
+    """Whether a vocabulary has words of three scripts besides Latin, 100 or more of each.
+
+    A word is an entry with at least two letters, all of one script. bert-base-uncased's vocabulary has eight Cyrillic
+    words. Byte-level vocabularies do not show their scripts, and count as English.
+    """
+    words: Counter[str] = Counter()
+    for token_id in range(vocab_size):
+        letters = [letter for letter in tokenizer.id_to_token(token_id) or "" if letter.isalpha()]
+        scripts = {unicodedata.name(letter, "?").split()[0] for letter in letters} if len(letters) > 1 else set()
+        words.update(scripts if len(scripts) == 1 else ())
+    return sum(script != "LATIN" and count >= _MIN_WORDS for script, count in words.items()) >= _MIN_SCRIPTS
+
+
+def calibration_texts(
+    calibration: Sequence[str] | Languages, tokenizer: TextTokenizer, vocab_size: int
+) -> tuple[list[str], str]:
+    """Return the texts for calibrating a model, and what they are, for people.
+
+    Args:
+        calibration: own texts, or which of the built-in ones: "multilingual" are those in 18 languages and as many
+            English paragraphs.
+        tokenizer: the model's tokenizer.
+        vocab_size: number of rows of the model's vocabulary.
+    """
+    if not isinstance(calibration, str):
+        return list(calibration), "your texts"
+    hint = "(--calibration takes your own texts)"
+    if calibration == "english" or (calibration == "auto" and not is_multilingual(tokenizer, vocab_size)):
+        return builtin_texts("calibration"), f"built-in English prose {hint}"
+    texts = [text for text in builtin_texts("multilingual") if text]
+    return [*texts, *builtin_texts("calibration")[: len(texts)]], f"built-in texts in 18 languages {hint}"
 
 
 def read_texts(path: Path) -> list[str]:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class TorchBackend:
-    """A Gte model of transformers in evaluation mode. Many threads may call `run` at once."""
+    """A model of transformers in evaluation mode. Many threads may call `run` at once."""
 
     name = "torch"
 

@@ -14,6 +14,9 @@ from gte_deploy.models.families.base import Family
 FAMILIES: Mapping[str, str] = {
     "gte": "gte:GTE",
     "new": "gte:GTE",
+    "bert": "bert:BERT",
+    "roberta": "roberta:ROBERTA",
+    "xlm-roberta": "roberta:XLM_ROBERTA",
 }
 """`model_type` -> module and object, imported when they are asked for. "new" is the original layout of "gte"."""
 

@@ -7,7 +7,7 @@ neither torch nor transformers at its top, because a checkpoint can be described
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -114,8 +114,15 @@ class Family:
         architecture_prefixes: what stands before the task's part (`Task.architecture`) in the `architectures` of
             config.json, such as "Gte" in "GteForMaskedLM"; one for each layout.
         heads: task -> path of the module that turns hidden states into the task's logits, in the class of the task.
+        classifier_dense: path of a linear layer that stands before the head for classify, where the class has one of
+            its own: the head reads tanh of its output for the first token. None where the head reads the encoder's
+            pooler.
+        other_architectures: names in `architectures` besides those of `classes` -> the task that is loaded.
+        left_out: task -> prefixes of bare names of tensors that checkpoints of the task may hold, and that its class
+            does not have. Loading leaves them out.
         tensors: names of tensors.
         positions: how the model knows the order of tokens.
+        counts_after_padding: whether the first token has the position pad_token_id + 1, as in RoBERTa; else it has 0.
         position_module: attribute of the encoder whose module keeps what positions are computed from, in buffers
             outside the state dict. Loading builds it again from the config; where positions are rotary, the trace
             puts tables in its place. None where there is no such module.
@@ -133,6 +140,10 @@ class Family:
     positions: Positions
     sites: Callable[[Any], Mapping[str, int]]
     position_module: str | None = None
+    classifier_dense: str | None = None
+    counts_after_padding: bool = False
+    other_architectures: Mapping[str, TaskName] = field(default_factory=dict)
+    left_out: Mapping[TaskName, tuple[str, ...]] = field(default_factory=dict)
     tensors: TensorNames = TensorNames()
     original_config: WriteConfig | None = None
 
@@ -144,12 +155,21 @@ class Family:
     @property
     def architectures(self) -> dict[str, TaskName]:
         """Name in `architectures` of config.json -> the task of its head."""
-        return {
+        own = {
             prefix + task.architecture: name
             for prefix in self.architecture_prefixes
             for name, task in TASKS.items()
             if task.architecture is not None
         }
+        return {**own, **self.other_architectures}
+
+    def first_position(self, config: PreTrainedConfig) -> int:
+        """The position of the first token of a text."""
+        return int(config.pad_token_id) + 1 if self.counts_after_padding else 0  # type: ignore[arg-type]
+
+    def max_tokens(self, config: PreTrainedConfig) -> int:
+        """The longest text in tokens."""
+        return int(config.max_position_embeddings) - self.first_position(config)
 
     def model_class(self, task: TaskName) -> type[PreTrainedModel]:
         """The class of transformers for a task of `classes`."""
@@ -158,6 +178,12 @@ class Family:
         found: type[PreTrainedModel] = getattr(transformers, self.classes[task])
         return found
 
-    def has_head(self, names: list[str], task: TaskName) -> bool:
+    def has_head(self, names: Iterable[str], task: TaskName) -> bool:
         """Whether tensors of the task's head are among these stored names."""
         return task in self.heads and any(name.startswith(f"{self.heads[task]}.") for name in names)
+
+    def classifies_texts(self, names: Collection[str]) -> bool:
+        """Whether a stored classifier is for texts, and not for tokens: by its own tensors, else by the pooler."""
+        if self.classifier_dense is not None:
+            return self.has_head(names, "classify")
+        return any(self.tensors.bare(name).startswith("pooler.") for name in names)

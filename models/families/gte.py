@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
-from gte_deploy.models.fields import BOOKKEEPING, TRAINING, FileFields, fixed, honoured, ignored
+from gte_deploy.models.fields import BOOKKEEPING, PRINTED, TRAINING, FileFields, fixed, honoured, ignored
 from gte_deploy.models.presets import USAGE_FIELDS, preset
-from gte_deploy.models.reading import SIZES, Reader, without_warnings_of_types
+from gte_deploy.models.reading import SIZES, Reader, label_fields, pad_token_id, without_warnings_of_types
 from gte_deploy.models.rope import (
     LONGROPE_FIELDS,
     NTK_MIXED,
@@ -65,7 +65,6 @@ _COMMON_FIELDS = (
 )
 
 _SIZE = honoured("It is checked against the shapes of the tensors.")
-_PRINTED = ignored("It changes what transformers returns beside the answer.")
 
 FIELDS = FileFields(
     name="config.json of GTE-v1.5",
@@ -122,9 +121,9 @@ FIELDS = FileFields(
         "classifier_dropout": TRAINING,
         "initializer_range": TRAINING,
         "gradient_checkpointing": TRAINING,
-        "output_attentions": _PRINTED,
-        "output_hidden_states": _PRINTED,
-        "return_dict": _PRINTED,
+        "output_attentions": PRINTED,
+        "output_hidden_states": PRINTED,
+        "return_dict": PRINTED,
         "auto_map": ignored("It names remote code, which is never run."),
         "_name_or_path": BOOKKEEPING,
         "transformers_version": BOOKKEEPING,
@@ -149,7 +148,7 @@ def read_config(raw: Mapping[str, Any], file: Path) -> GteConfig:
     reader = Reader(raw, file, _ORIGINAL_DEFAULTS if is_original else native)
     rope = _rope(reader, default_theta=None if is_original else GteConfig.default_theta)
     register_rope()
-    fields = {**_common_fields(reader), **_label_fields(reader), "rope_parameters": rope}
+    fields = {**_common_fields(reader), **label_fields(reader), "rope_parameters": rope}
     try:
         with without_warnings_of_types():
             return GteConfig(**fields)
@@ -235,7 +234,7 @@ def _common_fields(reader: Reader) -> dict[str, Any]:
         fields["classifier_dropout"] = reader.number("classifier_dropout", below=1.0)
     fields["initializer_range"] = float(reader.number("initializer_range"))
     fields["layer_norm_eps"] = float(reader.number("layer_norm_eps"))
-    fields["pad_token_id"] = _pad_token_id(reader, fields["vocab_size"])
+    fields["pad_token_id"] = pad_token_id(reader, fields["vocab_size"])
     passed_on = ("bos_token_id", "eos_token_id", "problem_type")
     fields.update({key: reader.raw[key] for key in passed_on if key in reader.raw})
     if reader.raw.get("head_dim", hidden // heads) != hidden // heads:
@@ -243,34 +242,8 @@ def _common_fields(reader: Reader) -> dict[str, Any]:
     return {**fields, "architectures": _native_architectures(reader.raw.get("architectures"))}
 
 
-def _pad_token_id(reader: Reader, vocab_size: int) -> int | None:
-    if reader.get("pad_token_id") is None:
-        return None
-    value = reader.integer("pad_token_id", at_least=0)
-    if value >= vocab_size:
-        raise reader.refuse("pad_token_id", value, f"an id below vocab_size ({vocab_size})")
-    return value
-
-
 def _native_architectures(names: Any) -> list[str] | None:
     return [re.sub("^New", "Gte", str(name)) for name in names] if isinstance(names, list) else None
-
-
-def _label_fields(reader: Reader) -> dict[str, Any]:
-    labels = reader.raw.get("id2label")
-    fields: dict[str, Any] = {}
-    if labels is not None:
-        if not isinstance(labels, dict) or sorted(labels) != sorted(str(i) for i in range(len(labels))):
-            raise reader.refuse("id2label", labels, "an object with the keys 0, 1, …")
-        fields["id2label"] = {int(index): str(label) for index, label in labels.items()}
-        fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
-    if "num_labels" in reader.raw:
-        count = reader.integer("num_labels", at_least=1)
-        if labels is not None and count != len(labels):
-            raise reader.refuse("num_labels", count, f"{len(labels)}, as id2label has")
-        if labels is None:
-            fields["num_labels"] = count
-    return fields
 
 
 def _rope(reader: Reader, *, default_theta: float | None) -> dict[str, Any]:

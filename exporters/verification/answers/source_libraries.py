@@ -282,8 +282,14 @@ def _library(
 ) -> OpenLibrary:
     # A Router holds the transformer one level deeper.
     config = next(part for part in opened.modules() if hasattr(part, "auto_model")).auto_model.config
-    limit = min(opened.max_seq_length or spec.max_length, config.max_position_embeddings)
+    limit = min(opened.max_seq_length or spec.max_length, _places(config))
     return OpenLibrary(title, limit, lambda cut: setattr(opened, "max_seq_length", cut), questions, config, similarity)
+
+
+def _places(config: Any) -> int:
+    """The most tokens of a text: RoBERTa's first token has the place after that of padding."""
+    unused = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    return int(config.max_position_embeddings - unused)
 
 
 @dataclass

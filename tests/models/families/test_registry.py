@@ -38,15 +38,15 @@ def test_its_sites_name_passes(model_type):
     assert family.sites(config_class()).keys() <= KNOWN_PASSES
 
 
-@pytest.mark.parametrize("model_type", ["bert", "GTE", "", None, 3, ["gte"]])
+@pytest.mark.parametrize("model_type", ["nomic_bert", "GTE", "", None, 3, ["gte"]])
 def test_another_model_type_is_refused(model_type):
     with pytest.raises(ConfigError, match="model_type is .*; expected one of"):
         family_of_type(model_type)
 
 
 def test_the_config_of_another_family_is_refused():
-    with pytest.raises(ConfigError, match="BertConfig: model_type is 'bert'"):
-        family_of(transformers.BertConfig())
+    with pytest.raises(ConfigError, match="DistilBertConfig: model_type is 'distilbert'"):
+        family_of(transformers.DistilBertConfig())
 
 
 def test_finding_a_family_loads_neither_torch_nor_transformers():

@@ -1,9 +1,11 @@
-"""A second architecture costs one file: `bert.py` beside this one, from a checkpoint to a verified bundle's answers."""
+"""BERT, from a checkpoint that transformers wrote to a verified bundle's answers."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import gte_deploy  # noqa: E402
-from factories import SPELLING  # noqa: E402
+from factories import SPELLING, add_sparse_modules  # noqa: E402
+from family_checkpoints import LIMIT, SUFFIXES, edit_config, make_family_checkpoint  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # noqa: E402
@@ -25,12 +28,12 @@ from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
+from gte_deploy.models.families.bert import HIDDEN_ACTIVATIONS, BERT  # noqa: E402
 from gte_deploy.models.field_tables import document  # noqa: E402
-from gte_deploy.models.heads import HeadOptions, make_heads  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
 
 LAYERS = 3
-LENGTH = 48
+LENGTH = LIMIT
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -41,29 +44,7 @@ TEXTS = ("the [MASK] is old.", "the city and [MASK] river")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BertForMaskedLM with its tokenizer, saved by transformers itself."""
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(SPELLING),
-        hidden_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        intermediate_size=80,
-        max_position_embeddings=LENGTH,
-        # Far from the tiny weights of a fresh model: a missing or doubled part of the embedding must show.
-        initializer_range=0.4,
-    )
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    transformers.BertTokenizer({word: i for i, word in enumerate(SPELLING)}, model_max_length=LENGTH).save_pretrained(
-        folder
-    )
-    return folder
-
-
-@pytest.fixture
-def bert(register_family: Any) -> Any:
-    """The family, registered."""
-    return register_family("bert", "BERT")
+    return make_family_checkpoint(tmp_path_factory.mktemp("bert"), "bert", num_hidden_layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +52,7 @@ def reference(checkpoint: Path) -> Any:
     return transformers.AutoModelForMaskedLM.from_pretrained(checkpoint).eval()
 
 
-def test_without_its_line_it_is_refused_by_name(checkpoint):
-    for read in (task_of, read_config, describe, load_model):
-        with pytest.raises(ConfigError, match=r"model_type is 'bert'; expected one of \"gte\", \"new\""):
-            read(checkpoint)
-
-
-def test_weights_are_read_strictly(bert, checkpoint, reference):
+def test_weights_are_read_strictly(checkpoint, reference):
     model = load_model(checkpoint)
     assert type(model) is transformers.BertForMaskedLM and not model.training
     assert model.state_dict().keys() == reference.state_dict().keys()
@@ -96,7 +71,7 @@ def test_weights_are_read_strictly(bert, checkpoint, reference):
         ("cls.predictions.bias", r"1 missing: cls\.predictions\.bias"),
     ],
 )
-def test_a_missing_tensor_is_named(bert, checkpoint, tmp_path, name, said):
+def test_a_missing_tensor_is_named(checkpoint, tmp_path, name, said):
     tensors = load_file(checkpoint / "model.safetensors")
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((checkpoint / file).read_bytes())
@@ -106,47 +81,39 @@ def test_a_missing_tensor_is_named(bert, checkpoint, tmp_path, name, said):
         load_model(tmp_path)
 
 
-def test_a_field_that_the_model_cannot_honour_is_refused(bert, checkpoint, tmp_path):
+def test_a_field_that_the_model_cannot_honour_is_refused(checkpoint, tmp_path):
     raw = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "position_embedding_type": "relative_key"}))
     with pytest.raises(ConfigError, match=r"position_embedding_type is 'relative_key'; expected 'absolute'"):
         read_config(tmp_path)
 
 
-def test_the_page_of_fields_shows_its_table(bert):
-    (section,) = [part for part in document().split("\n## ") if part.startswith(f"{bert.fields.name}\n")]
+def test_the_page_of_fields_shows_its_table():
+    (section,) = [part for part in document().split("\n## ") if part.startswith(f"{BERT.fields.name}\n")]
     assert (
         "| `position_embedding_type` | **fixed** `'absolute'`: Only an embedding of each place is computed. |"
         in section
     )
 
 
-def test_a_task_that_the_family_does_not_do_is_refused(bert, checkpoint, tmp_path):
-    raw = json.loads((checkpoint / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": ["BertForSequenceClassification"]}))
-    assert task_of(tmp_path) == "classify"
-    with pytest.raises(CheckpointError, match="task is 'classify'; expected one of fill-mask, embed$"):
-        load_model(tmp_path)
-
-
-def test_save_and_load_are_inverse(bert, checkpoint, tmp_path):
+def test_save_and_load_are_inverse(checkpoint, tmp_path):
     model = load_model(checkpoint)
     save_model(model, tmp_path, layout="native")
     again, own = load_model(tmp_path), transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor) and torch.equal(own.state_dict()[name], tensor), name
-    with pytest.raises(CheckpointError, match="expected one of BertForMaskedLM, BertModel in layout native$"):
+    with pytest.raises(CheckpointError, match="expected one of BertForMaskedLM, BertModel, .* in layout native$"):
         save_model(model, tmp_path, layout="original")
 
 
-def test_the_encoder_alone(bert, checkpoint, reference):
+def test_the_encoder_alone(checkpoint, reference):
     encoder = load_model(checkpoint, task="embed")
     ids = torch.tensor([[2, 60, 61, 4, 3]])
     with torch.inference_mode():
         assert torch.equal(encoder(ids).last_hidden_state, reference.bert(ids).last_hidden_state)
 
 
-def test_the_description(bert, checkpoint):
+def test_the_description(checkpoint):
     spec = describe(checkpoint).spec
     assert (spec.task, spec.max_length, spec.vocab_size, spec.hidden_size) == ("fill-mask", LENGTH, len(SPELLING), 32)
     assert spec.token_types and spec.type_vocab_size == 2
@@ -159,7 +126,7 @@ def test_the_description(bert, checkpoint):
         ("MERGED_PASSES", {"rope": 0, "attention": 3, "qkv": 3, "up_gate": 0, "glu": 0, "skip_layer_norm": 6}),
     ],
 )
-def test_passes_fire_as_the_family_says(bert, checkpoint, passes, expected):
+def test_passes_fire_as_the_family_says(checkpoint, passes, expected):
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.graph import fusion
     from gte_deploy.exporters.graph.trace import trace
@@ -167,7 +134,7 @@ def test_passes_fire_as_the_family_says(bert, checkpoint, passes, expected):
     model = load_model(checkpoint)
     graph = trace(model, task="fill-mask", max_length=LENGTH, pooling=None, logits="masked", opset=20)
     chosen = getattr(fusion, passes)
-    assert fusion.fuse_graph(graph.clone(), sites=bert.sites(model.config), passes=chosen) == expected
+    assert fusion.fuse_graph(graph.clone(), sites=BERT.sites(model.config), passes=chosen) == expected
     # What the family does not list must not fire, and what it lists must.
     with pytest.raises(ExportError, match=r"'attention' fired 3 times, and this architecture has 0 sites"):
         fusion.fuse_graph(graph.clone(), sites={}, passes=chosen)
@@ -176,7 +143,7 @@ def test_passes_fire_as_the_family_says(bert, checkpoint, passes, expected):
 
 
 @pytest.mark.parametrize(("task", "options"), [("fill-mask", {}), ("embed", {"pooling": "cls"})])
-def test_the_last_layer_computes_only_the_rows_that_are_asked_for(bert, checkpoint, reference, task, options):
+def test_the_last_layer_computes_only_the_rows_that_are_asked_for(checkpoint, reference, task, options):
     pytest.importorskip("onnxscript")
     import onnx_ir
     import onnxruntime
@@ -204,7 +171,7 @@ def test_the_last_layer_computes_only_the_rows_that_are_asked_for(bert, checkpoi
         assert any(str(node.name).startswith("asked_rows/") for node in part.model.graph)
 
 
-def test_rows_without_padding_give_the_same_states(bert, checkpoint):
+def test_rows_without_padding_give_the_same_states(checkpoint):
     spec = describe(checkpoint).spec
     ids = np.full((2, 9), spec.pad_token_id)
     ids[0], ids[1, :4] = np.arange(5, 14), (2, 60, 4, 3)
@@ -218,52 +185,12 @@ def test_rows_without_padding_give_the_same_states(bert, checkpoint):
     np.testing.assert_allclose(packed["logits"], padded["logits"], rtol=0, atol=2e-5)
 
 
-def test_training_refuses_it(bert, checkpoint):
+def test_training_refuses_it(checkpoint):
     with pytest.raises(ConfigError, match="model_type 'bert'; training knows GTE alone"):
         model_config(str(checkpoint))
 
 
-def test_a_splade_head_of_another_form_is_refused(bert, checkpoint):
-    with pytest.raises(ConfigError, match="BertOnlyMLMHead has no dense, layer_norm, decoder"):
-        make_heads(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("splade")))
-
-
-def sparse_checkpoint(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint with the modules of a SparseEncoder."""
-    shutil.copytree(checkpoint, folder)
-    types = "sentence_transformers.sparse_encoder.models"
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": f"{types}.MLMTransformer"},
-        {"idx": 1, "name": "1", "path": "1_SpladePooling", "type": f"{types}.SpladePooling"},
-    ]
-    (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "1_SpladePooling").mkdir()
-    (folder / "1_SpladePooling" / "config.json").write_text(json.dumps({"pooling_strategy": "max"}))
-    return folder
-
-
-def test_a_sparse_checkpoint_is_refused_by_name(bert, checkpoint, tmp_path):
-    pytest.importorskip("onnxscript")
-    from gte_deploy.exporters.export import export
-
-    folder = sparse_checkpoint(checkpoint, tmp_path / "sparse")
-    assert task_of(folder) == "sparse"
-    refusal = "BertOnlyMLMHead has no dense, layer_norm, decoder. Take the task fill-mask"
-    with pytest.raises(ConfigError, match=refusal):
-        gte_deploy.load(folder, backend="torch")
-    with pytest.raises(ConfigError, match=refusal):
-        export(folder, tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
-    with gte_deploy.load(folder, backend="torch", task="fill-mask") as model:
-        assert len(model.fill_mask(TEXTS[0], top_k=2)) == 2
-
-
-def test_a_head_that_the_family_does_not_have_is_refused_by_name(bert, checkpoint):
-    with pytest.raises(ConfigError, match="'bert' have no head for token-classify; expected one of fill-mask$"):
-        make_heads(load_model(checkpoint), HeadOptions("sparse", sparse=SparseSpec("token-weights")))
-
-
-def test_the_reference_computes_with_the_heads_of_the_family(bert, checkpoint):
+def test_the_reference_computes_with_the_heads_of_the_family(checkpoint):
     """By the definition of a splade head, log1p(relu(x)) of the largest logit among a row's tokens."""
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.verification.reference import TorchReference
@@ -278,7 +205,7 @@ def test_the_reference_computes_with_the_heads_of_the_family(bert, checkpoint):
     np.testing.assert_allclose(reference.run(batch, ())["sparse_embedding"], expected, rtol=0, atol=2e-6)
 
 
-def test_a_shorter_bundle_keeps_the_rows_of_the_table_of_positions(bert, checkpoint, tmp_path):
+def test_a_shorter_bundle_keeps_the_rows_of_the_table_of_positions(checkpoint, tmp_path):
     """A library that reads the bundle's config.json takes the weights of the checkpoint."""
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.export import export
@@ -298,7 +225,7 @@ def test_a_shorter_bundle_keeps_the_rows_of_the_table_of_positions(bert, checkpo
         ours.fill_mask("the river is old. " * 5 + "[MASK]")
 
 
-def test_cuda_keeps_padding_alone(bert, checkpoint, tmp_path):
+def test_cuda_keeps_padding_alone(checkpoint, tmp_path):
     """Padding is removed around layers whose every operator works on token rows, which takes a gated unit."""
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.export import export
@@ -312,7 +239,7 @@ def test_cuda_keeps_padding_alone(bert, checkpoint, tmp_path):
             export(checkpoint, tmp_path / "other", precision="fp16", padding="remove", **target)
 
 
-def test_tensorrt_without_padding_is_refused(bert, checkpoint):
+def test_tensorrt_without_padding_is_refused(checkpoint):
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.graph.build import build_graphs
     from gte_deploy.exporters.targets.tensorrt.graph import tensorrt_graph
@@ -326,7 +253,7 @@ def test_tensorrt_without_padding_is_refused(bert, checkpoint):
         tensorrt_graph(plain, "fp16", sites=sites, layout=PADDING_FREE)
 
 
-def test_a_lower_precision_is_that_of_all_its_layers(bert, checkpoint):
+def test_a_lower_precision_is_that_of_all_its_layers(checkpoint):
     pytest.importorskip("onnxscript")
     from gte_deploy.exporters.graph.build import build_graphs
     from gte_deploy.exporters.quantization.weight_only import quantize_weights
@@ -343,7 +270,7 @@ def bundles() -> dict[str, Path]:
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
 def test_a_bundle_fills_masks_as_the_pipeline_of_transformers_does(
-    bert, checkpoint, reference, bundles, tmp_path_factory, backend
+    checkpoint, reference, bundles, tmp_path_factory, backend
 ):
     pytest.importorskip("onnxscript")
     pytest.importorskip("openvino")
@@ -369,3 +296,123 @@ def test_a_bundle_fills_masks_as_the_pipeline_of_transformers_does(
             np.testing.assert_allclose(
                 [answer["score"] for answer in found], [answer["score"] for answer in expected], rtol=1e-4
             )
+
+
+@pytest.mark.parametrize("task", SUFFIXES)
+def test_each_task_has_its_class_and_its_head(task, tmp_path):
+    labels = ("no", "yes", "maybe") if "classify" in task else ("LABEL_0",)
+    folder = make_family_checkpoint(tmp_path / "kept", "bert", task, labels=labels)
+    names = edit_config(shutil.copytree(folder, tmp_path / "nameless"), architectures=None)
+    assert task_of(folder) == task_of(names) == task
+    own = transformers.AutoModelForSequenceClassification if task == "classify" else None
+    model = load_model(folder)
+    assert type(model).__name__ == BERT.classes[task]
+    if own is not None:
+        ids = torch.tensor([[2, 60, 61, 4, 3]])
+        with torch.inference_mode():
+            torch.testing.assert_close(model(ids).logits, own.from_pretrained(folder).eval()(ids).logits)
+        assert dict(describe(folder).spec.id2label) == dict(enumerate(labels))
+
+
+def test_names_of_the_first_checkpoints_and_their_pretraining_head(checkpoint, reference, tmp_path):
+    """bert-base-uncased has LayerNorm.gamma and beta, the pooler, and a head for the next sentence."""
+    folder = shutil.copytree(checkpoint, tmp_path / "old")
+    tensors = load_file(folder / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {
+        next((name.replace(new, first) for new, first in old.items() if new in name), name): tensor
+        for name, tensor in tensors.items()
+    }
+    size = reference.config.hidden_size
+    tensors |= {"bert.pooler.dense.weight": torch.zeros(size, size), "bert.pooler.dense.bias": torch.zeros(size)}
+    tensors |= {"cls.seq_relationship.weight": torch.zeros(2, size), "cls.seq_relationship.bias": torch.zeros(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, architectures=["BertForPreTraining"])
+    assert task_of(folder) == "fill-mask"
+    for name, tensor in load_model(folder).state_dict().items():
+        assert torch.equal(tensor, reference.state_dict()[name]), name
+    assert load_model(folder, task="embed").pooler is not None
+    tensors["bert.surplus"] = torch.zeros(2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 unexpected: bert\.surplus"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"hidden_act": "gelu_10"}, "hidden_act is 'gelu_10'; expected one of gelu, gelu_new"),
+        ({"is_decoder": True}, "is_decoder is True"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"num_attention_heads": 5}, r"hidden_size is 32; expected a multiple of num_attention_heads \(5\)"),
+        ({"pad_token_id": 70}, "pad_token_id is 70; expected an id below vocab_size"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'"),
+        ({"id2label": {"1": "x"}}, "id2label is"),
+        ({"type_vocab_size": 0}, "type_vocab_size is 0; expected an integer of at least 1"),
+    ],
+)
+def test_a_value_that_the_model_cannot_honour_is_refused(fields, said, checkpoint, tmp_path):
+    shutil.copyfile(checkpoint / "config.json", tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=said):
+        read_config(edit_config(tmp_path, **fields))
+
+
+def test_every_field_that_the_class_reads_is_in_the_table():
+    from transformers.models.bert import modeling_bert
+
+    read = set(re.findall(r"config\.([a-z]\w*)", inspect.getsource(modeling_bert))) - {"is_encoder_decoder"}
+    assert {"hidden_act", "type_vocab_size", "layer_norm_eps"} <= read
+    own = [name for name in transformers.BertConfig.__dataclass_fields__ if name in vars(transformers.BertConfig)]
+    assert [name for name in (*read, *own) if BERT.fields.field(name) is None] == []
+
+
+def test_every_activation_is_one_of_transformers():
+    assert set(HIDDEN_ACTIVATIONS) <= set(transformers.activations.ACT2FN)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
+def test_each_activation_is_traced_as_transformers_computes_it(activation, tmp_path):
+    pytest.importorskip("onnxscript")
+    import onnx_ir
+    import onnxruntime
+
+    from gte_deploy.exporters.graph.build import build_graphs
+
+    folder = make_family_checkpoint(tmp_path, "bert", num_hidden_layers=1, hidden_act=activation)
+    own = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    ids = np.array([[2, 60, 61, 4, 3]])
+    graph = build_graphs(load_model(folder), task="fill-mask", max_length=LENGTH)["onnxruntime"]
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(graph.model).SerializeToString())
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "mask_positions": np.array([[0, 3]])}
+    with torch.inference_mode():
+        expected = own(torch.tensor(ids)).logits[0, [3]].numpy()
+    np.testing.assert_allclose(session.run(["logits"], feed)[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "token-classify"])
+def test_types_of_a_graph_in_half_precision_fit_each_other(task, tmp_path):
+    """ONNX's own inference of types judges: an engine refuses a graph in which two operands differ."""
+    pytest.importorskip("onnxscript")
+    import onnx
+    import onnx_ir
+
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.graph.half import lower_to_half
+
+    folder = make_family_checkpoint(tmp_path, "bert", task, labels=("A", "B", "C"))
+    model = build_graphs(load_model(folder), task=task, max_length=LENGTH)["openvino"].model
+    assert lower_to_half(model, onnx_ir.DataType.FLOAT16)
+    onnx.shape_inference.infer_shapes(onnx_ir.to_proto(model), check_type=True, strict_mode=True)
+
+
+def test_a_bundle_of_sparse_embeddings_answers_as_sparse_encoder_does(tmp_path):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    folder = add_sparse_modules(make_family_checkpoint(tmp_path / "splade", "bert", initializer_range=0.1))
+    assert task_of(folder) == "sparse"
+    result = export(folder, tmp_path / "bundle")
+    (check,) = result.parity.checks
+    assert check.passed and check.compared["library"].startswith("SparseEncoder") and check.compared["answers"] > 0
+    assert not check.skipped

@@ -1,0 +1,173 @@
+"""The BERT family: config.json and tensors in the one layout of transformers, with a table of positions.
+
+RoBERTa and XLM-R share the layers, and most of this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gte_deploy.core.errors import ConfigError
+from gte_deploy.core.spec import TaskName
+from gte_deploy.models.families.base import Family, TensorNames
+from gte_deploy.models.fields import BOOKKEEPING, PRINTED, TRAINING, Field, FileFields, fixed, honoured, ignored
+from gte_deploy.models.reading import SIZES, Reader, label_fields, pad_token_id, without_warnings_of_types
+from gte_deploy.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+HIDDEN_ACTIVATIONS = (
+    *("gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh"),
+    *("relu", "silu", "swish", "tanh"),
+)
+"""The values of `hidden_act`: functions of one element, under the names of transformers."""
+
+_SIZE = honoured("It is checked against the shapes of the tensors.")
+_TOKENIZER = ignored("The tokenizer has its own.")
+_OTHER_CODE = ignored("The class of transformers does not read it.")
+
+CONFIG_FIELDS: Mapping[str, Field] = {
+    "model_type": honoured("It names the family."),
+    "architectures": honoured("The head in its name determines the task, unless modules.json or `--task` does."),
+    "vocab_size": _SIZE,
+    "hidden_size": _SIZE,
+    "num_hidden_layers": _SIZE,
+    "num_attention_heads": honoured("hidden_size must be a multiple of it."),
+    "intermediate_size": _SIZE,
+    "type_vocab_size": honoured("With 2 or more the model gets the token types of the tokenizer."),
+    "max_position_embeddings": honoured("The rows of the table of positions."),
+    "layer_norm_eps": honoured("Epsilon of every LayerNorm."),
+    "hidden_act": honoured(f"One of {', '.join(HIDDEN_ACTIVATIONS)}; another is refused."),
+    "pad_token_id": honoured("If it is missing, or differs from the tokenizer's, the tokenizer's is used."),
+    "id2label": honoured("Names of a classifier's labels."),
+    "label2id": honoured("It is computed from id2label."),
+    "num_labels": honoured("It is checked against id2label and the shape of the head."),
+    "sentence_transformers": honoured("Its `activation_fn` is what `predict` applies to a reranker's logits."),
+    "sbert_ce_default_activation_function": honoured("The older name of `activation_fn`, before version 4."),
+    "position_embedding_type": fixed("Only an embedding of each place is computed.", "absolute"),
+    "tie_word_embeddings": fixed("The decoder of the masked-LM head is the word embedding.", True),
+    "quantization_config": fixed("Quantised weights are not read; take the checkpoint before quantisation."),
+    "is_decoder": fixed("Attention sees both sides.", False),
+    "add_cross_attention": fixed("There is no second input to attend to.", False),
+    "pruned_heads": fixed("Every head is computed.", {}),
+    "chunk_size_feed_forward": ignored("It changes the memory that is needed."),
+    "use_cache": ignored("An encoder has no cache."),
+    "add_pooling_layer": ignored("The names of the tensors show it."),
+    "torch_dtype": ignored("The tensors have types of their own; PyTorch computes in float32 here."),
+    "dtype": ignored("The newer name of torch_dtype."),
+    **{f"{name}_token_id": _TOKENIZER for name in ("bos", "eos", "sep", "cls", "mask")},
+    "decoder_start_token_id": ignored("Nothing is generated."),
+    "tokenizer_class": ignored("tokenizer_config.json decides; if it names no class, AutoTokenizer reads this field."),
+    "problem_type": ignored("It chooses a loss for training."),
+    "hidden_dropout_prob": TRAINING,
+    "attention_probs_dropout_prob": TRAINING,
+    "classifier_dropout": TRAINING,
+    "initializer_range": TRAINING,
+    "gradient_checkpointing": TRAINING,
+    "output_attentions": PRINTED,
+    "output_hidden_states": PRINTED,
+    "return_dict": PRINTED,
+    "directionality": _OTHER_CODE,
+    "pooler_*": _OTHER_CODE,
+    "output_past": _OTHER_CODE,
+    "auto_map": ignored("It names remote code, which is never run."),
+    "_name_or_path": BOOKKEEPING,
+    "transformers_version": BOOKKEEPING,
+    "finetuning_task": BOOKKEEPING,
+    "torchscript": BOOKKEEPING,
+}
+
+BERT_FIELDS = FileFields(
+    name="config.json of BERT", reads='`model_type` "bert".', fields=CONFIG_FIELDS, unknown="ignored"
+)
+
+
+def config_reader(config_class: str) -> Callable[[Mapping[str, Any], Path], PreTrainedConfig]:
+    """A function that makes a config of this class of transformers from the contents of config.json and its path.
+
+    A missing field has the default of the class, as in transformers. The function raises a ConfigError for a field that
+    is malformed or not supported.
+    """
+
+    def read_config(raw: Mapping[str, Any], file: Path) -> PreTrainedConfig:
+        import transformers
+        from huggingface_hub.errors import StrictDataclassError
+
+        made: Any = getattr(transformers, config_class)
+        reader = Reader(raw, file, {field.name: field.default for field in dataclasses.fields(made)})
+        fields = {**_common_fields(reader), **label_fields(reader)}
+        try:
+            with without_warnings_of_types():
+                return made(**fields)  # type: ignore[no-any-return]
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            raise ConfigError(f"{file}: transformers' {config_class} refuses it: {error}") from error
+
+    return read_config
+
+
+def plain_config(config: Any, *, task: TaskName, dtype: str = "float32") -> dict[str, Any]:
+    """The fields of config.json; see `Family.native_config`."""
+    prefix = type(config).__name__.removesuffix("Config")
+    return {**json.loads(config.to_json_string()), "architectures": [class_names(prefix)[task]], "dtype": dtype}
+
+
+def class_names(prefix: str) -> dict[TaskName, str]:
+    """Task -> class of transformers, such as "BertForMaskedLM" for the prefix "Bert"."""
+    return {name: prefix + task.architecture for name, task in TASKS.items() if task.architecture is not None}
+
+
+def sites(config: Any) -> dict[str, int]:
+    """How often each fusion pass must fire; see `Family.sites`."""
+    layers = config.num_hidden_layers
+    return {**dict.fromkeys(("attention", "projections", "qkv", "flash"), layers), "skip_layer_norm": 2 * layers}
+
+
+def _common_fields(reader: Reader) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: reader.integer(name, at_least=1) for name in (*SIZES, "type_vocab_size")}
+    if fields["hidden_size"] % (heads := fields["num_attention_heads"]):
+        raise reader.refuse("hidden_size", fields["hidden_size"], f"a multiple of num_attention_heads ({heads})")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        fields[name] = reader.number(name, below=1.0)
+    if reader.get("classifier_dropout") is not None:
+        fields["classifier_dropout"] = reader.number("classifier_dropout", below=1.0)
+    fields["initializer_range"] = float(reader.number("initializer_range"))
+    fields["layer_norm_eps"] = float(reader.number("layer_norm_eps"))
+    fields["hidden_act"] = reader.get("hidden_act")
+    if fields["hidden_act"] not in HIDDEN_ACTIVATIONS:
+        raise reader.refuse("hidden_act", fields["hidden_act"], f"one of {', '.join(HIDDEN_ACTIVATIONS)}")
+    fields["pad_token_id"] = pad_token_id(reader, fields["vocab_size"])
+    passed_on = ("bos_token_id", "eos_token_id", "problem_type", "architectures")
+    return fields | {name: reader.raw[name] for name in passed_on if name in reader.raw}
+
+
+BERT = Family(
+    model_types=("bert",),
+    fields=BERT_FIELDS,
+    read_config=config_reader("BertConfig"),
+    native_config=plain_config,
+    classes=class_names("Bert"),
+    architecture_prefixes=("Bert",),
+    other_architectures={"BertForPreTraining": "fill-mask"},
+    heads={"fill-mask": "cls", "classify": "classifier", "token-classify": "classifier"},
+    positions="absolute",
+    position_module="embeddings",
+    sites=sites,
+    # The published checkpoints also hold what the pretraining on pairs of sentences had.
+    left_out={"fill-mask": ("pooler.", "cls.seq_relationship."), "token-classify": ("pooler.",)},
+    tensors=TensorNames(
+        prefixes=("bert.",),
+        # Names of the first checkpoints, which transformers reads as well.
+        renames=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
+        tied={
+            "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        derived=re.compile(r"(^|\.)position_ids$"),
+    ),
+)
