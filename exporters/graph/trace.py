@@ -333,8 +333,9 @@ def _simplify(model: ir.Model) -> None:
 def _type_products(graph: ir.Graph) -> None:
     """Give types to the products inside linear layers, which torch leaves out and a change of precision looks at."""
     for node in graph:
-        if node.op_type == "MatMul" and node.outputs[0].dtype is None:
-            node.outputs[0].dtype = operand(node, 0).dtype
+        dtype = operand(node, 0).dtype if node.op_type == "MatMul" else None
+        if dtype is not None and node.outputs[0].dtype is None:
+            node.outputs[0].dtype = dtype
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

@@ -165,7 +165,7 @@ class Family:
 
     def first_position(self, config: PreTrainedConfig) -> int:
         """The position of the first token of a text."""
-        return int(config.pad_token_id) + 1 if self.counts_after_padding else 0  # type: ignore[arg-type]
+        return int(config.pad_token_id) + 1 if self.counts_after_padding else 0
 
     def max_tokens(self, config: PreTrainedConfig) -> int:
         """The longest text in tokens."""

@@ -104,7 +104,7 @@ def config_reader(config_class: str) -> Callable[[Mapping[str, Any], Path], PreT
         fields = {**_common_fields(reader), **label_fields(reader)}
         try:
             with without_warnings_of_types():
-                return made(**fields)  # type: ignore[no-any-return]
+                return made(**fields)
         except (StrictDataclassError, TypeError, ValueError) as error:
             raise ConfigError(f"{file}: transformers' {config_class} refuses it: {error}") from error
 
