@@ -226,7 +226,7 @@ def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in the task's class of transformers, with AutoTokenizer and, for two tasks, a pipeline."""
     opened = _open_network(folder, spec)
     config = opened.network.config
-    limit = min(opened.tokenizer.model_max_length, config.max_position_embeddings)
+    limit = min(opened.tokenizer.model_max_length, _places(config))
     asks = opened.masks if spec.task == "fill-mask" else opened.tensors
     return OpenLibrary(opened.title, limit, lambda cut: None, asks, config)
 

@@ -28,7 +28,7 @@ from gte_deploy.models import families  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
-from gte_deploy.models.families.bert import HIDDEN_ACTIVATIONS, BERT  # noqa: E402
+from gte_deploy.models.families.bert import BERT, HIDDEN_ACTIVATIONS  # noqa: E402
 from gte_deploy.models.field_tables import document  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
 
