@@ -8,6 +8,7 @@ import pytest
 import gte_deploy
 from factories import make_checkpoint, raise_token_weights
 from gte_deploy.bundle.manifest import read_manifest, spec_from_json
+from gte_deploy.cli import main
 from gte_deploy.models.config import task_of
 from gte_deploy.tasks.hybrid import HybridEmbedding
 from gte_deploy.tasks.sparse import SparseEmbedding
@@ -166,3 +167,13 @@ def test_what_is_refused(checkpoint, bundle_of, tmp_path):
         spec_from_json({**spec, "sparse": None})
     with pytest.raises(ValueError, match="'splade', though the task is hybrid"):
         spec_from_json({**spec, "sparse": {**spec["sparse"], "head": "splade"}})
+
+
+def test_the_command_prints_both_halves(checkpoint, hybrid_on, capsys):
+    arguments = ["encode-hybrid", "-m", str(checkpoint), "--normalize", "--max-active-dims", "2", "--json", *TEXTS[:2]]
+    assert main(arguments) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    with hybrid_on("torch") as model:
+        expected = model.encode_hybrid(TEXTS[:2], normalize_embeddings=True, max_active_dims=2, as_dict=True)
+    assert [each["sparse"] for each in found] == expected.sparse
+    np.testing.assert_allclose([each["dense"] for each in found], expected.dense, atol=1e-7)
