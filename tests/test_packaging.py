@@ -26,6 +26,7 @@ def tree(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
+    shutil.copytree(ROOT / "optimum", copy / "optimum", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -68,8 +69,14 @@ def test_wheel_holds_every_module_and_data_file(wheel_names):
             assert f"{prefix}/{file.relative_to(ROOT / folder).as_posix()}" in wheel_names
 
 
+OPTIMUM_COMMAND = "optimum/commands/register/register_gte_deploy.py"
+
+
 def test_wheel_takes_no_other_top_level_name(wheel_names):
-    assert {name.split("/")[0] for name in wheel_names if ".dist-info" not in name} == {"gte_deploy"}
+    names = {name for name in wheel_names if ".dist-info" not in name}
+    assert {name.split("/")[0] for name in names} == {"gte_deploy", "optimum"}
+    # A part of optimum's own namespace: one more file, above all an __init__.py, could hide those of optimum.
+    assert {name for name in names if name.startswith("optimum/")} == {OPTIMUM_COMMAND}
 
 
 def test_a_wheel_of_the_sdist_holds_the_same(wheel_names, tree, tmp_path):
@@ -85,15 +92,18 @@ def test_an_editable_install_is_the_tree(tree, tmp_path):
     command += ["--disable-pip-version-check", "--target", tmp_path, "--editable", tree]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     code = (
-        "import importlib, site, sys\n"
+        "import importlib, importlib.util, site, sys\n"
         "site.addsitedir(sys.argv[1])\n"
+        "print(*set(importlib.util.find_spec('optimum.commands.register').submodule_search_locations))\n"
         "for name in sys.argv[2:]:\n"
         "    print(importlib.import_module(name).__file__)"
     )
     # -I and elsewhere: neither this folder nor the environment's own installation may answer.
     run = [sys.executable, "-I", "-S", "-c", code, tmp_path, *FOLDERS.values()]
     found = subprocess.run(run, check=True, capture_output=True, text=True, cwd=tmp_path, timeout=60).stdout.split()
+    found, places = found[-len(FOLDERS) :], found[: -len(FOLDERS)]
     assert [Path(file).resolve() for file in found] == [tree / folder / "__init__.py" for folder in FOLDERS]
+    assert str((tree / OPTIMUM_COMMAND).parent) in places, "optimum-cli looks for commands in these folders"
 
 
 # Imports point one way: models <- training; models, gte_deploy <- exporters; the command lines <- everything.

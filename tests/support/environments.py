@@ -30,6 +30,10 @@ REQUIREMENTS = {
     "light": ("fastembed", "light-embed"),
     "onnx": ("sentence-transformers[onnx]", "torch"),
     "openvino": ("sentence-transformers[openvino]>=6", "torch"),
+    "optimum": (  # beside what gte-export needs: pyproject.toml
+        *("optimum>=2.1", "torch", "transformers>=5.23", "onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0"),
+        *("matplotlib>=3.9", "onnxruntime>=1.30.1", "openvino>=2026.1", "safetensors>=0.5"),
+    ),
     "ort120": ("onnxruntime==1.20.*", "tokenizers"),
     "ort122": ("onnxruntime==1.22.*", "tokenizers"),
     "ort124": ("onnxruntime==1.24.*", "tokenizers"),
