@@ -2,20 +2,23 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gte_deploy._version import __version__
+from gte_deploy.bundle.upload import push_to_hub, require_pushable
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.options import HelpFormatter, add_arguments, flags_of, options_of, parse_given
 from gte_deploy.exporters.adoption import AdoptionResult, adopt
+from gte_deploy.exporters.conversion import FLOAT_TYPES, KEPT, LAYOUTS, Conversion, convert
 from gte_deploy.exporters.export import ExportResult, export
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
@@ -23,14 +26,17 @@ from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.repository import RepositoryResult, export_repository
 
-TRITON, CHECK, ADOPT = "triton", "check", "adopt"
+TRITON, CHECK, ADOPT, CONVERT = "triton", "check", "adopt", "convert"
 _COMMANDS = {
     "onnx": "a bundle for ONNX Runtime and OpenVINO (the same as --format onnx)",
     "trt": "a bundle with a TensorRT engine (--format trt)",
     TRITON: "a model repository for Triton (--format triton)",
     ADOPT: "add an engine that trtexec built, on a Jetson for example, to its bundle",
+    CONVERT: "write a checkpoint in another layout: that of transformers, or the original one",
     CHECK: "check the configurations of a Triton model repository",
 }
+_Result = ExportResult | RepositoryResult | AdoptionResult | Conversion
+_MODEL_HELP = "checkpoint folder, preset name, or hub id owner/name[@revision]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,13 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # A checkpoint folder with the name of a command must be given as ./onnx.
     command = words.pop(0) if words and words[0] in _COMMANDS else None
-    arguments = _parser(command, command or _format_in(words)).parse_args(words)
+    return run_export(_parser(command, command or format_in(words)).parse_args(words), command)
+
+
+def run_export(arguments: argparse.Namespace, command: str | None = None) -> int:
+    """Run what the parsed arguments of an export or of a command ask for; returns the exit code."""
     try:
         if command == CHECK or "check_repository" in arguments:
             return _check(arguments)
+        _check_push(arguments)
         with _quiet_libraries():
-            result = _adopt(arguments) if command == ADOPT else _export(arguments)
-        print(json.dumps(_result_json(result)) if arguments.json else _result_text(result), flush=True)
+            result = _RUNS.get(command or "", _export)(arguments)
+        if not arguments.json:
+            print(_result_text(result), flush=True)
+        pushed = _push(result, arguments)
+        if arguments.json:
+            print(json.dumps({**_result_json(result), **pushed}), flush=True)
     except GteDeployError as error:
         return _fail(arguments, str(error), exit_code_of(error), error)
     except BrokenPipeError:
@@ -58,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
-def _format_in(words: Sequence[str]) -> str:
+def format_in(words: Sequence[str]) -> str:
     """Return the value of `--format` if the words have a known one, else the default."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--format", default=FORMATS[0])
@@ -70,19 +85,33 @@ def _format_in(words: Sequence[str]) -> str:
 
 
 def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
-    """Make the parser for one format. Options of other formats are hidden from `--help`, and refused later."""
+    """Make the parser of a command, or for one format."""
     if command == CHECK:
         return _check_parser()
     if command == ADOPT:
         return _adopt_parser()
-    lines = "".join(f"\n  gte-export {name:<7} {text}" for name, text in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="gte-export" if command is None else f"gte-export {command}",
-        description="Export a GTE checkpoint to a bundle that is compared with PyTorch before it is written.",
-        epilog=HELP if command else f"commands, each with a --help of its own:{lines}\n\n{HELP}",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="checkpoint folder, hub id or preset name")
+    if command == CONVERT:
+        return _convert_parser()
+    parser = argparse.ArgumentParser(prog="gte-export" if command is None else f"gte-export {command}")
+    add_export_arguments(parser, format, command)
+    if command is None:
+        lines = "".join(f"\n  gte-export {name:<7} {text}" for name, text in _COMMANDS.items())
+        parser.epilog = f"commands, each with a --help of its own:{lines}\n\n{HELP}"
+    return parser
+
+
+def add_export_arguments(parser: argparse.ArgumentParser, format: str, command: str | None = None) -> None:
+    """Add the arguments of an export to one format to a parser. `--help` does not show the options of other formats.
+
+    Args:
+        parser: the parser, of this command line or of another one.
+        format: the format, or the value of `--format`; see `format_in`.
+        command: the command that stands for the format, if one was given.
+    """
+    parser.description = "Export a checkpoint to a bundle that is compared with PyTorch before it is written."
+    parser.epilog = HELP
+    parser.formatter_class = HelpFormatter
+    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("output_argument", nargs="?", metavar="OUTPUT", help="folder of the bundle")
     parser.add_argument("-m", "--model", help="the same as MODEL (default: the built-in gte-en-mlm-tiny)")
     parser.add_argument("-o", "--output", help="the same as OUTPUT (default: MODEL-FORMAT-PRECISION, here)")
@@ -104,8 +133,11 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
         add_arguments(parser, other, hidden=True)
     parser.add_argument("--check-repository", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
+    if format != TRITON:
+        text = "push the verified bundle to this repository of the Hugging Face hub, owner/name[@branch]"
+        parser.add_argument("--push-to-hub", metavar="REPO", help=text)
+        parser.add_argument("--private", action="store_true", help="make a new repository private")
     _add_output_options(parser)
-    return parser
 
 
 def _targets_for(format: str) -> dict[str, type[Target]]:
@@ -142,6 +174,24 @@ def _adopt_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"gte-export {CONVERT}",
+        description="Write a checkpoint in another layout. Every weight is kept, bit for bit; tokenizer, modules of "
+        "sentence-transformers, prompts, card and licence are copied.",
+        epilog=HELP,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("output", metavar="OUTPUT", help="folder of the result; empty or missing")
+    text = "native: transformers reads it alone; original: text-embeddings-inference and the published code read it"
+    parser.add_argument("--layout", required=True, choices=LAYOUTS, help=text)
+    text = f"type of the stored weights (default: {KEPT})"
+    parser.add_argument("--dtype", default=KEPT, choices=(KEPT, *FLOAT_TYPES), help=text)
+    _add_output_options(parser)
+    return parser
+
+
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -172,6 +222,43 @@ def _adopt(arguments: argparse.Namespace) -> AdoptionResult:
         force=arguments.force,
         progress=None if arguments.quiet else _tell,
     )
+
+
+def _convert(arguments: argparse.Namespace) -> Conversion:
+    return convert(
+        arguments.model,
+        arguments.output,
+        layout=arguments.layout,
+        dtype=arguments.dtype,
+        progress=None if arguments.quiet else _tell,
+    )
+
+
+_RUNS: Mapping[str, Callable[[argparse.Namespace], _Result]] = {ADOPT: _adopt, CONVERT: _convert}
+
+
+def _check_push(arguments: argparse.Namespace) -> None:
+    """Refuse a push that cannot succeed before the export, which takes minutes.
+
+    Raises:
+        InputError: the repository is no name of the hub, there is no token, or there is nothing to push.
+    """
+    given = vars(arguments)
+    if given.get("push_to_hub") is not None:
+        require_pushable(given["push_to_hub"])
+    elif given.get("private"):
+        raise InputError("--private is for a new repository on the hub; give its name with --push-to-hub")
+
+
+def _push(result: _Result, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Push a new bundle if that was asked for; return what the JSON says about it."""
+    repository = vars(arguments).get("push_to_hub")
+    if repository is None:
+        return {}
+    pushed = push_to_hub(result.path, repository, private=arguments.private)
+    if not arguments.json:
+        print(pushed.describe(), flush=True)
+    return {"pushed": dataclasses.asdict(pushed)}
 
 
 def _given_once(given: Mapping[str, Any], name: str) -> str | None:
@@ -269,7 +356,9 @@ def _fail(arguments: argparse.Namespace, message: str, code: int, error: GteDepl
     return code
 
 
-def _result_json(result: ExportResult | RepositoryResult | AdoptionResult) -> dict[str, object]:
+def _result_json(result: _Result) -> dict[str, object]:
+    if isinstance(result, Conversion):
+        return {**dataclasses.asdict(result), "path": str(result.path)}
     if isinstance(result, AdoptionResult):
         return {"path": str(result.path), "plan": result.plan.to_json(), "size": result.size}
     if isinstance(result, RepositoryResult):
@@ -292,7 +381,9 @@ def _result_json(result: ExportResult | RepositoryResult | AdoptionResult) -> di
     }
 
 
-def _result_text(result: ExportResult | RepositoryResult | AdoptionResult) -> str:
+def _result_text(result: _Result) -> str:
+    if isinstance(result, Conversion):
+        return result.describe()
     if isinstance(result, AdoptionResult):
         engine, size = result.plan, result.size / 1e6
         closing = f"bundle {result.path}: engine {engine.path} ({size:.1f} MB)"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import InputError, MissingDependencyError
 from gte_deploy.core.files import sha256_file
+from gte_deploy.core.hub import split_revision
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
@@ -254,7 +255,7 @@ def _name_of(model: str | os.PathLike[str] | None) -> str:
     if model is None:
         return BUILTIN_NAME
     path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else path.name
+    return path.resolve().name if path.is_dir() else split_revision(path.name)[0]
 
 
 def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) -> dict[str, str]:
@@ -263,7 +264,7 @@ def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) ->
     For several weight files, the sha256 is that of the lines which sha256sum prints for the files.
     """
     is_hub_id = model is not None and not Path(model).expanduser().is_dir()
-    source = {"name": str(model) if is_hub_id else _name_of(model)}
+    source = {"name": split_revision(str(model))[0] if is_hub_id else _name_of(model)}
     if checkpoint.folder.parent.name == "snapshots":
         source["revision"] = checkpoint.folder.name
     weights = checkpoint.weight_files

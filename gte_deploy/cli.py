@@ -27,6 +27,7 @@ from gte_deploy.cli_options import (
     PickOptions,
     PrintOptions,
     PromptOptions,
+    PushOptions,
     RankOptions,
     TextOptions,
     VerifyOptions,
@@ -166,20 +167,22 @@ def _classify_tokens(given: Given) -> None:
 
 
 def _verify(given: Given) -> None:
+    from gte_deploy.bundle.download import resolve_bundle
     from gte_deploy.bundle.inspection import check_graphs
     from gte_deploy.bundle.manifest import open_bundle
 
     options = read_options(VerifyOptions, given)
-    manifest = open_bundle(options.bundle)
-    check_graphs(options.bundle, manifest)
+    folder = resolve_bundle(options.bundle)
+    manifest = open_bundle(folder)
+    check_graphs(folder, manifest)
     size = sum(entry.size for entry in manifest.files.values())
     check = None
     if options.checkpoint is not None:
         from gte_deploy.exporters.verification.answers import verify_against
 
-        check = verify_against(options.bundle, options.checkpoint)
+        check = verify_against(folder, options.checkpoint)
     if "json" in given:
-        facts = {"path": str(options.bundle), "verified": True, "files": len(manifest.files), "bytes": size}
+        facts = {"path": str(folder), "verified": True, "files": len(manifest.files), "bytes": size}
         print(json.dumps(facts if check is None else {**facts, "answers": check.to_json()}))
         return
     print(f"{options.bundle}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says")
@@ -188,22 +191,30 @@ def _verify(given: Given) -> None:
         print("\n".join([f"It answers as {options.checkpoint} does: {compared}", *check.skipped]))
 
 
+def _push(given: Given) -> None:
+    from gte_deploy.bundle.upload import push_to_hub
+
+    pushed = push_to_hub(**_arguments(given, PushOptions))
+    print(json.dumps(dataclasses.asdict(pushed)) if "json" in given else pushed.describe())
+
+
 def _info(given: Given) -> None:
     from gte_deploy.backends.advice import faster_here
     from gte_deploy.backends.choice import choose_engine, streams_of
+    from gte_deploy.bundle.download import resolve_model
     from gte_deploy.bundle.manifest import is_bundle, read_manifest
 
-    name = read_options(InfoOptions, given).model
-    if name is not None and is_bundle(Path(name)):
-        manifest = read_manifest(Path(name))
-        facts = {"path": name, "kind": "bundle", **manifest.to_json()}
+    folder = resolve_model(read_options(InfoOptions, given).model)
+    if is_bundle(folder):
+        manifest = read_manifest(folder)
+        facts = {"path": str(folder), "kind": "bundle", **manifest.to_json()}
         facts["files"] = {file: entry.size for file, entry in manifest.files.items()}
         choice = choose_engine(manifest)
         facts["engine"] = dataclasses.asdict(choice)
         facts["lists"] = dataclasses.asdict(streams_of(manifest, choice))
         facts["faster_here"] = faster_here(manifest)
     else:
-        facts = _checkpoint_info(name)
+        facts = _checkpoint_info(folder)
     if "json" in given:
         print(json.dumps(facts))
         return
@@ -212,13 +223,16 @@ def _info(given: Given) -> None:
 
 
 def _bench(given: Given) -> None:
+    from gte_deploy.bundle.download import resolve_bundle
     from gte_deploy.tuning.bench import bench, fastest, format_table, record
 
     options = read_options(PickOptions, given)
     if options.pick and ("num_threads" in given or "backend" in given):
         raise InputError("--pick measures every engine as it is loaded by default; leave out --threads and --backend")
+    arguments = _arguments(given, BenchOptions)
     report = bench(
-        **_arguments(given, BenchOptions),
+        resolve_bundle(arguments.pop("bundle")),
+        **arguments,
         progress=lambda line: print(f"{_PROG}: {line}", file=sys.stderr, flush=True),
     )
     picked = None
@@ -234,13 +248,11 @@ def _bench(given: Given) -> None:
         print(f"picked {picked.name}: load takes it for this bundle, on this machine, with backend 'auto'")
 
 
-def _checkpoint_info(name: str | None) -> dict[str, Any]:
+def _checkpoint_info(folder: Path) -> dict[str, Any]:
     from gte_deploy.core.quiet import keep_caches_in_ours
-    from gte_deploy.models import resolve_checkpoint
     from gte_deploy.models.description import describe
 
     keep_caches_in_ours()
-    folder = resolve_checkpoint(name)
     try:
         spec = describe(folder).spec
     except ModuleNotFoundError as error:
@@ -250,6 +262,7 @@ def _checkpoint_info(name: str | None) -> dict[str, Any]:
 
 def _load(given: Given, task: TaskName | None = None) -> "Model":
     """Load the model that the command line names; `task` replaces a checkpoint's own task."""
+    from gte_deploy.bundle.download import resolve_model
     from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load
 
@@ -257,7 +270,7 @@ def _load(given: Given, task: TaskName | None = None) -> "Model":
     # `encode` has an argument `precision`, too: the type of embeddings.
     if "compute_precision" in arguments:
         arguments["precision"] = arguments.pop("compute_precision")
-    if task is not None and not ("path" in arguments and is_bundle(Path(arguments["path"]))):
+    if task is not None and not is_bundle(resolve_model(arguments.get("path"))):
         arguments["task"] = task
     return load(**arguments)
 
@@ -345,6 +358,7 @@ _COMMANDS = {
         (TextOptions, ClassifyTokensOptions, *_ANY_MODEL),
     ),
     "verify": _Command(_verify, "Check every file of a bundle against its manifest.", (VerifyOptions,)),
+    "push": _Command(_push, "Verify a bundle and push it to the Hugging Face hub.", (PushOptions,)),
     "info": _Command(_info, "Say what a bundle or checkpoint is, without loading its weights.", (InfoOptions,)),
     "bench": _Command(
         _bench,

@@ -65,7 +65,7 @@ class LoadOptions:
 
     path: str | None = option(
         None,
-        "bundle, checkpoint folder or hub id (default: the built-in model)",
+        "bundle or checkpoint: folder, or hub id owner/name[@revision] (default: the built-in model)",
         flags=("-m", "--model"),
         metavar="MODEL",
     )
@@ -222,7 +222,7 @@ class ClassifyTokensOptions:
 class VerifyOptions:
     """Options of `gte-deploy verify`."""
 
-    bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
+    bundle: str = required("folder of the bundle, or hub id owner/name[@revision]", positional=True, metavar="BUNDLE")
     checkpoint: Path | None = option(
         None,
         "compare the bundle's answers with those of this checkpoint in its own library, too (needs the [export] extra)",
@@ -232,12 +232,22 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
+class PushOptions:
+    """Options of `gte-deploy push`: arguments of `gte_deploy.bundle.upload.push_to_hub`."""
+
+    bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
+    repository: str = required("repository on the hub, owner/name[@branch]", positional=True, metavar="REPO")
+    private: bool = option(False, "make a new repository private")
+    message: str | None = option(None, "message of the commit (default: model, task and precision)", metavar="TEXT")
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     """Options of `gte-deploy info`."""
 
     model: str | None = option(
         None,
-        "bundle, checkpoint folder or hub id (default: the built-in model)",
+        "bundle or checkpoint: folder, or hub id owner/name[@revision] (default: the built-in model)",
         positional=True,
         nargs="?",
         metavar="MODEL",
@@ -248,7 +258,7 @@ class InfoOptions:
 class BenchOptions:
     """Arguments of `gte_deploy.tuning.bench.bench`."""
 
-    bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
+    bundle: str = required("folder of the bundle, or hub id owner/name[@revision]", positional=True, metavar="BUNDLE")
     backend: BundleBackend | None = option(
         None, "engine to time (default: each that can run the bundle)", choices=BUNDLE_BACKENDS
     )

@@ -18,6 +18,7 @@ from gte_deploy.backends.graphs import graph_files
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
 from gte_deploy.backends.stream_plan import StreamPlan, stream_count
 from gte_deploy.backends.streams import StreamedBackend
+from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.cpus import MAX_THREADS
@@ -61,11 +62,15 @@ def load(
     streams: int | Literal["auto"] = "auto",
     compile: bool = False,
     task: TaskName | Literal["auto"] = "auto",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
 ) -> Model:
     """Load a bundle or a checkpoint.
 
     Args:
-        path: a bundle folder, a checkpoint folder, a name on the Hugging Face Hub, or None for the built-in model.
+        path: a bundle folder, a checkpoint folder, the id of either on the Hugging Face Hub (`owner/name`, or
+            `owner/name@revision`), or None for the built-in model.
         backend: "onnx" (ONNX Runtime), "openvino" and "tensorrt" run a bundle, "torch" runs a checkpoint. For a bundle,
             "auto" takes its TensorRT engine if that fits GPU and TensorRT, else the engine recorded on this machine
             by `gte-deploy bench --pick`, else the engine that was measured to be faster on similar CPUs. `Model.info`
@@ -89,6 +94,9 @@ def load(
         compile: whether torch compiles the model during its first batches; only for backend "torch".
         task: task to load a checkpoint for, one of `spec.TASK_NAMES`; "auto" is the task that it was trained for. A
             bundle has one task, and any other is refused.
+        revision: branch, tag or commit on the hub; None is the default branch.
+        cache_dir: folder for downloads; None is the Hugging Face cache.
+        token: access token for gated and private models; None is HF_TOKEN, or the one of `hf auth login`.
 
     Raises:
         InputError: an argument is out of range.
@@ -107,7 +115,7 @@ def load(
     asked = None if precision == "auto" else precision
     check_choice("task", task, ("auto", *TASKS))
     wanted = stream_count(streams)
-    folder = _resolve(path)
+    folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token)
     if compile and is_bundle(folder):
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
     with in_use():
@@ -250,14 +258,6 @@ def _refuse_streams(folder: Path, streams: int | None) -> None:
             f"streams={streams} is for bundles on onnx or openvino, and {folder} runs on torch. Export it with "
             "gte-export and load the result, or leave streams out."
         )
-
-
-def _resolve(path: str | os.PathLike[str] | None) -> Path:
-    if path is not None and is_bundle(Path(path)):
-        return Path(path)
-    from gte_deploy.models import resolve_checkpoint
-
-    return resolve_checkpoint(None if path is None else os.fspath(path))
 
 
 def _open_checkpoint(

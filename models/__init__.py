@@ -4,14 +4,15 @@ import os
 from pathlib import Path
 
 from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.hub import HubModel, split_revision
 from gte_deploy.models.presets import PRESETS
 
-__all__ = ["BUILTIN_NAME", "builtin_path", "resolve_checkpoint"]
+__all__ = ["BUILTIN_NAME", "CHECKPOINT_PATTERNS", "builtin_path", "locate", "resolve_checkpoint"]
 
 BUILTIN_NAME = "gte-en-mlm-tiny"
 
-# Only data: pickles (*.bin, *.pt) and code (*.py) are never downloaded.
-_HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
+CHECKPOINT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "README.md", "LICENSE*", "NOTICE")
+"""The files of a checkpoint on the hub, and its licence. Pickles (*.bin, *.pt) and code (*.py) are never downloaded."""
 
 
 def builtin_path() -> Path:
@@ -24,16 +25,35 @@ def resolve_checkpoint(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
 ) -> Path:
     """Find a checkpoint's folder; a hub id is downloaded once into the Hugging Face cache.
 
     Args:
         name_or_path: an existing folder, the name of a preset, a hub id `owner/name`, or None for the built-in model.
+            A hub id and a preset may end with a revision: `owner/name@v1`.
         revision: branch, tag or commit on the hub; None takes the default branch. Hub ids only.
         cache_dir: folder for downloads; None takes the Hugging Face cache. `HF_HUB_OFFLINE=1` reads only that folder.
+        token: access token for gated and private models; None takes HF_TOKEN, or that of `hf auth login`.
 
     Raises:
         CheckpointError: the name is none of these, or the download failed; the message says what was tried.
+    """
+    found = locate(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
+    return found.download(CHECKPOINT_PATTERNS) if isinstance(found, HubModel) else found
+
+
+def locate(
+    name_or_path: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+) -> Path | HubModel:
+    """Say where a model is, without a download: in a folder, or on the hub. Arguments as in `resolve_checkpoint`.
+
+    Raises:
+        CheckpointError: the name is neither a folder nor a hub id.
     """
     if name_or_path is None or str(name_or_path) == BUILTIN_NAME:
         return builtin_path()
@@ -45,10 +65,12 @@ def resolve_checkpoint(
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given for the folder {path}; only hub ids have revisions")
         return path
-    name = str(name_or_path)
     if path.exists():
         raise CheckpointError(f"{path} is a file; a checkpoint is the folder that holds config.json")
-    return _download(_hub_id(name), revision=revision, cache_dir=cache_dir)
+    name, in_name = split_revision(str(name_or_path))
+    if None not in (revision, in_name) and revision != in_name:
+        raise CheckpointError(f"two revisions were given: {in_name!r} in {str(name_or_path)!r}, and {revision!r}")
+    return HubModel(_hub_id(name), revision or in_name, cache_dir, token)
 
 
 def _hub_id(name: str) -> str:
@@ -60,22 +82,3 @@ def _hub_id(name: str) -> str:
             f"Known names: {', '.join(sorted(PRESETS))}."
         )
     return name
-
-
-def _download(hub_id: str, *, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            hub_id,
-            revision=revision,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            allow_patterns=list(_HUB_PATTERNS),
-        )
-    except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
-        raise CheckpointError(
-            f"no folder {hub_id!r} in {Path.cwd()}, and the Hugging Face hub did not give the model "
-            f"{hub_id!r} (revision {revision or 'default'}): {type(error).__name__}: {error}. "
-            "Check the name, the network and HF_HUB_OFFLINE, or pass the path of a downloaded folder."
-        ) from error
-    return Path(folder)

@@ -139,6 +139,8 @@ EXPORT = (
     ("gte_deploy.exporters.targets.cuda.target", "CudaOptions"),
     ("gte_deploy.exporters.targets.tensorrt.options", "TensorRTOptions"),
     ("gte_deploy.exporters.adoption", "adopt"),
+    ("gte_deploy.exporters.conversion", "convert"),
+    ("gte_deploy.bundle.upload", "push_to_hub"),
     ("gte_deploy.exporters.triton.repository", "export_repository"),
     ("gte_deploy.exporters.triton.options", "TritonOptions"),
 )

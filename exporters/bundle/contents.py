@@ -9,6 +9,7 @@ import numpy as np
 
 from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
 from gte_deploy.core.spec import Engine
+from gte_deploy.exporters.bundle.card import write_card
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job, part_path
@@ -32,7 +33,7 @@ def write_model_files(job: Job) -> None:
 
 
 def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mapping[str, str]) -> Manifest:
-    """Write the report for people and for programs, and seal the bundle.
+    """Write the report for people and for programs, and the model card, and seal the bundle.
 
     Args:
         job: the export; its folder holds all other files already.
@@ -72,20 +73,20 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
     )
     _write_json(job.folder / "report.json", report)
     (job.folder / "report.html").write_text(render_html(parity, report, built.plan), encoding="utf-8")
-    return seal(
-        job.folder,
-        Manifest(
-            spec=job.spec,
-            precision=parity.precision,
-            graphs=entries if built.keeps_graphs else {},
-            files={},
-            versions=library_versions(),
-            source=source,
-            target=built.made_for,
-            plan=built.plan,
-            missed_bounds=tuple(parity.failures()),
-        ),
+    described = Manifest(
+        spec=job.spec,
+        precision=parity.precision,
+        graphs=entries if built.keeps_graphs else {},
+        files={},
+        versions=library_versions(),
+        source=source,
+        target=built.made_for,
+        plan=built.plan,
+        missed_bounds=tuple(parity.failures()),
     )
+    mask_token = job.tokenizer.mask_token
+    write_card(job.folder, described, parity, checkpoint=job.checkpoint.folder, mask_token=mask_token)
+    return seal(job.folder, described)
 
 
 def _described(path: str, graph: "Graph") -> GraphPart:

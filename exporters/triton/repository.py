@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy._version import __version__
+from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
+from gte_deploy.core.hub import HubModel
 from gte_deploy.core.options import options_of
 from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
 from gte_deploy.exporters.bundle.writer import hash_files, publish, staging, write_manifest
@@ -45,6 +47,7 @@ from gte_deploy.exporters.triton.configs import (
 from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.python_models import write_python_model
 from gte_deploy.exporters.triton.readme import dockerfile, readme
+from gte_deploy.models import locate
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import EMBEDDING, HIDDEN
 from gte_deploy.tasks.embed import EmbeddingRequest
@@ -109,6 +112,8 @@ def export_repository(
     options = dataclasses.replace(options or TritonOptions(), **own)
     options.check()
     engine = options.engine
+    if options.engine is None and isinstance(locate(model), HubModel):
+        model = resolve_model(model)  # a bundle or a checkpoint
     bundle_given = model if engine is None else engine
     served = Path(bundle_given) if bundle_given is not None and is_bundle(Path(bundle_given)) else None
     _check_arguments(model, served, options, export_options)

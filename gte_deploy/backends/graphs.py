@@ -1,10 +1,15 @@
 """Opens the graph that computes least for the outputs of a call: the whole graph of a bundle, or one of its parts."""
 
+import contextlib
+import os
+import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from gte_deploy.bundle.inspection import inspect_onnx
 from gte_deploy.bundle.manifest import GraphEntry
 from gte_deploy.core.errors import BackendError
 from gte_deploy.tasks.base import HIDDEN
@@ -20,6 +25,42 @@ Opened = TypeVar("Opened")
 def graph_files(folder: Path, entry: GraphEntry) -> GraphFiles:
     """Return the files of a graph in the bundle `folder`, and of its parts."""
     return {tuple(tensor.name for tensor in graph.outputs): folder / graph.path for graph in entry.with_parts}
+
+
+@contextlib.contextmanager
+def without_links(graph: Path) -> Iterator[Path]:
+    """Yield the path of a graph whose files are no links: itself, or a copy in a temporary folder.
+
+    The Hugging Face cache holds links to files of other names in another folder, and OpenVINO refuses data outside the
+    graph's folder. The copy consists of hard links, which take no space; only if the file system has none are the
+    files copied. A process may map the files and go on after the folder is gone.
+
+    Raises:
+        OSError: a file cannot be read, or there is no space for a copy.
+    """
+    names = [graph.name, *inspect_onnx(graph).external_files] if graph.is_symlink() else []
+    if not names or any("/" in name for name in names):
+        yield graph
+        return
+    with contextlib.ExitStack() as stack:
+        yield _copy_of(graph.parent, names, stack) / graph.name
+
+
+def _copy_of(folder: Path, names: Sequence[str], stack: contextlib.ExitStack) -> Path:
+    sources = {name: (folder / name).resolve() for name in names}
+    # A hard link must be on the file system of its target: beside the folder of the first file, if we may write there.
+    beside = sources[names[0]].parent.parent
+    for parent, make in ((beside, os.link), (None, os.link), (None, shutil.copyfile)):
+        with contextlib.ExitStack() as attempt, contextlib.suppress(OSError):
+            copy = Path(attempt.enter_context(tempfile.TemporaryDirectory(prefix=".gte-deploy-", dir=parent)))
+            for name, source in sources.items():
+                make(source, copy / name)
+            stack.push(attempt.pop_all())
+            return copy
+    raise OSError(
+        f"the files of {folder} are links out of the folder, and no copy can be written to the folder for temporary "
+        "files. Set TMPDIR to a writable folder, or load the bundle with backend='onnx'"
+    )
 
 
 class OpenGraphs(Generic[Opened]):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs, has_costly_head
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames
+from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames, without_links
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.quiet import import_openvino
@@ -119,8 +119,9 @@ class OpenVinoBackend:
 
     def _read(self, graph: Path) -> Any:
         try:
-            return _core(self._openvino).read_model(graph)
-        except RuntimeError as error:
+            with without_links(graph) as file:
+                return _core(self._openvino).read_model(file)
+        except (RuntimeError, OSError) as error:
             raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
 
     def _open(self, outputs: OutputNames, graph: Path) -> _OpenGraph:

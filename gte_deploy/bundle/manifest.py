@@ -249,14 +249,16 @@ def verify_bundle(path: Path, manifest: Manifest) -> None:
         file = path / name
         if file.is_symlink() and not _inside(file, path):
             raise BundleError(f"{file} is a link that points out of the bundle; a bundle must hold its own files.")
+        # A file of the Hugging Face cache is a link; huggingface_hub downloads what its target lacks.
+        remedy = f"Remove {file.resolve()} and download it again." if file.is_symlink() else "Export it again."
         if not file.is_file():
-            raise BundleError(f"{file} is missing, but the manifest names it. Export the bundle again.")
+            raise BundleError(f"{file} is missing, but the manifest names it. Export or download the bundle again.")
         size = file.stat().st_size
         if size != entry.size:
-            raise BundleError(f"{file} has {size:,} bytes, and the manifest says {entry.size:,}. Export it again.")
+            raise BundleError(f"{file} has {size:,} bytes, and the manifest says {entry.size:,}. {remedy}")
         digest = sha256_file(file)
         if digest != entry.sha256:
-            raise BundleError(f"{file} has sha256 {digest}, and the manifest says {entry.sha256}. Export it again.")
+            raise BundleError(f"{file} has sha256 {digest}, and the manifest says {entry.sha256}. {remedy}")
 
 
 def open_bundle(path: Path) -> Manifest:

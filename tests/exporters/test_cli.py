@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from factories import make_checkpoint
 from gte_deploy.bundle.manifest import open_bundle
+from gte_deploy.bundle.upload import Pushed
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.exporters import cli, export
 from gte_deploy.exporters.cli import main
@@ -41,6 +43,33 @@ def test_positions_and_options_mean_the_same(monkeypatch):
     assert calls == [(("model", "out"), common)] * 4
     assert main(["--quiet"]) == OK
     assert calls[-1] == ((None, None), common), "what is not given is left to the function's own defaults"
+
+
+def test_a_push_is_checked_before_the_export_and_made_after_it(monkeypatch, capsys):
+    done = []
+
+    def push(path, repository, *, private):
+        done.append(("push", path, repository, private))
+        return Pushed("owner/name", "4f2a", "https://hub/owner/name/commit/4f2a")
+
+    monkeypatch.setattr(cli, "export", lambda *args, **options: done.append("export") or SimpleNamespace(path="out"))
+    monkeypatch.setattr(cli, "push_to_hub", push)
+    monkeypatch.setattr(cli, "_result_text", lambda result: "the table")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    words = ["model", "out", "--quiet", "--push-to-hub"]
+    assert main([*words, "owner/name"]) == USAGE, "without a token"
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
+    assert main([*words, "name"]) == main([*words, "owner//name"]) == main(["model", "--private"]) == USAGE
+    assert not done
+    capsys.readouterr()
+    assert main([*words, "owner/name@dev", "--private"]) == OK
+    assert done == ["export", ("push", "out", "owner/name@dev", True)]
+    assert capsys.readouterr().out.splitlines() == [
+        "the table",
+        "pushed to https://hub/owner/name/commit/4f2a",
+        "load it with gte_deploy.load('owner/name@4f2a')",
+    ]
 
 
 @pytest.mark.parametrize("form", [["trt"], ["--format", "trt"], ["--format=trt"]])

@@ -54,7 +54,8 @@ def test_a_download_takes_data_only(name, hub_id, tmp_path, monkeypatch):
     assert resolve_checkpoint(name, revision="abc", cache_dir=tmp_path) == tmp_path
     ((args, kwargs),) = calls
     assert args == (hub_id,) and kwargs["revision"] == "abc" and kwargs["cache_dir"] == str(tmp_path)
-    assert sorted(kwargs["allow_patterns"]) == ["*.json", "*.model", "*.safetensors", "*.txt"]
+    data, card = ["*.json", "*.model", "*.safetensors", "*.txt"], ["LICENSE*", "NOTICE", "README.md"]
+    assert sorted(kwargs["allow_patterns"]) == data + card
 
 
 _OFFLINE = """

@@ -283,7 +283,7 @@ def test_info_of_a_checkpoint(run, checkpoints):
         (("encode", "-m", "{embed}", "a", "--backend", "onnx"), exit_codes.FAILURE, "gte-export"),
         (("encode", "-m", "/nowhere", "a"), exit_codes.FAILURE, "no folder"),
         (("rank", "-m", "{classify}", "a"), exit_codes.USAGE, "--query"),
-        (("verify", "/nowhere"), exit_codes.FAILURE, "not a bundle"),
+        (("verify", "/nowhere"), exit_codes.FAILURE, "no folder"),
         (("info", "/nowhere"), exit_codes.FAILURE, "no folder"),
     ],
 )

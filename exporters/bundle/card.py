@@ -1,0 +1,253 @@
+"""Writes the model card of a bundle: README.md, as the Hugging Face hub and people read it."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+
+from gte_deploy._version import __version__
+from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.core.files import write_text, write_with
+from gte_deploy.core.spec import TaskName
+from gte_deploy.exporters.verification.report import check_line
+from gte_deploy.exporters.verification.results import EngineParity, ParityReport
+from gte_deploy.tasks.base import HIDDEN
+
+CARD = "README.md"
+LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+"""The names of a checkpoint's licence; a bundle keeps them."""
+
+# What the hub calls a task. See https://huggingface.co/docs/hub/models-tasks.
+_PIPELINES: Mapping[TaskName, str] = {
+    "fill-mask": "fill-mask",
+    "embed": "sentence-similarity",
+    "classify": "text-classification",
+    "token-classify": "token-classification",
+}
+_OTHER_PIPELINE = "feature-extraction"
+# The fields of the checkpoint's own card that hold for the bundle, too.
+_CARRIED_OVER = ("language", "license", "license_name", "license_link", "datasets")
+_CALLS: Mapping[TaskName, str] = {
+    "fill-mask": 'model.fill_mask("Paris is the [MASK] of France.")',
+    "classify": 'model.predict([("what is a panda?", "The panda is a bear."), ("what is a panda?", "It rains.")])',
+    "token-classify": 'model.classify_tokens("Ada Lovelace lived in London.")',
+    "hybrid": 'model.encode_hybrid(["The panda is a bear."])',
+    "sparse": 'model.encode_sparse(["The panda is a bear."])',
+}
+_MASK = "[MASK]"
+_OTHER_CALL = 'model.encode(["The panda is a bear.", "It rains."])'
+
+
+def write_card(
+    folder: Path, described: Manifest, parity: ParityReport, *, checkpoint: Path, mask_token: str | None
+) -> None:
+    """Write README.md into the folder of a bundle, and the checkpoint's licence beside it.
+
+    Args:
+        folder: the folder of the bundle.
+        described: its manifest, without the list of files.
+        parity: the comparison with PyTorch and with the checkpoint's own library.
+        checkpoint: the folder of the checkpoint; its card states the licence and the languages.
+        mask_token: the mask of its tokenizer, for the examples; None if it has none.
+    """
+    for name in LEGAL_FILES:
+        if (checkpoint / name).is_file():
+            write_with(folder / name, partial(shutil.copyfile, checkpoint / name))
+    text = card(described, parity, own_metadata(checkpoint))
+    write_text(folder / CARD, text.replace(_MASK, mask_token or _MASK))
+
+
+def own_metadata(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint's own card states, of the fields that hold for a bundle; {} without a readable card."""
+    try:
+        found = metadata_load(checkpoint / CARD) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or one that people wrote by hand
+        return {}
+    return {name: found[name] for name in _CARRIED_OVER if found.get(name)}
+
+
+def card(described: Manifest, parity: ParityReport, metadata: Mapping[str, Any]) -> str:
+    """Return the text of README.md: the metadata of the hub, and what the bundle is, for people."""
+    spec, source = described.spec, described.source
+    tags = ["gte-deploy", *(("onnx",) if described.graphs else ()), *_tags(described)]
+    data = ModelCardData(
+        library_name="gte-deploy",
+        pipeline_tag=_pipeline(described),
+        tags=tags,
+        # Only the hub's ids, not the names of folders.
+        base_model=source["name"] if source["name"].count("/") == 1 else None,
+        base_model_relation="quantized" if described.precision.startswith(("int", "fp8")) else None,
+        **metadata,
+    )
+    sections = [
+        f"# {source['name'].rpartition('/')[2]}: {spec.task}, {described.precision}",
+        _introduction(described),
+        _missed(described),
+        "## Use",
+        *_uses(described),
+        "## Agreement with PyTorch",
+        _agreement(parity),
+        "## Limits",
+        _limits(described, parity),
+        "## Source and licence",
+        _source(described, metadata),
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"))
+
+
+def _pipeline(described: Manifest) -> str:
+    if described.spec.task == "classify" and described.spec.num_labels == 1:
+        return "text-ranking"
+    return _PIPELINES.get(described.spec.task, _OTHER_PIPELINE)
+
+
+def _tags(described: Manifest) -> list[str]:
+    tags = [engine for engine in ("openvino", "tensorrt") if engine in described.graphs]
+    if described.plan is not None and "tensorrt" not in tags:
+        tags.append("tensorrt")
+    return [*tags, *(("sentence-transformers",) if described.spec.task == "embed" else ())]
+
+
+def _introduction(described: Manifest) -> str:
+    spec, source = described.spec, described.source
+    revision = f" at revision `{source['revision']}`" if "revision" in source else ""
+    engines = " and ".join([*described.graphs, *(("a TensorRT engine",) if described.plan else ())])
+    return (
+        f"A bundle of `{source['name']}`{revision} for {spec.task}, in {described.precision}, for {engines}. "
+        f"gte-export of gte-deploy {__version__} wrote it and compared its answers with PyTorch's. It holds no code "
+        "and no pickles; `manifest.json` lists the size and sha256 of every file."
+    )
+
+
+def _missed(described: Manifest) -> str:
+    if not described.missed_bounds:
+        return ""
+    listed = "\n".join(f"- {line}" for line in described.missed_bounds)
+    return f"**This bundle misses its bounds**: it is less accurate than it should be.\n\n{listed}"
+
+
+def _uses(described: Manifest) -> list[str]:
+    """Return how to load the bundle in each runtime that reads it; `MODEL` is this repository or a folder."""
+    call = _CALLS.get(described.spec.task, _OTHER_CALL)
+    python = f'import gte_deploy\n\nmodel = gte_deploy.load("MODEL")\nprint({call})'
+    uses = [
+        "`MODEL` stands for the id of this repository, or for the folder of the bundle; `MODEL@REVISION` pins a "
+        "branch, tag or commit.",
+        _code("Python (`pip install 'gte-deploy[cpu]'`)", "python", python),
+    ]
+    for engine, name in (("onnxruntime", "onnxruntime"), ("openvino", "openvino")):
+        if engine in described.graphs and _is_plain(described, engine):
+            uses.append(_code(f"{name} alone, in a downloaded folder", "python", _alone(described, engine)))
+    if described.spec.task == "embed" and "onnxruntime" in described.graphs and described.target == "cpu":
+        uses.append(
+            _code(
+                "sentence-transformers (`pip install 'sentence-transformers[onnx]'`)", "python", _SENTENCE_TRANSFORMERS
+            )
+        )
+        uses.append(_code("transformers.js", "js", _in_javascript(described)))
+    return uses
+
+
+_SENTENCE_TRANSFORMERS = """\
+import gte_deploy.integrations.transformers
+from sentence_transformers import SentenceTransformer
+
+gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+model = SentenceTransformer("MODEL", backend="onnx", model_kwargs={"file_name": "onnx/model.onnx"})
+print(model.encode(["The panda is a bear.", "It rains."]))"""
+
+
+def _is_plain(described: Manifest, engine: Any) -> bool:
+    """Whether the graph takes only what a tokenizer gives, and the places of masks."""
+    known = {"input_ids", "attention_mask", "token_type_ids", "mask_positions"}
+    return {tensor.name for tensor in described.graphs[engine].inputs} <= known
+
+
+def _alone(described: Manifest, engine: Any) -> str:
+    """Return a program that runs a graph of the bundle with its engine and tokenizers alone."""
+    graph = described.graphs[engine]
+    inputs = {tensor.name for tensor in graph.inputs}
+    feeds = ['"input_ids": ids', '"attention_mask": np.ones_like(ids)']
+    feeds += ['"token_type_ids": np.array([encoded.type_ids])'] if "token_type_ids" in inputs else []
+    masks = '"mask_positions": np.argwhere(ids == tokenizer.token_to_id("[MASK]"))'
+    feeds += [masks] if "mask_positions" in inputs else []
+    text = "Paris is the [MASK] of France." if described.spec.task == "fill-mask" else "The panda is a bear."
+    output = next((tensor.name for tensor in graph.outputs if tensor.name != HIDDEN), HIDDEN)
+    run = (
+        f'session = onnxruntime.InferenceSession("MODEL/{graph.path}")\nprint(session.run(["{output}"], feed)[0])'
+        if engine == "onnxruntime"
+        else f'model = openvino.compile_model("MODEL/{graph.path}", "CPU")\nprint(model(feed)["{output}"])'
+    )
+    return (
+        f"import numpy as np\nimport {engine}\nfrom tokenizers import Tokenizer\n\n"
+        'tokenizer = Tokenizer.from_file("MODEL/tokenizer.json")\n'
+        f"encoded = tokenizer.encode({json.dumps(text)})\n"
+        "ids = np.array([encoded.ids])  # int64\n"
+        f"feed = {{{', '.join(feeds)}}}\n{run}"
+    )
+
+
+def _in_javascript(described: Manifest) -> str:
+    spec = described.spec
+    options = f'pooling: "{spec.pooling}", normalize: {json.dumps(spec.normalize)}'
+    return (
+        'import { pipeline } from "@huggingface/transformers";\n\n'
+        'const extract = await pipeline("feature-extraction", "MODEL", { dtype: "fp32" });\n'
+        f'console.log(await extract("The panda is a bear.", {{ {options} }}));'
+    )
+
+
+def _code(title: str, language: str, text: str) -> str:
+    return f"{title}:\n\n```{language}\n{text}\n```"
+
+
+def _agreement(parity: ParityReport) -> str:
+    header = (
+        "| engine | computes in | batches | largest difference | relative | lowest cosine | mean cosine | verdict |"
+    )
+    rows = [header, "|---|---|---|---|---|---|---|---|", *map(_row, parity.engines)]
+    facts = [f"- {check_line(check)}" for check in parity.checks]
+    return "\n".join([*rows, "", *facts, "- `report.html` has every batch, the bounds and the machine."])
+
+
+def _row(engine: EngineParity) -> str:
+    name = f"{engine.engine}{' (emulated)' if engine.emulated else ''}"
+    verdict = "passed" if engine.passed else "missed, and not needed" if engine.optional else "**missed**"
+    return (
+        f"| {name} | {engine.compute} | {len(engine.cases)} | {engine.max_abs:.1e} | {engine.max_rel:.1e} | "
+        f"{engine.cosine_min:.7f} | {engine.cosine_mean:.7f} | {verdict} |"
+    )
+
+
+def _limits(described: Manifest, parity: ParityReport) -> str:
+    spec = described.spec
+    lines = [
+        f"At most {spec.max_length:,} tokens a text. A longer text is refused, or cut on request.",
+        "The bundle answers as its checkpoint does; it shares its languages, subjects and biases.",
+    ]
+    if described.target != "cpu":
+        lines.append(f"The graph for ONNX Runtime is for {described.target}.")
+    if described.plan is not None:
+        lines += [*described.plan.describe(), *described.plan.caveats]
+    if spec.prompts:
+        prompts = ", ".join(f"`{name}`: {json.dumps(text, ensure_ascii=False)}" for name, text in spec.prompts.items())
+        lines.append(f"Prompts: {prompts}; by default {spec.default_prompt_name or 'none'}.")
+    return "\n".join(f"- {line}" for line in dict.fromkeys([*lines, *parity.caveats]))
+
+
+def _source(described: Manifest, metadata: Mapping[str, Any]) -> str:
+    source = described.source
+    name = f"[{source['name']}](https://huggingface.co/{source['name']})" if "/" in source["name"] else source["name"]
+    lines = [f"- Checkpoint: {name}"]
+    lines += [f"- Revision: `{source['revision']}`"] if "revision" in source else []
+    lines += [f"- sha256 of its weights: `{source['sha256']}`"] if "sha256" in source else []
+    licence = metadata.get("license_name") or metadata.get("license")
+    link = f" ({metadata['license_link']})" if "license_link" in metadata else ""
+    return "\n".join(
+        [*lines, f"- Licence: {licence}{link}" if licence else "- The checkpoint's card states no licence."]
+    )

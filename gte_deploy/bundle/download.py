@@ -1,0 +1,83 @@
+"""Finds a model, bundle or checkpoint, in a folder or on the Hugging Face hub."""
+
+import dataclasses
+import glob
+import os
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+
+from gte_deploy.bundle.manifest import MANIFEST_NAME, is_bundle, read_manifest
+from gte_deploy.core.errors import BundleError
+from gte_deploy.core.hub import HubModel
+from gte_deploy.models import CHECKPOINT_PATTERNS, locate
+
+# What bundles consist of. A manifest that names a pickle or code is refused: nothing of the kind is ever downloaded.
+_SUFFIXES = {
+    *(".json", ".txt", ".model", ".safetensors", ".npy", ".md", ".html"),
+    *(".onnx", ".onnx_data", ".data", ".plan", ".cache", ".xml", ".pte"),
+}
+
+
+def resolve_model(
+    name_or_path: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+) -> Path:
+    """Find the folder of a bundle or checkpoint; a hub id is downloaded once into the Hugging Face cache.
+
+    A repository with a bundle's manifest.json is a bundle: exactly the files that the manifest names are downloaded,
+    all of the same commit. Any other repository is a checkpoint. Arguments as in
+    `gte_deploy.models.resolve_checkpoint`.
+
+    Raises:
+        CheckpointError: the name is unknown, or the download failed; the message says what to do.
+        BundleError: the manifest is malformed, or names files that no bundle has.
+    """
+    found = locate(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
+    return _download(found) if isinstance(found, HubModel) else found
+
+
+def resolve_bundle(name_or_path: str | os.PathLike[str]) -> Path:
+    """Find the folder of a bundle, as `resolve_model` does.
+
+    Raises:
+        CheckpointError, BundleError: as in `resolve_model`; or what was found is not a bundle.
+    """
+    path = Path(name_or_path)
+    if path.exists():  # its errors are the reader's
+        return path
+    folder = resolve_model(name_or_path)
+    if not is_bundle(folder):
+        raise BundleError(f"{name_or_path} is not a bundle: it has no {MANIFEST_NAME}. Write one with gte-export.")
+    return folder
+
+
+def _download(model: HubModel) -> Path:
+    file = model.file(MANIFEST_NAME)
+    if file is None:
+        return model.download(CHECKPOINT_PATTERNS)
+    names = sorted(read_manifest(file.parent).files)
+    if refused := [name for name in names if not is_data(name, names)]:
+        raise BundleError(
+            f"{model.id}: its manifest names {', '.join(refused[:5])}. A bundle has no such files, and code and "
+            "pickles are never downloaded. Export the bundle again with gte-export."
+        )
+    # The commit of the manifest: a push between the two downloads must not mix two bundles.
+    commit = dataclasses.replace(model, revision=file.parent.name)
+    return commit.download([MANIFEST_NAME, *map(glob.escape, names)])
+
+
+def is_data(name: str, names: Collection[str]) -> bool:
+    """Whether a file of a bundle may be downloaded: it holds data, and is neither code nor a pickle.
+
+    `names` are all files of the bundle.
+    """
+    path = PurePosixPath(name)
+    # The weights of OpenVINO's own format. Elsewhere, .bin is the suffix of PyTorch's pickles.
+    return (
+        path.suffix in _SUFFIXES
+        or path.name in ("LICENSE", "NOTICE")
+        or (path.suffix == ".bin" and str(path.with_suffix(".xml")) in names)
+    )
