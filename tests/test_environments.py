@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import javascript
 from environments import Unavailable, interpreter, make, requirements_of, versions
 
 
@@ -34,3 +37,27 @@ def test_torch_has_the_version_of_this_environment() -> None:
     torch = pytest.importorskip("torch")
     (requirement,) = set(requirements_of("onnx")) - {"sentence-transformers[onnx]"}
     assert requirement == f"torch=={torch.__version__.partition('+')[0]}"
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_packages_that_npm_cannot_install_have_npms_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package.json").write_text('{"dependencies": {"one": "file:./missing"}}')
+    (tmp_path / "package-lock.json").write_text('{"lockfileVersion": 3, "packages": {}}')  # lacks the package
+    monkeypatch.setattr(javascript, "SOURCES", tmp_path)
+    monkeypatch.setattr(javascript, "ENVIRONMENT", tmp_path / "installed")
+    with pytest.raises(Unavailable, match=r"python tests/support/javascript.py"):
+        javascript.installed()
+    with pytest.raises(Unavailable, match="npm error .*lock file"):
+        javascript.install()
+    with pytest.raises(Unavailable, match="npm could not install the packages: npm error"):
+        javascript.installed()
+
+
+def test_the_packages_of_javascript_have_the_documented_versions_and_no_addresses() -> None:
+    packages = json.loads((javascript.SOURCES / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    page = (javascript.SOURCES.parents[2] / "docs" / "runtimes.md").read_text(encoding="utf-8").replace("\n", " ")
+    for name, version in packages.items():
+        # An alias names the real package after "npm:".
+        name, _, version = f"{name}@{version}".rpartition("npm:")[2].rpartition("@")
+        assert name == "playwright-core" or f"`{name}` {version}" in page
+    assert '"resolved"' not in (javascript.SOURCES / "package-lock.json").read_text(encoding="utf-8")

@@ -50,7 +50,7 @@ def scripts() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def address(bundle_for: Callable[[str], Path], scripts: Path) -> Callable[[str | Path], str]:
+def address(scripts: Path, bundle_for: Callable[[str], Path]) -> Callable[[str | Path], str]:
     """`address(subject or bundle)`: the bundle as the scripts call it, by a path or URL relative to themselves."""
 
     def linked(subject: str | Path) -> str:

@@ -74,7 +74,7 @@ def embedder(checkpoints: dict[str, Path]) -> Judge:
 
 
 @pytest.fixture(scope="module")
-def labelled(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model as a classifier with three labels and a head of random weights."""
     import torch
     from transformers import AutoModelForSequenceClassification
