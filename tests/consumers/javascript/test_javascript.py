@@ -125,14 +125,14 @@ def test_onnxruntime(
     np.testing.assert_allclose(found / np.linalg.norm(found), embedder.embed([text])[0], rtol=0, atol=FP32)
 
 
-@pytest.mark.parametrize(("subject", "bound"), [("fill-mask", FP32), ("fill-mask int8", 0.1)])
+@pytest.mark.parametrize(("subject", "bound"), [("fill-mask", FP32), ("fill-mask int8", 0.05)])
 def test_fill_mask(subject: str, bound: float, run: Callable[..., Any], address: Callable[[str], str]) -> None:
     """`bound`: of a probability; INT8 is compared for the answers that it gives."""
     judge = Judge(builtin_path(), "AutoModelForMaskedLM")
     for text, found in zip(MASKED, run("fill_mask.mjs", address(subject), MASKED), strict=True):
         ids = judge.ids(text)
         wanted = judge.outputs(ids).logits[0, ids.index(judge.tokenizer.mask_token_id)].softmax(-1).numpy()
-        assert [answer["score"] for answer in found] == pytest.approx(np.sort(wanted)[:-6:-1], abs=bound)
+        assert [answer["score"] for answer in found] == pytest.approx(np.sort(wanted)[:-6:-1].tolist(), abs=bound)
         for answer in found:
             assert answer["score"] == pytest.approx(wanted[answer["token"]], abs=bound)
             assert answer["token_str"] == judge.tokenizer.decode([answer["token"]])
