@@ -5,7 +5,7 @@ The larger a value, the more alike two embeddings are: distances are negative.
 Shapes: N and M embeddings, D dimensions, V vocabulary, K entries with a weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,20 +101,13 @@ def _read(embeddings: Any) -> Any:
         embeddings = [embeddings]
     if isinstance(embeddings, list | tuple) and embeddings:
         if all(isinstance(each, SparseEmbedding) for each in embeddings):
-            rows = np.repeat(np.arange(len(embeddings)), [len(each) for each in embeddings])
-            columns = np.concatenate([each.indices for each in embeddings])
-            values = np.concatenate([each.values for each in embeddings])
-            return _sparse_of(rows, columns, values, (len(embeddings), embeddings[0].size))
+            return _sparse_of_vectors(embeddings)
         if all(map(_is_tensor, embeddings)):
             embeddings = import_torch().stack(list(embeddings))
     if _is_tensor(embeddings):
-        given: Any = embeddings
-        tensor = given.detach().cpu()
-        if tensor.layout != import_torch().strided:
-            tensor = (tensor if tensor.ndim == 2 else tensor.unsqueeze(0)).to_sparse_coo().coalesce()
-            rows, columns = tensor.indices().numpy()
-            return _sparse_of(rows, columns, tensor.values().float().numpy(), tuple(tensor.shape))
-        embeddings = (tensor if tensor.element_size() == 8 else tensor.float()).numpy()
+        embeddings = _of_tensor(embeddings)
+        if isinstance(embeddings, _Sparse):
+            return embeddings
     try:
         array = np.asarray(embeddings)
     except ValueError:  # lists of different lengths
@@ -125,6 +118,22 @@ def _read(embeddings: Any) -> Any:
             f"{type(embeddings).__name__} of shape {array.shape}"
         )
     return array if array.dtype == np.float64 else array.astype(np.float32)
+
+
+def _sparse_of_vectors(vectors: Sequence[SparseEmbedding]) -> _Sparse:
+    rows = np.repeat(np.arange(len(vectors)), [len(each) for each in vectors])
+    columns = np.concatenate([each.indices for each in vectors])
+    return _sparse_of(rows, columns, np.concatenate([each.values for each in vectors]), (len(vectors), vectors[0].size))
+
+
+def _of_tensor(tensor: Any) -> Any:
+    """The numbers of a torch tensor as an array, in float32 or of 8 bytes; a sparse tensor as `_Sparse`."""
+    tensor = tensor.detach().cpu()
+    if tensor.layout == import_torch().strided:
+        return (tensor if tensor.element_size() == 8 else tensor.float()).numpy()
+    tensor = (tensor if tensor.ndim == 2 else tensor.unsqueeze(0)).to_sparse_coo().coalesce()
+    rows, columns = tensor.indices().numpy()
+    return _sparse_of(rows, columns, tensor.values().float().numpy(), tuple(tensor.shape))
 
 
 def _read_both(a: Any, b: Any, name: Similarity) -> tuple[Any, Any]:
