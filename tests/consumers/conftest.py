@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,15 +48,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**{task: folder / task for task in models}, "fill-mask": builtin_path()}
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "int8": {"precision": "int8"},
+    "ir": {"openvino_ir": "model"},
+    "genai": {"openvino_ir": "genai"},
+    # The weights are of no sparse model: most values are near 0, and so are their bounds.
+    "sparse": {"bounds": "report"},
+}
+"""A word of a subject -> options of its export."""
+
+
 @pytest.fixture(scope="session")
 def bundle_for(bundle_of: Callable[..., Path], checkpoints: dict[str, Path]) -> Callable[[str], Path]:
     """`bundle_for("embed int8")`: the bundle that the exporter makes of the task's checkpoint. Read only."""
 
     def bundle(subject: str) -> Path:
-        task, _, precision = subject.partition(" ")
-        options = {"precision": precision} if precision else {}
-        if task == "sparse":
-            options["bounds"] = "report"  # the weights are of no sparse model: most are near 0, and so are their bounds
+        task, *words = subject.split()
+        if "genai" in words:
+            pytest.importorskip("openvino_tokenizers", reason="OpenVINO GenAI: openvino-tokenizers is not installed")
+        options = {name: value for word in (task, *words) for name, value in OPTIONS.get(word, {}).items()}
         return bundle_of(checkpoints[task], max_length=MAX_LENGTH, task=task, **options)
 
     return bundle

@@ -87,6 +87,11 @@ def judge(checkpoints: dict[str, Path]) -> dict[str, Any]:
     ("embed_optimum_onnx.py", "onnx", "embed int8"),
     ("embed_sentence_transformers_onnx.py", "onnx", "embed"),
     ("embed_sentence_transformers_onnx.py", "onnx", "embed int8"),
+    ("embed_sentence_transformers_openvino.py", "openvino", "embed ir"),
+    ("embed_optimum_intel.py", "openvino", "embed ir"),
+    ("embed_optimum_intel.py", "openvino", "embed int8 ir"),
+    ("embed_openvino_genai.py", "genai", "embed genai"),
+    ("embed_infinity.py", "infinity", "embed"),
 )
 def test_embeddings(
     script: str,
@@ -97,7 +102,7 @@ def test_embeddings(
 ) -> None:
     found = np.load(run_script(script, bundle_for(subject), *TEXTS) / "embeddings.npy")
     assert found.shape == judge["embed"].shape and np.isfinite(found).all()
-    if subject == "embed":
+    if "int8" not in subject:
         np.testing.assert_allclose(found, judge["embed"], rtol=0, atol=FP32)
     else:
         assert (found * judge["embed"]).sum(1).min() > INT8_COSINE
@@ -108,6 +113,7 @@ def test_embeddings(
     ("rerank_onnxruntime.py", "ort120", "classify"),
     ("rerank_fastembed.py", "light", "classify"),
     ("rerank_optimum_onnx.py", "onnx", "classify"),
+    ("rerank_optimum_intel.py", "openvino", "classify ir"),
 )
 def test_logits_of_a_reranker(
     script: str,
@@ -120,7 +126,10 @@ def test_logits_of_a_reranker(
     np.testing.assert_allclose(found, judge["classify"], rtol=0, atol=FP32)
 
 
-@cases(("rerank_sentence_transformers_onnx.py", "onnx", "classify"))
+@cases(
+    ("rerank_sentence_transformers_onnx.py", "onnx", "classify"),
+    ("rerank_sentence_transformers_openvino.py", "openvino", "classify ir"),
+)
 def test_scores_of_a_reranker(
     script: str,
     subject: str,
@@ -134,6 +143,29 @@ def test_scores_of_a_reranker(
 
 
 @cases(
+    ("fill_mask_onnxruntime.py", HERE, "fill-mask"),
+    ("fill_mask_onnxruntime.py", "ort120", "fill-mask"),
+    ("fill_mask_optimum_onnx.py", "onnx", "fill-mask"),
+    ("fill_mask_optimum_intel.py", "openvino", "fill-mask ir"),
+)
+@pytest.mark.parametrize("text", MASKED)
+def test_fill_mask(
+    script: str,
+    subject: str,
+    text: str,
+    bundle_for: Callable[[str], Path],
+    run_script: Callable[..., Path],
+    judge: dict[str, Any],
+) -> None:
+    found = json.loads((run_script(script, bundle_for(subject), text) / "answer.json").read_text())
+    wanted = judge["fill-mask"][text]
+    assert [answer["score"] for answer in found] == pytest.approx(np.sort(wanted)[: -len(found) - 1 : -1], abs=FP32)
+    for answer in found:
+        assert answer["score"] == pytest.approx(wanted[judge["ids"][answer["token_str"]]], abs=FP32)
+
+
+@cases(
+    ("sparse_fastembed.py", "light", "fill-mask"),
     ("sparse_onnxruntime.py", "ort124", "sparse"),
 )
 def test_sparse_embeddings(
@@ -186,3 +218,36 @@ def test_the_pipeline_of_transformers_on_the_checkpoint(
     scores = {answer["token_str"]: answer["score"] for answer in json.loads(found.read_text())}
     wanted = gte_deploy.load(bundle_for("fill-mask")).fill_mask(MASKED[0])
     assert scores == pytest.approx({answer["token_str"]: answer["score"] for answer in wanted}, abs=5e-3)
+
+
+# --- text-embeddings-inference, which cannot be run here: what its source reads ------------------------------------
+
+
+@pytest.mark.parametrize("task", ["embed", "classify"])
+def test_what_text_embeddings_inference_reads(task: str, bundle_for: Callable[[str], Path]) -> None:
+    """See docs/runtimes.md; its code is router/src/lib.rs and backends/ort/src/lib.rs."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    bundle = bundle_for(task)
+    session = onnxruntime.InferenceSession(bundle / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert not (bundle / "model.onnx").exists()  # it would be preferred
+    assert {one.name: one.type for one in session.get_inputs()} == {
+        "input_ids": "tensor(int64)",
+        "attention_mask": "tensor(int64)",
+    }
+    answers = {one.name: (one.type, len(one.shape)) for one in session.get_outputs()}
+    assert answers["sentence_embedding" if task == "embed" else "logits"] == ("tensor(float)", 2)
+
+    config = json.loads((bundle / "config.json").read_text())
+    assert config["model_type"] == "gte" and config["max_position_embeddings"] == MAX_LENGTH
+    assert all(isinstance(config[name], int) for name in ("hidden_size", "num_hidden_layers", "pad_token_id"))
+    (architecture,) = config["architectures"]
+    assert architecture.endswith("Classification") == (task == "classify")
+    assert json.loads((bundle / "tokenizer_config.json").read_text()).get("padding_side", "right") == "right"
+    assert (bundle / "tokenizer.json").is_file()
+    if task == "classify":
+        assert config["id2label"] == {"0": "LABEL_0"} and config["label2id"] == {"LABEL_0": 0}
+        return
+    pooling = json.loads((bundle / "1_Pooling" / "config.json").read_text())
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    assert [pooling[f"pooling_mode_{mode}"] for mode in modes] == [False, True, False, False]
+    assert json.loads((bundle / "sentence_bert_config.json").read_text())["max_seq_length"] == MAX_LENGTH
