@@ -16,8 +16,15 @@ shutil.copytree(bundle, "model")
 for file in Path("model", "onnx").iterdir():
     shutil.move(file, "model")
 os.chdir("model")
-options = EngineArgs(".", engine="optimum", device="cpu", pooling_method="mean", embedding_dtype="float32")
+options = EngineArgs(
+    model_name_or_path=".",
+    engine="optimum",
+    device="cpu",
+    pooling_method="mean",  # as 1_Pooling/config.json says
+    model_warmup=False,
+    embedding_dtype="float32",
+)
 engine = SyncEngineArray.from_args([options])
 embeddings, _ = engine.embed(model=".", sentences=texts).result()  # normalised
-engine.stop()
 np.save("../embeddings.npy", np.stack(embeddings))
+engine.stop()
