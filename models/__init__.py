@@ -76,7 +76,8 @@ def locate(
 def _hub_id(name: str) -> str:
     if name in PRESETS and PRESETS[name]["hub_id"] is not None:
         return PRESETS[name]["hub_id"]
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
+    is_path = name.startswith((".", "/", "~")) or any(mark in name for mark in "\\:")
+    if is_path or name.count("/") != 1 or name.endswith("/"):
         raise CheckpointError(
             f"no folder {name!r} (looked in {Path.cwd()}), and it is not a hub id of the form owner/name. "
             f"Known names: {', '.join(sorted(PRESETS))}."

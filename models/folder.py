@@ -4,11 +4,11 @@ import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from gte_deploy.core.errors import ConfigError
-from gte_deploy.core.files import checked_object, read_json
+from gte_deploy.core.files import checked_object, is_below, read_json
 
 MODULES_FILE = "modules.json"
 _LIBRARY = "sentence_transformers."
@@ -37,13 +37,12 @@ class Module:
         Raises:
             ConfigError: the path leaves the checkpoint's folder.
         """
-        path = PurePosixPath(self.path)
-        if ".." in path.parts or path.is_absolute() or "\\" in self.path:
+        if not is_below(self.path):
             raise ConfigError(
                 f"{self.checkpoint}: path is {self.path!r} of the module {self.kind}, which leaves the checkpoint's "
                 "folder; expected a folder below it"
             )
-        return self.checkpoint / path
+        return self.checkpoint / self.path
 
     def file(self, name: str) -> str:
         """Return the path of a file in the module's folder, relative to the checkpoint; see `Module.folder`."""

@@ -8,12 +8,12 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.errors import BundleError, ExportError
 from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_tree
+from gte_deploy.core.locks import Release, try_lock
 
-_STAGING, _OLD = ".staging", ".old"
+_STAGING, _OLD, _LOCK = ".staging", ".old", ".lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # Errors of a kernel, C library or file system without renameat2(RENAME_EXCHANGE).
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
@@ -81,12 +82,13 @@ def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[st
     destination.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(destination)
     check_destination(destination, force=force, files_of=files_of)
-    folder, lock = _create_locked(destination)
+    folder, release = _create_locked(destination)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if release is not None:
+            release()
 
 
 def clean_stale(destination: Path) -> None:
@@ -94,12 +96,13 @@ def clean_stale(destination: Path) -> None:
     for folder in _leftovers(destination, _OLD):
         if not os.path.lexists(destination):
             folder.rename(destination)
-    for suffix in (_STAGING, _OLD):
-        for folder in _leftovers(destination, suffix):
-            lock = _try_lock(folder)
-            if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(lock)
+    for suffix in (_STAGING, _OLD, _LOCK):
+        for leftover in _leftovers(destination, suffix):
+            with contextlib.suppress(OSError):  # a file system without locks: then nothing counts as stale
+                release = try_lock(leftover.with_suffix(_LOCK))
+                if release is not None:
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    release()
 
 
 def seal(folder: Path, described: Manifest) -> Manifest:
@@ -146,7 +149,9 @@ def publish(
     if is_bundle(destination):
         _replace(folder, destination)
     else:
-        # rename(2) refuses to replace a folder with files, so a folder that appeared just now is safe as well.
+        # Windows renames to no existing folder. A folder with files, which appeared just now, is never removed.
+        with contextlib.suppress(FileNotFoundError):
+            destination.rmdir()
         folder.rename(destination)
     sync_directory(destination.parent)
 
@@ -166,6 +171,8 @@ def _replace(folder: Path, destination: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two paths in one step; return False if this system cannot."""
+    if sys.platform != "linux":
+        return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -178,37 +185,22 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(first), None, str(second))
 
 
-def _create_locked(destination: Path) -> tuple[Path, int]:
-    # A lock on the folder shows that its owner is alive: the kernel drops it when the owner dies for any reason. Unlike
-    # a process id, it has the same meaning in every container that mounts the file system.
-    while True:
-        folder = destination.parent / f".{destination.name}.{secrets.token_hex(4)}{_STAGING}"
-        folder.mkdir(mode=DIRECTORY_MODE)
-        lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks: then no folder counts as stale
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)  # another export removed it as stale between mkdir and flock
+def _create_locked(destination: Path) -> tuple[Path, Release | None]:
+    """Create a staging folder; the lock on the file beside it shows that its owner is alive."""
+    # Beside the folder and not inside: Windows renames no folder with an open file. And before the folder, so that no
+    # other export finds a folder without its lock.
+    folder = destination.parent / f".{destination.name}.{secrets.token_hex(4)}{_STAGING}"
+    release = None
+    with contextlib.suppress(OSError):  # a file system without locks
+        release = try_lock(folder.with_suffix(_LOCK))
+    folder.mkdir(mode=DIRECTORY_MODE)
+    return folder, release
 
 
 def _leftovers(destination: Path, suffix: str) -> list[Path]:
     # The whole name must match: beside "a" there may be the staging folder of "a.b".
     pattern = re.compile(re.escape(f".{destination.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
     return [path for path in destination.parent.iterdir() if pattern.fullmatch(path.name)]
-
-
-def _try_lock(folder: Path) -> int | None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _tree(folder: Path) -> set[str]:

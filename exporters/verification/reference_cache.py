@@ -247,6 +247,8 @@ def encoder_key(encoder: torch.nn.Module) -> str:
 
 def _prepare(folder: Path) -> str | None:
     """Create the folder if there is none; return why it cannot be used, or None."""
+    if not hasattr(os, "geteuid"):
+        return "this system does not tell whose files they are"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

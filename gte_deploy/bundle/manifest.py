@@ -15,7 +15,7 @@ from typing import Any
 
 from gte_deploy.core.activations import ACTIVATIONS
 from gte_deploy.core.errors import BundleError
-from gte_deploy.core.files import sha256_file
+from gte_deploy.core.files import is_below, sha256_file
 from gte_deploy.core.spec import (
     COMPUTE_PRECISIONS,
     DEVICE_TYPES,
@@ -458,7 +458,6 @@ def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
 
 
 def _checked_name(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or str(path) != name:
+    if not is_below(name) or str(PurePosixPath(name)) != name:
         raise ValueError(f"files: {name!r} is not a plain relative path")
     return name

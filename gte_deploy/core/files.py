@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gte_deploy.core.errors import CheckpointError, GteDeployError
@@ -22,6 +22,13 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative path with forward slashes stays below its folder, on every system."""
+    # A colon ends a drive of Windows, and starts a stream of a file there.
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or any(mark in name for mark in "\\:\0"))
 
 
 def read_json(
@@ -69,7 +76,10 @@ def checked_object(data: Any, path: Path, *, error: type[GteDeployError] = Check
 
 def sync_directory(path: Path) -> None:
     """Flush the entries of a directory, so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no directory
+        return
     try:
         os.fsync(descriptor)
     finally:

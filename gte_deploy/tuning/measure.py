@@ -184,7 +184,7 @@ def serve_calls(
     """Run in the process of a `Worker`: answer calls until the other side closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which then closes the pipe
     os.dup2(2, 1)  # the output of libraries does not belong on stdout
-    if cpus is not None and hasattr(os, "sched_setaffinity"):
+    if cpus is not None and hasattr(os, "sched_getaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
     try:
         subject = _timed(factory, arguments)

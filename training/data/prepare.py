@@ -13,7 +13,6 @@ a token is dropped and counted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
@@ -38,6 +37,7 @@ from tqdm import tqdm
 
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
+from gte_deploy.core.locks import try_lock
 from gte_deploy.training.data.corpus import (
     FORMAT,
     FORMAT_VERSION,
@@ -329,15 +329,16 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _workspace(output: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Path]:
     """Lock the folder `.NAME.partial`, which must have been begun with the same header; remove it at the end."""
     work = output.with_name(f".{output.name}.partial")
-    work.mkdir(exist_ok=True)
-    with (work / "lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{work} is in use: another prepare is writing {output}") from error
+    release = try_lock(work.with_name(f"{work.name}.lock"))
+    if release is None:
+        raise InputError(f"{work} is in use: another prepare is writing {output}")
+    try:
+        work.mkdir(exist_ok=True)
         _begin(work, json.dumps(header, sort_keys=True), restart)
         yield work
         shutil.rmtree(work)
+    finally:
+        release()
 
 
 def _begin(work: Path, header: str, restart: bool) -> None:

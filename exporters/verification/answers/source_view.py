@@ -203,7 +203,14 @@ def _head_size(raw: Mapping[str, Any]) -> int:
 def _link(source: Path, view: Path, *, without: Sequence[str]) -> None:
     for path in source.iterdir():
         if not any(path.match(pattern) for pattern in without):
-            os.symlink(path.resolve(), view / path.name)
+            _link_or_copy(path.resolve(), view / path.name)
+
+
+def _link_or_copy(target: Path, link: Path) -> None:
+    try:
+        os.symlink(target, link)
+    except OSError:  # Windows allows links to administrators and developers alone
+        (shutil.copytree if target.is_dir() else shutil.copy2)(target, link)
 
 
 def _weight_files(checkpoint: Path) -> list[Path]:

@@ -30,6 +30,11 @@ def cache_file(plan_sha256: str, version: str, capability: str) -> Path | None:
 
     Its folder is created, and only this user may read it. None, with a line in the log, if there cannot be a folder.
     """
+    if not hasattr(os, "geteuid"):
+        logger.info(
+            "TensorRT-RTX compiles its kernels in every process: this system does not tell whose files they are"
+        )
+        return None
     try:
         folder = cache_folder() / _FOLDER
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Bundles are whole or not there, readable by others, and never replace what no export wrote."""
 
 import errno
-import fcntl
 import os
 import stat
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from gte_deploy.bundle.manifest import GraphEntry, Manifest, open_bundle
 from gte_deploy.core.errors import ExportError
+from gte_deploy.core.locks import try_lock
 from gte_deploy.core.spec import ModelSpec, TensorSpec
 from gte_deploy.exporters.bundle import writer as bundle_writer
 from gte_deploy.exporters.bundle.writer import check_destination, clean_stale, publish, seal, staging
@@ -190,13 +190,14 @@ def test_what_dead_exports_left_is_cleaned_and_the_living_are_not(target):
     for folder in (dead, alive, neighbour):
         folder.mkdir()
         (folder / "part").touch()
-    lock = os.open(alive, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    release, lock = try_lock(alive.with_suffix(".lock")), alive.with_suffix(".lock").name
+    abandoned = target.parent / ".bundle.0000face.lock"  # of an export that died before it made its folder
+    abandoned.touch()
     try:
         write(target, "new")
-        assert sorted(leftovers(target)) == sorted([alive.name, neighbour.name])
+        assert sorted(leftovers(target)) == sorted([alive.name, lock, neighbour.name])
     finally:
-        os.close(lock)
+        release()
     clean_stale(target)
     assert leftovers(target) == [neighbour.name]
 
