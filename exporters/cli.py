@@ -29,6 +29,7 @@ from gte_deploy.exporters.triton.repository import RepositoryResult, export_repo
 TRITON, CHECK, ADOPT, CONVERT = "triton", "check", "adopt", "convert"
 _COMMANDS = {
     "onnx": "a bundle for ONNX Runtime and OpenVINO (the same as --format onnx)",
+    "executorch": "a bundle with a program for phones and other devices (--format executorch)",
     "trt": "a bundle with a TensorRT engine (--format trt)",
     TRITON: "a model repository for Triton (--format triton)",
     ADOPT: "add an engine that trtexec built, on a Jetson for example, to its bundle",
@@ -95,7 +96,7 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gte-export" if command is None else f"gte-export {command}")
     add_export_arguments(parser, format, command)
     if command is None:
-        lines = "".join(f"\n  gte-export {name:<7} {text}" for name, text in _COMMANDS.items())
+        lines = "".join(f"\n  gte-export {name:<10} {text}" for name, text in _COMMANDS.items())
         parser.epilog = f"commands, each with a --help of its own:{lines}\n\n{HELP}"
     return parser
 
@@ -274,7 +275,8 @@ def _target_of(format: str, name: str | None) -> type[Target]:
     if name is None:
         return next(iter(known.values()))
     if name not in known:
-        other = "" if name in targets_of("onnx") else f"--target {name} is for --format trt; "
+        format_of = {kind.name: kind.format for kind in target_classes()}
+        other = "" if name in targets_of("onnx") else f"--target {name} is for --format {format_of.get(name, 'trt')}; "
         raise InputError(f"{other}--format {format} takes --target {' or '.join(known)}, not {name}")
     return known[name]
 

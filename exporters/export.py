@@ -67,9 +67,9 @@ def export(
         options: the options of every target, such as precision and longest input; see `ExportOptions`.
         force: whether to replace an existing bundle.
         progress: called with one line at every step.
-        **given: `format` ("onnx" or "trt") and `target` ("cpu", "cuda" or "openvino", for format onnx); single fields
-            of `ExportOptions`, such as `precision="int8"`; and the options of the target, such as `calibration`: see
-            `gte_deploy.exporters.targets`. `tensorrt` takes a `TensorRTOptions`.
+        **given: `format` ("onnx", "executorch" or "trt") and `target` ("cpu", "cuda" or "openvino", for format onnx);
+            single fields of `ExportOptions`, such as `precision="int8"`; and the options of the target, such as
+            `calibration`: see `gte_deploy.exporters.targets`. `tensorrt` takes a `TensorRTOptions`.
 
     Raises:
         InputError: an option is out of range, or does not belong to this target.

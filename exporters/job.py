@@ -26,6 +26,7 @@ GRAPH_PATHS: Mapping[Engine, str] = {
     "onnxruntime": "onnx/model.onnx",
     "openvino": "onnx/model_openvino.onnx",
     "tensorrt": "onnx/model_tensorrt.onnx",
+    "executorch": "executorch/model.pte",
 }
 """Engine -> path of its graph in a bundle."""
 WEIGHTS_PATH = "onnx/model.onnx_data"

@@ -100,7 +100,7 @@ def make_request(
 
     Args:
         options: the options of every target.
-        format: "onnx" or "trt".
+        format: "onnx", "executorch" or "trt".
         target: name of a target of that format; None for its first.
         tensorrt: all options of target tensorrt.
         **given: single fields of `ExportOptions` or of the target's options.

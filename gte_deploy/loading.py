@@ -71,11 +71,11 @@ def load(
     Args:
         path: a bundle folder, a checkpoint folder, the id of either on the Hugging Face Hub (`owner/name`, or
             `owner/name@revision`), or None for the built-in model.
-        backend: "onnx" (ONNX Runtime), "openvino" and "tensorrt" run a bundle, "torch" runs a checkpoint. For a bundle,
-            "auto" takes its TensorRT engine if that fits GPU and TensorRT, else the engine recorded on this machine
-            by `gte-deploy bench --pick`, else the engine that was measured to be faster on similar CPUs. `Model.info`
-            names the choice and the reason. "onnx" compiles the graph of a TensorRT bundle again, through ONNX
-            Runtime's TensorRT provider.
+        backend: "onnx" (ONNX Runtime), "openvino", "tensorrt" and "executorch" run a bundle, "torch" runs a checkpoint.
+            For a bundle, "auto" takes its TensorRT engine if that fits GPU and TensorRT, else the engine recorded on
+            this machine by `gte-deploy bench --pick`, else the engine that was measured to be faster on similar CPUs.
+            `Model.info` names the choice and the reason. "onnx" compiles the graph of a TensorRT bundle again, through
+            ONNX Runtime's TensorRT provider.
         precision: precision that the engine computes in, if the bundle leaves the choice: "fp32", or "bf16" with
             openvino on a CPU that has it or with torch on a GPU. "auto", or None, is the precision recorded by
             `gte-deploy bench --pick`; else "bf16" for bundles that were exported and verified for it (`--precision
@@ -334,9 +334,10 @@ def _open_bundle(
         opened: Backend = open_tensorrt_backend(folder, manifest, device=choice.device)
         reopen = None
     else:
-        reopen = _reopening(folder, manifest, choice)
+        # ExecuTorch's threads are gone in a forked process, and it has no way to start others.
+        reopen = None if choice.backend == "executorch" else _reopening(folder, manifest, choice)
         opened = _open_graph(folder, manifest, choice, num_threads)
-        if plan.streams > 1:
+        if plan.streams > 1 and reopen is not None:
             opened = StreamedBackend(opened, plan, functools.partial(reopen, plan.threads, plan))
     again = precision if is_for_gpus(manifest) else choice.precision
     checksum = manifest.to_json()["checksum"]
@@ -405,6 +406,12 @@ def _open_graph(
                 folder,
                 choice.precision,
             )
+    if choice.backend == "executorch":
+        from gte_deploy.backends.executorch import ExecuTorchBackend
+
+        return ExecuTorchBackend(
+            folder / graph.path, manifest.spec, inputs=graph.inputs, outputs=graph.outputs, **options
+        )
     if choice.backend == "openvino":
         from gte_deploy.backends.openvino import OpenVinoBackend
 
@@ -421,6 +428,13 @@ def _no_graph(folder: Path, manifest: Manifest, backend: str) -> str:
         return (
             f"{folder} holds a TensorRT engine and no ONNX graph, which the {backend} backend needs. Load it with "
             "backend='tensorrt' on a GPU, or export it with --format onnx."
+        )
+    if backend == "executorch":
+        return f"{folder} has no program for ExecuTorch. Leave backend out, or export it with --format executorch."
+    if "executorch" in manifest.graphs:
+        return (
+            f"{folder} has only a program for ExecuTorch. Load it with backend='executorch', or export it again with "
+            "--format onnx."
         )
     if backend == "onnx":
         return (

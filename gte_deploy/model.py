@@ -154,7 +154,7 @@ class Model(TextInterface):
 
     @property
     def backend(self) -> str:
-        """Name of the backend: "onnx", "openvino", "torch" or "tensorrt"."""
+        """Name of the backend: "onnx", "openvino", "torch", "tensorrt" or "executorch"."""
         return self._backend.name
 
     @property

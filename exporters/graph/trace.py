@@ -76,18 +76,32 @@ def trace(
             outside the model's range; the RoPE depends on the length; the opset is outside 20–23; `token_types` is set
             for a model with a single token type.
     """
-    options = _checked_options(task, pooling, logits, sparse)
-    _check_model(model, options, max_length)
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ExportError(f"opset {opset} is outside {MIN_OPSET} … {MAX_OPSET}; choose an opset in this range")
-    if token_types and model.config.type_vocab_size < 2:
-        raise ExportError(f"token types need a type_vocab_size above 1; the model has {model.config.type_vocab_size}")
-    with _traceable(model, max_length):
-        wrapper = _wrap(model, options).eval()
+    options = _checked_options(task, pooling, logits, sparse)
+    with traceable_module(model, options, max_length=max_length, token_types=token_types) as wrapper:
         traced = _export(wrapper, max_length, opset, token_types=token_types)
     _set_names(traced.graph)
     _simplify(traced)
     return traced
+
+
+@contextlib.contextmanager
+def traceable_module(
+    model: PreTrainedModel, options: HeadOptions, *, max_length: int, token_types: bool = False
+) -> Iterator["Wrapper"]:
+    """Yield a module that computes the outputs of a graph from its inputs, for `torch.export`.
+
+    Inside the block the model is in eval mode with eager attention, so it must not run elsewhere.
+
+    Raises:
+        ConfigError, ExportError: see `trace`.
+    """
+    _check_model(model, options, max_length)
+    if token_types and model.config.type_vocab_size < 2:
+        raise ExportError(f"token types need a type_vocab_size above 1; the model has {model.config.type_vocab_size}")
+    with _traceable(model, max_length):
+        yield _wrap(model, options).eval()
 
 
 class RotaryTable(nn.Module):
@@ -126,10 +140,12 @@ class _TracedStates(PaddedStates):
         )
 
 
-class _Wrapper(nn.Module):
+class Wrapper(nn.Module):
     """Runs the encoder and the head on the inputs of the graph: `input_names`, then token types if there are any."""
 
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
+    states: type[PaddedStates] = _TracedStates
+    """What the head reads from; `PaddedStates` has only operators of torch."""
 
     type_zero: Tensor
 
@@ -166,14 +182,14 @@ class _Wrapper(nn.Module):
             token_type_ids=self.type_zero if token_type_ids is None else token_type_ids,
         )
         hidden = encoded.last_hidden_state
-        states = _TracedStates(hidden, attention_mask, input_ids, mask_positions, encoded.pooler_output)
+        states = self.states(hidden, attention_mask, input_ids, mask_positions, encoded.pooler_output)
         heads = self.heads or (SparseHead(self.lm_head),)
         outputs = {HIDDEN: hidden, **{head.output: head(states) for head in heads}}
         return tuple(outputs[name] for name in self.output_names)
 
 
-class _MaskedWrapper(_Wrapper):
-    input_names = (*_Wrapper.input_names, "mask_positions")
+class _MaskedWrapper(Wrapper):
+    input_names = (*Wrapper.input_names, "mask_positions")
 
     def forward(  # type: ignore[override]  # torch.export reads the inputs from this signature
         self,
@@ -185,9 +201,9 @@ class _MaskedWrapper(_Wrapper):
         return self.compute(input_ids, attention_mask, mask_positions, token_type_ids)
 
 
-def _wrap(model: PreTrainedModel, options: HeadOptions) -> _Wrapper:
+def _wrap(model: PreTrainedModel, options: HeadOptions) -> Wrapper:
     takes_masks = options.task == "fill-mask" and options.logits == "masked"
-    wrapper = _MaskedWrapper if takes_masks else _Wrapper
+    wrapper = _MaskedWrapper if takes_masks else Wrapper
     return wrapper(model, make_heads(model, options), TASKS[options.task].outputs)
 
 
@@ -254,7 +270,7 @@ def _with_rotary_table(model: PreTrainedModel, max_length: int) -> Iterator[None
         setattr(encoder, name, rotary)
 
 
-def _export(wrapper: _Wrapper, max_length: int, opset: int, *, token_types: bool) -> ir.Model:
+def _export(wrapper: Wrapper, max_length: int, opset: int, *, token_types: bool) -> ir.Model:
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=max_length)
     # No axis has size 0 or 1, because torch would make it a constant.
     ones = functools.partial(torch.ones, dtype=torch.long, device=wrapper.model.device)

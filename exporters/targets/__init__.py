@@ -10,6 +10,7 @@ TARGETS: Mapping[str, str] = {
     "cpu": "cpu:CpuTarget",
     "cuda": "cuda.target:CudaTarget",
     "openvino": "openvino:OpenVinoTarget",
+    "executorch": "executorch:ExecuTorchTarget",
     "tensorrt": "tensorrt.target:TensorRTTarget",
 }
 """Name -> module and class, which are imported on demand."""

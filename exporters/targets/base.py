@@ -56,7 +56,7 @@ class Target(ABC):
     name: ClassVar[str]
     """Its name in `TARGETS`, and for `--target` if the format has several targets."""
     format: ClassVar[str]
-    """Its value of `--format`: "onnx" or "trt"."""
+    """Its value of `--format`: "onnx", "executorch" or "trt"."""
     title: ClassVar[str]
     """A heading for `--help`."""
     engines: ClassVar[tuple[Engine, ...]]

@@ -4,10 +4,8 @@ import datetime
 import html
 import importlib.util
 import io
-import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
@@ -15,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gte_deploy._version import __version__
+from gte_deploy.backends.picks import cpu_model
 from gte_deploy.bundle.manifest import GraphEntry, PlanEntry
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
@@ -26,7 +25,7 @@ from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 FORMAT = "gte-deploy-parity-report"
 FORMAT_VERSION = 1
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "numpy")
-_OPTIONAL_LIBRARIES = ("openvino", "tensorrt", "tensorrt_rtx")
+_OPTIONAL_LIBRARIES = ("openvino", "executorch", "tensorrt", "tensorrt_rtx")
 _LOWEST_SHOWN = 1e-9  # a logarithmic axis has no zero
 _GREY = "#6b7280"
 _COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea")  # one for each engine
@@ -44,7 +43,9 @@ def library_versions() -> dict[str, str]:
 
 
 def _module(name: str) -> Any:
-    return import_openvino() if name == "openvino" else importlib.import_module(name)
+    if name == "openvino":
+        return import_openvino()
+    return importlib.import_module("executorch.version" if name == "executorch" else name)
 
 
 def build_report(
@@ -75,7 +76,7 @@ def build_report(
         "parity": parity.to_json(),
         "sensitivity": dict(sensitivity or {}),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
-        "machine": {"cpu": _cpu_name(), "cpus": available_cpus(), "platform": _platform()},
+        "machine": {"cpu": cpu_model(), "cpus": available_cpus(), "platform": _platform()},
         "versions": library_versions(),
     }
 
@@ -310,17 +311,8 @@ def _svg(plot: Any, parity: ParityReport) -> str:
 
 def _platform() -> str:
     # platform.platform() would run `uname -p` for a word that it then drops.
-    system = os.uname()
-    return "-".join((system.sysname, system.release, system.machine, "with", "".join(platform.libc_ver())))
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+    libc = "".join(platform.libc_ver())  # empty on Windows and macOS
+    return "-".join((platform.system(), platform.release(), platform.machine(), *(["with", libc] if libc else [])))
 
 
 _PAGE = """<!doctype html>

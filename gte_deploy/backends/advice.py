@@ -16,7 +16,7 @@ def faster_here(manifest: Manifest, *, measure: bool = True) -> list[str]:
         manifest: the bundle's.
         measure: whether to measure bfloat16 if it has not been measured on this machine, which imports OpenVINO.
     """
-    if is_for_gpus(manifest):
+    if is_for_gpus(manifest) or "executorch" in manifest.graphs:
         return []
     lines: list[str] = []
     unit, has_openvino = int8_unit(), importlib.util.find_spec("openvino") is not None

@@ -48,7 +48,7 @@ class Backend(Protocol):
     """Runs batches on one engine. Several threads may call an implementation at once."""
 
     name: str
-    """ "onnx", "openvino", "torch" or "tensorrt". """
+    """ "onnx", "openvino", "torch", "tensorrt" or "executorch". """
     device: str
     """The device that it runs on, such as "cpu" or "cuda:0"."""
     num_threads: int

@@ -13,7 +13,12 @@ from gte_deploy.core.cpus import available_cpus, cpu_flags, numa_nodes
 from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError
 from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine
 
-ENGINE_OF: dict[str, Engine] = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+ENGINE_OF: dict[str, Engine] = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "executorch": "executorch",
+}
 """Backend, as `gte_deploy.load` takes it -> the engine whose graph it runs."""
 
 # Linux's flag for an instruction with dot products of 8-bit integers -> its usual name.
@@ -207,6 +212,8 @@ def streams_of(
 
 
 def _by_rule(manifest: Manifest) -> EngineChoice:
+    if "executorch" in manifest.graphs:
+        return EngineChoice("executorch", "fp32", "the bundle has a program for ExecuTorch alone")
     if "onnxruntime" not in manifest.graphs:
         return EngineChoice("openvino", "fp32", "the bundle has no graph for ONNX Runtime")
     if "openvino" not in manifest.graphs:

@@ -19,6 +19,9 @@ _ALLOWED_OPERATORS = frozenset((("trt", "TRT_Attention"),))
 # A node that wraps an accelerator's compiled engine: executable code that cannot be inspected.
 _REFUSED_OPERATORS = frozenset(("EPContext",))
 
+# `file_identifier` in ExecuTorch's schema/program.fbs; it stands behind the offset of the root table.
+_PROGRAM_IDENTIFIER = b"ET12"
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 64
 
@@ -51,7 +54,10 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a graph has an operator of another domain, an EPContext node, or data outside the manifest.
     """
-    for graph in (graph for entry in manifest.graphs.values() for graph in entry.files):
+    if (program := manifest.graphs.get("executorch")) is not None:
+        _check_program(folder, program.path)
+    onnx = [entry for engine, entry in manifest.graphs.items() if engine != "executorch"]
+    for graph in (graph for entry in onnx for graph in entry.files):
         contents = inspect_onnx(folder / graph.path)
         for domain, operator in sorted(contents.operators):
             known = domain in _ALLOWED_DOMAINS or (domain, operator) in _ALLOWED_OPERATORS
@@ -63,6 +69,16 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
         for location in sorted(contents.external_files):
             if str(PurePosixPath(graph.path).parent / location) not in manifest.files:
                 raise BundleError(f"{graph.path} reads {location!r}, which the manifest does not name.")
+
+
+def _check_program(folder: Path, name: str) -> None:
+    """Refuse a file that is no program for ExecuTorch, by the identifier of its FlatBuffers schema.
+
+    A program calls the operators that the runtime was built with; it holds no code.
+    """
+    with (folder / name).open("rb") as file:
+        if file.read(8)[4:] != _PROGRAM_IDENTIFIER:
+            raise BundleError(f"{name} is not a program for ExecuTorch. Export the bundle again.")
 
 
 def inspect_onnx(path: Path) -> OnnxContents:

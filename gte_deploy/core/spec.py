@@ -13,7 +13,7 @@ SparseHeadName = Literal["splade", "token-weights"]
 SparseActivation = Literal["relu", "log1p_relu"]
 SparsePooling = Literal["max", "sum"]
 SparseRoute = Literal["query", "document"]
-Engine = Literal["onnxruntime", "openvino", "tensorrt"]
+Engine = Literal["onnxruntime", "openvino", "tensorrt", "executorch"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int8-weight", "int4-weight"]
 """The precision of a bundle's weights and graphs."""
 DeviceType = Literal["cpu", "cuda"]
@@ -23,9 +23,9 @@ ComputePrecision = Literal["fp32", "bf16"]
 """The precision that an engine computes in if the graph leaves it the choice."""
 LoadPrecision = Literal["auto", "fp32", "bf16"]
 """What `gte_deploy.load` takes: a compute precision, or "auto" for the one that suits bundle and machine."""
-BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt"]
+BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt", "executorch"]
 """The backend that runs a model, as `gte_deploy.load` takes it."""
-BundleBackend = Literal["onnx", "openvino", "tensorrt"]
+BundleBackend = Literal["onnx", "openvino", "tensorrt", "executorch"]
 """The backends that can run a bundle."""
 EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 """The data type of sentence embeddings, under its name in sentence-transformers."""

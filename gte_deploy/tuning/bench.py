@@ -151,7 +151,7 @@ def bench(
 
     Args:
         bundle: the folder of the bundle.
-        backend: "onnx", "openvino" or "tensorrt"; None for every engine that the bundle is for.
+        backend: "onnx", "openvino", "tensorrt" or "executorch"; None for every engine that the bundle is for.
         shapes: shapes as ROWSxTOKENS; by default the DEFAULT_SHAPES that the model takes.
         repeats: number of timed calls for each engine and shape.
         num_threads: CPU threads of each engine; by default every CPU that the process may use.
@@ -338,7 +338,9 @@ def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     if backend is not None:
         check_choice("backend", backend, BUNDLE_BACKENDS)
     # A requested backend is tried even if the bundle has no graph for it: its error says what is missing.
-    here = [name for name in BUNDLE_BACKENDS if (name == "tensorrt") == (manifest.plan is not None)]
+    here = [name for name in BUNDLE_BACKENDS if name in ("onnx", "openvino")]
+    if manifest.plan is not None or "executorch" in manifest.graphs:
+        here = ["executorch"] if manifest.plan is None else ["tensorrt"]
     names = [backend] if backend else here
     if is_for_gpus(manifest):
         return [EngineResult(f"{name} {manifest.precision}", name) for name in names]

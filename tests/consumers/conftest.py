@@ -21,7 +21,7 @@ from gte_deploy.models import builtin_path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 MAX_LENGTH = 64
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 HERE = "here"
 
 

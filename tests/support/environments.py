@@ -25,9 +25,16 @@ REQUIREMENTS = {
         *("chromadb", "haystack-ai", "langchain-core", "llama-index-core", "mteb>=2", "qdrant-client"),
         *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
     ),
+    "executorch": (
+        "executorch>=1.5",
+        "torch",
+        "transformers>=5.23",
+        *("onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0", "onnxruntime>=1.30.1", "matplotlib>=3.9", "safetensors"),
+    ),
     "genai": ("openvino-genai",),
     "infinity": ("infinity-emb[torch,optimum]", "torch"),
     "light": ("fastembed", "light-embed"),
+    "mnn": ("MNN>=3.6", "numpy", "tokenizers"),
     "onnx": ("sentence-transformers[onnx]", "torch"),
     "openvino": ("sentence-transformers[openvino]>=6", "torch"),
     "optimum": (  # beside what gte-export needs: pyproject.toml

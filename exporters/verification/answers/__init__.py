@@ -75,7 +75,7 @@ def _open(bundle: Path, manifest: Manifest, checkpoint: Path) -> Model:
     """Open a bundle on its engine for CPUs; if none runs here, on PyTorch with the checkpoint's weights."""
     from gte_deploy.backends.torch import open_torch_backend
 
-    engines: tuple[BackendName, ...] = ("onnx", "openvino")
+    engines: tuple[BackendName, ...] = ("onnx", "openvino", "executorch")
     for engine in engines:
         if ENGINE_OF[engine] in manifest.graphs:
             try:
