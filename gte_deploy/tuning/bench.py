@@ -18,7 +18,7 @@ from gte_deploy.bundle.manifest import Manifest, read_manifest
 from gte_deploy.core.cpus import MAX_THREADS, available_cpus
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.options import check_choice
-from gte_deploy.core.spec import BUNDLE_BACKENDS
+from gte_deploy.core.spec import BUNDLE_BACKENDS, BundleBackend
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 from gte_deploy.tuning import DEFAULT_SHAPES
@@ -338,7 +338,7 @@ def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     if backend is not None:
         check_choice("backend", backend, BUNDLE_BACKENDS)
     # A requested backend is tried even if the bundle has no graph for it: its error says what is missing.
-    here = [name for name in BUNDLE_BACKENDS if name in ("onnx", "openvino")]
+    here: list[BundleBackend] = ["onnx", "openvino"]
     if manifest.plan is not None or "executorch" in manifest.graphs:
         here = ["executorch"] if manifest.plan is None else ["tensorrt"]
     names = [backend] if backend else here
