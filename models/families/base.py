@@ -155,7 +155,7 @@ class Family:
     @property
     def architectures(self) -> dict[str, TaskName]:
         """Name in `architectures` of config.json -> the task of its head."""
-        own = {
+        own: dict[str, TaskName] = {
             prefix + task.architecture: name
             for prefix in self.architecture_prefixes
             for name, task in TASKS.items()
