@@ -36,6 +36,7 @@ from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.modules import SentenceSettings, read_settings
 from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors
 from gte_deploy.models.weight_files import INDEX
+from gte_deploy.tasks import TASKS
 
 CHECKPOINT_LAYOUTS: tuple[str, ...] = ("native", "original")
 """The layouts that `save_model` writes; a family may lack the original one."""
@@ -81,6 +82,8 @@ def load_model(
         CheckpointError: a file is missing or damaged, or a tensor is missing, unused or misshapen; the message names
             it.
     """
+    if task is not None and task not in TASKS:
+        raise CheckpointError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
     files = CheckpointFiles(folder)
     places = places_of(files)
     task = task or task_of_files(files, places)

@@ -93,8 +93,8 @@ def _axes(**sizes: tuple[int, int]) -> dict[int, Any]:
 
 
 def _lowered(program: Any, precision: Precision) -> bytes:
-    from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnnpack
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnnpack  # pyright: ignore[reportMissingImports]
+    from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
     # Dynamically quantized layers first, each with the operators that quantize its input.
     dynamic = [xnnpack.XnnpackDynamicallyQuantizedPartitioner()] if precision == "int8" else []
@@ -103,8 +103,8 @@ def _lowered(program: Any, precision: Precision) -> bytes:
 
 
 def _quantized(model: PreTrainedModel) -> PreTrainedModel:
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
-    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_  # pyright: ignore[reportMissingImports]
+    from torchao.quantization.granularity import PerAxis  # pyright: ignore[reportMissingImports]
 
     changed = copy.deepcopy(model)
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))

@@ -113,8 +113,8 @@ class ExecuTorchBackend:
 
 def _load(program: Path, num_threads: int) -> Any:
     try:
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime
+        from executorch.extension.pybindings import portable_lib  # pyright: ignore[reportMissingImports]
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise MissingDependencyError("executorch", "executorch") from error
     if portable_lib._threadpool_get_thread_count() != num_threads:

@@ -192,7 +192,7 @@ def test_the_table_on_stdout_and_the_progress_on_stderr(tiny, tmp_path, monkeypa
     assert main([str(tiny), "--max-len", "16"]) == OK
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0].split()[:4] == ["length", "batch", "padding", "last_hidden_state"]
+    assert lines[0].split()[:4] == ["length", "batch", "padding", "logits"]
     assert [line for line in lines if line.startswith("onnxruntime fp32: parity passed, ")]
     assert lines[-1].startswith("bundle tiny-onnx-fp32 (")
     assert open_bundle(tmp_path / "tiny-onnx-fp32").spec.max_length == 16

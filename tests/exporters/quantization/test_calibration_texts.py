@@ -94,7 +94,8 @@ def test_an_export_says_which_texts_it_took(tmp_path):
 
     folder, lines = make_family_checkpoint(tmp_path, "bert", "embed", num_hidden_layers=1), []
     spec = describe(folder).spec
-    graph = build_graphs(load_model(folder), task="embed", max_length=spec.max_length, pooling="cls")["onnxruntime"]
+    options = {"task": "embed", "max_length": spec.max_length, "pooling": "cls", "token_types": spec.token_types}
+    graph = build_graphs(load_model(folder), **options)["onnxruntime"]
     found = calibrated(graph, spec, load_tokenizer(folder), "multilingual", lines.append)
     assert "tokens of built-in texts in 18 languages (--calibration takes your own texts)" in lines[0]
     assert found.texts[0].startswith("All human beings are born free")
