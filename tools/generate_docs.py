@@ -249,15 +249,16 @@ def family_section(family: Any) -> str:
     left_out = "; ".join(
         f"{task}: {', '.join(f'`{prefix}*`' for prefix in prefixes)}" for task, prefixes in family.left_out.items()
     )
-    classes = ", ".join(f"{task} (`{name}`)" for task, name in family.classes.items())
+    tasks = [f"{task} (`{name}`)" for task, name in family.classes.items()]
+    tasks += ["sparse (on the heads of fill-mask and token-classify)", "hybrid (on that of token-classify)"]
     rows = {
         "`model_type`": ", ".join(f"`{name}`" for name in family.model_types),
-        "tasks": f"{classes}, sparse (on the heads of fill-mask and token-classify)",
+        "tasks": ", ".join(tasks),
         "positions": POSITION_TITLES[family.positions],
         "longest text in tokens": f"`{limit}`",
         "layouts": "native and original" if family.original_config else "that of transformers",
         "padding is removed in": padding,
-        "last layer for the rows that are asked for": "fill-mask, embed with CLS pooling, classify",
+        "last layer for the rows that are asked for": "fill-mask, embed and hybrid with CLS pooling, classify",
         "tensors that are left out": left_out or "none",
     }
     lines = [f"## {family.fields.name.removeprefix('config.json of ')}\n", "| | |", "|---|---|"]
