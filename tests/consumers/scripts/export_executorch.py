@@ -9,8 +9,9 @@ import numpy as np
 import gte_deploy
 from gte_deploy.exporters.cli import main
 
-checkpoint, bundle, task, texts = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-options = ["--format", "executorch", "--task", task, "--max-len", "64", "--program-masks", "2", "--program-batch", "2"]
+checkpoint, bundle, task, precision, *texts = sys.argv[1:]
+options = ["--format", "executorch", "--task", task, "--precision", precision, "--max-len", "64"]
+options += ["--program-masks", "2", "--program-batch", "2"]
 assert main([checkpoint, bundle, *options, "--reference-cache", "off"]) == 0
 with gte_deploy.load(bundle) as model:
     answers = {"backend": model.backend, "refusal": None}
