@@ -1,7 +1,7 @@
 """Convert a bundle's graph of standard operators to MNN, and embed texts with MNN alone.
 
     pip install MNN numpy tokenizers
-    python mnn_embeddings.py my-bundle "a text" "another"    # an embedding model; writes my-bundle.mnn here
+    python examples/mnn_embeddings.py my-bundle "a text" "another"    # an embedding model; writes my-bundle.mnn here
 
 The bundle needs onnx/model_openvino.onnx: openvino was installed where gte-export wrote it.
 """

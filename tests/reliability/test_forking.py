@@ -253,7 +253,7 @@ def test_a_pickle_holds_a_whole_path_and_nothing_of_the_model(
 
 def test_the_built_in_model_is_each_processes_own() -> None:
     with gte_deploy.load(num_threads=1) as model:
-        function, arguments = model.__reduce__()
+        function, arguments, *_ = model.__reduce__()
         assert arguments[0] is None
         assert function(*arguments).fill_mask("a [MASK]") == model.fill_mask("a [MASK]")
 

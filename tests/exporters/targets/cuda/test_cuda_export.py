@@ -78,7 +78,7 @@ def test_names_and_choices(tiny_mlm: Path, tmp_path: Path):
         ("--padding keep", "--padding is for --target cuda and --format trt"),
         (
             "--target cuda --precision int8",
-            "--precision int8 is for --target cpu or --target openvino or --format trt",
+            "--precision int8 is for --target cpu or --target openvino or --format executorch or --format trt",
         ),
         ("--target cuda --format trt", "sm"),
     ],
