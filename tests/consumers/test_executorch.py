@@ -25,7 +25,7 @@ WORDS = ("w7 w8 w9", "w20", "w30 w31 w32 w33 w34 w35 w36")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Task -> a checkpoint of one layer; ExecuTorch's passes over larger ones take minutes."""
+    """Task -> a checkpoint of one layer; the time of ExecuTorch's passes grows with the layers."""
     folder = tmp_path_factory.mktemp("sources")
     options = {"layout": "native", "layers": 1}
     return {
