@@ -96,6 +96,7 @@ def _reranker(spec: ModelSpec) -> dict[str, Any]:
     return {
         "modules.json": [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER}],
         "sentence_bert_config.json": {
+            "max_seq_length": spec.max_length,  # which text-embeddings-inference reads
             "transformer_task": "sequence-classification",
             "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
             "module_output_name": "scores",

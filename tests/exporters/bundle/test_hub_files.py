@@ -182,8 +182,11 @@ def test_rerankers(change, tmp_path):
     with gte_deploy.load(bundle, backend="onnx") as model:
         np.testing.assert_allclose(model.predict(PAIRS), expected, atol=2e-5)
     shutil.copyfile(folder / "model.safetensors", bundle / "model.safetensors")
-    np.testing.assert_allclose(CrossEncoder(str(bundle)).predict(PAIRS), expected, atol=1e-6)
-    assert read(bundle / "tokenizer_config.json")["model_max_length"] == 128
+    reloaded = CrossEncoder(str(bundle))
+    np.testing.assert_allclose(reloaded.predict(PAIRS), expected, atol=1e-6)
+    assert reloaded.max_length == read(bundle / "tokenizer_config.json")["model_max_length"] == 128
+    if (bundle / "sentence_bert_config.json").is_file():
+        assert read(bundle / "sentence_bert_config.json")["max_seq_length"] == 128
 
 
 def test_an_adapter_is_part_of_the_export(tmp_path):
