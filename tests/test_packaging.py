@@ -35,7 +35,8 @@ def tree(tmp_path_factory) -> Path:
 def build(kind: str, source: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out, source]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (built,) = out.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    # The tag of a wheel without compiled code: one file for every system.
+    (built,) = out.glob("*-py3-none-any.whl" if kind == "wheel" else "*.tar.gz")
     return built
 
 
