@@ -1,14 +1,11 @@
 """`gte-export`: exports a checkpoint to a verified bundle. Results go to stdout, progress to stderr."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from gte_deploy.bundle.upload import push_to_hub, require_pushable
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.options import HelpFormatter, add_arguments, flags_of, options_of, parse_given
+from gte_deploy.core.quiet import quiet_libraries
 from gte_deploy.exporters.adoption import AdoptionResult, adopt
 from gte_deploy.exporters.conversion import FLOAT_TYPES, KEPT, LAYOUTS, Conversion, convert
 from gte_deploy.exporters.export import ExportResult, export
@@ -54,7 +52,7 @@ def run_export(arguments: argparse.Namespace, command: str | None = None) -> int
         if command == CHECK or "check_repository" in arguments:
             return _check(arguments)
         _check_push(arguments)
-        with _quiet_libraries():
+        with quiet_libraries(sys.stderr):  # of torch.onnx and transformers
             result = _RUNS.get(command or "", _export)(arguments)
         if not arguments.json:
             print(_result_text(result), flush=True)
@@ -330,19 +328,6 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(problems) or f"{path}: no problem was found")
     return FAILURE if problems else OK
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Silence the warnings of torch.onnx and transformers, and send their other output to stderr."""
-    previous = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(previous)
 
 
 def _tell(line: str) -> None:

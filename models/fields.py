@@ -111,6 +111,45 @@ TRAINING = ignored("It says how the model was trained.")
 BOOKKEEPING = ignored("It names versions, sources or classes.")
 PRINTED = ignored("It changes what transformers returns beside the answer.")
 
+_SIZE = honoured("It is checked against the shapes of the tensors.")
+
+TRANSFORMERS_FIELDS: Mapping[str, Field] = {
+    "architectures": honoured("The head in its name determines the task, unless modules.json or `--task` does."),
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"), _SIZE),
+    "layer_norm_eps": honoured("Epsilon of every LayerNorm."),
+    "pad_token_id": honoured("If it is missing, or differs from the tokenizer's, the tokenizer's is used."),
+    "id2label": honoured("Names of a classifier's labels."),
+    "label2id": honoured("It is computed from id2label."),
+    "num_labels": honoured("It is checked against id2label and the shape of the head."),
+    "sentence_transformers": honoured("Its `activation_fn` is what `predict` applies to a reranker's logits."),
+    "sbert_ce_default_activation_function": honoured("The older name of `activation_fn`, before version 4."),
+    "tie_word_embeddings": fixed("The decoder of the masked-LM head is the word embedding.", True),
+    "quantization_config": fixed("Quantised weights are not read; take the checkpoint before quantisation."),
+    "is_decoder": fixed("Attention sees both sides.", False),
+    "add_cross_attention": fixed("There is no second input to attend to.", False),
+    "use_cache": ignored("An encoder has no cache."),
+    "torch_dtype": ignored("The tensors have types of their own; PyTorch computes in float32 here."),
+    "dtype": ignored("The newer name of torch_dtype."),
+    **{f"{name}_token_id": ignored("The tokenizer has its own.") for name in ("bos", "eos", "sep", "cls", "mask")},
+    "decoder_start_token_id": ignored("Nothing is generated."),
+    "tokenizer_class": ignored("tokenizer_config.json decides; if it names no class, AutoTokenizer reads this field."),
+    "problem_type": ignored("It chooses a loss for training."),
+    "hidden_dropout_prob": TRAINING,
+    "attention_probs_dropout_prob": TRAINING,
+    "classifier_dropout": TRAINING,
+    "initializer_range": TRAINING,
+    "gradient_checkpointing": TRAINING,
+    "output_attentions": PRINTED,
+    "output_hidden_states": PRINTED,
+    "return_dict": PRINTED,
+    "auto_map": ignored("It names remote code, which is never run."),
+    "_name_or_path": BOOKKEEPING,
+    "transformers_version": BOOKKEEPING,
+    "finetuning_task": BOOKKEEPING,
+    "torchscript": BOOKKEEPING,
+}
+"""The fields of config.json that mean the same in every family of transformers."""
+
 TOKENIZER = FileFields(
     name="tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.txt, *.model",
     reads=(

@@ -5,13 +5,9 @@ and masks have upper bounds: ExecuTorch plans the memory of every tensor for the
 program.
 """
 
-import contextlib
 import copy
 import functools
 import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gte_deploy.core.errors import ExportError
+from gte_deploy.core.quiet import quiet_libraries
 from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.graph.trace import Wrapper, traceable_module
 from gte_deploy.models.heads import HeadOptions, PaddedStates
@@ -57,7 +54,11 @@ def build_program(model: PreTrainedModel, spec: ModelSpec, limits: ProgramLimits
     """
     options, types = HeadOptions.of(spec), spec.token_types
     built = _quantized(model) if precision == "int8" else model
-    with _quiet(), traceable_module(built, options, max_length=limits.length, token_types=types) as wrapper:
+    # ExecuTorch's passes print, log and warn about torch's deprecations.
+    with (
+        quiet_libraries(io.StringIO()),
+        traceable_module(built, options, max_length=limits.length, token_types=types) as wrapper,
+    ):
         wrapper.states = PaddedStates
         try:
             return _lowered(_exported(wrapper, limits, token_types=types), precision)
@@ -110,16 +111,3 @@ def _quantized(model: PreTrainedModel) -> PreTrainedModel:
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
     quantize_(changed, config)
     return changed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence ExecuTorch's passes, which print, log and warn about torch's deprecations."""
-    previous = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(previous)

@@ -5,10 +5,12 @@ uses the functions of this module.
 """
 
 import contextlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gte_deploy.core.errors import BackendError, MissingDependencyError
 
@@ -101,3 +103,16 @@ def _writable_folder() -> "Path | None":
         return None
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def quiet_libraries(stdout: TextIO) -> Iterator[None]:
+    """Silence Python warnings and log messages up to WARNING, and send what libraries print to `stdout`."""
+    previous = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(stdout):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(previous)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
-from gte_deploy.models.fields import BOOKKEEPING, PRINTED, TRAINING, Field, FileFields, fixed, honoured, ignored
+from gte_deploy.models.fields import TRANSFORMERS_FIELDS, Field, FileFields, fixed, honoured, ignored
 from gte_deploy.models.reading import SIZES, Reader, label_fields, pad_token_id, without_warnings_of_types
 from gte_deploy.tasks import TASKS
 
@@ -28,59 +28,22 @@ HIDDEN_ACTIVATIONS = (
 )
 """The values of `hidden_act`: functions of one element, under the names of transformers."""
 
-_SIZE = honoured("It is checked against the shapes of the tensors.")
-_TOKENIZER = ignored("The tokenizer has its own.")
 _OTHER_CODE = ignored("The class of transformers does not read it.")
 
 CONFIG_FIELDS: Mapping[str, Field] = {
     "model_type": honoured("It names the family."),
-    "architectures": honoured("The head in its name determines the task, unless modules.json or `--task` does."),
-    "vocab_size": _SIZE,
-    "hidden_size": _SIZE,
-    "num_hidden_layers": _SIZE,
+    **TRANSFORMERS_FIELDS,
     "num_attention_heads": honoured("hidden_size must be a multiple of it."),
-    "intermediate_size": _SIZE,
     "type_vocab_size": honoured("With 2 or more the model gets the token types of the tokenizer."),
     "max_position_embeddings": honoured("The rows of the table of positions."),
-    "layer_norm_eps": honoured("Epsilon of every LayerNorm."),
     "hidden_act": honoured(f"One of {', '.join(HIDDEN_ACTIVATIONS)}; another is refused."),
-    "pad_token_id": honoured("If it is missing, or differs from the tokenizer's, the tokenizer's is used."),
-    "id2label": honoured("Names of a classifier's labels."),
-    "label2id": honoured("It is computed from id2label."),
-    "num_labels": honoured("It is checked against id2label and the shape of the head."),
-    "sentence_transformers": honoured("Its `activation_fn` is what `predict` applies to a reranker's logits."),
-    "sbert_ce_default_activation_function": honoured("The older name of `activation_fn`, before version 4."),
     "position_embedding_type": fixed("Only an embedding of each place is computed.", "absolute"),
-    "tie_word_embeddings": fixed("The decoder of the masked-LM head is the word embedding.", True),
-    "quantization_config": fixed("Quantised weights are not read; take the checkpoint before quantisation."),
-    "is_decoder": fixed("Attention sees both sides.", False),
-    "add_cross_attention": fixed("There is no second input to attend to.", False),
     "pruned_heads": fixed("Every head is computed.", {}),
     "chunk_size_feed_forward": ignored("It changes the memory that is needed."),
-    "use_cache": ignored("An encoder has no cache."),
     "add_pooling_layer": ignored("The names of the tensors show it."),
-    "torch_dtype": ignored("The tensors have types of their own; PyTorch computes in float32 here."),
-    "dtype": ignored("The newer name of torch_dtype."),
-    **{f"{name}_token_id": _TOKENIZER for name in ("bos", "eos", "sep", "cls", "mask")},
-    "decoder_start_token_id": ignored("Nothing is generated."),
-    "tokenizer_class": ignored("tokenizer_config.json decides; if it names no class, AutoTokenizer reads this field."),
-    "problem_type": ignored("It chooses a loss for training."),
-    "hidden_dropout_prob": TRAINING,
-    "attention_probs_dropout_prob": TRAINING,
-    "classifier_dropout": TRAINING,
-    "initializer_range": TRAINING,
-    "gradient_checkpointing": TRAINING,
-    "output_attentions": PRINTED,
-    "output_hidden_states": PRINTED,
-    "return_dict": PRINTED,
     "directionality": _OTHER_CODE,
     "pooler_*": _OTHER_CODE,
     "output_past": _OTHER_CODE,
-    "auto_map": ignored("It names remote code, which is never run."),
-    "_name_or_path": BOOKKEEPING,
-    "transformers_version": BOOKKEEPING,
-    "finetuning_task": BOOKKEEPING,
-    "torchscript": BOOKKEEPING,
 }
 
 BERT_FIELDS = FileFields(

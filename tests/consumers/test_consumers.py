@@ -72,6 +72,12 @@ def judge(checkpoints: dict[str, Path]) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def run_on(bundle_for: Callable[[str], Path], run_script: Callable[..., Path]) -> Callable[..., Path]:
+    """`run_on(script, subject, *arguments)` runs a script on the bundle of a subject; returns the answer's folder."""
+    return lambda script, subject, *arguments: run_script(script, bundle_for(subject), *arguments)
+
+
 @cases(
     ("embed_onnxruntime.py", HERE, "embed"),
     ("embed_onnxruntime.py", "ort120", "embed"),
@@ -93,14 +99,8 @@ def judge(checkpoints: dict[str, Path]) -> dict[str, Any]:
     ("embed_openvino_genai.py", "genai", "embed genai"),
     ("embed_infinity.py", "infinity", "embed"),
 )
-def test_embeddings(
-    script: str,
-    subject: str,
-    bundle_for: Callable[[str], Path],
-    run_script: Callable[..., Path],
-    judge: dict[str, Any],
-) -> None:
-    found = np.load(run_script(script, bundle_for(subject), *TEXTS) / "embeddings.npy")
+def test_embeddings(script: str, subject: str, run_on: Callable[..., Path], judge: dict[str, Any]) -> None:
+    found = np.load(run_on(script, subject, *TEXTS) / "embeddings.npy")
     assert found.shape == judge["embed"].shape and np.isfinite(found).all()
     if "int8" not in subject:
         np.testing.assert_allclose(found, judge["embed"], rtol=0, atol=FP32)
@@ -115,14 +115,8 @@ def test_embeddings(
     ("rerank_optimum_onnx.py", "onnx", "classify"),
     ("rerank_optimum_intel.py", "openvino", "classify ir"),
 )
-def test_logits_of_a_reranker(
-    script: str,
-    subject: str,
-    bundle_for: Callable[[str], Path],
-    run_script: Callable[..., Path],
-    judge: dict[str, Any],
-) -> None:
-    found = np.load(run_script(script, bundle_for(subject), QUERY, *DOCUMENTS) / "scores.npy")
+def test_logits_of_a_reranker(script: str, subject: str, run_on: Callable[..., Path], judge: dict[str, Any]) -> None:
+    found = np.load(run_on(script, subject, QUERY, *DOCUMENTS) / "scores.npy")
     np.testing.assert_allclose(found, judge["classify"], rtol=0, atol=FP32)
 
 
@@ -130,15 +124,9 @@ def test_logits_of_a_reranker(
     ("rerank_sentence_transformers_onnx.py", "onnx", "classify"),
     ("rerank_sentence_transformers_openvino.py", "openvino", "classify ir"),
 )
-def test_scores_of_a_reranker(
-    script: str,
-    subject: str,
-    bundle_for: Callable[[str], Path],
-    run_script: Callable[..., Path],
-    judge: dict[str, Any],
-) -> None:
+def test_scores_of_a_reranker(script: str, subject: str, run_on: Callable[..., Path], judge: dict[str, Any]) -> None:
     """CrossEncoder applies a sigmoid to one label."""
-    found = np.load(run_script(script, bundle_for(subject), QUERY, *DOCUMENTS) / "scores.npy")
+    found = np.load(run_on(script, subject, QUERY, *DOCUMENTS) / "scores.npy")
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-judge["classify"])), rtol=0, atol=FP32)
 
 
@@ -149,15 +137,8 @@ def test_scores_of_a_reranker(
     ("fill_mask_optimum_intel.py", "openvino", "fill-mask ir"),
 )
 @pytest.mark.parametrize("text", MASKED)
-def test_fill_mask(
-    script: str,
-    subject: str,
-    text: str,
-    bundle_for: Callable[[str], Path],
-    run_script: Callable[..., Path],
-    judge: dict[str, Any],
-) -> None:
-    found = json.loads((run_script(script, bundle_for(subject), text) / "answer.json").read_text())
+def test_fill_mask(script: str, subject: str, text: str, run_on: Callable[..., Path], judge: dict[str, Any]) -> None:
+    found = json.loads((run_on(script, subject, text) / "answer.json").read_text())
     wanted = judge["fill-mask"][text]
     assert [answer["score"] for answer in found] == pytest.approx(np.sort(wanted)[: -len(found) - 1 : -1], abs=FP32)
     for answer in found:
@@ -168,14 +149,8 @@ def test_fill_mask(
     ("sparse_fastembed.py", "light", "fill-mask"),
     ("sparse_onnxruntime.py", "ort124", "sparse"),
 )
-def test_sparse_embeddings(
-    script: str,
-    subject: str,
-    bundle_for: Callable[[str], Path],
-    run_script: Callable[..., Path],
-    judge: dict[str, Any],
-) -> None:
-    found = np.load(run_script(script, bundle_for(subject), *TEXTS) / "embeddings.npy")
+def test_sparse_embeddings(script: str, subject: str, run_on: Callable[..., Path], judge: dict[str, Any]) -> None:
+    found = np.load(run_on(script, subject, *TEXTS) / "embeddings.npy")
     np.testing.assert_allclose(found, judge["sparse"], rtol=0, atol=1e-4)  # logits of order 10
 
 
