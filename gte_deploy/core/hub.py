@@ -79,7 +79,9 @@ class HubModel:
             RevisionNotFoundError,
         )
 
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response else None
+        response = error.response if isinstance(error, HfHubHTTPError) else None
+        # requests, which huggingface_hub before 1.0 uses, takes a response of an error for false.
+        status = None if response is None else response.status_code
         page, has_token = f"{constants.ENDPOINT}/{self.id}", bool(self.token or get_token())
         log_in = "set HF_TOKEN, or run `hf auth login`, with a token of an account that may read it"
         if isinstance(error, GatedRepoError):
