@@ -267,22 +267,23 @@ def _model_without_weights(config: PreTrainedConfig, task: TaskName, *, with_poo
     options = {"add_pooling_layer": with_pooler} if task == _ENCODER else {}
     with torch.device("meta"):
         model = family.model_class(task)(config, **options)
-    if (name := family.position_module) is not None:
-        _compute_positions(model.base_model, name, config)
+    _compute_buffers(model, config)
     return model
 
 
-def _compute_positions(encoder: Any, name: str, config: PreTrainedConfig) -> None:
-    """Give values to the buffers of the module of positions: they are not in the state dict."""
-    module = getattr(encoder, name)
-    if not any(True for _ in module.parameters()):
-        setattr(encoder, name, type(module)(config))
-        return
-    # The module holds the embeddings as well: only its buffers are computed, beside a vocabulary of a few rows.
+def _compute_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give values to the buffers outside the state dict: positions and frequencies, which modules make of the config.
+
+    Only modules of the encoder that take the config alone have such buffers.
+    """
+    # Such a module may hold the embeddings as well. It is made beside a vocabulary of a few rows.
     small = deepcopy(config)
     small.vocab_size = (config.pad_token_id or 0) + 1
-    for buffer, values in type(module)(small).named_buffers():
-        module.register_buffer(buffer, values, persistent=False)
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            made: Any = type(module)
+            for name, values in made(small).named_buffers(recurse=False):
+                module.register_buffer(name, values, persistent=False)
 
 
 def rotary_module(config: PreTrainedConfig) -> Any:

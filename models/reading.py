@@ -107,6 +107,44 @@ class Reader:
         return value
 
 
+def encoder_fields(reader: Reader, *, fewest_types: int) -> dict[str, Any]:
+    """Return the fields of config.json that the config of every encoder has: sizes, dropouts, epsilon, ids.
+
+    Args:
+        reader: the file, with the names of transformers.
+        fewest_types: the smallest `type_vocab_size` that the model computes.
+
+    Raises:
+        ConfigError: a field is missing or malformed.
+    """
+    fields: dict[str, Any] = {name: reader.integer(name, at_least=1) for name in SIZES}
+    fields["type_vocab_size"] = reader.integer("type_vocab_size", at_least=fewest_types)
+    if fields["hidden_size"] % (heads := fields["num_attention_heads"]):
+        raise reader.refuse("hidden_size", fields["hidden_size"], f"a multiple of num_attention_heads ({heads})")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        fields[name] = reader.number(name, below=1.0)
+    if reader.get("classifier_dropout") is not None:
+        fields["classifier_dropout"] = reader.number("classifier_dropout", below=1.0)
+    fields["initializer_range"] = float(reader.number("initializer_range"))
+    fields["layer_norm_eps"] = float(reader.number("layer_norm_eps"))
+    fields["pad_token_id"] = pad_token_id(reader, fields["vocab_size"])
+    passed_on = ("bos_token_id", "eos_token_id", "problem_type", "architectures")
+    return fields | {name: reader.raw[name] for name in passed_on if name in reader.raw}
+
+
+def require_rotated_heads(reader: Reader) -> None:
+    """Check that heads have the size hidden_size over num_attention_heads, which is even: its halves are rotated.
+
+    Raises:
+        ConfigError: they have another size.
+    """
+    hidden, heads = (reader.integer(name, at_least=1) for name in ("hidden_size", "num_attention_heads"))
+    if hidden % heads or hidden // heads % 2:
+        raise reader.refuse("hidden_size", hidden, f"num_attention_heads ({heads}) times an even head size")
+    if reader.raw.get("head_dim") not in (None, hidden // heads):
+        raise reader.refuse("head_dim", reader.raw["head_dim"], f"{hidden // heads}: hidden_size over the heads")
+
+
 def pad_token_id(reader: Reader, vocab_size: int) -> int | None:
     """Return `pad_token_id` of config.json, or None for null.
 

@@ -123,9 +123,8 @@ class Family:
         tensors: names of tensors.
         positions: how the model knows the order of tokens.
         counts_after_padding: whether the first token has the position pad_token_id + 1, as in RoBERTa; else it has 0.
-        position_module: attribute of the encoder whose module keeps what positions are computed from, in buffers
-            outside the state dict. Loading builds it again from the config; where positions are rotary, the trace
-            puts tables in its place. None where there is no such module.
+        position_module: attribute of the encoder whose module computes the cosines and sines of rotary positions; the
+            trace puts tables in its place. None where there is no such module.
         sites: makes of a config: name of a fusion pass -> how often it must fire on a graph of the model. A pass that
             does not stand there must not fire at all.
     """

@@ -16,7 +16,7 @@ from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import TRANSFORMERS_FIELDS, Field, FileFields, fixed, honoured, ignored
-from gte_deploy.models.reading import SIZES, Reader, label_fields, pad_token_id, without_warnings_of_types
+from gte_deploy.models.reading import Reader, encoder_fields, label_fields, without_warnings_of_types
 from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -92,21 +92,10 @@ def sites(config: Any) -> dict[str, int]:
 
 
 def _common_fields(reader: Reader) -> dict[str, Any]:
-    fields: dict[str, Any] = {name: reader.integer(name, at_least=1) for name in (*SIZES, "type_vocab_size")}
-    if fields["hidden_size"] % (heads := fields["num_attention_heads"]):
-        raise reader.refuse("hidden_size", fields["hidden_size"], f"a multiple of num_attention_heads ({heads})")
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        fields[name] = reader.number(name, below=1.0)
-    if reader.get("classifier_dropout") is not None:
-        fields["classifier_dropout"] = reader.number("classifier_dropout", below=1.0)
-    fields["initializer_range"] = float(reader.number("initializer_range"))
-    fields["layer_norm_eps"] = float(reader.number("layer_norm_eps"))
-    fields["hidden_act"] = reader.get("hidden_act")
+    fields = {**encoder_fields(reader, fewest_types=1), "hidden_act": reader.get("hidden_act")}
     if fields["hidden_act"] not in HIDDEN_ACTIVATIONS:
         raise reader.refuse("hidden_act", fields["hidden_act"], f"one of {', '.join(HIDDEN_ACTIVATIONS)}")
-    fields["pad_token_id"] = pad_token_id(reader, fields["vocab_size"])
-    passed_on = ("bos_token_id", "eos_token_id", "problem_type", "architectures")
-    return fields | {name: reader.raw[name] for name in passed_on if name in reader.raw}
+    return fields
 
 
 BERT = Family(
@@ -119,7 +108,6 @@ BERT = Family(
     other_architectures={"BertForPreTraining": "fill-mask"},
     heads={"fill-mask": "cls", "classify": "classifier", "token-classify": "classifier"},
     positions="absolute",
-    position_module="embeddings",
     sites=sites,
     # The published checkpoints also hold what the pretraining on pairs of sentences had.
     left_out={"fill-mask": ("pooler.", "cls.seq_relationship."), "token-classify": ("pooler.",)},

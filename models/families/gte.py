@@ -17,7 +17,14 @@ from gte_deploy.core.spec import TaskName
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.fields import TRANSFORMERS_FIELDS, FileFields, fixed, honoured, ignored
 from gte_deploy.models.presets import USAGE_FIELDS, preset
-from gte_deploy.models.reading import SIZES, Reader, label_fields, pad_token_id, without_warnings_of_types
+from gte_deploy.models.reading import (
+    SIZES,
+    Reader,
+    encoder_fields,
+    label_fields,
+    require_rotated_heads,
+    without_warnings_of_types,
+)
 from gte_deploy.models.rope import (
     LONGROPE_FIELDS,
     NTK_MIXED,
@@ -182,23 +189,9 @@ def native_config(config: GteConfig, *, task: TaskName, dtype: str = "float32") 
 
 
 def _common_fields(reader: Reader) -> dict[str, Any]:
-    fields: dict[str, Any] = {key: reader.integer(key, at_least=1) for key in SIZES}
-    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-    if hidden % heads or hidden // heads % 2:
-        raise reader.refuse("hidden_size", hidden, f"num_attention_heads ({heads}) times an even head size")
-    fields["type_vocab_size"] = reader.integer("type_vocab_size", at_least=0)
-    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        fields[key] = reader.number(key, below=1.0)
-    if reader.get("classifier_dropout") is not None:
-        fields["classifier_dropout"] = reader.number("classifier_dropout", below=1.0)
-    fields["initializer_range"] = float(reader.number("initializer_range"))
-    fields["layer_norm_eps"] = float(reader.number("layer_norm_eps"))
-    fields["pad_token_id"] = pad_token_id(reader, fields["vocab_size"])
-    passed_on = ("bos_token_id", "eos_token_id", "problem_type")
-    fields.update({key: reader.raw[key] for key in passed_on if key in reader.raw})
-    if reader.raw.get("head_dim", hidden // heads) != hidden // heads:
-        raise reader.refuse("head_dim", reader.raw["head_dim"], f"{hidden // heads}: hidden_size over the heads")
-    return {**fields, "architectures": _native_architectures(reader.raw.get("architectures"))}
+    require_rotated_heads(reader)
+    architectures = _native_architectures(reader.raw.get("architectures"))
+    return {**encoder_fields(reader, fewest_types=0), "architectures": architectures}
 
 
 def _native_architectures(names: Any) -> list[str] | None:

@@ -49,7 +49,6 @@ def _family(model_type: str, title: str, prefix: str) -> Family:
         heads={"fill-mask": "lm_head", "classify": "classifier.out_proj", "token-classify": "classifier"},
         classifier_dense="classifier.dense",
         positions="absolute",
-        position_module="embeddings",
         counts_after_padding=True,
         sites=sites,
         # Published checkpoints, and classifiers of older versions of transformers, also hold a pooler.
