@@ -84,7 +84,9 @@ class Description:
         return files if adapter is None else [*files, adapter.folder / ADAPTER_WEIGHTS]
 
 
-def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -> Description:
+def describe(
+    folder: str | Path, *, task: str = "auto", pooling: str = "auto", tokenizer_folder: Path | None = None
+) -> Description:
     """Read every file of a checkpoint folder except its weights.
 
     Args:
@@ -92,6 +94,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
         task: one of gte_deploy.core.spec.TASK_NAMES, or "auto" for the task that the checkpoint was trained for.
         pooling: "mean", "cls", or "auto" for the checkpoint's own pooling. If no file names one, that is "cls" for an
             embedding checkpoint, as the family was trained, and "mean" for other checkpoints.
+        tokenizer_folder: folder of the tokenizer's files; None for the checkpoint's own.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -105,7 +108,7 @@ def describe(folder: str | Path, *, task: str = "auto", pooling: str = "auto") -
     settings = read_settings(files, resolved)
     config = read_config(places.config, settings.config_overrides)
     tokenizer = resolve_tokenizer(
-        places.model if has_tokenizer(places.model) else places.config,
+        tokenizer_folder or (places.model if has_tokenizer(places.model) else places.config),
         arguments=settings.tokenizer_arguments,
         lowercase=settings.lowercase,
     )

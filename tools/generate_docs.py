@@ -236,7 +236,8 @@ FAMILIES_END = """## What was verified
 - Removal of padding on GPUs (`padding="remove"`) for families without the pass "packed_attention": the passes for it
   rewrite rotary attention and gated layers. `padding="auto"` keeps padding there.
 - A sentencepiece model without tokenizer.json, unless transformers can convert it here.
-- Training (`gte-train`) of other families than GTE.
+- Pretraining (`gte-train run`) of other families than GTE. `gte-train glue` fine-tunes all of them
+  ([training](training.md#glue)).
 """
 
 

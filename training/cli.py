@@ -176,18 +176,30 @@ def _export(given: Given) -> int:
 
 
 def _glue(given: Given) -> int:
-    from gte_deploy.training.evaluation.glue import glue, table
+    from gte_deploy.training.evaluation.published_glue import SYSTEMS, choose_systems, list_systems
 
     arguments = read_options(GlueArguments, given)
-    summary = glue(
-        arguments.model,
-        output=arguments.output,
-        options=read_options(GlueOptions, given),
-        protocol=read_options(Protocol, given),
-        progress=True,
-    )
-    print(json.dumps(summary, indent=2) if "json" in given else table(summary))
-    return OK
+    if arguments.list_systems:
+        rows = [system.to_dict() for system in SYSTEMS.values()]
+        print(json.dumps(rows, indent=2) if "json" in given else list_systems())
+        return OK
+    chosen = choose_systems(arguments.systems)
+    from gte_deploy.training.evaluation.glue import compare_systems, glue, systems_table, table
+
+    assert arguments.output is not None  # GlueArguments checked it
+    rest: dict[str, Any] = {
+        "output": arguments.output,
+        "options": read_options(GlueOptions, given),
+        "protocol": read_options(Protocol, given),
+        "progress": True,
+    }
+    if arguments.model is not None:
+        summary = glue(arguments.model, **rest)
+        print(json.dumps(summary, indent=2) if "json" in given else table(summary))
+        return OK
+    summary = compare_systems(chosen, **rest)
+    print(json.dumps(summary, indent=2) if "json" in given else systems_table(summary))
+    return FAILURE if any(row["error"] is not None for row in summary["systems"]) else OK
 
 
 def _extrapolate(given: Given) -> int:
@@ -250,7 +262,7 @@ _COMMANDS = {
     ),
     "glue": _Command(
         _glue,
-        "fine-tune a model on the eight GLUE tasks and print its scores",
+        "fine-tune a model, or every system of the published table, on the eight GLUE tasks and print the scores",
         (GlueArguments, GlueOptions, JsonOptions, Protocol),
     ),
     "extrapolate": _Command(

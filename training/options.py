@@ -23,6 +23,7 @@ Sharding = Literal["ddp", "fsdp"]
 DocumentBreak = Literal["blank-line", "file"]
 CheckpointLayout = Literal["native", "original"]
 StoredDtype = Literal["float32", "float16", "bfloat16"]
+PaddingChoice = Literal["auto", "keep", "remove"]
 GlueTask = Literal["cola", "sst2", "mnli", "mrpc", "stsb", "qqp", "qnli", "rte"]
 
 RECIPE_SUFFIX = ".yaml"
@@ -319,24 +320,50 @@ class CheckpointExportOptions:
 
 @dataclass(frozen=True)
 class GlueArguments:
-    """The model to evaluate, and the folder of the results."""
+    """The model or the systems to evaluate, and the folder of the results.
 
-    model: str = required(
-        "checkpoint folder, preset name or hub id; RoBERTa, XLM-R, nomic-bert and others work too",
+    Args:
+        model: checkpoint folder, preset name or hub id.
+        systems: systems of the published table in place of a model; see `published_glue.choose_systems`.
+        list_systems: only print the published table.
+        output: folder of the results.
+
+    Raises:
+        InputError: not exactly one of model, systems and list_systems is given, or the output is missing.
+    """
+
+    model: str | None = option(
+        None,
+        "checkpoint folder, preset name or hub id, of any family or of another encoder that transformers supports",
         positional=True,
+        nargs="?",
         metavar="MODEL",
     )
-    output: Path = required(
+    output: Path | None = option(
+        None,
         "folder of the results; finished tasks are not run again",
         flags=("-o", "--output"),
         metavar="FOLDER",
         parse=Path,
     )
+    systems: tuple[str, ...] = option(
+        (),
+        "in place of MODEL: systems of the published table, each as NAME or NAME=CHECKPOINT, or all",
+        nargs="+",
+        metavar="NAME",
+    )
+    list_systems: bool = option(False, "print the published table: systems, checkpoints, averages and their sources")
+
+    def __post_init__(self) -> None:
+        if sum([self.model is not None, bool(self.systems), self.list_systems]) != 1:
+            raise InputError("give one of MODEL, --systems and --list-systems")
+        if self.output is None and not self.list_systems:
+            raise InputError("-o/--output is missing: the folder of the results")
 
 
 @dataclass(frozen=True)
 class GlueOptions(DeviceOptions):
-    """The tasks, data, seeds and dtype of a GLUE evaluation.
+    """The tasks, data, seeds, tokenizer, padding and dtype of a GLUE evaluation.
 
     Args:
         device: "cuda" or "cpu"; None takes a GPU if there is one.
@@ -344,6 +371,12 @@ class GlueOptions(DeviceOptions):
         tasks: names of the tasks; MNLI is added if a task starts from it.
         seeds: seeds of the new head, the dropout and the order of the examples; each counts once.
         dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
+        tokenizer: folder or hub id of a tokenizer, for a checkpoint that has none.
+        padding: "remove" lets the encoder compute no padding, "keep" pads each batch, and "auto" removes padding on a
+            GPU in bfloat16 where the model's family and its dropout of attention allow it.
+
+    Raises:
+        InputError: a value is none of the choices.
     """
 
     data: Path | None = option(
@@ -363,6 +396,17 @@ class GlueOptions(DeviceOptions):
     dtype: Dtype | None = option(
         None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
     )
+    tokenizer: str | None = option(
+        None, "folder or hub id of the tokenizer, for a checkpoint without one", metavar="TOKENIZER"
+    )
+    padding: PaddingChoice = option(
+        "auto",
+        "remove: the encoder computes no padding (default: on a GPU in bfloat16, where the model allows it)",
+        choices=get_args(PaddingChoice),
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

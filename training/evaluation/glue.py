@@ -1,7 +1,7 @@
 """GLUE: fine-tune a checkpoint on the eight tasks and score it, by the protocol of the published averages.
 
-GTE checkpoints in both layouts, and all other encoders that transformers supports without remote code (RoBERTa, XLM-R,
-nomic-bert), go through the same code. A finished task is not run again.
+Every family of the package goes through the same code, and so do all other encoders that transformers supports without
+remote code; see `classifiers.py`. A finished task is not run again.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GteForSequenceClassification,
-    PreTrainedModel,
-    get_linear_schedule_with_warmup,
-)
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
-from gte_deploy.core.errors import CheckpointError, InputError, NonFiniteError
+from gte_deploy.core.errors import CheckpointError, ConfigError, GteDeployError, InputError, NonFiniteError
 from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
-from gte_deploy.models.checkpoint import load_model
-from gte_deploy.models.reading import read_required_json
+from gte_deploy.models.tokenizer import has_tokenizer
+from gte_deploy.models.weight_files import weight_files
 from gte_deploy.training.distributed import choose_device
+from gte_deploy.training.evaluation.classifiers import (
+    PretrainedEncoder,
+    open_encoder,
+    remove_padding,
+    resolve_tokenizer_folder,
+    start_from,
+)
 from gte_deploy.training.evaluation.glue_tasks import (
     GLUE_TASKS,
-    PUBLISHED_AVERAGES,
     Examples,
     TaskDescription,
     load_split,
     tasks_in_order,
 )
+from gte_deploy.training.evaluation.published_glue import SYSTEMS, system_of
 from gte_deploy.training.options import GlueOptions, Protocol
 
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "glue.json"
-_OUR_MODEL_TYPES = ("new", "gte")
+SYSTEMS_FILE = "systems.json"
 _EVALUATION_BATCH = 128
 _TOKENIZED_AT_ONCE = 10_000
 
@@ -73,7 +74,7 @@ def glue(
         model: checkpoint folder, preset name or hub id.
         output: folder of the results. It holds one result per task and seed, which later calls do not compute again,
             and for each seed the MNLI checkpoint, from which RTE, MRPC and STS-B start.
-        options: tasks, seeds, data and device.
+        options: tasks, seeds, data, tokenizer, padding and device.
         protocol: how a task is fine-tuned; by default as published.
         progress: show progress bars on stderr.
 
@@ -81,27 +82,149 @@ def glue(
         The content of glue.json: scores in percent by task and seed, and the averages; see `summarize`.
 
     Raises:
-        CheckpointError: the model does not load strictly, or has no tokenizer.json.
+        CheckpointError: the model does not load strictly, or has no tokenizer.
+        ConfigError: its config asks for something that is not supported, or padding is to be removed and cannot be.
         InputError: data are missing or wrong, or `output` holds results of another model or protocol.
         NonFiniteError: a fine-tuned model computes NaN.
     """
+    system = system_of(model)
+    encoder = _open_model(model, options.tokenizer or (system.tokenizer if system else None))
+    return _evaluate(model, encoder, output=output, options=options, protocol=protocol, progress=progress)
+
+
+def compare_systems(
+    chosen: Mapping[str, str | None],
+    *,
+    output: Path,
+    options: GlueOptions = GlueOptions(),  # noqa: B008 - frozen
+    protocol: Protocol = Protocol(),  # noqa: B008 - frozen
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run `glue` for several systems of the published table, and write the file systems.json in `output`.
+
+    Every checkpoint is found and read before the first is fine-tuned. A system that then fails does not keep the others
+    from running.
+
+    Args:
+        chosen: name of a system -> its checkpoint; None for none, so that the system is only listed. See
+            `published_glue.choose_systems`.
+        output: folder of the results, with a folder for each system.
+        options: as in `glue`, without a tokenizer.
+        protocol: as in `glue`.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The content of systems.json: for each system the published scores, and its own or the error that it ended with.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be found, downloaded or read; the message names all of them.
+        InputError: data are missing, or the options name a tokenizer.
+    """
+    if options.tokenizer is not None:
+        raise InputError("a tokenizer is for one model; put its files into the folder of the system's checkpoint")
+    encoders, problems = {}, []
+    for name, checkpoint in chosen.items():
+        try:
+            if checkpoint is not None:
+                encoders[name] = _open_model(checkpoint, SYSTEMS[name].tokenizer)
+        except GteDeployError as error:
+            problems.append(f"{name} ({checkpoint}): {error}")
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    rows: list[dict[str, Any]] = [{**_system_row(name), "checkpoint": chosen[name]} for name in chosen]
+    summary = {"protocol": dataclasses.asdict(protocol), "systems": rows}
+    write_text(output / SYSTEMS_FILE, json.dumps(summary, indent=2) + "\n")
+    for row in (row for row in rows if row["name"] in encoders):
+        try:
+            result = _evaluate(
+                row["checkpoint"],
+                encoders[row["name"]],
+                output=output / row["name"],
+                options=options,
+                protocol=protocol,
+                progress=progress,
+            )
+            row["scores"] = {task: score["mean"] for task, score in result["scores"].items()}
+            row["average"] = result["average"]
+        except InputError:  # of the data or the output folder: the next system would end in the same way
+            raise
+        except GteDeployError as error:
+            logger.error("%s: %s", row["name"], error)
+            row["error"] = str(error)
+        write_text(output / SYSTEMS_FILE, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _system_row(name: str) -> dict[str, Any]:
+    return {"name": name, "published": SYSTEMS[name].to_dict(), "scores": None, "average": None, "error": None}
+
+
+def _open_model(model: str, tokenizer: str | None) -> PretrainedEncoder:
+    """Find and read a checkpoint but its weights; a `tokenizer` is used where the checkpoint has none of its own."""
     folder = resolve_checkpoint(model)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no checkpoint")
+    weight_files(folder)
+    if has_tokenizer(folder):
+        return open_encoder(folder)
+    if tokenizer is None:
+        # AutoTokenizer would make an empty one, in which every word is unknown.
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json and no tokenizer_config.json: name its tokenizer, with --tokenizer"
+        )
+    return open_encoder(folder, tokenizer=resolve_tokenizer_folder(tokenizer))
+
+
+def _evaluate(
+    model: str,
+    encoder: PretrainedEncoder,
+    *,
+    output: Path,
+    options: GlueOptions,
+    protocol: Protocol,
+    progress: bool,
+) -> dict[str, Any]:
     place = choose_device(options.device)
+    dtype = options.dtype or ("bfloat16" if place.type == "cuda" else "float32")
     settings = {
         "model": model,
-        "checkpoint": _checkpoint_hash(folder),
+        "checkpoint": _checkpoint_hash(encoder.folder),
         "data": "hub" if options.data is None else str(options.data.resolve()),
         "protocol": dataclasses.asdict(protocol),
-        "dtype": options.dtype or ("bfloat16" if place.type == "cuda" else "float32"),
+        "dtype": dtype,
     }
+    is_packed = _removes_padding(encoder, options, is_fast=place.type == "cuda" and dtype == "bfloat16")
     ordered = tasks_in_order(options.tasks)
     results = []
     for seed in dict.fromkeys(options.seeds):
-        trainer = _Trainer(folder, output / f"seed-{seed}", options.data, protocol, seed, place, settings, progress)
+        trainer = _Trainer(
+            encoder=encoder,
+            output=output / f"seed-{seed}",
+            data=options.data,
+            protocol=protocol,
+            seed=seed,
+            device=place,
+            is_packed=is_packed,
+            settings=settings,
+            progress=progress,
+        )
         results += [trainer.result(task) for task in ordered]
-    summary = {**settings, **summarize(results)}
+    summary = {**settings, **summarize(results), "published": _published(model)}
     write_text(output / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _published(model: str) -> dict[str, Any] | None:
+    system = system_of(model)
+    return None if system is None else system.to_dict()
+
+
+def _removes_padding(encoder: PretrainedEncoder, options: GlueOptions, *, is_fast: bool) -> bool:
+    """Whether to fine-tune without padding: as the options say, or where attention has a kernel for it."""
+    reason = encoder.keeps_padding_because()
+    if options.padding == "remove" and reason is not None:
+        raise ConfigError(f"{encoder.folder} cannot be fine-tuned without padding: {reason}. Leave --padding out.")
+    return options.padding == "remove" or (options.padding == "auto" and is_fast and reason is None)
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -120,47 +243,81 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "scores": {task: {"mean": statistics.fmean(by.values()), "by_seed": by} for task, by in scores.items()},
         "average": statistics.fmean(averages.values()) if averages else None,
         "average_by_seed": averages,
-        "published_averages": PUBLISHED_AVERAGES,
+        "published_averages": {name: system.average for name, system in SYSTEMS.items()},
         "results": list(results),
     }
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Format the scores and the published averages for a person."""
+    """Format the scores of one model beside the published ones for a person."""
+    published = summary["published"] or {"average": None, "scores": None}
     rows = []
     for name, task in GLUE_TASKS.items():
         if name in summary["scores"]:
-            score = summary["scores"][name]
-            rows.append((task.folder, task.metric, score["mean"], list(score["by_seed"].values())))
+            score, theirs = summary["scores"][name], (published["scores"] or {}).get(name)
+            rows.append((task.folder, task.metric, score["mean"], theirs, list(score["by_seed"].values())))
     if summary["average"] is not None:
-        rows.append(("average", "of eight", summary["average"], list(summary["average_by_seed"].values())))
-    lines = [f"{'task':<10} {'metric':<13} {'score':>6}  by seed"]
-    for label, metric, mean, by_seed in rows:
+        by_seed = list(summary["average_by_seed"].values())
+        rows.append(("average", "of eight", summary["average"], published["average"], by_seed))
+    lines = [f"{'task':<10} {'metric':<13} {'score':>6} {'published':>9}  by seed"]
+    for label, metric, mean, theirs, by_seed in rows:
         spread = f"  (deviation {statistics.stdev(by_seed):.2f})" if len(by_seed) > 1 else ""
-        lines.append(f"{label:<10} {metric:<13} {mean:>6.2f}  {' '.join(f'{x:.2f}' for x in by_seed)}{spread}")
+        seeds = " ".join(f"{x:.2f}" for x in by_seed)
+        lines.append(f"{label:<10} {metric:<13} {mean:>6.2f} {_score(theirs):>9}  {seeds}{spread}")
     lines.append("")
     lines.append(f"{'published averages':<34} {'average':>7}")
     lines += [f"{name:<34} {average:>7.2f}" for name, average in summary["published_averages"].items()]
     ours = "needs all eight tasks" if summary["average"] is None else f"{summary['average']:>7.2f}"
     lines.append(f"{'this run: ' + str(summary['model'])[-24:]:<34} {ours}")
-    if summary["protocol"] != dataclasses.asdict(Protocol()):
-        lines.append("this run did not follow the published protocol: the averages do not compare")
-    return "\n".join(lines)
+    return "\n".join(lines + _protocol_note(summary))
+
+
+def systems_table(summary: Mapping[str, Any]) -> str:
+    """Format the scores of several systems, each above its published ones, for a person."""
+    tasks = GLUE_TASKS.values()
+    lines = [f"{'system':<26}{'':<10}{''.join(f'{task.folder:>7}' for task in tasks)}{'average':>9}"]
+    for row in summary["systems"]:
+        ours, published = row["scores"], row["published"]
+        if ours is None:
+            reason = published["note"] if row["error"] is None else row["error"]
+            lines.append(
+                f"{row['name']:<26}{'this run':<10}  {'not run' if row['error'] is None else 'failed'}: {reason}"
+            )
+        else:
+            lines.append(_system_line(row["name"], "this run", ours, row["average"]))
+        lines.append(_system_line("", "published", published["scores"] or {}, published["average"]))
+    return "\n".join(lines + _protocol_note(summary))
+
+
+def _system_line(name: str, source: str, scores: Mapping[str, float], average: float | None) -> str:
+    shown = "".join(f"{_score(scores.get(task)):>7}" for task in GLUE_TASKS)
+    return f"{name:<26}{source:<10}{shown}{_score(average):>9}"
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _protocol_note(summary: Mapping[str, Any]) -> list[str]:
+    if summary["protocol"] == dataclasses.asdict(Protocol()):
+        return []
+    return ["this run did not follow the published protocol: the averages do not compare"]
 
 
 # --- one task -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Trainer:
-    """Runs the tasks of one seed. `folder` holds the checkpoint, `output` receives the results of the seed."""
+    """Runs the tasks of one seed; `output` receives the results of the seed."""
 
-    folder: Path
+    encoder: PretrainedEncoder
     output: Path
     data: Path | None
     protocol: Protocol
     seed: int
     device: torch.device
+    is_packed: bool
     settings: Mapping[str, Any]
     progress: bool
 
@@ -183,10 +340,13 @@ class _Trainer:
     def _run(self, task: TaskDescription) -> dict[str, Any]:
         started = time.monotonic()
         train, dev = (load_split(task, split, data=self.data) for split in ("train", "dev"))
-        model: Any = load_classifier(self.folder, num_labels=task.num_labels, seed=self.seed)
+        model: Any = self.encoder.classifier(num_labels=task.num_labels, seed=self.seed)
         if task.starts_from is not None:
             start_from(model, load_file(self._weights(GLUE_TASKS[task.starts_from])))
-        encode = partial(Encoded.of, folder=self.folder, model=model, max_length=self.protocol.max_length)
+        if self.is_packed:
+            remove_padding(model)
+        max_length = min(self.protocol.max_length, self.encoder.max_tokens or self.protocol.max_length)
+        encode = partial(Encoded.of, encoder=self.encoder, max_length=max_length)
         bfloat16 = self.settings["dtype"] == "bfloat16"
         model.to(self.device)
         fine_tune(
@@ -213,6 +373,8 @@ class _Trainer:
             "score": task.score(predictions, dev.labels),
             "train_examples": len(train),
             "dev_examples": len(dev),
+            "max_length": max_length,
+            "padding": "removed" if self.is_packed else "kept",
             "seconds": round(time.monotonic() - started, 1),
             "settings": dict(self.settings),
         }
@@ -238,81 +400,8 @@ def _read_result(file: Path) -> dict[str, Any]:
 
 
 def _checkpoint_hash(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no checkpoint")
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return "+".join(sha256_file(file)[:16] for file in files)
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-def load_classifier(folder: Path, *, num_labels: int, seed: int) -> PreTrainedModel:
-    """Load a sequence classifier, float32 on the CPU: the checkpoint's encoder with a new head.
-
-    Every weight of the encoder comes from the checkpoint. Only the head, and a pooler if the checkpoint has none, are
-    new; `seed` draws their weights.
-
-    Raises:
-        CheckpointError: the weights do not fit, or transformers does not support the architecture without remote code.
-        ConfigError: the config of a GTE checkpoint asks for something that this package does not support.
-    """
-    torch.manual_seed(seed)
-    if read_required_json(folder / "config.json").get("model_type") in _OUR_MODEL_TYPES:
-        return _our_classifier(folder, num_labels)
-    return _other_classifier(folder, num_labels)
-
-
-def _our_classifier(folder: Path, num_labels: int) -> PreTrainedModel:
-    encoder = load_model(folder, task="embed")
-    config = encoder.config
-    config.num_labels = num_labels
-    model = GteForSequenceClassification._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    missing, unexpected = model.gte.load_state_dict(encoder.state_dict(), strict=False)
-    left = [name for name in missing if not name.startswith("pooler.")] + unexpected
-    if left:
-        raise CheckpointError(f"{folder} does not fit GteForSequenceClassification; differing: {', '.join(left[:5])}")
-    return model
-
-
-def _other_classifier(folder: Path, num_labels: int) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=num_labels,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:  # transformers raises these for files, configs and unknown architectures
-        raise CheckpointError(
-            f"transformers cannot load {folder} by itself as a sequence classifier ({error}). It needs a known "
-            "model_type and safetensors weights; remote code is never run"
-        ) from error
-    # transformers only warns of weights that it initialized itself: the score of a half-loaded encoder would mislead.
-    prefix = f"{model.base_model_prefix}."
-    invented = [name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in f".{name}"]
-    invented += [str(item) for item in info["mismatched_keys"]]
-    if invented:
-        raise CheckpointError(f"{folder} does not fill the encoder; missing: {', '.join(sorted(invented)[:5])}")
-    return model
-
-
-def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Load the weights of a classifier with another number of labels into `model`, whose last layer stays new.
-
-    Raises:
-        CheckpointError: the models differ in more than the layer that has a row per label.
-    """
-    own = model.state_dict()
-    odd = sorted(own.keys() ^ tensors.keys())
-    new = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    odd += [name for name in new if own[name].shape != (model.num_labels, *tensors[name].shape[1:])]
-    if odd:
-        raise CheckpointError(f"the checkpoint to start from does not fit; differing: {', '.join(odd[:5])}")
-    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in new}, strict=False)
 
 
 # --- examples as tokens ---------------------------------------------------------------------------------------------
@@ -332,19 +421,13 @@ class Encoded:
     pad_id: int
 
     @classmethod
-    def of(cls, examples: Examples, *, folder: Path, model: PreTrainedModel, max_length: int) -> Encoded:
-        """Tokenize with the checkpoint's tokenizer.json. Of two texts the longer one is truncated first.
-
-        Raises:
-            CheckpointError: there is no tokenizer.json.
-        """
-        if not (folder / "tokenizer.json").is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json; write one with AutoTokenizer.save_pretrained")
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    def of(cls, examples: Examples, *, encoder: PretrainedEncoder, max_length: int) -> Encoded:
+        """Tokenize as the checkpoint's tokenizer says. Of two texts the longer one is truncated first."""
+        tokenizer = Tokenizer.from_str(encoder.tokenizer.backend.to_str())
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length, strategy="longest_first")
-        # The runtime and transformers' own tokenizer will feed the fine-tuned model in the same way.
-        has_types = getattr(model.config, "type_vocab_size", 0) > 1 and _tokenizer_gives_types(folder)
+        tokenizer.enable_truncation(
+            max_length, strategy="longest_first", direction=encoder.tokenizer.theirs.truncation_side
+        )
         ids, types, lengths = [], [], []
         for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
             texts = examples.texts[start : start + _TOKENIZED_AT_ONCE]
@@ -354,10 +437,11 @@ class Encoded:
                 lengths.append(len(encoding.ids))
         return cls(
             input_ids=np.concatenate(ids),
-            type_ids=np.concatenate(types) if has_types else None,
+            # The runtime and transformers' own tokenizer will feed the fine-tuned model in the same way.
+            type_ids=np.concatenate(types) if encoder.token_types else None,
             ends=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             labels=examples.labels,
-            pad_id=model.config.pad_token_id or 0,
+            pad_id=encoder.tokenizer.pad_token_id,
         )
 
     def __len__(self) -> int:
@@ -377,17 +461,6 @@ class Encoded:
             inputs["token_type_ids"] = np.where(mask, self.type_ids[source], 0).astype(np.int64)
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
         return tensors, torch.from_numpy(self.labels[members]).to(device)
-
-
-def _tokenizer_gives_types(folder: Path) -> bool:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"transformers cannot open the tokenizer of {folder} ({error}), which tells if pairs have token types. "
-            "Name its class in tokenizer_config.json, such as BertTokenizer."
-        ) from error
-    return "token_type_ids" in tokenizer.model_input_names
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------

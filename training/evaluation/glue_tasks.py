@@ -21,13 +21,6 @@ logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 
-# Averages over the eight tasks (mGTE, arXiv 2407.19669, and the model cards). The scores by task are not known.
-PUBLISHED_AVERAGES = {
-    "gte-en-mlm-base": 85.61,
-    "gte-en-mlm-large": 87.58,
-    "gte-multilingual-mlm-base": 83.47,
-}
-
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 

@@ -13,32 +13,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    GteForSequenceClassification,
-    NomicBertConfig,
-    NomicBertForMaskedLM,
-    RobertaConfig,
-    RobertaModel,
-)
 
 import gte_deploy
-from factories import make_checkpoint, write_safetensors, write_tokenizer
-from gte_deploy.core.errors import CheckpointError, InputError
-from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
+from factories import make_checkpoint
+from glue_data import toy_rows, write_toy_glue
+from gte_deploy.core.errors import InputError
+from gte_deploy.models.checkpoint import copy_tokenizer, save_model
 from gte_deploy.training.cli import main
 from gte_deploy.training.evaluation import glue as glue_module
-from gte_deploy.training.evaluation.glue import (
-    Encoded,
-    fine_tune,
-    glue,
-    load_classifier,
-    predict,
-    start_from,
-    table,
-)
+from gte_deploy.training.evaluation.classifiers import open_encoder
+from gte_deploy.training.evaluation.glue import Encoded, fine_tune, glue, predict, table
 from gte_deploy.training.evaluation.glue_tasks import (
     GLUE_TASKS,
-    PUBLISHED_AVERAGES,
     Examples,
     accuracy,
     f1,
@@ -47,6 +33,7 @@ from gte_deploy.training.evaluation.glue_tasks import (
     spearman,
     tasks_in_order,
 )
+from gte_deploy.training.evaluation.published_glue import SYSTEMS
 from gte_deploy.training.options import GlueOptions, Protocol
 
 FAST = Protocol(max_length=32, batch_size=16, learning_rate=1e-3, epochs=6)
@@ -224,79 +211,7 @@ def test_a_chained_task_brings_mnli_with_it():
         tasks_in_order(["wnli"])
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["original", "native"])
-def test_classifier_has_the_checkpoints_encoder_and_a_seeded_head(tmp_path: Path, layout):
-    folder = make_checkpoint(tmp_path / "mlm", layout=layout, type_vocab_size=2)
-    first, second, other = (load_classifier(folder, num_labels=3, seed=seed) for seed in (0, 0, 1))
-    assert type(first) is GteForSequenceClassification
-    encoder = load_model(folder, task="embed").state_dict()
-    state = first.state_dict()
-    assert all(torch.equal(state[f"gte.{name}"], tensor) for name, tensor in encoder.items())
-    assert state["classifier.weight"].shape == (3, 32)
-    new = [name for name in state if not name.startswith("gte.") or ".pooler." in name]
-    assert all(torch.equal(state[name], second.state_dict()[name]) for name in new)
-    assert not torch.equal(state["classifier.weight"], other.state_dict()["classifier.weight"])
-    assert not torch.equal(state["gte.pooler.dense.weight"], other.state_dict()["gte.pooler.dense.weight"])
-
-
-def test_damaged_encoder_is_refused(tmp_path: Path):
-    folder = make_checkpoint(tmp_path / "mlm")
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop("new.encoder.layer.1.mlp.down_proj.weight")
-    write_safetensors(folder, tensors)
-    with pytest.raises(CheckpointError, match="down_proj"):
-        load_classifier(folder, num_labels=2, seed=0)
-
-
-SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"intermediate_size": 48, "max_position_embeddings": 140, "type_vocab_size": 2}
-
-
-def test_encoders_that_transformers_knows_run_too(tmp_path: Path):
-    RobertaModel(RobertaConfig(**{**SMALL, "type_vocab_size": 1, "pad_token_id": 0})).save_pretrained(tmp_path / "a")
-    NomicBertForMaskedLM(NomicBertConfig(**SMALL)).save_pretrained(tmp_path / "b")
-    examples = Examples([("w7 w8", "w9"), ("w7", "w8")], np.array([0, 1]))
-    for name, has_types in (("a", False), ("b", True)):
-        write_tokenizer(tmp_path / name)
-        model = load_classifier(tmp_path / name, num_labels=2, seed=0)
-        data = Encoded.of(examples, folder=tmp_path / name, model=model, max_length=16)
-        assert (data.type_ids is not None) == has_types
-        assert predict(model, data).shape == (2, 2)
-
-
-def test_half_filled_encoder_of_another_system_is_refused(tmp_path: Path):
-    RobertaModel(RobertaConfig(**SMALL)).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors.pop("encoder.layer.1.output.dense.weight")
-    write_safetensors(tmp_path, tensors)
-    with pytest.raises(CheckpointError, match="layer.1.output.dense.weight"):
-        load_classifier(tmp_path, num_labels=2, seed=0)
-
-
-def test_unknown_architecture_is_refused_and_remote_code_not_run(tmp_path: Path):
-    config = {
-        "model_type": "mystery",
-        "auto_map": {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(CheckpointError, match="remote code is never run"):
-        load_classifier(tmp_path, num_labels=2, seed=0)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_start_from_keeps_all_but_the_last_layer(tiny_mlm: Path):
-    source, target = (load_classifier(tiny_mlm, num_labels=n, seed=n) for n in (3, 2))
-    fresh = target.classifier.weight.detach().clone()
-    start_from(target, {name: tensor + 1 for name, tensor in source.state_dict().items()})
-    assert torch.equal(target.classifier.weight, fresh)
-    assert torch.equal(target.gte.pooler.dense.weight, source.gte.pooler.dense.weight + 1)
-    assert torch.equal(target.gte.layers[1].mlp.down_proj.weight, source.gte.layers[1].mlp.down_proj.weight + 1)
-    with pytest.raises(CheckpointError, match="gte.pooler.dense.bias"):
-        start_from(target, {k: v for k, v in source.state_dict().items() if k != "gte.pooler.dense.bias"})
+# --- token types -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [None, ["input_ids", "attention_mask"]])
@@ -317,8 +232,9 @@ def test_a_trained_pair_classifier_answers_alike_wherever_it_is_loaded(tmp_path:
         tuple("w10 " + t if at == label else t for at, t in enumerate(p))
         for p, label in zip(pairs, labels, strict=True)
     ]
-    model = load_classifier(folder, num_labels=2, seed=0)
-    data = Encoded.of(Examples(pairs, np.array(labels)), folder=folder, model=model, max_length=32)
+    encoder = open_encoder(folder)
+    model = encoder.classifier(num_labels=2, seed=0)
+    data = Encoded.of(Examples(pairs, np.array(labels)), encoder=encoder, max_length=32)
     assert (data.type_ids is None) == (names is not None)
     fine_tune(model, data, protocol=Protocol(max_length=32, batch_size=8, learning_rate=1e-3, epochs=2), seed=0)
     trained = predict(model, data)
@@ -336,9 +252,8 @@ def test_a_trained_pair_classifier_answers_alike_wherever_it_is_loaded(tmp_path:
 
 @pytest.fixture
 def encoded(tiny_mlm: Path) -> Encoded:
-    model = load_classifier(tiny_mlm, num_labels=2, seed=0)
     texts: list[tuple[str, ...]] = [("w7 w8 w9",), ("w7",), (" ".join(["w9"] * 40), "w5 w6")]
-    return Encoded.of(Examples(texts, np.array([0, 1, 0])), folder=tiny_mlm, model=model, max_length=16)
+    return Encoded.of(Examples(texts, np.array([0, 1, 0])), encoder=open_encoder(tiny_mlm), max_length=16)
 
 
 def test_batches_are_padded_and_cut(encoded: Encoded):
@@ -351,7 +266,7 @@ def test_batches_are_padded_and_cut(encoded: Encoded):
 
 
 def test_rows_of_a_batch_are_predicted_as_alone(tiny_mlm: Path, encoded: Encoded):
-    model = load_classifier(tiny_mlm, num_labels=2, seed=0).eval()
+    model = open_encoder(tiny_mlm).classifier(num_labels=2, seed=0).eval()
     together = predict(model, encoded)
     for i in range(len(encoded)):
         inputs, _ = encoded.batch(np.array([i]), torch.device("cpu"))
@@ -361,47 +276,24 @@ def test_rows_of_a_batch_are_predicted_as_alone(tiny_mlm: Path, encoded: Encoded
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
 
 
-def toy_rows(count: int, seed: int, *, classes: int = 2) -> list[tuple[str, int]]:
-    """The class is told by one word among noise."""
-    rng = random.Random(seed)
-    rows = []
-    for _ in range(count):
-        label = rng.randrange(classes)
-        words = [f"w{rng.randint(50, 255)}" for _ in range(rng.randint(2, 6))]
-        words.insert(rng.randrange(len(words)), f"w{10 + label}")
-        rows.append((" ".join(words), label))
-    return rows
-
-
-def encode_rows(rows: list[tuple[str, int]], folder: Path, model: Any) -> Encoded:
+def encode_rows(rows: list[tuple[str, int]], folder: Path) -> Encoded:
     examples = Examples([(text,) for text, _ in rows], np.array([label for _, label in rows]))
-    return Encoded.of(examples, folder=folder, model=model, max_length=32)
+    return Encoded.of(examples, encoder=open_encoder(folder), max_length=32)
 
 
 @pytest.fixture(scope="module")
-def toy_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All eight tasks, learnable, as .tsv in the published layout."""
-    folder = tmp_path_factory.mktemp("glue")
-    for number, task in enumerate(GLUE_TASKS.values()):
-        (folder / task.folder).mkdir()
-        for split, count in (("train", 160), (task.dev[0], 40)):
-            rows = toy_rows(count, seed=number * 2 + (split != "train"), classes=len(task.classes) or 2)
-            lines = [] if task.name == "cola" else ["\t".join(task.columns[0])]
-            for text, label in rows:
-                shown = f"{label}.000" if task.is_regression else task.classes[label]
-                texts = [text, "w5"][: len(task.columns[0]) - 1]
-                lines.append("\t".join(["x", shown, "", text] if task.name == "cola" else [*texts, shown]))
-            (folder / task.folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    return folder
+    return write_toy_glue(tmp_path_factory.mktemp("glue"))
 
 
 def test_a_learnable_task_is_learnt_and_a_random_one_is_not(tiny_mlm: Path):
     rows, noise, scores = toy_rows(300, 0), random.Random(2), {}
     random_rows = [(text, noise.randrange(2)) for text, _ in rows]
     for name, train in (("learnable", rows[:200]), ("random", random_rows[:200])):
-        model = load_classifier(tiny_mlm, num_labels=2, seed=0)
-        fine_tune(model, encode_rows(train, tiny_mlm, model), protocol=FAST, seed=0)
-        unseen = encode_rows(rows[200:], tiny_mlm, model)
+        model = open_encoder(tiny_mlm).classifier(num_labels=2, seed=0)
+        fine_tune(model, encode_rows(train, tiny_mlm), protocol=FAST, seed=0)
+        unseen = encode_rows(rows[200:], tiny_mlm)
         scores[name] = accuracy(predict(model, unseen).argmax(1), unseen.labels)
     assert scores["learnable"] >= 95
     assert scores["random"] <= 75
@@ -410,8 +302,8 @@ def test_a_learnable_task_is_learnt_and_a_random_one_is_not(tiny_mlm: Path):
 def test_fine_tuning_is_reproducible(tiny_mlm: Path):
     outputs = []
     for seed in (0, 0, 1):
-        model = load_classifier(tiny_mlm, num_labels=2, seed=0)
-        data = encode_rows(toy_rows(40, 0), tiny_mlm, model)
+        model = open_encoder(tiny_mlm).classifier(num_labels=2, seed=0)
+        data = encode_rows(toy_rows(40, 0), tiny_mlm)
         fine_tune(model, data, protocol=Protocol(learning_rate=1e-3, epochs=1), seed=seed)
         outputs.append(predict(model, data))
     np.testing.assert_array_equal(outputs[0], outputs[1])
@@ -419,9 +311,9 @@ def test_fine_tuning_is_reproducible(tiny_mlm: Path):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tiny_mlm: Path, toy_glue: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole_run(tiny_mlm: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("results")
-    return output, glue(str(tiny_mlm), output=output, options=GlueOptions(data=toy_glue, device="cpu"), protocol=FAST)
+    return output, glue(str(tiny_mlm), output=output, options=GlueOptions(data=toy_data, device="cpu"), protocol=FAST)
 
 
 def test_eight_tasks_are_run_and_averaged(whole_run: tuple[Path, dict[str, Any]]):
@@ -436,30 +328,37 @@ def test_eight_tasks_are_run_and_averaged(whole_run: tuple[Path, dict[str, Any]]
 
 
 def test_published_averages_stand_beside_the_result(whole_run: tuple[Path, dict[str, Any]]):
-    text = table(whole_run[1])
+    summary = whole_run[1]
+    text = table(summary)
     for name, average in (("base", "85.61"), ("large", "87.58")):
         assert any(f"gte-en-mlm-{name}" in line and average in line for line in text.splitlines())
     assert "83.47" in text and "did not follow the published protocol" in text
-    assert PUBLISHED_AVERAGES == {
-        "gte-en-mlm-base": 85.61,
-        "gte-en-mlm-large": 87.58,
-        "gte-multilingual-mlm-base": 83.47,
-    }
+    assert summary["published"] is None  # of this checkpoint
 
 
-def test_finished_tasks_are_not_run_again(whole_run, tiny_mlm: Path, toy_glue: Path, monkeypatch):
+def test_published_scores_stand_beside_those_of_the_same_system(whole_run: tuple[Path, dict[str, Any]]):
+    summary = {**whole_run[1], "published": SYSTEMS["gte-en-mlm-base"].to_dict()}
+    lines = {line.split()[0]: line.split() for line in table(summary).splitlines()[:10] if line}
+    assert lines["CoLA"][3] == "57.00" and lines["average"][4] == "85.61"
+
+
+def test_the_result_says_how_texts_were_cut_and_padded(whole_run: tuple[Path, dict[str, Any]]):
+    assert {(result["max_length"], result["padding"]) for result in whole_run[1]["results"]} == {(32, "kept")}
+
+
+def test_finished_tasks_are_not_run_again(whole_run, tiny_mlm: Path, toy_data: Path, monkeypatch):
     output, summary = whole_run
     monkeypatch.setattr(glue_module, "fine_tune", lambda *args, **kwargs: pytest.fail("ran again"))
-    again = glue(str(tiny_mlm), output=output, options=GlueOptions(data=toy_glue, device="cpu"), protocol=FAST)
+    again = glue(str(tiny_mlm), output=output, options=GlueOptions(data=toy_data, device="cpu"), protocol=FAST)
     assert again["scores"] == summary["scores"]
 
 
-def test_results_of_another_protocol_are_refused(whole_run, tiny_mlm: Path, toy_glue: Path):
+def test_results_of_another_protocol_are_refused(whole_run, tiny_mlm: Path, toy_data: Path):
     with pytest.raises(InputError, match=r"other settings \(protocol\)"):
-        glue(str(tiny_mlm), output=whole_run[0], options=GlueOptions(data=toy_glue, device="cpu"))
+        glue(str(tiny_mlm), output=whole_run[0], options=GlueOptions(data=toy_data, device="cpu"))
 
 
-def test_a_task_stopped_midway_is_run_again_alone(tiny_mlm: Path, toy_glue: Path, tmp_path: Path, monkeypatch):
+def test_a_task_stopped_midway_is_run_again_alone(tiny_mlm: Path, toy_data: Path, tmp_path: Path, monkeypatch):
     started: list[str] = []
     real: Callable[..., Any] = load_split
 
@@ -471,7 +370,7 @@ def test_a_task_stopped_midway_is_run_again_alone(tiny_mlm: Path, toy_glue: Path
         return real(task, split, **kwargs)
 
     monkeypatch.setattr(glue_module, "load_split", record)
-    options = GlueOptions(data=toy_glue, tasks=("cola", "sst2"), device="cpu")
+    options = GlueOptions(data=toy_data, tasks=("cola", "sst2"), device="cpu")
     protocol = Protocol(max_length=16, epochs=1)
     with pytest.raises(KeyboardInterrupt):
         glue(str(tiny_mlm), output=tmp_path, options=options, protocol=protocol)
@@ -480,7 +379,7 @@ def test_a_task_stopped_midway_is_run_again_alone(tiny_mlm: Path, toy_glue: Path
     assert summary["average"] is None and "needs all eight tasks" in table(summary)
 
 
-def test_chained_tasks_start_from_the_mnli_weights(whole_run, tiny_mlm: Path, toy_glue: Path, monkeypatch):
+def test_chained_tasks_start_from_the_mnli_weights(whole_run, tiny_mlm: Path, toy_data: Path, monkeypatch):
     output, _ = whole_run
     starts: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -492,7 +391,7 @@ def test_chained_tasks_start_from_the_mnli_weights(whole_run, tiny_mlm: Path, to
     (output / "seed-0" / "qnli.json").unlink()
     mnli = load_file(output / "seed-0" / "mnli.safetensors")
     name = "gte.layers.1.mlp.down_proj.weight"
-    options = GlueOptions(data=toy_glue, device="cpu")
+    options = GlueOptions(data=toy_data, device="cpu")
     glue(str(tiny_mlm), output=output, options=replace(options, tasks=("rte",)), protocol=FAST)
     assert torch.equal(starts["2"][name], mnli[name])
     assert starts["2"]["classifier.weight"].shape == (2, 32)
@@ -500,29 +399,21 @@ def test_chained_tasks_start_from_the_mnli_weights(whole_run, tiny_mlm: Path, to
     assert not torch.equal(starts["2"][name], mnli[name])
 
 
-def test_several_seeds_are_averaged(tiny_mlm: Path, toy_glue: Path, tmp_path: Path):
+def test_several_seeds_are_averaged(tiny_mlm: Path, toy_data: Path, tmp_path: Path):
     protocol = Protocol(max_length=16, learning_rate=1e-3, epochs=1)
-    options = GlueOptions(data=toy_glue, tasks=("cola",), seeds=(0, 1, 0), device="cpu")
+    options = GlueOptions(data=toy_data, tasks=("cola",), seeds=(0, 1, 0), device="cpu")
     summary = glue(str(tiny_mlm), output=tmp_path, options=options, protocol=protocol)
     by_seed = summary["scores"]["cola"]["by_seed"]
     assert list(by_seed) == [0, 1] and summary["scores"]["cola"]["mean"] == pytest.approx(sum(by_seed.values()) / 2)
     assert "deviation" in table(summary)
 
 
-def test_command(tiny_mlm: Path, toy_glue: Path, tmp_path: Path, capsys):
+def test_command(tiny_mlm: Path, toy_data: Path, tmp_path: Path, capsys):
     fast = ["--tasks", "sst2", "--max-length", "16", "--epochs", "1", "--learning-rate", "1e-3", "--device", "cpu"]
-    arguments = ["glue", str(tiny_mlm), "-o", str(tmp_path / "out"), "--data", str(toy_glue), *fast]
+    arguments = ["glue", str(tiny_mlm), "-o", str(tmp_path / "out"), "--data", str(toy_data), *fast]
     assert main(arguments) == 0
     assert "SST-2" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["protocol"]["learning_rate"] == 1e-3
     assert main(["glue", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
     assert "no config.json" in capsys.readouterr().err
-
-
-def test_native_save_of_a_published_head_is_not_mistaken(tmp_path: Path):
-    """An MLM checkpoint saved by us and reloaded gives the same classifier."""
-    folder = make_checkpoint(tmp_path / "mlm")
-    save_model(load_model(folder), tmp_path / "native", layout="native")
-    first, second = (load_classifier(path, num_labels=2, seed=0).state_dict() for path in (folder, tmp_path / "native"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
