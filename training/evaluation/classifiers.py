@@ -141,7 +141,7 @@ def start_from(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in new}, strict=False)
 
 
-def remove_padding(model: PreTrainedModel) -> None:
+def run_without_padding(model: PreTrainedModel) -> None:
     """Let the encoder of a classifier compute no padding, in place. Inputs, outputs and the head stay as they are.
 
     The encoder gets padded rows [B, S], runs on their tokens as one row, and returns hidden states [B, S, H] that are

@@ -38,8 +38,8 @@ from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation.classifiers import (
     PretrainedEncoder,
     open_encoder,
-    remove_padding,
     resolve_tokenizer_folder,
+    run_without_padding,
     start_from,
 )
 from gte_deploy.training.evaluation.glue_tasks import (
@@ -344,7 +344,7 @@ class _Trainer:
         if task.starts_from is not None:
             start_from(model, load_file(self._weights(GLUE_TASKS[task.starts_from])))
         if self.is_packed:
-            remove_padding(model)
+            run_without_padding(model)
         max_length = min(self.protocol.max_length, self.encoder.max_tokens or self.protocol.max_length)
         encode = partial(Encoded.of, encoder=self.encoder, max_length=max_length)
         bfloat16 = self.settings["dtype"] == "bfloat16"

@@ -20,7 +20,7 @@ from family_checkpoints import PREFIXES, make_family_checkpoint
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.checkpoint import load_model, save_model
 from gte_deploy.models.families import FAMILIES, bert
-from gte_deploy.training.evaluation.classifiers import open_encoder, remove_padding, start_from
+from gte_deploy.training.evaluation.classifiers import open_encoder, run_without_padding, start_from
 from gte_deploy.training.evaluation.glue import Encoded, fine_tune, predict
 from gte_deploy.training.evaluation.glue_tasks import Examples
 from gte_deploy.training.options import Protocol
@@ -211,7 +211,7 @@ def test_without_padding_logits_and_gradients_are_those_of_padded_rows(family_fo
     # In float64, because the gradient of a key's bias is 0 but for rounding.
     padded = without_dropout(encoder.classifier(num_labels=3, seed=0)).double().train()
     packed = copy.deepcopy(padded)
-    remove_padding(packed)
+    run_without_padding(packed)
     data = Encoded.of(Examples(TEXTS, LABELS), encoder=encoder, max_length=16)
     inputs, labels = data.batch(np.arange(3), torch.device("cpu"))
     assert (inputs["attention_mask"] == 0).any()
