@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import TaskName
 from gte_deploy.models.adapters import Places, places_of
-from gte_deploy.models.families import family_of_type
+from gte_deploy.models.families import family_of_fields
+from gte_deploy.models.families.base import Family
 from gte_deploy.models.fields import check_fields
 from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.reading import read_required_json
@@ -25,7 +26,8 @@ def task_of(folder: str | Path) -> TaskName:
 
     Supported modules of a SparseEncoder make it "sparse". A Pooling module of sentence-transformers (modules.json)
     makes it "embed", whatever head is stored (gte-multilingual-base stores a token-weight head). Otherwise
-    `architectures` decides, and without that the names of the tensors.
+    `architectures` decides, and without that the names of the tensors. A pooling in config.json
+    (`Family.pooling_field`) makes "embed" of "fill-mask".
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
@@ -43,10 +45,14 @@ def task_of_files(files: CheckpointFiles, places: Places) -> TaskName:
         return "sparse"
     if any(module.kind == "Pooling" for module in files.modules or ()):
         return "embed"
-    names = raw.get("architectures")
-    if not names:
-        return task_of_tensors(places)
-    known = family_of_type(raw.get("model_type"), file).architectures
+    family = family_of_fields(raw, file)
+    task = _task_of_architecture(raw, file, family) if raw.get("architectures") else task_of_tensors(places)
+    is_embedder = family.pooling_field is not None and bool(raw.get(family.pooling_field))
+    return "embed" if is_embedder and task == "fill-mask" else task
+
+
+def _task_of_architecture(raw: Mapping[str, Any], file: Path, family: Family) -> TaskName:
+    names, known = raw["architectures"], family.architectures
     task = known.get(str(names[0])) if isinstance(names, list) else None
     if task is None:
         raise ConfigError(f"{file}: architectures is {names!r}; this package knows {', '.join(known)}")
@@ -57,7 +63,7 @@ def task_of_tensors(places: Places) -> TaskName:
     """Return the task of the stored head, from the names of the stored tensors, whatever modules are listed."""
     names = [name for file in places.weight_files for name in tensor_names(file)]
     file = places.config / "config.json"
-    family = family_of_type(read_required_json(file).get("model_type"), file)
+    family = family_of_fields(read_required_json(file), file)
     if family.has_head(names, "fill-mask"):
         return "fill-mask"
     if not family.has_head(names, "classify") and not family.has_head(names, "token-classify"):
@@ -74,7 +80,7 @@ def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) 
     """
     file = Path(folder) / "config.json"
     raw = read_required_json(file) | dict(overrides or {})
-    family = family_of_type(raw.get("model_type"), file)
+    family = family_of_fields(raw, file)
     check_fields(raw, file, family.fields)
     return family.read_config(raw, file)
 

@@ -168,7 +168,7 @@ def _spec(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         pad_token_id=tokenizer.pad_token_id,
-        pooling=_pooling(task, settings, pooling),
+        pooling=_pooling(config, task, settings, pooling),
         num_labels=(config.num_labels or 0) if has_labels else 0,
         id2label={int(i): str(label) for i, label in labels.items()} if has_labels else {},
         prompts=settings.prompts,
@@ -191,7 +191,9 @@ def _max_length(config: PreTrainedConfig, settings: SentenceSettings, tokenizer:
     return limit if own is None else min(own, limit)
 
 
-def _pooling(task: TaskName, settings: SentenceSettings, pooling: str) -> Pooling:
+def _pooling(config: PreTrainedConfig, task: TaskName, settings: SentenceSettings, pooling: str) -> Pooling:
     if pooling != "auto":
         return checked_pooling(pooling, "the `pooling` argument")
-    return settings.pooling or ("cls" if TASKS[task].pools else "mean")
+    field = family_of(config).pooling_field
+    own = getattr(config, field) if field is not None else None
+    return settings.pooling or own or ("cls" if TASKS[task].pools else "mean")

@@ -217,8 +217,9 @@ POSITION_TITLES = {
 FAMILIES_INTRODUCTION = """# Families of models
 
 This page lists the architectures that every command takes. Each is read strictly and without remote code, traced from
-the class of transformers, fused, and compared with its own library in every export. A pass that fires another number of
-times than the table says is an error. [Fields of config.json](checkpoints.md) are honoured or refused by name; so are
+the class of transformers, fused, and compared with its own library in every export. JinaBERT and MosaicBERT, whose
+network is remote code, have a network of this package. A pass that fires another number of times than the table says is
+an error. [Fields of config.json](checkpoints.md) are honoured or refused by name; so are
 other values of `model_type`. [Extending](extending.md#a-family) shows how to add a family.
 """
 FAMILIES_END = """## What was verified
@@ -230,6 +231,18 @@ FAMILIES_END = """## What was verified
 - The numbers of parameters of the published base and large models are tested from their sizes alone. The published
   weights of BERT, RoBERTa and XLM-R were not downloaded, and their scores and speed were not measured here.
 - CUDA graphs of BERT, RoBERTa and XLM-R were emulated on a CPU, and not run on a GPU.
+- The tests compare the network of JinaBERT v2 and MosaicBERT with the papers' formulas in float64, on random
+  checkpoints in the published layouts. The published code never runs: an export compares token ids, pooling, prompts,
+  limits and activations with the library, which runs this package's network, and its report says so. The published
+  weights were not downloaded.
+
+## Texts above the length of training
+
+Biased scores (ALiBi) need no table of positions, so nothing in a checkpoint ends at a length. JinaBERT takes texts of
+`max_position_embeddings` tokens, 8,192 in its published models. MosaicBERT takes those of `alibi_starting_size` tokens
+if this is more: as its model card says, raise it in config.json for longer texts. In both, a limit of the tokenizer
+(`model_max_length`) holds too. A run computes the biases of its own length once, for all layers; memory for scores and
+biases grows with the square of the length.
 
 ## What is refused
 
@@ -238,11 +251,18 @@ FAMILIES_END = """## What was verified
 - A sentencepiece model without tokenizer.json, unless transformers can convert it here.
 - Pretraining (`gte-train run`) of other families than GTE. `gte-train glue` fine-tunes all of them
   ([training](training.md#glue)).
+- JinaBERT with normalised queries and keys (`jinaai/jina-bert-v2-qk-post-norm`, jina-embeddings-v2-base-code), which
+  is another network under the same class names; JinaBERT with a table of positions.
 """
 
 
-def family_section(family: Any) -> str:
-    """Write one family: its facts, and a table of its passes."""
+def family_section(family: Any, shared: tuple[str, ...]) -> str:
+    """Write one family: its facts, and a table of its passes.
+
+    Args:
+        family: the family.
+        shared: values of `model_type` of other families, under which it is published too.
+    """
     per_layer = family.sites(SimpleNamespace(num_hidden_layers=1))
     limit = "max_position_embeddings" + (" - pad_token_id - 1" if family.counts_after_padding else "")
     padding = "PyTorch on GPUs in bfloat16" if family.runs_packed else "nowhere"
@@ -253,10 +273,11 @@ def family_section(family: Any) -> str:
     tasks = [f"{task} (`{name}`)" for task, name in family.classes.items()]
     tasks += ["sparse (on the heads of fill-mask and token-classify)", "hybrid (on that of token-classify)"]
     rows = {
-        "`model_type`": ", ".join(f"`{name}`" for name in family.model_types),
+        "`model_type`": ", ".join(f"`{name}`" for name in (*family.model_types, *shared)),
         "tasks": ", ".join(tasks),
         "positions": POSITION_TITLES[family.positions],
         "longest text in tokens": f"`{limit}`",
+        "network": f"of {'transformers' if family.module == 'transformers' else 'this package'}",
         "layouts": "native and original" if family.original_config else "that of transformers",
         "padding is removed in": padding,
         "last layer for the rows that are asked for": "fill-mask, embed and hybrid with CLS pooling, classify",
@@ -273,7 +294,12 @@ def families_page() -> str:
     """Return the whole of docs/families.md, from the registry of families."""
     package = importlib.import_module("gte_deploy.models.families")
     found = {place: package.family_of_type(name) for name, place in package.FAMILIES.items()}
-    return "\n".join([NOTICE, "", FAMILIES_INTRODUCTION, *map(family_section, found.values()), FAMILIES_END])
+    shared = package.SHARED_TYPES
+    sections = [
+        family_section(family, tuple(kind for kind in shared if family.model_types[0] in shared[kind]))
+        for family in found.values()
+    ]
+    return "\n".join([NOTICE, "", FAMILIES_INTRODUCTION, *sections, FAMILIES_END])
 
 
 def pages() -> Iterator[tuple[Path, str]]:

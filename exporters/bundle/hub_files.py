@@ -44,8 +44,8 @@ def write_hub_files(folder: Path, checkpoint: Description) -> None:
 def hub_files(checkpoint: Description) -> dict[str, Any]:
     """The JSON files of a bundle except those of the tokenizer: path relative to the bundle -> content."""
     spec = checkpoint.spec
-    # In the native layout, which transformers and TEI read without remote code.
-    config = checkpoint.family.native_config(checkpoint.config, task=spec.head_task)
+    config = checkpoint.family.hub_config(checkpoint.config, task=spec.head_task)
+    config.pop("auto_map", None)  # the bundle has no weights for remote code
     if checkpoint.family.positions != "absolute":
         # The limit of the graph. A family with a table of positions keeps the number of its rows: libraries refuse the
         # weights otherwise.

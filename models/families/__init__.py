@@ -1,6 +1,7 @@
 """The families of models by the `model_type` of their config.json.
 
-To add a family, write its module here and its line in `FAMILIES`.
+To add a family, write its module here and its line in `FAMILIES`. If its published config.json has the `model_type` of
+another family, `SHARED_TYPES` has another line for it.
 """
 
 import importlib
@@ -17,8 +18,30 @@ FAMILIES: Mapping[str, str] = {
     "bert": "bert:BERT",
     "roberta": "roberta:ROBERTA",
     "xlm-roberta": "roberta:XLM_ROBERTA",
+    "jina_bert_v2": "alibi_bert:JINA_BERT",
+    "mosaic_bert": "alibi_bert:MOSAIC_BERT",
 }
 """`model_type` -> module and object, imported when they are asked for. "new" is the original layout of "gte"."""
+
+SHARED_TYPES: Mapping[str, tuple[str, ...]] = {"bert": ("jina_bert_v2", "mosaic_bert")}
+"""`model_type` -> further families whose published config.json has it; see `Family.claims`."""
+
+
+def family_of_fields(raw: Mapping[str, Any], file: object = "config.json") -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        raw: the contents of config.json.
+        file: the path of config.json, for the error.
+
+    Raises:
+        ConfigError: no family has this model type.
+    """
+    model_type = raw.get("model_type")
+    others = SHARED_TYPES.get(model_type, ()) if isinstance(model_type, str) else ()
+    candidates = (family_of_type(name, file) for name in others)
+    claiming = (family for family in candidates if family.claims is not None and family.claims(raw))
+    return next(claiming, None) or family_of_type(model_type, file)
 
 
 def family_of_type(model_type: object, file: object = "config.json") -> Family:

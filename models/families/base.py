@@ -6,6 +6,7 @@ neither torch nor transformers at its top, because a checkpoint can be described
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ class Family:
             errors name. It raises a ConfigError for a field that is missing, malformed or not supported.
         native_config: writes config.json in the layout that transformers reads alone.
         original_config: writes config.json in the family's own layout; None where there is no such layout.
-        classes: task -> name of the class in transformers. A family does the tasks that stand here.
+        classes: task -> name of the class in `module`. A family does the tasks that stand here.
+        module: path of the module that has the classes: transformers, or one of this package.
         architecture_prefixes: what stands before the task's part (`Task.architecture`) in the `architectures` of
             config.json, such as "Gte" in "GteForMaskedLM"; one for each layout.
         heads: task -> path of the module that turns hidden states into the task's logits, in the class of the task.
@@ -123,6 +125,10 @@ class Family:
         tensors: names of tensors.
         positions: how the model knows the order of tokens.
         counts_after_padding: whether the first token has the position pad_token_id + 1, as in RoBERTa; else it has 0.
+        claims: whether the contents of a config.json are of this family, although `model_type` is that of another (see
+            `SHARED_TYPES`). None where the family publishes under its own alone.
+        pooling_field: the field of config.json that names the pooling of an embedding model. Where it has a value, a
+            checkpoint in the class for fill-mask is an embedding model. None where the family has no such field.
         position_module: attribute of the encoder whose module computes the cosines and sines of rotary positions; the
             trace puts tables in its place. None where there is no such module.
         sites: makes of a config: name of a fusion pass -> how often it must fire on a graph of the model. A pass that
@@ -138,6 +144,9 @@ class Family:
     heads: Mapping[TaskName, str]
     positions: Positions
     sites: Callable[[Any], Mapping[str, int]]
+    module: str = "transformers"
+    claims: Callable[[Mapping[str, Any]], bool] | None = None
+    pooling_field: str | None = None
     position_module: str | None = None
     classifier_dense: str | None = None
     counts_after_padding: bool = False
@@ -150,6 +159,17 @@ class Family:
     def runs_packed(self) -> bool:
         """Whether PyTorch can run its models on the tokens of all rows in one sequence, without padding."""
         return self.positions != "alibi"
+
+    @property
+    def hub_config(self) -> WriteConfig:
+        """Writes config.json of a bundle, in the layout that other libraries know.
+
+        That is the native one, which transformers and text-embeddings-inference read without remote code, or the
+        published one where transformers has no class.
+        """
+        if self.module != "transformers" and self.original_config is not None:
+            return self.original_config
+        return self.native_config
 
     @property
     def architectures(self) -> dict[str, TaskName]:
@@ -171,10 +191,8 @@ class Family:
         return int(config.max_position_embeddings) - self.first_position(config)
 
     def model_class(self, task: TaskName) -> type[PreTrainedModel]:
-        """The class of transformers for a task of `classes`."""
-        import transformers
-
-        found: type[PreTrainedModel] = getattr(transformers, self.classes[task])
+        """The class for a task of `classes`."""
+        found: type[PreTrainedModel] = getattr(importlib.import_module(self.module), self.classes[task])
         return found
 
     def has_head(self, names: Iterable[str], task: TaskName) -> bool:

@@ -6,6 +6,7 @@ RoBERTa and XLM-R share the layers, and most of this module.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -51,25 +52,33 @@ BERT_FIELDS = FileFields(
 )
 
 
-def config_reader(config_class: str) -> Callable[[Mapping[str, Any], Path], PreTrainedConfig]:
-    """A function that makes a config of this class of transformers from the contents of config.json and its path.
+def config_reader(
+    config_class: str,
+    module: str = "transformers",
+    own_fields: Callable[[Reader], Mapping[str, Any]] = lambda reader: {},
+) -> Callable[[Mapping[str, Any], Path], PreTrainedConfig]:
+    """A function that makes a config from the contents of config.json and its path.
 
     A missing field has the default of the class, as in transformers. The function raises a ConfigError for a field that
     is malformed or not supported.
+
+    Args:
+        config_class: name of the class.
+        module: path of the module that has the class.
+        own_fields: reads further fields, or reads some of BERT's in another way.
     """
 
     def read_config(raw: Mapping[str, Any], file: Path) -> PreTrainedConfig:
-        import transformers
         from huggingface_hub.errors import StrictDataclassError
 
-        made: Any = getattr(transformers, config_class)
+        made: Any = getattr(importlib.import_module(module), config_class)
         reader = Reader(raw, file, {field.name: field.default for field in dataclasses.fields(made)})
-        fields = {**_common_fields(reader), **label_fields(reader)}
+        fields = {**_common_fields(reader), **label_fields(reader), **own_fields(reader)}
         try:
             with without_warnings_of_types():
                 return made(**fields)
         except (StrictDataclassError, TypeError, ValueError) as error:
-            raise ConfigError(f"{file}: transformers' {config_class} refuses it: {error}") from error
+            raise ConfigError(f"{file}: {config_class} of {module.partition('.')[0]} refuses it: {error}") from error
 
     return read_config
 

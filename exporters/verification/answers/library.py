@@ -23,6 +23,11 @@ def compare_answers(subject: Subject, findings: Findings) -> None:
     if files.model != files.checkpoint and files.is_original:
         findings.skipped.append("Answers were not compared: an original checkpoint in a module's folder is not opened.")
         return
+    if files.network is not None:
+        findings.skipped.append(
+            f"The network was not compared with the published one, whose code is the checkpoint's and never runs: the "
+            f"library ran this package's network for {files.network}."
+        )
     opened = loadable(
         files,
         tokenizer_class=subject.tokenizer_class,
@@ -32,7 +37,8 @@ def compare_answers(subject: Subject, findings: Findings) -> None:
     with opened as folder:
         library = open_library(folder, subject.model.spec, findings.skipped)
         if library is not None:
-            findings.compared["library"] = library[1]
+            stand_in = "" if files.network is None else " with the network of gte-deploy"
+            findings.compared["library"] = library[1] + stand_in
             _compare_with(library[0], subject, findings)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from gte_deploy.exporters.verification.answers.source_view import rotation_frequencies
 from gte_deploy.exporters.verification.answers.subject import Findings, Subject
-from gte_deploy.models.families import family_of_type
+from gte_deploy.models.families import family_of_fields
 
 
 def compare_rotation(subject: Subject, findings: Findings) -> None:
@@ -16,7 +16,7 @@ def compare_rotation(subject: Subject, findings: Findings) -> None:
     read, it follows the formulas of the family's paper. A model without rotary positions has nothing to compare.
     """
     source = subject.files
-    if not source.config or family_of_type(source.config.get("model_type"), source.model).positions != "rotary":
+    if not source.config or family_of_fields(source.config, source.model).positions != "rotary":
         return
     from transformers import AutoConfig
 

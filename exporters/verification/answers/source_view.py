@@ -3,6 +3,9 @@
 The published layout (model_type "new") needs remote code in transformers, which never runs here. Its weights and its
 config.json are therefore converted a second time, by other code than that of `models/`: an error of shared code would
 be on both sides of a comparison and would not show. Every other file is a link to the checkpoint's own.
+
+For a family without a class in transformers, the libraries run the class of this package, on weights that are converted
+here (`SourceFiles.network`). They read the tokenizer, modules, prompts and limits for themselves all the same.
 Legend: theta = RoPE base, s = NTK factor, d = head size, b = mixed_b, i = 0 … d/2 - 1.
 """
 
@@ -12,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError
+from gte_deploy.models.families import family_of_fields
 
 # Fields of the original config.json that have another name in the native one, or that change no answer.
 _ORIGINAL_ONLY = frozenset(
@@ -69,6 +73,14 @@ class SourceFiles:
         return self.config.get("model_type") == "new"
 
     @property
+    def network(self) -> str | None:
+        """The `model_type` of the network of this package that stands in for remote code, or None."""
+        if not self.config:
+            return None
+        family = family_of_fields(self.config, self.model)
+        return None if family.module == "transformers" else family.model_types[0]
+
+    @property
     def has_adapter(self) -> bool:
         """Whether an adapter changes the weights."""
         return (self.model / _ADAPTER).is_file()
@@ -114,17 +126,19 @@ def loadable(source: SourceFiles, *, tokenizer_class: str, pad_token_id: int | N
     Raises:
         CheckpointError: a file of the checkpoint cannot be converted.
     """
-    checkpoint, original = source.checkpoint, source.is_original
-    if not original and pooling == "auto":
+    checkpoint, original, network = source.checkpoint, source.is_original, source.network
+    is_converted = original or network is not None
+    if not is_converted and pooling == "auto":
         yield checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="gte-source-") as folder:
         view = Path(folder)
-        _link(checkpoint, view, without=("config.json", *_WEIGHTS) if original else ())
-        if original:
-            config = native_fields(source.config, pad_token_id)
-            (view / "config.json").write_text(json.dumps(config))
-            _convert_weights(_weight_files(checkpoint), view)
+        _link(checkpoint, view, without=("config.json", *_WEIGHTS) if is_converted else ())
+        if is_converted:
+            native = native_fields(source.config, pad_token_id) if network is None else _fields_for(network, source)
+            (view / "config.json").write_text(json.dumps(native))
+            convert = _native_tensors if network is None else _tensors_of_network
+            _convert_weights(_weight_files(checkpoint), view, convert)
             _name_tokenizer(view, tokenizer_class)
         if pooling != "auto":
             _set_pooling(view, pooling)
@@ -220,7 +234,7 @@ def _weight_files(checkpoint: Path) -> list[Path]:
     return [checkpoint / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def _convert_weights(files: list[Path], view: Path) -> None:
+def _convert_weights(files: list[Path], view: Path, convert: Callable[[str, Any], dict[str, Any]]) -> None:
     """Write each file with the native names; tensors are views of the mapped file, so none is in memory twice."""
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -231,7 +245,7 @@ def _convert_weights(files: list[Path], view: Path) -> None:
         tensors: dict[str, Any] = {}
         with safe_open(file, framework="pt") as stored:
             for key in stored.keys():  # noqa: SIM118 - not a mapping
-                tensors.update(_native_tensors(key, stored.get_tensor(key)))
+                tensors.update(convert(key, stored.get_tensor(key)))
             save_file(tensors, view / name, metadata={"format": "pt"})
         file_of.update(dict.fromkeys(tensors, name))
     if len(files) > 1:
@@ -250,6 +264,27 @@ def _native_tensors(key: str, tensor: Any) -> dict[str, Any]:
             names = [_native_name(name.replace(merged, part)) for part in parts]
             return dict(zip(names, tensor.chunk(len(parts)), strict=True))
     return {_native_name(name): tensor}
+
+
+def _fields_for(network: str, source: SourceFiles) -> dict[str, Any]:
+    """Return config.json for a network of this package, whose classes the libraries then find."""
+    from gte_deploy.models.networks.alibi_bert import register_with_transformers
+
+    register_with_transformers()
+    fields = {key: value for key, value in source.config.items() if key not in ("architectures", "auto_map")}
+    if fields.get("alibi_starting_size", 0) > fields.get("max_position_embeddings", 512):
+        fields["max_position_embeddings"] = fields["alibi_starting_size"]  # its own code takes texts of both lengths
+    return {**fields, "model_type": network}
+
+
+def _tensors_of_network(key: str, tensor: Any) -> dict[str, Any]:
+    """MosaicBERT has queries, keys and values in one matrix, and the bias of the vocabulary in the decoder alone."""
+    if key.endswith(_DERIVED) or key == "cls.predictions.decoder.weight":  # the last is tied to the word embedding
+        return {}
+    if ".Wqkv." in key:
+        names = [key.replace("Wqkv", part) for part in ("query", "key", "value")]
+        return dict(zip(names, tensor.chunk(3), strict=True))
+    return {key.replace("predictions.decoder.bias", "predictions.bias"): tensor}
 
 
 def _native_name(name: str) -> str:

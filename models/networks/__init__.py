@@ -1,0 +1,1 @@
+"""Networks of families that transformers has no class for, built from its modules."""
