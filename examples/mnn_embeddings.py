@@ -25,17 +25,19 @@ def variable(array):
 
 
 bundle, texts = Path(sys.argv[1]), sys.argv[2:]
-spec = json.loads((bundle / "manifest.json").read_text())["spec"]
+manifest = json.loads((bundle / "manifest.json").read_text())
+names = [tensor["name"] for tensor in manifest["graphs"]["openvino"]["inputs"]]
 graph, converted = str(bundle / "onnx/model_openvino.onnx"), f"{bundle.name}.mnn"
 _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", graph, "--MNNModel", converted, "--bizCode", "gte"])
 
 tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-tokenizer.enable_truncation(spec["max_length"])
-module = MNN.nn.load_module_from_file(converted, ["input_ids", "attention_mask"], ["sentence_embedding"])
+tokenizer.enable_truncation(manifest["spec"]["max_length"])
+module = MNN.nn.load_module_from_file(converted, names, ["sentence_embedding"])
 rows = []
 for text in texts:  # one at a time: a text alone needs no padding
     ids = np.array([tokenizer.encode(text).ids])
-    (embedding,) = module.forward([variable(ids), variable(np.ones_like(ids))])
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    (embedding,) = module.forward([variable(feed[name]) for name in names])
     rows.append(np.array(embedding.read(), np.float32).ravel())
 embeddings = np.stack(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
 np.save("embeddings.npy", embeddings)

@@ -20,7 +20,15 @@ from gte_deploy.backends.stream_plan import StreamPlan, stream_count
 from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.inspection import check_graphs
-from gte_deploy.bundle.manifest import MANIFEST_NAME, GraphEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.bundle.manifest import (
+    MANIFEST_NAME,
+    GraphEntry,
+    Manifest,
+    has_manifest,
+    is_bundle,
+    open_bundle,
+    read_manifest,
+)
 from gte_deploy.core.cpus import MAX_THREADS
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.files import cache_folder
@@ -271,13 +279,17 @@ def _open_checkpoint(
 ) -> _Opened:
     if backend in ENGINE_OF:
         raise BackendError(
-            f"{folder} is not a bundle: it has no {MANIFEST_NAME}. Export it with gte-export and load the result, or "
+            f"{folder} is not a bundle: it has no {MANIFEST_NAME} of gte-export. Export it and load the result, or "
             "load it with backend='torch'."
         )
     if precision == "bf16" and parse_device(device)[0] == "cpu":
         raise InputError(
             f"precision 'bf16' on a CPU is what the openvino backend can compute a bundle in; {folder} would run on "
             "torch, which computes in fp32 there. Leave precision out."
+        )
+    if has_manifest(folder):
+        logger.warning(
+            "%s is read as a checkpoint: its %s is not one of gte-export, but of another project", folder, MANIFEST_NAME
         )
     from gte_deploy.backends.torch import open_torch_backend
 

@@ -44,7 +44,8 @@ def test_an_example_is_short_explained_and_listed(script):
     assert len(text.splitlines()) < MAX_LINES
     assert f"python examples/{script.name}" in (ast.get_docstring(ast.parse(text)) or "")
     assert f"]({script.name})" in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    tests = (Path(__file__), *(ROOT / "tests" / name for name in ("triton/test_example.py", "consumers/test_mnn.py")))
+    others = ("triton/test_example.py", "consumers/test_device_conversions.py")
+    tests = (Path(__file__), *(ROOT / "tests" / name for name in others))
     assert any(f'{script.name}"' in test.read_text(encoding="utf-8") for test in tests), "no test runs it"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy.bundle.inspection import check_graphs
-from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, has_manifest, open_bundle, read_manifest
 from gte_deploy.core.errors import BundleError, ExportError
 from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_tree
 from gte_deploy.core.locks import Release, try_lock
@@ -53,7 +53,7 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
         raise ExportError(f"{destination} is not a folder. Choose another output, or remove it.")
     if not any(destination.iterdir()):
         return
-    if not is_bundle(destination):
+    if not has_manifest(destination):
         raise ExportError(
             f"{destination} holds files and is not a bundle, so it is not replaced. Choose another output."
         )
@@ -146,7 +146,7 @@ def publish(
         ExportError: the destination must not be replaced; see `check_destination`.
     """
     check_destination(destination, force=force, files_of=files_of)
-    if is_bundle(destination):
+    if has_manifest(destination):
         _replace(folder, destination)
     else:
         # Windows renames to no existing folder. A folder with files, which appeared just now, is never removed.

@@ -28,8 +28,8 @@ def resolve_model(
     """Find the folder of a bundle or checkpoint; a hub id is downloaded once into the Hugging Face cache.
 
     A repository with a bundle's manifest.json is a bundle: exactly the files that the manifest names are downloaded,
-    all of the same commit. Any other repository is a checkpoint. Arguments as in
-    `gte_deploy.models.resolve_checkpoint`.
+    all of the same commit. Any other repository is a checkpoint, also one with the manifest.json of another project.
+    Arguments as in `gte_deploy.models.resolve_checkpoint`.
 
     Raises:
         CheckpointError: the name is unknown, or the download failed; the message says what to do.
@@ -50,13 +50,15 @@ def resolve_bundle(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     folder = resolve_model(name_or_path)
     if not is_bundle(folder):
-        raise BundleError(f"{name_or_path} is not a bundle: it has no {MANIFEST_NAME}. Write one with gte-export.")
+        raise BundleError(
+            f"{name_or_path} is not a bundle: it has no {MANIFEST_NAME} of gte-export. Write one with gte-export."
+        )
     return folder
 
 
 def _download(model: HubModel) -> Path:
     file = model.file(MANIFEST_NAME)
-    if file is None:
+    if file is None or not is_bundle(file.parent):
         return model.download(CHECKPOINT_PATTERNS)
     names = sorted(read_manifest(file.parent).files)
     if refused := [name for name in names if not is_data(name, names)]:

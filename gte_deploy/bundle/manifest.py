@@ -43,7 +43,8 @@ from gte_deploy.core.spec import (
 )
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = "gte-deploy-bundle"
+_PROJECT = "gte-deploy-"
+FORMAT = f"{_PROJECT}bundle"
 FORMAT_VERSION = 4
 # Version 1 had no token types, Dense modules, activations and sparse embeddings, and version 2 had no parts of graphs.
 # Up to version 3, the weights were in model.onnx.data, the hidden states were the first output of every graph, and
@@ -202,9 +203,26 @@ class Manifest:
         return {**data, "checksum": _checksum(data)}
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether `path` is a folder with a manifest."""
+def has_manifest(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest.json, whoever wrote it."""
     return (path / MANIFEST_NAME).is_file()
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest of this project.
+
+    The manifest.json of another project is none. One that is no JSON counts as a manifest of this project, because it
+    may be a damaged one: `read_manifest` says so, and the folder is not taken for a checkpoint.
+    """
+    file = path / MANIFEST_NAME
+    if not file.is_file() or file.stat().st_size > _MAX_MANIFEST_BYTES:
+        return False
+    try:
+        data = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    # Triton repositories count, too: their manifest is not a bundle's, and `read_manifest` says so.
+    return isinstance(data, dict) and str(data.get("format")).startswith(_PROJECT)
 
 
 def read_manifest(path: Path) -> Manifest:

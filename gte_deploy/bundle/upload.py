@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gte_deploy.bundle.download import is_data
 from gte_deploy.bundle.inspection import check_graphs
-from gte_deploy.bundle.manifest import MANIFEST_NAME, Manifest, open_bundle, read_manifest
+from gte_deploy.bundle.manifest import MANIFEST_NAME, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.errors import BundleError, ExportError, InputError
 from gte_deploy.core.hub import HubModel, hub_errors, split_revision
 
@@ -137,7 +137,7 @@ def _earlier_files(api: "HfApi", target: HubModel) -> set[str]:
     """
     found = set(api.list_repo_files(target.id, revision=target.revision))
     earlier: Iterable[str] = ()
-    if MANIFEST_NAME in found and (file := target.file(MANIFEST_NAME)) is not None:
+    if MANIFEST_NAME in found and (file := target.file(MANIFEST_NAME)) is not None and is_bundle(file.parent):
         earlier = {MANIFEST_NAME, *read_manifest(file.parent).files}
     if strangers := sorted(found - set(earlier) - _HUB_FILES):
         raise BundleError(

@@ -20,11 +20,23 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "environments"
 
+# What reading and tracing a checkpoint needs.
+_CONVERSION = (
+    "torch",
+    "transformers>=5.23",
+    "onnx>=1.22",
+    "onnxscript>=0.7",
+    "onnx-ir>=1.0",
+    "safetensors",
+    "filelock",
+)
+
 REQUIREMENTS = {
     "adapters": (
         *("chromadb", "haystack-ai", "langchain-core", "llama-index-core", "mteb>=2", "qdrant-client"),
         *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
     ),
+    "coreml": ("coremltools>=9", *_CONVERSION),
     "executorch": (
         "executorch>=1.5",
         "torch",
@@ -33,6 +45,7 @@ REQUIREMENTS = {
     ),
     "genai": ("openvino-genai",),
     "infinity": ("infinity-emb[torch,optimum]", "torch"),
+    "litert": ("litert-torch>=0.10", *_CONVERSION),
     "light": ("fastembed", "light-embed"),
     "mnn": ("MNN>=3.6", "numpy", "tokenizers"),
     "onnx": ("sentence-transformers[onnx]", "torch"),

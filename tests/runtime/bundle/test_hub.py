@@ -124,6 +124,31 @@ def test_a_checkpoint_keeps_its_patterns(hub, word_checkpoints, tmp_path):
     assert resolve(hub, tmp_path, "owner/checkpoint", HF_HUB_OFFLINE="1") == [folder]
 
 
+WEB_APP = b'{"name": "Demo", "short_name": "Demo", "icons": [], "start_url": "/"}'
+
+
+def test_a_checkpoint_with_the_manifest_of_another_project_is_read_and_named(hub, word_checkpoints, tmp_path):
+    files = {**files_of(word_checkpoints["embed"]), "manifest.json": WEB_APP}
+    hub.add("owner/demo", {**files, "app.py": b"1"})
+    asked = run(hub, tmp_path, "-c", _LOAD, "owner/demo", json.dumps(TEXTS), "{}")
+    assert asked.returncode == 0, asked.stderr
+    folder, backend, embeddings = json.loads(asked.stdout)
+    assert backend == "torch" and files_of(Path(folder)) == files
+    assert "is read as a checkpoint: its manifest.json is not one of gte-export" in asked.stderr
+    path, _, expected = load(hub, tmp_path, str(word_checkpoints["embed"]))
+    assert path == word_checkpoints["embed"] and embeddings == expected
+
+    verified = run(hub, tmp_path, "-m", "gte_deploy", "verify", "owner/demo")
+    assert verified.returncode == 1 and "owner/demo is not a bundle" in verified.stderr
+
+
+def test_a_push_does_not_mix_a_bundle_with_the_manifest_of_another_project(hub, bundle, tmp_path):
+    hub.add("owner/demo", {".gitattributes": b"", "manifest.json": WEB_APP})
+    refused = run(hub, tmp_path, "-m", "gte_deploy", "push", bundle, "owner/demo", token=True)
+    assert refused.returncode == 1 and "it holds files that no bundle has: manifest.json" in refused.stderr
+    assert len(hub.repositories["owner/demo"].commits) == 1
+
+
 def test_refusals_say_what_to_do(hub, bundle, tmp_path):
     files = files_of(bundle)
     hub.add("owner/private", files, private=True)

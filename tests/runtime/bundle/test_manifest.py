@@ -293,6 +293,27 @@ def test_no_manifest_is_no_bundle(tmp_path):
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ('{"format": "gte-deploy-bundle"}', True),
+        ('{"format": "gte-deploy-triton-repository"}', True),
+        ('{"format": "gte-deploy-bundle", "files": ', True),  # cut off
+        ('{"name": "My app", "icons": [], "start_url": "/"}', False),  # that of a web app
+        ('{"format": "another"}', False),
+        ('{"format": 1}', False),
+        ("[]", False),
+        (" " * (5 << 20), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_the_manifest_of_another_project_makes_no_bundle(tmp_path, text, ours):
+    (tmp_path / "manifest.json").write_text(text)
+    assert is_bundle(tmp_path) is ours
+    with pytest.raises(BundleError):
+        read_manifest(tmp_path)
+
+
 def test_a_huge_manifest_is_refused_unread(write):
     with pytest.raises(BundleError, match="bytes"):
         read_manifest(write(text=" " * (5 << 20)))
