@@ -66,8 +66,8 @@ def alibi_bias(length: int, heads: int, device: torch.device) -> Tensor:
     """The biases of the scores, [1, N, S, S] float32, computed for one length."""
     places = torch.arange(length, device=device)
     distances = (places[None, :] - places[:, None]).abs()
-    slopes = torch.tensor(alibi_slopes(heads), dtype=torch.float32, device=device)
-    return (slopes[:, None, None] * -distances)[None]
+    factors = torch.tensor([-slope for slope in alibi_slopes(heads)], dtype=torch.float32, device=device)
+    return (factors[:, None, None] * distances)[None]
 
 
 class AlibiEmbeddings(nn.Module):

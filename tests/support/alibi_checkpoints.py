@@ -91,17 +91,20 @@ def make_alibi_checkpoint(
     task: str = "fill-mask",
     *,
     labels: Sequence[str] = (),
-    seed: int = 0,
+    scale: float = 0.3,
     **fields: Any,
 ) -> Path:
-    """Write a random checkpoint with its tokenizer. `fields` replaces fields of config.json."""
+    """Write a random checkpoint with its tokenizer.
+
+    `scale` is the standard deviation of the matrices, far above that of a fresh model: a mixed-up half, slope or matrix
+    then changes every answer. `fields` replaces fields of config.json.
+    """
     names = {"id2label": {str(i): label for i, label in enumerate(labels)}} if labels else {}
     config = published_config(kind, task, **names, **fields)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(
-        random_tensors(config, kind, task, max(1, len(labels)), seed), folder / "model.safetensors", {"format": "pt"}
-    )
+    tensors = random_tensors(tensor_shapes(config, kind, task, max(1, len(labels))), scale)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     make_tokenizer("bert").save_pretrained(folder)
     return folder
 
@@ -140,16 +143,14 @@ def tensor_shapes(config: Mapping[str, Any], kind: str, task: str, labels: int =
     return shapes
 
 
-def random_tensors(
-    config: Mapping[str, Any], kind: str, task: str, labels: int, seed: int = 0
-) -> dict[str, NDArray[np.float32]]:
-    """Tensors far from those of a fresh model: a mixed-up half, slope or matrix changes every answer."""
-    draw = np.random.default_rng(seed)
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], scale: float) -> dict[str, NDArray[np.float32]]:
+    """Tensors of these shapes; see `make_alibi_checkpoint`."""
+    draw = np.random.default_rng(0)
     tensors = {}
-    for name, shape in tensor_shapes(config, kind, task, labels).items():
+    for name, shape in shapes.items():
         is_norm = "norm" in name.lower() and name.endswith("weight")
-        scale = 0.1 if is_norm or name.endswith("bias") else 0.3
-        tensors[name] = (draw.normal(0, scale, shape) + is_norm).astype(np.float32)
+        deviation = 0.1 if is_norm or name.endswith("bias") else scale
+        tensors[name] = (draw.normal(0, deviation, shape) + is_norm).astype(np.float32)
     return tensors
 
 

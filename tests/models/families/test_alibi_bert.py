@@ -364,6 +364,17 @@ def test_rows_without_padding_are_refused_by_name(kind, checkpoints, tmp_path, m
             export(checkpoints(kind), tmp_path / "bundle", precision="fp16", padding="remove", **target)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lower_precision_is_that_of_all_its_layers(kind, checkpoints):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.quantization.weight_only import quantize_weights
+
+    graphs = build_graphs(load_model(checkpoints(kind)), task="fill-mask", max_length=LIMIT)
+    # Queries, keys, values, the output of attention and two of the gated unit; and the vocabulary's matrix.
+    assert quantize_weights(graphs["onnxruntime"].model, 8)["int8_linears"] == 6 * LAYERS + 1
+
+
 @pytest.fixture(scope="module")
 def bundles(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function that exports the checkpoint of a kind and a task once."""
@@ -474,9 +485,10 @@ def test_each_family_is_exported_for_each_engine_within_its_bounds(kind, target,
     from gte_deploy.exporters.export import export
 
     # TensorRT fuses attention only for heads of a usual size.
-    folder = make_alibi_checkpoint(tmp_path / "model", kind, hidden_size=128, num_attention_heads=2)
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "scale": 0.08}
+    folder = make_alibi_checkpoint(tmp_path / "model", kind, **sizes)
     result = export(folder, tmp_path / "bundle", **target)
     assert result.parity.passed and result.parity.checks[0].passed
     if target.get("precision") == "int8":
-        # Queries, keys, values, the output of attention and two of the gated unit.
-        assert result.manifest.graphs["onnxruntime"].fusions["int8_linears"] >= 6 * LAYERS
+        # The search for mixed precision keeps some layers of a random model, whose noise a gated unit multiplies.
+        assert result.manifest.graphs["onnxruntime"].fusions["int8_linears"] >= LAYERS
