@@ -129,11 +129,21 @@ def _load(folder: Path, places: "Places", dtype: str) -> "PreTrainedModel":
 
     from gte_deploy.models.checkpoint import load_model
     from gte_deploy.models.config import task_of_tensors
+    from gte_deploy.models.folder import CheckpointFiles
+    from gte_deploy.models.multi_vector_modules import is_multi_vector
 
+    files = CheckpointFiles(folder)
+    late = is_multi_vector(files)
+    if late and not files.modules:
+        raise CheckpointError(
+            f"{folder} has the projection of Stanford's ColBERT among its weights, which no other layout has. Load it "
+            "with PyLate, save it, and convert the result."
+        )
     found = _stored_type(places) if dtype == KEPT else dtype
-    loaded = load_model(folder, task=task_of_tensors(places), dtype=getattr(torch, found))
-    if hasattr(loaded, "sentence_projection"):
-        del loaded.sentence_projection  # Dense modules, which have files of their own
+    loaded = load_model(folder, task="multi-vector" if late else task_of_tensors(places), dtype=getattr(torch, found))
+    for name in ("sentence_projection", "token_projection"):
+        if hasattr(loaded, name):
+            delattr(loaded, name)  # Dense modules, which have files of their own
     lost = [name for name, tensor in loaded.state_dict().items() if not torch.isfinite(tensor).all()]
     if lost:
         raise CheckpointError(f"{folder}: in {found}, {', '.join(lost[:5])} have values that are not finite")

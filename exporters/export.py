@@ -22,6 +22,7 @@ from gte_deploy.exporters.job import EVALUATION_TOKENS, Built, Job, Progress, St
 from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
 from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
+from gte_deploy.models.multi_vector_modules import limited
 from gte_deploy.tasks import TASKS
 from gte_deploy.text.tokenization import TextTokenizer
 
@@ -134,7 +135,8 @@ def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: S
         )
     if length > spec.max_length:
         steps.report(f"the bundle takes {length:,} tokens; the checkpoint's own limit is {spec.max_length:,}")
-    spec = dataclasses.replace(spec, max_length=length, logits=options.logits)
+    multi_vector = None if spec.multi_vector is None else limited(spec.multi_vector, length)
+    spec = dataclasses.replace(spec, max_length=length, logits=options.logits, multi_vector=multi_vector)
     return dataclasses.replace(checkpoint, spec=spec)
 
 

@@ -22,8 +22,8 @@ class ExportOptions:
     """The options that every target takes.
 
     Args:
-        task: "fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid", or "auto" for the checkpoint's
-            own task.
+        task: "fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid", "multi-vector", or "auto" for the
+            checkpoint's own task.
         precision: a precision of the target; None for its first. On CPUs "fp32"; "bf16" (for CPUs that are faster in
             it; others run the bundle in FP32); "int8" (weights and activations); "int8-weight" or "int4-weight"
             (weights alone, for small disks). For target cuda "fp16", "bf16" or "fp32".

@@ -33,6 +33,7 @@ from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, split_by_masks
 from gte_deploy.tasks.hybrid import HybridRequest
 from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
+from gte_deploy.tasks.multi_vector import MultiVectorRequest
 from gte_deploy.tasks.sparse import (
     Names,
     SparseRequest,
@@ -304,6 +305,24 @@ class Model(TextInterface):
     def _hybrid_batches(self, request: HybridRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
         return self._answers(request, self._token_ids(texts, options)), entry_names(self._tokenizer, self.spec)
 
+    def _multi_vector_batches(self, request: MultiVectorRequest, texts: Texts, options: BatchOptions) -> Batches:
+        tokenizer = self._tokenizer.with_prefix(request.prefix)
+        limit = request.limit(options.max_length, tokenizer.min_length)
+        outputs = request.graph_outputs(self._backend.outputs)
+
+        def tokenize(indices: list[int]) -> Rows:
+            chosen = [texts[i] for i in indices]
+            rows = tokenizer.encode_texts(chosen, indices, max_length=limit, truncation=options.truncation)
+            return [request.expanded(row, limit) for row in rows]
+
+        def answer(item: TokenBatch) -> tuple[list[int], Sequence[Any]]:
+            indices, rows = item
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
+            return indices, request.answer(batch, self._run(batch, outputs, indices, request.scored(batch)))
+
+        sizes = {number: len(text) for number, text in texts.items()}
+        return self._in_lanes(answer, token_batches(sizes, tokenize, options.limits))
+
     def _query_batches(
         self, request: SparseRequest, weights: NDArray[np.float32], texts: Texts, options: BatchOptions
     ) -> Batches:
@@ -437,10 +456,16 @@ class Model(TextInterface):
         """The number of batches of a call that are worked on at once."""
         return int(getattr(self._backend, "lanes", 1))  # isinstance of a protocol would cost 50 µs in every call
 
-    def _run(self, batch: Batch, outputs: Sequence[str], indices: Sequence[int]) -> Outputs:
+    def _run(
+        self,
+        batch: Batch,
+        outputs: Sequence[str],
+        indices: Sequence[int],
+        counted: NDArray[np.bool_] | None = None,
+    ) -> Outputs:
         with in_use():
             values = self._backend.run(batch, outputs)
-        check_finite(values, batch, indices)
+        check_finite(values, batch, indices, counted)
         return values
 
     def _token_ids(self, texts: Texts, options: BatchOptions) -> TokenIds:

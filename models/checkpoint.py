@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import write_text, write_with
-from gte_deploy.core.spec import TaskName
+from gte_deploy.core.spec import TaskName, head_task
 from gte_deploy.models.adapters import Places, merge_adapter, places_of
 from gte_deploy.models.config import read_config, task_of_files, task_of_tensors
-from gte_deploy.models.dense import load_dense
+from gte_deploy.models.dense import INNER_WEIGHT, load_dense
 from gte_deploy.models.description import Description
 from gte_deploy.models.families import family_of
 from gte_deploy.models.families.base import Family, TensorNames
@@ -75,7 +75,7 @@ def load_model(
         attn_implementation: a name in transformers' AttentionInterface.
 
     An adapter in the folder is merged, which needs peft. An embedding model's Dense modules after the pooling become
-    the submodule `sentence_projection`.
+    the submodule `sentence_projection`, and those of a multi-vector model `token_projection`.
 
     Raises:
         ConfigError: config.json has a setting that the model does not support.
@@ -89,8 +89,7 @@ def load_model(
     task = task or task_of_files(files, places)
     settings = read_settings(files, task)
     config = read_config(places.config, settings.config_overrides)
-    if task == "sparse":
-        task = task_of_tensors(places)
+    task = task_of_tensors(places) if task == "sparse" else head_task(task, None)
     return _load(files, places, settings, config, task, dtype, attn_implementation)
 
 
@@ -121,21 +120,31 @@ def _load(
     classes = family_of(config).classes
     if task not in classes:
         raise CheckpointError(f"task is {task!r}; expected one of {', '.join(classes)}")
-    model = _load_weights(places, config, task, dtype)
+    left_out = {INNER_WEIGHT} if any(not module.path for module in settings.dense) else set()
+    model = _load_weights(places, config, task, dtype, left_out)
     if places.adapter is not None:
         model = merge_adapter(model, places.adapter)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     if settings.dense:
-        model.sentence_projection = load_dense(files.path, settings.dense, width=config.hidden_size, dtype=dtype)
+        name = "sentence_projection" if settings.multi_vector is None else "token_projection"
+        files_of_weights = places.weight_files
+        dense = load_dense(
+            files.path, settings.dense, width=config.hidden_size, dtype=dtype, weight_files=files_of_weights
+        )
+        setattr(model, name, dense)
     model.set_attn_implementation(attn_implementation)
     return model.eval()
 
 
-def _load_weights(places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch.dtype) -> PreTrainedModel:
+def _load_weights(
+    places: Places, config: PreTrainedConfig, task: TaskName, dtype: torch.dtype, left_out: Set[str]
+) -> PreTrainedModel:
+    """Load the weights of the class of transformers; `left_out` are names of tensors that belong to other modules."""
     family, folder = family_of(config), places.weights
     with ExitStack() as stack:
         stored = open_tensors(places.weight_files, stack)
+        stored = {name: tensor for name, tensor in stored.items() if name not in left_out}
         stored = _without_others(stored, folder, family, task)
         model = _model_without_weights(config, task, with_pooler=_has_pooler(stored, family.tensors))
         state = _read_state(stored, model, folder, dtype, family.tensors)

@@ -13,6 +13,7 @@ from gte_deploy.models.families import family_of_fields
 from gte_deploy.models.families.base import Family
 from gte_deploy.models.fields import check_fields
 from gte_deploy.models.folder import CheckpointFiles
+from gte_deploy.models.multi_vector_modules import is_multi_vector
 from gte_deploy.models.reading import read_required_json
 from gte_deploy.models.sparse_modules import is_sparse_encoder
 from gte_deploy.models.weight_files import tensor_names
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 def task_of(folder: str | Path) -> TaskName:
     """Return the task that a checkpoint was trained for, one of gte_deploy.core.spec.TASK_NAMES. Needs no torch.
 
-    Supported modules of a SparseEncoder make it "sparse". A Pooling module of sentence-transformers (modules.json)
+    Supported modules of a SparseEncoder make it "sparse", and those of PyLate, of MultiVectorEncoder or of Stanford's
+    ColBERT "multi-vector". A Pooling module of sentence-transformers (modules.json)
     makes it "embed", whatever head is stored (gte-multilingual-base stores a token-weight head). Otherwise
     `architectures` decides, and without that the names of the tensors. A pooling in config.json
     (`Family.pooling_field`) makes "embed" of "fill-mask".
@@ -43,6 +45,8 @@ def task_of_files(files: CheckpointFiles, places: Places) -> TaskName:
     raw = read_required_json(file)
     if is_sparse_encoder(files.path, places.sparse):
         return "sparse"
+    if is_multi_vector(files):
+        return "multi-vector"
     if any(module.kind == "Pooling" for module in files.modules or ()):
         return "embed"
     family = family_of_fields(raw, file)

@@ -3,8 +3,10 @@
 Shapes: B rows, I input width, O output width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file
@@ -12,7 +14,11 @@ from torch import Tensor, nn
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models.modules import DenseModule
+from gte_deploy.models.stored_tensors import open_tensors
 from gte_deploy.models.weight_files import WEIGHTS, refuse_pickle
+
+INNER_WEIGHT = "linear.weight"
+"""The name of the projection among the weights of Stanford's ColBERT."""
 
 
 class Dense(nn.Module):
@@ -35,8 +41,17 @@ class Dense(nn.Module):
         return projected + (embedding if self.residual is None else self.residual(embedding))
 
 
-def load_dense(folder: Path, modules: Sequence[DenseModule], *, width: int, dtype: torch.dtype) -> nn.Sequential:
+def load_dense(
+    folder: Path,
+    modules: Sequence[DenseModule],
+    *,
+    width: int,
+    dtype: torch.dtype,
+    weight_files: Mapping[Path, set[str] | None] = MappingProxyType({}),
+) -> nn.Sequential:
     """Load the Dense modules of a checkpoint with their weights, in order; the first takes embeddings of `width`.
+
+    `weight_files` are the checkpoint's own, for a module without a folder.
 
     Raises:
         CheckpointError: weights are missing, pickled, or do not fit; the message names the module.
@@ -47,11 +62,30 @@ def load_dense(folder: Path, modules: Sequence[DenseModule], *, width: int, dtyp
         if module.in_features != width:
             raise CheckpointError(f"{where / 'config.json'}: in_features is {module.in_features}; expected {width}")
         width = module.out_features
-        refuse_pickle(where, WEIGHTS)
         layer = Dense(module)
-        try:
-            layer.load_state_dict(load_file(where / WEIGHTS), strict=True)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise CheckpointError(f"{where / WEIGHTS} is not what its config.json describes: {error}") from error
+        if module.path:
+            refuse_pickle(where, WEIGHTS)
+            try:
+                layer.load_state_dict(load_file(where / WEIGHTS), strict=True)
+            except (RuntimeError, OSError, ValueError) as error:
+                raise CheckpointError(f"{where / WEIGHTS} is not what its config.json describes: {error}") from error
+        else:
+            layer.load_state_dict({INNER_WEIGHT: inner_weight(weight_files, module)}, strict=True)
         layers.append(layer)
     return layers.to(dtype).eval()
+
+
+def inner_weight(weight_files: Mapping[Path, set[str] | None], module: DenseModule) -> Tensor:
+    """Return [O, I], the weight of a projection that a checkpoint has among its other weights.
+
+    Raises:
+        CheckpointError: the weight is missing, or has another shape.
+    """
+    with ExitStack() as stack:
+        stored = open_tensors(weight_files, stack)
+        shape = (module.out_features, module.in_features)
+        found = stored.get(INNER_WEIGHT)
+        if found is None or found.shape != shape:
+            has = "is missing" if found is None else f"has shape {list(found.shape)}"
+            raise CheckpointError(f"{next(iter(weight_files))}: {INNER_WEIGHT} {has}; expected {list(shape)}")
+        return found.read().clone()

@@ -25,6 +25,7 @@ from gte_deploy.models.modules import (
     read_settings,
     reranker_activation,
 )
+from gte_deploy.models.multi_vector_modules import multi_vector_spec
 from gte_deploy.models.sparse_modules import read_sparse_spec
 from gte_deploy.models.tokenizer import ResolvedTokenizer, has_tokenizer, resolve_tokenizer
 from gte_deploy.models.weight_files import ADAPTER_WEIGHTS, WEIGHTS
@@ -42,7 +43,7 @@ class Description:
         files: the checkpoint's folder and its JSON files.
         places: the folders of its parts.
         task: the task of the head.
-        config: config of the model; its padding id is the tokenizer's.
+        config: config of the model; its padding id is the tokenizer's, except for a multi-vector model with its own.
         spec: the facts that the runtime needs.
         tokenizer: the tokenizer that AutoTokenizer builds.
         settings: contents of sentence-transformers' files.
@@ -63,7 +64,7 @@ class Description:
 
     @property
     def dense(self) -> tuple[DenseModule, ...]:
-        """Dense modules after the pooling."""
+        """Dense modules after the pooling, or after the encoder of a multi-vector model."""
         return self.settings.dense
 
     @property
@@ -80,7 +81,8 @@ class Description:
     def weight_files(self) -> list[Path]:
         """Every safetensors file with weights of the model."""
         adapter = self.places.adapter
-        files = [*self.places.weight_files, *(self.folder / dense.path / WEIGHTS for dense in self.dense)]
+        modules = (self.folder / dense.path / WEIGHTS for dense in self.dense if dense.path)
+        files = [*self.places.weight_files, *modules]
         return files if adapter is None else [*files, adapter.folder / ADAPTER_WEIGHTS]
 
 
@@ -117,12 +119,15 @@ def describe(
             f"{files.path}: the tokenizer's padding has id {tokenizer.pad_token_id}, and the model's vocabulary "
             f"{config.vocab_size:,} rows. Take the tokenizer that belongs to the checkpoint."
         )
-    if family_of(config).counts_after_padding and config.pad_token_id != tokenizer.pad_token_id:
+    # PyLate saves the mask token as the tokenizer's padding; positions are still counted from that of the config.
+    keeps_padding = settings.multi_vector is not None and config.pad_token_id is not None
+    pad_token_id = config.pad_token_id if keeps_padding else tokenizer.pad_token_id
+    if family_of(config).counts_after_padding and config.pad_token_id != pad_token_id:
         raise ConfigError(
             f"{places.config / 'config.json'}: pad_token_id is {config.pad_token_id}, and positions are counted from "
             f"it; expected {tokenizer.pad_token_id}, the tokenizer's"
         )
-    config.pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = pad_token_id
     return Description(
         files=files,
         places=places,
@@ -161,10 +166,20 @@ def _spec(
             f"{files.path} has no head for task hybrid, which needs a token classifier of one label: its head is for "
             "fill-mask. Take task embed or sparse."
         )
+    max_length, multi_vector = _max_length(config, settings, tokenizer), None
+    if settings.multi_vector is not None:
+        multi_vector = multi_vector_spec(
+            settings.multi_vector,
+            tokenizer,
+            files.path,
+            own_limit=max_length,
+            limit=family_of(config).max_tokens(config),
+        )
+        max_length = max(multi_vector.query_length, multi_vector.document_length)
     has_labels = TASKS[task].has_labels
     return ModelSpec(
         task=task,
-        max_length=_max_length(config, settings, tokenizer),
+        max_length=max_length,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         pad_token_id=tokenizer.pad_token_id,
@@ -181,6 +196,7 @@ def _spec(
         similarity=settings.similarity or TASKS[task].similarity,
         sparse=sparse,
         activation=activation if task == "classify" else None,
+        multi_vector=multi_vector,
     )
 
 

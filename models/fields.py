@@ -186,20 +186,26 @@ MODULES = FileFields(
         "path": honoured("Folder of the module's files; config.json may be in the folder of the Transformer."),
         "type": honoured(
             "Transformer, Pooling, Dense, Normalize (and Dropout, which does nothing here) for embeddings; Transformer "
-            "for a reranker; MLMTransformer, SpladePooling, Router and SparseStaticEmbedding for sparse embeddings. "
-            "Others are refused by name."
+            "for a reranker; MLMTransformer, SpladePooling, Router and SparseStaticEmbedding for sparse embeddings; "
+            "Transformer, Dense (also that of PyLate), MultiVectorMask and Normalize for late interaction. Others are "
+            "refused by name."
         ),
         "kwargs": fixed("They are arguments for calls of the module.", []),
     },
     unknown="ignored",
 )
 
-_NO_LENGTH = "Queries and documents have the same limit."
+_ONLY_LATE = "For late interaction; another task refuses a value."
 SENTENCE_BERT = FileFields(
     name="sentence_bert_config.json",
-    reads="Settings of the Transformer module. They apply to embeddings, and to rerankers that have a modules.json.",
+    reads=(
+        "Settings of the Transformer module. They apply to embeddings, to late interaction, and to rerankers that have "
+        "a modules.json."
+    ),
     fields={
-        "max_seq_length": honoured("It limits the tokens of a text, before tokenizer_config.json does."),
+        "max_seq_length": honoured(
+            "It limits the tokens of a text, before tokenizer_config.json does. PyLate replaces it by its own lengths."
+        ),
         "do_lower_case": honoured("A Lowercase step comes before the tokenizer's own normalizer."),
         "tokenizer_args": honoured("Arguments of AutoTokenizer; those that load code or other files are refused."),
         "processor_kwargs": honoured("The newer name of tokenizer_args."),
@@ -211,9 +217,11 @@ SENTENCE_BERT = FileFields(
         "modality_config": honoured("It must be the forward pass over text; else it is refused."),
         "module_output_name": honoured("It must fit modality_config; else it is refused."),
         "processing_kwargs": fixed("Texts are cut and padded in one way.", {}),
-        "query_length": fixed(_NO_LENGTH),
-        "document_length": fixed(_NO_LENGTH),
-        "query_expansion": fixed("Queries are not lengthened by mask tokens."),
+        "query_length": honoured(f"Most tokens of a query. {_ONLY_LATE}"),
+        "document_length": honoured(f"Most tokens of a document. {_ONLY_LATE}"),
+        "query_expansion": honoured(
+            "Tokens that lengthen queries: `length`, `token`, `attend`, and `strategy` fixed or min. " + _ONLY_LATE
+        ),
         "tokenizer_name_or_path": fixed("The tokenizer is the checkpoint's own."),
         "unpad_inputs": ignored("It changes the speed."),
     },
@@ -253,15 +261,86 @@ POOLING = FileFields(
 
 DENSE = FileFields(
     name="2_Dense/config.json",
-    reads="Dense modules after the pooling, in the folders that modules.json names, with their model.safetensors.",
+    reads=(
+        "Dense modules, in the folders that modules.json names, with their model.safetensors. They project the pooled "
+        "embedding or, for late interaction, those of tokens."
+    ),
     fields={
         "in_features": honoured("It is checked against the weights."),
         "out_features": honoured("Width of the embedding."),
         "bias": honoured("It is checked against the weights."),
-        "activation_function": honoured("One of the functions below; Tanh if it is missing."),
+        "activation_function": honoured("One of the functions below. If it is missing: Tanh, and in PyLate none."),
         "use_residual": honoured("The input is added; if the widths differ, a matrix projects it first."),
-        "module_input_name": fixed("It projects the pooled embedding.", "sentence_embedding"),
-        "module_output_name": fixed("It projects the pooled embedding.", "sentence_embedding"),
+        "module_input_name": honoured("sentence_embedding or, for late interaction, token_embeddings; else refused."),
+        "module_output_name": honoured("As module_input_name."),
+    },
+    unknown="ignored",
+)
+
+_NO_OTHER_WIDTH = "Embeddings of tokens keep all their dimensions."
+PYLATE = FileFields(
+    name="config_sentence_transformers.json of PyLate",
+    reads=(
+        "Settings of PyLate for late interaction, if `model_type` is ColBERT or modules.json has a Dense module of "
+        "PyLate."
+    ),
+    fields={
+        "query_length": honoured("Most tokens of a query; 32 if it is missing."),
+        "document_length": honoured("Most tokens of a document; 180 if it is missing."),
+        "query_prefix": honoured('A token after the first special token of a query; "[Q] " if it is missing.'),
+        "document_prefix": honoured('A token after the first special token of a document; "[D] " if it is missing.'),
+        "do_query_expansion": honoured("Whether mask tokens lengthen a query to query_length; true if it is missing."),
+        "attend_to_expansion_tokens": honoured("Whether other tokens attend to these; false if it is missing."),
+        "skiplist_words": honoured("Tokens without an embedding in documents; punctuation if it is missing."),
+        "prompts": honoured("Name -> text that is put before an input, after the prefix."),
+        "default_prompt_name": honoured("The prompt that is used if the caller names none."),
+        "similarity_fn_name": honoured("MaxSim, or meanmaxsim of sentence-transformers; others are refused."),
+        "truncate_dim": fixed(_NO_OTHER_WIDTH),
+        "model_type": honoured("ColBERT."),
+        "__version__": BOOKKEEPING,
+    },
+    unknown="ignored",
+)
+
+MULTI_VECTOR_MASK = FileFields(
+    name="2_MultiVectorMask/config.json",
+    reads="The tokens that have an embedding in a MultiVectorEncoder, in the folder that modules.json names.",
+    fields={
+        "skiplist_words": honoured("Tokens without an embedding; a word that is no token is ignored."),
+        "skiplist_tasks": honoured("query, document or both; documents if it is missing."),
+        "keep_only_token_ids": fixed("There are no images."),
+    },
+    unknown="refused",
+)
+
+TOKEN_NORMALIZE = FileFields(
+    name="3_Normalize/config.json",
+    reads="The Normalize module of a MultiVectorEncoder, in the folder that modules.json names.",
+    fields={
+        "module_input_name": fixed("It scales each token's embedding to length 1.", "token_embeddings"),
+        "module_output_name": fixed("It scales each token's embedding to length 1.", "token_embeddings"),
+    },
+    unknown="ignored",
+)
+
+ARTIFACT = FileFields(
+    name="artifact.metadata",
+    reads=(
+        "Settings of Stanford's ColBERT, if config.json names the architecture HF_ColBERT. The projection is the "
+        "tensor `linear.weight` of model.safetensors."
+    ),
+    fields={
+        "query_maxlen": honoured("Mask tokens lengthen each query to so many tokens."),
+        "doc_maxlen": honoured("Most tokens of a document."),
+        "dim": honoured("Width of an embedding; it is checked against the weights."),
+        "query_token_id": honoured("A token after the first special token of a query; [unused0] if it is missing."),
+        "doc_token_id": honoured("A token after the first special token of a document; [unused1] if it is missing."),
+        "attend_to_mask_tokens": honoured("Whether other tokens attend to those that lengthen a query."),
+        "mask_punctuation": honoured("Whether punctuation has no embedding in documents; true if it is missing."),
+        "similarity": fixed("Embeddings have length 1, and are compared by their products.", "cosine"),
+        "interaction": fixed("All tokens of a query count.", "colbert"),
+        "query_token": ignored("query_token_id is the token that is put into a query."),
+        "doc_token": ignored("doc_token_id is the token that is put into a document."),
     },
     unknown="ignored",
 )
@@ -324,6 +403,10 @@ SHARED = (
     SENTENCE_TRANSFORMERS,
     POOLING,
     DENSE,
+    PYLATE,
+    MULTI_VECTOR_MASK,
+    TOKEN_NORMALIZE,
+    ARTIFACT,
     SPLADE,
     ROUTER,
     STATIC,

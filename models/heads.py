@@ -22,6 +22,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, TaskName
 from gte_deploy.models.families import family_of, head_of
 from gte_deploy.models.sparse_heads import sparse_head
+from gte_deploy.tasks.multi_vector import TOKEN_VECTORS
 from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
 
@@ -282,6 +283,20 @@ class EmbedHead:
 
 
 @dataclass(frozen=True)
+class MultiVectorHead:
+    """Hidden states of all tokens, through the checkpoint's Dense modules where it has any: [B, S, E]."""
+
+    output: ClassVar[str] = TOKEN_VECTORS
+    model: Any
+    options: HeadOptions
+
+    def __call__(self, states: States) -> Tensor:
+        """See `Head`."""
+        projection = getattr(self.model, "token_projection", None)
+        return states.padded(states.hidden if projection is None else projection(states.hidden))
+
+
+@dataclass(frozen=True)
 class FillMaskHead:
     """Vocabulary logits of the masks, [M, V], or of all tokens, [B, S, V], as the options or the batch ask."""
 
@@ -384,6 +399,7 @@ HEADS: dict[TaskName, tuple[Callable[[Any, HeadOptions], Head], ...]] = {
     "token-classify": (TokenClassifyHead,),
     "sparse": (SparseHead.of,),
     "hybrid": (EmbedHead, TokenReluHead),
+    "multi-vector": (MultiVectorHead,),
 }
 """Task -> functions that make its heads, one for each output, from a transformers model and options."""
 

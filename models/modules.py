@@ -14,9 +14,14 @@ from typing import Any, cast
 from gte_deploy.core.activations import TORCH_CLASSES, activation_of
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.files import read_json_object
-from gte_deploy.core.spec import POOLINGS, SIMILARITIES, Pooling, Similarity, TaskName
+from gte_deploy.core.spec import POOLINGS, SIMILARITIES, LateInteraction, Pooling, Similarity, TaskName
 from gte_deploy.models.fields import DENSE, POOLING, SENTENCE_BERT, SENTENCE_TRANSFORMERS, check_fields
 from gte_deploy.models.folder import MODULES_FILE, CheckpointFiles, Module, refuse_arguments
+from gte_deploy.models.multi_vector_modules import (
+    PYLATE_DENSE,
+    MultiVectorModules,
+    read_multi_vector_modules,
+)
 from gte_deploy.models.sparse_modules import read_sparse_modules
 from gte_deploy.models.weight_files import ADAPTER_CONFIG
 from gte_deploy.tasks import TASKS
@@ -42,6 +47,7 @@ _HARMLESS_MODEL_ARGUMENTS = frozenset(
 )
 _FORWARD = "forward"
 _NO_SIZES = frozenset({"in_features", "out_features"})
+_ONLY_LATE = ("query_length", "document_length", "query_expansion")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class DenseModule:
     """A Dense module: activation(x W + b), plus x if it is `residual`.
 
     Args:
-        path: its folder, relative to the checkpoint.
+        path: its folder, relative to the checkpoint; "" if its weight is the tensor `linear.weight` of the checkpoint.
         in_features: width of the input.
         out_features: width of the output.
         bias: whether it adds a bias.
@@ -72,7 +78,7 @@ class SentenceSettings:
     Args:
         pooling: pooling of the hidden states; None if no file names one.
         normalize: whether a Normalize module comes last.
-        dense: Dense modules that project the pooled embedding, in order.
+        dense: Dense modules that project the pooled embedding, or those of tokens, in order.
         max_length: largest number of tokens in a text; None if no file sets it.
         lowercase: whether a text is lowercased before the tokenizer's own normalizer.
         tokenizer_arguments: arguments of AutoTokenizer.
@@ -82,6 +88,7 @@ class SentenceSettings:
         similarity: the function that compares embeddings.
         truncate_dim: leading dimensions to keep.
         activation: activation for a reranker's logits, a key of `activations.ACTIVATIONS`.
+        multi_vector: the settings for late interaction, for that task only.
     """
 
     pooling: Pooling | None = None
@@ -93,9 +100,10 @@ class SentenceSettings:
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
-    similarity: Similarity | None = None
+    similarity: Similarity | LateInteraction | None = None
     truncate_dim: int | None = None
     activation: str | None = None
+    multi_vector: MultiVectorModules | None = None
 
 
 def model_folder(files: CheckpointFiles) -> Path:
@@ -130,6 +138,8 @@ def read_settings(files: CheckpointFiles, task: TaskName) -> SentenceSettings:
         return _with_whole(files, task, _transformer_settings(model_folder(files), task))
     if task == "sparse" and read_sparse_modules(files) is not None:
         return _with_whole(files, task, _transformer_settings(model_folder(files), task))
+    if task == "multi-vector":
+        return _multi_vector_settings(files)
     if not TASKS[task].pools:
         return _beside_another_task(files)
     if modules is not None:
@@ -141,6 +151,36 @@ def read_settings(files: CheckpointFiles, task: TaskName) -> SentenceSettings:
         dense=tuple(read_dense(files, module.path) for module in modules or () if module.kind == "Dense"),
     )
     return _with_whole(files, task, settings)
+
+
+def _multi_vector_settings(files: CheckpointFiles) -> SentenceSettings:
+    found = read_multi_vector_modules(files)
+    settings = _transformer_settings(model_folder(files), "multi-vector")
+    config, file = files.objects[_WHOLE], files.path / _WHOLE
+    if config.get("truncate_dim") is not None:
+        raise ConfigError(f"{file}: truncate_dim is {config['truncate_dim']!r}; expected null for late interaction")
+    prompts, default = _prompts(file, config)
+    if found.layout == "stanford":
+        width = files.objects["config.json"].get("hidden_size", 768)  # BertConfig's default
+        inner = DenseModule("", width, found.dense_width, bias=False, activation="Identity", residual=False)
+        dense: tuple[DenseModule, ...] = (inner,)
+    else:
+        dense = tuple(
+            read_dense(files, path, of="token_embeddings", default="Identity" if kind == PYLATE_DENSE else "Tanh")
+            for path, kind in found.dense
+        )
+    return replace(
+        settings,
+        normalize=found.normalize,
+        dense=dense,
+        # PyLate sets this limit before every text, and so stores the one of its last text.
+        max_length=settings.max_length if found.layout == "sentence-transformers" else None,
+        # MultiVectorEncoder also stores the prefix as the beginning of a prompt.
+        prompts={name: text.removeprefix(found.prefixes.get(name, "")) for name, text in prompts.items()},
+        default_prompt_name=default,
+        similarity=found.similarity,
+        multi_vector=found,
+    )
 
 
 def _pooling(files: CheckpointFiles) -> Pooling | None:
@@ -177,8 +217,16 @@ def checked_pooling(pooling: Any, where: str) -> Pooling:
     return cast(Pooling, pooling)
 
 
-def read_dense(files: CheckpointFiles, path: str) -> DenseModule:
-    """Read the Dense module in the checkpoint's folder `path`.
+def read_dense(
+    files: CheckpointFiles, path: str, *, of: str = "sentence_embedding", default: str = "Tanh"
+) -> DenseModule:
+    """Read a Dense module.
+
+    Args:
+        files: the checkpoint.
+        path: the module's folder in it.
+        of: sentence-transformers' name of what the module must project.
+        default: the activation if no field names one: a class of torch.nn.
 
     Raises:
         ConfigError: a field is missing or not supported.
@@ -186,10 +234,13 @@ def read_dense(files: CheckpointFiles, path: str) -> DenseModule:
     name = posixpath.join(path, "config.json")
     config, file = files.objects[name], files.path / name
     check_fields(config, file, DENSE)
+    for name in ("module_input_name", "module_output_name"):
+        if config.get(name) not in (None, of):
+            raise ConfigError(f"{file}: {name} is {config[name]!r}; expected {of!r}")
     for name in sorted(_NO_SIZES):
         if type(config.get(name)) is not int or config[name] < 1:
             raise ConfigError(f"{file}: {name} is {config.get(name)!r}; expected a positive integer")
-    named = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    named = config.get("activation_function", f"torch.nn.{default}")
     known = activation_of(str(named))
     if known is None:
         raise ConfigError(f"{file}: activation_function is {named!r}; expected {_known_activations()}")
@@ -257,6 +308,12 @@ def _transformer_settings(folder: Path, task: TaskName) -> SentenceSettings:
     config = read_json_object(file)
     check_fields(config, file, SENTENCE_BERT)
     _check_transformer_task(file, config, task)
+    for name in _ONLY_LATE:
+        if task != "multi-vector" and config.get(name) is not None:
+            raise ConfigError(
+                f"{file}: {name} is {config[name]!r}; expected null for task {task}, which has one limit for all texts "
+                "and does not lengthen them"
+            )
     for name in ("model_args", "model_kwargs"):
         for argument in _object(file, config, name):
             if argument not in _HARMLESS_MODEL_ARGUMENTS:

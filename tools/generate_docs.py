@@ -272,6 +272,7 @@ def family_section(family: Any, shared: tuple[str, ...]) -> str:
     )
     tasks = [f"{task} (`{name}`)" for task, name in family.classes.items()]
     tasks += ["sparse (on the heads of fill-mask and token-classify)", "hybrid (on that of token-classify)"]
+    tasks += ["multi-vector (on the encoder)"]
     rows = {
         "`model_type`": ", ".join(f"`{name}`" for name in (*family.model_types, *shared)),
         "tasks": ", ".join(tasks),

@@ -38,6 +38,7 @@ _CALLS: Mapping[TaskName, str] = {
     "token-classify": 'model.classify_tokens("Ada Lovelace lived in London.")',
     "hybrid": 'model.encode_hybrid(["The panda is a bear."])',
     "sparse": 'model.encode_sparse(["The panda is a bear."])',
+    "multi-vector": 'model.rank("what is a panda?", ["The panda is a bear.", "It rains."])',
 }
 _MASK = "[MASK]"
 _OTHER_CALL = 'model.encode(["The panda is a bear.", "It rains."])'

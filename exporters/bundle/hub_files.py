@@ -15,12 +15,20 @@ from gte_deploy.core.files import write_text, write_with
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.job import GRAPH_PATHS
 from gte_deploy.models.description import Description
+from gte_deploy.models.modules import DenseModule
+from gte_deploy.models.multi_vector_modules import MULTI_VECTOR_TYPE, PYLATE_DENSE, PYLATE_TYPE
 from gte_deploy.models.weight_files import WEIGHTS
 from gte_deploy.tasks import TASKS
 
 # The names of the modules in every version of the library.
 _TYPES = "sentence_transformers.models"
-_TRANSFORMER = "sentence_transformers.base.modules.transformer.Transformer"
+_BASE = "sentence_transformers.base.modules"
+_TRANSFORMER = f"{_BASE}.transformer.Transformer"
+_CLASSES = {
+    "MultiVectorMask": "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask",
+    "Normalize": f"{_BASE}.normalize.Normalize",
+}
+_WHOLE = "config_sentence_transformers.json"
 # A browser cannot look for files, so transformers.js fetches the weights file of a graph only if this names the graph.
 # Without the dtype, which here stands for a file name without a suffix, it asks for model_quantized.onnx in a browser.
 _JAVASCRIPT = {"use_external_data_format": {Path(GRAPH_PATHS["onnxruntime"]).name: 1}, "dtype": "fp32"}
@@ -34,11 +42,14 @@ def write_hub_files(folder: Path, checkpoint: Description) -> None:
     checkpoint.tokenizer.save(folder, max_length=checkpoint.spec.max_length)
     for name, data in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        write_text(folder / name, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    for i, dense in enumerate(checkpoint.dense, start=2):
-        (folder / f"{i}_Dense").mkdir()
-        for name in ("config.json", WEIGHTS):
-            write_with(folder / f"{i}_Dense" / name, partial(shutil.copyfile, checkpoint.folder / dense.path / name))
+        _write_json(folder / name, data)
+    for where, dense in _dense_folders(checkpoint).items():
+        (folder / where).mkdir()
+        if dense.path:
+            for name in ("config.json", WEIGHTS):
+                write_with(folder / where / name, partial(shutil.copyfile, checkpoint.folder / dense.path / name))
+        else:
+            _write_inner_dense(folder / where, checkpoint, dense)
 
 
 def hub_files(checkpoint: Description) -> dict[str, Any]:
@@ -55,16 +66,87 @@ def hub_files(checkpoint: Description) -> dict[str, Any]:
     files: dict[str, Any] = {"config.json": config}
     if spec.task == "fill-mask" or TASKS[spec.task].pools:
         files |= _embedding(checkpoint)
+    elif spec.task == "multi-vector":
+        files |= _multi_vector(checkpoint)
     elif spec.task == "classify" and spec.prompts:
         files |= _reranker(spec)
     return files
+
+
+def _dense_folders(checkpoint: Description) -> dict[str, DenseModule]:
+    """Return folder in the bundle -> Dense module. A pooling comes before those of an embedding model."""
+    first = 1 if checkpoint.spec.multi_vector is not None else 2
+    return {f"{i}_Dense": dense for i, dense in enumerate(checkpoint.dense, start=first)}
+
+
+def _write_inner_dense(folder: Path, checkpoint: Description, dense: DenseModule) -> None:
+    """Write a projection that the checkpoint has among its other weights."""
+    from safetensors.torch import save_file
+
+    from gte_deploy.models.dense import inner_weight
+
+    fields = {"in_features": dense.in_features, "out_features": dense.out_features, "bias": dense.bias}
+    _write_json(folder / "config.json", {**fields, "activation_function": "torch.nn.modules.linear.Identity"})
+    weight = {"linear.weight": inner_weight(checkpoint.places.weight_files, dense).float()}
+    write_with(folder / WEIGHTS, lambda file: save_file(weight, file, metadata={"format": "pt"}))
+
+
+def _write_json(file: Path, data: Any) -> None:
+    write_text(file, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _multi_vector(checkpoint: Description) -> dict[str, Any]:
+    """The files of a multi-vector model: in the layout of PyLate, or of MultiVectorEncoder if the checkpoint has it.
+
+    MultiVectorEncoder reads both. PyLate's layout names the token before each text; a MultiVectorEncoder has none.
+    """
+    found, spec = checkpoint.settings.multi_vector, checkpoint.spec
+    multi_vector = spec.multi_vector
+    assert found is not None and multi_vector is not None  # a model for this task has both
+    is_pylate = found.layout != "sentence-transformers"
+    settings: dict[str, Any] = {"max_seq_length": spec.max_length, "do_lower_case": checkpoint.settings.lowercase}
+    whole = {**_prompts(spec), "similarity_fn_name": spec.similarity}
+    modules = [("", f"{_TYPES}.Transformer")]
+    dense = PYLATE_DENSE if is_pylate else f"{_BASE}.dense.Dense"
+    modules += [(where, dense) for where in _dense_folders(checkpoint)]
+    files: dict[str, Any] = {}
+    lengths = {"query_length": multi_vector.query_length, "document_length": multi_vector.document_length}
+    expansion = found.expansion
+    if is_pylate:
+        whole |= {
+            "model_type": PYLATE_TYPE,
+            **lengths,
+            **{f"{side}_prefix": word for side, word in found.prefixes.items()},
+            "do_query_expansion": expansion is not None,
+            "attend_to_expansion_tokens": expansion is not None and expansion.attended,
+            "skiplist_words": list(found.skipped.get("document", ())),
+        }
+    else:
+        whole["model_type"] = MULTI_VECTOR_TYPE
+        settings |= lengths
+        if expansion is not None:
+            settings["query_expansion"] = {
+                "strategy": "fixed" if expansion.fixed else "min",
+                "attend": expansion.attended,
+                "token": expansion.token or None,
+                "length": expansion.length,
+            }
+        words = sorted({word for of_side in found.skipped.values() for word in of_side})
+        files["MultiVectorMask"] = {"skiplist_words": words, "skiplist_tasks": list(found.skipped) or ["document"]}
+        if found.normalize:
+            files["Normalize"] = dict.fromkeys(("module_input_name", "module_output_name"), "token_embeddings")
+        paths = [(f"{i}_{kind}", _CLASSES[kind]) for i, kind in enumerate(files, start=len(modules))]
+        modules += paths
+        files = {f"{path}/config.json": data for (path, _), data in zip(paths, files.values(), strict=True)}
+    listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    return {"modules.json": listed, **files, "sentence_bert_config.json": settings, _WHOLE: whole}
 
 
 def _embedding(checkpoint: Description) -> dict[str, Any]:
     """The pooling of hidden states for sentence-transformers and TEI, in a form that all versions read."""
     spec = checkpoint.spec
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    modules += [(f"{i}_Dense", "Dense") for i in range(2, 2 + len(checkpoint.dense))]
+    modules += [(where, "Dense") for where in _dense_folders(checkpoint)]
     modules += [(f"{len(modules)}_Normalize", "Normalize")] if spec.normalize else []
     return {
         "modules.json": [
@@ -82,7 +164,7 @@ def _embedding(checkpoint: Description) -> dict[str, Any]:
             "max_seq_length": spec.max_length,
             "do_lower_case": checkpoint.settings.lowercase,
         },
-        "config_sentence_transformers.json": {
+        _WHOLE: {
             **_prompts(spec),
             "similarity_fn_name": spec.similarity,
             **({} if spec.truncate_dim is None else {"truncate_dim": spec.truncate_dim}),
@@ -101,7 +183,7 @@ def _reranker(spec: ModelSpec) -> dict[str, Any]:
             "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
             "module_output_name": "scores",
         },
-        "config_sentence_transformers.json": {"model_type": "CrossEncoder", **_prompts(spec), **activation},
+        _WHOLE: {"model_type": "CrossEncoder", **_prompts(spec), **activation},
     }
 
 

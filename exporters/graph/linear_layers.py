@@ -7,8 +7,9 @@ import onnx_ir as ir
 
 from gte_deploy.exporters.graph.editing import array, operand
 
-# The Dense modules after pooling see one row per text, so quantizing them would gain nothing.
-_DENSE_AFTER_POOLING = "sentence_projection."
+# The Dense modules after pooling see one row per text, so quantizing them would gain nothing. Those of a multi-vector
+# model are small beside a layer of the encoder, and their rounding would reach every score.
+_DENSE_MODULES = ("sentence_projection.", "token_projection.")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ def find_linear_layers(model: ir.Model) -> list[LinearLayer]:
 
 
 def linear_layer_of(node: ir.Node | None) -> LinearLayer | None:
-    """The linear layer that consists of `node`; None for another node and for Dense modules after pooling."""
+    """The linear layer that consists of `node`; None for another node and for Dense modules."""
     if node is None or node.op_type not in ("MatMul", "Gemm") or node.domain:
         return None
     weight = operand(node, 1)
     if weight.const_value is None or len(weight.const_value.shape) != 2:
         return None
-    if str(weight.name).startswith(_DENSE_AFTER_POOLING):
+    if str(weight.name).startswith(_DENSE_MODULES):
         return None
     return LinearLayer(
         name=str(weight.name).removesuffix(".T"),

@@ -136,16 +136,26 @@ def allowed_precisions(described: Option, target: type[Target]) -> list[Precisio
 
 
 def has_padding_free(checkpoint: Description) -> bool:
-    """Whether the model's graph can be padding-free, as the sites of its family say."""
-    return PADDING_FREE_PASS in checkpoint.sites
+    """Whether the model's graph can be padding-free: as the sites of its family say, and if no padding is scored."""
+    return PADDING_FREE_PASS in checkpoint.sites and not _scores_unattended(checkpoint)
+
+
+def _scores_unattended(checkpoint: Description) -> bool:
+    multi_vector = checkpoint.spec.multi_vector
+    return multi_vector is not None and multi_vector.scores_unattended
 
 
 def require_padding_free(checkpoint: Description) -> None:
-    """Refuse to remove the padding of a model whose attention has no padding-free form.
+    """Refuse to remove the padding of a model that scores it, or whose attention has no padding-free form.
 
     Raises:
-        ExportError: the message names the model type and the positions of its family.
+        ExportError: the message names the model type and the positions of its family, or the tokens that are scored.
     """
+    if _scores_unattended(checkpoint):
+        raise ExportError(
+            "padding cannot be removed from a model that scores the tokens that lengthen queries, to which no token "
+            "attends: they are computed as padding is. Export with padding='keep'."
+        )
     if not has_padding_free(checkpoint):
         raise ExportError(
             f"padding cannot be removed from models of model_type {checkpoint.config.model_type!r}, which have "

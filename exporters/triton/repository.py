@@ -123,6 +123,11 @@ def export_repository(
     with staging(destination, force=force, files_of=repository_files) as folder:
         bundle = served or export(model, folder / _BUNDLE, progress=report, **export_options).path
         manifest = open_bundle(bundle)
+        if manifest.spec.task == "multi-vector":
+            raise ExportError(
+                f"{bundle} is for task multi-vector, which no model repository serves: its queries and documents are "
+                "tokenised in different ways. Load the bundle in the process that needs it."
+            )
         check_graphs(bundle, manifest)
         if manifest.missed_bounds:
             report(f"the bundle misses {len(manifest.missed_bounds)} bounds; the README of the repository lists them")

@@ -256,7 +256,7 @@ class CaseComparison:
         saved_ms = getattr(side, "saved_ms", 0.0)  # only `TorchReference` has a cache
         expected = dataclasses.replace(expected, milliseconds=expected.milliseconds + saved_ms)
         for name in self._outputs:
-            self.scales.add(name, _real(expected.outputs[name], batch))
+            self.scales.add(name, self._real(expected.outputs[name], batch))
         if case.ragged:
             self.rounding += self._alone(side, expected.outputs, batch).items()
         return expected
@@ -298,7 +298,7 @@ class CaseComparison:
         )
         compared, of_parts, of_all = (
             {
-                name: self._deviation(name, _real(expected.outputs[name], batch), _real(values, batch))
+                name: self._deviation(name, self._real(expected.outputs[name], batch), self._real(values, batch))
                 for name, values in computed.items()
             }
             for computed in (whole, by_parts, by_all)
@@ -314,6 +314,15 @@ class CaseComparison:
         """Compare the last row of `found`, which `side` computed in a batch, with the same row alone."""
         single = side.run(last_row_alone(batch), self._outputs)
         return {name: self._deviation(name, single[name], _of_last_row(found[name], batch)) for name in self._outputs}
+
+    def _real(self, values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+        """Drop padding: [B, S, D] -> [T, D]; outputs with one vector for each row or mask have no padding.
+
+        A multi-vector model that scores tokens without attention computes them as padding, so padding is compared.
+        """
+        if values.ndim != 3 or (self._spec.multi_vector is not None and self._spec.multi_vector.scores_unattended):
+            return values
+        return values[batch.attention_mask.astype(bool)]
 
     def _deviation(self, name: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Deviation:
         return deviation(reference, candidate, labels=name in self.scales.labels)
@@ -333,11 +342,6 @@ def _of_last_row(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float3
     if batch.mask_positions is not None:  # [M, V]
         return values[batch.mask_positions[:, 0] == len(batch.input_ids) - 1]
     return values[-1:]  # [B, D]
-
-
-def _real(values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
-    """Drop padding: [B, S, D] -> [T, D]; outputs with one vector for each row or mask have no padding."""
-    return values[batch.attention_mask.astype(bool)] if values.ndim == 3 else values
 
 
 def _agreement(expected: Outputs, found: Outputs, batch: Batch, spec: ModelSpec) -> tuple[float | None, float | None]:

@@ -130,10 +130,16 @@ def _check_positions(positions: NDArray[np.int64], mask: NDArray[np.int64]) -> N
         raise InputError(f"mask_positions[{index}] is {positions[index].tolist()}, which is padding")
 
 
-def check_finite(outputs: Mapping[str, NDArray[np.float32]], batch: Batch, indices: Sequence[int]) -> None:
+def check_finite(
+    outputs: Mapping[str, NDArray[np.float32]],
+    batch: Batch,
+    indices: Sequence[int],
+    counted: NDArray[np.bool_] | None = None,
+) -> None:
     """Refuse outputs with NaN or Inf. Values at padding do not count.
 
-    `indices` are the numbers of the rows in the caller's list.
+    `indices` are the numbers of the rows in the caller's list. `counted` [B, S] names the tokens that count, if some of
+    them have the attention mask 0.
 
     Raises:
         NonFiniteError: the message names the inputs.
@@ -144,7 +150,7 @@ def check_finite(outputs: Mapping[str, NDArray[np.float32]], batch: Batch, indic
             continue
         finite = numbers.all(axis=-1)
         if finite.ndim == 2:
-            finite = (finite | (batch.attention_mask == 0)).all(axis=1)
+            finite = (finite | (batch.attention_mask == 0 if counted is None else ~counted)).all(axis=1)
         if finite.all():
             continue
         rows = np.flatnonzero(~finite)

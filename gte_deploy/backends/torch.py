@@ -49,12 +49,13 @@ class TorchBackend:
 
         With `packed`, no padding is computed: the rows follow one another, and attention has variable lengths. CUDA has
         a kernel for that in 16 bits, so it is the default there. Elsewhere attention runs row by row, with the same
-        answers. Models with biased scores (ALiBi) always run padded. `compile` compiles the encoder with torch.compile,
-        for all shapes.
+        answers. Models with biased scores (ALiBi) always run padded, and so do multi-vector models that score tokens
+        without attention. `compile` compiles the encoder with torch.compile, for all shapes.
 
         Raises:
             BackendError: the device is missing.
-            ConfigError: `packed` is True, and the model's family has no attention without padding.
+            ConfigError: `packed` is True, and the model's family has no attention without padding, or the model scores
+                tokens without attention.
         """
         import torch
 
@@ -85,6 +86,13 @@ class TorchBackend:
                 f"models of model_type {model.config.model_type!r} have {family.positions} positions, which attention "
                 "without padding does not compute. Leave out `packed`."
             )
+        if self.spec.multi_vector is not None and self.spec.multi_vector.scores_unattended:
+            if asked:
+                raise ConfigError(
+                    "this model scores the tokens that lengthen queries, to which no token attends: they are computed "
+                    "as padding is. Leave out `packed`."
+                )
+            return False
         is_faster = parse_device(self.device)[0] == "cuda" and self.precision == "bf16"
         return is_faster and family.runs_packed if asked is None else asked
 

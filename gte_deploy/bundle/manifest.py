@@ -20,6 +20,7 @@ from gte_deploy.core.spec import (
     COMPUTE_PRECISIONS,
     DEVICE_TYPES,
     ENGINES,
+    LATE_INTERACTIONS,
     LOGITS,
     POOLINGS,
     PRECISIONS,
@@ -34,8 +35,10 @@ from gte_deploy.core.spec import (
     DeviceType,
     Engine,
     ModelSpec,
+    MultiVectorSpec,
     Precision,
     Profile,
+    QueryExpansion,
     SparseSpec,
     TensorRTVariant,
     TensorSpec,
@@ -426,12 +429,14 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
     """
     id2label = {int(i): str(label) for i, label in data["id2label"].items()}
     sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
-    spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse})
+    multi_vector = None if data.get("multi_vector") is None else _multi_vector_from_json(data["multi_vector"])
+    spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse, "multi_vector": multi_vector})
+    similarities = LATE_INTERACTIONS if spec.task == "multi-vector" else SIMILARITIES
     for name, value, allowed in (
         ("task", spec.task, TASK_NAMES),
         ("pooling", spec.pooling, POOLINGS),
         ("logits", spec.logits, LOGITS),
-        ("similarity", spec.similarity, (None, *SIMILARITIES)),
+        ("similarity", spec.similarity, (None, *similarities)),
         ("activation", spec.activation, (None, *ACTIVATIONS)),
     ):
         if value not in allowed:
@@ -447,6 +452,10 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
         raise ValueError(f"spec.sparse is missing, though the task is {spec.task}")
     if spec.task == "hybrid" and sparse is not None and sparse.head != "token-weights":
         raise ValueError(f"spec.sparse.head is {sparse.head!r}, though the task is hybrid")
+    if (multi_vector is None) != (spec.task != "multi-vector"):
+        raise ValueError(f"spec.multi_vector is {multi_vector}, though the task is {spec.task}")
+    if multi_vector is not None:
+        _check_multi_vector(multi_vector, spec)
     if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
         raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
     return spec
@@ -469,6 +478,27 @@ def _sparse_from_json(data: Mapping[str, Any]) -> SparseSpec:
         if any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError(f"spec.sparse.{name} must have whole numbers, not {numbers!r}")
     return sparse
+
+
+def _multi_vector_from_json(data: Mapping[str, Any]) -> MultiVectorSpec:
+    expansion = None if data["expansion"] is None else QueryExpansion(**data["expansion"])
+    skipped = {name: tuple(data[name]) for name in ("skipped_in_queries", "skipped_in_documents")}
+    return MultiVectorSpec(**{**data, **skipped, "expansion": expansion})
+
+
+def _check_multi_vector(found: MultiVectorSpec, spec: ModelSpec) -> None:
+    lengths = {"query_length": found.query_length, "document_length": found.document_length}
+    ids: list[int] = [*found.skipped_in_queries, *found.skipped_in_documents, *found.prefixes]
+    if (expansion := found.expansion) is not None:
+        lengths["expansion.length"] = expansion.length
+        ids.append(expansion.token)
+        if type(expansion.attended) is not bool or type(expansion.fixed) is not bool:
+            raise ValueError(f"spec.multi_vector.expansion must say true or false, not {expansion}")
+    for name, length in lengths.items():
+        if type(length) is not int or not 1 <= length <= spec.max_length:
+            raise ValueError(f"spec.multi_vector.{name} must be 1 to {spec.max_length}, not {length!r}")
+    if any(type(token) is not int or not 0 <= token < spec.vocab_size for token in ids):
+        raise ValueError(f"spec.multi_vector has token ids outside the vocabulary of {spec.vocab_size}: {ids}")
 
 
 def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:

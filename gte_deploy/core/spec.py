@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-TaskName = Literal["fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid"]
+TaskName = Literal["fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid", "multi-vector"]
 Pooling = Literal["mean", "cls"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 """The function that compares two embeddings, under its name in sentence-transformers."""
+LateInteraction = Literal["maxsim", "meanmaxsim"]
+"""The function that compares the token embeddings of two texts, under its name in sentence-transformers."""
 Logits = Literal["masked", "all"]
 SparseHeadName = Literal["splade", "token-weights"]
 SparseActivation = Literal["relu", "log1p_relu"]
@@ -35,6 +37,7 @@ AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
+LATE_INTERACTIONS: tuple[LateInteraction, ...] = get_args(LateInteraction)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
 SPARSE_HEADS: tuple[SparseHeadName, ...] = get_args(SparseHeadName)
 SPARSE_ACTIVATIONS: tuple[SparseActivation, ...] = get_args(SparseActivation)
@@ -120,6 +123,56 @@ class SparseSpec:
 
 
 @dataclass(frozen=True)
+class QueryExpansion:
+    """The tokens that lengthen a short query; they have embeddings of their own (Khattab and Zaharia 2020, ColBERT).
+
+    Args:
+        token: id of the token, usually the mask token.
+        length: number of tokens that a query has at least, special tokens included.
+        attended: whether other tokens attend to these tokens. If not, their attention mask is 0, as that of padding.
+        fixed: whether a query has exactly `length` tokens, so that longer queries are too long.
+    """
+
+    token: int
+    length: int
+    attended: bool
+    fixed: bool
+
+
+@dataclass(frozen=True)
+class MultiVectorSpec:
+    """How a model embeds each token of queries and documents for late interaction; lengths are in tokens.
+
+    Args:
+        query_length: largest number of tokens in a query, special tokens and the prefix included.
+        document_length: likewise in a document.
+        query_prefix: id of a token that follows the first special token of a query; None for no such token.
+        document_prefix: likewise of a document.
+        expansion: the tokens that lengthen queries; None for none.
+        skipped_in_queries: ids of tokens without an embedding in queries, in rising order.
+        skipped_in_documents: likewise in documents.
+    """
+
+    query_length: int
+    document_length: int
+    query_prefix: int | None = None
+    document_prefix: int | None = None
+    expansion: QueryExpansion | None = None
+    skipped_in_queries: tuple[int, ...] = ()
+    skipped_in_documents: tuple[int, ...] = ()
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The ids of the tokens before queries and documents, of those that there are."""
+        return tuple(token for token in (self.query_prefix, self.document_prefix) if token is not None)
+
+    @property
+    def scores_unattended(self) -> bool:
+        """Whether tokens have embeddings to which no token attends: kernels must compute what they see as padding."""
+        return self.expansion is not None and not self.expansion.attended
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The facts about a model that the runtime needs on every engine.
 
@@ -138,12 +191,14 @@ class ModelSpec:
         normalize: whether the checkpoint's own modules end in a Normalize step.
         token_types: whether the model takes the token types of its tokenizer: 1 for the second text of a pair.
         type_vocab_size: number of token types; ids at or above it are refused. With 0 or 1 the model has no types.
-        embedding_size: width of the sentence embedding if Dense modules follow the pooling; None for `hidden_size`.
+        embedding_size: width of the sentence embedding, or of a token's, if Dense modules project it; None for
+            `hidden_size`.
         truncate_dim: leading dimensions that the checkpoint's own configuration keeps; None for all.
         similarity: the function that compares the checkpoint's embeddings; None if the model has none.
         activation: a classifier's default activation, a key of `activations.ACTIVATIONS`; None for the sigmoid of one
             label, and no activation for several.
         sparse: how the model computes sparse embeddings; None if it has none.
+        multi_vector: how the model embeds queries and documents for late interaction; None if it is not made for it.
     """
 
     task: TaskName
@@ -162,9 +217,10 @@ class ModelSpec:
     type_vocab_size: int = 0
     embedding_size: int | None = None
     truncate_dim: int | None = None
-    similarity: Similarity | None = None
+    similarity: Similarity | LateInteraction | None = None
     activation: str | None = None
     sparse: SparseSpec | None = None
+    multi_vector: MultiVectorSpec | None = None
 
     @property
     def embedding_width(self) -> int:
@@ -178,7 +234,12 @@ class ModelSpec:
 
 
 def head_task(task: TaskName, sparse: SparseSpec | None) -> TaskName:
-    """The task whose head a model has: a sparse or hybrid model has that of fill-mask or token-classify."""
+    """The task whose head a model has: a sparse or hybrid model has that of fill-mask or token-classify.
+
+    A multi-vector model is an encoder alone, as one for embed.
+    """
+    if task == "multi-vector":
+        return "embed"
     if sparse is None or task not in ("sparse", "hybrid"):
         return task
     return "fill-mask" if sparse.head == "splade" else "token-classify"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import MissingDependencyError
-from gte_deploy.core.spec import ModelSpec, Similarity, TaskName
+from gte_deploy.core.spec import LateInteraction, ModelSpec, Similarity, TaskName
 
 HIDDEN = "last_hidden_state"
 """The output that a graph for any task has: the hidden states [B, S, H]."""
@@ -102,7 +102,7 @@ class Task:
     architecture: str | None = None
     ensembles: tuple[Ensemble, ...] = ()
     has_labels: bool = False
-    similarity: Similarity | None = None
+    similarity: Similarity | LateInteraction | None = None
     library: Library | None = None
     suits: Callable[[ModelSpec], bool] | None = None
 

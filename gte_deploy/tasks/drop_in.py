@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gte_deploy.core.options import check_choice
-from gte_deploy.core.spec import SIMILARITIES, ModelSpec, Similarity
+from gte_deploy.core.spec import LATE_INTERACTIONS, SIMILARITIES, LateInteraction, ModelSpec, Similarity
 from gte_deploy.tasks import TASKS
+from gte_deploy.tasks.multi_vector import late_interaction, late_interaction_of_pairs
 from gte_deploy.tasks.similarity import similarity_matrix, similarity_of_pairs, sparsity_of
 from gte_deploy.text.inputs import check_integer
 
@@ -44,7 +45,7 @@ class DropIn:
     _name: str
     _cut_to: int | None = None
     """The number of tokens that every call cuts texts to, if it says nothing itself; None to refuse long texts."""
-    _similarity_fn_name: Similarity | None = None
+    _similarity_fn_name: Similarity | LateInteraction | None = None
     _card: ModelCardData | None = None
 
     @property
@@ -56,17 +57,20 @@ class DropIn:
         """Return the similarity [N, M] of each of N embeddings with each of M, by the function `similarity_fn_name`.
 
         The larger the value, the more alike: distances are negative. The result is a float32 array. It is a torch
-        tensor, as SentenceTransformer's always is, if `embeddings1` or `embeddings2` is a tensor or a list of tensors.
+        tensor, as SentenceTransformer's always is, if `embeddings1` or `embeddings2` is a tensor or a list of tensors;
+        that of a multi-vector model is always an array.
 
         Args:
             embeddings1: an array or tensor [N, D] or [D], lists of numbers, or what `encode_sparse` gives in any form
-                but dictionaries.
-            embeddings2: likewise, [M, D] or [D].
+                but dictionaries. For a multi-vector model, a list of the queries' arrays or tensors [T, D], or one.
+            embeddings2: likewise, [M, D] or [D]. For a multi-vector model, those of documents.
 
         Raises:
             InputError: the embeddings have another form, or different widths.
         """
-        return similarity_matrix(embeddings1, embeddings2, self.similarity_fn_name)
+        name: Any = self.similarity_fn_name
+        compare: Any = late_interaction if name in LATE_INTERACTIONS else similarity_matrix
+        return compare(embeddings1, embeddings2, name)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
         """Return the similarity [N] of each embedding with the one at the same place; see `similarity`.
@@ -74,21 +78,25 @@ class DropIn:
         Raises:
             InputError: see `similarity`; or there are not equally many embeddings.
         """
-        return similarity_of_pairs(embeddings1, embeddings2, self.similarity_fn_name)
+        name: Any = self.similarity_fn_name
+        compare: Any = late_interaction_of_pairs if name in LATE_INTERACTIONS else similarity_of_pairs
+        return compare(embeddings1, embeddings2, name)
 
     @property
-    def similarity_fn_name(self) -> Similarity:
+    def similarity_fn_name(self) -> Similarity | LateInteraction:
         """The function of `similarity`: "cosine", "dot", "euclidean" or "manhattan".
 
-        By default the checkpoint's, else "dot" for a sparse model and "cosine" for others. It can be set, also to None
-        for the default. Setting another name raises InputError.
+        That of a multi-vector model is "maxsim" or "meanmaxsim". By default it is the checkpoint's, else "dot" for a
+        sparse model, "maxsim" for a multi-vector model and "cosine" for others. It can be set, also to None for the
+        default. Setting another name raises InputError.
         """
         return self._similarity_fn_name or self.spec.similarity or TASKS[self.spec.task].similarity or "cosine"
 
     @similarity_fn_name.setter
-    def similarity_fn_name(self, name: Similarity | None) -> None:
+    def similarity_fn_name(self, name: Similarity | LateInteraction | None) -> None:
         given: Any = getattr(name, "value", name)  # sentence-transformers' SimilarityFunction is an Enum
-        check_choice("similarity_fn_name", given, (None, *SIMILARITIES))
+        known = SIMILARITIES if self.spec.multi_vector is None else LATE_INTERACTIONS
+        check_choice("similarity_fn_name", given, (None, *known))
         self._similarity_fn_name = given
 
     @property

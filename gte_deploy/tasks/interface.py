@@ -6,6 +6,7 @@ Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V voca
 """
 
 import copy
+import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -31,7 +32,7 @@ from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_argumen
 from gte_deploy.tasks.drop_in import DropIn
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
 from gte_deploy.tasks.hybrid import HybridEmbedding, HybridRequest
-from gte_deploy.tasks.multi_vector import TokenVectors
+from gte_deploy.tasks.multi_vector import MultiVectorRequest, TokenVectors
 from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest, TokenScoreRequest
 from gte_deploy.text.batching import BatchLimits
@@ -129,7 +130,8 @@ class TextInterface(DropIn, ABC):
 
         One text gives [D] float32, a list of texts [N, D]. Three things differ from SentenceTransformer: a text that is
         too long is an error unless `truncation` is on, an empty list is an error, and token embeddings are numpy
-        arrays unless tensors are requested. A sparse model gives the answers of `encode_sparse`.
+        arrays unless tensors are requested. A sparse model gives the answers of `encode_sparse`. A multi-vector model
+        refuses the call: it embeds queries and documents in different ways.
 
         Args:
             inputs: a text or a list of texts.
@@ -174,6 +176,11 @@ class TextInterface(DropIn, ABC):
             normalize=normalize_embeddings,
             truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
         )
+        if self.spec.task == "multi-vector":
+            raise InputError(
+                f"{self._name} embeds queries and documents in different ways: use encode_query, encode_document, or "
+                "encode_multi_vector with is_query"
+            )
         if self.spec.task == "sparse":
             self._refuse_dense_options(request)
             return self.encode_sparse(
@@ -338,41 +345,69 @@ class TextInterface(DropIn, ABC):
         prompt_name: str | None = None,
         prompt: str | None = None,
         *,
+        is_query: bool | None = None,
         projection: Any = None,
-        skip_words: Sequence[str] = (),
-        normalize_embeddings: bool = True,
+        skip_words: Sequence[str] | None = None,
+        normalize_embeddings: bool | None = None,
         **options: Any,
     ) -> Any:
         """Return an embedding for each token of a text, for late interaction; `multi_vector.maxsim` scores them.
 
-        One text gives [T, D] float32, a list of texts a list of such arrays. All tokens count, special tokens and the
-        prompt included, except those of `skip_words`. The model can be for any task that has hidden states, except
-        sparse.
+        One text gives [T, D] float32, a list of texts a list of such arrays. All tokens count, special tokens, the
+        prompt and the tokens that lengthen a query included, except those of `skip_words`.
+
+        A multi-vector model (ColBERT) has settings of its own for queries and for documents: their lengths, a token
+        before each text, the tokens that lengthen queries, the projection. `encode_query` and `encode_document` call
+        this with `is_query` and with the prompt of that name. Other models give their hidden states, for any task that
+        has some, except sparse.
 
         Args:
             inputs: a text or a list of texts.
             prompt_name: name of the prompt to put before each text, such as "query" or "document"; by default the
-                checkpoint's default prompt.
+                checkpoint's default prompt. It follows the token that the checkpoint puts before each text.
             prompt: text to put before each text; overrides `prompt_name`.
-            projection: [D, H] array or tensor: the weight of a linear layer without bias, such as `linear.weight` in
-                the Dense module of a ColBERT checkpoint. None keeps the hidden states, D = H.
+            is_query: whether the texts are queries, or documents; for multi-vector models, which need it.
+            projection: for other models, a [D, H] array or tensor: the weight of a linear layer without bias. None
+                keeps the hidden states, D = H.
             skip_words: tokens that get no embedding, such as `string.punctuation` for documents. A word that is no
-                token of the vocabulary is ignored.
-            normalize_embeddings: scale each embedding to length 1, after the projection.
+                token of the vocabulary is ignored. By default as the checkpoint says, else no token.
+            normalize_embeddings: scale each embedding to length 1, after the projection. By default as the checkpoint
+                says; embeddings of other models are scaled.
             **options: `batch_size`, `show_progress_bar`, `truncation`, `max_length` and `max_batch_tokens` of `encode`.
+                `max_length` replaces the checkpoint's limit for queries or documents; queries that are lengthened to a
+                fixed number of tokens are lengthened to that one.
 
         Raises:
-            InputError: an option is not one of these; the projection has another form; `skip_words` are given to a
-                client without a tokenizer; see also `encode`.
+            InputError: an option is not one of these, or does not belong to this model; the projection has another
+                form; `skip_words` are given to a client without a tokenizer; see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
         """
         if unknown := sorted(set(options) - _MULTI_VECTOR_OPTIONS):
             known = ", ".join(sorted(_MULTI_VECTOR_OPTIONS))
             raise InputError(f"encode_multi_vector has no option {', '.join(unknown)}; it has {known}")
-        vectors = TokenVectors.of(
-            projection, self._skipped_ids(skip_words), normalize=normalize_embeddings, width=self.spec.hidden_size
-        )
+        if self.spec.multi_vector is not None:
+            if is_query is None or projection is not None:
+                raise InputError(
+                    f"{self._name} has a projection of its own, and embeds queries and documents in different ways: "
+                    "pass is_query=True or is_query=False, and no projection"
+                )
+            request = MultiVectorRequest(
+                self.spec,
+                bool(is_query),
+                None if skip_words is None else self._skipped_ids(skip_words),
+                self.spec.normalize if normalize_embeddings is None else normalize_embeddings,
+                self._cut_to,
+            )
+            return self._multi_vectors(request, inputs, prompt_text(self.spec, prompt, prompt_name), **options)
+        if is_query is not None:
+            raise InputError(
+                f"is_query is for multi-vector models, and {self._name} is made for {self.spec.task}, which has no "
+                "settings of queries: leave it out, and name a prompt if there is one"
+            )
+        skipped = self._skipped_ids(skip_words or ())
+        normalize = normalize_embeddings is None or normalize_embeddings
+        vectors = TokenVectors.of(projection, skipped, normalize=normalize, width=self.spec.hidden_size)
         found = self.encode(inputs, prompt_name, prompt, output_value=None, **options)
         return vectors.of_text(found) if isinstance(found, dict) else [vectors.of_text(each) for each in found]
 
@@ -572,10 +607,14 @@ class TextInterface(DropIn, ABC):
     ) -> Any:
         """Call `encode` with the prompt "query", or without a prompt if the checkpoint has none of that name.
 
-        For a sparse model, call `encode_sparse` with the route of queries, if the model has one.
+        For a sparse model, call `encode_sparse` with the route of queries, if the model has one. For a multi-vector
+        model, call `encode_multi_vector` with `is_query=True`.
         """
         if prompt_name is None and prompt is None:
             prompt = self.spec.prompts.get("query", "")
+        if self.spec.task == "multi-vector":
+            given = one_of(inputs, kwargs.pop("sentences", None))
+            return self.encode_multi_vector(given, prompt_name, prompt, is_query=True, **_named(args), **kwargs)
         if self.spec.task == "sparse":
             return self.encode_sparse(inputs, prompt_name, prompt, *args, route="query", **kwargs)
         return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
@@ -590,11 +629,15 @@ class TextInterface(DropIn, ABC):
     ) -> Any:
         """Call `encode` with the first prompt of "document", "passage" and "corpus" that the checkpoint has, if any.
 
-        For a sparse model, call `encode_sparse` with the route of documents, if the model has one.
+        For a sparse model, call `encode_sparse` with the route of documents, if the model has one. For a multi-vector
+        model, call `encode_multi_vector` with `is_query=False`.
         """
         if prompt_name is None and prompt is None:
             prompts = self.spec.prompts
             prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
+        if self.spec.task == "multi-vector":
+            given = one_of(inputs, kwargs.pop("sentences", None))
+            return self.encode_multi_vector(given, prompt_name, prompt, is_query=False, **_named(args), **kwargs)
         if self.spec.task == "sparse":
             return self.encode_sparse(inputs, prompt_name, prompt, *args, route="document", **kwargs)
         return self.encode(inputs, prompt_name, prompt, *args, **kwargs)
@@ -621,11 +664,14 @@ class TextInterface(DropIn, ABC):
         keyword-only arguments of `predict`. `apply_softmax`, `convert_to_numpy` and `convert_to_tensor` have no effect,
         as in CrossEncoder.
 
+        A multi-vector model ranks by `similarity` of `encode_query` and `encode_document`. The prompt is that of the
+        query, `kwargs` are `truncation`, `max_length` (of documents) and `max_batch_tokens`; there is no activation.
+
         Raises:
             InputError: the model has more than one label; `top_k` is not positive; see `predict`.
         """
-        self._require_task("classify")
-        if self.spec.num_labels != 1:
+        self._require_task("classify", "multi-vector")
+        if self.spec.task == "classify" and self.spec.num_labels != 1:
             raise InputError(f"rank needs a model with one label, and this has {self.spec.num_labels}; use predict")
         texts, single = as_texts(documents, name="documents")
         if single:
@@ -633,18 +679,28 @@ class TextInterface(DropIn, ABC):
         if top_k is not None:
             check_integer("top_k", top_k, 1, 1 << 31)
         as_texts([query], name="query")
-        scores = self.predict(
-            [(query, text) for text in texts],
-            prompt_name,
-            prompt,
-            batch_size,
-            show_progress_bar,
-            activation_fn,
-            device=device,
-            pool=pool,
-            chunk_size=chunk_size,
-            **_without_effect(kwargs),
-        ).tolist()
+        if self.spec.task == "multi-vector":
+            self._check_device(device)
+            refuse_processes(pool, chunk_size)
+            if activation_fn is not None:
+                raise InputError("activation_fn is for rerankers; the scores of a multi-vector model have none")
+            kwargs |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+            of_query = {name: kwargs[name] for name in ("truncation",) if name in kwargs}
+            vectors = self.encode_document(texts, **kwargs)
+            scores = self.similarity([self.encode_query(query, prompt_name, prompt, **of_query)], vectors)[0].tolist()
+        else:
+            scores = self.predict(
+                [(query, text) for text in texts],
+                prompt_name,
+                prompt,
+                batch_size,
+                show_progress_bar,
+                activation_fn,
+                device=device,
+                pool=pool,
+                chunk_size=chunk_size,
+                **_without_effect(kwargs),
+            ).tolist()
         order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
         shown = [{"text": text} if return_documents else {} for text in texts]
         return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
@@ -668,6 +724,10 @@ class TextInterface(DropIn, ABC):
     @abstractmethod
     def _hybrid_batches(self, request: HybridRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
         """Return the answers of `HybridRequest.answer`, and names as `_sparse_batches` does."""
+
+    @abstractmethod
+    def _multi_vector_batches(self, request: MultiVectorRequest, texts: Texts, options: BatchOptions) -> Batches:
+        """The answers of `MultiVectorRequest.answer`; `options.max_length` is the caller's, or None."""
 
     @abstractmethod
     def _pair_batches(self, request: ScoreRequest, pairs: Pairs, options: BatchOptions) -> Batches:
@@ -705,6 +765,27 @@ class TextInterface(DropIn, ABC):
             max_square=self.spec.max_length**2,
         )
         return BatchOptions(limits, truncation, max_length)
+
+    def _multi_vectors(
+        self,
+        request: MultiVectorRequest,
+        inputs: Any,
+        prompt: str,
+        *,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> Any:
+        """Return the embeddings [T, D] of a text, or a list of those of several texts."""
+        options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
+        # The limit that the user has set for all texts does not replace that of queries: see `MultiVectorRequest`.
+        options = dataclasses.replace(options, max_length=max_length)
+        texts, single = as_texts(inputs, prompt=prompt)
+        answers = self._multi_vector_batches(request, distinct(texts), options)
+        found = in_order(answers, texts, show_progress_bar)
+        return found[0] if single else found
 
     def _require_task(self, *tasks: TaskName) -> None:
         if not any(TASKS[task].can_run_on(self.spec) for task in tasks):
@@ -770,6 +851,14 @@ def _refuse_parts(model: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise InputError(f"{name} is not served: {model} takes whole texts. Load the model for it.")
+
+
+def _named(args: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the arguments of MultiVectorEncoder.encode_query that may follow the prompt by their place."""
+    names = ("batch_size", "show_progress_bar")
+    if len(args) > len(names):
+        raise InputError(f"after the prompt come {' and '.join(names)}; pass other options by their names")
+    return dict(zip(names, args, strict=False))
 
 
 def _without_effect(options: dict[str, Any]) -> dict[str, Any]:

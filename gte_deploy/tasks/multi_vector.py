@@ -1,6 +1,7 @@
 """Late interaction: an embedding of each token, and the MaxSim score of a query with a document (ColBERT).
 
-Shapes: N queries, M documents, T tokens of a text that count, H hidden size, D embedding size.
+Shapes: N queries, M documents, B rows, S tokens of the longest row, T tokens of a text that count, H hidden size,
+D embedding size.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,8 +11,93 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.spec import LateInteraction, ModelSpec, MultiVectorSpec
+from gte_deploy.tasks.base import HIDDEN, Library, Outputs, Task
 from gte_deploy.tasks.pooling import l2_normalize
+from gte_deploy.text.batching import ExpandedRow, TypedRow
+from gte_deploy.text.inputs import check_integer
+
+TOKEN_VECTORS = "token_vectors"
+"""The output of multi-vector models: [B, S, D], projected and not normalised; also for the tokens of the prompt."""
+
+
+@dataclass(frozen=True)
+class MultiVectorRequest:
+    """The arguments of one call that say what to answer.
+
+    Args:
+        spec: facts of a model for this task.
+        is_query: whether the texts are queries, or documents.
+        skipped: ids of tokens without an embedding; None for the checkpoint's own.
+        normalize: whether each embedding is scaled to length 1.
+        cut_to: tokens that the model's user has set as the limit of all texts; see `DropIn.max_seq_length`.
+    """
+
+    spec: ModelSpec
+    is_query: bool
+    skipped: Collection[int] | None = None
+    normalize: bool = True
+    cut_to: int | None = None
+
+    @property
+    def _own(self) -> MultiVectorSpec:
+        assert self.spec.multi_vector is not None  # a model for this task has one
+        return self.spec.multi_vector
+
+    @property
+    def prefix(self) -> int | None:
+        """The token that follows the first special token of each text; None for none."""
+        return self._own.query_prefix if self.is_query else self._own.document_prefix
+
+    def limit(self, asked: int | None, low: int) -> int:
+        """Return the largest number of tokens in a text: as `asked`, else the checkpoint's own.
+
+        Raises:
+            InputError: `asked` is below `low` or above the model's limit.
+        """
+        expansion = self._own.expansion if self.is_query else None
+        if expansion is not None and not expansion.fixed:
+            low = max(low, expansion.length)
+        if asked is not None:
+            return check_integer("max_length", asked, low, self.spec.max_length)
+        own = self._own.query_length if self.is_query else self._own.document_length
+        # As in MultiVectorEncoder, queries of a fixed length keep it.
+        return own if self.cut_to is None or (expansion is not None and expansion.fixed) else min(own, self.cut_to)
+
+    def expanded(self, row: list[int], limit: int) -> list[int]:
+        """Return the token ids of a text with the tokens that lengthen a query; `limit` as from `limit`."""
+        expansion = self._own.expansion if self.is_query else None
+        if expansion is None:
+            return row
+        added = (limit if expansion.fixed else expansion.length) - len(row)
+        if added <= 0:
+            return row
+        runs = row.type_runs if isinstance(row, TypedRow) else [(0, len(row))]
+        ids = [*row, *[expansion.token] * added]
+        return ExpandedRow(ids, [*runs, (0, added)], len(ids) if expansion.attended else len(row))
+
+    def graph_outputs(self, offered: Sequence[str]) -> tuple[str, ...]:
+        """See `Request`."""
+        return (TOKEN_VECTORS,)
+
+    def scored(self, batch: Batch) -> NDArray[np.bool_]:
+        """Return [B, S]: the tokens of the texts, and those that lengthen queries, without any padding."""
+        found = batch.attention_mask == 1
+        expansion = self._own.expansion if self.is_query else None
+        if expansion is not None and not expansion.attended:
+            # A row of a fixed length is as long as the batch.
+            found[:, : None if expansion.fixed else expansion.length] = True
+        return found
+
+    def answer(self, batch: Batch, outputs: Outputs) -> list[NDArray[np.float32]]:
+        """See `Request`: [T, D] float32 of each row, in the order of its tokens."""
+        own = self._own.skipped_in_queries if self.is_query else self._own.skipped_in_documents
+        skipped = list(own if self.skipped is None else self.skipped)
+        kept = self.scored(batch) & ~np.isin(batch.input_ids, skipped)
+        vectors = [row[tokens] for row, tokens in zip(outputs[TOKEN_VECTORS], kept, strict=True)]
+        return [l2_normalize(each) for each in vectors] if self.normalize else vectors
 
 
 @dataclass(frozen=True)
@@ -52,6 +138,48 @@ class TokenVectors:
         return l2_normalize(vectors) if self.normalize else vectors
 
 
+def late_interaction(queries: Any, documents: Any, name: LateInteraction) -> NDArray[np.float32]:
+    """Return the score [N, M] of each query with each document, by the function `name`.
+
+    "maxsim" is `maxsim`; "meanmaxsim" divides it by the number of the query's tokens.
+
+    Args:
+        queries: [T, D] of each query: arrays or torch tensors. One matrix stands for one query.
+        documents: likewise, of each document.
+        name: the function.
+
+    Raises:
+        InputError: see `maxsim`.
+    """
+    left, right = as_matrices(queries), as_matrices(documents)
+    scores = maxsim(left, right)
+    return scores / _lengths(left)[:, None] if name == "meanmaxsim" else scores
+
+
+def late_interaction_of_pairs(queries: Any, documents: Any, name: LateInteraction) -> NDArray[np.float32]:
+    """Return the score [N] of each query with the document at its place; see `late_interaction`.
+
+    Raises:
+        InputError: see `maxsim`; or there are not equally many.
+    """
+    left, right = as_matrices(queries), as_matrices(documents)
+    if len(left) != len(right):
+        raise InputError(f"pairs need equally many embeddings, not {len(left)} and {len(right)}")
+    scores: NDArray[np.float32] = np.array([maxsim([a], [b])[0, 0] for a, b in zip(left, right, strict=True)])
+    return scores / _lengths(left) if name == "meanmaxsim" else scores
+
+
+def as_matrices(embeddings: Any) -> list[Any]:
+    """Return the embeddings of several texts as arrays; one matrix [T, D] stands for one text."""
+    items = list(embeddings) if isinstance(embeddings, list | tuple) or embeddings.ndim != 2 else [embeddings]
+    return [item.detach().float().cpu().numpy() if hasattr(item, "detach") else item for item in items]
+
+
+def _lengths(items: Sequence[Any]) -> NDArray[np.float32]:
+    """[N] the number of tokens of each text, at least 1."""
+    return np.array([max(1, len(item)) for item in items], np.float32)
+
+
 def maxsim(queries: Sequence[NDArray[np.float32]], documents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Return the MaxSim score [N, M] of each query with each document.
 
@@ -75,3 +203,12 @@ def maxsim(queries: Sequence[NDArray[np.float32]], documents: Sequence[NDArray[n
         if len(document):
             scores[:, column] = [(query @ document.T).max(axis=1).sum() for query in queries]
     return scores
+
+
+MULTI_VECTOR = Task(
+    name="multi-vector",
+    outputs=(HIDDEN, TOKEN_VECTORS),
+    request=MultiVectorRequest,
+    similarity="maxsim",
+    library=Library("MultiVectorEncoder", "feature-extraction", HIDDEN, "token_embeddings"),
+)

@@ -36,6 +36,18 @@ class TypedRow(list[int]):
         self.type_runs = type_runs
 
 
+class ExpandedRow(TypedRow):
+    """Token ids of one input, of which only the first `attended` have the attention mask 1."""
+
+    __slots__ = ("attended",)
+
+    attended: int
+
+    def __init__(self, ids: Iterable[int], type_runs: Sequence[tuple[int, int]], attended: int) -> None:
+        super().__init__(ids, type_runs)
+        self.attended = attended
+
+
 @dataclass(frozen=True)
 class BatchLimits:
     """Bounds on one batch; a batch of one row is always allowed.
@@ -113,7 +125,7 @@ def collate(
     """Pad rows on the right into one batch.
 
     Args:
-        rows: token ids; a `TypedRow` has types other than 0.
+        rows: token ids; a `TypedRow` has types other than 0, and an `ExpandedRow` has tokens without attention.
         pad_token_id: the id that fills short rows; its type is 0.
         mask_token_id: the id whose positions the batch lists, row by row; None for no list.
         token_types: whether the batch gets token types, for a model that takes them.
@@ -122,8 +134,9 @@ def collate(
     longest = max(lengths)
     padding = [pad_token_id] * (longest - min(lengths))
     input_ids = np.array([[*row, *padding[: longest - len(row)]] for row in rows], dtype=np.int64)
-    if padding:
-        attention_mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    attended = [row.attended if isinstance(row, ExpandedRow) else len(row) for row in rows]
+    if min(attended) < longest:
+        attention_mask = (np.arange(longest) < np.array(attended)[:, None]).astype(np.int64)
     else:
         attention_mask = np.ones_like(input_ids)
     positions = None

@@ -5,6 +5,7 @@ settings would get each other's lengths without an error. This module truncates 
 """
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -180,6 +181,30 @@ class TextTokenizer:
     def copied(self) -> Tokenizer:
         """A copy of the tokenizer that others may change."""
         return copy.deepcopy(self._tokenizer)
+
+    def with_prefix(self, token_id: int | None) -> "TextTokenizer":
+        """Return this tokenizer with one more token, of type 0, after the first special token of a text; None for none.
+
+        Raises:
+            CheckpointError: the tokenizer puts no special token before a text.
+        """
+        if token_id is None:
+            return self
+        template = self.template
+        if not template.prefix:
+            raise CheckpointError("tokenizer.json puts no special token before a text, so no prefix can follow it")
+
+        def joined(values: tuple[int, ...], added: int) -> tuple[int, ...]:
+            return (values[0], added, *values[1:])
+
+        other = copy.copy(self)
+        other.template = dataclasses.replace(
+            template,
+            prefix=joined(template.prefix, token_id),
+            types=(joined(template.types[0], 0), *template.types[1:]),
+            pair_types=(joined(template.pair_types[0], 0), *template.pair_types[1:]),
+        )
+        return other
 
     def known_ids(self, vocab_size: int) -> NDArray[np.bool_]:
         """[vocab_size] bool: whether each id has a token. Rows that pad the embedding have none.

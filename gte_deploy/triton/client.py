@@ -40,6 +40,7 @@ from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.hybrid import HybridRequest
 from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
+from gte_deploy.tasks.multi_vector import MultiVectorRequest
 from gte_deploy.tasks.pooling import l2_normalize
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
@@ -263,6 +264,9 @@ class Client(TextInterface):
                 yield numbers, list(zip(values["EMBEDDING"], vectors, strict=True))
 
         return answers(), names
+
+    def _multi_vector_batches(self, request: MultiVectorRequest, texts: Texts, options: BatchOptions) -> Batches:
+        raise BackendError(f"the server at {self._name} serves no multi-vector model; load the bundle instead")
 
     def _sparse_inputs(self, request: sparse.SparseRequest) -> Values:
         kept = request.max_active_dims

@@ -107,6 +107,9 @@ def _common_fields(reader: Reader) -> dict[str, Any]:
     return fields
 
 
+# Names of the first checkpoints, which transformers reads of every model; some of its versions write them again.
+FIRST_NAMES = ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias"))
+
 BERT = Family(
     model_types=("bert",),
     fields=BERT_FIELDS,
@@ -122,8 +125,7 @@ BERT = Family(
     left_out={"fill-mask": ("pooler.", "cls.seq_relationship."), "token-classify": ("pooler.",)},
     tensors=TensorNames(
         prefixes=("bert.",),
-        # Names of the first checkpoints, which transformers reads as well.
-        renames=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
+        renames=FIRST_NAMES,
         tied={
             "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.models.families.base import Family, TensorNames
-from gte_deploy.models.families.bert import CONFIG_FIELDS, class_names, config_reader, plain_config, sites
+from gte_deploy.models.families.bert import CONFIG_FIELDS, FIRST_NAMES, class_names, config_reader, plain_config, sites
 from gte_deploy.models.fields import FileFields, honoured
 from gte_deploy.models.reading import Reader
 
@@ -55,6 +55,7 @@ def _family(model_type: str, title: str, prefix: str) -> Family:
         left_out=dict.fromkeys(("fill-mask", "classify", "token-classify"), ("pooler.",)),
         tensors=TensorNames(
             prefixes=("roberta.",),
+            renames=FIRST_NAMES,
             tied={
                 "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
                 "lm_head.decoder.bias": "lm_head.bias",

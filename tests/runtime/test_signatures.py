@@ -32,8 +32,8 @@ BOTH = {
         "truncation=False, max_length=None, max_batch_tokens=None)"
     ),
     "encode_multi_vector": (
-        "(self, inputs, prompt_name=None, prompt=None, *, projection=None, skip_words=(), normalize_embeddings=True, "
-        "**options)"
+        "(self, inputs, prompt_name=None, prompt=None, *, is_query=None, projection=None, skip_words=None, "
+        "normalize_embeddings=None, **options)"
     ),
     "encode_query": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
     "encode_sparse": (

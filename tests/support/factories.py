@@ -156,6 +156,88 @@ def add_sparse_modules(
     return folder
 
 
+def add_multi_vector_modules(
+    folder: Path,
+    *,
+    library: str = "pylate",
+    widths: Sequence[int] = (8,),
+    config: Mapping[str, Any] | None = None,
+    transformer: Mapping[str, Any] | None = None,
+    mask: Mapping[str, Any] | None = None,
+    normalize: bool = True,
+) -> Path:
+    """Make an encoder's checkpoint one for late interaction, in the layout of "pylate" or "sentence-transformers".
+
+    `widths` are those of the projections, which are random. `config` are further fields of
+    config_sentence_transformers.json, `transformer` of sentence_bert_config.json. MultiVectorEncoder also has a
+    MultiVectorMask with the fields `mask` (None for no such module), and Normalize if `normalize`.
+    """
+    import numpy as np
+
+    is_pylate = library == "pylate"
+    dense = "pylate.models.Dense.Dense" if is_pylate else "sentence_transformers.base.modules.dense.Dense"
+    kinds = [("", "sentence_transformers.models.Transformer")]
+    width, rng = (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"],
+        np.random.default_rng(7),
+    )
+    for i, out in enumerate(widths, start=1):
+        where = folder / f"{i}_Dense"
+        where.mkdir()
+        fields = {"in_features": width, "out_features": out, "bias": False}
+        _write_json(where / "config.json", {**fields, "activation_function": "torch.nn.modules.linear.Identity"})
+        weight = (rng.standard_normal((out, width)) / math.sqrt(width)).astype(np.float32)
+        write_safetensors(where, {"linear.weight": weight})
+        kinds.append((where.name, dense))
+        width = out
+    later = (
+        []
+        if is_pylate or mask is None
+        else [("MultiVectorMask", "multi_vector_encoder.modules.multi_vector_mask", mask)]
+    )
+    if normalize and not is_pylate:
+        later.append(("Normalize", "base.modules.normalize", {"module_input_name": "token_embeddings"}))
+    for kind, module, fields in later:
+        where = folder / f"{len(kinds)}_{kind}"
+        where.mkdir()
+        _write_json(where / "config.json", fields)
+        kinds.append((where.name, f"sentence_transformers.{module}.{kind}"))
+    _write_json(
+        folder / "modules.json",
+        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)],
+    )
+    _write_json(folder / "sentence_bert_config.json", dict(transformer or {}))
+    whole = {"model_type": "ColBERT" if is_pylate else "MultiVectorEncoder", **(config or {})}
+    _write_json(folder / "config_sentence_transformers.json", whole)
+    return folder
+
+
+def add_stanford_projection(folder: Path, *, width: int = 8, **metadata: Any) -> Path:
+    """Make a BERT checkpoint one of Stanford's ColBERT: linear.weight among the weights, and artifact.metadata."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rng, hidden = np.random.default_rng(7), config["hidden_size"]
+    tensors = {f"bert.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    weight = (rng.standard_normal((width, hidden)) / math.sqrt(hidden)).astype(np.float32)
+    write_safetensors(folder, {**tensors, "linear.weight": weight})
+    _write_json(folder / "config.json", {**config, "architectures": ["HF_ColBERT"]})
+    _write_json(folder / "artifact.metadata", {"dim": width, "similarity": "cosine", **metadata})
+    return folder
+
+
+def add_tokens(folder: Path, tokens: Sequence[str]) -> Path:
+    """Add tokens to a tokenizer that is there, as transformers' `add_tokens` does; ids follow those of its words."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    first = 1 + max(tokenizer["model"]["vocab"].values())
+    tokenizer["added_tokens"] += [{"id": first + i, "content": token, **flags} for i, token in enumerate(tokens)]
+    _write_json(file, tokenizer)
+    return folder
+
+
 def raise_token_weights(folder: Path) -> Path:
     """Add 1 to the bias of a token classifier with one label, so that its weights lie on both sides of 0."""
     from safetensors.torch import load_file

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ class OpenLibrary:
 
 def library_of(checkpoint: Path, task: TaskName) -> str:
     """Return the name of the library that a checkpoint's answers are compared with."""
-    of_its_kind = task in ("classify", "sparse") or (TASKS[task].pools and (checkpoint / "modules.json").is_file())
+    of_its_kind = task in ("classify", "sparse", "multi-vector") or (
+        TASKS[task].pools and (checkpoint / "modules.json").is_file()
+    )
     return SENTENCE_TRANSFORMERS_NAME if of_its_kind else "transformers"
 
 
@@ -222,6 +225,50 @@ def open_cross_encoder(folder: Path, spec: ModelSpec) -> OpenLibrary:
     return _library("CrossEncoder", opened, spec, questions)
 
 
+def open_multi_vector_encoder(folder: Path, spec: ModelSpec) -> OpenLibrary:
+    """Open a checkpoint in MultiVectorEncoder, with questions to `encode_query` and `encode_document`."""
+    from sentence_transformers import MultiVectorEncoder
+
+    opened: Any = MultiVectorEncoder(str(folder), **_options())
+    first, found = opened[0], spec.multi_vector
+    assert found is not None  # a model for this task has one
+    own = {"query": first.query_length, "document": first.document_length}
+    has_fixed_queries = (first.query_expansion or {}).get("strategy") == "fixed"
+
+    def questions(model: Model, given: AskedTexts) -> Iterator[Question]:
+        # Both sides keep their own lengths, unless the export has shortened them; long texts would cost seconds.
+        most = {side: min(length or opened.max_seq_length, given.cut) for side, length in own.items()}
+        first.document_length = most["document"]
+        if not has_fixed_queries:
+            first.query_length = most["query"]
+        queries = found.query_length if has_fixed_queries else min(found.query_length, given.cut)
+        documents = min(found.document_length, given.cut)
+
+        def ask(method: str, length: int, texts: list[str]) -> Iterator[Question]:
+            ours = cache(lambda: getattr(model, method)(texts, truncation=True, max_length=length))
+            theirs = cache(lambda: getattr(opened, method)(texts, convert_to_numpy=True, show_progress_bar=False))
+            # One question for each text, since their numbers of tokens differ.
+            for i, text in enumerate(texts):
+                yield Question(method, [text], partial(_one_of, ours, i), partial(_one_of, theirs, i))
+
+        # The library makes the token before a text special, and then finds it inside other texts as well; PyLate, to
+        # which the format belongs, does not.
+        prefixes = [opened.tokenizer.convert_ids_to_tokens(token) for token in found.prefixes]
+        for texts in (given.texts, given.ragged):
+            for prefix in prefixes:
+                texts = [text.replace(prefix.strip(), "") for text in texts]
+            yield from ask("encode_query", queries, texts)
+            yield from ask("encode_document", documents, texts)
+
+    library = _library("MultiVectorEncoder", opened, spec, questions, similarity=opened.similarity_fn_name)
+    return dataclasses.replace(library, limit=spec.max_length, cut=lambda cut: None)
+
+
+def _one_of(answers: Callable[[], Any], index: int) -> Any:
+    """Return the embeddings of one text as [1, T, D]."""
+    return answers()[index][None]
+
+
 def open_transformers(folder: Path, spec: ModelSpec) -> OpenLibrary:
     """Open a checkpoint in the task's class of transformers, with AutoTokenizer and, for two tasks, a pipeline."""
     opened = _open_network(folder, spec)
@@ -263,6 +310,7 @@ _OPENERS: Mapping[str, Callable[[Path, ModelSpec], OpenLibrary]] = {
     "classify": open_cross_encoder,
     "sparse": open_sparse_encoder,
     "hybrid": open_hybrid,
+    "multi-vector": open_multi_vector_encoder,
 }
 
 
@@ -351,7 +399,7 @@ class _Network:
 
     def tensors(self, model: Model, given: AskedTexts) -> Iterator[Question]:
         """Yield questions for each text's logits, or hidden states if there is no head; also for tags."""
-        name = HIDDEN if model.spec.task in ("embed", "sparse", "hybrid") else "logits"
+        name = HIDDEN if model.spec.task in ("embed", "sparse", "hybrid", "multi-vector") else "logits"
 
         def ask(text: str) -> Question:
             ours, theirs = (lambda: _tensor(model, text, name, given)), (lambda: self._tensor(text, name, given))

@@ -35,6 +35,7 @@ MANIFEST = {
         "truncate_dim": 8,
         "similarity": "dot",
         "activation": None,
+        "multi_vector": None,
         "sparse": {
             "head": "splade",
             "activation": "log1p_relu",
