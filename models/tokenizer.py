@@ -38,6 +38,8 @@ _ARGUMENTS = frozenset(
         *(f"{name}_token" for name in ("pad", "unk", "cls", "sep", "mask", "bos", "eos")),
     }
 )
+# The files from which AutoTokenizer makes a vocabulary.
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
 # transformers' own stand-in for "no limit" is 1e30.
 _NO_LIMIT = 1 << 30
 
@@ -146,6 +148,12 @@ def resolve_tokenizer(
     """
     for name in ("tokenizer.json", "tokenizer_config.json"):
         refuse_pointer(folder / name)
+    if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        # AutoTokenizer would make a tokenizer of the model's type without words: every text would be unknown tokens.
+        raise CheckpointError(
+            f"{folder} has no file with a vocabulary ({', '.join(_VOCABULARIES)}). Copy the tokenizer's files of the "
+            "checkpoint that it was made from."
+        )
     if unknown := sorted(set(arguments or {}) - _ARGUMENTS):
         raise ConfigError(
             f"{folder}: sentence_bert_config.json has the tokenizer argument {unknown[0]!r}, which is not "

@@ -371,7 +371,7 @@ class GlueOptions(DeviceOptions):
         tasks: names of the tasks; MNLI is added if a task starts from it.
         seeds: seeds of the new head, the dropout and the order of the examples; each counts once.
         dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
-        tokenizer: folder or hub id of a tokenizer, for a checkpoint that has none.
+        tokenizer: folder or hub id of a tokenizer that replaces the checkpoint's; None for its own.
         padding: "remove" lets the encoder compute no padding, "keep" pads each batch, and "auto" removes padding on a
             GPU in bfloat16 where the model's family and its dropout of attention allow it.
 
@@ -397,7 +397,7 @@ class GlueOptions(DeviceOptions):
         None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
     )
     tokenizer: str | None = option(
-        None, "folder or hub id of the tokenizer, for a checkpoint without one", metavar="TOKENIZER"
+        None, "folder or hub id of a tokenizer that replaces the checkpoint's (default: its own)", metavar="TOKENIZER"
     )
     padding: PaddingChoice = option(
         "auto",

@@ -180,6 +180,15 @@ def test_a_tokenizer_that_is_refused(folder, name, content, error, message):
         TextTokenizer(**describe(folder).tokenizer.parts())
 
 
+def test_a_checkpoint_without_a_vocabulary_is_refused(folder):
+    """AutoTokenizer makes a tokenizer without words of it."""
+    for file in (folder / "tokenizer.json", *folder.glob("vocab.*")):
+        file.unlink()
+    assert len(AutoTokenizer.from_pretrained(folder)) < 10
+    with pytest.raises(CheckpointError, match="no file with a vocabulary .*tokenizer.json"):
+        describe(folder)
+
+
 def test_the_padding_is_the_tokenizers(folder):
     edit(folder / "config.json", pad_token_id=...)
     assert describe(folder).spec.pad_token_id == AutoTokenizer.from_pretrained(folder).pad_token_id == 0

@@ -159,8 +159,10 @@ def run_without_padding(model: PreTrainedModel) -> None:
         token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        if token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids
         if "cu_seqlens" in kwargs:  # the call of encode_packed below
-            return packed_forward(input_ids=input_ids, token_type_ids=token_type_ids, **kwargs)
+            return packed_forward(input_ids=input_ids, **kwargs)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         batch = Batch(
             input_ids=input_ids.cpu().numpy(),

@@ -49,7 +49,7 @@ from gte_deploy.training.evaluation.glue_tasks import (
     load_split,
     tasks_in_order,
 )
-from gte_deploy.training.evaluation.published_glue import SYSTEMS, system_of
+from gte_deploy.training.evaluation.published_glue import SYSTEMS, GlueSystem, system_of
 from gte_deploy.training.options import GlueOptions, Protocol
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,7 @@ def glue(
         InputError: data are missing or wrong, or `output` holds results of another model or protocol.
         NonFiniteError: a fine-tuned model computes NaN.
     """
-    system = system_of(model)
-    encoder = _open_model(model, options.tokenizer or (system.tokenizer if system else None))
+    encoder = _open_model(model, system_of(model), tokenizer=options.tokenizer)
     return _evaluate(model, encoder, output=output, options=options, protocol=protocol, progress=progress)
 
 
@@ -126,7 +125,7 @@ def compare_systems(
     for name, checkpoint in chosen.items():
         try:
             if checkpoint is not None:
-                encoders[name] = _open_model(checkpoint, SYSTEMS[name].tokenizer)
+                encoders[name] = _open_model(checkpoint, SYSTEMS[name])
         except GteDeployError as error:
             problems.append(f"{name} ({checkpoint}): {error}")
     if problems:
@@ -159,20 +158,15 @@ def _system_row(name: str) -> dict[str, Any]:
     return {"name": name, "published": SYSTEMS[name].to_dict(), "scores": None, "average": None, "error": None}
 
 
-def _open_model(model: str, tokenizer: str | None) -> PretrainedEncoder:
-    """Find and read a checkpoint but its weights; a `tokenizer` is used where the checkpoint has none of its own."""
+def _open_model(model: str, system: GlueSystem | None, *, tokenizer: str | None = None) -> PretrainedEncoder:
+    """Find and read a checkpoint but its weights. A `tokenizer` replaces its own, that of the system a missing one."""
     folder = resolve_checkpoint(model)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no checkpoint")
     weight_files(folder)
-    if has_tokenizer(folder):
-        return open_encoder(folder)
-    if tokenizer is None:
-        # AutoTokenizer would make an empty one, in which every word is unknown.
-        raise CheckpointError(
-            f"{folder} has no tokenizer.json and no tokenizer_config.json: name its tokenizer, with --tokenizer"
-        )
-    return open_encoder(folder, tokenizer=resolve_tokenizer_folder(tokenizer))
+    if tokenizer is None and system is not None and not has_tokenizer(folder):
+        tokenizer = system.tokenizer
+    return open_encoder(folder, tokenizer=None if tokenizer is None else resolve_tokenizer_folder(tokenizer))
 
 
 def _evaluate(
@@ -192,6 +186,7 @@ def _evaluate(
         "data": "hub" if options.data is None else str(options.data.resolve()),
         "protocol": dataclasses.asdict(protocol),
         "dtype": dtype,
+        **({} if options.tokenizer is None else {"tokenizer": options.tokenizer}),
     }
     is_packed = _removes_padding(encoder, options, is_fast=place.type == "cuda" and dtype == "bfloat16")
     ordered = tasks_in_order(options.tasks)
@@ -384,7 +379,8 @@ class _Trainer:
 
     def _require_same_settings(self, file: Path, result: Mapping[str, Any]) -> None:
         before = result["settings"]
-        changed = [key for key, value in self.settings.items() if key != "model" and before.get(key) != value]
+        keys = (self.settings.keys() | before.keys()) - {"model"}
+        changed = sorted(key for key in keys if before.get(key) != self.settings.get(key))
         if changed:
             raise InputError(
                 f"{file} was made with other settings ({', '.join(changed)}); use the same, or another output folder"

@@ -203,12 +203,14 @@ def test_a_tokenizer_of_its_own_folder(checkpoints, toy_data: Path, tmp_path: Pa
     for file in (*bare.glob("tokenizer*"), *bare.glob("vocab*"), *bare.glob("special*")):
         file.unlink()
     options = GlueOptions(data=toy_data, tasks=("sst2",), device="cpu")
-    with pytest.raises(CheckpointError, match="tokenizer"):
+    with pytest.raises(CheckpointError, match="no file with a vocabulary"):
         glue(str(bare), output=tmp_path / "out", options=options, protocol=ONE_STEP)
     given = GlueOptions(data=toy_data, tasks=("sst2",), device="cpu", tokenizer=str(checkpoints["bert"]))
     scores = glue(str(bare), output=tmp_path / "out", options=given, protocol=ONE_STEP)["scores"]
     whole = glue(str(checkpoints["bert"]), output=tmp_path / "whole", options=options, protocol=ONE_STEP)["scores"]
     assert scores == whole
+    with pytest.raises(InputError, match=r"other settings \(tokenizer\)"):
+        glue(str(checkpoints["bert"]), output=tmp_path / "whole", options=given, protocol=ONE_STEP)
 
 
 def test_systems_run_side_by_side_and_are_not_run_again(checkpoints, toy_data: Path, tmp_path: Path, capsys):
