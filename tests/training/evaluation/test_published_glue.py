@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from factories import SPELLING, make_checkpoint
-from family_checkpoints import PREFIXES, make_family_checkpoint
+from every_family import KINDS, make_masked_lm
+from family_checkpoints import make_family_checkpoint
 from glue_data import write_toy_glue
 from gte_deploy.core.errors import BackendError, CheckpointError, InputError
 from gte_deploy.models.presets import PRESETS
@@ -170,11 +170,10 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny random checkpoint of each family."""
     folder = tmp_path_factory.mktemp("families")
-    made = {kind: make_family_checkpoint(folder / kind, kind) for kind in PREFIXES}
-    return {"new": make_checkpoint(folder / "new", vocab=SPELLING, max_positions=64), **made}
+    return {kind: make_masked_lm(folder / kind, kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", ["new", *PREFIXES])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_family_takes_one_step_of_each_task_and_reports(kind, checkpoints, toy_data: Path, tmp_path: Path):
     options = GlueOptions(data=toy_data, device="cpu")
     summary = glue(str(checkpoints[kind]), output=tmp_path, options=options, protocol=ONE_STEP)
