@@ -258,7 +258,7 @@ def _without_others(
     prefixes = family.left_out.get(task, ())
     if task == _ENCODER:
         tasks: tuple[TaskName, ...] = ("fill-mask",)
-        tasks += () if family.classifies_texts(stored) else ("token-classify",)
+        tasks += ("token-classify",) if family.classifier_task(stored) == "token-classify" else ()
         prefixes = tuple(f"{family.heads[other]}." for other in tasks if other in family.heads)
     names = [name for name in stored if family.tensors.bare(name).startswith(prefixes)]
     if names:

@@ -13,6 +13,7 @@ from gte_deploy.models.families import family_of_fields
 from gte_deploy.models.families.base import Family
 from gte_deploy.models.fields import check_fields
 from gte_deploy.models.folder import CheckpointFiles
+from gte_deploy.models.modules import reranker_activation
 from gte_deploy.models.multi_vector_modules import is_multi_vector
 from gte_deploy.models.reading import read_required_json
 from gte_deploy.models.sparse_modules import is_sparse_encoder
@@ -33,7 +34,8 @@ def task_of(folder: str | Path) -> TaskName:
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
-        ConfigError: no family has the model type, or `architectures` names a head that the family lacks.
+        ConfigError: no family has the model type, `architectures` names a head that the family lacks, or nothing says
+            what the stored classifier is for.
     """
     files = CheckpointFiles(folder)
     return task_of_files(files, places_of(files))
@@ -64,15 +66,40 @@ def _task_of_architecture(raw: Mapping[str, Any], file: Path, family: Family) ->
 
 
 def task_of_tensors(places: Places) -> TaskName:
-    """Return the task of the stored head, from the names of the stored tensors, whatever modules are listed."""
+    """Return the task of the stored head, from the names of the stored tensors, whatever modules are listed.
+
+    Raises:
+        ConfigError: the names fit a classifier of texts and one of tokens, and config.json does not say which it is.
+    """
     names = [name for file in places.weight_files for name in tensor_names(file)]
     file = places.config / "config.json"
-    family = family_of_fields(read_required_json(file), file)
+    raw = read_required_json(file)
+    family = family_of_fields(raw, file)
     if family.has_head(names, "fill-mask"):
         return "fill-mask"
     if not family.has_head(names, "classify") and not family.has_head(names, "token-classify"):
         return "embed"
-    return "classify" if family.classifies_texts(names) else "token-classify"
+    return family.classifier_task(names) or _classifier_in_config(raw, family, file, places)
+
+
+def _classifier_in_config(raw: Mapping[str, Any], family: Family, file: Path, places: Places) -> TaskName:
+    """The task of a classifier, from what config.json says; for stored tensors that fit both kinds.
+
+    Raises:
+        ConfigError: it does not say it; the message names the field that would.
+    """
+    architectures = raw.get("architectures")
+    named = family.architectures.get(str(architectures[0])) if architectures else None
+    if named is not None and named in ("classify", "token-classify"):
+        return named
+    # transformers writes problem_type for classifiers of texts alone; the activation is that of a CrossEncoder.
+    if raw.get("problem_type") is not None or reranker_activation(places.config) is not None:
+        return "classify"
+    raise ConfigError(
+        f"{file}: architectures is {architectures!r}, and the stored tensors fit a classifier of texts and one of "
+        "tokens that kept the pooler of its pretraining. Name the class in architectures, such as "
+        f"{[family.classes['token-classify']]}, or the task: token-classify or classify."
+    )
 
 
 def read_config(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:

@@ -29,6 +29,8 @@ fused attention computes these biases: a family with "alibi" names no pass for a
 run padded.
 """
 
+_POOLER = "pooler."
+
 
 class WriteConfig(Protocol):
     """Writes a config as the fields of config.json in one layout."""
@@ -199,8 +201,14 @@ class Family:
         """Whether tensors of the task's head are among these stored names."""
         return task in self.heads and any(name.startswith(f"{self.heads[task]}.") for name in names)
 
-    def classifies_texts(self, names: Collection[str]) -> bool:
-        """Whether a stored classifier is for texts, and not for tokens: by its own tensors, else by the pooler."""
+    def classifier_task(self, names: Collection[str]) -> TaskName | None:
+        """The task of a stored classifier, "classify" or "token-classify"; None where these names fit both.
+
+        A classifier of texts has a layer of its own (`classifier_dense`), or reads the pooler. Checkpoints of token
+        classifiers may hold a pooler as well (`left_out`), that of the pretrained model.
+        """
         if self.classifier_dense is not None:
-            return self.has_head(names, "classify")
-        return any(self.tensors.bare(name).startswith("pooler.") for name in names)
+            return "classify" if self.has_head(names, "classify") else "token-classify"
+        if not any(self.tensors.bare(name).startswith(_POOLER) for name in names):
+            return "token-classify"
+        return None if _POOLER in self.left_out.get("token-classify", ()) else "classify"
