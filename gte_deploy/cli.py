@@ -200,7 +200,7 @@ def _push(given: Given) -> None:
 
 def _info(given: Given) -> None:
     from gte_deploy.backends.advice import faster_here
-    from gte_deploy.backends.choice import choose_engine, streams_of
+    from gte_deploy.backends.choice import choose_engine, precision_of, streams_of
     from gte_deploy.bundle.download import resolve_model
     from gte_deploy.bundle.manifest import is_bundle, read_manifest
 
@@ -210,7 +210,7 @@ def _info(given: Given) -> None:
         facts = {"path": str(folder), "kind": "bundle", **manifest.to_json()}
         facts["files"] = {file: entry.size for file, entry in manifest.files.items()}
         choice = choose_engine(manifest)
-        facts["engine"] = dataclasses.asdict(choice)
+        facts["engine"] = {**dataclasses.asdict(choice), "precision": precision_of(manifest, choice.precision)}
         facts["lists"] = dataclasses.asdict(streams_of(manifest, choice))
         facts["faster_here"] = faster_here(manifest)
     else:

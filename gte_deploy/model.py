@@ -19,6 +19,7 @@ from gte_deploy._version import __version__
 from gte_deploy.backends.advice import faster_here
 from gte_deploy.backends.base import WARM_SHAPES, Backend, Batch, LanedBackend
 from gte_deploy.backends.checks import check_finite
+from gte_deploy.backends.choice import precision_of
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
@@ -171,6 +172,7 @@ class Model(TextInterface):
     def info(self) -> dict[str, Any]:
         """Return facts about the loaded model, as plain JSON data.
 
+        `precision` is what it computes in, such as "fp32", or "int8+bf16" for INT8 products with the rest in bfloat16.
         `faster_here` of a bundle has a sentence for each thing that would be faster on this machine. `gte-deploy info`
         says more, because it measures.
         """
@@ -179,7 +181,7 @@ class Model(TextInterface):
             "path": str(self.path),
             "backend": self.backend,
             "backend_reason": self._backend_reason,
-            "precision": self._backend.precision,
+            "precision": self._precision(),
             "device": self.device,
             "num_threads": self._backend.num_threads,
             "max_batch_tokens": self._max_batch_tokens,
@@ -484,6 +486,13 @@ class Model(TextInterface):
     def _limit(self, max_length: int | None, low: int) -> int:
         """Check the limit of tokens, special tokens included; a limit below `low` is an error."""
         return checked_max_length(max_length, low=low, limit=self.spec.max_length)
+
+    def _precision(self) -> str:
+        computes = self._backend.precision
+        try:
+            return precision_of(read_manifest(self.path), computes) if is_bundle(self.path) else computes
+        except BundleError:  # the folder has changed since it was loaded
+            return computes
 
     def _faster_here(self) -> list[str]:
         try:

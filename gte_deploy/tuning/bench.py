@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gte_deploy.backends.choice import is_for_gpus, may_run_in_bf16
+from gte_deploy.backends.choice import is_for_gpus, may_run_in_bf16, precision_of
 from gte_deploy.backends.picks import Pick, cpu_model, engine_versions, save
 from gte_deploy.bundle.manifest import Manifest, read_manifest
 from gte_deploy.core.cpus import MAX_THREADS, available_cpus
@@ -344,10 +344,9 @@ def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
     names = [backend] if backend else here
     if is_for_gpus(manifest):
         return [EngineResult(f"{name} {manifest.precision}", name) for name in names]
-    title = "fp32" if manifest.precision == "bf16" else manifest.precision
-    engines = [EngineResult(f"{name} {title}", name, "fp32") for name in names]
+    engines = [EngineResult(f"{name} {precision_of(manifest, 'fp32')}", name, "fp32") for name in names]
     if "openvino" in names and manifest.precision in ("fp32", "bf16", "int8"):
-        engines.append(EngineResult(f"openvino {'int8+' * (title == 'int8')}bf16", "openvino", "bf16"))
+        engines.append(EngineResult(f"openvino {precision_of(manifest, 'bf16')}", "openvino", "bf16"))
     return engines
 
 

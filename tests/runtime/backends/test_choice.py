@@ -8,7 +8,7 @@ import pytest
 
 from gte_deploy.backends import bf16_speed, picks
 from gte_deploy.backends.advice import faster_here
-from gte_deploy.backends.choice import choose_engine, is_for_gpus
+from gte_deploy.backends.choice import choose_engine, is_for_gpus, precision_of
 from gte_deploy.bundle.manifest import GraphEntry, Manifest, PlanEntry
 from gte_deploy.core import cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
@@ -102,6 +102,22 @@ def test_int8_runs_on_openvino_where_the_cpu_multiplies_int8(machine, flags, bac
     machine(flags=flags)
     choice = choose_engine(manifest("int8"))
     assert (choice.backend, choice.precision) == (backend, "fp32") and says in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("precision", "computes", "name"),
+    [
+        ("fp32", "fp32", "fp32"),
+        ("fp32", "bf16", "bf16"),
+        ("bf16", "fp32", "fp32"),
+        ("int8", "fp32", "int8"),
+        ("int8", "bf16", "int8+bf16"),
+        ("int8-weight", "fp32", "int8-weight"),
+    ],
+)
+def test_the_name_of_what_a_bundle_is_computed_in(precision, computes, name):
+    assert precision_of(manifest(precision), computes) == name
+    assert precision_of(manifest("bf16", target="cuda"), "fp32") == "bf16", "the types of its graph say it"
 
 
 def test_a_machine_that_tells_nothing_of_its_cpu(machine, monkeypatch, tmp_path):
