@@ -120,14 +120,14 @@ def add_export_arguments(parser: argparse.ArgumentParser, format: str, command: 
     if len(targets) > 1:
         text = f"where the graph runs (default: {next(iter(targets))})"
         parser.add_argument("--target", default=argparse.SUPPRESS, metavar="{" + ",".join(targets) + "}", help=text)
-    add_arguments(parser, ExportOptions)
+    add_arguments(parser, ExportOptions, format=format)
     precisions = dict.fromkeys(precision for kind in targets.values() for precision in kind.precisions)
     parser._option_string_actions["--precision"].metavar = "{" + ",".join(precisions) + "}"
     if format == TRITON:
         add_arguments(parser.add_argument_group("the repository (MODEL may be a bundle)"), TritonOptions)
     for kind in targets.values():
         if options_of(kind.Options):
-            add_arguments(parser.add_argument_group(f"options for {kind.title}"), kind.Options)
+            add_arguments(parser.add_argument_group(f"options for {kind.title}"), kind.Options, format=format)
     for other in (*(kind.Options for kind in target_classes()), TritonOptions):
         add_arguments(parser, other, hidden=True)
     parser.add_argument("--check-repository", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -203,7 +203,7 @@ def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
     is_triton = arguments.format == TRITON
     target = _target_of(arguments.format, given.get("target"))
     kinds = (ExportOptions, target.Options, *((TritonOptions,) if is_triton else ()))
-    _refuse_others(given, target, kinds)
+    _refuse_others(given, target, kinds, arguments.format)
     options = {name: value for kind in kinds for name, value in parse_given(kind, given).items()}
     if "target" in given:
         options["target"] = target.name
@@ -279,16 +279,20 @@ def _target_of(format: str, name: str | None) -> type[Target]:
     return known[name]
 
 
-def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequence[type]) -> None:
-    """Refuse options that do not belong to this target or this precision.
+def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequence[type], format: str) -> None:
+    """Refuse options that do not belong to this target, this precision or this format.
 
     Raises:
-        InputError: an option belongs to other targets or precisions; the error names them.
+        InputError: an option belongs to other targets, precisions or formats; the error names them.
     """
     precision = given.get("precision") or target.precisions[0]
     if precision not in target.precisions:
         raise InputError(_not_in_precision(precision, target))
-    known = {name: described for kind in kinds for name, (_, described) in options_of(kind).items()}
+    known = {}
+    for name, (default, described) in (each for kind in kinds for each in options_of(kind).items()):
+        known[name] = described
+        if format in described.not_for and given.get(name, default) != default:
+            raise InputError(f"{flags_of(name, described)[0]} {given[name]} is not for --format {format}; leave it out")
     for kind in (*(other.Options for other in target_classes()), TritonOptions):
         for name, (_, described) in options_of(kind).items():
             if name not in given:

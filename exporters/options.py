@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import check_choice, check_choices, option, options_of
+from gte_deploy.core.options import check_choice, check_choices, option, options_given, options_of
 from gte_deploy.core.spec import LOGITS, POOLINGS, PRECISIONS, TASK_NAMES, Logits, Precision
 from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
 from gte_deploy.exporters.targets.base import Target
@@ -56,10 +56,17 @@ class ExportOptions:
         "auto", "how an embedding is made (default: as the checkpoint says)", choices=("auto", *POOLINGS)
     )
     logits: Logits = option(
-        "masked", "fill-mask: compute logits for the masks alone or for every token", choices=LOGITS
+        "masked",
+        "fill-mask: compute logits for the masks alone or for every token",
+        choices=LOGITS,
+        not_for=("executorch", "triton"),
     )
     opset: int | None = option(
-        None, "ONNX opset (default: the one that the graph is tested with)", metavar="N", parse=int
+        None,
+        "ONNX opset (default: the one that the graph is tested with)",
+        metavar="N",
+        parse=int,
+        not_for=("executorch",),
     )
     bounds: Bounds = option(
         "strict",
@@ -124,7 +131,27 @@ def make_request(
     base: Any = kind.Options() if tensorrt is None else tensorrt
     chosen = kind(dataclasses.replace(base, **own))
     chosen.check(cast(Precision, precision))
-    return ExportRequest(chosen, options, cast(Precision, precision))
+    request = ExportRequest(chosen, options, cast(Precision, precision))
+    refuse_options_not_for(format, request)
+    return request
+
+
+def refuse_options_not_for(format: str, request: ExportRequest) -> None:
+    """Refuse options that a format cannot take, although its targets have them.
+
+    Args:
+        format: one of `FORMATS`, or "triton".
+        request: the export.
+
+    Raises:
+        InputError: the message names the option and the format.
+    """
+    for options in (request.options, request.target.options):
+        for name, described in options_given(options):
+            if format in described.not_for:
+                raise InputError(
+                    f"{name} is {getattr(options, name)!r}, which is not for format {format}; leave it out"
+                )
 
 
 def targets_of(format: str) -> Mapping[str, type[Target]]:

@@ -93,6 +93,7 @@ class OpenVinoOptions(CalibrationOptions):
         "tokenizer for OpenVINO GenAI; it stores the weights a second time",
         choices=get_args(OpenVinoIr),
         precisions=("fp32", "bf16", "int8"),
+        not_for=("triton",),
     )
 
 

@@ -56,11 +56,9 @@ class ExecuTorchTarget(Target):
                 raise InputError(f"{field.name} must be a positive integer, not {value!r}")
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
-        """Require executorch; refuse logits of every token, whose memory would be planned for the longest text."""
+        """Require executorch."""
         if importlib.util.find_spec("executorch") is None:
             raise MissingDependencyError("executorch", "executorch")
-        if checkpoint.spec.logits == "all":
-            raise InputError("logits 'all' is not for format executorch: leave it out, and ask for the masks")
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Write the program. Its inputs and outputs are those of the graph of standard operators."""

@@ -29,7 +29,7 @@ from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
 from gte_deploy.exporters.bundle.writer import hash_files, publish, staging, write_manifest
 from gte_deploy.exporters.export import default_output, export
 from gte_deploy.exporters.job import Progress
-from gte_deploy.exporters.options import make_request
+from gte_deploy.exporters.options import make_request, refuse_options_not_for
 from gte_deploy.exporters.targets.tensorrt.profiles import MAX_MASKS
 from gte_deploy.exporters.triton.configs import (
     ENCODER,
@@ -198,8 +198,11 @@ def _check_arguments(
         raise InputError(
             f"{served} is a bundle already; {', '.join(export_options)} applies only when a checkpoint is exported"
         )
-    if served is None and "onnxruntime" not in (target := make_request(**export_options).target).engines:
-        raise InputError(f"Triton serves graphs for ONNX Runtime, but target {target.name} has none")
+    if served is None:
+        request = make_request(**export_options)
+        refuse_options_not_for("triton", request)
+        if "onnxruntime" not in request.target.engines:
+            raise InputError(f"Triton serves graphs for ONNX Runtime, but target {request.target.name} has none")
 
 
 def _default_output(

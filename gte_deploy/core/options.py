@@ -34,6 +34,7 @@ class Option:
         nargs: number of values after one flag: "+" or "*" for a tuple of them, "?" for one that may be left out.
         positional: whether the command line takes the value by its position, without a flag.
         precisions: the precisions that the option is for; empty for all.
+        not_for: the formats of an export that cannot take the option, although their targets have it.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Option:
     nargs: Literal["+", "*", "?"] | None = None
     positional: bool = False
     precisions: tuple[str, ...] = ()
+    not_for: tuple[str, ...] = ()
 
     @property
     def is_tuple(self) -> bool:
@@ -103,7 +105,7 @@ def flags_of(name: str, described: Option) -> tuple[str, ...]:
     return described.flags or (f"--{name.replace('_', '-')}",)
 
 
-def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
+def add_arguments(parser: Any, kind: type, *, hidden: bool = False, format: str | None = None) -> None:
     """Add the options of a dataclass to a parser or to a group of a parser.
 
     The namespace holds only options that the command line gives. A flag that the parser already has is left unchanged.
@@ -113,11 +115,13 @@ def add_arguments(parser: Any, kind: type, *, hidden: bool = False) -> None:
         kind: the dataclass.
         hidden: whether `--help` leaves the options out; they are still parsed, so that a refusal can say what they are
             for.
+        format: the format of an export, whose `--help` leaves out the options that are not for it.
     """
     known = parser._option_string_actions
     for name, (default, described) in options_of(kind).items():
         arguments: dict[str, Any] = {"default": argparse.SUPPRESS}
-        arguments["help"] = argparse.SUPPRESS if hidden else _help(default, described)
+        is_hidden = hidden or format in described.not_for
+        arguments["help"] = argparse.SUPPRESS if is_hidden else _help(default, described)
         if isinstance(default, bool):
             arguments["action"] = "store_false" if default else "store_true"
         else:

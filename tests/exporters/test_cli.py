@@ -11,10 +11,12 @@ import pytest
 from factories import make_checkpoint
 from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.bundle.upload import Pushed
+from gte_deploy.core.errors import InputError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.exporters import cli, export
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
+from gte_deploy.exporters.triton.repository import export_repository
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,8 @@ def test_a_command_and_the_flat_form_mean_the_same(form, monkeypatch):
         ([], ["--reduce-range", "--target {cpu,cuda,openvino}", "gte-export trt "], ["--profile", "--engine"]),
         (["--format", "trt"], ["--profile", "--precision {fp16,bf16,int8,fp8}"], ["--reduce-range", "--engine"]),
         (["trt"], ["--profile", "--target GPUS"], ["--reduce-range", "--engine", "--format {"]),
-        (["triton"], ["--engine", "--reduce-range", "--target {cpu,cuda}"], ["--profile"]),
+        (["triton"], ["--engine", "--reduce-range", "--opset"], ["--profile", "--openvino-ir", "--logits"]),
+        (["executorch"], ["--program-batch"], ["--opset", "--logits", "--openvino-ir"]),
         (["check"], ["DIR"], ["--profile", "--precision"]),
     ],
 )
@@ -114,6 +117,26 @@ def test_help_shows_what_concerns_the_format(arguments, shown, not_shown, capsys
         main([*arguments, "--help"])
     out = capsys.readouterr().out
     assert all(text in out for text in shown) and not any(text in out for text in not_shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "options"),
+    [
+        ("--format triton --openvino-ir model", "--openvino-ir model", {"openvino_ir": "model"}),
+        ("--format triton --logits all", "--logits all", {"logits": "all"}),
+        ("--format executorch --logits all", "--logits all", {"logits": "all"}),
+        ("--format executorch --opset 19", "--opset 19", {"opset": 19}),
+    ],
+)
+def test_what_a_format_cannot_take_is_refused_before_anything_is_read(words, flag, options, tmp_path, capsys):
+    format = words.split()[1]
+    assert main(["/nowhere", str(tmp_path / "out"), *words.split()]) == USAGE
+    assert f"{flag} is not for --format {format}; leave it out" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"{next(iter(options))} is .* not for format {format}"):
+        if format == "triton":
+            export_repository(tmp_path, tmp_path / "out", **options)
+        else:
+            export.export("/nowhere", tmp_path / "out", format=format, **options)
 
 
 @pytest.mark.parametrize("tokens", ["-1", "0", "7", "8193"])
