@@ -7,6 +7,7 @@ alone decides the ids, in every library that reads it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.core.errors import CheckpointError, ConfigError, MissingDependencyError
 from gte_deploy.core.files import write_text
 from gte_deploy.models.reading import without_warnings_of_types
 from gte_deploy.models.weight_files import refuse_pointer
@@ -40,6 +41,7 @@ _ARGUMENTS = frozenset(
 )
 # The files from which AutoTokenizer makes a vocabulary.
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken")
+_SENTENCEPIECE_FILES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 # transformers' own stand-in for "no limit" is 1e30.
 _NO_LIMIT = 1 << 30
 
@@ -145,7 +147,9 @@ def resolve_tokenizer(
     Raises:
         ConfigError: an argument or a field of tokenizer_config.json is not supported.
         CheckpointError: AutoTokenizer cannot read the files, or builds something other than a fast tokenizer.
+        MissingDependencyError: the folder has a sentencepiece model alone, and sentencepiece is not installed.
     """
+    _require_sentencepiece(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         refuse_pointer(folder / name)
     if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
@@ -173,6 +177,32 @@ def resolve_tokenizer(
     if lowercase and not _has_lowercase(backend.normalizer):
         backend.normalizer = _lowercase_first(backend.normalizer)
     return ResolvedTokenizer(theirs, backend, lowercase)
+
+
+def _require_sentencepiece(folder: Path) -> None:
+    """Require the packages with which transformers reads a sentencepiece model, where no tokenizer.json stands beside.
+
+    Without them transformers takes the file for another format, and its error says nothing about sentencepiece.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    found = next((name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    if found is None:
+        return
+    try:
+        _import_sentencepiece()
+    except Exception as error:  # protobuf's own, where its version does not fit that of sentencepiece
+        raise MissingDependencyError(
+            "sentencepiece",
+            "sentencepiece",
+            f"{folder} has {found} and no tokenizer.json, and sentencepiece cannot be imported ({error}). Elsewhere, "
+            'this writes a tokenizer.json: python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+        ) from error
+
+
+def _import_sentencepiece() -> None:
+    importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
 
 def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:

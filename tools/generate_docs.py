@@ -248,7 +248,8 @@ biases grows with the square of the length.
 
 - Removal of padding on GPUs (`padding="remove"`) for families without the pass "packed_attention": the passes for it
   rewrite rotary attention and gated layers. `padding="auto"` keeps padding there.
-- A sentencepiece model without tokenizer.json, unless transformers can convert it here.
+- A sentencepiece model (`sentencepiece.bpe.model`) without tokenizer.json, if the extra `sentencepiece` is not
+  installed: transformers converts the model with it when the checkpoint is read. Bundles have a tokenizer.json.
 - Pretraining (`gte-train run`) of other families than GTE. `gte-train glue` fine-tunes all of them
   ([training](training.md#glue)).
 - JinaBERT with normalised queries and keys (`jinaai/jina-bert-v2-qk-post-norm`, jina-embeddings-v2-base-code), which

@@ -201,14 +201,6 @@ def test_the_vocabulary_of_xlm_r_is_read_whole(tmp_path):
         np.testing.assert_allclose(model.encode(texts), expected.numpy(), rtol=0, atol=2e-5)
 
 
-def test_a_sentencepiece_model_alone_is_refused_with_a_reason(checkpoints, tmp_path):
-    folder = shutil.copytree(checkpoints("xlm-roberta"), tmp_path / "old")
-    (folder / "tokenizer.json").unlink()
-    (folder / "sentencepiece.bpe.model").write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match="AutoTokenizer cannot read the tokenizer .*has a tokenizer.json"):
-        describe(folder)
-
-
 @pytest.mark.parametrize(("passes", "merged"), [("PASSES", False), ("MERGED_PASSES", True)])
 def test_passes_fire_as_the_family_says(passes, merged, checkpoints):
     pytest.importorskip("onnxscript")
