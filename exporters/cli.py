@@ -389,10 +389,11 @@ def _result_text(result: _Result) -> str:
         )
     from gte_deploy.exporters.verification.report import format_table
 
-    plan, missed = result.manifest.plan, result.manifest.missed_bounds
+    plan, missed, calibration = result.manifest.plan, result.manifest.missed_bounds, result.manifest.calibration
     return "\n".join(
         [
             format_table(result.parity),
+            *(() if calibration is None else [calibration.describe()]),
             *(() if plan is None else plan.describe()),
             *(("the bundle MISSES ITS BOUNDS, as its manifest records:",) if missed else ()),
             *(f"  {line}" for line in missed),

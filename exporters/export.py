@@ -220,7 +220,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
     from gte_deploy.exporters.verification.parity import Comparison, check_parity
     from gte_deploy.exporters.verification.reference import TorchReference
     from gte_deploy.exporters.verification.reference_cache import open_cache
-    from gte_deploy.exporters.verification.texts import TextRounds, builtin_texts
+    from gte_deploy.exporters.verification.texts import evaluation_rounds, evaluation_texts
 
     spec = job.spec
     asked = Comparison(
@@ -228,9 +228,14 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
         spec=spec,
         precision=job.precision,
         tokens=TokenSource.from_tokenizer(job.tokenizer),
-        texts=[]
+        texts={}
         if job.precision == "fp32"
-        else TextRounds(builtin_texts("evaluation"), job.tokenizer, spec, max_tokens=EVALUATION_TOKENS),
+        else evaluation_rounds(
+            evaluation_texts(request.target.languages, job.tokenizer, spec.vocab_size),
+            job.tokenizer,
+            spec,
+            max_tokens=EVALUATION_TOKENS,
+        ),
         parts=[[output.name for output in part.outputs] for part in next(iter(built.parts.values()), {}).values()],
     )
     with job.steps("compare with PyTorch"), request.target.candidates(built, job) as candidates:

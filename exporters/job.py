@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gte_deploy.bundle.manifest import PlanEntry
+from gte_deploy.bundle.manifest import CalibrationEntry, PlanEntry
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 from gte_deploy.models.description import Description
@@ -33,7 +33,7 @@ WEIGHTS_PATH = "onnx/model.onnx_data"
 """Path of the weights that several graphs share; transformers.js asks for the name of a graph and `_data`."""
 
 EVALUATION_TOKENS = 6000
-"""Number of words for measuring the accuracy of a lower precision: once as single texts, once in windows."""
+"""Number of English words for measuring the accuracy of a lower precision: once as single texts, once in windows."""
 
 
 def part_path(engine: Engine, name: str) -> str:
@@ -142,6 +142,7 @@ class Built:
         parts: engine -> the parts of its graph by name, saved at `part_path`.
         all_logits: engine -> the graph with the logits of every token, saved at `GRAPH_PATHS`, which other libraries
             open; empty unless the runtime's graph computes only masked tokens.
+        calibration: the calibration texts, where ranges were measured.
     """
 
     graphs: Mapping[Engine, "Graph"]
@@ -154,6 +155,7 @@ class Built:
     finer: "Callable[[], Built] | None" = None
     parts: Mapping[Engine, Mapping[str, "Graph"]] = field(default_factory=dict)
     all_logits: Mapping[Engine, "Graph"] = field(default_factory=dict)
+    calibration: CalibrationEntry | None = None
 
     def path(self, engine: Engine) -> str:
         """Return the path of an engine's graph in the bundle."""

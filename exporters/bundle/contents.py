@@ -70,6 +70,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         plan=built.plan,
         timings_s=job.steps.seconds,
         sensitivity=built.sensitivity,
+        calibration=built.calibration,
     )
     _write_json(job.folder / "report.json", report)
     (job.folder / "report.html").write_text(render_html(parity, report, built.plan), encoding="utf-8")
@@ -83,6 +84,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         target=built.made_for,
         plan=built.plan,
         missed_bounds=tuple(parity.failures()),
+        calibration=built.calibration,
     )
     mask_token = job.tokenizer.mask_token
     write_card(job.folder, described, parity, checkpoint=job.checkpoint.folder, mask_token=mask_token)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnxruntime import OnnxBackend
+from gte_deploy.bundle.manifest import CalibrationEntry
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.graph.editing import operand
@@ -32,12 +33,12 @@ from gte_deploy.exporters.verification.cases import TokenSource, max_tokens_of, 
 from gte_deploy.exporters.verification.parity import Comparison, check_parity
 from gte_deploy.exporters.verification.results import FP16_OVERFLOWS
 from gte_deploy.exporters.verification.texts import (
-    Languages,
+    CalibrationTexts,
     TextRounds,
-    builtin_texts,
     calibration_texts,
+    evaluation_rounds,
+    evaluation_texts,
     text_batches,
-    texts_left_out,
 )
 from gte_deploy.text.tokenization import TextTokenizer
 
@@ -47,6 +48,7 @@ SWEEP_TOKENS = 1000
 # The longest of the parity cases that a sweep judges; the export compares all lengths at the end.
 _CASE_LENGTH = 128
 _HELD_OUT = "on held-out text: "
+_CALIBRATION = "all"  # the calibration texts are judged together, whatever their languages
 # The number of groups that an error message names.
 _NAMED_GROUPS = 3
 _WEIGHT_BITS: Mapping[Precision, Bits] = {"int8-weight": 8, "int4-weight": 4}
@@ -66,11 +68,13 @@ class Quantized:
             numbers of quantized layers.
         sweep: the layers that stay in FP32, and their losses; INT8 only.
         finer: returns graphs with more layers in FP32, for graphs that missed their bounds; INT8 only.
+        calibration: the calibration texts; INT8 only.
     """
 
     graphs: dict[Engine, Graph]
     sweep: Sweep | None = None
     finer: "Callable[[], Quantized] | None" = None
+    calibration: CalibrationEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Calibration:
         spec: the facts about the model.
         tokenizer: the tokenizer of the model.
         texts: the calibration texts.
-        batches: the batches of these texts.
+        evaluation: language -> the built-in texts that measure the accuracy.
+        batches: the batches of the calibration texts.
         ranges: weight's name -> range of the layer's input on the batches.
         progress: called with a line at every long step.
     """
@@ -91,6 +96,7 @@ class Calibration:
     spec: ModelSpec
     tokenizer: TextTokenizer
     texts: Sequence[str]
+    evaluation: Mapping[str, Sequence[str]]
     batches: Sequence[Batch]
     ranges: Mapping[str, Range]
     progress: Callable[[str], None]
@@ -107,7 +113,7 @@ def quantize_graphs(
     *,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
-    calibration: Sequence[str] | Languages = "auto",
+    calibration: CalibrationTexts | None = None,
     activations: Activations = "static",
     reduce_range: bool = False,
     progress: Callable[[str], None],
@@ -119,8 +125,8 @@ def quantize_graphs(
         precision: a precision other than "fp32".
         spec: the facts about the model.
         tokenizer: the tokenizer of the model.
-        calibration: texts like those in production, or which of the built-in ones; see `calibration_texts`. This and
-            the next two arguments are for INT8 only.
+        calibration: texts like those in production; None for the built-in ones, see `calibration_texts`. This and the
+            next two arguments are for INT8 only.
         activations: the ranges of activations in ONNX Runtime's graph; OpenVINO's graph is always static.
         reduce_range: whether weights have 7 bits, for CPUs without VNNI.
         progress: called with a line at every long step.
@@ -130,7 +136,8 @@ def quantize_graphs(
         copy = fp32.model.clone()
         counts = quantize_weights(copy, _WEIGHT_BITS[precision])
         return Quantized({"onnxruntime": _with_model(fp32, copy, counts)})
-    measured = calibrated(fp32, spec, tokenizer, calibration, progress)
+    texts = calibration or calibration_texts(tokenizer, spec.vocab_size)
+    measured = calibrated(fp32, spec, tokenizer, texts, progress)
     base = int8_scheme(fp32.model, measured.ranges, sample=measured.sample, reduce_range=reduce_range)
     # Static ranges lose more accuracy than dynamic ones, and OpenVINO's graph always has them.
     sweep_activations: Activations = "static" if "openvino" in graphs else activations
@@ -146,7 +153,7 @@ def quantize_graphs(
             measured, groups, lambda excluded: quantized("onnxruntime", excluded, sweep_activations), "int8", previous
         )
         result: dict[Engine, Graph] = {engine: quantized(engine, found.excluded, activations) for engine in graphs}
-        return Quantized(result, found, lambda: swept(found))
+        return Quantized(result, found, lambda: swept(found), texts.entry)
 
     return swept(None)
 
@@ -179,15 +186,17 @@ def calibrated(
     fp32: Graph,
     spec: ModelSpec,
     tokenizer: TextTokenizer,
-    calibration: Sequence[str] | Languages,
+    calibration: CalibrationTexts,
     progress: Callable[[str], None],
 ) -> Calibration:
     """Measure the input range of every linear layer on the calibration texts; see `calibration_texts`."""
-    texts, kind = calibration_texts(calibration, tokenizer, spec.vocab_size)
+    texts = calibration.texts
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     size = sum(int(batch.attention_mask.sum()) for batch in batches)
-    progress(f"calibrate on {size:,} tokens of {kind}")
-    return Calibration(fp32, spec, tokenizer, texts, batches, measure_ranges(fp32, spec, batches), progress)
+    progress(f"calibrate on {size:,} tokens of {calibration.source}")
+    evaluation = evaluation_texts(calibration.evaluation, tokenizer, spec.vocab_size)
+    ranges = measure_ranges(fp32, spec, batches)
+    return Calibration(fp32, spec, tokenizer, texts, evaluation, batches, ranges, progress)
 
 
 def sweep(
@@ -219,7 +228,7 @@ def sweep(
                 return Sweep(frozenset(), {}, accuracy)
             progress(f"with all layers in 8 bits the graph misses its bounds ({'; '.join(missed)})")
         sample = [text_batches(measured.texts, measured.tokenizer, measured.spec, max_tokens=SWEEP_TOKENS)]
-        small = TextReference(reference, sample, measured.spec)
+        small = TextReference(reference, {_CALIBRATION: sample}, measured.spec)
 
         def measure(excluded: frozenset[str]) -> Accuracy:
             with running(quantize(excluded), measured.spec) as candidate:
@@ -247,13 +256,16 @@ class _Judge:
     def __init__(self, reference: OnnxBackend, measured: Calibration, precision: Precision) -> None:
         spec, tokenizer = measured.spec, measured.tokenizer
         self._reference, self._bounds = reference, ACCURACY_BOUNDS[precision]
-        self.calibration = TextReference(
-            reference, TextRounds(measured.texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS), spec
+        rounds = TextRounds(measured.texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
+        self.calibration = TextReference(reference, {_CALIBRATION: rounds}, spec)
+        held_out = evaluation_rounds(
+            measured.evaluation,
+            tokenizer,
+            spec,
+            max_tokens=CALIBRATION_TOKENS,
+            left_out_of=EVALUATION_TOKENS,
         )
-        held_out = texts_left_out(builtin_texts("evaluation"), tokenizer, max_tokens=EVALUATION_TOKENS)
-        self._held_out = TextReference(
-            reference, TextRounds(held_out, tokenizer, spec, max_tokens=CALIBRATION_TOKENS), spec
-        )
+        self._held_out = TextReference(reference, held_out, spec)
         limit = max_tokens_of(spec)
         self._cases = Comparison(
             outputs=[output.name for output in measured.fp32.outputs],

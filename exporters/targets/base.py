@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
+    from gte_deploy.exporters.verification.texts import Languages
     from gte_deploy.model import Model
 
 PADDING_FREE_PASS = "packed_attention"
@@ -68,6 +69,11 @@ class Target(ABC):
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
+
+    @property
+    def languages(self) -> "Languages":
+        """The languages of the built-in texts that the accuracy is measured on."""
+        return "auto"
 
     def check(self, precision: Precision) -> None:
         """Refuse options that contradict each other, before anything is read.

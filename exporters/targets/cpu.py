@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, get_args
 
-from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.recipes import Quantized
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
-    from gte_deploy.exporters.verification.texts import Languages
+    from gte_deploy.exporters.verification.texts import CalibrationTexts, Languages
+    from gte_deploy.text.tokenization import TextTokenizer
 
 
 KEPT_IN_FP32: Collection[Precision] = ("fp32", "bf16")
@@ -45,8 +46,9 @@ class CalibrationOptions:
 
     Args:
         calibration: a UTF-8 file with one text per line, like the texts in production; None for built-in texts.
-        languages: the built-in texts: "english" prose, "multilingual" texts in 18 languages, or "auto" for the latter
-            if the vocabulary has words of three scripts besides Latin.
+        languages: the built-in texts for calibration, and those that the accuracy is measured on: "english" prose,
+            "multilingual" texts in 20 languages, or "auto" for the latter if the vocabulary has words of three scripts
+            besides Latin.
     """
 
     calibration: Path | None = option(
@@ -58,24 +60,32 @@ class CalibrationOptions:
     )
     languages: "Languages" = option(
         "auto",
-        "languages of the built-in texts (default: several if the vocabulary has words of several scripts)",
+        "languages of the built-in texts, for calibration and for measuring the accuracy (default: several if the "
+        "vocabulary has words of several scripts)",
         choices=("auto", "english", "multilingual"),
         precisions=("int8", "fp8"),
     )
 
-    def texts(self) -> "list[str] | Languages":
-        """The texts of the file; without a file, which of the built-in texts to take.
+    def texts(self, tokenizer: "TextTokenizer", vocab_size: int) -> "CalibrationTexts":
+        """The calibration texts of a model.
 
         Raises:
-            InputError: the file cannot be read, or languages are chosen as well.
+            InputError: the file cannot be read.
+        """
+        from gte_deploy.exporters.verification.texts import calibration_texts
+
+        name = "" if self.calibration is None else Path(self.calibration).name
+        return calibration_texts(tokenizer, vocab_size, languages=self.languages, own=self.own_texts(), file=name)
+
+    def own_texts(self) -> "list[str] | None":
+        """The texts of the user's file; None if there is none.
+
+        Raises:
+            InputError: the file cannot be read.
         """
         from gte_deploy.exporters.verification.texts import read_texts
 
-        if self.calibration is None:
-            return self.languages
-        if self.languages != "auto":
-            raise InputError(f"languages is {self.languages!r} and calibration is a file of texts; give one of the two")
-        return read_texts(Path(self.calibration))
+        return None if self.calibration is None else read_texts(Path(self.calibration))
 
 
 @dataclass(frozen=True)
@@ -128,10 +138,15 @@ class CpuTarget(Target):
     Options: ClassVar[type] = CpuOptions
     options: CpuOptions
 
+    @property
+    def languages(self) -> "Languages":
+        """The languages that the options name."""
+        return self.options.languages
+
     def check(self, precision: Precision) -> None:
         """Check that the calibration texts can be read."""
         super().check(precision)
-        self.options.texts()
+        self.options.own_texts()
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino for bf16, which no other engine computes in on a CPU, and for its own format."""
@@ -201,7 +216,7 @@ def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: Calibr
             job.precision,
             spec=job.spec,
             tokenizer=job.tokenizer,
-            calibration=options.texts(),
+            calibration=options.texts(job.tokenizer, job.spec.vocab_size),
             activations=of_onnx.activations,
             reduce_range=of_onnx.reduce_range,
             progress=job.steps.report,
@@ -226,7 +241,11 @@ def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job
 
     sensitivity = quantized.sweep.loss if quantized.sweep else {}
     return dataclasses.replace(
-        built, sensitivity=sensitivity, caveats=caveats, finer=finer if quantized.finer else None
+        built,
+        sensitivity=sensitivity,
+        caveats=caveats,
+        finer=finer if quantized.finer else None,
+        calibration=quantized.calibration,
     )
 
 

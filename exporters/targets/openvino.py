@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.checks import Check
+    from gte_deploy.exporters.verification.texts import Languages
 
 
 class OpenVinoTarget(Target):
@@ -36,10 +37,15 @@ class OpenVinoTarget(Target):
     Options: ClassVar[type] = OpenVinoOptions
     options: OpenVinoOptions
 
+    @property
+    def languages(self) -> "Languages":
+        """The languages that the options name."""
+        return self.options.languages
+
     def check(self, precision: Precision) -> None:
         """Check that the calibration texts can be read."""
         super().check(precision)
-        self.options.texts()
+        self.options.own_texts()
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""

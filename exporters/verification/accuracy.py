@@ -6,7 +6,7 @@ a less exact graph match the model's. Shapes: T real tokens, N rows, M masks, V 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +54,7 @@ class Accuracy:
         top5: share of masks whose five best words include the original one, [candidate, reference]; fill-mask only.
         tokens: number of tokens, T.
         masks: number of masks, M.
+        languages: language (BCP 47) -> the accuracy on its texts alone; empty where all texts are in one language.
     """
 
     token_cosine_mean: float
@@ -68,16 +69,17 @@ class Accuracy:
     top5: tuple[float, float] | None = None
     tokens: int = 0
     masks: int = 0
+    languages: "Mapping[str, Accuracy]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AccuracyBounds:
-    """The lower bounds of a precision; see `Accuracy`.
+    """The lower bounds of a precision; see `Accuracy`. They hold for all texts together and for each language.
 
     The agreement of words is an estimate, so the upper end of its interval is compared with the bound: the agreement
     falls short only if the whole interval lies below. `open` tells whether more text could change the result. A
     quantizer, which can choose other options, compares the estimate itself (`by_estimate`): this leaves a margin of
-    half an interval for texts that it has not seen.
+    half an interval for texts that it has not seen. For a single language, with its few words, the interval decides.
     """
 
     cosine_mean: float
@@ -104,7 +106,9 @@ class AccuracyBounds:
                 f"the best answer for a mask is PyTorch's in {found.top1_agreement:.1%} of {found.masks:,} (95 % "
                 f"interval {low:.1%} to {high:.1%}), at least {100 * self.top1_agreement:g}% wanted"
             )
-        return parts
+        return parts + [
+            f"in language {language}: {line}" for language, own in found.languages.items() for line in self.missed(own)
+        ]
 
     def open(self, found: Accuracy) -> bool:
         """Whether the interval of the agreement contains the bound."""
@@ -127,43 +131,63 @@ class TextReference:
 
     Args:
         reference: computes the right answers.
-        rounds: the batches of each round, see `text_batches`. The first round measures everything; further rounds add
-            masks.
+        texts: language of the texts -> the batches of each round, see `text_batches`. The first round measures
+            everything; further rounds add masks.
         spec: the facts about the model.
     """
 
-    def __init__(self, reference: Runs, rounds: Rounds, spec: ModelSpec) -> None:
-        self._reference, self._rounds, self._spec = reference, rounds, spec
-        self._answers: dict[int, list[Needed]] = {}
+    def __init__(self, reference: Runs, texts: Mapping[str, Rounds], spec: ModelSpec) -> None:
+        self._reference, self._texts, self._spec = reference, texts, spec
+        self._answers: dict[tuple[str, int], list[Needed]] = {}
 
     def compare(self, candidate: Runs, bounds: AccuracyBounds | None = None) -> Accuracy:
         """Measure accuracy on the first round; with `bounds`, on further rounds too while their result is `open`."""
-        cosines, words = _Cosines(), _Words()
-        for number in range(len(self._rounds)):
-            for (batch, wanted), expected in zip(self._rounds[number], self._expected(number), strict=True):
-                found = _needed(candidate.run(batch, self._names(number)), batch, self._spec)
-                if number == 0:
-                    cosines.add(found, expected, batch, candidate)
-                if "best" in found:
-                    words.add(found["best"], expected["best"], wanted, batch)
-            accuracy = Accuracy(**cosines.measures(), **words.measures())
-            if bounds is None or not bounds.open(accuracy) or number == len(self._rounds) - 1:
+        found = {language: (_Cosines(), _Words()) for language in self._texts}
+        rounds = min(map(len, self._texts.values()), default=0)
+        for number in range(rounds):
+            for language, (cosines, words) in found.items():
+                self._measure(candidate, language, number, cosines, words)
+            accuracy = _accuracy_of(found)
+            if bounds is None or not bounds.open(accuracy) or number == rounds - 1:
                 return accuracy
         raise ValueError("there is no round of texts to compare answers on")
 
-    def _expected(self, number: int) -> list[Needed]:
-        """Return the reference's answers of one round, reduced to what the comparison needs."""
-        if number not in self._answers:
-            self._answers[number] = [
+    def _measure(self, candidate: Runs, language: str, number: int, cosines: "_Cosines", words: "_Words") -> None:
+        """Add the candidate's answers to one round of one language."""
+        batches, answers = self._texts[language][number], self._expected(language, number)
+        for (batch, wanted), expected in zip(batches, answers, strict=True):
+            found = _needed(candidate.run(batch, self._names(number)), batch, self._spec)
+            if number == 0:
+                cosines.add(found, expected, batch, candidate)
+            if "best" in found:
+                words.add(found["best"], expected["best"], wanted, batch)
+
+    def _expected(self, language: str, number: int) -> list[Needed]:
+        """Return the reference's answers to one round of one language, reduced to what the comparison needs."""
+        if (language, number) not in self._answers:
+            self._answers[language, number] = [
                 _needed(self._reference.run(batch, self._names(number)), batch, self._spec)
-                for batch, _ in self._rounds[number]
+                for batch, _ in self._texts[language][number]
             ]
-        return self._answers[number]
+        return self._answers[language, number]
 
     def _names(self, number: int) -> tuple[str, ...]:
         task = TASKS[self._spec.task]
         extra = () if task.has_labels else task.answers  # labels say little about a text
         return (HIDDEN, *extra) if number == 0 else extra
+
+
+def _accuracy_of(found: "Mapping[str, tuple[_Cosines, _Words]]") -> Accuracy:
+    """The accuracy on all texts, and that on the texts of each language if there are several."""
+    cosines, words = _Cosines(), _Words()
+    for own_cosines, own_words in found.values():
+        cosines.join(own_cosines)
+        words.join(own_words)
+    each = {
+        language: Accuracy(**own_cosines.measures(), **own_words.measures())
+        for language, (own_cosines, own_words) in found.items()
+    }
+    return Accuracy(**cosines.measures(), **words.measures(), languages=each if len(each) > 1 else {})
 
 
 class _Cosines:
@@ -181,6 +205,12 @@ class _Cosines:
             single = last_row_alone(batch)
             (row,) = candidate.run(single, ("last_hidden_state",))["last_hidden_state"]
             self._alone.append(_cosine(found["tokens"][-len(row) :], row))
+
+    def join(self, other: "_Cosines") -> None:
+        """Add what another has collected."""
+        self._tokens += other._tokens
+        self._sentences += other._sentences
+        self._alone += other._alone
 
     def measures(self) -> dict[str, Any]:
         token, sentence = np.concatenate(self._tokens), np.concatenate(self._sentences)
@@ -214,8 +244,18 @@ class _Words:
         self._found.append(found)
         self._expected.append(expected)
         self._wanted.append(wanted)
-        first = int(self._texts[-1].max()) + 1 if self._texts else 0
-        self._texts.append(batch.mask_positions[:, 0] + first)
+        self._texts.append(batch.mask_positions[:, 0] + self._next_text())
+
+    def join(self, other: "_Words") -> None:
+        """Add what another has collected, on other texts."""
+        first = self._next_text()
+        self._found += other._found
+        self._expected += other._expected
+        self._wanted += other._wanted
+        self._texts += [texts + first for texts in other._texts]
+
+    def _next_text(self) -> int:
+        return int(self._texts[-1].max()) + 1 if self._texts else 0
 
     def measures(self) -> dict[str, Any]:
         if not self._found:

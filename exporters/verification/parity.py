@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +41,8 @@ class Comparison:
         precision: the precision of the graphs, which sets the bounds.
         tokens: the source of the token ids.
         cases: shapes of the batches; None for `parity_cases`.
-        texts: rounds of texts for `TextReference`, on which every candidate's accuracy is measured too and compared
-            with the precision's bounds; empty to leave this out.
+        texts: language -> rounds of texts for `TextReference`, on which every candidate's accuracy is measured too and
+            compared with the precision's bounds; empty to leave this out.
         parts: the names of the outputs of each part of the graphs; a run for these alone computes them by the part.
     """
 
@@ -51,7 +51,7 @@ class Comparison:
     precision: Precision
     tokens: TokenSource
     cases: Sequence[Case] | None = None
-    texts: Rounds = ()
+    texts: Mapping[str, Rounds] = field(default_factory=dict)
     parts: Sequence[Sequence[str]] = ()
 
 
@@ -106,8 +106,8 @@ def check_parity(
     _require_finite(scale_of)
     own = [found.over(scale_of[name]) for name, found in comparison.rounding]
     if asked.texts:
-        words = sum(int(batch.attention_mask.sum()) for batch, _ in asked.texts[0])
-        report_line(f"accuracy on {words:,} tokens of text")
+        words = sum(int(batch.attention_mask.sum()) for rounds in asked.texts.values() for batch, _ in rounds[0])
+        report_line(f"accuracy on {words:,} tokens of text in {', '.join(asked.texts)}")
     bounds, on_text = ACCURACY_BOUNDS.get(precision), TextReference(reference, asked.texts, spec)
     engines = tuple(
         EngineParity(

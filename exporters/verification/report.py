@@ -1,5 +1,6 @@
 """The parity report in three forms: a table for the terminal, report.json for machines, report.html for people."""
 
+import dataclasses
 import datetime
 import html
 import importlib.util
@@ -14,10 +15,11 @@ from matplotlib.figure import Figure
 
 from gte_deploy._version import __version__
 from gte_deploy.backends.picks import cpu_model
-from gte_deploy.bundle.manifest import GraphEntry, PlanEntry
+from gte_deploy.bundle.manifest import CalibrationEntry, GraphEntry, PlanEntry
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import Engine, ModelSpec
+from gte_deploy.exporters.verification.accuracy import Accuracy
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.differences import CaseResult, Difference
 from gte_deploy.exporters.verification.results import EngineParity, ParityReport
@@ -57,10 +59,12 @@ def build_report(
     timings_s: Mapping[str, float],
     sensitivity: Mapping[str, float] | None = None,
     plan: PlanEntry | None = None,
+    calibration: CalibrationEntry | None = None,
 ) -> dict[str, Any]:
     """Build report.json: the exported model, the comparison, the machine, and the seconds of each step.
 
-    `sensitivity` is the loss that each group of layers causes alone in INT8 or FP8, if it was measured.
+    `sensitivity` is the loss that each group of layers causes alone in INT8 or FP8, if it was measured. `calibration`
+    names the texts of these precisions.
     """
     return {
         "format": FORMAT,
@@ -75,6 +79,7 @@ def build_report(
         "plan": plan and plan.to_json(),
         "parity": parity.to_json(),
         "sensitivity": dict(sensitivity or {}),
+        "calibration": calibration and dataclasses.asdict(calibration),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
         "machine": {"cpu": cpu_model(), "cpus": available_cpus(), "platform": _platform()},
         "versions": library_versions(),
@@ -124,6 +129,7 @@ def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry
         "task": report["task"],
         "precision": parity.precision,
         **_sensitivity_facts(report),
+        **_calibration_facts(report),
         "longest input": f"{report['max_length']:,} tokens",
         **{f"graph for {engine}": _graph_facts(graph) for engine, graph in report["graphs"].items()},
         **({"engine": "; ".join(plan.describe())} if plan is not None else {}),
@@ -146,6 +152,11 @@ def _sensitivity_facts(report: Mapping[str, Any]) -> dict[str, str]:
     loss = report["sensitivity"]
     alone = ", ".join(f"{group} {cost:.1e}" for group, cost in loss.items())
     return {"loss of token cosine by each group alone, worst first": alone} if loss else {}
+
+
+def _calibration_facts(report: Mapping[str, Any]) -> dict[str, str]:
+    found = report["calibration"]
+    return {"calibration": CalibrationEntry(**found).describe()} if found else {}
 
 
 def _summary(parity: ParityReport) -> list[str]:
@@ -213,7 +224,21 @@ def _accuracy_lines(engine: EngineParity) -> list[str]:
             f"among five {found.top5[0]:.1%} ({found.top5[1]:.1%})",
         ]
         wanted += f", same best word {bounds.top1_agreement:.0%}"
-    return [f"{engine.title} on {found.tokens:,} tokens of English prose: {'; '.join(parts)} (bounds: {wanted})"]
+    what = f"texts in {len(found.languages)} languages" if found.languages else "English prose"
+    line = f"{engine.title} on {found.tokens:,} tokens of {what}: {'; '.join(parts)} (bounds: {wanted})"
+    return [line, *_language_lines(engine, found)]
+
+
+def _language_lines(engine: EngineParity, found: Accuracy) -> list[str]:
+    """Return one sentence with the accuracy in each language; none if all texts are in one."""
+    if not found.languages:
+        return []
+    agreement = "" if found.top1_agreement is None else ", same best word"
+    cells = []
+    for language, own in found.languages.items():
+        words = "" if own.top1_agreement is None else f" {own.top1_agreement:.1%} of {own.masks:,}"
+        cells.append(f"{language} {own.token_cosine_mean:.5f} {own.sentence_cosine_mean:.5f}{words}")
+    return [f"{engine.title} by language (mean cosine of tokens, of sentences{agreement}): {'; '.join(cells)}"]
 
 
 def _columns(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]:

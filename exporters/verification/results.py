@@ -16,10 +16,14 @@ from gte_deploy.exporters.verification.cases import Case
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.differences import CaseResult
 
+_CALIBRATE = (
+    "Calibrate on texts like those that will be served (--calibration, or --languages multilingual for texts in other "
+    "scripts than Latin), or take a finer precision."
+)
 # Advice for a precision that misses its bounds.
 _FINER: Mapping[Precision, str] = {
-    "int8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
-    "fp8": "Calibrate on texts like those that will be served (--calibration), or take a finer precision.",
+    "int8": _CALIBRATE,
+    "fp8": _CALIBRATE,
     "int8-weight": "Take a finer precision: fp32.",
     "int4-weight": "Take a finer precision: int8-weight or fp32.",
     "fp16": "Take bf16, which has the range of fp32, or fp32.",

@@ -1,14 +1,17 @@
 """Batches of real text for calibrating a quantization and for measuring the accuracy of a precision.
 
 The calibration and the evaluation texts are Addresses on the State of the Union, in the public domain. No address is
-in the built-in model's training text or in both files. The multilingual texts are the first articles of the Universal
-Declaration of Human Rights in 18 languages, a document of the United Nations that anyone may reproduce.
+in the built-in model's training text or in both files. The multilingual texts are the Universal Declaration of Human
+Rights in 20 languages, a document of the United Nations that anyone may reproduce: articles 1 to 5 for calibration, and
+articles 6 to 15 (from https://www.unicode.org/udhr) for evaluation, with English prose in place of the declaration.
 """
 
 import dataclasses
+import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from itertools import pairwise
@@ -19,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
+from gte_deploy.bundle.manifest import CalibrationEntry
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.text.batching import collate
@@ -28,7 +32,10 @@ MASK_PROBABILITY = 0.15
 _ROUNDS = 3
 """The number of rounds: in each, `text_batches` masks other words of the same texts."""
 Languages = Literal["auto", "english", "multilingual"]
-"""The built-in calibration texts; "auto" decides by the vocabulary, see `is_multilingual`."""
+"""The built-in texts, for calibration and for evaluation; "auto" decides by the vocabulary, see `is_multilingual`."""
+ENGLISH = "en"
+LANGUAGE_TOKENS = 200
+"""Number of words for measuring the accuracy in each language besides English; see `EVALUATION_TOKENS`."""
 _MIN_SCRIPTS = 3
 _MIN_WORDS = 100
 TextBatch = tuple[Batch, np.ndarray]
@@ -40,10 +47,56 @@ _ROWS_OF_A_BATCH = 4
 _SEED = 20240729
 
 
+@dataclass(frozen=True)
+class CalibrationTexts:
+    """The texts for calibrating a model.
+
+    Args:
+        texts: the texts.
+        source: what they are, for people.
+        languages: codes of their languages (BCP 47); empty for a user's own texts.
+        evaluation: the built-in texts that the accuracy is measured on: "english" or "multilingual".
+    """
+
+    texts: Sequence[str]
+    source: str
+    languages: Sequence[str]
+    evaluation: Languages
+
+    @property
+    def entry(self) -> CalibrationEntry:
+        """What a manifest says about them."""
+        digest = hashlib.sha256("".join(f"{text}\n" for text in self.texts).encode()).hexdigest()
+        return CalibrationEntry(self.source, tuple(self.languages), len(self.texts), digest)
+
+
 def builtin_texts(name: str) -> list[str]:
     """Return the paragraphs of "calibration", "evaluation" or "multilingual"."""
     file = resources.files("gte_deploy.exporters") / "texts" / f"{name}.txt"
     return file.read_text(encoding="utf-8").split("\n")
+
+
+def evaluation_texts(languages: Languages, tokenizer: TextTokenizer, vocab_size: int) -> dict[str, list[str]]:
+    """Return the built-in texts for measuring an accuracy by their languages (BCP 47): English, or 20 languages.
+
+    Args:
+        languages: which of them; "auto" decides by the vocabulary.
+        tokenizer: the model's tokenizer.
+        vocab_size: number of rows of the model's vocabulary.
+    """
+    found = {ENGLISH: [text for text in builtin_texts("evaluation") if text]}
+    if resolve_languages(languages, tokenizer, vocab_size) == "multilingual":
+        for line in filter(None, builtin_texts("multilingual-evaluation")):
+            language, _, text = line.partition(" ")
+            found.setdefault(language, []).append(text)
+    return found
+
+
+def resolve_languages(languages: Languages, tokenizer: TextTokenizer, vocab_size: int) -> Languages:
+    """Return "english" or "multilingual", for "auto" by the vocabulary."""
+    if languages != "auto":
+        return languages
+    return "multilingual" if is_multilingual(tokenizer, vocab_size) else "english"
 
 
 def is_multilingual(tokenizer: TextTokenizer, vocab_size: int) -> bool:
@@ -61,23 +114,34 @@ def is_multilingual(tokenizer: TextTokenizer, vocab_size: int) -> bool:
 
 
 def calibration_texts(
-    calibration: Sequence[str] | Languages, tokenizer: TextTokenizer, vocab_size: int
-) -> tuple[list[str], str]:
-    """Return the texts for calibrating a model, and what they are, for people.
+    tokenizer: TextTokenizer,
+    vocab_size: int,
+    *,
+    languages: Languages = "auto",
+    own: Sequence[str] | None = None,
+    file: str = "",
+) -> CalibrationTexts:
+    """Return the texts for calibrating a model.
 
     Args:
-        calibration: own texts, or which of the built-in ones: "multilingual" are those in 18 languages and as many
-            English paragraphs.
         tokenizer: the model's tokenizer.
         vocab_size: number of rows of the model's vocabulary.
+        languages: which of the built-in texts: "multilingual" are those in 20 languages and as many English paragraphs.
+            With `own`, it only chooses the texts for the evaluation.
+        own: the user's texts; None for built-in ones.
+        file: the name of the file that they come from.
     """
-    if not isinstance(calibration, str):
-        return list(calibration), "your texts"
+    resolved = resolve_languages(languages, tokenizer, vocab_size)
+    if own is not None:
+        return CalibrationTexts(own, f"your texts{f' in {file}' if file else ''}", (), resolved)
     hint = "(--calibration takes your own texts)"
-    if calibration == "english" or (calibration == "auto" and not is_multilingual(tokenizer, vocab_size)):
-        return builtin_texts("calibration"), f"built-in English prose {hint}"
+    english = [text for text in builtin_texts("calibration") if text]
+    if resolved == "english":
+        return CalibrationTexts(english, f"built-in English prose {hint}", (ENGLISH,), resolved)
     texts = [text for text in builtin_texts("multilingual") if text]
-    return [*texts, *builtin_texts("calibration")[: len(texts)]], f"built-in texts in 18 languages {hint}"
+    codes = tuple(evaluation_texts("multilingual", tokenizer, vocab_size))
+    source = f"built-in texts in {len(codes)} languages {hint}"
+    return CalibrationTexts([*texts, *english[: len(texts)]], source, codes, resolved)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -155,6 +219,35 @@ def texts_left_out(texts: Sequence[str], tokenizer: TextTokenizer, *, max_tokens
     taken = set(_at_most(_rows(texts, tokenizer, max_tokens), max_tokens))
     kept = [text for text in texts if text.strip()]
     return [text for i, text in enumerate(kept) if i not in taken]
+
+
+def evaluation_rounds(
+    texts: Mapping[str, Sequence[str]],
+    tokenizer: TextTokenizer,
+    spec: ModelSpec,
+    *,
+    max_tokens: int,
+    left_out_of: int | None = None,
+) -> "dict[str, TextRounds]":
+    """Return language -> rounds of its texts, see `evaluation_texts`.
+
+    Args:
+        texts: language -> texts.
+        tokenizer: the model's tokenizer.
+        spec: the facts about the model.
+        max_tokens: the most words of English; other languages have `LANGUAGE_TOKENS`.
+        left_out_of: take the texts that the same rounds with this `max_tokens` do not take, so that one set of rounds
+            can judge what another has chosen.
+    """
+    found = {}
+    for language, each in texts.items():
+        most = max_tokens if language == ENGLISH else LANGUAGE_TOKENS
+        if left_out_of is not None:
+            taken = left_out_of if language == ENGLISH else LANGUAGE_TOKENS
+            each = texts_left_out(each, tokenizer, max_tokens=taken)
+        if each:  # a tokenizer that knows none of the words may make so few tokens that nothing is left
+            found[language] = TextRounds(each, tokenizer, spec, max_tokens=most)
+    return found
 
 
 class Rounds(Protocol):

@@ -171,6 +171,27 @@ class PlanEntry:
 
 
 @dataclass(frozen=True)
+class CalibrationEntry:
+    """The texts that the ranges of 8-bit activations come from.
+
+    Args:
+        source: what they are, for people: built-in ones, or the name of a file.
+        languages: codes of their languages (BCP 47); empty where they are not known.
+        texts: their number.
+        sha256: hex digest of the texts in UTF-8, with a newline after each.
+    """
+
+    source: str
+    languages: tuple[str, ...]
+    texts: int
+    sha256: str
+
+    def describe(self) -> str:
+        """Return one sentence for people."""
+        return f"calibrated on {self.texts:,} texts: {self.source}; sha256 {self.sha256}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`.
 
@@ -186,6 +207,7 @@ class Manifest:
         plan: the TensorRT engine, if the bundle has one.
         missed_bounds: one line for each bound or check that the export missed, if it wrote the bundle nevertheless
             (`gte-export --bounds report`).
+        calibration: the calibration texts, for precisions with ranges that were measured on texts.
     """
 
     spec: ModelSpec
@@ -197,6 +219,7 @@ class Manifest:
     target: DeviceType = "cpu"
     plan: PlanEntry | None = None
     missed_bounds: tuple[str, ...] = ()
+    calibration: CalibrationEntry | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data, with a checksum of its other fields."""
@@ -333,7 +356,17 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
         target=target,
         plan=plan,
         missed_bounds=tuple(missed),
+        # Older bundles do not have it.
+        calibration=None if data.get("calibration") is None else _calibration_from_json(data["calibration"]),
     )
+
+
+def _calibration_from_json(data: Mapping[str, Any]) -> CalibrationEntry:
+    entry = CalibrationEntry(**{**data, "languages": tuple(data["languages"])})
+    strings = (entry.source, entry.sha256, *entry.languages)
+    if not all(isinstance(value, str) for value in strings) or type(entry.texts) is not int or entry.texts < 1:
+        raise ValueError(f"calibration must have a source, languages, a number of texts and a sha256, not {data!r}")
+    return entry
 
 
 def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> PlanEntry:

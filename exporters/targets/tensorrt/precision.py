@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from gte_deploy.bundle.manifest import CalibrationEntry
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.job import Job
@@ -25,11 +26,13 @@ class QuantizedGemms:
         scheme: the GEMMs to quantize and their scales.
         sweep: the result of the sweep that chose them.
         finer: chooses fewer GEMMs, for a graph that missed its bounds.
+        calibration: the calibration texts.
     """
 
     scheme: QdqScheme
     sweep: Sweep
     finer: "Callable[[], QuantizedGemms]"
+    calibration: CalibrationEntry
 
 
 def choose_gemms(graphs: Mapping[Engine, Graph], job: Job, options: TensorRTOptions) -> QuantizedGemms:
@@ -44,7 +47,8 @@ def choose_gemms(graphs: Mapping[Engine, Graph], job: Job, options: TensorRTOpti
     """
     spec, precision = job.spec, cast(EightBits, job.precision)
     fp32, plain = graphs["onnxruntime"], graphs["openvino"]
-    measured = calibrated(fp32, spec, job.tokenizer, options.texts(), job.steps.report)
+    texts = options.texts(job.tokenizer, spec.vocab_size)
+    measured = calibrated(fp32, spec, job.tokenizer, texts, job.steps.report)
     scheme = int8_scheme(fp32.model, measured.ranges, sample=measured.sample)
     # The vocabulary's matrix in 8 bits would be a second copy of the embeddings; a few masked rows do not justify it.
     few_rows = spec.task == "fill-mask" and spec.logits == "masked"
@@ -63,6 +67,6 @@ def choose_gemms(graphs: Mapping[Engine, Graph], job: Job, options: TensorRTOpti
 
     def choose(previous: Sweep | None) -> QuantizedGemms:
         found = sweep(measured, groups_of(fp32, scheme.excluded), quantize, job.precision, previous)
-        return QuantizedGemms(excluding(found.excluded), found, lambda: choose(found))
+        return QuantizedGemms(excluding(found.excluded), found, lambda: choose(found), texts.entry)
 
     return choose(None)

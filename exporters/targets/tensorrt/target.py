@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
     from gte_deploy.exporters.targets.tensorrt.precision import QuantizedGemms
     from gte_deploy.exporters.verification.accuracy import Runs
+    from gte_deploy.exporters.verification.texts import Languages
 
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
@@ -60,10 +61,15 @@ class TensorRTTarget(Target):
         """How the engine's tensors hold texts."""
         return TEXT_LAYOUTS[self.options.padding]
 
+    @property
+    def languages(self) -> "Languages":
+        """The languages that the options name."""
+        return self.options.languages
+
     def check(self, precision: Precision) -> None:
         """Check the calibration texts, the calibrator and the source of the profiles."""
         super().check(precision)
-        self.options.texts()
+        self.options.own_texts()
         if precision == "fp8" and self.options.calibrator == "entropy":
             raise InputError("calibrator entropy is for 128 integer levels; use max or percentile for fp8")
         if self.options.profiles and self.options.lengths is not None:
@@ -118,6 +124,7 @@ class TensorRTTarget(Target):
             {"tensorrt": graph},
             {} if gemms is None else gemms.sweep.loss,
             finer=None if gemms is None else lambda: self._build(graphs, job, gemms.finer()),
+            calibration=None if gemms is None else gemms.calibration,
             whole=None if graph is whole else whole,
         )
         runtime, profiles = self._runtime(), self._profiles(job.spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,6 @@ pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
 from family_checkpoints import make_family_checkpoint  # noqa: E402
-from gte_deploy.core.errors import InputError  # noqa: E402
 from gte_deploy.exporters.targets.cpu import CpuOptions  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, calibration_texts, is_multilingual  # noqa: E402
 from gte_deploy.models import builtin_path  # noqa: E402
@@ -51,9 +51,10 @@ def test_three_scripts_make_a_vocabulary_multilingual(counts, expected, tmp_path
     words = [word for script, count in counts.items() for word in words_of(script, count)]
     tokenizer = tokenizer_of(tmp_path, ["the", *words])
     assert is_multilingual(tokenizer, 2000) is expected
-    texts, what = calibration_texts("auto", tokenizer, 2000)
-    assert ("18 languages" in what) is expected
-    assert any("человек" in text for text in texts) is expected and any("Congress" in text for text in texts)
+    found = calibration_texts(tokenizer, 2000)
+    assert ("20 languages" in found.source) is (len(found.languages) == 20) is expected
+    assert any("человек" in text for text in found.texts) is expected
+    assert any("Congress" in text for text in found.texts)
 
 
 def test_single_letters_and_mixed_words_are_no_words(tmp_path):
@@ -64,10 +65,21 @@ def test_single_letters_and_mixed_words_are_no_words(tmp_path):
 def test_the_built_in_model_is_calibrated_in_english():
     tokenizer = load_tokenizer(builtin_path())
     assert not is_multilingual(tokenizer, 30528)
-    texts, what = calibration_texts("auto", tokenizer, 30528)
-    assert texts == builtin_texts("calibration") and what.startswith("built-in English prose")
-    assert calibration_texts("multilingual", tokenizer, 30528)[0] != texts
-    assert calibration_texts(["mine"], tokenizer, 30528) == (["mine"], "your texts")
+    found = calibration_texts(tokenizer, 30528)
+    assert found.texts == [text for text in builtin_texts("calibration") if text] and found.languages == ("en",)
+    assert found.source.startswith("built-in English prose") and found.evaluation == "english"
+    assert calibration_texts(tokenizer, 30528, languages="multilingual").texts != found.texts
+
+
+def test_what_a_manifest_says_about_the_texts(tmp_path):
+    """The digest is that of the file, as sha256sum prints it for lines that are not blank."""
+    file = tmp_path / "mine.txt"
+    file.write_text("one\nzwei\n", encoding="utf-8")
+    tokenizer = load_tokenizer(builtin_path())
+    entry = CpuOptions(calibration=file).texts(tokenizer, 30528).entry
+    assert (entry.source, entry.languages, entry.texts) == ("your texts in mine.txt", (), 2)
+    assert entry.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert str(tmp_path) not in entry.describe()
 
 
 def test_the_texts_are_in_the_languages_that_are_named():
@@ -80,12 +92,12 @@ def test_the_texts_are_in_the_languages_that_are_named():
     assert not set(texts) & set(builtin_texts("evaluation"))
 
 
-def test_a_file_and_languages_contradict_each_other(tmp_path):
+def test_languages_choose_what_measures_a_users_calibration(tmp_path):
     (tmp_path / "mine.txt").write_text("one\n")
-    assert CpuOptions(languages="multilingual").texts() == "multilingual"
-    assert CpuOptions(calibration=tmp_path / "mine.txt").texts() == ["one"]
-    with pytest.raises(InputError, match="languages is 'english' and calibration is a file"):
-        CpuOptions(calibration=tmp_path / "mine.txt", languages="english").texts()
+    tokenizer = load_tokenizer(builtin_path())
+    for languages, evaluation in (("auto", "english"), ("english", "english"), ("multilingual", "multilingual")):
+        found = CpuOptions(calibration=tmp_path / "mine.txt", languages=languages).texts(tokenizer, 30528)
+        assert (found.texts, found.evaluation) == (["one"], evaluation)
 
 
 def test_an_export_says_which_texts_it_took(tmp_path):
@@ -96,6 +108,9 @@ def test_an_export_says_which_texts_it_took(tmp_path):
     spec = describe(folder).spec
     options = {"task": "embed", "max_length": spec.max_length, "pooling": "cls", "token_types": spec.token_types}
     graph = build_graphs(load_model(folder), **options)["onnxruntime"]
-    found = calibrated(graph, spec, load_tokenizer(folder), "multilingual", lines.append)
-    assert "tokens of built-in texts in 18 languages (--calibration takes your own texts)" in lines[0]
+    tokenizer = load_tokenizer(folder)
+    chosen = calibration_texts(tokenizer, spec.vocab_size, languages="multilingual")
+    found = calibrated(graph, spec, tokenizer, chosen, lines.append)
+    assert "tokens of built-in texts in 20 languages (--calibration takes your own texts)" in lines[0]
+    assert len(found.evaluation) == 20
     assert found.texts[0].startswith("All human beings are born free")

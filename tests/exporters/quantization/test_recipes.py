@@ -10,7 +10,7 @@ from gte_deploy.exporters.job import EVALUATION_TOKENS
 from gte_deploy.exporters.quantization import recipes as lower_precision
 from gte_deploy.exporters.quantization.recipes import groups_of, quantize_graphs
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, AccuracyBounds
-from gte_deploy.exporters.verification.texts import builtin_texts, text_batches, texts_left_out
+from gte_deploy.exporters.verification.texts import builtin_texts, calibration_texts, text_batches, texts_left_out
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.text.tokenization import load_tokenizer
@@ -79,7 +79,9 @@ def test_a_model_that_cannot_be_int8_is_told_why(quantize, tiny, monkeypatch):
 
 
 def test_a_users_texts_decide_the_ranges(quantize, tiny):
-    made, lines = quantize(calibration=["zebra " * 30, "12345 67890"], graphs={"onnxruntime": tiny["onnxruntime"]})
+    own = ["zebra " * 30, "12345 67890"]
+    texts = calibration_texts(load_tokenizer(resolve_checkpoint(None)), SPEC.vocab_size, own=own)
+    made, lines = quantize(calibration=texts, graphs={"onnxruntime": tiny["onnxruntime"]})
     ours, _ = quantize(graphs={"onnxruntime": tiny["onnxruntime"]})
 
     def scales(graph):

@@ -8,7 +8,14 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.verification import texts
 from gte_deploy.exporters.verification.accuracy import AccuracyBounds, TextReference, interval
-from gte_deploy.exporters.verification.texts import builtin_texts, read_texts, text_batches
+from gte_deploy.exporters.verification.texts import (
+    builtin_texts,
+    calibration_texts,
+    evaluation_rounds,
+    evaluation_texts,
+    read_texts,
+    text_batches,
+)
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.text.tokenization import load_tokenizer
 
@@ -46,7 +53,7 @@ class Answers:
 
 
 def test_the_same_answers_are_perfect(batches):
-    found = TextReference(Answers("half"), [batches], SPEC).compare(Answers("half"))
+    found = TextReference(Answers("half"), {"en": [batches]}, SPEC).compare(Answers("half"))
     assert found.token_cosine_min == pytest.approx(1) and found.sentence_cosine_min == pytest.approx(1)
     assert found.top1_agreement == found.top5_agreement == 1
     assert found.tokens == sum(int(batch.attention_mask.sum()) for batch, _ in batches)
@@ -54,7 +61,7 @@ def test_the_same_answers_are_perfect(batches):
 
 
 def test_differences_show(batches):
-    found = TextReference(Answers("half"), [batches], SPEC).compare(Answers("none", turn=0.25))
+    found = TextReference(Answers("half"), {"en": [batches]}, SPEC).compare(Answers("none", turn=0.25))
     assert found.token_cosine_mean == pytest.approx(0.5, abs=0.05) and found.token_cosine_min == pytest.approx(-1)
     assert found.top1_agreement == pytest.approx(0.5, abs=0.1)
     assert found.top1 == (0, 0)
@@ -116,7 +123,7 @@ def test_rounds_are_made_when_they_are_needed(tokenizer, monkeypatch):
     )
     rounds = texts.TextRounds(builtin_texts("evaluation"), tokenizer, SPEC, max_tokens=300)
     bounds = AccuracyBounds(cosine_mean=0, top1_agreement=0)
-    judge = TextReference(Answers("half"), rounds, SPEC)
+    judge = TextReference(Answers("half"), {"en": rounds}, SPEC)
     for _ in range(2):  # candidates
         judge.compare(Answers("half"), bounds)
     assert len(rounds) == 3 and made == [0]
@@ -173,12 +180,51 @@ class Flips:
 def test_what_is_open_is_measured_on_more_masks(at_every_limit, share, rounds, missed):
     bounds = AccuracyBounds(cosine_mean=0.999, top1_agreement=0.97)
     rounds_of = at_every_limit[128]
-    found = TextReference(Flips(0), rounds_of, SPEC).compare(Flips(share), bounds)
+    found = TextReference(Flips(0), {"en": rounds_of}, SPEC).compare(Flips(share), bounds)
     assert found.masks == sum(len(wanted) for batches in rounds_of[:rounds] for _, wanted in batches)
     assert bool(bounds.missed(found)) == missed
     low, high = found.top1_interval
     assert low <= found.top1_agreement <= high
     assert bool(bounds.missed(found, by_estimate=True)) == (found.top1_agreement < 0.97)
+
+
+class FlipsTextsOf:
+    """Knows the best word, but for the masks of one language."""
+
+    def __init__(self, batches, share):
+        self.rows = {row.tobytes() for batch, _ in batches for row in batch.input_ids}
+        self.right, self.wrong = Flips(0), Flips(share)
+
+    def run(self, batch, outputs):
+        return (self.wrong if batch.input_ids[0].tobytes() in self.rows else self.right).run(batch, outputs)
+
+
+def test_one_language_that_falls_short_shows_in_its_own_numbers(tokenizer):
+    """Among many masks of other languages, the errors of one are within the bounds of all."""
+    texts_of = evaluation_texts("multilingual", tokenizer, 30528)
+    assert len(texts_of) == 20 and next(iter(texts_of)) == "en"
+    rounds = evaluation_rounds({key: texts_of[key] for key in ("en", "fr", "de")}, tokenizer, SPEC, max_tokens=6000)
+    bounds = AccuracyBounds(cosine_mean=0.999, top1_agreement=0.97)
+    found = TextReference(Flips(0), rounds, SPEC).compare(FlipsTextsOf(rounds["fr"][0], 0.5))
+    assert found.top1_agreement > 0.97 and found.languages["fr"].top1_agreement < 0.7
+    assert found.languages["en"].top1_agreement == found.languages["de"].top1_agreement == 1
+    assert sum(own.masks for own in found.languages.values()) == found.masks
+    assert sum(own.tokens for own in found.languages.values()) == found.tokens
+    (line,) = bounds.missed(found)
+    assert line.startswith("in language fr: the best answer for a mask")
+    assert not bounds.missed(TextReference(Flips(0), rounds, SPEC).compare(Flips(0)))
+
+
+def test_what_chooses_and_what_judges_share_no_text(tokenizer):
+    texts_of = evaluation_texts("multilingual", tokenizer, 30528)
+    calibration = set(calibration_texts(tokenizer, 30528, languages="multilingual").texts)
+    for language, each in texts_of.items():
+        assert len(each) == len(set(each)) > 12 and not calibration & set(each), language
+        most = 6000 if language == "en" else texts.LANGUAGE_TOKENS
+        left = texts.texts_left_out(each, tokenizer, max_tokens=most)
+        assert len(left) < len(each), language
+        assert left or language == "th", "bert-base-uncased has no Thai: each text is one unknown token"
+    assert [*evaluation_texts("english", tokenizer, 30528)] == [*evaluation_texts("auto", tokenizer, 30528)] == ["en"]
 
 
 def test_the_same_every_time(batches, tokenizer):

@@ -170,7 +170,7 @@ def reference(tiny_mlm):
 
 def parity_of(reference, candidate, tokens, *, spec=SPEC, outputs=("last_hidden_state", "logits"), **options):
     candidates = candidate if isinstance(candidate, dict) else {("onnxruntime", "fp32"): candidate}
-    precision, texts = options.pop("precision", "fp32"), options.pop("texts", ())
+    precision, texts = options.pop("precision", "fp32"), options.pop("texts", {})
     asked = Comparison(outputs, spec, precision, tokens, cases=CASES, texts=texts)
     return check_parity(reference, candidates, asked, **options)
 

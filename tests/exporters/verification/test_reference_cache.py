@@ -68,7 +68,7 @@ def compared(folder, task, cache, *, texts=0):
     )
     head = "sentence_embedding" if task == "embed" else "logits"
     words = " ".join(f"w{5 + i % 250}" for i in range(200))
-    rounds = [text_batches([words], tokenizer, spec, max_tokens=texts)] if texts else ()
+    rounds = {"en": [text_batches([words], tokenizer, spec, max_tokens=texts)]} if texts else {}
     tokens = TokenSource.from_tokenizer(tokenizer)
     asked = Comparison(["last_hidden_state", head], spec, "int8", tokens, cases=(SMALL, *LONG), texts=rounds)
     return check_parity(reference, {("onnxruntime", "int8"): candidate}, asked), computed
