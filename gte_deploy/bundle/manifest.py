@@ -226,6 +226,8 @@ class Manifest:
         data = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         if self.plan is not None:
             data["plan"] = self.plan.to_json()
+        if self.calibration is None:
+            del data["calibration"]  # older bundles do not have it, and keep their checksum
         return {**data, "checksum": _checksum(data)}
 
 

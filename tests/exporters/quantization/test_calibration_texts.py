@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("onnxscript")
 transformers = pytest.importorskip("transformers")
 
 from family_checkpoints import make_family_checkpoint  # noqa: E402
+from gte_deploy.bundle.manifest import read_manifest  # noqa: E402
 from gte_deploy.exporters.targets.cpu import CpuOptions  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, calibration_texts, is_multilingual  # noqa: E402
 from gte_deploy.models import builtin_path  # noqa: E402
@@ -114,3 +116,26 @@ def test_an_export_says_which_texts_it_took(tmp_path):
     assert "tokens of built-in texts in 20 languages (--calibration takes your own texts)" in lines[0]
     assert len(found.evaluation) == 20
     assert found.texts[0].startswith("All human beings are born free")
+
+
+def test_a_bundle_names_its_texts_and_its_accuracy_in_each_language(tmp_path, monkeypatch):
+    from gte_deploy.exporters import export as export_module
+
+    monkeypatch.setattr(export_module, "EVALUATION_TOKENS", 200)
+    folder = make_family_checkpoint(tmp_path / "xlm-r", "xlm-roberta", "embed", num_hidden_layers=1)
+    options = {"precision": "int8", "languages": "multilingual", "bounds": "report"}
+    result = export_module.export(folder, tmp_path / "bundle", **options)
+    entry = read_manifest(result.path).calibration
+    assert entry == result.manifest.calibration and len(entry.languages) == 20 and entry.texts == 116
+    texts = calibration_texts(load_tokenizer(folder), 200, languages="multilingual").texts
+    assert entry.sha256 == hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()
+    report = json.loads((result.path / "report.json").read_text(encoding="utf-8"))
+    assert report["calibration"]["sha256"] == entry.sha256
+    for engine in report["parity"]["engines"]:
+        accuracy = engine["accuracy"]
+        assert tuple(accuracy["languages"]) == entry.languages
+        assert sum(own["tokens"] for own in accuracy["languages"].values()) == accuracy["tokens"]
+        assert min(own["tokens"] for own in accuracy["languages"].values()) > 0
+    page = (result.path / "report.html").read_text(encoding="utf-8")
+    assert "tokens of texts in 20 languages" in page and "by language (mean cosine of tokens" in page
+    assert "calibrated on 116 texts: built-in texts in 20 languages" in page and entry.sha256 in page

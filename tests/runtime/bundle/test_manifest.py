@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from gte_deploy.bundle.manifest import FORMAT, FORMAT_VERSION, is_bundle, open_bundle, read_manifest
+from gte_deploy.bundle.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    CalibrationEntry,
+    is_bundle,
+    open_bundle,
+    read_manifest,
+)
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.spec import Profile
 
@@ -158,6 +165,24 @@ def test_the_manifest_that_an_earlier_gte_deploy_wrote_is_read(tmp_path, version
     assert [part.path for part in graph.parts] == (["onnx/model_answer.onnx"] if version == 3 else [])
     assert [output.name for output in graph.outputs] == ["last_hidden_state", "logits"]
     assert "onnx/model.onnx.data" in manifest.files
+
+
+CALIBRATION = {"source": "your texts in mine.txt", "languages": ["de"], "texts": 2, "sha256": "00" * 32}
+
+
+def test_calibration_texts_survive_the_round_trip(write):
+    path = write(lambda manifest: manifest.update(calibration=CALIBRATION))
+    manifest = open_bundle(path)
+    assert manifest.calibration == CalibrationEntry("your texts in mine.txt", ("de",), 2, "00" * 32)
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
+    assert manifest.calibration.describe().startswith("calibrated on 2 texts: your texts in mine.txt; sha256 0000")
+
+
+@pytest.mark.parametrize("change", [{"texts": 0}, {"texts": "2"}, {"sha256": 5}, {"languages": [1]}, {"more": 1}])
+def test_malformed_calibration_texts_are_refused(write, change):
+    path = write(lambda manifest: manifest.update(calibration={**CALIBRATION, **change}))
+    with pytest.raises(BundleError, match="is malformed"):
+        read_manifest(path)
 
 
 def test_a_plan_survives_the_round_trip_and_needs_no_graph(write):
