@@ -215,6 +215,17 @@ def test_classifiers_compute_what_the_papers_say(kind, task, checkpoints):
         np.testing.assert_allclose(logits[mask == 1], reference.classify_tokens(hidden)[mask == 1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_of_a_classifier_learns(kind, checkpoints):
+    """`gte-train glue` fine-tunes the class."""
+    model = load_model(checkpoints(kind, "classify")).train()
+    ids, mask, _ = ragged_ids()
+    model(torch.tensor(ids), attention_mask=torch.tensor(mask), labels=torch.tensor([0, 2])).loss.backward()
+    still = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().max() > 0]
+    # The bias of the keys adds the same to all scores of a query, which changes no answer.
+    assert [name for name in still if not name.endswith("key.bias")] == []
+
+
 @pytest.mark.parametrize(("kind", "sizes", "millions"), PUBLISHED)
 def test_the_number_of_parameters_is_the_published_one(kind, sizes, millions, tmp_path):
     fields = published_config(kind, "embed", vocab_size=30528, **sizes)
