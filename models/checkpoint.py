@@ -177,7 +177,8 @@ def save_model(
 
     Raises:
         ConfigError: no family has the model's type.
-        CheckpointError: the model is of another class, or the family lacks the layout.
+        CheckpointError: the model is of another class, the family lacks the layout, or the layout has no tensor for a
+            bias of the model.
     """
     folder = Path(folder)
     if not isinstance(model, PreTrainedModel):
@@ -324,6 +325,9 @@ def _read_state(
         # A copy, because safetensors maps the file: if the file were shortened later, the process would be killed.
         for target, part in zip(targets, tensor.chunk(len(targets)), strict=True):
             state[wanted[target]] = part.to(dtype, copy=True)
+    for name in names.zeros:
+        if name in wanted and wanted[name] not in state:
+            state[wanted[name]] = torch.zeros(shapes[name], dtype=dtype)
     for name in names.tied:
         if name in wanted:
             state[wanted[name]] = state[wanted[names.tied[name]]]
@@ -366,7 +370,8 @@ def _plan(
             problems.add("misshapen", [f"{name} is {list(tensor.shape)}, expected {list(expected)}"])
         if tensor.dtype not in ("F16", "BF16", "F32", "F64"):
             problems.add("of an unknown precision", [f"{name} is {tensor.dtype}"])
-    missing = (name for name in shapes if name not in filled and name not in names.tied)
+    left = {*names.tied, *(names.zeros if names.has_zeros(filled) else ())}
+    missing = (name for name in shapes if name not in filled and name not in left)
     problems.add("missing", dict.fromkeys(_missing_name(name, names) for name in missing))
     return plan, copies
 
@@ -386,6 +391,11 @@ def _original_state(state: Mapping[str, Tensor], family: Family, *, has_prefix: 
     names = family.tensors
     prefix, heads = names.original_prefix if has_prefix else "", tuple(f"{head}." for head in family.heads.values())
     bare = {names.bare(name): tensor for name, tensor in state.items()}
+    for name in names.zeros:
+        if (bias := bare.pop(name, None)) is not None and bias.any():
+            raise CheckpointError(
+                f"{name} is not zero, and the original layout has no such tensor. Keep the native one."
+            )
     merged: dict[str, Tensor] = {}
     for name in dict.fromkeys(names.original(name) for name in bare):
         parts = [bare[target] for target in names.targets(name)]

@@ -229,8 +229,10 @@ FAMILIES_END = """## What was verified
   SentenceTransformer, CrossEncoder and SparseEncoder: ONNX Runtime and OpenVINO in FP32 for all families, INT8 on CPUs
   and TensorRT-RTX's build of an engine too (`make test-slow`). The bounds are those of [numerics](numerics.md).
 - The numbers of parameters of the published base and large models are tested from their sizes alone. The published
-  weights of BERT, RoBERTa and XLM-R were not downloaded, and their scores and speed were not measured here.
-- CUDA graphs of BERT, RoBERTa and XLM-R were emulated on a CPU, and not run on a GPU.
+  weights of BERT, RoBERTa, XLM-R and Nomic BERT were not downloaded, and their scores and speed were not measured here.
+- The published layout of Nomic BERT is compared with a computation in NumPy and float64 that reads the stored tensors
+  itself: hidden states, logits of the vocabulary and of labels, on PyTorch (also without padding) and in the graphs.
+- CUDA graphs of BERT, RoBERTa, XLM-R and Nomic BERT were emulated on a CPU, and not run on a GPU.
 - The tests compare the network of JinaBERT v2 and MosaicBERT with the papers' formulas in float64, on random
   checkpoints in the published layouts. The published code never runs: an export compares token ids, pooling, prompts,
   limits and activations with the library, which runs this package's network, and its report says so. The published
@@ -248,6 +250,9 @@ biases grows with the square of the length.
 
 - Removal of padding on GPUs (`padding="remove"`) for families without the pass "packed_attention": the passes for it
   rewrite rotary attention and gated layers. `padding="auto"` keeps padding there.
+- Nomic BERT with `rotary_scaling_factor`: texts above `max_trained_positions` tokens. Their rotary frequencies depend
+  on the length of the text and on earlier texts. Without the factor, `n_positions` is the limit. Mixtures of experts
+  (nomic-embed-text-v2-moe) are refused.
 - A sentencepiece model (`sentencepiece.bpe.model`) without tokenizer.json, if the extra `sentencepiece` is not
   installed: transformers converts the model with it when the checkpoint is read. Bundles have a tokenizer.json.
 - Pretraining (`gte-train run`) of other families than GTE. `gte-train glue` fine-tunes all of them

@@ -25,22 +25,27 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class FusionPass:
-    """A named rewrite: `rewrite(graph, anchor)` for every node whose operator is `anchor`.
+    """A named rewrite: `rewrite(graph, anchor)` for every node whose operator is `anchor`, or one of several.
 
     Args:
         name: the name in reports and in the sites of a family.
-        anchor: the operator type that every site has exactly once.
+        anchor: the operator type that every site has exactly once; for several, every site has one of them.
         rewrite: rewrites one site, or raises Mismatch.
     """
 
     name: str
-    anchor: str
+    anchor: str | tuple[str, ...]
     rewrite: Callable[[ir.Graph, ir.Node], None]
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The operator types of anchors."""
+        return (self.anchor,) if isinstance(self.anchor, str) else self.anchor
 
     def __call__(self, model: ir.Model) -> tuple[int, list[str]]:
         """Rewrite every site in place; return their number, and the reason for each anchor that did not match."""
         fired, reasons = 0, []
-        for node in [node for node in model.graph if node.op_type == self.anchor]:
+        for node in [node for node in model.graph if node.op_type in self.anchors]:
             try:
                 self.rewrite(model.graph, node)
                 fired += 1

@@ -165,8 +165,8 @@ def require_padding_free(checkpoint: Description) -> None:
     if not has_padding_free(checkpoint):
         raise ExportError(
             f"padding cannot be removed from models of model_type {checkpoint.config.model_type!r}, which have "
-            f"{checkpoint.family.positions} positions: attention without padding is built for rotary positions and the "
-            "layers of GTE. Export with padding='keep'."
+            f"{checkpoint.family.positions} positions: attention without padding is built for rotary positions and "
+            "layers like those of GTE. Export with padding='keep'."
         )
 
 

@@ -20,6 +20,7 @@ FAMILIES: Mapping[str, str] = {
     "xlm-roberta": "roberta:XLM_ROBERTA",
     "jina_bert_v2": "alibi_bert:JINA_BERT",
     "mosaic_bert": "alibi_bert:MOSAIC_BERT",
+    "nomic_bert": "nomic_bert:NOMIC_BERT",
 }
 """`model_type` -> module and object, imported when they are asked for. "new" is the original layout of "gte"."""
 

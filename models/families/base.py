@@ -63,6 +63,8 @@ class TensorNames:
         merged: part of a merged tensor's native name -> the parts that name its rows' modules, in order.
         tied: bare native name of a tensor -> the bare native name of the tensor that it shares. A checkpoint may leave
             the first out; where it has both, they must be equal.
+        zeros: bare native names of biases that the original layout lacks: where a checkpoint stores none of them, they
+            are zero.
         derived: pattern of tensors that some checkpoints store and that the config determines; None for none.
     """
 
@@ -71,6 +73,7 @@ class TensorNames:
     renames: tuple[tuple[str, str], ...] = ()
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
     derived: re.Pattern[str] | None = None
 
     def bare(self, name: str) -> str:
@@ -96,6 +99,10 @@ class TensorNames:
         for original, native in self.renames:
             name = name.replace(native, original)
         return name
+
+    def has_zeros(self, bare: Collection[str]) -> bool:
+        """Return whether none of these bare native names is a bias of `zeros`, so that the biases are zero."""
+        return not {*self.zeros, *(name for name, source in self.tied.items() if source in self.zeros)} & set(bare)
 
     def is_derived(self, name: str) -> bool:
         """Return whether the config determines the tensor, so that loading ignores a stored one."""

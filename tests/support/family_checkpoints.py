@@ -9,8 +9,10 @@ from typing import Any
 
 from factories import SPELLING
 
-PREFIXES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
-MASKS = {"bert": "[MASK]", "roberta": "<mask>", "xlm-roberta": "<mask>"}
+PREFIXES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "nomic_bert": "NomicBert"}
+MASKS = {"bert": "[MASK]", "roberta": "<mask>", "xlm-roberta": "<mask>", "nomic_bert": "[MASK]"}
+WORD_PIECES = ("bert", "nomic_bert")
+"""The kinds with BERT's tokenizer, positions from 0 and token types."""
 LIMIT = 48
 """The most tokens of a text."""
 LAYERS = 2
@@ -43,7 +45,7 @@ def make_family_checkpoint(
 
     tokenizer = make_tokenizer(kind)
     vocabulary = len(tokenizer)
-    is_bert = kind == "bert"
+    is_bert = kind in WORD_PIECES
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
@@ -76,7 +78,7 @@ def make_tokenizer(kind: str) -> Any:
     import transformers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    if kind == "bert":
+    if kind in WORD_PIECES:
         return transformers.BertTokenizer({word: i for i, word in enumerate(SPELLING)}, model_max_length=LIMIT)
     if kind == "roberta":
         merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("o", "l"), ("Ġ", "ol"), ("Ġol", "d")]

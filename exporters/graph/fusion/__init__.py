@@ -69,7 +69,7 @@ def forget_shapes(graph: ir.Graph) -> None:
 def _explain(fusion: FusionPass, count: int, expected: int, reasons: Sequence[str]) -> str:
     # Anchors outside the layers (the embedding's LayerNorm, the head's Gelu) should not match: their reasons come last.
     likely = sorted(reasons, key=lambda reason: not is_in_layer(reason))[:_MAX_REASONS]
-    why = "; ".join(likely) or f"the graph has no other {fusion.anchor} node"
+    why = "; ".join(likely) or f"the graph has no other {' or '.join(fusion.anchors)} node"
     return (
         f"fusion pass {fusion.name!r} fired {count} times, and this architecture has {expected} sites: {why}. "
         "The traced graph differs from the one that the pass knows; check the versions of transformers and torch."

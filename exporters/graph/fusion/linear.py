@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gte_deploy.exporters.graph.editing import (
+    Builder,
     array,
     initializer,
     operand,
@@ -29,15 +30,16 @@ class LinearMatch:
     scope: str
 
 
-def require_linear(value: ir.Value, *, bias: bool) -> LinearMatch:
-    """The linear layer that computes `value`: MatMul and Add if it must have a bias, otherwise MatMul.
+def require_linear(value: ir.Value) -> LinearMatch:
+    """The linear layer that computes `value`: MatMul, or MatMul and Add for one with a bias.
 
     Raises:
         Mismatch: something else computes `value`.
     """
     offset: ir.Value | None = None
-    if bias:
-        product, offset = split_operands(producer(value, "Add"), "MatMul")
+    source = value.producer()
+    if source is not None and source.op_type == "Add":
+        product, offset = split_operands(source, "MatMul")
     else:
         product = producer(value, "MatMul")
     x, weight = operand(product, 0), operand(product, 1)
@@ -48,14 +50,27 @@ def require_linear(value: ir.Value, *, bias: bool) -> LinearMatch:
 
 
 def require_shared_input(query: ir.Value, key: ir.Value, value: ir.Value) -> list[LinearMatch]:
-    """The linear layers with bias that compute queries, keys and values from the same input.
+    """The linear layers that compute queries, keys and values from the same input, all with a bias or all without.
 
     Raises:
         Mismatch: something else computes them.
     """
-    linears = [require_linear(each, bias=True) for each in (query, key, value)]
+    linears = [require_linear(each) for each in (query, key, value)]
     require(len({linear.x for linear in linears}) == 1, "queries, keys and values do not have the same input")
+    require(len({linear.bias is None for linear in linears}) == 1, "some of queries, keys and values have a bias")
     return linears
+
+
+def project_rows(build: Builder, rows: ir.Value, weight: ir.Value, bias: ir.Value | None, *, out: int) -> ir.Value:
+    """A linear layer [in, out] of token rows [B*S, in]: a Gemm, or a MatMul where it has no bias."""
+    inputs = (rows, weight) if bias is None else (rows, weight, bias)
+    return build.op("MatMul" if bias is None else "Gemm", *inputs, shape=("tokens", out))
+
+
+def concatenate_biases(graph: ir.Graph, name: str, linears: Sequence[LinearMatch]) -> ir.Value | None:
+    """Add one initialiser with the biases of linear layers that all have one; None where they have none."""
+    biases = [linear.bias for linear in linears]
+    return concatenate_weights(graph, name, biases) if all(bias is not None for bias in biases) else None
 
 
 def concatenate_weights(graph: ir.Graph, name: str, values: Sequence[ir.Value | None]) -> ir.Value:

@@ -89,8 +89,10 @@ class _PackedInputs:
 def _insert_remove_padding(graph: ir.Graph, first: ir.Node) -> _PackedInputs:
     """Insert RemovePadding where the first layer reshapes the embeddings to rows."""
     projected = producer(operand(_rotary(operand(first, 0)), 0), "Reshape")
-    gemm = producer(operand(producer(operand(projected, 0), "Split"), 0), "Gemm")
-    to_rows = producer(operand(gemm, 0), "Reshape")
+    linear = operand(producer(operand(projected, 0), "Split"), 0).producer()
+    if linear is None or linear.op_type not in ("Gemm", "MatMul"):
+        raise Mismatch(f"{projected.name} does not split the output of a linear layer")
+    to_rows = producer(operand(linear, 0), "Reshape")
 
     build = Builder(graph, to_rows, "packing")
     sums = build.op(

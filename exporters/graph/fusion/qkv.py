@@ -1,6 +1,7 @@
 """The query, key and value projections, three linear layers of one input, as Gemms with bias on token rows.
 
 `QKV` merges the three into one Gemm and a Split. `PROJECTIONS` keeps three Gemms, which saves the copies of the Split.
+Layers without a bias are MatMuls.
 """
 
 import onnx_ir as ir
@@ -15,7 +16,13 @@ from gte_deploy.exporters.graph.editing import (
     scope_of,
 )
 from gte_deploy.exporters.graph.fusion.attention import require_mask_columns
-from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_shared_input
+from gte_deploy.exporters.graph.fusion.linear import (
+    LinearMatch,
+    concatenate_biases,
+    concatenate_weights,
+    project_rows,
+    require_shared_input,
+)
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 KINDS = ("query", "key", "value")
@@ -27,9 +34,9 @@ def _merge(graph: ir.Graph, attention: ir.Node) -> None:
     rows = to_rows(build, linears[0].x)
     name = f"{build.scope}.qkv_proj"
     weight = concatenate_weights(graph, f"{name}.weight.T", [linear.weight for linear in linears])
-    bias = concatenate_weights(graph, f"{name}.bias", [linear.bias for linear in linears])
+    bias = concatenate_biases(graph, f"{name}.bias", linears)
     sizes = [linear.out for linear in linears]
-    merged = build.inside(name).op("Gemm", rows, weight, bias, shape=("tokens", sum(sizes)))
+    merged = project_rows(build.inside(name), rows, weight, bias, out=sum(sizes))
     parts = build.node("Split", [merged, integers(graph, *sizes)], name="qkv", axis=1, outputs=3)
     for projection, part, size, kind in zip(projections, parts, sizes, KINDS, strict=True):
         part.shape = ir.Shape(("tokens", size))
@@ -41,8 +48,7 @@ def _keep_separate(graph: ir.Graph, attention: ir.Node) -> None:
     build = Builder(graph, attention, scope_of(attention))
     rows = to_rows(build, linears[0].x)
     for projection, linear, kind in zip(projections, linears, KINDS, strict=True):
-        width = ("tokens", linear.out)
-        projected = build.inside(linear.scope).op("Gemm", rows, linear.weight, linear.bias, shape=width)
+        projected = project_rows(build.inside(linear.scope), rows, linear.weight, linear.bias, out=linear.out)
         replace(projection, from_rows(build, projected, name=f"{kind}_proj"))
 
 

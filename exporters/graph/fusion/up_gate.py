@@ -13,15 +13,18 @@ import onnx_ir as ir
 from gte_deploy.exporters.graph.editing import (
     Builder,
     FusionPass,
-    consumer,
     integers,
-    operand,
-    other_operand,
     replace,
     require,
     scope_of,
 )
-from gte_deploy.exporters.graph.fusion.linear import concatenate_weights, require_linear
+from gte_deploy.exporters.graph.fusion.gated_unit import FUNCTIONS, require_gated_unit
+from gte_deploy.exporters.graph.fusion.linear import (
+    concatenate_biases,
+    concatenate_weights,
+    project_rows,
+    require_linear,
+)
 from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 
@@ -30,26 +33,31 @@ def merged_name(up: str) -> str:
     return up.replace("up_proj", "up_gate_proj")
 
 
-def _rewrite(graph: ir.Graph, gelu: ir.Node, *, on_rows: bool) -> None:
-    product = consumer(gelu.outputs[0], "Mul")
-    gate = operand(gelu, 0)
-    up = other_operand(product, gelu.outputs[0])
-    linears = [require_linear(value, bias=False) for value in (up, gate)]
+def _rewrite(graph: ir.Graph, function: ir.Node, *, on_rows: bool) -> None:
+    unit = require_gated_unit(function)
+    linears = [require_linear(value) for value in (unit.up, unit.gate)]
     require(linears[0].x is linears[1].x, "up and gate do not have the same input")
+    require(len({linear.bias is None for linear in linears}) == 1, "one of up and gate alone has a bias")
 
-    build = Builder(graph, gelu, scope_of(product))
+    build = Builder(graph, function, scope_of(unit.product))
     name = merged_name(str(linears[0].weight.name))
     weight = concatenate_weights(graph, name, [linear.weight for linear in linears])
-    x, axis = (to_rows(build, linears[0].x), 1) if on_rows else (linears[0].x, -1)
-    merged = build.inside(f"{build.scope}.up_gate_proj").op("MatMul", x, weight)
+    bias = concatenate_biases(graph, f"{build.scope}.up_gate_proj.bias", linears)
     sizes = [linear.out for linear in linears]
+    within = build.inside(f"{build.scope}.up_gate_proj")
+    if on_rows:
+        merged = project_rows(within, to_rows(build, linears[0].x), weight, bias, out=sum(sizes))
+    else:
+        merged = within.op("MatMul", linears[0].x, weight)
+        merged = merged if bias is None else within.op("Add", merged, bias)
+    axis = 1 if on_rows else -1
     parts = build.node("Split", [merged, integers(graph, *sizes)], name="up_gate", axis=axis, outputs=2)
-    for old, part, size, kind in zip((up, gate), parts, sizes, ("up", "gate"), strict=True):
+    for old, part, size, kind in zip((unit.up, unit.gate), parts, sizes, ("up", "gate"), strict=True):
         if on_rows:
             part.shape = ir.Shape(("tokens", size))
             part = from_rows(build, part, name=f"{kind}_proj")
         replace(old, part)
 
 
-UP_GATE_ON_ROWS = FusionPass(name="up_gate", anchor="Gelu", rewrite=functools.partial(_rewrite, on_rows=True))
-UP_GATE = FusionPass(name="up_gate", anchor="Gelu", rewrite=functools.partial(_rewrite, on_rows=False))
+UP_GATE_ON_ROWS = FusionPass(name="up_gate", anchor=FUNCTIONS, rewrite=functools.partial(_rewrite, on_rows=True))
+UP_GATE = FusionPass(name="up_gate", anchor=FUNCTIONS, rewrite=functools.partial(_rewrite, on_rows=False))

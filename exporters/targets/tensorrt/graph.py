@@ -48,6 +48,7 @@ from gte_deploy.exporters.graph.editing import (
     scope_of,
 )
 from gte_deploy.exporters.graph.fusion import fuse_graph
+from gte_deploy.exporters.graph.fusion.gated_unit import FUNCTIONS
 from gte_deploy.exporters.graph.fusion.up_gate import UP_GATE, merged_name
 from gte_deploy.exporters.graph.half import rounded_when_read
 from gte_deploy.exporters.graph.linear_layers import LinearLayer, find_linear_layers, is_quantized
@@ -260,14 +261,22 @@ def _kept_in_fp32(graph: ir.Graph) -> set[ir.Node]:
             total = operand(node, 0).producer()
             if total is not None and total.op_type == "Add":
                 kept.add(total)
-        elif node.op_type == "Gelu":
+        elif node.op_type in FUNCTIONS:
             kept.add(node)
-            kept.update(use.node for use in node.outputs[0].uses() if use.node.op_type == "Mul")
+            products = _products(node)
+            kept.update(products)
+            if node.op_type == "Sigmoid":  # of SiLU: the first product is that of the gate with its sigmoid
+                kept.update(product for silu in products for product in _products(silu))
         elif node.op_type == "Neg":
             kept.update(_rotation(node))
         elif is_quantized(node):
             kept.update(_after_sums(node))
     return kept
+
+
+def _products(node: ir.Node) -> list[ir.Node]:
+    """The nodes that multiply the output of a node."""
+    return [use.node for use in node.outputs[0].uses() if use.node.op_type == "Mul"]
 
 
 def _after_sums(product: ir.Node) -> Iterator[ir.Node]:

@@ -40,7 +40,12 @@ from gte_deploy.exporters.graph.fusion.attention import (
     require_same_heads,
 )
 from gte_deploy.exporters.graph.fusion.heads import Heads, require_heads
-from gte_deploy.exporters.graph.fusion.linear import LinearMatch, concatenate_weights, require_shared_input
+from gte_deploy.exporters.graph.fusion.linear import (
+    LinearMatch,
+    concatenate_biases,
+    concatenate_weights,
+    require_shared_input,
+)
 from gte_deploy.exporters.graph.fusion.rope import Rotation, require_rotation
 from gte_deploy.exporters.graph.linear_layers import LinearLayer
 
@@ -95,9 +100,10 @@ def joined_projection(build: Builder, found: Projections) -> ir.Value:
     graph, name = build.graph, f"{build.scope}.qkv_proj"
     weight = concatenate_weights(graph, f"{name}.weight.T", [linear.weight for linear in found.linears])
     weight.meta[_PARTS] = frozenset(str(linear.weight.name).removesuffix(".T") for linear in found.linears)
-    bias = concatenate_weights(graph, f"{name}.bias", [linear.bias for linear in found.linears])
+    bias = concatenate_biases(graph, f"{name}.bias", found.linears)
     build = build.inside(name)
-    return build.op("Add", build.op("MatMul", found.linears[0].x, weight), bias)
+    product = build.op("MatMul", found.linears[0].x, weight)
+    return product if bias is None else build.op("Add", product, bias)
 
 
 def joined_parts(linear: LinearLayer) -> frozenset[str]:

@@ -1,8 +1,9 @@
 """Makes a checkpoint loadable by its own library, and reads its rotation angles, without the rest of this package.
 
-The published layout (model_type "new") needs remote code in transformers, which never runs here. Its weights and its
-config.json are therefore converted a second time, by other code than that of `models/`: an error of shared code would
-be on both sides of a comparison and would not show. Every other file is a link to the checkpoint's own.
+The published layouts (model_type "new"; "nomic_bert" with GPT-2's names of fields, in `nomic_source`) need remote code
+in transformers, which never runs here. The weights and config.json are therefore converted a second time, by other code
+than that of `models/`: an error of shared code would be on both sides of a comparison and would not show. Every other
+file is a link to the checkpoint's own.
 
 For a family without a class in transformers, the libraries run the class of this package, on weights that are converted
 here (`SourceFiles.network`). They read the tokenizer, modules, prompts and limits for themselves all the same.
@@ -24,6 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError
+from gte_deploy.exporters.verification.answers.nomic_source import (
+    is_published_nomic,
+    loadable_tensors,
+    nomic_fields,
+    nomic_frequencies,
+)
 from gte_deploy.models.families import family_of_fields
 
 # Fields of the original config.json that have another name in the native one, or that change no answer.
@@ -70,7 +77,7 @@ class SourceFiles:
     @property
     def is_original(self) -> bool:
         """Whether config.json is in the layout that transformers reads only with remote code."""
-        return self.config.get("model_type") == "new"
+        return self.config.get("model_type") == "new" or is_published_nomic(self.config)
 
     @property
     def network(self) -> str | None:
@@ -138,6 +145,8 @@ def loadable(source: SourceFiles, *, tokenizer_class: str, pad_token_id: int | N
             native = native_fields(source.config, pad_token_id) if network is None else _fields_for(network, source)
             (view / "config.json").write_text(json.dumps(native))
             convert = _native_tensors if network is None else _tensors_of_network
+            if is_published_nomic(source.config):
+                convert = loadable_tensors
             _convert_weights(_weight_files(checkpoint), view, convert)
             _name_tokenizer(view, tokenizer_class)
         if pooling != "auto":
@@ -147,6 +156,8 @@ def loadable(source: SourceFiles, *, tokenizer_class: str, pad_token_id: int | N
 
 def native_fields(raw: Mapping[str, Any], pad_token_id: int | None = None) -> dict[str, Any]:
     """Return the native config.json that is equivalent to the original one, `raw`."""
+    if is_published_nomic(raw):
+        return nomic_fields(raw, pad_token_id)
     fields = {key: value for key, value in raw.items() if key not in _ORIGINAL_ONLY}
     if fields.get("pad_token_id") is None:
         fields["pad_token_id"] = pad_token_id
@@ -162,6 +173,8 @@ def rotation_frequencies(raw: Mapping[str, Any]) -> NDArray[np.float64]:
     Raises:
         CheckpointError: config.json has a scaling that the family does not have.
     """
+    if is_published_nomic(raw):
+        return nomic_frequencies(raw)
     theta, scaling = _theta_and_scaling(raw)
     head = _head_size(raw)
     i = np.arange(head // 2, dtype=np.float64)

@@ -61,7 +61,7 @@ def _weight_computed_at_run_time(model: ir.Model) -> None:
     ("alter", "reason"),
     [
         (_values_of_another_tensor, "do not have the same input"),
-        (_queries_without_bias, "is made by MatMul, not Add"),
+        (_queries_without_bias, "some of queries, keys and values have a bias"),
         (_weight_computed_at_run_time, "is not a constant"),
     ],
 )
