@@ -22,6 +22,7 @@ from gte_deploy.core.spec import BUNDLE_BACKENDS, BundleBackend
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 from gte_deploy.tuning import DEFAULT_SHAPES
+from gte_deploy.tuning.calls import answer, timed_call
 from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, measure_lists
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
@@ -114,6 +115,7 @@ class BenchReport:
         return {
             "bundle": str(self.bundle),
             "precision": self.manifest.precision,
+            "call": timed_call(self.manifest.spec.task),
             "date": self.date,
             "cpu": cpu_model(),
             "cpus": available_cpus(),
@@ -145,9 +147,11 @@ def bench(
     num_threads: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
-    """Time `Model.encode` of a bundle with every engine, each in a fresh process, in turn.
+    """Time a bundle with every engine, each in a fresh process, in turn.
 
-    It times batches of fixed shapes, and a list of texts of mixed lengths with one stream and with several.
+    It calls the method that gives the answer of the bundle's task, such as `encode`, `predict` or `fill_mask` (with one
+    mask in each text), without a prompt. It times batches of fixed shapes, and a list of texts of mixed lengths with
+    one stream and with several.
 
     Args:
         bundle: the folder of the bundle.
@@ -167,11 +171,12 @@ def bench(
     manifest = read_manifest(bundle)
     tokenizer = load_tokenizer(bundle)
     chosen = _shapes(shapes, manifest.spec.max_length, tokenizer.min_length)
-    texts = {str(shape): synthetic_texts(tokenizer, [shape.tokens] * shape.rows) for shape in chosen}
+    masked = manifest.spec.task == "fill-mask"
+    texts = {str(shape): synthetic_texts(tokenizer, [shape.tokens] * shape.rows, masked=masked) for shape in chosen}
     results = _measure(bundle, _engines(manifest, backend), texts, repeats, threads, progress)
     lengths = list_lengths(threads, low=tokenizer.min_length, high=manifest.spec.max_length)
     if not is_for_gpus(manifest):
-        the_list = synthetic_texts(tokenizer, lengths)
+        the_list = synthetic_texts(tokenizer, lengths, masked=masked)
         results = [
             dataclasses.replace(
                 result,
@@ -246,7 +251,8 @@ def record(report: BenchReport, picked: EngineResult) -> Path:
 def format_table(report: BenchReport) -> str:
     """The report for people: one line for each engine and shape, then one for each engine."""
     lines = [
-        f"{report.bundle}, {report.manifest.precision}, {report.num_threads} threads, {cpu_model()}",
+        f"{report.bundle}, {report.manifest.precision}, {timed_call(report.manifest.spec.task)}, "
+        f"{report.num_threads} threads, {cpu_model()}",
         f"{'engine':<16} {'shape':>8} {'median ms':>10} {'quartiles':>19} {'least':>9} {'tokens/s':>10}",
     ]
     for shape in report.shapes:
@@ -286,10 +292,12 @@ def _list_lines(report: BenchReport) -> list[str]:
     return [f"a list of {len(report.list_tokens)} texts of mixed lengths, {tokens:,} tokens", columns, *lines]
 
 
-def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: int = 0) -> list[str]:
+def synthetic_texts(
+    tokenizer: TextTokenizer, lengths: Sequence[int], *, masked: bool = False, seed: int = 0
+) -> list[str]:
     """Texts of common English words with exactly these lengths in tokens, special tokens included.
 
-    They differ, unless a length has too few different ones.
+    They differ, unless a length has too few different ones. With `masked`, the last word of each is the mask token.
 
     Raises:
         InputError: a length is too short for the tokenizer, or the tokenizer splits every common word.
@@ -303,12 +311,17 @@ def synthetic_texts(tokenizer: TextTokenizer, lengths: Sequence[int], *, seed: i
     rng = np.random.default_rng(seed)
     texts: list[str] = []
     seen: set[str] = set()
+    last = [tokenizer.mask_token] if masked and tokenizer.mask_token is not None else []
+
+    def draw(length: int) -> str:
+        return " ".join([*rng.choice(words, length - special - len(last)), *last])
+
     for length in lengths if words else ():
-        text = " ".join(rng.choice(words, length - special))
+        text = draw(length)
         for _ in range(_MOST_DRAWS):  # equal texts of a call are computed once, so they should differ
             if text not in seen:
                 break
-            text = " ".join(rng.choice(words, length - special))
+            text = draw(length)
         texts.append(text)
         seen.add(text)
     found = [len(row) for row in tokenizer.encode_texts(texts, max_length=2 * longest, truncation=True)]
@@ -328,9 +341,9 @@ class LoadedBundle:
         options: dict[str, Any] = {} if precision is None else {"precision": precision}
         self._model = load(bundle, backend=backend, num_threads=num_threads, streams=1, **options)  # type: ignore[arg-type]
 
-    def encode(self, texts: Sequence[str]) -> None:
-        """Embed texts of one length, in one batch."""
-        self._model.encode(texts, batch_size=len(texts), max_batch_tokens=MAX_BATCH_TOKENS)
+    def answer(self, texts: Sequence[str]) -> None:
+        """Answer texts of one length, in one batch."""
+        answer(self._model, texts, batch_size=len(texts), max_batch_tokens=MAX_BATCH_TOKENS)
 
 
 def _engines(manifest: Manifest, backend: str | None) -> list[EngineResult]:
@@ -378,7 +391,7 @@ def _measure(
             arguments = (bundle, result.backend, result.precision, num_threads)
             try:
                 worker = stack.enter_context(Worker(LoadedBundle, *arguments))
-                worker.call("encode", next(iter(texts.values())))
+                worker.call("answer", next(iter(texts.values())))
             except WorkerError as error:
                 errors[result.name] = str(error)
                 continue
@@ -407,7 +420,7 @@ def _measure(
 
 
 def _call(worker: Worker, texts: Sequence[str]) -> Callable[[], float]:
-    return lambda: worker.call("encode", texts).seconds
+    return lambda: worker.call("answer", texts).seconds
 
 
 def _tokens_per_second(result: EngineResult, shape: Shape) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gte_deploy.backends.stream_plan import ListPick, usual_streams
 from gte_deploy.core.cpus import numa_nodes
+from gte_deploy.tuning.calls import answer
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
 _BATCH_TOKENS = (1024, 512, 2048)
@@ -112,10 +113,10 @@ class LoadedForLists:
         options |= {"backend": backend, "num_threads": num_threads, "streams": streams}
         self._model = load(bundle, **options)
 
-    def encode(self, texts: Sequence[str], max_batch_tokens: int) -> None:
-        """Embed the list."""
-        self._model.encode(texts, max_batch_tokens=max_batch_tokens)
+    def answer(self, texts: Sequence[str], max_batch_tokens: int) -> None:
+        """Answer the list."""
+        answer(self._model, texts, max_batch_tokens=max_batch_tokens)
 
 
 def _call(worker: Worker, texts: Sequence[str], max_batch_tokens: int) -> Callable[[], float]:
-    return lambda: worker.call("encode", texts, max_batch_tokens).seconds
+    return lambda: worker.call("answer", texts, max_batch_tokens).seconds

@@ -18,8 +18,10 @@ from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import Profile
 from gte_deploy.text.tokenization import load_tokenizer
 from gte_deploy.tuning.bench import EngineResult, bench, fastest, format_table, record, synthetic_texts
+from gte_deploy.tuning.calls import answer, timed_call
 from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, measure_lists
 from gte_deploy.tuning.measure import Answer, Spread, Worker, WorkerError, interleaved, resident_bytes
+from runtime_models import make_word_checkpoint
 
 SHAPES = ["1x8", "3x16"]
 
@@ -52,6 +54,51 @@ def test_every_shape_is_timed(report):
     assert onnx.first_answer_s > max(max(seconds) for seconds in onnx.seconds.values()) > 0
     # A Python with onnxruntime takes tens of megabytes; one that shared the memory of pytest and torch, hundreds.
     assert 2e7 < onnx.peak_bytes < 3e8
+
+
+@pytest.mark.parametrize(
+    ("task", "call"),
+    [
+        ("fill-mask", "fill_mask"),
+        ("embed", "encode"),
+        ("classify", "predict"),
+        ("token-classify", "classify_tokens"),
+        ("sparse", "encode_sparse"),
+        ("hybrid", "encode_hybrid"),
+    ],
+)
+def test_the_call_of_the_task_is_timed(task, call, word_checkpoints, tmp_path, monkeypatch):
+    """Each text is an input of its own, of exactly its tokens, and the call is the one of the task alone."""
+    import gte_deploy
+
+    if task in word_checkpoints:
+        source = word_checkpoints[task]
+    else:
+        made_for = "fill-mask" if task == "sparse" else "token-classify"
+        source = make_word_checkpoint(tmp_path / "source", task=made_for, pooling="cls", num_labels=1)
+    tokenizer = load_tokenizer(source)
+    texts = synthetic_texts(tokenizer, [8, 8], masked=task == "fill-mask")
+    assert [len(row) for row in tokenizer.encode_texts(texts, max_length=128, truncation=False)] == [8, 8]
+    with gte_deploy.load(source, backend="torch", task=task) as model:
+        called, shapes = [], []
+        for name in ("fill_mask", "encode", "predict", "classify_tokens", "encode_sparse", "encode_hybrid"):
+            method = getattr(model, name)
+            monkeypatch.setattr(
+                model, name, lambda *a, name=name, method=method, **k: called.append(name) or method(*a, **k)
+            )
+        run = model._backend.run
+        monkeypatch.setattr(
+            model._backend, "run", lambda batch, outputs: shapes.append(batch.input_ids.shape) or run(batch, outputs)
+        )
+        answer(model, texts, batch_size=2, max_batch_tokens=1024)
+    assert timed_call(task) == called[0] == call and shapes == [(2, 8)]
+
+
+def test_an_answer_engine_of_a_classifier_is_timed(word_checkpoints, bundle_of):
+    report = bench(bundle_of(word_checkpoints["classify"]), backend="onnx", shapes=["2x8"], repeats=1, num_threads=1)
+    assert report.engines[0].error is None and report.to_json()["call"] == "predict"
+    assert "predict" in format_table(report).splitlines()[0]
+    assert all(entry.error is None for entry in report.engines[0].lists)
 
 
 def test_lists_are_timed_with_one_stream_and_with_several(bundle, tmp_path):

@@ -1,0 +1,38 @@
+"""The call of a model that is timed: the one that gives the answer of its task, and not always `encode`."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gte_deploy.core.spec import TaskName
+
+if TYPE_CHECKING:
+    from gte_deploy.model import Model
+
+_CALLS: Mapping[TaskName, str] = {
+    "fill-mask": "fill_mask",
+    "classify": "predict",
+    "token-classify": "classify_tokens",
+    "sparse": "encode_sparse",
+    "hybrid": "encode_hybrid",
+}
+# Those that put a model's default prompt before a text, which would make it longer than its shape says.
+_WITH_PROMPT = ("encode", "predict", "encode_sparse", "encode_hybrid")
+
+
+def timed_call(task: TaskName) -> str:
+    """Return the name of the method that gives a task's answer."""
+    return _CALLS.get(task, "encode")
+
+
+def answer(model: "Model", texts: Sequence[str], **limits: int) -> None:
+    """Call the method of the model's task on a list of texts, without a prompt.
+
+    Args:
+        model: the model.
+        texts: for fill-mask, with a mask each. A classifier takes each text as an input of its own, not as a pair.
+        **limits: `batch_size` and `max_batch_tokens`, as the method takes them.
+    """
+    name = timed_call(model.spec.task)
+    options: dict[str, Any] = {"prompt": ""} if name in _WITH_PROMPT else {}
+    inputs: Any = [[text] for text in texts] if name == "predict" else list(texts)
+    getattr(model, name)(inputs, **options, **limits)
