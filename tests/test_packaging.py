@@ -1,6 +1,9 @@
 """One distribution over four top-level folders: what is built of them, and what may import what."""
 
 import ast
+import importlib.metadata
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -180,3 +183,33 @@ def test_import_loads_no_engine():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_namespace_optimum_alone_makes_no_part_of_optimum_available():
+    """Beside transformers without optimum; see docs/hub.md."""
+    if _has_optimum():
+        pytest.skip("optimum is installed here")
+    pytest.importorskip("transformers")
+    code = (
+        "from transformers.utils.import_utils import is_optimum_available\n"
+        "from transformers.utils import is_optimum_quanto_available\n"
+        "from transformers.utils.import_utils import is_optimum_neuron_available\n"
+        "assert is_optimum_available() and not is_optimum_quanto_available() and not is_optimum_neuron_available()\n"
+        "from transformers import GPTQConfig\n"
+        "from transformers.quantizers import AutoHfQuantizer\n"
+        "try:\n"
+        "    AutoHfQuantizer.from_config(GPTQConfig(bits=4), pre_quantized=True)\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 0 and "optimum" in ended.stdout, ended.stdout + ended.stderr
+
+
+def _has_optimum() -> bool:
+    try:
+        importlib.metadata.version("optimum")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
