@@ -29,6 +29,7 @@ from gte_deploy.bundle.manifest import (
 from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError
 from gte_deploy.core.files import read_json_object, sha256_file, write_bytes, write_text
 from gte_deploy.core.spec import ModelSpec, Profile, TensorRTVariant, TensorSpec
+from gte_deploy.exporters.bundle.card import CARD, REPORT, adopted_card
 from gte_deploy.exporters.job import Progress
 from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH
 from gte_deploy.exporters.targets.tensorrt.layers import (
@@ -43,6 +44,7 @@ from gte_deploy.exporters.targets.tensorrt.layers import (
 from gte_deploy.exporters.targets.tensorrt.layouts import TextLayout, layout_of
 from gte_deploy.exporters.targets.tensorrt.runtimes import MessageLog, import_tensorrt
 from gte_deploy.tasks import TASKS
+from gte_deploy.text.tokenization import load_tokenizer
 
 # The first four bytes of a plan. Bytes 24 to 27 are the version if bytes 4 to 7 are 0; TensorRT's trtexec
 # (--getPlanVersionOnly) reads the same.
@@ -89,7 +91,8 @@ def adopt(
     """Copy a plan into a bundle and describe it in the manifest, so that `gte_deploy.load` and Triton run it.
 
     It needs the GPU that the plan is for, and the TensorRT that built it. A plan is code that runs on the GPU: adopt
-    only plans that you built. The other files of the bundle stay as they are.
+    only plans that you built. The bundle's model card names the engine and
+    what was not compared; the other files, and the report of the export, stay as they are.
 
     Args:
         plan: the file, for example from trtexec.
@@ -128,7 +131,7 @@ def adopt(
     )
     for caveat in entry.caveats:
         report(caveat)
-    report("write the plan and the manifest")
+    report("write the plan, the model card and the manifest")
     _write(folder, manifest, entry, data)
     return AdoptionResult(Path(bundle), entry, len(data))
 
@@ -347,11 +350,23 @@ def _num_layers(config: Mapping[str, Any]) -> int:
 
 
 def _write(folder: Path, manifest: Manifest, entry: PlanEntry, data: bytes) -> None:
-    """Write the plan, then the manifest; a kill in between leaves a bundle without an engine."""
-    path = folder / PLAN_PATH
-    path.parent.mkdir(exist_ok=True)
-    write_bytes(path, data)
-    files = {**manifest.files, PLAN_PATH: FileEntry(len(data), sha256_file(path))}
-    adopted = dataclasses.replace(manifest, plan=entry, files=dict(sorted(files.items())))
-    write_text(folder / MANIFEST_NAME, json.dumps(adopted.to_json(), indent=2) + "\n")
+    """Write the plan, the card and the manifest; a kill in between leaves a valid bundle without an engine."""
+    adopted = dataclasses.replace(manifest, plan=entry)
+    changed = {PLAN_PATH: data}
+    if {CARD, REPORT} <= manifest.files.keys():  # older bundles have no card
+        mask_token = load_tokenizer(folder).mask_token
+        changed[CARD] = adopted_card(folder, adopted, mask_token).encode()
+    kept = {name: file for name, file in manifest.files.items() if name not in changed}
+    # What changes is not listed while it changes, so that the manifest holds at any moment.
+    _write_manifest(folder, dataclasses.replace(manifest, files=kept))
+    files = dict(kept)
+    for name, content in changed.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(folder / name, content)
+        files[name] = FileEntry(len(content), sha256_file(folder / name))
+    _write_manifest(folder, dataclasses.replace(adopted, files=dict(sorted(files.items()))))
     verify_bundle(folder, read_manifest(folder))
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_text(folder / MANIFEST_NAME, json.dumps(manifest.to_json(), indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Writes the model card of a bundle: README.md, as the Hugging Face hub and people read it."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -11,14 +12,17 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from gte_deploy._version import __version__
+from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.bundle.manifest import Manifest
-from gte_deploy.core.files import write_text, write_with
+from gte_deploy.core.errors import BundleError
+from gte_deploy.core.files import read_json_object, write_text, write_with
 from gte_deploy.core.spec import TaskName
-from gte_deploy.exporters.verification.report import check_line
-from gte_deploy.exporters.verification.results import EngineParity, ParityReport
+from gte_deploy.exporters.targets.tensorrt.runtimes import NO_ENGINE
+from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.tasks.base import HIDDEN
 
 CARD = "README.md"
+REPORT = "report.json"
 LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 """The names of a checkpoint's licence; a bundle keeps them."""
 
@@ -45,22 +49,51 @@ _OTHER_CALL = 'model.encode(["The panda is a bear.", "It rains."])'
 
 
 def write_card(
-    folder: Path, described: Manifest, parity: ParityReport, *, checkpoint: Path, mask_token: str | None
+    folder: Path, described: Manifest, parity: Mapping[str, Any], *, checkpoint: Path, mask_token: str | None
 ) -> None:
     """Write README.md into the folder of a bundle, and the checkpoint's licence beside it.
 
     Args:
-        folder: the folder of the bundle.
+        folder: the folder of the bundle, with its config.json.
         described: its manifest, without the list of files.
-        parity: the comparison with PyTorch and with the checkpoint's own library.
+        parity: the comparison with PyTorch and with the checkpoint's own library, as in `ParityReport.to_json`.
         checkpoint: the folder of the checkpoint; its card states the licence and the languages.
         mask_token: the mask of its tokenizer, for the examples; None if it has none.
     """
     for name in LEGAL_FILES:
         if (checkpoint / name).is_file():
             write_with(folder / name, partial(shutil.copyfile, checkpoint / name))
-    text = card(described, parity, own_metadata(checkpoint))
-    write_text(folder / CARD, text.replace(_MASK, mask_token or _MASK))
+    write_text(folder / CARD, _card_of(folder, described, parity, own_metadata(checkpoint), mask_token))
+
+
+def adopted_card(folder: Path, described: Manifest, mask_token: str | None) -> str:
+    """Return the card of a bundle that got an engine after its export.
+
+    The comparison is that of the export, from report.json; licence and languages are those of the bundle's own card.
+
+    Args:
+        folder: the folder of the bundle, with its report.json and earlier README.md.
+        described: its manifest, with the new engine.
+        mask_token: the mask of its tokenizer; None if it has none.
+
+    Raises:
+        BundleError: report.json is not the report of an export.
+    """
+    report = read_json_object(folder / REPORT, error=BundleError, advice="Export the bundle again.")
+    try:
+        parity = report["parity"]
+        caveats = [line for line in parity["not_proven"] if not line.startswith(NO_ENGINE)]
+        return _card_of(folder, described, {**parity, "not_proven": caveats}, own_metadata(folder), mask_token)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{folder / REPORT} is not the report of an export ({error!r}). Export it again.") from error
+
+
+def _card_of(
+    folder: Path, described: Manifest, parity: Mapping[str, Any], metadata: Mapping[str, Any], mask_token: str | None
+) -> str:
+    config = read_json_object(folder / "config.json", error=BundleError, advice="Export the bundle again.")
+    text = card(described, parity, metadata, model_type=str(config.get("model_type")))
+    return text.replace(_MASK, mask_token or _MASK)
 
 
 def own_metadata(checkpoint: Path) -> dict[str, Any]:
@@ -72,8 +105,17 @@ def own_metadata(checkpoint: Path) -> dict[str, Any]:
     return {name: found[name] for name in _CARRIED_OVER if found.get(name)}
 
 
-def card(described: Manifest, parity: ParityReport, metadata: Mapping[str, Any]) -> str:
-    """Return the text of README.md: the metadata of the hub, and what the bundle is, for people."""
+def card(
+    described: Manifest, parity: Mapping[str, Any], metadata: Mapping[str, Any], *, model_type: str = "gte"
+) -> str:
+    """Return the text of README.md: the metadata of the hub, and what the bundle is, for people.
+
+    Args:
+        described: the manifest of the bundle.
+        parity: the comparison, as in `ParityReport.to_json`.
+        metadata: what the checkpoint's own card states; see `own_metadata`.
+        model_type: that of config.json.
+    """
     spec, source = described.spec, described.source
     tags = ["gte-deploy", *(("onnx",) if described.graphs else ()), *_tags(described)]
     data = ModelCardData(
@@ -90,7 +132,7 @@ def card(described: Manifest, parity: ParityReport, metadata: Mapping[str, Any])
         _introduction(described),
         _missed(described),
         "## Use",
-        *_uses(described),
+        *_uses(described, model_type),
         "## Agreement with PyTorch",
         _agreement(parity),
         "## Limits",
@@ -117,10 +159,11 @@ def _tags(described: Manifest) -> list[str]:
 def _introduction(described: Manifest) -> str:
     spec, source = described.spec, described.source
     revision = f" at revision `{source['revision']}`" if "revision" in source else ""
+    version = described.versions.get("gte-deploy", __version__)
     engines = " and ".join([*described.graphs, *(("a TensorRT engine",) if described.plan else ())])
     return (
         f"A bundle of `{source['name']}`{revision} for {spec.task}, in {described.precision}, for {engines}. "
-        f"gte-export of gte-deploy {__version__} wrote it and compared its answers with PyTorch's. It holds no code "
+        f"gte-export of gte-deploy {version} wrote it and compared its answers with PyTorch's. It holds no code "
         "and no pickles; `manifest.json` lists the size and sha256 of every file."
     )
 
@@ -132,35 +175,57 @@ def _missed(described: Manifest) -> str:
     return f"**This bundle misses its bounds**: it is less accurate than it should be.\n\n{listed}"
 
 
-def _uses(described: Manifest) -> list[str]:
+def _uses(described: Manifest, model_type: str) -> list[str]:
     """Return how to load the bundle in each runtime that reads it; `MODEL` is this repository or a folder."""
     call = _CALLS.get(described.spec.task, _OTHER_CALL)
     python = f'import gte_deploy\n\nmodel = gte_deploy.load("MODEL")\nprint({call})'
     uses = [
         "`MODEL` stands for the id of this repository, or for the folder of the bundle; `MODEL@REVISION` pins a "
         "branch, tag or commit.",
-        _code("Python (`pip install 'gte-deploy[cpu]'`)", "python", python),
+        _code(f"Python (`pip install {_packages(described)}`)", "python", python),
     ]
-    for engine, name in (("onnxruntime", "onnxruntime"), ("openvino", "openvino")):
-        if engine in described.graphs and _is_plain(described, engine):
-            uses.append(_code(f"{name} alone, in a downloaded folder", "python", _alone(described, engine)))
+    # On a CPU: a graph for GPUs needs options that docs/runtimes.md describes.
+    for engine in ("onnxruntime", "openvino"):
+        if engine in described.graphs and described.target == "cpu" and _is_plain(described, engine):
+            uses.append(_code(f"{engine} alone, in a downloaded folder", "python", _alone(described, engine)))
     if described.spec.task == "embed" and "onnxruntime" in described.graphs and described.target == "cpu":
-        uses.append(
-            _code(
-                "sentence-transformers (`pip install 'sentence-transformers[onnx]'`)", "python", _SENTENCE_TRANSFORMERS
-            )
-        )
-        uses.append(_code("transformers.js", "js", _in_javascript(described)))
+        lines = _SENTENCE_TRANSFORMERS
+        if model_type == "gte":  # released versions of sentence-transformers[onnx] pin an older transformers
+            lines = f"{_REGISTER}\n{lines}"
+        uses.append(_code("sentence-transformers (`pip install 'sentence-transformers[onnx]'`)", "python", lines))
+        uses.append(_code("transformers.js", "js", _JAVASCRIPT))
     return uses
 
 
-_SENTENCE_TRANSFORMERS = """\
+def _packages(described: Manifest) -> str:
+    """Return what pip installs to run the bundle."""
+    if described.plan is not None:
+        return f"'gte-deploy[{VARIANTS[described.plan.variant].extra}]'"
+    if "executorch" in described.graphs:
+        return "gte-deploy executorch"
+    if described.target == "cuda":
+        return "'gte-deploy[gpu]'"
+    return f"'gte-deploy[{'cpu' if 'onnxruntime' in described.graphs else 'openvino'}]'"
+
+
+_REGISTER = """\
 import gte_deploy.integrations.transformers
-from sentence_transformers import SentenceTransformer
 
 gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+"""
+_SENTENCE_TRANSFORMERS = """\
+from sentence_transformers import SentenceTransformer
+
 model = SentenceTransformer("MODEL", backend="onnx", model_kwargs={"file_name": "onnx/model.onnx"})
 print(model.encode(["The panda is a bear.", "It rains."]))"""
+_JAVASCRIPT = """\
+import { AutoModel, AutoTokenizer } from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("MODEL");
+const model = await AutoModel.from_pretrained("MODEL", { dtype: "fp32" }); // the graph onnx/model.onnx
+const inputs = tokenizer(["The panda is a bear.", "It rains."], { padding: true, truncation: true });
+const { sentence_embedding } = await model(inputs);
+console.log(sentence_embedding.normalize().tolist());"""
 
 
 def _is_plain(described: Manifest, engine: Any) -> bool:
@@ -193,39 +258,33 @@ def _alone(described: Manifest, engine: Any) -> str:
     )
 
 
-def _in_javascript(described: Manifest) -> str:
-    spec = described.spec
-    options = f'pooling: "{spec.pooling}", normalize: {json.dumps(spec.normalize)}'
-    return (
-        'import { pipeline } from "@huggingface/transformers";\n\n'
-        'const extract = await pipeline("feature-extraction", "MODEL", { dtype: "fp32" });\n'
-        f'console.log(await extract("The panda is a bear.", {{ {options} }}));'
-    )
-
-
 def _code(title: str, language: str, text: str) -> str:
     return f"{title}:\n\n```{language}\n{text}\n```"
 
 
-def _agreement(parity: ParityReport) -> str:
+def _agreement(parity: Mapping[str, Any]) -> str:
     header = (
         "| engine | computes in | batches | largest difference | relative | lowest cosine | mean cosine | verdict |"
     )
-    rows = [header, "|---|---|---|---|---|---|---|---|", *map(_row, parity.engines)]
-    facts = [f"- {check_line(check)}" for check in parity.checks]
+    rows = [header, "|---|---|---|---|---|---|---|---|", *map(_row, parity["engines"])]
+    facts = [f"- {Check.from_json(check).line}" for check in parity["checks"]]
     return "\n".join([*rows, "", *facts, "- `report.html` has every batch, the bounds and the machine."])
 
 
-def _row(engine: EngineParity) -> str:
-    name = f"{engine.engine}{' (emulated)' if engine.emulated else ''}"
-    verdict = "passed" if engine.passed else "missed, and not needed" if engine.optional else "**missed**"
+def _row(engine: Mapping[str, Any]) -> str:
+    name = f"{engine['engine']}{' (emulated)' if engine['emulated'] else ''}"
+    optional = engine.get("optional", False)  # older reports do not have it
+    verdict = "passed" if engine["passed"] else "missed, and not needed" if optional else "**missed**"
+    largest, relative, least, mean = (
+        math.nan if engine[key] is None else engine[key] for key in ("max_abs", "max_rel", "cosine_min", "cosine_mean")
+    )
     return (
-        f"| {name} | {engine.compute} | {len(engine.cases)} | {engine.max_abs:.1e} | {engine.max_rel:.1e} | "
-        f"{engine.cosine_min:.7f} | {engine.cosine_mean:.7f} | {verdict} |"
+        f"| {name} | {engine['compute']} | {len(engine['cases'])} | {largest:.1e} | {relative:.1e} | "
+        f"{least:.7f} | {mean:.7f} | {verdict} |"
     )
 
 
-def _limits(described: Manifest, parity: ParityReport) -> str:
+def _limits(described: Manifest, parity: Mapping[str, Any]) -> str:
     spec = described.spec
     lines = [
         f"At most {spec.max_length:,} tokens a text. A longer text is refused, or cut on request.",
@@ -238,7 +297,7 @@ def _limits(described: Manifest, parity: ParityReport) -> str:
     if spec.prompts:
         prompts = ", ".join(f"`{name}`: {json.dumps(text, ensure_ascii=False)}" for name, text in spec.prompts.items())
         lines.append(f"Prompts: {prompts}; by default {spec.default_prompt_name or 'none'}.")
-    return "\n".join(f"- {line}" for line in dict.fromkeys([*lines, *parity.caveats]))
+    return "\n".join(f"- {line}" for line in dict.fromkeys([*lines, *parity["not_proven"]]))
 
 
 def _source(described: Manifest, metadata: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
 from gte_deploy.core.spec import Engine
-from gte_deploy.exporters.bundle.card import write_card
+from gte_deploy.exporters.bundle.card import REPORT, write_card
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job, part_path
@@ -72,7 +72,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         sensitivity=built.sensitivity,
         calibration=built.calibration,
     )
-    _write_json(job.folder / "report.json", report)
+    _write_json(job.folder / REPORT, report)
     (job.folder / "report.html").write_text(render_html(parity, report, built.plan), encoding="utf-8")
     described = Manifest(
         spec=job.spec,
@@ -87,7 +87,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         calibration=built.calibration,
     )
     mask_token = job.tokenizer.mask_token
-    write_card(job.folder, described, parity, checkpoint=job.checkpoint.folder, mask_token=mask_token)
+    write_card(job.folder, described, parity.to_json(), checkpoint=job.checkpoint.folder, mask_token=mask_token)
     return seal(job.folder, described)
 
 

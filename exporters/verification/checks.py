@@ -30,6 +30,19 @@ class Check:
         """Whether nothing failed."""
         return not self.failures and not self.broken
 
+    @property
+    def line(self) -> str:
+        """One sentence: passed or failed, the facts of the comparison, failures and skipped comparisons."""
+        compared = ", ".join(f"{name} {value}" for name, value in self.compared.items())
+        parts = [f"{self.name}: {'passed' if self.passed else 'FAILED'}{f', {compared}' if compared else ''}"]
+        return "; ".join([*parts, *self.broken, *self.failures, *(f"skipped: {reason}" for reason in self.skipped)])
+
     def to_json(self) -> dict[str, Any]:
         """Return the check as plain JSON data."""
         return {**dataclasses.asdict(self), "passed": self.passed}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Check":
+        """Read a check that `to_json` wrote."""
+        sentences = {name: tuple(data[name]) for name in ("failures", "skipped", "broken")}
+        return cls(data["name"], compared=data["compared"], **sentences)

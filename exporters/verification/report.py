@@ -20,7 +20,6 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import Engine, ModelSpec
 from gte_deploy.exporters.verification.accuracy import Accuracy
-from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.differences import CaseResult, Difference
 from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 
@@ -89,7 +88,7 @@ def build_report(
 def format_table(parity: ParityReport) -> str:
     """Format one line for each case and a verdict for each engine, then the other checks and the caveats."""
     engines = ("\n".join(_engine_lines(engine)) for engine in parity.engines)
-    return "\n".join([*engines, *_reference_lines(parity), *map(check_line, parity.checks), *parity.caveats])
+    return "\n".join([*engines, *_reference_lines(parity), *(check.line for check in parity.checks), *parity.caveats])
 
 
 def verdict(engine: EngineParity) -> str:
@@ -112,13 +111,6 @@ def _parts_compared(engine: EngineParity) -> str:
     graphs += [f"the part for {' and '.join(first.parts)}"] if first.parts else []
     graphs += ["the graph for all logits"] if first.all_logits else []
     return f" of {', '.join(graphs[:-1])} and of {graphs[-1]}" if graphs[1:] else ""
-
-
-def check_line(check: Check) -> str:
-    """Return one sentence: passed or failed, the facts of the comparison, failures and skipped comparisons."""
-    compared = ", ".join(f"{name} {value}" for name, value in check.compared.items())
-    parts = [f"{check.name}: {'passed' if check.passed else 'FAILED'}{f', {compared}' if compared else ''}"]
-    return "; ".join([*parts, *check.broken, *check.failures, *(f"skipped: {reason}" for reason in check.skipped)])
 
 
 def render_html(parity: ParityReport, report: Mapping[str, Any], plan: PlanEntry | None = None) -> str:
@@ -161,7 +153,7 @@ def _calibration_facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _summary(parity: ParityReport) -> list[str]:
     engines = [line for each in parity.engines for line in (verdict(each), *_accuracy_lines(each))]
-    return [*engines, *_reference_lines(parity), *map(check_line, parity.checks), *parity.caveats]
+    return [*engines, *_reference_lines(parity), *(check.line for check in parity.checks), *parity.caveats]
 
 
 def _reference_lines(parity: ParityReport) -> list[str]:

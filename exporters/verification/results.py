@@ -126,6 +126,7 @@ class EngineParity:
             "engine": self.engine,
             "compute": self.compute,
             "emulated": self.emulated,
+            "optional": self.optional,
             "passed": self.passed,
             "bounds": dataclasses.asdict(self.tolerance),
             "max_abs": self.max_abs,

@@ -12,6 +12,7 @@ import sys
 import types
 
 import pytest
+from huggingface_hub import ModelCard
 
 for name in ("torch", "transformers", "onnx", "onnxruntime"):
     pytest.importorskip(name)
@@ -173,10 +174,70 @@ def test_a_plan_becomes_the_engine_of_its_bundle(task, bundle, machine):
     # Nothing else changes, and the manifest tells nothing else.
     after = contents(folder)
     changed = {str(name) for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
-    assert changed == {PLAN, "manifest.json"}
+    assert changed == {PLAN, "manifest.json", "README.md"}
     old = json.loads(before[next(name for name in before if str(name) == "manifest.json")])
     new = json.loads((folder / "manifest.json").read_text())
     assert {name for name in new if new[name] != old[name]} == {"plan", "files", "checksum"}
+
+
+@pytest.mark.parametrize("task", ["embed", "fill-mask"])
+def test_the_card_of_an_adopted_engine_tells_the_truth(task, bundle, machine):
+    folder = bundle(task)
+    before = ModelCard.load(folder / "README.md")
+    assert "No engine was built." in before.text and "a TensorRT engine" not in before.text
+    machine.engine = Engine(read_manifest(folder).graphs["tensorrt"])
+    plan = adopt(folder / "model.plan", folder).plan
+    card = ModelCard.load(folder / "README.md")
+    assert "for tensorrt and a TensorRT engine." in card.text and "No engine was built." not in card.text
+    assert plan.caveats[0] in card.text and all(line in card.text for line in plan.describe())
+    assert card.data.to_dict() == before.data.to_dict()
+    # The numbers are still those of the export.
+    agreement = before.text[before.text.index("## Agreement") : before.text.index("## Limits")]
+    assert agreement in card.text and "| tensorrt" in agreement
+    assert before.text[before.text.index("## Source") :] in card.text
+    assert "gte-deploy[trt]" in card.text
+    open_bundle(folder)
+    adopt(folder / "model.plan", folder, force=True)
+    assert ModelCard.load(folder / "README.md").content == card.content
+
+
+def test_a_bundle_without_a_card_gets_none(bundle, machine):
+    folder = bundle()
+    manifest = read_manifest(folder)
+    (folder / "README.md").unlink()
+    files = {name: entry for name, entry in manifest.files.items() if name != "README.md"}
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.replace(manifest, files=files).to_json()))
+    machine.engine = Engine(manifest.graphs["tensorrt"])
+    adopt(folder / "model.plan", folder)
+    assert open_bundle(folder).plan is not None and not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_kill_leaves_a_valid_bundle(steps, force, bundle, machine, monkeypatch):
+    folder = bundle()
+    machine.engine = Engine(read_manifest(folder).graphs["tensorrt"])
+    if force:
+        adopt(folder / "model.plan", folder)
+        (folder / "model.plan").write_bytes(plan_bytes(body=b"other kernels"))
+    done = []
+
+    def dies(write):
+        def write_or_die(*arguments):
+            if len(done) == steps:
+                raise KeyboardInterrupt
+            done.append(arguments)
+            write(*arguments)
+
+        return write_or_die
+
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(adoption, name, dies(getattr(adoption, name)))
+    with pytest.raises(KeyboardInterrupt):
+        adopt(folder / "model.plan", folder, force=force)
+    monkeypatch.undo()
+    left = open_bundle(folder)
+    assert (left.plan is None) is not (force and steps == 0)
 
 
 def test_a_plan_is_opened_on_the_chosen_gpu(bundle, machine):

@@ -18,6 +18,8 @@ from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
+NO_ENGINE = "No engine was built."
+"""How the caveat of an export without an engine begins; `gte-export adopt` takes it out of the card."""
 _MAX_ERRORS = 3
 # Precision -> the least compute capability that has the hardware.
 _NEEDS: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}

@@ -13,7 +13,7 @@ from gte_deploy.exporters.targets.base import Candidates, Target, refuse_token_w
 from gte_deploy.exporters.targets.tensorrt.layouts import TEXT_LAYOUTS, TextLayout, trtexec_line
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
-from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime, choose_runtime, resolve_capabilities
+from gte_deploy.exporters.targets.tensorrt.runtimes import NO_ENGINE, Runtime, choose_runtime, resolve_capabilities
 from gte_deploy.models.description import Description
 from gte_deploy.tasks.base import Outputs
 
@@ -130,9 +130,7 @@ class TensorRTTarget(Target):
         runtime, profiles = self._runtime(), self._profiles(job.spec)
         if runtime is None:
             line = trtexec_line(GRAPH_PATHS["tensorrt"], profiles, graph.inputs, workspace=self.options.workspace)
-            advice = (
-                f"No engine was built. Build it on its GPU, in the folder of the bundle, with:\n{line}\n{_THEN_ADOPT}"
-            )
+            advice = f"{NO_ENGINE} Build it on its GPU, in the folder of the bundle, with:\n{line}\n{_THEN_ADOPT}"
             return dataclasses.replace(made, caveats=[advice])
         from gte_deploy.exporters.targets.tensorrt.engine import build_plan
 
