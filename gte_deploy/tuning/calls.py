@@ -14,9 +14,10 @@ _CALLS: Mapping[TaskName, str] = {
     "token-classify": "classify_tokens",
     "sparse": "encode_sparse",
     "hybrid": "encode_hybrid",
+    "multi-vector": "encode_multi_vector",
 }
 # Those that put a model's default prompt before a text, which would make it longer than its shape says.
-_WITH_PROMPT = ("encode", "predict", "encode_sparse", "encode_hybrid")
+_WITH_PROMPT = ("encode", "predict", "encode_sparse", "encode_hybrid", "encode_multi_vector")
 
 
 def timed_call(task: TaskName) -> str:
@@ -34,5 +35,8 @@ def answer(model: "Model", texts: Sequence[str], **limits: int) -> None:
     """
     name = timed_call(model.spec.task)
     options: dict[str, Any] = {"prompt": ""} if name in _WITH_PROMPT else {}
+    if name == "encode_multi_vector":
+        # As documents, up to the limit of the model; the token that stands before each counts.
+        options |= {"is_query": False, "max_length": model.spec.max_length, "truncation": True}
     inputs: Any = [[text] for text in texts] if name == "predict" else list(texts)
     getattr(model, name)(inputs, **options, **limits)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from factories import add_multi_vector_modules
 from gte_deploy import cli
 from gte_deploy.backends import picks
 from gte_deploy.backends.stream_plan import ListPick
@@ -65,13 +66,17 @@ def test_every_shape_is_timed(report):
         ("token-classify", "classify_tokens"),
         ("sparse", "encode_sparse"),
         ("hybrid", "encode_hybrid"),
+        ("multi-vector", "encode_multi_vector"),
     ],
 )
 def test_the_call_of_the_task_is_timed(task, call, word_checkpoints, tmp_path, monkeypatch):
     """Each text is an input of its own, of exactly its tokens, and the call is the one of the task alone."""
     import gte_deploy
 
-    if task in word_checkpoints:
+    if task == "multi-vector":
+        source = make_word_checkpoint(tmp_path / "source", task="embed")
+        add_multi_vector_modules(source, library="sentence-transformers")
+    elif task in word_checkpoints:
         source = word_checkpoints[task]
     else:
         made_for = "fill-mask" if task == "sparse" else "token-classify"
@@ -81,7 +86,15 @@ def test_the_call_of_the_task_is_timed(task, call, word_checkpoints, tmp_path, m
     assert [len(row) for row in tokenizer.encode_texts(texts, max_length=128, truncation=False)] == [8, 8]
     with gte_deploy.load(source, backend="torch", task=task) as model:
         called, shapes = [], []
-        for name in ("fill_mask", "encode", "predict", "classify_tokens", "encode_sparse", "encode_hybrid"):
+        for name in (
+            "fill_mask",
+            "encode",
+            "predict",
+            "classify_tokens",
+            "encode_sparse",
+            "encode_hybrid",
+            "encode_multi_vector",
+        ):
             method = getattr(model, name)
             monkeypatch.setattr(
                 model, name, lambda *a, name=name, method=method, **k: called.append(name) or method(*a, **k)
@@ -91,7 +104,8 @@ def test_the_call_of_the_task_is_timed(task, call, word_checkpoints, tmp_path, m
             model._backend, "run", lambda batch, outputs: shapes.append(batch.input_ids.shape) or run(batch, outputs)
         )
         answer(model, texts, batch_size=2, max_batch_tokens=1024)
-    assert timed_call(task) == called[0] == call and shapes == [(2, 8)]
+    assert timed_call(task) == called[0] == call
+    assert shapes == [(2, 8)]
 
 
 def test_an_answer_engine_of_a_classifier_is_timed(word_checkpoints, bundle_of):
