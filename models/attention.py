@@ -47,9 +47,10 @@ def packed_attention(
     dropout: float = 0.0,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Compute full attention inside each packed sequence, in the calling convention of transformers.
+    """Compute attention to both sides inside each packed sequence, in the calling convention of transformers.
 
     Args:
         module: the calling attention layer; unused.
@@ -61,6 +62,7 @@ def packed_attention(
         dropout: 0; the family uses none here, and the variable-length kernels support none.
         cu_seqlens: `[N + 1] int32`: the start of each sequence, then T. Equal neighbours are empty sequences.
         max_seqlen: length in tokens of the longest sequence, or any larger number; only the CUDA kernel reads it.
+        sliding_window: a token sees those that are fewer than this many tokens away; None for the whole sequence.
         kwargs: arguments for other implementations; unused.
 
     Returns:
@@ -78,10 +80,11 @@ def packed_attention(
             f"mask {attention_mask is not None}, dropout {dropout}"
         )
     q, k, v = (_in_autocast_dtype(x)[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    if _has_varlen_kernel(q):
-        out = _attend_varlen(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scaling=scaling)
+    reach = None if sliding_window is None else sliding_window - 1
+    if _has_varlen_kernel(q, windows=reach is not None):
+        out = _attend_varlen(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scaling=scaling, reach=reach)
     else:
-        out = _attend_per_segment(q, k, v, cu_seqlens, scaling=scaling)
+        out = _attend_per_segment(q, k, v, cu_seqlens, scaling=scaling, reach=reach)
     return out[None], None
 
 
@@ -107,12 +110,15 @@ def _find_varlen_attn() -> Callable[..., Any] | None:
 
 
 _VARLEN_ATTN = _find_varlen_attn()
+# The next version of the function got this parameter.
+_HAS_WINDOWS = _VARLEN_ATTN is not None and "window_size" in inspect.signature(_VARLEN_ATTN).parameters
 
 
-def _has_varlen_kernel(query: Tensor) -> bool:
+def _has_varlen_kernel(query: Tensor, *, windows: bool = False) -> bool:
     """Whether the flash kernel can run: CUDA, Ampere or newer, 16-bit. Otherwise attention runs segment by segment."""
     return (
         _VARLEN_ATTN is not None
+        and (_HAS_WINDOWS or not windows)
         and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -125,18 +131,35 @@ def _not_compiled(function: _Attention) -> _Attention:
 
 
 def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scaling: float | None,
+    reach: int | None = None,
 ) -> Tensor:
-    """Compute `[T, H, D]` with the variable-length flash kernel."""
+    """Compute `[T, H, D]` with the variable-length flash kernel; `reach` as in `_attend_per_segment`."""
     assert _VARLEN_ATTN is not None  # as _has_varlen_kernel checked
-    return _VARLEN_ATTN(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
+    window: dict[str, Any] = {} if reach is None else {"window_size": (reach, reach)}
+    return _VARLEN_ATTN(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, **window)
 
 
 @_not_compiled
 def _attend_per_segment(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scaling: float | None,
+    reach: int | None = None,
 ) -> Tensor:
-    """Compute `[T, H, D]` with one call of scaled_dot_product_attention for each distinct length."""
+    """Compute `[T, H, D]` with one call of scaled_dot_product_attention for each distinct length.
+
+    A token sees those that are at most `reach` tokens away; None for all of its sequence.
+    """
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] != query.shape[0] or min(lengths) < 0:
@@ -150,10 +173,19 @@ def _attend_per_segment(
     out: list[Tensor] = [query[:0]] * len(lengths)
     for members in _equal_lengths(lengths):
         q, k, v = (torch.stack([part[i] for i in members]).transpose(1, 2) for part in segments)  # [n, H, L, D]
-        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+        mask = None if reach is None else _band(q.shape[2], reach, q.device)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2)
         for i, rows in zip(members, attended.unbind(), strict=True):
             out[i] = rows
     return torch.cat(out)
+
+
+def _band(length: int, reach: int, device: torch.device) -> Tensor | None:
+    """The bool mask `[L, L]` of the pairs of tokens that are at most `reach` away; None where these are all pairs."""
+    if length <= reach + 1:
+        return None
+    places = torch.arange(length, device=device)
+    return (places[:, None] - places).abs() <= reach
 
 
 def _equal_lengths(lengths: Sequence[int]) -> list[list[int]]:

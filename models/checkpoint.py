@@ -6,6 +6,7 @@ every stored tensor and fills every parameter, or fails. It reads only safetenso
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import shutil
@@ -260,7 +261,7 @@ def _without_others(
     if task == _ENCODER:
         tasks: tuple[TaskName, ...] = ("fill-mask",)
         tasks += ("token-classify",) if family.classifier_task(stored) == "token-classify" else ()
-        prefixes = tuple(f"{family.heads[other]}." for other in tasks if other in family.heads)
+        prefixes = tuple(prefix for other in tasks for prefix in family.head_prefixes(other))
     names = [name for name in stored if family.tensors.bare(name).startswith(prefixes)]
     if names:
         logger.info("%s: left out, because the task %s has none: %s", folder, task, ", ".join(sorted(names)))
@@ -274,9 +275,10 @@ def _has_pooler(stored: Iterable[str], names: TensorNames) -> bool:
 def _model_without_weights(config: PreTrainedConfig, task: TaskName, *, with_pooler: bool) -> PreTrainedModel:
     """Create the module with parameters on the meta device: initialising the large model would waste 20 s."""
     family = family_of(config)
-    options = {"add_pooling_layer": with_pooler} if task == _ENCODER else {}
+    made = family.model_class(task)
+    may_pool = task == _ENCODER and "add_pooling_layer" in inspect.signature(made).parameters
     with torch.device("meta"):
-        model = family.model_class(task)(config, **options)
+        model = made(config, **({"add_pooling_layer": with_pooler} if may_pool else {}))
     _compute_buffers(model, config)
     return model
 
@@ -389,7 +391,8 @@ def _require_materialised(model: nn.Module) -> None:
 
 def _original_state(state: Mapping[str, Tensor], family: Family, *, has_prefix: bool) -> dict[str, Tensor]:
     names = family.tensors
-    prefix, heads = names.original_prefix if has_prefix else "", tuple(f"{head}." for head in family.heads.values())
+    prefix = names.original_prefix if has_prefix else ""
+    heads = tuple(head for task in family.heads for head in family.head_prefixes(task))
     bare = {names.bare(name): tensor for name, tensor in state.items()}
     for name in names.zeros:
         if (bias := bare.pop(name, None)) is not None and bias.any():

@@ -89,16 +89,18 @@ def _classifier_in_config(raw: Mapping[str, Any], family: Family, file: Path, pl
         ConfigError: it does not say it; the message names the field that would.
     """
     architectures = raw.get("architectures")
-    named = family.architectures.get(str(architectures[0])) if architectures else None
+    named = (
+        family.architectures.get(str(architectures[0])) if isinstance(architectures, list) and architectures else None
+    )
     if named is not None and named in ("classify", "token-classify"):
         return named
     # transformers writes problem_type for classifiers of texts alone; the activation is that of a CrossEncoder.
     if raw.get("problem_type") is not None or reranker_activation(places.config) is not None:
         return "classify"
+    expected = " or ".join(family.classes[kind] for kind in ("classify", "token-classify"))
     raise ConfigError(
-        f"{file}: architectures is {architectures!r}, and the stored tensors fit a classifier of texts and one of "
-        "tokens that kept the pooler of its pretraining. Name the class in architectures, such as "
-        f"{[family.classes['token-classify']]}, or the task: token-classify or classify."
+        f"{file}: architectures is {architectures!r}; expected {expected}, because the tensors of both may be the "
+        "same. Name the task, as in `--task classify`."
     )
 
 

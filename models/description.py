@@ -177,6 +177,7 @@ def _spec(
         )
         max_length = max(multi_vector.query_length, multi_vector.document_length)
     has_labels = TASKS[task].has_labels
+    types = getattr(config, "type_vocab_size", 0)  # a family without token types has no such field
     return ModelSpec(
         task=task,
         max_length=max_length,
@@ -189,8 +190,8 @@ def _spec(
         prompts=settings.prompts,
         default_prompt_name=settings.default_prompt_name,
         normalize=settings.normalize,
-        token_types=config.type_vocab_size > 1 and tokenizer.gives_token_types,
-        type_vocab_size=config.type_vocab_size,
+        token_types=types > 1 and tokenizer.gives_token_types,
+        type_vocab_size=types,
         embedding_size=settings.dense[-1].out_features if settings.dense else None,
         truncate_dim=settings.truncate_dim,
         similarity=settings.similarity or TASKS[task].similarity,

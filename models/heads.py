@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, ModelSpec, Pooling, SparseSpec, TaskName
-from gte_deploy.models.families import family_of, head_of
+from gte_deploy.models.families import family_of, head_of, head_transform_of
 from gte_deploy.models.sparse_heads import sparse_head
 from gte_deploy.tasks.multi_vector import TOKEN_VECTORS
 from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
@@ -193,14 +193,14 @@ def encode_padded(encoder: Any, batch: Batch, device: torch.device | None = None
         input_ids=ids,
         # A mask of ones changes nothing, and scaled_dot_product_attention is faster and smaller without a mask.
         attention_mask=None if is_full else mask,
-        token_type_ids=None if types is None else torch.tensor(types, device=device),
+        **({} if types is None else {"token_type_ids": torch.tensor(types, device=device)}),
     )
     return PaddedStates(
         hidden=encoded.last_hidden_state,
         attention_mask=mask,
         input_ids=ids,
         mask_positions=None if positions is None else torch.tensor(positions, device=device),
-        pooler_output=encoded.pooler_output,
+        pooler_output=getattr(encoded, "pooler_output", None),
         is_full=is_full,
     )
 
@@ -216,18 +216,18 @@ def encode_packed(encoder: Any, batch: Batch, device: torch.device | None = None
     types, positions = batch.token_type_ids, batch.mask_positions
     encoded = encoder(
         input_ids=torch.tensor(batch.input_ids[real], device=device)[None],
-        token_type_ids=None if types is None else torch.tensor(types[real], device=device)[None],
         position_ids=torch.tensor(_position_ids(encoder.config, batch.input_ids, real), device=device)[None],
         cu_seqlens=torch.tensor(bounds.astype(np.int32), device=device),
         # An upper bound is enough, and a few fixed bounds cause fewer compilations.
         max_seqlen=1 << int(lengths.max() - 1).bit_length(),
+        **({} if types is None else {"token_type_ids": torch.tensor(types[real], device=device)[None]}),
     )
     return PackedStates(
         hidden=encoded.last_hidden_state[0],
         attention_mask=torch.tensor(batch.attention_mask, device=device),
         input_ids=torch.tensor(batch.input_ids, device=device),
         mask_positions=None if positions is None else torch.tensor(positions, device=device),
-        pooler=encoder.pooler,
+        pooler=getattr(encoder, "pooler", None),
         starts=torch.tensor(bounds[:-1], device=device),
     )
 
@@ -265,6 +265,12 @@ class Head(Protocol):
     def __call__(self, states: States) -> Tensor:
         """Compute the output; see `Backend.run` for its shape."""
         ...
+
+
+def _transformed(model: Any, hidden: Tensor) -> Tensor:
+    """What the head of a task reads, [..., H], of hidden states of the same shape."""
+    transform = head_transform_of(model)
+    return hidden if transform is None else transform(hidden)
 
 
 @dataclass(frozen=True)
@@ -310,10 +316,10 @@ class FillMaskHead:
         masked = states.masked_tokens() if self.options.logits == "masked" else None
         head = head_of(self.model, "fill-mask")
         if masked is not None:
-            return head(masked)
+            return head(_transformed(self.model, masked))
         hidden = states.hidden
         # On rows [B*S, H] a graph's decoder is a Gemm that shares the embedding's matrix as it is stored.
-        logits = head(hidden.reshape(-1, hidden.shape[-1]))
+        logits = head(_transformed(self.model, hidden.reshape(-1, hidden.shape[-1])))
         return states.padded(logits.reshape(*hidden.shape[:-1], -1))
 
 
@@ -332,7 +338,12 @@ class ClassifyHead:
 
     def features(self, states: States) -> Tensor:
         """Return the input of the linear layer, [B, H]."""
-        dense = family_of(self.model.config).classifier_dense
+        family = family_of(self.model.config)
+        if family.head_transform is not None:
+            takes_first = family.classifier_pooling(self.model.config) == "cls"
+            pooled = states.first_tokens() if takes_first else states.mean_tokens()
+            return _transformed(self.model, pooled.to(states.hidden.dtype))
+        dense = family.classifier_dense
         return states.pooled() if dense is None else self.model.get_submodule(dense)(states.first_tokens()).tanh()
 
     def __call__(self, states: States) -> Tensor:
@@ -356,7 +367,7 @@ class TokenClassifyHead:
 
     def features(self, states: States) -> Tensor:
         """Return the input of the linear layer, [B, S, H] or [T, H]."""
-        return states.hidden
+        return _transformed(self.model, states.hidden)
 
     def __call__(self, states: States) -> Tensor:
         """See `Head`."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,28 @@ class Reader:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:
             raise self.refuse(key, value, f"a number of at least {at_least} and below {below}")
+        return value
+
+    def boolean(self, key: str) -> bool:
+        """Return true or false in a field.
+
+        Raises:
+            ConfigError: the field is missing, or holds another value.
+        """
+        value = self.get(key)
+        if not isinstance(value, bool):
+            raise self.refuse(key, value, "true or false")
+        return value
+
+    def one_of(self, key: str, names: Collection[str]) -> str:
+        """Return the name in a field.
+
+        Raises:
+            ConfigError: the field is missing, or holds none of `names`.
+        """
+        value = self.get(key)
+        if not isinstance(value, str) or value not in names:
+            raise self.refuse(key, value, f"one of {', '.join(names)}")
         return value
 
 

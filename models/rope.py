@@ -69,6 +69,13 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
     return dict(config.rope_parameters or {})
 
 
+def rope_kinds(config: PreTrainedConfig) -> dict[str | None, dict[str, Any]]:
+    """Return kind of layer -> its `rope_parameters`; the kind is None where all layers have the same."""
+    rope = rope_parameters(config)
+    kinds: Any = getattr(config, "layer_types", None)
+    return {None: rope} if not kinds or "rope_type" in rope else {kind: dict(rope[kind]) for kind in sorted(set(kinds))}
+
+
 def head_size(config: PreTrainedConfig) -> int:
     """Width of one attention head."""
     return config.hidden_size // config.num_attention_heads

@@ -8,6 +8,7 @@ Shapes: B rows, S tokens, H hidden size, V vocabulary, W words of a part.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import SparseSpec
-from gte_deploy.models.families import head_of
+from gte_deploy.models.families import head_of, head_transform_of
 
 PART = 2048
 """Number of vocabulary entries in a part: 64 MB of logits at 8,192 tokens. Measured in docs/performance.md."""
@@ -28,8 +29,11 @@ def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead
     Raises:
         ConfigError: a splade head on a masked-LM head of an unknown form.
     """
+    transform = head_transform_of(model)
     if sparse.head == "splade":
         head = head_of(model, "fill-mask")
+        if transform is not None:
+            return SpladeHead(SimpleNamespace(transform=transform, decoder=head), sparse)
         head = getattr(head, "predictions", head)  # BERT's
         if not hasattr(head, "transform"):
             missing = [name for name in ("dense", "layer_norm", "decoder") if not hasattr(head, name)]
@@ -39,7 +43,9 @@ def sparse_head(model: Any, sparse: SparseSpec) -> SpladeHead | TokenWeightsHead
                     f"no {', '.join(missing)}. Take the task fill-mask."
                 )
         return SpladeHead(head, sparse)
-    return TokenWeightsHead(head_of(model, "token-classify"), model.config.vocab_size, sparse)
+    classifier = head_of(model, "token-classify")
+    classifier = classifier if transform is None else nn.Sequential(transform, classifier)
+    return TokenWeightsHead(classifier, model.config.vocab_size, sparse)
 
 
 class SpladeHead(nn.Module):
@@ -53,12 +59,9 @@ class SpladeHead(nn.Module):
             self.transform = lm_head.transform
         else:
             self.dense, self.layer_norm = lm_head.dense, lm_head.layer_norm
-        self.decoder = nn.ModuleList(
-            _LinearOf(weight, bias)
-            for weight, bias in zip(
-                lm_head.decoder.weight.detach().split(part), lm_head.decoder.bias.detach().split(part), strict=True
-            )
-        )
+        weights, bias = lm_head.decoder.weight.detach().split(part), lm_head.decoder.bias
+        biases = [None] * len(weights) if bias is None else bias.detach().split(part)
+        self.decoder = nn.ModuleList(map(_LinearOf, weights, biases))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
         """[B, S, H], [B, S] and [B, S] to [B, V]; the first token of each row is real, padding stands on the right."""
@@ -109,10 +112,10 @@ class TokenWeightsHead(nn.Module):
 class _LinearOf(nn.Module):
     """A linear layer that shares some rows of another layer's matrix, without a copy."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

@@ -104,6 +104,13 @@ def ask_for_rows(model: ir.Model) -> None:
     forget_shapes(graph)
 
 
+def selects_rows(model: ir.Model) -> bool:
+    """Whether the head of a graph reads single rows, in a way that `ask_for_rows` knows; the graph stays unchanged."""
+    copy = model.clone()
+    ir_passes.ShapeInferencePass()(copy)
+    return any(_head(node) is not None for node in copy.graph)
+
+
 def _head(node: ir.Node) -> _Head | None:
     if node.op_type not in ("Gather", "GatherND"):
         return None

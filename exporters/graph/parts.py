@@ -15,7 +15,7 @@ from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.backends.checks import has_costly_head
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.exporters.graph.asked_rows import ask_for_rows
+from gte_deploy.exporters.graph.asked_rows import ask_for_rows, selects_rows
 from gte_deploy.exporters.graph.build import Graph, graph_of
 from gte_deploy.tasks.base import EMBEDDING, HIDDEN
 
@@ -31,7 +31,8 @@ def parts_of(graph: Graph, spec: ModelSpec) -> dict[str, Graph]:
         ExportError: the head of the graph does not select its rows in a known way.
     """
     parts = {}
-    if reads_few_rows(spec):
+    # Only the graph shows whether a classifier reads the first token, or the mean of all.
+    if reads_few_rows(spec) and (spec.task != "classify" or selects_rows(graph.model)):
         parts["answer"] = _part(graph, [output.name for output in graph.outputs if output.name != HIDDEN])
     if spec.task == "hybrid" and spec.pooling == "cls":
         parts["embedding"] = _part(graph, [EMBEDDING])
@@ -41,7 +42,10 @@ def parts_of(graph: Graph, spec: ModelSpec) -> dict[str, Graph]:
 
 
 def reads_few_rows(spec: ModelSpec) -> bool:
-    """Whether the answer of the task depends on few rows of the last layer."""
+    """Whether the answer of the task depends on few rows of the last layer.
+
+    A classifier of a family that lets it pool all tokens may need every row; see `Family.classifier_pooling`.
+    """
     match spec.task:
         case "embed":
             return spec.pooling == "cls"

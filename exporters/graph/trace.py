@@ -30,9 +30,11 @@ from transformers import PreTrainedModel
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, TaskName, head_task
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
-from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand
+from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand, replace
+from gte_deploy.exporters.graph.joined_layers import separate_joined_layers
 from gte_deploy.models.families import family_of
 from gte_deploy.models.heads import Head, HeadOptions, PaddedStates, SparseHead, make_heads
+from gte_deploy.models.rope import rope_kinds
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN
 
@@ -98,30 +100,62 @@ def traceable_module(
         ConfigError, ExportError: see `trace`.
     """
     _check_model(model, options, max_length)
-    if token_types and model.config.type_vocab_size < 2:
-        raise ExportError(f"token types need a type_vocab_size above 1; the model has {model.config.type_vocab_size}")
+    if token_types and (types := getattr(model.config, "type_vocab_size", 0)) < 2:
+        raise ExportError(f"token types need a type_vocab_size above 1; the model has {types}")
     with _traceable(model, max_length):
         yield _wrap(model, options).eval()
 
 
 class RotaryTable(nn.Module):
-    """Replaces the model's rotary module by slices of FP32 tables [max_length, D/2], which that module computed."""
+    """Replaces the model's rotary module by slices of FP32 tables [max_length, D/2], which that module computed.
 
-    cos: Tensor
-    sin: Tensor
+    A module that rotates by other angles in each kind of layer gets a pair of tables for each kind. Its `layer_types`
+    name the kinds, as in transformers' own modules.
+    """
 
     def __init__(self, rotary: nn.Module, max_length: int) -> None:
         super().__init__()
         device = next(rotary.buffers()).device
-        cos, sin = rotary(torch.zeros((), device=device), torch.arange(max_length, device=device)[None])
-        half = cos.shape[-1] // 2
-        self.register_buffer("cos", cos[0, :, :half].contiguous())
-        self.register_buffer("sin", sin[0, :, :half].contiguous())
+        places = torch.arange(max_length, device=device)[None]
+        kinds: Any = getattr(rotary, "layer_types", None)
+        for kind in [None] if kinds is None else kinds:
+            angles = rotary(torch.zeros((), device=device), places, *([] if kind is None else [kind]))
+            for function, values in zip(("cos", "sin"), angles, strict=True):
+                half = values[0, :, : values.shape[-1] // 2].contiguous()
+                self.register_buffer(_table_name(function, kind), half)
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [1, S, D] of positions 0 … S-1."""
-        cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [1, S, D] of positions 0 … S-1, for the layers of one kind if there are several."""
+        # transformers asks for the kinds in no fixed order. All are taken here, so that a trace always has the same
+        # nodes: those of later calls are equal, and merged.
+        taken = {name: table[: x.shape[1]] for name, table in self.named_buffers()}
+        cos, sin = (taken[_table_name(function, layer_type)] for function in ("cos", "sin"))
         return torch.cat((cos, cos), dim=-1)[None], torch.cat((sin, sin), dim=-1)[None]
+
+
+def _table_name(function: str, kind: str | None) -> str:
+    return function if kind is None else f"{function}_{kind}"
+
+
+def _masks(config: Any, bias: Tensor) -> Tensor | dict[str, Tensor]:
+    """The additive masks in the form that transformers passes on unchanged, to be added to the scores.
+
+    Args:
+        config: its `layer_types` name the kind of attention of each layer, if there are several.
+        bias: the mask of padding, [B, 1, 1, S].
+
+    Returns:
+        `bias`; or a mask for each kind of attention: `bias`, and for local attention [B, 1, S, S], which also hides the
+        tokens that are more than config.sliding_window away. All local layers share it.
+    """
+    if not (kinds := set(getattr(config, "layer_types", None) or ())):
+        return bias
+    masks = {"full_attention": bias}
+    if "sliding_attention" in kinds:
+        places = torch.arange(bias.shape[-1], device=bias.device)
+        is_far = (places[:, None] - places[None]).abs() > config.sliding_window
+        masks["sliding_attention"] = bias + is_far.to(torch.float32) * MASK_BIAS
+    return masks
 
 
 class _TracedStates(PaddedStates):
@@ -175,14 +209,15 @@ class Wrapper(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Like `forward`, with mask positions for a head that reads only masked tokens."""
         bias = (1.0 - attention_mask.to(torch.float32)) * MASK_BIAS
+        types = self.type_zero if token_type_ids is None else token_type_ids
         encoded = self.model.base_model(
             input_ids=input_ids,
-            # A 4-D mask passes through transformers unchanged and is added to the scores.
-            attention_mask=bias.unsqueeze(1).unsqueeze(1),
-            token_type_ids=self.type_zero if token_type_ids is None else token_type_ids,
+            attention_mask=_masks(self.model.config, bias.unsqueeze(1).unsqueeze(1)),
+            **({"token_type_ids": types} if hasattr(self.model.config, "type_vocab_size") else {}),
         )
         hidden = encoded.last_hidden_state
-        states = self.states(hidden, attention_mask, input_ids, mask_positions, encoded.pooler_output)
+        pooled = getattr(encoded, "pooler_output", None)  # some encoders never have a pooler
+        states = self.states(hidden, attention_mask, input_ids, mask_positions, pooled)
         heads = self.heads or (SparseHead(self.lm_head),)
         outputs = {HIDDEN: hidden, **{head.output: head(states) for head in heads}}
         return tuple(outputs[name] for name in self.output_names)
@@ -230,9 +265,9 @@ def _check_model(model: PreTrainedModel, options: HeadOptions, max_length: int) 
     longest = family.max_tokens(model.config)
     if not MIN_MAX_LENGTH <= max_length <= longest:
         raise ExportError(f"max_length {max_length} is outside {MIN_MAX_LENGTH} … {longest}, the range of this model")
-    rope_type = model.config.rope_parameters["rope_type"] if family.positions == "rotary" else None
-    if rope_type in _LENGTH_DEPENDENT_ROPE:
-        raise ExportError(f"rope_type {rope_type!r} depends on the length of the text, and a table cannot")
+    for rope in rope_kinds(model.config).values() if family.positions == "rotary" else ():
+        if rope["rope_type"] in _LENGTH_DEPENDENT_ROPE:
+            raise ExportError(f"rope_type {rope['rope_type']!r} depends on the length of the text, and a table cannot")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ExportError(f"{name} is {parameter.dtype}; a graph needs float32 weights: load the model in float32")
@@ -331,6 +366,7 @@ def _simplify(model: ir.Model) -> None:
     ir_passes.ClearMetadataAndDocStringPass()(model)
     _transpose_weights(model.graph)
     _type_products(model.graph)
+    _drop_idle_casts(model.graph)
     _set_reshape_targets(model.graph)
     optimizer.fold_constants(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     for clean in (
@@ -343,6 +379,7 @@ def _simplify(model: ir.Model) -> None:
         ir_passes.NameFixPass(),
     ):
         clean(model)
+    separate_joined_layers(model)
     model.producer_name, model.producer_version = "gte-deploy", None
 
 
@@ -352,6 +389,17 @@ def _type_products(graph: ir.Graph) -> None:
         dtype = operand(node, 0).dtype if node.op_type == "MatMul" else None
         if dtype is not None and node.outputs[0].dtype is None:
             node.outputs[0].dtype = dtype
+
+
+def _drop_idle_casts(graph: ir.Graph) -> None:
+    """Drop Casts of FP32 values to FP32: transformers asks for a softmax in FP32, whatever the model computes in."""
+    for node in list(graph):
+        if node.op_type != "Cast" or (source := operand(node, 0).producer()) is None or source.op_type != "Softmax":
+            continue
+        if operand(source, 0).dtype == ir.DataType.FLOAT == node.attributes["to"].as_int():
+            replace(node.outputs[0], source.outputs[0])
+            source.outputs[0].dtype = ir.DataType.FLOAT
+            graph.remove(node, safe=True)
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

@@ -15,7 +15,7 @@ from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import Logits, Pooling, SparseSpec, TaskName, head_task
 from gte_deploy.exporters.verification.reference_cache import CachingEncoder, ReferenceCache
 from gte_deploy.exporters.verification.results import ReferenceUse
-from gte_deploy.models.families import head_of
+from gte_deploy.models.families import head_of, head_transform_of
 from gte_deploy.models.heads import (
     ClassifyHead,
     Head,
@@ -106,7 +106,8 @@ class _SparseByDefinition:
     def __call__(self, states: States) -> torch.Tensor:
         """See `Head`."""
         hidden, mask, input_ids = states.tokens_of_batch()
-        head = head_of(self.model, head_task("sparse", self.sparse))
+        head, transform = head_of(self.model, head_task("sparse", self.sparse)), head_transform_of(self.model)
+        head = head if transform is None else torch.nn.Sequential(transform, head)
         weights = hidden.new_zeros(len(hidden), self.model.config.vocab_size)
         if self.sparse.head == "token-weights":
             rows = torch.arange(len(hidden))

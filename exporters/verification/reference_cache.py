@@ -198,10 +198,13 @@ class CachingEncoder:
         """The milliseconds that the last call's outputs took when they were computed; 0 if the last call did that."""
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, token_type_ids: torch.Tensor | None
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **types: torch.Tensor | None
     ) -> EncoderOutputs:
-        """Return the outputs for a padded batch. Each argument is [B, S] int64, or None if there is none."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        """Return the outputs for a padded batch. Each argument is [B, S] int64, or None if there is none.
+
+        `types` is `token_type_ids`, for an encoder that takes token types.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **types}
         is_cached = input_ids.numel() >= _MIN_TOKENS
         key = _batch_key(self._key, inputs) if is_cached else ""
         found = self._cache.load(key) if is_cached else None
@@ -214,7 +217,7 @@ class CachingEncoder:
         started = time.perf_counter()
         outputs: Any = self._encoder(**inputs)
         milliseconds = (time.perf_counter() - started) * 1000
-        values = {name: getattr(outputs, name) for name in _OUTPUTS}
+        values: dict[str, Any] = {name: getattr(outputs, name, None) for name in _OUTPUTS}
         if is_cached:
             arrays = {name: value.numpy() for name, value in values.items() if value is not None}
             today = datetime.datetime.now(datetime.UTC).date().isoformat()

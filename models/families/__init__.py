@@ -21,6 +21,7 @@ FAMILIES: Mapping[str, str] = {
     "jina_bert_v2": "alibi_bert:JINA_BERT",
     "mosaic_bert": "alibi_bert:MOSAIC_BERT",
     "nomic_bert": "nomic_bert:NOMIC_BERT",
+    "modernbert": "modernbert:MODERNBERT",
 }
 """`model_type` -> module and object, imported when they are asked for. "new" is the original layout of "gte"."""
 
@@ -82,6 +83,12 @@ def head_of(model: Any, task: TaskName) -> Any:
     if task not in heads:
         raise ConfigError(f"models of model_type {kind!r} have no head for {task}; expected one of {', '.join(heads)}")
     return model.get_submodule(heads[task])
+
+
+def head_transform_of(model: Any) -> Any:
+    """The module of `model` that stands before the head of every task, or None; see `Family.head_transform`."""
+    path = family_of(model.config).head_transform
+    return None if path is None else model.get_submodule(path)
 
 
 def fusion_sites(model: Any) -> Mapping[str, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from gte_deploy.core.spec import TaskName
+from gte_deploy.core.spec import Pooling, TaskName
 from gte_deploy.models.fields import FileFields
 from gte_deploy.tasks import TASKS
 
@@ -127,7 +127,10 @@ class Family:
         heads: task -> path of the module that turns hidden states into the task's logits, in the class of the task.
         classifier_dense: path of a linear layer that stands before the head for classify, where the class has one of
             its own: the head reads tanh of its output for the first token. None where the head reads the encoder's
-            pooler.
+            pooler, or `head_transform`.
+        head_transform: path of the module that stands before the head of every task, with the same tensors: it makes
+            what the head reads of the hidden states of a token or, for classify, of a text. None where there is none.
+        classifier_pooling: makes of a config how classify pools hidden states.
         other_architectures: names in `architectures` besides those of `classes` -> the task that is loaded.
         left_out: task -> prefixes of bare names of tensors that checkpoints of the task may hold, and that its class
             does not have. Loading leaves them out.
@@ -158,6 +161,8 @@ class Family:
     pooling_field: str | None = None
     position_module: str | None = None
     classifier_dense: str | None = None
+    head_transform: str | None = None
+    classifier_pooling: Callable[[Any], Pooling] = lambda config: "cls"
     counts_after_padding: bool = False
     other_architectures: Mapping[str, TaskName] = field(default_factory=dict)
     left_out: Mapping[TaskName, tuple[str, ...]] = field(default_factory=dict)
@@ -204,6 +209,11 @@ class Family:
         found: type[PreTrainedModel] = getattr(importlib.import_module(self.module), self.classes[task])
         return found
 
+    def head_prefixes(self, task: TaskName) -> tuple[str, ...]:
+        """What the stored names of the tensors of a task's head begin with."""
+        paths = (self.heads.get(task), self.head_transform)
+        return tuple(f"{path}." for path in paths if path is not None)
+
     def has_head(self, names: Iterable[str], task: TaskName) -> bool:
         """Whether tensors of the task's head are among these stored names."""
         return task in self.heads and any(name.startswith(f"{self.heads[task]}.") for name in names)
@@ -212,8 +222,11 @@ class Family:
         """The task of a stored classifier, "classify" or "token-classify"; None where these names fit both.
 
         A classifier of texts has a layer of its own (`classifier_dense`), or reads the pooler. Checkpoints of token
-        classifiers may hold a pooler as well (`left_out`), that of the pretrained model.
+        classifiers may hold a pooler as well (`left_out`), that of the pretrained model. With `head_transform` the
+        tensors of both are the same.
         """
+        if self.head_transform is not None:
+            return None
         if self.classifier_dense is not None:
             return "classify" if self.has_head(names, "classify") else "token-classify"
         if not any(self.tensors.bare(name).startswith(_POOLER) for name in names):

@@ -101,10 +101,8 @@ def sites(config: Any) -> dict[str, int]:
 
 
 def _common_fields(reader: Reader) -> dict[str, Any]:
-    fields = {**encoder_fields(reader, fewest_types=1), "hidden_act": reader.get("hidden_act")}
-    if fields["hidden_act"] not in HIDDEN_ACTIVATIONS:
-        raise reader.refuse("hidden_act", fields["hidden_act"], f"one of {', '.join(HIDDEN_ACTIVATIONS)}")
-    return fields
+    activation = reader.one_of("hidden_act", HIDDEN_ACTIVATIONS)
+    return {**encoder_fields(reader, fewest_types=1), "hidden_act": activation}
 
 
 # Names of the first checkpoints, which transformers reads of every model; some of its versions write them again.

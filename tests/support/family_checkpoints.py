@@ -9,8 +9,14 @@ from typing import Any
 
 from factories import SPELLING
 
-PREFIXES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "nomic_bert": "NomicBert"}
-MASKS = {"bert": "[MASK]", "roberta": "<mask>", "xlm-roberta": "<mask>", "nomic_bert": "[MASK]"}
+PREFIXES = {
+    **{"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"},
+    **{"nomic_bert": "NomicBert", "modernbert": "ModernBert"},
+}
+MASKS = {
+    **{"bert": "[MASK]", "roberta": "<mask>", "xlm-roberta": "<mask>"},
+    **{"nomic_bert": "[MASK]", "modernbert": "[MASK]"},
+}
 WORD_PIECES = ("bert", "nomic_bert")
 """The kinds with BERT's tokenizer, positions from 0 and token types."""
 LIMIT = 48
@@ -24,6 +30,7 @@ SUFFIXES = {
 }
 _WORDS = ("the", "river", "city", "is", "old", "and", "Paris", "река", "城市", "مدينة", "नदी")
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?"
+_MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("o", "l"), ("Ġ", "ol"), ("Ġol", "d")]
 _CYRILLIC = "абвгдежзийклмнопрстуфхцчшщъыьэюя"
 
 
@@ -46,15 +53,23 @@ def make_family_checkpoint(
     tokenizer = make_tokenizer(kind)
     vocabulary = len(tokenizer)
     is_bert = kind in WORD_PIECES
+    own: dict[str, Any] = {
+        "max_position_embeddings": LIMIT if is_bert else LIMIT + 2,
+        "type_vocab_size": 2 if is_bert else 1,
+        "layer_norm_eps": 1e-12 if is_bert else 1e-5,
+    }
+    if kind == "modernbert":
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+        own = {**ids, "bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
+        # A window that is much shorter than the texts, and a layer after the last global one.
+        own |= {"max_position_embeddings": LIMIT, "local_attention": 8, "num_hidden_layers": 5}
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": 32,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "intermediate_size": 80,
-        "max_position_embeddings": LIMIT if is_bert else LIMIT + 2,
-        "type_vocab_size": 2 if is_bert else 1,
-        "layer_norm_eps": 1e-12 if is_bert else 1e-5,
+        **own,
         # Far from the tiny weights of a fresh model: a missing or doubled part of the embedding must show.
         "initializer_range": 0.4,
         "id2label": dict(enumerate(labels)),
@@ -66,7 +81,7 @@ def make_family_checkpoint(
     model = getattr(transformers, PREFIXES[kind] + SUFFIXES[task])(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "LayerNorm" in name or "layer_norm" in name:
+            if name.endswith("bias") or any(part in name for part in ("LayerNorm", "layer_norm", "norm.")):
                 parameter.add_(0.1 * torch.randn_like(parameter))  # fresh ones are all 0 or 1, and would hide a mix-up
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -74,18 +89,48 @@ def make_family_checkpoint(
 
 
 def make_tokenizer(kind: str) -> Any:
-    """WordPiece of `SPELLING`, byte-level BPE without merges of several letters, or Unigram."""
+    """WordPiece of `SPELLING`, byte-level BPE with few merges, or Unigram."""
     import transformers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if kind in WORD_PIECES:
         return transformers.BertTokenizer({word: i for i, word in enumerate(SPELLING)}, model_max_length=LIMIT)
+    if kind == "modernbert":
+        return _modernbert_tokenizer()
     if kind == "roberta":
-        merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("o", "l"), ("Ġ", "ol"), ("Ġol", "d")]
-        tokens = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values(), *(a + b for a, b in merges), "<mask>"]
+        merged = (a + b for a, b in _MERGES)
+        tokens = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values(), *merged, "<mask>"]
         vocab = {token: i for i, token in enumerate(tokens)}
-        return transformers.RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=LIMIT)
+        return transformers.RobertaTokenizer(vocab=vocab, merges=_MERGES, model_max_length=LIMIT)
     return transformers.XLMRobertaTokenizer(vocab=unigram_pieces(), model_max_length=LIMIT)
+
+
+def _modernbert_tokenizer() -> Any:
+    """Byte-level BPE with the special tokens last, as answerdotai/ModernBERT-base has it; no class of its own."""
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens = [*bytes_to_unicode().values(), *(a + b for a, b in _MERGES)]
+    made = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, _MERGES))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    made.add_special_tokens([*special, tokenizers.AddedToken("[MASK]", lstrip=True, special=True)])
+    ids = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ids
+    )
+    names = dict(zip(("unk_token", "cls_token", "sep_token", "pad_token"), special, strict=True))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=LIMIT,
+        **names,
+    )
 
 
 def unigram_pieces(size: int | None = None) -> list[tuple[str, float]]:

@@ -7,6 +7,7 @@ The merged weight has the columns [up, gate]. There is one pass for each form th
 """
 
 import functools
+import re
 
 import onnx_ir as ir
 
@@ -30,7 +31,8 @@ from gte_deploy.exporters.graph.fusion.rows import from_rows, to_rows
 
 def merged_name(up: str) -> str:
     """The name of the weight that holds the up projection `up` and its gate projection."""
-    return up.replace("up_proj", "up_gate_proj")
+    # Where the model's own matrix holds both, the trace numbered its parts.
+    return re.sub(r"\.[01](\.weight(?:\.T)?)$", r"\1", up.replace("up_proj", "up_gate_proj"))
 
 
 def _rewrite(graph: ir.Graph, function: ir.Node, *, on_rows: bool) -> None:

@@ -84,7 +84,7 @@ class TensorRTTarget(Target):
         self.layout.check_model(checkpoint)
         refuse_token_weights(checkpoint.spec)
         if self.options.outputs == "answer":
-            _require_answer_part(checkpoint.spec)
+            _require_answer_part(checkpoint)
         self._profiles(checkpoint.spec)
         if (runtime := self._runtime()) is not None:
             if self.options.fp8_attention and runtime.variant == "tensorrt-rtx":
@@ -203,7 +203,7 @@ class _AnswersAndStates:
         return {**found, **(self.whole.run(batch, others) if others else {})}
 
 
-def _require_answer_part(spec: ModelSpec) -> None:
+def _require_answer_part(checkpoint: Description) -> None:
     """Refuse an engine of answers for a model whose answer needs the last layer's states of all tokens.
 
     Raises:
@@ -211,8 +211,14 @@ def _require_answer_part(spec: ModelSpec) -> None:
     """
     from gte_deploy.exporters.graph.parts import reads_few_rows
 
-    if not reads_few_rows(spec):
-        asked = {"embed": f"{spec.pooling} pooling", "fill-mask": f"logits {spec.logits!r}"}
+    spec = checkpoint.spec
+    pools_all = spec.task == "classify" and checkpoint.family.classifier_pooling(checkpoint.config) != "cls"
+    if pools_all or not reads_few_rows(spec):
+        asked = {
+            "embed": f"{spec.pooling} pooling",
+            "fill-mask": f"logits {spec.logits!r}",
+            "classify": "a classifier of the mean of all tokens",
+        }
         raise InputError(
             "outputs 'answer' is for embeddings with CLS pooling, for task classify, and for fill-mask with logits "
             f"'masked'; {asked.get(spec.task, f'task {spec.task}')} needs the last layer's states of every token. "

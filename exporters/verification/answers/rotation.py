@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gte_deploy.exporters.verification.answers.source_view import rotation_frequencies
 from gte_deploy.exporters.verification.answers.subject import Findings, Subject
@@ -24,18 +25,27 @@ def compare_rotation(subject: Subject, findings: Findings) -> None:
     from gte_deploy.models.config import read_config
 
     if source.is_original:
-        wanted, scale = rotation_frequencies(source.config), 1.0
+        expected = {"": (rotation_frequencies(source.config), 1.0)}
     else:
         config: Any = AutoConfig.from_pretrained(source.model, local_files_only=True, trust_remote_code=False)
-        rotary = rotary_module(config)
-        wanted, scale = rotary.inv_freq.double().numpy(), rotary.attention_scaling
-    rotary = rotary_module(read_config(source.model))
-    found = rotary.inv_freq.double().numpy()
-    findings.count("rotation frequencies", len(wanted))
-    if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-5, atol=0):
-        findings.fail(
-            "rotation",
-            f"rotation frequencies of config.json: {found[:4].tolist()}… here, expected {wanted[:4].tolist()}…",
-        )
-    if rotary.attention_scaling != scale:
-        findings.fail("rotation", f"RoPE scales attention by {rotary.attention_scaling} here, expected {scale}")
+        expected = _rotations(rotary_module(config))
+    found = _rotations(rotary_module(read_config(source.model)))
+    if found.keys() != expected.keys():
+        findings.fail("rotation", f"RoPE of the layers {sorted(found)} here, expected {sorted(expected)}")
+    for kind in found.keys() & expected.keys():
+        (ours, scaling), (wanted, scale) = found[kind], expected[kind]
+        findings.count("rotation frequencies", len(wanted))
+        if ours.shape != wanted.shape or not np.allclose(ours, wanted, rtol=1e-5, atol=0):
+            where = f"rotation frequencies of config.json{f', {kind}' if kind else ''}"
+            findings.fail("rotation", f"{where}: {ours[:4].tolist()}… here, expected {wanted[:4].tolist()}…")
+        if scaling != scale:
+            findings.fail("rotation", f"RoPE scales attention by {scaling} here, expected {scale}")
+
+
+def _rotations(rotary: Any) -> dict[str, tuple[NDArray[np.float64], float]]:
+    """Kind of layer -> its frequencies [d/2] and the factor of its scores; one kind, "", where all layers are alike."""
+    kinds = {f"{kind}_": kind for kind in getattr(rotary, "layer_types", None) or ()} or {"": ""}
+    return {
+        kind: (getattr(rotary, f"{prefix}inv_freq").double().numpy(), getattr(rotary, f"{prefix}attention_scaling"))
+        for prefix, kind in kinds.items()
+    }

@@ -1,0 +1,310 @@
+"""ModernBERT, from a checkpoint that transformers wrote to a verified bundle's answers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from family_checkpoints import LIMIT, SUFFIXES, edit_config, make_family_checkpoint  # noqa: E402
+from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.backends.torch import TorchBackend  # noqa: E402
+from gte_deploy.core.errors import CheckpointError, ConfigError  # noqa: E402
+from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
+from gte_deploy.models.config import read_config, task_of  # noqa: E402
+from gte_deploy.models.description import describe  # noqa: E402
+from gte_deploy.models.families.modernbert import MODERNBERT  # noqa: E402
+
+LAYERS, GLOBAL_LAYERS = 5, 2
+AUTO = {
+    "fill-mask": "AutoModelForMaskedLM",
+    "embed": "AutoModel",
+    "classify": "AutoModelForSequenceClassification",
+    "token-classify": "AutoModelForTokenClassification",
+}
+# The config.json of answerdotai/ModernBERT-base, as transformers 4 wrote it.
+PUBLISHED: dict[str, Any] = {
+    **{"architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "vocab_size": 50368},
+    **{"hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152},
+    **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 50281, "classifier_activation": "gelu"},
+    **{"classifier_bias": False, "classifier_dropout": 0.0, "classifier_pooling": "mean", "cls_token_id": 50281},
+    **{"decoder_bias": True, "deterministic_flash_attn": False, "embedding_dropout": 0.0, "eos_token_id": 50282},
+    **{"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "gradient_checkpointing": False},
+    **{"hidden_activation": "gelu", "initializer_cutoff_factor": 2.0, "initializer_range": 0.02},
+    **{"layer_norm_eps": 1e-05, "local_attention": 128, "local_rope_theta": 10000.0, "max_position_embeddings": 8192},
+    **{"mlp_bias": False, "mlp_dropout": 0.0, "norm_bias": False, "norm_eps": 1e-05, "pad_token_id": 50283},
+    **{"position_embedding_type": "absolute", "reference_compile": None, "repad_logits_with_grad": False},
+    **{"sep_token_id": 50282, "sparse_pred_ignore_index": -100, "sparse_prediction": False, "torch_dtype": "float32"},
+    **{"tie_word_embeddings": True, "transformers_version": "4.47.0.dev0"},
+}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 2624}
+# Longer than the window, so that tokens of local layers do not see each other; with padding.
+IDS = np.full((3, 30), 265)
+IDS[0], IDS[1, :21], IDS[2, :4] = np.arange(30, 60), np.arange(80, 101), np.arange(5, 9)
+MASK = (IDS != 265).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that makes the checkpoint of a task once."""
+    made: dict[str, Path] = {}
+
+    def make(task: str = "fill-mask") -> Path:
+        if task not in made:
+            labels = ("no", "yes", "maybe") if "classify" in task else ("LABEL_0",)
+            made[task] = make_family_checkpoint(tmp_path_factory.mktemp("f") / task, "modernbert", task, labels=labels)
+        return made[task]
+
+    return make
+
+
+@pytest.mark.parametrize("task", SUFFIXES)
+def test_each_task_is_read_as_transformers_reads_it(task, checkpoints, tmp_path):
+    folder = checkpoints(task)
+    assert task_of(folder) == task
+    model, own = load_model(folder), getattr(transformers, AUTO[task]).from_pretrained(folder).eval()
+    assert type(model) is type(own)
+    with torch.inference_mode():
+        found, expected = (each(torch.tensor(IDS), torch.tensor(MASK))[0] for each in (model, own))
+    real = MASK == 1 if found.ndim == 3 else slice(None)
+    torch.testing.assert_close(found[real], expected[real])
+    save_model(model, tmp_path / "saved", layout="native")
+    again = getattr(transformers, AUTO[task]).from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_the_encoder_of_a_masked_lm_is_an_embedding_model(checkpoints):
+    encoder, whole = load_model(checkpoints(), task="embed"), load_model(checkpoints())
+    ids = torch.tensor(IDS[:1])
+    with torch.inference_mode():
+        assert torch.equal(encoder(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+    with pytest.raises(CheckpointError, match=r"unexpected: classifier\.bias"):
+        load_model(checkpoints("classify"), task="embed")
+
+
+def test_without_a_name_the_tensors_of_a_classifier_do_not_tell_its_task(checkpoints, tmp_path):
+    for task in ("fill-mask", "embed"):
+        named = shutil.copytree(checkpoints(task), tmp_path / task)
+        assert task_of(edit_config(named, architectures=None)) == task
+    for task in ("classify", "token-classify"):
+        folder = edit_config(shutil.copytree(checkpoints(task), tmp_path / task), architectures=None)
+        said = "expected ModernBertForSequenceClassification or ModernBertForTokenClassification.*--task classify"
+        with pytest.raises(ConfigError, match=said):
+            task_of(folder)
+        assert type(load_model(folder, task=task)).__name__ == MODERNBERT.classes[task]
+
+
+def test_the_published_config_is_read_as_transformers_reads_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    ours, own = read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    for name in own.to_dict().keys() - {"global_attn_every_n_layers", "dtype", "transformers_version"}:
+        if MODERNBERT.fields.field(name) is None or MODERNBERT.fields.field(name).effect == "honoured":
+            assert getattr(ours, name) == getattr(own, name), name
+    assert ours.layer_types.count("full_attention") == 8 and ours.layer_types[21] == "full_attention"
+    ours.save_pretrained(tmp_path / "new")  # in the form of transformers 5
+    assert "global_rope_theta" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    again = read_config(tmp_path / "new")
+    assert (again.layer_types, again.rope_parameters) == (ours.layer_types, ours.rope_parameters)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "task", "count"),
+    [
+        # https://huggingface.co/Alibaba-NLP/gte-modernbert-base, answerdotai/ModernBERT-base and -large
+        ({}, "embed", 149_014_272),
+        ({}, "fill-mask", 149_655_232),
+        (LARGE, "embed", 394_781_696),
+        (LARGE, "fill-mask", 395_881_664),
+    ],
+)
+def test_the_number_of_parameters_is_the_published_one(sizes, task, count, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **sizes}))
+    with torch.device("meta"):
+        model = MODERNBERT.model_class(task)(read_config(tmp_path))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"hidden_activation": "gelu_10"}, "hidden_activation is 'gelu_10'; expected one of gelu, gelu_new"),
+        ({"classifier_activation": None}, "classifier_activation is None; expected one of gelu"),
+        ({"classifier_pooling": "max"}, "classifier_pooling is 'max'; expected one of cls, mean"),
+        ({"norm_bias": 1}, "norm_bias is 1; expected true or false"),
+        ({"num_attention_heads": 5}, r"hidden_size is 768; expected num_attention_heads \(5\) times an even head size"),
+        ({"head_dim": 32}, "head_dim is 32; expected 64"),
+        ({"local_attention": 0}, "local_attention is 0; expected an integer of at least 1"),
+        ({"sliding_window": 64}, "sliding_window is 64"),
+        ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers is 0"),
+        ({"layer_types": ["full_attention"]}, r"layer_types is .*; expected a list of num_hidden_layers \(22\) times"),
+        ({"layer_types": ["full_attention"] * 22}, r"expected what global_attn_every_n_layers \(3\) says"),
+        ({"layer_types": ["chunked_attention"] * 22}, "layer_types is .*; expected a list"),
+        ({"local_rope_theta": None}, "local_rope_theta is None; expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*angles of rotation are not scaled"),
+        ({"rope_parameters": ROPE}, "rope_parameters is .*; expected an object with full_attention and sliding_attent"),
+        ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters.full_attention is .* base of global_rope_the"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 160000.0}}},
+            "rope_parameters.full_attention is .*alone: the angles are not scaled",
+        ),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"pad_token_id": 50368}, "pad_token_id is 50368; expected an id below vocab_size"),
+    ],
+)
+def test_a_value_that_the_model_cannot_honour_is_refused(fields, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **fields}))
+    with pytest.raises(ConfigError, match=said):
+        read_config(tmp_path)
+
+
+def test_every_field_that_the_class_reads_is_in_the_table():
+    from transformers.models.modernbert import modeling_modernbert
+
+    read = set(re.findall(r"config\.([a-z]\w*)", inspect.getsource(modeling_modernbert)))
+    assert {"hidden_activation", "norm_bias", "layer_types", "sliding_window"} <= read
+    own = [n for n in transformers.ModernBertConfig.__dataclass_fields__ if n in vars(transformers.ModernBertConfig)]
+    assert [name for name in (*read, *own, *PUBLISHED) if MODERNBERT.fields.field(name) is None] == []
+
+
+def layer_norm(x: NDArray[np.float64], weight: NDArray[np.float64], bias: NDArray[np.float64] | float) -> Any:
+    """LayerNorm of the last axis."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def gelu(x: NDArray[np.float64]) -> Any:
+    """x Φ(x), with the error function of the standard library."""
+    import math
+
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def in_numpy(tensors: dict[str, NDArray[np.float64]], ids: list[int], *, window: int, bases: dict[bool, float]) -> Any:
+    """Hidden states [S, H] and logits [S, V] of one text, from the paper (arXiv 2412.13663) and the stored tensors.
+
+    Layers 0, 3, 6, … see all tokens and rotate by the base `bases[True]`; the others see window / 2 tokens on both
+    sides and rotate by `bases[False]`. A layer adds attention and a gated unit to its input; both begin with a
+    LayerNorm, but the first layer's attention reads the normalised embeddings as they are.
+    """
+
+    def norm(x: NDArray[np.float64], name: str) -> Any:
+        return layer_norm(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias", 0.0))
+
+    def linear(x: NDArray[np.float64], name: str) -> Any:
+        return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0.0)
+
+    table = tensors["model.embeddings.tok_embeddings.weight"]
+    x = norm(table[ids], "model.embeddings.norm")
+    length, heads, size = len(ids), 4, x.shape[1] // 4
+    places = np.arange(length)
+    for layer in range(LAYERS):
+        prefix, is_global = f"model.layers.{layer}", layer % 3 == 0
+        angles = places[:, None] * bases[is_global] ** (-np.arange(0, size, 2) / size)
+        turns = np.exp(1j * angles)  # dimension i and i + size/2 are one complex number
+        normed = x if layer == 0 else norm(x, f"{prefix}.attn_norm")
+        q, k, v = linear(normed, f"{prefix}.attn.Wqkv").reshape(length, 3, heads, size).transpose(1, 2, 0, 3)
+        q, k = ((t[..., : size // 2] + 1j * t[..., size // 2 :]) * turns for t in (q, k))
+        scores = (q @ k.conj().transpose(0, 2, 1)).real / np.sqrt(size)
+        if not is_global:
+            scores = np.where(np.abs(places[:, None] - places) <= window // 2, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        attended = (weights / weights.sum(-1, keepdims=True)) @ v
+        x = x + linear(attended.transpose(1, 0, 2).reshape(length, -1), f"{prefix}.attn.Wo")
+        gated, factor = np.split(linear(norm(x, f"{prefix}.mlp_norm"), f"{prefix}.mlp.Wi"), 2, axis=-1)
+        x = x + linear(gelu(gated) * factor, f"{prefix}.mlp.Wo")
+    hidden = norm(x, "model.final_norm")
+    return hidden, norm(gelu(linear(hidden, "head.dense")), "head.norm") @ table.T + tensors["decoder.bias"]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_model_computes_what_the_paper_says(biases, checkpoints, tmp_path):
+    """Torch and both graphs, against float64 in NumPy; rows with padding too."""
+    pytest.importorskip("onnxscript")
+    import onnx_ir
+    import onnxruntime
+
+    from gte_deploy.exporters.graph.build import build_graphs
+
+    folder, bases, window = checkpoints(), {True: 160_000.0, False: 10_000.0}, 8
+    if biases:
+        bases, window = {True: 900.0, False: 70.0}, 7
+        names = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+        rope = {kind: {"rope_type": "default", "rope_theta": bases[kind == "full_attention"]} for kind in KINDS}
+        options = {**dict.fromkeys(names, True), "local_attention": window, "rope_parameters": rope}
+        folder = make_family_checkpoint(tmp_path, "modernbert", **options)
+    with safe_open(folder / "model.safetensors", framework="np") as stored:
+        tensors = {name: stored.get_tensor(name).astype(np.float64) for name in stored.keys()}  # noqa: SIM118
+    rows = [row[mask == 1].tolist() for row, mask in zip(IDS, MASK, strict=True)]
+    expected = [in_numpy(tensors, row, window=window, bases=bases) for row in rows]
+    model = load_model(folder)
+    with torch.inference_mode():
+        logits = model.double()(torch.tensor(IDS), torch.tensor(MASK)).logits.numpy()
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(logits[i, : len(row)], expected[i][1], rtol=0, atol=1e-4)  # FP32 angles
+    places = np.argwhere(MASK == 1)
+    feed = {"input_ids": IDS, "attention_mask": MASK, "mask_positions": places}
+    for graph in build_graphs(model.float(), task="fill-mask", max_length=LIMIT).values():
+        session = onnxruntime.InferenceSession(onnx_ir.to_proto(graph.model).SerializeToString())
+        hidden, found = session.run(["last_hidden_state", "logits"], feed)
+        wanted = [np.concatenate(parts) for parts in zip(*expected, strict=True)]
+        np.testing.assert_allclose(hidden[MASK == 1], wanted[0], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(found, wanted[1], rtol=0, atol=4e-4)
+
+
+KINDS = ("full_attention", "sliding_attention")
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "classify", "token-classify"])
+def test_rows_without_padding_give_the_same_logits(task, checkpoints):
+    folder = checkpoints(task)
+    own = getattr(transformers, AUTO[task]).from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = own(torch.tensor(IDS), torch.tensor(MASK)).logits.numpy()
+    places = np.argwhere(MASK == 1)
+    for packed in (False, True):
+        backend = TorchBackend(load_model(folder), describe(folder).spec, packed=packed)
+        found = backend.run(Batch(IDS, MASK, places), ["logits"])["logits"]
+        if task == "classify":
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+        else:
+            at_places = found if task == "fill-mask" else found[tuple(places.T)]
+            np.testing.assert_allclose(at_places, expected[tuple(places.T)], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("passes", "rest"),
+    [("PASSES", {"projections": GLOBAL_LAYERS}), ("MERGED_PASSES", {"qkv": 2, "up_gate": 5, "glu": 5})],
+)
+def test_passes_fire_as_the_family_says(passes, rest, checkpoints):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.graph import fusion
+    from gte_deploy.exporters.graph.trace import trace
+
+    model = load_model(checkpoints())
+    graph = trace(model, task="fill-mask", max_length=LIMIT, pooling=None, logits="masked", opset=20)
+    fired = fusion.fuse_graph(graph, sites=MODERNBERT.sites(model.config), passes=getattr(fusion, passes))
+    assert fired == {"rope": 2 * LAYERS, "attention": GLOBAL_LAYERS, **rest, "skip_layer_norm": 2 * LAYERS}
+
+
+def test_a_missing_tensor_is_named(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.attn.Wqkv.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 missing: layers\.1\.attn\.Wqkv\.weight"):
+        load_model(folder)
