@@ -201,6 +201,7 @@ def commands_page() -> str:
 PASS_TITLES = {
     "rope": "rotation of queries and keys as one operator",
     "attention": "attention as one operator, with the mask folded into it",
+    "local_attention": "local attention in blocks (CPUs)",
     "projections": "three projections as GEMMs with bias (CPUs)",
     "qkv": "three projections as one GEMM (GPUs)",
     "flash": "flash attention in half precision (CUDA)",

@@ -156,7 +156,7 @@ class CpuTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Quantize the graphs if requested, and save them."""
-        graphs, caveats = dict(graphs), []
+        graphs, caveats = for_openvino(graphs, job), []
         if importlib.util.find_spec("openvino") is None:
             del graphs["openvino"]
             caveats.append("openvino is not installed here, so the bundle holds no graph for it.")
@@ -203,6 +203,13 @@ def require_openvino() -> None:
     """
     if importlib.util.find_spec("openvino") is None:
         raise MissingDependencyError("openvino", "openvino")
+
+
+def for_openvino(graphs: "Mapping[Engine, Graph]", job: Job) -> "dict[Engine, Graph]":
+    """The graphs of an export, with the plain one in the form that OpenVINO runs."""
+    from gte_deploy.exporters.graph.build import openvino_graph
+
+    return {**graphs, "openvino": openvino_graph(graphs["openvino"], job.sites)}
 
 
 def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: CalibrationOptions) -> "Quantized":

@@ -10,6 +10,7 @@ from gte_deploy.exporters.targets.base import Candidates, Target
 from gte_deploy.exporters.targets.cpu import (
     KEPT_IN_FP32,
     OpenVinoOptions,
+    for_openvino,
     openvino_candidates,
     quantized_graphs,
     require_openvino,
@@ -54,6 +55,7 @@ class OpenVinoTarget(Target):
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Quantize the graphs if requested, and save the one of standard operators."""
+        graphs = for_openvino(graphs, job)
         if job.precision not in KEPT_IN_FP32:
             return save_quantized(quantized_graphs(graphs, job, self.options), ["openvino"], job)
         kept: dict[Engine, Graph] = {"openvino": graphs["openvino"]}

@@ -14,6 +14,7 @@ from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import FusionPass, is_in_layer
 from gte_deploy.exporters.graph.fusion.attention import ATTENTION, ATTENTION_ON_CPU
 from gte_deploy.exporters.graph.fusion.glu import GLU
+from gte_deploy.exporters.graph.fusion.local_attention import LOCAL_ATTENTION
 from gte_deploy.exporters.graph.fusion.qkv import PROJECTIONS, QKV
 from gte_deploy.exporters.graph.fusion.rope import ROPE
 from gte_deploy.exporters.graph.fusion.rows import join_rows
@@ -25,8 +26,11 @@ logger = logging.getLogger(__name__)
 MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE_ON_ROWS, GLU, SKIP_LAYER_NORM)
 """For GPUs, where kernel launches limit the speed: one GEMM for queries, keys and values, and one for up and gate."""
 
-PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION_ON_CPU, PROJECTIONS, SKIP_LAYER_NORM)
+PASSES: tuple[FusionPass, ...] = (ROPE, LOCAL_ATTENTION, ATTENTION_ON_CPU, PROJECTIONS, SKIP_LAYER_NORM)
 """For CPUs, which gain nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
+
+STANDARD_PASSES: tuple[FusionPass, ...] = (LOCAL_ATTENTION,)
+"""For OpenVINO, which fuses the rest itself: passes whose results are standard operators."""
 
 _MAX_REASONS = 3
 

@@ -53,6 +53,7 @@ class Attention:
         query, key, value: [B, N, S, D].
         scale: the factor of query · key^T.
         bias: the additive mask.
+        product: the MatMul of the attention weights and the values, [B, N, S, D].
         output: the Reshape to [B, S, N*D].
     """
 
@@ -61,6 +62,7 @@ class Attention:
     value: ir.Value
     scale: float
     bias: ir.Value
+    product: ir.Node
     output: ir.Node
 
 
@@ -77,7 +79,7 @@ def require_attention(softmax: ir.Node) -> Attention:
     require_permutation(transpose, HEADS_FIRST)
     output = consumer(transpose.outputs[0], "Reshape")
     query, key, value = operand(product, 0), operand(key_transpose, 0), operand(weighted, 1)
-    return Attention(query, key, value, float(array(scale).item()), bias, output)
+    return Attention(query, key, value, float(array(scale).item()), bias, weighted, output)
 
 
 def require_same_heads(attention: Attention, query: Heads, key: Heads, value: Heads) -> None:
