@@ -160,11 +160,12 @@ def _checked_kinds(reader: Reader, stored: Any) -> dict[str, dict[str, Any]]:
 
 
 def _sites(config: Any) -> dict[str, int]:
-    """How often each fusion pass must fire; see `Family.sites`. The attention of local layers stays as it is traced."""
+    """How often each fusion pass must fire; see `Family.sites`. On GPUs local layers stay as traced."""
     layers, whole = len(config.layer_types), config.layer_types.count(GLOBAL)
     gated = layers if config.hidden_activation in ("gelu", "silu", "swish") else 0
     return {
         "rope": 2 * layers,
+        "local_attention": layers - whole,
         **dict.fromkeys(("attention", "projections", "qkv", "flash"), whole),
         **dict.fromkeys(("up_gate", "glu"), gated),
         "skip_layer_norm": 2 * layers,

@@ -288,7 +288,10 @@ def test_rows_without_padding_give_the_same_logits(task, checkpoints):
 
 @pytest.mark.parametrize(
     ("passes", "rest"),
-    [("PASSES", {"projections": GLOBAL_LAYERS}), ("MERGED_PASSES", {"qkv": 2, "up_gate": 5, "glu": 5})],
+    [
+        ("PASSES", {"local_attention": LAYERS - GLOBAL_LAYERS, "projections": GLOBAL_LAYERS}),
+        ("MERGED_PASSES", {"qkv": 2, "up_gate": 5, "glu": 5}),
+    ],
 )
 def test_passes_fire_as_the_family_says(passes, rest, checkpoints):
     pytest.importorskip("onnxscript")
