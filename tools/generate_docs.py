@@ -201,6 +201,7 @@ def commands_page() -> str:
 PASS_TITLES = {
     "rope": "rotation of queries and keys as one operator",
     "attention": "attention as one operator, with the mask folded into it",
+    "alibi_attention": "attention with biased scores, without storing the biases of all pairs (CPUs)",
     "local_attention": "local attention in blocks (CPUs)",
     "projections": "three projections as GEMMs with bias (CPUs)",
     "qkv": "three projections as one GEMM (GPUs)",
@@ -245,8 +246,9 @@ FAMILIES_END = """## What was verified
 Biased scores (ALiBi) need no table of positions, so nothing in a checkpoint ends at a length. JinaBERT takes texts of
 `max_position_embeddings` tokens, 8,192 in its published models. MosaicBERT takes those of `alibi_starting_size` tokens
 if this is more: as its model card says, raise it in config.json for longer texts. In both, a limit of the tokenizer
-(`model_max_length`) holds too. A run computes the biases of its own length once, for all layers; memory for scores and
-biases grows with the square of the length.
+(`model_max_length`) holds too. On CPUs a run
+never stores the biases or the scores of all pairs of tokens ([how](decisions/alibi-in-chunks.md)); on GPUs it stores
+both.
 
 ## What is refused
 

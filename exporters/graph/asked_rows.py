@@ -28,6 +28,7 @@ from gte_deploy.exporters.graph.editing import (
     constant,
     integers,
     operand,
+    read_values,
     replace,
     same_constant,
     scope_of,
@@ -128,7 +129,7 @@ def _head(node: ir.Node) -> _Head | None:
 def _computed(graph: ir.Graph) -> set[ir.Value]:
     found: set[ir.Value] = set(graph.inputs)
     for node in graph:
-        if not found.isdisjoint(node.inputs):
+        if not found.isdisjoint(read_values(node)):
             found.update(node.outputs)
     return found
 
@@ -179,6 +180,7 @@ class _Selection:
                 index not in inputs or self.asked.setdefault(value, inputs[index]) != inputs[index]
             ):
                 self.whole.add(value)
+        self.whole.update(value for value in read_values(node) if value not in node.inputs)
         return inputs
 
     def _inputs(self, node: ir.Node, layout: _Layout) -> dict[int, _Layout]:

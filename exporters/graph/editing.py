@@ -90,6 +90,17 @@ def other_operand(node: ir.Node, one: ir.Value) -> ir.Value:
     return second if one is first else first
 
 
+def read_values(node: ir.Node) -> list[ir.Value]:
+    """All values that a node reads: its inputs, and what graphs in its attributes (the body of a Scan) read outside."""
+    found = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            body = attribute.as_graph()
+            own = {*body.inputs, *(value for each in body for value in each.outputs)}
+            found += [value for each in body for value in read_values(each) if value not in own]
+    return found
+
+
 def by_name(values: Iterable[ir.Value], name: str) -> ir.Value:
     """The value called `name` among the inputs or the outputs of a graph; it must exist."""
     return next(value for value in values if value.name == name)

@@ -63,6 +63,7 @@ class EmulatedOnnx:
 def head_by_head(graph: Graph) -> Graph:
     """The same graph with the MatMul, Mul, Add, Softmax and MatMul of each attention in a Scan over the heads."""
     model = graph.model.clone()
+    ir_passes.ShapeInferencePass()(model)  # tells masks and factors of all heads from those with an axis of heads
     for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
         _scan_heads(model.graph, softmax)
     ir_passes.RemoveUnusedNodesPass()(model)
@@ -79,15 +80,17 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
     first, last = chain[0], chain[-1]
     build = Builder(graph, last, scope_of(last))
     sliced = [operand(first, 0), operand(first, 1), operand(last, 1)]
+    others = dict.fromkeys(value for node in chain for value in node.inputs if value is not None)
+    sliced += [value for value in others if _differs_by_head(value, chain)]
     inside = {value: ir.Value(name=f"{value.name}/head", type=value.type) for value in sliced}
     mapped = dict(inside)  # value of the graph -> its value for one head
     body = []
     for node in chain:
         inputs = [mapped.get(value, value) if value is not None else None for value in node.inputs]
-        if node.op_type == "Add":  # the mask, [B, 1, 1, S] -> [B, 1, S]
+        if node.op_type in ("Add", "Mul"):  # the mask, [B, 1, 1, S] -> [B, 1, S]
             inputs = [
                 value
-                if value in mapped.values()
+                if value in mapped.values() or _is_scalar(value)
                 else build.op("Squeeze", value, integers(graph, 1), dtype=_dtype(value))
                 for value in inputs
             ]
@@ -107,6 +110,17 @@ def _scan_heads(graph: ir.Graph, softmax: ir.Node) -> None:
         scan_output_axes=[1],
     )
     replace(last.outputs[0], attended)
+
+
+def _differs_by_head(value: ir.Value, chain: Sequence[ir.Node]) -> bool:
+    """Whether `value` is an operand that a node of the chain adds or multiplies, with more than one head on axis 1."""
+    if value.producer() in chain or value.shape is None or len(value.shape) != 4:
+        return False
+    return value.shape[1] != 1 and any(use.node in chain and use.node.op_type in ("Add", "Mul") for use in value.uses())
+
+
+def _is_scalar(value: ir.Value | None) -> bool:
+    return value is None or (value.shape is not None and value.shape.rank() == 0)
 
 
 def _last_product(softmax: ir.Node) -> ir.Node:

@@ -64,8 +64,9 @@ MOSAIC_BERT_FIELDS = FileFields(
 
 
 def _sites(config: Any) -> dict[str, int]:
-    """How often each fusion pass must fire; see `Family.sites`. No pass knows biased scores."""
-    return {"skip_layer_norm": 2 * config.num_hidden_layers}
+    """How often each fusion pass must fire; see `Family.sites`."""
+    layers = config.num_hidden_layers
+    return {"alibi_attention": layers, "skip_layer_norm": 2 * layers}
 
 
 def _remote_classes(raw: Mapping[str, Any]) -> list[str]:

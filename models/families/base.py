@@ -24,9 +24,8 @@ Positions = Literal["rotary", "absolute", "alibi"]
 """How a model knows the order of tokens.
 
 "rotary": queries and keys are rotated. "absolute": a table has an embedding of each place, so that the number of places
-is a size of the weights. "alibi": scores are biased by the distance of two tokens. No attention without padding and no
-fused attention computes these biases: a family with "alibi" names no pass for attention in its `sites`, and its models
-run padded.
+is a size of the weights. "alibi": scores are biased by the distance of two tokens. No attention without padding
+computes these biases, so models of a family with "alibi" run padded.
 """
 
 _POOLER = "pooler."

@@ -12,6 +12,7 @@ from onnx_ir.passes import common as ir_passes
 
 from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph.editing import FusionPass, is_in_layer
+from gte_deploy.exporters.graph.fusion.alibi_attention import ALIBI_ATTENTION, ALIBI_ATTENTION_ON_CPU
 from gte_deploy.exporters.graph.fusion.attention import ATTENTION, ATTENTION_ON_CPU
 from gte_deploy.exporters.graph.fusion.glu import GLU
 from gte_deploy.exporters.graph.fusion.local_attention import LOCAL_ATTENTION
@@ -26,10 +27,17 @@ logger = logging.getLogger(__name__)
 MERGED_PASSES: tuple[FusionPass, ...] = (ROPE, ATTENTION, QKV, UP_GATE_ON_ROWS, GLU, SKIP_LAYER_NORM)
 """For GPUs, where kernel launches limit the speed: one GEMM for queries, keys and values, and one for up and gate."""
 
-PASSES: tuple[FusionPass, ...] = (ROPE, LOCAL_ATTENTION, ATTENTION_ON_CPU, PROJECTIONS, SKIP_LAYER_NORM)
+PASSES: tuple[FusionPass, ...] = (
+    ROPE,
+    LOCAL_ATTENTION,
+    ALIBI_ATTENTION_ON_CPU,
+    ATTENTION_ON_CPU,
+    PROJECTIONS,
+    SKIP_LAYER_NORM,
+)
 """For CPUs, which gain nothing from wider GEMMs (docs/decisions/projections-apart-on-cpu.md)."""
 
-STANDARD_PASSES: tuple[FusionPass, ...] = (LOCAL_ATTENTION,)
+STANDARD_PASSES: tuple[FusionPass, ...] = (LOCAL_ATTENTION, ALIBI_ATTENTION)
 """For OpenVINO, which fuses the rest itself: passes whose results are standard operators."""
 
 _MAX_REASONS = 3

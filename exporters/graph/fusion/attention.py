@@ -53,6 +53,7 @@ class Attention:
         query, key, value: [B, N, S, D].
         scale: the factor of query · key^T.
         bias: the additive mask.
+        scores: query · key^T, before the scale.
         product: the MatMul of the attention weights and the values, [B, N, S, D].
         output: the Reshape to [B, S, N*D].
     """
@@ -62,6 +63,7 @@ class Attention:
     value: ir.Value
     scale: float
     bias: ir.Value
+    scores: ir.Value
     product: ir.Node
     output: ir.Node
 
@@ -79,7 +81,7 @@ def require_attention(softmax: ir.Node) -> Attention:
     require_permutation(transpose, HEADS_FIRST)
     output = consumer(transpose.outputs[0], "Reshape")
     query, key, value = operand(product, 0), operand(key_transpose, 0), operand(weighted, 1)
-    return Attention(query, key, value, float(array(scale).item()), bias, weighted, output)
+    return Attention(query, key, value, float(array(scale).item()), bias, product.outputs[0], weighted, output)
 
 
 def require_same_heads(attention: Attention, query: Heads, key: Heads, value: Heads) -> None:

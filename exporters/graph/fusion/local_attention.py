@@ -36,6 +36,7 @@ from gte_deploy.exporters.graph.editing import (
     split_operands,
 )
 from gte_deploy.exporters.graph.fusion.attention import require_attention
+from gte_deploy.exporters.graph.fusion.distances import require_distances, split_padding
 
 _INT64: Any = {"dtype": ir.DataType.INT64}
 
@@ -59,24 +60,12 @@ class LocalMask:
 
 def require_local_mask(bias: ir.Value) -> LocalMask:
     """Match the computation of an additive mask [B, 1, S, S], or raise Mismatch."""
-    require(bias.producer() is not None, f"the mask {bias.name!r} is not computed from distances")
-    term, padding = split_operands(producer(bias, "Add"), "Mul")
-    shape = dimensions(padding)
-    require(
-        len(shape) == 4 and shape[1:3] == (1, 1),
-        f"the mask {padding.name!r} of padding has shape {list(shape)}, not [batch, 1, 1, sequence]",
-    )
-    cast, factor = split_operands(term, "Cast")
+    padding, term = split_padding(bias)
+    cast, factor = split_operands(producer(term, "Mul"), "Cast")
     require(array(factor).size == 1, f"{factor.name!r} is not one number")
     is_far = producer(cast.inputs[0], "Greater")
     window = int(array(is_far.inputs[1]).item())
-    difference = producer(producer(is_far.inputs[0], "Abs").inputs[0], "Sub")
-    rows, columns = (producer(value, "Unsqueeze") for value in difference.inputs)
-    require(rows.inputs[0] is columns.inputs[0], "the distances are not between places of the same text")
-    axes = {int(array(each.inputs[1]).item()) for each in (rows, columns)}
-    require(axes == {0, 1}, f"the places are not rows and columns, but on the axes {sorted(axes)}")
-    places = producer(rows.inputs[0], "Range")
-    require(array(places.inputs[2]).item() == 1, f"the places of {places.name} are not 1 apart")
+    places = require_distances(is_far.inputs[0])
     return LocalMask(padding, window, factor, operand(places, 1))
 
 

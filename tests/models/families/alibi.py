@@ -1,6 +1,6 @@
 """A family with biased scores (ALiBi); `alibi_network.py` has its network, and `test_alibi_family.py` registers it.
 
-The fusion passes know no biased scores, so of the passes only the sum before each LayerNorm has sites.
+Of the fusion passes only attention with biased scores and the sum before each LayerNorm have sites.
 """
 
 import json
@@ -44,6 +44,6 @@ ALIBI = Family(
     architecture_prefixes=("Alibi",),
     heads={"token-classify": "scorer"},
     positions="alibi",
-    sites=lambda config: {"skip_layer_norm": 2 * config.num_hidden_layers},
+    sites=lambda config: {"alibi_attention": config.num_hidden_layers, "skip_layer_norm": 2 * config.num_hidden_layers},
     tensors=TensorNames(prefixes=("bert.",)),
 )

@@ -99,17 +99,16 @@ def test_biases_alone_make_the_order_of_tokens(alibi, checkpoint, network, monke
     torch.testing.assert_close(*states)
 
 
-@pytest.mark.parametrize("passes", ["PASSES", "MERGED_PASSES"])
-def test_attention_stays_as_it_was_traced(alibi, checkpoint, passes):
+@pytest.mark.parametrize(("passes", "fused"), [("PASSES", LAYERS), ("STANDARD_PASSES", LAYERS), ("MERGED_PASSES", 0)])
+def test_biased_attention_is_fused_for_cpus(alibi, checkpoint, passes, fused):
     model = load_model(checkpoint)
     graph = trace(model, task="token-classify", max_length=LENGTH, pooling=None, logits="masked", opset=20)
-    before = [node.op_type for node in graph.graph].count("Softmax")
-    fused = graph.clone()
-    fired = fusion.fuse_graph(fused, sites=alibi.sites(model.config), passes=getattr(fusion, passes))
-    assert {name: count for name, count in fired.items() if count} == {"skip_layer_norm": 2 * LAYERS}
-    assert [node.op_type for node in fused.graph].count("Softmax") == before == LAYERS
-    with pytest.raises(ExportError, match=r"'attention' fired 0 times.*the mask .* not \[batch, 1, 1, sequence\]"):
-        fusion.fuse_graph(graph, sites={"attention": LAYERS}, passes=getattr(fusion, passes))
+    fired = fusion.fuse_graph(graph.clone(), sites=alibi.sites(model.config), passes=getattr(fusion, passes))
+    assert fired.get("alibi_attention", 0) == fused
+    assert not {name for name, count in fired.items() if count} - {"alibi_attention", "skip_layer_norm"}
+    if passes != "STANDARD_PASSES":
+        with pytest.raises(ExportError, match=r"'attention' fired 0 times.*the mask .* not \[batch, 1, 1, sequence\]"):
+            fusion.fuse_graph(graph, sites={"attention": LAYERS}, passes=[fusion.ATTENTION])
 
 
 def test_packed_rows_are_refused_by_name(alibi, checkpoint, ragged_batch):
@@ -153,9 +152,8 @@ def test_a_bundle_answers_as_transformers_does(alibi, checkpoint, tmp_path, targ
     result = export(checkpoint, tmp_path / "bundle", max_length=32, **target)
     assert result.parity.passed
     fusions = result.manifest.graphs["onnxruntime"].fusions
-    assert {name: count for name, count in fusions.items() if count and name != "half_weights"} == {
-        "skip_layer_norm": 2 * LAYERS
-    }
+    wanted = {"skip_layer_norm": 2 * LAYERS, **({} if target else {"alibi_attention": LAYERS})}
+    assert {name: count for name, count in fusions.items() if count and name != "half_weights"} == wanted
     config = transformers.AutoConfig.from_pretrained(result.path)
     assert config.max_position_embeddings == 32, "no table of positions keeps it longer"
     model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint, config=config).eval()

@@ -95,7 +95,7 @@ def test_fits_among_the_passes_for_a_cpu(local, feeds, run):
     real = inputs["attention_mask"].astype(bool)
     expected = run(local, inputs)
     fused = fusion.fuse_graph(local, sites=SITES)
-    assert fused == {"rope": 4, "local_attention": 2, "attention": 0, "projections": 0, "skip_layer_norm": 4}
+    assert {name: count for name, count in fused.items() if count} == SITES
     found = run(local, inputs)
     np.testing.assert_allclose(found[0][real], expected[0][real], rtol=0, atol=5e-5)
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-4)
@@ -138,7 +138,7 @@ def _mask_of_queries(model: ir.Model, find) -> None:
     [
         (_other_places, "not between places of the same text"),
         (_far_steps, "are not 1 apart"),
-        (_mask_of_queries, r"not \[batch, 1, 1, sequence\]"),
+        (_mask_of_queries, r"none is \[batch, 1, 1, sequence\]"),
     ],
 )
 def test_refuses_other_masks(local, find, alter, reason):
