@@ -160,9 +160,21 @@ def make_reranker(folder: Path, kind: str) -> Path:
     """Write a cross-encoder as sentence-transformers saves it, such as bge-reranker or ms-marco-MiniLM."""
     from sentence_transformers import CrossEncoder
 
-    source = make_family_checkpoint(folder.with_name(f"{folder.name}-model"), kind, "classify")
+    options = {"classifier_pooling": "mean"} if kind == "modernbert" else {}  # as gte-reranker-modernbert-base
+    source = make_family_checkpoint(folder.with_name(f"{folder.name}-model"), kind, "classify", **options)
     CrossEncoder(str(source), device="cpu").save_pretrained(str(folder))
     return folder
+
+
+def assert_fills_as_the_pipeline(model: Any, pipe: Any, texts: Sequence[str]) -> None:
+    """Compare the answers of `fill_mask` with those of transformers' pipeline; each text has one mask."""
+    import numpy as np
+
+    for text in texts:
+        expected, found = pipe(text, top_k=5), model.fill_mask(text, top_k=5)
+        for part in ("token", "token_str", "sequence"):
+            assert [answer[part] for answer in found] == [answer[part] for answer in expected]
+        np.testing.assert_allclose([a["score"] for a in found], [a["score"] for a in expected], rtol=1e-4)
 
 
 def edit_config(folder: Path, **fields: Any) -> Path:

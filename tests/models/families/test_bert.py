@@ -19,7 +19,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import gte_deploy  # noqa: E402
 from factories import SPELLING, add_sparse_modules  # noqa: E402
-from family_checkpoints import LIMIT, SUFFIXES, edit_config, make_family_checkpoint  # noqa: E402
+from family_checkpoints import (  # noqa: E402
+    LIMIT,
+    SUFFIXES,
+    assert_fills_as_the_pipeline,
+    edit_config,
+    make_family_checkpoint,
+)
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # noqa: E402
@@ -287,15 +293,7 @@ def test_a_bundle_fills_masks_as_the_pipeline_of_transformers_does(
         "fill-mask", model=reference, tokenizer=transformers.AutoTokenizer.from_pretrained(checkpoint), device="cpu"
     )
     with gte_deploy.load(checkpoint if backend == "torch" else bundles["bert"], backend=backend) as model:
-        for text in TEXTS:
-            expected = pipe(text, top_k=5)
-            found = model.fill_mask(text, top_k=5)
-            assert [answer["token"] for answer in found] == [answer["token"] for answer in expected]
-            assert [answer["token_str"] for answer in found] == [answer["token_str"] for answer in expected]
-            assert [answer["sequence"] for answer in found] == [answer["sequence"] for answer in expected]
-            np.testing.assert_allclose(
-                [answer["score"] for answer in found], [answer["score"] for answer in expected], rtol=1e-4
-            )
+        assert_fills_as_the_pipeline(model, pipe, TEXTS)
 
 
 @pytest.mark.parametrize("task", SUFFIXES)

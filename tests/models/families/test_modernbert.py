@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -18,10 +19,18 @@ transformers = pytest.importorskip("transformers")
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from family_checkpoints import LIMIT, SUFFIXES, edit_config, make_family_checkpoint  # noqa: E402
+import gte_deploy  # noqa: E402
+from factories import add_sparse_modules  # noqa: E402
+from family_checkpoints import (  # noqa: E402
+    LIMIT,
+    SUFFIXES,
+    assert_fills_as_the_pipeline,
+    edit_config,
+    make_family_checkpoint,
+)
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
-from gte_deploy.core.errors import CheckpointError, ConfigError  # noqa: E402
+from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
@@ -302,6 +311,114 @@ def test_passes_fire_as_the_family_says(passes, rest, checkpoints):
     graph = trace(model, task="fill-mask", max_length=LIMIT, pooling=None, logits="masked", opset=20)
     fired = fusion.fuse_graph(graph, sites=MODERNBERT.sites(model.config), passes=getattr(fusion, passes))
     assert fired == {"rope": 2 * LAYERS, "attention": GLOBAL_LAYERS, **rest, "skip_layer_norm": 2 * LAYERS}
+
+
+@pytest.fixture(scope="module")
+def filled(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for fill-mask."""
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    result = export(checkpoints(), tmp_path_factory.mktemp("bundle") / "modernbert")
+    (check,) = result.parity.checks
+    assert result.parity.passed and check.passed and check.compared["answers"] > 0
+    # Two bases, each for a head of 8 dimensions.
+    assert check.compared["rotation frequencies"] == 8
+    return result.path
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
+def test_a_bundle_fills_masks_as_the_pipeline_of_transformers_does(backend, checkpoints, filled):
+    pytest.importorskip("openvino")
+    pipe = transformers.pipeline("fill-mask", model=str(checkpoints()), device="cpu")
+    texts = ("the river is old and the [MASK] is old.", "Paris is [MASK]", "река [MASK]")
+    with gte_deploy.load(checkpoints() if backend == "torch" else filled, backend=backend) as model:
+        assert_fills_as_the_pipeline(model, pipe, texts)
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("classify", {}), ("classify", {"classifier_pooling": "mean"}), ("token-classify", {})]
+)
+def test_a_classifier_answers_as_transformers_does(task, options, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("sentence_transformers")
+    from gte_deploy.exporters.export import export
+
+    labels = ("no", "yes", "maybe")
+    folder = make_family_checkpoint(tmp_path / "model", "modernbert", task, labels=labels, **options)
+    result = export(folder, tmp_path / "bundle")
+    (check,) = result.parity.checks
+    assert result.parity.passed and check.passed and check.compared["answers"] > 0 and not check.skipped
+    # Only a classifier of the first token has a part that computes the last layer for this token alone.
+    parts = result.manifest.graphs["onnxruntime"].parts
+    assert len(parts) == (task == "classify" and not options)
+
+
+def test_sparse_embeddings_are_those_of_sparse_encoder(tmp_path):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    folder = make_family_checkpoint(tmp_path / "splade", "modernbert", initializer_range=0.1, decoder_bias=False)
+    assert task_of(add_sparse_modules(folder)) == "sparse"
+    result = export(folder, tmp_path / "bundle")
+    (check,) = result.parity.checks
+    assert check.passed and check.compared["library"].startswith("SparseEncoder") and check.compared["answers"] > 0
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+@pytest.mark.parametrize(("task", "options"), [("fill-mask", {}), ("embed", {"pooling": "cls"}), ("classify", {})])
+def test_the_last_layer_computes_only_the_rows_that_are_asked_for(task, options, layers, tmp_path):
+    """Of 4 layers the last one has global attention, of 5 local."""
+    pytest.importorskip("onnxscript")
+    import onnx_ir
+    import onnxruntime
+
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.graph.parts import parts_of
+
+    folder = make_family_checkpoint(tmp_path, "modernbert", task, num_hidden_layers=layers)
+    places = np.array([[0, 3], [1, 20], [2, 1]])
+    own = getattr(transformers, AUTO[task]).from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = own(torch.tensor(IDS), torch.tensor(MASK))[0].numpy()
+    expected = {"fill-mask": expected[tuple(places.T)], "embed": expected[:, 0], "classify": expected}[task]
+    feed = {"input_ids": IDS, "attention_mask": MASK, "mask_positions": places}
+    spec = dataclasses.replace(describe(folder).spec, **options)
+    graphs = build_graphs(load_model(folder), task=task, max_length=LIMIT, **options)
+    for whole in graphs.values():
+        part = parts_of(whole, spec)["answer"]
+        session = onnxruntime.InferenceSession(onnx_ir.to_proto(part.model).SerializeToString())
+        found = session.run(None, {tensor.name: feed[tensor.name] for tensor in part.inputs})[0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        assert any(str(node.name).startswith("asked_rows/") for node in part.model.graph)
+
+
+def test_a_graph_for_cuda_keeps_padding(checkpoints, tmp_path):
+    """Emulated on a CPU."""
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.export import export
+
+    result = export(checkpoints("embed"), tmp_path / "bundle", target="cuda", precision="fp16")
+    fusions = result.manifest.graphs["onnxruntime"].fusions
+    assert result.parity.passed and (fusions["flash"], fusions["glu"]) == (GLOBAL_LAYERS, LAYERS)
+    with pytest.raises(ExportError, match="Export with padding='keep'"):
+        export(checkpoints("embed"), tmp_path / "other", target="cuda", precision="fp16", padding="remove")
+
+
+def test_a_lower_precision_is_that_of_all_its_layers(checkpoints):
+    pytest.importorskip("onnxscript")
+    from gte_deploy.exporters.graph.build import build_graphs
+    from gte_deploy.exporters.quantization.recipes import groups_of
+    from gte_deploy.exporters.quantization.weight_only import quantize_weights
+
+    graph = build_graphs(load_model(checkpoints()), task="fill-mask", max_length=LIMIT)["onnxruntime"]
+    groups = groups_of(graph, ())
+    layer = "model.layers.1"
+    assert {name: len(groups[f"{layer}.{name}"]) for name in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")} == {
+        **{"attn.Wqkv": 3, "attn.Wo": 1, "mlp.Wi": 2, "mlp.Wo": 1}
+    }
+    # Queries, keys, values, the output of attention, gate, up and down; and the vocabulary's matrix.
+    assert quantize_weights(graph.model, 8)["int8_linears"] == 7 * LAYERS + 1
 
 
 def test_a_missing_tensor_is_named(checkpoints, tmp_path):

@@ -21,6 +21,7 @@ from family_checkpoints import (  # noqa: E402
     MASKS,
     PREFIXES,
     SUFFIXES,
+    assert_fills_as_the_pipeline,
     edit_config,
     make_embedder,
     make_family_checkpoint,
@@ -231,12 +232,7 @@ def test_a_bundle_fills_masks_as_the_pipeline_of_transformers_does(backend, chec
     pytest.importorskip("openvino")
     pipe = transformers.pipeline("fill-mask", model=str(checkpoints("roberta")), device="cpu")
     with gte_deploy.load(checkpoints("roberta") if backend == "torch" else filled, backend=backend) as model:
-        for text in TEXTS:
-            expected, found = pipe(text, top_k=5), model.fill_mask(text, top_k=5)
-            assert [(a["token"], a["token_str"], a["sequence"]) for a in found] == [
-                (a["token"], a["token_str"], a["sequence"]) for a in expected
-            ]
-            np.testing.assert_allclose([a["score"] for a in found], [a["score"] for a in expected], rtol=1e-4)
+        assert_fills_as_the_pipeline(model, pipe, TEXTS)
 
 
 def test_the_graph_counts_positions_as_transformers_does(checkpoints, filled):
@@ -260,10 +256,14 @@ def test_a_text_above_the_limit_is_refused(filled):
 
 @pytest.mark.parametrize(
     ("kind", "pooling", "normalize", "prompts"),
-    [("bert", "cls", True, {}), ("xlm-roberta", "mean", True, {"query": "query: ", "passage": "passage: "})],
+    [
+        ("bert", "cls", True, {}),
+        ("xlm-roberta", "mean", True, {"query": "query: ", "passage": "passage: "}),
+        ("modernbert", "cls", False, {}),
+    ],
 )
 def test_an_embedder_answers_as_sentence_transformer_does(kind, pooling, normalize, prompts, tmp_path):
-    """bge (BERT, first token) and multilingual-e5 (XLM-R, mean)."""
+    """bge (BERT, first token), multilingual-e5 (XLM-R, mean) and gte-modernbert-base (first token)."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("sentence_transformers")
     from gte_deploy.exporters.export import export
@@ -277,9 +277,9 @@ def test_an_embedder_answers_as_sentence_transformer_does(kind, pooling, normali
     assert {name: prompt for name, prompt in spec.prompts.items() if prompt} == prompts
 
 
-@pytest.mark.parametrize("kind", ["xlm-roberta", "bert"])
+@pytest.mark.parametrize("kind", ["xlm-roberta", "bert", "modernbert"])
 def test_a_reranker_answers_as_cross_encoder_does(kind, tmp_path):
-    """bge-reranker (XLM-R, its own dense layer) and ms-marco-MiniLM (BERT, pooler and token types)."""
+    """bge-reranker (XLM-R, own dense layer), ms-marco-MiniLM (BERT, pooler, token types), gte-reranker-modernbert."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("sentence_transformers")
     from gte_deploy.exporters.export import export
