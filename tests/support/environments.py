@@ -57,7 +57,7 @@ REQUIREMENTS = {
     "ort120": ("onnxruntime==1.20.*", "tokenizers"),
     "ort122": ("onnxruntime==1.22.*", "tokenizers"),
     "ort124": ("onnxruntime==1.24.*", "tokenizers"),
-    "pylate": ("pylate>=1.6", "torch"),
+    "pylate": ("pylate>=1.6",),  # it needs an older torch
 }
 """Name of an environment -> what pip installs in it; a bare "torch" stands for the version of this environment."""
 
