@@ -28,6 +28,7 @@ from gte_deploy.models.reading import (
     require_rotated_heads,
     without_warnings_of_types,
 )
+from gte_deploy.models.rope import rope_parameters
 
 if TYPE_CHECKING:
     from transformers import NomicBertConfig
@@ -203,7 +204,7 @@ def _original_config(config: NomicBertConfig, *, task: TaskName, dtype: str = "f
         "resid_pdrop": config.hidden_dropout_prob,
         "embd_pdrop": config.hidden_dropout_prob,
         "attn_pdrop": config.attention_probs_dropout_prob,
-        "rotary_emb_base": (config.rope_parameters or {})["rope_theta"],
+        "rotary_emb_base": rope_parameters(config)["rope_theta"],
         "rotary_emb_fraction": 1.0,
         "rotary_emb_interleaved": False,
         "rotary_emb_scale_base": None,

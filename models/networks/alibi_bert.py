@@ -138,7 +138,7 @@ class AlibiEncoder(BertEncoder):
         self.config = config
         self.layer = nn.ModuleList(AlibiLayer(config, layer_idx=i) for i in range(config.num_hidden_layers))
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As BERT's. The mask broadcasts to [B, N, S, S]; it is boolean (True for a seen token) or added to scores."""
         bias = alibi_bias(hidden_states.shape[1], self.config.num_attention_heads, hidden_states.device)
         bias = bias.to(hidden_states.dtype)
@@ -146,7 +146,7 @@ class AlibiEncoder(BertEncoder):
             bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
         elif attention_mask is not None:
             bias = bias + attention_mask
-        return super().forward(hidden_states, attention_mask=bias, **kwargs)
+        return super().forward(hidden_states, bias, *args, **kwargs)
 
 
 class _Alibi(BertPreTrainedModel):
