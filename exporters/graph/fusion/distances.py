@@ -24,8 +24,6 @@ def split_padding(bias: ir.Value) -> tuple[ir.Value, ir.Value]:
     total = producer(bias, "Add")
     first, second = operand(total, 0), operand(total, 1)
     for padding, other in ((first, second), (second, first)):
-        shape = dimensions(padding)
-        if len(shape) == 4 and shape[1:3] == (1, 1):
+        if padding.shape is not None and len(padding.shape) == 4 and dimensions(padding)[1:3] == (1, 1):
             return padding, other
-    shapes = " and ".join(str(list(dimensions(each))) for each in (first, second))
-    raise Mismatch(f"the terms of {bias.name!r} have the shapes {shapes}; none is [batch, 1, 1, sequence]")
+    raise Mismatch(f"neither term of {bias.name!r} has the shape [batch, 1, 1, sequence]")

@@ -138,7 +138,7 @@ def _mask_of_queries(model: ir.Model, find) -> None:
     [
         (_other_places, "not between places of the same text"),
         (_far_steps, "are not 1 apart"),
-        (_mask_of_queries, r"none is \[batch, 1, 1, sequence\]"),
+        (_mask_of_queries, r"neither term .* \[batch, 1, 1, sequence\]"),
     ],
 )
 def test_refuses_other_masks(local, find, alter, reason):
