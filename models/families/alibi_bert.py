@@ -64,9 +64,10 @@ MOSAIC_BERT_FIELDS = FileFields(
 
 
 def _sites(config: Any) -> dict[str, int]:
-    """How often each fusion pass must fire; see `Family.sites`."""
+    """How often each fusion pass must fire; see `Family.sites`. The passes for gated units know no ReLU."""
     layers = config.num_hidden_layers
-    return {"alibi_attention": layers, "skip_layer_norm": 2 * layers}
+    gated = layers if config.feed_forward_type == "geglu" else 0
+    return {"alibi_attention": layers, **dict.fromkeys(("up_gate", "glu"), gated), "skip_layer_norm": 2 * layers}
 
 
 def _remote_classes(raw: Mapping[str, Any]) -> list[str]:

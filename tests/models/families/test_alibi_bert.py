@@ -382,8 +382,8 @@ def test_a_lower_precision_is_that_of_all_its_layers(kind, checkpoints):
     from gte_deploy.exporters.quantization.weight_only import quantize_weights
 
     graphs = build_graphs(load_model(checkpoints(kind)), task="fill-mask", max_length=LIMIT)
-    # Queries, keys, values, the output of attention and two of the gated unit; and the vocabulary's matrix.
-    assert quantize_weights(graphs["onnxruntime"].model, 8)["int8_linears"] == 6 * LAYERS + 1
+    # Queries, keys, values, the output of attention and three of the gated unit; and the vocabulary's matrix.
+    assert quantize_weights(graphs["onnxruntime"].model, 8)["int8_linears"] == 7 * LAYERS + 1
 
 
 @pytest.fixture(scope="module")
