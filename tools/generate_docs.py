@@ -221,8 +221,8 @@ FAMILIES_INTRODUCTION = """# Families of models
 This page lists the architectures that every command takes. Each is read strictly and without remote code, traced from
 the class of transformers, fused, and compared with its own library in every export. JinaBERT and MosaicBERT, whose
 network is remote code, have a network of this package. A pass that fires another number of times than the table says is
-an error. [Fields of config.json](checkpoints.md) are honoured or refused by name; so are
-other values of `model_type`. [Extending](extending.md#a-family) shows how to add a family.
+an error. [Fields of config.json](checkpoints.md) are honoured or refused by name; so are other values of `model_type`.
+[Extending](extending.md#a-family) shows how to add a family.
 """
 FAMILIES_END = """## What was verified
 
@@ -246,9 +246,8 @@ FAMILIES_END = """## What was verified
 Biased scores (ALiBi) need no table of positions, so nothing in a checkpoint ends at a length. JinaBERT takes texts of
 `max_position_embeddings` tokens, 8,192 in its published models. MosaicBERT takes those of `alibi_starting_size` tokens
 if this is more: as its model card says, raise it in config.json for longer texts. In both, a limit of the tokenizer
-(`model_max_length`) holds too. On CPUs a run
-never stores the biases or the scores of all pairs of tokens ([how](decisions/alibi-in-chunks.md)); on GPUs it stores
-both.
+(`model_max_length`) holds too. On CPUs a run never stores the biases or the scores of all pairs of tokens
+([how](decisions/alibi-in-chunks.md)); on GPUs it stores both.
 
 ## What is refused
 
@@ -273,9 +272,9 @@ def family_section(family: Any, shared: tuple[str, ...]) -> str:
         family: the family.
         shared: values of `model_type` of other families, under which it is published too.
     """
+    layer = {"num_hidden_layers": 1, "hidden_activation": "gelu", "feed_forward_type": "geglu"}
     per_layer, local = (
-        family.sites(SimpleNamespace(num_hidden_layers=1, layer_types=[kind], hidden_activation="gelu"))
-        for kind in ("full_attention", "sliding_attention")
+        family.sites(SimpleNamespace(**layer, layer_types=[kind])) for kind in ("full_attention", "sliding_attention")
     )
     limit = "max_position_embeddings" + (" - pad_token_id - 1" if family.counts_after_padding else "")
     padding = "PyTorch on GPUs in bfloat16" if family.runs_packed else "nowhere"
