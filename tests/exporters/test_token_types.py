@@ -150,12 +150,8 @@ def test_every_task_takes_types(graphs, models, name, engine):
 
 
 def test_the_same_passes_fire(graphs):
-    assert graphs("classify")["onnxruntime"].fusions == {
-        "rope": 2,
-        "attention": 1,
-        "projections": 1,
-        "skip_layer_norm": 2,
-    }
+    fired = {name: count for name, count in graphs("classify")["onnxruntime"].fusions.items() if count}
+    assert fired == {"rope": 2, "attention": 1, "projections": 1, "skip_layer_norm": 2}
 
 
 @pytest.mark.parametrize(("precision", "padding"), [("fp32", "remove"), ("fp16", "remove"), ("bf16", "keep")])

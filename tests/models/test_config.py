@@ -227,7 +227,7 @@ def test_a_missing_size_is_not_guessed(key, tmp_path):
         _read(tmp_path, fields)
 
 
-@pytest.mark.parametrize("model_type", ["distilbert", "nomic_bert", None, 3])
+@pytest.mark.parametrize("model_type", ["distilbert", "deberta", None, 3])
 def test_another_model_type_is_refused(model_type, tmp_path):
     with pytest.raises(ConfigError, match=f"model_type is {model_type!r}"):
         _read(tmp_path, {**PUBLISHED_BASE_EN, "model_type": model_type})

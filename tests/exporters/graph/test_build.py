@@ -152,7 +152,8 @@ def test_interface(graphs, name, inputs, answer):
 @pytest.mark.parametrize(("name", "layers"), [("embed", 2), ("rerank", 2), ("cls", 1), ("tokens", 1), ("all", 1)])
 def test_counts_follow_the_config(graphs, name, layers):
     per_layer = {"rope": 2, "attention": 1, "projections": 1, "skip_layer_norm": 2}
-    assert graphs(name).fusions == {key: count * layers for key, count in per_layer.items()}
+    fired = {key: count for key, count in graphs(name).fusions.items() if count}
+    assert fired == {key: count * layers for key, count in per_layer.items()}
 
 
 def _reference(folders: Any, name: str, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

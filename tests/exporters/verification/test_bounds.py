@@ -196,7 +196,11 @@ ADVICE = [
     ("fp32", {"onnxruntime": math.nan}, "PyTorch's numbers are finite, and these are not"),
     ("fp16", {"onnxruntime": math.nan}, "FP16 ends at 65,504.*Take bf16"),
     ("bf16", {"onnxruntime": 0.5}, "Take fp16, which has three bits more"),
-    ("int8", {"onnxruntime": 0.5}, r"Calibrate on texts like those that will be served \(--calibration\)"),
+    (
+        "int8",
+        {"onnxruntime": 0.5},
+        r"Calibrate on texts like those that will be served \(--calibration, or --languages multilingual",
+    ),
     ("int4-weight", {"onnxruntime": 0.5}, "Take a finer precision: int8-weight or fp32"),
 ]
 

@@ -128,8 +128,8 @@ def test_the_description(checkpoint):
 @pytest.mark.parametrize(
     ("passes", "expected"),
     [
-        ("PASSES", {"rope": 0, "attention": 3, "projections": 3, "skip_layer_norm": 6}),
-        ("MERGED_PASSES", {"rope": 0, "attention": 3, "qkv": 3, "up_gate": 0, "glu": 0, "skip_layer_norm": 6}),
+        ("PASSES", {"attention": 3, "projections": 3, "skip_layer_norm": 6}),
+        ("MERGED_PASSES", {"attention": 3, "qkv": 3, "skip_layer_norm": 6}),
     ],
 )
 def test_passes_fire_as_the_family_says(checkpoint, passes, expected):
@@ -140,7 +140,8 @@ def test_passes_fire_as_the_family_says(checkpoint, passes, expected):
     model = load_model(checkpoint)
     graph = trace(model, task="fill-mask", max_length=LENGTH, pooling=None, logits="masked", opset=20)
     chosen = getattr(fusion, passes)
-    assert fusion.fuse_graph(graph.clone(), sites=BERT.sites(model.config), passes=chosen) == expected
+    fired = fusion.fuse_graph(graph.clone(), sites=BERT.sites(model.config), passes=chosen)
+    assert {name: count for name, count in fired.items() if count} == expected
     # What the family does not list must not fire, and what it lists must.
     with pytest.raises(ExportError, match=r"'attention' fired 3 times, and this architecture has 0 sites"):
         fusion.fuse_graph(graph.clone(), sites={}, passes=chosen)
@@ -329,7 +330,7 @@ def test_a_classifier_with_a_pooler_is_not_guessed(tmp_path):
         torch.testing.assert_close(load_model(folder)(ids).logits, own(ids).logits)
 
     edit_config(folder, architectures=None)
-    with pytest.raises(ConfigError, match=r"architectures is None, .*\['BertForTokenClassification'\], or the task"):
+    with pytest.raises(ConfigError, match=r"architectures is None; .* or BertForTokenClassification, .*Name the task"):
         task_of(folder)
     assert type(load_model(folder, task="token-classify")).__name__ == "BertForTokenClassification"
     assert describe(folder, task="token-classify").spec.num_labels == 3

@@ -295,7 +295,8 @@ def test_passes_fire_as_the_family_says(passes, is_merged, activation, tmp_path)
     graph = trace(model, task="fill-mask", max_length=LIMIT, pooling=None, logits="masked", opset=20)
     fired = fusion.fuse_graph(graph, sites=NOMIC_BERT.sites(model.config), passes=getattr(fusion, passes))
     own = dict.fromkeys(("qkv", "up_gate", "glu") if is_merged else ("projections",), LAYERS)
-    assert fired == {"rope": 2 * LAYERS, "attention": LAYERS, "skip_layer_norm": 2 * LAYERS, **own}
+    wanted = {"rope": 2 * LAYERS, "attention": LAYERS, "skip_layer_norm": 2 * LAYERS, **own}
+    assert {name: count for name, count in fired.items() if count} == wanted
 
 
 def graph_inputs(places: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_predict_gives_the_logits_of_tokens(model, checkpoint):
     np.testing.assert_allclose(model.predict(TEXTS[1], activation_fn=torch.nn.Softmax(-1)), softmax, atol=1e-5)
     tensors = model.predict(list(TEXTS[:2]), convert_to_tensor=True)
     assert all(isinstance(each, torch.Tensor) for each in tensors)
-    with pytest.raises(InputError, match="classify model"):
+    with pytest.raises(InputError, match="this needs a classify or multi-vector model"):
         model.rank("a", ["b"])
 
 
