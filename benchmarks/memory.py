@@ -43,7 +43,7 @@ class Soak(LoadedBundle):
     def resident(self, texts: Sequence[str]) -> int:
         """Return the resident bytes after one call for each text."""
         for text in texts:
-            self.encode([text])
+            self.answer([text])
         return resident_bytes()
 
 

@@ -66,7 +66,8 @@ def test_every_target_compares_both_outputs(options, checkpoint, tmp_path):
 
 
 def test_int8_answers_stay_near(checkpoint, bundle_of):
-    bundle = bundle_of(checkpoint, task="hybrid", precision="int8")
+    # Without VNNI, sums of products overflow 16 bits unless weights have 7 bits.
+    bundle = bundle_of(checkpoint, task="hybrid", precision="int8", reduce_range=True)
     with gte_deploy.load(checkpoint, backend="torch", task="hybrid") as model:
         expected = model.encode_hybrid(list(TEXTS))
     for backend in ("onnx", "openvino"):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from factories import add_sparse_modules, make_checkpoint
+from factories import add_multi_vector_modules, add_sparse_modules, make_checkpoint
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.torch import TorchBackend
 from gte_deploy.core.spec import TASK_NAMES, SparseSpec
 from gte_deploy.exporters.verification.reference import TorchReference
-from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.checkpoint import load_described, load_model
 from gte_deploy.models.description import describe
 from gte_deploy.models.heads import HEADS, HeadOptions, make_heads, mean_pool
 
@@ -24,6 +24,9 @@ def checkpoints(tmp_path_factory):
         "token-classify": make_checkpoint(folder / "token-classify", task="token-classify", num_labels=4),
         "sparse": add_sparse_modules(make_checkpoint(folder / "sparse")),
         "hybrid": make_checkpoint(folder / "hybrid", task="token-classify", pooling="cls"),
+        "multi-vector": add_multi_vector_modules(
+            make_checkpoint(folder / "multi-vector", task="embed"), library="sentence-transformers"
+        ),
     }
 
 
@@ -40,10 +43,11 @@ def test_every_task_has_a_head(checkpoints):
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_backend_and_reference_compute_the_same(checkpoints, task):
     folder, batch = checkpoints[task], ragged_batch()
-    spec = describe(folder, task=task).spec
-    backend = TorchBackend(load_model(folder, task=spec.head_task), spec)
+    described = describe(folder, task=task)
+    spec = described.spec
+    backend = TorchBackend(load_described(described), spec)
     reference = TorchReference(
-        load_model(folder, task=spec.head_task), task=task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse
+        load_described(described), task=task, pooling=spec.pooling, logits=spec.logits, sparse=spec.sparse
     )
     right = reference.run(batch, ())
     found = backend.run(batch, backend.outputs)
