@@ -79,15 +79,28 @@ def environment() -> str:
 
 
 @pytest.fixture
-def run_script(environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`run_script(script, *arguments)` runs it in the `environment` and returns the folder with the answer.
-
-    Skips the test if there is no such environment. The environment "here" is this process, which has imported torch.
-    """
+def python(environment: str) -> Path | None:
+    """The interpreter of the `environment`, without which the test is skipped; None for "here"."""
     try:
-        python = None if environment == HERE else interpreter(environment)
+        return None if environment == HERE else interpreter(environment)
     except Unavailable as error:
         pytest.skip(f"consumers in {environment}: {error}")
+
+
+@pytest.fixture
+def variables() -> dict[str, str]:
+    """The variables of a process in an environment: this project can be imported, and the hub is not asked."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def run_script(
+    python: Path | None, variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`run_script(script, *arguments)` runs it in the `environment` and returns the folder with the answer.
+
+    The environment "here" is this process, which has imported torch.
+    """
 
     def run(script: str, *arguments: str | os.PathLike[str]) -> Path:
         command = [str(SCRIPTS / script), *map(os.fspath, arguments)]
@@ -96,7 +109,6 @@ def run_script(environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(sys, "argv", command)
             runpy.run_path(command[0], run_name="__main__")
             return tmp_path
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         ended = subprocess.run(
             [python, *command], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=TIMEOUT_S
         )

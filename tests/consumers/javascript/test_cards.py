@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -13,10 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from environments import Unavailable, interpreter
 from family_checkpoints import make_embedder
 
-ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["The panda is a bear.", "It rains."]
 pytestmark = pytest.mark.consumers
 
@@ -55,14 +52,12 @@ def numbers(printed: str, like: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.array(found, np.float32).reshape(like.shape)
 
 
-def test_sentence_transformers(checkpoint: Path, bundle_of: Callable[..., Path], tmp_path: Path) -> None:
-    try:
-        python = interpreter("onnx")
-    except Unavailable as error:
-        pytest.skip(f"sentence-transformers[onnx]: {error}")
+@pytest.mark.parametrize("environment", ["onnx"])
+def test_sentence_transformers(
+    python: Path, checkpoint: Path, bundle_of: Callable[..., Path], variables: dict[str, str], tmp_path: Path
+) -> None:
     bundle = bundle_of(checkpoint)
     code = program(bundle, "python", "sentence_transformers").replace("MODEL", str(bundle))
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-4000:]
     wanted = expected(checkpoint)
