@@ -72,8 +72,9 @@ class Target(ABC):
 
     @property
     def languages(self) -> "Languages":
-        """The languages of the built-in texts that the accuracy is measured on."""
-        return "auto"
+        """The languages of the built-in texts that the accuracy is measured on, which options for INT8 may name."""
+        named: Languages = getattr(self.options, "languages", "auto")
+        return named
 
     def check(self, precision: Precision) -> None:
         """Refuse options that contradict each other, before anything is read.

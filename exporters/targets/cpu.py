@@ -138,11 +138,6 @@ class CpuTarget(Target):
     Options: ClassVar[type] = CpuOptions
     options: CpuOptions
 
-    @property
-    def languages(self) -> "Languages":
-        """The languages that the options name."""
-        return self.options.languages
-
     def check(self, precision: Precision) -> None:
         """Check that the calibration texts can be read."""
         super().check(precision)

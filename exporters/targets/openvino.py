@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.checks import Check
-    from gte_deploy.exporters.verification.texts import Languages
 
 
 class OpenVinoTarget(Target):
@@ -37,11 +36,6 @@ class OpenVinoTarget(Target):
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8")
     Options: ClassVar[type] = OpenVinoOptions
     options: OpenVinoOptions
-
-    @property
-    def languages(self) -> "Languages":
-        """The languages that the options name."""
-        return self.options.languages
 
     def check(self, precision: Precision) -> None:
         """Check that the calibration texts can be read."""

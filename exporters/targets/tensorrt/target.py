@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
     from gte_deploy.exporters.targets.tensorrt.precision import QuantizedGemms
     from gte_deploy.exporters.verification.accuracy import Runs
-    from gte_deploy.exporters.verification.texts import Languages
 
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
@@ -60,11 +59,6 @@ class TensorRTTarget(Target):
     def layout(self) -> TextLayout:
         """How the engine's tensors hold texts."""
         return TEXT_LAYOUTS[self.options.padding]
-
-    @property
-    def languages(self) -> "Languages":
-        """The languages that the options name."""
-        return self.options.languages
 
     def check(self, precision: Precision) -> None:
         """Check the calibration texts, the calibrator and the source of the profiles."""
