@@ -10,16 +10,20 @@ model.encode(["a text", "another"])
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
+from gte_deploy.core.calls import Call, JoinOptions, Usage
 from gte_deploy.core.errors import (
     BackendError,
     BundleError,
+    CancelledCallError,
     CheckpointError,
     ConfigError,
+    DeadlineError,
     ExportError,
     GteDeployError,
     InputError,
     MissingDependencyError,
     NonFiniteError,
+    OverloadedError,
     ParityError,
     UnavailableError,
 )
@@ -32,16 +36,22 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendError",
     "BundleError",
+    "Call",
+    "CancelledCallError",
     "CheckpointError",
     "ConfigError",
+    "DeadlineError",
     "ExportError",
     "GteDeployError",
     "InputError",
+    "JoinOptions",
     "MissingDependencyError",
     "Model",
     "NonFiniteError",
+    "OverloadedError",
     "ParityError",
     "UnavailableError",
+    "Usage",
     "__version__",
     "load",
 ]

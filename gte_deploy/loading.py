@@ -15,6 +15,7 @@ from gte_deploy.backends.base import Backend
 from gte_deploy.backends.choice import ASKED, ENGINE_OF, EngineChoice, choose_engine, is_for_gpus, streams_of
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.graphs import graph_files
+from gte_deploy.backends.joining import JoiningBackend
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
 from gte_deploy.backends.stream_plan import StreamPlan, stream_count
 from gte_deploy.backends.streams import StreamedBackend
@@ -29,6 +30,7 @@ from gte_deploy.bundle.manifest import (
     open_bundle,
     read_manifest,
 )
+from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.cpus import MAX_THREADS
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.files import cache_folder
@@ -48,7 +50,8 @@ from gte_deploy.core.spec import (
 from gte_deploy.model import Model, Origin
 from gte_deploy.models import BUILTIN_NAME
 from gte_deploy.tasks import TASKS
-from gte_deploy.text.inputs import check_integer
+from gte_deploy.text.batching import BatchLimits
+from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ def load(
     max_batch_tokens: int | None = None,
     streams: int | Literal["auto"] = "auto",
     compile: bool = False,
+    join_calls: bool | JoinOptions = False,
     task: TaskName | Literal["auto"] = "auto",
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -100,6 +104,9 @@ def load(
             one batch after the other. A bundle on onnx or openvino and a CPU can have several. On openvino they take a
             second copy of the weights, so "auto" has one there unless `bench --pick` recorded several.
         compile: whether torch compiles the model during its first batches; only for backend "torch".
+        join_calls: whether calls of several threads share batches (docs/processes.md): while one is computed, the texts
+            that come meanwhile become the next. `JoinOptions` bounds how many tokens wait. A joined batch has at most
+            `max_batch_tokens`, whatever the calls say.
         task: task to load a checkpoint for, one of `spec.TASK_NAMES`; "auto" is the task that it was trained for. A
             bundle has one task, and any other is refused.
         revision: branch, tag or commit on the hub; None is the default branch.
@@ -117,12 +124,15 @@ def load(
         parse_device(device)
     if num_threads is not None:
         num_threads = check_integer("num_threads", num_threads, 1, MAX_THREADS)
+    if max_batch_tokens is not None:
+        max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
     check_choice("backend", backend, BACKENDS)
     if precision is not None:
         check_choice("precision", precision, LOAD_PRECISIONS)
     asked = None if precision == "auto" else precision
     check_choice("task", task, ("auto", *TASKS))
     wanted = stream_count(streams)
+    joins = _join_options(join_calls)
     folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token)
     if compile and is_bundle(folder):
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
@@ -143,20 +153,35 @@ def load(
         "max_batch_tokens": max_batch_tokens,
         "streams": streams,
         "compile": compile,
+        "join_calls": join_calls,
         "task": task,
     }
     where = None if path is None or str(path) == BUILTIN_NAME else str(folder.absolute())
     usual = opened.batch_tokens or _MAX_BATCH_TOKENS[parse_device(engine.device)[0]]
+    tokens = usual if max_batch_tokens is None else max_batch_tokens
+    if joins is not None:
+        engine = JoiningBackend(
+            engine, opened.spec, BatchLimits(MAX_BATCH_SIZE, tokens, opened.spec.max_length**2), joins
+        )
     return Model(
         engine,
         opened.tokenizer,
         opened.spec,
-        max_batch_tokens=usual if max_batch_tokens is None else max_batch_tokens,
+        max_batch_tokens=tokens,
         path=folder,
         backend_reason=opened.reason,
         query_weights=_query_weights(folder, opened.spec, opened.tokenizer),
         origin=Origin(load_again, (where, opened.checksum, options), opened.reopen),
     )
+
+
+def _join_options(join_calls: object) -> JoinOptions | None:
+    """Check the argument `join_calls` of `load`; None for no joining."""
+    if isinstance(join_calls, bool):
+        return JoinOptions() if join_calls else None
+    if isinstance(join_calls, JoinOptions):
+        return join_calls
+    raise InputError(f"join_calls is {join_calls!r}; expected True, False or gte_deploy.JoinOptions(…)")
 
 
 def load_again(path: str | None, checksum: str | None, options: Mapping[str, Any]) -> Model:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from gte_deploy.backends.base import WARM_SHAPES, Backend, Batch, LanedBackend
 from gte_deploy.backends.checks import check_finite
 from gte_deploy.backends.choice import precision_of
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.joining import JoiningBackend
+from gte_deploy.backends.stream_plan import StreamPlan
 from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
+from gte_deploy.core.calls import Call, Usage, current_call
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.forking import follow, in_use
 from gte_deploy.core.lanes import Result, in_lanes
@@ -160,6 +164,11 @@ class Model(TextInterface):
         return self._backend.name
 
     @property
+    def joining(self) -> JoiningBackend | None:
+        """The queue of a model that was loaded with `join_calls`: what waits now, and observers; None without one."""
+        return self._backend if isinstance(self._backend, JoiningBackend) else None
+
+    @property
     def device(self) -> str:
         """Device of the backend, such as "cpu" or "cuda:0"."""
         return self._backend.device
@@ -193,9 +202,10 @@ class Model(TextInterface):
 
     def _streams(self) -> dict[str, Any]:
         """Return the number of batches of a list that are computed at once, and the CPU threads of each."""
-        if isinstance(self._backend, StreamedBackend):
-            return dataclasses.asdict(self._backend.plan)
-        return {"streams": self._lanes, "threads": self._backend.num_threads}
+        engine = self._backend.inner if isinstance(self._backend, JoiningBackend) else self._backend
+        if isinstance(engine, StreamedBackend):
+            return dataclasses.asdict(engine.plan)
+        return {"streams": getattr(engine, "lanes", 1), "threads": engine.num_threads}
 
     def warm_up(self, lengths: Sequence[int] | None = None, rows: Sequence[int] | None = None) -> "WarmUp":
         """Run typical batches, so that later calls find kernels compiled, memory reserved and CUDA graphs captured.
@@ -428,9 +438,9 @@ class Model(TextInterface):
         self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
     ) -> BatchOptions:
         options = super()._batch_options(batch_size, max_batch_tokens, truncation, max_length)
-        if not isinstance(self._backend, StreamedBackend):
+        plan = self._plan
+        if plan is None:
             return options
-        plan = self._backend.plan
         limits = dataclasses.replace(
             options.limits,
             streams=plan.streams,
@@ -441,17 +451,25 @@ class Model(TextInterface):
 
     def _in_lanes(self, work: Callable[[TokenBatch], Result], batches: TokenIds) -> Iterator[Result]:
         """Yield `work(batch)` for each batch of a call, in their order; several are worked on at once."""
-        if not isinstance(self._backend, StreamedBackend):
+        if self.joining is not None and current_call() is None:
+            # A bounded queue takes all batches of a method or none of them.
+            work = partial(_in_call, Call(), work)
+        plan, most = self._plan, self._max_batch_tokens
+        if plan is None:
             return in_lanes(work, batches, self._lanes)
-        most = self._max_batch_tokens
         return in_lanes(
             work,
             batches,
             self._lanes,
-            fewest=self._backend.plan.fewest_batches,
+            fewest=plan.fewest_batches,
             # One thread would take longer for a long text than all threads for the rest of the list.
             alone=lambda batch: len(batch[1][0]) > most,
         )
+
+    @property
+    def _plan(self) -> StreamPlan | None:
+        """How the batches of a list are computed at once on streams, if the engine has some."""
+        return getattr(self._backend, "plan", None)
 
     @property
     def _lanes(self) -> int:
@@ -465,8 +483,13 @@ class Model(TextInterface):
         indices: Sequence[int],
         counted: NDArray[np.bool_] | None = None,
     ) -> Outputs:
+        call = current_call()
+        values: Outputs
         with in_use():
-            values = self._backend.run(batch, outputs)
+            if call is None or self.joining is not None:
+                values = self._backend.run(batch, outputs)
+            else:
+                values = _run_for(call, self._backend, batch, outputs)
         check_finite(values, batch, indices, counted)
         return values
 
@@ -519,3 +542,18 @@ class Model(TextInterface):
             raise InputError(
                 f"this model is on {self.device!r}, not {str(device)!r}; load it with gte_deploy.load(…, device=…)"
             )
+
+
+def _in_call(call: Call, work: Callable[[TokenBatch], Result], batch: TokenBatch) -> Result:
+    with call:
+        return work(batch)
+
+
+def _run_for(call: Call, backend: Backend, batch: Batch, outputs: Sequence[str]) -> Outputs:
+    """Run a batch for a call that may be over already, and add its cost."""
+    call.check()
+    started = time.perf_counter()
+    values = backend.run(batch, outputs)
+    rows, tokens = len(batch.input_ids), int(batch.attention_mask.sum())
+    call.add(Usage(rows, tokens, batch.input_ids.size, 1, 0.0, time.perf_counter() - started))
+    return values

@@ -36,7 +36,7 @@ LANGUAGES = {".py": "python", ".mjs": "javascript", ".html": "html"}
 NOTICE = "<!-- Written by tools/generate_docs.py: change the docstrings or the options, then run `make docs`. -->"
 # The installed commands -> module:function.
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-INTERNAL = ("after_fork",)  # public by name, but called by the package itself
+INTERNAL = ("after_fork", "add", "watch", "unwatch")  # public by name, but called by the package itself
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -153,6 +153,8 @@ def api_page() -> str:
     parts += class_sections(
         "gte_deploy.text.model_tokenizer", "ModelTokenizer", variable="model.tokenizer", constructor=False
     )
+    parts += class_sections("gte_deploy", "Call", variable="call", constructor=True)
+    parts += [section(f"## gte_deploy.{name}", *find("gte_deploy", name)) for name in ("Usage", "JoinOptions")]
     parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
     for module, name in EXPORT:
         parts.append(section(f"## {module}.{name}", *find(module, name)))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Backend, Batch
 from gte_deploy.backends.devices import parse_device
+from gte_deploy.backends.joining import JoiningBackend
 from gte_deploy.backends.torch import TorchBackend
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.forking import keep_for_good
@@ -86,6 +87,8 @@ class ReopenedBackend:
 
 def after_fork(inherited: Backend, reopen: Reopen | None, *, idle: bool) -> Backend:
     """The backend that replaces `inherited` in a forked child; `idle` says that no engine computed at the fork."""
+    if isinstance(inherited, JoiningBackend):
+        return inherited.over(after_fork(inherited.inner, reopen, idle=idle))
     refusal = None
     if parse_device(inherited.device)[0] != "cpu":
         refusal = _refusal(inherited, "CUDA does not survive a fork")

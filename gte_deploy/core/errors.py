@@ -41,6 +41,22 @@ class UnavailableError(BackendError):
     """A server cannot be reached, is overloaded, or did not answer in time; the same call may succeed later."""
 
 
+class OverloadedError(UnavailableError):
+    """Too many tokens wait, so the call was refused at once; `retry_after_s` estimates when they are computed."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(UnavailableError):
+    """The deadline of a call passed; nothing of it waits any more."""
+
+
+class CancelledCallError(GteDeployError, RuntimeError):
+    """The caller has cancelled the call; nothing of it waits any more."""
+
+
 class MissingDependencyError(GteDeployError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

@@ -9,11 +9,13 @@ This covers `os.fork`, `os.forkpty` and multiprocessing. A process that `subproc
 inherits nothing.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -47,11 +49,15 @@ class _Gate(AbstractContextManager[None]):
         self._idle = True
 
     def __enter__(self) -> None:
+        self.enter()
+
+    def enter(self, *, waits: bool = True) -> None:
+        """Go inside; by default, wait for a fork that waits for others."""
         if self._pid != os.getpid():  # C code forked without Python's hooks
             self.after_in_child()
         me = threading.get_ident()
         with self._changed:
-            while self._forks and me not in self._inside:
+            while waits and self._forks and me not in self._inside:
                 self._changed.wait()
             self._inside[me] = self._inside.get(me, 0) + 1
 
@@ -95,6 +101,16 @@ if hasattr(os, "register_at_fork"):
 def in_use() -> AbstractContextManager[None]:
     """A `with` block for the work of an engine: no other thread forks inside it. Blocks may be nested."""
     return _gate
+
+
+@contextlib.contextmanager
+def in_use_for_others() -> Iterator[None]:
+    """A `with` block of a thread that computes for threads inside `in_use`: a fork waits for them, so it must go on."""
+    _gate.enter(waits=False)
+    try:
+        yield
+    finally:
+        _gate.__exit__()
 
 
 def follow(follower: Follower) -> None:

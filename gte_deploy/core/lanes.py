@@ -1,5 +1,7 @@
 """Works on several items at once, and gives the results in the order of the items."""
 
+import contextlib
+import contextvars
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,16 @@ def in_a_lane() -> bool:
     return getattr(_here, "in_a_lane", False)
 
 
+@contextlib.contextmanager
+def as_lane(is_lane: bool) -> Iterator[None]:
+    """A `with` block in which the calling thread counts as one of several, as for `in_lanes`, or as before."""
+    before, _here.in_a_lane = in_a_lane(), is_lane or in_a_lane()
+    try:
+        yield
+    finally:
+        _here.in_a_lane = before
+
+
 def in_lanes(
     work: Callable[[Item], Result],
     items: Iterable[Item],
@@ -31,8 +43,8 @@ def in_lanes(
 
     A single lane, and fewer than `fewest` items, need no thread: the caller's does the work. So it does for the first
     items as long as `alone` holds for them, one at a time. Otherwise each lane is a thread, and `items` is read up to
-    `lanes` items ahead. The first error in the order of the items is raised; then, and if the caller stops early, items
-    that are not begun are left out, and the threads end.
+    `lanes` items ahead; context variables are those of the caller. The first error in the order of the items is raised;
+    then, and if the caller stops early, items that are not begun are left out, and the threads end.
     """
     if lanes == 1:
         yield from map(work, items)
@@ -50,7 +62,7 @@ def in_lanes(
         waiting: deque[Future[Result]] = deque()
         try:
             for item in chain(first, source):
-                waiting.append(pool.submit(work, item))
+                waiting.append(pool.submit(contextvars.copy_context().run, work, item))
                 if len(waiting) > lanes:  # one more than is worked on, so that no lane waits for the caller
                     yield waiting.popleft().result()
             while waiting:

@@ -79,6 +79,23 @@ class BatchLimits:
         share = math.ceil(total / batches + total / len(lengths) / 2)
         return min(self.max_tokens, max(self.least_tokens, share))
 
+    def allow(self, rows: int, longest: int, real: int, most: int) -> bool:
+        """Whether a batch of so many rows, of which the longest has so many tokens, is within the bounds.
+
+        Args:
+            rows: the number of rows.
+            longest: tokens of the longest row.
+            real: tokens of all rows, without padding.
+            most: the most tokens, padding included.
+        """
+        padded = rows * longest
+        return (
+            rows <= self.max_rows
+            and padded <= most
+            and padded * longest <= self.max_square
+            and padded - real <= self.max_tokens * _PADDING_SHARE
+        )
+
 
 def token_batches(
     sizes: Mapping[int, float], tokenize: Callable[[list[int]], list[list[int]]], limits: BatchLimits
@@ -109,7 +126,7 @@ def plan_batches(lengths: Sequence[int], limits: BatchLimits) -> Iterator[list[i
     longest = real = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
-        if group and not _fits(len(group) + 1, longest, real + length, most, limits):
+        if group and not limits.allow(len(group) + 1, longest, real + length, most):
             yield group
             group, longest, real = [], 0, 0
         longest = longest or length
@@ -152,13 +169,3 @@ def _types(rows: Sequence[Sequence[int]], attention_mask: NDArray[np.int64]) -> 
             kinds, counts = zip(*row.type_runs, strict=True)
             types[index, : len(row)] = np.repeat(kinds, counts)
     return types
-
-
-def _fits(rows: int, longest: int, real: int, most: int, limits: BatchLimits) -> bool:
-    padded = rows * longest
-    return (
-        rows <= limits.max_rows
-        and padded <= most
-        and padded * longest <= limits.max_square
-        and padded - real <= limits.max_tokens * _PADDING_SHARE
-    )

@@ -76,12 +76,13 @@ BOTH = {
 MODEL_ALONE = {
     "backend": None,
     "decode": "(self, embeddings, top_k=None)",
+    "joining": None,
     "tokenize": "(self, texts, *, truncation=False, max_length=None)",
     "warm_up": "(self, lengths=None, rows=None)",
 }
 LOAD = (
     "(path=None, *, backend='auto', precision='auto', device=None, num_threads=None, max_batch_tokens=None, "
-    "streams='auto', compile=False, task='auto', revision=None, cache_dir=None, token=None)"
+    "streams='auto', compile=False, join_calls=False, task='auto', revision=None, cache_dir=None, token=None)"
 )
 CLIENT = (
     "(url='http://localhost:8000', *, timeout_s=60.0, connections=8, max_batch_tokens=16384, headers=None, "

@@ -25,10 +25,9 @@ from gte_deploy.backends.streams import StreamedBackend, _Turns
 from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.lanes import in_lanes
+from waiting import WAIT_S, wait_until
 
 pytest.importorskip("onnxruntime")
-
-WAIT_S = 10
 
 
 class Engine:
@@ -84,13 +83,6 @@ def run(backend, tokens):
 
 def in_list(backend, sizes, lanes=2):
     return list(in_lanes(lambda tokens: run(backend, tokens), sizes, lanes))
-
-
-def wait_until(condition):
-    end = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.001)
 
 
 def test_single_batches_keep_all_threads_and_never_open_the_streams():
