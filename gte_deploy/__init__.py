@@ -32,6 +32,8 @@ from gte_deploy.core.quiet import turn_off_telemetry
 if TYPE_CHECKING:
     from gte_deploy.loading import load
     from gte_deploy.model import Model
+    from gte_deploy.tasks.chunks import ChunkEmbeddings
+    from gte_deploy.text.chunking import SentenceChunks, TokenChunks
 
 __all__ = [
     "BackendError",
@@ -39,6 +41,7 @@ __all__ = [
     "Call",
     "CancelledCallError",
     "CheckpointError",
+    "ChunkEmbeddings",
     "ConfigError",
     "DeadlineError",
     "ExportError",
@@ -50,6 +53,8 @@ __all__ = [
     "NonFiniteError",
     "OverloadedError",
     "ParityError",
+    "SentenceChunks",
+    "TokenChunks",
     "UnavailableError",
     "Usage",
     "__version__",
@@ -59,7 +64,13 @@ __all__ = [
 turn_off_telemetry()
 
 # Imported on first use: numpy and tokenizers would triple the time of `import gte_deploy` in every command.
-_LAZY = {"load": "gte_deploy.loading", "Model": "gte_deploy.model"}
+_LAZY = {
+    "load": "gte_deploy.loading",
+    "Model": "gte_deploy.model",
+    "ChunkEmbeddings": "gte_deploy.tasks.chunks",
+    "SentenceChunks": "gte_deploy.text.chunking",
+    "TokenChunks": "gte_deploy.text.chunking",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from gte_deploy.cli_options import (
     ArrayOptions,
     BatchingOptions,
     BenchOptions,
+    ChunkingOptions,
     ClassifyTokensOptions,
     EncodeHybridOptions,
     EncodeOptions,
@@ -112,10 +113,19 @@ def _encode(given: Given) -> None:
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder does not exist")
     arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
+    arguments |= (chunking := read_options(ChunkingOptions, given).arguments())
+    if chunking and output is not None:
+        raise InputError("--output holds one embedding for each text, and --chunks gives several; leave one out")
     with _load(given) as model:
         if model.spec.task == "sparse":
             raise InputError(f"{model.path} is made for sparse embeddings: use {_PROG} encode-sparse")
         embeddings = model.encode(texts, show_progress_bar=sys.stderr.isatty(), **arguments)
+    if chunking:
+        from gte_deploy.tasks.chunks import chunk_records
+
+        for record in chunk_records(embeddings):
+            print(json.dumps(record))
+        return
     if output is None:
         for embedding in embeddings.tolist():
             print(json.dumps(embedding))
@@ -334,8 +344,8 @@ _COMMANDS = {
     ),
     "encode": _Command(
         _encode,
-        "Embed each text: one JSON list a line, or a .npy file.",
-        (TextOptions, ArrayOptions, PromptOptions, EncodeOptions, *_ANY_MODEL),
+        "Embed each text, or its chunks: one JSON list or object a line, or a .npy file.",
+        (TextOptions, ArrayOptions, PromptOptions, EncodeOptions, ChunkingOptions, *_ANY_MODEL),
     ),
     "encode-sparse": _Command(
         _encode_sparse,

@@ -6,8 +6,9 @@ what was given. Importing this module loads neither numpy nor an engine, so that
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option, required
 from gte_deploy.core.spec import (
     AGGREGATION_STRATEGIES,
@@ -26,6 +27,9 @@ from gte_deploy.core.spec import (
     SparseRoute,
 )
 from gte_deploy.tuning import DEFAULT_SHAPES
+
+if TYPE_CHECKING:
+    from gte_deploy.text.chunking import ChunkRule
 
 
 def _word_or_integer(text: str) -> int | str:
@@ -142,6 +146,52 @@ class EncodeOptions:
     precision: EmbeddingPrecision = option(
         "float32", "type of the numbers in an embedding", choices=EMBEDDING_PRECISIONS
     )
+
+
+@dataclass(frozen=True)
+class ChunkingOptions:
+    """The chunks of each text to embed."""
+
+    chunks: str | None = option(
+        None,
+        "embed chunks of each text, of N tokens (tokens:N) or of whole sentences up to N tokens (sentences:N); prints "
+        "the text's number, start, end and embedding",
+        metavar="KIND:N",
+    )
+    chunk_overlap: int | None = option(
+        None, "tokens that neighbouring chunks of --chunks tokens:N share (default: 0)", metavar="N", parse=int
+    )
+    window_overlap: int | None = option(
+        None,
+        "with --chunks, tokens that windows of a text above the limit share (default: a tenth of a window)",
+        metavar="N",
+        parse=int,
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `Model.encode`; none without `chunks`.
+
+        Raises:
+            InputError: `chunks` has another form, or an overlap is given without the chunks that it is for.
+        """
+        if self.chunks is None:
+            for flag, value in (("--chunk-overlap", self.chunk_overlap), ("--window-overlap", self.window_overlap)):
+                if value is not None:
+                    raise InputError(f"{flag} is for chunks; pass --chunks, too")
+            return {}
+        return {"chunks": self._rule(self.chunks), "window_overlap": self.window_overlap}
+
+    def _rule(self, chunks: str) -> "ChunkRule":
+        from gte_deploy.text.chunking import SentenceChunks, TokenChunks
+
+        kind, _, size = chunks.partition(":")
+        if kind not in ("tokens", "sentences") or not (size.isascii() and size.isdigit()):
+            raise InputError(f"--chunks is {chunks!r}; expected tokens:N or sentences:N, such as tokens:256")
+        if kind == "tokens":
+            return TokenChunks(int(size), self.chunk_overlap or 0)
+        if self.chunk_overlap is not None:
+            raise InputError("--chunk-overlap is for --chunks tokens:N; whole sentences do not overlap")
+        return SentenceChunks(int(size))
 
 
 @dataclass(frozen=True)

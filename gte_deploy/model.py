@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from gte_deploy.core.lanes import Result, in_lanes
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Outputs, Request
+from gte_deploy.tasks.chunks import ChunkedTexts, ChunkRequest, ChunkSums, Window, windows_of
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, split_by_masks
@@ -304,6 +305,29 @@ class Model(TextInterface):
 
     def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         return self._answers(request, self._token_ids(texts, options))
+
+    def _chunk_batches(self, request: ChunkRequest, given: ChunkedTexts, options: BatchOptions) -> Batches:
+        limit = self._limit(options.max_length, self._tokenizer.min_length)
+        for group in given.groups(list(distinct(given.keys))):
+            documents = request.documents(given, group, self._tokenizer, limit=limit, truncation=options.truncation)
+            yield from request.answers(documents, self._window_sums(windows_of(documents), options.limits))
+
+    def _window_sums(self, windows: Mapping[int, Window], limits: BatchLimits) -> Iterator[tuple[Window, ChunkSums]]:
+        """Yield each window with its `sums`, in any order."""
+        if not windows:
+            return
+        sizes = {number: window.end - window.first for number, window in windows.items()}
+        batches = token_batches(sizes, lambda numbers: [windows[i].row for i in numbers], limits)
+
+        def compute(item: TokenBatch) -> list[tuple[Window, ChunkSums]]:
+            numbers, rows = item
+            batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
+            chosen = [windows[number] for number in numbers]
+            states = self._run(batch, (HIDDEN,), [window.document.index for window in chosen])[HIDDEN]
+            return [(window, window.sums(row)) for window, row in zip(chosen, states, strict=True)]
+
+        for found in self._in_lanes(compute, batches):
+            yield from found
 
     def _sparse_batches(self, request: SparseRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:
         names = entry_names(self._tokenizer, self.spec)

@@ -155,6 +155,10 @@ def api_page() -> str:
     )
     parts += class_sections("gte_deploy", "Call", variable="call", constructor=True)
     parts += [section(f"## gte_deploy.{name}", *find("gte_deploy", name)) for name in ("Usage", "JoinOptions")]
+    parts += [
+        section(f"## gte_deploy.{name}", *find("gte_deploy", name))
+        for name in ("TokenChunks", "SentenceChunks", "ChunkEmbeddings")
+    ]
     parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
     for module, name in EXPORT:
         parts.append(section(f"## {module}.{name}", *find(module, name)))

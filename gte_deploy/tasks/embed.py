@@ -97,13 +97,18 @@ class EmbeddingRequest:
     def assemble(self, results: list[Any], *, single: bool) -> Any:
         """Return all rows, in the caller's order, in the requested form."""
         if self.output_value == "sentence_embedding":
-            embeddings = quantize(np.stack(results), self.precision)
-            whole = embeddings if self.return_type == "numpy" else import_torch().from_numpy(embeddings)
-            if self.return_type == "list of tensors":
-                whole = list(whole)
+            whole = self.in_form(np.stack(results))
         else:
             whole = results if self.return_type == "numpy" else [_as_tensors(result) for result in results]
         return whole[0] if single else whole
+
+    def in_form(self, embeddings: NDArray[np.float32]) -> Any:
+        """Return finished embeddings [N, D] in the requested precision and type."""
+        quantized = quantize(embeddings, self.precision)
+        if self.return_type == "numpy":
+            return quantized
+        tensor = import_torch().from_numpy(quantized)
+        return list(tensor) if self.return_type == "list of tensors" else tensor
 
     def pooled(self, attention_mask: NDArray[np.int64], outputs: Outputs) -> NDArray[np.float32]:
         """Return pooled states [B, D]: the graph's own, or the pooling of its hidden states."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack, overload
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choice
@@ -28,6 +28,7 @@ from gte_deploy.core.spec import (
 )
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import ReturnType
+from gte_deploy.tasks.chunks import ChunkedTexts, ChunkEmbeddings, ChunkRequest, ChunkSpec
 from gte_deploy.tasks.classify import ActivationFn, ScoreRequest, former_arguments, refuse_processes
 from gte_deploy.tasks.drop_in import DropIn
 from gte_deploy.tasks.embed import EmbeddingRequest, OutputValue
@@ -72,6 +73,25 @@ class BatchOptions:
     max_length: int | None
 
 
+class ChunkOptions(TypedDict, total=False):
+    """The options of `TextInterface.encode` that `chunks` may have beside it."""
+
+    prompt_name: str | None
+    prompt: str | None
+    batch_size: int
+    show_progress_bar: bool | None
+    precision: EmbeddingPrecision | None
+    convert_to_numpy: bool
+    convert_to_tensor: bool | None
+    device: str | None
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    truncation: bool
+    max_length: int | None
+    max_batch_tokens: int | None
+    window_overlap: int | None
+
+
 class TextInterface(DropIn, ABC):
     """Takes texts and gives answers, computed here or on a server."""
 
@@ -100,6 +120,7 @@ class TextInterface(DropIn, ABC):
     ) -> None:
         self.close()
 
+    @overload
     def encode(
         self,
         inputs: str | Sequence[str] | None = None,
@@ -125,6 +146,47 @@ class TextInterface(DropIn, ABC):
         convert_to_sparse_tensor: bool | None = None,
         save_to_cpu: bool = False,
         max_active_dims: int | None = None,
+        chunks: None = None,
+        window_overlap: None = None,
+    ) -> Any: ...
+
+    @overload
+    def encode(  # type: ignore[overload-overlap]  # a text counts as a sequence of texts, too
+        self, inputs: str, *, chunks: ChunkSpec, **options: Unpack[ChunkOptions]
+    ) -> ChunkEmbeddings: ...
+
+    @overload
+    def encode(
+        self, inputs: Sequence[str], *, chunks: ChunkSpec, **options: Unpack[ChunkOptions]
+    ) -> list[ChunkEmbeddings]: ...
+
+    def encode(
+        self,
+        inputs: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        output_value: OutputValue | None = "sentence_embedding",
+        precision: EmbeddingPrecision | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool | None = None,
+        device: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        *,
+        pooling: Pooling | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        sentences: str | Sequence[str] | None = None,
+        convert_to_sparse_tensor: bool | None = None,
+        save_to_cpu: bool = False,
+        max_active_dims: int | None = None,
+        chunks: ChunkSpec | None = None,
+        window_overlap: int | None = None,
     ) -> Any:
         """Return embeddings. The arguments are those of SentenceTransformer.encode.
 
@@ -156,6 +218,13 @@ class TextInterface(DropIn, ABC):
             convert_to_sparse_tensor: for a sparse model, see `encode_sparse`.
             save_to_cpu: for a sparse model, without effect.
             max_active_dims: for a sparse model, see `encode_sparse`.
+            chunks: embed the chunks of each text (late chunking): one text gives a `ChunkEmbeddings`, a list of texts a
+                list of them. `TokenChunks(256, overlap=0)` and `SentenceChunks(256)` are rules; or give (start, end) of
+                each chunk of the text, for a list of texts a list of such lists. A chunk's embedding is the mean of its
+                tokens' states, special tokens and the prompt left out; the whole text takes part in the attention.
+                There is no longest text: one above `max_length` is computed in windows, unless `truncation` is on.
+            window_overlap: with `chunks`, tokens that neighbouring windows of a long text share, at most half a window;
+                by default a tenth.
 
         Raises:
             InputError: an input is not a text, is too long, has more than `inputs.MAX_TEXT_BYTES` or has a lone
@@ -167,9 +236,10 @@ class TextInterface(DropIn, ABC):
         """
         self._check_device(device)
         refuse_processes(pool, chunk_size)
+        default_pooling = self.spec.pooling if chunks is None else "mean"
         request = EmbeddingRequest(
             self.spec,
-            pooling=self.spec.pooling if pooling is None else pooling,
+            pooling=default_pooling if pooling is None else pooling,
             output_value=output_value,
             precision=precision or "float32",
             return_type=return_type(convert_to_numpy, bool(convert_to_tensor)),
@@ -181,7 +251,11 @@ class TextInterface(DropIn, ABC):
                 f"{self._name} embeds queries and documents in different ways: use encode_query, encode_document, or "
                 "encode_multi_vector with is_query"
             )
+        if window_overlap is not None and chunks is None:
+            raise InputError("window_overlap is for chunks; pass chunks, too, or leave it out")
         if self.spec.task == "sparse":
+            if chunks is not None:
+                raise InputError(f"{self._name} is made for sparse embeddings, which have no chunks; leave chunks out")
             self._refuse_dense_options(request)
             return self.encode_sparse(
                 one_of(inputs, sentences),
@@ -201,9 +275,15 @@ class TextInterface(DropIn, ABC):
                 "convert_to_sparse_tensor and max_active_dims are for sparse models, and "
                 f"{self._name} is made for {self.spec.task}"
             )
-        request.check()
+        of_chunks = None if chunks is None else ChunkRequest(request, chunks, window_overlap)
+        (of_chunks or request).check()
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
-        texts, single = as_texts(one_of(inputs, sentences), prompt=prompt_text(self.spec, prompt, prompt_name))
+        before = prompt_text(self.spec, prompt, prompt_name)
+        if of_chunks is not None:
+            given = ChunkedTexts.of(one_of(inputs, sentences), before, of_chunks.chunks)
+            found = in_order(self._chunk_batches(of_chunks, given, options), given.keys, show_progress_bar)
+            return of_chunks.assemble(found, given)
+        texts, single = as_texts(one_of(inputs, sentences), prompt=before)
         answers = self._embed_batches(request, distinct(texts), options)
         return request.assemble(in_order(answers, texts, show_progress_bar), single=single)
 
@@ -716,6 +796,10 @@ class TextInterface(DropIn, ABC):
     @abstractmethod
     def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
         """The answers of `EmbeddingRequest.answer`."""
+
+    @abstractmethod
+    def _chunk_batches(self, request: ChunkRequest, given: ChunkedTexts, options: BatchOptions) -> Batches:
+        """The answers of `ChunkRequest.answers` for the distinct texts."""
 
     @abstractmethod
     def _sparse_batches(self, request: SparseRequest, texts: Texts, options: BatchOptions) -> tuple[Batches, Names]:

@@ -37,7 +37,7 @@ def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> 
     each dimension's range *in these embeddings* over 256 steps, so they compare only within one call.
 
     Raises:
-        InputError: int8 or uint8 of a single embedding, which has no range.
+        InputError: int8 or uint8 of fewer than two embeddings, which have no range.
     """
     if precision == "float32":
         return embeddings
@@ -45,7 +45,8 @@ def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> 
         packed = np.packbits(embeddings > 0, axis=-1)
         return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
     if len(embeddings) < 2:
-        raise InputError(f"precision {precision!r} takes each dimension's range from the inputs, and there is only one")
+        count = "only one" if len(embeddings) else "none"
+        raise InputError(f"precision {precision!r} takes each dimension's range from the inputs, and there is {count}")
     low, high = embeddings.min(axis=0), embeddings.max(axis=0)
     steps = (high - low) / 255
     levels = np.clip(np.floor((embeddings - low) / np.where(steps == 0, 1, steps)), 0, 255)

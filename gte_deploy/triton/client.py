@@ -36,6 +36,7 @@ from gte_deploy.core.forking import follow, keep_for_good
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import TASKS, classify, embed, fill_mask, hybrid, sparse, token_classify
 from gte_deploy.tasks.base import Ensemble
+from gte_deploy.tasks.chunks import ChunkedTexts, ChunkRequest, ChunkSums, Document, Window
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
 from gte_deploy.tasks.hybrid import HybridRequest
@@ -46,6 +47,7 @@ from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer, distinct
 from gte_deploy.text.model_tokenizer import ModelTokenizer
+from gte_deploy.text.tokenization import checked_max_length
 from gte_deploy.triton.tokenizing import ClientTokenizer, TextKind, open_tokenizer
 from gte_deploy.triton.transport import open_transport
 
@@ -233,6 +235,38 @@ class Client(TextInterface):
         call = _Call(embed.SERVED, options, self._embedding_inputs(request), before=self._no_prompt())
         for numbers, values in self._infer_all(call, texts):
             yield numbers, list(values["EMBEDDING"])
+
+    def _chunk_batches(self, request: ChunkRequest, given: ChunkedTexts, options: BatchOptions) -> Batches:
+        self._require_states(dataclasses.replace(request.embedding, output_value="token_embeddings"))
+        if self._tokenizer is None:
+            raise InputError(f"chunks need the tokenizer: give the folder of {self._name} to the client")
+        tokenizer = self._tokenizer.tokenizer
+        limit = checked_max_length(options.max_length, low=tokenizer.min_length, limit=self.spec.max_length)
+        for group in given.groups(list(distinct(given.keys))):
+            documents = request.documents(given, group, tokenizer, limit=limit, truncation=options.truncation)
+            yield from request.answers(documents, self._window_sums(documents, given.texts, options))
+
+    def _window_sums(
+        self, documents: Sequence[Document], texts: Sequence[str], options: BatchOptions
+    ) -> Iterator[tuple[Window, ChunkSums]]:
+        """Yield the only window of each document with its `sums`, in any order."""
+        windows: dict[int, Window] = {}
+        for document in documents:
+            if len(document.windows) > 1:
+                raise InputError(
+                    f"input {document.index} is above the limit of tokens, and {self._name} takes whole texts, no "
+                    "windows. Load the model for it, split the text, or pass truncation=True to keep the first tokens"
+                )
+            windows.update((document.index, window) for window in document.windows)
+        if not windows:
+            return
+        call = _Call(embed.TOKENS_SERVED, options, before=self._no_prompt())
+        for numbers, values in self._infer_all(call, {number: texts[number] for number in windows}):
+            for number, ids, states in zip(numbers, values["INPUT_IDS"], values["TOKEN_EMBEDDINGS"], strict=True):
+                row = windows[number].row
+                if ids[: len(row)].tolist() != row:
+                    raise BackendError(f"the server at {self._name} has cut or tokenised input {number} in another way")
+                yield windows[number], windows[number].sums(states)
 
     def _sparse_batches(
         self, request: sparse.SparseRequest, texts: Texts, options: BatchOptions

@@ -182,6 +182,26 @@ def test_encode_writes_an_array(run, checkpoints, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts"]
 
 
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (("--chunks", "tokens:4", "--chunk-overlap", 1), gte_deploy.TokenChunks(4, 1)),
+        (("--chunks", "sentences:9"), gte_deploy.SentenceChunks(9)),
+    ],
+)
+def test_encode_prints_a_line_for_each_chunk(run, checkpoints, given, rule):
+    texts = ["the king is old. the queen! ", "", "a city"]
+    code, out, _ = run("encode", "-m", checkpoints["embed"], *given, "--window-overlap", 2, "--max-len", 9, *texts)
+    assert code == exit_codes.OK
+    with gte_deploy.load(checkpoints["embed"]) as model:
+        expected = model.encode(texts, chunks=rule, window_overlap=2, max_length=9)
+    lines = [json.loads(line) for line in out.splitlines()]
+    places = [[number, *place] for number, each in enumerate(expected) for place in each.offsets.tolist()]
+    assert [[line["text"], line["start"], line["end"]] for line in lines] == places
+    vectors = np.concatenate([each.embeddings for each in expected])
+    np.testing.assert_allclose([line["embedding"] for line in lines], vectors, atol=1e-6)
+
+
 def test_rank(run, checkpoints):
     arguments = ("rank", "-m", checkpoints["classify"], "-q", "the king", "a queen", "water", "time")
     code, out, _ = run(*arguments, "--json", "-k", 2)
@@ -279,6 +299,12 @@ def test_info_of_a_checkpoint(run, checkpoints):
         (("encode", "-m", "{embed}", "a", "-i", "x"), exit_codes.USAGE, "not both"),
         (("encode", "-m", "{embed}", "-i", "/nowhere/x"), exit_codes.USAGE, "cannot be read"),
         (("encode", "-m", "{embed}", "a", "-o", "/nowhere/x.npy"), exit_codes.USAGE, "folder does not exist"),
+        (("encode", "a", "--chunks", "words:3"), exit_codes.USAGE, "expected tokens:N or sentences:N"),
+        (("encode", "a", "--chunks", "tokens:0"), exit_codes.USAGE, "size must be"),
+        (("encode", "a", "--chunks", "sentences:3", "--chunk-overlap", "1"), exit_codes.USAGE, "do not overlap"),
+        (("encode", "a", "--chunk-overlap", "1"), exit_codes.USAGE, "pass --chunks"),
+        (("encode", "a", "--window-overlap", "1"), exit_codes.USAGE, "pass --chunks"),
+        (("encode", "a", "--chunks", "tokens:3", "-o", "x.npy"), exit_codes.USAGE, "leave one out"),
         (("encode", "-m", "{embed}", "a", "--device", "tpu"), exit_codes.USAGE, "device must be"),
         (("encode", "-m", "{embed}", "a", "--backend", "onnx"), exit_codes.FAILURE, "gte-export"),
         (("encode", "-m", "/nowhere", "a"), exit_codes.FAILURE, "no folder"),

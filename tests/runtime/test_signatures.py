@@ -23,7 +23,7 @@ BOTH = {
         "output_value='sentence_embedding', precision='float32', convert_to_numpy=True, convert_to_tensor=None, "
         "device=None, normalize_embeddings=False, truncate_dim=None, pool=None, chunk_size=None, *, pooling=None, "
         "truncation=False, max_length=None, max_batch_tokens=None, sentences=None, convert_to_sparse_tensor=None, "
-        "save_to_cpu=False, max_active_dims=None)"
+        "save_to_cpu=False, max_active_dims=None, chunks=None, window_overlap=None)"
     ),
     "encode_document": "(self, inputs=None, prompt_name=None, prompt=None, *args, **kwargs)",
     "encode_hybrid": (
