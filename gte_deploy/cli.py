@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +26,22 @@ from gte_deploy.cli_options import (
     FillMaskOptions,
     InfoOptions,
     LoadOptions,
+    ModelOptions,
     PickOptions,
     PrintOptions,
     PromptOptions,
     PushOptions,
     RankOptions,
+    ServedModelsOptions,
     TextOptions,
     VerifyOptions,
 )
+from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
 from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import TaskName
+from gte_deploy.serving.options import ServerOptions
 
 if TYPE_CHECKING:
     from gte_deploy.model import Model
@@ -258,6 +263,22 @@ def _bench(given: Given) -> None:
         print(f"picked {picked.name}: load takes it for this bundle, on this machine, with backend 'auto'")
 
 
+def _serve(given: Given) -> None:
+    options = read_options(ServerOptions, {"access_log": "json", **given} if "json" in given else given)
+    try:
+        from gte_deploy.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "starlette", "serve") from error
+    from gte_deploy.loading import load
+    from gte_deploy.serving.registry import named_sources
+
+    arguments = {**_arguments(given, ServedModelsOptions), **_load_arguments(given)}
+    names = named_sources(arguments.pop("models"))
+    join = JoinOptions(max_queue_tokens=options.max_queue_tokens)
+    sources = {name: partial(load, path, join_calls=join, **arguments) for name, path in names.items()}
+    serve(sources, options)
+
+
 def _checkpoint_info(folder: Path) -> dict[str, Any]:
     from gte_deploy.core.quiet import keep_caches_in_ours
     from gte_deploy.models.description import describe
@@ -276,13 +297,19 @@ def _load(given: Given, task: TaskName | None = None) -> "Model":
     from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load
 
+    arguments = {**_arguments(given, ModelOptions), **_load_arguments(given)}
+    if task is not None and not is_bundle(resolve_model(arguments.get("path"))):
+        arguments["task"] = task
+    return load(**arguments)
+
+
+def _load_arguments(given: Given) -> dict[str, Any]:
+    """Return the arguments of `load` that the command line gives, without the model."""
     arguments = _arguments(given, LoadOptions)
     # `encode` has an argument `precision`, too: the type of embeddings.
     if "compute_precision" in arguments:
         arguments["precision"] = arguments.pop("compute_precision")
-    if task is not None and not is_bundle(resolve_model(arguments.get("path"))):
-        arguments["task"] = task
-    return load(**arguments)
+    return arguments
 
 
 def _arguments(given: Given, *kinds: type) -> dict[str, Any]:
@@ -335,7 +362,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-_ANY_MODEL = (LoadOptions, BatchingOptions)
+_ANY_MODEL = (ModelOptions, LoadOptions, BatchingOptions)
 _COMMANDS = {
     "fill-mask": _Command(
         _fill_mask,
@@ -366,6 +393,11 @@ _COMMANDS = {
         _classify_tokens,
         "Label the tokens of each text, such as the names in it.",
         (TextOptions, ClassifyTokensOptions, *_ANY_MODEL),
+    ),
+    "serve": _Command(
+        _serve,
+        "Serve models over HTTP, with the routes of text-embeddings-inference, OpenAI and Cohere.",
+        (ServedModelsOptions, LoadOptions, ServerOptions),
     ),
     "verify": _Command(_verify, "Check every file of a bundle against its manifest.", (VerifyOptions,)),
     "push": _Command(_push, "Verify a bundle and push it to the Hugging Face hub.", (PushOptions,)),

@@ -64,8 +64,8 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """The model and its backend: arguments of `gte_deploy.load`, whose `precision` is `compute_precision` here."""
+class ModelOptions:
+    """The model: an argument of `gte_deploy.load`."""
 
     path: str | None = option(
         None,
@@ -73,6 +73,12 @@ class LoadOptions:
         flags=("-m", "--model"),
         metavar="MODEL",
     )
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """The backend: arguments of `gte_deploy.load`, whose `precision` is `compute_precision` here."""
+
     backend: BackendName = option("auto", "library that runs the model", choices=BACKENDS)
     compute_precision: LoadPrecision = option(
         "auto",
@@ -114,6 +120,25 @@ class BatchingOptions:
         parse=int,
     )
     truncation: bool = option(False, "cut an input that is too long, instead of failing")
+
+
+@dataclass(frozen=True)
+class ServedModelsOptions:
+    """The models of `gte-deploy serve`."""
+
+    models: tuple[str, ...] = required(
+        "bundles or checkpoints: folder, or hub id owner/name[@revision]; NAME= before one gives it a name, which is "
+        "else the last part of its path",
+        positional=True,
+        nargs="+",
+        metavar="[NAME=]MODEL",
+    )
+    max_batch_tokens: int | None = option(
+        None,
+        "most tokens in one batch, padding included (default: as suits the device)",
+        metavar="TOKENS",
+        parse=int,
+    )
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class ModelTokenizer:
         return self._spec.max_length
 
     @property
+    def truncation_side(self) -> str:
+        """The side where a text that is too long loses tokens, "right" or "left"."""
+        return self._tokenizer.truncation_side
+
+    @property
     def pad_token_id(self) -> int:
         """The id that fills short rows."""
         return self._spec.pad_token_id

@@ -127,6 +127,11 @@ class TextTokenizer:
             raise CheckpointError(f"the mask token {mask_token!r} is not in tokenizer.json's vocabulary")
 
     @property
+    def truncation_side(self) -> str:
+        """The side where a text that is too long loses tokens, "right" or "left"."""
+        return "left" if self._cuts_left else "right"
+
+    @property
     def min_length(self) -> int:
         """The least `max_length` for a text: its special tokens and one token of its own."""
         return self._num_special(1) + 1

@@ -27,6 +27,7 @@ from gte_deploy.cli_options import (
     EncodeSparseOptions,
     FillMaskOptions,
     LoadOptions,
+    ModelOptions,
     PromptOptions,
     RankOptions,
 )
@@ -75,6 +76,7 @@ def test_fill_mask_for_people(run, checkpoints):
 
 
 DIRECT = (
+    (ModelOptions, gte_deploy.load),
     (LoadOptions, gte_deploy.load),
     (FillMaskOptions, gte_deploy.Model.fill_mask),
     (EncodeOptions, gte_deploy.Model.encode),

@@ -1,0 +1,50 @@
+"""What is known about one request, for its line in the log, its metrics, its span and its headers."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from gte_deploy.core.calls import Call
+
+FACTS = "gte_deploy.facts"
+"""The key of the facts in an ASGI scope."""
+
+
+@dataclass
+class Facts:
+    """What is known about one request so far.
+
+    Args:
+        request_id: the id that the client sent, or a new one.
+        route: path of the route, without parameters; "other" if there is none.
+        model: name of the model that answers.
+        inputs: number of texts or pairs.
+        characters: characters of the texts.
+        call: deadline and cost of the computation.
+        stages: name of a stage -> its beginning and end in nanoseconds since the epoch.
+    """
+
+    request_id: str
+    route: str = "other"
+    model: str = ""
+    inputs: int = 0
+    characters: int = 0
+    call: Call | None = None
+    stages: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Take the time of a stage."""
+        begun = time.time_ns()
+        try:
+            yield
+        finally:
+            self.stages[name] = begun, time.time_ns()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage; those of `compute` in the queue and in the engine, too."""
+        found = {name: (end - begun) / 1e9 for name, (begun, end) in self.stages.items()}
+        if self.call is not None and self.call.usage.batches:
+            found |= {"queue": self.call.usage.queued_s, "engine": self.call.usage.computed_s}
+        return found

@@ -1,0 +1,106 @@
+"""Bundles for every task, a client of an application in this process, and servers in processes of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import gte_deploy
+from gte_deploy.serving.app import create_app
+from gte_deploy.serving.options import ServerOptions
+from http_server import ServerProcess, serve_command
+from runtime_models import make_word_checkpoint
+
+
+@pytest.fixture(scope="session")
+def task_checkpoints(word_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint for each kind of route, by the name of its model."""
+    folder = tmp_path_factory.mktemp("served")
+    more: dict[str, dict[str, Any]] = {
+        "labels": {"task": "classify", "num_labels": 3, "seed": 5},
+        "tags": {"task": "token-classify", "num_labels": 3, "seed": 6},
+    }
+    made = {name: make_word_checkpoint(folder / name, **options) for name, options in more.items()}
+    return {"embed": word_checkpoints["embed"], "rank": word_checkpoints["classify"], **made} | {
+        "mask": word_checkpoints["fill-mask"]
+    }
+
+
+@pytest.fixture(scope="session")
+def task_bundles(task_checkpoints: dict[str, Path], bundle_of: Callable[..., Path]) -> dict[str, Path]:
+    """A bundle of each of `task_checkpoints`, and a sparse one of the fill-mask model."""
+    bundles = {name: bundle_of(checkpoint) for name, checkpoint in task_checkpoints.items()}
+    return bundles | {"sparse": bundle_of(task_checkpoints["mask"], task="sparse")}
+
+
+@pytest.fixture(scope="session")
+def served(task_bundles: dict[str, Path]) -> Iterator[dict[str, gte_deploy.Model]]:
+    """The loaded bundles; their calls join."""
+    models = {name: gte_deploy.load(bundle, join_calls=True) for name, bundle in task_bundles.items()}
+    yield models
+    for model in models.values():
+        model.close()
+
+
+class Kept:
+    """A model that stays open when its server ends."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def client_of(served: dict[str, Any]) -> Callable[..., TestClient]:
+    """`client_of(models=None, token=None, **options)`: a client to use in a with block."""
+
+    def client(models: Any = None, *, token: str | None = None, **options: Any) -> TestClient:
+        models = served if models is None else models
+        kept = {name: Kept(model) for name, model in models.items()}
+        options = {"access_log": "off", **options}
+        return _Ready(create_app(kept, ServerOptions(**options), token=token), raise_server_exceptions=False)
+
+    return client
+
+
+class _Ready(TestClient):
+    def __enter__(self) -> TestClient:
+        entered = super().__enter__()
+        until = time.monotonic() + 30
+        while self.get("/ready").status_code == 503 and time.monotonic() < until:
+            time.sleep(0.005)
+        return entered
+
+
+@pytest.fixture(scope="session")
+def client(client_of: Callable[..., TestClient]) -> Iterator[TestClient]:
+    """A client of an application with every model."""
+    with client_of() as client:
+        yield client
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """`start(*arguments, **variables)`: `gte-deploy serve` in a process, ready; ended after the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: object, command: list[str] | None = None, ready: bool = True, **variables: str):
+        server = ServerProcess(command or serve_command(*arguments), cwd=tmp_path, **variables)
+        started.append(server)
+        if ready:
+            server.wait_until_ready()
+        return server
+
+    yield start
+    for server in started:
+        server.kill()
