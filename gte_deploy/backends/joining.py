@@ -121,10 +121,14 @@ class _Submission:
         Raises:
             CancelledCallError, DeadlineError: see `Call.check`; any error of the engine.
         """
-        remaining = None if self.call is None else self.call.remaining_s
-        self.changed.wait(remaining if remaining is None else min(remaining, threading.TIMEOUT_MAX))
-        if self.call is not None:
-            self.call.check()
+        call = self.call
+        if call is None or call.remaining_s is None:
+            self.changed.wait()
+        else:
+            while not self.changed.wait(min(call.remaining_s or 0, threading.TIMEOUT_MAX)):
+                call.check()
+        if call is not None:
+            call.check()
         if self.error is not None:
             raise self.error
 
@@ -215,8 +219,7 @@ class JoiningBackend:
         self._slots = int(getattr(inner, "lanes", 1))
         self.lanes = self._slots + 1  # so that the next batch of a list waits here when one ends
         self._most_masks = max(1, MAX_LOGITS // spec.vocab_size)
-        is_packed = self.plan is None or self.plan.packed
-        self._least_tokens = 0 if self.plan is None or is_packed else self.plan.least_tokens
+        self._least_tokens = 0 if self.plan is None or self.plan.packed else self.plan.least_tokens
         self._observers: list[BatchObserver] = []
         self._threads = ThreadPoolExecutor(self._slots, thread_name_prefix="gte-join")
         self._lock = threading.Lock()  # for all that follows
@@ -254,7 +257,7 @@ class JoiningBackend:
         self._observers.append(observer)
 
     def over(self, inner: Backend) -> "JoiningBackend":
-        """Return an empty queue with the same options before another engine, as in a forked process."""
+        """Return an empty queue with the same options and no observers before another engine, for a forked process."""
         return JoiningBackend(inner, self._spec, self._limits, self._options)
 
     def run(self, batch: Batch, outputs: Sequence[str]) -> Results:

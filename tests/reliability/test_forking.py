@@ -33,9 +33,9 @@ FORKS = """
     import numpy as np
     import gte_deploy
 
-    path, backend, count = sys.argv[1:]
+    path, backend, count, *joined = sys.argv[1:]
     texts = {texts!r}
-    with gte_deploy.load(path, backend=backend, num_threads=2) as model:
+    with gte_deploy.load(path, backend=backend, num_threads=2, join_calls=bool(joined)) as model:
         expected = model.encode(texts)
         stopped = threading.Event()
 
@@ -98,6 +98,12 @@ def path_for(bundle_of: Callable[..., Path], word_checkpoints: dict[str, Path]) 
 def test_forked_children_answer(backend: str, count: int, path_for: Callable[[str], Path]) -> None:
     done = python(FORKS, path_for(backend), backend, count)
     assert (done.returncode, done.stdout) == (0, f"{[0] * count}\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_forked_children_answer_where_calls_share_batches(backend: str, path_for: Callable[[str], Path]) -> None:
+    done = python(FORKS, path_for(backend), backend, 6, "joined")
+    assert (done.returncode, done.stdout) == (0, f"{[0] * 6}\n"), done.stderr[-2000:]
 
 
 def test_forked_children_answer_with_parallel_tokenizers_asked_for(path_for: Callable[[str], Path]) -> None:
