@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from gte_deploy._version import __version__
 from gte_deploy.bundle.upload import push_to_hub, require_pushable
 from gte_deploy.core.errors import GteDeployError, InputError
-from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.exit_codes import FAILURE, HELP, INTERRUPTED, OK, exit_code_of, reader_went_away
 from gte_deploy.core.options import HelpFormatter, add_arguments, flags_of, options_of, parse_given
 from gte_deploy.core.quiet import quiet_libraries
 from gte_deploy.exporters.adoption import AdoptionResult, adopt
@@ -62,9 +61,7 @@ def run_export(arguments: argparse.Namespace, command: str | None = None) -> int
     except GteDeployError as error:
         return _fail(arguments, str(error), exit_code_of(error), error)
     except BrokenPipeError:
-        # The reader went away (`| head`): leave nothing for the interpreter to flush into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return reader_went_away()
     except OSError as error:
         return _fail(arguments, str(error), FAILURE)
     except KeyboardInterrupt:

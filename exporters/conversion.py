@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gte_deploy.core.errors import CheckpointError, ExportError
+from gte_deploy.core.errors import CheckpointError, ExportError, require_modules
 from gte_deploy.core.files import sync_tree, write_with
 from gte_deploy.core.options import check_choice
 from gte_deploy.exporters.bundle.writer import publish, staging
@@ -86,9 +86,11 @@ def convert(
         CheckpointError: the checkpoint cannot be read, holds an adapter, has weights of several types that cannot be
             kept, or its family lacks the layout.
         ExportError: the output must not be replaced.
+        MissingDependencyError: the [export] extra is not installed.
     """
     check_choice("layout", layout, LAYOUTS)
     check_choice("dtype", dtype, (KEPT, *FLOAT_TYPES))
+    require_modules("torch", "transformers", "safetensors", extra="export")
     report = progress or (lambda line: None)
     report("read the checkpoint")
     source = resolve_checkpoint(model)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.bundle.manifest import Manifest
-from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.errors import InputError, require_modules
 from gte_deploy.core.files import sha256_file
 from gte_deploy.core.hub import split_revision
 from gte_deploy.core.spec import Engine
@@ -80,7 +79,7 @@ def export(
         MissingDependencyError: the [export] extra is not installed.
     """
     request = make_request(options, **given)
-    _require_extra()
+    require_modules(*_EXTRA, extra="export")
     from gte_deploy.exporters.bundle.contents import write_model_files, write_report
 
     steps = Steps(progress or (lambda line: None))
@@ -113,12 +112,6 @@ def default_output(model: str | os.PathLike[str] | None, *, precision: str, form
     return Path(f"{_name_of(model)}-{format}-{precision}")
 
 
-def _require_extra() -> None:
-    for module in _EXTRA:
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(module, "export")
-
-
 def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: Steps) -> Description:
     """Describe the checkpoint, with the limits of this export in its spec."""
     options = request.options
@@ -126,6 +119,11 @@ def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: S
     spec = checkpoint.spec
     if options.logits == "all" and spec.task != "fill-mask":
         raise InputError(f"logits 'all' is only for task fill-mask; the task is {spec.task}")
+    if options.pooling != "auto" and spec.task in ("sparse", "multi-vector"):
+        raise InputError(
+            f"pooling is {options.pooling!r}, and task {spec.task} has no embedding that is pooled from hidden states; "
+            "leave it out"
+        )
     limit = checkpoint.family.max_tokens(checkpoint.config)
     length = spec.max_length if options.max_length is None else options.max_length
     if not MIN_MAX_LENGTH <= length <= limit:

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from gte_deploy.cli_options import (
     ChunkingOptions,
     ClassifyTokensOptions,
     EncodeHybridOptions,
+    EncodeMultiVectorOptions,
     EncodeOptions,
     EncodeSparseOptions,
     FillMaskOptions,
@@ -38,7 +38,7 @@ from gte_deploy.cli_options import (
 )
 from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
-from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, HELP, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.exit_codes import FAILURE, HELP, INTERRUPTED, OK, exit_code_of, reader_went_away
 from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import TaskName
 from gte_deploy.serving.options import ServerOptions
@@ -74,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GteDeployError as error:
         return _fail(str(error), exit_code_of(error))
     except BrokenPipeError:
-        # The reader went away (`| head`): leave nothing for the interpreter to flush into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return reader_went_away()
     except OSError as error:
         return _fail(str(error), FAILURE)
     except KeyboardInterrupt:
@@ -122,8 +120,8 @@ def _encode(given: Given) -> None:
     if chunking and output is not None:
         raise InputError("--output holds one embedding for each text, and --chunks gives several; leave one out")
     with _load(given) as model:
-        if model.spec.task == "sparse":
-            raise InputError(f"{model.path} is made for sparse embeddings: use {_PROG} encode-sparse")
+        if model.spec.task in ("sparse", "multi-vector"):
+            raise InputError(f"{model.path} is made for {model.spec.task}: use {_PROG} encode-{model.spec.task}")
         embeddings = model.encode(texts, show_progress_bar=sys.stderr.isatty(), **arguments)
     if chunking:
         from gte_deploy.tasks.chunks import chunk_records
@@ -155,6 +153,18 @@ def _encode_hybrid(given: Given) -> None:
         found = model.encode_hybrid(texts, show_progress_bar=sys.stderr.isatty(), as_dict=True, **arguments)
     for dense, sparse in zip(found.dense.tolist(), found.sparse, strict=True):
         print(json.dumps({"dense": dense, "sparse": sparse}, ensure_ascii="json" in given))
+
+
+def _encode_multi_vector(given: Given) -> None:
+    texts, route = _texts(given), read_options(EncodeMultiVectorOptions, given).route
+    arguments = _arguments(given, PromptOptions, BatchingOptions)
+    with _load(given) as model:
+        if model.spec.task != "multi-vector":
+            raise InputError(f"this needs a multi-vector model, and {model.path} is made for {model.spec.task}")
+        encode = model.encode_query if route == "query" else model.encode_document
+        embeddings = encode(texts, show_progress_bar=sys.stderr.isatty(), **arguments)
+    for embedding in embeddings:
+        print(json.dumps(embedding.tolist()))
 
 
 def _rank(given: Given) -> None:
@@ -384,9 +394,14 @@ _COMMANDS = {
         "Embed each text densely and sparsely in one pass: one JSON object with both a line.",
         (TextOptions, PromptOptions, EncodeHybridOptions, *_ANY_MODEL),
     ),
+    "encode-multi-vector": _Command(
+        _encode_multi_vector,
+        "Embed each token of each text, for late interaction (ColBERT): one JSON list of lists a line.",
+        (TextOptions, PromptOptions, EncodeMultiVectorOptions, *_ANY_MODEL),
+    ),
     "rank": _Command(
         _rank,
-        "Order documents by a reranker's score with a query.",
+        "Order documents by a reranker's score with a query, or by MaxSim of a multi-vector model.",
         (RankOptions, TextOptions, *_ANY_MODEL),
     ),
     "classify-tokens": _Command(

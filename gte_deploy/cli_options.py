@@ -267,6 +267,13 @@ class EncodeHybridOptions:
 
 
 @dataclass(frozen=True)
+class EncodeMultiVectorOptions:
+    """Options of `gte-deploy encode-multi-vector`."""
+
+    route: SparseRoute = option("document", "encode the texts as queries or as documents", choices=SPARSE_ROUTES)
+
+
+@dataclass(frozen=True)
 class RankOptions:
     """Arguments of `Model.rank`."""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy._version import __version__
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import GteDeployError, MissingDependencyError
-from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of
+from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of, reader_went_away
 from gte_deploy.core.files import write_text
 from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
 from gte_deploy.models import builtin_path
@@ -54,7 +54,7 @@ _DESCRIPTION = "Prepare a corpus, estimate and run a recipe, export a checkpoint
 _EPILOG = (
     "exit codes: 0 done; 1 a recipe, corpus, checkpoint or model failed; 2 wrong usage or bad input; 3 an optional "
     "dependency is not installed; 130 stopped by SIGTERM or SIGINT, with a checkpoint written: run the same command "
-    "again to continue"
+    "again to continue; 141 the reader of the output went away"
 )
 _PROTOCOL = "fine-tuning (the defaults are as published)"
 _NEAR_FULL = 0.92  # of a GPU's memory; the CUDA context and the allocator need the rest
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(argv))
     try:
         with _log_on_stderr():
-            return given["run"](given)
+            code = given["run"](given)
+            sys.stdout.flush()
+            return code
     except GteDeployError as error:
         print(f"gte-train: {error}", file=sys.stderr)
         return exit_code_of(error)
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code_of(missing)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        return reader_went_away()
     except OSError as error:  # a full disk, a folder without permission
         print(f"gte-train: {error}", file=sys.stderr)
         return FAILURE

@@ -236,26 +236,41 @@ def _is_plain(described: Manifest, engine: Any) -> bool:
 
 def _alone(described: Manifest, engine: Any) -> str:
     """Return a program that runs a graph of the bundle with its engine and tokenizers alone."""
-    graph = described.graphs[engine]
+    graph, late = described.graphs[engine], described.spec.multi_vector
     inputs = {tensor.name for tensor in graph.inputs}
     feeds = ['"input_ids": ids', '"attention_mask": np.ones_like(ids)']
-    feeds += ['"token_type_ids": np.array([encoded.type_ids])'] if "token_type_ids" in inputs else []
+    types = "np.array([encoded.type_ids])" if late is None else "np.zeros_like(ids)"
+    feeds += [f'"token_type_ids": {types}'] if "token_type_ids" in inputs else []
     masks = '"mask_positions": np.argwhere(ids == tokenizer.token_to_id("[MASK]"))'
     feeds += [masks] if "mask_positions" in inputs else []
     text = "Paris is the [MASK] of France." if described.spec.task == "fill-mask" else "The panda is a bear."
     output = next((tensor.name for tensor in graph.outputs if tensor.name != HIDDEN), HIDDEN)
-    run = (
-        f'session = onnxruntime.InferenceSession("MODEL/{graph.path}")\nprint(session.run(["{output}"], feed)[0])'
-        if engine == "onnxruntime"
-        else f'model = openvino.compile_model("MODEL/{graph.path}", "CPU")\nprint(model(feed)["{output}"])'
-    )
-    return (
-        f"import numpy as np\nimport {engine}\nfrom tokenizers import Tokenizer\n\n"
-        'tokenizer = Tokenizer.from_file("MODEL/tokenizer.json")\n'
-        f"encoded = tokenizer.encode({json.dumps(text)})\n"
-        "ids = np.array([encoded.ids])  # int64\n"
-        f"feed = {{{', '.join(feeds)}}}\n{run}"
-    )
+    lines = [
+        "import numpy as np",
+        f"import {engine}",
+        "from tokenizers import Tokenizer",
+        "",
+        'tokenizer = Tokenizer.from_file("MODEL/tokenizer.json")',
+        f"encoded = tokenizer.encode({json.dumps(text)})",
+        "ids = np.array([encoded.ids])  # int64",
+    ]
+    prefix = None if late is None else late.document_prefix
+    lines += [] if prefix is None else [f"ids = np.insert(ids, 1, {prefix}, axis=1)  # the token of documents"]
+    lines.append(f"feed = {{{', '.join(feeds)}}}")
+    if engine == "onnxruntime":
+        lines += [f'session = onnxruntime.InferenceSession("MODEL/{graph.path}")']
+        answer = f'session.run(["{output}"], feed)[0]'
+    else:
+        hint = '{"INFERENCE_PRECISION_HINT": "f32"}'  # without it, CPUs that have bfloat16 compute in it
+        lines += [f'model = openvino.compile_model("MODEL/{graph.path}", "CPU", {hint})']
+        answer = f'model(feed)["{output}"]'
+    if late is None:
+        return "\n".join([*lines, f"print({answer})"])
+    lines += [f"vectors = {answer}[0]  # of each token"]
+    if late.skipped_in_documents:
+        lines += [f"vectors = vectors[~np.isin(ids[0], {list(late.skipped_in_documents)})]"]
+    lines += ["vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)"] if described.spec.normalize else []
+    return "\n".join([*lines, "print(vectors)"])
 
 
 def _code(title: str, language: str, text: str) -> str:

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.errors import InputError, require_modules
 from gte_deploy.core.files import write_bytes
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, Precision
@@ -57,8 +56,7 @@ class ExecuTorchTarget(Target):
 
     def check_model(self, checkpoint: Description, precision: Precision) -> None:
         """Require executorch."""
-        if importlib.util.find_spec("executorch") is None:
-            raise MissingDependencyError("executorch", "executorch")
+        require_modules("executorch", extra="executorch")
 
     def build(self, graphs: "Mapping[Engine, Graph]", job: Job) -> Built:
         """Write the program. Its inputs and outputs are those of the graph of standard operators."""

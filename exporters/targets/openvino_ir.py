@@ -7,13 +7,12 @@ needs the tokenizer as an OpenVINO model. The .bin file is a second copy of the 
 """
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.errors import InputError, require_modules
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.job import GRAPH_PATHS, Job
@@ -46,9 +45,9 @@ def check_ir(kind: OpenVinoIr | None, spec: ModelSpec) -> None:
             "openvino_ir is not for task sparse: no library opens a pooled sparse model in this format. SparseEncoder "
             "pools the logits of the masked-LM head by itself: export with --task fill-mask"
         )
-    for module, extra in (("openvino", "openvino"), *([("openvino_tokenizers", "genai")] if kind == "genai" else [])):
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(module, extra)
+    require_modules("openvino", extra="openvino")
+    if kind == "genai":
+        require_modules("openvino_tokenizers", extra="genai")
 
 
 def write_ir(job: Job, kind: OpenVinoIr | None) -> tuple[Check, ...]:

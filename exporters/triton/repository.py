@@ -22,7 +22,7 @@ from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.cpus import available_cpus
-from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, ParityError
+from gte_deploy.core.errors import BundleError, ExportError, InputError, ParityError, require_modules
 from gte_deploy.core.hub import HubModel
 from gte_deploy.core.options import options_of
 from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
@@ -187,9 +187,7 @@ def repository_files(folder: Path) -> set[str]:
 def _check_arguments(
     model: Any, served: Path | None, options: TritonOptions, export_options: Mapping[str, Any]
 ) -> None:
-    for module in ("onnx", "onnxruntime"):
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(module, "export")
+    require_modules("onnx", "onnxruntime", extra="export")
     if options.engine is not None and model is not None:
         raise InputError("engine is a complete bundle with its own tokenizer; give engine or a model, not both")
     if served is None and options.engine is not None:

@@ -1,5 +1,7 @@
 """Typed errors. Every message says what was received, what was expected and what to do next."""
 
+import importlib.util
+
 
 class GteDeployError(Exception):
     """The base class of every error that gte-deploy raises on purpose."""
@@ -63,3 +65,14 @@ class MissingDependencyError(GteDeployError, ImportError):
     def __init__(self, module: str, extra: str, advice: str = "") -> None:
         message = f"{module!r} is not installed, and this needs it: pip install 'gte-deploy[{extra}]'"
         super().__init__(f"{message}. {advice}" if advice else message)
+
+
+def require_modules(*modules: str, extra: str) -> None:
+    """Refuse to begin work whose packages are not there, without importing them.
+
+    Raises:
+        MissingDependencyError: one of the modules is not installed; the message names the extra.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, extra)

@@ -1,4 +1,7 @@
-"""The exit codes of `gte-deploy` and `gte-export`."""
+"""The exit codes of the command lines."""
+
+import os
+import sys
 
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 
@@ -16,6 +19,12 @@ HELP = (
     "failed; 2 wrong usage or bad input; 3 an optional dependency is not installed; 130 interrupted; 141 the reader of "
     "the output went away"
 )
+
+
+def reader_went_away() -> int:
+    """Return the exit code for a closed stdout (`| head`), and leave the interpreter nothing to flush into it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def exit_code_of(error: GteDeployError) -> int:

@@ -94,9 +94,10 @@ class HubModel:
             )
         if isinstance(error, RevisionNotFoundError):
             return f"{self.id} has no branch, tag or commit {self.revision!r}; {page}/tree/main lists the branches."
+        said = str(error).rstrip(".")
         return (
             f"no folder {self.id!r} in {Path.cwd()}, and the Hugging Face hub did not give the model {self.id!r} "
-            f"(revision {self.revision or 'default'}): {type(error).__name__}: {error}. Check the name, the network "
+            f"(revision {self.revision or 'default'}): {type(error).__name__}: {said}. Check the name, the network "
             "and HF_HUB_OFFLINE, or pass the path of a downloaded folder. The next try goes on with what it had."
         )
 

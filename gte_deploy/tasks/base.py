@@ -93,6 +93,7 @@ class Task:
         has_labels: whether the head gives one logit for each of the checkpoint's labels.
         similarity: the function that compares two answers if the checkpoint names none.
         library: description in sentence-transformers' files; None if that library has no such model.
+        method: the method of a model that gives the answer of the task.
         suits: decides from a spec whether a model can do the task; by default a model can if it is made for the task.
     """
 
@@ -104,6 +105,7 @@ class Task:
     has_labels: bool = False
     similarity: Similarity | LateInteraction | None = None
     library: Library | None = None
+    method: str = "encode"
     suits: Callable[[ModelSpec], bool] | None = None
 
     @property

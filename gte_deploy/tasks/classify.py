@@ -155,6 +155,7 @@ CLASSIFY = Task(
     name="classify",
     outputs=("logits", HIDDEN),
     request=ScoreRequest,
+    method="predict",
     architecture="ForSequenceClassification",
     ensembles=(SERVED,),
     has_labels=True,

@@ -193,6 +193,7 @@ FILL_MASK = Task(
     name="fill-mask",
     outputs=("logits", HIDDEN),
     request=MaskRequest,
+    method="fill_mask",
     architecture="ForMaskedLM",
     ensembles=(SERVED,),
     similarity="cosine",

@@ -61,6 +61,7 @@ HYBRID = Task(
     name="hybrid",
     outputs=(HIDDEN, EMBEDDING, TOKEN_WEIGHTS),
     request=HybridRequest,
+    method="encode_hybrid",
     ensembles=(*EMBED.ensembles, SPARSE_SERVED, SERVED),
     similarity=EMBED.similarity,
     library=EMBED.library,

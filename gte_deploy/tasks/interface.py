@@ -272,8 +272,7 @@ class TextInterface(DropIn, ABC):
             )
         if convert_to_sparse_tensor is not None or max_active_dims is not None:
             raise InputError(
-                "convert_to_sparse_tensor and max_active_dims are for sparse models, and "
-                f"{self._name} is made for {self.spec.task}"
+                f"convert_to_sparse_tensor and max_active_dims are for sparse models, and {self._made_for}"
             )
         of_chunks = None if chunks is None else ChunkRequest(request, chunks, window_overlap)
         (of_chunks or request).check()
@@ -871,9 +870,14 @@ class TextInterface(DropIn, ABC):
         found = in_order(answers, texts, show_progress_bar)
         return found[0] if single else found
 
+    @property
+    def _made_for(self) -> str:
+        """What errors say about the model: its task, and the method that gives the answer of this task."""
+        return f"{self._name} is made for {self.spec.task}: use {TASKS[self.spec.task].method}"
+
     def _require_task(self, *tasks: TaskName) -> None:
         if not any(TASKS[task].can_run_on(self.spec) for task in tasks):
-            raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._name} is made for {self.spec.task}")
+            raise InputError(f"this needs a {' or '.join(tasks)} model, and {self._made_for}")
 
     def _refuse_dense_options(self, request: EmbeddingRequest) -> None:
         plain = EmbeddingRequest(
@@ -888,7 +892,7 @@ class TextInterface(DropIn, ABC):
     def _require_sparse(self) -> None:
         if not TASKS["sparse"].can_run_on(self.spec):
             raise InputError(
-                f"this needs a sparse model, and {self._name} is made for {self.spec.task}. A checkpoint with a "
+                f"this needs a sparse model, and {self._made_for}. A checkpoint with a "
                 "masked-LM head or with a token classifier of one label is loaded (task='sparse') or exported "
                 f"(--task sparse) as one.{self._why_not_sparse()}"
             )
@@ -904,7 +908,7 @@ class TextInterface(DropIn, ABC):
     def _require_hybrid(self) -> None:
         if not TASKS["hybrid"].can_run_on(self.spec):
             raise InputError(
-                f"this needs a hybrid model, and {self._name} is made for {self.spec.task}. A checkpoint with a token "
+                f"this needs a hybrid model, and {self._made_for}. A checkpoint with a token "
                 "classifier of one label, such as gte-multilingual-base, is loaded (task='hybrid') or exported "
                 "(--task hybrid) as one."
             )

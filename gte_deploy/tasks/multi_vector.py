@@ -209,6 +209,7 @@ MULTI_VECTOR = Task(
     name="multi-vector",
     outputs=(HIDDEN, TOKEN_VECTORS),
     request=MultiVectorRequest,
+    method="encode_multi_vector",
     similarity="maxsim",
     library=Library("MultiVectorEncoder", "feature-extraction", HIDDEN, "token_embeddings"),
 )

@@ -312,6 +312,7 @@ SPARSE = Task(
     name="sparse",
     outputs=(_POOLED, HIDDEN),
     request=SparseRequest,
+    method="encode_sparse",
     ensembles=(SERVED, QUERIES_SERVED),
     similarity="dot",
     library=Library("SparseEncoder", "fill-mask", "logits", "token_embeddings"),

@@ -405,6 +405,7 @@ TOKEN_CLASSIFY = Task(
     name="token-classify",
     outputs=("logits", HIDDEN),
     request=OwnLogits,
+    method="classify_tokens",
     architecture="ForTokenClassification",
     ensembles=(ENTITIES_SERVED, LOGITS_SERVED),
     has_labels=True,

@@ -19,10 +19,11 @@ from gte_deploy.core.cpus import MAX_THREADS, available_cpus
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import BUNDLE_BACKENDS, BundleBackend
+from gte_deploy.tasks import TASKS
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
 from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 from gte_deploy.tuning import DEFAULT_SHAPES
-from gte_deploy.tuning.calls import answer, timed_call
+from gte_deploy.tuning.calls import answer
 from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, measure_lists
 from gte_deploy.tuning.measure import Spread, Worker, WorkerError, interleaved
 
@@ -115,7 +116,7 @@ class BenchReport:
         return {
             "bundle": str(self.bundle),
             "precision": self.manifest.precision,
-            "call": timed_call(self.manifest.spec.task),
+            "call": TASKS[self.manifest.spec.task].method,
             "date": self.date,
             "cpu": cpu_model(),
             "cpus": available_cpus(),
@@ -251,7 +252,7 @@ def record(report: BenchReport, picked: EngineResult) -> Path:
 def format_table(report: BenchReport) -> str:
     """The report for people: one line for each engine and shape, then one for each engine."""
     lines = [
-        f"{report.bundle}, {report.manifest.precision}, {timed_call(report.manifest.spec.task)}, "
+        f"{report.bundle}, {report.manifest.precision}, {TASKS[report.manifest.spec.task].method}, "
         f"{report.num_threads} threads, {cpu_model()}",
         f"{'engine':<16} {'shape':>8} {'median ms':>10} {'quartiles':>19} {'least':>9} {'tokens/s':>10}",
     ]

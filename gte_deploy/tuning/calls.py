@@ -1,28 +1,15 @@
 """The call of a model that is timed: the one that gives the answer of its task, and not always `encode`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gte_deploy.core.spec import TaskName
+from gte_deploy.tasks import TASKS
 
 if TYPE_CHECKING:
     from gte_deploy.model import Model
 
-_CALLS: Mapping[TaskName, str] = {
-    "fill-mask": "fill_mask",
-    "classify": "predict",
-    "token-classify": "classify_tokens",
-    "sparse": "encode_sparse",
-    "hybrid": "encode_hybrid",
-    "multi-vector": "encode_multi_vector",
-}
 # Those that put a model's default prompt before a text, which would make it longer than its shape says.
 _WITH_PROMPT = ("encode", "predict", "encode_sparse", "encode_hybrid", "encode_multi_vector")
-
-
-def timed_call(task: TaskName) -> str:
-    """Return the name of the method that gives a task's answer."""
-    return _CALLS.get(task, "encode")
 
 
 def answer(model: "Model", texts: Sequence[str], **limits: int) -> None:
@@ -33,7 +20,7 @@ def answer(model: "Model", texts: Sequence[str], **limits: int) -> None:
         texts: for fill-mask, with a mask each. A classifier takes each text as an input of its own, not as a pair.
         **limits: `batch_size` and `max_batch_tokens`, as the method takes them.
     """
-    name = timed_call(model.spec.task)
+    name = TASKS[model.spec.task].method
     options: dict[str, Any] = {"prompt": ""} if name in _WITH_PROMPT else {}
     if name == "encode_multi_vector":
         # As documents, up to the limit of the model; the token that stands before each counts.

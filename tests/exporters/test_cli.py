@@ -1,5 +1,6 @@
 """`gte-export`: what it prints where, its exit codes, and that asking for help is quick."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -169,11 +170,14 @@ def test_a_target_that_cannot_be_made(tiny_mlm, tmp_path, capsys):
     assert "gte-export: error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["torch", "onnx", "onnxscript"])
-def test_a_missing_library_names_the_extra(module, tiny_mlm, tmp_path, monkeypatch, capsys):
-    find_spec = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
-    assert main([str(tiny_mlm), str(tmp_path / "out")]) == MISSING_DEPENDENCY
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("torch", ()), ("onnx", ()), ("onnxscript", ()), ("torch", ("convert", "--layout", "native"))],
+)
+def test_a_missing_library_names_the_extra(module, command, tiny_mlm, tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    assert main([*command, str(tiny_mlm), str(tmp_path / "out")]) == MISSING_DEPENDENCY
     err = capsys.readouterr().err
     assert f"'{module}' is not installed" in err and "gte-deploy[export]" in err
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from factories import write_labels
+from factories import add_multi_vector_modules, write_labels
 from gte_deploy import cli
 from gte_deploy.cli_options import (
     BatchingOptions,
@@ -43,6 +43,13 @@ TEXT = "Paris is the [MASK] of France."
 @pytest.fixture(scope="module")
 def checkpoints(word_checkpoints):
     return {task: str(path) for task, path in word_checkpoints.items()}
+
+
+@pytest.fixture(scope="module")
+def late_checkpoint(tmp_path_factory):
+    folder = make_word_checkpoint(tmp_path_factory.mktemp("late") / "model", task="embed")
+    config = {"query_prefix": "king", "document_prefix": "queen", "query_length": 16, "document_length": 24}
+    return add_multi_vector_modules(folder, config={**config, "prompts": {"query": "the ", "document": ""}})
 
 
 @pytest.fixture
@@ -212,6 +219,25 @@ def test_rank(run, checkpoints):
         expected = model.rank("the king", ["a queen", "water", "time"], 2, return_documents=True)
     assert [json.loads(line)["corpus_id"] for line in out.splitlines()] == [entry["corpus_id"] for entry in expected]
     assert len(run(*arguments)[1].splitlines()) == 3
+
+
+def test_encode_multi_vector(run, late_checkpoint, checkpoints):
+    texts = ["the king", "a queen, and water"]
+    with gte_deploy.load(late_checkpoint, backend="torch") as model:
+        expected = {"query": model.encode_query(texts), "document": model.encode_document(texts)}
+        ranking = model.rank(texts[0], texts, return_documents=True)
+    for route, arguments in {"query": ("--route", "query"), "document": ()}.items():
+        code, out, _ = run("encode-multi-vector", "-m", late_checkpoint, *arguments, *texts)
+        assert code == exit_codes.OK
+        for line, vectors in zip(out.splitlines(), expected[route], strict=True):
+            np.testing.assert_allclose(json.loads(line), vectors, atol=1e-6)
+    code, out, _ = run("rank", "-m", late_checkpoint, "--json", "-q", texts[0], *texts)
+    assert code == exit_codes.OK
+    assert [json.loads(line)["corpus_id"] for line in out.splitlines()] == [entry["corpus_id"] for entry in ranking]
+    code, _, err = run("encode", "-m", late_checkpoint, *texts)
+    assert code == exit_codes.USAGE and "use gte-deploy encode-multi-vector" in err
+    code, _, err = run("encode-multi-vector", "-m", checkpoints["embed"], *texts)
+    assert code == exit_codes.USAGE and "is made for embed" in err
 
 
 def test_prompts_of_rank(run, checkpoints):

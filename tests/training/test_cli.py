@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from factories import write_tokenizer
-from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.training import train as train_module
 from gte_deploy.training.cli import main
 from gte_deploy.training.log import RunLog
@@ -173,6 +174,17 @@ def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(recipe_file, corpus_f
     assert done.returncode == FAILURE, done.stderr
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from gte_deploy.training.cli import main; raise SystemExit(main(['glue', '--list-systems']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, "")
 
 
 def test_without_torch_the_message_names_the_extra(recipe_file, corpus_folder, tmp_path, monkeypatch, capsys):

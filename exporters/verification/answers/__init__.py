@@ -10,7 +10,6 @@ To add a check, write a function of type `AnswerCheck` in a module here, and add
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 
 from gte_deploy.backends.choice import ENGINE_OF
 from gte_deploy.bundle.manifest import Manifest, read_manifest
-from gte_deploy.core.errors import BackendError, CheckpointError, MissingDependencyError, ParityError
+from gte_deploy.core.errors import BackendError, CheckpointError, ParityError, require_modules
 from gte_deploy.core.spec import BackendName, Precision
 from gte_deploy.exporters.verification.answers.closeness import Closeness
 from gte_deploy.exporters.verification.answers.library import compare_answers
@@ -60,9 +59,7 @@ def verify_against(bundle: Path, checkpoint: Path) -> Check:
         ParityError: the answers of the bundle and the checkpoint differ.
         MissingDependencyError: the [export] extra is not installed.
     """
-    for module in ("torch", "transformers", "onnxruntime"):
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(module, "export")
+    require_modules("torch", "transformers", "onnxruntime", extra="export")
     manifest = read_manifest(bundle)
     with contextlib.closing(_open(bundle, manifest, checkpoint)) as model:
         check = check_bundle(checkpoint, model, manifest.precision, Asked(limit="shorter"))

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+import gte_deploy
+from factories import add_multi_vector_modules
 from family_checkpoints import make_family_checkpoint
 from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.exporters.bundle.card import card, own_metadata, write_card
@@ -48,9 +51,10 @@ def programs(text: str) -> list[str]:
 
 
 SUBJECTS = [
-    *(("gte", task) for task in TASKS if task != "multi-vector"),
-    *(("bert", task) for task in ("embed", "classify")),
+    *(("gte", task) for task in TASKS),
+    *(("bert", task) for task in ("embed", "classify", "multi-vector")),
     ("roberta", "fill-mask"),
+    *(("xlm-roberta", task) for task in ("fill-mask", "embed", "classify", "multi-vector")),
 ]
 
 
@@ -60,6 +64,14 @@ def subject(bundle_of, word_checkpoints, tmp_path_factory):
 
     def made(family: str, task: str) -> Path:
         folder = tmp_path_factory.mktemp("sources") / f"{family}-{task}"
+        if task == "multi-vector":
+            prefix = "</s>" if family == "xlm-roberta" else "[SEP]"
+            if family == "gte":
+                make_word_checkpoint(folder, task="embed")
+            else:
+                make_family_checkpoint(folder, family, "embed")
+            settings = {"query_prefix": prefix, "document_prefix": prefix, "query_length": 32, "document_length": 32}
+            return bundle_of(add_multi_vector_modules(folder, config={**settings, "skiplist_words": ["."]}))
         if family != "gte":
             return bundle_of(make_family_checkpoint(folder, family, task, labels=("LABEL_0", "LABEL_1")), task=task)
         if task == "sparse":
@@ -75,16 +87,23 @@ def subject(bundle_of, word_checkpoints, tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "task"), SUBJECTS)
 def test_its_programs_run(subject, family, task):
-    """All in one process. tests/consumers runs those that need libraries of their own."""
+    """All in one process, and both engines answer the same. tests/consumers runs those that need other libraries."""
     folder = subject(family, task)
     text = (folder / "README.md").read_text()
     found = [text for text in programs(text) if "sentence_transformers" not in text]
     assert len(found) == 3, "gte_deploy, onnxruntime, openvino"
     assert "register()" not in text or family == "gte"
-    code = "\n".join(found).replace("MODEL", str(folder))
+    answers = "print(json.dumps([shown[0], *(array.tolist() for array in shown[1:])], default=str))"
+    code = "\n".join(["import json", "shown = []", *found, answers]).replace("MODEL", str(folder))
+    code = code.replace("\nprint(", "\nshown.append(", len(found))
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, f"{code}\n{ran.stderr}"
-    assert ran.stdout.strip() and "nan" not in ran.stdout
+    asked, *arrays = json.loads(ran.stdout)
+    assert asked and np.isfinite(arrays[0]).all() and np.size(arrays[0])
+    np.testing.assert_allclose(arrays[0], arrays[1], rtol=1e-3, atol=1e-4)
+    if task == "multi-vector":
+        with gte_deploy.load(folder) as model:
+            np.testing.assert_allclose(arrays[0], model.encode_document("The panda is a bear."), rtol=1e-3, atol=1e-4)
 
 
 def test_licence_and_languages_are_carried_over(bundle, tmp_path):

@@ -1,6 +1,7 @@
 """Bundles of --precision bf16 for CPUs: verified by an emulation if the CPU lacks bfloat16, and run if it has it."""
 
 import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_a_bundle_for_bfloat16_must_keep_the_bounds_of_bfloat16(checkpoint, tmp_
 
 
 def test_without_openvino_nothing_computes_in_bfloat16(checkpoint, tmp_path, monkeypatch):
-    find = export_module.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else find(name))
     for target in ("cpu", "openvino"):
         with pytest.raises(MissingDependencyError, match=r"gte-deploy\[openvino\]"):

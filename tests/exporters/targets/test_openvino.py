@@ -1,5 +1,6 @@
 """The target "openvino": a bundle with OpenVINO's graph alone, from one file of code."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -99,10 +100,8 @@ def test_triton_serves_no_such_graph(bundle, checkpoint, tmp_path, capsys):
 
 
 def test_without_openvino_nothing_is_exported(checkpoint, tmp_path, monkeypatch):
-    find = export_module.importlib.util.find_spec
-    monkeypatch.setattr(
-        export_module.importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
     with pytest.raises(MissingDependencyError, match="openvino"):
         export(checkpoint, tmp_path / "b", target="openvino")
     assert list(tmp_path.iterdir()) == []

@@ -17,9 +17,10 @@ from gte_deploy.bundle.manifest import PlanEntry, read_manifest
 from gte_deploy.core import exit_codes
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import Profile
+from gte_deploy.tasks import TASKS
 from gte_deploy.text.tokenization import load_tokenizer
 from gte_deploy.tuning.bench import EngineResult, bench, fastest, format_table, record, synthetic_texts
-from gte_deploy.tuning.calls import answer, timed_call
+from gte_deploy.tuning.calls import answer
 from gte_deploy.tuning.lists import ListResult, best_for_lists, list_lengths, measure_lists
 from gte_deploy.tuning.measure import Answer, Spread, Worker, WorkerError, interleaved, resident_bytes
 from runtime_models import make_word_checkpoint
@@ -104,7 +105,7 @@ def test_the_call_of_the_task_is_timed(task, call, word_checkpoints, tmp_path, m
             model._backend, "run", lambda batch, outputs: shapes.append(batch.input_ids.shape) or run(batch, outputs)
         )
         answer(model, texts, batch_size=2, max_batch_tokens=1024)
-    assert timed_call(task) == called[0] == call
+    assert TASKS[task].method == called[0] == call
     assert shapes == [(2, 8)]
 
 
