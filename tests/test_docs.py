@@ -96,6 +96,15 @@ def test_files_that_the_documents_name_are_there() -> None:
     assert sorted(missing) == []
 
 
+def test_the_scripts_of_the_page_on_runtimes_are_run_by_the_tests_of_consumers() -> None:
+    shown = re.findall(r"<!-- file: (\S+) -->", (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8"))
+    folder = ROOT / "tests" / "consumers"
+    runners = [*folder.rglob("test_*.py"), *folder.rglob("conftest.py"), folder / "javascript" / "index.html"]
+    run = "".join(file.read_text(encoding="utf-8") for file in runners)
+    assert shown
+    assert [name for name in shown if f'"{Path(name).name}"' not in run] == []
+
+
 def test_the_table_of_fields_is_the_readers_own() -> None:
     from gte_deploy.models.field_tables import document
 

@@ -16,6 +16,9 @@ PACKAGES = {
     "MTEB": "mteb",
     "Chroma": "chromadb",
     "Qdrant": "qdrant_client",
+    "FAISS": "faiss",
+    "usearch": "usearch",
+    "LanceDB": "lancedb",
 }
 BLOCKS = re.findall(r"^## (.+?)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 

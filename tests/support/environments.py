@@ -34,6 +34,7 @@ _CONVERSION = (
 REQUIREMENTS = {
     "adapters": (
         *("chromadb", "haystack-ai", "langchain-core", "llama-index-core", "mteb>=2", "qdrant-client"),
+        *("faiss-cpu", "lancedb", "usearch"),
         *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
     ),
     "coreml": ("coremltools>=9", *_CONVERSION),
@@ -92,7 +93,12 @@ def make(name: str, requirements: Sequence[str], *, folder: Path = FOLDER) -> Pa
     pip = [str(_python(target)), "-m", "pip", "--quiet"]
     try:
         ended = subprocess.run(
-            [*pip, "install", *requirements], capture_output=True, text=True, check=False, timeout=_PIP_MINUTES * 60
+            # What is used of the modules is compiled when it is imported: a small part, and far less time.
+            [*pip, "install", "--no-compile", *requirements],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PIP_MINUTES * 60,
         )
         # Texts need no torchvision, and one that was built for another build of torch breaks transformers.
         subprocess.run([*pip, "uninstall", "--yes", "torchvision"], capture_output=True, check=False)
