@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -308,9 +308,23 @@ class Model(TextInterface):
 
     def _chunk_batches(self, request: ChunkRequest, given: ChunkedTexts, options: BatchOptions) -> Batches:
         limit = self._limit(options.max_length, self._tokenizer.min_length)
+        project = None if self.spec.embedding_size is None else self._dense
         for group in given.groups(list(distinct(given.keys))):
             documents = request.documents(given, group, self._tokenizer, limit=limit, truncation=options.truncation)
-            yield from request.answers(documents, self._window_sums(windows_of(documents), options.limits))
+            sums = self._window_sums(windows_of(documents), options.limits)
+            yield from request.answers(documents, sums, project)
+
+    def _dense(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Apply the Dense modules, which graphs apply to the pooling of whole texts only, to states [N, H]."""
+        for layer in self._dense_layers:
+            states = layer(states)
+        return states
+
+    @cached_property
+    def _dense_layers(self) -> Sequence[Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+        from gte_deploy.models.dense_layers import read_dense_layers
+
+        return read_dense_layers(self.path, self.spec.hidden_size, self.spec.embedding_width)
 
     def _window_sums(self, windows: Mapping[int, Window], limits: BatchLimits) -> Iterator[tuple[Window, ChunkSums]]:
         """Yield each window with its `sums`, in any order."""

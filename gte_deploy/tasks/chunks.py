@@ -7,7 +7,7 @@ Shapes: S tokens of a window with special ones, T tokens of a text without speci
 size, D embedding size.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,9 @@ _OVERLAP_SHARE = 10
 
 ChunkSpec = ChunkRule | Sequence[Any]
 """A rule for chunks, or the caller's (start, end) of each chunk of a text, or a list of these for several texts."""
+
+Projection = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""From mean states [C, H] to embeddings [C, D]."""
 
 ChunkSums = tuple[int, NDArray[np.float64]]
 """The number of a document's chunk, and the sums [C', H] of a window's states for it and for the chunks behind it."""
@@ -252,11 +255,6 @@ class ChunkRequest:
                 f"pooling is {embedding.pooling!r}; chunks have the mean of their tokens, since only the first chunk "
                 "has a first token of the text. Leave pooling out, or pass 'mean'"
             )
-        if embedding.spec.embedding_size is not None:
-            raise InputError(
-                "chunks are not served by models with Dense modules, which take the pooled states of a whole text; "
-                "encode each part as a text of its own"
-            )
         embedding.check()
 
     def documents(
@@ -318,21 +316,26 @@ class ChunkRequest:
         return Document(index, tokenizer, ids[:own], ids[own:], ranges, offsets, size, min(overlap, size // 2))
 
     def answers(
-        self, documents: Sequence[Document], sums: Iterator[tuple[Window, ChunkSums]]
+        self, documents: Sequence[Document], sums: Iterator[tuple[Window, ChunkSums]], project: Projection | None = None
     ) -> Iterator[tuple[list[int], list[Any]]]:
         """Yield each document's number, and its offsets [C, 2] and embeddings [C, D], when its last window is done.
 
         Args:
             documents: the documents.
             sums: each window of these documents with its `sums`, in any order.
+            project: the model's Dense modules, if it has some.
         """
         spec = self.embedding.spec
+
+        def answer(document: Document, states: NDArray[np.float32]) -> tuple[list[int], list[Any]]:
+            embeddings = self.embedding.finished(states if project is None else project(states))
+            return [document.index], [(document.offsets, embeddings)]
+
         totals: dict[int, NDArray[np.float64]] = {}
         left = {document.index: len(document.windows) for document in documents}
         for document in documents:
             if not left[document.index]:
-                nothing = np.zeros((0, spec.hidden_size), np.float32)
-                yield [document.index], [(document.offsets, self.embedding.finished(nothing))]
+                yield answer(document, np.zeros((0, spec.hidden_size), np.float32))
         for window, (first, part) in sums:
             document = window.document
             index = document.index
@@ -341,7 +344,7 @@ class ChunkRequest:
             totals[index][first : first + len(part)] += part
             left[index] -= 1
             if not left[index]:
-                yield [index], [(document.offsets, self.embedding.finished(document.mean(totals.pop(index))))]
+                yield answer(document, document.mean(totals.pop(index)))
 
     def assemble(self, found: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], given: ChunkedTexts) -> Any:
         """Return a `ChunkEmbeddings` for each text, in the requested form; of one text alone, that one."""

@@ -238,6 +238,11 @@ class Client(TextInterface):
 
     def _chunk_batches(self, request: ChunkRequest, given: ChunkedTexts, options: BatchOptions) -> Batches:
         self._require_states(dataclasses.replace(request.embedding, output_value="token_embeddings"))
+        if self.spec.embedding_size is not None:
+            raise InputError(
+                f"the server at {self._name} applies the model's Dense modules to whole texts only; load the model for "
+                "chunks"
+            )
         if self._tokenizer is None:
             raise InputError(f"chunks need the tokenizer: give the folder of {self._name} to the client")
         tokenizer = self._tokenizer.tokenizer

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -23,6 +23,8 @@ import pytest
 import gte_deploy
 from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError, NonFiniteError, UnavailableError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.text.fingerprint import fingerprint
+from gte_deploy.text.tokenization import load_tokenizer
 from gte_deploy.triton import client as triton
 from gte_deploy.triton import transport as triton_transport
 
@@ -162,6 +164,73 @@ def test_the_server_of_an_engine_of_answers(monkeypatch: pytest.MonkeyPatch, tas
             with pytest.raises(BackendError, match=f"only the answer of task {task}, .* Export it with --outputs all"):
                 client.encode("1", **options)
         assert len(fake.requests) == served
+
+
+@pytest.fixture
+def of_words(monkeypatch: pytest.MonkeyPatch, word_checkpoints: Mapping[str, Any]) -> Iterator[Any]:
+    """A model loaded here, its folder, and a transport whose token states are this model's."""
+    folder = word_checkpoints["embed"]
+    with gte_deploy.load(folder, num_threads=1) as local:
+        facts = {"tokenizer": fingerprint(folder, load_tokenizer(folder)), "length_buckets": [128]}
+        fake = FakeTransport(local.spec)
+
+        def infer(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+            assert model == "gte_token_embed"
+            options = {key.lower(): inputs[key][0, 0] for key in ("TRUNCATION", "MAX_LENGTH") if key in inputs}
+            texts = [text.decode() for text in inputs["TEXT"][:, 0]]
+            rows = local.encode(texts, prompt="", output_value=None, **options)
+            longest = max(len(row["input_ids"]) for row in rows)
+
+            def padded(name: str) -> Any:
+                gaps = [(0, longest - len(row[name])) for row in rows]
+                arrays = [(row[name], gap) for row, gap in zip(rows, gaps, strict=True)]
+                return np.stack([np.pad(array, (gap,) + ((0, 0),) * (array.ndim - 1)) for array, gap in arrays])
+
+            names = {
+                "INPUT_IDS": "input_ids",
+                "ATTENTION_MASK": "attention_mask",
+                "TOKEN_EMBEDDINGS": "token_embeddings",
+            }
+            return {name: padded(key) for name, key in names.items()}
+
+        fake.infer, fake.config = infer, lambda model: config_of(local.spec, **facts)
+        monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+        yield local, folder, fake, facts
+
+
+@pytest.mark.parametrize("prompt", ["", "the query: "])
+def test_chunks_are_those_of_a_loaded_model(of_words: Any, prompt: str):
+    local, folder, *_ = of_words
+    texts = ["the king of the old city. The queen, 中国!", "", "a", "the king of the old city. The queen, 中国!"]
+    spans = [[(0, 8), (13, 30)], [], [(0, 1)], [(4, 8)]]
+    with triton.Client(tokenizer=folder) as client:
+        for chunks in (gte_deploy.TokenChunks(5, 2), gte_deploy.SentenceChunks(6), spans):
+            options = {"chunks": chunks, "prompt": prompt, "normalize_embeddings": True}
+            for ours, theirs in zip(client.encode(texts, **options), local.encode(texts, **options), strict=True):
+                assert ours.offsets.tolist() == theirs.offsets.tolist() and ours.text == theirs.text
+                np.testing.assert_allclose(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
+        cut = {"chunks": gte_deploy.TokenChunks(3), "truncation": True, "max_length": 9}
+        ours, theirs = (model.encode("the king " * 20, **cut) for model in (client, local))
+        np.testing.assert_allclose(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
+
+
+def test_chunks_that_a_server_cannot_answer_are_refused(of_words: Any):
+    local, folder, fake, facts = of_words
+    rule = gte_deploy.TokenChunks(5)
+    with triton.Client() as client, pytest.raises(InputError, match="chunks need the tokenizer"):
+        client.encode("the king", chunks=rule)
+    with triton.Client(tokenizer=folder) as client, pytest.raises(InputError, match="input 1 is above the limit"):
+        client.encode(["the king", "the king " * 100], chunks=rule)
+    answer = fake.infer
+    fake.infer = lambda *call: {**(found := answer(*call)), "INPUT_IDS": found["INPUT_IDS"] + 1}
+    with triton.Client(tokenizer=folder) as client, pytest.raises(BackendError, match="tokenised input 0"):
+        client.encode("the king", chunks=rule)
+    for changed, message in (({"hidden_states": False}, "--outputs all"), ({}, "Dense modules")):
+        spec = local.spec if changed else replace(local.spec, embedding_size=8)
+        fake.config = lambda model, spec=spec, changed=changed: config_of(spec, **facts, **changed)
+        with triton.Client(tokenizer=folder) as client:
+            with pytest.raises((InputError, BackendError), match=message):
+                client.encode("the king", chunks=rule)
 
 
 def test_a_server_without_any_known_ensemble(monkeypatch: pytest.MonkeyPatch):
