@@ -1,20 +1,23 @@
 """`gte-deploy`: ask a model from the command line. Results on stdout, logs and progress on stderr."""
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
+from gte_deploy.bulk.options import BulkOptions, output_format
 from gte_deploy.cli_options import (
-    ArrayOptions,
     BatchingOptions,
     BenchOptions,
     ChunkingOptions,
@@ -23,6 +26,7 @@ from gte_deploy.cli_options import (
     EncodeMultiVectorOptions,
     EncodeOptions,
     EncodeSparseOptions,
+    FileOptions,
     FillMaskOptions,
     InfoOptions,
     LoadOptions,
@@ -44,10 +48,12 @@ from gte_deploy.core.spec import TaskName
 from gte_deploy.serving.options import ServerOptions
 
 if TYPE_CHECKING:
+    from gte_deploy.bulk.progress import BulkState
     from gte_deploy.model import Model
 
 _PROG = "gte-deploy"
 _STDIN = "-"
+_SECONDS_BETWEEN_LINES = 60
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,19 @@ def _fill_mask(given: Given) -> None:
 
 
 def _encode(given: Given) -> None:
-    texts, output = _texts(given), read_options(ArrayOptions, given).output
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output {output}: the folder does not exist")
+    files = read_options(FileOptions, given)
+    from_file = not given.get("texts") and files.input not in (None, _STDIN)
+    if from_file and files.output is not None:
+        _encode_files(given, files)
+        return
+    for kind in (BulkOptions, FileOptions):
+        if for_files := parse_given(kind, given).keys() - {"input", "output", "quiet"}:
+            name = sorted(for_files)[0].replace("_", "-")
+            raise InputError(f"--{name} is for files: give --input FILE and --output FILE, too")
+    texts, output = _texts(given), files.output
+    if output is not None and (not output.parent.is_dir() or output_format(output, None) != "npy"):
+        what = "a list of texts is written as .npy" if output.parent.is_dir() else "the folder does not exist"
+        raise InputError(f"--output {output}: {what}")
     arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
     arguments |= (chunking := read_options(ChunkingOptions, given).arguments())
     if chunking and output is not None:
@@ -122,7 +138,7 @@ def _encode(given: Given) -> None:
     with _load(given) as model:
         if model.spec.task in ("sparse", "multi-vector"):
             raise InputError(f"{model.path} is made for {model.spec.task}: use {_PROG} encode-{model.spec.task}")
-        embeddings = model.encode(texts, show_progress_bar=sys.stderr.isatty(), **arguments)
+        embeddings = model.encode(texts, show_progress_bar=sys.stderr.isatty() and not files.quiet, **arguments)
     if chunking:
         from gte_deploy.tasks.chunks import chunk_records
 
@@ -135,6 +151,76 @@ def _encode(given: Given) -> None:
         return
     _save_array(output, embeddings)
     print(f"{_PROG}: wrote {output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
+
+
+def _encode_files(given: Given, files: FileOptions) -> None:
+    from gte_deploy.bulk import encode_files
+
+    options = read_options(BulkOptions, given)
+    if read_options(ChunkingOptions, given).arguments():
+        raise InputError("--chunks prints one line a chunk; leave it out, or leave --output out")
+    line = _ProgressLine()
+    try:
+        with _interrupted_by_sigterm():
+            summary = encode_files(
+                str(files.input),
+                files.output or "",
+                model=_arguments(given, ModelOptions).get("path"),
+                options=options,
+                load_options=_load_arguments(given),
+                encode_options=_arguments(given, EncodeOptions, PromptOptions, BatchingOptions),
+                report=None if files.quiet else line.show,
+            )
+    except KeyboardInterrupt:
+        print(f"{_PROG}: {files.output}.parts keeps what is done; repeat the command to go on", file=sys.stderr)
+        raise
+    finally:
+        line.end()
+    if "json" in given:
+        print(json.dumps(summary.to_json()))
+    elif not files.quiet:
+        print(f"{_PROG}: {summary.describe()}", file=sys.stderr)
+    if summary.failures > files.max_failures:
+        raise GteDeployError(
+            f"{summary.failures:,} rows have no vector, and --max-failures is {files.max_failures:,}; "
+            f"{summary.failures_file} says why"
+        )
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, by which a scheduler ends a job, do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _ProgressLine:
+    """Shows the state of a run on stderr: on one line of a terminal, else as a line each minute."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._shown: float | None = None
+
+    def show(self, state: "BulkState") -> None:
+        """Show a state."""
+        if self._on_terminal:
+            print(f"\r\x1b[K{state.describe()}", end="", file=sys.stderr, flush=True)
+        elif self._shown is None or state.seconds - self._shown >= _SECONDS_BETWEEN_LINES:
+            print(f"{_PROG}: {state.describe()}", file=sys.stderr, flush=True)
+        else:
+            return
+        self._shown = state.seconds
+
+    def end(self) -> None:
+        """End the line."""
+        if self._on_terminal and self._shown is not None:
+            print(file=sys.stderr)
 
 
 def _encode_sparse(given: Given) -> None:
@@ -381,8 +467,8 @@ _COMMANDS = {
     ),
     "encode": _Command(
         _encode,
-        "Embed each text, or its chunks: one JSON list or object a line, or a .npy file.",
-        (TextOptions, ArrayOptions, PromptOptions, EncodeOptions, ChunkingOptions, *_ANY_MODEL),
+        "Embed each text, or its chunks: one JSON list or object a line, or a file of vectors, also of large files.",
+        (FileOptions, TextOptions, BulkOptions, PromptOptions, EncodeOptions, ChunkingOptions, *_ANY_MODEL),
     ),
     "encode-sparse": _Command(
         _encode_sparse,

@@ -15,6 +15,7 @@ from gte_deploy.core.spec import (
     BACKENDS,
     BUNDLE_BACKENDS,
     EMBEDDING_PRECISIONS,
+    FILE_PRECISIONS,
     LOAD_PRECISIONS,
     POOLINGS,
     SPARSE_ROUTES,
@@ -22,6 +23,7 @@ from gte_deploy.core.spec import (
     BackendName,
     BundleBackend,
     EmbeddingPrecision,
+    FilePrecision,
     LoadPrecision,
     Pooling,
     SparseRoute,
@@ -168,8 +170,8 @@ class EncodeOptions:
     truncate_dim: int | None = option(
         None, "leading dimensions to keep (default: as the checkpoint says)", metavar="N", parse=int
     )
-    precision: EmbeddingPrecision = option(
-        "float32", "type of the numbers in an embedding", choices=EMBEDDING_PRECISIONS
+    precision: FilePrecision = option(
+        "float32", "type of the numbers in an embedding; float16 is for files", choices=FILE_PRECISIONS
     )
 
 
@@ -220,16 +222,25 @@ class ChunkingOptions:
 
 
 @dataclass(frozen=True)
-class ArrayOptions:
-    """The file for embeddings."""
+class FileOptions:
+    """The files of texts and of embeddings; `BulkOptions` has the rest."""
 
+    input: str | None = option(
+        None,
+        "texts to read: a UTF-8 file with one text a line, or - for stdin (the default); with --output also a parquet, "
+        ".jsonl or .csv file, or a folder",
+        flags=("-i", "--input"),
+        metavar="FILE",
+    )
     output: Path | None = option(
         None,
-        "write one array [texts, dimensions] to this file, instead of printing",
+        "write the embeddings to this file, instead of printing: .npy, .parquet, .jsonl or .lance",
         flags=("-o", "--output"),
-        metavar="FILE.npy",
+        metavar="FILE",
         parse=Path,
     )
+    max_failures: int = option(0, "rows that may fail before the command ends with exit code 1", metavar="N", parse=int)
+    quiet: bool = option(False, "show no progress on stderr")
 
 
 @dataclass(frozen=True)

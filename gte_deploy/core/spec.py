@@ -30,6 +30,7 @@ BackendName = Literal["auto", "onnx", "openvino", "torch", "tensorrt", "executor
 BundleBackend = Literal["onnx", "openvino", "tensorrt", "executorch"]
 """The backends that can run a bundle."""
 EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+FilePrecision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 """The data type of sentence embeddings, under its name in sentence-transformers."""
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 """The rule that joins neighbouring tokens with one label, under its name in transformers' pipeline."""
@@ -52,6 +53,7 @@ LOAD_PRECISIONS: tuple[LoadPrecision, ...] = get_args(LoadPrecision)
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 BUNDLE_BACKENDS: tuple[BundleBackend, ...] = get_args(BundleBackend)
 EMBEDDING_PRECISIONS: tuple[EmbeddingPrecision, ...] = get_args(EmbeddingPrecision)
+FILE_PRECISIONS: tuple[FilePrecision, ...] = get_args(FilePrecision)
 AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)
 
 

@@ -30,11 +30,16 @@ def l2_normalize(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
     return embeddings / np.maximum(norm, NORM_EPSILON)
 
 
-def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> NDArray[np.generic]:
+def quantize(
+    embeddings: NDArray[np.float32],
+    precision: EmbeddingPrecision,
+    ranges: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+) -> NDArray[np.generic]:
     """Convert [B, D] float32 to a smaller type, as sentence_transformers.quantize_embeddings does.
 
     "binary" and "ubinary" pack the signs, eight to a byte: [B, ceil(D / 8)] int8 or uint8. "int8" and "uint8" spread
-    each dimension's range *in these embeddings* over 256 steps, so they compare only within one call.
+    each dimension's range over 256 steps: that of `ranges`, the least and the largest values [D], or the range *in
+    these embeddings*, so that they compare only within one call.
 
     Raises:
         InputError: int8 or uint8 of fewer than two embeddings, which have no range.
@@ -44,10 +49,10 @@ def quantize(embeddings: NDArray[np.float32], precision: EmbeddingPrecision) -> 
     if precision in ("binary", "ubinary"):
         packed = np.packbits(embeddings > 0, axis=-1)
         return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
-    if len(embeddings) < 2:
+    if ranges is None and len(embeddings) < 2:
         count = "only one" if len(embeddings) else "none"
         raise InputError(f"precision {precision!r} takes each dimension's range from the inputs, and there is {count}")
-    low, high = embeddings.min(axis=0), embeddings.max(axis=0)
+    low, high = (embeddings.min(axis=0), embeddings.max(axis=0)) if ranges is None else ranges
     steps = (high - low) / 255
     levels = np.clip(np.floor((embeddings - low) / np.where(steps == 0, 1, steps)), 0, 255)
     return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)

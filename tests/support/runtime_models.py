@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ TEXTS = (
     "the man isn't old ([MASK] is not); readable [MASK] unknownword 中国",
     "[SEP] the [MASK] [PAD] a [CLS] time",
 )
+
+
+def make_texts(count: int, *, seed: int = 0, most_words: int = 40) -> list[str]:
+    """Texts of random words and lengths; some are equal."""
+    chosen = random.Random(seed)
+    words = [piece for piece in PIECES if piece.isascii() and piece.isalpha()]
+    return [" ".join(chosen.choices(words, k=chosen.randint(1, most_words))) for _ in range(count)]
 
 
 def make_word_checkpoint(folder: Path, **options: Any) -> Path:

@@ -1,0 +1,280 @@
+"""What a model computes for a shard, as arrays of a part, and these arrays as columns of the output.
+
+Shapes: N rows, D embedding size, E entries or tokens of all rows together.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gte_deploy._version import __version__
+from gte_deploy.bulk.columns import import_pyarrow
+from gte_deploy.bulk.parts import Part
+from gte_deploy.bulk.shards import Shard
+from gte_deploy.core.errors import InputError, NonFiniteError
+from gte_deploy.core.options import check_choice
+from gte_deploy.core.spec import FILE_PRECISIONS
+from gte_deploy.model import Model
+from gte_deploy.tasks.interface import prompt_text
+from gte_deploy.tasks.pooling import quantize
+from gte_deploy.text.inputs import MAX_TEXT_BYTES
+
+VectorKind = Literal["dense", "sparse", "tokens"]
+Arrays = dict[str, NDArray[Any]]
+
+_OF_ALL_TEXTS = ("int8", "uint8")
+"""Precisions whose steps depend on the range of all vectors: they are made when all parts are there."""
+
+_COMMON = ("prompt_name", "prompt", "batch_size", "truncation", "max_length", "max_batch_tokens")
+_ARGUMENTS: dict[VectorKind, tuple[str, ...]] = {
+    "dense": (*_COMMON, "normalize_embeddings", "truncate_dim", "pooling", "precision"),
+    "sparse": (*_COMMON, "max_active_dims", "route"),
+    "tokens": (*_COMMON, "normalize_embeddings", "is_query", "skip_words", "precision"),
+}
+
+
+class ShardEncoder:
+    """Encodes shards with a model."""
+
+    def __init__(self, model: Model, arguments: Mapping[str, Any]) -> None:
+        """Check the arguments of the call, by encoding one short text.
+
+        Args:
+            model: the model.
+            arguments: arguments of `encode`, `encode_sparse` or `encode_multi_vector`, by the model's task. `precision`
+                may also be "float16".
+
+        Raises:
+            InputError: an argument is unknown or out of range.
+        """
+        self._model = model
+        self.kind: VectorKind = {"sparse": "sparse", "multi-vector": "tokens"}.get(model.spec.task, "dense")  # type: ignore[assignment]
+        known = _ARGUMENTS[self.kind]
+        if unknown := [name for name in arguments if name not in known]:
+            raise InputError(
+                f"{unknown[0]} is not an option for files with {model.path}, a model for {model.spec.task}; options "
+                f"are {', '.join(known)}"
+            )
+        self._precision = arguments.get("precision") or "float32"
+        check_choice("precision", self._precision, FILE_PRECISIONS)
+        if self.kind == "tokens" and self._precision not in ("float32", "float16"):
+            raise InputError(f"precision {self._precision!r} is not for embeddings of tokens; use float32 or float16")
+        self._arguments = {name: value for name, value in arguments.items() if name != "precision"}
+        if self._precision in ("binary", "ubinary"):
+            self._arguments["precision"] = self._precision
+        self._is_query = bool(self._arguments.pop("is_query", False))
+        self._prompt = prompt_text(model.spec, arguments.get("prompt"), arguments.get("prompt_name"))
+        self.most_bytes = MAX_TEXT_BYTES - len(self._prompt.encode("utf-8"))
+        self._compute(["a"])
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the vectors needs to know, as JSON data."""
+        info = self._model.info()
+        return {
+            "gte_deploy": __version__,
+            "model": str(self._model.path),
+            "task": self._model.spec.task,
+            "kind": self.kind,
+            "engine": f"{info['backend']} {info['precision']} {info['device']}",
+            **({"is_query": self._is_query} if self.kind == "tokens" else {"prompt": self._prompt}),
+            **self._arguments,
+            "precision": self._precision,
+        }
+
+    def encode(self, shard: Shard) -> tuple[Shard, Arrays]:
+        """Encode a shard.
+
+        Returns:
+            The shard, in which texts that the model refused are among the failures, and the arrays of a `Part`.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        reasons: dict[int, str] = {}
+        numbers = list(range(len(shard.texts)))
+        try:
+            arrays = self._compute(shard.texts)
+        except (InputError, NonFiniteError):
+            reasons = self._too_long(shard.texts)
+            numbers = [i for i in numbers if i not in reasons]
+            arrays = self._apart(shard.texts, numbers, reasons)
+        if self._precision == "float16":
+            arrays["embedding"] = self._halved(arrays["embedding"], numbers, reasons)
+        return shard.without(reasons), arrays
+
+    def _compute(self, texts: Sequence[str]) -> Arrays:
+        model, options = self._model, self._arguments
+        # A model gives no answer to an empty list; one text gives types and widths.
+        asked = list(texts) or ["a"]
+        if self.kind == "dense":
+            return {"embedding": model.encode(asked, **options)[: len(texts)]}
+        if self.kind == "sparse":
+            found = model.encode_sparse(asked, as_dict=False, **options)[: len(texts)]
+            return {
+                "offsets": _offsets([len(each.indices) for each in found]),
+                "indices": _joined([each.indices.astype(np.int32) for each in found], np.int32),
+                "values": _joined([each.values for each in found], np.float32),
+            }
+        answers = (model.encode_query if self._is_query else model.encode_document)(asked, **options)
+        found = answers[: len(texts)]
+        empty = np.zeros((0, answers[0].shape[1]), np.float32)
+        return {
+            "offsets": _offsets([len(each) for each in found]),
+            "embedding": np.concatenate([empty, *found]),
+        }
+
+    def _halved(self, array: NDArray[Any], numbers: list[int], reasons: dict[int, str]) -> NDArray[np.float16]:
+        """Convert to float16; a row [D] with a larger number than it can hold is left out, and `reasons` gets it."""
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if self.kind != "dense" or np.isfinite(half).all():
+            return half
+        kept = np.isfinite(half).all(axis=1)
+        numbers = [number for number in numbers if number not in reasons]
+        for place in np.flatnonzero(~kept):
+            largest = np.abs(array[place]).max()
+            reasons[numbers[place]] = f"the vector has {largest:,.0f}, and float16 holds 65,504 at most"
+        return half[kept]
+
+    def _too_long(self, texts: Sequence[str]) -> dict[int, str]:
+        """Texts with too many tokens: number -> why."""
+        limit = self._arguments.get("max_length") or self._model.max_seq_length or self._model.spec.max_length
+        if self._arguments.get("truncation") or self.kind == "tokens":
+            return {}
+        ids = self._model.tokenizer([f"{self._prompt}{text}" for text in texts])["input_ids"]
+        return {
+            i: f"the text has {len(row):,} tokens, special tokens included; the limit is {limit:,}. Pass --truncation "
+            "to keep the first ones."
+            for i, row in enumerate(ids)
+            if len(row) > limit
+        }
+
+    def _apart(self, texts: Sequence[str], numbers: list[int], reasons: dict[int, str]) -> Arrays:
+        """The arrays of the chosen texts, without those that the model refuses, which `reasons` gets."""
+        try:
+            return self._compute([texts[i] for i in numbers])
+        except (InputError, NonFiniteError) as error:
+            if len(numbers) == 1:
+                reasons[numbers[0]] = str(error)
+                return self._compute([])
+        half = len(numbers) // 2
+        return _concatenated([self._apart(texts, part, reasons) for part in (numbers[:half], numbers[half:])])
+
+
+def vector_names(kind: VectorKind, name: str) -> tuple[str, ...]:
+    """The names of the output's columns of vectors, of which `name` is the beginning."""
+    return (f"{name}_indices", f"{name}_values") if kind == "sparse" else (name,)
+
+
+@dataclass(frozen=True)
+class VectorColumns:
+    """The columns of an output that hold its vectors.
+
+    Args:
+        kind: what the model gave.
+        name: name of the column, or the first part of the names of several.
+        precision: type of the vectors.
+        ranges: for int8 and uint8, the least and the largest value [D] of each dimension.
+    """
+
+    kind: VectorKind
+    name: str
+    precision: str
+    ranges: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], name: str) -> "VectorColumns":
+        """Read from the parts what was computed.
+
+        Raises:
+            InputError: int8 or uint8 of fewer than two vectors, which have no range.
+        """
+        made_by = parts[0].made_by
+        ranges = None
+        if made_by["precision"] in _OF_ALL_TEXTS:
+            if sum(part.rows for part in parts) < 2:
+                raise InputError(
+                    f"precision {made_by['precision']!r} takes each dimension's range from two rows or more"
+                )
+            found = [part.array("embedding") for part in parts if part.rows]
+            low = np.min([array.min(axis=0) for array in found], axis=0)
+            ranges = low, np.max([array.max(axis=0) for array in found], axis=0)
+        return cls(made_by["kind"], name, made_by["precision"], ranges)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return vector_names(self.kind, self.name)
+
+    def describe(self, parts: Sequence[Part]) -> str:
+        """What the vectors of all parts are, for people."""
+        rows = sum(part.rows for part in parts)
+        if self.kind == "sparse":
+            return f"{rows:,} sparse vectors"
+        first = self.dense(parts[0])
+        width = f"({rows}, {first.shape[1]})" if self.kind == "dense" else f"{rows:,} lists of [{first.shape[1]}]"
+        return f"{width} {first.dtype}"
+
+    def dense(self, part: Part) -> NDArray[Any]:
+        """The vectors [N, D] of a part, in their type."""
+        array = part.array("embedding")
+        return array if self.ranges is None else quantize(array, self.precision, self.ranges)  # type: ignore[arg-type]
+
+    def arrow(self, part: Part) -> list[Any]:
+        """The columns of a part as Arrow arrays: fixed-size lists of numbers, lists of them, or two lists."""
+        pyarrow = import_pyarrow()
+        if self.kind == "dense":
+            return [_fixed_size_lists(self.dense(part))]
+        offsets = pyarrow.array(part.array("offsets"))
+        if self.kind == "sparse":
+            values = [pyarrow.array(np.asarray(part.array(name))) for name in ("indices", "values")]
+            return [pyarrow.LargeListArray.from_arrays(offsets, each) for each in values]
+        return [pyarrow.LargeListArray.from_arrays(offsets, _fixed_size_lists(part.array("embedding")))]
+
+    def lists(self, part: Part) -> list[dict[str, Any]]:
+        """The columns of each row of a part, as JSON data."""
+        if self.kind == "dense":
+            return [{self.name: row} for row in self.dense(part).tolist()]
+        offsets = part.array("offsets").tolist()
+        of = ("indices", "values") if self.kind == "sparse" else ("embedding",)
+        arrays = [part.array(each) for each in of]
+        return [
+            {name: array[begin:end].tolist() for name, array in zip(self.names, arrays, strict=True)}
+            for begin, end in zip(offsets, offsets[1:], strict=False)
+        ]
+
+    def metadata(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """What a reader needs to know, as JSON data; with the ranges of int8 and uint8, which queries need, too."""
+        facts = {**parts[0].made_by, "engine": sorted({part.made_by["engine"] for part in parts})}
+        if self.ranges is not None:
+            facts["ranges"] = [each.tolist() for each in self.ranges]
+        return facts
+
+
+def _fixed_size_lists(array: NDArray[Any]) -> Any:
+    pyarrow = import_pyarrow()
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.asarray(array).reshape(-1)), array.shape[1])
+
+
+def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+
+
+def _joined(arrays: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, kind), *arrays])
+
+
+def _concatenated(arrays: Sequence[Arrays]) -> Arrays:
+    first, *others = arrays
+    joined = {name: np.concatenate([each[name] for each in arrays]) for name in first if name != "offsets"}
+    if "offsets" in first:
+        offsets = first["offsets"]
+        for other in others:
+            offsets = np.concatenate([offsets, other["offsets"][1:] + offsets[-1]])
+        joined["offsets"] = offsets
+    return joined
