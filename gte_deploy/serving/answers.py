@@ -25,6 +25,17 @@ class HybridEmbeddings(TypedDict):
     sparse: SparseEmbeddings
 
 
+class ChunkEmbedding(TypedDict):
+    """The embedding of a chunk, and the characters of the text at which it begins and ends."""
+
+    start: int
+    end: int
+    embedding: list[float]
+
+
+ChunksOfTexts = list[list[ChunkEmbedding]]
+
+
 class Rank(TypedDict, total=False):
     """A text of a ranking."""
 
@@ -87,7 +98,7 @@ Entities = list[Entity] | list[list[Entity]]
 
 
 class Usage(TypedDict):
-    """Tokens that a request took, special tokens included."""
+    """Tokens that a request took, special tokens included; a reranker computes equal documents once."""
 
     prompt_tokens: int
     total_tokens: int

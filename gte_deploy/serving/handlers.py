@@ -13,15 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.activations import identity, sigmoid, softmax
+from gte_deploy.core.calls import current_call
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.serving import requests as forms
 from gte_deploy.serving.failures import RequestError
 from gte_deploy.serving.options import ServerOptions
 from gte_deploy.serving.registry import ServedModel
+from gte_deploy.tasks.chunks import ChunkEmbeddings
 from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.similarity import similarity_matrix
 from gte_deploy.tasks.sparse import SparseEmbedding
+from gte_deploy.text.chunking import SentenceChunks, TokenChunks
 
 # What one answer may hold: numbers of token embeddings, and objects of JSON, of which each takes far more memory.
 MAX_NUMBERS = 1 << 25
@@ -186,6 +189,37 @@ def embed_all(work: Work, request: forms.EmbedAllRequest) -> Answer:
     return _answer([np.ascontiguousarray(each) for each in found], texts)
 
 
+def embed_chunks(work: Work, request: forms.EmbedChunksRequest) -> Answer:
+    """The embeddings [D] of the chunks of each text, from one pass over the whole text."""
+    texts, chunks = as_list(work.texts(request.inputs)), request.chunks
+    # No chunk of a rule is without a token.
+    count = sum(map(len, chunks.spans or ())) or work.count_tokens(texts, request.prompt_name, False)
+    rule: Any = chunks.spans
+    if chunks.tokens is not None:
+        rule = TokenChunks(chunks.tokens, chunks.overlap or 0)
+    elif chunks.sentences is not None:
+        rule = SentenceChunks(chunks.sentences)
+    _check_numbers(count * work.spec.embedding_width, f"{count:,} chunks")
+    found: list[ChunkEmbeddings] = work.served.model.encode(
+        texts,
+        chunks=rule,
+        prompt_name=request.prompt_name,
+        normalize_embeddings=request.normalize,
+        truncate_dim=work.dimensions(request.dimensions),
+        window_overlap=request.window_overlap,
+        truncation=work.truncation(request.truncate, request.truncation_direction),
+        show_progress_bar=False,
+    )
+    content = [
+        [
+            {"start": start, "end": end, "embedding": np.ascontiguousarray(embedding)}
+            for (start, end), embedding in zip(each.offsets.tolist(), each.embeddings, strict=True)
+        ]
+        for each in found
+    ]
+    return _answer(content, texts)
+
+
 def embed_sparse(work: Work, request: forms.EmbedSparseRequest) -> Answer:
     """The entries of each sparse embedding, in the order of the vocabulary."""
     texts = work.texts(request.inputs)
@@ -255,7 +289,7 @@ def cohere_rerank(work: Work, request: forms.CohereRerankRequest) -> Answer:
         }
         for index, score in ranking[: request.top_n]
     ]
-    tokens = _pair_tokens(work, request.query, request.documents)
+    tokens = _computed_tokens()
     content = {
         "id": uuid.uuid4().hex,
         "object": "list",
@@ -375,13 +409,21 @@ def openai_embeddings(work: Work, request: forms.OpenAIEmbeddingsRequest) -> Ans
         truncation=truncation,
         show_progress_bar=False,
     )
-    tokens = work.count_tokens(texts, request.prompt_name, truncation)
+    # Equal texts are computed once, and each counts.
+    whole = len(set(as_list(texts))) == len(as_list(texts))
+    tokens = _computed_tokens() if whole else work.count_tokens(texts, request.prompt_name, truncation)
     data = [
         {"object": "embedding", "embedding": embedding, "index": number}
         for number, embedding in enumerate(_encoded(found, request.encoding_format))
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return _answer({"object": "list", "data": data, "model": work.served.name, "usage": usage}, texts)
+
+
+def _computed_tokens() -> int:
+    """The tokens that were computed for the request so far."""
+    call = current_call()
+    return 0 if call is None else call.usage.tokens
 
 
 def _encoded(embeddings: NDArray[np.float32], encoding_format: str) -> Any:
@@ -403,8 +445,12 @@ def _sparse_values(embeddings: Sequence[SparseEmbedding]) -> list[list[dict[str,
 def _check_token_embeddings(work: Work, texts: Any, prompt_name: str | None, truncation: bool) -> None:
     """Refuse answers that would not fit into memory, before they are computed."""
     tokens = work.count_tokens(texts, prompt_name, truncation)
-    if (numbers := tokens * max(work.spec.hidden_size, work.spec.embedding_width)) > MAX_NUMBERS:
-        raise _too_large(f"{numbers:,} numbers for {tokens:,} tokens, of at most {MAX_NUMBERS:,}")
+    _check_numbers(tokens * max(work.spec.hidden_size, work.spec.embedding_width), f"{tokens:,} tokens")
+
+
+def _check_numbers(numbers: int, what: str) -> None:
+    if numbers > MAX_NUMBERS:
+        raise _too_large(f"{numbers:,} numbers for {what}, of at most {MAX_NUMBERS:,}")
 
 
 def _too_large(what: str) -> RequestError:
@@ -429,12 +475,6 @@ def _ranked(
     options: dict[str, Any] = {} if work.spec.multi_vector else {"activation_fn": identity if raw else sigmoid}
     ranking = work.served.model.rank(query, texts, truncation=truncation, show_progress_bar=False, **options)
     return [(entry["corpus_id"], np.float32(entry["score"])) for entry in ranking]
-
-
-def _pair_tokens(work: Work, query: str, texts: Sequence[str]) -> int:
-    """The tokens of the query once for each text, and of the texts, without special tokens."""
-    rows = work.served.model.tokenizer([query, *texts], add_special_tokens=False)["input_ids"]
-    return len(rows[0]) * len(texts) + sum(map(len, rows[1:]))
 
 
 def _token(text: str, token_id: int, token: str, special: int, place: tuple[int, int]) -> dict[str, Any]:

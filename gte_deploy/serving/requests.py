@@ -7,7 +7,7 @@ Cohere and Jina.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from gte_deploy.core.spec import AggregationStrategy, SparseRoute
@@ -206,6 +206,40 @@ class EmbedHybridRequest(EmbedAllRequest):
     dimensions: int | None = Field(default=None, ge=1, le=_TOO_LARGE, description="leading dimensions to keep")
 
 
+class Chunks(_Fields):
+    """How texts are cut into chunks: one of `tokens`, `sentences` and `spans`."""
+
+    tokens: int | None = Field(default=None, ge=1, le=_TOO_LARGE, description="tokens of a chunk")
+    overlap: int | None = Field(default=None, ge=0, le=_TOO_LARGE, description="tokens that chunks of `tokens` share")
+    sentences: int | None = Field(
+        default=None, ge=1, le=_TOO_LARGE, description="most tokens of a chunk of whole sentences"
+    )
+    spans: list[list[list[int]]] | None = Field(
+        default=None, description="for each text, the characters at which each chunk begins and ends"
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "Chunks":
+        if sum(value is not None for value in (self.tokens, self.sentences, self.spans)) != 1:
+            raise _fault("give one of tokens, sentences and spans")
+        if self.overlap is not None and self.tokens is None:
+            raise _fault("overlap is for tokens; leave it out")
+        return self
+
+
+class EmbedChunksRequest(Truncating):
+    """A request for `/embed_chunks`."""
+
+    inputs: Strings
+    chunks: Chunks
+    prompt_name: str | None = None
+    normalize: bool = Field(default=True, description="scale each embedding to length 1")
+    dimensions: int | None = Field(default=None, ge=1, le=_TOO_LARGE, description="leading dimensions to keep")
+    window_overlap: int | None = Field(
+        default=None, ge=0, le=_TOO_LARGE, description="tokens that windows of a text above the model's limit share"
+    )
+
+
 class EmbedMultiVectorRequest(EmbedAllRequest):
     """A request for `/embed_multi_vector`."""
 
@@ -351,4 +385,5 @@ def validated(kind: type[RequestT], value: Any) -> RequestT:
         raise RequestError(422, f"the field {place} is not known; this route has: {known}", field=field)
     if first["type"] == "value" and first["msg"].startswith("["):
         raise RequestError(422, f"{place}{first['msg']}", field=field)
-    raise RequestError(422, f"{place}: {first['msg']}", field=field)
+    message = "expected an object" if first["type"] == "model_type" else first["msg"]
+    raise RequestError(422, f"{place}: {message}", field=field)

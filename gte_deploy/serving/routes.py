@@ -80,6 +80,14 @@ MODEL_ROUTES: tuple[ModelRoute, ...] = (
         handlers.embed_hybrid,
     ),
     ModelRoute(
+        "/embed_chunks",
+        "Embed the chunks of texts in the context of the whole text (late chunking).",
+        forms.EmbedChunksRequest,
+        answers.ChunksOfTexts,
+        _DENSE,
+        handlers.embed_chunks,
+    ),
+    ModelRoute(
         "/embed_multi_vector",
         "Embed each token of texts, for late interaction.",
         forms.EmbedMultiVectorRequest,

@@ -170,13 +170,10 @@ def test_similarity(client, sentence_transformer):
     assert ask(client, "/similarity", {"inputs": inputs, "parameters": {}}) == found
 
 
-def test_embed_sparse(client, task_checkpoints, served):
-    found = ask(client, "/embed_sparse", {"inputs": TEXTS})
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForMaskedLM
-
+def test_embed_sparse(client, task_checkpoints):
     import gte_deploy
 
+    found = ask(client, "/embed_sparse", {"inputs": TEXTS})
     with gte_deploy.load(task_checkpoints["mask"], backend="torch", task="sparse") as reference:
         expected = reference.encode_sparse(TEXTS)
     for ours, theirs in zip(found, expected, strict=True):
@@ -185,7 +182,6 @@ def test_embed_sparse(client, task_checkpoints, served):
         for entry in ours:
             dense[entry["index"]] = entry["value"]
         np.testing.assert_allclose(dense, theirs.to_dense(), **TOLERANCE)
-    assert torch is not None and AutoModelForMaskedLM is not None and served["sparse"].spec.task == "sparse"
 
 
 def test_fill_mask(client, task_checkpoints):
@@ -261,3 +257,23 @@ def test_costs_are_in_the_headers(client):
     assert response.headers["x-compute-characters"] == str(sum(map(len, TEXTS)))
     assert int(response.headers["x-total-time"]) >= int(response.headers["x-inference-time"]) >= 0
     assert int(response.headers["x-compute-tokens"]) > 10
+
+
+def test_embed_chunks(client, sentence_transformer):
+    text = "Paris is the capital of France. the king walked to the river, and the queen is not old."
+    (states,) = sentence_transformer.encode([text], output_value="token_embeddings")
+    tokenizer = sentence_transformer.tokenizer
+    places = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    spans = [[0, 31], [32, len(text)]]
+    (found,) = ask(client, "/embed_chunks", {"inputs": text, "chunks": {"spans": [spans]}})
+    assert [[chunk["start"], chunk["end"]] for chunk in found] == spans
+    for chunk, (start, end) in zip(found, spans, strict=True):
+        inside = [number for number, (a, b) in enumerate(places) if a < end and b > start and a < b]
+        expected = states[inside].numpy().mean(axis=0, keepdims=True)
+        np.testing.assert_allclose(chunk["embedding"], unit(expected)[0], **TOLERANCE)
+    (by_tokens,) = ask(client, "/embed_chunks", {"inputs": [text], "chunks": {"tokens": 4, "overlap": 1}})
+    assert len(by_tokens) > 4 and by_tokens[0]["start"] == 0 and by_tokens[-1]["end"] == len(text)
+    (by_sentences,) = ask(client, "/embed_chunks", {"inputs": [text], "chunks": {"sentences": 20}, "dimensions": 3})
+    assert len(by_sentences) == 2 and len(by_sentences[0]["embedding"]) == 3
+    for chunks in ({}, {"tokens": 3, "sentences": 3}, {"sentences": 3, "overlap": 1}, {"tokens": 3, "overlap": 3}, 3):
+        assert client.post("/embed_chunks", json={"inputs": text, "chunks": chunks}).status_code == 422

@@ -37,6 +37,10 @@ REQUIREMENTS = {
         *("faiss-cpu", "lancedb", "usearch"),
         *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
     ),
+    "clients": (
+        *("cohere", "langchain-huggingface", "langchain-openai", "llama-index-embeddings-openai-like"),
+        *("llama-index-embeddings-text-embeddings-inference", "llama-index-postprocessor-tei-rerank"),
+    ),
     "coreml": ("coremltools>=9", *_CONVERSION),
     "executorch": (
         "executorch>=1.5",

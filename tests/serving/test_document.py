@@ -1,0 +1,78 @@
+"""/openapi.json: every route is in it, and the server answers as it says, judged by schemathesis."""
+
+from __future__ import annotations
+
+import jsonschema
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.openapi.checks import *  # noqa: F403  registers the checks
+
+from gte_deploy.serving.document import openapi_document
+from gte_deploy.serving.routes import MODEL_ROUTES
+from http_server import ServerProcess, serve_command
+
+load_all_checks()
+KEPT = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "response_headers_conformance",
+)
+
+
+def test_it_has_every_route_and_its_references_lead_somewhere(client):
+    document = client.get("/openapi.json").json()
+    assert document == openapi_document()
+    assert {route.path for route in MODEL_ROUTES} < set(document["paths"])
+    schemas = document["components"]["schemas"]
+    for schema in schemas.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    text = client.get("/openapi.json").text
+    assert all(f'"#/components/schemas/{name}"' in text for name in schemas), "a schema that nothing refers to"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory, task_bundles):
+    bundles = [f"{name}={bundle}" for name, bundle in task_bundles.items()]
+    server = ServerProcess(serve_command(*bundles, "--access-log", "off"), cwd=tmp_path_factory.mktemp("server"))
+    server.wait_until_ready()
+    yield server.url
+    assert server.end() == 0 and "Traceback" not in server.log, server.log
+
+
+def check(url, path, mode, examples):
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    method = "POST" if path in {route.path for route in MODEL_ROUTES} else "GET"
+    checks = [check for check in CHECKS.get_all() if check.__name__ in KEPT]
+    assert len(checks) == len(KEPT)
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def answers_as_described(case):
+        case.call_and_validate(checks=checks)
+
+    answers_as_described()
+
+
+PATHS = [*sorted(openapi_document()["paths"])]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_it_answers_as_the_document_says(url, path):
+    check(url, path, GenerationMode.POSITIVE, 10)
+
+
+@pytest.mark.parametrize("path", [route.path for route in MODEL_ROUTES])
+def test_it_refuses_as_the_document_says(url, path):
+    check(url, path, GenerationMode.NEGATIVE, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("path", [route.path for route in MODEL_ROUTES])
+def test_it_answers_as_the_document_says_at_length(url, path, mode):
+    check(url, path, mode, 300)
