@@ -146,8 +146,8 @@ class JoinOptions:
     """How the calls of all threads share batches: see `load`.
 
     Args:
-        max_queue_tokens: tokens that may wait; a call that would wait behind more is refused with OverloadedError. None
-            for no bound.
+        max_queue_tokens: tokens that may wait; a call with which they would be more is refused with OverloadedError,
+            unless nothing waits. None for no bound.
 
     Raises:
         InputError: the number is not positive.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import heapq
+import random
 import threading
 import time
 import weakref
@@ -23,10 +25,10 @@ from gte_deploy import (
     OverloadedError,
 )
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.joining import JoiningBackend
+from gte_deploy.backends.joining import JoiningBackend, _Row
 from gte_deploy.backends.stream_plan import StreamPlan
 from gte_deploy.core.spec import ModelSpec, MultiVectorSpec, QueryExpansion
-from gte_deploy.text.batching import BatchLimits, ExpandedRow, TypedRow, collate
+from gte_deploy.text.batching import BatchLimits, ExpandedRow, TypedRow, collate, plan_batches
 from waiting import WAIT_S, wait_until
 
 SPEC = ModelSpec(
@@ -604,3 +606,61 @@ def test_results_keep_no_other_callers_values_alive(gate, callers):
     first.result(WAIT_S)
     wait_until(lambda: (gc.collect(), alive[1]() is None)[1])
     assert all(answer.base is None for answer in answers)
+
+
+# --- what joining costs, in tokens ------------------------------------------------------------------------------------
+
+CALL_TOKENS = 25  # a call of an engine costs as much as computing so many tokens: see `text/batching.py`
+
+
+def tokens_of(lengths):
+    return CALL_TOKENS + len(lengths) * max(lengths)
+
+
+def computed_tokens(callers, shortest, longest, *, lanes=1, rows=3000):
+    """Tokens that are computed for each token of a text, where callers come back with a new text at each answer.
+
+    Threads and time are simulated: a batch takes as long as it has tokens.
+    """
+    drawn, clock, running = random.Random(0), 0, []
+    backend = joining(Engine(lanes=lanes), max_rows=1000, max_tokens=1024)
+    computed = asked = answered = 0
+
+    def ask():
+        nonlocal asked
+        length = drawn.randint(shortest, longest)
+        asked += length
+        backend._put(_Row(None, 0, length, None, "a key"))
+
+    def begin():
+        nonlocal computed
+        for turn in backend._start():
+            tokens = tokens_of([row.length for row in turn.rows])
+            computed += tokens
+            heapq.heappush(running, (clock + tokens, id(turn), turn))
+
+    for _ in range(callers):
+        ask()
+    begin()
+    while answered < rows:
+        clock, _, turn = heapq.heappop(running)
+        backend._free += 1
+        begin()  # the next batch begins before the callers of the last one are back
+        for _ in turn.rows:
+            answered += 1
+            ask()
+        begin()
+    return computed / (asked - backend.queued_tokens)
+
+
+@pytest.mark.parametrize(
+    ("callers", "lengths", "share"),
+    [(8, (5, 300), 0.9), (32, (5, 300), 0.95), (128, (5, 300), 0.98), (32, (5, 40), 0.8), (128, (5, 40), 0.93)],
+)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_single_texts_of_many_callers_cost_little_more_than_a_list_of_all(callers, lengths, share, lanes):
+    drawn = random.Random(1)
+    texts = [drawn.randint(*lengths) for _ in range(512)]
+    batches_of_list = plan_batches(texts, BatchLimits(32, 1024, 10**6))
+    of_list = sum(tokens_of([texts[index] for index in group]) for group in batches_of_list) / sum(texts)
+    assert of_list / computed_tokens(callers, *lengths, lanes=lanes) >= share
