@@ -13,6 +13,7 @@ running.py      the requests in work: limits, deadlines, callers that went away
 metrics.py      Prometheus
 tracing.py      OpenTelemetry
 observing.py    what surrounds each request: its id, span, metrics and line in the log; the bearer token
+page/           the page at /, which asks the routes as any client does
 app.py          the ASGI application of all these
 server.py       the process: sockets, signals, logs
 """

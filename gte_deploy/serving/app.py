@@ -37,7 +37,7 @@ from gte_deploy.serving.json_body import parse_json
 from gte_deploy.serving.metrics import Metrics
 from gte_deploy.serving.observing import BearerToken, Observed
 from gte_deploy.serving.options import ServerOptions
-from gte_deploy.serving.page import page
+from gte_deploy.serving.page import page_routes
 from gte_deploy.serving.registry import Registry, ServedModel, describe
 from gte_deploy.serving.requests import validated
 from gte_deploy.serving.routes import MODEL_ROUTES, ModelRoute, own_route
@@ -88,10 +88,11 @@ class Server:
 
     def app(self) -> ASGIApp:
         """Return the ASGI application."""
+        pages = page_routes() if self.options.page else []
         routes = [
+            *pages,
             Route("/", self._dispatch, methods=["POST"]),
             Route("/invocations", self._dispatch, methods=["POST"]),
-            Route("/", page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/ready", self._ready, methods=["GET"]),
             Route("/ping", self._ready, methods=["GET"]),
@@ -120,7 +121,7 @@ class Server:
         open_paths = () if self.options.protect_all else _PROBES
         return Observed(
             inner,
-            token=BearerToken(self._token, open_paths=(*open_paths, "/")),
+            token=BearerToken(self._token, open_paths=(*open_paths, *(route.path for route in pages))),
             metrics=self.metrics,
             tracing=Tracing(),
             access_log=self.options.access_log,

@@ -30,17 +30,17 @@ class BearerToken:
     """Compares the bearer token of requests with the server's, in constant time."""
 
     def __init__(self, token: str | None, *, open_paths: Collection[str]) -> None:
-        """Take the token, or None for no check; `open_paths` never need one."""
+        """Take the token, or None for no check; to GET one of `open_paths` never needs one."""
         self._digest = None if token is None else _digest(token.encode())
         self._open_paths = frozenset(open_paths)
 
-    def check(self, path: str, headers: Headers) -> None:
+    def check(self, method: str, path: str, headers: Headers) -> None:
         """Do nothing if the request may go on.
 
         Raises:
             RequestError: the token is missing or another one.
         """
-        if self._digest is None or path in self._open_paths:
+        if self._digest is None or (method in ("GET", "HEAD") and path in self._open_paths):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip().encode()), self._digest):
@@ -101,7 +101,7 @@ class Observed:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["method"] != "OPTIONS":  # a browser asks without the token whether it may send one
-                self._token.check(scope["path"], Headers(scope=scope))
+                self._token.check(scope["method"], scope["path"], Headers(scope=scope))
             await self._app(scope, receive, send)
         except RequestError as error:
             await failure_response(error, scope["path"])(scope, receive, send)
@@ -136,7 +136,7 @@ class Observed:
 
 
 def _add_costs(headers: MutableHeaders, facts: Facts, started: float) -> None:
-    """Add the headers with which text-embeddings-inference describes the cost of an answer; times in milliseconds."""
+    """Add TEI's headers on the cost of an answer, and Server-Timing, which browsers show; times in milliseconds."""
     if facts.call is None or not facts.model:
         return
     usage = facts.call.usage
@@ -145,3 +145,5 @@ def _add_costs(headers: MutableHeaders, facts: Facts, started: float) -> None:
     headers["x-total-time"] = str(round((time.perf_counter() - started) * 1000))
     headers["x-queue-time"] = str(round(usage.queued_s * 1000))
     headers["x-inference-time"] = str(round(usage.computed_s * 1000))
+    seconds = {"total": time.perf_counter() - started, **facts.seconds()}
+    headers["server-timing"] = ", ".join(f"{name};dur={value * 1000:.2f}" for name, value in seconds.items())

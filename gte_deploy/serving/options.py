@@ -50,6 +50,7 @@ class ServerOptions:
         False, "cut a text that is too long where a request does not say, instead of refusing it"
     )
     warm_up: bool = option(True, "be ready without a run of typical batches", flags=("--no-warm-up",))
+    page: bool = option(True, "leave out the page at / on which the models can be tried", flags=("--no-page",))
     token_file: Path | None = option(
         None,
         f"file with the bearer token that requests must carry (default: the variable {TOKEN_VARIABLE}, else no token)",

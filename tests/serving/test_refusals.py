@@ -203,12 +203,21 @@ def test_the_token(client_of):
             assert client.get(path).status_code == 401
         for path in ("/health", "/ready", "/ping", "/metrics", "/"):
             assert client.get(path).status_code == 200
+        for path in ("/", "/invocations"):
+            assert client.post(path, json={"inputs": "a"}).status_code == 401
         headers = {"authorization": "bearer secret"}
         assert client.post("/embed", json={"inputs": "a"}, headers=headers).status_code == 200
     with client_of(token="secret", protect_all=True) as client:
         for path in ("/health", "/ready", "/ping", "/metrics"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers=headers).status_code == 200
+
+
+def test_the_page_can_be_left_out(client, client_of):
+    assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
+    with client_of(page=False) as without:
+        assert error(without.get("/"))[0] == 405
+        assert without.get("/page/page.js").status_code == 404
 
 
 def test_other_origins_are_let_in_only_if_they_are_named(client, client_of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 
 import numpy as np
 import pytest
@@ -257,6 +258,7 @@ def test_costs_are_in_the_headers(client):
     assert response.headers["x-compute-characters"] == str(sum(map(len, TEXTS)))
     assert int(response.headers["x-total-time"]) >= int(response.headers["x-inference-time"]) >= 0
     assert int(response.headers["x-compute-tokens"]) > 10
+    assert re.match(r"total;dur=\d+\.\d\d, ", response.headers["server-timing"])
 
 
 def test_embed_chunks(client, sentence_transformer):

@@ -1,0 +1,128 @@
+"""The page in headless Chromium, before servers in threads of this process."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="the page at / is tested in a browser: playwright is not installed")
+
+import uvicorn
+from playwright.sync_api import Browser, ConsoleMessage, expect, sync_playwright
+
+import gte_deploy
+from environments import Unavailable
+from gte_deploy.models import builtin_path
+from gte_deploy.serving.app import create_app
+from gte_deploy.serving.options import ServerOptions
+from javascript import browser as path_of_chromium
+from page_view import View
+
+TIMEOUT_MS = 60_000  # a test machine with other work
+FLAGS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_STATUS = re.compile(r"Failed to load resource: (the server responded with a status of|net::ERR_FAILED)")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium."""
+    try:
+        path = path_of_chromium()
+    except Unavailable as error:
+        pytest.skip(f"the page at /: {error}")
+    expect.set_options(timeout=TIMEOUT_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def builtin(bundle_of: Callable[..., Path]) -> Iterator[gte_deploy.Model]:
+    """The bundle of the built-in model."""
+    with gte_deploy.load(bundle_of(builtin_path(), max_length=64)) as model:
+        yield model
+
+
+class _Open:
+    """A model that stays open when its server ends."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def site() -> Iterator[Callable[..., str]]:
+    """`site(models, token=None)`: the address of a server of loaded models, by their names."""
+    running = []
+
+    def start(models: dict[str, Any], *, token: str | None = None) -> str:
+        app = create_app(
+            {name: _Open(model) for name, model in models.items()}, ServerOptions(access_log="off"), token=token
+        )
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        running.append((server, thread))
+        until = time.monotonic() + 60
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture
+def view(chromium: Browser) -> Iterator[Callable[..., View]]:
+    """`view(address, **context)`: a new window on the page; options are those of Playwright's `new_context`.
+
+    After the test: no request went to another host, no script failed, and the policy forbade nothing.
+    """
+    views = []
+
+    def make(address: str, **context: Any) -> View:
+        page = chromium.new_context(**context).new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        made = View(page, address)
+        page.on("request", lambda request: made.requests.append(request))  # playwright takes no built-in method
+        page.on("pageerror", lambda error: made.faults.append(str(error)))
+
+        def on_console(message: ConsoleMessage) -> None:
+            if message.type == "error" and not _STATUS.match(message.text):
+                made.faults.append(message.text)
+
+        page.on("console", on_console)
+        page.on("dialog", lambda dialog: made.faults.append(f"dialog: {dialog.message}"))
+        views.append(made)
+        return made
+
+    yield make
+    for made in views:
+        made.page.context.close()
+        elsewhere = [request.url for request in made.requests if not request.url.startswith(made.address)]
+        assert elsewhere == []
+        assert made.faults == []
