@@ -157,7 +157,8 @@ def _encode_files(given: Given, files: FileOptions) -> None:
     from gte_deploy.bulk import encode_files
 
     options = read_options(BulkOptions, given)
-    arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
+    if read_options(ChunkingOptions, given).arguments():
+        raise InputError("--chunks prints one line a chunk; leave it out, or leave --output out")
     line = _ProgressLine()
     try:
         with _interrupted_by_sigterm():
@@ -167,7 +168,7 @@ def _encode_files(given: Given, files: FileOptions) -> None:
                 model=_arguments(given, ModelOptions).get("path"),
                 options=options,
                 load_options=_load_arguments(given),
-                encode_options=arguments | read_options(ChunkingOptions, given).arguments(),
+                encode_options=_arguments(given, EncodeOptions, PromptOptions, BatchingOptions),
                 report=None if files.quiet else line.show,
             )
     except KeyboardInterrupt:

@@ -79,6 +79,22 @@ def test_semantic_search(bundle, tmp_path):
     assert "has no .txt or .md file" in run("semantic_search.py", tmp_path / "empty", "a question", bundle, code=1)
 
 
+def test_late_chunking(tiny_embed, tmp_path):
+    sentences = [" ".join(f"w{i}" for i in range(first, first + 50)) + "!" for first in (5, 60, 120, 180)]
+    file = tmp_path / "document.txt"
+    file.write_text("\n\n".join(sentences), encoding="utf-8")
+    lines = run("late_chunking.py", file, sentences[2], tiny_embed).splitlines()
+    assert [lines[0], lines[4]] == ["chunks embedded in their document:", "chunks embedded alone:"]
+    results = [[line.split(None, 2) for line in part] for part in (lines[1:4], lines[5:8])]
+    scores = [[float(score) for score, _, _ in part] for part in results]
+    assert all(part == sorted(part, reverse=True) for part in scores)
+    assert scores[0][0] < scores[1][0] == 1, "the chunk alone is the question itself"
+    start = file.read_text(encoding="utf-8").index(sentences[2])
+    assert results[1][0][1:] == [f"{start}-{start + len(sentences[2])}", sentences[2][:80]]
+    file.write_text(" ", encoding="utf-8")
+    assert "has no text" in run("late_chunking.py", file, "a", tiny_embed, code=1)
+
+
 def test_clean_data(bundle, tmp_path):
     prose = "There is no doubt that the people of this country want peace and order."
     noise = "xq zzv klop bnm qwe rty uio asd fgh"
@@ -102,7 +118,7 @@ def test_rerank(tiny_reranker):
     assert [line.split("  ")[1] for line in ranking] == [documents[i] for i in (-expected).argsort()]
 
 
-@pytest.mark.parametrize("name", ["semantic_search.py", "rerank.py", "clean_data.py"])
+@pytest.mark.parametrize("name", ["semantic_search.py", "late_chunking.py", "rerank.py", "clean_data.py"])
 def test_without_its_arguments_an_example_says_how_to_run_it(name):
     assert f"python examples/{name}" in run(name, code=1)
 

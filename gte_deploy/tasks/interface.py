@@ -222,7 +222,7 @@ class TextInterface(DropIn, ABC):
                 list of them. `TokenChunks(256, overlap=0)` and `SentenceChunks(256)` are rules; or give (start, end) of
                 each chunk of the text, for a list of texts a list of such lists. A chunk's embedding is the mean of its
                 tokens' states, special tokens and the prompt left out; the whole text takes part in the attention.
-                There is no longest text: one above `max_length` is computed in windows, unless `truncation` is on.
+                A text above `max_length` is no error: it is computed in windows, unless `truncation` is on.
             window_overlap: with `chunks`, tokens that neighbouring windows of a long text share, at most half a window;
                 by default a tenth.
 

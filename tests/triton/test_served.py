@@ -133,6 +133,11 @@ def test_token_embeddings(client: Any, local: gte_deploy.Model):
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    if client.tokenizer is not None:
+        rule = gte_deploy.TokenChunks(5, 1)
+        for ours, theirs in zip(*(model.encode(TEXTS, chunks=rule) for model in (client, local)), strict=True):
+            assert ours.offsets.tolist() == theirs.offsets.tolist()
+            np.testing.assert_allclose(ours.embeddings, theirs.embeddings, rtol=0, atol=1e-5)
     ours, theirs = (model.encode(TEXTS[3], output_value=None) for model in (client, local))
     assert ours.keys() == theirs.keys()
     for name in ours:
