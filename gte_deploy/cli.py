@@ -157,8 +157,7 @@ def _encode_files(given: Given, files: FileOptions) -> None:
     from gte_deploy.bulk import encode_files
 
     options = read_options(BulkOptions, given)
-    if read_options(ChunkingOptions, given).arguments():
-        raise InputError("--chunks prints one line a chunk; leave it out, or leave --output out")
+    arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
     line = _ProgressLine()
     try:
         with _interrupted_by_sigterm():
@@ -168,7 +167,7 @@ def _encode_files(given: Given, files: FileOptions) -> None:
                 model=_arguments(given, ModelOptions).get("path"),
                 options=options,
                 load_options=_load_arguments(given),
-                encode_options=_arguments(given, EncodeOptions, PromptOptions, BatchingOptions),
+                encode_options=arguments | read_options(ChunkingOptions, given).arguments(),
                 report=None if files.quiet else line.show,
             )
     except KeyboardInterrupt:

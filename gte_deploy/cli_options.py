@@ -182,7 +182,7 @@ class ChunkingOptions:
     chunks: str | None = option(
         None,
         "embed chunks of each text, of N tokens (tokens:N) or of whole sentences up to N tokens (sentences:N); prints "
-        "the text's number, start, end and embedding",
+        "the text's number, start, end and embedding, or writes a row for each chunk",
         metavar="KIND:N",
     )
     chunk_overlap: int | None = option(

@@ -50,7 +50,7 @@ class BulkJob:
         """Encode a shard, and return the function that stores it. `call` gets the cost.
 
         Raises:
-            InputError: a column of the input has the name of one of vectors, or vectors of their kind make no array.
+            InputError: an .npy file cannot hold the vectors, or a column of the input has their name.
             BackendError: the engine failed.
         """
         if self.columns == "none" and encoder.kind != "dense":

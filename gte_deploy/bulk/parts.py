@@ -42,7 +42,7 @@ class Part:
         after: the beginning of the next shard.
         is_last: whether the input ends with it.
         done: the share of the input's bytes up to its end.
-        rows: rows with vectors.
+        rows: rows of the output, each with a vector.
         failures: rows without.
         tokens: tokens that were computed, special tokens included.
         made_by: facts about the model and the call, as `ShardEncoder.facts` gives them.
@@ -57,6 +57,11 @@ class Part:
     failures: int
     tokens: int
     made_by: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Rows of the input."""
+        return self.after.first - self.cursor.first
 
     def array(self, name: str) -> NDArray[Any]:
         """An array of the part, mapped from its file."""
@@ -112,7 +117,7 @@ class PartsFolder:
             "after": asdict(shard.after),
             "is_last": shard.is_last,
             "done": shard.done,
-            "rows": len(shard.places),
+            "rows": sum(map(len, shard.rows)),
             "failures": len(shard.failures),
             **facts,
         }

@@ -58,7 +58,7 @@ class BulkProgress:
         self._report = report
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._rows = self._first_rows = sum(part.rows + part.failures for part in before)
+        self._rows = self._first_rows = sum(part.count for part in before)
         self._failures = sum(part.failures for part in before)
         self._share = self._first_share = before[-1].done if before else 0.0
         self._tokens = 0
@@ -95,7 +95,7 @@ class BulkProgress:
         """A part is finished: the input is done up to its end, or its given share."""
         with self._lock:
             self._running = self._running[1:]
-            self._rows += part.rows + part.failures
+            self._rows += part.count
             self._failures += part.failures
             self._tokens += part.tokens
             self._share = part.done if share is None else share

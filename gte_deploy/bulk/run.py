@@ -19,7 +19,7 @@ from gte_deploy.bulk.options import BulkOptions, OutputFormat, output_format
 from gte_deploy.bulk.parts import Part, open_parts
 from gte_deploy.bulk.progress import BulkProgress, ReportState
 from gte_deploy.bulk.shards import Cursor, find_files
-from gte_deploy.bulk.vectors import ShardEncoder, VectorColumns
+from gte_deploy.bulk.vectors import ShardEncoder, VectorColumns, plain_arguments
 from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.core.errors import InputError
@@ -33,7 +33,7 @@ class BulkSummary:
 
     Args:
         output: the file, or for Lance the folder, of vectors.
-        rows: rows with vectors.
+        rows: rows of the output, each with a vector.
         form: what they are, such as "(1000, 768) float16".
         failures: rows without.
         failures_file: the file that says why, a JSON object a line; None if every row has a vector.
@@ -105,7 +105,11 @@ def encode_files(
     files = find_files(Path(input), options)
     arguments = dict(encode_options or {})
     source, identity, on_gpu = _source(model, load_options or {})
-    identity |= {"input": files.fingerprint(), "encode": arguments, "options": _settings(options, kind)}
+    identity |= {
+        "input": files.fingerprint(),
+        "encode": plain_arguments(arguments),
+        "options": _settings(options, kind),
+    }
     with open_parts(target, identity, restart=options.restart) as folder:
         job = BulkJob(files, folder, COLUMNS_OF[kind], options, source, arguments, on_gpu)
         before = folder.finished()

@@ -68,7 +68,8 @@ class Shard:
         done: the share of the input's bytes up to its end, from 0 to 1.
         texts: the texts of its good rows.
         places: the place of each good row.
-        rows: the good rows, as lists of dicts or RecordBatches, in order.
+        rows: the good rows, as lists of dicts or RecordBatches, in order; one for each chunk if texts have chunks.
+        text_column: the column of the texts.
         failures: its other rows, and why they get no vector.
     """
 
@@ -80,6 +81,7 @@ class Shard:
     places: list[RowPlace]
     rows: list[Any]
     failures: list[tuple[RowPlace, str]]
+    text_column: str
 
     @property
     def after(self) -> Cursor:
@@ -101,6 +103,14 @@ class Shard:
             rows=[_chosen(rows, list(itertools.islice(parts, len(rows)))) for rows in self.rows],
             failures=sorted(failures, key=lambda failure: failure[0].index),
         )
+
+    def repeated(self, counts: Sequence[int], texts: Sequence[str]) -> "Shard":
+        """This shard with so many rows for each good row, which have other texts, as many as there are rows then."""
+        number, new, rows = iter(counts), iter(texts), []
+        for part in self.rows:
+            places = [i for i, count in enumerate(itertools.islice(number, len(part))) for _ in range(count)]
+            rows.append(_with_texts(part, places, list(itertools.islice(new, len(places))), self.text_column))
+        return replace(self, rows=rows)
 
 
 @dataclass(frozen=True)
@@ -262,7 +272,17 @@ class _Collected:
             self._rows.append(_chosen(lot.rows[begin:end], kept))
 
     def shard(self, stop: Position, done: float, *, is_last: bool = False) -> Shard:
-        shard = Shard(self._cursor, stop, is_last, done, self._texts, self._places, self._rows, self._failures)
+        shard = Shard(
+            self._cursor,
+            stop,
+            is_last,
+            done,
+            self._texts,
+            self._places,
+            self._rows,
+            self._failures,
+            self._files.text_column,
+        )
         self.after = shard.after
         return shard
 
@@ -291,3 +311,15 @@ def _chosen(rows: Any, kept: list[bool]) -> Any:
     import pyarrow
 
     return rows.filter(pyarrow.array(kept))
+
+
+def _with_texts(rows: Any, places: list[int], texts: list[str], column: str) -> Any:
+    """The rows at some places, with other texts in a column."""
+    if isinstance(rows, list):
+        return [{**rows[place], column: text} for place, text in zip(places, texts, strict=True)]
+    import pyarrow
+
+    number = rows.schema.get_field_index(column)
+    kind = rows.schema.field(number).type
+    new = pyarrow.array(texts, kind if kind == pyarrow.large_string() else pyarrow.string())
+    return rows.take(pyarrow.array(places, pyarrow.int64())).set_column(number, column, new)

@@ -21,17 +21,21 @@ from gte_deploy.core.spec import FILE_PRECISIONS
 from gte_deploy.model import Model
 from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.pooling import quantize
+from gte_deploy.text.chunking import SentenceChunks, TokenChunks
 from gte_deploy.text.inputs import MAX_TEXT_BYTES
 
-VectorKind = Literal["dense", "sparse", "tokens"]
+VectorKind = Literal["dense", "sparse", "tokens", "chunks"]
 Arrays = dict[str, NDArray[Any]]
 
+_PLACES: dict[VectorKind, tuple[str, ...]] = {"dense": (), "chunks": ("start", "end")}
 _OF_ALL_TEXTS = ("int8", "uint8")
 """Precisions whose steps depend on the range of all vectors: they are made when all parts are there."""
 
 _COMMON = ("prompt_name", "prompt", "batch_size", "truncation", "max_length", "max_batch_tokens")
+_DENSE = (*_COMMON, "normalize_embeddings", "truncate_dim", "pooling", "precision")
 _ARGUMENTS: dict[VectorKind, tuple[str, ...]] = {
-    "dense": (*_COMMON, "normalize_embeddings", "truncate_dim", "pooling", "precision"),
+    "dense": _DENSE,
+    "chunks": (*_DENSE, "chunks", "window_overlap"),
     "sparse": (*_COMMON, "max_active_dims", "route"),
     "tokens": (*_COMMON, "normalize_embeddings", "is_query", "skip_words", "precision"),
 }
@@ -52,13 +56,17 @@ class ShardEncoder:
             InputError: an argument is unknown or out of range.
         """
         self._model = model
-        self.kind: VectorKind = {"sparse": "sparse", "multi-vector": "tokens"}.get(model.spec.task, "dense")  # type: ignore[assignment]
+        self.kind: VectorKind = "dense" if arguments.get("chunks") is None else "chunks"
+        if model.spec.task in ("sparse", "multi-vector"):
+            self.kind = "sparse" if model.spec.task == "sparse" else "tokens"
         known = _ARGUMENTS[self.kind]
         if unknown := [name for name in arguments if name not in known]:
             raise InputError(
                 f"{unknown[0]} is not an option for files with {model.path}, a model for {model.spec.task}; options "
                 f"are {', '.join(known)}"
             )
+        if self.kind == "chunks" and not isinstance(arguments["chunks"], TokenChunks | SentenceChunks):
+            raise InputError("the chunks of files are TokenChunks(…) or SentenceChunks(…), and not places in each text")
         self._precision = arguments.get("precision") or "float32"
         check_choice("precision", self._precision, FILE_PRECISIONS)
         if self.kind == "tokens" and self._precision not in ("float32", "float16"):
@@ -82,7 +90,7 @@ class ShardEncoder:
             "kind": self.kind,
             "engine": f"{info['backend']} {info['precision']} {info['device']}",
             **({"is_query": self._is_query} if self.kind == "tokens" else {"prompt": self._prompt}),
-            **self._arguments,
+            **plain_arguments(self._arguments),
             "precision": self._precision,
         }
 
@@ -90,7 +98,8 @@ class ShardEncoder:
         """Encode a shard.
 
         Returns:
-            The shard, in which texts that the model refused are among the failures, and the arrays of a `Part`.
+            The shard, in which texts that the model refused are among the failures, and each chunk is a row; and the
+            arrays of a `Part`.
 
         Raises:
             BackendError: the engine failed.
@@ -105,7 +114,12 @@ class ShardEncoder:
             arrays = self._apart(shard.texts, numbers, reasons)
         if self._precision == "float16":
             arrays["embedding"] = self._halved(arrays["embedding"], numbers, reasons)
-        return shard.without(reasons), arrays
+        shard = shard.without(reasons)
+        if self.kind == "chunks":
+            counts = np.diff(arrays["offsets"])
+            ends = zip(np.repeat(np.arange(len(counts)), counts).tolist(), arrays["start"], arrays["end"], strict=True)
+            shard = shard.repeated(counts.tolist(), [shard.texts[i][begin:end] for i, begin, end in ends])
+        return shard, arrays
 
     def _compute(self, texts: Sequence[str]) -> Arrays:
         model, options = self._model, self._arguments
@@ -113,6 +127,17 @@ class ShardEncoder:
         asked = list(texts) or ["a"]
         if self.kind == "dense":
             return {"embedding": model.encode(asked, **options)[: len(texts)]}
+        if self.kind == "chunks":
+            chunked = model.encode(asked, **options)
+            offsets = np.concatenate([each.offsets for each in chunked[: len(texts)]] or [np.zeros((0, 2), np.int64)])
+            # One text may have no token, and so no chunk; all together have the type and the width of the vectors.
+            vectors = np.concatenate([each.embeddings for each in chunked])
+            return {
+                "offsets": _offsets([len(each) for each in chunked[: len(texts)]]),
+                "start": offsets[:, 0],
+                "end": offsets[:, 1],
+                "embedding": vectors[: len(offsets)],
+            }
         if self.kind == "sparse":
             found = model.encode_sparse(asked, as_dict=False, **options)[: len(texts)]
             return {
@@ -144,7 +169,7 @@ class ShardEncoder:
     def _too_long(self, texts: Sequence[str]) -> dict[int, str]:
         """Texts with too many tokens: number -> why."""
         limit = self._arguments.get("max_length") or self._model.max_seq_length or self._model.spec.max_length
-        if self._arguments.get("truncation") or self.kind == "tokens":
+        if self._arguments.get("truncation") or self.kind in ("tokens", "chunks"):
             return {}
         ids = self._model.tokenizer([f"{self._prompt}{text}" for text in texts])["input_ids"]
         return {
@@ -167,8 +192,15 @@ class ShardEncoder:
 
 
 def vector_names(kind: VectorKind, name: str) -> tuple[str, ...]:
-    """The names of the output's columns of vectors, of which `name` is the beginning."""
-    return (f"{name}_indices", f"{name}_values") if kind == "sparse" else (name,)
+    """The names of the columns that the output gets; those of vectors begin with `name`."""
+    if kind == "sparse":
+        return (f"{name}_indices", f"{name}_values")
+    return ("chunk_start", "chunk_end", name) if kind == "chunks" else (name,)
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as JSON data; a rule for chunks as Python writes it."""
+    return {name: repr(value) if name == "chunks" else value for name, value in arguments.items()}
 
 
 @dataclass(frozen=True)
@@ -217,8 +249,8 @@ class VectorColumns:
         if self.kind == "sparse":
             return f"{rows:,} sparse vectors"
         first = self.dense(parts[0])
-        width = f"({rows}, {first.shape[1]})" if self.kind == "dense" else f"{rows:,} lists of [{first.shape[1]}]"
-        return f"{width} {first.dtype}"
+        width = f"{rows:,} lists of [{first.shape[1]}]" if self.kind == "tokens" else f"({rows}, {first.shape[1]})"
+        return f"{width} {first.dtype}{' of chunks' * (self.kind == 'chunks')}"
 
     def dense(self, part: Part) -> NDArray[Any]:
         """The vectors [N, D] of a part, in their type."""
@@ -228,8 +260,9 @@ class VectorColumns:
     def arrow(self, part: Part) -> list[Any]:
         """The columns of a part as Arrow arrays: fixed-size lists of numbers, lists of them, or two lists."""
         pyarrow = import_pyarrow()
-        if self.kind == "dense":
-            return [_fixed_size_lists(self.dense(part))]
+        if self.kind in ("dense", "chunks"):
+            places = [pyarrow.array(np.asarray(part.array(name))) for name in _PLACES[self.kind]]
+            return [*places, _fixed_size_lists(self.dense(part))]
         offsets = pyarrow.array(part.array("offsets"))
         if self.kind == "sparse":
             values = [pyarrow.array(np.asarray(part.array(name))) for name in ("indices", "values")]
@@ -238,8 +271,9 @@ class VectorColumns:
 
     def lists(self, part: Part) -> list[dict[str, Any]]:
         """The columns of each row of a part, as JSON data."""
-        if self.kind == "dense":
-            return [{self.name: row} for row in self.dense(part).tolist()]
+        if self.kind in ("dense", "chunks"):
+            columns = [*(part.array(name).tolist() for name in _PLACES[self.kind]), self.dense(part).tolist()]
+            return [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
         offsets = part.array("offsets").tolist()
         of = ("indices", "values") if self.kind == "sparse" else ("embedding",)
         arrays = [part.array(each) for each in of]

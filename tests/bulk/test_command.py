@@ -48,6 +48,16 @@ def test_failures_decide_the_exit_code(run, word_checkpoints, source, tmp_path):
     }
 
 
+def test_chunks_are_rows(run, word_checkpoints, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    arguments = ("-i", source, "-o", output, "--text-column", "body", "--chunks", "tokens:1", "--max-failures", 1)
+    assert run("encode", "-m", word_checkpoints["embed"], *arguments)[0] == exit_codes.OK
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["body"], row["chunk_start"], row["chunk_end"]) for row in rows] == [
+        ("a", 0, 1), ("the", 0, 3), ("king", 4, 8),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

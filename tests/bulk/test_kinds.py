@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 
@@ -10,8 +11,10 @@ import gte_deploy
 from factories import add_multi_vector_modules, add_tokens
 from gte_deploy.bulk import BulkOptions, encode_files
 from gte_deploy.core.errors import InputError
+from gte_deploy.text.chunking import SentenceChunks, TokenChunks
 from runtime_models import make_texts, make_word_checkpoint
 
+SCHEMA = pyarrow.schema([("id", pyarrow.int64()), ("text", pyarrow.large_string())])
 TEXTS = [*make_texts(20, most_words=8), "", "a", "the " * 200]
 
 
@@ -70,3 +73,46 @@ def test_tokens(precision, source, tmp_path, word_checkpoints):
     found = pyarrow.parquet.read_table(output).column("embedding").to_pylist()
     for own, theirs in zip(found, judge.encode_document(TEXTS), strict=True):
         np.testing.assert_allclose(np.array(own), np.asarray(theirs), atol=2e-5 if precision == "float32" else 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_chunks(kind, precision, embedder, tmp_path):
+    """A row for each chunk, with its text and its place; the other columns are those of the document."""
+    from sentence_transformers.util import quantize_embeddings
+
+    texts = [*make_texts(30), "", "the king. the queen! " * 60]
+    table = pyarrow.table({"id": range(len(texts)), "text": texts}, schema=SCHEMA)
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    rule, output = SentenceChunks(9), tmp_path / f"out.{kind}"
+    options = {"chunks": rule, "precision": precision, "normalize_embeddings": True}
+    summary = encode_files(
+        tmp_path / "in.parquet", output, model=embedder, options=BulkOptions(shard_rows=7), encode_options=options
+    )
+    expected = embedder.encode(texts, chunks=rule, normalize_embeddings=True)
+    vectors = np.concatenate([each.embeddings for each in expected])
+    assert summary.rows == len(vectors) > 100 and summary.failures == 0 and summary.form.endswith("of chunks")
+    if kind == "parquet":
+        found = pyarrow.parquet.read_table(output).to_pydict()
+        assert pyarrow.parquet.read_schema(output).field("text").type == pyarrow.large_string()
+    else:
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        found = {name: [row[name] for row in rows] for name in rows[0]}
+    assert found["id"] == [number for number, each in enumerate(expected) for _ in range(len(each))]
+    assert found["text"] == [text for each in expected for text in each.texts]
+    places = np.stack([found["chunk_start"], found["chunk_end"]], axis=1)
+    np.testing.assert_array_equal(places, np.concatenate([each.offsets for each in expected]))
+    if precision == "int8":
+        steps = np.abs(np.array(found["embedding"]) - quantize_embeddings(vectors, "int8"))
+        assert steps.max() <= 1 and (steps > 0).mean() < 0.01  # sums in batches of other shapes
+    else:
+        np.testing.assert_allclose(np.array(found["embedding"]), vectors, atol=2e-5 if precision == "float32" else 1e-3)
+
+
+def test_chunks_that_no_file_holds(embedder, source, tmp_path):
+    for output, chunks, message in (
+        ("out.npy", TokenChunks(4), r"chunks.*\.npy"),
+        ("out.jsonl", [[(0, 1)]], "and not places in each text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            encode_files(source, tmp_path / output, model=embedder, encode_options={"chunks": chunks})
