@@ -1,15 +1,12 @@
 """The manifests of examples/kubernetes, without a cluster.
 
-Every combination that docs/scaling.md names is built as `kubectl kustomize` builds it, checked against Kubernetes' own
-schemas (kubernetes-validate ships them) and against schemas of the custom resources' published fields
-(tests/kubernetes/custom_resources.yaml), and then for what no schema sees: names, labels, ports, paths, metrics and
-options that have to exist somewhere else. `BREAKS` breaks the manifests in one place each and names the complaint.
+Every combination that docs/scaling.md names is built, checked against the schemas of kubernetes_manifests, and then for
+what no schema sees: names, labels, ports, paths, metrics and options that have to exist somewhere else. `BREAKS` breaks
+the manifests in one place each and names the complaint.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import os
 import re
@@ -21,30 +18,44 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import jsonschema
-import kubernetes_validate
-import promql_parser
 import pytest
 import yaml
 
 import triton_server
 from gte_deploy.exporters.triton.configs import ENCODER, TOKENIZER
 from gte_deploy.exporters.triton.readme import TRITON_TAG
+from kubernetes_manifests import (
+    Manifest,
+    build,
+    custom_problems,
+    documents,
+    identity,
+    kinds,
+    labels,
+    ordered,
+    pod_of,
+    pods,
+    port_names,
+    put,
+    queries,
+    query_problems,
+    resources,
+    schema,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "kubernetes"
 ADAPTER = EXAMPLES / "components" / "hpa" / "values.yaml"
 RECORDED = Path(__file__).with_name("kubernetes")
-CUSTOM = yaml.safe_load((RECORDED / "custom_resources.yaml").read_text(encoding="utf-8"))
 _RECORDED = yaml.safe_load((RECORDED / "triton.yaml").read_text(encoding="utf-8"))
 METRICS = {*_RECORDED["metrics"], *_RECORDED["gpu_metrics"]}
 OPTIONS = set(_RECORDED["options"])
 
-KUBERNETES_VERSIONS = ("1.35", kubernetes_validate.latest_version())
 MODELS = {TOKENIZER, ENCODER, "gte_embed", "gte_fill_mask"}
 FAILURE_REASONS = {"REJECTED", "CANCELED", "BACKEND", "OTHER"}
+LABELS = dict.fromkeys(("namespace", "pod", "version", "gpu_uuid"))
+LABELS |= {"model": MODELS, "reason": FAILURE_REASONS}
 REPOSITORIES = ("repository-pvc", "repository-object-store", "repository-image")
 BUILDS = {
     f"{overlay} {' '.join(components)}".strip(): (overlay, components)
@@ -52,147 +63,20 @@ BUILDS = {
     for components in [(), ("monitoring", "keda"), ("monitoring", "hpa"), *((each,) for each in REPOSITORIES)]
 } | {"kserve": ("kserve", ())}
 
-Manifest = dict[str, Any]
-
-
-# What `kubectl kustomize` does, as far as the examples need it.
-
-# The key by which a list's entries are one another's, in a strategic merge patch; other lists are replaced.
-_MERGE_KEYS = {name: "name" for name in ("containers", "initContainers", "volumes", "env")}
-_MERGE_KEYS |= {"volumeMounts": "mountPath", "ports": "containerPort"}
-_KUSTOMIZATION = {"apiVersion", "kind", "namespace", "resources", "components", "patches", "images"}
-
-
-def _build(folder: Path, extra_components: tuple[str, ...] = (), onto: tuple[Manifest, ...] = ()) -> list[Manifest]:
-    """The manifests that `kubectl kustomize folder` writes; a component is built onto those it is applied to."""
-    (kustomization,) = _documents(folder / "kustomization.yaml")
-    assert set(kustomization) <= _KUSTOMIZATION, f"{folder}: {set(kustomization) - _KUSTOMIZATION} is not known here"
-    manifests = list(copy.deepcopy(onto))
-    for name in kustomization.get("resources", ()):
-        path = folder / name
-        manifests += _build(path) if path.is_dir() else _documents(path)
-    for component in [*kustomization.get("components", ()), *(f"../components/{each}" for each in extra_components)]:
-        manifests = _build(folder / component, onto=tuple(manifests))
-    for patch in (each for entry in kustomization.get("patches", ()) for each in _documents(folder / entry["path"])):
-        (index,) = [index for index, manifest in enumerate(manifests) if _id(manifest) == _id(patch)]
-        manifests[index] = _merged(manifests[index], patch)
-    for manifest in manifests:
-        if "namespace" in kustomization:
-            field = "name" if manifest["kind"] == "Namespace" else "namespace"
-            manifest["metadata"][field] = kustomization["namespace"]
-        for image in kustomization.get("images", ()):
-            for container in _containers(_pod(manifest)):
-                if container["image"].split(":")[0] == image["name"]:
-                    container["image"] = f"{image['newName']}:{image['newTag']}"
-    return manifests
-
-
-def _merged(value: Any, patch: Any, field: str = "") -> Any:
-    if isinstance(patch, dict):
-        merged = dict(value or {})
-        for key, each in patch.items():
-            merged[key] = _merged(merged.get(key), each, key)
-        return {key: each for key, each in merged.items() if each is not None}
-    if isinstance(patch, list) and value and field in _MERGE_KEYS:
-        key = _MERGE_KEYS[field]
-        entries = {each[key]: each for each in value}
-        return list((entries | {each[key]: _merged(entries.get(each[key]), each) for each in patch}).values())
-    return patch
-
-
-def _documents(path: Path) -> list[Manifest]:
-    return copy.deepcopy(_parsed(path))
-
-
-@functools.cache
-def _parsed(path: Path) -> list[Manifest]:
-    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-
-
-def _id(manifest: Manifest) -> tuple[str, str]:
-    return manifest["kind"], manifest["metadata"]["name"]
-
-
-def _pod(manifest: Manifest) -> Manifest:
-    """The pod's spec in a workload; {} elsewhere."""
-    if manifest["kind"] == "ServingRuntime":
-        return {key: manifest["spec"][key] for key in ("containers", "volumes") if key in manifest["spec"]}
-    return manifest["spec"]["template"]["spec"] if manifest["kind"] == "Deployment" else {}
-
-
-def _containers(pod: Manifest) -> list[Manifest]:
-    return [*pod.get("initContainers", ()), *pod.get("containers", ())]
-
 
 # What is wrong with a set of manifests. Each check yields sentences; none: fine.
 
 
 def _problems(manifests: list[Manifest]) -> list[str]:
-    if problems := [f"schema: {problem}" for problem in _schema(manifests)]:
+    if problems := [f"schema: {problem}" for problem in schema(manifests)]:
         return problems  # the other checks count on the fields that a schema requires
-    checks = (_labels, _ports, _probes, _stopping, _pods, _resources, _options, _scaling, _queries, _kserve)
-    return [f"{check.__name__[1:]}: {problem}" for check in checks for problem in check(manifests)]
-
-
-def _of(manifests: list[Manifest], *kinds: str) -> Iterator[Manifest]:
-    return (manifest for manifest in manifests if manifest["kind"] in kinds)
-
-
-def _schema(manifests: list[Manifest]) -> Iterator[str]:
-    for manifest in manifests:
-        name = f"{manifest['apiVersion']} {manifest['kind']}"
-        if name in CUSTOM:
-            yield from _custom_problems(name, manifest)
-            if manifest["kind"] == "ServingRuntime":
-                pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "of-runtime"}, "spec": _pod(manifest)}
-                yield from _kubernetes_problems(json.dumps(pod))
-        else:
-            yield from _kubernetes_problems(json.dumps(manifest))
-
-
-def _custom_problems(name: str, value: object) -> Iterator[str]:
-    validator = jsonschema.Draft202012Validator({"$defs": CUSTOM["$defs"], **CUSTOM[name]})
-    for error in validator.iter_errors(value):
-        yield f"{name}: {error.json_path}: {error.message}"
-
-
-@functools.cache  # most manifests are in most builds
-def _kubernetes_problems(text: str) -> list[str]:
-    manifest, problems = json.loads(text), []
-    for version in KUBERNETES_VERSIONS:
-        try:
-            kubernetes_validate.validate(manifest, version, strict=True)
-        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
-            problems.append(f"{'/'.join(_id(manifest))} in Kubernetes {version}: {error.message}")
-    return problems
-
-
-def _labels(manifests: list[Manifest]) -> Iterator[str]:
-    pods = [manifest["spec"]["template"]["metadata"]["labels"] for manifest in _of(manifests, "Deployment")]
-    # What KServe puts on the pods of an InferenceService.
-    isvc = "serving.kserve.io/inferenceservice"
-    pods += [{isvc: manifest["metadata"]["name"]} for manifest in _of(manifests, "InferenceService")]
-    for manifest in manifests:
-        for selector in _selectors(manifest):
-            if not any(selector.items() <= labels.items() for labels in pods):
-                yield f"{'/'.join(_id(manifest))} selects {selector}, which no pod has"
-
-
-def _selectors(manifest: Manifest) -> Iterator[dict[str, str]]:
-    spec = manifest.get("spec", {})
-    if manifest["kind"] == "Service":
-        yield spec["selector"]
-    elif manifest["kind"] == "NetworkPolicy":
-        yield spec["podSelector"]["matchLabels"]
-    elif manifest["kind"] in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
-        yield spec["selector"]["matchLabels"]
-    for constraint in _pod(manifest).get("topologySpreadConstraints", ()):
-        yield constraint["labelSelector"]["matchLabels"]
+    checks = (labels, _ports, _probes, _stopping, pods, resources, _options, _scaling, _queries, _kserve)
+    return [f"{check.__name__.lstrip('_')}: {problem}" for check in checks for problem in check(manifests)]
 
 
 def _ports(manifests: list[Manifest]) -> Iterator[str]:
-    for manifest in _of(manifests, "Deployment", "ServingRuntime"):
-        for container in _pod(manifest)["containers"]:
+    for manifest in kinds(manifests, "Deployment", "ServingRuntime"):
+        for container in pod_of(manifest)["containers"]:
             ports = {port[key] for port in container["ports"] for key in ("name", "containerPort")}
             for kind in ("startup", "readiness", "liveness"):
                 if (port := container[f"{kind}Probe"]["httpGet"]["port"]) not in ports:
@@ -202,27 +86,17 @@ def _ports(manifests: list[Manifest]) -> Iterator[str]:
             for name, option in ((name, _option(container, f"--{name}-port")) for name in served):
                 if (port := int(option or served[name])) not in ports:
                     yield f"Triton serves {name} at {port}, and {container['name']} has {sorted(map(str, ports))}"
-    servers = [_pod(manifest)["containers"][0] for manifest in _of(manifests, "Deployment", "ServingRuntime")]
+    servers = [pod_of(manifest)["containers"][0] for manifest in kinds(manifests, "Deployment", "ServingRuntime")]
     names = {port["name"] for server in servers for port in server["ports"]}
-    for manifest in _of(manifests, "Service", "NetworkPolicy", "PodMonitor"):
-        for name in _port_names(manifest):
+    for manifest in kinds(manifests, "Service", "NetworkPolicy", "PodMonitor"):
+        for name in port_names(manifest):
             if name not in names:
-                yield f"{'/'.join(_id(manifest))} names port {name}, and the pods have {sorted(names)}"
-
-
-def _port_names(manifest: Manifest) -> Iterator[str]:
-    spec = manifest["spec"]
-    if manifest["kind"] == "Service":
-        yield from (port["targetPort"] for port in spec["ports"])
-    elif manifest["kind"] == "PodMonitor":
-        yield from (endpoint["port"] for endpoint in spec["podMetricsEndpoints"])
-    else:
-        yield from (port["port"] for rule in spec.get("ingress", ()) for port in rule["ports"])
+                yield f"{'/'.join(identity(manifest))} names port {name}, and the pods have {sorted(names)}"
 
 
 def _probes(manifests: list[Manifest]) -> Iterator[str]:
-    for manifest in _of(manifests, "Deployment", "ServingRuntime"):
-        for container in _pod(manifest)["containers"]:
+    for manifest in kinds(manifests, "Deployment", "ServingRuntime"):
+        for container in pod_of(manifest)["containers"]:
             for kind, path in {"startup": "ready", "readiness": "ready", "liveness": "live"}.items():
                 if (found := container[f"{kind}Probe"]["httpGet"]["path"]) != f"/v2/health/{path}":
                     yield f"the {kind} probe asks for {found}, expected /v2/health/{path}"
@@ -232,68 +106,21 @@ def _probes(manifests: list[Manifest]) -> Iterator[str]:
 
 
 def _stopping(manifests: list[Manifest]) -> Iterator[str]:
-    grace = [_pod(each)["terminationGracePeriodSeconds"] for each in _of(manifests, "Deployment")]
-    grace += [each["spec"]["predictor"]["terminationGracePeriodSeconds"] for each in _of(manifests, "InferenceService")]
-    for manifest in _of(manifests, "Deployment", "ServingRuntime"):
-        for container in _pod(manifest)["containers"]:
+    grace = [pod_of(each)["terminationGracePeriodSeconds"] for each in kinds(manifests, "Deployment")]
+    grace += [
+        each["spec"]["predictor"]["terminationGracePeriodSeconds"] for each in kinds(manifests, "InferenceService")
+    ]
+    for manifest in kinds(manifests, "Deployment", "ServingRuntime"):
+        for container in pod_of(manifest)["containers"]:
             asleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
             draining = int(_option(container, "--exit-timeout-secs") or 30)
             if asleep + draining >= min(grace):
                 yield f"preStop ({asleep} s) and draining ({draining} s) do not fit into the {min(grace)} s of grace"
 
 
-def _pods(manifests: list[Manifest]) -> Iterator[str]:
-    """Pod Security's level "restricted", read-only files, no token, pinned images, volumes that exist."""
-    for manifest in _of(manifests, "Deployment", "ServingRuntime"):
-        pod = _pod(manifest)
-        volumes = {volume["name"]: set(volume) - {"name"} for volume in pod["volumes"]}
-        for kinds in volumes.values():
-            if not kinds <= {"emptyDir", "persistentVolumeClaim", "image"}:
-                yield f"volumes of {kinds} are not allowed"
-        if manifest["kind"] == "Deployment" and pod["automountServiceAccountToken"] is not False:
-            yield "the service account's token is mounted"
-        for container in _containers(pod):
-            context = pod.get("securityContext", {}) | container["securityContext"]
-            expected = {"runAsNonRoot": True, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True}
-            expected |= {"capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"}}
-            for key, value in expected.items():
-                if context.get(key) != value:
-                    yield f"{container['name']}: {key} is {context.get(key)}, expected {value}"
-            if not re.fullmatch(r"[a-z0-9./-]+:(?!latest$)[A-Za-z0-9._-]+(@sha256:[0-9a-f]{64})?", container["image"]):
-                yield f"{container['name']}: image {container['image']} is not pinned"
-            for mount in container["volumeMounts"]:
-                if mount["name"] not in volumes:
-                    yield f"{container['name']} mounts {mount['name']}, which is no volume"
-
-
-def _resources(manifests: list[Manifest]) -> Iterator[str]:
-    workloads = [
-        (each["name"], each["resources"]) for item in _of(manifests, "Deployment") for each in _containers(_pod(item))
-    ]
-    workloads += [
-        (item["metadata"]["name"], item["spec"]["predictor"]["model"]["resources"])
-        for item in _of(manifests, "InferenceService")
-    ]
-    for name, resources in workloads:
-        requests, limits = resources["requests"], resources["limits"]
-        if set(requests) != set(limits):
-            yield f"{name}: requests of {sorted(requests)}, limits of {sorted(limits)}"
-        for kind in requests.keys() & limits.keys():
-            if _quantity(requests[kind]) > _quantity(limits[kind]):
-                yield f"{name}: requests {requests[kind]} of {kind}, more than its limit {limits[kind]}"
-        # The static CPU manager gives whole cores to pods whose requests are their limits.
-        if requests != limits or _quantity(requests["cpu"]) % 1:
-            yield f"{name}: not of the class Guaranteed with whole cores"
-
-
-def _quantity(text: str | int) -> float:
-    number, unit = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", str(text)).groups()  # type: ignore[union-attr]
-    return float(number) * {"": 1, "m": 1e-3, "k": 1e3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}[unit]
-
-
 def _options(manifests: list[Manifest]) -> Iterator[str]:
-    for manifest in _of(manifests, "Deployment", "ServingRuntime"):
-        for container in _pod(manifest)["containers"]:
+    for manifest in kinds(manifests, "Deployment", "ServingRuntime"):
+        for container in pod_of(manifest)["containers"]:
             program, *options = container["args"]
             if program != "tritonserver":
                 yield f"{container['name']} runs {program}, expected tritonserver"
@@ -310,74 +137,41 @@ def _option(container: Manifest, name: str) -> str | None:
 
 
 def _scaling(manifests: list[Manifest]) -> Iterator[str]:
-    deployments = {each["metadata"]["name"]: each for each in _of(manifests, "Deployment")}
-    adapter = _documents(ADAPTER)[0]
+    deployments = {each["metadata"]["name"]: each for each in kinds(manifests, "Deployment")}
+    adapter = documents(ADAPTER)[0]
     offered = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
-    for manifest in _of(manifests, "HorizontalPodAutoscaler", "ScaledObject"):
+    for manifest in kinds(manifests, "HorizontalPodAutoscaler", "ScaledObject"):
         spec = manifest["spec"]
         target = spec["scaleTargetRef"]["name"]
         if target not in deployments:
-            yield f"{'/'.join(_id(manifest))} scales {target}, and there is {sorted(deployments)}"
+            yield f"{'/'.join(identity(manifest))} scales {target}, and there is {sorted(deployments)}"
         elif "replicas" in deployments[target]["spec"]:
-            yield f"Deployment/{target} has replicas, which every apply would set against {'/'.join(_id(manifest))}"
+            scaler = "/".join(identity(manifest))
+            yield f"Deployment/{target} has replicas, which every apply would set against {scaler}"
         for metric in spec.get("metrics", ()):
             if metric["pods"]["metric"]["name"] not in offered:
                 yield f"the adapter offers {sorted(offered)}, not {metric['pods']['metric']['name']}"
-    for manifest in _of(manifests, "HorizontalPodAutoscaler", "ScaledObject", "InferenceService"):
+    for manifest in kinds(manifests, "HorizontalPodAutoscaler", "ScaledObject", "InferenceService"):
         spec = manifest["spec"].get("predictor", manifest["spec"])
         low, high = (next(spec[key] for key in spec if key.startswith(end + "Replica")) for end in ("min", "max"))
         if low > high:
-            yield f"{'/'.join(_id(manifest))}: at least {low} and at most {high} replicas"
+            yield f"{'/'.join(identity(manifest))}: at least {low} and at most {high} replicas"
 
 
 def _queries(manifests: list[Manifest]) -> Iterator[str]:
     namespace = {manifest["metadata"].get("namespace", "") for manifest in manifests} - {""}
-    for query in _promql(manifests):
+    for query in queries(manifests):
         for problem in _query_problems(query, namespace):
             yield f"{query}: {problem}"
 
 
-def _promql(value: object) -> Iterator[str]:
-    """The queries anywhere inside."""
-    if isinstance(value, list):
-        for each in value:
-            yield from _promql(each)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            if key in ("query", "expr"):
-                yield each
-            else:
-                yield from _promql(each)
-
-
 def _query_problems(query: str, namespaces: set[str] | None = None) -> Iterator[str]:
-    """What is wrong with a query over Triton's metrics; with `namespaces` it must select one of them."""
-    try:
-        expression = promql_parser.parse(query)
-    except ValueError as error:
-        yield f"is no PromQL: {error}"
-        return
-    found: list[promql_parser.Expr] = []
-    promql_parser.walk(expression, lambda each: found.append(each))
-    selectors = [each for each in found if isinstance(each, promql_parser.VectorSelector)]
-    if not selectors:
-        yield "reads no metric"
-    for selector in selectors:
-        matchers = {matcher.name: matcher for matcher in selector.matchers.matchers}
-        if selector.name not in METRICS:
-            yield f"Triton has no metric {selector.name}"
-        if namespaces is not None and ("namespace" not in matchers or matchers["namespace"].value not in namespaces):
-            yield f"{selector.name} is not selected by the namespace {namespaces}"
-        if unknown := matchers.keys() - {"namespace", "pod", "model", "version", "reason", "gpu_uuid"}:
-            yield f"{selector.name} has no label {sorted(unknown)}"
-        for name, values in (("model", MODELS), ("reason", FAILURE_REASONS)):
-            if name in matchers and not any(re.fullmatch(matchers[name].value, each) for each in values):
-                yield f"no {name} is {matchers[name].value}"
+    return query_problems(query, METRICS, LABELS, namespaces)
 
 
 def _kserve(manifests: list[Manifest]) -> Iterator[str]:
-    runtimes = {each["metadata"]["name"]: each["spec"] for each in _of(manifests, "ServingRuntime")}
-    for manifest in _of(manifests, "InferenceService"):
+    runtimes = {each["metadata"]["name"]: each["spec"] for each in kinds(manifests, "ServingRuntime")}
+    for manifest in kinds(manifests, "InferenceService"):
         model = manifest["spec"]["predictor"]["model"]
         if (runtime := runtimes.get(model["runtime"])) is None:
             yield f"no runtime {model['runtime']} in {sorted(runtimes)}"
@@ -395,7 +189,7 @@ def _kserve(manifests: list[Manifest]) -> Iterator[str]:
 
 def _built(name: str) -> list[Manifest]:
     overlay, components = BUILDS[name]
-    return _build(EXAMPLES / overlay, components)
+    return build(EXAMPLES / overlay, components)
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -407,7 +201,7 @@ def test_every_file_is_in_a_build() -> None:
     """An orphan would be checked by nothing."""
     named = {ADAPTER}
     for path in EXAMPLES.rglob("kustomization.yaml"):
-        (kustomization,) = _documents(path)
+        (kustomization,) = documents(path)
         entries = [*kustomization.get("resources", ()), *(each["path"] for each in kustomization.get("patches", ()))]
         named |= {path, *(path.parent / entry for entry in entries)}
     assert set(EXAMPLES.rglob("*.yaml")) - named == set()
@@ -416,9 +210,9 @@ def test_every_file_is_in_a_build() -> None:
 
 
 def test_overlays_change_what_they_mean_to() -> None:
-    cpu, gpu = ({_id(each): each for each in _built(name)} for name in ("cpu", "gpu"))
+    cpu, gpu = ({identity(each): each for each in _built(name)} for name in ("cpu", "gpu"))
     assert {name for name in cpu if cpu[name] != gpu[name]} == {("Deployment", "gte-triton")}
-    (cpu_triton,), (gpu_triton,) = (_pod(each["Deployment", "gte-triton"])["containers"] for each in (cpu, gpu))
+    (cpu_triton,), (gpu_triton,) = (pod_of(each["Deployment", "gte-triton"])["containers"] for each in (cpu, gpu))
     assert set(cpu_triton["args"]) - set(gpu_triton["args"]) == {"--model-config-name=cpu", "--allow-gpu-metrics=false"}
     assert set(gpu_triton["args"]) <= set(cpu_triton["args"])
 
@@ -432,26 +226,12 @@ def test_build_is_what_kubectl_builds(name: str, tmp_path: Path) -> None:
     with (folder / "kustomization.yaml").open("a", encoding="utf-8") as file:
         yaml.safe_dump({"components": [f"../components/{each}" for each in components]}, file)
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
-    assert _ordered(_built(name)) == _ordered(list(yaml.safe_load_all(done.stdout)))
-
-
-def _ordered(value: Any, field: str = "") -> Any:
-    """Without the order of entries that are merged by name, in which kubectl and `_merged` differ."""
-    if isinstance(value, dict):
-        return {key: _ordered(each, key) for key, each in value.items()}
-    if isinstance(value, list):
-        entries = [_ordered(each) for each in value]
-        return (
-            sorted(entries, key=lambda each: json.dumps(each, sort_keys=True))
-            if not field or field in _MERGE_KEYS
-            else entries
-        )
-    return value
+    assert ordered(_built(name)) == ordered(list(yaml.safe_load_all(done.stdout)))
 
 
 def test_adapter_values() -> None:
-    values = _documents(ADAPTER)[0]
-    assert list(_custom_problems("prometheus-adapter values", values)) == []
+    values = documents(ADAPTER)[0]
+    assert list(custom_problems("prometheus-adapter values", values)) == []
     for rule in values["rules"]["custom"]:
         series = rule["seriesQuery"]
         assert list(_query_problems(series)) == []
@@ -541,28 +321,15 @@ BREAKS: dict[str, tuple[str, str, str, object, str]] = {
 def test_a_broken_manifest_is_found(name: str) -> None:
     build, kind, path, value, complaint = BREAKS[name]
     manifests = _built(build)
-    _put(next(_of(manifests, kind)), path, value)
+    put(next(kinds(manifests, kind)), path, value)
     problems = _problems(manifests)
     assert any(re.match(complaint, problem) for problem in problems), problems
 
 
-def _put(manifest: Manifest, path: str, value: object) -> None:
-    *parents, last = (part.replace("\0", ".") for part in path.replace("\\.", "\0").split("."))
-    target: Any = manifest
-    for part in parents:
-        target = target[int(part) if isinstance(target, list) else part]
-    if value is None:
-        del target[last]
-    elif isinstance(target, list):
-        target[int(last)] = value
-    else:
-        target[last] = value
-
-
 def test_adapter_values_are_checked() -> None:
-    values = _documents(ADAPTER)[0]
+    values = documents(ADAPTER)[0]
     values["rules"]["custom"][0]["metricQuery"] = values["rules"]["custom"][0].pop("metricsQuery")
-    assert any("metricQuery" in problem for problem in _custom_problems("prometheus-adapter values", values))
+    assert any("metricQuery" in problem for problem in custom_problems("prometheus-adapter values", values))
 
 
 def test_names_are_those_of_a_real_triton(tmp_path: Path) -> None:
@@ -577,8 +344,8 @@ def test_names_are_those_of_a_real_triton(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     (tmp_path / "gte_embed" / "1").mkdir()
-    (deployment,) = _of(_built("cpu"), "Deployment")
-    options = [each for each in _pod(deployment)["containers"][0]["args"][1:] if "model-repository" not in each]
+    (deployment,) = kinds(_built("cpu"), "Deployment")
+    options = [each for each in pod_of(deployment)["containers"][0]["args"][1:] if "model-repository" not in each]
     with triton_server.Server(tmp_path, *options, folder=folder) as triton, ThreadPoolExecutor(24) as callers:
         metrics = _scrape(triton.metrics)
         assert {name for name, _, _ in metrics} == set(_RECORDED["metrics"])
