@@ -83,31 +83,33 @@ class SentenceTransformersBackend:
         return np.concatenate([row.numpy() for row in rows])
 
 
+def infinity_options(folder: Path, linked: Path) -> dict[str, Any]:
+    """Link a bundle's files into the empty folder `linked`, go there, and return infinity's arguments to serve them."""
+    register()
+    # Of a local folder, it finds a graph only beside the config, and only if the folder is ".".
+    os.chdir(linked)
+    for file in (*folder.glob("*.*"), *folder.glob("onnx/*")):
+        if file.is_file():
+            os.link(file, file.name)
+    return {
+        "model_name_or_path": ".",
+        "engine": "optimum",
+        "device": "cpu",
+        "pooling_method": "mean",
+        "model_warmup": False,
+        "embedding_dtype": "float32",
+    }
+
+
 class Infinity:
     """infinity_emb.SyncEngineArray with its ONNX engine; the number of threads is that of the process's CPUs."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        register()
+        self._folder = tempfile.TemporaryDirectory(dir=folder)
+        options = infinity_options(folder, Path(self._folder.name))
         from infinity_emb import EngineArgs, SyncEngineArray
 
-        # Of a local folder, it finds a graph only beside the config, and only if the folder is ".".
-        self._folder = tempfile.TemporaryDirectory(dir=folder)
-        os.chdir(self._folder.name)
-        for file in (*folder.glob("*.*"), *folder.glob("onnx/*")):
-            if file.is_file():
-                os.link(file, file.name)
-        self._model = SyncEngineArray.from_args(
-            [
-                EngineArgs(
-                    model_name_or_path=".",
-                    engine="optimum",
-                    device="cpu",
-                    pooling_method="mean",
-                    model_warmup=False,
-                    embedding_dtype="float32",
-                )
-            ]
-        )
+        self._model = SyncEngineArray.from_args([EngineArgs(**options)])
 
     def embed(self, texts: list[str]) -> Array:
         embeddings, _ = self._model.embed(model=".", sentences=texts).result()
