@@ -223,8 +223,10 @@ def _open_way(way: str, stack: ExitStack, triton: ModuleType, bundle: Path, argu
 
     threads, most = arguments.threads, max(*arguments.callers, 64)
     if way in ("in process", "joined calls"):
-        joins = {"join_calls": True} if way == "joined calls" else {}
-        return stack.enter_context(gte_deploy.load(bundle, backend="onnx", num_threads=threads, **joins)).encode
+        joins = way == "joined calls"
+        return stack.enter_context(
+            gte_deploy.load(bundle, backend="onnx", num_threads=threads, join_calls=joins)
+        ).encode
     if way in _TRITON:
         triton.install()
         server = stack.enter_context(triton.Server(_repository(bundle, arguments.work, threads=threads)))
