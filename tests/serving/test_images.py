@@ -216,7 +216,7 @@ def asked(url: str, body: object = None) -> Any:
 @pytest.mark.slow
 def test_steps_of_the_image_in_a_clean_folder(image: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     installed = {path.name.partition("-")[0].lower() for path in (image / "opt").rglob("*.dist-info")}
-    assert {"gte_deploy", "onnxruntime", "fastapi", "uvicorn"} <= installed
+    assert {"gte_deploy", "onnxruntime", "starlette", "uvicorn"} <= installed
     assert installed.isdisjoint({"torch", "transformers", "onnx", "pip", "setuptools"})
 
     bundle = tmp_path_factory.mktemp("mounted") / "bundle"
