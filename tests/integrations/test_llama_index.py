@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("llama_index.core", reason="needs llama-index-core: make test-consumers")
 
-from llama_index.core import VectorStoreIndex
+from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.schema import NodeWithScore, TextNode
 
 from gte_deploy.integrations.llama_index import GteEmbedding, GteRerank, GteSparseEmbedding, sparse_functions
@@ -79,3 +79,28 @@ def test_sparse_embeddings_are_those_of_the_library(sparse_encoder, texts):
     np.testing.assert_allclose([dense(row) for row in rows], expected, rtol=0, atol=2e-5)
     indices, values = query_function([QUERY])
     np.testing.assert_allclose(dense(dict(zip(indices[0], values[0], strict=True))), query, rtol=0, atol=2e-5)
+
+
+def test_the_store_of_qdrant_takes_the_sparse_functions(embedder, sparse_encoder, texts):
+    """Its sparse search finds what the library finds."""
+    reason = "needs llama-index-vector-stores-qdrant: make test-consumers"
+    store = pytest.importorskip("llama_index.vector_stores.qdrant", reason=reason)
+    qdrant = pytest.importorskip("qdrant_client")
+    document_function, query_function = sparse_functions(sparse_encoder.ours)
+    vectors = store.QdrantVectorStore(
+        "texts",
+        client=qdrant.QdrantClient(":memory:"),
+        enable_hybrid=True,
+        sparse_doc_fn=document_function,
+        sparse_query_fn=query_function,
+    )
+    index = VectorStoreIndex(
+        [TextNode(text=text) for text in texts],
+        storage_context=StorageContext.from_defaults(vector_store=vectors),
+        embed_model=GteEmbedding(embedder.ours),
+    )
+    found = index.as_retriever(vector_store_query_mode="sparse", similarity_top_k=3, sparse_top_k=3).retrieve(QUERY)
+    theirs = sparse_encoder.theirs
+    scores = theirs.similarity(theirs.encode_query(QUERY), theirs.encode_document(texts)).numpy()[0]
+    assert [hit.node.text for hit in found] == [texts[i] for i in np.argsort(-scores)[:3]]
+    np.testing.assert_allclose([hit.score for hit in found], np.sort(scores)[::-1][:3], rtol=1e-4, atol=1e-4)

@@ -34,7 +34,7 @@ _CONVERSION = (
 REQUIREMENTS = {
     "adapters": (
         *("chromadb", "haystack-ai", "langchain-core", "llama-index-core", "mteb>=2", "qdrant-client"),
-        *("faiss-cpu", "lancedb", "usearch"),
+        *("faiss-cpu", "lancedb", "llama-index-vector-stores-qdrant", "usearch"),
         *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
     ),
     "clients": (
