@@ -356,14 +356,13 @@ class Model(TextInterface):
         return self._answers(request, self._token_ids(texts, options)), entry_names(self._tokenizer, self.spec)
 
     def _multi_vector_batches(self, request: MultiVectorRequest, texts: Texts, options: BatchOptions) -> Batches:
+        request = request.of_tokenizer(self._tokenizer)
         tokenizer = self._tokenizer.with_prefix(request.prefix)
         limit = request.limit(options.max_length, tokenizer.min_length)
         outputs = request.graph_outputs(self._backend.outputs)
 
         def tokenize(indices: list[int]) -> Rows:
-            chosen = [texts[i] for i in indices]
-            rows = tokenizer.encode_texts(chosen, indices, max_length=limit, truncation=options.truncation)
-            return [request.expanded(row, limit) for row in rows]
+            return request.rows(tokenizer, [texts[i] for i in indices], indices, limit=limit, cut=options.truncation)
 
         def answer(item: TokenBatch) -> tuple[list[int], Sequence[Any]]:
             indices, rows = item

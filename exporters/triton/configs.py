@@ -14,6 +14,13 @@ from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.spec import ModelSpec, Precision, Profile, TaskName, TensorSpec
 from gte_deploy.tasks.base import HIDDEN
 from gte_deploy.tasks.fill_mask import MAX_LOGITS
+from gte_deploy.tasks.multi_vector import (
+    DOCUMENT_VECTORS_SERVED,
+    KEPT_TOKENS,
+    QUERY_VECTORS_SERVED,
+    SERVED_VECTORS,
+    TOKEN_VECTORS,
+)
 from gte_deploy.tasks.sparse import SparseRequest
 
 DeviceName = Literal["gpu", "cpu"]
@@ -23,6 +30,7 @@ TOKENIZER, ENCODER = "gte_tokenizer", "gte_encoder"
 PLAN, TOKEN_ENCODER = "gte_plan", "gte_token_encoder"
 
 _DATA_TYPES = {
+    "bool": "TYPE_BOOL",
     "int64": "TYPE_INT64",
     "int32": "TYPE_INT32",
     "float32": "TYPE_FP32",
@@ -150,6 +158,19 @@ class Serving:
     threads: int
     response_cache: bool
 
+    @property
+    def tokenized(self) -> tuple[TensorSpec, ...]:
+        """The tensors that gte_tokenizer gives: the inputs of the encoder, and what output models need."""
+        kept = TensorSpec(KEPT_TOKENS, "bool", ("batch", "sequence"))
+        return (*self.encoder.inputs, *([] if self.spec.multi_vector is None else [kept]))
+
+    @property
+    def text_inputs(self) -> list[Mapping[str, str]]:
+        """Input of an ensemble -> input of the tokenizer, for each kind of ensemble that takes texts."""
+        if self.spec.multi_vector is not None:
+            return list(_SIDES.values())
+        return [_TEXT, *(text_inputs for _, text_inputs, _ in _heads(self))]
+
     def state_rows(self, device: ServingDevice) -> int:
         """The most rows of hidden states, which are large: those that a plan takes at every length."""
         rows = [self.encoder.rows_at(length) for length in _buckets(self)] if self.encoder.profiles else []
@@ -187,6 +208,12 @@ def all_configs(serving: Serving, device: ServingDevice) -> dict[str, Config]:
         ensembles.append(_ensemble(serving, device, name, text_inputs, models[-1]))
         if "TEXT" not in {tensor["name"] for tensor in models[-1]["input"]}:
             ensembles.append(_ensemble(serving, device, f"{name}_ids", None, models[-1]))
+    if serving.spec.multi_vector is not None:
+        models.append(_multi_vector_output(serving, device))
+        ensembles += [
+            _ensemble(serving, device, name, wiring, models[-1])
+            for name, wiring in (*_SIDES.items(), ("gte_multi_vector_ids", None))
+        ]
     if serving.spec.task == "hybrid":
         halves = [model for model in models if model["name"] in ("gte_embed_output", "gte_sparse_output")]
         ensembles += [
@@ -214,6 +241,7 @@ def _heads(serving: Serving) -> list[_Head]:
         "token-classify": [("gte_classify_tokens", _PLAIN_TEXT, _classify_tokens_output), *sparse],
         "sparse": [("gte_sparse", _TEXT, _sparse_output)],
         "hybrid": [("gte_sparse", _TEXT, _sparse_output)],
+        "multi-vector": [],
     }
     return heads[spec.task]
 
@@ -224,6 +252,11 @@ _TEXT = {"TEXT": "TEXT", "PROMPT": "PROMPT", "PROMPT_NAME": "PROMPT_NAME", **_LI
 _PLAIN_TEXT = {"TEXT": "PLAIN_TEXT", **_LIMITS}
 _MASKED_TEXT = {"TEXT": "MASKED_TEXT", **_LIMITS}
 _PAIR = {"TEXT": "FIRST", "TEXT_PAIR": "SECOND", "PROMPT": "PROMPT", "PROMPT_NAME": "PROMPT_NAME", **_LIMITS}
+_SIDES = {
+    served.name: {**_TEXT, "TEXT": side, "SKIP_WORDS": "SKIP_WORDS"}
+    for served, side in ((QUERY_VECTORS_SERVED, "QUERY"), (DOCUMENT_VECTORS_SERVED, "DOCUMENT"))
+}
+_LISTS = ("TARGETS", "IGNORE_LABELS", "SKIP_WORDS")
 _OPTION_TYPES = {
     "TRUNCATION": "TYPE_BOOL",
     "NORMALIZE": "TYPE_BOOL",
@@ -238,8 +271,7 @@ _OPTION_TYPES = {
 def _tokenizer(serving: Serving, device: ServingDevice) -> Config:
     encoder = serving.encoder
     masked = "mask_positions" in encoder.input_names
-    wirings = [_TEXT, *(text_inputs for _, text_inputs, _ in _heads(serving))]
-    names = dict.fromkeys(name for wiring in wirings for name in wiring.values())
+    names = dict.fromkeys(name for wiring in serving.text_inputs for name in wiring.values())
     parameters = {
         "length_buckets": ",".join(map(str, _buckets(serving))),
         # Requests for a plan are joined and padded by the model in front of it.
@@ -255,7 +287,7 @@ def _tokenizer(serving: Serving, device: ServingDevice) -> Config:
         tokenizing,
         TOKENIZER,
         inputs=[_option(name) for name in names],
-        outputs=[_tensor(tensor) for tensor in encoder.inputs],
+        outputs=[_tensor(tensor) for tensor in serving.tokenized],
         parameters=parameters,
         count=device.tokenizers,
     )
@@ -447,7 +479,7 @@ def _fill_mask_output(serving: Serving, device: ServingDevice) -> Config:
         inputs=[
             *_of_encoder(serving, "input_ids", "attention_mask", "logits"),
             _option("TOP_K"),
-            {**_new("TARGETS", "TYPE_STRING", -1), "optional": True},
+            _option("TARGETS"),
         ],
         outputs=[
             _new("MASKS", "TYPE_INT32", 1),
@@ -480,14 +512,27 @@ def _classify_tokens_output(serving: Serving, device: ServingDevice) -> Config:
         inputs=[
             _new("TEXT", "TYPE_STRING", 1),
             *_of_encoder(serving, "attention_mask", "logits"),
-            *(_option(name) for name in ("TRUNCATION", "MAX_LENGTH", "AGGREGATION_STRATEGY")),
-            {**_new("IGNORE_LABELS", "TYPE_STRING", -1), "optional": True},
+            *(_option(name) for name in ("TRUNCATION", "MAX_LENGTH", "AGGREGATION_STRATEGY", "IGNORE_LABELS")),
         ],
         outputs=[
             _new("ENTITIES", "TYPE_INT32", 1),
             *(_new(name, data_type, -1) for name, data_type in columns.items()),
             _new("TOKENS", "TYPE_INT32", 1),
             _new("LOGITS", "TYPE_FP32", -1, serving.spec.num_labels),
+        ],
+        count=_answering(device),
+    )
+
+
+def _multi_vector_output(serving: Serving, device: ServingDevice) -> Config:
+    return _python_model(
+        serving,
+        device,
+        "gte_multi_vector_output",
+        inputs=[*_of_encoder(serving, KEPT_TOKENS, TOKEN_VECTORS), _option("NORMALIZE")],
+        outputs=[
+            _new("TOKENS", "TYPE_INT32", 1),
+            _new(SERVED_VECTORS, "TYPE_FP32", -1, serving.spec.embedding_width),
         ],
         count=_answering(device),
     )
@@ -541,7 +586,7 @@ def _ensemble(
     """Tokenizer, encoder and the Python models that compute the answer; without `wiring` clients send token ids."""
     taken = [tensor for output in outputs for tensor in output["input"]]
     produced = serving.encoder.output_names
-    known = {*serving.encoder.input_names, *produced, *(wiring or ())}
+    known = {*(tensor.name for tensor in serving.tokenized), *produced, *(wiring or ())}
     options = [tensor for tensor in taken if tensor["name"] not in known]
     outward = _outward_names(serving) if wiring is None else {}
     answers = [
@@ -578,13 +623,13 @@ def _encoding(
 ) -> list[Config]:
     """The steps up to the encoder: with `wiring` the tokenizer and the encoder, else the encoder."""
     if wiring is None:
-        return [_step(ENCODER, _outward_names(serving), outputs)]
+        return [_step(ENCODER, {name: name.upper() for name in serving.encoder.input_names}, outputs)]
     return [_tokenizer_step(serving, wiring), _step(ENCODER, serving.encoder.input_names, outputs)]
 
 
 def _outward_names(serving: Serving) -> dict[str, str]:
-    """Input of the encoder -> its name for clients that send token ids."""
-    return {name: name.upper() for name in serving.encoder.input_names}
+    """Tensor of the tokenizer -> its name for clients that send token ids."""
+    return {tensor.name: tensor.name.upper() for tensor in serving.tokenized}
 
 
 def _names(tensors: Sequence[Config]) -> list[str]:
@@ -631,7 +676,7 @@ def _ensemble_head(
         "response_cache": serving.response_cache,
     }
     inputs = (
-        [{**_tensor(tensor), "name": tensor.name.upper()} for tensor in serving.encoder.inputs]
+        [{**_tensor(tensor), "name": tensor.name.upper()} for tensor in serving.tokenized]
         if wiring is None
         else [_new("TEXT", "TYPE_STRING", 1), *(_option(outer) for outer in wiring if outer != "TEXT")]
     )
@@ -644,7 +689,7 @@ def _ensemble_head(
 
 
 def _tokenizer_step(serving: Serving, wiring: Mapping[str, str], names: Mapping[str, str] | None = None) -> Config:
-    outputs = {name: (names or {}).get(name, name) for name in serving.encoder.input_names}
+    outputs = {tensor.name: (names or {}).get(tensor.name, tensor.name) for tensor in serving.tokenized}
     return _step(TOKENIZER, {inner: outer for outer, inner in wiring.items()}, outputs)
 
 
@@ -733,7 +778,7 @@ def _spec_json(serving: Serving) -> str:
 
 
 def _of_encoder(serving: Serving, *names: str) -> list[Config]:
-    tensors = {tensor.name: tensor for tensor in (*serving.encoder.inputs, *serving.encoder.outputs)}
+    tensors = {tensor.name: tensor for tensor in (*serving.tokenized, *serving.encoder.outputs)}
     return [_tensor(tensors[name]) for name in names]
 
 
@@ -749,7 +794,8 @@ def _full_tensor(tensor: TensorSpec) -> Config:
 
 
 def _option(name: str) -> Config:
-    return {**_new(name, _OPTION_TYPES.get(name, "TYPE_STRING"), 1), "optional": True}
+    size = -1 if name in _LISTS else 1
+    return {**_new(name, _OPTION_TYPES.get(name, "TYPE_STRING"), size), "optional": True}
 
 
 def _new(name: str, data_type: str, *sizes: int) -> Config:

@@ -20,6 +20,8 @@ from onnx import TensorProto, helper
 
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
+from gte_deploy.tasks.base import HIDDEN
+from gte_deploy.tasks.multi_vector import TOKEN_VECTORS
 from gte_deploy.tasks.pooling import NORM_EPSILON
 from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
@@ -34,7 +36,8 @@ def write_graph(source: Path, target: Path, spec: ModelSpec) -> None:
     Outputs, float32: `last_hidden_state` [B, S, H]; `embedding_mean` and `embedding_cls` [B, H]; `embedding_finished`
     [B, D], as `Model.encode` returns it without options; `embedding_normalized` [B, D], the same scaled to length 1;
     `logits` if the task has them, [B, M, V] for fill-mask; `token_weights` [B, S, 1] for hybrid. Rows with an id
-    outside the vocabulary are NaN in all except `last_hidden_state` and the logits of fill-mask.
+    outside the vocabulary are NaN in all except `last_hidden_state` and the logits of fill-mask. A multi-vector graph
+    has only `token_vectors` [B, S, D].
 
     Raises:
         ExportError: the graph computes the fill-mask logits of every token.
@@ -48,9 +51,13 @@ def write_graph(source: Path, target: Path, spec: ModelSpec) -> None:
                 "--logits masked."
             )
         _take_masks_by_row(graph, spec)
-    _pool_both_ways(graph, spec)
-    _bound_inputs(graph, spec)
-    _finish(graph, spec)
+    if spec.task == "multi-vector":
+        graph.output.remove(next(value for value in graph.output if value.name == HIDDEN))
+        _bound_inputs(graph, spec)
+    else:
+        _pool_both_ways(graph, spec)
+        _bound_inputs(graph, spec)
+        _finish(graph, spec)
     onnx.save(model, target)
 
 
@@ -153,7 +160,9 @@ def _bound_inputs(graph: onnx.GraphProto, spec: ModelSpec) -> None:
         _node("Unsqueeze", [_PREFIX + "row_is_wrong", _integers(graph, "token_axis", [2])], "row_of_tokens_is_wrong"),
     ]
     graph.initializer.append(helper.make_tensor(_PREFIX + "nan", TensorProto.FLOAT, [], [math.nan]))
-    checked = {"embedding_mean", "embedding_cls", "sparse_embedding", TOKEN_WEIGHTS} | ({"logits"} - _unchecked(spec))
+    checked = {"embedding_mean", "embedding_cls", "sparse_embedding", TOKEN_WEIGHTS, TOKEN_VECTORS} | (
+        {"logits"} - _unchecked(spec)
+    )
     after: list[onnx.NodeProto] = []
     for output in graph.output:
         if output.name in checked:

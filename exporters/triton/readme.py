@@ -19,6 +19,9 @@ _ANSWERS = {
     "gte_classify_tokens": "a text -> the labels of its tokens",
     "gte_sparse": "a text -> the weights of its tokens, a sparse vector",
     "gte_hybrid": "a text -> its embedding and the weights of its tokens, from one run of the encoder",
+    "gte_multi_vector_query": "a query -> the embedding of each of its tokens",
+    "gte_multi_vector_document": "a document -> the embedding of each of its tokens that is not skipped",
+    "gte_multi_vector_ids": "token ids, and the tokens to keep -> as the two above",
     "gte_sparse_query": "a query -> the same, from stored weights without the encoder",
 }
 
@@ -121,7 +124,7 @@ def _notes(serving: Serving, configs: Mapping[DeviceName, Mapping[str, Config]])
         notes.append("This repository is only for GPUs.")
     if "gpu" not in configs:
         notes.append("This repository is only for CPUs.")
-    if HIDDEN not in encoder.output_names:
+    if HIDDEN not in encoder.output_names and serving.spec.multi_vector is None:
         notes.append(
             "The engine gives only the answer of its task, so there are no token embeddings"
             f"{'' if TASKS[serving.spec.task].pools else ' and no embeddings'} (gte-export --outputs all has them)."
@@ -146,6 +149,7 @@ def _client_example(serving: Serving) -> str:
         "classify": 'client.predict([("a query", "a document")])',
         "token-classify": 'client.classify_tokens("Paris is in France.", aggregation_strategy="simple")',
         "sparse": 'client.encode_document(["a text", "another"])',
+        "multi-vector": 'client.rank("a query", ["a document", "another"])',
         "hybrid": 'client.encode_hybrid(["a text", "another"], normalize_embeddings=True)',
     }
     ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')

@@ -22,7 +22,7 @@ from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
 from gte_deploy.core.cpus import available_cpus
-from gte_deploy.core.errors import BundleError, ExportError, InputError, ParityError, require_modules
+from gte_deploy.core.errors import BundleError, ConfigError, ExportError, InputError, ParityError, require_modules
 from gte_deploy.core.hub import HubModel
 from gte_deploy.core.options import options_of
 from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
@@ -48,6 +48,7 @@ from gte_deploy.exporters.triton.options import TritonOptions
 from gte_deploy.exporters.triton.python_models import write_python_model
 from gte_deploy.exporters.triton.readme import dockerfile, readme
 from gte_deploy.models import locate
+from gte_deploy.models.multi_vector_modules import limited
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import EMBEDDING, HIDDEN
 from gte_deploy.tasks.embed import EmbeddingRequest
@@ -123,11 +124,6 @@ def export_repository(
     with staging(destination, force=force, files_of=repository_files) as folder:
         bundle = served or export(model, folder / _BUNDLE, progress=report, **export_options).path
         manifest = open_bundle(bundle)
-        if manifest.spec.task == "multi-vector":
-            raise ExportError(
-                f"{bundle} is for task multi-vector, which no model repository serves: its queries and documents are "
-                "tokenised in different ways. Load the bundle in the process that needs it."
-            )
         check_graphs(bundle, manifest)
         if manifest.missed_bounds:
             report(f"the bundle misses {len(manifest.missed_bounds)} bounds; the README of the repository lists them")
@@ -285,7 +281,8 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
     by_row = np.array([[1, 7], [4, 2], [0, 0]])
     masked = spec.task == "fill-mask"
     pairs = np.stack([np.repeat(np.arange(3), 2), by_row.reshape(-1)], axis=1) if masked else None
-    names = [name for name in TASKS[spec.task].outputs if name != EMBEDDING]
+    own = TASKS[spec.task]
+    names = [name for name in (own.answers if spec.multi_vector else own.outputs) if name != EMBEDDING]
     types = generator.integers(0, spec.type_vocab_size, ids.shape) if spec.token_types else None
     backend = OnnxBackend(source, spec, num_threads=1)
     try:
@@ -293,7 +290,8 @@ def _require_equal(source: Path, written: Path, spec: ModelSpec) -> None:
         expected = backend.run(Batch(ids, mask, pairs, types), names)
     finally:
         backend.close()
-    expected |= _expected_embeddings(expected, mask, spec)
+    if spec.multi_vector is None:
+        expected |= _expected_embeddings(expected, mask, spec)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # as in the server
@@ -362,8 +360,11 @@ def _input_by_row(tensor: TensorSpec) -> TensorSpec:
 def _outputs_by_row(given: Sequence[TensorSpec], spec: ModelSpec) -> Iterator[TensorSpec]:
     """The outputs of gte_encoder: those of the plan, mask logits by row, and the embeddings that it computes.
 
-    A plan of answers alone has embeddings only if they are the answer.
+    A plan of answers alone has embeddings only if they are the answer; a multi-vector model has those of tokens.
     """
+    if spec.multi_vector is not None:
+        yield from (tensor for tensor in given if tensor.name != HIDDEN)
+        return
     pooled = [tensor for tensor in given if tensor.name == EMBEDDING]
     for tensor in given:
         if tensor.name == "logits" and spec.task == "fill-mask":
@@ -391,11 +392,20 @@ def _limits(encoder: Encoder, spec: ModelSpec, options: TritonOptions) -> tuple[
                 f"no profile of the plan takes a single text: {', '.join(map(str, encoder.profiles))}. Build it with "
                 "profiles that begin at one row."
             )
-        spec = dataclasses.replace(spec, max_length=max(served))
+        spec = _limited(spec, max(served))
         most = max(encoder.rows_at(length) for length in served)
         # The logits of masks need much memory, so fill-mask has fewer rows.
         size = size or min(most, _MAX_MASKED_ROWS if spec.task == "fill-mask" else most)
     return spec, [default_device(name, size, options.tokenizers) for name in encoder.files]
+
+
+def _limited(spec: ModelSpec, longest: int) -> ModelSpec:
+    """The spec of a model whose plan takes texts of at most `longest` tokens."""
+    try:
+        sides = None if spec.multi_vector is None else limited(spec.multi_vector, longest)
+    except ConfigError as error:
+        raise ExportError(f"the profiles of the plan take {longest:,} tokens; {error}") from error
+    return dataclasses.replace(spec, max_length=longest, multi_vector=sides)
 
 
 def _write_models(

@@ -136,6 +136,21 @@ def import_torch() -> Any:
     return torch
 
 
+def counted(rows: Sequence[NDArray[np.float32]], name: str, width: int) -> dict[str, NDArray[Any]]:
+    """Return the rows [T, width] of each text as the tensor `name` [B, T, width], and `TOKENS` [B, 1], which counts."""
+    counts = [len(row) for row in rows]
+    together = np.zeros((len(rows), max(1, *counts), width), dtype=np.float32)
+    for target, row in zip(together, rows, strict=True):
+        target[: len(row)] = row
+    return {"TOKENS": np.array(counts, dtype=np.int32)[:, None], name: together}
+
+
+def from_counted(tensors: Tensors, name: str) -> list[NDArray[np.float32]]:
+    """Return the rows that `counted` converted."""
+    counts = tensors["TOKENS"][:, 0].tolist()
+    return [values[:count] for values, count in zip(tensors[name], counts, strict=True)]
+
+
 def filled(rows: Sequence[Sequence[_Value]], width: int, filler: _Value, dtype: Any) -> NDArray[Any]:
     """Rows of unequal length as [len(rows), width], with `filler` behind each."""
     result = np.full((len(rows), width), filler, dtype=dtype)

@@ -458,7 +458,7 @@ class TextInterface(DropIn, ABC):
 
         Raises:
             InputError: an option is not one of these, or does not belong to this model; the projection has another
-                form; `skip_words` are given to a client without a tokenizer; see also `encode`.
+                form; a client without a tokenizer gets `skip_words` for such another model; see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
         """
@@ -474,7 +474,7 @@ class TextInterface(DropIn, ABC):
             request = MultiVectorRequest(
                 self.spec,
                 bool(is_query),
-                None if skip_words is None else self._skipped_ids(skip_words),
+                None if skip_words is None else _words(skip_words),
                 self.spec.normalize if normalize_embeddings is None else normalize_embeddings,
                 self._cut_to,
             )
@@ -484,7 +484,7 @@ class TextInterface(DropIn, ABC):
                 f"is_query is for multi-vector models, and {self._name} is made for {self.spec.task}, which has no "
                 "settings of queries: leave it out, and name a prompt if there is one"
             )
-        skipped = self._skipped_ids(skip_words or ())
+        skipped = self._skipped_ids(_words(skip_words or ()))
         normalize = normalize_embeddings is None or normalize_embeddings
         vectors = TokenVectors.of(projection, skipped, normalize=normalize, width=self.spec.hidden_size)
         found = self.encode(inputs, prompt_name, prompt, output_value=None, **options)
@@ -690,7 +690,7 @@ class TextInterface(DropIn, ABC):
         model, call `encode_multi_vector` with `is_query=True`.
         """
         if prompt_name is None and prompt is None:
-            prompt = self.spec.prompts.get("query", "")
+            prompt = query_prompt(self.spec)
         if self.spec.task == "multi-vector":
             given = one_of(inputs, kwargs.pop("sentences", None))
             return self.encode_multi_vector(given, prompt_name, prompt, is_query=True, **_named(args), **kwargs)
@@ -712,8 +712,7 @@ class TextInterface(DropIn, ABC):
         model, call `encode_multi_vector` with `is_query=False`.
         """
         if prompt_name is None and prompt is None:
-            prompts = self.spec.prompts
-            prompt = next((prompts[name] for name in _DOCUMENT_PROMPTS if name in prompts), "")
+            prompt = document_prompt(self.spec)
         if self.spec.task == "multi-vector":
             given = one_of(inputs, kwargs.pop("sentences", None))
             return self.encode_multi_vector(given, prompt_name, prompt, is_query=False, **_named(args), **kwargs)
@@ -941,6 +940,11 @@ def _refuse_parts(model: str, **arguments: Any) -> None:
             raise InputError(f"{name} is not served: {model} takes whole texts. Load the model for it.")
 
 
+def _words(skip_words: Sequence[str]) -> tuple[str, ...]:
+    words = list(skip_words)
+    return tuple(as_texts(words, name="skip_words")[0]) if words else ()
+
+
 def _named(args: tuple[Any, ...]) -> dict[str, Any]:
     """Return the arguments of MultiVectorEncoder.encode_query that may follow the prompt by their place."""
     names = ("batch_size", "show_progress_bar")
@@ -978,6 +982,16 @@ def prompt_text(spec: ModelSpec, prompt: str | None, name: str | None) -> str:
         known = ", ".join(spec.prompts) or "none"
         raise InputError(f"prompt_name {name!r} is none of this model's prompts: {known}")
     return spec.prompts[name]
+
+
+def query_prompt(spec: ModelSpec) -> str:
+    """Return the text before each query: the checkpoint's prompt "query", or ""."""
+    return spec.prompts.get("query", "")
+
+
+def document_prompt(spec: ModelSpec) -> str:
+    """Return the text before each document: the first prompt of "document", "passage" and "corpus", or ""."""
+    return next((spec.prompts[name] for name in _DOCUMENT_PROMPTS if name in spec.prompts), "")
 
 
 def one_of(inputs: Any, sentences: Any) -> Any:

@@ -4,23 +4,37 @@ Shapes: N queries, M documents, B rows, S tokens of the longest row, T tokens of
 D embedding size.
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.spec import LateInteraction, ModelSpec, MultiVectorSpec
-from gte_deploy.tasks.base import HIDDEN, Library, Outputs, Task
+from gte_deploy.core.spec import LateInteraction, ModelSpec, MultiVectorSpec, QueryExpansion
+from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, Task
 from gte_deploy.tasks.pooling import l2_normalize
 from gte_deploy.text.batching import ExpandedRow, TypedRow
 from gte_deploy.text.inputs import check_integer
 
+if TYPE_CHECKING:
+    from gte_deploy.text.tokenization import TextTokenizer
+
 TOKEN_VECTORS = "token_vectors"
 """The output of multi-vector models: [B, S, D], projected and not normalised; also for the tokens of the prompt."""
+
+KEPT_TOKENS = "kept_tokens"
+"""The tensor of a Triton repository that says which tokens of a row get an embedding: bool [B, S]."""
+
+SERVED_VECTORS = "TOKEN_EMBEDDINGS"
+_SERVED = ("TOKENS", SERVED_VECTORS), ("NORMALIZE", "SKIP_WORDS")
+QUERY_VECTORS_SERVED = Ensemble("gte_multi_vector_query", *_SERVED)
+DOCUMENT_VECTORS_SERVED = Ensemble("gte_multi_vector_document", *_SERVED)
 
 
 @dataclass(frozen=True)
@@ -30,16 +44,18 @@ class MultiVectorRequest:
     Args:
         spec: facts of a model for this task.
         is_query: whether the texts are queries, or documents.
-        skipped: ids of tokens without an embedding; None for the checkpoint's own.
+        skip_words: tokens without an embedding; None for the checkpoint's own.
         normalize: whether each embedding is scaled to length 1.
         cut_to: tokens that the model's user has set as the limit of all texts; see `DropIn.max_seq_length`.
+        skipped: the ids of `skip_words`, from `of_tokenizer`.
     """
 
     spec: ModelSpec
     is_query: bool
-    skipped: Collection[int] | None = None
+    skip_words: tuple[str, ...] | None = None
     normalize: bool = True
     cut_to: int | None = None
+    skipped: Collection[int] | None = None
 
     @property
     def _own(self) -> MultiVectorSpec:
@@ -47,28 +63,65 @@ class MultiVectorRequest:
         return self.spec.multi_vector
 
     @property
+    def _expansion(self) -> QueryExpansion | None:
+        return self._own.expansion if self.is_query else None
+
+    @property
     def prefix(self) -> int | None:
         """The token that follows the first special token of each text; None for none."""
         return self._own.query_prefix if self.is_query else self._own.document_prefix
+
+    def of_tokenizer(self, tokenizer: TextTokenizer) -> MultiVectorRequest:
+        """Return the request with the ids of its `skip_words`; a word that is no token is ignored."""
+        if self.skip_words is None:
+            return self
+        ids = {tokenizer.token_to_id(word) for word in self.skip_words}
+        return dataclasses.replace(self, skipped=sorted(token for token in ids if token is not None))
+
+    def rows(
+        self, tokenizer: TextTokenizer, texts: Sequence[str], indices: Sequence[int] | None, *, limit: int, cut: bool
+    ) -> list[list[int]]:
+        """Return the token ids of texts, with the tokens that lengthen queries.
+
+        Args:
+            tokenizer: the model's tokenizer, `with_prefix` of this request.
+            texts: the texts, prompts included.
+            indices: the numbers of the texts in the caller's list, for errors; None to count from 0.
+            limit: largest number of tokens, from `limit`.
+            cut: whether a text that is too long loses tokens.
+
+        Raises:
+            InputError: a text is too long, and `cut` is off.
+        """
+        rows = tokenizer.encode_texts(texts, indices, max_length=limit, truncation=cut)
+        return [self.expanded(row, limit) for row in rows]
 
     def limit(self, asked: int | None, low: int) -> int:
         """Return the largest number of tokens in a text: as `asked`, else the checkpoint's own.
 
         Raises:
-            InputError: `asked` is below `low` or above the model's limit.
+            InputError: `asked` is below `low` or above the model's limit; or `cut_to` is below `low`.
         """
-        expansion = self._own.expansion if self.is_query else None
-        if expansion is not None and not expansion.fixed:
-            low = max(low, expansion.length)
-        if asked is not None:
-            return check_integer("max_length", asked, low, self.spec.max_length)
         own = self._own.query_length if self.is_query else self._own.document_length
+        if asked is not None:
+            expansion = self._expansion
+            least = expansion.length if expansion is not None and not expansion.fixed else low
+            return check_integer("max_length", asked, max(low, least), self.spec.max_length)
+        cut = self.cut_limit
+        return own if cut is None else check_integer("max_seq_length", cut, low, own)
+
+    @property
+    def cut_limit(self) -> int | None:
+        """The largest number of tokens in a text as `cut_to` says; None if `cut_to` changes nothing."""
+        expansion = self._expansion
         # As in MultiVectorEncoder, queries of a fixed length keep it.
-        return own if self.cut_to is None or (expansion is not None and expansion.fixed) else min(own, self.cut_to)
+        if self.cut_to is None or (expansion is not None and expansion.fixed):
+            return None
+        return min(self.cut_to, self._own.query_length if self.is_query else self._own.document_length)
 
     def expanded(self, row: list[int], limit: int) -> list[int]:
         """Return the token ids of a text with the tokens that lengthen a query; `limit` as from `limit`."""
-        expansion = self._own.expansion if self.is_query else None
+        expansion = self._expansion
         if expansion is None:
             return row
         added = (limit if expansion.fixed else expansion.length) - len(row)
@@ -85,7 +138,7 @@ class MultiVectorRequest:
     def scored(self, batch: Batch) -> NDArray[np.bool_]:
         """Return [B, S]: the tokens of the texts, and those that lengthen queries, without any padding."""
         found = batch.attention_mask == 1
-        expansion = self._own.expansion if self.is_query else None
+        expansion = self._expansion
         if expansion is not None and not expansion.attended:
             # A row of a fixed length is as long as the batch.
             found[:, : None if expansion.fixed else expansion.length] = True
@@ -93,11 +146,27 @@ class MultiVectorRequest:
 
     def answer(self, batch: Batch, outputs: Outputs) -> list[NDArray[np.float32]]:
         """See `Request`: [T, D] float32 of each row, in the order of its tokens."""
+        return kept_vectors(
+            outputs[TOKEN_VECTORS], self.kept(batch.input_ids, self.scored(batch)), normalize=self.normalize
+        )
+
+    def kept_in(self, rows: Sequence[Sequence[int]], input_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return [B, S]: the tokens that get an embedding, of `rows` and of the same rows with any padding [B, S]."""
+        lengths = np.array([len(row) for row in rows])
+        return self.kept(input_ids, np.arange(input_ids.shape[1]) < lengths[:, None])
+
+    def kept(self, input_ids: NDArray[np.int64], scored: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return [B, S]: the tokens that get an embedding, those of `scored` [B, S] that are not skipped."""
         own = self._own.skipped_in_queries if self.is_query else self._own.skipped_in_documents
-        skipped = list(own if self.skipped is None else self.skipped)
-        kept = self.scored(batch) & ~np.isin(batch.input_ids, skipped)
-        vectors = [row[tokens] for row, tokens in zip(outputs[TOKEN_VECTORS], kept, strict=True)]
-        return [l2_normalize(each) for each in vectors] if self.normalize else vectors
+        return scored & ~np.isin(input_ids, list(own if self.skipped is None else self.skipped))
+
+
+def kept_vectors(
+    vectors: NDArray[np.float32], kept: NDArray[np.bool_], *, normalize: bool
+) -> list[NDArray[np.float32]]:
+    """Return [T, D] of each row, from the vectors [B, S, D] of all tokens and those to keep [B, S]."""
+    chosen = [row[tokens] for row, tokens in zip(vectors, kept, strict=True)]
+    return [l2_normalize(each) for each in chosen] if normalize else chosen
 
 
 @dataclass(frozen=True)
@@ -115,7 +184,7 @@ class TokenVectors:
     normalize: bool = True
 
     @classmethod
-    def of(cls, projection: Any, skipped: Collection[int], *, normalize: bool, width: int) -> "TokenVectors":
+    def of(cls, projection: Any, skipped: Collection[int], *, normalize: bool, width: int) -> TokenVectors:
         """Read the arguments of `encode_multi_vector` for a model with hidden states of `width`.
 
         Raises:
@@ -210,6 +279,7 @@ MULTI_VECTOR = Task(
     outputs=(HIDDEN, TOKEN_VECTORS),
     request=MultiVectorRequest,
     method="encode_multi_vector",
+    ensembles=(QUERY_VECTORS_SERVED, DOCUMENT_VECTORS_SERVED),
     similarity="maxsim",
     library=Library("MultiVectorEncoder", "feature-extraction", HIDDEN, "token_embeddings"),
 )

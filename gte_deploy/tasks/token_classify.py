@@ -386,21 +386,6 @@ def _entities_of(tensors: Tensors, row: int, *, grouped: bool) -> list[Entity]:
     return [dict(zip(columns, entity, strict=True)) for entity in zip(*columns.values(), strict=True)]
 
 
-def logits_to_tensors(logits: Sequence[NDArray[np.float32]], num_labels: int) -> dict[str, NDArray[Any]]:
-    """Convert the logits [T, L] of each row to `LOGITS_SERVED`: `TOKENS` [B, 1] counts them, `LOGITS` [B, T, L]."""
-    counts = [len(row) for row in logits]
-    together = np.zeros((len(logits), max(1, *counts), num_labels), dtype=np.float32)
-    for target, row in zip(together, logits, strict=True):
-        target[: len(row)] = row
-    return {"TOKENS": np.array(counts, dtype=np.int32)[:, None], "LOGITS": together}
-
-
-def logits_from_tensors(tensors: Tensors) -> list[NDArray[np.float32]]:
-    """Return the logits that `logits_to_tensors` converted."""
-    counts = tensors["TOKENS"][:, 0].tolist()
-    return [logits[:count] for logits, count in zip(tensors["LOGITS"], counts, strict=True)]
-
-
 TOKEN_CLASSIFY = Task(
     name="token-classify",
     outputs=("logits", HIDDEN),

@@ -34,8 +34,8 @@ from gte_deploy.bundle.manifest import spec_from_json
 from gte_deploy.core.errors import BackendError, InputError, NonFiniteError, UnavailableError
 from gte_deploy.core.forking import follow, keep_for_good
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.tasks import TASKS, classify, embed, fill_mask, hybrid, sparse, token_classify
-from gte_deploy.tasks.base import Ensemble
+from gte_deploy.tasks import TASKS, classify, embed, fill_mask, hybrid, multi_vector, sparse, token_classify
+from gte_deploy.tasks.base import Ensemble, from_counted
 from gte_deploy.tasks.chunks import ChunkedTexts, ChunkRequest, ChunkSums, Document, Window
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
@@ -97,8 +97,8 @@ class Client(TextInterface):
             headers: HTTP headers or gRPC metadata for every request, such as those that a gateway needs.
             tokenizer: the folder of the bundle or checkpoint that the server's repository was exported from, or its
                 tokenizer files. With it, texts are tokenised here and token ids are sent, which saves the server most
-                of its work on a CPU. Token embeddings, labels of tokens, stored weights of queries, and embeddings with
-                another pooling still send texts.
+                of its work on a CPU. Token embeddings of models for other tasks than multi-vector, labels of tokens,
+                stored weights of queries, and embeddings with another pooling still send texts.
 
         Raises:
             InputError: an argument is out of range, or the server has another tokenizer.
@@ -174,8 +174,8 @@ class Client(TextInterface):
         except UnavailableError:
             raise
         except BackendError:
-            # The repository of an engine that gives only logits has no ensemble of embeddings.
-            for ensemble in (classify.SERVED, fill_mask.SERVED):
+            # The repository of an engine that gives only logits, or of a multi-vector model, has no such ensemble.
+            for ensemble in (classify.SERVED, fill_mask.SERVED, multi_vector.QUERY_VECTORS_SERVED):
                 with contextlib.suppress(BackendError):
                     return self._transport.config(ensemble.name)
             raise
@@ -305,7 +305,18 @@ class Client(TextInterface):
         return answers(), names
 
     def _multi_vector_batches(self, request: MultiVectorRequest, texts: Texts, options: BatchOptions) -> Batches:
-        raise BackendError(f"the server at {self._name} serves no multi-vector model; load the bundle instead")
+        served = multi_vector.QUERY_VECTORS_SERVED if request.is_query else multi_vector.DOCUMENT_VECTORS_SERVED
+        inputs = {} if request.normalize == self.spec.normalize else {"NORMALIZE": _one(request.normalize, np.bool_)}
+        before = {"PROMPT": _bytes([[""]])} if self.spec.prompts else {}
+        if request.skip_words is not None:
+            before["SKIP_WORDS"] = _bytes([request.skip_words or [""]])
+        if self._tokenizer is not None:
+            request = request.of_tokenizer(self._tokenizer.tokenizer)
+        elif options.max_length is None:
+            options = dataclasses.replace(options, max_length=request.cut_limit)
+        call = _Call(served, options, inputs, before, ids="gte_multi_vector_ids", kind=request)
+        for numbers, values in self._infer_all(call, texts):
+            yield numbers, from_counted(values, multi_vector.SERVED_VECTORS)
 
     def _sparse_inputs(self, request: sparse.SparseRequest) -> Values:
         kept = request.max_active_dims
@@ -323,7 +334,7 @@ class Client(TextInterface):
     def _token_batches(self, texts: Texts, options: BatchOptions) -> Batches:
         call = _Call(token_classify.LOGITS_SERVED, options)
         for numbers, values in self._infer_all(call, texts):
-            yield numbers, token_classify.logits_from_tensors(values)
+            yield numbers, from_counted(values, "LOGITS")
 
     def _entity_batches(self, request: TaggingRequest, given: TaggedTexts, options: BatchOptions) -> Batches:
         inputs = {

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks.fill_mask import check_mask
+from gte_deploy.tasks.multi_vector import KEPT_TOKENS, MultiVectorRequest
 from gte_deploy.text.batching import collate
 from gte_deploy.text.fingerprint import fingerprint
 from gte_deploy.text.padding import bucket_of, masks_by_row
 from gte_deploy.text.tokenization import TextTokenizer, checked_max_length, load_tokenizer
 
-TextKind = Literal["plain", "masked", "pairs"]
+TextKind = Literal["plain", "masked", "pairs"] | MultiVectorRequest
+"""Plain texts, texts with masks, pairs for a classifier; or queries or documents of a multi-vector model."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,15 @@ class ClientTokenizer:
             indices: the numbers of the rows in the caller's list, for errors.
             max_length: the most tokens of a row; None for the model's own limit.
             truncation: whether a row that is too long loses tokens.
-            kind: whether the texts are plain, need a mask each, or are for a classifier, which takes pairs.
+            kind: what the texts are.
 
         Raises:
             InputError: a text is too long, has no mask, or has more masks than the server answers.
         """
+        if isinstance(kind, MultiVectorRequest):
+            tokenizer = self.tokenizer.with_prefix(kind.prefix)
+            own = kind.limit(max_length, tokenizer.min_length)
+            return kind.rows(tokenizer, columns[0], indices, limit=own, cut=truncation)
         low = self.tokenizer.min_pair_length if kind == "pairs" else self.tokenizer.min_length
         limit = checked_max_length(max_length, low=low, limit=self.spec.max_length)
         if kind == "pairs":
@@ -79,12 +85,14 @@ class ClientTokenizer:
         batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)
         length = batch.input_ids.shape[1]
         padding = ((0, 0), (0, bucket_of(length, self.buckets) - length))
-        tensors = {
+        tensors: dict[str, NDArray[Any]] = {
             "INPUT_IDS": np.pad(batch.input_ids, padding, constant_values=self.spec.pad_token_id),
             "ATTENTION_MASK": np.pad(batch.attention_mask, padding),
         }
         if batch.token_type_ids is not None:
             tensors["TOKEN_TYPE_IDS"] = np.pad(batch.token_type_ids, padding)
+        if isinstance(kind, MultiVectorRequest):
+            tensors[KEPT_TOKENS.upper()] = kind.kept_in(rows, tensors["INPUT_IDS"])
         if self.max_masks is not None:
             positions = np.zeros((len(rows), 1), dtype=np.int64)
             if kind == "masked":

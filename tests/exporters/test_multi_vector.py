@@ -13,7 +13,6 @@ from gte_deploy.core.errors import ExportError, ParityError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.conversion import convert
 from gte_deploy.exporters.export import export
-from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.exporters.verification.answers import check_answers
 from gte_deploy.models.description import describe
 from gte_deploy.models.heads import MultiVectorHead
@@ -184,11 +183,6 @@ def test_int8_scores_stay_near(checkpoint, bundle_of):
             found, wanted = (getattr(each, method)(TEXTS, truncation=True) for each in (exported, model))
             sides = zip(found, wanted, strict=True)
             assert all((ours * theirs).sum(1).mean() > 0.999 for ours, theirs in sides)
-
-
-def test_a_model_repository_is_refused_by_name(checkpoint, bundle_of, tmp_path):
-    with pytest.raises(ExportError, match="for task multi-vector, which no model repository serves"):
-        export_repository(bundle_of(checkpoint), tmp_path / "repository")
 
 
 def test_a_conversion_keeps_the_projection(checkpoint, tmp_path):

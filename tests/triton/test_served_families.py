@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-R on a real Triton: every task answers as the checkpoint's own library does.
+"""Every family on a real Triton: each task answers as the checkpoint's own library does.
 
 A further family is one more value of `family_checkpoints.PREFIXES`.
 """
@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
+from factories import add_multi_vector_modules  # noqa: E402
 from family_checkpoints import (  # noqa: E402
     MASKS,
     PREFIXES,
@@ -34,7 +35,7 @@ LABELS = ("O", "B-PER", "I-PER", "LOC")
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 # On each family one task, together every task that a family has tensors of its own for; the rest takes minutes.
 QUICK = {("bert", "classify"), ("roberta", "fill-mask"), ("xlm-roberta", "embed")}
-TASKS = ("fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid")
+TASKS = ("fill-mask", "embed", "classify", "token-classify", "sparse", "hybrid", "multi-vector")
 CASES = [
     pytest.param(kind, task, marks=() if (kind, task) in QUICK else pytest.mark.slow)
     for kind in PREFIXES
@@ -57,6 +58,15 @@ def make(folder: Path, kind: str, task: str) -> Path:
             return folder
         case "hybrid":
             return make_family_checkpoint(folder, kind, "token-classify")
+        case "multi-vector":
+            source = make_family_checkpoint(folder, kind, "embed")
+            config = {"prompts": {"query": "the river: ", "document": ""}}
+            # A token of ModernBERT attends to near ones, and none of those may have attention.
+            expansion = {"strategy": "min", "length": 20, "attend": kind == "modernbert"}
+            transformer = {"query_length": 48, "query_expansion": expansion}
+            mask = {"skiplist_words": [".", ","]}
+            options = {"library": "sentence-transformers", "config": config, "transformer": transformer, "mask": mask}
+            return add_multi_vector_modules(source, **options)
         case "token-classify":
             return make_family_checkpoint(folder, kind, task, labels=LABELS)
     return make_family_checkpoint(folder, kind, task)
@@ -113,7 +123,7 @@ def check_scores(client: Any, checkpoint: Path, kind: str) -> None:
         with torch.inference_mode():
             scores = torch.sigmoid(own.model(**flat).logits[:, 0]).numpy()
         assert np.abs(scores - expected).max() > 1e-2
-    assert client.spec.token_types == (kind == "bert")
+    assert client.spec.token_types == (kind in ("bert", "nomic_bert"))
 
 
 def check_tags(client: Any, checkpoint: Path, kind: str) -> None:
@@ -154,6 +164,19 @@ def check_both(client: Any, checkpoint: Path, kind: str) -> None:
         assert sparse == pytest.approx(expected, abs=1e-4)
 
 
+def check_late_interaction(client: Any, checkpoint: Path, kind: str) -> None:
+    own = sentence_transformers.MultiVectorEncoder(str(checkpoint), device="cpu")
+    sides = []
+    for call in ("encode_query", "encode_document"):
+        found, expected = (getattr(model, call)(TEXTS) for model in (client, own))
+        sides.append((found, expected))
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), **TOLERANCE)
+    (queries, their_queries), (documents, their_documents) = sides
+    expected = own.similarity(their_queries, their_documents).numpy()
+    np.testing.assert_allclose(client.similarity(queries, documents), expected, rtol=1e-4, atol=1e-4)
+
+
 CHECKS: dict[str, Callable[[Any, Path, str], None]] = {
     "fill-mask": check_masks,
     "embed": check_embeddings,
@@ -161,4 +184,5 @@ CHECKS: dict[str, Callable[[Any, Path, str], None]] = {
     "token-classify": check_tags,
     "sparse": check_weights,
     "hybrid": check_both,
+    "multi-vector": check_late_interaction,
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from factories import make_checkpoint, raise_token_weights, write_labels
+from factories import add_multi_vector_modules, add_tokens, make_checkpoint, raise_token_weights, write_labels
 from gte_deploy.core.errors import InputError
 from runtime_models import make_word_checkpoint
 from triton_server import Server
@@ -151,6 +151,47 @@ def test_hybrid(
                     assert ours == pytest.approx(theirs, abs=1e-5)
                 assert_close(client.encode(texts, normalize_embeddings=True), expected.dense)
                 assert client.encode_sparse(texts, max_active_dims=4) == found.sparse
+
+
+@pytest.mark.parametrize("attended", [False, True])
+def test_late_interaction(
+    attended: bool,
+    serve: Callable[..., Any],
+    connect: Callable[..., Any],
+    load_on: Callable[..., Any],
+    tmp_path: Path,
+):
+    """A model of PyLate: MultiVectorEncoder is the judge of answers, the local model of options and errors."""
+    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.2")
+    checkpoint = add_tokens(make_word_checkpoint(tmp_path / "late", task="embed", seed=4), ["[Q] ", "[D] "])
+    settings = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 60}
+    prompts = {"query": "to the ", "document": ""}
+    add_multi_vector_modules(
+        checkpoint, config={**settings, "prompts": prompts, "attend_to_expansion_tokens": attended}
+    )
+    own = sentence_transformers.MultiVectorEncoder(str(checkpoint), device="cpu")
+    texts = ["the king, and the queen?", "", "中国 — żółw 🐢 readable", "Paris", *["the river (is) not old!"] * 9]
+    with serve(checkpoint) as server, load_on("onnx", checkpoint, num_threads=1) as local:
+        for protocol, tokenizer in (*product(PROTOCOLS, (None,)), ("grpc", checkpoint)):
+            with connect(server, protocol, tokenizer=tokenizer) as client:
+                for call in ("encode_query", "encode_document"):
+                    found = getattr(client, call)(texts, truncation=True)
+                    for ours, theirs in zip(found, getattr(own, call)(texts), strict=True):
+                        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-4)
+                    for options in (
+                        {"max_length": 20},
+                        {"skip_words": ["the", "king"], "normalize_embeddings": False, "prompt": ""},
+                    ):
+                        ours, theirs = (getattr(each, call)(texts[0], **options) for each in (client, local))
+                        assert_close(ours, theirs)
+                ours, theirs = (each.rank(texts[3], texts[:9], truncation=True) for each in (client, local))
+                assert [item["corpus_id"] for item in ours] == [item["corpus_id"] for item in theirs]
+                assert_close([item["score"] for item in ours], [item["score"] for item in theirs])
+                for call, limit in ((client.encode_query, 12), (client.encode_document, 60)):
+                    with pytest.raises(InputError, match=f"input 1 has at least .* the limit is {limit}"):
+                        call(["a", "the king " * 200])
+                with pytest.raises(InputError, match="use encode_query, encode_document"):
+                    client.encode("a")
 
 
 def sparse_weights(bundle: Path, text: str) -> dict[str, float]:

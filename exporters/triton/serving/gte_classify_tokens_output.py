@@ -23,11 +23,11 @@ from gte_deploy.exporters.triton.serving.exchange import (
     shared_texts,
     texts,
 )
+from gte_deploy.tasks.base import counted
 from gte_deploy.tasks.token_classify import (
     TaggedTexts,
     TaggingRequest,
     entities_to_tensors,
-    logits_to_tensors,
 )
 from gte_deploy.text.tokenization import Piece, checked_max_length, load_tokenizer
 
@@ -61,7 +61,7 @@ class TritonPythonModel:
         pieces = self._tokenizer.encode_places(given.texts, max_length=limit, truncation=truncation)
         logits = self._own_logits(request, pieces)
         found = wanted.answers(given, pieces, enumerate(logits), self._tokenizer, self._spec)
-        return {**entities_to_tensors(found), **logits_to_tensors(logits, self._spec.num_labels)}
+        return {**entities_to_tensors(found), **counted(logits, "LOGITS", self._spec.num_labels)}
 
     def _own_logits(self, request: Inputs, pieces: Sequence[Piece]) -> list[NDArray[np.float32]]:
         """Logits [T, L] of each row's own tokens."""

@@ -34,6 +34,7 @@ from gte_deploy.exporters.triton.serving.exchange import (
     response,
 )
 from gte_deploy.tasks.embed import EmbeddingRequest
+from gte_deploy.tasks.multi_vector import TOKEN_VECTORS
 from gte_deploy.tasks.pooling import pool
 from gte_deploy.tasks.sparse import TOKEN_WEIGHTS
 
@@ -182,7 +183,9 @@ class TritonPythonModel:
         """A request's rows of an output, without the tokens and masks that only longer requests have."""
         if name == "logits" and _POSITIONS in part.tensors:
             return np.ascontiguousarray(values[:, : part.num_masks])
-        if name in (_HIDDEN, TOKEN_WEIGHTS) or (name == "logits" and self._spec.task == "token-classify"):
+        if name in (_HIDDEN, TOKEN_WEIGHTS, TOKEN_VECTORS) or (
+            name == "logits" and self._spec.task == "token-classify"
+        ):
             return np.ascontiguousarray(values[:, : part.length])
         return values
 

@@ -2,7 +2,8 @@
 
 The name of the text input depends on the ensemble: TEXT (embeddings; the checkpoint's prompts apply), MASKED_TEXT
 (fill-mask; each text needs a mask), PLAIN_TEXT (token classifiers), FIRST with or without SECOND (texts and pairs for a
-classifier; the checkpoint's prompts apply to the first).
+classifier; the checkpoint's prompts apply to the first), QUERY and DOCUMENT (multi-vector models, whose two sides have
+prefixes, lengths and skipped words of their own).
 
 The texts of all requests that arrive together and have the same options are tokenised in one call, and their rows are
 padded in one array for each length: Python's cost of a call is then shared.
@@ -15,7 +16,7 @@ Shapes: B rows of a request, S tokens, M masks (the most of any row).
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,16 +24,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.exporters.triton.serving.exchange import Inputs, Settings, attempt, failed, option, response, texts
+from gte_deploy.exporters.triton.serving.exchange import (
+    Inputs,
+    Settings,
+    attempt,
+    failed,
+    option,
+    response,
+    shared_texts,
+    texts,
+)
 from gte_deploy.tasks.fill_mask import check_mask
-from gte_deploy.tasks.interface import prompt_text
+from gte_deploy.tasks.interface import document_prompt, prompt_text, query_prompt
+from gte_deploy.tasks.multi_vector import KEPT_TOKENS, MultiVectorRequest
 from gte_deploy.text.batching import collate
 from gte_deploy.text.inputs import MAX_TEXT_BYTES, as_pairs, as_texts
 from gte_deploy.text.padding import bucket_of, mask_width, masks_by_row
 from gte_deploy.text.tokenization import checked_max_length, load_tokenizer
 
 _MOST_BYTES = 4  # of a character in UTF-8
-_TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "PLAIN_TEXT", "FIRST")
+_SIDES = {"QUERY": query_prompt, "DOCUMENT": document_prompt}
+_TEXT_INPUTS = ("TEXT", "MASKED_TEXT", "PLAIN_TEXT", "FIRST", *_SIDES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Tokenizing:
         prompt: the text before each text.
         truncation: whether a text that is too long loses tokens.
         max_length: the most tokens of a row.
+        skip_words: tokens without an embedding, of a multi-vector model; None for the checkpoint's own.
     """
 
     kind: str
@@ -52,6 +65,7 @@ class Tokenizing:
     prompt: str
     truncation: bool
     max_length: int
+    skip_words: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -84,12 +98,14 @@ class TritonPythonModel:
         self._max_rows = settings.integer("max_rows")
         self._positions = "mask_positions" in settings.outputs
         self._max_masks = settings.integer("max_masks") if self._positions else 0
+        self._keeps = KEPT_TOKENS in settings.outputs
         self._defaults: dict[str, Tokenizing] = {}
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """`input_ids`, `attention_mask`, `token_type_ids` [B, S] and `mask_positions` [B, M] for each request.
 
-        The last two only if the encoder takes them. A wrong request gets its error instead.
+        The last two only if the encoder takes them; for a multi-vector model also `kept_tokens` [B, S]. A wrong request
+        gets its error instead.
         """
         results = [attempt(partial(self._read, request)) for request in requests]
         self._tokenize_together(results)
@@ -123,6 +139,8 @@ class TritonPythonModel:
         return Texts(how, as_texts(given, prompt=how.prompt)[0])
 
     def _how(self, inputs: Inputs, kind: str) -> Tokenizing:
+        if kind in _SIDES:
+            return self._how_of_side(inputs, kind)
         prompted = kind in ("TEXT", "FIRST")
         low = self._tokenizer.min_pair_length if kind == "FIRST" else self._tokenizer.min_length
         names = option(inputs, "PROMPT"), option(inputs, "PROMPT_NAME")
@@ -133,6 +151,25 @@ class TritonPythonModel:
             truncation=option(inputs, "TRUNCATION", False),
             max_length=checked_max_length(option(inputs, "MAX_LENGTH"), low=low, limit=self._spec.max_length),
         )
+
+    def _how_of_side(self, inputs: Inputs, kind: str) -> Tokenizing:
+        names = option(inputs, "PROMPT"), option(inputs, "PROMPT_NAME")
+        # An empty word means no word, because a request cannot send a tensor without elements.
+        words = shared_texts(inputs, "SKIP_WORDS", "word")
+        how = Tokenizing(
+            kind=kind,
+            pairs=False,
+            prompt=_SIDES[kind](self._spec) if names == (None, None) else prompt_text(self._spec, *names),
+            truncation=option(inputs, "TRUNCATION", False),
+            max_length=0,
+            skip_words=None if words is None else tuple(words),
+        )
+        request = self._side(how)
+        low = self._tokenizer.with_prefix(request.prefix).min_length
+        return replace(how, max_length=request.limit(option(inputs, "MAX_LENGTH"), low))
+
+    def _side(self, how: Tokenizing) -> MultiVectorRequest:
+        return MultiVectorRequest(self._spec, how.kind == "QUERY", how.skip_words).of_tokenizer(self._tokenizer)
 
     def _tokenize_together(self, results: list[Any]) -> None:
         """Set the rows of each request; a wrong request is replaced by its error."""
@@ -156,6 +193,10 @@ class TritonPythonModel:
 
     def _rows(self, how: Tokenizing, given: Sequence[Any]) -> list[list[int]]:
         """Token ids of each text or pair."""
+        if how.kind in _SIDES:
+            side = self._side(how)
+            tokenizer = self._tokenizer.with_prefix(side.prefix)
+            return side.rows(tokenizer, given, None, limit=how.max_length, cut=how.truncation)
         options: dict[str, Any] = {"max_length": how.max_length, "truncation": how.truncation}
         if how.pairs:
             return self._tokenizer.encode_pairs(given, **options)
@@ -179,6 +220,9 @@ class TritonPythonModel:
                 end = start + len(results[i].rows)
                 own = {name: values[start:end] for name, values in tensors.items()}
                 start = end
+                if self._keeps:
+                    side = self._side(results[i].how)
+                    own[KEPT_TOKENS] = side.kept_in(results[i].rows, own["input_ids"])
                 if counts is not None:
                     most = counts[end - len(results[i].rows) : end]
                     results[i] = attempt(partial(self._with_own_masks, own, most))

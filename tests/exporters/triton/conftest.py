@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from factories import add_sparse_modules, raise_token_weights
+from factories import add_multi_vector_modules, add_sparse_modules, add_tokens, raise_token_weights
 from runtime_models import VOCAB_SIZE, make_word_checkpoint
 from triton_emulation import Repository, python_backend
 
@@ -41,7 +41,12 @@ def bundles(
     raise_token_weights(make_word_checkpoint(sparse, task="token-classify", seed=3))
     splade = make_word_checkpoint(tmp_path_factory.mktemp("splade") / "checkpoint")
     add_sparse_modules(splade, query_weights=np.linspace(0.5, 3, VOCAB_SIZE).tolist())
-    more = {"token-classify": sparse, "sparse": splade}
+    late = make_word_checkpoint(tmp_path_factory.mktemp("late") / "checkpoint", task="embed", seed=4)
+    add_tokens(late, ["[Q] ", "[D] "])
+    settings = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 60}
+    prompts = {"query": "to the ", "document": "the "}
+    add_multi_vector_modules(late, config={**settings, "prompts": prompts})
+    more = {"token-classify": sparse, "sparse": splade, "multi-vector": late}
     made = {task: bundle_of(path) for task, path in {**word_checkpoints, **more}.items()}
     return {**made, "hybrid": bundle_of(sparse, task="hybrid")}
 

@@ -444,16 +444,62 @@ def test_the_encoder_finishes_embeddings(normalize, truncate_dim, altered_bundle
         np.testing.assert_allclose(answer["NORMALIZED_EMBEDDING"], scaled, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["embed", "classify", "sparse", "token-classify", "hybrid"])
+def test_prompts_of_queries_and_documents(repository, local):
+    """Without an option the prompts are those of the sides, as in `encode_query` and `encode_document`."""
+    opened, model, text = repository("multi-vector"), local["multi-vector"], "king"
+    for side, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        for options, arguments in (
+            ({}, {}),
+            ({"PROMPT": ""}, {"prompt": ""}),
+            ({"PROMPT_NAME": "query"}, {"prompt_name": "query"}),
+            ({"NORMALIZE": False}, {"normalize_embeddings": False}),
+            ({"SKIP_WORDS": "king"}, {"skip_words": ["king"]}),
+            ({"SKIP_WORDS": ""}, {"skip_words": []}),
+        ):
+            request = {"TEXT": [text], **{name: [value] for name, value in options.items()}}
+            (answer,) = opened.ask(f"gte_multi_vector_{side}", request)
+            np.testing.assert_allclose(answer["TOKEN_EMBEDDINGS"][0], encode(text, **arguments), atol=1e-5)
+    prompted = [each(text) for each in (model.encode_query, model.encode_document)]
+    plain = [each(text, prompt="") for each in (model.encode_query, model.encode_document)]
+    assert all(not np.array_equal(one, other) for one, other in zip(prompted, plain, strict=True))
+
+
+def test_queries_and_documents_of_several_requests(repository, local):
+    """Rows of different requests have lengths, padding and skipped words of their own."""
+    opened, model = repository("multi-vector"), local["multi-vector"]
+    requests = [
+        {"TEXT": ["the king"]},
+        {"TEXT": ["a", "water"], "MAX_LENGTH": [20, 20]},
+        {"TEXT": ["the " * 30], "TRUNCATION": [True]},
+        {"TEXT": ["the " * 30]},
+    ]
+    first, second, third, wrong = opened.ask("gte_multi_vector_query", *requests)
+    assert "InputError: input 0 has at least 14 tokens, special tokens included; the limit is 12" in str(wrong)
+    expected = [[model.encode_query("the king")], model.encode_query(["a", "water"], max_length=20)]
+    expected.append(model.encode_query(["the " * 30], truncation=True))
+    for answer, rows in zip((first, second, third), expected, strict=True):
+        np.testing.assert_allclose(answer["TOKEN_EMBEDDINGS"], rows, atol=1e-5)
+    (answer,) = opened.ask("gte_multi_vector_document", {"TEXT": ["the king, and the queen!", "a"]})
+    assert answer["TOKENS"][:, 0].tolist() == [len(model.encode_document(t)) for t in ("the king and the queen", "a")]
+
+
+def test_tokens_to_keep_must_fit_the_ids(repository):
+    ids, mask = np.array([[2, 40, 41, 3]]), np.ones((1, 4), np.int64)
+    request = {"INPUT_IDS": ids, "ATTENTION_MASK": mask, "KEPT_TOKENS": np.ones((1, 3), np.bool_)}
+    (error,) = repository("multi-vector").ask("gte_multi_vector_ids", request)
+    assert "InputError: kept_tokens has the shape [1, 3], and the ids [1, 4]" in str(error)
+
+
+@pytest.mark.parametrize("task", ["embed", "classify", "sparse", "token-classify", "hybrid", "multi-vector"])
 def test_wrong_token_ids_fail_alone(task, repository):
     """The encoder runs all requests in one batch."""
-    name = {"embed": "gte_embed_ids", "classify": "gte_rerank_ids", "hybrid": "gte_hybrid_ids"}.get(
-        task, "gte_sparse_ids"
-    )
+    names = {"embed": "gte_embed_ids", "classify": "gte_rerank_ids", "hybrid": "gte_hybrid_ids"}
+    name = {**names, "multi-vector": "gte_multi_vector_ids"}.get(task, "gte_sparse_ids")
     opened = repository(task)
     ids, mask = np.array([[2, 40, 41, 42, 3]]), np.ones((1, 5), np.int64)
     wrong = [ids + 124, -ids, np.array([[2, 40, 2**62, 42, 3]])]
-    requests = [{"INPUT_IDS": given, "ATTENTION_MASK": mask} for given in (ids, *wrong, ids)]
+    more = {"KEPT_TOKENS": mask == 1} if task == "multi-vector" else {}
+    requests = [{"INPUT_IDS": given, "ATTENTION_MASK": mask, **more} for given in (ids, *wrong, ids)]
     first, *refused, last = opened.ask(name, *requests)
     assert opened.runs == [(5, 5)]
     (alone,) = opened.ask(name, requests[0])

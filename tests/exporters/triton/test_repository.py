@@ -29,9 +29,18 @@ ENSEMBLES = {
     "token-classify": EMBEDDING | {"gte_classify_tokens", "gte_sparse", "gte_sparse_ids"},
     "sparse": EMBEDDING | {"gte_sparse", "gte_sparse_ids", "gte_sparse_query"},
     "hybrid": EMBEDDING | {"gte_sparse", "gte_sparse_ids", "gte_hybrid", "gte_hybrid_ids"},
+    "multi-vector": {"gte_multi_vector_query", "gte_multi_vector_document", "gte_multi_vector_ids"},
 }
 STRAIGHT = {"gte_token_embed", "gte_embed_fast", "gte_hybrid"}
 """Ensembles of texts whose answers come straight from the encoder, or from the models of two other ensembles."""
+SIDES = {"gte_multi_vector_query", "gte_multi_vector_document"}
+"""Ensembles that differ before the encoder, and have one model of answers."""
+
+
+def output_models(ensembles):
+    """The models that compute the answers of ensembles."""
+    own = {name for name in ensembles if name not in STRAIGHT | SIDES and not name.endswith("_ids")}
+    return {f"{name}_output" for name in own} | ({"gte_multi_vector_output"} if SIDES & ensembles else set())
 
 
 @pytest.mark.parametrize("task", ENSEMBLES)
@@ -40,8 +49,7 @@ def test_models_by_task(task, repository):
     models = {path.name for path in opened.path.iterdir() if path.is_dir()}
     ensembles = {name for name in models if opened.config(name).platform == "ensemble"}
     assert ensembles == ENSEMBLES[task]
-    outputs = {f"{name}_output" for name in ensembles if name not in STRAIGHT and not name.endswith("_ids")}
-    assert models - ensembles == {"gte_tokenizer", "gte_encoder", *outputs}
+    assert models - ensembles == {"gte_tokenizer", "gte_encoder", *output_models(ensembles)}
     for name in models:
         assert (opened.path / name / "1").is_dir()
         assert opened.config(name).version_policy.latest.num_versions == 1
@@ -180,9 +188,8 @@ def test_python_models_need_nothing_but_themselves(repositories, tmp_path):
     models = sorted(
         {path.parents[1].name: path for r in repositories.values() for path in r.glob("*/1/model.py")}.values()
     )
-    ensembles = set().union(*ENSEMBLES.values())
-    served = {name for name in ensembles if name not in STRAIGHT and not name.endswith("_ids")}
-    assert {path.parents[1].name for path in models} == {"gte_tokenizer", *(f"{name}_output" for name in served)}
+    outputs = output_models(set().union(*ENSEMBLES.values()))
+    assert {path.parents[1].name for path in models} == {"gte_tokenizer", *outputs}
     for file in models:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
         subprocess.run([sys.executable, "-c", program, file], check=True, env=environment, timeout=60)
@@ -340,6 +347,8 @@ def plan_entry(task, *profiles, variant="tensorrt", ids="int32", states=True):
         outputs.append(TensorSpec("logits", "float32", ("masks", 128)))
     if task == "embed":
         outputs.append(TensorSpec("sentence_embedding", "float16", ("batch", 32)))
+    if task == "multi-vector":
+        outputs.append(TensorSpec("token_vectors", "float16", ("batch", "sequence", 8)))
     return PlanEntry(
         path="tensorrt/model.plan",
         variant=variant,
@@ -431,6 +440,30 @@ def test_answers_of_a_plan(served_plan):
             expected = expected if isinstance(expected[0], list) else [expected]
             found = answer["TOKEN_ID"][row, : len(expected)].tolist()
             assert found == [[item["token"] for item in best] for best in expected]
+
+
+def test_a_plan_serves_queries_and_documents(served_plan):
+    opened, model, shapes = served_plan("multi-vector")
+    assert check_repository(opened.path) == []
+    assert [tensor.name for tensor in opened.config("gte_encoder").output] == ["token_vectors"]
+    texts = ["a king", "the king of paris is a man. " * 4]
+    documents = [{"TEXT": [text]} for text in (*texts, "the river", "water")]
+    for ensemble, requests, encode in (
+        ("gte_multi_vector_document", documents, model.encode_document),
+        ("gte_multi_vector_query", documents[:1], model.encode_query),
+    ):
+        for request, answer in zip(requests, opened.ask(ensemble, *requests), strict=True):
+            expected = encode(request["TEXT"][0])
+            assert answer["TOKENS"].tolist() == [[len(expected)]]
+            np.testing.assert_allclose(answer["TOKEN_EMBEDDINGS"][0], expected, atol=1e-5)
+    assert shapes == [(4, 40), (1, 16)]  # padding to 40 tokens costs less than another run
+
+
+def test_a_plan_for_shorter_texts_than_queries(altered_bundle, tmp_path):
+    short = ((1, 1), (8, 8), (64, 8))
+    bundle = altered_bundle("multi-vector", {"tensorrt/model.plan": b"plan"}, plan=plan_entry("multi-vector", short))
+    with pytest.raises(ExportError, match="the plan take 8 tokens; queries are lengthened to 12 tokens"):
+        export_repository(engine=bundle, output=tmp_path / "r")
 
 
 @pytest.mark.parametrize("task", ["embed", "classify", "fill-mask"])

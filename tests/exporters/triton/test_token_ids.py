@@ -33,6 +33,8 @@ class Emulated:
     def config(self, model: str) -> dict[str, Any]:
         from google.protobuf import json_format
 
+        if not (self.repository.path / model).is_dir():
+            raise BackendError(f"no model {model}")
         config = json_format.MessageToDict(self.repository.config(model), preserving_proto_field_name=True)
         facts = json.loads(config["parameters"]["gte_deploy"]["string_value"])
         facts = {name: value for name, value in {**facts, **self.facts}.items() if value is not None}
@@ -143,6 +145,53 @@ def test_hybrid_embeddings(clients: Callable[..., Any], bundles: dict[str, Path]
     assert ensembles_asked(by_ids) == {"gte_hybrid_ids", "gte_sparse_ids"}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"truncation": True, "max_length": 16, "prompt": "king "},
+        {"prompt_name": "document", "normalize_embeddings": False},
+        {"skip_words": ["the", "king", "nowhere"]},
+        {"skip_words": ()},
+        {"batch_size": 2},
+    ],
+    ids=str,
+)
+def test_embeddings_of_tokens(options: dict[str, Any], clients: Callable[..., Any], bundles: dict[str, Path]) -> None:
+    """The server's text path, the client's id path and the local model agree, for each side."""
+    by_text, by_ids = clients("multi-vector")
+    texts = [*TEXTS[:4], "Paris."]
+    with gte_deploy.load(bundles["multi-vector"], backend="onnx", num_threads=1) as local:
+        for call in ("encode_query", "encode_document"):
+            limits = {"truncation": True} if call == "encode_query" else {}
+            expected = getattr(local, call)(texts, **{**limits, **options})
+            for client in (by_text, by_ids):
+                found = getattr(client, call)(texts, **{**limits, **options})
+                for ours, theirs in zip(found, expected, strict=True):
+                    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert ensembles_asked(by_text) == {"gte_multi_vector_query", "gte_multi_vector_document"}
+    assert ensembles_asked(by_ids) == {"gte_multi_vector_ids"}
+
+
+def test_ranks_by_maxsim(clients: Callable[..., Any], bundles: dict[str, Path]) -> None:
+    documents = ["the king, and the queen", "Paris", "water of the river", "a", "the queen"]
+    with gte_deploy.load(bundles["multi-vector"], backend="onnx", num_threads=1) as local:
+        expected = local.rank("the queen?", documents, top_k=3, return_documents=True)
+        for client in clients("multi-vector"):
+            found = client.rank("the queen?", documents, top_k=3, return_documents=True)
+            assert [{**item, "score": 0} for item in found] == [{**item, "score": 0} for item in expected]
+            scores = [[item["score"] for item in items] for items in (found, expected)]
+            np.testing.assert_allclose(*scores, atol=1e-4)
+            client.max_seq_length = local.max_seq_length = 5
+            for call in ("encode_query", "encode_document"):
+                np.testing.assert_allclose(
+                    getattr(client, call)("the king of the river"),
+                    getattr(local, call)("the king of the river"),
+                    atol=1e-5,
+                )
+            local.max_seq_length = None
+
+
 @pytest.mark.parametrize("task", ["sparse", "token-classify", "hybrid"])
 def test_sparse_vectors(task: str, clients: Callable[..., Any]) -> None:
     by_text, by_ids = clients(task)
@@ -161,6 +210,12 @@ def test_sparse_vectors(task: str, clients: Callable[..., Any]) -> None:
         ("classify", lambda client: client.predict([("a", "b")], max_length=4)),
         ("classify", lambda client: client.predict([("a",), ("the " * 200,)])),
         ("classify", lambda client: client.predict([("a",)], max_length=4)),
+        ("multi-vector", lambda client: client.encode_query(["a", "the " * 20])),
+        ("multi-vector", lambda client: client.encode_document(["a", "the " * 200])),
+        ("multi-vector", lambda client: client.encode_document("a", max_length=3)),
+        ("multi-vector", lambda client: client.encode_query("a", max_length=999)),
+        ("multi-vector", lambda client: client.encode_query("a", skip_words=[7])),
+        ("multi-vector", lambda client: client.encode("a")),
         ("fill-mask", lambda client: client.fill_mask(["a [MASK]"] * 3 + ["no mask"])),
         ("fill-mask", lambda client: client.fill_mask(["a [MASK]", "the " * 200 + "[MASK]"], truncation=True)),
     ],

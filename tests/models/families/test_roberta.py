@@ -29,6 +29,7 @@ from family_checkpoints import (  # noqa: E402
     unigram_pieces,
 )
 from gte_deploy.backends.base import Batch  # noqa: E402
+from gte_deploy.backends.choice import int8_unit  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
 from gte_deploy.core.errors import CheckpointError, ConfigError, InputError  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
@@ -307,12 +308,21 @@ def test_queries_keys_and_values_are_quantized_together(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PREFIXES)
-# Without VNNI, sums of products overflow 16 bits unless weights have 7 bits.
 @pytest.mark.parametrize(
-    "target",
-    [{"precision": "int8", "reduce_range": True}, {"format": "trt", "onnx_only": True}, {"format": "trt"}],
+    ("target", "least_int8"),
+    [
+        # The search for mixed precision keeps some layers of a random model, above all with weights of 7 bits.
+        ({"precision": "int8", "reduce_range": True}, LAYERS),
+        pytest.param(
+            {"precision": "int8"},
+            6 * LAYERS,
+            marks=pytest.mark.skipif(int8_unit() is None, reason="without VNNI, sums of 8-bit products overflow"),
+        ),
+        ({"format": "trt", "onnx_only": True}, 0),
+        ({"format": "trt"}, 0),
+    ],
 )
-def test_each_family_is_exported_for_each_engine_within_its_bounds(kind, target, tmp_path):
+def test_each_family_is_exported_for_each_engine_within_its_bounds(kind, target, least_int8, tmp_path):
     pytest.importorskip("onnxscript")
     if target.get("format") == "trt" and "onnx_only" not in target:
         pytest.importorskip("tensorrt_rtx")
@@ -323,5 +333,5 @@ def test_each_family_is_exported_for_each_engine_within_its_bounds(kind, target,
     folder = make_family_checkpoint(tmp_path / "model", kind, "fill-mask", **sizes)
     result = export(folder, tmp_path / "bundle", **target)
     assert result.parity.passed and result.parity.checks[0].passed
-    if target.get("precision") == "int8":
-        assert result.manifest.graphs["onnxruntime"].fusions["int8_linears"] >= 6 * LAYERS
+    if least_int8:
+        assert result.manifest.graphs["onnxruntime"].fusions["int8_linears"] >= least_int8

@@ -186,6 +186,7 @@ def test_a_published_folder_as_the_library_reads_it(name, folder_of):
 @pytest.mark.parametrize("name", ["pylate", "native, at least"])
 def test_every_engine_gives_the_same(name, folder_of, backend, load_on):
     folder = folder_of(name)
+    near, same = (3e-2, 2e-2) if "bf16" in backend or backend == "tensorrt" else (1e-4, 1e-5)
     texts = [*QUERIES, *DOCUMENTS]
     with gte_deploy.load(folder, backend="torch") as model:
         wanted = [model.encode_query(texts, truncation=True), model.encode_document(texts, truncation=True)]
@@ -193,10 +194,10 @@ def test_every_engine_gives_the_same(name, folder_of, backend, load_on):
         assert model.spec == describe(folder).spec
         found = [model.encode_query(texts, truncation=True), model.encode_document(texts, truncation=True)]
         for ours, theirs in zip((each for side in found for each in side), (e for s in wanted for e in s), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=near)
         # A text in a batch of other lengths gets what it gets alone.
         for index, text in enumerate(texts):
-            np.testing.assert_allclose(model.encode_query(text, truncation=True), found[0][index], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(model.encode_query(text, truncation=True), found[0][index], rtol=0, atol=same)
         info = model.info()["multi_vector"]
         assert info["query_length"] == model.spec.multi_vector.query_length and info["expansion"]["length"] > 0
         model.warm_up(lengths=[4], rows=[1])
@@ -216,6 +217,9 @@ def test_lengths_and_options(folder_of):
         assert len(model.encode_document("the king", skip_words=["king"])) == len(model.encode_document("the king")) - 1
         model.max_seq_length = 8
         assert (len(model.encode_query(long)), len(model.encode_document(long, skip_words=()))) == (12, 8)
+        model.max_seq_length = 2
+        with pytest.raises(gte_deploy.InputError, match="max_seq_length must be an integer from 4 to 24, not 2"):
+            model.encode_document(long)
         model.max_seq_length = None
         copied = pickle.loads(pickle.dumps(model))
         np.testing.assert_array_equal(copied.encode_query("the king"), model.encode_query("the king"))
