@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from factories import add_multi_vector_modules, write_labels
+from factories import add_multi_vector_modules, add_tokens, write_labels
 from gte_deploy import cli
 from gte_deploy.cli_options import (
     BatchingOptions,
@@ -238,6 +238,27 @@ def test_encode_multi_vector(run, late_checkpoint, checkpoints):
     assert code == exit_codes.USAGE and "use gte-deploy encode-multi-vector" in err
     code, _, err = run("encode-multi-vector", "-m", checkpoints["embed"], *texts)
     assert code == exit_codes.USAGE and "is made for embed" in err
+
+
+def test_rank_by_maxsim(run, tmp_path, bundle_of):
+    """The command ranks with a bundle of a multi-vector model as MultiVectorEncoder does with the checkpoint."""
+    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.2")
+    checkpoint = add_tokens(make_word_checkpoint(tmp_path / "late", task="embed", seed=4), ["[Q] ", "[D] "])
+    settings = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 24}
+    add_multi_vector_modules(checkpoint, config=settings)
+    documents = ["a queen, and a king!", "water", "the king", "the river of the city"]
+    library = sentence_transformers.MultiVectorEncoder(str(checkpoint), device="cpu")
+    scores = library.similarity(library.encode_query(["to the king"]), library.encode_document(documents))[0].numpy()
+    command = ("rank", "-m", bundle_of(checkpoint), "-q", "the king", "--prompt", "to ", *documents)
+    code, out, _ = run(*command, "--json", "-k", 3)
+    assert code == exit_codes.OK
+    found, best = [json.loads(line) for line in out.splitlines()], np.argsort(-scores)[:3]
+    assert [entry["corpus_id"] for entry in found] == best.tolist() and found[0]["text"] == documents[best[0]]
+    np.testing.assert_allclose([entry["score"] for entry in found], scores[best], atol=1e-3)
+    code, _, err = run(*command, "the river of the city " * 9)
+    assert (
+        code == exit_codes.USAGE and "input 4 has at least 34 tokens, special tokens included; the limit is 24" in err
+    )
 
 
 def test_prompts_of_rank(run, checkpoints):
