@@ -1,4 +1,4 @@
-"""npm packages that open bundles, in Node.js and in Chromium: installed once, kept.
+"""npm packages that open bundles, in Node.js and in Chromium, and axe-core: installed once, kept.
 
     python tests/support/javascript.py    # install them in build/environments/javascript; nothing to do when repeated
 

@@ -29,7 +29,6 @@ _POLICY = "; ".join(
 _HEADERS = {
     "Cache-Control": "no-cache",  # a browser asks whether its copy is current, so that a new version is seen at once
     "Content-Security-Policy": _POLICY,
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",

@@ -160,11 +160,11 @@ function showFailure(name, error) {
   const failure = panel.querySelector(".failure");
   const known = error instanceof Failure || error instanceof FormError;
   const status = error.status ? `${error.status}: ` : "";
-  const wait = error.retryAfter ? ` It asks to wait ${counted(error.retryAfter, "second")}.` : "";
   panel.querySelector(".summary").textContent = "";
   panel.querySelector(".answer").replaceChildren();
   panel.querySelector(".figures").replaceChildren();
-  failure.replaceChildren(element("p", {}, known ? `${status}${error.message}${wait}` : `This page failed: ${error.message}`));
+  failure.replaceChildren(element("p", {}, known ? `${status}${error.message}` : `This page failed: ${error.message}`));
+  if (error.retryAfter) failure.append(element("p", {}, `It asks to wait ${counted(error.retryAfter, "second")}.`));
   failure.hidden = false;
   if (error.status === 401) askForToken();
   else if (error instanceof Failure && (error.status === 0 || error.status === 429 || error.status >= 500)) {
@@ -217,9 +217,11 @@ function buildPanel(name) {
   });
   let pause;
   form.addEventListener("input", () => {
-    rememberView();
-    clearTimeout(pause);
-    if (TOOLS[name].live) pause = setTimeout(() => form.checkValidity() && run(name), TYPING_PAUSE_MS);
+    clearTimeout(pause); // browsers refuse a page that changes its address with every key
+    pause = setTimeout(() => {
+      rememberView();
+      if (TOOLS[name].live && form.checkValidity()) run(name);
+    }, TYPING_PAUSE_MS);
   });
   panelOf(name).addEventListener("click", (event) => {
     const { copy } = event.target.dataset;
@@ -234,6 +236,7 @@ function showOutcome(outcome) {
 
 async function copyFrom(panel, what) {
   const told = panel.querySelector(".copied");
+  rememberView();
   try {
     await copyText(what === "curl" ? panel.querySelector(".curl").textContent : location.href);
     told.textContent = what === "curl" ? "The command is copied." : "The link is copied.";
@@ -328,7 +331,8 @@ async function start() {
     models = await servedModels();
   } catch (error) {
     byId("served").textContent = "";
-    notice.textContent = error.status === 503 ? `${error.message} This page tries again.` : error.message;
+    notice.replaceChildren(element("p", {}, error.message));
+    if (error.status === 503) notice.append(element("p", {}, "This page tries again until it is ready."));
     notice.hidden = error.status === 401;
     if (error.status === 401) askForToken();
     else if (error.status === 503 || error.status === 0) setTimeout(start, STARTUP_PAUSE_MS);

@@ -92,6 +92,12 @@ def test_a_link_shows_the_same_view(view: Callable[..., View], many: str) -> Non
     assert second.page.title() == "Rank · gte-deploy"
 
 
+def test_the_address_follows_what_one_types(view: Callable[..., View], one: str) -> None:
+    page = view(one).open()
+    page.panel("fill-mask").get_by_label("Text with a mask").press_sequentially(" More.")
+    page.page.wait_for_url("**/*More.*")
+
+
 @pytest.mark.parametrize(
     "fragment", ["#tool=nothing", "#tool=entities&text=x", "#%%%", "#tool=rank&model=nobody&raw=2"]
 )
@@ -190,7 +196,10 @@ def test_a_busy_server_says_how_long_to_wait(view: Callable[..., View], one: str
 
     page.page.route("**/fill-mask", answer)
     panel = page.open().panel("fill-mask")
-    expect(panel.get_by_role("alert")).to_contain_text("429: the queue is full It asks to wait 3 seconds.")
+    assert panel.get_by_role("alert").locator("p").all_inner_texts() == [
+        "429: the queue is full",
+        "It asks to wait 3 seconds.",
+    ]
     panel.get_by_role("button", name="Try again").click()
     expect(panel.locator("table")).to_be_visible()
 
@@ -214,7 +223,8 @@ def test_models_that_load_are_waited_for(view: Callable[..., View], one: str) ->
 
     page.page.route("**/v1/models", answer)
     page.page.goto(one)
-    expect(page.page.get_by_role("alert")).to_have_text("the server loads tiny This page tries again.")
+    notice = page.page.get_by_role("alert").locator("p")
+    expect(notice).to_have_text(["the server loads tiny", "This page tries again until it is ready."])
     page.panel("fill-mask")
     expect(page.page.get_by_role("alert")).to_have_count(0)
 
