@@ -14,7 +14,7 @@ from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import InputError, require_modules
 from gte_deploy.core.files import sha256_file
 from gte_deploy.core.hub import split_revision
-from gte_deploy.core.spec import Engine
+from gte_deploy.core.spec import Engine, MultiVectorSpec
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.job import EVALUATION_TOKENS, Built, Job, Progress, Steps
@@ -134,8 +134,26 @@ def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: S
     if length > spec.max_length:
         steps.report(f"the bundle takes {length:,} tokens; the checkpoint's own limit is {spec.max_length:,}")
     multi_vector = None if spec.multi_vector is None else limited(spec.multi_vector, length)
+    _require_reach(checkpoint, multi_vector)
     spec = dataclasses.replace(spec, max_length=length, logits=options.logits, multi_vector=multi_vector)
     return dataclasses.replace(checkpoint, spec=spec)
+
+
+def _require_reach(checkpoint: Description, multi_vector: MultiVectorSpec | None) -> None:
+    """Refuse queries that are lengthened beyond the window of local attention by tokens to which no token attends.
+
+    Such a token may have no token to attend to. PyTorch's attention is zero there, and that of the graphs is not.
+    """
+    if multi_vector is None or not multi_vector.scores_unattended or not checkpoint.sites.get("local_attention"):
+        return
+    assert multi_vector.expansion is not None
+    length, window = multi_vector.expansion.length, checkpoint.config.sliding_window
+    if length > window + 1:  # the shortest text has one token
+        raise InputError(
+            f"queries are lengthened to {length} tokens to which no token attends, and local attention sees {window} "
+            "tokens on both sides; a graph is right for at most one more than that. Run the checkpoint on PyTorch "
+            "(load it with backend='torch'), or train it with attend_to_expansion_tokens."
+        )
 
 
 def _load(checkpoint: Description, folder: Path, request: ExportRequest, steps: Steps) -> Job:

@@ -62,7 +62,7 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
     try:
         known = {MANIFEST_NAME, *files_of(destination)}
     except BundleError as error:
-        raise ExportError(f"{destination} is not replaced: {error} Or remove it, or choose another output.") from error
+        raise ExportError(f"{destination} is not replaced: {error} Remove it, or choose another output.") from error
     # A server that imports a Python model of a repository writes its byte code into the folder.
     if strangers := sorted(name for name in _tree(destination) - known if "__pycache__/" not in name):
         raise ExportError(

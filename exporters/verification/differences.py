@@ -318,11 +318,16 @@ class CaseComparison:
     def _real(self, values: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
         """Drop padding: [B, S, D] -> [T, D]; outputs with one vector for each row or mask have no padding.
 
-        A multi-vector model that scores tokens without attention computes them as padding, so padding is compared.
+        A multi-vector model that scores tokens without attention computes them as padding. So padding is compared in
+        the places that queries are lengthened to.
         """
-        if values.ndim != 3 or (self._spec.multi_vector is not None and self._spec.multi_vector.scores_unattended):
+        if values.ndim != 3:
             return values
-        return values[batch.attention_mask.astype(bool)]
+        compared = batch.attention_mask.astype(bool)
+        late = self._spec.multi_vector
+        if late is not None and late.expansion is not None and not late.expansion.attended:
+            compared[:, : late.expansion.length] = True
+        return values[compared]
 
     def _deviation(self, name: str, reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> Deviation:
         return deviation(reference, candidate, labels=name in self.scales.labels)

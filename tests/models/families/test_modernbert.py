@@ -20,7 +20,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import gte_deploy  # noqa: E402
-from factories import add_sparse_modules  # noqa: E402
+from factories import add_multi_vector_modules, add_sparse_modules  # noqa: E402
 from family_checkpoints import (  # noqa: E402
     LIMIT,
     SUFFIXES,
@@ -30,7 +30,7 @@ from family_checkpoints import (  # noqa: E402
 )
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.torch import TorchBackend  # noqa: E402
-from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError  # noqa: E402
+from gte_deploy.core.errors import CheckpointError, ConfigError, ExportError, InputError  # noqa: E402
 from gte_deploy.models.checkpoint import load_model, save_model  # noqa: E402
 from gte_deploy.models.config import read_config, task_of  # noqa: E402
 from gte_deploy.models.description import describe  # noqa: E402
@@ -431,3 +431,21 @@ def test_a_missing_tensor_is_named(checkpoints, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 missing: layers\.1\.attn\.Wqkv\.weight"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("length", [9, 10])
+def test_queries_are_lengthened_within_the_window(length, tmp_path):
+    """As gte-moderncolbert: documents far longer than the window, and [MASK]s in queries that no token attends to."""
+    pytest.importorskip("sentence_transformers", minversion="6.2")
+    from gte_deploy.exporters.export import export
+
+    source = make_family_checkpoint(tmp_path / "model", "modernbert", "embed", local_attention=16)
+    config = {"query_prefix": "[SEP]", "document_prefix": "[SEP]", "query_length": length, "document_length": LIMIT}
+    add_multi_vector_modules(source, config=config)
+    if length > 9:
+        with pytest.raises(InputError, match="lengthened to 10 tokens.*local attention sees 8"):
+            export(source, tmp_path / "bundle")
+        return
+    bundle = export(source, tmp_path / "bundle")
+    (answers,) = [check for check in bundle.parity.checks if check.name == "answers"]
+    assert bundle.parity.passed and answers.compared["library"].startswith("MultiVectorEncoder")
