@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,7 @@ _OF_QUEUES: tuple[tuple[str, str, Callable[[JoiningBackend], float]], ...] = (
     ("gte_deploy_queue_seconds", "Estimated wait for a batch.", lambda queue: queue.estimated_wait_s),
     ("gte_deploy_batches_in_work", "Batches that are computed now.", lambda queue: queue.running),
 )
+_LOADING_SECONDS = 5  # that the end waits for a model that still loads
 _PROBES = ("/health", "/ready", "/ping", "/metrics")
 
 
@@ -72,7 +74,7 @@ class Server:
         options: ServerOptions,
         *,
         token: str | None = None,
-        on_failure: Callable[[GteDeployError], None] | None = None,
+        on_failure: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.registry = registry
         self.options = options
@@ -129,21 +131,24 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        loading = asyncio.create_task(self._load())
+        # A daemon, so that the process can end while a large model loads.
+        loading = threading.Thread(target=self._load, args=(asyncio.get_running_loop(),), daemon=True)
+        loading.start()
         yield
         self.registry.end()
         await self._runner.close()
-        await loading
+        await asyncio.to_thread(loading.join, _LOADING_SECONDS)
         await asyncio.to_thread(self.registry.close)
 
-    async def _load(self) -> None:
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            await asyncio.to_thread(self.registry.load)
-        except GteDeployError as error:
-            logger.error("%s", error)
-            if self._on_failure is None:
-                raise
-            self._on_failure(error)
+            self.registry.load()
+        except Exception as error:
+            # The command line shows an error of the package itself, as for any command.
+            if not isinstance(error, GteDeployError):
+                logger.exception("a model cannot be loaded")
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._on_failure, error)
 
     def _observe(self, served: ServedModel) -> None:
         """Count the batches of a model, and what waits for it."""

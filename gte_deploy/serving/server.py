@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
-from gte_deploy.core.errors import GteDeployError, InputError
+from gte_deploy.core.errors import InputError
 from gte_deploy.model import Model
 from gte_deploy.serving.app import Server
 from gte_deploy.serving.observing import access_logger
@@ -18,6 +18,10 @@ from gte_deploy.serving.options import TOKEN_VARIABLE, ServerOptions
 from gte_deploy.serving.registry import Registry
 
 logger = logging.getLogger(__name__)
+
+
+# Longer than proxies keep a connection, usually 60 seconds: one that the server closes first costs them a request.
+_KEEP_ALIVE_SECONDS = 75
 
 
 class _Process(uvicorn.Server):
@@ -42,12 +46,12 @@ def serve(sources: Mapping[str, Callable[[], Model]], options: ServerOptions) ->
 
     Raises:
         InputError: the token is not readable, or the port is taken.
-        GteDeployError: a model cannot be loaded.
+        GteDeployError, OSError: a model cannot be loaded.
     """
     token = read_token(options.token_file, os.environ)
-    failures: list[GteDeployError] = []
+    failures: list[Exception] = []
 
-    def fail(error: GteDeployError) -> None:
+    def fail(error: Exception) -> None:
         failures.append(error)
         process.should_exit = True
 
@@ -62,6 +66,7 @@ def serve(sources: Mapping[str, Callable[[], Model]], options: ServerOptions) ->
             access_log=False,
             lifespan="on",
             server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(options.drain_seconds)),
         )
     )

@@ -82,7 +82,7 @@ def test_a_port_that_is_taken(start, task_bundles):
         assert cli.main(["serve", str(task_bundles["embed"]), "--port", str(taken.getsockname()[1])]) == 2
 
 
-def test_it_listens_while_its_models_load(start, tmp_path, monkeypatch):
+def test_it_listens_while_its_models_load(start, tmp_path):
     script = tmp_path / "loading.py"
     text = SLOW.read_text(encoding="utf-8").replace('"slow": lambda: model', '"slow": lambda: time.sleep(1.5) or model')
     script.write_text(text, encoding="utf-8")
@@ -95,6 +95,15 @@ def test_it_listens_while_its_models_load(start, tmp_path, monkeypatch):
     assert response.status_code == 503 and "loads slow" in response.json()["error"]
     server.wait_until_ready()
     assert httpx.post(f"{server.url}/embed", json={"inputs": "a"}).status_code == 200
+
+
+def test_the_end_does_not_wait_for_a_model_that_loads(start, tmp_path):
+    script = tmp_path / "loading.py"
+    text = SLOW.read_text(encoding="utf-8").replace('"slow": lambda: model', '"slow": lambda: time.sleep(300) or model')
+    script.write_text(text, encoding="utf-8")
+    server = start(command=[str(script), "0.01"], ready=False)
+    wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 200)
+    assert server.end(seconds=30) == 0
 
 
 def test_sigterm_lets_requests_in_work_end_and_refuses_new_ones(start_slow):

@@ -38,7 +38,7 @@ REQUIREMENTS = {
         *("sentence-transformers>=6", "pytest>=8,<9.2", "torch"),
     ),
     "clients": (
-        *("cohere", "langchain-huggingface", "langchain-openai", "llama-index-embeddings-openai-like"),
+        *("cohere", "langchain-openai", "llama-index-embeddings-openai-like"),
         *("llama-index-embeddings-text-embeddings-inference", "llama-index-postprocessor-tei-rerank"),
     ),
     "coreml": ("coremltools>=9", *_CONVERSION),

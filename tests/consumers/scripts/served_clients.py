@@ -4,7 +4,6 @@ import json
 import sys
 
 from cohere import ClientV2
-from langchain_huggingface import HuggingFaceEndpointEmbeddings
 from langchain_openai import OpenAIEmbeddings
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
@@ -15,7 +14,6 @@ url, texts, query = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 openai = {"api_key": "none", "model": "embed"}
 embedders = {
     "langchain-openai": OpenAIEmbeddings(base_url=f"{url}/v1", check_embedding_ctx_length=False, **openai),
-    "langchain-huggingface": HuggingFaceEndpointEmbeddings(model=f"{url}/embed", huggingfacehub_api_token="none"),
     "llama-index-openai-like": OpenAILikeEmbedding(model_name="embed", api_base=f"{url}/v1", api_key="none"),
     "llama-index-tei": TextEmbeddingsInference(model_name="embed", base_url=url, timeout=60),
 }
