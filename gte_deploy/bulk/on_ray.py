@@ -57,7 +57,7 @@ def encode_on_ray(job: BulkJob, cursor: Cursor, progress: BulkProgress) -> None:
             _Worker,
             fn_constructor_args=(_with_threads(job, resources),),
             batch_size=1,
-            compute=data.ActorPoolStrategy(size=workers),
+            compute=data.ActorPoolStrategy(size=min(workers, len(places))),
             **resources,
         )
         for done, row in enumerate(found.iter_rows(), len(cursors) - len(places) + 1):

@@ -41,6 +41,10 @@ REQUIREMENTS = {
         *("cohere", "langchain-openai", "llama-index-embeddings-openai-like"),
         *("llama-index-embeddings-text-embeddings-inference", "llama-index-postprocessor-tei-rerank"),
     ),
+    "bulk": (
+        *("ray[data]>=2.51", "pylance>=1", "pyarrow>=17", "polars", "faiss-cpu", "usearch"),
+        *("onnxruntime>=1.30.1", "numpy", "tokenizers", "huggingface_hub"),
+    ),
     "coreml": ("coremltools>=9", *_CONVERSION),
     "executorch": (
         "executorch>=1.5",
