@@ -44,5 +44,6 @@ def _of_bf16(manifest: Manifest, *, measure: bool) -> list[str]:
     measured = f"This CPU computes {part} in bf16 {ratio:.1f} times as fast as in fp32"
     if manifest.precision == "int8":
         return [f"{measured}: export the bundle again on this CPU, which verifies bf16 for what is not int8."]
-    at_load = "; or load(…, precision='bf16')" if "bf16" in manifest.graphs["openvino"].computes else ""
+    graph = manifest.graphs.get("openvino")  # none if the export ran without OpenVINO
+    at_load = "; or load(…, precision='bf16')" if graph is not None and "bf16" in graph.computes else ""
     return [f"{measured}: export with --precision bf16{at_load}."]

@@ -219,6 +219,12 @@ def test_what_would_be_faster_here(bf16_cpu, precision, computes, flags, says):
     assert faster_here(bundle) == found, "a recorded pick needs no other measurement"
 
 
+def test_what_would_be_faster_than_a_bundle_without_a_graph_for_openvino(bf16_cpu):
+    bf16_cpu(3.0, 2.0, flags="avx2 avx512_bf16")
+    (line,) = faster_here(manifest(engines=("onnxruntime",)))
+    assert re.search(r"products in bf16 3.0 times .* --precision bf16[.]$", line)
+
+
 def test_what_would_be_faster_without_openvino_or_on_a_gpu(bf16_cpu):
     bf16_cpu(3.0, 2.0, installed=("onnxruntime",))
     (line,) = faster_here(manifest("int8"))
