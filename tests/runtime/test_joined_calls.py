@@ -23,6 +23,7 @@ from gte_deploy import (
     JoinOptions,
     NonFiniteError,
     OverloadedError,
+    TokenChunks,
 )
 from gte_deploy.core.calls import current_call
 from gte_deploy.core.lanes import in_lanes
@@ -46,6 +47,9 @@ def filled(model, texts):
 
 CALLS = {
     "embed": lambda model, texts: list(model.encode(texts)),
+    "embed, chunks": lambda model, texts: [
+        found.embeddings for found in model.encode(texts, chunks=TokenChunks(9), max_length=40)
+    ],
     "tokens": lambda model, texts: model.encode(texts, output_value="token_embeddings"),
     "classify": lambda model, texts: list(model.predict([(text, "the old king") for text in texts])),
     "fill-mask": filled,

@@ -27,6 +27,8 @@ from gte_deploy import (
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.joining import JoiningBackend, _Row
 from gte_deploy.backends.stream_plan import StreamPlan
+from gte_deploy.backends.streams import StreamedBackend
+from gte_deploy.core.lanes import in_a_lane
 from gte_deploy.core.spec import ModelSpec, MultiVectorSpec, QueryExpansion
 from gte_deploy.text.batching import BatchLimits, ExpandedRow, TypedRow, collate, plan_batches
 from waiting import WAIT_S, wait_until
@@ -342,6 +344,22 @@ def test_batches_too_small_for_a_stream_run_one_at_a_time_and_grow_meanwhile(gat
     for future in small:
         future.result(WAIT_S)
     assert engine.sizes == [(1, 9), (3, 9)]
+
+
+def test_batches_of_one_call_that_are_computed_at_once_go_to_the_streams(gate, callers):
+    """As those of a list do: see `StreamedBackend`."""
+    lanes, opened = [], Engine(gate=gate)
+    whole = Engine()
+    opened.fails = whole.fails = lambda ids: lanes.append((ids.shape[1], in_a_lane()))
+    plan = StreamPlan(2, 1, least_tokens=1, fewest_batches=2, packed=True, reason="a test")
+    backend = joining(StreamedBackend(whole, plan, lambda: opened), max_tokens=100)
+    both = callers.submit(embed, backend, 50, 5)  # of unlike length
+    wait_until(lambda: len(opened.batches) + len(whole.batches) == 2)
+    gate.set()
+    np.testing.assert_array_equal(both.result(WAIT_S), expected(50, 5))
+    assert (50, True) in lanes and (1, 50) in opened.sizes
+    embed(backend, 7)
+    assert lanes[-1] == (7, False) and whole.sizes[-1] == (1, 7), "alone, on all threads"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
