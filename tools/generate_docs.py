@@ -159,6 +159,8 @@ def api_page() -> str:
         section(f"## gte_deploy.{name}", *find("gte_deploy", name))
         for name in ("TokenChunks", "SentenceChunks", "ChunkEmbeddings")
     ]
+    bulk = ("encode_files", "BulkOptions", "BulkSummary")
+    parts += [section(f"## gte_deploy.bulk.{name}", *find("gte_deploy.bulk", name)) for name in bulk]
     parts += class_sections("gte_deploy.triton", "Client", variable="client", constructor=True)
     for module, name in EXPORT:
         parts.append(section(f"## {module}.{name}", *find(module, name)))

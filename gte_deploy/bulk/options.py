@@ -36,7 +36,11 @@ MAX_SHARD_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """How files are read and written, and where the work is done; fields are options of `gte-deploy encode`."""
+    """How files are read and written, and where the model runs. Each field is an option of `gte-deploy encode`.
+
+    Raises:
+        InputError: a value is out of range, or an option does not go with another.
+    """
 
     text_column: str = option(
         "text", "column of the texts, of a file with columns; the output keeps all columns", metavar="NAME"
@@ -66,11 +70,7 @@ class BulkOptions:
     )
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: a value is out of range, or an option does not go with another.
-        """
+        """Check the values."""
         check_choices(self)
         for name, value, most in (("shard_rows", self.shard_rows, MAX_SHARD_ROWS), ("workers", self.workers, 1 << 16)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):

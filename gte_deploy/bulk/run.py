@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.core.errors import InputError
 from gte_deploy.loading import load
 from gte_deploy.model import Model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,14 @@ def _run_here(job: BulkJob, cursor: Cursor, progress: BulkProgress) -> None:
         ThreadPoolExecutor(1, thread_name_prefix="gte-write") as writer,
     ):
         encoder = ShardEncoder(model, job.arguments)
+        for part in job.parts.finished()[-1:]:
+            if part.made_by["engine"] != encoder.facts["engine"]:
+                logger.warning(
+                    "the parts that are there were computed by %s, and this run goes on with %s, whose vectors differ "
+                    "in their last digits",
+                    part.made_by["engine"],
+                    encoder.facts["engine"],
+                )
         shards = job.shards(encoder, cursor)
         ahead = reader.submit(next, shards, None)
         writing: Future[Part] | None = None

@@ -138,6 +138,16 @@ def test_what_has_changed_is_named(embedder, source, tmp_path, word_checkpoints)
     assert summary.resumed_rows == sum(1 for i in range(60) if i % 97) and summary.rows + summary.failures == ROWS
 
 
+def test_another_engine_may_go_on_with_a_warning(embedder, source, tmp_path, caplog):
+    """As on a machine for which another engine is the default."""
+    output = tmp_path / "out.npy"
+    interrupted(source, output, embedder)
+    for file in output.with_name("out.npy.parts").glob("part-*/part.json"):
+        file.write_text(file.read_text().replace("torch fp32", "onnx fp32"))
+    encode_files(source, output, model=embedder, options=BulkOptions(shard_rows=20))
+    assert "computed by onnx fp32 cpu, and this run goes on with torch fp32 cpu" in caplog.text
+
+
 def test_a_changed_input_is_another_run(embedder, tmp_path):
     source, output = tmp_path / "in.txt", tmp_path / "out.npy"
     source.write_text("\n".join(make_texts(100)))
