@@ -266,6 +266,8 @@ if this is more: as its model card says, raise it in config.json for longer text
   (nomic-embed-text-v2-moe) are refused.
 - A sentencepiece model (`sentencepiece.bpe.model`) without tokenizer.json, if the extra `sentencepiece` is not
   installed: transformers converts the model with it when the checkpoint is read. Bundles have a tokenizer.json.
+- Multi-vector models on ModernBERT whose queries are lengthened by tokens without attention to more than the window of
+  local attention allows ([why](bundle.md#multi-vector-models)).
 - Pretraining (`gte-train run`) of other families than GTE. `gte-train glue` fine-tunes all of them
   ([training](training.md#glue)).
 - JinaBERT with normalised queries and keys (`jinaai/jina-bert-v2-qk-post-norm`, jina-embeddings-v2-base-code), which
