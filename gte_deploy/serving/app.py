@@ -12,7 +12,6 @@ from typing import Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -107,26 +106,28 @@ class Server:
         for route in MODEL_ROUTES:
             for path in (route.path, *route.aliases):
                 routes.append(Route(path, self._endpoint(route), methods=["POST"]))
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=self.options.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("authorization", "content-type", "x-request-id", "x-request-timeout"),
-            expose_headers=("x-request-id", "retry-after"),
-        )
         inner = Starlette(
             routes=[*routes],
-            middleware=[cors] if self.options.cors_origins else [],
             exception_handlers={HTTPException: _no_route, Exception: _server_failed},
             lifespan=self._lifespan,
         )
         open_paths = () if self.options.protect_all else _PROBES
-        return Observed(
+        observed = Observed(
             inner,
             token=BearerToken(self._token, open_paths=(*open_paths, *(route.path for route in pages))),
             metrics=self.metrics,
             tracing=Tracing(),
             access_log=self.options.access_log,
+        )
+        if not self.options.cors_origins:
+            return observed
+        # Around all else: a browser asks without the token whether it may send one, and a page reads refusals, too.
+        return CORSMiddleware(
+            observed,
+            allow_origins=self.options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("authorization", "content-type", "x-request-id", "x-request-timeout"),
+            expose_headers=("x-request-id", "retry-after"),
         )
 
     @asynccontextmanager

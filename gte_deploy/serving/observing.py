@@ -100,8 +100,7 @@ class Observed:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["method"] != "OPTIONS":  # a browser asks without the token whether it may send one
-                self._token.check(scope["method"], scope["path"], Headers(scope=scope))
+            self._token.check(scope["method"], scope["path"], Headers(scope=scope))
             await self._app(scope, receive, send)
         except RequestError as error:
             await failure_response(error, scope["path"])(scope, receive, send)

@@ -58,6 +58,8 @@ def serve(sources: Mapping[str, Callable[[], Model]], options: ServerOptions) ->
     registry = Registry(sources, warm_up=options.warm_up)
     server = Server(registry, options, token=token, on_failure=fail)
     _log_access()
+    # Warnings about a caller's words are for callers in Python; here they would be texts of others in the log.
+    logging.getLogger("gte_deploy.text").setLevel(logging.ERROR)
     listener = _listen(options.host, options.port)
     process = _Process(
         uvicorn.Config(

@@ -76,3 +76,32 @@ def test_it_refuses_as_the_document_says(url, path):
 @pytest.mark.parametrize("path", [route.path for route in MODEL_ROUTES])
 def test_it_answers_as_the_document_says_at_length(url, path, mode):
     check(url, path, mode, 300)
+
+
+# The fields of text-embeddings-inference 1.7.1, from its docs/openapi.json.
+_CUT = {"truncate", "truncation_direction"}
+TEI = {
+    "/embed": {"inputs", "normalize", "prompt_name", *_CUT},
+    "/embed_all": {"inputs", "prompt_name", *_CUT},
+    "/embed_sparse": {"inputs", "prompt_name", *_CUT},
+    "/rerank": {"query", "texts", "raw_scores", "return_text", *_CUT},
+    "/predict": {"inputs", "raw_scores", *_CUT},
+    "/similarity": {"inputs", "parameters"},
+    "/tokenize": {"inputs", "add_special_tokens", "prompt_name"},
+    "/decode": {"ids", "skip_special_tokens"},
+    "/v1/embeddings": {"input", "encoding_format", "model", "user"},
+}
+TEI_INFO = {
+    *("model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length", "max_batch_tokens"),
+    *("max_client_batch_size", "auto_truncate", "tokenization_workers", "version"),
+}
+
+
+def test_it_has_the_fields_of_text_embeddings_inference(client):
+    known = {route.path: set(route.request.model_fields) for route in MODEL_ROUTES}
+    assert {path: fields - known[path] for path, fields in TEI.items() if fields - known[path]} == {}
+    assert set(client.get("/info").json()) >= TEI_INFO
+    kinds = [client.get(f"/info?model={name}").json()["model_type"] for name in ("embed", "rank", "labels", "sparse")]
+    assert [*map(list, kinds)] == [["embedding"], ["reranker"], ["classifier"], ["embedding"]]
+    assert kinds[3] == {"embedding": {"pooling": "splade"}}
+    assert kinds[2]["classifier"]["id2label"]["1"] == "LABEL_1"

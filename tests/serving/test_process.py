@@ -61,6 +61,13 @@ def test_several_models_and_the_end(start, task_bundles):
     assert line["ms"] >= line["compute_ms"] >= 0 and "king" not in server.log
 
 
+def test_the_log_has_no_words_of_a_request(start, task_bundles):
+    server = start(task_bundles["mask"])
+    body = {"inputs": "a [MASK]", "parameters": {"targets": ["city", "confidential"]}}
+    assert httpx.post(f"{server.url}/fill-mask", json={**body}).status_code in (200, 422)
+    assert server.end() == 0 and "confidential" not in server.log
+
+
 def test_ctrl_c_ends_it_too(start, task_bundles):
     server = start(task_bundles["embed"])
     assert server.end(signal.SIGINT) == 0 and "Traceback" not in server.log

@@ -227,6 +227,9 @@ def test_other_origins_are_let_in_only_if_they_are_named(client, client_of):
         response = open_client.options("/embed", headers={**asked, "access-control-request-headers": "authorization"})
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "https://a.example"
+        refused = open_client.post("/embed", json={"inputs": "a"}, headers={"origin": "https://a.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"
         other = open_client.options("/embed", headers={**asked, "origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
 
