@@ -171,7 +171,8 @@ def _encode_files(given: Given, files: FileOptions) -> None:
                 report=None if files.quiet else line.show,
             )
     except KeyboardInterrupt:
-        print(f"{_PROG}: {files.output}.parts keeps what is done; repeat the command to go on", file=sys.stderr)
+        if Path(f"{files.output}.parts").is_dir():
+            print(f"{_PROG}: {files.output}.parts keeps what is done; repeat the command to go on", file=sys.stderr)
         raise
     finally:
         line.end()

@@ -189,17 +189,19 @@ def open_parts(output: Path, identity: Mapping[str, Any], *, restart: bool) -> I
         wanted = {"version": JOURNAL_VERSION, **identity}
         _clear(folder, everything=restart)
         journal = folder / _JOURNAL
-        known = read_json_object(journal, error=InputError, advice="Pass --restart to begin again.")
-        if not known:
-            _clear(folder, everything=True)
+        if any(folder.glob("part-*")):
+            known = read_json_object(journal, error=InputError, advice="Pass --restart to begin again.")
+            if known != json.loads(json.dumps(wanted)):
+                raise InputError(
+                    f"{folder} holds an unfinished run with another {_difference(known, wanted)}. Repeat that one to "
+                    "finish it, or pass --restart to drop it and begin again."
+                )
+        else:
             write_text(journal, json.dumps(wanted, indent=2) + "\n")
-        elif known != json.loads(json.dumps(wanted)):
-            raise InputError(
-                f"{folder} holds an unfinished run with another {_difference(known, wanted)}. Repeat that one to "
-                "finish it, or pass --restart to drop it and begin again."
-            )
         yield PartsFolder(folder)
     finally:
+        if not any(folder.glob("part-*")):  # nothing was done, or all is done and removed
+            shutil.rmtree(folder, ignore_errors=True)
         release()
 
 

@@ -176,6 +176,7 @@ def test_a_missing_column_names_those_that_there_are(kind, embedder, texts, tmp_
     source = write_input(tmp_path, kind, texts)
     with pytest.raises(InputError, match="no column 'body'; it has id, text"):
         encode_files(source, tmp_path / "out.npy", model=embedder, options=BulkOptions(text_column="body"))
+    assert list(tmp_path.iterdir()) == [source], "nothing was done, so nothing is left of it"
 
 
 def test_a_column_of_numbers_has_no_texts(embedder, texts, tmp_path):
@@ -188,7 +189,7 @@ def test_the_column_of_vectors_replaces_none_of_the_input(embedder, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a", "embedding": 1}\n')
     with pytest.raises(InputError, match="column embedding.*--embedding-column"):
         encode_files(tmp_path / "in.jsonl", tmp_path / "out.jsonl", model=embedder)
-    other = BulkOptions(embedding_column="vector", restart=True)
+    other = BulkOptions(embedding_column="vector")
     encode_files(tmp_path / "in.jsonl", tmp_path / "out.jsonl", model=embedder, options=other)
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert row["embedding"] == 1 and len(row["vector"]) == 32
