@@ -46,6 +46,8 @@ _MAX_REASONS = 3
 def fuse_graph(model: ir.Model, *, sites: Mapping[str, int], passes: Sequence[FusionPass] = PASSES) -> dict[str, int]:
     """Run `passes` on a traced graph in place; return pass -> number of matches, in order.
 
+    A pass that did not fire is not there.
+
     Args:
         model: the graph.
         sites: name of a pass -> how often it must fire, from `Family.sites`. A pass without an entry must not fire.
@@ -62,7 +64,8 @@ def fuse_graph(model: ir.Model, *, sites: Mapping[str, int], passes: Sequence[Fu
         if count != expected:
             raise ExportError(_explain(fusion, count, expected, reasons))
         logger.debug("fusion pass %s fired %d times", fusion.name, count)
-        fired[fusion.name] = count
+        if count:
+            fired[fusion.name] = count
     ir_passes.CommonSubexpressionEliminationPass()(model)
     join_rows(model.graph)
     ir_passes.RemoveUnusedNodesPass()(model)

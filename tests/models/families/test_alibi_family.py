@@ -105,7 +105,7 @@ def test_biased_attention_is_fused_for_cpus(alibi, checkpoint, passes, fused):
     graph = trace(model, task="token-classify", max_length=LENGTH, pooling=None, logits="masked", opset=20)
     fired = fusion.fuse_graph(graph.clone(), sites=alibi.sites(model.config), passes=getattr(fusion, passes))
     assert fired.get("alibi_attention", 0) == fused
-    assert not {name for name, count in fired.items() if count} - {"alibi_attention", "skip_layer_norm"}
+    assert fired.keys() <= {"alibi_attention", "skip_layer_norm"}
     if passes != "STANDARD_PASSES":
         with pytest.raises(ExportError, match=r"'attention' fired 0 times.*the mask .* not \[batch, 1, 1, sequence\]"):
             fusion.fuse_graph(graph, sites={"attention": LAYERS}, passes=[fusion.ATTENTION])
@@ -153,7 +153,7 @@ def test_a_bundle_answers_as_transformers_does(alibi, checkpoint, tmp_path, targ
     assert result.parity.passed
     fusions = result.manifest.graphs["onnxruntime"].fusions
     wanted = {"skip_layer_norm": 2 * LAYERS, **({} if target else {"alibi_attention": LAYERS})}
-    assert {name: count for name, count in fusions.items() if count and name != "half_weights"} == wanted
+    assert {name: count for name, count in fusions.items() if name != "half_weights"} == wanted
     config = transformers.AutoConfig.from_pretrained(result.path)
     assert config.max_position_embeddings == 32, "no table of positions keeps it longer"
     model = transformers.AutoModelForTokenClassification.from_pretrained(checkpoint, config=config).eval()

@@ -4,7 +4,7 @@ import pytest
 from gte_deploy.core.errors import ExportError
 from gte_deploy.exporters.graph import fusion
 
-CPU = {"rope": 4, "local_attention": 0, "alibi_attention": 0, "attention": 2, "projections": 2, "skip_layer_norm": 4}
+CPU = {"rope": 4, "attention": 2, "projections": 2, "skip_layer_norm": 4}
 MERGED = {"rope": 4, "attention": 2, "qkv": 2, "up_gate": 2, "glu": 2, "skip_layer_norm": 4}
 
 
