@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("openvino")
 
 import gte_deploy  # noqa: E402
+from gte_deploy.core.errors import ParityError  # noqa: E402
 from gte_deploy.exporters import export as export_module  # noqa: E402
 from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
@@ -54,17 +55,18 @@ def test_int8_keeps_its_bounds_with_many_layers_in_int8(checkpoint, tmp_path, ou
         assert graph.fusions["int8_linears"] >= share * (graph.fusions["int8_linears"] + high)
 
 
-def test_a_missed_verdict_keeps_more_layers_high(trace_once, tmp_path, monkeypatch):
+@pytest.mark.parametrize("judge", ["_compare", "_judge"], ids=["numbers", "answers"])
+def test_a_missed_verdict_keeps_more_layers_high(judge, trace_once, tmp_path, monkeypatch):
     """The comparison of the first graphs is made to fail; the export goes on instead of giving up."""
     monkeypatch.setattr(export_module, "EVALUATION_TOKENS", 400)
-    compare, seen, lines = export_module._compare, [], []
+    compare, seen, lines = getattr(export_module, judge), [], []
 
-    def fails_once(target, built, job):
-        report = compare(target, built, job)
+    def fails_once(request, built, job):
+        report = compare(request, built, job)
         seen.append(built.graphs["onnxruntime"].fusions["int8_linears"])
         return report if len(seen) > 1 else report.with_checks(Check("test", failures=("too coarse",)))
 
-    monkeypatch.setattr(export_module, "_compare", fails_once)
+    monkeypatch.setattr(export_module, judge, fails_once)
     result = export(None, tmp_path / "bundle", precision="int8", max_length=64, progress=lines.append)
     assert seen[0] == 29 and 20 <= seen[1] < 29
     assert result.manifest.graphs["onnxruntime"].fusions["int8_linears"] == seen[1]
@@ -73,3 +75,18 @@ def test_a_missed_verdict_keeps_more_layers_high(trace_once, tmp_path, monkeypat
     )
     with gte_deploy.load(tmp_path / "bundle") as model:
         assert model.fill_mask("the president of the united [MASK] of america.")[0]["token_str"] == "states"
+
+
+@pytest.mark.slow
+def test_answers_that_no_precision_mends_are_named(trace_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "EVALUATION_TOKENS", 400)
+    judge, rounds = export_module._judge, []
+
+    def fails(request, built, job):
+        rounds.append(built)
+        return judge(request, built, job).with_checks(Check("answers", failures=("too far",)))
+
+    monkeypatch.setattr(export_module, "_judge", fails)
+    with pytest.raises(ParityError, match="the answers differ from the checkpoint's own:\\n  too far"):
+        export(None, tmp_path / "bundle", precision="int8", max_length=64)
+    assert len(rounds) > 1 and not (tmp_path / "bundle").exists()
