@@ -149,8 +149,8 @@ class Arrivals:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    triton = server_module("triton_server")
-    bundle = arguments.bundle or _artefacts(arguments).path("bundle-fp32") / "bundle"
+    triton = server_module()
+    bundle = arguments.bundle or _bundle(arguments)
     texts = load_texts(bundle, *arguments.lengths)
     load_before = os.getloadavg()[0]
     with ExitStack() as stack:
@@ -189,9 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def server_module(name: str) -> ModuleType:
-    """Import a module of tests/support, which is in no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "support" / f"{name}.py")
+def server_module() -> ModuleType:
+    """Import tests/support/triton_server.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("triton_server", ROOT / "tests" / "support" / "triton_server.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -489,6 +489,10 @@ def _settings(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "lengths": arguments.lengths,
         "seconds": arguments.seconds,
     }
+
+
+def _bundle(arguments: argparse.Namespace) -> Path:
+    return _artefacts(arguments).path("bundle-fp32") / "bundle"
 
 
 def _artefacts(arguments: argparse.Namespace) -> Artefacts:

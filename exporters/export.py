@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import InputError, ParityError, require_modules
-from gte_deploy.core.files import sha256_file
-from gte_deploy.core.hub import split_revision
 from gte_deploy.core.spec import Engine, MultiVectorSpec
+from gte_deploy.exporters.bundle.source import checkpoint_name, checkpoint_source
 from gte_deploy.exporters.bundle.writer import publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.job import EVALUATION_TOKENS, Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
-from gte_deploy.models import BUILTIN_NAME, resolve_checkpoint
+from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.description import Description, describe
 from gte_deploy.models.multi_vector_modules import limited
 from gte_deploy.tasks import TASKS
@@ -91,7 +89,7 @@ def export(
     with staging(destination, force=force) as folder:
         with steps("read the checkpoint"):
             checkpoint = _read(model, request, steps)
-            source = _source_of(model, checkpoint)
+            source = checkpoint_source(model, checkpoint)
             request.target.check_model(checkpoint, request.precision)
         job = _load(checkpoint, folder, request, steps)
         built = request.target.build(_trace(job), job)
@@ -109,7 +107,7 @@ def export(
 
 def default_output(model: str | os.PathLike[str] | None, *, precision: str, format: str = "onnx") -> Path:
     """Return the default folder, named after model, format and precision, e.g. gte-en-mlm-tiny-onnx-fp32."""
-    return Path(f"{_name_of(model)}-{format}-{precision}")
+    return Path(f"{checkpoint_name(model)}-{format}-{precision}")
 
 
 def _read(model: str | os.PathLike[str] | None, request: ExportRequest, steps: Steps) -> Description:
@@ -281,30 +279,3 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )
-
-
-def _name_of(model: str | os.PathLike[str] | None) -> str:
-    """Return the last part of a hub id or of a folder's real path: a bundle must not contain paths of this machine."""
-    if model is None:
-        return BUILTIN_NAME
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else split_revision(path.name)[0]
-
-
-def _source_of(model: str | os.PathLike[str] | None, checkpoint: Description) -> dict[str, str]:
-    """Return the name of the checkpoint, the commit of a hub download, and the sha256 of the weights.
-
-    For several weight files, the sha256 is that of the lines which sha256sum prints for the files.
-    """
-    is_hub_id = model is not None and not Path(model).expanduser().is_dir()
-    source = {"name": split_revision(str(model))[0] if is_hub_id else _name_of(model)}
-    if checkpoint.folder.parent.name == "snapshots":
-        source["revision"] = checkpoint.folder.name
-    weights = checkpoint.weight_files
-    digests = [sha256_file(file) for file in weights]
-    if len(digests) == 1:
-        source["sha256"] = digests[0]
-    elif digests:
-        lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, weights, strict=True))
-        source["sha256"] = hashlib.sha256(lines.encode()).hexdigest()
-    return source

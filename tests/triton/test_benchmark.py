@@ -39,13 +39,18 @@ def test_a_run_writes_its_numbers_and_its_chart(
     bundle, output = bundle_of(word_checkpoints["embed"]), tmp_path / "results" / "serving.json"
     options = "--callers 1 3 --seconds 0.3 --lengths 4 40 --threads 1".split()
     assert serving.main([*options, "--bundle", str(bundle), "--work", str(tmp_path), "--output", str(output)]) == 0
-    loads = json.loads(output.read_text())["loads"]
-    assert {(load["way"], load["callers"]) for load in loads} == {
-        (way, callers) for way in ("in process", "Triton gRPC", "Triton HTTP") for callers in (1, 3)
-    }
+    report = json.loads(output.read_text())
+    loads, ways = report["loads"], ("in process", "joined calls", "gte-deploy serve", "Triton gRPC", "Triton HTTP")
+    assert {(load["way"], load["callers"]) for load in loads} == {(way, number) for way in ways for number in (1, 3)}
+    # These need a checkpoint.
+    assert report["left_out"].keys() == {"ST behind FastAPI", "infinity"}
     for load in loads:
         assert load["answers"] > 0
         assert 0 < load["latency_ms"]["p50"] <= load["latency_ms"]["p90"] <= load["latency_ms"]["p99"]
+    shares = {(each["way"], each["share"]) for each in report["arrivals"]}
+    assert shares == {*((way, 0.8) for way in ways), ("gte-deploy serve", 2.0)}
+    for each in report["arrivals"]:
+        assert each["arrived"] == each["answered"] + each["refused"] and each["lost"] == 0
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "stand-in" in capsys.readouterr().out
 
@@ -92,3 +97,20 @@ def test_a_caller_that_is_refused_asks_on(serving: ModuleType):
     calls = serving._turn(ask, ["a", "b"], 1, 0.05)
     assert len(calls) == len(asked) >= 2
     assert [call.answered for call in calls[:2]] == [False, True]
+
+
+def test_what_arrives_is_answered_refused_or_lost(serving: ModuleType):
+    asked: list[str] = []
+
+    def ask(text: str) -> None:
+        asked.append(text)
+        if text == "full":
+            raise UnavailableError("full")
+        if text == "broken":
+            raise ConnectionResetError
+
+    found = serving.arrive("a way", ask, ["good", "full", "broken", "good"], 2.0, 100.0, 0.2)
+    assert found.per_second == 200 and found.arrived == len(asked) == 40
+    assert (found.answered, found.refused, found.lost) == (20, 10, 10)
+    assert found.latency_ms["p50"] >= 0 and found.refusal_ms["p99"] >= 0
+    assert "| a way | 200% | 200.0 |" in serving.summary_of_arrivals([found])
