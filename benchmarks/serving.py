@@ -8,7 +8,7 @@ Ways of calling, all on the same CPUs:
 
     in process              `encode` of a loaded model, in a thread for each caller
     joined calls            the same with `load(…, join_calls=True)`
-    gte-deploy serve        our HTTP server, with its options' defaults
+    gte-deploy serve        our HTTP server, whose queue holds --queue-tokens
     Triton gRPC, HTTP       the bundle as a model repository, on a real Triton (tests/support/triton_server.py). A
                             stand-in for Triton's ONNX Runtime backend runs the same library behind Triton's Python
                             interface, so the measured overhead of Triton is a little too high.
@@ -235,6 +235,7 @@ def _open_way(way: str, stack: ExitStack, triton: ModuleType, bundle: Path, argu
     port = _free_port()
     if way == "gte-deploy serve":
         options = ("--backend", "onnx", "--threads", str(threads), "--access-log", "off")
+        options += ("--max-queue-tokens", str(arguments.queue_tokens))
         command = [sys.executable, "-m", "gte_deploy", "serve", str(bundle), "--port", str(port), *options]
         return _http(stack, command, f"http://127.0.0.1:{port}/embed", lambda text: {"inputs": text}, most)
     if arguments.bundle:
@@ -522,6 +523,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--lengths", nargs=2, type=int, default=[8, 128], metavar=("SHORTEST", "LONGEST"), help="tokens"
     )
     parser.add_argument("--threads", type=int, default=available_cpus(), help="CPU threads of one run of the model")
+    parser.add_argument("--queue-tokens", type=int, default=2048, help="tokens that may wait in gte-deploy serve")
     parser.add_argument("--work", type=Path, default=WORK, help="the work folder")
     parser.add_argument("--output", type=Path, default=result_file("serving", "json"), metavar="JSON")
     arguments = parser.parse_args(argv)

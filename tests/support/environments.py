@@ -53,7 +53,7 @@ REQUIREMENTS = {
         *("onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0", "onnxruntime>=1.30.1", "matplotlib>=3.9", "safetensors"),
     ),
     "genai": ("openvino-genai",),
-    "infinity": ("infinity-emb[torch,optimum]", "torch"),
+    "infinity": ("infinity-emb[torch,optimum,server]", "torch"),
     "litert": ("litert-torch>=0.10", *_CONVERSION),
     "light": ("fastembed", "light-embed"),
     "mnn": ("MNN>=3.6", "numpy", "tokenizers"),
