@@ -119,8 +119,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise InputError(f"--host {host} --port {port} cannot be listened on: {error.strerror or error}") from error
-    # Connections inherit it. asyncio sets it only on sockets that it made itself. Without it, the body of an answer waits
-    # 40 ms until the client acknowledges the headers.
+    # Connections inherit it. asyncio sets it only on sockets that it made itself. Without it, the body of an answer
+    # waits 40 ms until the client acknowledges the headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
