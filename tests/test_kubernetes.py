@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -28,6 +27,7 @@ from gte_deploy.exporters.triton.readme import TRITON_TAG
 from kubernetes_manifests import (
     Manifest,
     build,
+    built_by_kubectl,
     custom_problems,
     documents,
     identity,
@@ -42,6 +42,7 @@ from kubernetes_manifests import (
     query_problems,
     resources,
     schema,
+    unnamed_files,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,12 +200,7 @@ def test_manifests_are_valid(name: str) -> None:
 
 def test_every_file_is_in_a_build() -> None:
     """An orphan would be checked by nothing."""
-    named = {ADAPTER}
-    for path in EXAMPLES.rglob("kustomization.yaml"):
-        (kustomization,) = documents(path)
-        entries = [*kustomization.get("resources", ()), *(each["path"] for each in kustomization.get("patches", ()))]
-        named |= {path, *(path.parent / entry for entry in entries)}
-    assert set(EXAMPLES.rglob("*.yaml")) - named == set()
+    assert unnamed_files(EXAMPLES) - {ADAPTER} == set()
     built = {component for _, components in BUILDS.values() for component in components}
     assert {path.name for path in (EXAMPLES / "components").iterdir()} == built
 
@@ -219,14 +215,8 @@ def test_overlays_change_what_they_mean_to() -> None:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_build_is_what_kubectl_builds(name: str, tmp_path: Path) -> None:
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed")
-    overlay, components = BUILDS[name]
-    folder = Path(shutil.copytree(EXAMPLES, tmp_path / "kubernetes")) / overlay
-    with (folder / "kustomization.yaml").open("a", encoding="utf-8") as file:
-        yaml.safe_dump({"components": [f"../components/{each}" for each in components]}, file)
-    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
-    assert ordered(_built(name)) == ordered(list(yaml.safe_load_all(done.stdout)))
+    found = built_by_kubectl(EXAMPLES, *BUILDS[name], tmp_path / "kubernetes")
+    assert ordered(_built(name)) == ordered(found)
 
 
 def test_adapter_values() -> None:

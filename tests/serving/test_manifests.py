@@ -8,13 +8,10 @@ and names the complaint.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from gte_deploy.core.options import flags_of, options_of
@@ -23,7 +20,7 @@ from gte_deploy.serving.options import TOKEN_VARIABLE, ServerOptions
 from kubernetes_manifests import (
     Manifest,
     build,
-    documents,
+    built_by_kubectl,
     identity,
     kinds,
     labels,
@@ -36,6 +33,7 @@ from kubernetes_manifests import (
     query_problems,
     resources,
     schema,
+    unnamed_files,
 )
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "server" / "kubernetes"
@@ -151,26 +149,15 @@ def test_manifests_are_valid(name: str) -> None:
 
 def test_every_file_is_in_a_build() -> None:
     """An orphan would be checked by nothing."""
-    named = set()
-    for path in EXAMPLES.rglob("kustomization.yaml"):
-        (kustomization,) = documents(path)
-        entries = [*kustomization.get("resources", ()), *(each["path"] for each in kustomization.get("patches", ()))]
-        named |= {path, *(path.parent / entry for entry in entries)}
-    assert set(EXAMPLES.rglob("*.yaml")) - named == set()
+    assert unnamed_files(EXAMPLES) == set()
     built = {component for _, components in BUILDS.values() for component in components}
     assert {path.name for path in (EXAMPLES / "components").iterdir()} == built
 
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_build_is_what_kubectl_builds(name: str, tmp_path: Path) -> None:
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed")
-    overlay, components = BUILDS[name]
-    folder = Path(shutil.copytree(EXAMPLES, tmp_path / "kubernetes")) / overlay
-    with (folder / "kustomization.yaml").open("a", encoding="utf-8") as file:
-        yaml.safe_dump({"components": [f"../components/{each}" for each in components]}, file)
-    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
-    assert ordered(_built(name)) == ordered(list(yaml.safe_load_all(done.stdout)))
+    found = built_by_kubectl(EXAMPLES, *BUILDS[name], tmp_path / "kubernetes")
+    assert ordered(_built(name)) == ordered(found)
 
 
 # fmt: off

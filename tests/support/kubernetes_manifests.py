@@ -11,6 +11,8 @@ import copy
 import functools
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import promql_parser
+import pytest
 import yaml
 
 _CUSTOM = Path(__file__).resolve().parents[1] / "kubernetes" / "custom_resources.yaml"
@@ -54,6 +57,27 @@ def build(folder: Path, extra_components: tuple[str, ...] = (), onto: tuple[Mani
                 if container["image"].split(":")[0] == image["name"]:
                     container["image"] = f"{image['newName']}:{image['newTag']}"
     return manifests
+
+
+def unnamed_files(folder: Path) -> set[Path]:
+    """The manifests below a folder that no kustomization there names; nothing would check them."""
+    named: set[Path] = set()
+    for path in folder.rglob("kustomization.yaml"):
+        (kustomization,) = documents(path)
+        entries = [*kustomization.get("resources", ()), *(each["path"] for each in kustomization.get("patches", ()))]
+        named |= {path, *(path.parent / entry for entry in entries)}
+    return set(folder.rglob("*.yaml")) - named
+
+
+def built_by_kubectl(root: Path, overlay: str, components: tuple[str, ...], copy: Path) -> list[Manifest]:
+    """The manifests that kubectl writes for an overlay of `root` with these components, in a copy of the folder."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    folder = Path(shutil.copytree(root, copy)) / overlay
+    with (folder / "kustomization.yaml").open("a", encoding="utf-8") as file:
+        yaml.safe_dump({"components": [f"../components/{each}" for each in components]}, file)
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(done.stdout))
 
 
 def _merged(value: Any, patch: Any, field: str = "") -> Any:
