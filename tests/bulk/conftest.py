@@ -21,8 +21,9 @@ def embedder(word_checkpoints: dict[str, Path]) -> Iterator[gte_deploy.Model]:
 @pytest.fixture(scope="session")
 def judge(word_checkpoints: dict[str, Path]) -> Any:
     """SentenceTransformer with the embedder's checkpoint."""
-    library = pytest.importorskip("sentence_transformers", reason="the judge of vectors is sentence-transformers")
-    return library.SentenceTransformer(str(word_checkpoints["embed"]), device="cpu")
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(word_checkpoints["embed"]), device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def source(tmp_path):
 
 
 def test_sparse(source, tmp_path):
-    encoder = pytest.importorskip("sentence_transformers.sparse_encoder")
+    from sentence_transformers import sparse_encoder as encoder
     from sentence_transformers.base.modules import Transformer
 
     masked_lm = make_word_checkpoint(tmp_path / "mlm", seed=7)
@@ -57,12 +57,13 @@ def test_sparse(source, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_tokens(precision, source, tmp_path, word_checkpoints):
-    judge_class = pytest.importorskip("sentence_transformers").MultiVectorEncoder
+    from sentence_transformers import MultiVectorEncoder
+
     folder = make_word_checkpoint(tmp_path / "colbert", task="embed", seed=4)
     add_tokens(folder, ["[Q] ", "[D] "])
     prompts = {"query": "the query: ", "document": "the "}
     add_multi_vector_modules(folder, library="sentence-transformers", mask={}, config={"prompts": prompts})
-    judge = judge_class(str(folder), device="cpu")
+    judge = MultiVectorEncoder(str(folder), device="cpu")
     with gte_deploy.load(folder, backend="torch") as model:
         output = tmp_path / "out.parquet"
         options = {"truncation": True, "precision": precision}

@@ -85,7 +85,8 @@ def test_the_store_of_qdrant_takes_the_sparse_functions(embedder, sparse_encoder
     """Its sparse search finds what the library finds."""
     reason = "needs llama-index-vector-stores-qdrant: make test-consumers"
     store = pytest.importorskip("llama_index.vector_stores.qdrant", reason=reason)
-    qdrant = pytest.importorskip("qdrant_client")
+    import qdrant_client as qdrant
+
     document_function, query_function = sparse_functions(sparse_encoder.ours)
     vectors = store.QdrantVectorStore(
         "texts",
