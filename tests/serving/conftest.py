@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import gte_deploy
 from gte_deploy.serving.app import create_app
 from gte_deploy.serving.options import ServerOptions
-from http_server import ServerProcess, serve_command
+from http_server import KeptOpen, ServerProcess, serve_command
 from runtime_models import make_word_checkpoint
 
 
@@ -47,26 +47,13 @@ def served(task_bundles: dict[str, Path]) -> Iterator[dict[str, gte_deploy.Model
         model.close()
 
 
-class Kept:
-    """A model that stays open when its server ends."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def client_of(served: dict[str, Any]) -> Callable[..., TestClient]:
     """`client_of(models=None, token=None, **options)`: a client to use in a with block."""
 
     def client(models: Any = None, *, token: str | None = None, **options: Any) -> TestClient:
         models = served if models is None else models
-        kept = {name: Kept(model) for name, model in models.items()}
+        kept = {name: KeptOpen(model) for name, model in models.items()}
         options = {"access_log": "off", **options}
         return _Ready(create_app(kept, ServerOptions(**options), token=token), raise_server_exceptions=False)
 

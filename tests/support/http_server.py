@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -77,3 +78,16 @@ class ServerProcess:
 
 def serve_command(*arguments: object) -> list[str]:
     return ["-m", "gte_deploy", "serve", "--port", "0", *map(str, arguments)]
+
+
+class KeptOpen:
+    """A model that stays open when its server ends."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def close(self) -> None:
+        """Do nothing."""

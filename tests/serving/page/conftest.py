@@ -22,6 +22,7 @@ from environments import Unavailable
 from gte_deploy.models import builtin_path
 from gte_deploy.serving.app import create_app
 from gte_deploy.serving.options import ServerOptions
+from http_server import KeptOpen
 from javascript import browser as path_of_chromium
 from page_view import View
 
@@ -58,19 +59,6 @@ def builtin(bundle_of: Callable[..., Path]) -> Iterator[gte_deploy.Model]:
         yield model
 
 
-class _Open:
-    """A model that stays open when its server ends."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def site() -> Iterator[Callable[..., str]]:
     """`site(models, token=None)`: the address of a server of loaded models, by their names."""
@@ -78,7 +66,7 @@ def site() -> Iterator[Callable[..., str]]:
 
     def start(models: dict[str, Any], *, token: str | None = None) -> str:
         app = create_app(
-            {name: _Open(model) for name, model in models.items()}, ServerOptions(access_log="off"), token=token
+            {name: KeptOpen(model) for name, model in models.items()}, ServerOptions(access_log="off"), token=token
         )
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
