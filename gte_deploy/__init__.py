@@ -22,10 +22,12 @@ from gte_deploy.core.errors import (
     GteDeployError,
     InputError,
     MissingDependencyError,
+    NoAnswerError,
     NonFiniteError,
     OverloadedError,
     ParityError,
     UnavailableError,
+    UnreachableError,
 )
 from gte_deploy.core.quiet import turn_off_telemetry
 
@@ -50,12 +52,14 @@ __all__ = [
     "JoinOptions",
     "MissingDependencyError",
     "Model",
+    "NoAnswerError",
     "NonFiniteError",
     "OverloadedError",
     "ParityError",
     "SentenceChunks",
     "TokenChunks",
     "UnavailableError",
+    "UnreachableError",
     "Usage",
     "__version__",
     "load",

@@ -43,6 +43,14 @@ class UnavailableError(BackendError):
     """A server cannot be reached, is overloaded, or did not answer in time; the same call may succeed later."""
 
 
+class UnreachableError(UnavailableError, ConnectionError):
+    """No connection to a server: it refuses one, or its host has no such name or no route; check the URL."""
+
+
+class NoAnswerError(UnavailableError, TimeoutError):
+    """A server was reached, and its answer did not come in time."""
+
+
 class OverloadedError(UnavailableError):
     """Too many tokens wait, so the call was refused at once; `retry_after_s` estimates when they are computed."""
 

@@ -103,7 +103,9 @@ class Client(TextInterface):
         Raises:
             InputError: an argument is out of range, or the server has another tokenizer.
             CheckpointError: the folder has no tokenizer.
-            UnavailableError: the server cannot be reached, or does not answer within `timeout_s`.
+            UnreachableError: there is no connection to the server: its port is closed, or its host is unknown.
+            NoAnswerError: the server does not answer within `timeout_s`.
+            UnavailableError: the server is overloaded; the base class of the two errors above.
             BackendError: the server has no repository that gte-export wrote.
             MissingDependencyError: tritonclient is not installed.
         """

@@ -5,6 +5,7 @@ urllib3's pool, because a connection of tritonclient belongs to the thread that 
 """
 
 import json
+import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -18,18 +19,22 @@ from gte_deploy.core.errors import (
     GteDeployError,
     InputError,
     MissingDependencyError,
+    NoAnswerError,
     NonFiniteError,
     UnavailableError,
+    UnreachableError,
 )
 from gte_deploy.tasks.base import Tensors
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _BAD_REQUEST = {400, "INVALID_ARGUMENT"}
 _UNAVAILABLE = {429, 502, 503, 504, "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+# gRPC has one status for a server that is overloaded and for one that is not there; its texts tell them apart.
+_UNREACHED = re.compile(r"failed to connect|connection refused|resolving|resolution|lookup", re.IGNORECASE)
 
 
 class Transport(Protocol):
-    """A connection to one server. Calls raise InputError, UnavailableError or BackendError with its reason."""
+    """A connection to one server. Calls raise InputError, or UnavailableError or BackendError with its reason."""
 
     def config(self, model: str) -> dict[str, Any]:
         """The configuration of a model, as Triton returns it in JSON."""
@@ -107,10 +112,14 @@ class HttpTransport:
             response = self._pool.urlopen(method, path, body=body, headers=sent, pool_timeout=self._timeout_s)
         except self._urllib3.exceptions.ClosedPoolError as error:
             raise _closed() from error
+        except self._urllib3.exceptions.ConnectTimeoutError as error:  # also its subclasses, which are no timeouts
+            cause = error.__cause__
+            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error)
+            raise _unreachable(self._url, reason) from error
         except (self._urllib3.exceptions.TimeoutError, self._urllib3.exceptions.EmptyPoolError) as error:
             raise _no_answer(self._url, self._timeout_s) from error
         except self._urllib3.exceptions.HTTPError as error:
-            raise UnavailableError(f"{self._url} cannot be reached: {error}") from error
+            raise UnavailableError(f"the connection to {self._url} failed: {error}") from error
         if response.status != 200:
             raise _refused(self._url, response.status, _reason(response.data))
         return response
@@ -148,6 +157,8 @@ class GrpcTransport:
             status = (error.status() or "").removeprefix("StatusCode.")
             if status == "DEADLINE_EXCEEDED":
                 raise _no_answer(self._url, self._timeout_s) from error
+            if status == "UNAVAILABLE" and _UNREACHED.search(error.message()):
+                raise _unreachable(self._url, error.message()) from error
             raise _refused(self._url, status, error.message()) from error
         except ValueError as error:  # gRPC raises it for a closed channel
             raise _closed() from error
@@ -204,8 +215,12 @@ def _refused(url: str, status: int | str, reason: str) -> GteDeployError:
     return BackendError(f"{url} failed with {status}: {reason}")
 
 
-def _no_answer(url: str, timeout_s: float) -> UnavailableError:
-    return UnavailableError(f"{url} gave no answer within {timeout_s:g} s; send fewer texts at once or raise timeout_s")
+def _unreachable(url: str, reason: str) -> UnreachableError:
+    return UnreachableError(f"{url} cannot be reached: {reason}; check the address, and whether the server runs")
+
+
+def _no_answer(url: str, timeout_s: float) -> NoAnswerError:
+    return NoAnswerError(f"{url} gave no answer within {timeout_s:g} s; send fewer texts at once or raise timeout_s")
 
 
 def _closed() -> BackendError:

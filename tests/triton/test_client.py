@@ -21,7 +21,15 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError, NonFiniteError, UnavailableError
+from gte_deploy.core.errors import (
+    BackendError,
+    InputError,
+    MissingDependencyError,
+    NoAnswerError,
+    NonFiniteError,
+    UnavailableError,
+    UnreachableError,
+)
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.text.fingerprint import fingerprint
 from gte_deploy.text.tokenization import load_tokenizer
@@ -461,19 +469,31 @@ def test_a_closed_client_says_so(transport: FakeTransport):
         client.encode("1")
 
 
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("protocol", ["http", "grpc", "https", "grpcs"])
 def test_a_server_that_is_not_there(protocol: str):
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))  # bound, and nobody listens
-        with pytest.raises(UnavailableError, match="127.0.0.1"):
+        with pytest.raises(
+            UnreachableError, match=r"127.0.0.1:\d+ cannot be reached: .*[Cc]onnection refused"
+        ) as caught:
             triton.Client(f"{protocol}://127.0.0.1:{free.getsockname()[1]}", timeout_s=5)
+    assert isinstance(caught.value, UnavailableError) and isinstance(caught.value, ConnectionError)
+    assert not isinstance(caught.value, TimeoutError)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_host_that_is_not_known(protocol: str):
+    # RFC 2606: no host has this name. Without a network the resolver says so in other words.
+    with pytest.raises(UnreachableError, match=r"nowhere.invalid:8000 cannot be reached: (?i:.*(name|lookup|resol))"):
+        triton.Client(f"{protocol}://nowhere.invalid:8000", timeout_s=60)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_server_that_never_answers(protocol: str):
     with closing(socket.create_server(("127.0.0.1", 0))) as deaf:
-        with pytest.raises(UnavailableError, match="no answer within 0.5 s"):
+        with pytest.raises(NoAnswerError, match="no answer within 0.5 s") as caught:
             triton.Client(f"{protocol}://127.0.0.1:{deaf.getsockname()[1]}", timeout_s=0.5)
+    assert isinstance(caught.value, UnavailableError) and isinstance(caught.value, TimeoutError)
 
 
 @pytest.fixture
