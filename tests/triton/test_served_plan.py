@@ -6,8 +6,6 @@ plan, which has the same inputs and outputs. The rest is as exported, and Triton
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, PlanEntry, read_manifest
+from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.files import sha256_file
 from gte_deploy.core.spec import Profile
+from plan_bundles import make_plan_bundle
 from triton_server import Server
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -36,29 +34,9 @@ def serve_plan(
     """`serve_plan(checkpoint)`: a server of a plan with the profiles SHORT and LONG, for a `with` block."""
 
     def start(checkpoint: Path) -> Any:
-        bundle = bundle_of(checkpoint)
-        folder = tmp_path_factory.mktemp("plan") / "bundle"
-        shutil.copytree(bundle, folder)
-        manifest = read_manifest(folder)
-        graph = manifest.graphs["onnxruntime"]
-        file = folder / "tensorrt" / "model.plan"
-        file.parent.mkdir()
-        file.write_bytes(b"plan")
-        plan = PlanEntry(
-            path="tensorrt/model.plan",
-            variant="tensorrt",
-            version="10.9.0.34",
-            compute_capabilities=("8.9",),
-            profiles=(SHORT, LONG),
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            layers={},
-        )
-        files = {**manifest.files, plan.path: FileEntry(4, sha256_file(file))}
-        manifest = dataclasses.replace(manifest, plan=plan, files=files)
-        (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_json()), encoding="utf-8")
+        folder = make_plan_bundle(bundle_of(checkpoint), tmp_path_factory.mktemp("plan") / "bundle", (SHORT, LONG))
         path = repository_of(None, engine=folder)
-        put_graph_for_plan(path / "gte_plan", bundle / graph.path)
+        put_graph_for_plan(path / "gte_plan", folder / read_manifest(folder).graphs["onnxruntime"].path)
         return Server(path, folder=triton)
 
     return start
