@@ -3,7 +3,7 @@
     gte-export --format triton my-bundle my-repository     # its README.md says how to start the server
     python examples/triton_client.py http://localhost:8000
 
-It needs `pip install 'gte-deploy[triton]'`, but no model and no torch. docs/triton-client.md describes the client.
+It needs `pip install '.[triton]'`, but no model and no torch. docs/triton-client.md describes the client.
 """
 
 import sys

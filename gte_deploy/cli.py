@@ -392,9 +392,11 @@ def _load(given: Given, task: TaskName | None = None) -> "Model":
     from gte_deploy.bundle.download import resolve_model
     from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load
+    from gte_deploy.models import is_builtin
 
     arguments = {**_arguments(given, ModelOptions), **_load_arguments(given)}
-    if task is not None and not is_bundle(resolve_model(arguments.get("path"))):
+    path = arguments.get("path")
+    if task is not None and (is_builtin(path) or not is_bundle(resolve_model(path))):
         arguments["task"] = task
     return load(**arguments)
 

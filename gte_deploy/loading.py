@@ -1,6 +1,7 @@
 """`load`: from a path or name to a Model."""
 
 import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ from gte_deploy.core.spec import (
     is_packed,
 )
 from gte_deploy.model import Model, Origin
-from gte_deploy.models import BUILTIN_NAME
+from gte_deploy.models import builtin_bundle, builtin_path, is_builtin
 from gte_deploy.tasks import TASKS
 from gte_deploy.text.batching import BatchLimits
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
@@ -82,7 +83,8 @@ def load(
 
     Args:
         path: a bundle folder, a checkpoint folder, the id of either on the Hugging Face Hub (`owner/name`, or
-            `owner/name@revision`), or None for the built-in model.
+            `owner/name@revision`), or None for the built-in model. That is a bundle; what only a checkpoint can do,
+            such as backend "torch" and other tasks, is done with its checkpoint.
         backend: "onnx" (ONNX Runtime), "openvino", "tensorrt" and "executorch" run a bundle, "torch" runs a checkpoint.
             For a bundle, "auto" takes its TensorRT engine if that fits GPU and TensorRT, else the engine recorded on
             this machine by `gte-deploy bench --pick`, else the engine that was measured to be faster on similar CPUs.
@@ -134,6 +136,8 @@ def load(
     wanted = stream_count(streams)
     joins = _join_options(join_calls)
     folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token)
+    if folder == builtin_bundle() and (compile or _needs_checkpoint(backend, task)):
+        folder = builtin_path()
     if compile and is_bundle(folder):
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
     with in_use():
@@ -156,7 +160,7 @@ def load(
         "join_calls": join_calls,
         "task": task,
     }
-    where = None if path is None or str(path) == BUILTIN_NAME else str(folder.absolute())
+    where = None if is_builtin(path) else str(folder.absolute())
     usual = opened.batch_tokens or _MAX_BATCH_TOKENS[parse_device(engine.device)[0]]
     tokens = usual if max_batch_tokens is None else max_batch_tokens
     if joins is not None:
@@ -275,6 +279,13 @@ def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] |
     if weights.dtype != np.float32 or weights.shape != (spec.vocab_size,):
         raise BundleError(f"{file} must be float32 [{spec.vocab_size}], and is {weights.dtype} {list(weights.shape)}")
     return weights
+
+
+def _needs_checkpoint(backend: str, task: str) -> bool:
+    """Whether the built-in model must run on torch: on request, for another task, or as there is no engine."""
+    has_engine = any(map(importlib.util.find_spec, ("onnxruntime", "openvino")))
+    no_other = backend == "auto" and not has_engine and importlib.util.find_spec("torch") is not None
+    return backend == "torch" or no_other or task not in ("auto", read_manifest(builtin_bundle()).spec.task)
 
 
 def _require_task_of_bundle(folder: Path, task: str) -> None:
@@ -457,6 +468,7 @@ def _open_graph(
         return OpenVinoBackend(graph_files(folder, graph), manifest.spec, **options)
     if plan is not None:
         options["packed"] = plan.packed
+    options["half_weights"] = graph.half_weights
     return OnnxBackend(graph_files(folder, graph), manifest.spec, **options)
 
 

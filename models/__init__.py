@@ -7,7 +7,15 @@ from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.hub import HubModel, split_revision
 from gte_deploy.models.presets import PRESETS
 
-__all__ = ["BUILTIN_NAME", "CHECKPOINT_PATTERNS", "builtin_path", "locate", "resolve_checkpoint"]
+__all__ = [
+    "BUILTIN_NAME",
+    "CHECKPOINT_PATTERNS",
+    "builtin_bundle",
+    "builtin_path",
+    "is_builtin",
+    "locate",
+    "resolve_checkpoint",
+]
 
 BUILTIN_NAME = "gte-en-mlm-tiny"
 
@@ -16,8 +24,18 @@ CHECKPOINT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "README.md
 
 
 def builtin_path() -> Path:
-    """Folder of the model that ships inside the package."""
-    return Path(__file__).with_name(BUILTIN_NAME.replace("-", "_"))
+    """Folder of the checkpoint that ships inside the package."""
+    return builtin_bundle() / BUILTIN_NAME.replace("-", "_")
+
+
+def builtin_bundle() -> Path:
+    """Folder of the bundle of that checkpoint. Its graphs read the weights from the checkpoint, which lies inside."""
+    return Path(__file__).with_name("builtin")
+
+
+def is_builtin(name_or_path: str | os.PathLike[str] | None) -> bool:
+    """Whether this means the built-in model, as in `resolve_checkpoint`."""
+    return name_or_path is None or str(name_or_path) == BUILTIN_NAME
 
 
 def resolve_checkpoint(
@@ -55,7 +73,7 @@ def locate(
     Raises:
         CheckpointError: the name is neither a folder nor a hub id.
     """
-    if name_or_path is None or str(name_or_path) == BUILTIN_NAME:
+    if name_or_path is None or is_builtin(name_or_path):
         return builtin_path()
     try:
         path = Path(name_or_path).expanduser()

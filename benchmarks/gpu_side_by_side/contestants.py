@@ -86,7 +86,7 @@ class OnnxRuntime(contestants.OnnxRuntime):
         provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[device]
         self._session = ort.InferenceSession(folder / "model.onnx", providers=[provider])
         if self._session.get_providers()[0] != provider:
-            raise RuntimeError(f"ONNX Runtime has no {provider} here: pip install 'gte-deploy[gpu]'")
+            raise RuntimeError(f"ONNX Runtime has no {provider} here: pip install '.[gpu]'")
         self._inputs = {value.name for value in self._session.get_inputs()}
 
 

@@ -182,7 +182,7 @@ def _uses(described: Manifest, model_type: str) -> list[str]:
     uses = [
         "`MODEL` stands for the id of this repository, or for the folder of the bundle; `MODEL@REVISION` pins a "
         "branch, tag or commit.",
-        _code(f"Python (`pip install {_packages(described)}`)", "python", python),
+        _code(f"Python (gte-deploy; in a checkout of it, `pip install {_packages(described)}`)", "python", python),
     ]
     # On a CPU: a graph for GPUs needs options that docs/runtimes.md describes.
     for engine in ("onnxruntime", "openvino"):
@@ -200,12 +200,12 @@ def _uses(described: Manifest, model_type: str) -> list[str]:
 def _packages(described: Manifest) -> str:
     """Return what pip installs to run the bundle."""
     if described.plan is not None:
-        return f"'gte-deploy[{VARIANTS[described.plan.variant].extra}]'"
+        return f"'.[{VARIANTS[described.plan.variant].extra}]'"
     if "executorch" in described.graphs:
-        return "gte-deploy executorch"
+        return ". executorch"
     if described.target == "cuda":
-        return "'gte-deploy[gpu]'"
-    return f"'gte-deploy[{'cpu' if 'onnxruntime' in described.graphs else 'openvino'}]'"
+        return "'.[gpu]'"
+    return f"'.[{'cpu' if 'onnxruntime' in described.graphs else 'openvino'}]'"
 
 
 _REGISTER = """\

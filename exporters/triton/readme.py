@@ -154,7 +154,7 @@ def _client_example(serving: Serving) -> str:
     }
     ask = calls.get(serving.spec.task, 'client.encode(["a text", "another"], normalize_embeddings=True)')
     return f"""\
-    from gte_deploy.triton import Client  # pip install 'gte-deploy[triton]'
+    from gte_deploy.triton import Client  # pip install '.[triton]' in a checkout of gte-deploy
 
     with Client("grpc://localhost:8001") as client:  # or http://localhost:8000
         {ask}

@@ -24,6 +24,7 @@ from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bu
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ConfigError, ExportError, InputError, ParityError, require_modules
 from gte_deploy.core.hub import HubModel
+from gte_deploy.core.install import install_command
 from gte_deploy.core.options import options_of
 from gte_deploy.core.spec import POOLINGS, ModelSpec, TensorSpec
 from gte_deploy.exporters.bundle.writer import hash_files, publish, staging, write_manifest
@@ -464,9 +465,7 @@ def _check(folder: Path, report: Progress) -> bool:
         ExportError: the configurations have problems.
     """
     if importlib.util.find_spec("tritonclient") is None:
-        report(
-            "the configurations are not checked; to check them: pip install 'gte-deploy[triton]', then gte-export check"
-        )
+        report(f"the configurations are not checked; to check them: {install_command('triton')}, then gte-export check")
         return False
     from gte_deploy.exporters.triton.checks import check_repository
 

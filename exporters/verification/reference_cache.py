@@ -220,7 +220,7 @@ class CachingEncoder:
         values: dict[str, Any] = {name: getattr(outputs, name, None) for name in _OUTPUTS}
         if is_cached:
             arrays = {name: value.numpy() for name, value in values.items() if value is not None}
-            today = datetime.datetime.now(datetime.UTC).date().isoformat()
+            today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
             self._cache.store(key, CachedOutputs(arrays, milliseconds, today))
         return EncoderOutputs(**values)
 

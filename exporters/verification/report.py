@@ -68,7 +68,7 @@ def build_report(
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "source": dict(source),
         "task": spec.task,
         "max_length": spec.max_length,

@@ -6,6 +6,7 @@ from gte_deploy.backends import picks
 from gte_deploy.backends.bf16_speed import bf16_speed
 from gte_deploy.backends.choice import LEAST_BF16_SPEEDUP, int8_unit, is_for_gpus, may_run_in_bf16, speedup
 from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.core.install import install_command
 from gte_deploy.core.spec import Engine
 
 
@@ -23,7 +24,7 @@ def faster_here(manifest: Manifest, *, measure: bool = True) -> list[str]:
     if unit is not None and manifest.precision in ("fp32", "bf16"):
         lines.append(f"This CPU has {unit}, so int8 is faster, and a little less exact: export with --precision int8.")
     if unit is not None and manifest.precision == "int8" and not has_openvino:
-        lines.append(f"OpenVINO is faster in int8 on a CPU with {unit}: pip install 'gte-deploy[openvino]'.")
+        lines.append(f"OpenVINO is faster in int8 on a CPU with {unit}: {install_command('openvino')}")
     lines += _of_bf16(manifest, measure=measure) if has_openvino else []
     engines: list[Engine] = [engine for engine in manifest.graphs if importlib.util.find_spec(engine) is not None]
     if len(engines) > 1 and picks.lookup(manifest.to_json()["checksum"]) is None:

@@ -19,6 +19,7 @@ from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames
 from gte_deploy.backends.tensorrt.shapes import PaddedLayout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
+from gte_deploy.core.install import install_command
 from gte_deploy.core.spec import ModelSpec, Precision, Profile
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class OnnxBackend:
         precision: Precision = "fp32",
         tensorrt: ThroughTensorRT | None = None,
         packed: bool = True,
+        half_weights: bool = False,
     ) -> None:
         """Open a session on an ONNX file; ONNX Runtime maps the external data beside the file.
 
@@ -80,7 +82,7 @@ class OnnxBackend:
         `num_threads` is the number of threads inside one operator on the CPU; the default is every CPU that this
         process may use. `precision` is the precision that the graph's data types give. With `tensorrt`, TensorRT runs
         the graph on `device`. `packed` makes a copy of the weights in the order in which the kernels read them; without
-        it, every call packs them, and the session has no copy of the mapped file.
+        it, every call packs them, and the session has no copy of the mapped file. `half_weights` is as in `GraphEntry`.
 
         Raises:
             MissingDependencyError: onnxruntime is not installed.
@@ -92,6 +94,7 @@ class OnnxBackend:
         self.num_threads = num_threads or available_cpus()
         self._tensorrt = tensorrt
         self._packed = packed
+        self._half_weights = half_weights
         ort = _import_onnxruntime(device)
         self._errors = _error_types()
         self._ort = ort
@@ -158,7 +161,9 @@ class OnnxBackend:
         options.log_severity_level = _LOG_ERRORS_ONLY
         if parse_device(self.device)[0] == "cpu":
             # The exporter fused the graph already. ORT finds nothing more, and its search takes a tenth of the time.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # Only constants must be folded where the graph converts its own weights.
+            levels = ort.GraphOptimizationLevel
+            options.graph_optimization_level = levels.ORT_ENABLE_BASIC if self._half_weights else levels.ORT_DISABLE_ALL
         # Threads spin inside a run, which makes it faster (fp32 5 %, int8 15 % at 128 tokens), and stop at its end.
         # Else each thread would keep a core busy for another 35 ms that the tokenizer or other processes need.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -220,10 +225,11 @@ def _missing_libraries(ort: Any, *, through_tensorrt: bool) -> str:
     version = getattr(ort, "cuda_version", "") or "13"
     major = version.partition(".")[0]
     driver = f"an NVIDIA driver {_DRIVERS[major]} or newer" if major in _DRIVERS else "an NVIDIA driver for it"
-    packages, libraries = "'gte-deploy[gpu]'", f"CUDA {version}"
+    others, libraries = [], f"CUDA {version}"
     if through_tensorrt:
-        packages, libraries = f"{packages} 'tensorrt-cu{major}==10.*'", f"TensorRT 10 and {libraries}"
-    return f"the libraries of {libraries} could not be loaded. Install {driver}, and pip install {packages}"
+        others, libraries = [f"tensorrt-cu{major}==10.*"], f"TensorRT 10 and {libraries}"
+    command = install_command("gpu", *others)
+    return f"the libraries of {libraries} could not be loaded. Install {driver}, and {command}"
 
 
 def _error_types() -> tuple[type[Exception], ...]:
@@ -243,7 +249,7 @@ def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -
     if wanted not in ort.get_available_providers():
         raise BackendError(
             f"device {device!r} needs {wanted} of onnxruntime-gpu, and the installed onnxruntime does not have it: "
-            "pip uninstall onnxruntime && pip install 'gte-deploy[gpu]'. Or pass device='cpu'."
+            f"pip uninstall onnxruntime, and then {install_command('gpu')}. Or pass device='cpu'."
         )
     # By default the arena doubles its size, and TF32 rounds the FP32 inputs of matrix products to ten bits.
     cuda = {"device_id": index, "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}

@@ -5,10 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 from gte_deploy.bulk.parts import Part
 from gte_deploy.core.calls import Call
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing since Python 3.11
 
 _SECONDS_BETWEEN_REPORTS = 0.5
 
@@ -67,7 +70,7 @@ class BulkProgress:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._report_often, name="gte-progress", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         if self._report is not None:
             self._thread.start()
         return self

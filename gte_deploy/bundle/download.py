@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from gte_deploy.bundle.manifest import MANIFEST_NAME, is_bundle, read_manifest
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.hub import HubModel
-from gte_deploy.models import CHECKPOINT_PATTERNS, locate
+from gte_deploy.models import CHECKPOINT_PATTERNS, builtin_bundle, is_builtin, locate
 
 # What bundles consist of. A manifest that names a pickle or code is refused: nothing of the kind is ever downloaded.
 _SUFFIXES = {
@@ -27,16 +27,18 @@ def resolve_model(
 ) -> Path:
     """Find the folder of a bundle or checkpoint; a hub id is downloaded once into the Hugging Face cache.
 
-    A repository with a bundle's manifest.json is a bundle: exactly the files that the manifest names are downloaded,
-    all of the same commit. Any other repository is a checkpoint, also one with the manifest.json of another project.
-    Arguments as in `gte_deploy.models.resolve_checkpoint`.
+    The built-in model is a bundle. A repository with a bundle's manifest.json is a bundle: exactly the files that the
+    manifest names are downloaded, all of the same commit. Any other repository is a checkpoint, also one with the
+    manifest.json of another project. Arguments as in `gte_deploy.models.resolve_checkpoint`.
 
     Raises:
         CheckpointError: the name is unknown, or the download failed; the message says what to do.
         BundleError: the manifest is malformed, or names files that no bundle has.
     """
     found = locate(name_or_path, revision=revision, cache_dir=cache_dir, token=token)
-    return _download(found) if isinstance(found, HubModel) else found
+    if isinstance(found, HubModel):
+        return _download(found)
+    return builtin_bundle() if is_builtin(name_or_path) else found
 
 
 def resolve_bundle(name_or_path: str | os.PathLike[str]) -> Path:

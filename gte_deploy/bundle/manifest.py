@@ -97,6 +97,8 @@ class GraphEntry:
         parts: smaller graphs, which the engine runs for calls that need no other outputs.
         all_logits: for fill-mask, the graph that other libraries open: without `mask_positions`, and with the logits of
             every token. The runtime never opens it. None if the graph itself is such a graph, and for other tasks.
+        half_weights: whether the weights are stored in float16, and nodes of the graph convert them to float32. The
+            engine must compute these nodes when it opens the graph, or each run computes them again.
     """
 
     path: str
@@ -108,6 +110,7 @@ class GraphEntry:
     emulated: tuple[ComputePrecision, ...] = ()
     parts: tuple[GraphPart, ...] = ()
     all_logits: GraphPart | None = None
+    half_weights: bool = False
 
     @property
     def with_parts(self) -> "tuple[GraphEntry | GraphPart, ...]":
@@ -228,6 +231,9 @@ class Manifest:
             data["plan"] = self.plan.to_json()
         if self.calibration is None:
             del data["calibration"]  # older bundles do not have it, and keep their checksum
+        for entry in data["graphs"].values():
+            if not entry["half_weights"]:
+                del entry["half_weights"]  # likewise
         return {**data, "checksum": _checksum(data)}
 
 
@@ -426,6 +432,7 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
         # Older bundles have neither of these.
         parts=tuple(_part_from_json(part, files) for part in data.get("parts", [])),
         all_logits=None if data.get("all_logits") is None else _part_from_json(data["all_logits"], files),
+        half_weights=data.get("half_weights", False) is True,
     )
     for part in entry.parts:
         if _names(part.inputs) != _names(entry.inputs) or not set() < _names(part.outputs) < _names(entry.outputs):

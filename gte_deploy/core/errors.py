@@ -2,6 +2,8 @@
 
 import importlib.util
 
+from gte_deploy.core.install import install_command
+
 
 class GteDeployError(Exception):
     """The base class of every error that gte-deploy raises on purpose."""
@@ -71,7 +73,7 @@ class MissingDependencyError(GteDeployError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
     def __init__(self, module: str, extra: str, advice: str = "") -> None:
-        message = f"{module!r} is not installed, and this needs it: pip install 'gte-deploy[{extra}]'"
+        message = f"{module!r} is not installed, and this needs it: {install_command(extra)}"
         super().__init__(f"{message}. {advice}" if advice else message)
 
 

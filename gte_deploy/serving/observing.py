@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Collection
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -113,7 +113,7 @@ class Observed:
             return
         client = scope.get("client") or ("-", 0)
         line: dict[str, Any] = {
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "client": client[0],
             "method": scope["method"],
             "path": scope["path"],

@@ -133,23 +133,19 @@ def _many(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": 1}
 
 
-def _checked(check: Any, schema: dict[str, Any]) -> Any:
-    return (BeforeValidator(check), WithJsonSchema(schema))
-
-
-Texts = Annotated[Any, *_checked(_check_texts, {"anyOf": [_STRING, _IDS, _many(_TEXT)]})]
-Strings = Annotated[Any, *_checked(_check_strings, {"anyOf": [_STRING, _many(_STRING)]})]
-StringList = Annotated[Any, *_checked(_check_string_list, _many(_STRING))]
+Texts = Annotated[Any, BeforeValidator(_check_texts), WithJsonSchema({"anyOf": [_STRING, _IDS, _many(_TEXT)]})]
+Strings = Annotated[Any, BeforeValidator(_check_strings), WithJsonSchema({"anyOf": [_STRING, _many(_STRING)]})]
+StringList = Annotated[Any, BeforeValidator(_check_string_list), WithJsonSchema(_many(_STRING))]
 Documents = Annotated[
     Any,
-    *_checked(
-        _check_documents,
-        _many({"anyOf": [_STRING, {"type": "object", "properties": {"text": _STRING}, "required": ["text"]}]}),
+    BeforeValidator(_check_documents),
+    WithJsonSchema(
+        _many({"anyOf": [_STRING, {"type": "object", "properties": {"text": _STRING}, "required": ["text"]}]})
     ),
 ]
 _PAIR = {"type": "array", "items": _STRING, "minItems": 1, "maxItems": 2}
-Pairs = Annotated[Any, *_checked(_check_pairs, {"anyOf": [_STRING, _PAIR, _many(_PAIR)]})]
-Decoded = Annotated[Any, *_checked(_check_decoded, {"anyOf": [_IDS, _many(_IDS)]})]
+Pairs = Annotated[Any, BeforeValidator(_check_pairs), WithJsonSchema({"anyOf": [_STRING, _PAIR, _many(_PAIR)]})]
+Decoded = Annotated[Any, BeforeValidator(_check_decoded), WithJsonSchema({"anyOf": [_IDS, _many(_IDS)]})]
 
 EncodingFormat = Literal["float", "base64"]
 TruncationDirection = Literal["Left", "Right", "left", "right"]

@@ -60,19 +60,22 @@ async def read_body(request: Request, most: int, deadline: float) -> bytes:
         ClientGoneError: the client went away.
     """
     chunks: list[bytes] = []
-    size = 0
+
+    async def read() -> int:
+        size = 0
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            size += len(message.get("body", b""))
+            if size <= most:
+                chunks.append(message.get("body", b""))
+            if not message.get("more_body", False) or size > _READ_BEYOND * most:
+                return size
+
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError
-                size += len(message.get("body", b""))
-                if size <= most:
-                    chunks.append(message.get("body", b""))
-                if not message.get("more_body", False) or size > _READ_BEYOND * most:
-                    break
-    except TimeoutError:
+        size = await asyncio.wait_for(read(), max(0.0, deadline - time.monotonic()))
+    except asyncio.TimeoutError:  # not the builtin one before Python 3.11
         raise RequestError(408, "the body did not arrive in time", "Timeout") from None
     if size > most:
         raise RequestError(413, f"the body has {size:,} bytes or more, and this server takes {most:,}")

@@ -8,7 +8,7 @@ Shapes: N and M embeddings, D dimensions, V vocabulary.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import LATE_INTERACTIONS, SIMILARITIES, LateInteraction, ModelSpec, Similarity
@@ -18,6 +18,8 @@ from gte_deploy.tasks.similarity import similarity_matrix, similarity_of_pairs, 
 from gte_deploy.text.inputs import check_integer
 
 if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing since Python 3.11
+
     from gte_deploy.text.model_tokenizer import ModelTokenizer
 
 
@@ -171,7 +173,7 @@ class DropIn:
         """
         return sparsity_of(embeddings)
 
-    def eval(self) -> Self:
+    def eval(self) -> "Self":
         """Return the model as it is, for code that puts torch modules into evaluation mode."""
         return self
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choice
@@ -38,6 +38,9 @@ from gte_deploy.tasks.sparse import Names, SparseForm, SparseRequest
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest, TokenScoreRequest
 from gte_deploy.text.batching import BatchLimits
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, as_pairs, as_texts, check_integer, distinct
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack  # of typing since Python 3.11
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ class TextInterface(DropIn, ABC):
     def close(self) -> None:
         """Free the engine or the connections. Idempotent."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(
@@ -152,12 +155,12 @@ class TextInterface(DropIn, ABC):
 
     @overload
     def encode(  # type: ignore[overload-overlap]  # a text counts as a sequence of texts, too
-        self, inputs: str, *, chunks: ChunkSpec, **options: Unpack[ChunkOptions]
+        self, inputs: str, *, chunks: ChunkSpec, **options: "Unpack[ChunkOptions]"
     ) -> ChunkEmbeddings: ...
 
     @overload
     def encode(
-        self, inputs: Sequence[str], *, chunks: ChunkSpec, **options: Unpack[ChunkOptions]
+        self, inputs: Sequence[str], *, chunks: ChunkSpec, **options: "Unpack[ChunkOptions]"
     ) -> list[ChunkEmbeddings]: ...
 
     def encode(

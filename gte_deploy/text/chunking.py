@@ -25,10 +25,12 @@ _MOST_TOKENS = (1 << 31) - 1
 # Unicode's Sentence_Break=STerm, without "!" and "?", in scripts that are written today. Many of these scripts have no
 # spaces between sentences.
 _STOPS = "։؝؞؟۔܀܁܂߹।॥၊။።፧፨᙮។៕᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮。꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹖﹗！？｡"  # noqa: RUF001
-_CLOSERS = "(?:[\u00a0\u202f]?[\"'’”»›)\\]}」』】》〉〕］）｝｣＂＇])*+"  # French has a narrow space before its own  # noqa: RUF001
+_CLOSER = "[\u00a0\u202f]?[\"'’”»›)\\]}」』】》〉〕］）｝｣＂＇]"  # French has a narrow space before its own  # noqa: RUF001
+# All of them: the sentence does not end before the last one, where a space may stand.
+_CLOSERS = rf"(?:{_CLOSER})*(?!{_CLOSER})"
 _BREAK = re.compile(
     rf"(?P<stop>[{_STOPS}][{_STOPS}.!?…]*{_CLOSERS})"  # breaks wherever it stands
-    rf"|(?<![.!?…])(?P<mark>[.!?…]++){_CLOSERS}(?=\s|\Z)"  # breaks before a space; never tried twice
+    rf"|(?<![.!?…])(?P<mark>[.!?…]+)(?![.!?…]){_CLOSERS}(?=\s|\Z)"  # breaks before a space; never tried twice
     r"|(?P<paragraph>\n\s*\n|[\u2029\f])"
 )
 _NEXT = re.compile(r"\s*(\S?)")

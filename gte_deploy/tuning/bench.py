@@ -200,7 +200,7 @@ def bench(
         shapes=tuple(chosen),
         num_threads=threads,
         engines=tuple(results),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         list_tokens=lengths,
     )
     if not report.measured:

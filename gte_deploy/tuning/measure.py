@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import BackendError, GteDeployError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing since Python 3.11
 
 PAUSE_S = 0.1
 """Pause before every timed call: threads of ONNX Runtime and OpenMP spin for a while and slow down the next call."""
@@ -82,7 +85,7 @@ class Worker:
         theirs.close()  # so that the pipe ends when the process ends
         self._receive()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ from gte_deploy.models import BUILTIN_NAME, builtin_path, resolve_checkpoint
 
 def test_the_default_is_the_built_in_model():
     assert resolve_checkpoint(None) == resolve_checkpoint(BUILTIN_NAME) == builtin_path()
-    assert builtin_path().parts[-2:] == ("models", "gte_en_mlm_tiny")
+    assert builtin_path().parts[-2:] == ("builtin", "gte_en_mlm_tiny")
 
 
 def test_a_folder_is_itself(tmp_path, monkeypatch):

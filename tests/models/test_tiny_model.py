@@ -1,7 +1,5 @@
 """The shipped gte-en-mlm-tiny: it loads whole, stays small, and has learned English."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from transformers import AutoTokenizer, GteForMaskedLM
 import gte_deploy.models
 from gte_deploy.exporters.verification.texts import builtin_texts
 
-FOLDER = Path(gte_deploy.models.__file__).parent / "gte_en_mlm_tiny"
+FOLDER = gte_deploy.models.builtin_path()
 SIZE_LIMIT = 25_000_000
 REAL_VOCABULARY = 30522
 

@@ -81,7 +81,7 @@ def test_training(tmp_path):
     stage = {"name": "one", "max_length": 32, "rope_theta": 10_000, "steps": 2, "batch_size": 8, "learning_rate": 1e-3}
     recipe = {"name": "test", "model": "architecture", "stages": [stage], "seed": 3}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    config = json.loads((ROOT / "models/gte_en_mlm_tiny/config.json").read_text())
+    config = json.loads((ROOT / "models/builtin/gte_en_mlm_tiny/config.json").read_text())
     config |= {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
     (tmp_path / "architecture").mkdir()
     (tmp_path / "architecture/config.json").write_text(json.dumps(config))

@@ -1,6 +1,6 @@
 """Measure fill-mask accuracy on the held-out text of gte-en-mlm-tiny.
 
-    python tools/tiny_model/evaluate.py corpus models/gte_en_mlm_tiny
+    python tools/tiny_model/evaluate.py corpus models/builtin/gte_en_mlm_tiny
 
 The script prints one JSON object. It holds the accuracy over 512-token windows, for each source and for all of them,
 beside the accuracy of a baseline that always answers with the most frequent words; and the loss by position over

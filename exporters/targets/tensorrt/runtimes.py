@@ -13,6 +13,7 @@ from typing import Any
 from gte_deploy.backends.tensorrt.cuda import gpu_capability
 from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
+from gte_deploy.core.install import install_command
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import Precision, TensorRTVariant
 
@@ -102,17 +103,16 @@ def choose_runtime(asked: str) -> Runtime:
         )
     module = import_tensorrt("tensorrt-rtx")
     if module is None:
-        raise MissingDependencyError("tensorrt_rtx", "rtx", _INSTALL)
+        raise MissingDependencyError(
+            "tensorrt_rtx",
+            "rtx",
+            "It builds engines for RTX GPUs, with or without one. For ordinary TensorRT, which builds on the GPU "
+            f"itself: {install_command('trt')}. Or write the graph with --onnx-only and build it elsewhere.",
+        )
     if asked == "rtx":
         return Runtime("tensorrt-rtx", "it was requested", module)
     why = "no GPU was found here" if capability is None else "ordinary TensorRT is not installed"
     return Runtime("tensorrt-rtx", f"{why}; it needs no GPU", module)
-
-
-_INSTALL = (
-    "It builds engines for RTX GPUs, with or without one. For ordinary TensorRT, which builds on the GPU itself: "
-    "pip install 'gte-deploy[trt]'. Or write the graph with --onnx-only and build it elsewhere."
-)
 
 
 def parse_capabilities(text: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from gte_deploy.backends.tensorrt.padding_free import QUERY_LENGTHS
 from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES, VARIANTS
 from gte_deploy.bundle.manifest import FileEntry, PlanEntry
 from gte_deploy.core.errors import BackendError, BundleError
+from gte_deploy.core.install import install_command
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def _module_for(plan: PlanEntry) -> tuple[Any, str]:
         trt = importlib.import_module(variant.module)
     except ImportError as error:
         raise BackendError(
-            f"{built}; {variant.module!r} is not installed here: pip install 'gte-deploy[{variant.extra}]' "
-            f"'{variant.distribution}=={plan.version}'."
+            f"{built}; {variant.module!r} is not installed here: "
+            f"{install_command(variant.extra, f'{variant.distribution}=={plan.version}')}"
         ) from error
     if trt.__version__ != plan.version:
         raise BackendError(

@@ -20,6 +20,7 @@ from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
 from gte_deploy.bundle.manifest import FileEntry, GraphEntry, GraphPart, Manifest, read_manifest
 from gte_deploy.core.errors import BackendError, BundleError, InputError, MissingDependencyError, NonFiniteError
 from gte_deploy.core.files import sha256_file
+from gte_deploy.core.install import install_command
 from gte_deploy.core.spec import ModelSpec, Profile
 
 SPEC = ModelSpec(task="embed", max_length=8, vocab_size=10, hidden_size=4, pad_token_id=0)
@@ -312,12 +313,12 @@ def test_the_installed_onnxruntime_preloads_silently(capfd):
 @pytest.mark.parametrize(
     "version, tensorrt, says",
     [
-        ("13.0", None, "CUDA 13.0 could not be loaded. Install an NVIDIA driver 580 or newer, and pip install "
-         "'gte-deploy[gpu]', or pass device='cpu'"),
+        ("13.0", None, "CUDA 13.0 could not be loaded. Install an NVIDIA driver 580 or newer, and "
+         f"{install_command('gpu')}, or pass device='cpu'"),
         ("12.8", None, "CUDA 12.8 could not be loaded. Install an NVIDIA driver 525 or newer"),
         ("14.1", None, "Install an NVIDIA driver for it"),
         ("13.0", TENSORRT, "TensorRT 10 and CUDA 13.0 could not be loaded. Install an NVIDIA driver 580 or newer, and "
-         "pip install 'gte-deploy[gpu]' 'tensorrt-cu13==10.*'"),
+         f"{install_command('gpu')} 'tensorrt-cu13==10.*'"),
     ],
 )  # fmt: skip
 def test_missing_libraries_are_named_with_their_packages(fake_gpu_package, tmp_path, version, tensorrt, says):

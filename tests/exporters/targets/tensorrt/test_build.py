@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '[rtx]'")
 
 from factories import make_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
@@ -283,7 +283,7 @@ def test_onnx_only_needs_no_tensorrt_and_prints_the_line(trace_once, small, tmp_
     monkeypatch.setattr(runtimes, "import_tensorrt", lambda variant: None)
     out = tmp_path / "bundle"
     assert main([str(small), str(out), "--format", "trt", "--max-len", "64"]) == 3
-    assert "gte-deploy[rtx]" in capsys.readouterr().err and not out.exists()
+    assert "[rtx]" in capsys.readouterr().err and not out.exists()
     assert main([str(small), str(out), "--format", "trt", "--max-len", "64", "--onnx-only"]) == 0
     assert "trtexec --onnx=onnx/model_tensorrt.onnx" in capsys.readouterr().out
     manifest = open_bundle(out)
