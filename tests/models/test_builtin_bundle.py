@@ -1,4 +1,4 @@
-"""The bundle of the built-in model: it answers as the checkpoint does in transformers, from the checkpoint's weights."""
+"""The bundle of the built-in model answers as transformers does, from the checkpoint's own weights."""
 
 import dataclasses
 import importlib.util
