@@ -42,9 +42,9 @@ from gte_deploy.models.description import Description, describe
 from gte_deploy.text.tokenization import load_tokenizer
 
 CHECKPOINT = builtin_path().name
-STORED_WEIGHTS = f"{CHECKPOINT}/model.safetensors"
+_STORED_WEIGHTS = f"{CHECKPOINT}/model.safetensors"
 """ONNX allows data only in the folder of a graph, or below it. So the checkpoint lies in the folder of the bundle."""
-TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_FILES = ("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json")
 PATHS: dict[Engine, str] = {"onnxruntime": "model.onnx", "openvino": "model_openvino.onnx"}
 _MIN_STORED_BYTES = 256
 """Smaller tensors stay in the graph, as in every bundle."""
@@ -75,7 +75,7 @@ class Weights:
         stored, is_transposed = self._found[_key(tensor_of(value).numpy())]
         name = f"{stored.name}.half"
         tensor = ir.ExternalTensor(
-            location=STORED_WEIGHTS,
+            location=_STORED_WEIGHTS,
             offset=stored.offset,
             length=stored.values.nbytes,
             dtype=ir.DataType.FLOAT16,
@@ -160,7 +160,7 @@ def write(folder: Path) -> Description:
     model = load_described(checkpoint)
     traced = build_graphs(model, task=spec.task, max_length=spec.max_length, logits=spec.logits)
     graphs: dict[Engine, Graph] = {**traced, "openvino": openvino_graph(traced["openvino"], checkpoint.sites)}
-    weights = Weights(folder / STORED_WEIGHTS)
+    weights = Weights(folder / _STORED_WEIGHTS)
     rotation = model.base_model.rotary_emb.inv_freq.numpy().astype(np.float32)  # type: ignore[union-attr, operator]
     entries: dict[Engine, GraphEntry] = {}
     for engine, graph in graphs.items():
@@ -179,10 +179,10 @@ def write(folder: Path) -> Description:
             parts=tuple(parts),
             half_weights=True,
         )
-    for name in TOKENIZER_FILES:
+    for name in _TOKENIZER_FILES:
         write_bytes(folder / name, (folder / CHECKPOINT / name).read_bytes())
     # Not the rest of the checkpoint: the model card may be edited without a new bundle.
-    names = [*(graph.path for entry in entries.values() for graph in entry.files), *TOKENIZER_FILES, STORED_WEIGHTS]
+    names = [*(graph.path for entry in entries.values() for graph in entry.files), *_TOKENIZER_FILES, _STORED_WEIGHTS]
     manifest = Manifest(
         spec=spec,
         precision="fp32",
