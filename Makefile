@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
 SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 
-.PHONY: help export test test-slow test-gpu test-arm64 test-consumers lint format docs clean
+.PHONY: help export test test-slow test-gpu test-arm64 test-consumers lint format docs site clean
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
@@ -77,7 +77,13 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	@mkdir -p build
 	$(BIN)/python tools/generate_docs.py
+	$(BIN)/python tools/readme_images.py
 	$(BIN)/python -m gte_deploy.models.field_tables > build/checkpoints.md && mv build/checkpoints.md docs/checkpoints.md
+
+# The documents as a site, in build/site.
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

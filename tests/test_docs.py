@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *PAGES]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "examples" / "README.md", *PAGES]
 
 
 def _links(document: Path) -> list[str]:
@@ -33,6 +33,12 @@ def test_links(document: Path) -> None:
 def test_readme_names_every_document() -> None:
     text = README.read_text(encoding="utf-8")
     assert [path.name for path in PAGES if path.parent.name == "docs" and f"(docs/{path.name})" not in text] == []
+
+
+def test_the_site_names_every_document() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = {*re.findall(r"([\w-]+\.md)$", navigation, re.MULTILINE)}
+    assert [path.name for path in PAGES if path.parent.name == "docs" and path.name not in named] == []
 
 
 def test_every_document_is_found_from_the_readme() -> None:

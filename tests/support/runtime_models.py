@@ -5,7 +5,6 @@ Its fixtures are taken over by tests/conftest.py.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from factories import make_checkpoint
 
@@ -96,8 +96,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Calla
         for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
             digest.update(file.read_bytes())
         target = shared / f"bundle-{digest.hexdigest()[:16]}"
-        with (shared / f"{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(shared / f"{target.name}.lock"):
             return target if target.is_dir() else export(checkpoint, target, **options).path
 
     return bundle

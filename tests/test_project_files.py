@@ -1,0 +1,104 @@
+"""The files that a repository is expected to have say what is so: workflows, the citation, the images of README.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gte_deploy import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def check_schema(schema: str, file: Path) -> subprocess.CompletedProcess[str]:
+    """Judge a file by the schema that its readers publish, which check-jsonschema has in it."""
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed; `make test` installs it")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", file]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("schema", "file"),
+    [*(("github-workflows", file) for file in WORKFLOWS), ("citation-file-format", ROOT / "CITATION.cff")],
+    ids=lambda value: value.name if isinstance(value, Path) else value,
+)
+def test_its_readers_accept_a_file(schema, file, tmp_path):
+    run = check_schema(schema, file)
+    assert run.returncode == 0, run.stdout + run.stderr
+    broken = tmp_path / file.name
+    broken.write_text("name: only\n", encoding="utf-8")
+    assert check_schema(schema, broken).returncode == 1
+
+
+def jobs() -> list[tuple[str, dict[str, Any]]]:
+    found = [(file.name, yaml.safe_load(file.read_text(encoding="utf-8"))) for file in WORKFLOWS]
+    return [(f"{name}: {job}", content) for name, workflow in found for job, content in workflow["jobs"].items()]
+
+
+def test_workflows_run_the_scripts_that_everybody_can_run():
+    commands = {command["run"] for _, job in jobs() for command in job["steps"] if "run" in command}
+    scripts = {f".ci/{file.name}" for file in (ROOT / ".ci").iterdir()}
+    assert commands - scripts == {"git config --global core.symlinks true"}
+    assert scripts <= commands
+
+
+def test_workflows_name_four_systems_and_pythons_that_the_package_takes():
+    images = " ".join(str(job["strategy"]["matrix"]) for _, job in jobs())
+    assert all(image in images for image in ("ubuntu-24.04'", "ubuntu-24.04-arm", "macos-", "windows-"))
+    minors = [int(minor) for minor in re.findall(r"'3\.(\d+)'", images)]
+    assert minors and {f"Programming Language :: Python :: 3.{minor}" for minor in minors} <= {*PROJECT["classifiers"]}
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_workflows_have_pinned_actions_and_read_only_rights(file):
+    text = file.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    used = re.findall(r"uses: (.+)", text)
+    assert used and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job and job["timeout-minutes"] <= 120
+        checkouts = [step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout")]
+        assert [step["with"]["persist-credentials"] for step in checkouts] == [False]
+
+
+def test_the_tests_of_other_systems_are_there():
+    script = (ROOT / ".ci" / "run-runtime").read_text(encoding="utf-8")
+    paths = re.findall(r"tests/[\w/.]+", script)
+    assert len(paths) > 5 and [path for path in paths if not (ROOT / path).exists()] == []
+    # No file of theirs imports a module that Python for Windows has not.
+    files = [file for path in paths for file in [*(ROOT / path).rglob("*.py"), ROOT / path] if file.suffix == ".py"]
+    files += [ROOT / "tests/conftest.py", ROOT / "tests/support/runtime_models.py", ROOT / "tests/support/factories.py"]
+    unix = re.compile(r"^(?:import|from) (?:fcntl|resource|pwd|grp|termios|pty)\b", re.MULTILINE)
+    assert [file.name for file in files if unix.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_the_citation_has_the_version_and_the_license_of_the_package():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        PROJECT["name"],
+        __version__,
+        PROJECT["license"],
+    )
+
+
+def test_the_images_of_the_readme_are_those_of_the_results():
+    run = subprocess.run(
+        [sys.executable, "tools/readme_images.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_image_of_a_document_is_on_another_host():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    pattern = re.compile(r"!\[[^\]]*\]\(https?:|<img[^>]+src=\"https?:")
+    assert [file.name for file in documents if pattern.search(file.read_text(encoding="utf-8"))] == []
