@@ -198,6 +198,8 @@ def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
     given = vars(arguments)
     model, output = (_given_once(given, name) for name in ("model", "output"))
     is_triton = arguments.format == TRITON
+    if given.get("engine") is not None and given["model"] is None and output is None:
+        model, output = None, model  # the engine is in place of MODEL, so what stands alone is OUTPUT
     target = _target_of(arguments.format, given.get("target"))
     kinds = (ExportOptions, target.Options, *((TritonOptions,) if is_triton else ()))
     _refuse_others(given, target, kinds, arguments.format)

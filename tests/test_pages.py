@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from environments import Unavailable, interpreter
 from factories import add_multi_vector_modules, add_sparse_modules, raise_token_weights
 from gte_deploy.core.spec import Profile
 from gte_deploy.models import builtin_path
-from pages import ROOT, Wrong
+from hub import running_hub
+from pages import ROOT, Thing, Wrong
 from plan_bundles import make_plan_bundle
 from runtime_models import make_word_checkpoint
 
@@ -43,6 +45,7 @@ THINGS: dict[str, tuple[str, dict[str, object] | None]] = {
     "gte-en-mlm-tiny-onnx-fp32": ("built-in", {"max_length": 128}),
     "my-bundle": ("built-in", {"max_length": 128, "task": "embed", "pooling": "mean"}),
     "my-checkpoint": ("embed", None),
+    "my-short-checkpoint": ("embed of words", None),
     "my-reranker": ("rerank", None),
     "my-splade": ("splade", None),
     "my-embedding-bundle": ("embed of words", {}),
@@ -68,7 +71,9 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
         "rerank": lambda path: make_word_checkpoint(path, task="classify", max_positions=8192),
         "splade": lambda path: add_sparse_modules(make_word_checkpoint(path, seed=7)),
         "tagger": lambda path: make_word_checkpoint(path, num_labels=3, **tagger),
-        "multi-vector": lambda path: add_multi_vector_modules(make_word_checkpoint(path, task="embed")),
+        "multi-vector": lambda path: add_multi_vector_modules(
+            make_word_checkpoint(path, task="embed", max_positions=256)
+        ),
         "hybrid": lambda path: raise_token_weights(
             make_word_checkpoint(path, pooling="cls", normalize=True, prompts=prompts, **tagger)
         ),
@@ -85,14 +90,31 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
 @pytest.fixture
 def thing(
     bundle_of: Callable[..., Path], checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """What a page finds in its folder under a name of THINGS. Read only."""
+) -> Iterator[Callable[[str], Thing]]:
+    """What a page needs: a name of THINGS, which is read only, and some more."""
+    with ExitStack() as stack:
+        yield _maker(bundle_of, checkpoint_of, tmp_path_factory.mktemp, stack)
 
-    def make(name: str) -> Path:
+
+def _maker(
+    bundle_of: Callable[..., Path],
+    checkpoint_of: Callable[[str], Path],
+    new_folder: Callable[[str], Path],
+    stack: ExitStack,
+) -> Callable[[str], Thing]:
+    def make(name: str) -> Thing:
+        if name == "hub":
+            hub = stack.enter_context(running_hub())
+            sources = {"bundle": bundle_of(checkpoint_of("embed of words")), "checkpoint": checkpoint_of("embed")}
+            for what, source in sources.items():
+                files = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
+                repository = hub.add(f"owner/{what}", files)
+                repository.refs |= dict.fromkeys(("v1", "4f2a91c"), repository.at("main"))
+            return hub.environment(new_folder("home"), token=True)
         if name == "my-plan-bundle":
             bundle = bundle_of(checkpoint_of("embed of words"))
             profiles = [Profile((1, 1), (8, 16), (32, 32)), Profile((1, 33), (2, 64), (4, 128))]
-            return make_plan_bundle(bundle, tmp_path_factory.mktemp("plan") / "bundle", profiles)
+            return make_plan_bundle(bundle, new_folder("plan") / "bundle", profiles)
         kind, options = THINGS[name]
         checkpoint = checkpoint_of(kind)
         return checkpoint if options is None else bundle_of(checkpoint, **options)
@@ -106,20 +128,20 @@ def test_marks_are_right_and_every_block_has_a_way(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", of_pages(""))
-def test_the_blocks_of_a_page_do_what_it_says(name: str, thing: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_blocks_of_a_page_do_what_it_says(name: str, thing: Callable[[str], Thing], tmp_path: Path) -> None:
     pages.run_page(PAGES[name], tmp_path, thing)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", of_pages("slow"))
-def test_the_slow_blocks_of_a_page_do_what_it_says(name: str, thing: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_slow_blocks_of_a_page_do_what_it_says(name: str, thing: Callable[[str], Thing], tmp_path: Path) -> None:
     pages.run_page(PAGES[name], tmp_path, thing, way="slow")
 
 
 @pytest.mark.consumers
 @pytest.mark.parametrize(("name", "way"), sorted(IN_ENVIRONMENTS))
 def test_blocks_do_what_the_page_says_in_an_environment(
-    name: str, way: str, thing: Callable[[str], Path], tmp_path: Path
+    name: str, way: str, thing: Callable[[str], Thing], tmp_path: Path
 ) -> None:
     try:
         python = interpreter(way.removeprefix("in "))

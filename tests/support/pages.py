@@ -5,13 +5,13 @@ a `console` block that begin with `$ ` are commands, a `\\` continues them, and 
 shows. A page can `cd` and can set variables of Python, not of the shell. Comments tell what a reader need not see:
 
     <!-- needs: my-bundle my-model=my-bundle --> a model of THINGS (tests/test_pages.py) lies in the folder, once under
-                                                 its name and once under another
+                                                 its name and once under another; `hub` is a stand-in of the hub
     <!-- shell                                   commands that run here, unseen: a set-up, or a check of what came
     echo "a text" > texts.txt -->
     <!-- python                                  the same in Python, in the namespace of the page's blocks
     assert summary.rows == 2 -->
 
-Before a block, and only for that block:
+Before a block, seen or unseen, and only for that block:
 
     <!-- not run: needs a GPU -->                the test says so by name; nothing else may stay unrun
     <!-- not run (gte-export owner/): needs the hub -->        only the commands that begin with these words
@@ -42,7 +42,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -139,7 +139,9 @@ def blocks(text: str) -> list[Block]:
             found.append(Block(kind, line, token.content, tuple(marks), filled))
             marks, filled = [], False
         elif token.type == "html_block" and (hidden := _HIDDEN.match(token.content)):
-            found.append(Block(hidden[1].strip(":"), line, hidden[2].strip() + "\n"))
+            kind = hidden[1].strip(":")
+            found.append(Block(kind, line, hidden[2].strip() + "\n", () if kind == "needs" else tuple(marks)))
+            marks = marks if kind == "needs" else []
         elif token.type == "html_block":
             filled = bool(_FILLED.match(token.content))
             for mark in _MARK.finditer(token.content):
@@ -192,7 +194,11 @@ def runs(found: list[Block]) -> set[str]:
     return {block.run for block in whole}
 
 
-def run_page(page: Path, folder: Path, thing: Callable[[str], Path], *, way: str = "", python: str = "") -> None:
+Thing = Path | Mapping[str, str]
+"""What a page needs: a folder or file that it finds under a name, or variables of the environment."""
+
+
+def run_page(page: Path, folder: Path, thing: Callable[[str], Thing], *, way: str = "", python: str = "") -> None:
     """Run the blocks of a page in an empty folder.
 
     Args:
@@ -213,7 +219,7 @@ def run_page(page: Path, folder: Path, thing: Callable[[str], Path], *, way: str
                 for word in block.text.split():
                     name, _, source = word.partition("=")
                     if not (folder / name).exists():
-                        (folder / name).symlink_to(thing(source or name))
+                        reader.take(name, thing(source or name))
             elif block.filled or block.unrun() is not None or block.run not in ("", way):
                 continue
             elif block.kind == "python":
@@ -345,6 +351,12 @@ class _Reader:
         self.use("")
         return self
 
+    def take(self, name: str, thing: Thing) -> None:
+        if isinstance(thing, Path):
+            (self.folder / name).symlink_to(thing)
+        else:
+            self.environment.update(thing)
+
     def use(self, python: str) -> None:
         """Let commands run with this interpreter, which has the packages of this project but not the project."""
         first = [Path(sys.executable).parent]
@@ -429,7 +441,7 @@ class _Reader:
 
     def compare(self, where: str, command: Command, printed: str, vary: bool) -> None:
         if command.shown and not same(list(command.shown), printed, vary=vary):
-            lines = (printed.rstrip().splitlines(), list(command.shown))
+            lines = ([line[:300] for line in printed.rstrip().splitlines()], list(command.shown))
             difference = "\n".join(difflib.unified_diff(*reversed(lines), "shown", "printed", lineterm="", n=100))
             raise Wrong(f"{where}: the page shows something else\n$ {command.text}\n{difference}")
 

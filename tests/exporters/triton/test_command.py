@@ -1,6 +1,7 @@
 """`gte-export triton` and `gte-export check`, and the flat forms of both."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,15 @@ def test_every_option_reaches_the_export(monkeypatch):
             },
         )
     ]
+
+
+def test_with_an_engine_the_one_argument_is_the_output(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "export_repository", lambda *args, **options: calls.append((args, options["engine"])))
+    monkeypatch.setattr(cli, "_result_text", str)
+    for words in ("--engine plan out", "--engine plan -o out", "--engine plan model out"):
+        assert cli.main(["triton", *words.split()]) == OK
+    assert calls == [((None, "out"), Path("plan"))] * 2 + [(("model", "out"), Path("plan"))]
 
 
 def test_the_tensorrt_accelerator_is_refused_with_its_replacement(bundles, tmp_path, capsys):
