@@ -35,7 +35,6 @@ _EXTRA = (
     "onnx_ir",
     "onnxscript",
     "onnxruntime",
-    "matplotlib",
 )
 
 
@@ -261,6 +260,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             max_tokens=EVALUATION_TOKENS,
         ),
         parts=[[output.name for output in part.outputs] for part in next(iter(built.parts.values()), {}).values()],
+        device=built.made_for,
     )
     with job.steps("compare with PyTorch"), request.target.candidates(built, job) as candidates:
         return check_parity(
@@ -275,6 +275,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             candidates.runs,
             asked,
             emulated=candidates.emulated,
+            without_parts=candidates.without_parts,
             all_logits=candidates.all_logits,
             caveats=[*built.caveats, *candidates.caveats],
             progress=job.steps.report,

@@ -131,7 +131,8 @@ class Built:
 
     Args:
         graphs: engine -> the graph that the runtime opens, saved at `path`.
-        sensitivity: group of layers -> its loss in low precision; empty unless a sweep was needed.
+        sensitivity: group of layers -> its loss in low precision, worst first; empty unless a sweep was needed.
+        kept_groups: those of `sensitivity` that stay in a higher precision.
         plan: the TensorRT engine, if there is one.
         keeps_graphs: whether the graphs stay in the bundle.
         made_for: the device that ONNX Runtime's graph is for.
@@ -147,6 +148,7 @@ class Built:
 
     graphs: Mapping[Engine, "Graph"]
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    kept_groups: Sequence[str] = ()
     plan: PlanEntry | None = None
     keeps_graphs: bool = True
     made_for: DeviceType = "cpu"

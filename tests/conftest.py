@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from factories import make_checkpoint
+from headless import chromium  # noqa: F401  a fixture
 from runtime_models import (  # noqa: F401  fixtures
     backend,
     bundle_of,

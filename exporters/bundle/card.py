@@ -12,14 +12,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from gte_deploy._version import __version__
-from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.files import read_json_object, write_text, write_with
 from gte_deploy.core.spec import TaskName
+from gte_deploy.exporters.bundle.uses import MASK, PLACEHOLDER, uses
 from gte_deploy.exporters.targets.tensorrt.runtimes import NO_ENGINE
 from gte_deploy.exporters.verification.checks import Check
-from gte_deploy.tasks.base import HIDDEN
 
 CARD = "README.md"
 REPORT = "report.json"
@@ -36,16 +35,6 @@ _PIPELINES: Mapping[TaskName, str] = {
 _OTHER_PIPELINE = "feature-extraction"
 # The fields of the checkpoint's own card that hold for the bundle, too.
 _CARRIED_OVER = ("language", "license", "license_name", "license_link", "datasets")
-_CALLS: Mapping[TaskName, str] = {
-    "fill-mask": 'model.fill_mask("Paris is the [MASK] of France.")',
-    "classify": 'model.predict([("what is a panda?", "The panda is a bear."), ("what is a panda?", "It rains.")])',
-    "token-classify": 'model.classify_tokens("Ada Lovelace lived in London.")',
-    "hybrid": 'model.encode_hybrid(["The panda is a bear."])',
-    "sparse": 'model.encode_sparse(["The panda is a bear."])',
-    "multi-vector": 'model.rank("what is a panda?", ["The panda is a bear.", "It rains."])',
-}
-_MASK = "[MASK]"
-_OTHER_CALL = 'model.encode(["The panda is a bear.", "It rains."])'
 
 
 def write_card(
@@ -93,7 +82,7 @@ def _card_of(
 ) -> str:
     config = read_json_object(folder / "config.json", error=BundleError, advice="Export the bundle again.")
     text = card(described, parity, metadata, model_type=str(config.get("model_type")))
-    return text.replace(_MASK, mask_token or _MASK)
+    return text.replace(MASK, mask_token or MASK)
 
 
 def own_metadata(checkpoint: Path) -> dict[str, Any]:
@@ -132,7 +121,8 @@ def card(
         _introduction(described),
         _missed(described),
         "## Use",
-        *_uses(described, model_type),
+        PLACEHOLDER,
+        *(f"{use.title}:\n\n```{use.language}\n{use.text}\n```" for use in uses(described, model_type)),
         "## Agreement with PyTorch",
         _agreement(parity),
         "## Limits",
@@ -175,127 +165,23 @@ def _missed(described: Manifest) -> str:
     return f"**This bundle misses its bounds**: it is less accurate than it should be.\n\n{listed}"
 
 
-def _uses(described: Manifest, model_type: str) -> list[str]:
-    """Return how to load the bundle in each runtime that reads it; `MODEL` is this repository or a folder."""
-    call = _CALLS.get(described.spec.task, _OTHER_CALL)
-    python = f'import gte_deploy\n\nmodel = gte_deploy.load("MODEL")\nprint({call})'
-    uses = [
-        "`MODEL` stands for the id of this repository, or for the folder of the bundle; `MODEL@REVISION` pins a "
-        "branch, tag or commit.",
-        _code(f"Python (gte-deploy; in a checkout of it, `pip install {_packages(described)}`)", "python", python),
-    ]
-    # On a CPU: a graph for GPUs needs options that docs/runtimes.md describes.
-    for engine in ("onnxruntime", "openvino"):
-        if engine in described.graphs and described.target == "cpu" and _is_plain(described, engine):
-            uses.append(_code(f"{engine} alone, in a downloaded folder", "python", _alone(described, engine)))
-    if described.spec.task == "embed" and "onnxruntime" in described.graphs and described.target == "cpu":
-        lines = _SENTENCE_TRANSFORMERS
-        if model_type == "gte":  # released versions of sentence-transformers[onnx] pin an older transformers
-            lines = f"{_REGISTER}\n{lines}"
-        uses.append(_code("sentence-transformers (`pip install 'sentence-transformers[onnx]'`)", "python", lines))
-        uses.append(_code("transformers.js", "js", _JAVASCRIPT))
-    return uses
-
-
-def _packages(described: Manifest) -> str:
-    """Return what pip installs to run the bundle."""
-    if described.plan is not None:
-        return f"'.[{VARIANTS[described.plan.variant].extra}]'"
-    if "executorch" in described.graphs:
-        return ". executorch"
-    if described.target == "cuda":
-        return "'.[gpu]'"
-    return f"'.[{'cpu' if 'onnxruntime' in described.graphs else 'openvino'}]'"
-
-
-_REGISTER = """\
-import gte_deploy.integrations.transformers
-
-gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
-"""
-_SENTENCE_TRANSFORMERS = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("MODEL", backend="onnx", model_kwargs={"file_name": "onnx/model.onnx"})
-print(model.encode(["The panda is a bear.", "It rains."]))"""
-_JAVASCRIPT = """\
-import { AutoModel, AutoTokenizer } from "@huggingface/transformers";
-
-const tokenizer = await AutoTokenizer.from_pretrained("MODEL");
-const model = await AutoModel.from_pretrained("MODEL", { dtype: "fp32" }); // the graph onnx/model.onnx
-const inputs = tokenizer(["The panda is a bear.", "It rains."], { padding: true, truncation: true });
-const { sentence_embedding } = await model(inputs);
-console.log(sentence_embedding.normalize().tolist());"""
-
-
-def _is_plain(described: Manifest, engine: Any) -> bool:
-    """Whether the graph takes only what a tokenizer gives, and the places of masks."""
-    known = {"input_ids", "attention_mask", "token_type_ids", "mask_positions"}
-    return {tensor.name for tensor in described.graphs[engine].inputs} <= known
-
-
-def _alone(described: Manifest, engine: Any) -> str:
-    """Return a program that runs a graph of the bundle with its engine and tokenizers alone."""
-    graph, late = described.graphs[engine], described.spec.multi_vector
-    inputs = {tensor.name for tensor in graph.inputs}
-    feeds = ['"input_ids": ids', '"attention_mask": np.ones_like(ids)']
-    types = "np.array([encoded.type_ids])" if late is None else "np.zeros_like(ids)"
-    feeds += [f'"token_type_ids": {types}'] if "token_type_ids" in inputs else []
-    masks = '"mask_positions": np.argwhere(ids == tokenizer.token_to_id("[MASK]"))'
-    feeds += [masks] if "mask_positions" in inputs else []
-    text = "Paris is the [MASK] of France." if described.spec.task == "fill-mask" else "The panda is a bear."
-    output = next((tensor.name for tensor in graph.outputs if tensor.name != HIDDEN), HIDDEN)
-    lines = [
-        "import numpy as np",
-        f"import {engine}",
-        "from tokenizers import Tokenizer",
-        "",
-        'tokenizer = Tokenizer.from_file("MODEL/tokenizer.json")',
-        f"encoded = tokenizer.encode({json.dumps(text)})",
-        "ids = np.array([encoded.ids])  # int64",
-    ]
-    prefix = None if late is None else late.document_prefix
-    lines += [] if prefix is None else [f"ids = np.insert(ids, 1, {prefix}, axis=1)  # the token of documents"]
-    lines.append(f"feed = {{{', '.join(feeds)}}}")
-    if engine == "onnxruntime":
-        lines += [f'session = onnxruntime.InferenceSession("MODEL/{graph.path}")']
-        answer = f'session.run(["{output}"], feed)[0]'
-    else:
-        hint = '{"INFERENCE_PRECISION_HINT": "f32"}'  # without it, CPUs that have bfloat16 compute in it
-        lines += [f'model = openvino.compile_model("MODEL/{graph.path}", "CPU", {hint})']
-        answer = f'model(feed)["{output}"]'
-    if late is None:
-        return "\n".join([*lines, f"print({answer})"])
-    lines += [f"vectors = {answer}[0]  # of each token"]
-    if late.skipped_in_documents:
-        lines += [f"vectors = vectors[~np.isin(ids[0], {list(late.skipped_in_documents)})]"]
-    lines += ["vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)"] if described.spec.normalize else []
-    return "\n".join([*lines, "print(vectors)"])
-
-
-def _code(title: str, language: str, text: str) -> str:
-    return f"{title}:\n\n```{language}\n{text}\n```"
-
-
 def _agreement(parity: Mapping[str, Any]) -> str:
-    header = (
-        "| engine | computes in | batches | largest difference | relative | lowest cosine | mean cosine | verdict |"
-    )
-    rows = [header, "|---|---|---|---|---|---|---|---|", *map(_row, parity["engines"])]
+    header = "| engine | batches | largest difference | relative | lowest cosine | mean cosine | verdict |"
+    rows = [header, "|---|---|---|---|---|---|---|", *map(_row, parity["engines"])]
     facts = [f"- {Check.from_json(check).line}" for check in parity["checks"]]
     return "\n".join([*rows, "", *facts, "- `report.html` has every batch, the bounds and the machine."])
 
 
 def _row(engine: Mapping[str, Any]) -> str:
-    name = f"{engine['engine']}{' (emulated)' if engine['emulated'] else ''}"
+    # Older reports have no title.
+    name = engine.get("title") or f"{engine['engine']} {engine['compute']}{' (emulated)' if engine['emulated'] else ''}"
     optional = engine.get("optional", False)  # older reports do not have it
     verdict = "passed" if engine["passed"] else "missed, and not needed" if optional else "**missed**"
     largest, relative, least, mean = (
         math.nan if engine[key] is None else engine[key] for key in ("max_abs", "max_rel", "cosine_min", "cosine_mean")
     )
     return (
-        f"| {name} | {engine['compute']} | {len(engine['cases'])} | {largest:.1e} | {relative:.1e} | "
-        f"{least:.7f} | {mean:.7f} | {verdict} |"
+        f"| {name} | {len(engine['cases'])} | {largest:.1e} | {relative:.1e} | {least:.7f} | {mean:.7f} | {verdict} |"
     )
 
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
+from gte_deploy.core.errors import BundleError
+from gte_deploy.core.files import read_json_object
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.bundle.card import REPORT, write_card
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job, part_path
-from gte_deploy.exporters.verification.report import build_report, library_versions, render_html
+from gte_deploy.exporters.verification.report import build_report, library_versions
+from gte_deploy.exporters.verification.report_page import ReportPage
 from gte_deploy.exporters.verification.results import ParityReport
 from gte_deploy.models.sparse_modules import read_query_weights
 
@@ -62,18 +65,8 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         )
         for engine, graph in built.graphs.items()
     }
-    report = build_report(
-        parity,
-        spec=job.spec,
-        source=source,
-        graphs=entries,
-        plan=built.plan,
-        timings_s=job.steps.seconds,
-        sensitivity=built.sensitivity,
-        calibration=built.calibration,
-    )
+    report = build_report(parity, built, spec=job.spec, source=source, graphs=entries, timings_s=job.steps.seconds)
     _write_json(job.folder / REPORT, report)
-    (job.folder / "report.html").write_text(render_html(parity, report, built.plan), encoding="utf-8")
     described = Manifest(
         spec=job.spec,
         precision=parity.precision,
@@ -87,6 +80,9 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         calibration=built.calibration,
     )
     mask_token = job.tokenizer.mask_token
+    config = read_json_object(job.folder / "config.json", error=BundleError, advice="Export the bundle again.")
+    page = ReportPage(parity, report, described, str(config.get("model_type")), mask_token).render()
+    (job.folder / "report.html").write_text(page, encoding="utf-8")
     write_card(job.folder, described, parity.to_json(), checkpoint=job.checkpoint.folder, mask_token=mask_token)
     return seal(job.folder, described)
 

@@ -35,6 +35,11 @@ class Sweep:
     kept: int = 0
     failure: str = ""
 
+    @property
+    def kept_groups(self) -> tuple[str, ...]:
+        """The names of the groups in a higher precision; empty if their losses were not measured."""
+        return tuple(self.loss)[: self.kept]
+
 
 class SweepError(Exception):
     """One group in 8 bits already misses the bounds `missed`.

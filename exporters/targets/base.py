@@ -43,12 +43,14 @@ class Candidates:
         caveats: one sentence for each thing that this machine cannot verify.
         emulated: those of `runs` that emulate an engine which this machine cannot run, as reports call them.
         all_logits: those of `runs` with a graph for all logits -> the object that runs that graph.
+        without_parts: those of `runs` that have the whole graph alone.
     """
 
     runs: "Mapping[tuple[Engine, Precision], Runs]"
     caveats: Sequence[str] = ()
     emulated: Collection[tuple[Engine, Precision]] = ()
     all_logits: "Mapping[tuple[Engine, Precision], Runs]" = field(default_factory=dict)
+    without_parts: Collection[tuple[Engine, Precision]] = ()
 
 
 class Target(ABC):

@@ -241,10 +241,11 @@ def save_quantized(quantized: "Quantized", engines: Collection[Engine], job: Job
             found = quantized.finer()
         return save_quantized(found, engines, job, caveats)
 
-    sensitivity = quantized.sweep.loss if quantized.sweep else {}
+    sweep = quantized.sweep
     return dataclasses.replace(
         built,
-        sensitivity=sensitivity,
+        sensitivity={} if sweep is None else sweep.loss,
+        kept_groups=() if sweep is None else sweep.kept_groups,
         caveats=caveats,
         finer=finer if quantized.finer else None,
         calibration=quantized.calibration,
@@ -315,4 +316,4 @@ def openvino_candidates(built: Built, job: Job) -> Iterator[Candidates]:
     else:
         caveats = ["openvino bf16 was not compared: this CPU does not compute in bfloat16."]
     with closing(opened), closing(of_all):
-        yield Candidates(opened, caveats, emulated, of_all)
+        yield Candidates(opened, caveats, emulated, of_all, without_parts=emulated)

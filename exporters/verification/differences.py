@@ -6,7 +6,6 @@ axis of a compared array.
 
 import dataclasses
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,8 +68,6 @@ class CaseResult:
         masks: number of masks in the batch.
         top1: share of masks whose best token is PyTorch's; fill-mask only.
         top5: mean overlap of the five best tokens with PyTorch's; fill-mask only.
-        reference_ms: time of PyTorch's run; that of the earlier run if its outputs are cached.
-        candidate_ms: time of the candidate's run.
     """
 
     case: Case
@@ -82,8 +79,6 @@ class CaseResult:
     masks: int
     top1: float | None
     top5: float | None
-    reference_ms: float
-    candidate_ms: float
 
     def compared(self) -> dict[str, Difference]:
         """Return every difference from PyTorch by its name."""
@@ -209,14 +204,6 @@ def _deviation(
 
 
 @dataclass(frozen=True)
-class TimedOutputs:
-    """The outputs of one side for a batch, and the milliseconds that they took."""
-
-    outputs: Outputs
-    milliseconds: float
-
-
-@dataclass(frozen=True)
 class CaseRun:
     """A candidate's run of a case, before the scales of all cases are known."""
 
@@ -250,15 +237,13 @@ class CaseComparison:
         self.rounding: list[tuple[str, Deviation]] = []
         """(output, difference of the reference's own results for a row in a batch and for the row alone)."""
 
-    def reference(self, side: Runs, case: Case, batch: Batch) -> TimedOutputs:
+    def reference(self, side: Runs, case: Case, batch: Batch) -> Outputs:
         """Run the reference, and add its outputs to `scales` and its own rounding to `rounding`."""
-        expected = self._run(side, batch)
-        saved_ms = getattr(side, "saved_ms", 0.0)  # only `TorchReference` has a cache
-        expected = dataclasses.replace(expected, milliseconds=expected.milliseconds + saved_ms)
+        expected = side.run(batch, self._outputs)
         for name in self._outputs:
-            self.scales.add(name, self._real(expected.outputs[name], batch))
+            self.scales.add(name, self._real(expected[name], batch))
         if case.ragged:
-            self.rounding += self._alone(side, expected.outputs, batch).items()
+            self.rounding += self._alone(side, expected, batch).items()
         return expected
 
     def candidate(
@@ -266,7 +251,7 @@ class CaseComparison:
         side: Runs,
         case: Case,
         batch: Batch,
-        expected: TimedOutputs,
+        expected: Outputs,
         parts: Sequence[Sequence[str]] = (),
         all_logits: Runs | None = None,
     ) -> CaseRun:
@@ -274,15 +259,15 @@ class CaseComparison:
 
         Compare the outputs with the reference's.
         """
-        found = self._run(side, batch)
-        alone = self._alone(side, found.outputs, batch) if case.ragged else {}
-        whole = {name: found.outputs[name] for name in self._outputs}
+        found = side.run(batch, self._outputs)
+        alone = self._alone(side, found, batch) if case.ragged else {}
+        whole = {name: found[name] for name in self._outputs}
         by_parts: dict[str, NDArray[np.float32]] = {}
         for names in parts:
             outputs = side.run(batch, names)
             by_parts |= {name: outputs[name] for name in names}
         by_all = {} if all_logits is None else _at_masks(all_logits.run(batch, self._outputs), batch)
-        top1, top5 = _agreement(expected.outputs, found.outputs, batch, self._spec)
+        top1, top5 = _agreement(expected, found, batch, self._spec)
         result = CaseResult(
             case=case,
             outputs={},
@@ -293,22 +278,15 @@ class CaseComparison:
             masks=0 if batch.mask_positions is None else len(batch.mask_positions),
             top1=top1,
             top5=top5,
-            reference_ms=expected.milliseconds,
-            candidate_ms=found.milliseconds,
         )
         compared, of_parts, of_all = (
             {
-                name: self._deviation(name, self._real(expected.outputs[name], batch), self._real(values, batch))
+                name: self._deviation(name, self._real(expected[name], batch), self._real(values, batch))
                 for name, values in computed.items()
             }
             for computed in (whole, by_parts, by_all)
         )
         return CaseRun(result, compared, alone, of_parts, of_all)
-
-    def _run(self, side: Runs, batch: Batch) -> TimedOutputs:
-        started = time.perf_counter()
-        outputs = side.run(batch, self._outputs)
-        return TimedOutputs(outputs, (time.perf_counter() - started) * 1000)
 
     def _alone(self, side: Runs, found: Outputs, batch: Batch) -> dict[str, Deviation]:
         """Compare the last row of `found`, which `side` computed in a batch, with the same row alone."""

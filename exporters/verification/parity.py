@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import CheckpointError
-from gte_deploy.core.spec import Engine, ModelSpec, Precision
+from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Runs, TextReference
 from gte_deploy.exporters.verification.bounds import TOLERANCES, Tolerance, tolerance_of
 from gte_deploy.exporters.verification.cases import Case, TokenSource, make_batch, max_tokens_of, parity_cases
@@ -44,6 +44,7 @@ class Comparison:
         texts: language -> rounds of texts for `TextReference`, on which every candidate's accuracy is measured too and
             compared with the precision's bounds; empty to leave this out.
         parts: the names of the outputs of each part of the graphs; a run for these alone computes them by the part.
+        device: the device that ONNX Runtime's graph is for.
     """
 
     outputs: Sequence[str]
@@ -53,6 +54,7 @@ class Comparison:
     cases: Sequence[Case] | None = None
     texts: Mapping[str, Rounds] = field(default_factory=dict)
     parts: Sequence[Sequence[str]] = ()
+    device: DeviceType = "cpu"
 
 
 def check_parity(
@@ -61,6 +63,7 @@ def check_parity(
     asked: Comparison,
     *,
     emulated: Collection[tuple[Engine, Precision]] = (),
+    without_parts: Collection[tuple[Engine, Precision]] = (),
     caveats: Sequence[str] = (),
     all_logits: Mapping[tuple[Engine, Precision], Runs] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -74,6 +77,7 @@ def check_parity(
         candidates: (engine, precision that it computes in) -> the backend that runs batches.
         asked: the inputs of the comparison.
         emulated: the candidates that emulate their engine.
+        without_parts: the candidates that have the whole graph alone.
         caveats: one sentence for each thing that is not compared; they become part of the report.
         all_logits: candidate -> the backend of its graph with all logits, for those that have one.
         progress: called with one line for every case.
@@ -90,14 +94,11 @@ def check_parity(
     for number, case in enumerate(cases, 1):
         report_line(f"parity {number}/{len(cases)}: length {case.length:,}, batch {case.batch}")
         batch = make_batch(case, spec, asked.tokens, rng, text_first=number % 2 == 0)
-        if number == 1:  # the first run allocates and compiles, which no latency should include
-            for side in (reference, *candidates.values()):
-                side.run(batch, outputs)
         expected = comparison.reference(reference, case, batch)
         for key, candidate in candidates.items():
             if key in emulated and _is_optional(*key, precision) and case.length > LONGEST_OPTIONAL_EMULATION:
                 continue
-            parts = () if key in emulated else asked.parts  # an emulation has the whole graph alone
+            parts = () if key in without_parts else asked.parts
             is_short = case.length * case.batch <= _MOST_TOKENS_OF_ALL_LOGITS
             every = (all_logits or {}).get(key) if is_short else None
             runs[key].append(comparison.candidate(candidate, case, batch, expected, parts, every))
@@ -113,6 +114,7 @@ def check_parity(
         EngineParity(
             engine,
             compute,
+            precision,
             # In a CPU's bundle for bfloat16, OpenVINO rounds the weights; the graphs are those of FP32.
             _widened(TOLERANCES["fp32"], own)
             if compute == "fp32" and (precision == "fp32" or ("openvino", precision) in candidates)
@@ -122,6 +124,7 @@ def check_parity(
             bounds,
             optional=_is_optional(engine, compute, precision),
             emulated=(engine, compute) in emulated,
+            device=asked.device,
         )
         for (engine, compute), candidate in candidates.items()
     )

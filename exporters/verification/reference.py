@@ -68,11 +68,6 @@ class TorchReference:
         """The number of batches so far, and how many of them came from the cache; None without a cache."""
         return None if self._cached is None else self._cached.use
 
-    @property
-    def saved_ms(self) -> float:
-        """The milliseconds that the cache saved in the last run."""
-        return 0.0 if self._cached is None else self._cached.saved_ms
-
     @torch.inference_mode()
     def run(self, batch: Batch, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """See `Backend.run`; every output of the task is returned, whatever `outputs` names."""

@@ -16,7 +16,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +64,10 @@ class CachedOutputs:
 
     Args:
         arrays: name of the output -> float32 array.
-        milliseconds: the time of the run that computed them.
-        day: the day of that run, in ISO format.
+        day: the day on which they were computed, in ISO format.
     """
 
     arrays: Mapping[str, NDArray[np.float32]]
-    milliseconds: float
     day: str
 
 
@@ -103,13 +100,13 @@ class ReferenceCache:
             arrays = {name: content[name] for name in content.files}
         facts = json.loads(arrays.pop("facts").tobytes())
         # Anyone who can write to the folder can give an old file of this user another name.
-        return CachedOutputs(arrays, facts["milliseconds"], facts["day"]) if facts["key"] == key else None
+        return CachedOutputs(arrays, facts["day"]) if facts["key"] == key else None
 
     def store(self, key: str, outputs: CachedOutputs) -> None:
         """Store the outputs of a batch, unless the disk is nearly full."""
         if not self._is_usable:
             return
-        facts = json.dumps({"key": key, "milliseconds": outputs.milliseconds, "day": outputs.day}).encode()
+        facts = json.dumps({"key": key, "day": outputs.day}).encode()
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, facts=np.frombuffer(facts, np.uint8), **outputs.arrays)
         data = buffer.getbuffer()
@@ -194,8 +191,6 @@ class CachingEncoder:
         self._key = encoder_key(encoder)
         self.use = ReferenceUse()
         """The number of batches so far, and how many of them came from the cache."""
-        self.saved_ms = 0.0
-        """The milliseconds that the last call's outputs took when they were computed; 0 if the last call did that."""
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **types: torch.Tensor | None
@@ -209,19 +204,16 @@ class CachingEncoder:
         key = _batch_key(self._key, inputs) if is_cached else ""
         found = self._cache.load(key) if is_cached else None
         self.use = self.use.with_batch(None if found is None else found.day)
-        self.saved_ms = 0.0 if found is None else found.milliseconds
         if found is not None:
             pooled = found.arrays.get("pooler_output")
             hidden = torch.from_numpy(found.arrays["last_hidden_state"])
             return EncoderOutputs(hidden, None if pooled is None else torch.from_numpy(pooled))
-        started = time.perf_counter()
         outputs: Any = self._encoder(**inputs)
-        milliseconds = (time.perf_counter() - started) * 1000
         values: dict[str, Any] = {name: getattr(outputs, name, None) for name in _OUTPUTS}
         if is_cached:
             arrays = {name: value.numpy() for name, value in values.items() if value is not None}
             today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-            self._cache.store(key, CachedOutputs(arrays, milliseconds, today))
+            self._cache.store(key, CachedOutputs(arrays, today))
         return EncoderOutputs(**values)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gte_deploy.core.errors import ParityError
-from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Precision
+from gte_deploy.core.spec import PRECISIONS, DeviceType, Engine, Precision, computed_in
 from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
 from gte_deploy.exporters.verification.bounds import Bounds, Tolerance
 from gte_deploy.exporters.verification.cases import Case
@@ -41,28 +41,34 @@ class EngineParity:
 
     Args:
         engine: the engine.
-        compute: the precision that it computes in.
+        compute: the precision that it computes in where its graph leaves it the choice, else that of the graph.
+        precision: the precision of the bundle.
         tolerance: the bounds on the cases.
         cases: the result of each batch.
         accuracy: the accuracy on text, if it was measured.
         accuracy_bounds: the bounds on it.
         optional: whether the bundle is valid if this engine misses its bounds in this precision.
         emulated: whether an emulation computed the numbers in place of the engine.
+        device: the device that ONNX Runtime's graph is for.
     """
 
     engine: Engine
     compute: Precision
+    precision: Precision
     tolerance: Tolerance
     cases: tuple[CaseResult, ...]
     accuracy: Accuracy | None = None
     accuracy_bounds: AccuracyBounds | None = None
     optional: bool = False
     emulated: bool = False
+    device: DeviceType = "cpu"
 
     @property
     def title(self) -> str:
-        """The engine and the precision that it computes in."""
-        return f"{self.engine} {self.compute}{' (emulated)' if self.emulated else ''}"
+        """The engine and what it computes in, such as "openvino int8+bf16" or "onnxruntime fp16 on cuda (emulated)"."""
+        device = f" on {self.device}" if self.engine == "onnxruntime" and self.device != "cpu" else ""
+        emulated = " (emulated)" if self.emulated else ""
+        return f"{self.engine} {computed_in(self.precision, self.compute)}{device}{emulated}"
 
     @property
     def passed(self) -> bool:
@@ -125,6 +131,7 @@ class EngineParity:
         return {
             "engine": self.engine,
             "compute": self.compute,
+            "title": self.title,
             "emulated": self.emulated,
             "optional": self.optional,
             "passed": self.passed,
@@ -202,11 +209,11 @@ class ParityReport:
             f"{check.name}: {line}" for check in self.checks for line in check.broken
         ]
 
-    def verified(self, engine: Engine, *, emulated: bool = False) -> tuple[ComputePrecision, ...]:
+    def verified(self, engine: Engine, *, emulated: bool = False) -> tuple[Precision, ...]:
         """Return the precisions that `engine` was verified to compute in; with `emulated`, only by an emulation."""
         passed = [found for found in self.engines if found.engine == engine and found.passed]
         computes = [found.compute for found in passed if found.emulated or not emulated]
-        return tuple(compute for compute in COMPUTE_PRECISIONS if compute in computes)
+        return tuple(compute for compute in PRECISIONS if compute in computes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON data; a number that is not finite becomes null."""

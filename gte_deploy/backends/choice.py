@@ -11,7 +11,7 @@ from gte_deploy.backends.stream_plan import ListPick, StreamPlan, plan_streams
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.cpus import available_cpus, cpu_flags, numa_nodes
 from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError
-from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Precision
+from gte_deploy.core.spec import COMPUTE_PRECISIONS, ComputePrecision, Engine, Precision, computed_in
 
 ENGINE_OF: dict[str, Engine] = {
     "onnx": "onnxruntime",
@@ -48,14 +48,8 @@ def is_for_gpus(manifest: Manifest) -> bool:
 
 
 def precision_of(manifest: Manifest, computes: Precision) -> str:
-    """The name of what a bundle is computed in, with an engine that computes in `computes` where it has the choice.
-
-    It is that of the bundle's own types, such as "int8" or "fp16". "int8+bf16" are INT8 products with the rest in
-    bfloat16. The graphs of "fp32" and "bf16" leave the engine the choice.
-    """
-    if manifest.precision in ("fp32", "bf16") and not is_for_gpus(manifest):
-        return computes
-    return f"{manifest.precision}{'+bf16' * (manifest.precision == 'int8' and computes == 'bf16')}"
+    """The name of what a bundle is computed in, see `computed_in`. The types of a bundle for GPUs are fixed."""
+    return manifest.precision if is_for_gpus(manifest) else computed_in(manifest.precision, computes)
 
 
 def choose_engine(

@@ -17,7 +17,6 @@ from gte_deploy.core.activations import ACTIVATIONS
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.files import is_below, sha256_file
 from gte_deploy.core.spec import (
-    COMPUTE_PRECISIONS,
     DEVICE_TYPES,
     ENGINES,
     LATE_INTERACTIONS,
@@ -31,7 +30,6 @@ from gte_deploy.core.spec import (
     SPARSE_ROUTES,
     TASK_NAMES,
     TENSORRT_VARIANTS,
-    ComputePrecision,
     DeviceType,
     Engine,
     ModelSpec,
@@ -92,7 +90,8 @@ class GraphEntry:
         inputs: the inputs in graph order.
         outputs: the outputs in graph order.
         fusions: fusion pass -> number of matches.
-        computes: the precisions that the export verified; the engine may compute in others on request.
+        computes: the precisions that the export verified. Where the graph leaves the engine the choice of its
+            precision, it may compute in others on request; a graph for GPUs has only that of the bundle.
         emulated: those of `computes` that were verified by an emulation, because the exporting machine lacks them.
         parts: smaller graphs, which the engine runs for calls that need no other outputs.
         all_logits: for fill-mask, the graph that other libraries open: without `mask_positions`, and with the logits of
@@ -106,8 +105,8 @@ class GraphEntry:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     fusions: Mapping[str, int]
-    computes: tuple[ComputePrecision, ...] = ("fp32",)
-    emulated: tuple[ComputePrecision, ...] = ()
+    computes: tuple[Precision, ...] = ("fp32",)
+    emulated: tuple[Precision, ...] = ()
     parts: tuple[GraphPart, ...] = ()
     all_logits: GraphPart | None = None
     half_weights: bool = False
@@ -419,8 +418,8 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
     emulated = tuple(data.get("emulated", ()))  # older bundles do not have it
     if not set(emulated) <= set(computes):
         raise ValueError(f"emulated {', '.join(emulated)} must be among the verified precisions {', '.join(computes)}")
-    if not set(computes) <= set(COMPUTE_PRECISIONS):
-        raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(COMPUTE_PRECISIONS)}")
+    if not set(computes) <= set(PRECISIONS):
+        raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(PRECISIONS)}")
     entry = GraphEntry(
         path=data["path"],
         opset=int(data["opset"]),

@@ -57,6 +57,17 @@ FILE_PRECISIONS: tuple[FilePrecision, ...] = get_args(FilePrecision)
 AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)
 
 
+def computed_in(precision: Precision, computes: Precision) -> str:
+    """Return the name of what a graph is computed in, by an engine that computes in `computes` where it has the choice.
+
+    It is that of the graph's own types, such as "int8" or "fp16". "int8+bf16" are INT8 products with the rest in
+    bfloat16. The graphs of "fp32" and "bf16" leave the engine the choice.
+    """
+    if precision in ("fp32", "bf16"):
+        return computes
+    return f"{precision}{'+bf16' * (precision == 'int8' and computes == 'bf16')}"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and shape of a graph's input or output; a dynamic axis is a name, such as "batch"."""

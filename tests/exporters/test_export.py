@@ -215,11 +215,6 @@ def test_the_report(exported, task):
         assert all(set(case["parts"]) == set(OUTPUTS[task]) - {HIDDEN} for case in engine["cases"]) or len(names) == 1
     assert report["graphs"]["onnxruntime"]["fusions"] == result.manifest.graphs["onnxruntime"].fusions
     assert report["timings_s"]["trace and fuse"] > 0 and report["machine"]["cpus"] >= 1
-    page = (bundle / "report.html").read_text()
-    assert page.count("parity passed") == sum(engine["passed"] for engine in engines) >= 2 and page.count("<svg") == 2
-    assert page.count("<tr") == sum(1 + len(engine["cases"]) for engine in engines)
-    for remote in ("<script", "<link", "<img", "src=", "@import", "url(http"):
-        assert remote not in page, "one page, nothing fetched"
 
 
 def test_other_libraries_get_a_fill_mask_graph_that_the_runtime_never_opens(exported, monkeypatch):

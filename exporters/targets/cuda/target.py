@@ -85,10 +85,11 @@ class CudaTarget(Target):
     @contextlib.contextmanager
     def candidates(self, built: Built, job: Job) -> Iterator[Candidates]:
         """The graph on a GPU, or its emulation on the CPU if there is no GPU."""
-        from gte_deploy.exporters.targets.cuda.graph import opened_for_comparison
+        from gte_deploy.exporters.targets.cuda.graph import has_cuda, opened_for_comparison
 
+        key: tuple[Engine, Precision] = ("onnxruntime", job.precision)
         with opened_for_comparison(job.saved_graphs(built, "onnxruntime"), job.spec) as (backend, caveats):
-            yield Candidates({("onnxruntime", "fp32"): backend}, caveats)
+            yield Candidates({key: backend}, caveats, emulated=[] if has_cuda() else [key])
 
     def open_engine(self, built: Built, job: Job) -> "Backend | None":
         """Open ONNX Runtime on the GPU; None without a GPU."""

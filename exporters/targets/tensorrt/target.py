@@ -117,6 +117,7 @@ class TensorRTTarget(Target):
         made = Built(
             {"tensorrt": graph},
             {} if gemms is None else gemms.sweep.loss,
+            () if gemms is None else gemms.sweep.kept_groups,
             finer=None if gemms is None else lambda: self._build(graphs, job, gemms.finer()),
             calibration=None if gemms is None else gemms.calibration,
             whole=None if graph is whole else whole,
@@ -155,7 +156,8 @@ class TensorRTTarget(Target):
                 names = [tensor.name for tensor in built.graphs["tensorrt"].outputs]
                 runs = _AnswersAndStates(runs, names, stack.enter_context(self._emulation(built.whole, job)))
                 caveats.append(_STATES_OF_WHOLE)
-            yield Candidates({("tensorrt", job.precision): runs}, caveats)
+            key: tuple[Engine, Precision] = ("tensorrt", job.precision)
+            yield Candidates({key: runs}, caveats, emulated=[key])
 
     def _emulation(self, graph: "Graph", job: Job) -> "contextlib.closing[PaddedOnnx | PaddingFreeOnnx]":
         emulation = self.layout.emulation(

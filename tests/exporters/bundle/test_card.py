@@ -41,7 +41,7 @@ def test_the_hub_reads_what_the_bundle_is(bundle):
     report = json.loads((bundle / "report.json").read_text())
     for engine in report["parity"]["engines"]:
         row = next(
-            line for line in found.text.splitlines() if line.startswith(f"| {engine['engine']} | {engine['compute']} ")
+            line for line in found.text.splitlines() if line.startswith(f"| {engine['engine']} {engine['compute']} | ")
         )
         assert f"{engine['max_abs']:.1e}" in row and f"{engine['cosine_min']:.7f}" in row and "passed" in row
 

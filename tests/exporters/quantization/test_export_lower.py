@@ -41,8 +41,10 @@ def test_the_report_says_what_int8_costs(int8):
         assert after > 0.25 and abs(after - before) < 0.02
     assert "bf16" in int8.manifest.graphs["openvino"].computes and "bf16" in [engine["compute"] for engine in engines]
     assert report["sensitivity"] == {}
+    assert report["kept_groups"] == []
     page = (int8.path / "report.html").read_text()
-    assert "same best word as PyTorch" in page and "masks (95 % interval" in page and "int8_linears 29" in page
+    assert "same best word as PyTorch" in page and "<small>95 %: " in page and "int8_linears 29" in page
+    assert "every group of layers in INT8, the graph keeps its bounds" in page and "onnxruntime int8" in page
 
 
 def test_the_bundle_answers_like_fp32_and_is_small(int8):

@@ -25,7 +25,8 @@ from gte_deploy.exporters.export import export  # noqa: E402
 from gte_deploy.exporters.triton.repository import export_repository  # noqa: E402
 from gte_deploy.exporters.verification import bounds  # noqa: E402
 from gte_deploy.exporters.verification.checks import Check  # noqa: E402
-from gte_deploy.exporters.verification.report import format_table, render_html  # noqa: E402
+from gte_deploy.exporters.verification.report import format_table  # noqa: E402
+from gte_deploy.exporters.verification.report_page import ReportPage  # noqa: E402
 from gte_deploy.exporters.verification.results import BoundMissedError  # noqa: E402
 
 LENGTH = 32
@@ -178,8 +179,9 @@ def test_a_check_counts_like_a_bound(sound, broken):
         report.require()
     table = format_table(report)
     assert "words: FAILED, texts 3" in table and line in table and "skipped: sentence-transformers" in table
-    page = render_html(report, json.loads((sound.path / "report.json").read_text()))
-    assert "words: FAILED" in page and 'class="verdict failed"' in page
+    page = ReportPage(report, json.loads((sound.path / "report.json").read_text()), sound.manifest).render()
+    assert 'words: <span class="failed-word">FAILED' in page and 'class="verdict failed"' in page
+    assert "sentence-transformers is not installed" in page and "gives 0.1 and not 0.9" in page
     if broken:
         with pytest.raises(BoundMissedError):
             report.require("report")

@@ -15,41 +15,17 @@ import pytest
 pytest.importorskip("playwright", reason="the page at / is tested in a browser: playwright is not installed")
 
 import uvicorn
-from playwright.sync_api import Browser, ConsoleMessage, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage
 
 import gte_deploy
-from environments import Unavailable
 from gte_deploy.models import builtin_path
 from gte_deploy.serving.app import create_app
 from gte_deploy.serving.options import ServerOptions
+from headless import TIMEOUT_MS
 from http_server import KeptOpen
-from javascript import browser as path_of_chromium
 from page_view import View
 
-TIMEOUT_MS = 60_000  # a test machine with other work
-FLAGS = (
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 _STATUS = re.compile(r"Failed to load resource: (the server responded with a status of|net::ERR_FAILED)")
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    """A headless Chromium."""
-    try:
-        path = path_of_chromium()
-    except Unavailable as error:
-        pytest.skip(f"the page at /: {error}")
-    expect.set_options(timeout=TIMEOUT_MS)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -260,11 +260,12 @@ def test_the_command_writes_a_bundle_that_describes_its_engine(trace_once, small
     assert main([str(small), str(out), "--format", "trt", *arguments]) == 0
     text, progress = capsys.readouterr()
     assert "build with TensorRT-RTX" in progress and "no GPU" in progress
-    assert "tensorrt fp16: parity passed" in text and "2 fused attention" in text and "sm89" in text
+    assert "tensorrt fp16 (emulated): parity passed" in text and "2 fused attention" in text and "sm89" in text
     manifest = open_bundle(out)
     assert manifest.precision == "fp16" and manifest.plan.path in manifest.files
     assert manifest.plan.profiles == (parse_profile("1x1:4x16:8x64"),)
-    assert manifest.graphs["tensorrt"].path == "onnx/model_tensorrt.onnx"
+    graph = manifest.graphs["tensorrt"]
+    assert (graph.path, graph.computes, graph.emulated) == ("onnx/model_tensorrt.onnx", ("fp16",), ("fp16",))
     report = json.loads((out / "report.json").read_text())
     assert report["plan"]["layers"]["fused_attention"] == 2
     assert "fused attention" in (out / "report.html").read_text()
