@@ -26,10 +26,9 @@ from gte_deploy.bundle.manifest import (
     read_manifest,
     verify_bundle,
 )
-from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError
+from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, OutputExistsError
 from gte_deploy.core.files import read_json_object, sha256_file, write_bytes, write_text
 from gte_deploy.core.spec import ModelSpec, Profile, TensorRTVariant, TensorSpec
-from gte_deploy.exporters.bundle.card import CARD, REPORT, adopted_card
 from gte_deploy.exporters.job import Progress
 from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH
 from gte_deploy.exporters.targets.tensorrt.layers import (
@@ -221,7 +220,9 @@ def _open(folder: Path, *, force: bool) -> Manifest:
     """Read the manifest, without its old engine, and verify the other files."""
     manifest = read_manifest(folder)
     if manifest.plan is not None and not force:
-        raise ExportError(f"{folder} holds an engine already, {manifest.plan.path}. Replace it with --force.")
+        raise OutputExistsError(
+            f"{folder} holds an engine already, {manifest.plan.path}.", advice="Replace it with --force."
+        )
     old = () if manifest.plan is None else (manifest.plan.path, manifest.plan.timing_cache)
     files = {name: entry for name, entry in manifest.files.items() if name not in old}
     manifest = dataclasses.replace(manifest, plan=None, files=files)
@@ -353,6 +354,8 @@ def _write(folder: Path, manifest: Manifest, entry: PlanEntry, data: bytes) -> N
     """Write the plan, the card and the manifest; a kill in between leaves a valid bundle without an engine."""
     adopted = dataclasses.replace(manifest, plan=entry)
     changed = {PLAN_PATH: data}
+    from gte_deploy.exporters.bundle.card import CARD, REPORT, adopted_card
+
     if {CARD, REPORT} <= manifest.files.keys():  # older bundles have no card
         mask_token = load_tokenizer(folder).mask_token
         changed[CARD] = adopted_card(folder, adopted, mask_token).encode()

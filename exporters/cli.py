@@ -5,24 +5,42 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
-from gte_deploy.bundle.upload import push_to_hub, require_pushable
-from gte_deploy.core.errors import GteDeployError, InputError
-from gte_deploy.core.exit_codes import FAILURE, HELP, INTERRUPTED, OK, exit_code_of, reader_went_away
-from gte_deploy.core.options import HelpFormatter, add_arguments, flags_of, options_of, parse_given
+from gte_deploy.core.command_line import (
+    CommandParser,
+    OutputOptions,
+    progress_lines,
+    run_command,
+)
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.exit_codes import FAILURE, OK, exit_codes_help
+from gte_deploy.core.options import Given, HelpFormatter, add_arguments, flags_of, options_of, parse_given, read_options
 from gte_deploy.core.quiet import quiet_libraries
-from gte_deploy.exporters.adoption import AdoptionResult, adopt
-from gte_deploy.exporters.conversion import FLOAT_TYPES, KEPT, LAYOUTS, Conversion, convert
-from gte_deploy.exporters.export import ExportResult, export
+from gte_deploy.exporters.cli_options import (
+    AdoptArguments,
+    CheckArguments,
+    ConvertArguments,
+    ReplaceOptions,
+    UploadOptions,
+)
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.triton.options import TritonOptions
-from gte_deploy.exporters.triton.repository import RepositoryResult, export_repository
 
+if TYPE_CHECKING:
+    from gte_deploy.exporters.adoption import AdoptionResult
+    from gte_deploy.exporters.conversion import Conversion
+    from gte_deploy.exporters.export import ExportResult
+    from gte_deploy.exporters.triton.repository import RepositoryResult
+
+    _Result = ExportResult | RepositoryResult | AdoptionResult | Conversion
+
+_PROG = "gte-export"
 TRITON, CHECK, ADOPT, CONVERT = "triton", "check", "adopt", "convert"
 _COMMANDS = {
     "onnx": "a bundle for ONNX Runtime and OpenVINO (the same as --format onnx)",
@@ -33,7 +51,6 @@ _COMMANDS = {
     CONVERT: "write a checkpoint in another layout: that of transformers, or the original one",
     CHECK: "check the configurations of a Triton model repository",
 }
-_Result = ExportResult | RepositoryResult | AdoptionResult | Conversion
 _MODEL_HELP = "checkpoint folder, preset name, or hub id owner/name[@revision]"
 
 
@@ -47,26 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_export(arguments: argparse.Namespace, command: str | None = None) -> int:
     """Run what the parsed arguments of an export or of a command ask for; returns the exit code."""
-    try:
-        if command == CHECK or "check_repository" in arguments:
-            return _check(arguments)
-        _check_push(arguments)
-        with quiet_libraries(sys.stderr):  # of torch.onnx and transformers
-            result = _RUNS.get(command or "", _export)(arguments)
-        if not arguments.json:
-            print(_result_text(result), flush=True)
-        pushed = _push(result, arguments)
-        if arguments.json:
-            print(json.dumps({**_result_json(result), **pushed}), flush=True)
-    except GteDeployError as error:
-        return _fail(arguments, str(error), exit_code_of(error), error)
-    except BrokenPipeError:
-        return reader_went_away()
-    except OSError as error:
-        return _fail(arguments, str(error), FAILURE)
-    except KeyboardInterrupt:
-        return _fail(arguments, "interrupted; nothing was written", INTERRUPTED)
-    return OK
+    given = vars(arguments)
+    if "check_repository" in given:
+        return run_command(_PROG, partial(_check, given), given)
+    kinds = (ExportOptions, *(kind.Options for kind in target_classes()), TritonOptions)
+    work = partial(_run, _RUNS.get(command or "", _export), given)
+    return run_command(_PROG, work, given, kinds=kinds, interrupted="interrupted; nothing was written")
+
+
+def _run(make: "Callable[[Given], _Result]", given: Given) -> None:
+    _check_push(given)
+    with quiet_libraries(sys.stderr):  # of torch.onnx and transformers
+        result = make(given)
+    if "json" not in given:
+        print(_result_text(result), flush=True)
+    pushed = _push(result, given)
+    if "json" in given:
+        print(json.dumps({**_result_json(result), **pushed}), flush=True)
 
 
 def format_in(words: Sequence[str]) -> str:
@@ -88,11 +102,11 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
         return _adopt_parser()
     if command == CONVERT:
         return _convert_parser()
-    parser = argparse.ArgumentParser(prog="gte-export" if command is None else f"gte-export {command}")
+    parser = CommandParser(prog=_PROG if command is None else f"{_PROG} {command}")
     add_export_arguments(parser, format, command)
     if command is None:
         lines = "".join(f"\n  gte-export {name:<10} {text}" for name, text in _COMMANDS.items())
-        parser.epilog = f"commands, each with a --help of its own:{lines}\n\n{HELP}"
+        parser.epilog = f"commands, each with a --help of its own:{lines}\n\n{exit_codes_help()}"
     return parser
 
 
@@ -105,7 +119,7 @@ def add_export_arguments(parser: argparse.ArgumentParser, format: str, command: 
         command: the command that stands for the format, if one was given.
     """
     parser.description = "Export a checkpoint to a bundle that is compared with PyTorch before it is written."
-    parser.epilog = HELP
+    parser.epilog = exit_codes_help()
     parser.formatter_class = HelpFormatter
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument("output_argument", nargs="?", metavar="OUTPUT", help="folder of the bundle")
@@ -128,11 +142,9 @@ def add_export_arguments(parser: argparse.ArgumentParser, format: str, command: 
     for other in (*(kind.Options for kind in target_classes()), TritonOptions):
         add_arguments(parser, other, hidden=True)
     parser.add_argument("--check-repository", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument("--force", action="store_true", help="replace a bundle that is there already")
+    add_arguments(parser, ReplaceOptions)
     if format != TRITON:
-        text = "push the verified bundle to this repository of the Hugging Face hub, owner/name[@branch]"
-        parser.add_argument("--push-to-hub", metavar="REPO", help=text)
-        parser.add_argument("--private", action="store_true", help="make a new repository private")
+        add_arguments(parser, UploadOptions)
     _add_output_options(parser)
 
 
@@ -145,116 +157,99 @@ def _targets_for(format: str) -> dict[str, type[Target]]:
 
 def _check_parser() -> argparse.ArgumentParser:
     text = "Check the configurations of a Triton model repository, and print what is wrong, a line for each."
-    parser = argparse.ArgumentParser(
-        prog=f"gte-export {CHECK}", description=text, epilog=HELP, formatter_class=HelpFormatter
-    )
-    parser.add_argument("check_repository", type=Path, metavar="DIR", help="folder of the repository")
-    _add_output_options(parser)
-    return parser
+    return _command_parser(CHECK, text, CheckArguments)
 
 
 def _adopt_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"gte-export {ADOPT}",
-        description="Add a TensorRT engine that another tool built, such as trtexec on a Jetson, to the bundle that "
-        "has its graph. It needs the GPU of the engine and the TensorRT that built it, and no PyTorch.",
-        epilog=HELP,
-        formatter_class=HelpFormatter,
+    text = (
+        "Add a TensorRT engine that another tool built, such as trtexec on a Jetson, to the bundle that has its graph. "
+        "It needs the GPU of the engine and the TensorRT that built it, and no PyTorch."
     )
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="file of the engine, for example model.plan")
-    text = "folder of the bundle, written with --format trt --onnx-only"
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help=text)
-    parser.add_argument("--device", default="cuda", metavar="cuda:N", help="the GPU of the engine (default: cuda)")
-    parser.add_argument("--force", action="store_true", help="replace the engine that the bundle has")
-    _add_output_options(parser)
-    return parser
+    return _command_parser(ADOPT, text, AdoptArguments)
 
 
 def _convert_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"gte-export {CONVERT}",
-        description="Write a checkpoint in another layout. Every weight is kept, bit for bit; tokenizer, modules of "
-        "sentence-transformers, prompts, card and licence are copied.",
-        epilog=HELP,
-        formatter_class=HelpFormatter,
+    text = (
+        "Write a checkpoint in another layout. Every weight is kept, bit for bit; tokenizer, modules of "
+        "sentence-transformers, prompts, card and licence are copied."
     )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    parser.add_argument("output", metavar="OUTPUT", help="folder of the result; empty or missing")
-    text = "native: transformers reads it alone; original: text-embeddings-inference and the published code read it"
-    parser.add_argument("--layout", required=True, choices=LAYOUTS, help=text)
-    text = f"type of the stored weights (default: {KEPT})"
-    parser.add_argument("--dtype", default=KEPT, choices=(KEPT, *FLOAT_TYPES), help=text)
+    return _command_parser(CONVERT, text, ConvertArguments)
+
+
+def _command_parser(command: str, description: str, *kinds: type) -> argparse.ArgumentParser:
+    parser = CommandParser(prog=f"{_PROG} {command}", description=description)
+    for kind in kinds:
+        add_arguments(parser, kind)
     _add_output_options(parser)
     return parser
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_arguments(parser, OutputOptions)
     parser.add_argument("--version", action="version", version=f"gte-deploy {__version__}")
 
 
-def _export(arguments: argparse.Namespace) -> ExportResult | RepositoryResult:
-    given = vars(arguments)
+def _export(given: Given) -> "ExportResult | RepositoryResult":
     model, output = (_given_once(given, name) for name in ("model", "output"))
-    is_triton = arguments.format == TRITON
+    format = given["format"]
+    is_triton = format == TRITON
     if given.get("engine") is not None and given["model"] is None and output is None:
         model, output = None, model  # the engine is in place of MODEL, so what stands alone is OUTPUT
-    target = _target_of(arguments.format, given.get("target"))
+    target = _target_of(format, given.get("target"))
     kinds = (ExportOptions, target.Options, *((TritonOptions,) if is_triton else ()))
-    _refuse_others(given, target, kinds, arguments.format)
+    _refuse_others(given, target, kinds, format)
     options = {name: value for kind in kinds for name, value in parse_given(kind, given).items()}
     if "target" in given:
         options["target"] = target.name
-    common: dict[str, Any] = {"force": arguments.force, "progress": None if arguments.quiet else _tell}
+    common: dict[str, Any] = {"force": "force" in given, "progress": progress_lines(_PROG, given)}
     if is_triton:
+        from gte_deploy.exporters.triton.repository import export_repository
+
         return export_repository(model, output, **common, **options)
-    return export(model, output, **common, format=arguments.format, **options)
+    from gte_deploy.exporters.export import export
+
+    return export(model, output, **common, format=format, **options)
 
 
-def _adopt(arguments: argparse.Namespace) -> AdoptionResult:
-    return adopt(
-        arguments.plan,
-        arguments.bundle,
-        device=arguments.device,
-        force=arguments.force,
-        progress=None if arguments.quiet else _tell,
-    )
+def _adopt(given: Given) -> "AdoptionResult":
+    from gte_deploy.exporters.adoption import adopt
+
+    arguments = read_options(AdoptArguments, given)
+    return adopt(**vars(arguments), progress=progress_lines(_PROG, given))
 
 
-def _convert(arguments: argparse.Namespace) -> Conversion:
-    return convert(
-        arguments.model,
-        arguments.output,
-        layout=arguments.layout,
-        dtype=arguments.dtype,
-        progress=None if arguments.quiet else _tell,
-    )
+def _convert(given: Given) -> "Conversion":
+    from gte_deploy.exporters.conversion import convert
+
+    arguments = read_options(ConvertArguments, given)
+    return convert(**vars(arguments), progress=progress_lines(_PROG, given))
 
 
-_RUNS: Mapping[str, Callable[[argparse.Namespace], _Result]] = {ADOPT: _adopt, CONVERT: _convert}
+_RUNS: "Mapping[str, Callable[[Given], _Result]]" = {ADOPT: _adopt, CONVERT: _convert}
 
 
-def _check_push(arguments: argparse.Namespace) -> None:
+def _check_push(given: Given) -> None:
     """Refuse a push that cannot succeed before the export, which takes minutes.
 
     Raises:
         InputError: the repository is no name of the hub, there is no token, or there is nothing to push.
     """
-    given = vars(arguments)
-    if given.get("push_to_hub") is not None:
+    if "push_to_hub" in given:
+        from gte_deploy.bundle.upload import require_pushable
+
         require_pushable(given["push_to_hub"])
-    elif given.get("private"):
+    elif "private" in given:
         raise InputError("--private is for a new repository on the hub; give its name with --push-to-hub")
 
 
-def _push(result: _Result, arguments: argparse.Namespace) -> dict[str, Any]:
+def _push(result: "_Result", given: Given) -> dict[str, Any]:
     """Push a new bundle if that was asked for; return what the JSON says about it."""
-    repository = vars(arguments).get("push_to_hub")
-    if repository is None:
+    if "push_to_hub" not in given:
         return {}
-    pushed = push_to_hub(result.path, repository, private=arguments.private)
-    if not arguments.json:
+    from gte_deploy.bundle.upload import push_to_hub
+
+    pushed = push_to_hub(result.path, given["push_to_hub"], private="private" in given)
+    if "json" not in given:
         print(pushed.describe(), flush=True)
     return {"pushed": dataclasses.asdict(pushed)}
 
@@ -320,33 +315,24 @@ def _not_in_precision(precision: str, target: type[Target]) -> str:
     return f"--precision {precision} is for {takers}; {_asked_by(target)} is written in {', '.join(target.precisions)}."
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(given: Given) -> int:
     """Print one line for each problem of a repository, and return the exit code."""
     from gte_deploy.exporters.triton.checks import check_repository
 
-    path = arguments.check_repository
+    path = Path(given["check_repository"])
     problems = check_repository(path)
-    if arguments.json:
+    if "json" in given:
         print(json.dumps({"path": str(path), "problems": problems}))
     else:
         print("\n".join(problems) or f"{path}: no problem was found")
     return FAILURE if problems else OK
 
 
-def _tell(line: str) -> None:
-    print(f"gte-export: {line}", file=sys.stderr, flush=True)
+def _result_json(result: "_Result") -> dict[str, object]:
+    from gte_deploy.exporters.adoption import AdoptionResult
+    from gte_deploy.exporters.conversion import Conversion
+    from gte_deploy.exporters.triton.repository import RepositoryResult
 
-
-def _fail(arguments: argparse.Namespace, message: str, code: int, error: GteDeployError | None = None) -> int:
-    print(f"gte-export: error: {message}", file=sys.stderr)
-    if arguments.json:
-        # BoundMissedError has a report; naming its class here would import torch.
-        report = getattr(error, "report", None)
-        print(json.dumps({"error": message, "exit_code": code, "parity": report and report.to_json()}))
-    return code
-
-
-def _result_json(result: _Result) -> dict[str, object]:
     if isinstance(result, Conversion):
         return {**dataclasses.asdict(result), "path": str(result.path)}
     if isinstance(result, AdoptionResult):
@@ -371,14 +357,19 @@ def _result_json(result: _Result) -> dict[str, object]:
     }
 
 
-def _result_text(result: _Result) -> str:
+def _result_text(result: "_Result") -> str:
+    from gte_deploy.exporters.adoption import AdoptionResult
+    from gte_deploy.exporters.conversion import Conversion
+    from gte_deploy.exporters.triton.repository import RepositoryResult
+
     if isinstance(result, Conversion):
         return result.describe()
     if isinstance(result, AdoptionResult):
         engine, size = result.plan, result.size / 1e6
         closing = f"bundle {result.path}: engine {engine.path} ({size:.1f} MB)"
         return "\n".join([*engine.describe(), *engine.caveats, closing])
-    megabytes = sum(size.size for size in _files(result).values()) / 1e6
+    files = result.files if isinstance(result, RepositoryResult) else result.manifest.files
+    megabytes = sum(entry.size for entry in files.values()) / 1e6
     if isinstance(result, RepositoryResult):
         checks = "its configurations pass the checks" if result.checked else "its configurations were not checked"
         devices = " and ".join(name.upper() for name in result.devices)
@@ -399,7 +390,3 @@ def _result_text(result: _Result) -> str:
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",
         ]
     )
-
-
-def _files(result: ExportResult | RepositoryResult) -> Mapping[str, Any]:
-    return result.files if isinstance(result, RepositoryResult) else result.manifest.files

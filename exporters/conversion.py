@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from gte_deploy.core.errors import CheckpointError, ExportError, require_modules
 from gte_deploy.core.files import sync_tree, write_with
 from gte_deploy.core.options import check_choice
-from gte_deploy.exporters.bundle.writer import publish, staging
+from gte_deploy.exporters.bundle.writer import check_destination, publish, staging
 from gte_deploy.exporters.job import Progress
-from gte_deploy.models import CHECKPOINT_PATTERNS, resolve_checkpoint
+from gte_deploy.models import CHECKPOINT_PATTERNS, require_checkpoint, resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def convert(
         ConfigError: the layout cannot express a field of the config; the message names it.
         CheckpointError: the checkpoint cannot be read, holds an adapter, has weights of several types that cannot be
             kept, or its family lacks the layout.
-        ExportError: the output must not be replaced.
+        OutputExistsError: the output must not be replaced.
         MissingDependencyError: the [export] extra is not installed.
     """
     check_choice("layout", layout, LAYOUTS)
@@ -93,10 +93,12 @@ def convert(
     require_modules("torch", "transformers", "safetensors", extra="export")
     report = progress or (lambda line: None)
     report("read the checkpoint")
+    destination = Path(os.path.realpath(output))
+    require_checkpoint(model)
+    check_destination(destination, force=False)
     source = resolve_checkpoint(model)
     places = _places(source)
     loaded = _load(source, places, dtype)
-    destination = Path(os.path.realpath(output))
     with staging(destination, force=False) as folder:
         report(f"write the {layout} layout")
         copied, left_out = _partition(source, places)

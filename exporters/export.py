@@ -13,11 +13,11 @@ from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import InputError, ParityError, require_modules
 from gte_deploy.core.spec import Engine, MultiVectorSpec
 from gte_deploy.exporters.bundle.source import checkpoint_name, checkpoint_source
-from gte_deploy.exporters.bundle.writer import publish, staging
+from gte_deploy.exporters.bundle.writer import check_destination, publish, staging
 from gte_deploy.exporters.graph import MIN_MAX_LENGTH
 from gte_deploy.exporters.job import EVALUATION_TOKENS, Built, Job, Progress, Steps
 from gte_deploy.exporters.options import ExportOptions, ExportRequest, make_request
-from gte_deploy.models import resolve_checkpoint
+from gte_deploy.models import require_checkpoint, resolve_checkpoint
 from gte_deploy.models.description import Description, describe
 from gte_deploy.models.multi_vector_modules import limited
 from gte_deploy.tasks import TASKS
@@ -72,19 +72,22 @@ def export(
         InputError: an option is out of range, or does not belong to this target.
         CheckpointError, ConfigError: the checkpoint cannot be read, or asks for something unsupported.
         ParityError: an engine differs from PyTorch by more than its bound, or a check fails; no bundle is written.
-        ExportError: the output must not be replaced, or the graph could not be built.
+        OutputExistsError: the output must not be replaced.
+        ExportError: the graph could not be built.
         MissingDependencyError: the [export] extra is not installed.
     """
     request = make_request(options, **given)
     require_modules(*_EXTRA, extra="export")
-    from gte_deploy.exporters.bundle.contents import write_model_files, write_report
-
     steps = Steps(progress or (lambda line: None))
     path = Path(
         output if output is not None else default_output(model, format=request.kind, precision=request.precision)
     )
     # The real path, because a rename over a link would replace the link.
     destination = Path(os.path.realpath(path))
+    require_checkpoint(model)
+    check_destination(destination, force=force)
+    from gte_deploy.exporters.bundle.contents import write_model_files, write_report
+
     with staging(destination, force=force) as folder:
         with steps("read the checkpoint"):
             checkpoint = _read(model, request, steps)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from gte_deploy.bundle.manifest import CalibrationEntry, PlanEntry
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from gte_deploy.backends.graphs import GraphFiles
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.bounds import Bounds
+    from gte_deploy.models.description import Description
     from gte_deploy.text.tokenization import TextTokenizer
 
 Progress = Callable[[str], None]
@@ -76,7 +76,7 @@ class Job:
         bounds: whether a bundle that misses its bounds is refused.
     """
 
-    checkpoint: Description
+    checkpoint: "Description"
     folder: Path
     precision: Precision
     opset: int

@@ -41,9 +41,9 @@ from gte_deploy.cli_options import (
     VerifyOptions,
 )
 from gte_deploy.core.calls import JoinOptions
+from gte_deploy.core.command_line import CommandParser, progress_lines, run_command, shows_progress
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
-from gte_deploy.core.exit_codes import FAILURE, HELP, INTERRUPTED, OK, exit_code_of, reader_went_away
-from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
+from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import TaskName
 from gte_deploy.serving.options import ServerOptions
 
@@ -70,33 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(_parser().parse_args(argv))
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.INFO if "verbose" in given else logging.WARNING,
+        level=logging.INFO if "verbose" in given else logging.ERROR if "quiet" in given else logging.WARNING,
         format=f"{_PROG}: %(levelname)s: %(message)s",
     )
     _never_fail_to_print()
-    try:
-        given["run"](given)
-        sys.stdout.flush()
-    except GteDeployError as error:
-        return _fail(str(error), exit_code_of(error))
-    except BrokenPipeError:
-        return reader_went_away()
-    except OSError as error:
-        return _fail(str(error), FAILURE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    return OK
+    command = _COMMANDS[given["command"]]
+    return run_command(_PROG, partial(command.run, given), given, kinds=command.options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    texts: dict[str, Any] = {"epilog": HELP, "formatter_class": HelpFormatter}
     summary = "Run GTE models: fill masks, embed, rank, classify tokens; verify bundles."
-    parser = argparse.ArgumentParser(prog=_PROG, description=summary, **texts)
+    parser = CommandParser(prog=_PROG, description=summary)
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, command in _COMMANDS.items():
-        inner = commands.add_parser(name, help=command.summary, description=command.summary, **texts)
-        inner.set_defaults(run=command.run)
+        inner = commands.add_parser(name, help=command.summary, description=command.summary)
         for kind in (*command.options, PrintOptions):
             add_arguments(inner, kind)
     return parser
@@ -124,7 +112,7 @@ def _encode(given: Given) -> None:
         _encode_files(given, files)
         return
     for kind in (BulkOptions, FileOptions):
-        if for_files := parse_given(kind, given).keys() - {"input", "output", "quiet"}:
+        if for_files := parse_given(kind, given).keys() - {"input", "output"}:
             name = sorted(for_files)[0].replace("_", "-")
             raise InputError(f"--{name} is for files: give --input FILE and --output FILE, too")
     texts, output = _texts(given), files.output
@@ -138,7 +126,7 @@ def _encode(given: Given) -> None:
     with _load(given) as model:
         if model.spec.task in ("sparse", "multi-vector"):
             raise InputError(f"{model.path} is made for {model.spec.task}: use {_PROG} encode-{model.spec.task}")
-        embeddings = model.encode(texts, show_progress_bar=sys.stderr.isatty() and not files.quiet, **arguments)
+        embeddings = model.encode(texts, show_progress_bar=shows_progress(given), **arguments)
     if chunking:
         from gte_deploy.tasks.chunks import chunk_records
 
@@ -150,7 +138,8 @@ def _encode(given: Given) -> None:
             print(json.dumps(embedding))
         return
     _save_array(output, embeddings)
-    print(f"{_PROG}: wrote {output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
+    if "quiet" not in given:
+        print(f"{_PROG}: wrote {output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
 
 
 def _encode_files(given: Given, files: FileOptions) -> None:
@@ -168,7 +157,7 @@ def _encode_files(given: Given, files: FileOptions) -> None:
                 options=options,
                 load_options=_load_arguments(given),
                 encode_options=arguments | read_options(ChunkingOptions, given).arguments(),
-                report=None if files.quiet else line.show,
+                report=line.show if shows_progress(given) else None,
             )
     except KeyboardInterrupt:
         if Path(f"{files.output}.parts").is_dir():
@@ -178,7 +167,7 @@ def _encode_files(given: Given, files: FileOptions) -> None:
         line.end()
     if "json" in given:
         print(json.dumps(summary.to_json()))
-    elif not files.quiet:
+    elif "quiet" not in given:
         print(f"{_PROG}: {summary.describe()}", file=sys.stderr)
     if summary.failures > files.max_failures:
         raise GteDeployError(
@@ -227,7 +216,7 @@ def _encode_sparse(given: Given) -> None:
     texts = _texts(given)
     arguments = _arguments(given, EncodeSparseOptions, PromptOptions, BatchingOptions)
     with _load(given, task="sparse") as model:
-        embeddings = model.encode_sparse(texts, show_progress_bar=sys.stderr.isatty(), as_dict=True, **arguments)
+        embeddings = model.encode_sparse(texts, show_progress_bar=shows_progress(given), as_dict=True, **arguments)
     for embedding in embeddings:
         print(json.dumps(embedding, ensure_ascii="json" in given))
 
@@ -236,7 +225,7 @@ def _encode_hybrid(given: Given) -> None:
     texts = _texts(given)
     arguments = _arguments(given, EncodeHybridOptions, PromptOptions, BatchingOptions)
     with _load(given, task="hybrid") as model:
-        found = model.encode_hybrid(texts, show_progress_bar=sys.stderr.isatty(), as_dict=True, **arguments)
+        found = model.encode_hybrid(texts, show_progress_bar=shows_progress(given), as_dict=True, **arguments)
     for dense, sparse in zip(found.dense.tolist(), found.sparse, strict=True):
         print(json.dumps({"dense": dense, "sparse": sparse}, ensure_ascii="json" in given))
 
@@ -248,7 +237,7 @@ def _encode_multi_vector(given: Given) -> None:
         if model.spec.task != "multi-vector":
             raise InputError(f"this needs a multi-vector model, and {model.path} is made for {model.spec.task}")
         encode = model.encode_query if route == "query" else model.encode_document
-        embeddings = encode(texts, show_progress_bar=sys.stderr.isatty(), **arguments)
+        embeddings = encode(texts, show_progress_bar=shows_progress(given), **arguments)
     for embedding in embeddings:
         print(json.dumps(embedding.tolist()))
 
@@ -283,6 +272,10 @@ def _verify(given: Given) -> None:
     from gte_deploy.bundle.manifest import open_bundle
 
     options = read_options(VerifyOptions, given)
+    if options.checkpoint is not None:
+        from gte_deploy.models import require_checkpoint
+
+        require_checkpoint(options.checkpoint)
     folder = resolve_bundle(options.bundle)
     manifest = open_bundle(folder)
     check_graphs(folder, manifest)
@@ -344,13 +337,14 @@ def _bench(given: Given) -> None:
     report = bench(
         resolve_bundle(arguments.pop("bundle")),
         **arguments,
-        progress=lambda line: print(f"{_PROG}: {line}", file=sys.stderr, flush=True),
+        progress=progress_lines(_PROG, given),
     )
     picked = None
     if options.pick:
         picked = fastest(report, precision_may_change=options.precision_may_change)
         file = record(report, picked)
-        print(f"{_PROG}: recorded {picked.name} in {file}", file=sys.stderr)
+        if "quiet" not in given:
+            print(f"{_PROG}: recorded {picked.name} in {file}", file=sys.stderr)
     if "json" in given:
         print(json.dumps({**report.to_json(), "picked": picked and picked.name}))
         return
@@ -377,8 +371,10 @@ def _serve(given: Given) -> None:
 
 def _checkpoint_info(folder: Path) -> dict[str, Any]:
     from gte_deploy.core.quiet import keep_caches_in_ours
+    from gte_deploy.models import require_checkpoint
     from gte_deploy.models.description import describe
 
+    require_checkpoint(folder)
     keep_caches_in_ours()
     try:
         spec = describe(folder).spec
@@ -453,11 +449,6 @@ def _never_fail_to_print() -> None:
     # A terminal that is not UTF-8 gets escapes, not a traceback.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"{_PROG}: error: {message}", file=sys.stderr)
-    return code
 
 
 _ANY_MODEL = (ModelOptions, LoadOptions, BatchingOptions)

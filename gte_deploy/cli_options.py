@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gte_deploy.core.command_line import OutputOptions
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option, required
 from gte_deploy.core.spec import (
@@ -39,11 +40,10 @@ def _word_or_integer(text: str) -> int | str:
 
 
 @dataclass(frozen=True)
-class PrintOptions:
+class PrintOptions(OutputOptions):
     """Output options of every command."""
 
     verbose: bool = option(False, "log each step on stderr", flags=("-v", "--verbose"))
-    json: bool = option(False, "print JSON, one line for each result")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class LoadOptions:
         "precision that the engine computes in: openvino, or torch on a GPU; auto: as suits the bundle and this "
         "machine, or as bench --pick recorded",
         choices=LOAD_PRECISIONS,
+        argument="precision",
     )
     device: str | None = option(
         None, "cpu, cuda or cuda:N (default: the device that the bundle is made for, else cpu)", metavar="DEVICE"
@@ -240,7 +241,6 @@ class FileOptions:
         parse=Path,
     )
     max_failures: int = option(0, "rows that may fail before the command ends with exit code 1", metavar="N", parse=int)
-    quiet: bool = option(False, "show no progress on stderr")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from gte_deploy.core.spec import (
     is_packed,
 )
 from gte_deploy.model import Model, Origin
-from gte_deploy.models import builtin_bundle, builtin_path, is_builtin
+from gte_deploy.models import builtin_bundle, builtin_path, is_builtin, require_checkpoint
 from gte_deploy.tasks import TASKS
 from gte_deploy.text.batching import BatchLimits
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
@@ -327,6 +327,7 @@ def _open_checkpoint(
         logger.warning(
             "%s is read as a checkpoint: its %s is not one of gte-export, but of another project", folder, MANIFEST_NAME
         )
+    require_checkpoint(folder)
     from gte_deploy.backends.torch import open_torch_backend
 
     opened, tokenizer = open_torch_backend(

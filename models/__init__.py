@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.files import read_json
 from gte_deploy.core.hub import HubModel, split_revision
+from gte_deploy.core.options import did_you_mean
 from gte_deploy.models.presets import PRESETS
 
 __all__ = [
@@ -14,10 +16,13 @@ __all__ = [
     "builtin_path",
     "is_builtin",
     "locate",
+    "require_checkpoint",
     "resolve_checkpoint",
 ]
 
 BUILTIN_NAME = "gte-en-mlm-tiny"
+_FORMATS = "gte-deploy-"  # how the formats begin that the manifest.json of bundles and repositories name
+_FIRST_FILES = ("config.json", "modules.json", "adapter_config.json")
 
 CHECKPOINT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "README.md", "LICENSE*", "NOTICE")
 """The files of a checkpoint on the hub, and its licence. Pickles (*.bin, *.pt) and code (*.py) are never downloaded."""
@@ -61,6 +66,36 @@ def resolve_checkpoint(
     return found.download(CHECKPOINT_PATTERNS) if isinstance(found, HubModel) else found
 
 
+def require_checkpoint(name_or_path: str | os.PathLike[str] | None) -> None:
+    """Refuse what is plainly no checkpoint, before the libraries that read one are imported, which takes seconds.
+
+    A hub id is not looked up.
+
+    Raises:
+        CheckpointError: the name is none, or the folder holds a bundle or no model.
+        ConfigError: the model's architecture is not supported.
+    """
+    folder = locate(name_or_path)
+    if isinstance(folder, HubModel):
+        return
+    manifest, config = read_json(folder / "manifest.json"), read_json(folder / "config.json")
+    if isinstance(manifest, dict) and str(manifest.get("format")).startswith(_FORMATS):
+        raise CheckpointError(
+            f"{folder} is a bundle, which was exported already, and no checkpoint.",
+            advice=f"Run it with `gte-deploy serve {folder}`, or give the checkpoint that it was exported from: "
+            f"`gte-deploy info {folder}` names it.",
+        )
+    if not any((folder / name).is_file() for name in _FIRST_FILES):
+        raise CheckpointError(
+            f"{folder} is no checkpoint: it has no config.json.",
+            advice="Give the folder that save_pretrained of transformers or sentence-transformers wrote, or a hub id.",
+        )
+    if isinstance(config, dict) and "model_type" in config:
+        from gte_deploy.models.families import family_of_fields
+
+        family_of_fields(config, folder / "config.json")
+
+
 def locate(
     name_or_path: str | os.PathLike[str] | None,
     *,
@@ -97,7 +132,8 @@ def _hub_id(name: str) -> str:
     is_path = name.startswith((".", "/", "~")) or any(mark in name for mark in "\\:")
     if is_path or name.count("/") != 1 or name.endswith("/"):
         raise CheckpointError(
-            f"no folder {name!r} (looked in {Path.cwd()}), and it is not a hub id of the form owner/name. "
-            f"Known names: {', '.join(sorted(PRESETS))}."
+            f"no folder {name!r} (looked in {Path.cwd()}), and it is not a hub id of the form owner/name"
+            f"{did_you_mean(name, PRESETS) or '.'}",
+            advice=f"Known names: {', '.join(sorted(PRESETS))}.",
         )
     return name

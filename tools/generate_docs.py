@@ -123,7 +123,7 @@ def class_sections(module: str, name: str, *, variable: str, constructor: bool) 
 
 def error_rows() -> Iterator[str]:
     """Yield a row for each of the package's errors: its bases, its meaning, and the exit code of the commands."""
-    exit_code_of = importlib.import_module(find("gte_deploy.cli", "exit_code_of")[0]).exit_code_of
+    exit_code_of = importlib.import_module("gte_deploy.core.exit_codes").exit_code_of
     package = importlib.import_module("gte_deploy")
     for name in (name for name in package.__all__ if name.endswith("Error")):
         error, meaning = getattr(package, name), prose(find("gte_deploy", name)[1])

@@ -15,15 +15,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
+from gte_deploy.core.command_line import CommandParser, OutputOptions, run_command, shows_progress
 from gte_deploy.core.cpus import available_cpus
-from gte_deploy.core.errors import GteDeployError, MissingDependencyError
-from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_code_of, reader_went_away
-from gte_deploy.core.files import write_text
-from gte_deploy.core.options import Given, HelpFormatter, add_arguments, parse_given, read_options
-from gte_deploy.models import builtin_path
+from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_codes_help
+from gte_deploy.core.files import require_free, write_text
+from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
+from gte_deploy.models import builtin_path, require_checkpoint
 from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
     EXTRAPOLATION_FILE,
@@ -36,7 +38,6 @@ from gte_deploy.training.options import (
     GlueArguments,
     GlueOptions,
     Hardware,
-    JsonOptions,
     PrepareArguments,
     PrepareOptions,
     Protocol,
@@ -50,11 +51,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gte_deploy.training.cli")  # also where the module runs as __main__
 
+_PROG = "gte-train"
 _DESCRIPTION = "Prepare a corpus, estimate and run a recipe, export a checkpoint, and evaluate a model."
-_EPILOG = (
-    "exit codes: 0 done; 1 a recipe, corpus, checkpoint or model failed; 2 wrong usage or bad input; 3 an optional "
-    "dependency is not installed; 130 stopped by SIGTERM or SIGINT, with a checkpoint written: run the same command "
-    "again to continue; 141 the reader of the output went away"
+_EPILOG = exit_codes_help(
+    INTERRUPTED="stopped by SIGTERM or SIGINT, with a checkpoint written: run the same command again to continue"
 )
 _PROTOCOL = "fine-tuning (the defaults are as published)"
 _NEAR_FULL = 0.92  # of a GPU's memory; the CUDA context and the allocator need the rest
@@ -72,67 +72,52 @@ class _Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; results go to stdout, progress and log to stderr."""
     given = vars(build_parser().parse_args(argv))
-    try:
-        with _log_on_stderr():
-            code = given["run"](given)
-            sys.stdout.flush()
-            return code
-    except GteDeployError as error:
-        print(f"gte-train: {error}", file=sys.stderr)
-        return exit_code_of(error)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("gte_deploy"):
-            raise
-        missing = MissingDependencyError(error.name, "train")
-        print(f"gte-train: {missing}", file=sys.stderr)
-        return exit_code_of(missing)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        return reader_went_away()
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"gte-train: {error}", file=sys.stderr)
-        return FAILURE
+    command = _COMMANDS[given["command"]]
+    with _log_on_stderr(quiet="quiet" in given):
+        return run_command(_PROG, partial(command.run, given), given, kinds=command.options, extra="train")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `run` in its result is the function that runs the chosen one."""
-    texts: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": HelpFormatter}
-    parser = argparse.ArgumentParser(prog="gte-train", description=_DESCRIPTION, **texts)
+    """The parser of all commands; `command` in its result is the name of the chosen one."""
+    parser = CommandParser(prog=_PROG, description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, command in _COMMANDS.items():
         summary = command.summary
-        inner = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **texts)
-        for kind in command.options:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        inner = commands.add_parser(name, help=summary, description=description, epilog=_EPILOG)
+        for kind in (*command.options, OutputOptions):
             group = inner.add_argument_group(_PROTOCOL) if kind is Protocol else inner
             add_arguments(group, kind)
-        inner.set_defaults(run=command.run)
     return parser
 
 
 def _prepare(given: Given) -> int:
-    from gte_deploy.models.checkpoint import copy_tokenizer
-    from gte_deploy.training.data.corpus import describe_corpus
+    from gte_deploy.training.data.corpus import corpus_facts, describe_corpus
     from gte_deploy.training.data.prepare import prepare
-    from gte_deploy.training.export import TOKENIZER_FOLDER
+    from gte_deploy.training.state import TOKENIZER_FOLDER
 
     arguments = read_options(PrepareArguments, given)
     tokenizer = arguments.tokenizer or builtin_path()
     options = read_options(PrepareOptions, {"workers": available_cpus(), **given})
-    corpus = prepare(arguments.inputs, arguments.output, tokenizer=tokenizer, options=options, progress=True)
+    corpus = prepare(
+        arguments.inputs, arguments.output, tokenizer=tokenizer, options=options, progress=shows_progress(given)
+    )
+    from gte_deploy.models.checkpoint import copy_tokenizer  # imports torch, which refusals do not wait for
+
     source = tokenizer if tokenizer.is_dir() else tokenizer.parent
     copy_tokenizer(source, arguments.output / TOKENIZER_FOLDER)
-    print(describe_corpus(corpus))
+    print(json.dumps(corpus_facts(corpus)) if "json" in given else describe_corpus(corpus))
     return OK
 
 
 def _estimate(given: Given) -> int:
-    from gte_deploy.training.estimate import estimate, stage_lengths, table
-
     hardware, options = read_options(Hardware, given), read_options(EstimateOptions, given)
     sharding = () if options.sharding is None else (f"sharding={options.sharding}",)
     recipe = _recipe(given, *sharding)
+    _require_corpus(options.data)
+    from gte_deploy.training.estimate import estimate, stage_lengths, table
+
     lengths = stage_lengths(recipe, averages=options.averages, data=options.data)
     result = estimate(recipe, hardware, lengths=lengths)
     if "json" in given:
@@ -155,27 +140,34 @@ def _estimate(given: Given) -> int:
 
 
 def _run(given: Given) -> int:
+    arguments, options, recipe = read_options(RunArguments, given), parse_given(RunOptions, given), _recipe(given)
+    _require_corpus(arguments.data)
     from gte_deploy.training.train import train
 
-    arguments, options = read_options(RunArguments, given), parse_given(RunOptions, given)
-    result = train(_recipe(given), data=arguments.data, output=arguments.output, progress=sys.stderr, **options)
+    # The losses are the log of the run, which a job without a terminal keeps, too.
+    log = None if "quiet" in given else sys.stderr
+    result = train(recipe, data=arguments.data, output=arguments.output, progress=log, **options)
     if not result.finished:
         return INTERRUPTED
     if _is_main():
-        print(result.model)
+        _print_path(result.model, given)
     return OK
 
 
 def _export(given: Given) -> int:
-    import torch
-
-    from gte_deploy.training.export import export_checkpoint, find_checkpoint
+    from gte_deploy.training.state import find_checkpoint
 
     arguments, options = read_options(ExportArguments, given), parse_given(CheckpointExportOptions, given)
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    require_free(arguments.output, force=arguments.force)
+    import torch
+
+    from gte_deploy.training.export import export_checkpoint
+
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
-    export_checkpoint(find_checkpoint(arguments.checkpoint), arguments.output, **options)
-    print(arguments.output)
+    export_checkpoint(checkpoint, arguments.output, **options)
+    _print_path(arguments.output, given)
     return OK
 
 
@@ -188,6 +180,8 @@ def _glue(given: Given) -> int:
         print(json.dumps(rows, indent=2) if "json" in given else list_systems())
         return OK
     chosen = choose_systems(arguments.systems)
+    if arguments.model is not None:
+        require_checkpoint(arguments.model)
     from gte_deploy.training.evaluation.glue import compare_systems, glue, systems_table, table
 
     assert arguments.output is not None  # GlueArguments checked it
@@ -207,11 +201,12 @@ def _glue(given: Given) -> int:
 
 
 def _extrapolate(given: Given) -> int:
+    arguments, options = read_options(ExtrapolationArguments, given), read_options(ExtrapolationOptions, given)
+    require_checkpoint(arguments.model)
+    _require_corpus(arguments.data)
     from gte_deploy.training.evaluation.extrapolation import extrapolate, plot, table
 
-    arguments = read_options(ExtrapolationArguments, given)
-    options = read_options(ExtrapolationOptions, given)
-    result = extrapolate(arguments.model, data=arguments.data, options=options, progress=True)
+    result = extrapolate(arguments.model, data=arguments.data, options=options, progress=shows_progress(given))
     text = json.dumps(result.to_dict(), indent=2)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -229,17 +224,29 @@ def _recipe(given: Given, *overrides: str) -> Recipe:
     return load_recipe(arguments.recipe, overrides=[*arguments.overrides, *overrides])
 
 
+def _require_corpus(folder: Path | None) -> None:
+    """Refuse a folder that is no corpus before torch is imported, which takes seconds."""
+    from gte_deploy.training.data.corpus import read_index
+
+    if folder is not None:
+        read_index(folder)
+
+
+def _print_path(path: Path | None, given: Given) -> None:
+    print(json.dumps({"path": str(path)}) if "json" in given else path)
+
+
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _log_on_stderr() -> Iterator[None]:
+def _log_on_stderr(*, quiet: bool) -> Iterator[None]:
     """Log to stderr while a command runs; of several ranks only the first logs more than errors."""
     log = logging.getLogger("gte_deploy")
     handler, level = logging.StreamHandler(), log.level
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO if _is_main() else logging.ERROR)
+    log.setLevel(logging.INFO if _is_main() and not quiet else logging.ERROR)
     try:
         yield
     finally:
@@ -258,7 +265,7 @@ _COMMANDS = {
     "estimate": _Command(
         _estimate,
         "estimate FLOPs, tokens, memory and hours of a recipe on some GPUs",
-        (Hardware, EstimateOptions, RecipeArguments, JsonOptions),
+        (Hardware, EstimateOptions, RecipeArguments),
     ),
     "run": _Command(_run, "run a recipe, or continue its run", (RunArguments, RunOptions, RecipeArguments)),
     "export": _Command(
@@ -267,12 +274,12 @@ _COMMANDS = {
     "glue": _Command(
         _glue,
         "fine-tune a model, or every system of the published table, on the eight GLUE tasks and print the scores",
-        (GlueArguments, GlueOptions, JsonOptions, Protocol),
+        (GlueArguments, GlueOptions, Protocol),
     ),
     "extrapolate": _Command(
         _extrapolate,
         "measure a model's loss by position and by context length",
-        (ExtrapolationArguments, ExtrapolationOptions, JsonOptions),
+        (ExtrapolationArguments, ExtrapolationOptions),
     ),
 }
 

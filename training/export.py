@@ -10,24 +10,7 @@ from transformers import GteConfig, GteForMaskedLM
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.models.checkpoint import copy_tokenizer, save_model
 from gte_deploy.training.model import build_model
-from gte_deploy.training.state import STATE_FILE, Checkpoint, CheckpointStore, read_checkpoint
-
-CHECKPOINTS_FOLDER = "checkpoints"
-TOKENIZER_FOLDER = "tokenizer"
-
-
-def find_checkpoint(path: Path) -> Checkpoint:
-    """Return the checkpoint in a folder, or the newest complete one in the output folder of a run.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is not complete.
-    """
-    if (path / STATE_FILE).is_file():
-        return read_checkpoint(path)
-    checkpoint = CheckpointStore(path / CHECKPOINTS_FOLDER).latest()
-    if checkpoint is None:
-        raise CheckpointError(f"{path} is neither a training checkpoint nor the output folder of a run that has one")
-    return checkpoint
+from gte_deploy.training.state import TOKENIZER_FOLDER, Checkpoint
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> GteForMaskedLM:

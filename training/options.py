@@ -82,13 +82,6 @@ class DeviceOptions:
     )
 
 
-@dataclass(frozen=True)
-class JsonOptions:
-    """The format of a result."""
-
-    json: bool = option(False, "print JSON instead of the table")
-
-
 # --- prepare ----------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +121,7 @@ class PrepareOptions(ReadOptions):
     Args:
         workers: number of processes. With more than one, the caller's main module must be importable
             (`if __name__ == "__main__"`).
-        overwrite: replace a corpus that exists already.
+        force: replace a corpus that exists already.
         restart: discard the work of an interrupted run.
 
     Raises:
@@ -138,7 +131,7 @@ class PrepareOptions(ReadOptions):
     workers: int = option(
         1, "number of worker processes (default: the CPUs that this process may use)", metavar="N", parse=int
     )
-    overwrite: bool = option(False, "replace a corpus that exists already")
+    force: bool = option(False, "replace a corpus that exists already")
     restart: bool = option(False, "discard the work of an interrupted run")
 
     def __post_init__(self) -> None:
@@ -298,6 +291,7 @@ class ExportArguments:
         parse=Path,
     )
     output: Path = required("folder to write", positional=True, metavar="OUTPUT", parse=Path)
+    force: bool = option(False, "write into a folder that holds files already")
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import DIRECTORY_MODE, read_json_object, sha256_file, sync_directory, sync_file, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MARKER_FILE = "COMPLETE.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+TOKENIZER_FOLDER = "tokenizer"
 _FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _ASIDE_SUFFIX = ".tmp"
 
@@ -171,6 +174,24 @@ class CheckpointStore:
         for path in paths[: -self.keep]:
             if path not in last_of_stage.values():
                 _remove(path)
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in a folder, or the newest complete one in the output folder of a run.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is not complete.
+    """
+    if (path / STATE_FILE).is_file():
+        return read_checkpoint(path)
+    checkpoint = CheckpointStore(path / CHECKPOINTS_FOLDER).latest()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} is neither a training checkpoint nor the output folder of a run that has one.",
+            advice="Give the folder that `gte-train run` wrote with --output. A model that is ready is exported with "
+            "gte-export.",
+        )
+    return checkpoint
 
 
 def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:

@@ -35,14 +35,22 @@ from gte_deploy.training.distributed import (
     named_parameters,
     whole_tensor,
 )
-from gte_deploy.training.export import CHECKPOINTS_FOLDER, TOKENIZER_FOLDER, checkpoint_model, export_checkpoint
+from gte_deploy.training.export import checkpoint_model, export_checkpoint
 from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors
 from gte_deploy.training.optim import build_optimizer, learning_rate, set_learning_rate
 from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_to_dict
 from gte_deploy.training.run import Run, StepSize, StopSignal, corpus_fingerprint
-from gte_deploy.training.state import Checkpoint, CheckpointStore, read_checkpoint, stage_seed, step_seed
+from gte_deploy.training.state import (
+    CHECKPOINTS_FOLDER,
+    TOKENIZER_FOLDER,
+    Checkpoint,
+    CheckpointStore,
+    read_checkpoint,
+    stage_seed,
+    step_seed,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, has_manifest, open_bundle, read_manifest
-from gte_deploy.core.errors import BundleError, ExportError
+from gte_deploy.core.errors import BundleError, OutputExistsError
 from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_tree
 from gte_deploy.core.locks import Release, try_lock
 
@@ -45,28 +45,33 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
     `files_of` returns the files of an earlier export, without its manifest.
 
     Raises:
-        ExportError: `destination` is not empty and `force` is False, or it holds anything besides such an export.
+        OutputExistsError: `destination` is not empty and `force` is False, or it holds anything besides such an export.
     """
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():
-        raise ExportError(f"{destination} is not a folder. Choose another output, or remove it.")
+        raise OutputExistsError(f"{destination} is not a folder.", advice="Choose another output, or remove it.")
     if not any(destination.iterdir()):
         return
     if not has_manifest(destination):
-        raise ExportError(
-            f"{destination} holds files and is not a bundle, so it is not replaced. Choose another output."
+        raise OutputExistsError(
+            f"{destination} holds files and is not a bundle, so it is not replaced.", advice="Choose another output."
         )
     if not force:
-        raise ExportError(f"{destination} exists already. Replace it with --force, or choose another output.")
+        raise OutputExistsError(
+            f"{destination} exists already.", advice="Replace it with --force, or choose another output."
+        )
     try:
         known = {MANIFEST_NAME, *files_of(destination)}
     except BundleError as error:
-        raise ExportError(f"{destination} is not replaced: {error} Remove it, or choose another output.") from error
+        raise OutputExistsError(
+            f"{destination} is not replaced: {error}", advice="Remove it, or choose another output."
+        ) from error
     # A server that imports a Python model of a repository writes its byte code into the folder.
     if strangers := sorted(name for name in _tree(destination) - known if "__pycache__/" not in name):
-        raise ExportError(
-            f"{destination} holds files that no export wrote: {', '.join(strangers[:5])}. Move them away first."
+        raise OutputExistsError(
+            f"{destination} holds files that no export wrote: {', '.join(strangers[:5])}.",
+            advice="Move them away first.",
         )
 
 
@@ -77,7 +82,7 @@ def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[st
     Leftovers of killed exports to the same destination are removed first.
 
     Raises:
-        ExportError: the destination must not be replaced; see `check_destination`.
+        OutputExistsError: the destination must not be replaced; see `check_destination`.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(destination)
@@ -143,7 +148,7 @@ def publish(
     """Make the sealed `folder` the bundle at `destination`.
 
     Raises:
-        ExportError: the destination must not be replaced; see `check_destination`.
+        OutputExistsError: the destination must not be replaced; see `check_destination`.
     """
     check_destination(destination, force=force, files_of=files_of)
     if has_manifest(destination):

@@ -15,7 +15,6 @@ from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.options import Option, check_choices, options_given
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import Built, Job
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.verification.checks import Check
     from gte_deploy.exporters.verification.texts import Languages
     from gte_deploy.model import Model
+    from gte_deploy.models.description import Description
 
 PADDING_FREE_PASS = "packed_attention"
 """The pass in the sites of families, and in reports, for attention without padding."""
@@ -89,7 +89,7 @@ class Target(ABC):
             if (allowed := allowed_precisions(described, type(self))) and precision not in allowed:
                 raise InputError(f"{name} is for precision {' and '.join(allowed)}, and the precision is {precision}")
 
-    def check_model(self, checkpoint: Description, precision: Precision) -> None:  # noqa: B027 - most refuse nothing
+    def check_model(self, checkpoint: "Description", precision: Precision) -> None:  # noqa: B027 - most refuse nothing
         """Refuse a model that this target cannot run, before its weights are loaded.
 
         Raises:
@@ -144,17 +144,17 @@ def allowed_precisions(described: Option, target: type[Target]) -> list[Precisio
     return [precision for precision in target.precisions if precision in described.precisions]
 
 
-def has_padding_free(checkpoint: Description) -> bool:
+def has_padding_free(checkpoint: "Description") -> bool:
     """Whether the model's graph can be padding-free: as the sites of its family say, and if no padding is scored."""
     return PADDING_FREE_PASS in checkpoint.sites and not _scores_unattended(checkpoint)
 
 
-def _scores_unattended(checkpoint: Description) -> bool:
+def _scores_unattended(checkpoint: "Description") -> bool:
     multi_vector = checkpoint.spec.multi_vector
     return multi_vector is not None and multi_vector.scores_unattended
 
 
-def require_padding_free(checkpoint: Description) -> None:
+def require_padding_free(checkpoint: "Description") -> None:
     """Refuse to remove the padding of a model that scores it, or whose attention has no padding-free form.
 
     Raises:

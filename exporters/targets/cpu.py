@@ -14,7 +14,6 @@ from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
 from gte_deploy.exporters.targets.openvino_ir import OpenVinoIr, check_ir, write_ir
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
     from gte_deploy.exporters.verification.texts import CalibrationTexts, Languages
+    from gte_deploy.models.description import Description
     from gte_deploy.text.tokenization import TextTokenizer
 
 
@@ -143,7 +143,7 @@ class CpuTarget(Target):
         super().check(precision)
         self.options.own_texts()
 
-    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+    def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Require openvino for bf16, which no other engine computes in on a CPU, and for its own format."""
         check_ir(self.options.openvino_ir, checkpoint.spec)
         if precision == "bf16":

@@ -12,12 +12,12 @@ from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, Precision
 from gte_deploy.exporters.job import Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.accuracy import Runs
+    from gte_deploy.models.description import Description
 
 _ENGINE: Engine = "executorch"
 
@@ -54,7 +54,7 @@ class ExecuTorchTarget(Target):
             if type(value) is not int or value < 1:
                 raise InputError(f"{field.name} must be a positive integer, not {value!r}")
 
-    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+    def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Require executorch."""
         require_modules("executorch", extra="executorch")
 

@@ -18,12 +18,12 @@ from gte_deploy.exporters.targets.cpu import (
     save_quantized,
 )
 from gte_deploy.exporters.targets.openvino_ir import check_ir, write_ir
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.checks import Check
+    from gte_deploy.models.description import Description
 
 
 class OpenVinoTarget(Target):
@@ -42,7 +42,7 @@ class OpenVinoTarget(Target):
         super().check(precision)
         self.options.own_texts()
 
-    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+    def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""
         require_openvino()
         check_ir(self.options.openvino_ir, checkpoint.spec)

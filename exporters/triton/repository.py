@@ -106,7 +106,8 @@ def export_repository(
         InputError: an argument is out of range.
         BundleError: the bundle is damaged, or has no graph or plan that Triton can run.
         ParityError: the encoder's graph differs from the bundle's.
-        ExportError: the output must not be replaced, or the configurations do not pass their checks.
+        OutputExistsError: the output must not be replaced.
+        ExportError: the configurations do not pass their checks.
         MissingDependencyError: the [export] extra is not installed.
     """
     own = {name: value for name, value in given.items() if name in options_of(TritonOptions)}

@@ -6,7 +6,17 @@ from gte_deploy.core.install import install_command
 
 
 class GteDeployError(Exception):
-    """The base class of every error that gte-deploy raises on purpose."""
+    """The base class of every error that gte-deploy raises on purpose.
+
+    `advice` is the part of the message that says what to do next, such as a command to run; empty where the message
+    has no such part of its own.
+    """
+
+    advice: str = ""
+
+    def __init__(self, message: str = "", *, advice: str = "") -> None:
+        super().__init__(f"{message} {advice}" if advice else message)
+        self.advice = advice
 
 
 class InputError(GteDeployError, ValueError):
@@ -27,6 +37,10 @@ class BundleError(GteDeployError, ValueError):
 
 class ExportError(GteDeployError, RuntimeError):
     """An export could not be completed: a pass did not match as the architecture requires, or a target refused."""
+
+
+class OutputExistsError(InputError, ExportError):
+    """The output exists already, and may not be replaced; the message says what replaces it, or to choose another."""
 
 
 class ParityError(ExportError):

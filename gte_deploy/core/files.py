@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gte_deploy.core.errors import CheckpointError, GteDeployError
+from gte_deploy.core.errors import CheckpointError, GteDeployError, OutputExistsError
 
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
@@ -22,6 +22,20 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def require_free(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists already, unless it is an empty folder or `force` is true.
+
+    Raises:
+        OutputExistsError: there is something, and it is no folder to write into.
+    """
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise OutputExistsError(f"{output} is not a folder.", advice="Choose another output, or remove it.")
+    if not force and any(output.iterdir()):
+        raise OutputExistsError(f"{output} exists already.", advice="Replace it with --force, or choose another.")
 
 
 def is_below(name: str) -> bool:

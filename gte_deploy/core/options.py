@@ -6,8 +6,10 @@ in docs/ are all built from such fields.
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from gte_deploy.core.errors import InputError
@@ -18,6 +20,7 @@ Given = Mapping[str, Any]
 """The options given on a command line: name -> value, as `add_arguments` parsed it."""
 
 _KEY = "option"
+_CLOSE = 0.6  # how alike two words must be, from 0 to 1, for "did you mean"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Option:
         positional: whether the command line takes the value by its position, without a flag.
         precisions: the precisions that the option is for; empty for all.
         not_for: the formats of an export that cannot take the option, although their targets have it.
+        argument: name of the argument in the Python API, where it is not the field's.
+        aliases: other names of choices that people type on a command line -> the choice, which programs get.
     """
 
     help: str
@@ -47,6 +52,8 @@ class Option:
     positional: bool = False
     precisions: tuple[str, ...] = ()
     not_for: tuple[str, ...] = ()
+    argument: str | None = None
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def is_tuple(self) -> bool:
@@ -174,7 +181,16 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         InputError: it is none of `allowed`.
     """
     if value not in allowed:
-        raise InputError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}")
+        known = [str(each) for each in allowed]
+        near = did_you_mean(str(value), known)
+        raise InputError(f"{name} is {value!r}; expected one of {', '.join(known)}{near}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the known word that is most like `word`; empty if none is."""
+    plain = {each.casefold(): each for each in known}
+    alike = difflib.get_close_matches(word.casefold(), plain, n=1, cutoff=_CLOSE)
+    return f"; did you mean {plain[alike[0]]}?" if alike else ""
 
 
 def options_given(values: Any) -> Iterator[tuple[str, Option]]:
@@ -219,7 +235,16 @@ def _of_value(described: Option) -> dict[str, Any]:
         arguments["nargs"] = described.nargs
     if described.parse in (int, float):
         arguments["type"] = described.parse
+    elif described.choices:
+        arguments["type"] = partial(_choice, described)
     return arguments
+
+
+def _choice(described: Option, text: str) -> str:
+    """Return the choice that a text means: without regard to case, with "_" for "-", and by its other names."""
+    plain = text.casefold().replace("_", "-")
+    same = [choice for choice in described.choices if choice.casefold().replace("_", "-") == plain]
+    return same[0] if same else described.aliases.get(plain, text)
 
 
 def _parsed(described: Option, value: Any) -> Any:

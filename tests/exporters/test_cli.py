@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from factories import make_checkpoint
+from gte_deploy.bundle import upload
 from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.bundle.upload import Pushed
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.core.exit_codes import BROKEN_PIPE, EXISTS, FAILURE, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.exporters import cli, export
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
@@ -28,7 +29,7 @@ def test_wrong_usage_is_told_by_argparse(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == USAGE
-    assert "usage: gte-export" in capsys.readouterr().err
+    assert "`gte-export --help` lists what it takes" in capsys.readouterr().err
 
 
 def test_a_model_given_twice_is_refused(capsys):
@@ -38,7 +39,7 @@ def test_a_model_given_twice_is_refused(capsys):
 
 def test_positions_and_options_mean_the_same(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "export", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(export, "export", lambda *args, **options: calls.append((args, options)))
     monkeypatch.setattr(cli, "_result_text", str)
     for line in ("model out", "-m model -o out", "model --output out", "onnx model out"):
         assert main([*line.split(), "--quiet"]) == OK
@@ -55,8 +56,8 @@ def test_a_push_is_checked_before_the_export_and_made_after_it(monkeypatch, caps
         done.append(("push", path, repository, private))
         return Pushed("owner/name", "4f2a", "https://hub/owner/name/commit/4f2a")
 
-    monkeypatch.setattr(cli, "export", lambda *args, **options: done.append("export") or SimpleNamespace(path="out"))
-    monkeypatch.setattr(cli, "push_to_hub", push)
+    monkeypatch.setattr(export, "export", lambda *args, **options: done.append("export") or SimpleNamespace(path="out"))
+    monkeypatch.setattr(upload, "push_to_hub", push)
     monkeypatch.setattr(cli, "_result_text", lambda result: "the table")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
@@ -78,7 +79,7 @@ def test_a_push_is_checked_before_the_export_and_made_after_it(monkeypatch, caps
 @pytest.mark.parametrize("form", [["trt"], ["--format", "trt"], ["--format=trt"]])
 def test_a_command_and_the_flat_form_mean_the_same(form, monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "export", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(export, "export", lambda *args, **options: calls.append((args, options)))
     monkeypatch.setattr(cli, "_result_text", str)
     given = "model out --precision int8 --target sm86,sm120 --profile 1x1:1x8:2x16 --profile 1x17:2x32:2x64 --quiet"
     given += " --workspace 512 --calibrator percentile --max-length 64 --keep-onnx --force"
@@ -152,14 +153,14 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     pytest.importorskip("transformers")
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out"), "--json"]) == FAILURE
     out, err = capsys.readouterr()
-    assert "nowhere" in err and json.loads(out)["exit_code"] == FAILURE
+    assert "nowhere" in err and json.loads(out)["error"]["exit_code"] == FAILURE
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_that_is_no_bundle(tiny_mlm, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    assert main([str(tiny_mlm), str(tmp_path / "out"), "--force", "--quiet"]) == FAILURE
+    assert main([str(tiny_mlm), str(tmp_path / "out"), "--force", "--quiet"]) == EXISTS
     out, err = capsys.readouterr()
     assert out == "" and "not a bundle" in err and "Traceback" not in err
 
@@ -196,8 +197,8 @@ def test_help_needs_no_heavy_library():
 
 def test_a_reader_that_goes_away_is_no_error():
     code = (
-        "from gte_deploy.exporters import cli\n"
-        "cli.export, cli._result_text = (lambda *args, **options: None), (lambda result: 'table')\n"
+        "from gte_deploy.exporters import cli, export\n"
+        "export.export, cli._result_text = (lambda *args, **options: None), (lambda result: 'table')\n"
         "raise SystemExit(cli.main(['--quiet']))"
     )
     reader, writer = os.pipe()
@@ -216,7 +217,7 @@ def tiny(trace_once, tmp_path):
 
 def test_the_table_on_stdout_and_the_progress_on_stderr(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([str(tiny), "--max-len", "16"]) == OK
+    assert main([str(tiny), "--max-len", "16", "--progress"]) == OK
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].split()[:4] == ["length", "batch", "padding", "logits"]

@@ -88,7 +88,7 @@ def test_training(tmp_path):
     code = "from gte_deploy.training.cli import main; sys.exit(main(sys.argv[1:]))"
     prepare = ["prepare", "text.txt", "--output", "data", "--tokenizer", "tokenizer", "--workers=1"]
     assert "95 documents" in run(code, *prepare, cwd=tmp_path)
-    run(code, *prepare, "--overwrite", cwd=tmp_path)
+    run(code, *prepare, "--force", cwd=tmp_path)
     run(code, "run", "recipe.yaml", "--data", "data", "--output", "run", "--device=cpu", cwd=tmp_path)
     assert (tmp_path / "run/model/model.safetensors").is_file()
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -341,7 +341,7 @@ def test_info_of_a_checkpoint(run, checkpoints):
         ((), exit_codes.USAGE, "COMMAND"),
         (("fly",), exit_codes.USAGE, "invalid choice"),
         (("fill-mask", "-m", "{fill-mask}", "no mask here"), exit_codes.USAGE, "input 0 has no mask"),
-        (("fill-mask", "-m", "{fill-mask}", TEXT, "-k", "0"), exit_codes.USAGE, "top_k"),
+        (("fill-mask", "-m", "{fill-mask}", TEXT, "-k", "0"), exit_codes.USAGE, "--top-k must be"),
         (("fill-mask", "-m", "{embed}", TEXT), exit_codes.USAGE, "needs a fill-mask model"),
         (("fill-mask", "-m", "{fill-mask}", "[MASK] \udcff"), exit_codes.USAGE, "lone surrogate"),
         (("encode", "-m", "{embed}", "the " * 200), exit_codes.USAGE, "limit is 128"),

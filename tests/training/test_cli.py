@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
 from factories import write_tokenizer
-from gte_deploy.core.exit_codes import BROKEN_PIPE, FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
+from gte_deploy.core.exit_codes import BROKEN_PIPE, EXISTS, FAILURE, INTERRUPTED, MISSING_DEPENDENCY, OK, USAGE
 from gte_deploy.training import train as train_module
 from gte_deploy.training.cli import main
 from gte_deploy.training.log import RunLog
@@ -68,7 +68,7 @@ def test_prepare_of_an_existing_corpus_is_refused(corpus_folder, capsys, tmp_pat
     (tmp_path / "a.txt").write_text("w5")
     tokenizer = str(corpus_folder / "tokenizer")
     command = ["prepare", str(tmp_path / "a.txt"), "--output", str(corpus_folder), "--tokenizer", tokenizer]
-    assert main(command) == USAGE
+    assert main(command) == EXISTS
     assert "exists already" in capsys.readouterr().err
 
 
@@ -129,7 +129,7 @@ def test_impossible_estimates_are_wrong_usage(capsys, options, message):
 @pytest.mark.parametrize("flag", ["--max-len", "--max-length"])
 def test_two_spellings_of_the_longest_input(flag, tiny_mlm, corpus_folder, capsys):
     assert main(["glue", str(tiny_mlm), "--output", "nowhere", flag, "3"]) == USAGE
-    assert "max_length 3, batch_size 32" in capsys.readouterr().err
+    assert "--max-length 3, --batch-size 32" in capsys.readouterr().err
     assert main(["extrapolate", str(tiny_mlm), "--data", str(corpus_folder), flag, "4096"]) == USAGE
     assert "tokens, not 4096" in capsys.readouterr().err
 

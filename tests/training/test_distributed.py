@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from gte_deploy.core.exit_codes import INTERRUPTED
-from gte_deploy.training.export import find_checkpoint
 from gte_deploy.training.log import read_log
 from gte_deploy.training.recipe import recipe_from_dict
+from gte_deploy.training.state import find_checkpoint
 from gte_deploy.training.train import train
 
 RUN_ALL = """

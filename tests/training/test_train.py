@@ -19,12 +19,12 @@ from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import StepSettings, micro_batches, pack, pad_to_static
 from gte_deploy.training.data.sampling import ChunkIndex
 from gte_deploy.training.distributed import World
-from gte_deploy.training.export import checkpoint_model, export_checkpoint, find_checkpoint
+from gte_deploy.training.export import checkpoint_model, export_checkpoint
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import read_log
 from gte_deploy.training.model import PackedMaskedLM, initial_model
 from gte_deploy.training.recipe import recipe_from_dict
-from gte_deploy.training.state import stage_seed
+from gte_deploy.training.state import find_checkpoint, stage_seed
 from gte_deploy.training.train import accumulate_gradients, train
 
 ALONE = World(0, 1, torch.device("cpu"))

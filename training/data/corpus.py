@@ -102,7 +102,7 @@ class TokenCorpus:
             InputError: the folder is no corpus, is incomplete or altered, or has another format version.
         """
         folder = Path(folder)
-        index = _read_index(folder)
+        index = read_index(folder)
         try:
             corpus = cls(folder, index, verify=verify)
         except (KeyError, TypeError, AttributeError) as error:
@@ -213,6 +213,18 @@ def document_histogram(corpus: TokenCorpus, language: str | None = None) -> Leng
     return LengthHistogram.of(np.diff(offsets) for offsets in wanted)
 
 
+def corpus_facts(corpus: TokenCorpus) -> dict[str, Any]:
+    """Describe a corpus for programs: its folder, and the numbers of documents, tokens, shards and words."""
+    return {
+        "path": str(corpus.folder),
+        "documents": corpus.num_documents,
+        "tokens": corpus.num_tokens,
+        "shards": len(corpus.index["shards"]),
+        "vocabulary": corpus.vocab.size,
+        "counts": corpus.index.get("counts", {}),
+    }
+
+
 def describe_corpus(corpus: TokenCorpus) -> str:
     """Describe a corpus as text for a person: its size, vocabulary, languages and lengths."""
     lines = [
@@ -232,7 +244,12 @@ def describe_corpus(corpus: TokenCorpus) -> str:
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read what the corpus says of itself.
+
+    Raises:
+        InputError: the folder is no corpus, or one of another version.
+    """
     path = folder / INDEX_FILE
     if not path.is_file():
         raise InputError(f"{folder} has no {INDEX_FILE}: it is no corpus; make one with `gte-train prepare`")

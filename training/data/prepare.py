@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gte_deploy.core.errors import GteDeployError, InputError
+from gte_deploy.core.errors import GteDeployError, InputError, OutputExistsError
 from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
 from gte_deploy.core.locks import try_lock
 from gte_deploy.training.data.corpus import (
@@ -84,7 +84,7 @@ def prepare(
     """
     output = Path(output).absolute()
     reading = options.reading()
-    _check_output(output, options.overwrite)
+    _check_output(output, force=options.force)
     vocab, tokenizer_file = read_vocabulary(Path(tokenizer))
     units = plan_units(inputs)
     header = {
@@ -315,14 +315,14 @@ def _show(bar: tqdm, before: int, shared: _Shared) -> None:
 # --- the workspace --------------------------------------------------------------------------------------------------
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, *, force: bool) -> None:
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         return
-    if not overwrite:
-        raise InputError(f"{output} exists already: choose another folder, or replace it with overwrite (--overwrite)")
+    if not force:
+        raise OutputExistsError(f"{output} exists already.", advice="Replace it with --force, or choose another.")
     if not (output / INDEX_FILE).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is no corpus, so it is not replaced: choose another folder")
+        raise OutputExistsError(f"{output} is no corpus, so it is not replaced.", advice="Choose another folder.")
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ from gte_deploy.exporters.targets.base import (
     require_padding_free,
 )
 from gte_deploy.exporters.targets.cpu import save
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Backend
     from gte_deploy.exporters.graph.build import Graph
+    from gte_deploy.models.description import Description
 
 Padding = Literal["auto", "keep", "remove"]
 
@@ -59,7 +59,7 @@ class CudaTarget(Target):
         if precision == "bf16" and self.options.padding == "remove":
             raise InputError("ONNX Runtime removes padding in fp16 and fp32 only; take one of them, or padding 'keep'")
 
-    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+    def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Refuse sparse heads of token weights, and to remove padding from a family without padding-free attention.
 
         Not every CUDA provider has the operator that pools token weights.

@@ -21,13 +21,13 @@ from gte_deploy.exporters.targets.tensorrt.profiles import (
     profiles_for_lengths,
 )
 from gte_deploy.exporters.targets.tensorrt.runtimes import Runtime
-from gte_deploy.models.description import Description
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
+    from gte_deploy.models.description import Description
 
 PADDING_FREE_FROM = (11, 1)
 """The first version of TensorRT with kernels for padding-free attention. TensorRT-RTX has none."""
@@ -47,7 +47,7 @@ class TextLayout(Protocol):
     trtexec_flags: ClassVar[tuple[str, ...]]
     """Flags that TensorRT's tool trtexec needs for the network."""
 
-    def check_model(self, checkpoint: Description) -> None:
+    def check_model(self, checkpoint: "Description") -> None:
         """Refuse a model that this layout cannot run.
 
         Raises:
@@ -95,7 +95,7 @@ class Padded:
     # For TensorRT 10. In TensorRT 11 every network is strongly typed, and trtexec ignores the flag.
     trtexec_flags: ClassVar[tuple[str, ...]] = ("--stronglyTyped",)
 
-    def check_model(self, checkpoint: Description) -> None:
+    def check_model(self, checkpoint: "Description") -> None:
         """Accept every model."""
 
     def check_runtime(self, runtime: Runtime) -> None:
@@ -141,7 +141,7 @@ class PaddingFree:
     # In the versions of TensorRT with the kernels, every network is strongly typed.
     trtexec_flags: ClassVar[tuple[str, ...]] = ()
 
-    def check_model(self, checkpoint: Description) -> None:
+    def check_model(self, checkpoint: "Description") -> None:
         """Refuse sparse models, whose head pools padded rows, and families without padding-free attention."""
         if checkpoint.spec.task == "sparse":
             raise InputError(

@@ -14,7 +14,6 @@ from gte_deploy.exporters.targets.tensorrt.layouts import TEXT_LAYOUTS, TextLayo
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
 from gte_deploy.exporters.targets.tensorrt.runtimes import NO_ENGINE, Runtime, choose_runtime, resolve_capabilities
-from gte_deploy.models.description import Description
 from gte_deploy.tasks.base import Outputs
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.targets.tensorrt.emulation import PaddedOnnx, PaddingFreeOnnx
     from gte_deploy.exporters.targets.tensorrt.precision import QuantizedGemms
     from gte_deploy.exporters.verification.accuracy import Runs
+    from gte_deploy.models.description import Description
 
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
@@ -73,7 +73,7 @@ class TensorRTTarget(Target):
         if self.options.fp8_attention and self.options.runtime == "rtx":
             raise InputError(f"fp8_attention is for ordinary TensorRT, and the runtime is rtx: {_UNFUSED_IN_RTX}")
 
-    def check_model(self, checkpoint: Description, precision: Precision) -> None:
+    def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Check that the layout and the profiles fit the model, and that a TensorRT can build here."""
         self.layout.check_model(checkpoint)
         refuse_token_weights(checkpoint.spec)
@@ -199,7 +199,7 @@ class _AnswersAndStates:
         return {**found, **(self.whole.run(batch, others) if others else {})}
 
 
-def _require_answer_part(checkpoint: Description) -> None:
+def _require_answer_part(checkpoint: "Description") -> None:
     """Refuse an engine of answers for a model whose answer needs the last layer's states of all tokens.
 
     Raises:

@@ -290,7 +290,7 @@ def test_an_output_is_not_replaced_unless_told_to(tmp_path, make):
     with pytest.raises(InputError, match="exists already"):
         make(second)
     assert documents(TokenCorpus.open(tmp_path / "out")) == IDS[:1]
-    assert documents(make(second, overwrite=True)) == IDS[1:2]
+    assert documents(make(second, force=True)) == IDS[1:2]
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -298,7 +298,7 @@ def test_a_folder_that_is_no_corpus_is_never_replaced(tmp_path, make):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="no corpus"):
-        make(write_json_lines(tmp_path / "a.jsonl"), overwrite=True)
+        make(write_json_lines(tmp_path / "a.jsonl"), force=True)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
