@@ -195,9 +195,29 @@ def file_block(file: Path) -> str:
     return f"```{LANGUAGES[file.suffix]}\n{file.read_text(encoding='utf-8')}```\n"
 
 
+COMMANDS_INTRODUCTION = """# The command lines
+
+What `gte-deploy`, `gte-export` and `gte-train` print for `--help`, below. They have in common:
+
+- Results go to stdout; errors, warnings and progress go to stderr.
+- Progress is shown on a terminal. `--progress` shows it elsewhere, too; `--quiet` leaves only results and errors. The
+  losses of `gte-train run` are its log, which `--quiet` alone leaves out.
+- `--json` prints results as JSON on stdout. An error is then one more JSON object on stdout, the last line:
+  `{"error": {"type": "InputError", "message": "…", "advice": "…", "exit_code": 2}}`. `type` is the class of the
+  [Python API](python-api.md#errors), or UsageError, KeyboardInterrupt or the class of an error of the system;
+  `message` is the whole message; `advice` is the part that says what to do next, or null. stderr has the message as
+  text.
+- Choices are taken in lower or upper case, with `_` or `-`. What is unknown is refused with the nearest known word.
+- A command never replaces a bundle, repository, corpus or checkpoint that exists, unless `--force` is given. Files
+  (`gte-deploy encode --output vectors.parquet`) are replaced, when the new one is complete.
+"""
+
+
 def commands_page() -> str:
     """Return the whole of docs/command-line.md: every command, and the sub-commands that its help lists."""
-    parts = [f"{NOTICE}\n\n# The command lines\n\nWhat each command prints for `--help`.\n"]
+    meanings = importlib.import_module("gte_deploy.core.exit_codes").MEANINGS
+    rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in meanings.items())
+    parts = [f"{NOTICE}\n\n{COMMANDS_INTRODUCTION}\n| exit code | meaning |\n|---|---|\n{rows}\n"]
     for command in SCRIPTS:
         printed = help_of(command)
         names = re.findall(r"^ {4}([a-z][\w-]*)(?!\S)", printed.partition("  COMMAND\n")[2], re.MULTILINE)

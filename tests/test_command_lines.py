@@ -1,0 +1,239 @@
+"""What gte-deploy, gte-export and gte-train have in common: errors, exit codes, JSON, and that refusals are quick."""
+
+import dataclasses
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from gte_deploy import cli as deploy_cli
+from gte_deploy.core import exit_codes
+from gte_deploy.core.command_line import with_flags
+from gte_deploy.core.options import option
+from gte_deploy.exporters import cli as export_cli
+from gte_deploy.models import builtin_bundle
+from gte_deploy.training import cli as train_cli
+
+MAINS = {"gte-deploy": deploy_cli.main, "gte-export": export_cli.main, "gte-train": train_cli.main}
+MODULES = {
+    "gte-deploy": "gte_deploy.cli",
+    "gte-export": "gte_deploy.exporters.cli",
+    "gte-train": "gte_deploy.training.cli",
+}
+SLOW = (
+    *(
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+        "openvino",
+        "pyarrow",
+        "datasets",
+        "huggingface_hub",
+    ),
+    *("matplotlib", "safetensors", "scipy", "sentence_transformers"),
+)
+# Runs commands one after the other in one process; prints the exit code of each, and what is loaded after it.
+COMMANDS = """
+import importlib, json, sys
+loaded = {}
+for program, arguments in json.loads(sys.argv[1]):
+    main = importlib.import_module(program).main
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    slow = sorted(set(json.loads(sys.argv[2])) & set(sys.modules))
+    print("\\nENDED", json.dumps([arguments, code, slow]))
+"""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders that commands refuse: of an unknown architecture, without a model, and with something in them."""
+    folder = tmp_path_factory.mktemp("places")
+    for name, config in (("foreign", {"model_type": "llama", "hidden_size": 8}), ("empty", None), ("full", None)):
+        (folder / name).mkdir()
+        if config is not None:
+            (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "full" / "thesis.tex").write_text("mine")
+    (folder / "texts.txt").write_text("a text")
+    return folder
+
+
+def ended(commands, cwd):
+    """Run commands in a process of their own; return their arguments, exit codes and slow modules, and stderr."""
+    asked = json.dumps([(MODULES[program], arguments) for program, arguments in commands])
+    command = [sys.executable, "-c", COMMANDS, asked, json.dumps(SLOW)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = [line.partition(" ")[2] for line in done.stdout.splitlines() if line.startswith("ENDED ")]
+    assert len(lines) == len(commands)
+    return [json.loads(line) for line in lines], done.stderr
+
+
+HELP = [
+    *(("gte-deploy", [*words, "--help"]) for words in ([], ["encode"], ["serve"], ["bench"], ["push"])),
+    *(("gte-export", [*words, "--help"]) for words in ([], ["trt"], ["triton"], ["adopt"], ["convert"], ["check"])),
+    *(("gte-train", [*words, "--help"]) for words in ([], ["estimate"], ["run"], ["glue"], ["prepare"])),
+]
+BUNDLE = str(builtin_bundle())
+REFUSED = [
+    ("gte-deploy", ["encode", "-m", "nowhere", "a"], exit_codes.FAILURE),
+    ("gte-deploy", ["encode", "-m", "foreign", "a"], exit_codes.FAILURE),
+    ("gte-deploy", ["encode", "-m", "empty", "a"], exit_codes.FAILURE),
+    ("gte-deploy", ["encode", "--input", "nowhere.txt"], exit_codes.USAGE),
+    ("gte-deploy", ["info", "foreign"], exit_codes.FAILURE),
+    ("gte-deploy", ["verify", "nowhere"], exit_codes.FAILURE),
+    ("gte-deploy", ["verify", BUNDLE, "--checkpoint", BUNDLE], exit_codes.FAILURE),
+    ("gte-deploy", ["bench", "empty"], exit_codes.FAILURE),
+    ("gte-deploy", ["encode", "--pooling", "max", "a"], exit_codes.USAGE),
+    ("gte-export", ["nowhere", "out"], exit_codes.FAILURE),
+    ("gte-export", ["foreign", "out"], exit_codes.FAILURE),
+    ("gte-export", [BUNDLE, "out"], exit_codes.FAILURE),
+    ("gte-export", ["-o", "full"], exit_codes.EXISTS),
+    ("gte-export", ["-o", "full", "--force"], exit_codes.EXISTS),
+    ("gte-export", ["-o", "texts.txt"], exit_codes.EXISTS),
+    ("gte-export", ["--task", "sing"], exit_codes.USAGE),
+    ("gte-export", ["convert", "gte-en-mlm-tiny", "full", "--layout", "native"], exit_codes.EXISTS),
+    ("gte-export", ["convert", BUNDLE, "out", "--layout", "native"], exit_codes.FAILURE),
+    ("gte-export", ["adopt", "nowhere.plan", "empty"], exit_codes.FAILURE),
+    ("gte-train", ["estimate", "nowhere.yaml"], exit_codes.FAILURE),
+    ("gte-train", ["estimate", "gte-en-mlm-tiny", "--data", "empty"], exit_codes.USAGE),
+    ("gte-train", ["estimate", "gte-en-mlm-tiny", "--gpus", "0"], exit_codes.USAGE),
+    ("gte-train", ["prepare", "nowhere.txt", "-o", "out"], exit_codes.USAGE),
+    ("gte-train", ["prepare", "texts.txt", "-o", "full"], exit_codes.EXISTS),
+    ("gte-train", ["prepare", "texts.txt", "-o", "full", "--force"], exit_codes.EXISTS),
+    ("gte-train", ["run", "gte-en-mlm-tiny", "--data", "empty", "-o", "out"], exit_codes.USAGE),
+    ("gte-train", ["export", "empty", "out"], exit_codes.FAILURE),
+    ("gte-train", ["glue", "foreign", "-o", "out"], exit_codes.FAILURE),
+    ("gte-train", ["extrapolate", BUNDLE, "--data", "empty"], exit_codes.FAILURE),
+]
+
+
+@pytest.mark.parametrize("program", MAINS)
+def test_help_and_refusals_wait_for_no_slow_library(program, places):
+    refused = [each for each in REFUSED if each[0] == program]
+    commands = [*(each for each in HELP if each[0] == program), *((name, words) for name, words, _ in refused)]
+    found, _ = ended(commands, places)
+    codes = [0] * (len(commands) - len(refused)) + [code for _, _, code in refused]
+    assert [(words, code, slow) for words, code, slow in found] == [
+        (words, code, []) for (_, words), code in zip(commands, codes, strict=True)
+    ]
+    assert sorted(path.name for path in places.iterdir()) == ["empty", "foreign", "full", "texts.txt"]
+    assert (places / "full" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "kind", "code"),
+    [
+        ("gte-deploy", ["encode", "-m", "nowhere", "a"], "CheckpointError", exit_codes.FAILURE),
+        ("gte-deploy", ["encode", "--max-length", "0", "a"], "InputError", exit_codes.USAGE),
+        ("gte-deploy", ["encode", "--poling", "a"], "UsageError", exit_codes.USAGE),
+        ("gte-export", ["nowhere", "out"], "CheckpointError", exit_codes.FAILURE),
+        ("gte-export", ["-o", "full"], "OutputExistsError", exit_codes.EXISTS),
+        ("gte-export", ["check", "nowhere"], "FileNotFoundError", exit_codes.FAILURE),
+        ("gte-export", ["--precision", "int9"], "UsageError", exit_codes.USAGE),
+        ("gte-train", ["estimate", "nowhere.yaml"], "ConfigError", exit_codes.FAILURE),
+        ("gte-train", ["prepare", "texts.txt", "-o", "full"], "OutputExistsError", exit_codes.EXISTS),
+        ("gte-train", ["fly"], "UsageError", exit_codes.USAGE),
+    ],
+)
+def test_errors_are_json_where_that_is_asked_for(program, arguments, kind, code, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    try:
+        assert MAINS[program]([*arguments, "--json"]) == code
+    except SystemExit as stop:
+        assert stop.code == code
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    error = json.loads(line)["error"]
+    assert error.keys() == {"type", "message", "advice", "exit_code"}
+    assert (error["type"], error["exit_code"]) == (kind, code)
+    assert f"error: {error['message']}\n" in err and "Traceback" not in err
+    assert error["advice"] is None or error["advice"] in (error["message"], err) or error["advice"] in err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "suggested"),
+    [
+        ("gte-deploy", ["encde"], "encode"),
+        ("gte-deploy", ["encode", "--max-lenght", "9", "a"], "--max-length"),
+        ("gte-deploy", ["encode", "--pooling", "meen", "a"], "mean"),
+        ("gte-export", ["--precison", "int8"], "--precision"),
+        ("gte-export", ["--precision", "int8-weights"], "int8-weight"),
+        ("gte-train", ["extrpolate"], "extrapolate"),
+        ("gte-train", ["estimate", "gte-en-mlm-tiny", "--gpu", "h10"], "h100"),
+    ],
+)
+def test_a_near_miss_is_answered_with_what_was_meant(program, arguments, suggested, capsys):
+    with pytest.raises(SystemExit) as stop:
+        MAINS[program](arguments)
+    assert stop.value.code == exit_codes.USAGE
+    err = capsys.readouterr().err
+    assert f"did you mean {suggested}?" in err and len(err.splitlines()) == 2, "no wall of options"
+
+
+def test_a_near_miss_of_a_model_is_answered_with_the_preset(capsys):
+    assert export_cli.main(["gte-en-mlm-tinny", "out"]) == exit_codes.FAILURE
+    assert "did you mean gte-en-mlm-tiny?" in capsys.readouterr().err
+
+
+def test_messages_name_flags():
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        max_length: int = option(1, "", flags=("--max-len", "--max-length"))
+        backend: str = option("auto", "")
+        target: str = option("cpu", "")
+        compute_precision: str = option("auto", "", argument="precision")
+
+    for message, expected in (
+        ("max_length must be 3", "--max-length must be 3"),
+        ("Load it with backend='onnx'.", "Load it with --backend onnx."),
+        ("leave out max_length", "leave out --max-length"),
+        ("target is 'x'; expected y", "--target is 'x'; expected y"),
+        ("the target is on that line", "the target is on that line"),
+        ("/tmp/max_length.txt and 'max_length'", "/tmp/max_length.txt and 'max_length'"),
+        ("use truncation=True", "use truncation=True"),
+        (
+            "precision 'bf16' is for a GPU. Leave precision out.",
+            "--compute-precision 'bf16' is for a GPU. Leave --compute-precision out.",
+        ),
+    ):
+        assert with_flags(message, [Options]) == expected
+    assert (
+        with_flags("max_length is 3 in backend='onnx'", [Options], words=False) == "max_length is 3 in --backend onnx"
+    )
+
+
+def test_progress_is_for_terminals_and_for_who_asks(tmp_path):
+    """stderr of a real process: a pipe, a pipe with --progress, a terminal, and a terminal with --quiet."""
+    (tmp_path / "t.txt").write_text("a\nb\n")
+    code = "import sys; from gte_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "encode", "-i", "t.txt", "-o", "v.npy"]
+    pytest.importorskip("pyarrow")
+
+    def stderr_of(*flags, terminal):
+        if not terminal:
+            done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+            assert done.returncode == 0, done.stderr
+            return done.stderr
+        ours, theirs = pty.openpty()
+        done = subprocess.run([*command, *flags], stdout=subprocess.DEVNULL, stderr=theirs, cwd=tmp_path, timeout=120)
+        os.close(theirs)
+        assert done.returncode == 0
+        try:
+            return os.read(ours, 1 << 16).decode()
+        except OSError:  # nothing was written, and no writer is left
+            return ""
+        finally:
+            os.close(ours)
+
+    assert "rows/s" not in stderr_of(terminal=False)
+    assert "rows/s" in stderr_of("--progress", terminal=False)
+    assert "rows/s" in stderr_of(terminal=True)
+    assert stderr_of("--quiet", terminal=True) == stderr_of("--quiet", terminal=False) == ""
