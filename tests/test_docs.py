@@ -111,6 +111,17 @@ def test_the_scripts_of_the_page_on_runtimes_are_run_by_the_tests_of_consumers()
     assert [name for name in shown if f'"{Path(name).name}"' not in run] == []
 
 
+def test_every_reader_that_the_page_on_bundles_names_has_scripts_on_the_page_on_runtimes() -> None:
+    bundles, runtimes = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("bundle", "runtimes"))
+    table = bundles.partition("## Files for other libraries")[2].partition("\n## ")[0]
+    readers = re.findall(r"^\| (?!library|-)(.+?) \|", table, re.MULTILINE)
+    names = [re.sub(r"( \(| with ).*", "", name) for reader in readers for name in re.split(r", (?![^(]*\))", reader)]
+    sections = re.split(r"^##+ ", runtimes, flags=re.MULTILINE)
+    with_scripts = [section.partition("\n")[0] for section in sections if "<!-- file: " in section]
+    assert len(names) > 5
+    assert [name for name in names if not any(title.startswith(name) for title in with_scripts)] == []
+
+
 def test_the_table_of_fields_is_the_readers_own() -> None:
     from gte_deploy.models.field_tables import document
 

@@ -11,7 +11,7 @@ import pytest
 
 import pages
 from environments import Unavailable, interpreter
-from factories import add_multi_vector_modules, add_sparse_modules, raise_token_weights
+from factories import add_multi_vector_modules, add_sparse_modules, add_tokens, raise_token_weights
 from gte_deploy.core.spec import Profile
 from gte_deploy.models import builtin_path
 from hub import running_hub
@@ -66,13 +66,14 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
     made |= {f"{task} of words": path for task, path in word_checkpoints.items()}
     tagger: dict[str, Any] = {"task": "token-classify", "seed": 3}
     prompts = {"query": "the query: ", "document": ""}
+    late = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 60}
     makers: dict[str, Callable[[Path], Path]] = {
         "embed": lambda path: make_word_checkpoint(path, task="embed", pooling="cls", max_positions=8192),
         "rerank": lambda path: make_word_checkpoint(path, task="classify", max_positions=8192),
         "splade": lambda path: add_sparse_modules(make_word_checkpoint(path, seed=7)),
         "tagger": lambda path: make_word_checkpoint(path, num_labels=3, **tagger),
         "multi-vector": lambda path: add_multi_vector_modules(
-            make_word_checkpoint(path, task="embed", max_positions=256)
+            add_tokens(make_word_checkpoint(path, task="embed", seed=4), ["[Q] ", "[D] "]), config=late
         ),
         "hybrid": lambda path: raise_token_weights(
             make_word_checkpoint(path, pooling="cls", normalize=True, prompts=prompts, **tagger)
