@@ -1,6 +1,6 @@
 """Find the lines of a text file that do not read like language: broken, shuffled or repeated words.
 
-    python examples/clean_data.py FILE                 # the built-in model on PyTorch
+    python examples/clean_data.py FILE                 # the built-in model
     python examples/clean_data.py FILE my-bundle
 
 Every third word of a line is hidden in turn, and the model is asked for it. The score of a line is the share of the

@@ -1,6 +1,6 @@
 """Fill the masked words of a few sentences.
 
-    python examples/fill_mask.py                       # the built-in model on PyTorch
+    python examples/fill_mask.py                       # the built-in model
     python examples/fill_mask.py my-bundle             # a bundle that gte-export wrote, without torch
 
 Shows the forms of the answers: a text with one mask gives a list of candidates, a text with several masks gives one

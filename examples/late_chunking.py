@@ -1,6 +1,6 @@
 """Search the chunks of a document: embedded in their document (late chunking), and as texts of their own.
 
-    python examples/late_chunking.py FILE "a question"               # the built-in model on PyTorch
+    python examples/late_chunking.py FILE "a question"               # the built-in model
     python examples/late_chunking.py FILE "a question" my-bundle     # an embedding model of your own
 
 Each chunk has whole sentences. What "it" is in a chunk such as "It has 3.8 million inhabitants." is said elsewhere in

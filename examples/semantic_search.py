@@ -1,6 +1,6 @@
 """Search a folder of text files by meaning: embed every paragraph once, then compare each with the query.
 
-    python examples/semantic_search.py FOLDER "a question"               # the built-in model on PyTorch
+    python examples/semantic_search.py FOLDER "a question"               # the built-in model
     python examples/semantic_search.py FOLDER "a question" my-bundle     # an embedding model of your own
 
 The built-in model is a fill-mask encoder. Its embeddings are the mean of raw hidden states, which nobody trained for

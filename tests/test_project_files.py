@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,7 @@ from gte_deploy import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+RESULT = "benchmarks/results/2026-11-29-inference-amd-epyc-zen4.md"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
@@ -96,6 +99,28 @@ def test_the_images_of_the_readme_are_those_of_the_results():
         [sys.executable, "tools/readme_images.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_figures_of_the_readme_are_those_of_the_result():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / RESULT.replace(".md", ".json")).read_text(encoding="utf-8"))["measurements"]
+    mixed: dict[tuple[str, bool], float] = {}  # (precision, ours) -> seconds of the fastest
+    for row in measured:
+        if row["workload"] == "list-mixed":
+            key = row["precision"], row["ours"]
+            mixed[key] = min(mixed.get(key, 1e9), statistics.median(row["seconds"]))
+    (ours, ours_int8), (peer, peer_int8) = [[mixed[kind, who] for kind in ("fp32", "int8")] for who in (True, False)]
+    assert f"takes {ours:.1f} in FP32 and {ours_int8:.1f} in INT8" in text
+    assert f"the best peer takes {peer:.1f} in FP32 and {peer_int8:.1f} in INT8" in text
+    assert f"{peer / ours:.1f} times as fast as the best peer\nin FP32, and {peer_int8 / ours_int8:.0f} times" in text
+    # The other ratios of the paragraph are in the result's table of bars.
+    rows = re.findall(
+        r"^\| base ([\w-]+) \| ([\w-]+) \| ≥ [\d.]+ \| ([\d.]+) ", (ROOT / RESULT).read_text(), re.MULTILINE
+    )
+    bars = {(shape, precision): float(ratio) for shape, precision, ratio in rows}
+    even = [bars[shape, kind] for shape in ("1x128", "1x512", "8x128") for kind in ("fp32", "16-bit", "int8")]
+    assert f"({min(even):.2f} to {max(even):.2f}\ntimes as fast)" in text
+    assert f"({bars['1x16', 'fp32']:.2f} in FP32, {bars['1x16', 'int8']:.2f} in INT8)" in text
 
 
 def test_no_image_of_a_document_is_on_another_host():
