@@ -1,6 +1,8 @@
 """The scripts in examples/ do what their first lines say."""
 
 import ast
+import json
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gte_deploy
+from loading import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -129,3 +132,29 @@ def test_triton_client_without_a_server():
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         assert run("triton_client.py", url, code=1).startswith("the server does not answer: ")
+
+
+NOTEBOOK = ROOT / "examples" / "notebooks" / "fine_tune.py"
+
+
+def test_the_notebook_is_its_script():
+    tool = load_file(ROOT / "tools" / "notebook.py", "notebook")
+    written = json.loads(NOTEBOOK.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in written["cells"]]
+    assert found == tool.cells(NOTEBOOK.read_text(encoding="utf-8")), f"run tools/notebook.py {NOTEBOOK}"
+    assert (written["nbformat"], written["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in written["cells"]}) == len(found)
+
+
+def test_the_notebook_trains_exports_and_answers(tmp_path):
+    done = subprocess.run([sys.executable, NOTEBOOK], cwd=tmp_path, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    right = {name: int(share) for name, share in re.findall(r"^right (.+): (\d+)%$", done.stdout, re.MULTILINE)}
+    assert right["before"] < right["after"] == right["with the bundle"] and right["after"] >= 90
+    assert "compared with PyTorch: passed" in done.stdout
+    assert "largest difference of an embedding below 1e-5: True" in done.stdout
+    # What the notebook shows is what the script prints, but for the shares, which vary a little between CPUs.
+    written = json.loads(NOTEBOOK.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    shown = "".join(line for cell in written["cells"] for output in cell.get("outputs", ()) for line in output["text"])
+    assert re.sub(r"\d+%", "%", shown) == re.sub(r"\d+%", "%", done.stdout)
+    assert not list(tmp_path.iterdir()), "it writes to a temporary folder alone"
