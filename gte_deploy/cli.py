@@ -32,6 +32,7 @@ from gte_deploy.cli_options import (
     LoadOptions,
     ModelOptions,
     PickOptions,
+    PredictOptions,
     PrintOptions,
     PromptOptions,
     PushOptions,
@@ -48,7 +49,10 @@ from gte_deploy.core.spec import TaskName
 from gte_deploy.serving.options import ServerOptions
 
 if TYPE_CHECKING:
+    from gte_deploy.bulk.options import BulkMethod
     from gte_deploy.bulk.progress import BulkState
+    from gte_deploy.core.activations import Activation
+    from gte_deploy.core.spec import ModelSpec, ScoreFunction
     from gte_deploy.model import Model
 
 _PROG = "gte-deploy"
@@ -79,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary = "Run GTE models: fill masks, embed, rank, classify tokens; verify bundles."
+    summary = "Run GTE models: fill masks, embed, rank, classify; serve them; verify bundles."
     parser = CommandParser(prog=_PROG, description=summary)
     parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -107,20 +111,15 @@ def _fill_mask(given: Given) -> None:
 
 def _encode(given: Given) -> None:
     files = read_options(FileOptions, given)
-    from_file = not given.get("texts") and files.input not in (None, _STDIN)
-    if from_file and files.output is not None:
-        _encode_files(given, files)
+    arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
+    arguments |= (chunking := read_options(ChunkingOptions, given).arguments())
+    if _are_files(given, files):
+        _encode_files(given, files, "encode", arguments)
         return
-    for kind in (BulkOptions, FileOptions):
-        if for_files := parse_given(kind, given).keys() - {"input", "output"}:
-            name = sorted(for_files)[0].replace("_", "-")
-            raise InputError(f"--{name} is for files: give --input FILE and --output FILE, too")
     texts, output = _texts(given), files.output
     if output is not None and (not output.parent.is_dir() or output_format(output, None) != "npy"):
         what = "a list of texts is written as .npy" if output.parent.is_dir() else "the folder does not exist"
         raise InputError(f"--output {output}: {what}")
-    arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
-    arguments |= (chunking := read_options(ChunkingOptions, given).arguments())
     if chunking and output is not None:
         raise InputError("--output holds one embedding for each text, and --chunks gives several; leave one out")
     with _load(given) as model:
@@ -142,11 +141,28 @@ def _encode(given: Given) -> None:
         print(f"{_PROG}: wrote {output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
 
 
-def _encode_files(given: Given, files: FileOptions) -> None:
+def _are_files(given: Given, files: FileOptions) -> bool:
+    """Whether the command reads a file and writes one.
+
+    Raises:
+        InputError: it does not, and an option is given that has no meaning then.
+    """
+    if not given.get("texts") and files.input not in (None, _STDIN) and files.output is not None:
+        return True
+    for kind in (BulkOptions, FileOptions):
+        if for_files := parse_given(kind, given).keys() - {"input", "output"}:
+            name = sorted(for_files)[0].replace("_", "-")
+            raise InputError(f"--{name} is for files: give --input FILE and --output FILE, too")
+    return False
+
+
+def _encode_files(
+    given: Given, files: FileOptions, method: "BulkMethod", arguments: dict[str, Any], task: TaskName | None = None
+) -> None:
+    """Encode a file by a method of the model; `task` replaces a checkpoint's own task."""
     from gte_deploy.bulk import encode_files
 
     options = read_options(BulkOptions, given)
-    arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
     line = _ProgressLine()
     try:
         with _interrupted_by_sigterm():
@@ -155,8 +171,9 @@ def _encode_files(given: Given, files: FileOptions) -> None:
                 files.output or "",
                 model=_arguments(given, ModelOptions).get("path"),
                 options=options,
-                load_options=_load_arguments(given),
-                encode_options=arguments | read_options(ChunkingOptions, given).arguments(),
+                load_options=_load_arguments(given, task),
+                encode_options=arguments,
+                method=method,
                 report=line.show if shows_progress(given) else None,
             )
     except KeyboardInterrupt:
@@ -212,9 +229,22 @@ class _ProgressLine:
             print(file=sys.stderr)
 
 
+def _encoded_files(given: Given, method: "BulkMethod", arguments: dict[str, Any], task: TaskName | None = None) -> bool:
+    """Encode a file, if the command line names one and a file to write; says whether it does."""
+    files = read_options(FileOptions, given)
+    if _are_files(given, files):
+        _encode_files(given, files, method, arguments, task)
+        return True
+    if files.output is not None:
+        raise InputError(f"--output {files.output} is for files: give --input FILE, too, or let the answers be printed")
+    return False
+
+
 def _encode_sparse(given: Given) -> None:
-    texts = _texts(given)
     arguments = _arguments(given, EncodeSparseOptions, PromptOptions, BatchingOptions)
+    if _encoded_files(given, "encode_sparse", arguments, "sparse"):
+        return
+    texts = _texts(given)
     with _load(given, task="sparse") as model:
         embeddings = model.encode_sparse(texts, show_progress_bar=shows_progress(given), as_dict=True, **arguments)
     for embedding in embeddings:
@@ -222,8 +252,10 @@ def _encode_sparse(given: Given) -> None:
 
 
 def _encode_hybrid(given: Given) -> None:
-    texts = _texts(given)
     arguments = _arguments(given, EncodeHybridOptions, PromptOptions, BatchingOptions)
+    if _encoded_files(given, "encode_hybrid", arguments, "hybrid"):
+        return
+    texts = _texts(given)
     with _load(given, task="hybrid") as model:
         found = model.encode_hybrid(texts, show_progress_bar=shows_progress(given), as_dict=True, **arguments)
     for dense, sparse in zip(found.dense.tolist(), found.sparse, strict=True):
@@ -231,8 +263,11 @@ def _encode_hybrid(given: Given) -> None:
 
 
 def _encode_multi_vector(given: Given) -> None:
-    texts, route = _texts(given), read_options(EncodeMultiVectorOptions, given).route
+    route = read_options(EncodeMultiVectorOptions, given).route
     arguments = _arguments(given, PromptOptions, BatchingOptions)
+    if _encoded_files(given, "encode_multi_vector", arguments | {"is_query": route == "query"}):
+        return
+    texts = _texts(given)
     with _load(given) as model:
         if model.spec.task != "multi-vector":
             raise InputError(f"this needs a multi-vector model, and {model.path} is made for {model.spec.task}")
@@ -250,6 +285,51 @@ def _rank(given: Given) -> None:
     for entry in ranking:
         line = f"{entry['score']:.4f}  {entry['corpus_id']}  {entry['text']}"
         print(json.dumps(entry) if "json" in given else line)
+
+
+def _predict(given: Given) -> None:
+    options = read_options(PredictOptions, given)
+    inputs = _pairs(given) if options.pairs else [(text,) for text in _texts(given)]
+    arguments = _arguments(given, PromptOptions, BatchingOptions)
+    with _load(given) as model:
+        if model.spec.task == "token-classify":
+            raise InputError(f"{model.path} labels the tokens of a text: use {_PROG} classify-tokens")
+        function = _function_of(options.function_to_apply, model.spec)
+        scores = model.predict(inputs, activation_fn=function, show_progress_bar=shows_progress(given), **arguments)
+        names = model.spec.id2label
+    for texts, row in zip(inputs, scores.reshape(len(inputs), -1).tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda label: -row[label])
+        found = [{"label": names.get(label, f"LABEL_{label}"), "score": row[label]} for label in order]
+        if "json" in given:
+            print(json.dumps(found))
+            continue
+        print("\t".join(texts))
+        for entry in found:
+            print(f"  {entry['score']:.4f}  {entry['label']}")
+
+
+def _pairs(given: Given) -> list[tuple[str, str]]:
+    """The pairs of the command line, or those of the lines of --input."""
+    texts = _texts(given)
+    if given.get("texts"):
+        if len(texts) % 2:
+            raise InputError(f"--pairs takes the texts two by two, and there are {len(texts)}")
+        return list(zip(texts[::2], texts[1::2], strict=True))
+    pairs = []
+    for number, line in enumerate(texts, 1):
+        first, tab, second = line.partition("\t")
+        if not tab or "\t" in second:
+            raise InputError(f"line {number} has {line.count(chr(9))} tabs; with --pairs, one is between two texts")
+        pairs.append((first, second))
+    return pairs
+
+
+def _function_of(name: "ScoreFunction | None", spec: "ModelSpec") -> "Activation | None":
+    from gte_deploy.core.activations import identity, sigmoid, softmax
+
+    if name is None:
+        return softmax if spec.activation is None and spec.num_labels > 1 else None
+    return {"none": identity, "sigmoid": sigmoid, "softmax": softmax}[name]
 
 
 def _classify_tokens(given: Given) -> None:
@@ -385,21 +465,22 @@ def _checkpoint_info(folder: Path) -> dict[str, Any]:
 
 def _load(given: Given, task: TaskName | None = None) -> "Model":
     """Load the model that the command line names; `task` replaces a checkpoint's own task."""
-    from gte_deploy.bundle.download import resolve_model
-    from gte_deploy.bundle.manifest import is_bundle
     from gte_deploy.loading import load
-    from gte_deploy.models import is_builtin
 
-    arguments = {**_arguments(given, ModelOptions), **_load_arguments(given)}
-    path = arguments.get("path")
-    if task is not None and (is_builtin(path) or not is_bundle(resolve_model(path))):
-        arguments["task"] = task
-    return load(**arguments)
+    return load(**_arguments(given, ModelOptions), **_load_arguments(given, task))
 
 
-def _load_arguments(given: Given) -> dict[str, Any]:
-    """Return the arguments of `load` that the command line gives, without the model."""
+def _load_arguments(given: Given, task: TaskName | None = None) -> dict[str, Any]:
+    """Return the arguments of `load` that the command line gives, without the model; `task` is that of a checkpoint."""
     arguments = _arguments(given, LoadOptions)
+    if task is not None:
+        from gte_deploy.bundle.download import resolve_model
+        from gte_deploy.bundle.manifest import is_bundle
+        from gte_deploy.models import is_builtin
+
+        path = _arguments(given, ModelOptions).get("path")
+        if is_builtin(path) or not is_bundle(resolve_model(path)):
+            arguments["task"] = task
     # `encode` has an argument `precision`, too: the type of embeddings.
     if "compute_precision" in arguments:
         arguments["precision"] = arguments.pop("compute_precision")
@@ -451,6 +532,7 @@ def _never_fail_to_print() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+_TEXTS_OR_FILES = (FileOptions, TextOptions, BulkOptions)
 _ANY_MODEL = (ModelOptions, LoadOptions, BatchingOptions)
 _COMMANDS = {
     "fill-mask": _Command(
@@ -461,27 +543,32 @@ _COMMANDS = {
     "encode": _Command(
         _encode,
         "Embed each text, or its chunks: one JSON list or object a line, or a file of vectors, also of large files.",
-        (FileOptions, TextOptions, BulkOptions, PromptOptions, EncodeOptions, ChunkingOptions, *_ANY_MODEL),
+        (*_TEXTS_OR_FILES, PromptOptions, EncodeOptions, ChunkingOptions, *_ANY_MODEL),
     ),
     "encode-sparse": _Command(
         _encode_sparse,
-        "Weigh the vocabulary for each text: one JSON object of token and weight a line, heaviest first.",
-        (TextOptions, PromptOptions, EncodeSparseOptions, *_ANY_MODEL),
+        "Weigh the vocabulary for each text: one JSON object of token and weight a line, heaviest first, or a file.",
+        (*_TEXTS_OR_FILES, PromptOptions, EncodeSparseOptions, *_ANY_MODEL),
     ),
     "encode-hybrid": _Command(
         _encode_hybrid,
-        "Embed each text densely and sparsely in one pass: one JSON object with both a line.",
-        (TextOptions, PromptOptions, EncodeHybridOptions, *_ANY_MODEL),
+        "Embed each text densely and sparsely in one pass: one JSON object with both a line, or a file.",
+        (*_TEXTS_OR_FILES, PromptOptions, EncodeHybridOptions, *_ANY_MODEL),
     ),
     "encode-multi-vector": _Command(
         _encode_multi_vector,
-        "Embed each token of each text, for late interaction (ColBERT): one JSON list of lists a line.",
-        (TextOptions, PromptOptions, EncodeMultiVectorOptions, *_ANY_MODEL),
+        "Embed each token of each text, for late interaction (ColBERT): one JSON list of lists a line, or a file.",
+        (*_TEXTS_OR_FILES, PromptOptions, EncodeMultiVectorOptions, *_ANY_MODEL),
     ),
     "rank": _Command(
         _rank,
         "Order documents by a reranker's score with a query, or by MaxSim of a multi-vector model.",
         (RankOptions, TextOptions, *_ANY_MODEL),
+    ),
+    "predict": _Command(
+        _predict,
+        "Score the labels of each text, or pair of texts, by a classifier.",
+        (PredictOptions, TextOptions, PromptOptions, *_ANY_MODEL),
     ),
     "classify-tokens": _Command(
         _classify_tokens,

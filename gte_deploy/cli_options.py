@@ -15,18 +15,18 @@ from gte_deploy.core.spec import (
     AGGREGATION_STRATEGIES,
     BACKENDS,
     BUNDLE_BACKENDS,
-    EMBEDDING_PRECISIONS,
     FILE_PRECISIONS,
     LOAD_PRECISIONS,
     POOLINGS,
+    SCORE_FUNCTIONS,
     SPARSE_ROUTES,
     AggregationStrategy,
     BackendName,
     BundleBackend,
-    EmbeddingPrecision,
     FilePrecision,
     LoadPrecision,
     Pooling,
+    ScoreFunction,
     SparseRoute,
 )
 from gte_deploy.tuning import DEFAULT_SHAPES
@@ -235,7 +235,8 @@ class FileOptions:
     )
     output: Path | None = option(
         None,
-        "write the embeddings to this file, instead of printing: .npy, .parquet, .jsonl or .lance",
+        "write the embeddings to this file, instead of printing: .parquet, .jsonl, .lance, or, for one vector a text, "
+        ".npy",
         flags=("-o", "--output"),
         metavar="FILE",
         parse=Path,
@@ -269,8 +270,8 @@ class EncodeHybridOptions:
         metavar="N",
         parse=int,
     )
-    precision: EmbeddingPrecision = option(
-        "float32", "type of the numbers in a dense embedding", choices=EMBEDDING_PRECISIONS
+    precision: FilePrecision = option(
+        "float32", "type of the numbers in a dense embedding; float16 is for files", choices=FILE_PRECISIONS
     )
     max_active_dims: int | None = option(
         None, "weights to keep of each text, the heaviest (default: as the checkpoint says)", metavar="N", parse=int
@@ -294,6 +295,22 @@ class RankOptions:
     )
     prompt_name: str | None = option(None, "put the model's prompt of this name before the query", metavar="NAME")
     prompt: str | None = option(None, "put this text before the query", metavar="TEXT")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `gte-deploy predict`."""
+
+    pairs: bool = option(
+        False,
+        "the inputs are pairs of texts: arguments two by two, or lines with a tab between the two",
+    )
+    function_to_apply: ScoreFunction | None = option(
+        None,
+        "function from logits to scores (default: the checkpoint's own, else sigmoid for one label and softmax for "
+        "several)",
+        choices=SCORE_FUNCTIONS,
+    )
 
 
 @dataclass(frozen=True)

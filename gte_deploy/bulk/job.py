@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gte_deploy.bulk.columns import column_names
-from gte_deploy.bulk.options import BulkOptions
+from gte_deploy.bulk.options import BulkMethod, BulkOptions
 from gte_deploy.bulk.parts import Part, PartsFolder
 from gte_deploy.bulk.shards import Cursor, InputFiles, Shard, read_shards
 from gte_deploy.bulk.vectors import ShardEncoder, vector_names
@@ -26,7 +26,8 @@ class BulkJob:
         columns: form in which parts keep columns.
         options: how files are read.
         source: the model, or a function that loads it. Another process gets the model by pickling either.
-        arguments: arguments of `encode`.
+        method: method of the model that encodes.
+        arguments: arguments of the method.
         on_gpu: whether the model runs on a GPU.
     """
 
@@ -35,12 +36,21 @@ class BulkJob:
     columns: str
     options: BulkOptions
     source: Model | Callable[[], Model]
+    method: BulkMethod
     arguments: Mapping[str, Any]
     on_gpu: bool
 
     def opened(self) -> AbstractContextManager[Model]:
         """The model; at the end of the block it is closed, unless the caller had loaded it."""
         return nullcontext(self.source) if isinstance(self.source, Model) else self.source()
+
+    def encoder(self, model: Model) -> ShardEncoder:
+        """What encodes shards with the model.
+
+        Raises:
+            InputError: see `ShardEncoder`.
+        """
+        return ShardEncoder(model, self.arguments, self.method)
 
     def shards(self, encoder: ShardEncoder, cursor: Cursor) -> Iterator[Shard]:
         """Yield the shards from a place on."""

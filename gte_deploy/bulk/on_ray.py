@@ -98,7 +98,7 @@ class _Worker:
         if not job.parts.folder.is_dir():
             raise InputError(f"{job.parts.folder} is not here: all nodes need the folders of input and output")
         if self._encoder is None:
-            self._encoder = ShardEncoder(job.source if isinstance(job.source, Model) else job.source(), job.arguments)
+            self._encoder = job.encoder(job.source if isinstance(job.source, Model) else job.source())
         job.computed(self._encoder, next(job.shards(self._encoder, cursor)), Call())()
 
 

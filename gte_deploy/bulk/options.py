@@ -13,6 +13,9 @@ OutputFormat = Literal["parquet", "npy", "jsonl", "lance"]
 OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 BulkEngine = Literal["local", "ray"]
 BULK_ENGINES: tuple[BulkEngine, ...] = get_args(BulkEngine)
+BulkMethod = Literal["encode", "encode_sparse", "encode_hybrid", "encode_multi_vector"]
+"""The methods of a model that files of texts can be encoded with."""
+BULK_METHODS: tuple[BulkMethod, ...] = get_args(BulkMethod)
 
 _INPUT_SUFFIXES: dict[str, InputFormat] = {
     ".parquet": "parquet",

@@ -23,7 +23,7 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.files import read_json_object, sync_directory, sync_tree, write_text
 from gte_deploy.core.locks import try_lock
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 _JOURNAL = "journal.json"
 _PART = "part.json"

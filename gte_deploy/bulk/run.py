@@ -16,11 +16,11 @@ from gte_deploy.bulk.columns import import_pyarrow
 from gte_deploy.bulk.job import BulkJob
 from gte_deploy.bulk.joining import COLUMNS_OF, failures_file, import_lance, join_parts
 from gte_deploy.bulk.on_ray import encode_on_ray
-from gte_deploy.bulk.options import BulkOptions, OutputFormat, output_format
+from gte_deploy.bulk.options import BulkMethod, BulkOptions, OutputFormat, output_format
 from gte_deploy.bulk.parts import Part, open_parts
 from gte_deploy.bulk.progress import BulkProgress, ReportState
 from gte_deploy.bulk.shards import Cursor, find_files
-from gte_deploy.bulk.vectors import ShardEncoder, VectorColumns, plain_arguments
+from gte_deploy.bulk.vectors import VectorColumns, plain_arguments
 from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.core.errors import InputError
@@ -74,6 +74,7 @@ def encode_files(
     options: BulkOptions | None = None,
     load_options: Mapping[str, Any] | None = None,
     encode_options: Mapping[str, Any] | None = None,
+    method: BulkMethod = "encode",
     report: ReportState | None = None,
 ) -> BulkSummary:
     """Encode the texts of files, and write their vectors, with the other columns, in the order of the input.
@@ -88,9 +89,10 @@ def encode_files(
         model: a loaded model, or what `gte_deploy.load` takes: a folder, a hub id, or None for the built-in model.
         options: how files are read and written, and where the model runs.
         load_options: arguments of `gte_deploy.load`, if `model` is not loaded.
-        encode_options: arguments of `Model.encode` (of `encode_sparse` and `encode_multi_vector` for models of these
-            tasks), without those about progress and types of results. `precision` may also be "float16"; the steps of
-            "int8" and "uint8" are those of all vectors of the run.
+        encode_options: arguments of the method, without those about progress and types of results. `precision` may
+            also be "float16"; the steps of "int8" and "uint8" are those of all vectors of the run.
+        method: the method of the model that encodes. "encode" is `encode_sparse` for sparse models and
+            `encode_document` for multi-vector models; "encode_hybrid" writes both vectors of a hybrid model.
         report: called about twice a second with the `BulkState` of the run.
 
     Raises:
@@ -110,11 +112,12 @@ def encode_files(
     source, identity, on_gpu = _source(model, load_options or {})
     identity |= {
         "input": files.fingerprint(),
+        "method": method,
         "encode": plain_arguments(arguments),
         "options": _settings(options, kind),
     }
     with open_parts(target, identity, restart=options.restart) as folder:
-        job = BulkJob(files, folder, COLUMNS_OF[kind], options, source, arguments, on_gpu)
+        job = BulkJob(files, folder, COLUMNS_OF[kind], options, source, method, arguments, on_gpu)
         before = folder.finished()
         with BulkProgress(before, report) as progress:
             if not (before and before[-1].is_last):
@@ -144,7 +147,7 @@ def _run_here(job: BulkJob, cursor: Cursor, progress: BulkProgress) -> None:
         ThreadPoolExecutor(1, thread_name_prefix="gte-read") as reader,
         ThreadPoolExecutor(1, thread_name_prefix="gte-write") as writer,
     ):
-        encoder = ShardEncoder(model, job.arguments)
+        encoder = job.encoder(model)
         for part in job.parts.finished()[-1:]:
             if part.made_by["engine"] != encoder.facts["engine"]:
                 logger.warning(

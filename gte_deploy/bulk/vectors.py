@@ -3,6 +3,7 @@
 Shapes: N rows, D embedding size, E entries or tokens of all rows together.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from gte_deploy._version import __version__
 from gte_deploy.bulk.columns import import_pyarrow
+from gte_deploy.bulk.options import BULK_METHODS, BulkMethod
 from gte_deploy.bulk.parts import Part
 from gte_deploy.bulk.shards import Shard
 from gte_deploy.core.errors import InputError, NonFiniteError
@@ -21,13 +23,17 @@ from gte_deploy.core.spec import FILE_PRECISIONS
 from gte_deploy.model import Model
 from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.pooling import quantize
+from gte_deploy.tasks.sparse import SparseEmbedding
 from gte_deploy.text.chunking import SentenceChunks, TokenChunks
 from gte_deploy.text.inputs import MAX_TEXT_BYTES
 
-VectorKind = Literal["dense", "sparse", "tokens", "chunks"]
+VectorKind = Literal["dense", "sparse", "hybrid", "tokens", "chunks"]
 Arrays = dict[str, NDArray[Any]]
 
-_PLACES: dict[VectorKind, tuple[str, ...]] = {"dense": (), "chunks": ("start", "end")}
+_A_VECTOR_A_ROW = ("dense", "hybrid", "chunks")
+_ENTRY = ("index", "token", "weight")
+"""The fields of an entry of a sparse vector: its vocabulary id, its name, as `encode_sparse` gives it, its weight."""
+
 _OF_ALL_TEXTS = ("int8", "uint8")
 """Precisions whose steps depend on the range of all vectors: they are made when all parts are there."""
 
@@ -37,6 +43,7 @@ _ARGUMENTS: dict[VectorKind, tuple[str, ...]] = {
     "dense": _DENSE,
     "chunks": (*_DENSE, "chunks", "window_overlap"),
     "sparse": (*_COMMON, "max_active_dims", "route"),
+    "hybrid": (*(name for name in _DENSE if name != "pooling"), "max_active_dims"),
     "tokens": (*_COMMON, "normalize_embeddings", "is_query", "skip_words", "precision"),
 }
 
@@ -44,21 +51,19 @@ _ARGUMENTS: dict[VectorKind, tuple[str, ...]] = {
 class ShardEncoder:
     """Encodes shards with a model."""
 
-    def __init__(self, model: Model, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, model: Model, arguments: Mapping[str, Any], method: BulkMethod = "encode") -> None:
         """Check the arguments of the call, by encoding one short text.
 
         Args:
             model: the model.
-            arguments: arguments of `encode`, `encode_sparse` or `encode_multi_vector`, by the model's task. `precision`
-                may also be "float16".
+            arguments: arguments of the method. `precision` may also be "float16".
+            method: the method of the model; "encode" gives what suits the model's task.
 
         Raises:
-            InputError: an argument is unknown or out of range.
+            InputError: the model has no such method, or an argument is unknown or out of range.
         """
         self._model = model
-        self.kind: VectorKind = "dense" if arguments.get("chunks") is None else "chunks"
-        if model.spec.task in ("sparse", "multi-vector"):
-            self.kind = "sparse" if model.spec.task == "sparse" else "tokens"
+        self.kind = _kind_of(model, arguments, method)
         known = _ARGUMENTS[self.kind]
         if unknown := [name for name in arguments if name not in known]:
             raise InputError(
@@ -113,7 +118,9 @@ class ShardEncoder:
             numbers = [i for i in numbers if i not in reasons]
             arrays = self._apart(shard.texts, numbers, reasons)
         if self._precision == "float16":
-            arrays["embedding"] = self._halved(arrays["embedding"], numbers, reasons)
+            arrays = self._halved(arrays, numbers, reasons)
+        if "indices" in arrays:
+            arrays["names"] = self._names(arrays["indices"])
         shard = shard.without(reasons)
         if self.kind == "chunks":
             counts = np.diff(arrays["offsets"])
@@ -139,12 +146,10 @@ class ShardEncoder:
                 "embedding": vectors[: len(offsets)],
             }
         if self.kind == "sparse":
-            found = model.encode_sparse(asked, as_dict=False, **options)[: len(texts)]
-            return {
-                "offsets": _offsets([len(each.indices) for each in found]),
-                "indices": _joined([each.indices.astype(np.int32) for each in found], np.int32),
-                "values": _joined([each.values for each in found], np.float32),
-            }
+            return _entries(model.encode_sparse(asked, as_dict=False, **options)[: len(texts)])
+        if self.kind == "hybrid":
+            both = model.encode_hybrid(asked, as_dict=False, **options)
+            return {**_entries(both.sparse[: len(texts)]), "embedding": both.dense[: len(texts)]}
         answers = (model.encode_query if self._is_query else model.encode_document)(asked, **options)
         found = answers[: len(texts)]
         empty = np.zeros((0, answers[0].shape[1]), np.float32)
@@ -153,18 +158,31 @@ class ShardEncoder:
             "embedding": np.concatenate([empty, *found]),
         }
 
-    def _halved(self, array: NDArray[Any], numbers: list[int], reasons: dict[int, str]) -> NDArray[np.float16]:
+    def _halved(self, arrays: Arrays, numbers: list[int], reasons: dict[int, str]) -> Arrays:
         """Convert to float16; a row [D] with a larger number than it can hold is left out, and `reasons` gets it."""
+        array = arrays["embedding"]
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
-        if self.kind != "dense" or np.isfinite(half).all():
-            return half
+        arrays = {**arrays, "embedding": half}
+        if self.kind not in ("dense", "hybrid") or np.isfinite(half).all():
+            return arrays
         kept = np.isfinite(half).all(axis=1)
         numbers = [number for number in numbers if number not in reasons]
         for place in np.flatnonzero(~kept):
             largest = np.abs(array[place]).max()
             reasons[numbers[place]] = f"the vector has {largest:,.0f}, and float16 holds 65,504 at most"
-        return half[kept]
+        if self.kind == "hybrid":
+            counts = np.diff(arrays["offsets"])
+            entries = np.repeat(kept, counts)
+            arrays |= {name: arrays[name][entries] for name in ("indices", "values")}
+            arrays["offsets"] = _offsets(counts[kept])
+        return {**arrays, "embedding": half[kept]}
+
+    def _names(self, indices: NDArray[np.int32]) -> NDArray[np.uint8]:
+        """The names of the vocabulary ids that are there, in rising order, as JSON."""
+        ids = np.unique(indices).astype(np.int64)
+        all_alike = SparseEmbedding(ids, np.ones(len(ids), np.float32), self._model.spec.vocab_size)
+        return np.frombuffer(json.dumps([name for name, _ in self._model.decode(all_alike)]).encode(), np.uint8)
 
     def _too_long(self, texts: Sequence[str]) -> dict[int, str]:
         """Texts with too many tokens: number -> why."""
@@ -191,10 +209,22 @@ class ShardEncoder:
         return _concatenated([self._apart(texts, part, reasons) for part in (numbers[:half], numbers[half:])])
 
 
+def _kind_of(model: Model, arguments: Mapping[str, Any], method: BulkMethod) -> VectorKind:
+    check_choice("method", method, BULK_METHODS)
+    task = model.spec.task
+    if method == "encode_multi_vector" and task != "multi-vector":
+        raise InputError(f"this needs a multi-vector model, and {model.path} is made for {task}")
+    if method in ("encode_sparse", "encode_hybrid"):
+        return "sparse" if method == "encode_sparse" else "hybrid"
+    if task in ("sparse", "multi-vector"):
+        return "sparse" if task == "sparse" else "tokens"
+    return "dense" if arguments.get("chunks") is None else "chunks"
+
+
 def vector_names(kind: VectorKind, name: str) -> tuple[str, ...]:
     """The names of the columns that the output gets; those of vectors begin with `name`."""
-    if kind == "sparse":
-        return (f"{name}_indices", f"{name}_values")
+    if kind == "hybrid":
+        return (name, f"{name}_sparse")
     return ("chunk_start", "chunk_end", name) if kind == "chunks" else (name,)
 
 
@@ -250,7 +280,8 @@ class VectorColumns:
             return f"{rows:,} sparse vectors"
         first = self.dense(parts[0])
         width = f"{rows:,} lists of [{first.shape[1]}]" if self.kind == "tokens" else f"({rows}, {first.shape[1]})"
-        return f"{width} {first.dtype}{' of chunks' * (self.kind == 'chunks')}"
+        more = {"chunks": " of chunks", "hybrid": " and sparse vectors"}.get(self.kind, "")
+        return f"{width} {first.dtype}{more}"
 
     def dense(self, part: Part) -> NDArray[Any]:
         """The vectors [N, D] of a part, in their type."""
@@ -258,29 +289,39 @@ class VectorColumns:
         return array if self.ranges is None else quantize(array, self.precision, self.ranges)  # type: ignore[arg-type]
 
     def arrow(self, part: Part) -> list[Any]:
-        """The columns of a part as Arrow arrays: fixed-size lists of numbers, lists of them, or two lists."""
+        """The columns of a part as Arrow arrays: fixed-size lists of numbers, lists of them, or lists of entries."""
         pyarrow = import_pyarrow()
-        if self.kind in ("dense", "chunks"):
-            places = [pyarrow.array(np.asarray(part.array(name))) for name in _PLACES[self.kind]]
-            return [*places, _fixed_size_lists(self.dense(part))]
-        offsets = pyarrow.array(part.array("offsets"))
-        if self.kind == "sparse":
-            values = [pyarrow.array(np.asarray(part.array(name))) for name in ("indices", "values")]
-            return [pyarrow.LargeListArray.from_arrays(offsets, each) for each in values]
-        return [pyarrow.LargeListArray.from_arrays(offsets, _fixed_size_lists(part.array("embedding")))]
+        columns = []
+        if self.kind == "chunks":
+            columns = [pyarrow.array(np.asarray(part.array(name))) for name in ("start", "end")]
+        if self.kind in _A_VECTOR_A_ROW:
+            columns.append(_fixed_size_lists(self.dense(part)))
+        if self.kind in ("sparse", "hybrid"):
+            indices, names, places = _named_entries(part)
+            tokens = pyarrow.array(names, pyarrow.string()).take(pyarrow.array(places))
+            fields = [pyarrow.array(indices), tokens, pyarrow.array(np.asarray(part.array("values")))]
+            entries = pyarrow.StructArray.from_arrays(fields, _ENTRY)
+            columns.append(pyarrow.LargeListArray.from_arrays(pyarrow.array(part.array("offsets")), entries))
+        if self.kind == "tokens":
+            vectors = _fixed_size_lists(part.array("embedding"))
+            columns.append(pyarrow.LargeListArray.from_arrays(pyarrow.array(part.array("offsets")), vectors))
+        return columns
 
     def lists(self, part: Part) -> list[dict[str, Any]]:
         """The columns of each row of a part, as JSON data."""
-        if self.kind in ("dense", "chunks"):
-            columns = [*(part.array(name).tolist() for name in _PLACES[self.kind]), self.dense(part).tolist()]
-            return [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
-        offsets = part.array("offsets").tolist()
-        of = ("indices", "values") if self.kind == "sparse" else ("embedding",)
-        arrays = [part.array(each) for each in of]
-        return [
-            {name: array[begin:end].tolist() for name, array in zip(self.names, arrays, strict=True)}
-            for begin, end in zip(offsets, offsets[1:], strict=False)
-        ]
+        columns: list[Any] = []
+        if self.kind == "chunks":
+            columns = [part.array(name).tolist() for name in ("start", "end")]
+        if self.kind in _A_VECTOR_A_ROW:
+            columns.append(self.dense(part).tolist())
+        if self.kind in ("sparse", "hybrid"):
+            indices, names, places = _named_entries(part)
+            values = zip(indices.tolist(), places.tolist(), part.array("values").tolist(), strict=True)
+            entries = [dict(zip(_ENTRY, (index, names[place], value), strict=True)) for index, place, value in values]
+            columns.append(_cut(entries, part.array("offsets")))
+        if self.kind == "tokens":
+            columns.append([each.tolist() for each in _cut(part.array("embedding"), part.array("offsets"))])
+        return [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def metadata(self, parts: Sequence[Part]) -> dict[str, Any]:
         """What a reader needs to know, as JSON data; with the ranges of int8 and uint8, which queries need, too."""
@@ -295,12 +336,31 @@ def _fixed_size_lists(array: NDArray[Any]) -> Any:
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.asarray(array).reshape(-1)), array.shape[1])
 
 
+def _entries(embeddings: Sequence[SparseEmbedding]) -> Arrays:
+    """The entries of all embeddings one after the other, those of each by their weight, the heaviest first."""
+    orders = [np.argsort(-each.values, kind="stable") for each in embeddings]
+    ordered = list(zip(embeddings, orders, strict=True))
+    return {
+        "offsets": _offsets([len(each) for each in embeddings]),
+        "indices": np.concatenate([[], *(each.indices[order] for each, order in ordered)]).astype(np.int32),
+        "values": np.concatenate([[], *(each.values[order] for each, order in ordered)]).astype(np.float32),
+    }
+
+
+def _named_entries(part: Part) -> tuple[NDArray[np.int32], list[str], NDArray[np.intp]]:
+    """The vocabulary ids [E] of a part's entries, the names of those that are there, and which [E] of the names."""
+    indices = np.asarray(part.array("indices"))
+    return indices, json.loads(part.array("names").tobytes()), np.unique(indices, return_inverse=True)[1]
+
+
+def _cut(values: Any, offsets: NDArray[np.int64]) -> list[Any]:
+    """The values of each row."""
+    places = offsets.tolist()
+    return [values[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+
+
 def _offsets(counts: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
-
-def _joined(arrays: Sequence[NDArray[Any]], kind: Any) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, kind), *arrays])
 
 
 def _concatenated(arrays: Sequence[Arrays]) -> Arrays:

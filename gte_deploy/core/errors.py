@@ -23,6 +23,21 @@ class InputError(GteDeployError, ValueError):
     """A text, argument or tensor from the caller is not acceptable; the message names its index and the limit."""
 
 
+class TooLongError(InputError):
+    """A text, or the texts of a pair together, have more tokens than the model takes."""
+
+    def __init__(self, index: int, excess: str, *, first_fits: bool = True) -> None:
+        """Take the number of the input, what is said of it, and whether the first text of a pair fits alone."""
+        super().__init__(f"input {index} {excess}")
+        self.index = index
+        self.first_fits = first_fits
+        self._excess = excess
+
+    def of(self, name: str) -> InputError:
+        """The same error of an input with a name, such as "the query"."""
+        return InputError(f"{name} {self._excess}")
+
+
 class ConfigError(GteDeployError, ValueError):
     """A config.json asks for something that this package does not support, or lacks a field that it needs."""
 

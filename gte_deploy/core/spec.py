@@ -32,6 +32,8 @@ BundleBackend = Literal["onnx", "openvino", "tensorrt", "executorch"]
 EmbeddingPrecision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 FilePrecision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 """The data type of sentence embeddings, under its name in sentence-transformers."""
+ScoreFunction = Literal["sigmoid", "softmax", "none"]
+"""The function from the logits of a classifier to its scores, under its name in transformers' pipeline."""
 AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 """The rule that joins neighbouring tokens with one label, under its name in transformers' pipeline."""
 
@@ -54,6 +56,7 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 BUNDLE_BACKENDS: tuple[BundleBackend, ...] = get_args(BundleBackend)
 EMBEDDING_PRECISIONS: tuple[EmbeddingPrecision, ...] = get_args(EmbeddingPrecision)
 FILE_PRECISIONS: tuple[FilePrecision, ...] = get_args(FilePrecision)
+SCORE_FUNCTIONS: tuple[ScoreFunction, ...] = get_args(ScoreFunction)
 AGGREGATION_STRATEGIES: tuple[AggregationStrategy, ...] = get_args(AggregationStrategy)
 
 

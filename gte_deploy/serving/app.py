@@ -172,7 +172,7 @@ class Server:
         try:
             spec = self.registry.all()[0].model.spec
         except RequestError as error:
-            return failure_response(error, request.url.path)
+            return failure_response(error, request.scope)
         return await self._ask(request, own_route(spec.task, spec.num_labels))
 
     async def _ask(self, request: Request, route: ModelRoute) -> Response:
@@ -182,7 +182,7 @@ class Server:
         try:
             return await self._answer(request, route, facts)
         except RequestError as error:
-            return failure_response(error, request.url.path)
+            return failure_response(error, request.scope)
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
 
@@ -232,7 +232,7 @@ class Server:
         try:
             self.registry.all()
         except RequestError as error:
-            return failure_response(error, request.url.path)
+            return failure_response(error, request.scope)
         return JSONResponse({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:
@@ -249,7 +249,7 @@ class Server:
             name = request.query_params.get("model")
             first = models[0] if name is None else self.registry.named(name)
         except RequestError as error:
-            return failure_response(error, request.url.path)
+            return failure_response(error, request.scope)
         return JSONResponse(
             {
                 **_tei_info(first),
@@ -264,14 +264,14 @@ class Server:
         try:
             data = [_openai_model(served) for served in self.registry.all()]
         except RequestError as error:
-            return failure_response(error, request.url.path)
+            return failure_response(error, request.scope)
         return JSONResponse({"object": "list", "data": data})
 
     async def _model(self, request: Request) -> Response:
         try:
             return JSONResponse(_openai_model(self.registry.named(request.path_params["name"])))
         except RequestError as error:
-            return failure_response(error, request.url.path)
+            return failure_response(error, request.scope)
 
 
 def create_app(
@@ -279,7 +279,8 @@ def create_app(
 ) -> ASGIApp:
     """Return an ASGI application that serves loaded models, for a server of your own; see `gte-deploy serve`.
 
-    Load the models with `join_calls=True`, so that requests share batches. The application closes them when it ends.
+    Load the models with `join_calls=True`, so that requests share batches. The application closes them when it ends. An
+    application that is mounted in another one is not told when that one ends: close the models yourself then.
 
     Args:
         models: name -> model.
@@ -287,7 +288,9 @@ def create_app(
         token: the bearer token that requests must carry; None for none.
     """
     registry = Registry({name: partial(_same, model) for name, model in models.items()}, warm_up=False)
-    return Server(registry, options or ServerOptions(access_log="off"), token=token).app()
+    server = Server(registry, options or ServerOptions(access_log="off"), token=token)
+    registry.load()  # now, as the lifespan of a mounted application is never run
+    return server.app()
 
 
 def _same(model: Model) -> Model:
@@ -301,12 +304,12 @@ async def _no_route(request: Request, error: Exception) -> Response:
         405: f"{request.url.path} does not take {request.method}; /openapi.json says what it takes",
     }
     message = messages.get(error.status_code, error.detail)
-    return failure_response(RequestError(error.status_code, message, headers=error.headers), request.url.path)
+    return failure_response(RequestError(error.status_code, message, headers=error.headers), request.scope)
 
 
 async def _server_failed(request: Request, error: Exception) -> Response:
     message = f"the server failed; its log has the request {request.scope[FACTS].request_id}"
-    return failure_response(RequestError(500, message, "Backend"), request.url.path)
+    return failure_response(RequestError(500, message, "Backend"), request.scope)
 
 
 def _check_content_type(request: Request) -> None:

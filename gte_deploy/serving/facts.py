@@ -5,10 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from starlette.types import Scope
+
 from gte_deploy.core.calls import Call
 
 FACTS = "gte_deploy.facts"
 """The key of the facts in an ASGI scope."""
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request below the place where the application is mounted: what its routes are matched with."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    below = path.removeprefix(root)
+    return below if below.startswith("/") or not below else path
 
 
 @dataclass

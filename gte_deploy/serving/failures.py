@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from starlette.responses import Response
+from starlette.types import Scope
 
 from gte_deploy.core.errors import (
     BackendError,
@@ -14,6 +15,7 @@ from gte_deploy.core.errors import (
     MissingDependencyError,
     UnavailableError,
 )
+from gte_deploy.serving.facts import path_of
 
 FailureType = Literal["Unhealthy", "Backend", "Overloaded", "Validation", "Tokenizer", "Empty", "Timeout"]
 """The `error_type` of an answer: those of text-embeddings-inference, and "Timeout"."""
@@ -71,12 +73,12 @@ def as_request_error(error: GteDeployError) -> RequestError:
     return RequestError(500, str(error), "Backend")
 
 
-def failure_response(error: RequestError, path: str) -> Response:
-    """The answer to a request for `path`.
+def failure_response(error: RequestError, scope: Scope) -> Response:
+    """The answer to the request of an ASGI scope.
 
     The messages may hold anything that a client sent, so they are written as ASCII: a lone surrogate has no UTF-8.
     """
-    if path.startswith(("/v1/", "/v2/")):
+    if path_of(scope).startswith(("/v1/", "/v2/")):
         body: object = {
             "error": {
                 "message": error.message,

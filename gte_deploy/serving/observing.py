@@ -14,7 +14,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gte_deploy.serving.facts import FACTS, Facts
+from gte_deploy.serving.facts import FACTS, Facts, path_of
 from gte_deploy.serving.failures import CLIENT_GONE, RequestError, failure_response
 from gte_deploy.serving.metrics import Metrics
 from gte_deploy.serving.options import AccessLog
@@ -100,10 +100,10 @@ class Observed:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._token.check(scope["method"], scope["path"], Headers(scope=scope))
+            self._token.check(scope["method"], path_of(scope), Headers(scope=scope))
             await self._app(scope, receive, send)
         except RequestError as error:
-            await failure_response(error, scope["path"])(scope, receive, send)
+            await failure_response(error, scope)(scope, receive, send)
         except Exception:  # Starlette raises an error again after its answer, `server_failed`
             facts: Facts = scope[FACTS]
             logger.exception("the request %s failed: %s %s", facts.request_id, scope["method"], facts.route)

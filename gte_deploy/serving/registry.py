@@ -79,13 +79,13 @@ class Registry:
         return self._is_ready and not self._is_ending
 
     def load(self) -> None:
-        """Load the models that are not loaded yet.
+        """Load the models; once they are there, do nothing.
 
         Raises:
             GteDeployError: a model cannot be loaded; those before it stay loaded until `close`.
         """
         for name, source in self._sources.items():
-            if self._is_ending:
+            if self._is_ready or self._is_ending:
                 return
             started = time.perf_counter()
             model = source()

@@ -5,17 +5,18 @@ A subclass answers batches of texts; see the abstract methods.
 Shapes: N inputs, S tokens, T tokens without special ones, H hidden size, V vocabulary, L labels, D embedding size.
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
-from gte_deploy.core.errors import InputError
+from gte_deploy.core.errors import InputError, TooLongError
 from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import (
     SPARSE_ROUTES,
@@ -767,21 +768,25 @@ class TextInterface(DropIn, ABC):
                 raise InputError("activation_fn is for rerankers; the scores of a multi-vector model have none")
             kwargs |= {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
             of_query = {name: kwargs[name] for name in ("truncation",) if name in kwargs}
-            vectors = self.encode_document(texts, **kwargs)
-            scores = self.similarity([self.encode_query(query, prompt_name, prompt, **of_query)], vectors)[0].tolist()
+            with _too_long_as(lambda error: "the query"):
+                asked = self.encode_query(query, prompt_name, prompt, **of_query)
+            with _too_long_as(lambda error: f"document {error.index}"):
+                vectors = self.encode_document(texts, **kwargs)
+            scores = self.similarity([asked], vectors)[0].tolist()
         else:
-            scores = self.predict(
-                [(query, text) for text in texts],
-                prompt_name,
-                prompt,
-                batch_size,
-                show_progress_bar,
-                activation_fn,
-                device=device,
-                pool=pool,
-                chunk_size=chunk_size,
-                **_without_effect(kwargs),
-            ).tolist()
+            with _too_long_as(_of_query_or_document):
+                scores = self.predict(
+                    [(query, text) for text in texts],
+                    prompt_name,
+                    prompt,
+                    batch_size,
+                    show_progress_bar,
+                    activation_fn,
+                    device=device,
+                    pool=pool,
+                    chunk_size=chunk_size,
+                    **_without_effect(kwargs),
+                ).tolist()
         order = sorted(range(len(texts)), key=lambda i: -scores[i])[:top_k]
         shown = [{"text": text} if return_documents else {} for text in texts]
         return [{"corpus_id": i, "score": scores[i], **shown[i]} for i in order]
@@ -935,6 +940,21 @@ class TextInterface(DropIn, ABC):
                 )
         check_choice("route", route, (None, *SPARSE_ROUTES))
         return "query" if route == "query" else "document"
+
+
+@contextlib.contextmanager
+def _too_long_as(name: Callable[[TooLongError], str]) -> Iterator[None]:
+    """Let the error of an input that is too long name it as the caller of `rank` does."""
+    try:
+        yield
+    except TooLongError as error:
+        raise error.of(name(error)) from None
+
+
+def _of_query_or_document(error: TooLongError) -> str:
+    if error.first_fits:
+        return f"document {error.index}, with the query,"
+    return f"the query is too long: with document {error.index} it"
 
 
 def _refuse_parts(model: str, **arguments: Any) -> None:

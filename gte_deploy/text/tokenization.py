@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
-from gte_deploy.core.errors import CheckpointError, InputError
+from gte_deploy.core.errors import CheckpointError, InputError, TooLongError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.text.batching import TypedRow
 from gte_deploy.text.inputs import check_integer
@@ -270,7 +270,9 @@ class TextTokenizer:
             special = self._num_special(len(parts))
             count = sum(len(ids) for ids, _ in parts) + special
             if count > max_length and not truncation:
-                raise _too_many_tokens(index, count, max_length, whole=all(whole for _, whole in parts))
+                first_fits = len(parts[0][0]) + special <= max_length
+                whole = all(whole for _, whole in parts)
+                raise _too_many_tokens(index, count, max_length, whole=whole, first_fits=first_fits)
             budget = max_length
             while len(parts) == 2 and not _known_which_is_longer(parts, max_length):
                 budget *= _LOOK_AHEAD_GROWTH
@@ -562,11 +564,13 @@ def _windows(count: int, size: int, stride: int) -> list[tuple[int, int]]:
     return windows
 
 
-def _too_many_tokens(index: int, count: int, limit: int, *, whole: bool) -> InputError:
+def _too_many_tokens(index: int, count: int, limit: int, *, whole: bool, first_fits: bool = True) -> TooLongError:
     number = f"{count:,}" if whole else f"at least {count:,}"
-    return InputError(
-        f"input {index} has {number} tokens, special tokens included; the limit is {limit:,}. "
-        "Pass truncation=True to keep the first ones, or split the text."
+    return TooLongError(
+        index,
+        f"has {number} tokens, special tokens included; the limit is {limit:,}. "
+        "Pass truncation=True to keep the first ones, or split the text.",
+        first_fits=first_fits,
     )
 
 

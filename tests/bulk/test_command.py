@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import gte_deploy
 from gte_deploy import cli
 from gte_deploy.core import exit_codes
 
@@ -56,6 +57,34 @@ def test_chunks_are_rows(run, word_checkpoints, source, tmp_path):
     assert [(row["body"], row["chunk_start"], row["chunk_end"]) for row in rows] == [
         ("a", 0, 1), ("the", 0, 3), ("king", 4, 8),
     ]  # fmt: skip
+
+
+def test_the_commands_of_other_vectors(run, source, tmp_path):
+    """Each writes what its Python method gives, from checkpoints, whose task it sets."""
+    from hybrid_reference import make_hybrid_checkpoint
+
+    checkpoint, output = make_hybrid_checkpoint(tmp_path / "checkpoint"), tmp_path / "out.jsonl"
+    files = ("-i", source, "-o", output, "--text-column", "body", "--max-failures", 1)
+    with gte_deploy.load(checkpoint, backend="torch", task="hybrid") as model:
+        expected = model.encode_hybrid(["a", "the king"], prompt_name="query", as_dict=True)
+    more = ("-m", checkpoint, "--backend", "torch", "--prompt-name", "query")
+    for command, names in (("encode-hybrid", ("embedding", "embedding_sparse")), ("encode-sparse", ("v",))):
+        column = ("--embedding-column", "v") if names == ("v",) else ()
+        code, _, err = run(command, *more, *files, *column)
+        assert code == exit_codes.OK, err
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [row.keys() for row in rows] == [{"body", *names}] * 2
+        found = [{each["token"]: each["weight"] for each in row[names[-1]]} for row in rows]
+        assert found == [pytest.approx(each, abs=2e-5) for each in expected.sparse]
+        if len(names) == 2:
+            np.testing.assert_allclose([row["embedding"] for row in rows], expected.dense, atol=2e-5)
+    code, _, err = run("encode-multi-vector", *more, *files)
+    assert code == exit_codes.USAGE and "this needs a multi-vector model" in err
+    for command in ("encode-hybrid", "encode-sparse", "encode-multi-vector"):
+        code, _, err = run(command, "-m", checkpoint, "a", "-o", output)
+        assert code == exit_codes.USAGE and "is for files: give --input FILE, too" in err
+        code, _, err = run(command, "-m", checkpoint, "a", "--restart")
+        assert code == exit_codes.USAGE and "--restart is for files" in err
 
 
 @pytest.mark.parametrize(

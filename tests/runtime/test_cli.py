@@ -14,6 +14,8 @@ import types
 
 import numpy as np
 import pytest
+import sentence_transformers
+import transformers
 
 import gte_deploy
 from factories import add_multi_vector_modules, add_tokens, write_labels
@@ -242,7 +244,6 @@ def test_encode_multi_vector(run, late_checkpoint, checkpoints):
 
 def test_rank_by_maxsim(run, tmp_path, bundle_of):
     """The command ranks with a bundle of a multi-vector model as MultiVectorEncoder does with the checkpoint."""
-    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.2")
     checkpoint = add_tokens(make_word_checkpoint(tmp_path / "late", task="embed", seed=4), ["[Q] ", "[D] "])
     settings = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 24}
     add_multi_vector_modules(checkpoint, config=settings)
@@ -256,9 +257,80 @@ def test_rank_by_maxsim(run, tmp_path, bundle_of):
     assert [entry["corpus_id"] for entry in found] == best.tolist() and found[0]["text"] == documents[best[0]]
     np.testing.assert_allclose([entry["score"] for entry in found], scores[best], atol=1e-3)
     code, _, err = run(*command, "the river of the city " * 9)
-    assert (
-        code == exit_codes.USAGE and "input 4 has at least 34 tokens, special tokens included; the limit is 24" in err
-    )
+    says = "document 4 has at least 34 tokens, special tokens included; the limit is 24"
+    assert code == exit_codes.USAGE and says in err
+
+
+def test_rank_names_the_text_that_is_too_long(run, checkpoints, late_checkpoint):
+    long = "the river of the city " * 40
+    for arguments, says in (
+        (("-q", long, "water", "time"), "the query is too long: with document 0 it has at least 131 tokens"),
+        (("-q", "time", "water", long), "document 1, with the query, has at least 132 tokens"),
+    ):
+        code, _, err = run("rank", "-m", checkpoints["classify"], *arguments)
+        assert code == exit_codes.USAGE and says in err and "Pass truncation=True" in err
+        assert run("rank", "-m", checkpoints["classify"], *arguments, "--truncation")[0] == exit_codes.OK
+    for arguments, says in (
+        (("-q", long, "water", "time"), "the query has at least "),
+        (("-q", "time", "water", long), "document 1 has at least "),
+    ):
+        code, _, err = run("rank", "-m", late_checkpoint, *arguments)
+        assert code == exit_codes.USAGE and says in err
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Three labels, of which two have names."""
+    folder = tmp_path_factory.mktemp("classifier") / "c"
+    make_word_checkpoint(folder, task="classify", num_labels=3, seed=5)
+    write_labels(folder, ["bad", "good", "unclear"])
+    return str(folder)
+
+
+@pytest.mark.parametrize("function", [None, "sigmoid", "none"])
+def test_predict(run, classifier, function):
+    """All labels of each text, as transformers' pipeline gives them."""
+    texts = ["the king", "old water, and a good book"]
+    judge = transformers.pipeline("text-classification", classifier, dtype="float32", device="cpu")
+    expected = judge(texts, top_k=None, function_to_apply=function)
+    given = () if function is None else ("--function-to-apply", function)
+    code, out, _ = run("predict", "-m", classifier, "--json", *given, *texts)
+    assert code == exit_codes.OK
+    for line, entries in zip(out.splitlines(), expected, strict=True):
+        found = json.loads(line)
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in entries]
+        np.testing.assert_allclose([e["score"] for e in found], [e["score"] for e in entries], atol=1e-5)
+    code, out, _ = run("predict", "-m", classifier, *given, *texts)
+    lines = out.splitlines()
+    assert lines[0] == texts[0] and lines[4] == texts[1] and len(lines) == 2 + 2 * 3
+    first = expected[0][0]
+    assert lines[1].split() == [f"{first['score']:.4f}", first["label"]]
+
+
+def test_predict_of_pairs(run, classifier, checkpoints, tmp_path):
+    """As CrossEncoder scores them, from arguments and from lines; one label gives one score."""
+    pairs = [("the king", "a queen"), ("water", "")]
+    (tmp_path / "pairs.tsv").write_text("".join(f"{first}\t{second}\n" for first, second in pairs))
+    for checkpoint, softmax in ((classifier, True), (checkpoints["classify"], False)):
+        judge = sentence_transformers.CrossEncoder(checkpoint, device="cpu")
+        expected = judge.predict(pairs, apply_softmax=softmax).reshape(2, -1)
+        for given in ([*pairs[0], *pairs[1]], ["-i", tmp_path / "pairs.tsv"]):
+            code, out, err = run("predict", "-m", checkpoint, "--pairs", "--json", *given)
+            assert code == exit_codes.OK, err
+            scores = [sorted(entry["score"] for entry in json.loads(line)) for line in out.splitlines()]
+            np.testing.assert_allclose(scores, np.sort(expected), atol=1e-5)
+
+
+def test_what_predict_refuses(run, classifier, tagger, checkpoints, tmp_path):
+    (tmp_path / "lines").write_text("a\tb\nno tab\n")
+    for given, says in (
+        (("-m", classifier, "--pairs", "a", "b", "c"), "--pairs takes the texts two by two, and there are 3"),
+        (("-m", classifier, "--pairs", "-i", tmp_path / "lines"), "line 2 has 0 tabs"),
+        (("-m", tagger, "a"), "use gte-deploy classify-tokens"),
+        (("-m", checkpoints["embed"], "a"), "use encode"),
+    ):
+        code, _, err = run("predict", *given)
+        assert code == exit_codes.USAGE and says in err
 
 
 def test_prompts_of_rank(run, checkpoints):

@@ -7,6 +7,12 @@ import re
 
 import numpy as np
 import pytest
+import transformers
+
+import gte_deploy
+from factories import add_multi_vector_modules, add_tokens
+from hybrid_reference import hybrid_reference, make_hybrid_checkpoint
+from runtime_models import make_word_checkpoint
 
 TEXTS = ["Paris is the capital of France.", "the king", "a good book to read, and a bad man"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -172,42 +178,101 @@ def test_similarity(client, sentence_transformer):
 
 
 def test_embed_sparse(client, task_checkpoints):
-    import gte_deploy
+    """As SparseEncoder makes of the same masked-LM checkpoint: max over the tokens of log(1 + relu(logit))."""
+    from sentence_transformers import sparse_encoder
+    from sentence_transformers.base.modules import Transformer
 
+    head = Transformer(str(task_checkpoints["mask"]), transformer_task="fill-mask")
+    judge = sparse_encoder.SparseEncoder(modules=[head, sparse_encoder.modules.SpladePooling("max")], device="cpu")
+    expected = judge.encode(TEXTS, convert_to_sparse_tensor=False).numpy()
     found = ask(client, "/embed_sparse", {"inputs": TEXTS})
-    with gte_deploy.load(task_checkpoints["mask"], backend="torch", task="sparse") as reference:
-        expected = reference.encode_sparse(TEXTS)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [entry["index"] for entry in ours] == sorted(entry["index"] for entry in ours)
-        dense = np.zeros(theirs.size, np.float32)
-        for entry in ours:
-            dense[entry["index"]] = entry["value"]
-        np.testing.assert_allclose(dense, theirs.to_dense(), **TOLERANCE)
+    np.testing.assert_allclose(weights_of(found, expected.shape[1]), expected, **TOLERANCE)
+
+
+def weights_of(found, size):
+    """Weights [N, V] of the entries of an answer, which come in the order of the vocabulary."""
+    weights = np.zeros((len(found), size))
+    for row, entries in zip(weights, found, strict=True):
+        indices = [entry["index"] for entry in entries]
+        assert indices == sorted(set(indices))
+        row[indices] = [entry["value"] for entry in entries]
+    return weights
+
+
+def test_embed_hybrid(client_of, tmp_path, bundle_of):
+    """Both vectors, against transformers' token classifier in float64."""
+    checkpoint = make_hybrid_checkpoint(tmp_path / "checkpoint")
+    dense, weights = (np.stack(half) for half in zip(*(hybrid_reference(checkpoint, t) for t in TEXTS), strict=True))
+    prefixed = np.stack([hybrid_reference(checkpoint, f"the query: {text}")[0] for text in TEXTS])
+    with (
+        gte_deploy.load(bundle_of(checkpoint, task="hybrid"), join_calls=True) as model,
+        client_of({"both": model}) as client,
+    ):
+        found = ask(client, "/embed_hybrid", {"inputs": TEXTS})
+        np.testing.assert_allclose(found["dense"], dense, **TOLERANCE)
+        np.testing.assert_allclose(weights_of(found["sparse"], weights.shape[1]), weights, rtol=0, atol=2e-5)
+        sparse = ask(client, "/embed_sparse", {"inputs": TEXTS})
+        np.testing.assert_allclose(weights_of(sparse, weights.shape[1]), weights, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(ask(client, "/embed", {"inputs": TEXTS}), dense, **TOLERANCE)
+        short = ask(client, "/embed_hybrid", {"inputs": TEXTS, "dimensions": 8, "prompt_name": "query"})
+        np.testing.assert_allclose(short["dense"], unit(prefixed[:, :8]), **TOLERANCE)
+        refused = client.post("/embed_hybrid", json={"inputs": TEXTS, "dimensions": 33})
+        assert refused.status_code == 422 and "have 32" in refused.json()["error"]
+
+
+def test_embed_multi_vector_of_a_multi_vector_model(client_of, tmp_path, bundle_of):
+    """Queries and documents, against sentence-transformers' MultiVectorEncoder."""
+    from sentence_transformers import MultiVectorEncoder
+
+    folder = make_word_checkpoint(tmp_path / "colbert", task="embed", seed=4)
+    add_tokens(folder, ["[Q] ", "[D] "])
+    prompts = {"query": "the query: ", "document": "the "}
+    add_multi_vector_modules(folder, library="sentence-transformers", mask={}, config={"prompts": prompts})
+    judge = MultiVectorEncoder(str(folder), device="cpu")
+    bundle = bundle_of(folder, task="multi-vector")
+    with gte_deploy.load(bundle, join_calls=True) as model, client_of({"late": model}) as client:
+        for is_query, encode in ((True, judge.encode_query), (False, judge.encode_document)):
+            found = ask(client, "/embed_multi_vector", {"inputs": TEXTS, "is_query": is_query})
+            for ours, theirs in zip(found, encode(TEXTS), strict=True):
+                np.testing.assert_allclose(ours, np.asarray(theirs), **TOLERANCE)
+        refused = client.post("/embed_multi_vector", json={"inputs": TEXTS})
+        assert refused.status_code == 422 and "is_query" in refused.json()["error"]
+        scores = judge.similarity(judge.encode_query(["the king"]), judge.encode_document(TEXTS))[0].tolist()
+        ranking = ask(client, "/rerank", {"query": "the king", "texts": TEXTS})
+        assert [entry["index"] for entry in ranking] == sorted(range(len(TEXTS)), key=lambda i: -scores[i])
+        found_scores = [scores[entry["index"]] for entry in ranking]
+        np.testing.assert_allclose([entry["score"] for entry in ranking], found_scores, **TOLERANCE)
 
 
 def test_fill_mask(client, task_checkpoints):
-    import gte_deploy
-
+    judge = transformers.pipeline("fill-mask", str(task_checkpoints["mask"]), dtype="float32", device="cpu")
     text = "Paris is the [MASK] of France."
-    body = {"inputs": [text, "a [MASK] [MASK]"], "parameters": {"top_k": 3}}
-    with gte_deploy.load(task_checkpoints["mask"], backend="torch") as reference:
-        expected = reference.fill_mask(body["inputs"], top_k=3)
-    found = ask(client, "/fill-mask", body)
-    assert [entry["token_str"] for entry in found[0]] == [entry["token_str"] for entry in expected[0]]
-    assert [[e["sequence"] for e in mask] for mask in found[1]] == [[e["sequence"] for e in m] for m in expected[1]]
-    chosen = ask(client, "/fill-mask", {"inputs": text, "parameters": {"targets": ["city", "king"], "top_k": 2}})
-    assert {entry["token_str"] for entry in chosen} == {"city", "king"}
+    texts = [text, "a [MASK] [MASK]"]
+    found = ask(client, "/fill-mask", {"inputs": texts, "parameters": {"top_k": 3}})
+    for ours, theirs in zip([found[0], *found[1]], [judge(texts[0], top_k=3), *judge(texts[1], top_k=3)], strict=True):
+        assert_candidates(ours, theirs)
+    targets = ["city", "king"]
+    chosen = ask(client, "/fill-mask", {"inputs": text, "parameters": {"targets": targets, "top_k": 2}})
+    assert_candidates(chosen, judge(text, targets=targets, top_k=2))
 
 
-def test_classify_tokens(client, task_checkpoints):
-    import gte_deploy
+def assert_candidates(found, expected):
+    for name in ("token", "token_str", "sequence"):
+        assert [entry[name] for entry in found] == [entry[name] for entry in expected]
+    np.testing.assert_allclose([e["score"] for e in found], [e["score"] for e in expected], **TOLERANCE)
 
-    parameters = {"aggregation_strategy": "simple", "ignore_labels": []}
-    with gte_deploy.load(task_checkpoints["tags"], backend="torch") as reference:
-        expected = reference.classify_tokens(TEXTS, **parameters)
+
+@pytest.mark.parametrize("strategy", ["none", "simple", "average"])
+def test_classify_tokens(client, task_checkpoints, strategy):
+    parameters = {"aggregation_strategy": strategy, "ignore_labels": []}
+    folder = str(task_checkpoints["tags"])
+    judge = transformers.pipeline("token-classification", folder, dtype="float32", device="cpu", **parameters)
     found = ask(client, "/classify_tokens", {"inputs": TEXTS, "parameters": parameters})
-    places = [[(e["entity_group"], e["start"], e["end"]) for e in text] for text in found]
-    assert places == [[(e["entity_group"], e["start"], e["end"]) for e in text] for text in expected]
+    for ours, theirs in zip(found, judge(TEXTS), strict=True):
+        assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
+        names = ours[0].keys() - {"score"}
+        assert [{name: e[name] for name in names} for e in ours] == [{name: e[name] for name in names} for e in theirs]
+        np.testing.assert_allclose([e["score"] for e in ours], [e["score"] for e in theirs], **TOLERANCE)
 
 
 def test_tokenize_and_decode(client, task_checkpoints):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import gte_deploy
-from factories import make_checkpoint, raise_token_weights
+from factories import make_checkpoint
 from gte_deploy.bundle.manifest import read_manifest, spec_from_json
 from gte_deploy.cli import main
 from gte_deploy.models.config import task_of
 from gte_deploy.tasks.hybrid import HybridEmbedding
 from gte_deploy.tasks.sparse import SparseEmbedding
-from runtime_models import make_word_checkpoint
+from hybrid_reference import hybrid_reference, make_hybrid_checkpoint
 
 TEXTS = [
     "Paris is the capital of France.",
@@ -27,11 +27,7 @@ TOLERANCE = 2e-5  # float32 sums in another order
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """In the form of gte-multilingual-base: a token classifier with one label, CLS pooling and Normalize."""
-    folder = tmp_path_factory.mktemp("hybrid") / "checkpoint"
-    prompts = {"query": "the query: ", "document": ""}
-    make_word_checkpoint(folder, task="token-classify", seed=3, pooling="cls", normalize=True, prompts=prompts)
-    return raise_token_weights(folder)
+    return make_hybrid_checkpoint(tmp_path_factory.mktemp("hybrid") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +41,6 @@ def hybrid_on(checkpoint, bundle_of):
     return load
 
 
-def expected_of(folder, text):
-    """The dense vector, and the weights in float64, of transformers' token classifier and its tokenizer alone."""
-    import torch
-    from transformers import AutoTokenizer, GteForTokenClassification
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    model = GteForTokenClassification.from_pretrained(str(folder)).double().eval()
-    inputs = tokenizer([text], return_tensors="pt")
-    with torch.no_grad():
-        hidden = model.base_model(**inputs).last_hidden_state[0]
-        weights = hidden @ model.classifier.weight[0] + model.classifier.bias[0]
-    dense = np.zeros(model.config.vocab_size)
-    for token, weight in zip(inputs["input_ids"][0].tolist(), weights.tolist(), strict=True):
-        if token not in tokenizer.all_special_ids or token == tokenizer.mask_token_id:
-            dense[token] = max(dense[token], weight)
-    return (hidden[0] / hidden[0].norm()).numpy(), dense
-
-
 def assert_same(found, expected):
     np.testing.assert_array_equal(found.dense, expected.dense)
     for ours, theirs in zip(found.sparse, expected.sparse, strict=True):
@@ -71,7 +49,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_transformers(backend, checkpoint, hybrid_on):
-    expected = [expected_of(checkpoint, text) for text in TEXTS]
+    expected = [hybrid_reference(checkpoint, text) for text in TEXTS]
     weights = np.stack([sparse for _, sparse in expected])
     assert (weights > 0).sum() > 8
     with hybrid_on(backend) as model:

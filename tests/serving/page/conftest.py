@@ -15,7 +15,13 @@ import pytest
 pytest.importorskip("playwright", reason="the page at / is tested in a browser: playwright is not installed")
 
 import uvicorn
+<<<<<<< HEAD
 from playwright.sync_api import Browser, ConsoleMessage
+=======
+from playwright.sync_api import Browser, ConsoleMessage, expect, sync_playwright
+from starlette.applications import Starlette
+from starlette.routing import Mount
+>>>>>>> 125a3b1 (bulk: sparse and hybrid models write index, token and weight; encode-sparse, encode-hybrid and encode-multi-vector take files)
 
 import gte_deploy
 from gte_deploy.models import builtin_path
@@ -37,13 +43,17 @@ def builtin(bundle_of: Callable[..., Path]) -> Iterator[gte_deploy.Model]:
 
 @pytest.fixture(scope="session")
 def site() -> Iterator[Callable[..., str]]:
-    """`site(models, token=None)`: the address of a server of loaded models, by their names."""
+    """`site(models, token=None, prefix="")`: the address of a server of loaded models, by their names.
+
+    With a prefix, the server is mounted there in another application.
+    """
     running = []
 
-    def start(models: dict[str, Any], *, token: str | None = None) -> str:
+    def start(models: dict[str, Any], *, token: str | None = None, prefix: str = "") -> str:
         app = create_app(
             {name: KeptOpen(model) for name, model in models.items()}, ServerOptions(access_log="off"), token=token
         )
+        app = Starlette(routes=[Mount(prefix, app)]) if prefix else app
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -52,7 +62,7 @@ def site() -> Iterator[Callable[..., str]]:
         until = time.monotonic() + 60
         while not server.started and time.monotonic() < until:
             time.sleep(0.01)
-        return f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        return f"http://127.0.0.1:{listener.getsockname()[1]}{prefix}/"
 
     yield start
     for server, thread in running:

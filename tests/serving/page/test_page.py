@@ -59,6 +59,14 @@ def test_every_file_has_a_strict_policy_and_is_sent_once(view: Callable[..., Vie
     page.faults.clear()
 
 
+def test_it_works_under_a_prefix(view: Callable[..., View], site: Callable[..., str], builtin: Any) -> None:
+    address = site({"tiny": builtin}, token=TOKEN, prefix="/tools/gte")
+    page = view(address).open()  # the fixture checks that every request began with this address
+    page.page.get_by_label("Bearer token").fill(TOKEN)
+    page.page.get_by_label("Bearer token").press("Enter")
+    assert len(rows_of(page.panel("fill-mask"))) == 1
+
+
 def test_only_tools_that_the_model_answers_are_offered(view: Callable[..., View], one: str) -> None:
     page = view(one).open()
     assert page.shown_tools() == ["Fill mask", "Similarity", "Matrix", "Tokens"]
