@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import pages
 from environments import Unavailable, interpreter
-from factories import add_multi_vector_modules, add_sparse_modules, add_tokens, raise_token_weights
+from factories import add_multi_vector_modules, add_sparse_modules, add_tokens
 from gte_deploy.core.spec import Profile
 from gte_deploy.models import builtin_path
 from hub import running_hub
+from hybrid_reference import make_hybrid_checkpoint
 from pages import ROOT, Thing, Wrong
 from plan_bundles import make_plan_bundle
 from runtime_models import make_word_checkpoint
@@ -53,6 +53,7 @@ THINGS: dict[str, tuple[str, dict[str, object] | None]] = {
     "my-sparse-bundle": ("hybrid", {"task": "sparse"}),
     "my-hybrid-bundle": ("hybrid", {"task": "hybrid"}),
     "my-colbert-bundle": ("multi-vector", {}),
+    "my-classifier-bundle": ("classifier", {}),
     "my-tagger-bundle": ("tagger", {}),
 }
 """What a page can need -> a checkpoint of `checkpoint_of`, and the options of its export; None for no export."""
@@ -64,20 +65,17 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
     folder = tmp_path_factory.mktemp("pages")
     made: dict[str, Path] = {"built-in": builtin_path()}
     made |= {f"{task} of words": path for task, path in word_checkpoints.items()}
-    tagger: dict[str, Any] = {"task": "token-classify", "seed": 3}
-    prompts = {"query": "the query: ", "document": ""}
     late = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 60}
     makers: dict[str, Callable[[Path], Path]] = {
         "embed": lambda path: make_word_checkpoint(path, task="embed", pooling="cls", max_positions=8192),
         "rerank": lambda path: make_word_checkpoint(path, task="classify", max_positions=8192),
         "splade": lambda path: add_sparse_modules(make_word_checkpoint(path, seed=7)),
-        "tagger": lambda path: make_word_checkpoint(path, num_labels=3, **tagger),
+        "tagger": lambda path: make_word_checkpoint(path, task="token-classify", num_labels=3, seed=3),
         "multi-vector": lambda path: add_multi_vector_modules(
             add_tokens(make_word_checkpoint(path, task="embed", seed=4), ["[Q] ", "[D] "]), config=late
         ),
-        "hybrid": lambda path: raise_token_weights(
-            make_word_checkpoint(path, pooling="cls", normalize=True, prompts=prompts, **tagger)
-        ),
+        "classifier": lambda path: make_word_checkpoint(path, task="classify", num_labels=3),
+        "hybrid": make_hybrid_checkpoint,
     }
 
     def checkpoint(kind: str) -> Path:
