@@ -264,15 +264,15 @@ def test_rank_by_maxsim(run, tmp_path, bundle_of):
 def test_rank_names_the_text_that_is_too_long(run, checkpoints, late_checkpoint):
     long = "the river of the city " * 40
     for arguments, says in (
-        (("-q", long, "water", "time"), "the query is too long: with document 0 it has at least 131 tokens"),
-        (("-q", "time", "water", long), "document 1, with the query, has at least 132 tokens"),
+        (("-q", long, "water", "time"), "the query is too long: with document 0 it has 204 tokens"),
+        (("-q", "time", "water", long), "document 1, with the query, has 204 tokens"),
     ):
         code, _, err = run("rank", "-m", checkpoints["classify"], *arguments)
         assert code == exit_codes.USAGE and says in err and "Pass truncation=True" in err
         assert run("rank", "-m", checkpoints["classify"], *arguments, "--truncation")[0] == exit_codes.OK
     for arguments, says in (
-        (("-q", long, "water", "time"), "the query has at least "),
-        (("-q", "time", "water", long), "document 1 has at least "),
+        (("-q", long, "water", "time"), "the query has "),
+        (("-q", "time", "water", long), "document 1 has "),
     ):
         code, _, err = run("rank", "-m", late_checkpoint, *arguments)
         assert code == exit_codes.USAGE and says in err

@@ -45,12 +45,16 @@ def last_stage(path: Path) -> list[Step]:
     return found[start:]
 
 
+def program(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
 def hadolint(path: Path) -> list[dict[str, Any]]:
-    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if program is None:
-        pytest.skip("hadolint is not installed")
-    done = subprocess.run([program, "--format", "json", path], capture_output=True, text=True, timeout=60)
-    return json.loads(done.stdout)
+    command = [program("hadolint"), "--format", "json", path]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT / "examples")))
@@ -98,11 +102,21 @@ def test_every_service_of_compose_is_locked_up() -> None:
         assert (SERVER / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == DOCKERFILE
 
 
+@pytest.mark.parametrize(("old", "new", "code"), [("", "", 0), ("read_only: true", "read_only: 7", 1)])
+def test_compose_file_is_as_its_specification_says(old: str, new: str, code: int, tmp_path: Path) -> None:
+    """The schema of compose-spec comes with check-jsonschema. A wrong file shows that it is used."""
+    file = tmp_path / "compose.yaml"
+    file.write_text((SERVER / "compose.yaml").read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    command = [program("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+
+
 def test_compose_accepts_the_file(tmp_path: Path) -> None:
-    program = shutil.which("docker")
-    if program is None or subprocess.run([program, "compose", "version"], capture_output=True).returncode:
+    docker = program("docker")
+    if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         pytest.skip("docker compose is not installed")
-    command = [program, "compose", "--file", SERVER / "compose.yaml", "--profile", "gpu", "config", "--quiet"]
+    command = [docker, "compose", "--file", SERVER / "compose.yaml", "--profile", "gpu", "config", "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "BUNDLE": str(tmp_path)}, timeout=60)
 
 
