@@ -22,10 +22,11 @@ def test_files_on_a_cluster_and_in_indexes(
     texts[123] = CAPITAL
     rows = [{"id": i, "text": text if i % 50 else None} for i, text in enumerate(texts)]
     (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    folder = run_script("bulk_files.py", bundle_for("embed"), PAGE, tmp_path / "texts.jsonl")
+    folder = run_script("bulk_files.py", bundle_for("embed"), PAGE, tmp_path / "texts.jsonl", bundle_for("sparse"))
     found = json.loads((folder / "found.json").read_text())
     assert found["lance"] and found["metadata"]
     assert found["polars"] == ["Array(Float32, shape=(256,))", True]
+    assert found["sparse"] == [True, "List(Struct({'index': Int32, 'token': String, 'weight': Float32}))"]
     assert found["nodes"] == 2 and found["ray"] and found["failures"] and found["share"] == 1.0
     local, there = found["summaries"]
     assert local == there and local[:2] == [294, 6]

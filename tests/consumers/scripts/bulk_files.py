@@ -1,6 +1,6 @@
 """Encode files on two nodes of a Ray cluster, and to Lance; run the page's recipes for indexes on the results.
 
-bulk_files.py BUNDLE PAGE TEXTS.jsonl
+bulk_files.py BUNDLE PAGE TEXTS.jsonl SPARSE_BUNDLE
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 from gte_deploy.bulk import BulkOptions, encode_files
 from gte_deploy.core.errors import GteDeployError
 
-bundle, page, texts = sys.argv[1:]
+bundle, page, texts, sparse_bundle = sys.argv[1:]
 found = {}
 normalized = {"normalize_embeddings": True}
 few_threads = {"num_threads": 1}
@@ -53,6 +53,14 @@ local = pyarrow.parquet.read_table("vectors.parquet")
 stored = lance.dataset("vectors.lance").to_table()
 found["lance"] = stored.equals(local)
 found["metadata"] = stored.schema.metadata.keys() == local.schema.metadata.keys() == {b"gte_deploy"}
+for name in ("sparse.parquet", "sparse.lance"):
+    given = {"model": sparse_bundle, "load_options": few_threads, "encode_options": {"max_active_dims": 8}}
+    encode_files(texts, name, method="encode_sparse", **given)
+entries = lance.dataset("sparse.lance").to_table()
+found["sparse"] = [
+    entries.equals(pyarrow.parquet.read_table("sparse.parquet")),
+    str(polars.read_parquet("sparse.parquet").schema["embedding"]),
+]
 frame = polars.read_parquet("vectors.parquet")
 found["polars"] = [str(frame.schema["embedding"]), frame["text"].to_list() == local.column("text").to_pylist()]
 
