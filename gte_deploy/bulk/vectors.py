@@ -175,7 +175,7 @@ class ShardEncoder:
             counts = np.diff(arrays["offsets"])
             entries = np.repeat(kept, counts)
             arrays |= {name: arrays[name][entries] for name in ("indices", "values")}
-            arrays["offsets"] = _offsets(counts[kept])
+            arrays["offsets"] = _offsets(counts[kept].tolist())
         return {**arrays, "embedding": half[kept]}
 
     def _names(self, indices: NDArray[np.int32]) -> NDArray[np.uint8]:
