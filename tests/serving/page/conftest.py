@@ -15,13 +15,9 @@ import pytest
 pytest.importorskip("playwright", reason="the page at / is tested in a browser: playwright is not installed")
 
 import uvicorn
-<<<<<<< HEAD
 from playwright.sync_api import Browser, ConsoleMessage
-=======
-from playwright.sync_api import Browser, ConsoleMessage, expect, sync_playwright
 from starlette.applications import Starlette
 from starlette.routing import Mount
->>>>>>> 125a3b1 (bulk: sparse and hybrid models write index, token and weight; encode-sparse, encode-hybrid and encode-multi-vector take files)
 
 import gte_deploy
 from gte_deploy.models import builtin_path
