@@ -4,47 +4,38 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {
-    "gte_deploy": "gte_deploy",
-    "exporters": "gte_deploy.exporters",
-    "models": "gte_deploy.models",
-    "training": "gte_deploy.training",
-}
+from packages import FOLDERS, ROOT, build, packaged_tree
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """What is packaged, apart from what earlier builds left beside it."""
-    copy = tmp_path_factory.mktemp("tree")
-    ignored = shutil.ignore_patterns("__pycache__")
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
-    shutil.copytree(ROOT / "optimum", copy / "optimum", ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-def build(kind: str, source: Path, out: Path) -> Path:
-    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out, source]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    # The tag of a wheel without compiled code: one file for every system.
-    (built,) = out.glob("*-py3-none-any.whl" if kind == "wheel" else "*.tar.gz")
-    return built
+    return packaged_tree(tmp_path_factory.mktemp("tree"))
 
 
 def names_in(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_linters_and_type_checkers_hold_the_code_to_the_oldest_python():
+    """Mypy and pyright find what its library lacks, and ruff what its grammar lacks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    tools = project["tool"]
+    assert oldest == tools["mypy"]["python_version"] == tools["pyright"]["pythonVersion"]
+    assert tools["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert not tools["ruff"]["per-file-target-version"].keys() & {f"{folder}/**" for folder in FOLDERS}
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(project["project"]["classifiers"]))
+    assert named[0] == oldest
 
 
 def test_every_package_has_an_init():
