@@ -18,18 +18,20 @@ SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
+INSTALL := $(BIN)/python tools/install.py
+
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(INSTALL) "up to 3 GB, less as a CPU build" $(TORCH)
 	@touch $@
 
 $(VENV)/.export: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[export]'
+	@$(INSTALL) "some 500 MB" '.[export]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(INSTALL) "160 packages, some 2.5 GB with what they bring" '.[dev]'
 	@touch $@ $(VENV)/.export
 
 $(BUNDLE)/manifest.json: pyproject.toml $(SOURCES) | $(VENV)/.export
@@ -41,6 +43,7 @@ export: $(BUNDLE)/manifest.json
 	$(BIN)/gte-deploy fill-mask --model $(BUNDLE) "The president of the united [MASK] of America."
 
 test: $(VENV)/.dev
+	@echo "Setting up a Triton server and an environment of other libraries (some 500 MB, once)"
 	@$(BIN)/python tests/support/triton_server.py > /dev/null || true
 	@$(BIN)/python tests/support/environments.py light > /dev/null || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"

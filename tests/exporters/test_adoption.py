@@ -440,7 +440,7 @@ def test_a_plan_of_another_version_is_not_opened(bundle, machine):
 def test_a_tensorrt_that_is_not_installed(bundle, monkeypatch):
     folder = bundle()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependencyError, match=r"gte-deploy\[trt\].*10\.16\.2\.10.*--system-site-packages"):
+    with pytest.raises(MissingDependencyError, match=r"\[trt\].*10\.16\.2\.10.*--system-site-packages"):
         adopt(folder / "model.plan", folder)
 
 

@@ -203,7 +203,7 @@ def test_cuda_is_not_replaced_by_the_cpu(tmp_path):
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA; tests/contract covers it there")
-    with pytest.raises(BackendError, match=r"gte-deploy\[gpu\]"):
+    with pytest.raises(BackendError, match=r"\[gpu\]"):
         OnnxBackend(saved(tmp_path, graph_model()), SPEC, device="cuda")
 
 
@@ -392,7 +392,7 @@ def test_threads_default_to_the_cpus_of_the_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device, extra", [("cpu", "cpu"), ("cuda:1", "gpu")])
 def test_without_onnxruntime_the_extra_is_named(tmp_path, monkeypatch, device, extra):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=rf"gte-deploy\[{extra}\]"):
+    with pytest.raises(MissingDependencyError, match=rf"\[{extra}\]"):
         OnnxBackend(saved(tmp_path, graph_model()), SPEC, device=device)
 
 

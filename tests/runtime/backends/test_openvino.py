@@ -41,7 +41,7 @@ def test_it_runs_on_the_cpu_only(graph):
 
 def test_without_openvino_the_extra_is_named(graph, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingDependencyError, match=r"gte-deploy\[openvino\]"):
+    with pytest.raises(MissingDependencyError, match=r"\[openvino\]"):
         OpenVinoBackend(*graph)
     with pytest.raises(MissingDependencyError):
         has_native_bf16()

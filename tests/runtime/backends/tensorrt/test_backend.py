@@ -630,7 +630,7 @@ def test_without_cuda_bindings_the_extra_is_named(module, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingDependencyError, match=r"gte-deploy\[trt\]"):
+    with pytest.raises(MissingDependencyError, match=r"\[trt\]"):
         check_plan(plan_of(), "cuda")
 
 
