@@ -54,7 +54,7 @@ from environments import REQUIREMENTS
 ROOT = Path(__file__).resolve().parents[2]
 INERT = ("", "text", "diff", "json")
 RUN = ("console", "python")
-CHECKOUT = ("benchmarks", "examples", "tests", "tools", "pyproject.toml", "Makefile")
+CHECKOUT = ("benchmarks", "docs", "examples", "tests", "tools", "pyproject.toml", "Makefile")
 """What the folder of a page has of the checkout."""
 SECONDS = 550
 GENERATED = "<!-- Written by "
