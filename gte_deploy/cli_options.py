@@ -389,6 +389,30 @@ class BenchOptions:
 
 
 @dataclass(frozen=True)
+class CompareOptions:
+    """Options of `gte-deploy compare`: arguments of `gte_deploy.tuning.compare.compare_bundles`, and a page."""
+
+    a: str = required("folder of a bundle, or hub id owner/name[@revision]", positional=True, metavar="A")
+    b: str = required("the bundle to compare it with", positional=True, metavar="B")
+    input: str | None = option(
+        None,
+        "UTF-8 file with one text a line; for a reranker a query, a tab and a document, or the query in the first line "
+        "and a document in each other line; - is stdin (default: built-in texts)",
+        flags=("-i", "--input"),
+        metavar="FILE",
+    )
+    html: Path | None = option(None, "write a page with every text to this file, too", metavar="FILE", parse=Path)
+    repeats: int = option(10, "most timed calls of each bundle", metavar="N", parse=int)
+    num_threads: int | None = option(
+        None,
+        "CPU threads of each bundle (default: every CPU that the process may use)",
+        flags=("--threads",),
+        metavar="N",
+        parse=int,
+    )
+
+
+@dataclass(frozen=True)
 class PickOptions:
     """Options that record the fastest engine."""
 

@@ -59,6 +59,7 @@ tbody th { font-weight: 400; }
 tbody.group th { font-weight: 600; padding-top: .8rem; }
 td small { display: block; color: var(--quiet); }
 .scroll + .scroll { margin-top: 1.25rem; }
+.texts td, .texts th { text-align: left; font-size: .875rem; min-width: 4rem; }
 .every td, .every th { white-space: nowrap; font-size: .875rem; }
 tr.failed > * { background: var(--bad-soft); }
 .fit { min-width: min(100%, 34rem); }
