@@ -22,6 +22,7 @@ from gte_deploy.cli_options import (
     BenchOptions,
     ChunkingOptions,
     ClassifyTokensOptions,
+    CompareOptions,
     EncodeHybridOptions,
     EncodeMultiVectorOptions,
     EncodeOptions,
@@ -433,6 +434,31 @@ def _bench(given: Given) -> None:
         print(f"picked {picked.name}: load takes it for this bundle, on this machine, with backend 'auto'")
 
 
+def _compare(given: Given) -> None:
+    from gte_deploy.bundle.download import resolve_bundle
+    from gte_deploy.core.files import write_text
+
+    options = read_options(CompareOptions, given)
+    if options.html is not None and not options.html.parent.is_dir():
+        raise InputError(f"--html {options.html}: the folder {options.html.parent} does not exist; make it first")
+    texts = None if options.input is None else [line for line in _texts(given) if line.strip()]
+    from gte_deploy.tuning.compare import compare_bundles, format_comparison
+
+    result = compare_bundles(
+        resolve_bundle(options.a),
+        resolve_bundle(options.b),
+        texts,
+        repeats=options.repeats,
+        num_threads=options.num_threads,
+        progress=progress_lines(_PROG, given),
+    )
+    if options.html is not None:
+        from gte_deploy.tuning.compare_page import render_comparison
+
+        write_text(options.html, render_comparison(result))
+    print(json.dumps(result.to_json()) if "json" in given else format_comparison(result))
+
+
 def _serve(given: Given) -> None:
     options = read_options(ServerOptions, {"access_log": "json", **given} if "json" in given else given)
     try:
@@ -587,5 +613,10 @@ _COMMANDS = {
         _bench,
         "Time a bundle on every engine that this machine has for it, each in a process of its own.",
         (BenchOptions, PickOptions),
+    ),
+    "compare": _Command(
+        _compare,
+        "Put two bundles side by side: their answers to the same texts, speed and size.",
+        (CompareOptions,),
     ),
 }

@@ -69,6 +69,7 @@ tr.failed > * { background: var(--bad-soft); }
 .bars { width: 100%; }
 .bars td.bar { width: 45%; min-width: 5rem; text-align: left; vertical-align: middle; }
 .bars tbody th { overflow-wrap: anywhere; }
+.bars th:nth-child(2) { text-align: left; }
 .bar span { display: block; height: .8rem; min-width: 2px; background: var(--first); border-radius: 2px; }
 .bar span.high { background: var(--second); }
 dl { display: grid; grid-template-columns: fit-content(60%) minmax(0, 1fr); gap: .2rem 1rem; margin: 0; }

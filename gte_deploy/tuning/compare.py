@@ -170,7 +170,7 @@ def compare_bundles(
     *,
     repeats: int = 10,
     num_threads: int | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] | None = None,
 ) -> ComparisonResult:
     """Ask two bundles about the same texts, and time them in turn, each in a process of its own.
 
@@ -182,13 +182,14 @@ def compare_bundles(
             others are its documents.
         repeats: the most timed calls of each; fewer if they take long.
         num_threads: CPU threads of each; by default every CPU that the process may use.
-        progress: called with one line at every step.
+        progress: called with one line at every step; None for no call.
 
     Raises:
         InputError: an argument is out of range, or the bundles have no answers in common.
         BundleError: a bundle cannot be read.
         BackendError: a bundle cannot run here; the message says which.
     """
+    report = progress or (lambda line: None)
     check_integer("repeats", repeats, 1, MAX_REPEATS)
     threads = available_cpus() if num_threads is None else check_integer("num_threads", num_threads, 1, MAX_THREADS)
     if texts is not None and not texts:
@@ -202,20 +203,20 @@ def compare_bundles(
     with ExitStack() as stack:
         workers = []
         for name, folder in zip("AB", folders, strict=True):
-            progress(f"{name}: load {folder}")
+            report(f"{name}: load {folder}")
             try:
                 workers.append(stack.enter_context(Worker(Contestant, folder, threads)))
             except WorkerError as error:
                 raise BackendError(f"{name}, {folder}, does not run here: {error}") from error
         answers, engines = [], []
         for name, folder, worker in zip("AB", folders, workers, strict=True):
-            progress(f"{name}: answer {len(asked)} texts")
+            report(f"{name}: answer {len(asked)} texts")
             try:
                 engines.append(worker.call("engine").value)
                 answers.append(worker.call("answers", ground.task, asked).value)
             except WorkerError as error:
                 raise BackendError(f"{name}, {folder}, does not answer these texts: {error}") from error
-        progress(f"at most {repeats} rounds")
+        report(f"at most {repeats} rounds")
         calls = {name: _call(worker, ground.task, asked) for name, worker in zip("AB", workers, strict=True)}
         # One more round to warm up: the engine allocates memory and chooses kernels.
         seconds, failed = interleaved(calls, repeats=repeats + 1, at_least=_LEAST_ROUNDS, budget_s=_BUDGET_S)
