@@ -146,7 +146,7 @@ def bench(
     shapes: Sequence[str] | None = None,
     repeats: int = 10,
     num_threads: int | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] | None = None,
 ) -> BenchReport:
     """Time a bundle with every engine, each in a fresh process, in turn.
 
@@ -160,13 +160,14 @@ def bench(
         shapes: shapes as ROWSxTOKENS; by default the DEFAULT_SHAPES that the model takes.
         repeats: number of timed calls for each engine and shape.
         num_threads: CPU threads of each engine; by default every CPU that the process may use.
-        progress: called with one line at every step.
+        progress: called with one line at every step; None for no call.
 
     Raises:
         InputError: an argument is out of range.
         BundleError: the bundle cannot be read.
         BackendError: no engine could run it.
     """
+    report_step = progress or (lambda line: None)
     check_integer("repeats", repeats, 1, MAX_REPEATS)
     threads = available_cpus() if num_threads is None else check_integer("num_threads", num_threads, 1, MAX_THREADS)
     manifest = read_manifest(bundle)
@@ -174,7 +175,7 @@ def bench(
     chosen = _shapes(shapes, manifest.spec.max_length, tokenizer.min_length)
     masked = manifest.spec.task == "fill-mask"
     texts = {str(shape): synthetic_texts(tokenizer, [shape.tokens] * shape.rows, masked=masked) for shape in chosen}
-    results = _measure(bundle, _engines(manifest, backend), texts, repeats, threads, progress)
+    results = _measure(bundle, _engines(manifest, backend), texts, repeats, threads, report_step)
     lengths = list_lengths(threads, low=tokenizer.min_length, high=manifest.spec.max_length)
     if not is_for_gpus(manifest):
         the_list = synthetic_texts(tokenizer, lengths, masked=masked)
@@ -187,7 +188,7 @@ def bench(
                     the_list,
                     num_threads=threads,
                     repeats=repeats,
-                    progress=progress,
+                    progress=report_step,
                 ),
             )
             if result.error is None
