@@ -32,6 +32,9 @@ def test_bundle_says_what_it_is_and_what_was_not_run(tiny_embed: Path, tmp_path:
     assert {tensor.dtype for tensor in graph.outputs} == {"float32"}
     assert result.parity.passed and result.parity.engines[0].accuracy is not None
     on_cuda = cuda_graph.has_cuda()
+    assert graph.computes == ("fp16",) and graph.emulated == (() if on_cuda else ("fp16",))
+    assert result.parity.engines[0].title == f"onnxruntime fp16 on cuda{'' if on_cuda else ' (emulated)'}"
+    assert all(case.parts for case in result.parity.engines[0].cases), "the emulation has the parts, too"
     assert [("CUDA kernels were not run" in line) for line in result.parity.caveats] == [True] * (not on_cuda)
     (check,) = result.parity.checks
     assert check.passed and check.compared["answers"] > 10
