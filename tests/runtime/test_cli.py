@@ -268,7 +268,7 @@ def test_rank_names_the_text_that_is_too_long(run, checkpoints, late_checkpoint)
         (("-q", "time", "water", long), "document 1, with the query, has 204 tokens"),
     ):
         code, _, err = run("rank", "-m", checkpoints["classify"], *arguments)
-        assert code == exit_codes.USAGE and says in err and "Pass truncation=True" in err
+        assert code == exit_codes.USAGE and says in err and "Pass --truncation" in err
         assert run("rank", "-m", checkpoints["classify"], *arguments, "--truncation")[0] == exit_codes.OK
     for arguments, says in (
         (("-q", long, "water", "time"), "the query has "),
