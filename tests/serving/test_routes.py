@@ -249,8 +249,10 @@ def test_fill_mask(client, task_checkpoints):
     text = "Paris is the [MASK] of France."
     texts = [text, "a [MASK] [MASK]"]
     found = ask(client, "/fill-mask", {"inputs": texts, "parameters": {"top_k": 3}})
-    for ours, theirs in zip([found[0], *found[1]], [judge(texts[0], top_k=3), *judge(texts[1], top_k=3)], strict=True):
-        assert_candidates(ours, theirs)
+    everything = [judge(each, top_k=judge.model.config.vocab_size) for each in texts]
+    for ours, theirs in zip([found[0], *found[1]], [everything[0], *everything[1]], strict=True):
+        # The pipeline also gives rows that only fill the vocabulary up.
+        assert_candidates(ours, [entry for entry in theirs if entry["token"] < len(judge.tokenizer)][:3])
     targets = ["city", "king"]
     chosen = ask(client, "/fill-mask", {"inputs": text, "parameters": {"targets": targets, "top_k": 2}})
     assert_candidates(chosen, judge(text, targets=targets, top_k=2))
