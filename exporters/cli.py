@@ -383,7 +383,7 @@ def _result_text(result: "_Result") -> str:
     return "\n".join(
         [
             format_table(result.parity),
-            *(() if calibration is None else [calibration.describe()]),
+            *(() if calibration is None else [f"calibrated on {calibration.describe()}"]),
             *(() if plan is None else plan.describe()),
             *(("the bundle MISSES ITS BOUNDS, as its manifest records:",) if missed else ()),
             *(f"  {line}" for line in missed),

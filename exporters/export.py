@@ -159,13 +159,18 @@ def _require_reach(checkpoint: Description, multi_vector: MultiVectorSpec | None
 def _load(checkpoint: Description, folder: Path, request: ExportRequest, steps: Steps) -> Job:
     # Imported here and in the functions below, so that `gte-export --help` and refused requests load no heavy library.
     from gte_deploy.exporters.graph.build import DEFAULT_OPSET
+    from gte_deploy.exporters.text_choice import choose_texts
     from gte_deploy.models.checkpoint import load_described
 
     spec = checkpoint.spec
-    with steps("load the weights"):
+    with steps("read the texts"):
         tokenizer = TextTokenizer(**checkpoint.tokenizer.parts())
         if spec.token_types:
             tokenizer.check_types(spec.type_vocab_size)
+        texts = choose_texts(request, tokenizer, spec.vocab_size)
+        for remark in texts.remarks:
+            steps.report(f"warning: {remark}")
+    with steps("load the weights"):
         return Job(
             checkpoint=checkpoint,
             folder=folder,
@@ -173,6 +178,7 @@ def _load(checkpoint: Description, folder: Path, request: ExportRequest, steps: 
             opset=DEFAULT_OPSET if request.options.opset is None else request.options.opset,
             model=load_described(checkpoint),
             tokenizer=tokenizer,
+            texts=texts,
             steps=steps,
             bounds=request.options.bounds,
         )
@@ -246,7 +252,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
     from gte_deploy.exporters.verification.parity import Comparison, check_parity
     from gte_deploy.exporters.verification.reference import TorchReference
     from gte_deploy.exporters.verification.reference_cache import open_cache
-    from gte_deploy.exporters.verification.texts import evaluation_rounds, evaluation_texts
+    from gte_deploy.exporters.verification.texts import evaluation_rounds
 
     spec = job.spec
     asked = Comparison(
@@ -257,11 +263,12 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
         texts={}
         if job.precision == "fp32"
         else evaluation_rounds(
-            evaluation_texts(request.target.languages, job.tokenizer, spec.vocab_size),
+            job.texts.evaluation.texts,
             job.tokenizer,
             spec,
             max_tokens=EVALUATION_TOKENS,
         ),
+        texts_entry=job.texts.evaluation.entry,
         parts=[[output.name for output in part.outputs] for part in next(iter(built.parts.values()), {}).values()],
         device=built.made_for,
     )
@@ -280,6 +287,6 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
             emulated=candidates.emulated,
             without_parts=candidates.without_parts,
             all_logits=candidates.all_logits,
-            caveats=[*built.caveats, *candidates.caveats],
+            caveats=[*job.texts.remarks, *built.caveats, *candidates.caveats],
             progress=job.steps.report,
         )

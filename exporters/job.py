@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gte_deploy.bundle.manifest import CalibrationEntry, PlanEntry
+from gte_deploy.bundle.manifest import PlanEntry, TextsEntry
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gte_deploy.backends.graphs import GraphFiles
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.bounds import Bounds
+    from gte_deploy.exporters.verification.texts import ChosenTexts
     from gte_deploy.models.description import Description
     from gte_deploy.text.tokenization import TextTokenizer
 
@@ -72,6 +73,7 @@ class Job:
         opset: the ONNX opset of the graphs.
         model: the PyTorch model, float32.
         tokenizer: the checkpoint's tokenizer.
+        texts: the texts for calibration and for measuring the accuracy.
         steps: reports progress.
         bounds: whether a bundle that misses its bounds is refused.
     """
@@ -82,6 +84,7 @@ class Job:
     opset: int
     model: "PreTrainedModel"
     tokenizer: "TextTokenizer"
+    texts: "ChosenTexts"
     steps: Steps
     bounds: "Bounds" = "strict"
 
@@ -157,7 +160,7 @@ class Built:
     finer: "Callable[[], Built] | None" = None
     parts: Mapping[Engine, Mapping[str, "Graph"]] = field(default_factory=dict)
     all_logits: Mapping[Engine, "Graph"] = field(default_factory=dict)
-    calibration: CalibrationEntry | None = None
+    calibration: TextsEntry | None = None
 
     def path(self, engine: Engine) -> str:
         """Return the path of an engine's graph in the bundle."""

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast, get_args
 
 from gte_deploy.core.errors import InputError
@@ -11,6 +12,7 @@ from gte_deploy.core.options import check_choice, check_choices, option, options
 from gte_deploy.core.spec import LOGITS, POOLINGS, PRECISIONS, TASK_NAMES, Logits, Precision
 from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
 from gte_deploy.exporters.targets.base import Target
+from gte_deploy.exporters.text_files import read_texts
 from gte_deploy.exporters.verification.bounds import Bounds
 
 FORMATS = tuple(dict.fromkeys(kind.format for kind in target_classes()))
@@ -35,6 +37,8 @@ class ExportOptions:
         bounds: if a bound is missed or a check fails, "strict" raises and leaves no bundle; "report" writes the bundle
             with its misses in the manifest, the report and `gte-deploy info`, and loading it warns. A bundle that gives
             numbers that are not finite, has other shapes or does not run is never written.
+        eval_texts: a UTF-8 file with one text per line, like the texts in production: the accuracy is measured on them
+            and must keep its bounds there; None for built-in texts. For precisions below fp32.
         reference_cache: the folder that keeps PyTorch's outputs for long inputs, which later exports of the same
             weights use; None for the user's cache folder; "off" to compute them each time.
     """
@@ -72,6 +76,14 @@ class ExportOptions:
         "strict",
         "report: write a bundle that misses its bounds too, with the misses in its manifest",
         choices=get_args(Bounds),
+    )
+    eval_texts: Path | None = option(
+        None,
+        "UTF-8 file with your own texts, one per line: the accuracy must keep its bounds on them (default: built-in "
+        "texts)",
+        metavar="FILE",
+        parse=Path,
+        precisions=tuple(precision for precision in PRECISIONS if precision != "fp32"),
     )
     reference_cache: str | os.PathLike[str] | None = option(
         None,
@@ -131,6 +143,10 @@ def make_request(
     base: Any = kind.Options() if tensorrt is None else tensorrt
     chosen = kind(dataclasses.replace(base, **own))
     chosen.check(cast(Precision, precision))
+    chosen.check_precision(options, cast(Precision, precision))
+    for file in (options.eval_texts, getattr(chosen.options, "calibration", None)):
+        if file is not None:
+            read_texts(Path(file))
     request = ExportRequest(chosen, options, cast(Precision, precision))
     refuse_options_not_for(format, request)
     return request

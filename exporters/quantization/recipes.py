@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.onnxruntime import OnnxBackend
-from gte_deploy.bundle.manifest import CalibrationEntry
+from gte_deploy.bundle.manifest import TextsEntry
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.graph.editing import operand
@@ -37,7 +37,6 @@ from gte_deploy.exporters.verification.texts import (
     TextRounds,
     calibration_texts,
     evaluation_rounds,
-    evaluation_texts,
     text_batches,
 )
 from gte_deploy.text.tokenization import TextTokenizer
@@ -74,7 +73,7 @@ class Quantized:
     graphs: dict[Engine, Graph]
     sweep: Sweep | None = None
     finer: "Callable[[], Quantized] | None" = None
-    calibration: CalibrationEntry | None = None
+    calibration: TextsEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Calibration:
         spec: the facts about the model.
         tokenizer: the tokenizer of the model.
         texts: the calibration texts.
-        evaluation: language -> the built-in texts that measure the accuracy.
+        held_out: see `CalibrationTexts`.
         batches: the batches of the calibration texts.
         ranges: weight's name -> range of the layer's input on the batches.
         progress: called with a line at every long step.
@@ -96,7 +95,7 @@ class Calibration:
     spec: ModelSpec
     tokenizer: TextTokenizer
     texts: Sequence[str]
-    evaluation: Mapping[str, Sequence[str]]
+    held_out: Mapping[str, Sequence[str]]
     batches: Sequence[Batch]
     ranges: Mapping[str, Range]
     progress: Callable[[str], None]
@@ -194,9 +193,8 @@ def calibrated(
     batches = [batch for batch, _ in text_batches(texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)]
     size = sum(int(batch.attention_mask.sum()) for batch in batches)
     progress(f"calibrate on {size:,} tokens of {calibration.source}")
-    evaluation = evaluation_texts(calibration.evaluation, tokenizer, spec.vocab_size)
     ranges = measure_ranges(fp32, spec, batches)
-    return Calibration(fp32, spec, tokenizer, texts, evaluation, batches, ranges, progress)
+    return Calibration(fp32, spec, tokenizer, texts, calibration.held_out, batches, ranges, progress)
 
 
 def sweep(
@@ -259,7 +257,7 @@ class _Judge:
         rounds = TextRounds(measured.texts, tokenizer, spec, max_tokens=CALIBRATION_TOKENS)
         self.calibration = TextReference(reference, {_CALIBRATION: rounds}, spec)
         held_out = evaluation_rounds(
-            measured.evaluation,
+            measured.held_out,
             tokenizer,
             spec,
             max_tokens=CALIBRATION_TOKENS,

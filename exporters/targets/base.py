@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.graph.build import Graph
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
-    from gte_deploy.exporters.verification.texts import Languages
     from gte_deploy.model import Model
     from gte_deploy.models.description import Description
 
@@ -72,12 +71,6 @@ class Target(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
-    @property
-    def languages(self) -> "Languages":
-        """The languages of the built-in texts that the accuracy is measured on, which options for INT8 may name."""
-        named: Languages = getattr(self.options, "languages", "auto")
-        return named
-
     def check(self, precision: Precision) -> None:
         """Refuse options that contradict each other, before anything is read.
 
@@ -85,7 +78,15 @@ class Target(ABC):
             InputError: the message names the option.
         """
         check_choices(self.options)
-        for name, described in options_given(self.options):
+        self.check_precision(self.options, precision)
+
+    def check_precision(self, options: Any, precision: Precision) -> None:
+        """Refuse options that are for other precisions.
+
+        Raises:
+            InputError: the message names the option.
+        """
+        for name, described in options_given(options):
             if (allowed := allowed_precisions(described, type(self))) and precision not in allowed:
                 raise InputError(f"{name} is for precision {' and '.join(allowed)}, and the precision is {precision}")
 

@@ -13,6 +13,7 @@ from gte_deploy.core.options import option
 from gte_deploy.core.spec import Engine, ModelSpec, Precision
 from gte_deploy.exporters.job import GRAPH_PATHS, WEIGHTS_PATH, Built, Job
 from gte_deploy.exporters.targets.base import Candidates, Target, closing
+from gte_deploy.exporters.targets.calibration import CalibrationOptions
 from gte_deploy.exporters.targets.openvino_ir import OpenVinoIr, check_ir, write_ir
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.quantization.recipes import Quantized
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.exporters.verification.checks import Check
-    from gte_deploy.exporters.verification.texts import CalibrationTexts, Languages
     from gte_deploy.models.description import Description
-    from gte_deploy.text.tokenization import TextTokenizer
 
 
 KEPT_IN_FP32: Collection[Precision] = ("fp32", "bf16")
@@ -38,54 +37,6 @@ _EMULATED = (
     "the inputs and the result of every operator rounded to bfloat16, and sums in FP32. OpenVINO itself did not run in "
     "bfloat16."
 )
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """The calibration texts for INT8.
-
-    Args:
-        calibration: a UTF-8 file with one text per line, like the texts in production; None for built-in texts.
-        languages: the built-in texts for calibration, and those that the accuracy is measured on: "english" prose,
-            "multilingual" texts in 20 languages, or "auto" for the latter if the vocabulary has words of three scripts
-            besides Latin.
-    """
-
-    calibration: Path | None = option(
-        None,
-        "UTF-8 file with your own texts, one per line (default: built-in texts)",
-        metavar="FILE",
-        parse=Path,
-        precisions=("int8", "fp8"),
-    )
-    languages: "Languages" = option(
-        "auto",
-        "languages of the built-in texts, for calibration and for measuring the accuracy (default: several if the "
-        "vocabulary has words of several scripts)",
-        choices=("auto", "english", "multilingual"),
-        precisions=("int8", "fp8"),
-    )
-
-    def texts(self, tokenizer: "TextTokenizer", vocab_size: int) -> "CalibrationTexts":
-        """The calibration texts of a model.
-
-        Raises:
-            InputError: the file cannot be read.
-        """
-        from gte_deploy.exporters.verification.texts import calibration_texts
-
-        name = "" if self.calibration is None else Path(self.calibration).name
-        return calibration_texts(tokenizer, vocab_size, languages=self.languages, own=self.own_texts(), file=name)
-
-    def own_texts(self) -> "list[str] | None":
-        """The texts of the user's file; None if there is none.
-
-        Raises:
-            InputError: the file cannot be read.
-        """
-        from gte_deploy.exporters.verification.texts import read_texts
-
-        return None if self.calibration is None else read_texts(Path(self.calibration))
 
 
 @dataclass(frozen=True)
@@ -137,11 +88,6 @@ class CpuTarget(Target):
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8", "int8-weight", "int4-weight")
     Options: ClassVar[type] = CpuOptions
     options: CpuOptions
-
-    def check(self, precision: Precision) -> None:
-        """Check that the calibration texts can be read."""
-        super().check(precision)
-        self.options.own_texts()
 
     def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Require openvino for bf16, which no other engine computes in on a CPU, and for its own format."""
@@ -207,7 +153,7 @@ def for_openvino(graphs: "Mapping[Engine, Graph]", job: Job) -> "dict[Engine, Gr
     return {**graphs, "openvino": openvino_graph(graphs["openvino"], job.sites)}
 
 
-def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: CalibrationOptions) -> "Quantized":
+def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: OpenVinoOptions) -> "Quantized":
     """The FP32 graphs in the precision of the job."""
     from gte_deploy.exporters.quantization.recipes import quantize_graphs
 
@@ -218,7 +164,7 @@ def quantized_graphs(graphs: "Mapping[Engine, Graph]", job: Job, options: Calibr
             job.precision,
             spec=job.spec,
             tokenizer=job.tokenizer,
-            calibration=options.texts(job.tokenizer, job.spec.vocab_size),
+            calibration=job.texts.calibration,
             activations=of_onnx.activations,
             reduce_range=of_onnx.reduce_range,
             progress=job.steps.report,

@@ -37,11 +37,6 @@ class OpenVinoTarget(Target):
     Options: ClassVar[type] = OpenVinoOptions
     options: OpenVinoOptions
 
-    def check(self, precision: Precision) -> None:
-        """Check that the calibration texts can be read."""
-        super().check(precision)
-        self.options.own_texts()
-
     def check_model(self, checkpoint: "Description", precision: Precision) -> None:
         """Require openvino, without which nothing could be verified."""
         require_openvino()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.spec import ModelSpec, Precision
 from gte_deploy.exporters.verification.cases import last_row_alone
-from gte_deploy.exporters.verification.texts import Rounds
+from gte_deploy.exporters.verification.texts import OWN, Rounds
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Outputs
 from gte_deploy.tasks.fill_mask import logits_of_masks
@@ -55,6 +55,7 @@ class Accuracy:
         tokens: number of tokens, T.
         masks: number of masks, M.
         languages: language (BCP 47) -> the accuracy on its texts alone; empty where all texts are in one language.
+        is_own: whether the texts are a user's.
     """
 
     token_cosine_mean: float
@@ -70,6 +71,14 @@ class Accuracy:
     tokens: int = 0
     masks: int = 0
     languages: "Mapping[str, Accuracy]" = field(default_factory=dict)
+    is_own: bool = False
+
+    @property
+    def kind_of_texts(self) -> str:
+        """What the texts are, for people."""
+        if self.languages:
+            return f"texts in {len(self.languages)} languages"
+        return "your texts" if self.is_own else "English prose"
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,17 @@ class AccuracyBounds:
                 f"interval {low:.1%} to {high:.1%}), at least {100 * self.top1_agreement:g}% wanted"
             )
         return parts + [
-            f"in language {language}: {line}" for language, own in found.languages.items() for line in self.missed(own)
+            f"{_name(language)}: {line}" for language, own in found.languages.items() for line in self.missed(own)
         ]
 
     def open(self, found: Accuracy) -> bool:
         """Whether the interval of the agreement contains the bound."""
         low, high = found.top1_interval or (1.0, 1.0)
         return low < self.top1_agreement <= high
+
+
+def _name(language: str) -> str:
+    return "on your texts" if language == OWN else f"in language {language}"
 
 
 ACCURACY_BOUNDS: Mapping[Precision, AccuracyBounds] = {
@@ -187,7 +200,8 @@ def _accuracy_of(found: "Mapping[str, tuple[_Cosines, _Words]]") -> Accuracy:
         language: Accuracy(**own_cosines.measures(), **own_words.measures())
         for language, (own_cosines, own_words) in found.items()
     }
-    return Accuracy(**cosines.measures(), **words.measures(), languages=each if len(each) > 1 else {})
+    languages = each if len(each) > 1 else {}
+    return Accuracy(**cosines.measures(), **words.measures(), languages=languages, is_own=[*each] == [OWN])
 
 
 class _Cosines:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.bundle.manifest import TextsEntry
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.spec import DeviceType, Engine, ModelSpec, Precision
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Runs, TextReference
@@ -43,6 +44,7 @@ class Comparison:
         cases: shapes of the batches; None for `parity_cases`.
         texts: language -> rounds of texts for `TextReference`, on which every candidate's accuracy is measured too and
             compared with the precision's bounds; empty to leave this out.
+        texts_entry: what the report says about these texts.
         parts: the names of the outputs of each part of the graphs; a run for these alone computes them by the part.
         device: the device that ONNX Runtime's graph is for.
     """
@@ -53,6 +55,7 @@ class Comparison:
     tokens: TokenSource
     cases: Sequence[Case] | None = None
     texts: Mapping[str, Rounds] = field(default_factory=dict)
+    texts_entry: TextsEntry | None = None
     parts: Sequence[Sequence[str]] = ()
     device: DeviceType = "cpu"
 
@@ -108,7 +111,7 @@ def check_parity(
     own = [found.over(scale_of[name]) for name, found in comparison.rounding]
     if asked.texts:
         words = sum(int(batch.attention_mask.sum()) for rounds in asked.texts.values() for batch, _ in rounds[0])
-        report_line(f"accuracy on {words:,} tokens of text in {', '.join(asked.texts)}")
+        report_line(f"accuracy on {words:,} tokens{asked.texts_entry and f' of {asked.texts_entry.source}' or ''}")
     bounds, on_text = ACCURACY_BOUNDS.get(precision), TextReference(reference, asked.texts, spec)
     engines = tuple(
         EngineParity(
@@ -134,7 +137,13 @@ def check_parity(
         if engine.optional and not engine.passed
     ]
     use = reference.use if isinstance(reference, TorchReference) else None
-    return ParityReport(precision=precision, engines=engines, caveats=(*caveats, *missed), reference=use)
+    return ParityReport(
+        precision=precision,
+        engines=engines,
+        caveats=(*caveats, *missed),
+        reference=use,
+        texts=asked.texts_entry if asked.texts else None,
+    )
 
 
 def _is_optional(engine: Engine, compute: Precision, precision: Precision) -> bool:

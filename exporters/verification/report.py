@@ -155,8 +155,7 @@ def _accuracy_lines(engine: EngineParity) -> list[str]:
             f"among five {found.top5[0]:.1%} ({found.top5[1]:.1%})",
         ]
         wanted += f", same best word {bounds.top1_agreement:.0%}"
-    what = f"texts in {len(found.languages)} languages" if found.languages else "English prose"
-    line = f"{engine.title} on {found.tokens:,} tokens of {what}: {'; '.join(parts)} (bounds: {wanted})"
+    line = f"{engine.title} on {found.tokens:,} tokens of {found.kind_of_texts}: {'; '.join(parts)} (bounds: {wanted})"
     return [line, *_language_lines(engine, found)]
 
 

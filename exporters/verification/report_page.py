@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gte_deploy.bundle.manifest import CalibrationEntry, Manifest
+from gte_deploy.bundle.manifest import Manifest, TextsEntry
 from gte_deploy.core.pages import Html, bars, code, definitions, element, items, joined, page, page_section, rows, table
 from gte_deploy.exporters.bundle.uses import MASK, PLACEHOLDER, uses
 from gte_deploy.exporters.verification.accuracy import Accuracy
@@ -166,8 +166,7 @@ def _body(
 
 def _texts_of(found: Accuracy | None) -> str:
     assert found is not None  # the engines were chosen by it
-    what = f"texts in {len(found.languages)} languages" if found.languages else "English prose"
-    return f"On {found.tokens:,} tokens of {what}"
+    return f"On {found.tokens:,} tokens of {found.kind_of_texts}"
 
 
 def _on_text(measured: Sequence[EngineParity]) -> list[tuple[str, Callable[[EngineParity], object]]]:
@@ -280,7 +279,7 @@ def _facts(report: Mapping[str, Any], described: Manifest) -> dict[str, Any]:
         "task": report["task"],
         "precision": described.precision,
         "longest input": f"{report['max_length']:,} tokens",
-        **({"calibration": CalibrationEntry(**calibration).describe()} if calibration else {}),
+        **({"calibration": f"calibrated on {TextsEntry(**calibration).describe()}"} if calibration else {}),
         **{f"graph for {engine}": _graph(graph) for engine, graph in report["graphs"].items()},
         **({"engine": joined(element("div", line) for line in described.plan.describe())} if described.plan else {}),
     }

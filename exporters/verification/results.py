@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gte_deploy.bundle.manifest import TextsEntry
 from gte_deploy.core.errors import ParityError
 from gte_deploy.core.spec import PRECISIONS, DeviceType, Engine, Precision, computed_in
 from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
@@ -178,6 +179,7 @@ class ParityReport:
         caveats: one sentence for each thing that could not be compared here or is not verified.
         checks: the checks besides the comparison of graphs; see `with_checks`.
         reference: the source of PyTorch's outputs; None if no cache was used.
+        texts: the texts that the accuracy was measured on; None if it was not.
     """
 
     precision: Precision
@@ -185,6 +187,7 @@ class ParityReport:
     caveats: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     reference: ReferenceUse | None = None
+    texts: TextsEntry | None = None
 
     @property
     def passed(self) -> bool:
@@ -225,6 +228,7 @@ class ParityReport:
                 "not_proven": list(self.caveats),
                 "checks": [check.to_json() for check in self.checks],
                 "reference": self.reference and dataclasses.asdict(self.reference),
+                "texts": self.texts and dataclasses.asdict(self.texts),
             }
         )
 

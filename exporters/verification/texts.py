@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.bundle.manifest import CalibrationEntry
-from gte_deploy.core.errors import InputError
+from gte_deploy.bundle.manifest import TextsEntry
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.exporters.text_files import read_texts
 from gte_deploy.text.batching import collate
 from gte_deploy.text.tokenization import TextTokenizer
 
@@ -34,6 +34,8 @@ _ROUNDS = 3
 Languages = Literal["auto", "english", "multilingual"]
 """The built-in texts, for calibration and for evaluation; "auto" decides by the vocabulary, see `is_multilingual`."""
 ENGLISH = "en"
+OWN = "own"
+"""The key of a user's texts, where those of a language have its code."""
 LANGUAGE_TOKENS = 200
 """Number of words for measuring the accuracy in each language besides English; see `EVALUATION_TOKENS`."""
 _MIN_SCRIPTS = 3
@@ -55,19 +57,57 @@ class CalibrationTexts:
         texts: the texts.
         source: what they are, for people.
         languages: codes of their languages (BCP 47); empty for a user's own texts.
-        evaluation: the built-in texts that the accuracy is measured on: "english" or "multilingual".
+        held_out: language -> other texts, which the choice of layers must hold on as well, see `evaluation_rounds`.
     """
 
     texts: Sequence[str]
     source: str
     languages: Sequence[str]
-    evaluation: Languages
+    held_out: Mapping[str, Sequence[str]]
 
     @property
-    def entry(self) -> CalibrationEntry:
+    def entry(self) -> TextsEntry:
         """What a manifest says about them."""
-        digest = hashlib.sha256("".join(f"{text}\n" for text in self.texts).encode()).hexdigest()
-        return CalibrationEntry(self.source, tuple(self.languages), len(self.texts), digest)
+        return _entry(self.source, self.languages, self.texts)
+
+
+@dataclass(frozen=True)
+class EvaluationTexts:
+    """The texts for measuring the accuracy of a precision.
+
+    Args:
+        texts: language (BCP 47) -> its texts; or `OWN` -> a user's texts.
+        source: what they are, for people.
+    """
+
+    texts: Mapping[str, Sequence[str]]
+    source: str
+
+    @property
+    def entry(self) -> TextsEntry:
+        """What a report says about them."""
+        languages = [language for language in self.texts if language != OWN]
+        return _entry(self.source, languages, [text for each in self.texts.values() for text in each])
+
+
+@dataclass(frozen=True)
+class ChosenTexts:
+    """The texts of an export.
+
+    Args:
+        calibration: the texts for measuring ranges; None for precisions without such ranges.
+        evaluation: the texts for measuring the accuracy.
+        remarks: one sentence for each doubt about the user's own texts.
+    """
+
+    calibration: CalibrationTexts | None
+    evaluation: EvaluationTexts
+    remarks: Sequence[str] = ()
+
+
+def _entry(source: str, languages: Sequence[str], texts: Sequence[str]) -> TextsEntry:
+    digest = hashlib.sha256("".join(f"{text}\n" for text in texts).encode()).hexdigest()
+    return TextsEntry(source, tuple(languages), len(texts), digest)
 
 
 def builtin_texts(name: str) -> list[str]:
@@ -76,20 +116,30 @@ def builtin_texts(name: str) -> list[str]:
     return file.read_text(encoding="utf-8").split("\n")
 
 
-def evaluation_texts(languages: Languages, tokenizer: TextTokenizer, vocab_size: int) -> dict[str, list[str]]:
-    """Return the built-in texts for measuring an accuracy by their languages (BCP 47): English, or 20 languages.
+def evaluation_texts(
+    tokenizer: TextTokenizer, vocab_size: int, *, languages: Languages = "auto", file: Path | None = None
+) -> EvaluationTexts:
+    """Return the texts for measuring the accuracy of a precision.
 
     Args:
-        languages: which of them; "auto" decides by the vocabulary.
         tokenizer: the model's tokenizer.
         vocab_size: number of rows of the model's vocabulary.
+        languages: which of the built-in texts; "auto" decides by the vocabulary.
+        file: a user's texts, which are taken in place of the built-in ones.
+
+    Raises:
+        InputError: the file cannot be read.
     """
+    if file is not None:
+        return EvaluationTexts({OWN: read_texts(file)}, f"your texts in {file.name}")
     found = {ENGLISH: [text for text in builtin_texts("evaluation") if text]}
-    if resolve_languages(languages, tokenizer, vocab_size) == "multilingual":
-        for line in filter(None, builtin_texts("multilingual-evaluation")):
-            language, _, text = line.partition(" ")
-            found.setdefault(language, []).append(text)
-    return found
+    hint = "(--eval-texts takes your own texts)"
+    if resolve_languages(languages, tokenizer, vocab_size) == "english":
+        return EvaluationTexts(found, f"built-in English prose {hint}")
+    for line in filter(None, builtin_texts("multilingual-evaluation")):
+        language, _, text = line.partition(" ")
+        found.setdefault(language, []).append(text)
+    return EvaluationTexts(found, f"built-in texts in {len(found)} languages {hint}")
 
 
 def resolve_languages(languages: Languages, tokenizer: TextTokenizer, vocab_size: int) -> Languages:
@@ -118,8 +168,8 @@ def calibration_texts(
     vocab_size: int,
     *,
     languages: Languages = "auto",
-    own: Sequence[str] | None = None,
-    file: str = "",
+    file: Path | None = None,
+    evaluation: EvaluationTexts | None = None,
 ) -> CalibrationTexts:
     """Return the texts for calibrating a model.
 
@@ -127,36 +177,24 @@ def calibration_texts(
         tokenizer: the model's tokenizer.
         vocab_size: number of rows of the model's vocabulary.
         languages: which of the built-in texts: "multilingual" are those in 20 languages and as many English paragraphs.
-            With `own`, it only chooses the texts for the evaluation.
-        own: the user's texts; None for built-in ones.
-        file: the name of the file that they come from.
-    """
-    resolved = resolve_languages(languages, tokenizer, vocab_size)
-    if own is not None:
-        return CalibrationTexts(own, f"your texts{f' in {file}' if file else ''}", (), resolved)
-    hint = "(--calibration takes your own texts)"
-    english = [text for text in builtin_texts("calibration") if text]
-    if resolved == "english":
-        return CalibrationTexts(english, f"built-in English prose {hint}", (ENGLISH,), resolved)
-    texts = [text for text in builtin_texts("multilingual") if text]
-    codes = tuple(evaluation_texts("multilingual", tokenizer, vocab_size))
-    source = f"built-in texts in {len(codes)} languages {hint}"
-    return CalibrationTexts([*texts, *english[: len(texts)]], source, codes, resolved)
-
-
-def read_texts(path: Path) -> list[str]:
-    """Return the lines of a user's file that are not blank.
+            With `file`, it only chooses the texts for the evaluation.
+        file: a user's texts, which are taken in place of the built-in ones.
+        evaluation: the texts that measure the accuracy. What that leaves out of a user's texts is held out, too.
 
     Raises:
-        InputError: the file cannot be read as UTF-8 text, or has only blank lines.
+        InputError: the file cannot be read.
     """
-    try:
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}. Expected UTF-8 with one text a line.") from error
-    if not texts:
-        raise InputError(f"{path} holds no text; expected UTF-8 with one text a line")
-    return texts
+    builtin = evaluation_texts(tokenizer, vocab_size, languages=languages)
+    held_out = {**builtin.texts, **(evaluation.texts if evaluation else {})}
+    if file is not None:
+        return CalibrationTexts(read_texts(file), f"your texts in {file.name}", (), held_out)
+    hint = "(--calibration takes your own texts)"
+    english = [text for text in builtin_texts("calibration") if text]
+    if len(builtin.texts) == 1:
+        return CalibrationTexts(english, f"built-in English prose {hint}", (ENGLISH,), held_out)
+    texts = [text for text in builtin_texts("multilingual") if text]
+    source = f"built-in texts in {len(builtin.texts)} languages {hint}"
+    return CalibrationTexts([*texts, *english[: len(texts)]], source, tuple(builtin.texts), held_out)
 
 
 def text_batches(
@@ -229,21 +267,22 @@ def evaluation_rounds(
     max_tokens: int,
     left_out_of: int | None = None,
 ) -> "dict[str, TextRounds]":
-    """Return language -> rounds of its texts, see `evaluation_texts`.
+    """Return language -> rounds of its texts, see `EvaluationTexts`.
 
     Args:
         texts: language -> texts.
         tokenizer: the model's tokenizer.
         spec: the facts about the model.
-        max_tokens: the most words of English; other languages have `LANGUAGE_TOKENS`.
+        max_tokens: the most words of English and of a user's texts; other languages have `LANGUAGE_TOKENS`.
         left_out_of: take the texts that the same rounds with this `max_tokens` do not take, so that one set of rounds
             can judge what another has chosen.
     """
     found = {}
     for language, each in texts.items():
-        most = max_tokens if language == ENGLISH else LANGUAGE_TOKENS
+        is_large = language in (ENGLISH, OWN)
+        most = max_tokens if is_large else LANGUAGE_TOKENS
         if left_out_of is not None:
-            taken = left_out_of if language == ENGLISH else LANGUAGE_TOKENS
+            taken = left_out_of if is_large else LANGUAGE_TOKENS
             each = texts_left_out(each, tokenizer, max_tokens=taken)
         if each:  # a tokenizer that knows none of the words may make so few tokens that nothing is left
             found[language] = TextRounds(each, tokenizer, spec, max_tokens=most)

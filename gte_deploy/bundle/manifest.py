@@ -173,8 +173,8 @@ class PlanEntry:
 
 
 @dataclass(frozen=True)
-class CalibrationEntry:
-    """The texts that the ranges of 8-bit activations come from.
+class TextsEntry:
+    """Texts that an export read: those for the ranges of 8-bit activations, or those that measured its accuracy.
 
     Args:
         source: what they are, for people: built-in ones, or the name of a file.
@@ -189,8 +189,8 @@ class CalibrationEntry:
     sha256: str
 
     def describe(self) -> str:
-        """Return one sentence for people."""
-        return f"calibrated on {self.texts:,} texts: {self.source}; sha256 {self.sha256}"
+        """Return their number, source and digest for people."""
+        return f"{self.texts:,} texts: {self.source}; sha256 {self.sha256}"
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Manifest:
     target: DeviceType = "cpu"
     plan: PlanEntry | None = None
     missed_bounds: tuple[str, ...] = ()
-    calibration: CalibrationEntry | None = None
+    calibration: TextsEntry | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON data, with a checksum of its other fields."""
@@ -368,8 +368,8 @@ def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _calibration_from_json(data: Mapping[str, Any]) -> CalibrationEntry:
-    entry = CalibrationEntry(**{**data, "languages": tuple(data["languages"])})
+def _calibration_from_json(data: Mapping[str, Any]) -> TextsEntry:
+    entry = TextsEntry(**{**data, "languages": tuple(data["languages"])})
     strings = (entry.source, entry.sha256, *entry.languages)
     if not all(isinstance(value, str) for value in strings) or type(entry.texts) is not int or entry.texts < 1:
         raise ValueError(f"calibration must have a source, languages, a number of texts and a sha256, not {data!r}")

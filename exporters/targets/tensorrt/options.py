@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option
 from gte_deploy.core.spec import Profile
-from gte_deploy.exporters.targets.cpu import CalibrationOptions
+from gte_deploy.exporters.targets.calibration import CalibrationOptions
 from gte_deploy.exporters.targets.cuda.target import Padding
 from gte_deploy.exporters.targets.tensorrt.profiles import parse_profile
 from gte_deploy.exporters.targets.tensorrt.runtimes import RUNTIMES, parse_capabilities

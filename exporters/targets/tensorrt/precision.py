@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from gte_deploy.bundle.manifest import CalibrationEntry
+from gte_deploy.bundle.manifest import TextsEntry
 from gte_deploy.core.spec import Engine
 from gte_deploy.exporters.graph.build import Graph
 from gte_deploy.exporters.job import Job
@@ -32,7 +32,7 @@ class QuantizedGemms:
     scheme: QdqScheme
     sweep: Sweep
     finer: "Callable[[], QuantizedGemms]"
-    calibration: CalibrationEntry
+    calibration: TextsEntry
 
 
 def choose_gemms(graphs: Mapping[Engine, Graph], job: Job, options: TensorRTOptions) -> QuantizedGemms:
@@ -43,11 +43,12 @@ def choose_gemms(graphs: Mapping[Engine, Graph], job: Job, options: TensorRTOpti
     Args:
         graphs: FP32 graphs of one model: ONNX Runtime's is for calibration, OpenVINO's is rewritten.
         job: an export in INT8 or FP8.
-        options: calibration texts and calibrator.
+        options: the calibrator, and whether attention is FP8.
     """
     spec, precision = job.spec, cast(EightBits, job.precision)
     fp32, plain = graphs["onnxruntime"], graphs["openvino"]
-    texts = options.texts(job.tokenizer, spec.vocab_size)
+    assert job.texts.calibration is not None  # of INT8 and FP8
+    texts = job.texts.calibration
     measured = calibrated(fp32, spec, job.tokenizer, texts, job.steps.report)
     scheme = int8_scheme(fp32.model, measured.ranges, sample=measured.sample)
     # The vocabulary's matrix in 8 bits would be a second copy of the embeddings; a few masked rows do not justify it.

@@ -61,9 +61,8 @@ class TensorRTTarget(Target):
         return TEXT_LAYOUTS[self.options.padding]
 
     def check(self, precision: Precision) -> None:
-        """Check the calibration texts, the calibrator and the source of the profiles."""
+        """Check the calibrator and the source of the profiles."""
         super().check(precision)
-        self.options.own_texts()
         if precision == "fp8" and self.options.calibrator == "entropy":
             raise InputError("calibrator entropy is for 128 integer levels; use max or percentile for fp8")
         if self.options.profiles and self.options.lengths is not None:

@@ -15,7 +15,6 @@ transformers = pytest.importorskip("transformers")
 
 from family_checkpoints import make_family_checkpoint  # noqa: E402
 from gte_deploy.bundle.manifest import read_manifest  # noqa: E402
-from gte_deploy.exporters.targets.cpu import CpuOptions  # noqa: E402
 from gte_deploy.exporters.verification.texts import builtin_texts, calibration_texts, is_multilingual  # noqa: E402
 from gte_deploy.models import builtin_path  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
@@ -69,7 +68,7 @@ def test_the_built_in_model_is_calibrated_in_english():
     assert not is_multilingual(tokenizer, 30528)
     found = calibration_texts(tokenizer, 30528)
     assert found.texts == [text for text in builtin_texts("calibration") if text] and found.languages == ("en",)
-    assert found.source.startswith("built-in English prose") and found.evaluation == "english"
+    assert found.source.startswith("built-in English prose") and [*found.held_out] == ["en"]
     assert calibration_texts(tokenizer, 30528, languages="multilingual").texts != found.texts
 
 
@@ -78,7 +77,7 @@ def test_what_a_manifest_says_about_the_texts(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one\nzwei\n", encoding="utf-8")
     tokenizer = load_tokenizer(builtin_path())
-    entry = CpuOptions(calibration=file).texts(tokenizer, 30528).entry
+    entry = calibration_texts(tokenizer, 30528, file=file).entry
     assert (entry.source, entry.languages, entry.texts) == ("your texts in mine.txt", (), 2)
     assert entry.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in entry.describe()
@@ -97,9 +96,9 @@ def test_the_texts_are_in_the_languages_that_are_named():
 def test_languages_choose_what_measures_a_users_calibration(tmp_path):
     (tmp_path / "mine.txt").write_text("one\n")
     tokenizer = load_tokenizer(builtin_path())
-    for languages, evaluation in (("auto", "english"), ("english", "english"), ("multilingual", "multilingual")):
-        found = CpuOptions(calibration=tmp_path / "mine.txt", languages=languages).texts(tokenizer, 30528)
-        assert (found.texts, found.evaluation) == (["one"], evaluation)
+    for languages, count in (("auto", 1), ("english", 1), ("multilingual", 20)):
+        found = calibration_texts(tokenizer, 30528, languages=languages, file=tmp_path / "mine.txt")
+        assert (found.texts, len(found.held_out)) == (["one"], count)
 
 
 def test_an_export_says_which_texts_it_took(tmp_path):
@@ -114,7 +113,7 @@ def test_an_export_says_which_texts_it_took(tmp_path):
     chosen = calibration_texts(tokenizer, spec.vocab_size, languages="multilingual")
     found = calibrated(graph, spec, tokenizer, chosen, lines.append)
     assert "tokens of built-in texts in 20 languages (--calibration takes your own texts)" in lines[0]
-    assert len(found.evaluation) == 20
+    assert len(found.held_out) == 20
     assert found.texts[0].startswith("All human beings are born free")
 
 

@@ -78,9 +78,10 @@ def test_a_model_that_cannot_be_int8_is_told_why(quantize, tiny, monkeypatch):
     assert "Other calibration texts do not help" in message and "int8-weight" in message
 
 
-def test_a_users_texts_decide_the_ranges(quantize, tiny):
-    own = ["zebra " * 30, "12345 67890"]
-    texts = calibration_texts(load_tokenizer(resolve_checkpoint(None)), SPEC.vocab_size, own=own)
+def test_a_users_texts_decide_the_ranges(quantize, tiny, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text(f"{'zebra ' * 30}\n12345 67890\n", encoding="utf-8")
+    texts = calibration_texts(load_tokenizer(resolve_checkpoint(None)), SPEC.vocab_size, file=own)
     made, lines = quantize(calibration=texts, graphs={"onnxruntime": tiny["onnxruntime"]})
     ours, _ = quantize(graphs={"onnxruntime": tiny["onnxruntime"]})
 

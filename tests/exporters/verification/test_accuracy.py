@@ -201,7 +201,7 @@ class FlipsTextsOf:
 
 def test_one_language_that_falls_short_shows_in_its_own_numbers(tokenizer):
     """Among many masks of other languages, the errors of one are within the bounds of all."""
-    texts_of = evaluation_texts("multilingual", tokenizer, 30528)
+    texts_of = evaluation_texts(tokenizer, 30528, languages="multilingual").texts
     assert len(texts_of) == 20 and next(iter(texts_of)) == "en"
     rounds = evaluation_rounds({key: texts_of[key] for key in ("en", "fr", "de")}, tokenizer, SPEC, max_tokens=6000)
     bounds = AccuracyBounds(cosine_mean=0.999, top1_agreement=0.97)
@@ -216,7 +216,7 @@ def test_one_language_that_falls_short_shows_in_its_own_numbers(tokenizer):
 
 
 def test_what_chooses_and_what_judges_share_no_text(tokenizer):
-    texts_of = evaluation_texts("multilingual", tokenizer, 30528)
+    texts_of = evaluation_texts(tokenizer, 30528, languages="multilingual").texts
     calibration = set(calibration_texts(tokenizer, 30528, languages="multilingual").texts)
     for language, each in texts_of.items():
         assert len(each) == len(set(each)) > 12 and not calibration & set(each), language
@@ -224,7 +224,8 @@ def test_what_chooses_and_what_judges_share_no_text(tokenizer):
         left = texts.texts_left_out(each, tokenizer, max_tokens=most)
         assert len(left) < len(each), language
         assert left or language == "th", "bert-base-uncased has no Thai: each text is one unknown token"
-    assert [*evaluation_texts("english", tokenizer, 30528)] == [*evaluation_texts("auto", tokenizer, 30528)] == ["en"]
+    for languages in ("english", "auto"):
+        assert [*evaluation_texts(tokenizer, 30528, languages=languages).texts] == ["en"]
 
 
 def test_the_same_every_time(batches, tokenizer):

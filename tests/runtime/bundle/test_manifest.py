@@ -11,7 +11,7 @@ import pytest
 from gte_deploy.bundle.manifest import (
     FORMAT,
     FORMAT_VERSION,
-    CalibrationEntry,
+    TextsEntry,
     is_bundle,
     open_bundle,
     read_manifest,
@@ -173,9 +173,9 @@ CALIBRATION = {"source": "your texts in mine.txt", "languages": ["de"], "texts":
 def test_calibration_texts_survive_the_round_trip(write):
     path = write(lambda manifest: manifest.update(calibration=CALIBRATION))
     manifest = open_bundle(path)
-    assert manifest.calibration == CalibrationEntry("your texts in mine.txt", ("de",), 2, "00" * 32)
+    assert manifest.calibration == TextsEntry("your texts in mine.txt", ("de",), 2, "00" * 32)
     assert json.loads(json.dumps(manifest.to_json())) == json.loads((path / "manifest.json").read_text())
-    assert manifest.calibration.describe().startswith("calibrated on 2 texts: your texts in mine.txt; sha256 0000")
+    assert manifest.calibration.describe().startswith("2 texts: your texts in mine.txt; sha256 0000")
 
 
 @pytest.mark.parametrize("change", [{"texts": 0}, {"texts": "2"}, {"sha256": 5}, {"languages": [1]}, {"more": 1}])
