@@ -6,6 +6,7 @@ import pytest
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.exporters.text_files import read_texts
 from gte_deploy.exporters.verification import texts
 from gte_deploy.exporters.verification.accuracy import AccuracyBounds, TextReference, interval
 from gte_deploy.exporters.verification.texts import (
@@ -13,7 +14,6 @@ from gte_deploy.exporters.verification.texts import (
     calibration_texts,
     evaluation_rounds,
     evaluation_texts,
-    read_texts,
     text_batches,
 )
 from gte_deploy.models import resolve_checkpoint

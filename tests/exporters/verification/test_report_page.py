@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
-from gte_deploy.bundle.manifest import CalibrationEntry, GraphEntry, Manifest, PlanEntry  # noqa: E402
+from gte_deploy.bundle.manifest import GraphEntry, Manifest, PlanEntry, TextsEntry  # noqa: E402
 from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec  # noqa: E402
 from gte_deploy.exporters.job import Built  # noqa: E402
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy  # noqa: E402
@@ -95,7 +95,7 @@ def report_page(kind: str, **parity_options: Any) -> ReportPage:
     )
     graph = GraphEntry("onnx/model.onnx", 20, TENSORS, OUTPUTS, {"rope": 8}, computes=())
     spec = ModelSpec(task="fill-mask", max_length=8192, vocab_size=256, hidden_size=32, pad_token_id=0)
-    calibration = CalibrationEntry("my <texts>.txt", (), 116, "ab" * 32) if kind == "int8" else None
+    calibration = TextsEntry("my <texts>.txt", (), 116, "ab" * 32) if kind == "int8" else None
     built = Built(
         {},
         sensitivity=LOSS if kind == "int8" else {},
