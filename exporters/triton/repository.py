@@ -127,6 +127,11 @@ def export_repository(
         bundle = served or export(model, folder / _BUNDLE, progress=report, **export_options).path
         manifest = open_bundle(bundle)
         check_graphs(bundle, manifest)
+        if any(graph.half_weights for graph in manifest.graphs.values()):
+            raise ExportError(
+                f"{bundle} stores its weights in float16 and converts them when it is opened, which Triton would do in "
+                "every request. Give the checkpoint instead; for the built-in model, leave the bundle out."
+            )
         if manifest.missed_bounds:
             report(f"the bundle misses {len(manifest.missed_bounds)} bounds; the README of the repository lists them")
         report("write the encoder")

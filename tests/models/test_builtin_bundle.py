@@ -18,6 +18,7 @@ from gte_deploy import cli
 from gte_deploy.bundle.inspection import inspect_onnx
 from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.spec import BackendName
+from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.exporters.verification.report import library_versions
 from gte_deploy.models import builtin_bundle, builtin_path
 from loading import load_file
@@ -114,6 +115,12 @@ def test_what_only_a_checkpoint_can_do_is_done_with_the_checkpoint(options):
         again = pickle.loads(pickle.dumps(opened))
         assert again.backend == "torch"
         again.close()
+
+
+def test_triton_is_given_the_checkpoint(tmp_path):
+    with pytest.raises(gte_deploy.ExportError, match="stores its weights in float16"):
+        export_repository(builtin_bundle(), tmp_path / "repository")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pickled_one_is_loaded_again():

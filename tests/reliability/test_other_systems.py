@@ -52,12 +52,20 @@ with gte_deploy.load(sys.argv[1], backend=sys.argv[2]) as model:
 """
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_exported_models_answer(bundle, backend, tmp_path):
+    answers_alike(bundle, backend, tmp_path)
+
+
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
-def test_models_answer(bundle, backend, tmp_path):
+def test_the_built_in_model_answers(backend, tmp_path):
+    answers_alike("gte-en-mlm-tiny", backend, tmp_path)
+
+
+def answers_alike(source, backend, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime"}.get(backend, backend))
     import gte_deploy
 
-    source = "gte-en-mlm-tiny" if backend == "torch" else bundle
     printed = run(ANSWERS, source, backend, cwd=tmp_path)
     fills, vectors = json.loads(printed)
     with gte_deploy.load(source, backend=backend) as model:
@@ -72,6 +80,12 @@ def test_the_command_line(bundle, tmp_path):
     assert np.load(tmp_path / "out.npy").shape[0] == 2
     assert "onnx" in run(code, "info", bundle, cwd=tmp_path)
     run(code, "verify", bundle, cwd=tmp_path)
+
+
+def test_the_first_command(tmp_path):
+    code = "from gte_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    assert "the united states of america" in run(code, "fill-mask", "The united [MASK] of America.", cwd=tmp_path)
+    assert "kind: bundle" in run(code, "info", cwd=tmp_path) and list(tmp_path.iterdir()) == []
 
 
 def test_training(tmp_path):
