@@ -83,8 +83,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         if page and not text:
             text = source.read_text(encoding="utf-8")
         if files.get_file_from_path(place) is None:
-            origin = {"content": text} if page else {"abs_src_path": str(source)}
-            files.append(File.generated(config, place, **origin))
+            written = File.generated(config, place, content=text)
+            files.append(written if page else File.generated(config, place, abs_src_path=str(source)))
         new = {found for _, found in targets(path if not source.is_dir() else f"{path}/index.md", text)} - seen
         seen |= new
         waiting += sorted(new)
