@@ -9,12 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from factories import add_multi_vector_modules
 from gte_deploy import cli
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core import exit_codes
 from gte_deploy.core.errors import BackendError, InputError
 from gte_deploy.core.spec import ModelSpec
-from gte_deploy.tuning.agreement import Agreement, Ground, agreement, common_ground, rank_correlation
+from gte_deploy.tuning.agreement import (
+    Agreement,
+    Ground,
+    agreement,
+    answers_of,
+    common_ground,
+    rank_correlation,
+)
 from gte_deploy.tuning.compare import (
     TITLES,
     ComparisonResult,
@@ -24,6 +32,7 @@ from gte_deploy.tuning.compare import (
     measure_rows,
 )
 from gte_deploy.tuning.compare_page import render_comparison
+from runtime_models import make_word_checkpoint
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w1 w2 w9 w10", "w20 w21 w22 w23"]
 
@@ -211,3 +220,31 @@ def test_a_bundle_that_does_not_run_here_is_named(bundle_of, word_checkpoints, m
     monkeypatch.setattr("gte_deploy.tuning.compare.Contestant", "not callable")
     with pytest.raises(BackendError, match=f"A, {bundle}, does not run here"):
         compare_bundles(bundle, bundle, TEXTS)
+
+
+PAIRS = [("w1 w2", text) for text in TEXTS]
+SUBJECTS = [
+    ("fill-mask", "fill-mask", ["w1 [MASK] w3"]),
+    ("fill-mask", "fill-mask", ["w1 [MASK] w3", "[MASK] [MASK] w1"]),
+    ("fill-mask", "sparse", TEXTS),
+    ("classify", "classify", PAIRS),
+    ("token-classify", "token-classify", TEXTS),
+    ("token-classify", "hybrid", TEXTS),
+    ("embed", "multi-vector", TEXTS),
+]
+
+
+@pytest.mark.parametrize(("made_for", "task", "texts"), SUBJECTS)
+def test_the_answers_of_every_task_agree_with_themselves(made_for, task, texts, tmp_path):
+    pytest.importorskip("torch")
+    import gte_deploy
+
+    source = make_word_checkpoint(tmp_path / "source", task=made_for, pooling="cls", num_labels=1)
+    if task == "multi-vector":
+        add_multi_vector_modules(source, library="sentence-transformers")
+    with gte_deploy.load(source, backend="torch", task=task) as model:
+        answers = [answers_of(model, task, texts) for _ in range(2)]
+    found = agreement(Ground(task, True), *answers)
+    assert found.texts == pytest.approx([1] * len(texts)) and all(a == b for a, b in found.answers)
+    for name, value in found.measures.items():
+        assert value == pytest.approx(0 if "difference" in name else 1), name
