@@ -28,6 +28,7 @@ from gte_deploy.exporters.cli_options import (
     UploadOptions,
 )
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
+from gte_deploy.exporters.published.command import VERIFY_PUBLISHED, published_parser, run_published
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.triton.options import TritonOptions
@@ -50,6 +51,7 @@ _COMMANDS = {
     ADOPT: "add an engine that trtexec built, on a Jetson for example, to its bundle",
     CONVERT: "write a checkpoint in another layout: that of transformers, or the original one",
     CHECK: "check the configurations of a Triton model repository",
+    VERIFY_PUBLISHED: "export published checkpoints, and compare them with the values that others recorded",
 }
 _MODEL_HELP = "checkpoint folder, preset name, or hub id owner/name[@revision]"
 
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_export(arguments: argparse.Namespace, command: str | None = None) -> int:
     """Run what the parsed arguments of an export or of a command ask for; returns the exit code."""
     given = vars(arguments)
+    if command == VERIFY_PUBLISHED:
+        return run_published(given)
     if "check_repository" in given:
         return run_command(_PROG, partial(_check, given), given)
     kinds = (ExportOptions, *(kind.Options for kind in target_classes()), TritonOptions)
@@ -102,10 +106,12 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
         return _adopt_parser()
     if command == CONVERT:
         return _convert_parser()
+    if command == VERIFY_PUBLISHED:
+        return published_parser()
     parser = CommandParser(prog=_PROG if command is None else f"{_PROG} {command}")
     add_export_arguments(parser, format, command)
     if command is None:
-        lines = "".join(f"\n  gte-export {name:<10} {text}" for name, text in _COMMANDS.items())
+        lines = "".join(f"\n  gte-export {name:<17} {text}" for name, text in _COMMANDS.items())
         parser.epilog = f"commands, each with a --help of its own:{lines}\n\n{exit_codes_help()}"
     return parser
 

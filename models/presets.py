@@ -2,6 +2,7 @@
 
 A checkpoint's own config.json always has priority; presets serve training from scratch, size estimates and tests. The
 field `inferred` lists values that the model card does not state; they were inferred from the sibling models.
+`models/published.py` lists these and all other published checkpoints, with their revisions.
 """
 
 from types import MappingProxyType

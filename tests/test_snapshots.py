@@ -52,7 +52,7 @@ def options_in(parser: argparse.ArgumentParser, command: str) -> list[str]:
 def test_the_options_of_the_commands(frozen):
     """An option that appears or vanishes is a decision, never an accident."""
     lines = options_in(cli._parser(), "gte-deploy") + options_in(train_cli.build_parser(), "gte-train")
-    for command in ("onnx", "trt", "triton", "adopt", "check"):
+    for command in ("onnx", "trt", "triton", "adopt", "check", "verify-published"):
         lines += options_in(export_cli._parser(command, command), f"gte-export {command}")
     assert "\n".join(lines) + "\n" == frozen
 

@@ -4,7 +4,8 @@
     python tools/generate_docs.py --check    # exit with 1 and a diff when a page is stale
 
 docs/python-api.md is built from signatures and docstrings, docs/command-line.md from the output of `--help`,
-docs/families.md from the registry of families. In every other page, the blocks between
+docs/families.md from the registry of families, docs/checkpoints-verified.md from the table of published checkpoints and
+the results of `gte-export verify-published`. In every other page, the blocks between
 `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled, and those between `<!-- file: PATH -->` and
 `<!-- end -->` with the file.
 """
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 API, COMMANDS = ROOT / "docs" / "python-api.md", ROOT / "docs" / "command-line.md"
 FAMILY_PAGE = ROOT / "docs" / "families.md"
+PUBLISHED_PAGE, PUBLISHED_RESULTS = ROOT / "docs" / "checkpoints-verified.md", ROOT / "benchmarks/results/published"
 BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) --help -->\n).*?(<!-- end -->)", re.DOTALL)
 FILE_BLOCK = re.compile(r"(<!-- file: ([\w./-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LANGUAGES = {".py": "python", ".mjs": "javascript", ".html": "html"}
@@ -221,7 +223,7 @@ def commands_page() -> str:
     for command in SCRIPTS:
         printed = help_of(command)
         names = re.findall(r"^ {4}([a-z][\w-]*)(?!\S)", printed.partition("  COMMAND\n")[2], re.MULTILINE)
-        names += re.findall(rf"^  {command} ([a-z]+) ", printed, re.MULTILINE)  # as gte-export lists them
+        names += re.findall(rf"^  {command} ([a-z][a-z-]*) ", printed, re.MULTILINE)  # as gte-export lists them
         for title in (f"## {command}", *(f"### {command} {name}" for name in names)):
             parts.append(f"{title}\n\n<!-- generated: {title.lstrip('# ')} --help -->\n<!-- end -->\n")
     return filled("\n".join(parts))
@@ -260,7 +262,8 @@ FAMILIES_END = """## What was verified
   SentenceTransformer, CrossEncoder and SparseEncoder: ONNX Runtime and OpenVINO in FP32 for all families, INT8 on CPUs
   and TensorRT-RTX's build of an engine too (`make test-slow`). The bounds are those of [numerics](numerics.md).
 - The numbers of parameters of the published base and large models are tested from their sizes alone. The published
-  weights of families other than GTE were not downloaded, and their scores and speed were not measured here.
+  weights of families other than GTE were not downloaded, and their scores and speed were not measured here:
+  [published checkpoints](checkpoints-verified.md) lists them, and the command that verifies one.
 - CUDA graphs of families other than GTE were emulated on a CPU, and not run on a GPU.
 - ModernBERT's hidden states and logits are also compared with a computation in float64 from the paper, in NumPy.
 - The published layout of Nomic BERT is compared with a computation in NumPy and float64 that reads the stored tensors
@@ -350,12 +353,21 @@ def families_page() -> str:
     return "\n".join([NOTICE, "", FAMILIES_INTRODUCTION, *sections, FAMILIES_END])
 
 
+def published_page() -> str:
+    """Return the whole of docs/checkpoints-verified.md."""
+    published = importlib.import_module("gte_deploy.exporters.published.page")
+    notice = "<!-- Written by tools/generate_docs.py from models/published.py and the results: run `make docs`. -->"
+    return f"{notice}\n\n{published.checkpoints_page(PUBLISHED_RESULTS)}"
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield every page with generated parts, and its new content."""
     yield API, api_page()
     yield COMMANDS, commands_page()
     yield FAMILY_PAGE, families_page()
-    for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {API, COMMANDS, FAMILY_PAGE})):
+    yield PUBLISHED_PAGE, published_page()
+    written = {API, COMMANDS, FAMILY_PAGE, PUBLISHED_PAGE}
+    for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - written)):
         yield file, filled(file.read_text(encoding="utf-8"))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gte_deploy.core.errors import InputError
+from gte_deploy.models.published import PUBLISHED
 
 AVERAGES_FROM = "the table of the model cards of Alibaba-NLP/gte-en-mlm-base, -large and gte-multilingual-mlm-base"
 ALL_SYSTEMS = "all"
@@ -25,7 +26,7 @@ class GlueSystem:
 
     Args:
         name: as the table names it.
-        checkpoint: hub id, with a revision if the default branch lacks what is needed; None if none is known.
+        checkpoint: hub id, with the revision that `models.published` pins; None if none is known.
         tokenizer: hub id of its tokenizer, for a checkpoint that has none.
         parameters_millions: the published count.
         max_length: longest text of the pretraining, in tokens.
@@ -60,14 +61,14 @@ SYSTEMS = {
     for system in (
         GlueSystem(
             name="gte-multilingual-mlm-base",
-            checkpoint="Alibaba-NLP/gte-multilingual-mlm-base",
+            checkpoint=PUBLISHED["Alibaba-NLP/gte-multilingual-mlm-base"].pinned,
             parameters_millions=306,
             max_length=8192,
             average=83.47,
         ),
         GlueSystem(
             name="gte-en-mlm-base",
-            checkpoint="Alibaba-NLP/gte-en-mlm-base",
+            checkpoint=PUBLISHED["Alibaba-NLP/gte-en-mlm-base"].pinned,
             parameters_millions=137,
             max_length=8192,
             average=85.61,
@@ -76,7 +77,7 @@ SYSTEMS = {
         ),
         GlueSystem(
             name="gte-en-mlm-large",
-            checkpoint="Alibaba-NLP/gte-en-mlm-large",
+            checkpoint=PUBLISHED["Alibaba-NLP/gte-en-mlm-large"].pinned,
             parameters_millions=435,
             max_length=8192,
             average=87.58,
@@ -85,8 +86,7 @@ SYSTEMS = {
         ),
         GlueSystem(
             name="MosaicBERT-base",
-            # The default branch has only a pickle; this commit, the pull request refs/pr/12, adds model.safetensors.
-            checkpoint="mosaicml/mosaic-bert-base@0934a57e02c87f1a78b54cfe2fdfedc97ded20c4",
+            checkpoint=PUBLISHED["mosaicml/mosaic-bert-base"].pinned,
             tokenizer="google-bert/bert-base-uncased",
             parameters_millions=137,
             max_length=128,
@@ -96,7 +96,7 @@ SYSTEMS = {
         ),
         GlueSystem(
             name="MosaicBERT-base-2048",
-            checkpoint="mosaicml/mosaic-bert-base-seqlen-2048",
+            checkpoint=PUBLISHED["mosaicml/mosaic-bert-base-seqlen-2048"].pinned,
             tokenizer="google-bert/bert-base-uncased",
             parameters_millions=137,
             max_length=2048,
@@ -113,7 +113,7 @@ SYSTEMS = {
         ),
         GlueSystem(
             name="nomic-bert-2048",
-            checkpoint="nomic-ai/nomic-bert-2048",
+            checkpoint=PUBLISHED["nomic-ai/nomic-bert-2048"].pinned,
             parameters_millions=137,
             max_length=2048,
             average=84.0,
@@ -138,14 +138,14 @@ SYSTEMS = {
         ),
         GlueSystem(
             name="XLM-R-base",
-            checkpoint="FacebookAI/xlm-roberta-base",
+            checkpoint=PUBLISHED["FacebookAI/xlm-roberta-base"].pinned,
             parameters_millions=279,
             max_length=512,
             average=80.44,
         ),
         GlueSystem(
             name="RoBERTa-base",
-            checkpoint="FacebookAI/roberta-base",
+            checkpoint=PUBLISHED["FacebookAI/roberta-base"].pinned,
             parameters_millions=125,
             max_length=512,
             average=86.4,
@@ -154,7 +154,7 @@ SYSTEMS = {
         ),
         GlueSystem(
             name="RoBERTa-large",
-            checkpoint="FacebookAI/roberta-large",
+            checkpoint=PUBLISHED["FacebookAI/roberta-large"].pinned,
             parameters_millions=355,
             max_length=512,
             average=88.9,
