@@ -13,12 +13,22 @@ from gte_deploy._version import __version__
 from gte_deploy.core.command_line import (
     CommandParser,
     OutputOptions,
+    completes,
     progress_lines,
     run_command,
 )
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.exit_codes import FAILURE, OK, exit_codes_help
-from gte_deploy.core.options import Given, HelpFormatter, add_arguments, flags_of, options_of, parse_given, read_options
+from gte_deploy.core.options import (
+    Given,
+    HelpFormatter,
+    add_arguments,
+    did_you_mean,
+    flags_of,
+    options_of,
+    parse_given,
+    read_options,
+)
 from gte_deploy.core.quiet import quiet_libraries
 from gte_deploy.exporters.cli_options import (
     AdoptArguments,
@@ -31,6 +41,7 @@ from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
 from gte_deploy.exporters.published.command import VERIFY_PUBLISHED, published_parser, run_published
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.targets.base import Target, allowed_precisions
+from gte_deploy.exporters.targets.tensorrt.runtimes import parse_capabilities
 from gte_deploy.exporters.triton.options import TritonOptions
 
 if TYPE_CHECKING:
@@ -53,6 +64,7 @@ _COMMANDS = {
     CHECK: "check the configurations of a Triton model repository",
     VERIFY_PUBLISHED: "export published checkpoints, and compare them with the values that others recorded",
 }
+_TARGET_ALIASES = {"gpu": "cuda", "nvidia": "cuda", "onnxruntime": "cpu", "trt": "tensorrt", "intel": "openvino"}
 _MODEL_HELP = "checkpoint folder, preset name, or hub id owner/name[@revision]"
 
 
@@ -61,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # A checkpoint folder with the name of a command must be given as ./onnx.
     command = words.pop(0) if words and words[0] in _COMMANDS else None
-    return run_export(_parser(command, command or format_in(words)).parse_args(words), command)
+    parser = _parser(command, command or format_in(words))
+    if completes(parser, argv, _COMMANDS):
+        return OK
+    return run_export(parser.parse_args(words), command)
 
 
 def run_export(arguments: argparse.Namespace, command: str | None = None) -> int:
@@ -270,13 +285,32 @@ def _given_once(given: Mapping[str, Any], name: str) -> str | None:
 
 def _target_of(format: str, name: str | None) -> type[Target]:
     known = _targets_for(format)
+    name = None if name is None else _TARGET_ALIASES.get(name.casefold(), name.casefold())
     if name is None:
         return next(iter(known.values()))
     if name not in known:
-        format_of = {kind.name: kind.format for kind in target_classes()}
-        other = "" if name in targets_of("onnx") else f"--target {name} is for --format {format_of.get(name, 'trt')}; "
-        raise InputError(f"{other}--format {format} takes --target {' or '.join(known)}, not {name}")
+        raise _wrong_target(format, name, known)
     return known[name]
+
+
+def _wrong_target(format: str, name: str, known: Mapping[str, type[Target]]) -> InputError:
+    """Return the error for a target that a format does not have; it says what has that target."""
+    takes = f"--format {format} takes --target {' or '.join(known)}, not {name}"
+    if name in targets_of("onnx"):
+        return InputError(takes)
+    format_of = {kind.name: kind.format for kind in target_classes()}
+    try:
+        asked = format_of.get(name) or bool(parse_capabilities(name)) and "trt"
+    except InputError:
+        return InputError(f"{takes}{did_you_mean(name, known)}")
+    if asked != "trt":
+        return InputError(f"--target {name} is for --format {asked}; {takes}")
+    own = "" if name in format_of else f" --target {name}"
+    return InputError(
+        f"--target {name} is for --format trt; {takes}.",
+        advice=f"`gte-export trt MODEL{own}` builds a TensorRT engine for it, and `gte-export MODEL --target cuda` a "
+        "graph for ONNX Runtime on any of these GPUs.",
+    )
 
 
 def _refuse_others(given: Mapping[str, Any], target: type[Target], kinds: Sequence[type], format: str) -> None:

@@ -9,7 +9,16 @@ from typing import Any, cast, get_args
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choice, check_choices, option, options_given, options_of
-from gte_deploy.core.spec import LOGITS, POOLINGS, PRECISIONS, TASK_NAMES, Logits, Precision
+from gte_deploy.core.spec import (
+    LOGITS,
+    POOLINGS,
+    PRECISION_ALIASES,
+    PRECISIONS,
+    TASK_ALIASES,
+    TASK_NAMES,
+    Logits,
+    Precision,
+)
 from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
 from gte_deploy.exporters.targets.base import Target
 from gte_deploy.exporters.text_files import read_texts
@@ -44,10 +53,16 @@ class ExportOptions:
     """
 
     task: str = option(
-        "auto", "what the model is for (default: what the checkpoint is for)", choices=("auto", *TASK_NAMES)
+        "auto",
+        "what the model is for (default: what the checkpoint is for)",
+        choices=("auto", *TASK_NAMES),
+        aliases=TASK_ALIASES,
     )
     precision: str | None = option(
-        None, "precision of weights and graphs (default: fp32 on CPUs, fp16 on GPUs)", choices=PRECISIONS
+        None,
+        "precision of weights and graphs (default: fp32 on CPUs, fp16 on GPUs)",
+        choices=PRECISIONS,
+        aliases=PRECISION_ALIASES,
     )
     max_length: int | None = option(
         None,

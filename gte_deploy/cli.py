@@ -23,6 +23,7 @@ from gte_deploy.cli_options import (
     ChunkingOptions,
     ClassifyTokensOptions,
     CompareOptions,
+    CompletionOptions,
     EncodeHybridOptions,
     EncodeMultiVectorOptions,
     EncodeOptions,
@@ -43,8 +44,10 @@ from gte_deploy.cli_options import (
     VerifyOptions,
 )
 from gte_deploy.core.calls import JoinOptions
-from gte_deploy.core.command_line import CommandParser, progress_lines, run_command, shows_progress
+from gte_deploy.core.command_line import CommandParser, completes, progress_lines, run_command, shows_progress
+from gte_deploy.core.completion import completion_script
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
+from gte_deploy.core.exit_codes import OK
 from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import TaskName
 from gte_deploy.serving.options import ServerOptions
@@ -72,7 +75,10 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gte-deploy`; returns the exit code (see `gte_deploy.core.exit_codes`)."""
-    given = vars(_parser().parse_args(argv))
+    parser = _parser()
+    if completes(parser, argv):
+        return OK
+    given = vars(parser.parse_args(argv))
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO if "verbose" in given else logging.ERROR if "quiet" in given else logging.WARNING,
@@ -384,27 +390,16 @@ def _push(given: Given) -> None:
 
 
 def _info(given: Given) -> None:
-    from gte_deploy.backends.advice import faster_here
-    from gte_deploy.backends.choice import choose_engine, precision_of, streams_of
     from gte_deploy.bundle.download import resolve_model
-    from gte_deploy.bundle.manifest import is_bundle, read_manifest
+    from gte_deploy.bundle.facts import facts_of, table_of
 
     folder = resolve_model(read_options(InfoOptions, given).model)
-    if is_bundle(folder):
-        manifest = read_manifest(folder)
-        facts = {"path": str(folder), "kind": "bundle", **manifest.to_json()}
-        facts["files"] = {file: entry.size for file, entry in manifest.files.items()}
-        choice = choose_engine(manifest)
-        facts["engine"] = {**dataclasses.asdict(choice), "precision": precision_of(manifest, choice.precision)}
-        facts["lists"] = dataclasses.asdict(streams_of(manifest, choice))
-        facts["faster_here"] = faster_here(manifest)
-    else:
-        facts = _checkpoint_info(folder)
-    if "json" in given:
-        print(json.dumps(facts))
-        return
-    for fact, value in facts.items():
-        print(f"{fact}: {json.dumps(value) if isinstance(value, (dict, list, tuple)) else value}")
+    facts = facts_of(folder)
+    print(json.dumps(facts) if "json" in given else table_of(facts, folder))
+
+
+def _completion(given: Given) -> None:
+    print(completion_script(read_options(CompletionOptions, given).shell), end="")
 
 
 def _bench(given: Given) -> None:
@@ -473,20 +468,6 @@ def _serve(given: Given) -> None:
     join = JoinOptions(max_queue_tokens=options.max_queue_tokens)
     sources = {name: partial(load, path, join_calls=join, **arguments) for name, path in names.items()}
     serve(sources, options)
-
-
-def _checkpoint_info(folder: Path) -> dict[str, Any]:
-    from gte_deploy.core.quiet import keep_caches_in_ours
-    from gte_deploy.models import require_checkpoint
-    from gte_deploy.models.description import describe
-
-    require_checkpoint(folder)
-    keep_caches_in_ours()
-    try:
-        spec = describe(folder).spec
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("transformers", "torch") from error
-    return {"path": str(folder), "kind": "checkpoint", "spec": dataclasses.asdict(spec)}
 
 
 def _load(given: Given, task: TaskName | None = None) -> "Model":
@@ -618,5 +599,10 @@ _COMMANDS = {
         _compare,
         "Put two bundles side by side: their answers to the same texts, speed and size.",
         (CompareOptions,),
+    ),
+    "completion": _Command(
+        _completion,
+        "Print the script that lets your shell complete gte-deploy, gte-export and gte-train.",
+        (CompletionOptions,),
     ),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gte_deploy.core.command_line import OutputOptions
+from gte_deploy.core.completion import SHELLS, Shell
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option, required
 from gte_deploy.core.spec import (
@@ -361,6 +362,18 @@ class InfoOptions:
         positional=True,
         nargs="?",
         metavar="MODEL",
+    )
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    """Options of `gte-deploy completion`."""
+
+    shell: Shell = required(
+        'shell; for bash, add eval "$(gte-deploy completion bash)" to ~/.bashrc',
+        positional=True,
+        choices=SHELLS,
+        metavar="SHELL",
     )
 
 

@@ -179,6 +179,15 @@ class Model(TextInterface):
         """The model's tokenizer: `model.tokenizer(texts)`, `.encode`, `.decode`, `.tokenize`; see `ModelTokenizer`."""
         return ModelTokenizer(self._tokenizer, self.spec)
 
+    def __repr__(self) -> str:
+        """What `print` shows: the folder, the task, and what the model runs on; see `info` for more."""
+        if self._is_closed:
+            return f"<Model {str(self.path)!r}: closed>"
+        return (
+            f"<Model {str(self.path)!r}: {self.spec.task}, {self.spec.embedding_width} dimensions, texts up to "
+            f"{self.spec.max_length:,} tokens, {self._precision()} on {self.backend}, {self.device}>"
+        )
+
     def info(self) -> dict[str, Any]:
         """Return facts about the loaded model, as plain JSON data.
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from gte_deploy.core import exit_codes
 from gte_deploy.core.command_line import with_flags
 from gte_deploy.core.options import option
 from gte_deploy.exporters import cli as export_cli
+from gte_deploy.exporters import export as export_module
 from gte_deploy.models import builtin_bundle
 from gte_deploy.training import cli as train_cli
 
@@ -237,3 +239,103 @@ def test_progress_is_for_terminals_and_for_who_asks(tmp_path):
     assert "rows/s" in stderr_of("--progress", terminal=False)
     assert "rows/s" in stderr_of(terminal=True)
     assert stderr_of("--quiet", terminal=True) == stderr_of("--quiet", terminal=False) == ""
+
+
+ASK = """
+eval "$(gte-deploy completion bash)"
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
+$(complete -p "$1" | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """A folder for PATH with the three programs, as pip installs them."""
+    folder = tmp_path_factory.mktemp("bin")
+    for program, module in MODULES.items():
+        file = folder / program
+        file.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        file.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["gte-deploy", "encode-"], ["encode-sparse", "encode-hybrid", "encode-multi-vector"]),
+        (["gte-deploy", "encode", "--pool"], ["--pooling"]),
+        (["gte-deploy", "encode", "--normalize", "--pooling", ""], ["mean", "cls"]),
+        (["gte-deploy", "encode", "-m", ""], [""]),  # nothing of its own: the shell completes names of files
+        (["gte-deploy", "completion", ""], ["bash", "zsh", "fish"]),
+        (["gte-export", "con"], ["convert"]),
+        (["gte-export", "--target", ""], ["cpu", "cuda", "openvino"]),
+        (["gte-export", "trt", "model", "--precision", "fp"], ["fp16", "fp8"]),
+        (["gte-export", "--format", "triton", "--eng"], ["--engine"]),
+        (["gte-train", "glue", "--tasks", "cola", "m"], ["mnli", "mrpc"]),
+    ],
+)
+def test_bash_completes(line, expected, scripts):
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("bash is not installed")
+    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [bash, "--norc", "-c", ASK, "bash", *line], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_take_their_scripts(shell, scripts, capsys):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    assert deploy_cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    ask = {
+        # The completion system of zsh needs a terminal; the function is run with what it would set.
+        "zsh": f"compdef() {{}}\ncompadd() {{ print -l -- $found }}\n{script}\n"
+        "words=(gte-deploy encode --pooling ''); CURRENT=4; _gte_deploy_complete",
+        "fish": f"{script}\ncomplete -C 'gte-deploy encode --pooling '",
+    }[shell]
+    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
+    done = subprocess.run([shell, "-c", ask], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["mean", "cls"] or {"mean", "cls"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["--task", "rerank"], {"task": "classify"}),
+        (["--task", "embedding"], {"task": "embed"}),
+        (["--task", "Token_Classify"], {"task": "token-classify"}),
+        (["--precision", "FLOAT32"], {"precision": "fp32"}),
+        (["--target", "gpu"], {"target": "cuda"}),
+        (["--format", "trt", "--target", "orin"], {"compute_capabilities": ("8.7",)}),
+        (["--format", "trt", "--target", "rtx4090,RTX 5090,Jetson-AGX-Orin,A100-80GB"],
+         {"compute_capabilities": ("8.9", "12.0", "8.7", "8.0")}),
+        (["--format", "trt", "--target", "8.6,sm120"], {"compute_capabilities": ("8.6", "12.0")}),
+    ],
+)  # fmt: skip
+def test_names_that_people_type(typed, meant, monkeypatch):
+    given = []
+    monkeypatch.setattr(export_module, "export", lambda *places, **options: given.append(options))
+    monkeypatch.setattr(export_cli, "_result_text", str)
+    assert export_cli.main(["model", "out", *typed]) == 0
+    assert given[0].items() >= meant.items()
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--target", "orin"], "`gte-export trt MODEL --target orin`"),
+        (["--target", "opnvino"], "did you mean openvino?"),
+        (["trt", "--target", "rtx409"], "did you mean rtx4090?"),
+    ],
+)
+def test_a_target_that_is_not_there_is_answered_with_what_is(typed, said, capsys):
+    assert export_cli.main(typed) == exit_codes.USAGE
+    assert said in capsys.readouterr().err

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
-from gte_deploy.core.command_line import CommandParser, OutputOptions, run_command, shows_progress
+from gte_deploy.core.command_line import CommandParser, OutputOptions, completes, run_command, shows_progress
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_codes_help
 from gte_deploy.core.files import require_free, write_text
@@ -71,7 +71,10 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; results go to stdout, progress and log to stderr."""
-    given = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    if completes(parser, argv):
+        return OK
+    given = vars(parser.parse_args(argv))
     command = _COMMANDS[given["command"]]
     with _log_on_stderr(quiet="quiet" in given):
         return run_command(_PROG, partial(command.run, given), given, kinds=command.options, extra="train")

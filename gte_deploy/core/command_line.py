@@ -10,10 +10,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from gte_deploy.core.completion import VARIABLE, candidates
 from gte_deploy.core.errors import CheckpointError, ConfigError, GteDeployError, MissingDependencyError
 from gte_deploy.core.exit_codes import (
     FAILURE,
@@ -82,6 +83,14 @@ class CommandParser(argparse.ArgumentParser):
         if "--json" in self._words:
             print(json.dumps(_error_object("UsageError", message, advice, USAGE)), flush=True)
         self.exit(USAGE, f"{self.prog}: error: {message}\n{advice}\n")
+
+
+def completes(parser: argparse.ArgumentParser, argv: Sequence[str] | None, commands: Iterable[str] = ()) -> bool:
+    """Whether a shell asks how its command line goes on; then the answer was printed, a line for each word."""
+    if argv is not None or VARIABLE not in os.environ:
+        return False
+    print("\n".join(candidates(parser, sys.argv[1:], commands)))
+    return True
 
 
 def run_command(

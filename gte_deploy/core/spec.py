@@ -38,6 +38,37 @@ AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 """The rule that joins neighbouring tokens with one label, under its name in transformers' pipeline."""
 
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
+TASK_ALIASES: Mapping[str, TaskName] = {
+    "mlm": "fill-mask",
+    "masked-lm": "fill-mask",
+    "embedding": "embed",
+    "embeddings": "embed",
+    "encode": "embed",
+    "feature-extraction": "embed",
+    "sentence-similarity": "embed",
+    "rerank": "classify",
+    "reranker": "classify",
+    "reranking": "classify",
+    "cross-encoder": "classify",
+    "classification": "classify",
+    "text-classification": "classify",
+    "sequence-classification": "classify",
+    "ner": "token-classify",
+    "token-classification": "token-classify",
+    "splade": "sparse",
+    "colbert": "multi-vector",
+    "late-interaction": "multi-vector",
+}
+"""Other names of tasks, as hubs and libraries call them."""
+PRECISION_ALIASES: Mapping[str, Precision] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "int4": "int4-weight",
+    "w8": "int8-weight",
+    "w4": "int4-weight",
+}
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 LATE_INTERACTIONS: tuple[LateInteraction, ...] = get_args(LateInteraction)

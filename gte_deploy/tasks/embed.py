@@ -102,6 +102,12 @@ class EmbeddingRequest:
             whole = results if self.return_type == "numpy" else [_as_tensors(result) for result in results]
         return whole[0] if single else whole
 
+    def nothing(self) -> Any:
+        """Return the answer for an empty list of texts: [0] of float64, or tensors, as SentenceTransformer gives it."""
+        if self.return_type == "list of tensors" or self.output_value != "sentence_embedding":
+            return []
+        return np.array([]) if self.return_type == "numpy" else import_torch().Tensor()
+
     def in_form(self, embeddings: NDArray[np.float32]) -> Any:
         """Return finished embeddings [N, D] in the requested precision and type."""
         quantized = quantize(embeddings, self.precision)

@@ -286,7 +286,10 @@ class TextInterface(DropIn, ABC):
             given = ChunkedTexts.of(one_of(inputs, sentences), before, of_chunks.chunks)
             found = in_order(self._chunk_batches(of_chunks, given, options), given.keys, show_progress_bar)
             return of_chunks.assemble(found, given)
-        texts, single = as_texts(one_of(inputs, sentences), prompt=before)
+        given_texts = one_of(inputs, sentences)
+        if isinstance(given_texts, list | tuple) and not given_texts:
+            return request.nothing()
+        texts, single = as_texts(given_texts, prompt=before)
         answers = self._embed_batches(request, distinct(texts), options)
         return request.assemble(in_order(answers, texts, show_progress_bar), single=single)
 

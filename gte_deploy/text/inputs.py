@@ -1,6 +1,6 @@
 """Checks the texts, pairs and integers of a caller before any work. A message names the index and the limit."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +11,8 @@ MAX_TEXT_BYTES = 4 << 20
 """Longest text in UTF-8 bytes, prompt included. Tokenising takes about a second per megabyte, before truncation."""
 MAX_BATCH_SIZE = 65_536
 MAX_BATCH_TOKENS = 1 << 24
+
+_NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, set, frozenset)
 
 Distinct = TypeVar("Distinct", bound=Hashable)
 
@@ -90,11 +92,13 @@ def _as_list(inputs: Any, name: str, *place: int) -> list[Any]:
     if not isinstance(inputs, list | tuple):
         if isinstance(inputs, np.ndarray):
             inputs = inputs.tolist() if inputs.ndim else inputs.item()
-        if not isinstance(inputs, Sequence) or isinstance(inputs, (str, bytes, bytearray, memoryview)):
+        # A set has no order for answers to be in, and of a mapping, keys or values could be meant.
+        if not isinstance(inputs, Iterable) or isinstance(inputs, _NO_LISTS):
             raise InputError(f"{_where(name, place)} must be a text or a list of texts, not {type(inputs).__name__}")
-    if len(inputs) == 0:
+    items = list(inputs)
+    if not items:
         raise InputError(f"{_where(name, place)} is empty; give at least one text")
-    return list(inputs)
+    return items
 
 
 def _as_pair(item: Any, prompt: str, name: str, *place: int) -> tuple[str, ...]:

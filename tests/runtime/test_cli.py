@@ -393,7 +393,12 @@ def test_verify_and_info_of_a_bundle(run, word_checkpoints, bundle_of, tmp_path)
     facts = json.loads(out)
     assert code == exit_codes.OK and (facts["kind"], facts["spec"]["task"]) == ("bundle", "embed")
     assert facts["files"]["tokenizer.json"] == (bundle / "tokenizer.json").stat().st_size
-    assert "kind: bundle" in run("info", bundle)[1]
+    code, out, _ = run("info", bundle)
+    assert code == exit_codes.OK and out.startswith(f"{bundle}: a bundle\n") and "{" not in out
+    rows = dict(line.strip().split("  ", 1) for line in out.splitlines()[1:-1] if not line.startswith("   "))
+    assert rows["task"].strip() == "embed" and rows["precision"].strip() == "fp32"
+    size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file() and file.name != "manifest.json")
+    assert rows["size"].strip().startswith(f"{size / 1e6:,.1f} MB in ")
 
     shutil.copytree(bundle, tmp_path / "b")
     (tmp_path / "b" / "config.json").write_text("{}")

@@ -14,11 +14,29 @@ from gte_deploy.backends.tensorrt.cuda import gpu_capability
 from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.core.errors import ExportError, InputError, MissingDependencyError
 from gte_deploy.core.install import install_command
-from gte_deploy.core.options import check_choice
+from gte_deploy.core.options import check_choice, did_you_mean
 from gte_deploy.core.spec import Precision, TensorRTVariant
 
 RUNTIMES = ("auto", "tensorrt", "rtx")
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
+# From NVIDIA's list of CUDA GPUs (developer.nvidia.com/cuda-gpus).
+CAPABILITY_OF: Mapping[str, str] = {
+    **dict.fromkeys(("v100",), "7.0"),
+    **dict.fromkeys(("xavier",), "7.2"),
+    **dict.fromkeys(("t4", "rtx2060", "rtx2070", "rtx2080"), "7.5"),
+    **dict.fromkeys(("a100", "a30"), "8.0"),
+    **dict.fromkeys(("a2", "a10", "a10g", "a16", "a40", "rtxa4000", "rtxa5000", "rtxa6000"), "8.6"),
+    **dict.fromkeys(("rtx3050", "rtx3060", "rtx3070", "rtx3080", "rtx3090"), "8.6"),
+    **dict.fromkeys(("orin",), "8.7"),
+    **dict.fromkeys(("l4", "l40", "l40s", "rtx4050", "rtx4060", "rtx4070", "rtx4080", "rtx4090"), "8.9"),
+    **dict.fromkeys(("h100", "h200", "gh200"), "9.0"),
+    **dict.fromkeys(("b200", "gb200"), "10.0"),
+    **dict.fromkeys(("b300", "gb300"), "10.3"),
+    **dict.fromkeys(("thor",), "11.0"),
+    **dict.fromkeys(("rtx5050", "rtx5060", "rtx5070", "rtx5080", "rtx5090"), "12.0"),
+    **dict.fromkeys(("gb10", "dgxspark"), "12.1"),
+}
+"""Name of a GPU, without its maker and form -> its compute capability."""
 NO_ENGINE = "No engine was built."
 """How the caveat of an export without an engine begins; `gte-export adopt` takes it out of the card."""
 _MAX_ERRORS = 3
@@ -116,15 +134,29 @@ def choose_runtime(asked: str) -> Runtime:
 
 
 def parse_capabilities(text: str) -> tuple[str, ...]:
-    """Parse compute capabilities: "sm86,sm89,sm120" gives ("8.6", "8.9", "12.0").
+    """Parse compute capabilities, or names of GPUs: "sm86,rtx4090,12.0" gives ("8.6", "8.9", "12.0").
 
     Raises:
-        InputError: the text has another form.
+        InputError: the text has another form, or names an unknown GPU.
     """
-    found = [re.fullmatch(r"sm(\d{1,2})(\d)", part.strip()) for part in text.split(",")]
-    if not all(found):
-        raise InputError(f"target is {text!r}; expected compute capabilities such as sm86,sm89,sm120")
-    return tuple(dict.fromkeys(f"{match[1]}.{match[2]}" for match in found if match))
+    return tuple(dict.fromkeys(_capability(part) for part in text.split(",")))
+
+
+def _capability(text: str) -> str:
+    plain = re.sub(r"[\s_-]\d+ ?gb\b", "", text.casefold())  # its memory
+    plain = re.sub(r"[\s_-]", "", plain)
+    if match := re.fullmatch(r"(?:sm)?(\d{1,2})\.?(\d)", plain):
+        return f"{match[1]}.{match[2]}"
+    plain = re.sub(r"^(nvidia|geforce|jetson|tesla|quadro|agx)+", "", plain)
+    plain = re.sub(r"(ti|super|laptop|nano|nx|agx|pcie|sxm)+$", "", plain)
+    if plain not in CAPABILITY_OF:
+        near = did_you_mean(plain, CAPABILITY_OF)
+        raise InputError(
+            f"target is {text.strip()!r}; expected compute capabilities such as sm86,sm89,sm120, or GPUs such as orin "
+            f"or rtx4090{near or '.'}",
+            advice="`nvidia-smi --query-gpu=compute_cap --format=csv` prints that of a GPU.",
+        )
+    return CAPABILITY_OF[plain]
 
 
 def resolve_capabilities(runtime: Runtime, asked: Sequence[str] | None, precision: Precision) -> tuple[str, ...]:

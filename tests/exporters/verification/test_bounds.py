@@ -64,7 +64,8 @@ def test_a_miss_is_stamped_everywhere(trace_once, small, tmp_path, spoil, caplog
         pass
     assert f"misses its bounds in {len(manifest.missed_bounds)} respects" in caplog.text
     assert runtime_cli.main(["info", str(tmp_path / "out")]) == OK
-    assert f"missed_bounds: {json.dumps(list(manifest.missed_bounds))}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert manifest.missed_bounds and all(miss in shown for miss in manifest.missed_bounds)
 
 
 def test_the_command_does_what_was_asked_and_says_what_is_missed(trace_once, small, tmp_path, spoil, capsys):
