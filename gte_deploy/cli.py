@@ -391,11 +391,11 @@ def _push(given: Given) -> None:
 
 def _info(given: Given) -> None:
     from gte_deploy.bundle.download import resolve_model
-    from gte_deploy.bundle.facts import facts_of, table_of
+    from gte_deploy.bundle.facts import facts_of, info_table
 
     folder = resolve_model(read_options(InfoOptions, given).model)
     facts = facts_of(folder)
-    print(json.dumps(facts) if "json" in given else table_of(facts, folder))
+    print(json.dumps(facts) if "json" in given else info_table(facts, folder))
 
 
 def _completion(given: Given) -> None:

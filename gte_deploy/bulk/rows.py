@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import difflib
 import gzip
 import io
 import json
@@ -74,7 +75,7 @@ def read_parquet(file: Path, start: Start, column: str) -> Iterator[RowLot]:
         with parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as opened:
             schema = opened.schema_arrow
             if column not in schema.names:
-                raise InputError(_no_column(file, column, schema.names))
+                raise _column_error(file, column, schema.names)
             if not is_text_type(schema.field(column).type):
                 raise InputError(f"{file}: column {column!r} holds {schema.field(column).type}, and not texts")
             begin, total = 0, opened.metadata.num_rows
@@ -141,7 +142,7 @@ def read_jsonl(file: Path, start: Start, column: str) -> Iterator[RowLot]:
                 offsets.append(offset)
                 sizes.append(0 if line is None else len(line))
             if lot[0][0] == 0 and others and not any(rows):
-                raise InputError(_no_column(file, column, list(others)))
+                raise _column_error(file, column, list(others))
             texts = [row.get(column) for row in rows]
             yield RowLot(rows, numbers, texts, sizes, reasons, lines.done(), lines.known(offsets))
 
@@ -215,7 +216,7 @@ def read_csv(file: Path, start: Start, column: str, *, delimiter: str = ",") -> 
         try:
             header = next(records, [])
             if column not in header:
-                raise InputError(_no_column(file, column, header))
+                raise _column_error(file, column, header)
             if len(set(header)) < len(header):
                 raise InputError(f"{file}: the header names a column twice: {', '.join(header)}")
             place, number = header.index(column), -1
@@ -332,3 +333,11 @@ class _Lines:
 
 def _no_column(where: Any, column: str, known: Sequence[str]) -> str:
     return f"{where} has no column {column!r}; it has {', '.join(map(str, known)) or 'none'}"
+
+
+def _column_error(where: Any, column: str, known: Sequence[str]) -> InputError:
+    """Return the error for a file without the column of the texts; it says how to name another."""
+    names = [str(name) for name in known]
+    alike = difflib.get_close_matches(column, names, n=1) or names[:1] or ["NAME"]
+    advice = f"Name the column of the texts, as in text_column={alike[0]!r}."
+    return InputError(f"{_no_column(where, column, names)}.", advice=advice)

@@ -37,7 +37,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def table_of(facts: Mapping[str, Any], folder: Path) -> str:
+def info_table(facts: Mapping[str, Any], folder: Path) -> str:
     """Return the facts as lines of a name and a value, for people."""
     rows = list(_model_rows(facts["spec"]))
     if facts["kind"] == "bundle":

@@ -75,6 +75,7 @@ class HubModel:
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
+            LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
@@ -94,6 +95,13 @@ class HubModel:
             )
         if isinstance(error, RevisionNotFoundError):
             return f"{self.id} has no branch, tag or commit {self.revision!r}; {page}/tree/main lists the branches."
+        if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+            at = "" if self.revision is None else f" --revision {self.revision}"
+            return (
+                f"no folder {self.id!r} in {Path.cwd()}, and HF_HUB_OFFLINE is set, while the cache does not have "
+                f"{self.id} (revision {self.revision or 'default'}). Unset HF_HUB_OFFLINE, or run "
+                f"`hf download {self.id}{at}` where there is a network, and give the path of what it wrote."
+            )
         said = str(error).rstrip(".")
         return (
             f"no folder {self.id!r} in {Path.cwd()}, and the Hugging Face hub did not give the model {self.id!r} "

@@ -95,7 +95,10 @@ def test_the_commands_of_other_vectors(run, source, tmp_path):
         (("a", "--engine", "ray"), "--engine is for files"),
         (("a", "--precision", "float16"), "precision is 'float16'"),
         (("a", "-o", "{folder}/out.parquet"), "a list of texts is written as .npy"),
-        (("-i", "{folder}/in.jsonl", "-o", "{folder}/out.npy"), "no column 'text'; it has body"),
+        (
+            ("-i", "{folder}/in.jsonl", "-o", "{folder}/out.npy"),
+            "it has body. Name the column of the texts, as in --text-column body.",
+        ),
         (("-i", "{folder}/in.jsonl", "-o", "{folder}/out.npy", "--text-column", "body", "--prompt-name", "x"), "'x'"),
     ],
 )

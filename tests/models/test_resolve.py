@@ -83,7 +83,8 @@ def _offline(cache) -> str:
 
 def test_offline_reads_the_cache_alone(tmp_path):
     said = _offline(tmp_path)
-    assert said.startswith("refused:") and "'owner/name'" in said and "HF_HUB_OFFLINE" in said
+    assert said.startswith("refused:") and "'owner/name'" in said
+    assert "Unset HF_HUB_OFFLINE" in said and "`hf download owner/name`" in said
     repository = tmp_path / "models--owner--name"
     snapshot = repository / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)

@@ -72,6 +72,13 @@ def test_prepare_of_an_existing_corpus_is_refused(corpus_folder, capsys, tmp_pat
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_missing_field_is_answered_with_the_option_that_names_it(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"body": "a text"}\n')
+    assert main(["prepare", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "data")]) == USAGE
+    said = capsys.readouterr().err
+    assert "it has body" in said and "--text-column NAME" in said and "--skip-bad" in said
+
+
 def test_a_stopped_run_has_its_own_exit_code(recipe_file, corpus_folder, tmp_path, monkeypatch, capsys):
     import signal
 

@@ -347,7 +347,7 @@ def _begin(work: Path, header: str, restart: bool) -> None:
     if known not in (None, header) and not restart:
         raise InputError(
             f"{work} was begun with other options or another tokenizer: finish that run, or discard its work with "
-            "restart (--restart)"
+            "restart=True"
         )
     for folder in (work / "corpus", work / "units"):
         if restart or known is None:

@@ -20,6 +20,7 @@ from gte_deploy.core.errors import GteDeployError, InputError, MissingDependency
 from gte_deploy.training.options import ReadOptions
 
 logger = logging.getLogger(__name__)
+_NAME_IT = "Name the field of the texts with text_column='NAME'."
 
 Advance = Callable[[int], None]  # called with the number of input bytes just read
 
@@ -106,7 +107,10 @@ class DocumentReader:
             if isinstance(text, str):
                 yield text
             else:
-                self._bad(f"{path}:{number}: expected an object with a string {self._options.text_column!r}")
+                has = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
+                self._bad(
+                    f"{path}:{number}: expected an object with a string {self._options.text_column!r}{has}", columns=has
+                )
 
     def _paragraphs(self, path: Path) -> Iterator[str]:
         """Yield the documents of a text file in which blank lines separate them."""
@@ -167,7 +171,9 @@ class DocumentReader:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if column not in file.schema_arrow.names:
-                    raise InputError(f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}")
+                    raise InputError(
+                        f"{path} has no column {column!r}, only {', '.join(file.schema_arrow.names)}.", advice=_NAME_IT
+                    )
                 rows = max(file.metadata.num_rows, 1)
                 for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
                     yield from self._column(batch.column(0).to_pylist(), f"{path}: row", row)
@@ -197,9 +203,11 @@ class DocumentReader:
             else:
                 yield value
 
-    def _bad(self, message: str) -> None:
+    def _bad(self, message: str, *, columns: str = "") -> None:
         if not self._options.skip_bad:
-            raise InputError(f"{message}; correct it, or skip and count bad records with skip_bad (--skip-bad)")
+            name_it = f"{_NAME_IT} " if columns else ""
+            advice = f"{name_it}Correct the record, or skip and count bad ones with skip_bad=True."
+            raise InputError(f"{message}.", advice=advice)
         logger.warning("skipped %s", message)
         self._counts["bad_records"] += 1
 
