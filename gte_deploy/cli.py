@@ -413,7 +413,7 @@ def _bench(given: Given) -> None:
     report = bench(
         resolve_bundle(arguments.pop("bundle")),
         **arguments,
-        progress=progress_lines(_PROG, given),
+        progress=progress_lines(_PROG, given) or (lambda line: None),
     )
     picked = None
     if options.pick:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from gte_deploy.core.completion import VARIABLE, candidates
@@ -168,7 +169,7 @@ def with_flags(message: str, kinds: Sequence[type], *, words: bool = True) -> st
     """
     for name, flag in _flags(kinds).items():
         value = r"(?:'([^']*)'|\"([^\"]*)\"|([\w.+-]*[\w+-]))"
-        message = re.sub(rf"(?<![\w.-]){name}={value}", lambda match, flag=flag: _flag_with(flag, match), message)
+        message = re.sub(rf"(?<![\w.-]){name}={value}", partial(_flag_with, flag), message)
         if words:
             # A word alone is a name only if it cannot be one of plain English, or if the sentence says something of it.
             follows = "" if "_" in name else r"(?= (?:is|are|must|takes|was) |[ ]'| out\b)"
