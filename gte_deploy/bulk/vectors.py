@@ -63,7 +63,7 @@ class ShardEncoder:
             InputError: the model has no such method, or an argument is unknown or out of range.
         """
         self._model = model
-        self.kind = _kind_of(model, arguments, method)
+        self.kind: VectorKind = _kind_of(model, arguments, method)
         known = _ARGUMENTS[self.kind]
         if unknown := [name for name in arguments if name not in known]:
             raise InputError(

@@ -67,7 +67,7 @@ def _elu(values: Floats) -> Floats:
 
 
 def _hard_sigmoid(values: Floats) -> Floats:
-    return np.clip(values + 3, 0, 6) / np.float32(6)
+    return np.asarray(np.clip(values + 3, 0, 6) / np.float32(6), dtype=values.dtype)
 
 
 def _selu(values: Floats) -> Floats:

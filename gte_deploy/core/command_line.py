@@ -57,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"epilog": exit_codes_help(), "formatter_class": HelpFormatter, **arguments})
         self._words: Sequence[str] = ()
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore - of its overloads
         """Parse; an unknown option is an error of the command that it was given to, whose options are looked through.
 
         Every parser of this class takes all words, as `parse_args` does.

@@ -54,6 +54,7 @@ def common_ground(a: Manifest, b: Manifest, *, same_tokenizer: bool) -> Ground:
         InputError: they have no answers in common; the message names the tasks, labels or tokenizers.
     """
     tasks = (a.spec.task, b.spec.task)
+    task: TaskName
     if tasks[0] == tasks[1]:
         task = tasks[0]
     elif set(tasks) in ({"embed", "hybrid"}, {"sparse", "hybrid"}):

@@ -222,13 +222,13 @@ def compare_bundles(
         seconds, failed = interleaved(calls, repeats=repeats + 1, at_least=_LEAST_ROUNDS, budget_s=_BUDGET_S)
         for name, message in failed.items():
             raise BackendError(f"{name} failed: {message}")
-        a, b = (
+        first, second = (
             Side(folder, manifest, _size(folder, manifest), engine, seconds[name][1:], worker.peak_bytes)
             for name, folder, manifest, engine, worker in zip("AB", folders, manifests, engines, workers, strict=True)
         )
     return ComparisonResult(
-        a=a,
-        b=b,
+        a=first,
+        b=second,
         ground=ground,
         texts=asked,
         found=agreement(ground, *answers),
