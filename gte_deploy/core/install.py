@@ -6,8 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 _DISTRIBUTION = "gte-deploy"
@@ -30,7 +28,10 @@ def _requirements(extra: str) -> list[str]:
     if (checkout / "pyproject.toml").is_file():
         # Without --editable, pip would put a copy in the place of the checkout.
         return ["--editable", _with_extra(checkout, extra)]
+    # These load much that a program which misses nothing does not need.
     from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
 
     try:
         found = distribution(_DISTRIBUTION)
@@ -38,9 +39,9 @@ def _requirements(extra: str) -> list[str]:
         return [f"{_DISTRIBUTION}[{extra}]"]
     # Where pip, uv and others note what was installed from elsewhere than an index (PEP 610).
     origin = json.loads(found.read_text("direct_url.json") or "{}")
-    url = urllib.parse.urlsplit(origin.get("url", ""))
+    url = urlsplit(origin.get("url", ""))
     if url.scheme == "file":
-        path = Path(urllib.request.url2pathname(url.path))
+        path = Path(url2pathname(url.path))
         return [_with_extra(path, extra)] if path.exists() else _packages_of(extra, found.requires or [])
     if "vcs_info" in origin:
         return [f"{_DISTRIBUTION}[{extra}] @ {origin['vcs_info']['vcs']}+{origin['url']}"]
