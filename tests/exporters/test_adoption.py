@@ -21,6 +21,7 @@ import gte_deploy  # noqa: E402
 from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.tensorrt import cuda as cuda_module  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle, read_manifest  # noqa: E402
+from gte_deploy.core import exit_codes  # noqa: E402
 from gte_deploy.core.errors import (  # noqa: E402
     BackendError,
     BundleError,
@@ -473,11 +474,11 @@ def test_devices(bundle, machine):
 def test_the_command(bundle, machine, capsys):
     folder = bundle()
     machine.engine = Engine(read_manifest(folder).graphs["tensorrt"])
-    assert main(["adopt", str(folder / "model.plan"), str(folder)]) == 0
+    assert main(["adopt", str(folder / "model.plan"), str(folder), "--progress"]) == 0
     out, told = capsys.readouterr()
     assert "engine: tensorrt 10.16.2.10 for sm87: 2 fused attention" in out and "built elsewhere" in out
     assert f"engine {PLAN} (0.0 MB)" in out and "gte-export: check the bundle" in told
-    assert main(["adopt", str(folder / "model.plan"), str(folder)]) == 1
+    assert main(["adopt", str(folder / "model.plan"), str(folder)]) == exit_codes.EXISTS
     assert "--force" in capsys.readouterr().err
     assert main(["adopt", str(folder / "model.plan"), str(folder), "--force", "--quiet", "--json"]) == 0
     out, told = capsys.readouterr()
@@ -500,7 +501,7 @@ def test_it_needs_neither_torch_nor_onnx(bundle, tmp_path):
         "from gte_deploy.exporters.cli import main\n"
         "sys.exit(main(['adopt', *sys.argv[1:]]))\n"
     )
-    command = [sys.executable, "-c", code, str(folder / "model.plan"), str(folder)]
+    command = [sys.executable, "-c", code, str(folder / "model.plan"), str(folder), "--progress"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 3 and "'tensorrt' is not installed" in ended.stderr, ended.stderr
     assert "check the bundle" in ended.stderr

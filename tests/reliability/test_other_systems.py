@@ -85,7 +85,7 @@ def test_the_command_line(bundle, tmp_path):
 def test_the_first_command(tmp_path):
     code = "from gte_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
     assert "the united states of america" in run(code, "fill-mask", "The united [MASK] of America.", cwd=tmp_path)
-    assert "kind: bundle" in run(code, "info", cwd=tmp_path) and list(tmp_path.iterdir()) == []
+    assert ": a bundle" in run(code, "info", cwd=tmp_path) and list(tmp_path.iterdir()) == []
 
 
 def test_training(tmp_path):

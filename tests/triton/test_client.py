@@ -435,7 +435,7 @@ def test_bad_settings_are_refused(options: dict[str, Any], message: str):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"inputs": None}, {"inputs": []}, {"inputs": [1]}, {"inputs": ["\ud800"]}, {"inputs": "1", "device": "cpu"}]
+    [{"inputs": None}, {"inputs": [1]}, {"inputs": ["\ud800"]}, {"inputs": "1", "device": "cpu"}]
     + [{"inputs": "1", name: value} for name, value in (("batch_size", 0), ("truncate_dim", 5), ("pooling", "max"))],
 )
 def test_bad_arguments_are_refused_before_anything_is_sent(
@@ -443,6 +443,11 @@ def test_bad_arguments_are_refused_before_anything_is_sent(
 ):
     with pytest.raises(InputError):
         client.encode(**arguments)
+    assert not transport.requests
+
+
+def test_no_texts_are_no_request(client: triton.Client, transport: FakeTransport):
+    assert len(client.encode([])) == 0
     assert not transport.requests
 
 

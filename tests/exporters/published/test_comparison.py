@@ -139,7 +139,8 @@ def test_recorded_values_agree_and_a_wrong_one_is_found(checkpoints, models, tas
 
 def test_the_best_words_agree_with_the_pipeline(checkpoints, models):
     fill = transformers.pipeline("fill-mask", model=str(checkpoints["fill-mask"]), device="cpu")
-    words = tuple(answer["token_str"] for answer in fill(MASKED, top_k=3))
+    answers = fill(MASKED, top_k=20)  # those of rows that only fill the vocabulary up have no word
+    words = tuple(answer["token_str"] for answer in answers if answer["token_str"])[:3]
     expected = Recorded(source="a test", quantity="words", values=words, texts=(MASKED,))
     assert compare_recorded(models["fill-mask"], expected).passed
     outcome = compare_recorded(models["fill-mask"], dataclasses.replace(expected, values=words[::-1]))

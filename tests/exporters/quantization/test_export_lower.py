@@ -73,7 +73,9 @@ def test_a_missed_bound_leaves_no_bundle(trace_once, tmp_path, monkeypatch):
 
 
 def test_weight_only_on_the_command_line(trace_once, tmp_path, capsys):
-    assert main(["-o", str(tmp_path / "w8"), "--precision", "int8-weight", "--max-len", "64", "--json"]) == 0
+    assert (
+        main(["-o", str(tmp_path / "w8"), "--precision", "int8-weight", "--max-len", "64", "--json", "--progress"]) == 0
+    )
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert result["precision"] == "int8-weight" and result["fusions"]["int8_linears"] == 29

@@ -91,7 +91,7 @@ def test_a_users_texts_decide_the_ranges(quantize, tiny, tmp_path):
 
     assert len(scales(made.graphs["onnxruntime"])) == 17
     assert scales(made.graphs["onnxruntime"]) != scales(ours.graphs["onnxruntime"])
-    assert lines[0].endswith("tokens of your texts")
+    assert lines[0].endswith("tokens of your texts in own.txt")
 
 
 @pytest.mark.parametrize(("precision", "name"), [("int8-weight", "int8_linears"), ("int4-weight", "int4_linears")])

@@ -7,10 +7,16 @@ import pytest
 
 from gte_deploy.core.exit_codes import FAILURE, OK, USAGE
 from gte_deploy.exporters import cli
+from gte_deploy.exporters.triton import repository
 
 
 def test_a_repository_of_a_bundle(bundles, tmp_path, capsys):
-    assert cli.main(["--format", "triton", str(bundles["embed"]), str(tmp_path / "r"), "--max-queue-size", "9"]) == OK
+    assert (
+        cli.main(
+            ["--format", "triton", str(bundles["embed"]), str(tmp_path / "r"), "--max-queue-size", "9", "--progress"]
+        )
+        == OK
+    )
     out, err = capsys.readouterr()
     assert out.startswith(f"repository {tmp_path / 'r'} (") and "models to request: gte_embed, gte_embed_fast" in out
     assert "gte-export: check the configurations" in err
@@ -29,7 +35,7 @@ def test_json(bundles, tmp_path, capsys):
 
 def test_every_option_reaches_the_export(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "export_repository", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(repository, "export_repository", lambda *args, **options: calls.append((args, options)))
     line = "model out --format triton --precision int8 --max-len 64 --max-batch-size 4 --max-queue-size 5 --threads 3"
     line += " --queue-timeout 0.5 --response-cache --model-version 2 --accelerator cuda --force --quiet"
     monkeypatch.setattr(cli, "_result_text", str)
@@ -56,7 +62,9 @@ def test_every_option_reaches_the_export(monkeypatch):
 
 def test_with_an_engine_the_one_argument_is_the_output(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli, "export_repository", lambda *args, **options: calls.append((args, options["engine"])))
+    monkeypatch.setattr(
+        repository, "export_repository", lambda *args, **options: calls.append((args, options["engine"]))
+    )
     monkeypatch.setattr(cli, "_result_text", str)
     for words in ("--engine plan out", "--engine plan -o out", "--engine plan model out"):
         assert cli.main(["triton", *words.split()]) == OK

@@ -300,7 +300,7 @@ def test_synthetic_texts_have_exactly_the_tokens(word_checkpoints):
 
 def test_the_command(bundle, capsys):
     arguments = ["bench", str(bundle), "--shapes", "1x8", "--repeats", "1", "--json"]
-    assert cli.main([*arguments, "--pick"]) == exit_codes.OK
+    assert cli.main([*arguments, "--pick", "--progress"]) == exit_codes.OK
     captured = capsys.readouterr()
     data = json.loads(captured.out)
     assert data["picked"] in {engine["name"] for engine in data["engines"] if engine["error"] is None}

@@ -257,7 +257,7 @@ def small(tmp_path):
 def test_the_command_writes_a_bundle_that_describes_its_engine(trace_once, small, tmp_path, capsys):
     out = tmp_path / "bundle"
     arguments = ["--max-len", "64", "--profile", "1x1:4x16:8x64", "--target", "sm89", "--keep-onnx"]
-    assert main([str(small), str(out), "--format", "trt", *arguments]) == 0
+    assert main([str(small), str(out), "--format", "trt", *arguments, "--progress"]) == 0
     text, progress = capsys.readouterr()
     assert "build with TensorRT-RTX" in progress and "no GPU" in progress
     assert "tensorrt fp16 (emulated): parity passed" in text and "2 fused attention" in text and "sm89" in text
