@@ -47,8 +47,8 @@ def test_no_text_at_all(call, inputs):
 
 @pytest.mark.parametrize("inputs", [[], ()], ids=["list", "tuple"])
 def test_no_texts(models, inputs):
-    """As from SentenceTransformer: no embeddings of the model's width. Other answers of no text have no form."""
-    assert models["embed"].encode(inputs).shape == (0, models["embed"].encode(GOOD).shape[-1])
+    """No embeddings, as from SentenceTransformer (tests/runtime/test_what_people_try.py); else there is no answer."""
+    assert len(models["embed"].encode(inputs)) == 0
     for name in ("fill_mask", "tokenize", "predict"):
         with pytest.raises(InputError, match="inputs|texts"):
             CALLS[name](models, inputs)
