@@ -25,7 +25,7 @@ _FREQUENT = 30
 _FEW_FREQUENT = 0.5
 """Texts in one language have nine in ten of each other's most frequent words, texts in related ones at most 0.6."""
 _MANY_UNKNOWN = 0.1
-_ALL_UNKNOWN = 0.5
+_ALL_UNKNOWN = 0.9
 _READ_TOKENS = 50_000  # a file is judged by its first texts
 
 
@@ -38,7 +38,7 @@ def choose_texts(request: ExportRequest, tokenizer: TextTokenizer, vocab_size: i
         vocab_size: number of rows of the model's vocabulary.
 
     Raises:
-        InputError: a file cannot be read, or the tokenizer does not know most of its words.
+        InputError: a file cannot be read, or the tokenizer knows almost none of its words.
     """
     options = request.target.options
     has_ranges = isinstance(options, CalibrationOptions) and request.precision in ("int8", "fp8")
@@ -85,7 +85,7 @@ class _Words:
         """Return the doubts about the texts alone.
 
         Raises:
-            InputError: most tokens are unknown.
+            InputError: almost all tokens are unknown.
         """
         share = self.unknown / max(self.tokens, 1)
         if share > _ALL_UNKNOWN:
