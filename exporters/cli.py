@@ -38,7 +38,7 @@ from gte_deploy.exporters.cli_options import (
     UploadOptions,
 )
 from gte_deploy.exporters.options import FORMATS, ExportOptions, targets_of
-from gte_deploy.exporters.published.command import VERIFY_PUBLISHED, published_parser, run_published
+from gte_deploy.exporters.published.options import VERIFY_PUBLISHED
 from gte_deploy.exporters.targets import target_classes
 from gte_deploy.exporters.targets.base import Target, allowed_precisions
 from gte_deploy.exporters.targets.tensorrt.runtimes import parse_capabilities
@@ -83,6 +83,8 @@ def run_export(arguments: argparse.Namespace, command: str | None = None) -> int
     """Run what the parsed arguments of an export or of a command ask for; returns the exit code."""
     given = vars(arguments)
     if command == VERIFY_PUBLISHED:
+        from gte_deploy.exporters.published.command import run_published
+
         return run_published(given)
     if "check_repository" in given:
         return run_command(_PROG, partial(_check, given), given)
@@ -122,6 +124,9 @@ def _parser(command: str | None, format: str) -> argparse.ArgumentParser:
     if command == CONVERT:
         return _convert_parser()
     if command == VERIFY_PUBLISHED:
+        # The table of the published checkpoints is for this command alone.
+        from gte_deploy.exporters.published.command import published_parser
+
         return published_parser()
     parser = CommandParser(prog=_PROG if command is None else f"{_PROG} {command}")
     add_export_arguments(parser, format, command)

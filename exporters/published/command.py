@@ -13,11 +13,10 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.core.exit_codes import FAILURE, OK
 from gte_deploy.core.options import Given, add_arguments, read_options
 from gte_deploy.core.quiet import quiet_libraries
-from gte_deploy.exporters.published.options import PublishedOptions
+from gte_deploy.exporters.published.options import VERIFY_PUBLISHED, PublishedOptions
 from gte_deploy.models.families import FAMILIES
 from gte_deploy.models.published import PUBLISHED, Published, published
 
-VERIFY_PUBLISHED = "verify-published"
 _PROG = "gte-export"
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from gte_deploy.core.options import option
 
+VERIFY_PUBLISHED = "verify-published"
+"""The name of the command."""
+
 
 @dataclass(frozen=True)
 class PublishedOptions:
