@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("onnxscript")
-pytest.importorskip("transformers")
-
-from gte_deploy.core.errors import InputError  # noqa: E402
-from gte_deploy.exporters.export import export  # noqa: E402
-from gte_deploy.exporters.options import make_request  # noqa: E402
-from gte_deploy.exporters.text_choice import choose_texts  # noqa: E402
-from gte_deploy.exporters.verification.texts import ChosenTexts, builtin_texts  # noqa: E402
-from gte_deploy.models import builtin_path  # noqa: E402
-from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer  # noqa: E402
+from gte_deploy.core.errors import InputError
+from gte_deploy.exporters.export import export
+from gte_deploy.exporters.options import make_request
+from gte_deploy.exporters.text_choice import choose_texts
+from gte_deploy.exporters.verification.texts import ChosenTexts, builtin_texts
+from gte_deploy.models import builtin_path
+from gte_deploy.text.tokenization import TextTokenizer, load_tokenizer
 
 ENGLISH = [text for text in builtin_texts("calibration") if text]
 HELD_OUT = [text for text in builtin_texts("evaluation") if text]

@@ -40,8 +40,6 @@ def checkpoint():
 
 @pytest.fixture(params=ENGINES)
 def model(request):
-    if importlib.util.find_spec("openvino") is None and request.param == "openvino":
-        pytest.skip("OpenVINO is not installed")
     with gte_deploy.load(backend=request.param) as opened:
         yield opened
 
@@ -138,7 +136,6 @@ def test_without_an_engine_torch_runs_it(monkeypatch):
 
 @pytest.mark.xdist_group("builtin bundle")
 def test_it_is_what_the_script_writes(tmp_path, checkpoint):
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
     tool = load_file(Path(__file__).parents[2] / "tools" / "builtin_bundle.py", "builtin_bundle")
     (tmp_path / builtin_path().name).symlink_to(builtin_path())
     tool.write(tmp_path)

@@ -10,19 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentence_transformers
+import torch
+import transformers
 
-pytest.importorskip("onnxruntime")
-sentence_transformers = pytest.importorskip("sentence_transformers")
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-import gte_deploy  # noqa: E402
-from factories import add_sparse_modules  # noqa: E402
-from gte_deploy.exporters.published.comparison import compare_recorded, selection  # noqa: E402
-from gte_deploy.exporters.published.recorded import RECORDED, Recorded  # noqa: E402
-from gte_deploy.models.published import PUBLISHED  # noqa: E402
-from runtime_models import PIECES, make_word_checkpoint  # noqa: E402
+import gte_deploy
+from factories import add_sparse_modules
+from gte_deploy.exporters.published.comparison import compare_recorded, selection
+from gte_deploy.exporters.published.recorded import RECORDED, Recorded
+from gte_deploy.models.published import PUBLISHED
+from runtime_models import PIECES, make_word_checkpoint
 
 TEXTS = ("the king walked to the river", "paris is a city, and the queen is old")
 PAIRS = (("where is paris", "paris is a city"), ("where is paris", "the old man sings"))

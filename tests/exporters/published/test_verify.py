@@ -15,21 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-pytest.importorskip("sentence_transformers")
-
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from factories import make_checkpoint  # noqa: E402
-from family_checkpoints import make_family_checkpoint  # noqa: E402
-from gte_deploy.core.errors import InputError  # noqa: E402
-from gte_deploy.exporters.published import verify  # noqa: E402
-from gte_deploy.exporters.published.results import PublishedResult, read_result, read_results, summary, write_result  # noqa: E402
-from gte_deploy.models.published import PUBLISHED, published  # noqa: E402
-from hub import Hub, running_hub  # noqa: E402
+from factories import make_checkpoint
+from family_checkpoints import make_family_checkpoint
+from gte_deploy.core.errors import InputError
+from gte_deploy.exporters.published import verify
+from gte_deploy.exporters.published.results import PublishedResult, read_result, read_results, summary, write_result
+from gte_deploy.models.published import PUBLISHED, published
+from hub import Hub, running_hub
 
 BERT, GTE, WRONG = "google-bert/bert-base-uncased", "Alibaba-NLP/gte-base-en-v1.5", "Alibaba-NLP/gte-multilingual-base"
 INCOMPLETE, GATED = "answerdotai/ModernBERT-large", "naver/splade-cocondenser-ensembledistil"

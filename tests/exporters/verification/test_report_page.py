@@ -11,20 +11,17 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("onnx")
-
-from gte_deploy.bundle.manifest import GraphEntry, Manifest, PlanEntry, TextsEntry  # noqa: E402
-from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec  # noqa: E402
-from gte_deploy.exporters.job import Built  # noqa: E402
-from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy  # noqa: E402
-from gte_deploy.exporters.verification.bounds import TOLERANCES  # noqa: E402
-from gte_deploy.exporters.verification.cases import Case  # noqa: E402
-from gte_deploy.exporters.verification.checks import Check  # noqa: E402
-from gte_deploy.exporters.verification.differences import CaseResult, Difference  # noqa: E402
-from gte_deploy.exporters.verification.report import build_report, format_table  # noqa: E402
-from gte_deploy.exporters.verification.report_page import ReportPage  # noqa: E402
-from gte_deploy.exporters.verification.results import EngineParity, ParityReport  # noqa: E402
+from gte_deploy.bundle.manifest import GraphEntry, Manifest, PlanEntry, TextsEntry
+from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec
+from gte_deploy.exporters.job import Built
+from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy
+from gte_deploy.exporters.verification.bounds import TOLERANCES
+from gte_deploy.exporters.verification.cases import Case
+from gte_deploy.exporters.verification.checks import Check
+from gte_deploy.exporters.verification.differences import CaseResult, Difference
+from gte_deploy.exporters.verification.report import build_report, format_table
+from gte_deploy.exporters.verification.report_page import ReportPage
+from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 
 LENGTHS = (1, 2, 17, 128, 130, 512, 2048, 2049, 8192)
 TENSORS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)

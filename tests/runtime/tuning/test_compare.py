@@ -44,7 +44,8 @@ def manifest(task: str, *, weights: str = "a", **facts) -> Manifest:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_rank_correlation_is_scipys(seed):
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
+
     a, b = np.random.default_rng(seed).integers(0, 6, (2, 30)).astype(float)
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
     assert rank_correlation(a, a) == pytest.approx(1) and rank_correlation(a, -a) == pytest.approx(-1)
@@ -187,7 +188,6 @@ def test_the_page_fits_a_phone(chromium, tmp_path):
 
 
 def test_a_bundle_agrees_with_itself(bundle_of, word_checkpoints, tmp_path, capsys):
-    pytest.importorskip("onnxruntime")
     bundle = str(bundle_of(word_checkpoints["embed"]))
     file, page = tmp_path / "texts.txt", tmp_path / "page.html"
     file.write_text("\n".join([*TEXTS, "", ""]))
@@ -236,7 +236,6 @@ SUBJECTS = [
 
 @pytest.mark.parametrize(("made_for", "task", "texts"), SUBJECTS)
 def test_the_answers_of_every_task_agree_with_themselves(made_for, task, texts, tmp_path):
-    pytest.importorskip("torch")
     import gte_deploy
 
     source = make_word_checkpoint(tmp_path / "source", task=made_for, pooling="cls", num_labels=1)

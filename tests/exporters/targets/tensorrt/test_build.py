@@ -6,22 +6,21 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tensorrt_rtx as trt
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '[rtx]'")
-
-from factories import make_checkpoint  # noqa: E402
-from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
-from gte_deploy.core.errors import ExportError, InputError  # noqa: E402
-from gte_deploy.exporters.cli import main  # noqa: E402
-from gte_deploy.exporters.graph.build import graph_of, save_graph  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt import runtimes  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, _memory_advice, build_plan  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.layouts import PADDED  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile  # noqa: E402
-from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_capabilities  # noqa: E402
-from tensorrt_engines import eight_bit_gemms, scales_in_dequantization  # noqa: E402
+from factories import make_checkpoint
+from gte_deploy.bundle.manifest import open_bundle
+from gte_deploy.core.errors import ExportError, InputError
+from gte_deploy.exporters.cli import main
+from gte_deploy.exporters.graph.build import graph_of, save_graph
+from gte_deploy.exporters.targets.tensorrt import engine as tensorrt_engine
+from gte_deploy.exporters.targets.tensorrt import runtimes
+from gte_deploy.exporters.targets.tensorrt.engine import PLAN_PATH, _memory_advice, build_plan
+from gte_deploy.exporters.targets.tensorrt.layouts import PADDED
+from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
+from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles, parse_profile
+from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime, resolve_capabilities
+from tensorrt_engines import eight_bit_gemms, scales_in_dequantization
 
 OPTIONS = TensorRTOptions()
 PROFILES = default_profiles(8192)
