@@ -260,9 +260,7 @@ def _compare(request: ExportRequest, built: Built, job: Job) -> "ParityReport":
         spec=spec,
         precision=job.precision,
         tokens=TokenSource.from_tokenizer(job.tokenizer),
-        texts={}
-        if job.precision == "fp32"
-        else evaluation_rounds(
+        texts=evaluation_rounds(
             job.texts.evaluation.texts,
             job.tokenizer,
             spec,

@@ -40,6 +40,8 @@ def choose_texts(request: ExportRequest, tokenizer: TextTokenizer, vocab_size: i
     Raises:
         InputError: a file cannot be read, or the tokenizer knows almost none of its words.
     """
+    if request.precision == "fp32":
+        return ChosenTexts(None, EvaluationTexts({}, ""))  # it is compared on batches alone
     options = request.target.options
     has_ranges = isinstance(options, CalibrationOptions) and request.precision in ("int8", "fp8")
     languages: Languages = options.languages if has_ranges else "auto"

@@ -274,12 +274,13 @@ def _sensitivity(report: Mapping[str, Any], described: Manifest) -> Html:
 
 
 def _facts(report: Mapping[str, Any], described: Manifest) -> dict[str, Any]:
-    calibration = report["calibration"]
+    calibration, measured = report["calibration"], report["parity"]["texts"]
     return {
         "task": report["task"],
         "precision": described.precision,
         "longest input": f"{report['max_length']:,} tokens",
         **({"calibration": f"calibrated on {TextsEntry(**calibration).describe()}"} if calibration else {}),
+        **({"accuracy": f"measured on {TextsEntry(**measured).describe()}"} if measured else {}),
         **{f"graph for {engine}": _graph(graph) for engine, graph in report["graphs"].items()},
         **({"engine": joined(element("div", line) for line in described.plan.describe())} if described.plan else {}),
     }

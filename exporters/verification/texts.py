@@ -184,7 +184,9 @@ def calibration_texts(
     Raises:
         InputError: the file cannot be read.
     """
-    builtin = evaluation_texts(tokenizer, vocab_size, languages=languages)
+    builtin = evaluation
+    if builtin is None or OWN in builtin.texts:
+        builtin = evaluation_texts(tokenizer, vocab_size, languages=languages)
     held_out = {**builtin.texts, **(evaluation.texts if evaluation else {})}
     if file is not None:
         return CalibrationTexts(read_texts(file), f"your texts in {file.name}", (), held_out)

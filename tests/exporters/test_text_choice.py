@@ -140,7 +140,9 @@ def test_a_verdict_on_a_users_texts(tmp_path):
     assert (named["source"], named["texts"], named["languages"]) == ("your texts in mine.txt", 20, [])
     assert named["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert f"accuracy on {accuracy.tokens:,} tokens of your texts in mine.txt" in lines
-    assert f"{accuracy.tokens:,} tokens of your texts" in (result.path / "report.html").read_text(encoding="utf-8")
+    page = (result.path / "report.html").read_text(encoding="utf-8")
+    assert f"{accuracy.tokens:,} tokens of your texts" in page
+    assert f"20 texts: your texts in mine.txt; sha256 {named['sha256']}" in page
     warned = "warning: your texts in mine.txt: "
     early = [line for line in lines[: lines.index("load the weights")] if line.startswith(warned)]
     assert bool(early) is (words < 1000) and [line.removeprefix("warning: ") for line in early] == [
