@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import TaskName
+from gte_deploy.tasks.multi_vector import maxsim
+from gte_deploy.tasks.similarity import similarity_matrix, similarity_of_pairs
 
 _NAMED = 3  # the entries of an answer that a line for people names
 
@@ -116,17 +118,21 @@ def answers_of(model: Any, task: TaskName, texts: Sequence[Any]) -> Any:
 
 
 def _embeddings(a: NDArray[np.float64], b: NDArray[np.float64], ground: Ground) -> Agreement:
-    near = [_similarities(side) for side in (a, b)]
-    cosines = _cosines(a, b) if ground.same_model else None
+    near = [similarity_matrix(side, side, "cosine") for side in (a, b)]
+    cosines = similarity_of_pairs(a, b, "cosine") if ground.same_model else None
     return Agreement({**_vector_measures(cosines), **_order(*near)}, _per_text(cosines, near), _neighbours(*near))
 
 
 def _multi_vectors(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]], ground: Ground) -> Agreement:
-    near = [_maxsim(side) for side in (a, b)]
+    # A token's share of the score, because long queries have larger sums.
+    near = [maxsim(side, side) / np.array([[max(1, len(query))] for query in side], np.float64) for side in (a, b)]
     per_text = None
     if ground.same_model:
         per_text = np.array(
-            [_cosines(x, y).min() if len(x) == len(y) and len(x) else 0.0 for x, y in zip(a, b, strict=True)]
+            [
+                similarity_of_pairs(x, y, "cosine").min() if len(x) == len(y) and len(x) else 0.0
+                for x, y in zip(a, b, strict=True)
+            ]
         )
     return Agreement({**_vector_measures(per_text), **_order(*near)}, _per_text(per_text, near), _neighbours(*near))
 
@@ -218,23 +224,6 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts + 1) / 2)[places], np.float64)
-
-
-def _cosines(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray(np.einsum("ij,ij->i", a, b) / np.where(norms > 0, norms, 1), np.float64)
-
-
-def _similarities(a: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the cosines [N, N] of all pairs of vectors."""
-    unit = a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    return np.asarray(unit @ unit.T, np.float64)
-
-
-def _maxsim(a: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
-    """Return the scores [N, N] of each text as a query with each text as a document."""
-    scores = [[(x @ y.T).max(axis=1).mean() if len(x) and len(y) else 0.0 for y in a] for x in a]
-    return np.array(scores, np.float64)
 
 
 def _vector_measures(cosines: NDArray[np.float64] | None) -> dict[str, float]:
