@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,7 @@ def test_a_slow_run_has_the_slow_blocks_too(tmp_path, monkeypatch):
         ("<!-- not run (gte): why -->\n```console\n$ true\n```", "no command begins with 'gte'"),
         ("<!-- run by: nothing.py -->\n```console\n$ true\n```", "no file that names page.md"),
         ("<!-- run: often -->\n```console\n$ true\n```", "run: often is no mark"),
+        ("<!-- background (true): 8080 -->\n```console\n$ true\n```", "background: 8080 is no mark"),
         ("<!-- not run: why -->\n\ntext\n", "right before its block"),
     ],
 )
@@ -265,6 +267,53 @@ again
 ```
 """,
     )
+
+
+SERVER = """
+<!-- shell
+cat > server.py <<'END'
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if self.path == "/loads" else 200)
+        self.end_headers()
+        self.wfile.write(b"answer")
+
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[2])), Handler)
+print(f"http://127.0.0.1:{server.server_port} serves", flush=True)
+print("and more", flush=True)
+server.serve_forever()
+END
+-->
+<!-- background (python): port 8080 -->
+```console
+$ python server.py --port 8080  # a comment
+http://127.0.0.1:8080 serves
+$ curl http://127.0.0.1:8080/
+$ curl http://127.0.0.1:8080/loads
+answer
+$ CURL
+```
+
+```python
+from urllib.request import urlopen
+
+assert urlopen("http://127.0.0.1:8080/").read() == b"answer"
+```
+"""
+
+
+def test_a_server_of_a_page_has_a_port_of_its_own(tmp_path, monkeypatch):
+    with ExitStack() as stack:
+        with suppress(OSError):  # taken by someone else
+            stack.enter_context(socket.create_server(("127.0.0.1", 8080)))
+        run(tmp_path, monkeypatch, SERVER.replace("CURL", "curl -f http://127.0.0.1:8080/"))
+
+
+def test_an_error_is_no_answer_of_a_server(tmp_path, monkeypatch):
+    with pytest.raises(Wrong, match="exit code 22"):
+        run(tmp_path, monkeypatch, SERVER.replace("CURL", "curl http://127.0.0.1:8080/loads"))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ class Server:
         options: limits and rules.
         token: the bearer token that requests must carry; None for none.
         on_failure: called with the error if a model cannot be loaded.
+        on_ready: called once, in a thread of its own, when every model answers requests.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class Server:
         *,
         token: str | None = None,
         on_failure: Callable[[Exception], None] = lambda error: None,
+        on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self.registry = registry
         self.options = options
         self.metrics = Metrics()
         self._token = token
         self._on_failure = on_failure
+        self._on_ready = on_ready
         self._runner = Runner(options.max_concurrent_requests)
         self.metrics.in_work.set_function(lambda: self._runner.in_work)
         registry.on_load = self._observe
@@ -144,6 +147,8 @@ class Server:
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             self.registry.load()
+            if self.registry.is_ready:
+                self._on_ready()
         except Exception as error:
             # The command line shows an error of the package itself, as for any command.
             if not isinstance(error, GteDeployError):

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -50,13 +51,17 @@ def serve(sources: Mapping[str, Callable[[], Model]], options: ServerOptions) ->
     """
     token = read_token(options.token_file, os.environ)
     failures: list[Exception] = []
+    started = time.perf_counter()
+
+    def ready() -> None:
+        print(f"gte-deploy: ready after {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
 
     def fail(error: Exception) -> None:
         failures.append(error)
         process.should_exit = True
 
     registry = Registry(sources, warm_up=options.warm_up)
-    server = Server(registry, options, token=token, on_failure=fail)
+    server = Server(registry, options, token=token, on_failure=fail, on_ready=ready)
     _log_access()
     # Warnings about a caller's words are for callers in Python; here they would be texts of others in the log.
     logging.getLogger("gte_deploy.text").setLevel(logging.ERROR)

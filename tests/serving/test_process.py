@@ -52,6 +52,7 @@ def test_several_models_and_the_end(start, task_bundles):
     assert answer.status_code == 200 and "server" not in answer.headers
     ranked = httpx.post(f"{server.url}/rerank", json={"query": "a", "texts": ["b", "c"]})
     assert ranked.status_code == 200
+    wait_for(lambda: any(line.startswith("gte-deploy: ready after ") for line in server.lines))
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'gte_deploy_requests_total{route="/embed",status="200"} 1.0' in metrics
     assert 'gte_deploy_tokens_total{model="embed"}' in metrics
@@ -81,7 +82,7 @@ def test_a_model_that_cannot_be_loaded(start, tmp_path, task_bundles):
     (broken / "manifest.json").write_text('{"format": "gte-deploy bundle"}')
     server = start(f"good={task_bundles['embed']}", broken, ready=False)
     assert server.wait() == 1
-    assert "gte-deploy: error: " in server.log and "Traceback" not in server.log
+    assert "gte-deploy: error: " in server.log and "Traceback" not in server.log and "ready" not in server.log
 
 
 def test_a_port_that_is_taken(start, task_bundles):

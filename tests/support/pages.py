@@ -18,8 +18,12 @@ Before a block, seen or unseen, and only for that block:
     <!-- run by: tests/serving/test_process.py -->             a test with the name of the page in it runs the block
     <!-- run: slow -->                           only `make test-slow` runs it, with all blocks before and after it
     <!-- run: in executorch -->                  only `make test-consumers` runs it, in that one of its environments
-    <!-- background (gte-deploy serve) -->       these commands end when the next one begins, or the page ends
+    <!-- background (gte-deploy serve): port 8080 -->    these commands end when the next of them begins, or the page
+                                                 ends; their port is a free one, wherever the page says 8080
     <!-- output: numbers vary -->                of the output, numbers with a point or an exponent may be any
+
+The output of a command in the background begins with what is shown; `curl` fails where the status is an error and the
+page shows no answer.
 
 `pip install` is not run: its extras must be those of pyproject.toml. A block in another language needs one of the first
 two marks, unless it is plain text, JSON or a diff, or generated.
@@ -60,6 +64,7 @@ SECONDS = 550
 GENERATED = "<!-- Written by "
 _FILLED = re.compile(r"<!-- (?:generated: .*|file: \S+) -->")
 _MARK = re.compile(r"<!-- (not run|run by|run|background|output)(?: \((.+)\))?(?:: (.+?))? -->", re.DOTALL)
+_PORT = re.compile(r"port (\d+)")
 _HIDDEN = re.compile(r"<!-- ?(needs:|shell\b|python\b)(.*)-->", re.DOTALL)
 
 
@@ -163,6 +168,8 @@ def check_marks(page: str, found: list[Block]) -> None:
                 raise Wrong(f"{where}: no command begins with {words!r}")
             if mark == "not run" and not value:
                 raise Wrong(f"{where}: why is it not run?")
+            if mark == "background" and value and not _PORT.fullmatch(value):
+                raise Wrong(f"{where}: {mark}: {value} is no mark")
             ways = {"run": ("slow", *(f"in {name}" for name in REQUIREMENTS)), "output": ("numbers vary",)}
             if mark in ways and value not in ways[mark]:
                 raise Wrong(f"{where}: {mark}: {value} is no mark")
@@ -230,8 +237,12 @@ def run_page(page: Path, folder: Path, thing: Callable[[str], Thing], *, way: st
                 reader.use(python if block.run else "")
                 for command in block.commands():
                     if block.unrun(command) is None:
-                        staying = any(command.begins(words) for words, _ in block.marked("background"))
-                        reader.command(command, staying=staying, vary=bool(block.marked("output")))
+                        vary = bool(block.marked("output"))
+                        staying = [value for words, value in block.marked("background") if command.begins(words)]
+                        if staying:
+                            reader.stay(command, vary, port=staying[0].removeprefix("port "))
+                        else:
+                            reader.command(command, vary=vary)
                 reader.use("")
 
 
@@ -336,6 +347,8 @@ class _Reader:
     environment: dict[str, str] = field(default_factory=dict)
     at: Path = field(init=False)
     staying: subprocess.Popen[bytes] | None = None
+    ports: dict[str, str] = field(default_factory=dict)
+    """A port of the page -> the port that a command in the background listens on in its place."""
     interpreter: subprocess.Popen[str] | None = None
     replies: IO[str] | None = None
 
@@ -377,14 +390,20 @@ class _Reader:
             self.interpreter.wait(timeout=60)
             self.replies.close()
 
-    def command(self, command: Command, *, staying: bool = False, vary: bool = False) -> None:
+    def here(self, text: str) -> str:
+        """Return a text of the page with the ports of this run."""
+        for port, listening in self.ports.items():
+            text = re.sub(rf":{port}\b", f":{listening}", text)
+        return text
+
+    def command(self, command: Command, *, vary: bool = False) -> None:
         where = f"{self.page}:{command.line}"
         if _pip(command.text):
             _check_pip(where, command.text)
             return
-        if staying:
-            self.stay(where, command, vary)
-            return
+        command = Command(command.line, self.here(command.text), tuple(map(self.here, command.shown)))
+        judged = [] if any(line.strip() not in _ANY for line in command.shown) else ["fail"]
+        (self.folder / ".curlrc").write_text("\n".join(["no-progress-meter", *judged, ""]), encoding="utf-8")
         place = self.folder / ".place"
         script = f"{command.text}\n__code=$?; pwd > {shlex.quote(str(place))}; exit $__code\n"
         with subprocess.Popen(
@@ -408,13 +427,18 @@ class _Reader:
         self.at = Path(place.read_text(encoding="utf-8").strip())
         self.compare(where, command, printed, vary)
 
-    def stay(self, where: str, command: Command, vary: bool) -> None:
-        """Start a command and wait until it has printed what is shown."""
+    def stay(self, command: Command, vary: bool, *, port: str = "") -> None:
+        """Start a command and wait until it has printed what is shown; more may follow."""
         self.end_staying()
+        where = f"{self.page}:{command.line}"
+        text, wanted = command.text, [*(command.shown or ["…"]), "…"]
+        if port:
+            rest = re.sub(rf" --port {port}\b", "", text.partition("  #")[0])
+            text, wanted = f"{rest} --port 0", [re.sub(rf":{port}\b", ":…", line) for line in wanted]
         log = self.folder / ".staying.log"
         with log.open("wb") as output:
             self.staying = subprocess.Popen(
-                ["bash", "-c", f"exec {command.text}"],
+                ["bash", "-c", f"exec {text}"],
                 cwd=self.at,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -422,12 +446,16 @@ class _Reader:
                 stderr=subprocess.STDOUT,
             )
         deadline = time.monotonic() + SECONDS / 2
-        wanted = list(command.shown) or ["…"]
         while not (printed := log.read_text(errors="replace")).strip() or not same(wanted, printed, vary=vary):
             if self.staying.poll() is not None or time.monotonic() > deadline:
-                self.compare(where, Command(command.line, command.text, tuple(wanted)), printed, vary)
-                raise Wrong(f"{where}: ended with {self.staying.poll()}\n$ {command.text}\n{printed[-6000:]}")
+                self.compare(where, Command(command.line, text, tuple(wanted)), printed, vary)
+                raise Wrong(f"{where}: ended with {self.staying.poll()}\n$ {text}\n{printed[-6000:]}")
             time.sleep(0.1)
+        if port:
+            listening = re.search(r":(\d+)\b", printed)
+            if listening is None:
+                raise Wrong(f"{where}: it does not print the port that stands for {port}\n$ {text}\n{printed[-6000:]}")
+            self.ports[port] = listening[1]
 
     def end_staying(self) -> None:
         if self.staying is not None:
@@ -463,7 +491,7 @@ class _Reader:
             os.close(writing)
             self.replies = os.fdopen(reading)
         assert self.interpreter.stdin is not None and self.replies is not None
-        self.interpreter.stdin.write(json.dumps([self.page, block.line, block.text]) + "\n")
+        self.interpreter.stdin.write(json.dumps([self.page, block.line, self.here(block.text)]) + "\n")
         self.interpreter.stdin.flush()
         reply = self.replies.readline()
         failed = json.loads(reply) if reply else f"Python ended with {self.interpreter.wait(timeout=60)}"
