@@ -95,15 +95,26 @@ def model_config(source: str) -> GteConfig:
 def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedLM:
     """Make the model from which a run starts.
 
-    A preset, or a folder without weights, gives random weights from `seed`. A folder with weights gives these.
+    A preset, or a folder without weights, gives random weights from `seed`. A folder with weights gives these; a
+    warning tells if they were trained with another RoPE base.
 
     Raises:
         ConfigError: `source` is neither a preset nor a folder with a config.json.
         CheckpointError: the weights do not fit the config.
     """
-    model = build_model(model_config(source), rope_theta=rope_theta, seed=seed)
+    config = model_config(source)
+    model = build_model(config, rope_theta=rope_theta, seed=seed)
     if any(Path(source).glob("*.safetensors*")):
         logger.info("starting from the weights of %s", source)
+        trained = (config.rope_parameters or {}).get("rope_theta", rope_theta)
+        if trained != rope_theta:
+            logger.warning(
+                "the first stage has rope_theta %g, and the weights were trained with %g; stages.0.rope_theta=%g "
+                "goes on with theirs",
+                rope_theta,
+                trained,
+                trained,
+            )
         model.load_state_dict(load_model(source, task="fill-mask", dtype=torch.float32).state_dict())
     return model
 

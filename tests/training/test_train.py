@@ -63,6 +63,16 @@ def gradients(module, batches):
     return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
+def test_another_rope_base_than_that_of_the_weights_is_told(make_architecture, tmp_path, caplog):
+    config = AutoConfig.from_pretrained(make_architecture())
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 160_000.0}
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    initial_model(str(tmp_path), rope_theta=160_000, seed=0)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    initial_model(str(tmp_path), rope_theta=10_000, seed=0)
+    assert "stages.0.rope_theta=160000 goes on with" in caplog.text
+
+
 # --- what a step computes -------------------------------------------------------------------------------------------
 
 
