@@ -19,6 +19,7 @@ from runtime_models import (  # noqa: F401  fixtures
     repeat_tolerance,
     word_checkpoints,
 )
+from traces import shared_traces  # noqa: F401  a fixture
 
 # Before anything imports torch: many small tests on few cores are faster with one thread each, and stay offline.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,6 +15,7 @@ import onnx_ir as ir  # noqa: E402
 from gte_deploy.core.errors import ExportError  # noqa: E402
 from gte_deploy.exporters.graph.trace import RotaryTable, trace  # noqa: E402
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
+from traces import fresh_traces  # noqa: E402
 
 ARGUMENTS: dict[str, Any] = {"max_length": 512, "pooling": None, "logits": "masked", "opset": 20}
 
@@ -31,7 +32,8 @@ def traced(model: Any) -> ir.Model:
     model.config._attn_implementation = "sdpa"
     rotary = model.gte.rotary_emb
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    result = trace(model, task="fill-mask", **ARGUMENTS)
+    with fresh_traces():
+        result = trace(model, task="fill-mask", **ARGUMENTS)
     # The caller's model comes back as it was.
     assert model.training and model.gte.layers[0].training and not model.lm_head.training
     assert model.config._attn_implementation == "sdpa"
