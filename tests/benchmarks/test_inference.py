@@ -74,6 +74,7 @@ def rows_of(report: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["workload"], row["contestant"]): row for row in report["measurements"]}
 
 
+@pytest.mark.slow
 def test_contestants_are_timed_on_what_they_take(report: dict[str, Any]):
     rows = rows_of(report)
     assert len([name for workload, name in rows if workload == "2x8"]) == 3
@@ -86,6 +87,7 @@ def test_contestants_are_timed_on_what_they_take(report: dict[str, Any]):
     assert 2e7 < ours["peak_bytes"] < rows["2x8", "torch eager fp32"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_real_tokens(report: dict[str, Any]):
     # gte-en-mlm-tiny: 4 layers of 256, 768 wide
     dense, attention = 16 * (4 * 256 * 256 + 3 * 256 * 768), 2 * 256 * 2 * 64
@@ -93,17 +95,20 @@ def test_flops_are_those_of_real_tokens(report: dict[str, Any]):
     assert set(report["gemm_peak"]) - {"16-bit"} == {"method", "fp32", "int8"}
 
 
+@pytest.mark.slow
 def test_answers_are_compared_with_torch(report: dict[str, Any]):
     accuracy = {row["contestant"]: row for row in report["accuracy"]}
     ours = accuracy["gte-deploy onnx fp32"]
     assert ours["token_embeddings"]["min"] > 0.99999 and 0 < ours["embed"]["max_abs"] < 1e-4
 
 
+@pytest.mark.slow
 def test_a_number_comes_with_date_hardware_versions_and_command(report: dict[str, Any]):
     assert report["date"].startswith("20") and report["hardware"]["cpu"] and report["hardware"]["threads"] == 1
     assert report["versions"]["onnxruntime"][0].isdigit() and len(report["commands"]) == 1
 
 
+@pytest.mark.slow
 def test_tables_name_every_contestant_and_reason(report: dict[str, Any], arguments: list[str], parts: Any):
     text = Path(arguments[arguments.index("--output") + 1]).with_suffix(".md").read_text()
     assert text == parts.report.markdown(report)
@@ -112,6 +117,7 @@ def test_tables_name_every_contestant_and_reason(report: dict[str, Any], argumen
         assert row["contestant"] in text and (row["error"] is None or row["error"] in text)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(
     inference: ModuleType, arguments: list[str], report: dict[str, Any], tmp_path: Path, capsys: Any
 ):
@@ -136,15 +142,18 @@ def test_it_goes_on_where_it_stopped(
 
 
 def test_what_time_does_not_allow_is_named(
-    inference: ModuleType, arguments: list[str], report: dict[str, Any], tmp_path: Path, capsys: Any
+    inference: ModuleType, arguments: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
+    """The whole way to a report with one contestant, for every run of the tests; the others here are slow."""
+    monkeypatch.setattr(inference, "SIZE", 64)
     file = tmp_path / "result.json"
-    file.write_text(json.dumps({**report, "measurements": []}))
-    options = ["--shapes", "1x8", "--minutes", "0", "--resume", str(file), "--output", str(file)]
-    assert inference.main([*arguments[:-1], *options]) == 0
-    rows = json.loads(file.read_text())["measurements"]
-    assert len(rows) == 2 and all(row["error"].startswith("left out") for row in rows)
-    assert "left out: the 0 minutes were over" in capsys.readouterr().out
+    assert inference.main([*arguments[:-2], "--shapes", "1x8", "--minutes", "0", "--output", str(file)]) == 0
+    report = json.loads(file.read_text())
+    (row,) = report["measurements"]
+    assert row["contestant"] == "torch eager fp32" and row["error"].startswith("left out")
+    assert report["hardware"]["cpu"] and report["accuracy"]
+    shown = capsys.readouterr().out
+    assert "left out: the 0 minutes were over" in shown and file.with_suffix(".md").read_text() in shown
 
 
 @pytest.mark.parametrize(
@@ -325,6 +334,7 @@ def test_it_refuses_a_noisy_machine(
     assert not (tmp_path / "none.json").exists()
 
 
+@pytest.mark.slow
 def test_a_disturbed_measurement_is_marked_or_has_no_result(
     inference: ModuleType,
     parts: Any,
