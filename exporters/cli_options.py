@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gte_deploy.core.options import option, required
-from gte_deploy.exporters.conversion import FLOAT_TYPES, KEPT, LAYOUTS
+from gte_deploy.exporters.layouts import FLOAT_TYPES, KEPT, LAYOUTS
 
 
 @dataclass(frozen=True)

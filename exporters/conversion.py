@@ -15,17 +15,13 @@ from gte_deploy.core.files import sync_tree, write_with
 from gte_deploy.core.options import check_choice
 from gte_deploy.exporters.bundle.writer import check_destination, publish, staging
 from gte_deploy.exporters.job import Progress
+from gte_deploy.exporters.layouts import FLOAT_TYPES, KEPT, LAYOUTS
 from gte_deploy.models import CHECKPOINT_PATTERNS, require_checkpoint, resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gte_deploy.models.adapters import Places
-
-LAYOUTS = ("native", "original")
-FLOAT_TYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
-"""Names of torch's types -> the names of safetensors."""
-KEPT = "keep"
 
 # Graphs and engines of other tools, and what git and huggingface_hub keep: no part of the checkpoint itself.
 _OTHER_FOLDERS = ("onnx", "openvino", "tensorrt")

@@ -14,7 +14,6 @@ from gte_deploy.core.exit_codes import FAILURE, OK
 from gte_deploy.core.options import Given, add_arguments, read_options
 from gte_deploy.core.quiet import quiet_libraries
 from gte_deploy.exporters.published.options import VERIFY_PUBLISHED, PublishedOptions
-from gte_deploy.models.families import FAMILIES
 from gte_deploy.models.published import PUBLISHED, Published, published
 
 _PROG = "gte-export"
@@ -30,7 +29,7 @@ def published_parser() -> argparse.ArgumentParser:
     )
     text = "hub id of the list, or its last part; @revision replaces the pinned one (default: all)"
     parser.add_argument("models", nargs="*", metavar="ID", help=text)
-    kinds = [name for name in FAMILIES if name != "new"]
+    kinds = tuple(dict.fromkeys(entry.family for entry in PUBLISHED.values()))
     parser.add_argument("--family", choices=kinds, metavar="FAMILY", help=f"all models of a family: {', '.join(kinds)}")
     parser.add_argument("--list", action="store_true", help="print the list and what is expected, and end")
     add_arguments(parser, PublishedOptions)

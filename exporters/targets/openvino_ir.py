@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from gte_deploy.core.errors import InputError, require_modules
 from gte_deploy.core.quiet import import_openvino
 from gte_deploy.core.spec import ModelSpec
@@ -83,6 +81,8 @@ def _write(job: Job, kind: OpenVinoIr) -> Check:
 
 def _differences(job: Job, output: str) -> Iterator[str]:
     """Yield one sentence for each batch on which the IR and the ONNX graph give different numbers."""
+    import numpy as np
+
     from gte_deploy.backends.openvino import OpenVinoBackend
     from gte_deploy.exporters.verification.cases import Case, TokenSource, make_batch
     from gte_deploy.exporters.verification.differences import compare

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gte_deploy.core.activations import ACTIVATIONS
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.files import is_below, sha256_file
 from gte_deploy.core.spec import (
@@ -468,6 +467,8 @@ def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
     Raises:
         ValueError, TypeError, KeyError: the data are not a spec.
     """
+    from gte_deploy.core.activations import ACTIVATIONS  # needs numpy, for which a command's --help need not wait
+
     id2label = {int(i): str(label) for i, label in data["id2label"].items()}
     sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
     multi_vector = None if data.get("multi_vector") is None else _multi_vector_from_json(data["multi_vector"])

@@ -1,9 +1,8 @@
 """Checks the texts, pairs and integers of a caller before any work. A message names the index and the limit."""
 
+import numbers
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from gte_deploy.core.errors import InputError
 
@@ -23,7 +22,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     Raises:
         InputError: it is not; booleans are not integers here.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
         raise InputError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")
     return int(value)
 
@@ -90,6 +89,8 @@ def as_pairs(inputs: Any, *, prompt: str = "") -> tuple[list[tuple[str, ...]], b
 
 def _as_list(inputs: Any, name: str, *place: int) -> list[Any]:
     if not isinstance(inputs, list | tuple):
+        import numpy as np  # not above: the command lines check integers with this module
+
         if isinstance(inputs, np.ndarray):
             inputs = inputs.tolist() if inputs.ndim else inputs.item()
         # A set has no order for answers to be in, and of a mapping, keys or values could be meant.

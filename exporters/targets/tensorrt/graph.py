@@ -32,7 +32,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as ir_passes
 
-from gte_deploy.backends.tensorrt.padding_free import POSITIONS
+from gte_deploy.backends.tensorrt.variants import POSITIONS
 from gte_deploy.core.spec import Precision
 from gte_deploy.exporters.graph.build import Graph, graph_of
 from gte_deploy.exporters.graph.editing import (

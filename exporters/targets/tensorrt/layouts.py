@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from gte_deploy.backends.tensorrt.padding_free import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
+from gte_deploy.backends.tensorrt.variants import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.core.errors import ExportError, InputError
 from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec, is_packed
 from gte_deploy.exporters.targets.base import require_padding_free

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from gte_deploy.backends.tensorrt.padding_free import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
+from gte_deploy.backends.tensorrt.variants import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.exporters.graph.editing import (
     Builder,
     FusionPass,

@@ -7,8 +7,6 @@ texts of all lengths has several profiles, and (batch, sequence) of each stays w
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
 
@@ -40,6 +38,8 @@ def profiles_for_lengths(lengths: Sequence[int], max_length: int) -> tuple[Profi
 
     Each profile is tuned for the median of its lengths. The last one goes up to `max_length`.
     """
+    import numpy as np
+
     clipped = np.clip(np.sort(np.asarray(lengths, np.int64)), 1, max_length)
     # Multiples of 8, the unit of tensor cores.
     limits = {min(max_length, -(-int(np.quantile(clipped, share)) // 8) * 8) for share in _QUANTILES}
@@ -116,7 +116,7 @@ def packed_profiles(max_length: int, lengths: Sequence[int] = ()) -> tuple[Profi
 
     Each profile is tuned for half its tokens, in texts of the median length in `lengths` if there are any.
     """
-    typical = int(np.median(lengths)) if lengths else _TYPICAL_LENGTH
+    typical = sorted(lengths)[len(lengths) // 2] if lengths else _TYPICAL_LENGTH
     profiles = []
     for tokens in (*_PACKED_LIMITS, max(TOKEN_BUDGET, max_length)):
         half = tokens // 2

@@ -14,7 +14,6 @@ from gte_deploy.exporters.targets.tensorrt.layouts import TEXT_LAYOUTS, TextLayo
 from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
 from gte_deploy.exporters.targets.tensorrt.profiles import read_lengths
 from gte_deploy.exporters.targets.tensorrt.runtimes import NO_ENGINE, Runtime, choose_runtime, resolve_capabilities
-from gte_deploy.tasks.base import Outputs
 
 if TYPE_CHECKING:
     from gte_deploy.backends.base import Batch
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from gte_deploy.exporters.targets.tensorrt.precision import QuantizedGemms
     from gte_deploy.exporters.verification.accuracy import Runs
     from gte_deploy.models.description import Description
+    from gte_deploy.tasks.base import Outputs
 
 _ENGINE_NOT_RUN = (
     "The comparison ran the ONNX graph that the engine was compiled from, with ONNX Runtime on the CPU; the engine "
@@ -191,7 +191,7 @@ class _AnswersAndStates:
     names: Sequence[str]
     whole: "Runs"
 
-    def run(self, batch: "Batch", outputs: Sequence[str]) -> Outputs:
+    def run(self, batch: "Batch", outputs: Sequence[str]) -> "Outputs":
         """See `Backend.run`."""
         own, others = ([name for name in outputs if (name in self.names) is wanted] for wanted in (True, False))
         found = self.answers.run(batch, own) if own else {}

@@ -5,12 +5,13 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import BackendError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class _Thread(threading.local):
@@ -196,7 +197,7 @@ class Buffer:
         self._size = wanted
         return True
 
-    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    def array(self, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> "NDArray[Any]":
         """Host memory as an array, valid until the buffer moves."""
         memory: Any = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(self.address)
         return np.frombuffer(memory, dtype).reshape(shape)

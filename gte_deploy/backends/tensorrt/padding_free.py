@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.tensorrt.shapes import SubBatch, mask_groups, padded_length, padded_rows
+from gte_deploy.backends.tensorrt.variants import KV_LENGTHS, POSITIONS, QUERY_LENGTHS
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import Profile
-
-POSITIONS, QUERY_LENGTHS, KV_LENGTHS = "position_ids", "query_lengths", "kv_lengths"
 
 
 def split_packed_batch(

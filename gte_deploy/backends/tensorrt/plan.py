@@ -12,8 +12,7 @@ from typing import Any
 
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.tensorrt.cuda import Cuda
-from gte_deploy.backends.tensorrt.padding_free import QUERY_LENGTHS
-from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES, VARIANTS
+from gte_deploy.backends.tensorrt.variants import DTYPE_NAMES, QUERY_LENGTHS, VARIANTS
 from gte_deploy.bundle.manifest import FileEntry, PlanEntry
 from gte_deploy.core.errors import BackendError, BundleError
 from gte_deploy.core.install import install_command

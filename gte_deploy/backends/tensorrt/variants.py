@@ -1,4 +1,7 @@
-"""The variants of TensorRT, and the data types that an engine may have; for the runtime and for the exporter."""
+"""What the runtime and the exporter both know of TensorRT: its variants, data types, and names of inputs.
+
+The command line of the exporter imports this, so it loads nothing that is slow.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,3 +38,5 @@ DTYPE_NAMES: Mapping[str, str] = {
     "INT64": "int64",
 }
 """TensorRT's name of a data type -> the manifest's."""
+POSITIONS, QUERY_LENGTHS, KV_LENGTHS = "position_ids", "query_lengths", "kv_lengths"
+"""Inputs of a padding-free engine, see `padding_free.py`."""
