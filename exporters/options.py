@@ -19,10 +19,12 @@ from gte_deploy.core.spec import (
     Logits,
     Precision,
 )
+from gte_deploy.exporters.graph import MAX_OPSET, MIN_OPSET
 from gte_deploy.exporters.targets import TARGETS, target_class, target_classes
 from gte_deploy.exporters.targets.base import Target
 from gte_deploy.exporters.text_files import read_texts
 from gte_deploy.exporters.verification.bounds import Bounds
+from gte_deploy.text.inputs import check_integer
 
 FORMATS = tuple(dict.fromkeys(kind.format for kind in target_classes()))
 """The values of `format`, the default first."""
@@ -82,7 +84,7 @@ class ExportOptions:
     )
     opset: int | None = option(
         None,
-        "ONNX opset (default: the one that the graph is tested with)",
+        f"ONNX opset, {MIN_OPSET} to {MAX_OPSET} (default: the one that the graph is tested with)",
         metavar="N",
         parse=int,
         not_for=("executorch",),
@@ -153,8 +155,11 @@ def make_request(
         raise InputError(f"tensorrt is for format trt, and the target is {kind.name}: leave it out")
     options = dataclasses.replace(options or ExportOptions(), **common)
     precision = kind.precisions[0] if options.precision is None else options.precision
-    check_choice(f"precision of format {format}, target {kind.name}", precision, kind.precisions)
+    known = {name: meant for name, meant in PRECISION_ALIASES.items() if meant in kind.precisions}
+    check_choice(f"precision of format {format}, target {kind.name}", precision, kind.precisions, known)
     check_choices(options)
+    if options.opset is not None:
+        check_integer("opset", options.opset, MIN_OPSET, MAX_OPSET)
     base: Any = kind.Options() if tensorrt is None else tensorrt
     chosen = kind(dataclasses.replace(base, **own))
     chosen.check(cast(Precision, precision))

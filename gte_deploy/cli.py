@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,20 @@ if TYPE_CHECKING:
 _PROG = "gte-deploy"
 _STDIN = "-"
 _SECONDS_BETWEEN_LINES = 60
+_METHODS = (
+    "fill_mask",
+    "encode",
+    "predict",
+    "classify_tokens",
+    "encode_sparse",
+    "encode_hybrid",
+    "encode_multi_vector",
+)
+_TYPED = {
+    **{f"use {method}, or": f"use `{_PROG} {method.replace('_', '-')}`, or" for method in _METHODS},
+    "or load another model": "or give another --model",
+}
+"""Words of errors for callers in Python -> what they are on the command line."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _never_fail_to_print()
     command = _COMMANDS[given["command"]]
-    return run_command(_PROG, partial(command.run, given), given, kinds=command.options)
+    with warnings.catch_warnings():
+        if "verbose" not in given:
+            warnings.simplefilter("ignore")  # of the libraries that read a checkpoint, for their own callers
+        return run_command(_PROG, partial(command.run, given), given, kinds=command.options, names=_TYPED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +123,8 @@ def _fill_mask(given: Given) -> None:
     texts = _texts(given)
     with _load(given) as model:
         # All texts in one call, so that they share batches; a list of one text is answered like the text alone.
-        answers = model.fill_mask(texts, **_arguments(given, FillMaskOptions, BatchingOptions))
+        arguments = _arguments(given, FillMaskOptions, BatchingOptions)
+        answers = model.fill_mask(texts, show_progress_bar=_shows_bar(given, texts), **arguments)
     for text, answer in zip(texts, [answers] if len(texts) == 1 else answers, strict=True):
         if "json" in given:
             print(json.dumps(answer))
@@ -114,6 +133,11 @@ def _fill_mask(given: Given) -> None:
         for masks in answer if isinstance(answer[0], list) else [answer]:
             for candidate in masks:
                 print(f"  {candidate['score']:.4f}  {candidate['token_str']:<16} {candidate['sequence']}")
+
+
+def _shows_bar(given: Given, inputs: Sequence[Any]) -> bool:
+    """Whether a bar counts the answered inputs: where progress is shown, and there is more than one."""
+    return shows_progress(given) and (len(inputs) > 1 or "progress" in given)
 
 
 def _encode(given: Given) -> None:
@@ -132,7 +156,7 @@ def _encode(given: Given) -> None:
     with _load(given) as model:
         if model.spec.task in ("sparse", "multi-vector"):
             raise InputError(f"{model.path} is made for {model.spec.task}: use {_PROG} encode-{model.spec.task}")
-        embeddings = model.encode(texts, show_progress_bar=shows_progress(given), **arguments)
+        embeddings = model.encode(texts, show_progress_bar=_shows_bar(given, texts), **arguments)
     if chunking:
         from gte_deploy.tasks.chunks import chunk_records
 
@@ -253,7 +277,7 @@ def _encode_sparse(given: Given) -> None:
         return
     texts = _texts(given)
     with _load(given, task="sparse") as model:
-        embeddings = model.encode_sparse(texts, show_progress_bar=shows_progress(given), as_dict=True, **arguments)
+        embeddings = model.encode_sparse(texts, show_progress_bar=_shows_bar(given, texts), as_dict=True, **arguments)
     for embedding in embeddings:
         print(json.dumps(embedding, ensure_ascii="json" in given))
 
@@ -264,7 +288,7 @@ def _encode_hybrid(given: Given) -> None:
         return
     texts = _texts(given)
     with _load(given, task="hybrid") as model:
-        found = model.encode_hybrid(texts, show_progress_bar=shows_progress(given), as_dict=True, **arguments)
+        found = model.encode_hybrid(texts, show_progress_bar=_shows_bar(given, texts), as_dict=True, **arguments)
     for dense, sparse in zip(found.dense.tolist(), found.sparse, strict=True):
         print(json.dumps({"dense": dense, "sparse": sparse}, ensure_ascii="json" in given))
 
@@ -277,9 +301,11 @@ def _encode_multi_vector(given: Given) -> None:
     texts = _texts(given)
     with _load(given) as model:
         if model.spec.task != "multi-vector":
-            raise InputError(f"this needs a multi-vector model, and {model.path} is made for {model.spec.task}")
+            raise InputError(
+                f"this needs a multi-vector model, and {model.path} is made for {model.spec.task}; give another --model"
+            )
         encode = model.encode_query if route == "query" else model.encode_document
-        embeddings = encode(texts, show_progress_bar=shows_progress(given), **arguments)
+        embeddings = encode(texts, show_progress_bar=_shows_bar(given, texts), **arguments)
     for embedding in embeddings:
         print(json.dumps(embedding.tolist()))
 
@@ -288,7 +314,8 @@ def _rank(given: Given) -> None:
     texts = _texts(given)
     arguments = _arguments(given, RankOptions, BatchingOptions)
     with _load(given) as model:
-        ranking = model.rank(documents=texts, return_documents=True, **arguments)
+        bar = _shows_bar(given, texts)
+        ranking = model.rank(documents=texts, return_documents=True, show_progress_bar=bar, **arguments)
     for entry in ranking:
         line = f"{entry['score']:.4f}  {entry['corpus_id']}  {entry['text']}"
         print(json.dumps(entry) if "json" in given else line)
@@ -302,7 +329,7 @@ def _predict(given: Given) -> None:
         if model.spec.task == "token-classify":
             raise InputError(f"{model.path} labels the tokens of a text: use {_PROG} classify-tokens")
         function = _function_of(options.function_to_apply, model.spec)
-        scores = model.predict(inputs, activation_fn=function, show_progress_bar=shows_progress(given), **arguments)
+        scores = model.predict(inputs, activation_fn=function, show_progress_bar=_shows_bar(given, inputs), **arguments)
         names = model.spec.id2label
     for texts, row in zip(inputs, scores.reshape(len(inputs), -1).tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda label: -row[label])
@@ -342,7 +369,8 @@ def _function_of(name: "ScoreFunction | None", spec: "ModelSpec") -> "Activation
 def _classify_tokens(given: Given) -> None:
     texts, options = _texts(given), read_options(ClassifyTokensOptions, given)
     with _load(given) as model:
-        answers = model.classify_tokens(texts, **_arguments(given, ClassifyTokensOptions, BatchingOptions))
+        arguments = _arguments(given, ClassifyTokensOptions, BatchingOptions)
+        answers = model.classify_tokens(texts, show_progress_bar=_shows_bar(given, texts), **arguments)
     label = "entity" if options.aggregation_strategy == "none" else "entity_group"
     for text, entities in zip(texts, answers, strict=True):
         if "json" in given:
@@ -363,12 +391,15 @@ def _verify(given: Given) -> None:
         from gte_deploy.models import require_checkpoint
 
         require_checkpoint(options.checkpoint)
+    tell = progress_lines(_PROG, given) or (lambda line: None)
     folder = resolve_bundle(options.bundle)
+    tell(f"compare the files of {folder} with its manifest")
     manifest = open_bundle(folder)
     check_graphs(folder, manifest)
     size = sum(entry.size for entry in manifest.files.values())
     check = None
     if options.checkpoint is not None:
+        tell(f"compare its answers with those of {options.checkpoint}")
         from gte_deploy.exporters.verification.answers import verify_against
 
         check = verify_against(folder, options.checkpoint)
@@ -385,7 +416,10 @@ def _verify(given: Given) -> None:
 def _push(given: Given) -> None:
     from gte_deploy.bundle.upload import push_to_hub
 
-    pushed = push_to_hub(**_arguments(given, PushOptions))
+    arguments = _arguments(given, PushOptions)
+    if (tell := progress_lines(_PROG, given)) is not None:
+        tell(f"compare the files of {arguments['bundle']} with its manifest, and push them")
+    pushed = push_to_hub(**arguments)
     print(json.dumps(dataclasses.asdict(pushed)) if "json" in given else pushed.describe())
 
 
@@ -465,9 +499,21 @@ def _serve(given: Given) -> None:
 
     arguments = {**_arguments(given, ServedModelsOptions), **_load_arguments(given)}
     names = named_sources(arguments.pop("models"))
+    for path in names.values():
+        _require_model(path)
     join = JoinOptions(max_queue_tokens=options.max_queue_tokens)
     sources = {name: partial(load, path, join_calls=join, **arguments) for name, path in names.items()}
     serve(sources, options)
+
+
+def _require_model(path: str) -> None:
+    """Refuse what is plainly no model before the server says that it serves it; a hub id is not looked up."""
+    from gte_deploy.bundle.manifest import is_bundle
+    from gte_deploy.models import locate, require_checkpoint
+
+    folder = locate(path)
+    if not (isinstance(folder, Path) and is_bundle(folder)):
+        require_checkpoint(path)
 
 
 def _load(given: Given, task: TaskName | None = None) -> "Model":

@@ -40,6 +40,7 @@ from gte_deploy.core.options import check_choice
 from gte_deploy.core.spec import (
     BACKENDS,
     LOAD_PRECISIONS,
+    TASK_ALIASES,
     BackendName,
     ComputePrecision,
     LoadPrecision,
@@ -132,7 +133,7 @@ def load(
     if precision is not None:
         check_choice("precision", precision, LOAD_PRECISIONS)
     asked = None if precision == "auto" else precision
-    check_choice("task", task, ("auto", *TASKS))
+    check_choice("task", task, ("auto", *TASKS), TASK_ALIASES)
     wanted = stream_count(streams)
     joins = _join_options(join_calls)
     folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token)

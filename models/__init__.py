@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gte_deploy.core.errors import CheckpointError
+from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.files import read_json
 from gte_deploy.core.hub import HubModel, split_revision
 from gte_deploy.core.options import did_you_mean
@@ -23,6 +23,8 @@ __all__ = [
 BUILTIN_NAME = "gte-en-mlm-tiny"
 _FORMATS = "gte-deploy-"  # how the formats begin that the manifest.json of bundles and repositories name
 _FIRST_FILES = ("config.json", "modules.json", "adapter_config.json")
+_MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".plan")
+_TEXT_MODULES = ("Transformer", "Router", "Asym")  # also MLMTransformer; a Router or Asym has one inside
 
 CHECKPOINT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "README.md", "LICENSE*", "NOTICE")
 """The files of a checkpoint on the hub, and its licence. Pickles (*.bin, *.pt) and code (*.py) are never downloaded."""
@@ -87,13 +89,40 @@ def require_checkpoint(name_or_path: str | os.PathLike[str] | None) -> None:
         )
     if not any((folder / name).is_file() for name in _FIRST_FILES):
         raise CheckpointError(
-            f"{folder} is no checkpoint: it has no config.json.",
+            f"{folder} is no checkpoint: it has no config.json{_what_is_in(folder)}.",
             advice="Give the folder that save_pretrained of transformers or sentence-transformers wrote, or a hub id.",
         )
+    _require_text_modules(folder)
     if isinstance(config, dict) and "model_type" in config:
         from gte_deploy.models.families import family_of_fields
 
         family_of_fields(config, folder / "config.json")
+
+
+def _what_is_in(folder: Path) -> str:
+    """Say what a folder without config.json has instead: models of other tools, or nothing."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return ", and is empty"
+    foreign = [name for name in names if name.endswith(_MODEL_SUFFIXES)]
+    return f", only {', '.join(foreign[:3])}" if foreign else ""
+
+
+def _require_text_modules(folder: Path) -> None:
+    """Refuse a folder of sentence-transformers whose modules include none that reads texts with a transformer.
+
+    Raises:
+        ConfigError: the modules are of another kind, for images for example.
+    """
+    modules = read_json(folder / "modules.json")
+    if (folder / "config.json").is_file() or not isinstance(modules, list):
+        return
+    kinds = [str(each.get("type")).rpartition(".")[2] for each in modules if isinstance(each, dict)]
+    if kinds and not any(kind.endswith(_TEXT_MODULES) for kind in kinds):
+        raise ConfigError(
+            f"{folder / 'modules.json'} lists {', '.join(kinds)}; expected a Transformer among them.",
+            advice="Only encoders of text are exported; docs/families.md lists them.",
+        )
 
 
 def locate(
@@ -119,7 +148,10 @@ def locate(
             raise CheckpointError(f"revision {revision!r} was given for the folder {path}; only hub ids have revisions")
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file; a checkpoint is the folder that holds config.json")
+        raise CheckpointError(
+            f"{path} is a file; a checkpoint or bundle is a folder, with config.json or manifest.json in it.",
+            advice=f"Give the folder: {path.parent}",
+        )
     name, in_name = split_revision(str(name_or_path))
     if None not in (revision, in_name) and revision != in_name:
         raise CheckpointError(f"two revisions were given: {in_name!r} in {str(name_or_path)!r}, and {revision!r}")

@@ -114,4 +114,16 @@ def _found_instead(folder: Path, target: str = WEIGHTS) -> str:
     for pattern, what in _OTHER_FORMATS.items():
         if found := sorted(file.name for file in folder.glob(pattern)):
             return f"found: {found[0]}, {what}."
+    if (name := _hub_id(folder)) is not None:
+        return (
+            f"weights found: none in what was downloaded of {name}. Pickles (*.bin) are never downloaded, because "
+            "loading one can run code. If its files on the hub have only pickles, and you trust them: `hf download "
+            f"{name} --local-dir FOLDER`; then give FOLDER, and the error says how to convert them."
+        )
     return "weights found: none. Copy or download the checkpoint again."
+
+
+def _hub_id(folder: Path) -> str | None:
+    """Return the id of a folder in the cache of huggingface_hub, models--owner--name/snapshots/COMMIT."""
+    *_, name, kind, _ = ("", "", "", *folder.parts)
+    return name.removeprefix("models--").replace("--", "/") if kind == "snapshots" and "models--" in name else None

@@ -7,15 +7,19 @@ import pty
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+import gte_deploy
 from gte_deploy import cli as deploy_cli
 from gte_deploy.core import exit_codes
 from gte_deploy.core.command_line import with_flags
+from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option
 from gte_deploy.exporters import cli as export_cli
 from gte_deploy.exporters import export as export_module
+from gte_deploy.exporters.options import make_request
 from gte_deploy.models import builtin_bundle
 from gte_deploy.training import cli as train_cli
 
@@ -39,18 +43,19 @@ SLOW = (
     ),
     *("matplotlib", "safetensors", "scipy", "sentence_transformers"),
 )
-# Runs commands one after the other in one process; prints the exit code of each, and what is loaded after it.
+# Runs commands one after the other in one process; prints the exit code of each, what is loaded after it, and what it
+# printed.
 COMMANDS = """
-import importlib, json, sys
-loaded = {}
+import contextlib, importlib, io, json, sys
 for program, arguments in json.loads(sys.argv[1]):
-    main = importlib.import_module(program).main
-    try:
-        code = main(arguments)
-    except SystemExit as stop:
-        code = stop.code
+    main, out, err = importlib.import_module(program).main, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code
     slow = sorted(set(json.loads(sys.argv[2])) & set(sys.modules))
-    print("\\nENDED", json.dumps([arguments, code, slow]))
+    print(json.dumps([arguments, code, slow, out.getvalue(), err.getvalue()]))
 """
 
 
@@ -68,14 +73,14 @@ def places(tmp_path_factory):
 
 
 def ended(commands, cwd, slow=SLOW):
-    """Run commands in a process of their own; return their arguments, exit codes and slow modules, and stderr."""
+    """Run commands in a process of their own; return arguments, exit codes and slow modules, and what they print."""
     asked = json.dumps([(MODULES[program], arguments) for program, arguments in commands])
     command = [sys.executable, "-c", COMMANDS, asked, json.dumps(slow)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, check=False)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    lines = [line.partition(" ")[2] for line in done.stdout.splitlines() if line.startswith("ENDED ")]
-    assert len(lines) == len(commands)
-    return [json.loads(line) for line in lines], done.stderr
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands)
+    return [each[:3] for each in found], [each[3:] for each in found]
 
 
 HELP = [
@@ -85,6 +90,7 @@ HELP = [
     *(("gte-train", [*words, "--help"]) for words in ([], ["estimate"], ["run"], ["glue"], ["prepare"])),
 ]
 BUNDLE = str(builtin_bundle())
+ENCODERS = ("fill-mask", "encode-sparse", "encode-hybrid", "encode-multi-vector", "predict", "classify-tokens")
 REFUSED = [
     ("gte-deploy", ["encode", "-m", "nowhere", "a"], exit_codes.FAILURE),
     ("gte-deploy", ["encode", "-m", "foreign", "a"], exit_codes.FAILURE),
@@ -95,6 +101,13 @@ REFUSED = [
     ("gte-deploy", ["verify", BUNDLE, "--checkpoint", BUNDLE], exit_codes.FAILURE),
     ("gte-deploy", ["bench", "empty"], exit_codes.FAILURE),
     ("gte-deploy", ["encode", "--pooling", "max", "a"], exit_codes.USAGE),
+    *(("gte-deploy", [command, "-m", "nowhere", "a"], exit_codes.FAILURE) for command in ENCODERS),
+    ("gte-deploy", ["rank", "-m", "nowhere", "-q", "a", "b"], exit_codes.FAILURE),
+    ("gte-deploy", ["serve", "nowhere"], exit_codes.FAILURE),
+    ("gte-deploy", ["serve", "foreign"], exit_codes.FAILURE),
+    ("gte-deploy", ["push", "empty", "a/b"], exit_codes.FAILURE),
+    ("gte-deploy", ["compare", BUNDLE, "empty"], exit_codes.FAILURE),
+    ("gte-deploy", ["completion", "tcsh"], exit_codes.USAGE),
     ("gte-export", ["nowhere", "out"], exit_codes.FAILURE),
     ("gte-export", ["foreign", "out"], exit_codes.FAILURE),
     ("gte-export", [BUNDLE, "out"], exit_codes.FAILURE),
@@ -102,6 +115,11 @@ REFUSED = [
     ("gte-export", ["-o", "full", "--force"], exit_codes.EXISTS),
     ("gte-export", ["-o", "texts.txt"], exit_codes.EXISTS),
     ("gte-export", ["--task", "sing"], exit_codes.USAGE),
+    ("gte-export", ["--opset", "9"], exit_codes.USAGE),
+    *(("gte-export", [command, "-o", "full"], exit_codes.EXISTS) for command in ("onnx", "trt", "triton")),
+    ("gte-export", ["executorch", "foreign", "out"], exit_codes.FAILURE),
+    ("gte-export", ["check", "empty"], exit_codes.USAGE),
+    ("gte-export", ["verify-published", "nowhere"], exit_codes.USAGE),
     ("gte-export", ["convert", "gte-en-mlm-tiny", "full", "--layout", "native"], exit_codes.EXISTS),
     ("gte-export", ["convert", BUNDLE, "out", "--layout", "native"], exit_codes.FAILURE),
     ("gte-export", ["adopt", "nowhere.plan", "empty"], exit_codes.FAILURE),
@@ -128,6 +146,129 @@ def test_help_and_refusals_wait_for_no_slow_library(program, places):
     assert found == [[words, code, []] for words, code in refused]
     assert sorted(path.name for path in places.iterdir()) == ["empty", "foreign", "full", "texts.txt"]
     assert (places / "full" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("program", MAINS)
+def test_every_refusal_is_one_line_with_quiet_and_one_object_with_json(program, places):
+    refused = [(words, code) for name, words, code in REFUSED if name == program]
+    found, printed = ended([(program, [*words, "--json", "--quiet"]) for words, _ in refused], places)
+    for (words, code), (_, ends, _), (out, err) in zip(refused, found, printed, strict=True):
+        error = json.loads(out)["error"]
+        assert (ends, error["exit_code"]) == (code, code), words
+        first, *more = err.splitlines()
+        assert first.startswith(program) and error["message"] in first, words
+        assert more in ([], [error["advice"]]), words
+
+
+def options_of_commands():
+    """The flags of every command: (program, command) -> flag -> its help."""
+    deploy, train = deploy_cli._parser(), train_cli.build_parser()
+    parsers = {("gte-export", name): export_cli._parser(name, name or "onnx") for name in (None, *export_cli._COMMANDS)}
+    for program, parser in (("gte-deploy", deploy), ("gte-train", train)):
+        (commands,) = (action for action in parser._actions if action.dest == "command")
+        parsers |= {(program, name): inner for name, inner in commands.choices.items()}
+    return {
+        place: {flag: action.help for action in parser._actions for flag in action.option_strings}
+        for place, parser in parsers.items()
+    }
+
+
+def test_every_command_is_asked_in_the_same_words():
+    tables = options_of_commands()
+    assert len(tables) > 25
+    for place, flags in tables.items():
+        assert {"--json", "--quiet", "--progress", "--help"} <= flags.keys(), place
+        assert not {"--overwrite", "--replace", "--exist-ok", "--silent", "--no-progress"} & flags.keys(), place
+    commands = {command for _, command in tables}
+    refused = {(name, words[0] if words[0] in commands else None) for name, words, _ in REFUSED}
+    assert refused >= tables.keys(), "a command without a refusal in the table"
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "said"),
+    [
+        ("gte-export", ["clip", "out"], "lists CLIPModel; expected a Transformer among them"),
+        ("gte-export", ["weights", "out"], "it has no config.json, only model.safetensors. Give the folder that"),
+        ("gte-export", ["empty", "out"], "it has no config.json, and is empty."),
+        ("gte-export", ["texts.txt", "out"], "texts.txt is a file; a checkpoint or bundle is a folder"),
+        ("gte-export", ["foreign", "out"], "`optimum-cli export onnx --model CHECKPOINT OUTPUT`"),
+        ("gte-export", [BUNDLE, "out"], f"`gte-deploy serve {BUNDLE}`"),
+        ("gte-export", ["check", "empty"], "Write one with: gte-export triton MODEL"),
+        ("gte-export", ["--opset", "9"], "--opset must be an integer from 20 to 23, not 9"),
+        ("gte-deploy", ["verify", "foreign"], "it has no manifest.json. Make a bundle of it with: gte-export foreign"),
+        ("gte-deploy", ["rank", "-q", "a", "b"], "use `gte-deploy fill-mask`, or give another --model"),
+        ("gte-deploy", ["classify-tokens", "a"], "use `gte-deploy fill-mask`, or give another --model"),
+        ("gte-deploy", ["encode", "-i", "t.jsonl", "-o", "v.npy"], "has no column 'text'; it has body. Name the column "
+         "of the texts, as in --text-column body."),
+        ("gte-deploy", ["encode", "-i", "t.jsonl", "-o", "v.npy", "--text-column", "bdy"], "has no column 'bdy'"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_what_came_and_the_next_step(program, arguments, said, tmp_path, monkeypatch, capsys):
+    for name, content in (
+        ("clip/modules.json", json.dumps([{"idx": 0, "path": "", "type": "sentence_transformers.models.CLIPModel"}])),
+        ("weights/model.safetensors", ""),
+        ("foreign/config.json", json.dumps({"model_type": "gpt2"})),
+        ("texts.txt", "a"),
+        ("t.jsonl", json.dumps({"body": "a text"}) + "\n"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert MAINS[program](arguments) in (exit_codes.FAILURE, exit_codes.USAGE)
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_names_that_people_type_are_explained_to_callers_in_python():
+    for call, said in (
+        (lambda: gte_deploy.load(task="Rerank"), "'Rerank' is 'classify' here"),
+        (lambda: make_request(task="token_classification"), "'token_classification' is 'token-classify' here"),
+        (lambda: make_request(target="cuda", precision="half"), "'half' is 'fp16' here"),
+        (lambda: make_request(precision="half"), "expected one of fp32, bf16, int8, int8-weight, int4-weight$"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+class Asked(Exception):
+    """What a command gave to the model."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["fill-mask"], ["encode"], ["encode-sparse"], ["encode-hybrid"], ["encode-multi-vector"], ["predict"],
+     ["rank", "-q", "q"], ["classify-tokens"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_commands_of_many_texts_show_a_bar_on_a_terminal(words, monkeypatch):
+    class Model:
+        task = "multi-vector" if words == ["encode-multi-vector"] else "any"
+        spec = SimpleNamespace(task=task, activation=None, num_labels=1)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def __getattr__(self, method):
+            def answer(*texts, show_progress_bar, **options):
+                raise Asked(show_progress_bar)
+
+            return answer
+
+    monkeypatch.setattr(deploy_cli, "_load", lambda *given, **options: Model())
+
+    def shown(*flags, terminal):
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal, write=len, flush=lambda: None))
+        with pytest.raises(Asked) as asked:
+            deploy_cli.main([*words, *flags])
+        return asked.value.args[0]
+
+    assert shown("a", "b", terminal=True) and shown("a", "--progress", terminal=False)
+    assert not shown("a", terminal=True), "one text is no wait that needs a bar"
+    assert not shown("a", "b", terminal=False) and not shown("a", "b", "--quiet", terminal=True)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +357,10 @@ def test_progress_is_for_terminals_and_for_who_asks(tmp_path):
     """stderr of a real process: a pipe, a pipe with --progress, a terminal, and a terminal with --quiet."""
     (tmp_path / "t.txt").write_text("a\nb\n")
     code = "import sys; from gte_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "encode", "-i", "t.txt", "-o", "v.npy"]
+    encode = ["encode", "-i", "t.txt", "-o", "v.npy"]
 
-    def stderr_of(*flags, terminal):
+    def stderr_of(*flags, terminal, words=encode):
+        command = [sys.executable, "-c", code, *words]
         if not terminal:
             done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120)
             assert done.returncode == 0, done.stderr
@@ -238,6 +380,9 @@ def test_progress_is_for_terminals_and_for_who_asks(tmp_path):
     assert "rows/s" in stderr_of("--progress", terminal=False)
     assert "rows/s" in stderr_of(terminal=True)
     assert stderr_of("--quiet", terminal=True) == stderr_of("--quiet", terminal=False) == ""
+    verify = ["verify", BUNDLE]
+    assert "compare the files" in stderr_of(terminal=True, words=verify)
+    assert stderr_of("--quiet", terminal=True, words=verify) == stderr_of(terminal=False, words=verify) == ""
 
 
 ASK = """

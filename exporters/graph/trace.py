@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.spec import LOGITS, POOLINGS, Logits, Pooling, SparseSpec, TaskName, head_task
-from gte_deploy.exporters.graph import MIN_MAX_LENGTH
+from gte_deploy.exporters.graph import MAX_OPSET, MIN_MAX_LENGTH, MIN_OPSET
 from gte_deploy.exporters.graph.editing import array, dimensions, initializer, integers, operand, replace
 from gte_deploy.exporters.graph.joined_layers import separate_joined_layers
 from gte_deploy.models.families import family_of
@@ -44,9 +44,6 @@ MASK_BIAS = -10_000.0
 """Added to the scores of masked keys. exp(-10000) is 0 in FP32; a row without keys stays finite; FP16 can hold it."""
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-MIN_OPSET = 20
-MAX_OPSET = 23
 
 # In elements. Constant folding evaluates shape arithmetic and the row of token type 0, but copies no large weight.
 _FOLD_LIMIT = 1 << 16

@@ -60,7 +60,10 @@ def check_repository(folder: Path) -> list[str]:
             raise MissingDependencyError(module, extra)
     models = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not any((model / "config.pbtxt").is_file() for model in models):
-        raise InputError(f"{folder} is no model repository: no folder in it has a config.pbtxt")
+        raise InputError(
+            f"{folder} is no model repository: no folder in it has a config.pbtxt.",
+            advice="Write one with: gte-export triton MODEL",
+        )
     variants = sorted({path.stem for model in models for path in (model / "configs").glob("*.pbtxt")})
     problems: list[str] = []
     for variant in (None, *variants):

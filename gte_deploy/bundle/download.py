@@ -53,7 +53,8 @@ def resolve_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     folder = resolve_model(name_or_path)
     if not is_bundle(folder):
         raise BundleError(
-            f"{name_or_path} is not a bundle: it has no {MANIFEST_NAME} of gte-export. Write one with gte-export."
+            f"{name_or_path} is not a bundle: it has no {MANIFEST_NAME} of gte-export.",
+            advice=f"If it is a checkpoint, make a bundle of it with: gte-export {name_or_path}",
         )
     return folder
 

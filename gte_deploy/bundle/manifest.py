@@ -265,6 +265,11 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
+        if (path / "config.json").is_file():
+            raise BundleError(
+                f"{path} is a checkpoint, and no bundle: it has no {MANIFEST_NAME}.",
+                advice=f"Make a bundle of it with: gte-export {path}",
+            )
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}. Write one with gte-export.")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:
         raise BundleError(f"{file} has {file.stat().st_size:,} bytes; a manifest has at most {_MAX_MANIFEST_BYTES:,}")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from gte_deploy.core.completion import VARIABLE, candidates
@@ -102,6 +103,7 @@ def run_command(
     kinds: Sequence[type] = (),
     extra: str | None = None,
     interrupted: str = "interrupted",
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run a command, and return its exit code; an error is told in a line, and no traceback is shown.
 
@@ -114,6 +116,7 @@ def run_command(
         extra: the extra that has every library of the command; a library that is missing is told with it. None where
             the command names the extra itself.
         interrupted: the message of Ctrl-C.
+        names: further words of messages for callers in Python -> what they are on the command line.
     """
     try:
         with _hub_progress(shown=shows_progress(given)):
@@ -125,7 +128,7 @@ def run_command(
     except KeyboardInterrupt:
         return _fail(program, given, KeyboardInterrupt(interrupted), INTERRUPTED)
     except GteDeployError as error:
-        return _fail(program, given, error, exit_code_of(error), kinds)
+        return _fail(program, given, error, exit_code_of(error), kinds, names)
     except ModuleNotFoundError as error:
         if extra is None or error.name is None or error.name.startswith("gte_deploy"):
             raise
@@ -135,12 +138,21 @@ def run_command(
         return _fail(program, given, error, FAILURE)
 
 
-def _fail(program: str, given: Given, error: BaseException, code: int, kinds: Sequence[type] = ()) -> int:
+def _fail(
+    program: str,
+    given: Given,
+    error: BaseException,
+    code: int,
+    kinds: Sequence[type] = (),
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     message, advice = _message_of(error), getattr(error, "advice", "")
     if isinstance(error, GteDeployError):
         # Errors of files name the fields of these files, which may have the names of options.
         about_files = isinstance(error, (ConfigError, CheckpointError))
         message, advice = (with_flags(text, kinds, words=not about_files) for text in (message, advice))
+        for name, typed in names.items():
+            message, advice = (re.sub(rf"\b{re.escape(name)}\b", typed, text) for text in (message, advice))
     print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     if "json" in given:
         report = getattr(error, "report", None)  # of an export that missed its bounds

@@ -171,19 +171,31 @@ def check_choices(values: Any) -> None:
         value = getattr(values, name)
         if described.choices and value != default:
             for each in value if described.is_tuple else (value,):
-                check_choice(name, each, described.choices)
+                check_choice(name, each, described.choices, described.aliases)
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, allowed: Sequence[Any], aliases: Mapping[str, Any] | None = None) -> None:
     """Check one value.
+
+    Args:
+        name: name of the argument, for the error.
+        value: what was given.
+        allowed: the values that it may have.
+        aliases: other names of these values; a command line takes them, and here the error says what they mean.
 
     Raises:
         InputError: it is none of `allowed`.
     """
     if value not in allowed:
         known = [str(each) for each in allowed]
-        near = did_you_mean(str(value), known)
+        meant = (aliases or {}).get(plain_word(str(value)))
+        near = did_you_mean(str(value), known) if meant is None else f"; {str(value)!r} is {meant!r} here"
         raise InputError(f"{name} is {value!r}; expected one of {', '.join(known)}{near}")
+
+
+def plain_word(text: str) -> str:
+    """Return a word as the tables of other names have it: in lower case, with "-" for "_"."""
+    return text.casefold().replace("_", "-")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -242,8 +254,8 @@ def _of_value(described: Option) -> dict[str, Any]:
 
 def _choice(described: Option, text: str) -> str:
     """Return the choice that a text means: without regard to case, with "_" for "-", and by its other names."""
-    plain = text.casefold().replace("_", "-")
-    same = [choice for choice in described.choices if choice.casefold().replace("_", "-") == plain]
+    plain = plain_word(text)
+    same = [choice for choice in described.choices if plain_word(choice) == plain]
     return same[0] if same else described.aliases.get(plain, text)
 
 

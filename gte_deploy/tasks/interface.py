@@ -595,6 +595,7 @@ class TextInterface(DropIn, ABC):
         max_length: int | None = None,
         batch_size: int = 32,
         max_batch_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
     ) -> Any:
         """Label the tokens of each text, with results as from transformers' token-classification pipeline.
 
@@ -622,6 +623,7 @@ class TextInterface(DropIn, ABC):
                 limit.
             batch_size: largest number of rows in a batch.
             max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
+            show_progress_bar: as in `encode`.
 
         Raises:
             InputError: the model is not a token classifier, or an argument is out of range; see also `encode`.
@@ -638,7 +640,7 @@ class TextInterface(DropIn, ABC):
         given = TaggedTexts.of(
             inputs, is_split_into_words=is_split_into_words, delimiter=delimiter, offset_mapping=offset_mapping
         )
-        answers = in_order(self._entity_batches(request, given, options), given.keys)
+        answers = in_order(self._entity_batches(request, given, options), given.keys, show_progress_bar)
         return answers[0] if given.single else answers
 
     def fill_mask(
@@ -651,6 +653,7 @@ class TextInterface(DropIn, ABC):
         max_length: int | None = None,
         batch_size: int = 32,
         max_batch_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
     ) -> Any:
         """Predict candidates for every mask, with results as from transformers' fill-mask pipeline.
 
@@ -667,6 +670,7 @@ class TextInterface(DropIn, ABC):
             max_length: largest number of tokens in a text, special tokens included; by default the model's own limit.
             batch_size: largest number of rows in a batch.
             max_batch_tokens: largest number of tokens in a batch, padding included; by default as the model was loaded.
+            show_progress_bar: as in `encode`.
 
         Raises:
             InputError: the model is not a fill-mask model; a text has no mask, or lost it by truncation; `top_k` is 0
@@ -679,7 +683,7 @@ class TextInterface(DropIn, ABC):
         words = None if targets is None else as_texts(targets, name="targets")[0]
         options = self._batch_options(batch_size, max_batch_tokens, truncation, max_length)
         texts, single = as_texts(inputs)
-        found = in_order(self._mask_batches(top_k, words, distinct(texts), options), texts)
+        found = in_order(self._mask_batches(top_k, words, distinct(texts), options), texts, show_progress_bar)
         nested = [masks[0] if len(masks) == 1 else masks for masks in found]
         return nested[0] if single or len(nested) == 1 else nested
 
@@ -882,8 +886,8 @@ class TextInterface(DropIn, ABC):
 
     @property
     def _made_for(self) -> str:
-        """What errors say about the model: its task, and the method that gives the answer of this task."""
-        return f"{self._name} is made for {self.spec.task}: use {TASKS[self.spec.task].method}"
+        """What errors say about the model: its task, the method for it, and what else to do."""
+        return f"{self._name} is made for {self.spec.task}: use {TASKS[self.spec.task].method}, or load another model"
 
     def _require_task(self, *tasks: TaskName) -> None:
         if not any(TASKS[task].can_run_on(self.spec) for task in tasks):

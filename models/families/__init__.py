@@ -60,8 +60,9 @@ def family_of_type(model_type: object, file: object = "config.json") -> Family:
         known = ", ".join(f'"{name}"' for name in FAMILIES)
         raise ConfigError(
             f"{file}: model_type is {model_type!r}; expected one of {known}.",
-            advice="docs/families.md describes them. Another encoder can be exported with `optimum-cli export onnx "
-            "--model CHECKPOINT OUTPUT`, without the comparisons of gte-export.",
+            advice="Only these encoders of text are read; docs/families.md describes them. For another model, "
+            "`optimum-cli export onnx --model CHECKPOINT OUTPUT` writes a graph, without the comparisons of "
+            "gte-export.",
         )
     module, _, name = FAMILIES[model_type].partition(":")
     found: Family = getattr(importlib.import_module(f"{__name__}.{module}"), name)

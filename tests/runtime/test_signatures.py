@@ -13,7 +13,7 @@ BOTH = {
     "classify_tokens": (
         "(self, inputs, *, aggregation_strategy='none', ignore_labels=('O',), offset_mapping=None, "
         "is_split_into_words=False, delimiter=' ', stride=None, truncation=False, max_length=None, batch_size=32, "
-        "max_batch_tokens=None)"
+        "max_batch_tokens=None, show_progress_bar=None)"
     ),
     "close": "(self)",
     "default_prompt_name": None,
@@ -45,7 +45,7 @@ BOTH = {
     "eval": "(self)",
     "fill_mask": (
         "(self, inputs, *, top_k=5, targets=None, truncation=False, max_length=None, batch_size=32, "
-        "max_batch_tokens=None)"
+        "max_batch_tokens=None, show_progress_bar=None)"
     ),
     "get_embedding_dimension": "(self)",
     "get_max_seq_length": "(self)",
