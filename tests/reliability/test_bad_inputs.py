@@ -98,7 +98,16 @@ def test_ten_megabytes_are_refused_at_once(call):
         assert (time.thread_time() - started) / 2 < 0.05
 
 
-@pytest.mark.parametrize("text", ["the old king " * 80_000, "x" * 1_000_000, "中" * 330_000, "[MASK]" * 160_000])
+MEGABYTES = {
+    "words": "the old king " * 80_000,
+    "a word": "x" * 1_000_000,
+    "中": "中" * 330_000,
+    "[MASK]": "[MASK]" * 160_000,
+}
+
+
+# With ids: those that pytest makes of the texts would go to and fro between the workers, for each of these tests.
+@pytest.mark.parametrize("text", MEGABYTES.values(), ids=MEGABYTES)
 def test_a_megabyte_is_cut_quickly(call, text):
     started = time.process_time()
     assert call("[MASK] " + text, truncation=True) is not None
