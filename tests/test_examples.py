@@ -146,6 +146,7 @@ def test_the_notebook_is_its_script():
     assert len({cell["id"] for cell in written["cells"]}) == len(found)
 
 
+@pytest.mark.slow
 def test_the_notebook_trains_exports_and_answers(tmp_path):
     done = subprocess.run([sys.executable, NOTEBOOK], cwd=tmp_path, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]

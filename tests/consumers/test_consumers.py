@@ -34,11 +34,16 @@ INT8_COSINE = 0.99
 
 
 def cases(*rows: tuple[str, str, str]) -> pytest.MarkDecorator:
-    """Rows of script, environment and subject, as parameters; those in large environments are marked."""
-    quick = (HERE, "light")
+    """Rows of script, environment and subject, as parameters; large environments and 8 bits are marked."""
+
+    def marks(environment: str, subject: str) -> list[pytest.MarkDecorator]:
+        if environment not in (HERE, "light"):
+            return [pytest.mark.consumers]
+        return [pytest.mark.slow] if "int8" in subject else []
+
     return pytest.mark.parametrize(
         ("script", "environment", "subject"),
-        [pytest.param(*row, marks=[] if row[1] in quick else pytest.mark.consumers, id=" ".join(row)) for row in rows],
+        [pytest.param(*row, marks=marks(*row[1:]), id=" ".join(row)) for row in rows],
     )
 
 
@@ -175,7 +180,7 @@ def test_cross_encoder_on_the_checkpoint(
     np.testing.assert_allclose(found, wanted, rtol=0, atol=FP32)
 
 
-@pytest.mark.consumers
+@pytest.mark.slow
 def test_sparse_encoder_on_the_checkpoint(
     bundle_for: Callable[[str], Path], checkpoints: dict[str, Path], run_script: Callable[..., Path]
 ) -> None:

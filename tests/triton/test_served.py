@@ -85,7 +85,14 @@ def server(triton: Path, repository: Path) -> Iterator[Any]:
         yield server
 
 
-@pytest.fixture(scope="module", params=["http", "grpc", "http, token ids", "grpc, token ids"])
+_CLIENTS = (
+    "http",
+    "grpc, token ids",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpc", "http, token ids")),
+)
+
+
+@pytest.fixture(scope="module", params=_CLIENTS)
 def client(request: pytest.FixtureRequest, server: Any, connect: Callable[..., Any], bundle: Path) -> Iterator[Any]:
     """A client for each protocol, which sends texts, or token ids by the bundle's tokenizer."""
     protocol, _, ids = request.param.partition(", ")

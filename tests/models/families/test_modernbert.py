@@ -366,8 +366,17 @@ def test_sparse_embeddings_are_those_of_sparse_encoder(tmp_path):
     assert check.passed and check.compared["library"].startswith("SparseEncoder") and check.compared["answers"] > 0
 
 
-@pytest.mark.parametrize("layers", [4, 5])
-@pytest.mark.parametrize(("task", "options"), [("fill-mask", {}), ("embed", {"pooling": "cls"}), ("classify", {})])
+@pytest.mark.parametrize(
+    ("task", "options", "layers"),
+    [
+        ("fill-mask", {}, 5),
+        ("embed", {"pooling": "cls"}, 4),
+        ("classify", {}, 5),
+        pytest.param("fill-mask", {}, 4, marks=pytest.mark.slow),
+        pytest.param("embed", {"pooling": "cls"}, 5, marks=pytest.mark.slow),
+        pytest.param("classify", {}, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_the_last_layer_computes_only_the_rows_that_are_asked_for(task, options, layers, tmp_path):
     """Of 4 layers the last one has global attention, of 5 local."""
     pytest.importorskip("onnxscript")
