@@ -156,6 +156,11 @@ def _sparse(model: Model, expected: Recorded) -> Array:
     return np.asarray(encode(list(expected.texts), convert_to_sparse_tensor=False, convert_to_tensor=True).numpy())
 
 
+def _multi_vector(model: Model, expected: Recorded) -> Array:
+    encode = model.encode_query if expected.is_query else model.encode_document
+    return np.asarray(encode(list(expected.texts))[0])
+
+
 def _sparse_similarity(model: Model, expected: Recorded) -> Array:
     vectors = _sparse(model, expected)
     return vectors @ vectors[0]
@@ -169,4 +174,5 @@ _QUANTITIES: Mapping[str, Callable[[Model, Recorded], Array]] = {
     "similarity": _similarity,
     "sparse": _sparse,
     "sparse_similarity": _sparse_similarity,
+    "multi_vector": _multi_vector,
 }

@@ -33,6 +33,8 @@ it needs. Send the JSON files of its folder `published-results` as a pull reques
 
 - **verified**: all three comparisons hold. **differs**: one does not. **failed**: the checkpoint could not be had or
   read.
+- Recorded values "of its conversion" stand in their source for another repository, with the same weights in the native
+  layout; the table of [recorded values](#recorded-values) names it.
 - Recorded values are judged in FP32 with the bounds of their source, and 1e-4 (absolute and relative) for the engine.
 - `dtype` follows from the size of the weights and the number of parameters.
 
@@ -65,7 +67,6 @@ def _facts(entries: Sequence[Published], results: Mapping[str, Sequence[Publishe
     lines = [_row(columns), _row(["---"] * len(columns))]
     for entry in entries:
         found = results.get(entry.id, ())
-        known = sum(_count(values.values) for values in RECORDED.get(entry.id, ()))
         verdict = "; ".join(map(_verdict, found)) or NOT_RUN
         cells = (
             f"[{entry.id}](https://huggingface.co/{entry.id})",
@@ -75,7 +76,7 @@ def _facts(entries: Sequence[Published], results: Mapping[str, Sequence[Publishe
             f"{entry.max_length:,}" if entry.max_length else "",
             entry.pooling or "",
             entry.license or "",
-            f"{known}" if known else "",
+            _known(entry),
             verdict,
         )
         lines.append(_row(cells))
@@ -91,6 +92,14 @@ def _facts(entries: Sequence[Published], results: Mapping[str, Sequence[Publishe
         if entry.prompts
     ]
     return [*lines, *([""] if notes or prompts else []), *notes, *prompts]
+
+
+def _known(entry: Published) -> str:
+    """Say how many recorded numbers there are, those for a conversion of the checkpoint apart from its own."""
+    values = RECORDED.get(entry.id, ())
+    own = sum(_count(each.values) for each in values if each.recorded_for is None)
+    others = sum(_count(each.values) for each in values if each.recorded_for is not None)
+    return " and ".join([*([str(own)] if own else []), *([f"{others} of its conversion"] if others else [])])
 
 
 def _weights(entry: Published) -> str:
@@ -117,7 +126,8 @@ def _values() -> list[str]:
             bound = "the same words" if each.quantity == "words" else f"{each.atol:g}"
             bound += f" + {each.rtol:g} · value" if each.rtol else ""
             source = f"{each.source}. {each.note}" if each.note else each.source
-            lines.append(_row((model, each.quantity, str(count), bound, source)))
+            name = model if each.recorded_for is None else f"{model}, as {each.recorded_for}"
+            lines.append(_row((name, each.quantity, str(count), bound, source)))
     return lines
 
 

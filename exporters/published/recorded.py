@@ -18,6 +18,7 @@ Quantity = Literal[
     "similarity",
     "sparse",
     "sparse_similarity",
+    "multi_vector",
     "words",
 ]
 """What the values are.
@@ -25,7 +26,8 @@ Quantity = Literal[
 "last_hidden_state" [N, S, H] and "logits" [N, S, V] or [N, L]: of the padded batch. "mean_hidden_state" [N, H]: the
 mean over the tokens of each text. "embedding" [N, D]: what `encode` gives. "similarity" [N - 1]: cosines of the first
 text's embedding with the others. "sparse" [N, V]: what `encode_sparse` gives. "sparse_similarity" [N]: dot products of
-the first text's vector with all. "words": the best words for the mask, in order.
+the first text's vector with all. "multi_vector" [T, D]: what `encode_document` gives for the text, or `encode_query`.
+"words": the best words for the mask, in order.
 """
 
 
@@ -43,10 +45,11 @@ class Recorded:
         attention_mask: [N, S] of them; None for all tokens.
         select: the part of the quantity that the values are, as the source writes it: "[:, 1:4, 1:4]".
         normalized: whether embeddings are scaled to length 1.
-        is_query: whether the texts take the route of queries (sparse).
+        is_query: whether the texts are queries (sparse and multi-vector).
         own_activation: whether logits pass the activation that the checkpoint names.
         scale: factor between the quantity and the values.
         atol, rtol: a value may differ by atol + rtol * |value|; those of the source, or what its digits allow.
+        recorded_for: the checkpoint that the source names, if it is another one with the same weights.
         note: why the values may stand for this checkpoint, or why a bound is wider than that of the source.
     """
 
@@ -64,6 +67,7 @@ class Recorded:
     scale: float = 1.0
     atol: float = 1e-3
     rtol: float = 0.0
+    recorded_for: str | None = None
     note: str | None = None
 
 
@@ -84,6 +88,7 @@ _FASTEMBED = "https://github.com/qdrant/fastembed/blob"
 _FASTEMBED_TEXT = f"{_FASTEMBED}/00e932f6b6e1ee7ef06e062c0fc17dd7060f31ce/tests/test_text_onnx_embeddings.py"
 _FASTEMBED_RERANK = f"{_FASTEMBED}/00e932f6b6e1ee7ef06e062c0fc17dd7060f31ce/tests/test_text_cross_encoder.py"
 _FASTEMBED_SPARSE = f"{_FASTEMBED}/01074e80cdcc7d8f33739c159bcc1c80c568c9bc/tests/test_sparse_embeddings.py"
+_FASTEMBED_LATE = f"{_FASTEMBED}/01b15e0aed351022d7c4a8f513487a60b93b66be/tests/test_late_interaction_embeddings.py"
 _SBERT_DOCS = "documents of sentence-transformers"
 
 _OXYGEN = ("Plants create oxygen.", "Photosynthesis is a process where plants create oxygen.")
@@ -100,7 +105,6 @@ _BERLIN = tuple(
         "Berlin is well known for its museums.",
     )
 )
-_CONVERTED = "Recorded for the conversion of alibaba-nlp-community, which has the same weights."
 _HALF_PRECISION = "The source ran in half precision; the bound is this project's."
 
 
@@ -133,6 +137,18 @@ def _fastembed(
 
 def _fastembed_half(*values: float, quantity: Quantity = "embedding") -> Recorded:
     return _fastembed(*values, quantity=quantity, atol=3e-3, note=_HALF_PRECISION)
+
+
+def _late(*vectors: tuple[float, ...], is_query: bool = False) -> Recorded:
+    """The first five numbers of the vectors of [CLS], [D] or [Q], hello, world and [SEP]."""
+    return Recorded(
+        source=_FASTEMBED_LATE,
+        quantity="multi_vector",
+        values=vectors,
+        texts=("Hello World",),
+        is_query=is_query,
+        select=f"[:{len(vectors)}, :5]" if is_query else "[:, :5]",  # [MASK]s follow in a query
+    )
 
 
 def _reranked(*values: float) -> Recorded:
@@ -184,11 +200,11 @@ _MULTILINGUAL_MLM = _of_gte(
 )
 
 
-def _converted(expected: Recorded) -> Recorded:
+def _converted(name: str, expected: Recorded) -> Recorded:
     """Values that transformers' tests list for the conversion of a model to the native layout."""
-    return dataclasses.replace(
-        expected, note="Recorded for the conversion of alibaba-nlp-community, which has the same weights."
-    )
+    conversion = f"alibaba-nlp-community/{name}"
+    note = f"Recorded for {conversion}, which has the same weights in the native layout."
+    return dataclasses.replace(expected, recorded_for=conversion, note=note)
 
 
 _ROBERTA_IDS = ((0, 31414, 232, 328, 740, 1140, 12695, 69, 46078, 1588, 2),)
@@ -199,10 +215,10 @@ RECORDED: Mapping[str, tuple[Recorded, ...]] = {
     "alibaba-nlp-community/gte-base-en-v1.5": (_BASE_EN,),
     "alibaba-nlp-community/gte-multilingual-base": (_MULTILINGUAL_BASE,),
     "alibaba-nlp-community/gte-multilingual-reranker-base": (_RERANKER,),
-    "Alibaba-NLP/gte-multilingual-mlm-base": (_converted(_MULTILINGUAL_MLM),),
-    "Alibaba-NLP/gte-base-en-v1.5": (_converted(_BASE_EN),),
+    "Alibaba-NLP/gte-multilingual-mlm-base": (_converted("gte-multilingual-mlm-base", _MULTILINGUAL_MLM),),
+    "Alibaba-NLP/gte-base-en-v1.5": (_converted("gte-base-en-v1.5", _BASE_EN),),
     "Alibaba-NLP/gte-multilingual-base": (
-        _converted(_MULTILINGUAL_BASE),
+        _converted("gte-multilingual-base", _MULTILINGUAL_BASE),
         Recorded(
             source="the model card of Alibaba-NLP/gte-multilingual-base",
             quantity="similarity",
@@ -211,7 +227,7 @@ RECORDED: Mapping[str, tuple[Recorded, ...]] = {
         ),
     ),
     "Alibaba-NLP/gte-multilingual-reranker-base": (
-        _converted(_RERANKER),
+        _converted("gte-multilingual-reranker-base", _RERANKER),
         Recorded(
             source="the model card of Alibaba-NLP/gte-multilingual-reranker-base",
             quantity="logits",
@@ -385,6 +401,23 @@ RECORDED: Mapping[str, tuple[Recorded, ...]] = {
             values=(35.629, 9.154, 0.098),
             texts=_WEATHER,
             atol=1e-2,
+        ),
+    ),
+    "colbert-ir/colbertv2.0": (
+        _late(
+            (0.0759, 0.0841, -0.0299, 0.0374, 0.0254),
+            (0.0005, -0.0163, -0.0127, 0.2165, 0.1517),
+            (-0.0257, -0.0575, 0.0135, 0.2202, 0.1896),
+            (0.0846, 0.0122, 0.0032, -0.0109, -0.1041),
+            (0.0477, 0.1078, -0.0314, 0.016, 0.0156),
+        ),
+        _late(
+            (0.0824, 0.0872, -0.0324, 0.0418, 0.024),
+            (-0.0007, -0.0154, -0.0113, 0.2277, 0.1528),
+            (-0.0251, -0.0565, 0.0136, 0.2236, 0.1838),
+            (0.0848, 0.0056, 0.0041, -0.0036, -0.1032),
+            (0.0574, 0.1072, -0.0332, 0.0233, 0.0209),
+            is_query=True,
         ),
     ),
     "FacebookAI/roberta-base": (

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import platform
 import re
 import shutil
@@ -78,6 +79,7 @@ def verify_published(
 ) -> list[PublishedResult]:
     """Verify checkpoints, and write a result for each as soon as it is there.
 
+    Several runs may share the folder of results: each has a work folder of its own, and takes over what another wrote.
     A checkpoint that fails does not stop the others. A result of an earlier run for the same commit is kept, unless the
     checkpoint had failed; so the same call goes on after an interruption.
 
@@ -109,13 +111,18 @@ def verify_published(
         tell(f"{result.model}: failed: {result.error}")
         if not result_file(options.results, result.model, target, precision).exists():
             write_result(options.results, result)  # an unreachable hub says nothing against an earlier result
-    for number, (entry, found) in enumerate(plan.todo, 1):
-        tell(f"{number} of {len(plan.todo)}: {entry.id} at {found.commit[:7]}, {_gigabytes(found.size)}")
-        with _work_folder(options) as work:
-            result = _verify(entry, found, work, options, target, precision, tell)
-            write_result(options.results, result)
-        results[entry.id] = result
-        tell(f"{entry.id}: {result.verdict}")
+    with _own_folder(options.results) as own:
+        for number, (entry, found) in enumerate(plan.todo, 1):
+            tell(f"{number} of {len(plan.todo)}: {entry.id} at {found.commit[:7]}, {_gigabytes(found.size)}")
+            earlier = _earlier(entry, options, target, precision)
+            if earlier is not None and _is_current(earlier, found, RECORDED.get(entry.id, ())):
+                result = earlier  # another run has written it in the meantime
+            else:
+                with _work_folder(own) as work:
+                    result = _verify(entry, found, work, options, target, precision, tell)
+                    write_result(options.results, result)
+            results[entry.id] = result
+            tell(f"{entry.id}: {result.verdict}")
     return [results[entry.id] for entry in chosen]
 
 
@@ -178,9 +185,27 @@ def _is_current(result: PublishedResult, found: Found, expected: Sequence[Record
 
 
 @contextlib.contextmanager
-def _work_folder(options: PublishedOptions) -> Iterator[Path]:
+def _own_folder(results: Path) -> Iterator[Path]:
+    """The folder of one run's work: "work", or "work-2" and so on while other runs have those before it.
+
+    A lock ends with its process, so after an interruption the next run finds the download of the former.
+    """
+    from gte_deploy.core.locks import try_lock
+
+    for number in itertools.count(1):
+        folder = results / (_WORK if number == 1 else f"{_WORK}-{number}")
+        release = try_lock(folder.with_name(f"{folder.name}.lock"))
+        if release is not None:
+            break
+    try:
+        yield folder
+    finally:
+        release()
+
+
+@contextlib.contextmanager
+def _work_folder(work: Path) -> Iterator[Path]:
     """The folder for one checkpoint. After an interruption the next call goes on with the download in it."""
-    work = options.results / _WORK
     shutil.rmtree(work / "bundle", ignore_errors=True)
     work.mkdir(exist_ok=True)
     yield work

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,16 @@ def test_recorded_values_agree_and_a_wrong_one_is_found(checkpoints, models, tas
     assert not outcome.passed and outcome.largest > outcome.bound > 1e-3
 
 
+def test_vectors_of_tokens_are_those_of_the_route():
+    document, query = np.arange(12.0).reshape(4, 3), np.arange(6.0).reshape(2, 3)
+    model = SimpleNamespace(encode_document=lambda texts: [document], encode_query=lambda texts: [query])
+    values = ((0, 1), (3, 4))
+    expected = Recorded(source="a test", quantity="multi_vector", values=values, texts=("a",), select="[:2, :2]")
+    assert compare_recorded(model, expected).passed
+    assert compare_recorded(model, dataclasses.replace(expected, select="[:, :2]", is_query=True)).passed
+    assert "(4, 2)" in compare_recorded(model, dataclasses.replace(expected, select="[:, :2]")).error
+
+
 def test_the_best_words_agree_with_the_pipeline(checkpoints, models):
     fill = transformers.pipeline("fill-mask", model=str(checkpoints["fill-mask"]), device="cpu")
     answers = fill(MASKED, top_k=20)  # those of rows that only fill the vocabulary up have no word
@@ -180,6 +191,7 @@ def test_the_table_of_values_fits_the_table_of_checkpoints():
         "embed": {"last_hidden_state", "mean_hidden_state", "embedding", "similarity"},
         "classify": {"logits"},
         "sparse": {"sparse", "sparse_similarity"},
+        "multi-vector": {"multi_vector"},
     }
     for model, values in RECORDED.items():
         for each in values:

@@ -45,9 +45,21 @@ def test_every_recorded_value_and_every_source_is_on_the_page(tmp_path):
     text = checkpoints_page(tmp_path)
     for model, values in RECORDED.items():
         for each in values:
-            assert f"| {model} | {each.quantity} | " in text and each.source in text
+            name = model if each.recorded_for is None else f"{model}, as {each.recorded_for}"
+            assert f"| {name} | {each.quantity} | " in text and each.source in text
     for entry in PUBLISHED.values():
         assert all(f"| {entry.id} | {source} | {said} |" in text for source, said in entry.sources.items())
+
+
+def test_values_of_a_conversion_are_not_shown_as_the_models_own(tmp_path):
+    text = checkpoints_page(tmp_path)
+    assert " | 18 of its conversion | " in row(text, "Alibaba-NLP/gte-base-en-v1.5")
+    assert " | 3 and 18 of its conversion | " in row(text, "Alibaba-NLP/gte-multilingual-base")
+    assert " | 18 | " in row(text, "alibaba-nlp-community/gte-base-en-v1.5")
+    for model in (name for name in RECORDED if name.startswith("Alibaba-NLP/")):
+        of_tests = [each for each in RECORDED[model] if "test_modeling_gte.py" in each.source]
+        # These tests name the repositories of alibaba-nlp-community, and none of Alibaba-NLP.
+        assert all(each.recorded_for == f"alibaba-nlp-community/{model.partition('/')[2]}" for each in of_tests)
 
 
 def test_the_list_needs_no_hub(capsys):

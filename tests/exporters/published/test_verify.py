@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +328,34 @@ def test_a_checkpoint_without_a_tokenizer_gets_that_of_another(tmp_path, monkeyp
     assert {file.name: file.read_text() for file in folder.iterdir()} == {
         file: name for name, files in sources.items() for file in files
     }
+
+
+def test_two_runs_share_a_folder_of_results(tmp_path, found, monkeypatch):
+    """Two runs at once: the end of one takes nothing from the other, and no model is verified twice."""
+    both, done, works = threading.Barrier(2, timeout=30), threading.Event(), []
+
+    def verified(entry: Any, _found: Any, work: Path, *rest: Any) -> PublishedResult:
+        works.append((entry.id, work.name))
+        (work / "download").write_text(entry.id)
+        if len(works) < 3:
+            both.wait()
+            assert entry.id == BERT or done.wait(30)  # the other run has ended, and removed its work
+        assert (work / "download").read_text() == entry.id
+        return dataclasses.replace(result(), model=entry.id)
+
+    monkeypatch.setattr(verify, "_verify", verified)
+    monkeypatch.setattr(verify, "RECORDED", {})
+    options = verify.PublishedOptions(results=tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(verify.verify_published, [published(BERT)], options)
+        first.add_done_callback(lambda future: done.set())
+        second = pool.submit(verify.verify_published, [published(GTE), published(BERT), published(WRONG)], options)
+        assert [each.model for each in first.result(60)] == [BERT]
+        assert [each.model for each in second.result(60)] == [GTE, BERT, WRONG]
+    assert sorted(name for name, _ in works) == sorted([BERT, GTE, WRONG])
+    assert {folder for _, folder in works} == {"work", "work-2"}
+    assert read_results(tmp_path).keys() == {BERT, GTE, WRONG}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3
 
 
 def test_an_error_of_a_library_is_the_result_of_one_model(tmp_path, found, monkeypatch):
