@@ -135,6 +135,8 @@ class ResamplingReport:
     after: LengthHistogram
 
     def __str__(self) -> str:
+        if self.before == self.after:
+            return f"chunks, all kept\n{self.after}"
         return f"chunks before resampling\n{self.before}\nchunks after resampling\n{self.after}"
 
 

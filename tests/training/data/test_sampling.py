@@ -141,6 +141,11 @@ def test_histogram_shows_both_sides(make_index):
     assert "before resampling" in str(report) and "after resampling" in str(report)
 
 
+def test_one_histogram_is_shown_where_no_chunk_is_dropped(make_index):
+    shown = str(make_index([4, 25] * 10).histogram())
+    assert shown.count("sequences   share") == 1 and "resampling" not in shown
+
+
 @pytest.mark.parametrize(
     "options",
     [
