@@ -101,17 +101,15 @@ def digest(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> 
         pickler.dump((module, arguments, sorted(options.items())))
     except Exception:  # something in it cannot be pickled
         return None
-    found = hashlib.sha256(stream.getvalue())
-    for kind in sorted(pickler.classes, key=lambda kind: (kind.__module__, kind.__qualname__)):
-        found.update(repr((kind.__module__, kind.__qualname__, _code_of(kind))).encode())
-    return found.hexdigest()[:32]
+    return hashlib.sha256(stream.getvalue()).hexdigest()[:32]
 
 
 class _Structure(pickle.Pickler):
+    """Writes classes and functions as their names and code, and tensors without the values of those that are known."""
+
     def __init__(self, stream: io.BytesIO, known: dict[int, int]) -> None:
         super().__init__(stream, protocol=5)
         self.known = known
-        self.classes: set[type] = set()
 
     def persistent_id(self, item: Any) -> Any:
         import torch
@@ -122,14 +120,19 @@ class _Structure(pickle.Pickler):
         return about if id(item) in self.known else (*about, item.tolist())
 
     def reducer_override(self, item: Any) -> Any:
-        if isinstance(item, type):
-            self.classes.update(kind for kind in item.__mro__ if kind.__module__.startswith(("gte_deploy", "transf")))
-        elif isinstance(item, types.FunctionType):
+        if (
+            isinstance(item, type) and item.__module__ != "builtins"
+        ):  # some are in files that a test loads, where pickle does not find them
+            own = [kind for kind in item.__mro__ if not kind.__module__.startswith("torch")]
+            return (str, (repr([(kind.__module__, kind.__qualname__, _code_of(kind)) for kind in (item, *own)]),))
+        if isinstance(item, types.FunctionType):
             return (str, (repr(_code_of_function(item)),))
         return NotImplemented
 
 
 def _code_of(kind: type) -> list[Any]:
+    if kind.__module__.startswith("torch"):
+        return []
     functions = {name: getattr(value, "__func__", value) for name, value in vars(kind).items()}
     return [
         (name, _code_of_function(value))
@@ -139,5 +142,14 @@ def _code_of(kind: type) -> list[Any]:
 
 
 def _code_of_function(function: types.FunctionType) -> tuple[Any, ...]:
-    code = function.__code__
-    return (function.__module__, code.co_qualname, code.co_firstlineno, code.co_code, code.co_names)
+    return (function.__module__, *_parts_of(function.__code__))
+
+
+def _parts_of(code: types.CodeType) -> tuple[Any, ...]:
+    constants = [
+        _parts_of(one)
+        if isinstance(one, types.CodeType)
+        else repr(sorted(one, key=repr) if isinstance(one, frozenset) else one)
+        for one in code.co_consts
+    ]
+    return (code.co_qualname, code.co_firstlineno, code.co_code, code.co_names, constants)

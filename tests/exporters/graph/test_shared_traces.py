@@ -96,3 +96,13 @@ def test_limits_of_an_axis_and_values_of_a_constant_have_a_part():
     assert same == again != other
     constants = [digest(module, (torch.full((1,), value),), {}) for value in (1.0, 1.0, 2.0)]
     assert constants[0] == constants[1] != constants[2]
+
+
+def test_a_class_of_a_file_that_is_no_module_has_its_code_in_the_digest():
+    source = "import torch\nclass Network(torch.nn.Linear):\n    def forward(self, x):\n        return x * {}"
+    digests = []
+    for factor in (2, 2, 3):
+        names: dict[str, Any] = {"__name__": "nowhere"}
+        exec(source.format(factor), names)
+        digests.append(digest(names["Network"](2, 2), (), {}))
+    assert digests[0] == digests[1] != digests[2] and None not in digests
