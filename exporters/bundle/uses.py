@@ -90,7 +90,7 @@ def _packages(described: Manifest) -> str:
 _REGISTER = """\
 import gte_deploy.integrations.transformers
 
-gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+gte_deploy.integrations.transformers.register()  # transformers before 5.18 does not know "gte"
 """
 _SENTENCE_TRANSFORMERS = """\
 from sentence_transformers import SentenceTransformer

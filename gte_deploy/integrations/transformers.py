@@ -20,7 +20,7 @@ def register() -> None:
     """Register a config class for "gte" with AutoConfig; do nothing if this version of transformers has one.
 
     The class holds the fields of config.json as they are. It is enough to run an exported graph. A checkpoint on
-    PyTorch needs transformers 5.23 or newer.
+    PyTorch needs transformers 5.18 or newer.
 
     Raises:
         MissingDependencyError: transformers is not installed.

@@ -8,7 +8,7 @@ from infinity_emb import EngineArgs, SyncEngineArray
 
 import gte_deploy.integrations.transformers
 
-gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+gte_deploy.integrations.transformers.register()  # transformers before 5.18 does not know "gte"
 
 bundle, texts = Path(sys.argv[1]), sys.argv[2:]
 # Of a local model, infinity finds a graph only beside config.json, and only in the working directory.

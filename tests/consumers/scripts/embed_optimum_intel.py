@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 import gte_deploy.integrations.transformers
 
-gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+gte_deploy.integrations.transformers.register()  # transformers before 5.18 does not know "gte"
 
 bundle, texts = sys.argv[1], sys.argv[2:]
 tokenizer = AutoTokenizer.from_pretrained(bundle)

@@ -5,7 +5,7 @@ from sentence_transformers import SentenceTransformer
 
 import gte_deploy.integrations.transformers
 
-gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+gte_deploy.integrations.transformers.register()  # transformers before 5.18 does not know "gte"
 
 bundle, texts = sys.argv[1], sys.argv[2:]
 model = SentenceTransformer(bundle, backend="onnx", model_kwargs={"file_name": "onnx/model.onnx"})

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, pipeline
 
 import gte_deploy.integrations.transformers
 
-gte_deploy.integrations.transformers.register()  # transformers before 5.23 does not know "gte"
+gte_deploy.integrations.transformers.register()  # transformers before 5.18 does not know "gte"
 
 bundle, text = sys.argv[1], sys.argv[2]
 model = ORTModelForMaskedLM.from_pretrained(bundle, subfolder="onnx", file_name="model.onnx")
