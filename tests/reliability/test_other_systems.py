@@ -6,18 +6,22 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path, PureWindowsPath
 
+import httpx
 import numpy as np
 import pytest
 import yaml
 
+import gte_deploy
 from factories import write_tokenizer
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import is_below
 from gte_deploy.models import resolve_checkpoint
+from http_server import ServerProcess
 from other_systems import MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +29,16 @@ FOLDERS = ("gte_deploy", "models", "exporters", "training")
 START = "from other_systems import become_windows; become_windows(); "
 
 
+def program(code: str) -> list[str]:
+    """Return the arguments of Python that run this code without what Windows lacks."""
+    return ["-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests/support')!r}); {START}{code}"]
+
+
 def run(code: str, *arguments: object, cwd: Path) -> str:
     """Run Python code in a process that lacks what Windows lacks; return what it printed."""
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests/support')!r}); {START}{code}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
+    command = [sys.executable, *program(code), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -64,8 +73,6 @@ def test_the_built_in_model_answers(backend, tmp_path):
 
 def answers_alike(source, backend, tmp_path):
     pytest.importorskip({"onnx": "onnxruntime"}.get(backend, backend))
-    import gte_deploy
-
     printed = run(ANSWERS, source, backend, cwd=tmp_path)
     fills, vectors = json.loads(printed)
     with gte_deploy.load(source, backend=backend) as model:
@@ -86,6 +93,21 @@ def test_the_first_command(tmp_path):
     code = "from gte_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
     assert "the united states of america" in run(code, "fill-mask", "The united [MASK] of America.", cwd=tmp_path)
     assert ": a bundle" in run(code, "info", cwd=tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_the_server(tmp_path):
+    code = "from gte_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    server = ServerProcess(
+        [*program(code), "serve", "gte-en-mlm-tiny", "--port", "0"], cwd=tmp_path, OMP_NUM_THREADS="1"
+    )
+    try:
+        server.wait_until_ready()
+        (vector,) = httpx.post(f"{server.url}/embed", json={"inputs": "a text", "normalize": False}).json()
+        with gte_deploy.load() as model:
+            np.testing.assert_allclose(vector, model.encode("a text"), atol=1e-5)
+        assert server.end(signal.SIGINT) == 0  # Ctrl-C, which Windows has, too
+    finally:
+        server.kill()
 
 
 def test_training(tmp_path):
