@@ -16,7 +16,7 @@ from gte_deploy.bundle.manifest import Manifest
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.files import read_json_object, write_text, write_with
 from gte_deploy.core.spec import TaskName
-from gte_deploy.exporters.bundle.uses import MASK, PLACEHOLDER, uses
+from gte_deploy.exporters.bundle.uses import MASK, PLACEHOLDER, first_steps, uses
 from gte_deploy.exporters.targets.tensorrt.runtimes import NO_ENGINE
 from gte_deploy.exporters.verification.checks import Check
 
@@ -121,6 +121,7 @@ def card(
         _introduction(described),
         _missed(described),
         "## Use",
+        first_steps(described),
         PLACEHOLDER,
         *(f"{use.title}:\n\n```{use.language}\n{use.text}\n```" for use in uses(described, model_type)),
         "## Agreement with PyTorch",
@@ -198,7 +199,13 @@ def _limits(described: Manifest, parity: Mapping[str, Any]) -> str:
     if spec.prompts:
         prompts = ", ".join(f"`{name}`: {json.dumps(text, ensure_ascii=False)}" for name, text in spec.prompts.items())
         lines.append(f"Prompts: {prompts}; by default {spec.default_prompt_name or 'none'}.")
-    return "\n".join(f"- {line}" for line in dict.fromkeys([*lines, *parity["not_proven"]]))
+    return "\n".join(f"- {_lines(line)}" for line in dict.fromkeys([*lines, *parity["not_proven"]]))
+
+
+def _lines(text: str) -> str:
+    """Return a sentence of several lines as a point of a list; lines that do not begin like a sentence are commands."""
+    first, *others = text.split("\n")
+    return "\n\n".join([first, *(f"  `{line}`" if line[:1].islower() else f"  {line}" for line in others)])
 
 
 def _source(described: Manifest, metadata: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from gte_deploy.exporters.bundle.card import REPORT, write_card
 from gte_deploy.exporters.bundle.hub_files import write_hub_files
 from gte_deploy.exporters.bundle.writer import seal
 from gte_deploy.exporters.job import GRAPH_PATHS, Built, Job, part_path
-from gte_deploy.exporters.verification.report import build_report, library_versions
+from gte_deploy.exporters.verification.report import build_report, versions_of
 from gte_deploy.exporters.verification.report_page import ReportPage
 from gte_deploy.exporters.verification.results import ParityReport
 from gte_deploy.models.sparse_modules import read_query_weights
@@ -72,7 +72,7 @@ def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mappin
         precision=parity.precision,
         graphs=entries if built.keeps_graphs else {},
         files={},
-        versions=library_versions(),
+        versions=versions_of(parity, built),
         source=source,
         target=built.made_for,
         plan=built.plan,

@@ -25,6 +25,7 @@ _CALLS: Mapping[TaskName, str] = {
     "sparse": 'model.encode_sparse(["The panda is a bear."])',
     "multi-vector": 'model.rank("what is a panda?", ["The panda is a bear.", "It rains."])',
 }
+_CLASSIFY = 'model.predict("The panda is a bear.")'
 _OTHER_CALL = 'model.encode(["The panda is a bear.", "It rains."])'
 _COMMANDS: Mapping[TaskName, str] = {
     "fill-mask": 'fill-mask -m MODEL "Paris is the [MASK] of France."',
@@ -47,7 +48,7 @@ class Use:
 
 def uses(described: Manifest, model_type: str) -> list[Use]:
     """Return how to load the bundle in each runtime that reads it; see `PLACEHOLDER`."""
-    call = _CALLS.get(described.spec.task, _OTHER_CALL)
+    call = _CLASSIFY if _has_labels(described) else _CALLS.get(described.spec.task, _OTHER_CALL)
     python = f'import gte_deploy\n\nmodel = gte_deploy.load("MODEL")\nprint({call})'
     found = [
         Use(f"Python (gte-deploy; in a checkout of it, `pip install {_packages(described)}`)", "python", python),
@@ -69,9 +70,24 @@ def uses(described: Manifest, model_type: str) -> list[Use]:
 def _commands(described: Manifest) -> str:
     spec = described.spec
     command = _COMMANDS.get(spec.task)
-    if spec.task == "classify" and spec.num_labels == 1:
-        command = _COMMANDS["multi-vector"]
+    if spec.task == "classify":
+        command = 'predict -m MODEL "The panda is a bear."' if _has_labels(described) else _COMMANDS["multi-vector"]
     return "\n".join([*([f"$ gte-deploy {command}"] if command else []), "$ gte-deploy serve MODEL"])
+
+
+def first_steps(described: Manifest) -> str:
+    """Return what must be done before the bundle can be used as `uses` says; empty if it is ready."""
+    if described.plan is not None or "tensorrt" not in described.graphs:
+        return ""
+    return (
+        "This bundle has no TensorRT engine yet: build it first, and make it part of the bundle with `gte-export "
+        "adopt`. Until then, only ONNX Runtime opens the graph, and a CPU runs it slowly."
+    )
+
+
+def _has_labels(described: Manifest) -> bool:
+    """Whether the model sorts texts into classes; with one label, it is a reranker."""
+    return described.spec.task == "classify" and described.spec.num_labels > 1
 
 
 def _packages(described: Manifest) -> str:
@@ -122,7 +138,9 @@ def _alone(described: Manifest, engine: Any) -> str:
     feeds += [f'"token_type_ids": {types}'] if "token_type_ids" in inputs else []
     masks = '"mask_positions": np.argwhere(ids == tokenizer.token_to_id("[MASK]"))'
     feeds += [masks] if "mask_positions" in inputs else []
-    text = "Paris is the [MASK] of France." if described.spec.task == "fill-mask" else "The panda is a bear."
+    texts = ["Paris is the [MASK] of France." if described.spec.task == "fill-mask" else "The panda is a bear."]
+    if described.spec.task == "classify" and not _has_labels(described):
+        texts.insert(0, "what is a panda?")
     output = next((tensor.name for tensor in graph.outputs if tensor.name != HIDDEN), HIDDEN)
     lines = [
         "import numpy as np",
@@ -130,7 +148,7 @@ def _alone(described: Manifest, engine: Any) -> str:
         "from tokenizers import Tokenizer",
         "",
         'tokenizer = Tokenizer.from_file("MODEL/tokenizer.json")',
-        f"encoded = tokenizer.encode({json.dumps(text)})",
+        f"encoded = tokenizer.encode({', '.join(map(json.dumps, texts))})",
         "ids = np.array([encoded.ids])  # int64",
     ]
     prefix = None if late is None else late.document_prefix

@@ -57,7 +57,8 @@ def difference_chart(engines: Sequence[EngineParity]) -> Html:
     )
     caption = (
         "Largest difference from PyTorch FP32 at each length, divided by the size of the output (no unit). "
-        "A step of the axis is a factor of ten; smaller is better. Dashed lines are bounds."
+        "A step of the axis is a factor of ten; smaller is better."
+        f"{' Dashed lines are bounds.' if any(bound is not None for bound in bounds) else ''}"
     )
     return element("figure", _legend(engines), drawing, element("figcaption", caption))
 

@@ -4,11 +4,12 @@ import dataclasses
 import datetime
 import importlib.util
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gte_deploy._version import __version__
 from gte_deploy.backends.picks import cpu_model
+from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.bundle.manifest import GraphEntry
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.quiet import import_openvino
@@ -24,15 +25,26 @@ _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "onnxrun
 _OPTIONAL_LIBRARIES = ("openvino", "executorch", "tensorrt", "tensorrt_rtx")
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of gte-deploy, Python and every library that took part in an export."""
-    installed = [*_LIBRARIES, *(name for name in _OPTIONAL_LIBRARIES if importlib.util.find_spec(name))]
+def library_versions(took_part: Collection[str] = _OPTIONAL_LIBRARIES) -> dict[str, str]:
+    """Return the versions of gte-deploy, Python and every library that takes part in an export.
+
+    Args:
+        took_part: the modules of engines that took part; others are left out. By default all that are installed.
+    """
+    optional = (name for name in _OPTIONAL_LIBRARIES if name in took_part and importlib.util.find_spec(name))
+    installed = [*_LIBRARIES, *optional]
     return {
         "gte-deploy": __version__,
         "python": platform.python_version(),
         # Versions of modules, not of distributions: onnxruntime also comes as onnxruntime-gpu.
         **{name: _module(name).__version__ for name in installed},
     }
+
+
+def versions_of(parity: ParityReport, built: Built) -> dict[str, str]:
+    """Return the versions of the libraries that made and compared a bundle; see `library_versions`."""
+    engines = {engine.engine for engine in parity.engines if not engine.emulated}
+    return library_versions({*engines, *([VARIANTS[built.plan.variant].module] if built.plan else [])})
 
 
 def _module(name: str) -> Any:
@@ -68,7 +80,7 @@ def build_report(
         "calibration": built.calibration and dataclasses.asdict(built.calibration),
         "timings_s": {name: round(seconds, 3) for name, seconds in timings_s.items()},
         "machine": {"cpu": cpu_model(), "cpus": available_cpus(), "platform": _platform()},
-        "versions": library_versions(),
+        "versions": versions_of(parity, built),
     }
 
 

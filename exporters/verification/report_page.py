@@ -6,9 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gte_deploy.bundle.facts import made_for
 from gte_deploy.bundle.manifest import Manifest, TextsEntry
-from gte_deploy.core.pages import Html, bars, code, definitions, element, items, joined, page, page_section, rows, table
-from gte_deploy.exporters.bundle.uses import MASK, PLACEHOLDER, uses
+from gte_deploy.core.pages import (
+    Html,
+    bars,
+    code,
+    definitions,
+    element,
+    escaped,
+    items,
+    joined,
+    page,
+    page_section,
+    rows,
+    table,
+)
+from gte_deploy.exporters.bundle.uses import MASK, PLACEHOLDER, first_steps, uses
 from gte_deploy.exporters.verification.accuracy import Accuracy
 from gte_deploy.exporters.verification.checks import Check
 from gte_deploy.exporters.verification.difference_chart import difference_chart
@@ -17,9 +31,24 @@ from gte_deploy.exporters.verification.results import EngineParity, ParityReport
 
 _DASH = "–"
 _EMULATED = (
-    "(emulated): the engine itself did not run here. ONNX Runtime on this CPU ran the engine's graph, with values "
-    "rounded where the engine rounds them."
+    "“Emulated” means: ONNX Runtime on this CPU ran the engine's graph, with values rounded where the engine rounds "
+    "them."
 )
+_SHOWN_MISSES = 5
+_TOLD = "The comparison ran"  # how a target's own caveat about its emulation says it
+
+
+_COLUMNS: Mapping[str, str] = {
+    "by a part": "“by a part” is the same for the smaller graph that computes this output alone.",
+    "by all logits": "“by all logits” is the same for the graph with the logits of every token.",
+    "relative": "“relative” is the largest difference over the largest value that PyTorch gives for the same channel, "
+    "word or label in any batch.",
+    "row alone": "“row alone” is the largest difference between the shortest row of the batch and the same row run "
+    "alone.",
+    "cosine": "“cosine” is the smallest of all compared vectors; labels are numbers and have none.",
+    "top-1": "“top-1” and “top-5” are the agreement of the best words at the masks.",
+}
+"""Column of the tables of batches -> what it has."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +96,12 @@ class ReportPage:
             "How fast it is depends on the machine, so this report has no times: `gte-deploy bench MODEL` measures "
             "them, and `gte-deploy compare A B` puts two bundles side by side."
         )
+        before = filter(None, [first_steps(self.described), PLACEHOLDER])
         return page_section(
-            "How to use it", element("p", _with_code(PLACEHOLDER)), *parts, element("p", _with_code(note))
+            "How to use it",
+            *(element("p", _with_code(text)) for text in before),
+            *parts,
+            element("p", _with_code(note)),
         )
 
 
@@ -89,24 +122,32 @@ def _verdict(parity: ParityReport) -> Html:
     elif partly:
         kind, title = "partly", f"Passed, but {' and '.join(partly)} misses its bounds"
     else:
-        kind, title = "passed", "Passed: it answers as PyTorch does"
+        within = "" if parity.precision == "fp32" else f", within the bounds of {parity.precision}"
+        kind, title = "passed", f"Passed: it answers as PyTorch does{within}"
     engines = [
         joined(
             [_word(engine), " ", engine.title, ": ", f"{len(engine.cases)} batches compared{parts_compared(engine)}"]
         )
         for engine in parity.engines
     ]
+    checks = [joined([_check_word(check), f" {check.name}{_how_many(check)}"]) for check in parity.checks]
     notes = list(parity.caveats)
-    if emulated:
+    if emulated and not any(_TOLD in caveat for caveat in notes):
         notes.insert(0, _EMULATED)
     notes += filter(None, [reference_line(parity)])
     return page_section(
         title,
-        items(engines),
-        items(missed),
+        items([*engines, *checks]),
+        items(missed[:_SHOWN_MISSES]),
+        _more(missed[_SHOWN_MISSES:]),
         *([element("h3", "What to know"), items(map(_lines, notes))] if notes else []),
         class_=f"verdict {kind}",
     )
+
+
+def _more(missed: Sequence[str]) -> Html:
+    """Return what is below the first misses, folded so that the numbers come soon; paper shows it unfolded."""
+    return element("details", element("summary", f"{len(missed)} more misses"), items(missed)) if missed else Html()
 
 
 def _lines(text: str) -> Html:
@@ -123,8 +164,26 @@ def _word(engine: EngineParity) -> Html:
     return element("span", "MISSED", class_="failed-word")
 
 
-def _with_bound(value: str, bound: object | None, kind: str = "at least") -> Html:
-    return joined([value, *([] if bound is None else [element("small", f"{kind} {bound}")])])
+def _check_word(check: Check) -> Html:
+    word = "passed" if check.passed else "MISSED"
+    return element("span", word, class_="passed-word" if check.passed else "failed-word")
+
+
+def _how_many(check: Check) -> str:
+    """Return what a check compared with what, to follow its name; empty if it does not say so."""
+    answers, library = check.compared.get("answers"), check.compared.get("library")
+    return "" if answers is None or library is None else f": {answers} compared with those of {library}"
+
+
+def _with_bound(value: float, form: str, bound: float | None, kind: str = "at least") -> Html:
+    """Return a value in this format and its bound; a value that misses its bound stands out."""
+    shown = format(value, form)
+    if bound is None:
+        return escaped(shown)
+    kept = value >= bound if kind == "at least" else value <= bound
+    return joined(
+        [shown if kept else element("span", shown, class_="failed-word"), element("small", f"{kind} {bound:g}")]
+    )
 
 
 def _accuracy(parity: ParityReport) -> Html:
@@ -134,16 +193,16 @@ def _accuracy(parity: ParityReport) -> Html:
         ("verdict", _word),
         (
             "largest relative difference",
-            lambda e: _with_bound(f"{e.max_rel:.1e}", e.tolerance.max_rel and f"{e.tolerance.max_rel:g}", "at most"),
+            lambda e: _with_bound(e.max_rel, ".1e", e.tolerance.max_rel, "at most"),
         ),
-        ("smallest cosine", lambda e: _with_bound(f"{e.cosine_min:.7f}", e.tolerance.cosine_min)),
-        ("mean cosine", lambda e: _with_bound(f"{e.cosine_mean:.7f}", e.tolerance.cosine_mean)),
+        ("smallest cosine", lambda e: _with_bound(e.cosine_min, ".7f", e.tolerance.cosine_min)),
+        ("mean cosine", lambda e: _with_bound(e.cosine_mean, ".7f", e.tolerance.cosine_mean)),
     ]
     if any(engine.top1 is not None for engine in engines):
         outputs.append(
             (
                 "same best word at masks",
-                lambda e: _DASH if e.top1 is None else _with_bound(f"{e.top1:.1%}", e.tolerance.top1),
+                lambda e: _DASH if e.top1 is None else _with_bound(e.top1, ".1%", e.tolerance.top1),
             )
         )
     bodies = [_body("On test batches: real text and random tokens", outputs, engines)]
@@ -174,7 +233,7 @@ def _on_text(measured: Sequence[EngineParity]) -> list[tuple[str, Callable[[Engi
         return lambda engine: _DASH if engine.accuracy is None else value(engine.accuracy, engine)
 
     def mean(cosine: float, engine: EngineParity) -> Html:
-        return _with_bound(f"{cosine:.5f}", engine.accuracy_bounds and f"{engine.accuracy_bounds.cosine_mean:g}")
+        return _with_bound(cosine, ".5f", engine.accuracy_bounds and engine.accuracy_bounds.cosine_mean)
 
     found = [
         ("mean cosine of tokens", of(lambda a, e: mean(a.token_cosine_mean, e))),
@@ -194,10 +253,11 @@ def _on_text(measured: Sequence[EngineParity]) -> list[tuple[str, Callable[[Engi
 
 def _same_word(found: Accuracy, engine: EngineParity) -> Html:
     low, high = found.top1_interval or (math.nan, math.nan)
-    bounds = engine.accuracy_bounds
+    bounds, shown = engine.accuracy_bounds, f"{found.top1_agreement:.1%}"
     return joined(
         [
-            f"{found.top1_agreement:.1%}",
+            # The interval is compared with the bound, not the share of these few masks alone.
+            shown if bounds is None or high >= bounds.top1_agreement else element("span", shown, class_="failed-word"),
             element("small", f"of {found.masks:,} masks"),
             element("small", f"95 %: {low:.1%} to {high:.1%}"),
             *([] if bounds is None else [element("small", f"at least {bounds.top1_agreement:.0%}")]),
@@ -235,13 +295,9 @@ def _by_language(measured: Sequence[EngineParity]) -> Html:
 def _checks(checks: Sequence[Check]) -> Html:
     parts: list[object] = []
     for check in checks:
-        word = "passed" if check.passed else "FAILED"
-        parts.append(
-            element(
-                "h3", f"{check.name}: ", element("span", word, class_="passed-word" if check.passed else "failed-word")
-            )
-        )
-        parts += [items((*check.broken, *check.failures)), definitions(check.compared)]
+        parts += [element("h3", f"{check.name}: ", _check_word(check)), definitions(check.compared)]
+        if not check.passed:
+            parts.append(element("p", "The verdict above lists what differs."))
         if check.skipped:
             parts += [element("p", "Not compared:"), items(check.skipped)]
     if not parts:
@@ -266,7 +322,12 @@ def _sensitivity(report: Mapping[str, Any], described: Manifest) -> Html:
         f"them in {name}. A bar is what a group costs if it alone is in {name}."
     )
     drawn = [
-        (group, cost, f"{cost:.1e}{', kept higher' if group in kept else ''}", group in kept)
+        (
+            Html(escaped(group).replace(".", ".<wbr>")),
+            cost,
+            f"{cost:.1e}{', kept higher' if group in kept else ''}",
+            group in kept,
+        )
         for group, cost in loss.items()
     ]
     caption = "Loss of the mean cosine of tokens (1 − cosine, no unit) by each group alone, worst first"
@@ -278,36 +339,37 @@ def _facts(report: Mapping[str, Any], described: Manifest) -> dict[str, Any]:
     return {
         "task": report["task"],
         "precision": described.precision,
+        "made for": made_for(described),
         "longest input": f"{report['max_length']:,} tokens",
-        **({"calibration": f"calibrated on {TextsEntry(**calibration).describe()}"} if calibration else {}),
-        **({"accuracy": f"measured on {TextsEntry(**measured).describe()}"} if measured else {}),
+        **({"calibration texts": TextsEntry(**calibration).describe()} if calibration else {}),
+        **({"texts for the accuracy": TextsEntry(**measured).describe()} if measured else {}),
         **{f"graph for {engine}": _graph(graph) for engine, graph in report["graphs"].items()},
-        **({"engine": joined(element("div", line) for line in described.plan.describe())} if described.plan else {}),
+        **({"engine": joined(_engine_lines(described))} if described.plan else {}),
     }
 
 
+def _engine_lines(described: Manifest) -> list[Html]:
+    lines = [] if described.plan is None else described.plan.describe()
+    return [element("div", line.removeprefix("engine: ")) for line in lines]
+
+
 def _graph(graph: Mapping[str, Any]) -> Html:
-    fusions = ", ".join(f"{fusion} {count}" for fusion, count in graph["fusions"].items())
+    fusions = ", ".join(f"{fusion} {count}" for fusion, count in graph["fusions"].items() if count)
     files = [f"{path} gives {', '.join(outputs)}" for path, outputs in graph["compared"].items()]
     made = f"opset {graph['opset']}; fusions: {fusions}" if fusions else f"opset {graph['opset']}; standard operators"
     return joined(element("div", line) for line in (made, *files))
 
 
 def _every_case(engines: Sequence[EngineParity]) -> Html:
-    tables = []
+    tables, columns = [], set[str]()
     for engine in engines:
         header, cells = case_columns(engine.cases)
+        columns |= set(header)
         failed = [not result.within(engine.tolerance) for result in engine.cases]
         tables.append(table(f"{engine.title}: every batch", header, rows(cells, failed=failed), class_="every"))
-    explained = (
-        "The column of an output has its largest absolute difference from PyTorch FP32 over all real tokens; “by a "
-        "part” and “by all logits” are the same for the other graphs of the bundle. “row alone” is the largest "
-        "difference between the shortest row of the batch and the same row run alone. “relative” is the largest "
-        "difference over the largest value that PyTorch gives for the same channel, word or label in any batch. "
-        "“cosine” is the smallest of all compared vectors; labels are numbers and have none. top-1 and top-5 are the "
-        "agreement of the best words at the masks."
-    )
-    return page_section("Every batch", *tables, element("p", explained, class_="note"))
+    explained = ["The column of an output has its largest absolute difference from PyTorch FP32 over all real tokens."]
+    explained += [text for column, text in _COLUMNS.items() if column in columns]
+    return page_section("Every batch", *tables, element("p", " ".join(explained), class_="note"))
 
 
 def _surroundings(report: Mapping[str, Any]) -> Html:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gte_deploy.bundle.manifest import TextsEntry
 from gte_deploy.core.errors import ParityError
-from gte_deploy.core.spec import PRECISIONS, DeviceType, Engine, Precision, computed_in
+from gte_deploy.core.spec import PRECISIONS, DeviceType, Engine, Precision, engine_title
 from gte_deploy.exporters.verification.accuracy import Accuracy, AccuracyBounds
 from gte_deploy.exporters.verification.bounds import Bounds, Tolerance
 from gte_deploy.exporters.verification.cases import Case
@@ -66,10 +66,8 @@ class EngineParity:
 
     @property
     def title(self) -> str:
-        """The engine and what it computes in, such as "openvino int8+bf16" or "onnxruntime fp16 on cuda (emulated)"."""
-        device = f" on {self.device}" if self.engine == "onnxruntime" and self.device != "cpu" else ""
-        emulated = " (emulated)" if self.emulated else ""
-        return f"{self.engine} {computed_in(self.precision, self.compute)}{device}{emulated}"
+        """The engine and what it computes in, see `engine_title`."""
+        return engine_title(self.engine, self.precision, self.compute, device=self.device, emulated=self.emulated)
 
     @property
     def passed(self) -> bool:

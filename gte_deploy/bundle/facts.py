@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gte_deploy.backends.tensorrt.variants import VARIANTS
 from gte_deploy.bundle.manifest import Manifest, is_bundle, read_manifest
 from gte_deploy.core.errors import MissingDependencyError
+from gte_deploy.core.spec import Engine, engine_title
 
 _HASH_DIGITS = 12
 _MOST_LABELS = 8
@@ -30,10 +32,41 @@ def facts_of(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "kind": "bundle",
         **manifest.to_json(),
+        "made_for": made_for(manifest),
+        "verified": [title for titles in verified(manifest).values() for title in titles],
         "files": {file: entry.size for file, entry in manifest.files.items()},
         "engine": {**dataclasses.asdict(choice), "precision": precision_of(manifest, choice.precision)},
         "lists": dataclasses.asdict(streams_of(manifest, choice)),
         "faster_here": faster_here(manifest),
+    }
+
+
+def made_for(manifest: Manifest) -> str:
+    """Return what runs the bundle, for people."""
+    if manifest.plan is not None:
+        gpus = ", ".join(f"sm{capability.replace('.', '')}" for capability in manifest.plan.compute_capabilities)
+        return f"GPUs of {gpus}, with {VARIANTS[manifest.plan.variant].title}"
+    if "tensorrt" in manifest.graphs:
+        return "TensorRT; its engine is not built yet"
+    if "executorch" in manifest.graphs:
+        return "ExecuTorch, on CPUs of phones and other devices"
+    return "NVIDIA GPUs, with ONNX Runtime" if manifest.target == "cuda" else "CPUs"
+
+
+def verified(manifest: Manifest) -> dict[Engine, list[str]]:
+    """Return the names of what each graph was verified to compute in, as in the report of the export."""
+    return {
+        engine: [
+            engine_title(
+                engine,
+                manifest.precision,
+                computes,
+                device=manifest.target,
+                emulated=computes in graph.emulated,
+            )
+            for computes in graph.computes
+        ]
+        for engine, graph in manifest.graphs.items()
     }
 
 
@@ -85,11 +118,11 @@ def _model_rows(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _bundle_rows(facts: Mapping[str, Any], manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "precision", manifest.precision
-    for engine, graph in manifest.graphs.items():
-        emulated = f"; compared by an emulation: {', '.join(graph.emulated)}" if graph.emulated else ""
-        yield "graphs", f"{engine} in {', '.join(graph.computes) or manifest.precision} ({graph.path}){emulated}"
+    for engine, titles in verified(manifest).items():
+        yield "graphs", f"{', '.join(titles) or f'{engine}, not verified'}: {manifest.graphs[engine].path}"
     if manifest.plan is not None:
-        yield from (("engine", line) for line in (*manifest.plan.describe(), *manifest.plan.caveats))
+        lines = (*manifest.plan.describe(), *manifest.plan.caveats)
+        yield from (("engine", line.removeprefix("engine: ")) for line in lines)
     here, lists = facts["engine"], facts["lists"]
     yield "runs here", f"on {here['backend']}, {here['device']}, in {here['precision']}: {here['reason']}"
     if lists["streams"] > 1:
@@ -97,7 +130,7 @@ def _bundle_rows(facts: Mapping[str, Any], manifest: Manifest) -> Iterator[tuple
     yield from (("faster here", line) for line in facts["faster_here"])
     size = sum(entry.size for entry in manifest.files.values())
     yield "size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"
-    yield "made for", manifest.target
+    yield "made for", facts["made_for"]
     source = facts["source"]
     yield "made from", f"{source['name']}, weights sha256 {source['sha256'][:_HASH_DIGITS]}…"
     made_with = ("gte-deploy", "torch", "transformers", "onnxruntime", "openvino")

@@ -58,7 +58,8 @@ tbody th, thead th:first-child { text-align: left; padding-left: 0; }
 tbody th { font-weight: 400; }
 tbody.group th { font-weight: 600; padding-top: .8rem; }
 td small { display: block; color: var(--quiet); }
-.scroll + .scroll { margin-top: 1.25rem; }
+.scroll + .scroll, .columns > .scroll { margin-top: 1.25rem; }
+summary { cursor: pointer; font-weight: 600; }
 .texts td, .texts th { text-align: left; font-size: .875rem; min-width: 4rem; }
 .every td, .every th { white-space: nowrap; font-size: .875rem; }
 tr.failed > * { background: var(--bad-soft); }
@@ -101,6 +102,8 @@ svg .shared { stroke: var(--quiet); }
   .fit th, .fit td { font-size: .8rem; padding: .3rem .2rem; overflow-wrap: anywhere; }
   .fit thead th { font-size: .68rem; padding: .3rem .1rem; }
   .fit thead th:first-child { width: 27%; }
+  .fit thead th:first-child:nth-last-child(3) { width: 38%; }
+  .fit thead th:first-child:nth-last-child(2) { width: 55%; }
 }
 @media print {
   :root { color-scheme: light; }
@@ -114,6 +117,8 @@ svg .shared { stroke: var(--quiet); }
   .bar span, tr.failed > * { print-color-adjust: exact; }
   h2, h3, caption { break-after: avoid; }
   tr, figure, pre { break-inside: avoid; }
+  .columns:has(> .scroll) { display: block; }
+  details::details-content { content-visibility: visible; }
 }
 """.replace("WIDEST", WIDEST)
 

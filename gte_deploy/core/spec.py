@@ -102,6 +102,17 @@ def computed_in(precision: Precision, computes: Precision) -> str:
     return f"{precision}{'+bf16' * (precision == 'int8' and computes == 'bf16')}"
 
 
+def engine_title(
+    engine: Engine, precision: Precision, computes: Precision, *, device: DeviceType = "cpu", emulated: bool = False
+) -> str:
+    """Return the name of an engine and of what it computes in, the same wherever people read it.
+
+    Examples: "openvino int8+bf16", and "onnxruntime fp16 on cuda (emulated)" if an emulation computed the numbers.
+    """
+    place = f" on {device}" if engine == "onnxruntime" and device != "cpu" else ""
+    return f"{engine} {computed_in(precision, computes)}{place}{' (emulated)' if emulated else ''}"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and shape of a graph's input or output; a dynamic axis is a name, such as "batch"."""

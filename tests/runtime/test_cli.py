@@ -393,8 +393,12 @@ def test_verify_and_info_of_a_bundle(run, word_checkpoints, bundle_of, tmp_path)
     facts = json.loads(out)
     assert code == exit_codes.OK and (facts["kind"], facts["spec"]["task"]) == ("bundle", "embed")
     assert facts["files"]["tokenizer.json"] == (bundle / "tokenizer.json").stat().st_size
+    report = json.loads((bundle / "report.json").read_text())
+    verified = [engine["title"] for engine in report["parity"]["engines"] if engine["passed"]]
+    assert (facts["verified"], facts["made_for"]) == (verified, "CPUs")
     code, out, _ = run("info", bundle)
     assert code == exit_codes.OK and out.startswith(f"{bundle}: a bundle\n") and "{" not in out
+    assert all(title in out for title in verified)
     rows = dict(line.strip().split("  ", 1) for line in out.splitlines()[1:-1] if not line.startswith("   "))
     assert rows["task"].strip() == "embed" and rows["precision"].strip() == "fp32"
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file() and file.name != "manifest.json")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import html.parser
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gte_deploy import cli
+from gte_deploy.bundle.facts import verified
 from gte_deploy.bundle.manifest import GraphEntry, Manifest, PlanEntry, TextsEntry
-from gte_deploy.core.spec import ModelSpec, Profile, TensorSpec
+from gte_deploy.core.spec import ModelSpec, MultiVectorSpec, Profile, SparseSpec, TensorSpec
+from gte_deploy.exporters.bundle.uses import uses
 from gte_deploy.exporters.job import Built
 from gte_deploy.exporters.verification.accuracy import ACCURACY_BOUNDS, Accuracy
 from gte_deploy.exporters.verification.bounds import TOLERANCES
@@ -22,6 +27,7 @@ from gte_deploy.exporters.verification.differences import CaseResult, Difference
 from gte_deploy.exporters.verification.report import build_report, format_table
 from gte_deploy.exporters.verification.report_page import ReportPage
 from gte_deploy.exporters.verification.results import EngineParity, ParityReport
+from gte_deploy.tasks import TASKS
 
 LENGTHS = (1, 2, 17, 128, 130, 512, 2048, 2049, 8192)
 TENSORS = (TensorSpec("input_ids", "int64", ("batch", "sequence")),)
@@ -52,6 +58,15 @@ def engine(name: str, compute: str, precision: str, relative: float, **options: 
 
 ACCURACY = Accuracy(0.9995, 0.98, 0.9997, 0.99, 1.0, 0.985, (0.97, 0.993), 0.96, (0.3, 0.31), (0.5, 0.51), 6000, 812)
 MANY_LANGUAGES = dataclasses.replace(ACCURACY, languages={code: ACCURACY for code in ("de", "en", "zh")})
+BF16 = Accuracy(0.9999, 0.999, 0.9999, 0.999, 1.0, None, None, 0.96, None, None, 6000, 0)
+MISSED = dataclasses.replace(ACCURACY, top1_agreement=0.9, top1_interval=(0.88, 0.92), token_cosine_mean=0.95)
+
+
+def on_text(engine: EngineParity, found: Accuracy) -> EngineParity:
+    bounds = ACCURACY_BOUNDS[engine.precision]
+    return dataclasses.replace(engine, accuracy=found, accuracy_bounds=bounds)
+
+
 ENGINES = {
     "fp32": [
         engine("onnxruntime", "fp32", "fp32", 1e-7),
@@ -66,7 +81,24 @@ ENGINES = {
     "tensorrt": [engine("tensorrt", "fp16", "fp16", 1e-4, emulated=True)],
     "equal": [engine("onnxruntime", "fp32", "fp32", 0.0)],
     "broken": [engine("onnxruntime", "fp32", "fp32", NAN), engine("openvino", "fp32", "fp32", 40.0)],
+    "int8 missed": [on_text(engine("onnxruntime", "fp32", "int8", 0.3), MISSED)],
+    "int4": [on_text(engine("onnxruntime", "fp32", "int4-weight", 0.05), ACCURACY)],
+    "bf16": [
+        engine("onnxruntime", "fp32", "bf16", 1e-3),
+        engine("openvino", "fp32", "bf16", 1e-3),
+        on_text(engine("openvino", "bf16", "bf16", 2e-3), BF16),
+    ],
+    "cuda bf16": [on_text(engine("onnxruntime", "bf16", "bf16", 1e-3, emulated=True, device="cuda"), BF16)],
+    "cuda run": [engine("onnxruntime", "fp16", "fp16", 1e-4, device="cuda")],
+    "rtx": [engine("tensorrt", "fp16", "fp16", 1e-4, emulated=True)],
+    "fp8": [on_text(engine("tensorrt", "fp8", "fp8", 0.01, emulated=True), MANY_LANGUAGES)],
+    "executorch": [engine("executorch", "fp32", "fp32", 1e-6)],
+    "openvino": [engine("openvino", "fp32", "fp32", 2e-7), engine("openvino", "bf16", "fp32", 2e-3, optional=True)],
+    **{f"task {task}": [engine("onnxruntime", "fp32", "fp32", 1e-7)] for task in TASKS},
+    "reranker": [engine("onnxruntime", "fp32", "fp32", 1e-7)],
 }
+SWEPT = ("int8", "int8 missed", "fp8")
+NOT_RUN = "ONNX Runtime's CUDA kernels were not run. The comparison ran an emulation of the graph on the CPU."
 LOSS = {f"gte.layers.{layer}.self_attn.a_group_with_a_long_name": 10.0**-layer for layer in range(1, 9)}
 COMMAND = "trtexec --onnx=onnx/model_tensorrt.onnx --minShapes=input_ids:1x1,attention_mask:1x1 --fp16"
 PLAN = PlanEntry(
@@ -80,37 +112,87 @@ PLAN = PlanEntry(
 )
 
 
+def spec_of(kind: str) -> ModelSpec:
+    task: Any = kind.removeprefix("task ") if kind.startswith("task ") else "fill-mask"
+    labels = {0: "no", 1: "yes"}
+    more: dict[str, Any] = {
+        "classify": {"id2label": labels, "num_labels": 2},
+        "token-classify": {"id2label": labels, "num_labels": 2},
+        "sparse": {"sparse": SparseSpec("splade", activation="log1p_relu")},
+        "hybrid": {"sparse": SparseSpec("token-weights", activation="relu")},
+        "multi-vector": {"multi_vector": MultiVectorSpec(document_prefix=7, query_length=12, document_length=24)},
+    }.get(task, {})
+    if kind == "reranker":
+        task, more = "classify", {"id2label": {0: "score"}, "num_labels": 1}
+    return ModelSpec(task=task, max_length=8192, vocab_size=256, hidden_size=32, pad_token_id=0, **more)
+
+
+def caveats_of(kind: str) -> tuple[str, ...]:
+    if kind == "tensorrt":
+        return (f"No engine was built. Build it with:\n{COMMAND}\nThen adopt it.",)
+    return (NOT_RUN,) if kind in ("cuda", "cuda bf16") else ()
+
+
+def graphs_of(kind: str, parity: ParityReport, spec: ModelSpec) -> Any:
+    """A graph for each engine, with what an export writes of it."""
+    names = ("logits",) if spec.task in ("fill-mask", "classify", "token-classify") else ("sentence_embedding",)
+    outputs = tuple(TensorSpec(name, "float32", ("batch",)) for name in (*names, "last_hidden_state"))
+    return {
+        each.engine: GraphEntry(
+            f"onnx/model_{each.engine}.onnx",
+            20,
+            TENSORS,
+            outputs,
+            {"rope": 8, "fp32_linears": 0},
+            computes=parity.verified(each.engine),
+            emulated=parity.verified(each.engine, emulated=True),
+        )
+        for each in parity.engines
+    }
+
+
 def report_page(kind: str, **parity_options: Any) -> ReportPage:
     """The page of a made-up export."""
     engines = ENGINES[kind]
+    compared = {"texts": 125, "answers": 13, "library": "GteForMaskedLM of transformers 5.24"}
+    lines = ("encode of 'a', the worst of 12: 0.1 here, 0.2 from the library",) if kind == "int8 missed" else ()
     parity = ParityReport(
         engines[0].precision,
         tuple(engines),
-        caveats=(f"No engine was built. Build it with:\n{COMMAND}\nThen adopt it.",) if kind == "tensorrt" else (),
-        checks=(Check("answers", compared={"texts": 125, "library": "BertTokenizer of transformers 5.24"}),),
+        caveats=caveats_of(kind),
+        checks=(Check("answers", lines, compared),),
         **parity_options,
     )
-    graph = GraphEntry("onnx/model.onnx", 20, TENSORS, OUTPUTS, {"rope": 8}, computes=())
-    spec = ModelSpec(task="fill-mask", max_length=8192, vocab_size=256, hidden_size=32, pad_token_id=0)
-    calibration = TextsEntry("my <texts>.txt", (), 116, "ab" * 32) if kind == "int8" else None
+    spec = spec_of(kind)
+    calibration = TextsEntry("my <texts>.txt", (), 116, "ab" * 32) if kind in SWEPT else None
     built = Built(
         {},
-        sensitivity=LOSS if kind == "int8" else {},
-        kept_groups=tuple(LOSS)[:2] if kind == "int8" else (),
-        plan=PLAN if kind == "tensorrt" else None,
+        sensitivity=LOSS if kind in SWEPT else {},
+        kept_groups=tuple(LOSS)[:2] if kind in SWEPT else (),
+        plan=PLAN if kind == "rtx" else None,
         calibration=calibration,
     )
-    graphs: Any = {engines[0].engine: graph}
+    graphs = graphs_of(kind, parity, spec)
     source = {"name": "owner/a-model-<b>-with-a-long-name"}
     report = build_report(parity, built, spec=spec, source=source, graphs=graphs, timings_s={"trace": 1.0})
-    described = Manifest(spec, engines[0].precision, graphs, {}, {}, source, plan=built.plan, calibration=calibration)
+    described = Manifest(
+        spec,
+        engines[0].precision,
+        {} if kind == "rtx" else graphs,
+        {},
+        {},
+        source,
+        target="cuda" if kind.startswith("cuda") else "cpu",
+        plan=built.plan,
+        calibration=calibration,
+    )
     return ReportPage(parity, report, described, mask_token="<mask>")
 
 
 class Outline(html.parser.HTMLParser):
     """The headings of a page in order, the number of each tag, and whether every tag is closed."""
 
-    VOID = ("meta", "line", "circle", "path")
+    VOID = ("meta", "wbr", "line", "circle", "path")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -122,7 +204,7 @@ class Outline(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.count[tag] = self.count.get(tag, 0) + 1
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
         if tag in ("h1", "h2", "h3"):
             self.headings.append((tag, ""))
@@ -190,11 +272,93 @@ def test_the_names_say_what_ran(kind, names):
     assert ("the engine itself did not run here" in page) == all("emulated" in name for name in names)
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_names_are_those_of_the_manifest(kind):
+    """`gte-deploy info` reads them from the manifest, and says them as the report and the export's own lines do."""
+    found = report_page(kind)
+    passed = [each.title for each in found.parity.engines if each.passed]
+    if found.described.plan is None:
+        assert [title for titles in verified(found.described).values() for title in titles] == passed
+    assert all(f"{each.title}: parity " in format_table(found.parity) for each in found.parity.engines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("int8", "CPUs"),
+        ("openvino", "CPUs"),
+        ("cuda", "NVIDIA GPUs, with ONNX Runtime"),
+        ("tensorrt", "TensorRT; its engine is not built yet"),
+        ("rtx", "GPUs of sm89, with TensorRT-RTX"),
+        ("executorch", "ExecuTorch, on CPUs of phones and other devices"),
+    ],
+)
+def test_the_page_says_what_runs_the_bundle(kind, expected):
+    assert f"<dt>made for</dt><dd>{expected}</dd>" in report_page(kind).render()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_no_section_is_empty_and_none_is_about_what_is_not_there(kind):
+    found = report_page(kind)
+    page = found.render()
+    sections = re.findall(r"<section[^>]*><h2>(.*?)</h2>(.*?)</section>", page, re.DOTALL)
+    assert all(len(re.sub(r"<[^>]+>", "", content).strip()) > 20 for _, content in sections)
+    titles = [title for title, _ in sections]
+    assert len(set(titles)) == len(titles)
+    assert ("Sensitivity of the layers" in titles) == (kind in SWEPT)
+    text = re.sub(r"<[^>]+>", " ", re.sub(r"<(style|pre|svg)\b.*?</\1>", " ", page, flags=re.DOTALL))
+    assert not re.search(r"\bNone\b|\bTrue\b|\bFalse\b|\{\}|\[\]|fp32_linears 0", text)
+    every = dict(sections)["Every batch"]
+    for column in re.findall(r"“([^”]+)”", every):
+        assert f'<th scope="col">{column}</th>' in every, "a column that no table has is not explained"
+    assert ("Dashed lines are bounds" in page) == any(each.tolerance.max_rel for each in ENGINES[kind])
+    assert ("Emulated” means" in page) == (kind in ("tensorrt", "rtx", "fp8")), "the others say it in their caveats"
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_programs_can_be_parsed_and_the_commands_are_commands(kind):
+    """tests/exporters/bundle/test_card.py runs the same programs."""
+    found, parser = report_page(kind), cli._parser()
+    for use in uses(found.described, "gte"):
+        if use.language == "python":
+            ast.parse(use.text)
+        elif use.language == "console":
+            for line in use.text.splitlines():
+                name, *words = shlex.split(line.removeprefix("$ "))
+                assert name == "gte-deploy" and parser.parse_args(words)
+    commands = [line for use in uses(found.described, "gte") for line in use.text.splitlines() if line[:1] == "$"]
+    assert len(commands) == 2, "the task's own command, and the server"
+    assert ("has no TensorRT engine yet" in found.render()) == (kind in ("tensorrt", "fp8"))
+
+
+def test_a_reranker_reads_pairs_and_a_classifier_texts():
+    found = {kind: "\n".join(use.text for use in uses(report_page(kind).described, "gte")) for kind in ENGINES}
+    assert 'tokenizer.encode("what is a panda?", "The panda is a bear.")' in found["reranker"]
+    assert "gte-deploy rank" in found["reranker"]
+    assert 'tokenizer.encode("The panda is a bear.")' in found["task classify"]
+    assert 'model.predict("The panda is a bear.")' in found["task classify"]
+    assert 'gte-deploy predict -m MODEL "The panda is a bear."' in found["task classify"]
+
+
+def test_values_that_miss_their_bounds_stand_out():
+    page = report_page("int8 missed").render()
+    marked = re.findall(r'<td><span class="failed-word">([\d.%]+)</span>', page)
+    assert marked == ["0.95000", "90.0%"], "the cosine of tokens, and the share whose interval ends below its bound"
+    assert page.count("the worst of 12") == 1 and ">MISSED</span> answers: 13 compared with those of Gte" in page
+    assert 'class="failed-word">9' not in report_page("int8").render()
+
+
+def test_only_the_libraries_that_took_part_have_a_version():
+    pytest.importorskip("openvino")
+    assert "openvino" in report_page("fp32").report["versions"]
+    assert not {"openvino", "tensorrt_rtx", "tensorrt"} & set(report_page("cuda").report["versions"])
+
+
 def test_int8_says_which_groups_stay_higher_and_what_each_costs():
     page = report_page("int8").render()
     assert (
         "2 of 8 groups of layers stay in a higher precision" in page
-        and "calibrated on 116 texts: my &lt;texts&gt;" in page
+        and "<dt>calibration texts</dt><dd>116 texts: my &lt;texts&gt;" in page
     )
     widths = [float(width) for width in re.findall(r'style="width:([\d.]+)%"', page)]
     assert widths == [100.0, 10.0, 1.0, 0.1, 0.0, 0.0, 0.0, 0.0], "on a linear scale from 0"
@@ -206,6 +370,7 @@ def test_a_miss_is_the_first_thing_to_read():
     page = report_page("broken").render()
     first = page.index('class="verdict failed"')
     assert first < page.index("length 8,192, batch 1: ") < page.index("<h2>Accuracy")
+    assert page.index("<li>", first) < page.index("<summary>13 more misses</summary>") < page.index("<h2>Accuracy")
     assert page.count('<tr class="failed">') == 2 * len(LENGTHS) and ">MISSED<" in page
 
 
@@ -221,7 +386,7 @@ def test_the_examples_have_the_mask_of_the_tokenizer_and_commands_can_be_copied(
     assert f"<code>{COMMAND}</code>" in page and "<div>Then adopt it.</div>" in page
 
 
-@pytest.mark.parametrize("kind", ["fp32", "equal", "broken", "tensorrt"])
+@pytest.mark.parametrize("kind", ENGINES)
 def test_the_axis_of_the_chart_has_numbers_at_every_range(kind):
     page = report_page(kind).render()
     ticks = [float(text) for text in re.findall(r'class="tick">([^<]+)<', page)]
@@ -233,7 +398,7 @@ def test_the_axis_of_the_chart_has_numbers_at_every_range(kind):
         for found in result.outputs.values()
         if 0 < found.max_rel < 1e9
     ]
-    bounds = [each.tolerance.max_rel for each in ENGINES[kind]]
+    bounds = [each.tolerance.max_rel for each in ENGINES[kind] if each.tolerance.max_rel is not None]
     assert all(ticks[0] <= value for value in [*values, *bounds])
     drawn = [float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="3.4" class="s0"><title>.', page)]
     assert len(drawn) == len(LENGTHS) and all(42 <= x <= 326 for x in drawn)
@@ -293,7 +458,11 @@ _CONTRASTS = """
 """
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+DRAWN = ("fp32", "int8", "broken", "tensorrt", "rtx", "int8 missed", "task hybrid")
+"""Reports whose sections differ: all others are of the same parts."""
+
+
+@pytest.mark.parametrize("kind", DRAWN)
 def test_on_a_phone_nothing_is_wider_than_the_screen(opened, kind):
     page = opened(report_page(kind).render(), viewport={"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -322,5 +491,14 @@ def test_on_paper_it_is_light_and_nothing_is_cut_off(opened):
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(23, 33, 31)"
     boxes = "[...document.querySelectorAll('.scroll, pre')]"
-    widest = page.evaluate(f"Math.max(...{boxes}.map(box => box.scrollWidth))")
-    assert widest <= 722, "A4 has 720 pixels between usual margins"
+    cut = page.evaluate(f"Math.max(...{boxes}.map(box => box.scrollWidth - box.clientWidth))")
+    assert cut <= 1, "A4 has 720 pixels between usual margins"
+
+
+def test_on_paper_every_miss_is_listed(opened):
+    page = opened(report_page("broken").render())
+    hidden = page.locator("details li").last
+    assert not hidden.evaluate("node => node.checkVisibility({contentVisibilityAuto: true})")
+    page.emulate_media(media="print")
+    assert hidden.evaluate("node => node.checkVisibility({contentVisibilityAuto: true})")
+    assert hidden.evaluate("node => node.getBoundingClientRect().height") > 10
