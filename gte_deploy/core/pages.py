@@ -61,6 +61,7 @@ td small { display: block; color: var(--quiet); }
 .scroll + .scroll, .columns > .scroll { margin-top: 1.25rem; }
 summary { cursor: pointer; font-weight: 600; }
 .texts td, .texts th { text-align: left; font-size: .875rem; min-width: 4rem; }
+.texts tr > :first-child { min-width: 0; }
 .every td, .every th { white-space: nowrap; font-size: .875rem; }
 tr.failed > * { background: var(--bad-soft); }
 .fit { min-width: min(100%, 34rem); }

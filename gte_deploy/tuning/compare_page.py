@@ -10,11 +10,11 @@ def render_comparison(result: ComparisonResult) -> str:
     names = [str(side.manifest.source.get("name")) for side in (result.a, result.b)]
     lead = f"A is {result.a.bundle}, and B is {result.b.bundle}; compared on {len(result.texts)} texts."
     times = [
-        (name, side.spread.median, f"{side.spread.median * 1000:,.1f} ms", False)
+        (f"{name}, {side.engine}", side.spread.median, f"{side.spread.median * 1000:,.1f} ms", False)
         for name, side in (("A", result.a), ("B", result.b))
     ]
     sizes = [
-        (name, float(side.size), f"{side.size / 1e6:,.1f} MB", False)
+        (f"{name}, {side.manifest.precision}", float(side.size), f"{side.size / 1e6:,.1f} MB", False)
         for name, side in (("A", result.a), ("B", result.b))
     ]
     texts = [

@@ -322,6 +322,54 @@ def test_the_command_needs_no_torch(bundle):
     )
     assert done.returncode == exit_codes.OK, done.stderr
     assert "onnx fp32" in done.stdout and "1x8" in done.stdout
+    assert done.stderr == "", "without a terminal, no progress"
+    assert done.stdout.isprintable() or set(done.stdout) - {"\n"} == {c for c in done.stdout if c.isprintable()}
+
+
+@pytest.mark.parametrize(
+    ("options", "terminal", "told"),
+    [
+        ([], False, False),
+        ([], True, True),
+        (["--progress"], False, True),
+        (["--quiet"], True, False),
+        (["--quiet", "--progress"], True, False),
+        (["--json"], False, False),
+        (["--json"], True, True),
+    ],
+    ids=str,
+)
+def test_progress_is_for_terminals_and_stdout_for_the_result(report, monkeypatch, capsys, options, terminal, told):
+    def measured(bundle, *, progress, **rest):
+        progress("1x8: 2 rounds")
+        return report
+
+    monkeypatch.setattr("gte_deploy.tuning.bench.bench", measured)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert cli.main(["bench", str(report.bundle), *options]) == exit_codes.OK
+    captured = capsys.readouterr()
+    assert captured.err == ("gte-deploy: 1x8: 2 rounds\n" if told else "")
+    if "--json" in options:
+        assert json.loads(captured.out) == {**json.loads(json.dumps(report.to_json())), "picked": None}
+    else:
+        assert captured.out == format_table(report) + "\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_recorded_is_told_unless_quiet(report, monkeypatch, capsys, quiet):
+    monkeypatch.setattr("gte_deploy.tuning.bench.bench", lambda bundle, **rest: report)
+    assert cli.main(["bench", str(report.bundle), "--pick", *["--quiet"] * quiet]) == exit_codes.OK
+    captured = capsys.readouterr()
+    assert ("recorded onnx fp32 in" in captured.err) != quiet
+    assert captured.out.endswith(
+        "picked onnx fp32: load takes it for this bundle, on this machine, with backend 'auto'\n"
+    )
+
+
+def test_an_error_is_an_object_for_programs(bundle, capsys):
+    assert cli.main(["bench", str(bundle), "--shapes", "8", "--json"]) == exit_codes.USAGE
+    captured = capsys.readouterr()
+    assert "form ROWSxTOKENS" in json.loads(captured.out)["error"]["message"] and "\n" not in captured.err.strip()
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
