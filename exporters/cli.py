@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -398,6 +398,7 @@ def _result_json(result: "_Result") -> dict[str, object]:
         "fusions": dict(next(iter(result.manifest.graphs.values())).fusions) if result.manifest.graphs else {},
         "plan": result.manifest.plan and result.manifest.plan.to_json(),
         "missed_bounds": list(result.manifest.missed_bounds),
+        "kept_groups": list(result.kept_groups),
         "parity": result.parity.to_json(),
     }
 
@@ -429,9 +430,17 @@ def _result_text(result: "_Result") -> str:
         [
             format_table(result.parity),
             *(() if calibration is None else [f"calibrated on {calibration.describe()}"]),
+            *_kept(result),
             *(() if plan is None else plan.describe()),
             *(("the bundle MISSES ITS BOUNDS, as its manifest records:",) if missed else ()),
             *(f"  {line}" for line in missed),
             f"bundle {result.path} ({megabytes:.1f} MB), report {result.path}/report.html",
         ]
     )
+
+
+def _kept(result: "ExportResult") -> Iterator[str]:
+    """Say which layers have no 8 bits; what each costs is in the report."""
+    if kept := result.kept_groups:
+        count = f"{len(kept)} of {len(result.sensitivity)} groups of layers stay in a higher precision"
+        yield f"{count}, so that the bounds hold; the report says what each costs: {', '.join(kept)}"

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,17 @@ _EXTRA = (
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: the path of the bundle, its manifest, and the comparison of its graphs with PyTorch."""
+    """A finished export: the path of the bundle, its manifest, and the comparison of its graphs with PyTorch.
+
+    `sensitivity` is the loss of each group of layers that was measured in 8 bits, the worst first; `kept_groups` are
+    those that stay in a higher precision.
+    """
 
     path: Path
     manifest: Manifest
     parity: "ParityReport"
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    kept_groups: Sequence[str] = ()
 
 
 def export(
@@ -104,7 +110,7 @@ def export(
             manifest = write_report(job, built, parity, source=source)
         steps.report(f"rename to {path}")
         publish(folder, destination, force=force)
-    return ExportResult(path=path, manifest=manifest, parity=parity)
+    return ExportResult(path, manifest, parity, built.sensitivity, built.kept_groups)
 
 
 def default_output(model: str | os.PathLike[str] | None, *, precision: str, format: str = "onnx") -> Path:

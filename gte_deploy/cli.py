@@ -397,6 +397,7 @@ def _verify(given: Given) -> None:
     manifest = open_bundle(folder)
     check_graphs(folder, manifest)
     size = sum(entry.size for entry in manifest.files.values())
+    checksum = manifest.to_json()["checksum"]
     check = None
     if options.checkpoint is not None:
         tell(f"compare its answers with those of {options.checkpoint}")
@@ -404,10 +405,13 @@ def _verify(given: Given) -> None:
 
         check = verify_against(folder, options.checkpoint)
     if "json" in given:
-        facts = {"path": str(folder), "verified": True, "files": len(manifest.files), "bytes": size}
+        counts = {"files": len(manifest.files), "bytes": size}
+        facts = {"path": str(folder), "verified": True, **counts, "checksum": checksum}
         print(json.dumps(facts if check is None else {**facts, "answers": check.to_json()}))
         return
-    print(f"{options.bundle}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says")
+    print(
+        f"{options.bundle}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says, checksum {checksum}"
+    )
     if check is not None:
         compared = ", ".join(f"{what} {value}" for what, value in check.compared.items())
         print("\n".join([f"It answers as {options.checkpoint} does: {compared}", *check.skipped]))

@@ -47,6 +47,7 @@ THINGS: dict[str, tuple[str, dict[str, object] | None]] = {
     "my-bundle": ("built-in", {"max_length": 128, "task": "embed", "pooling": "mean"}),
     "my-checkpoint": ("embed", None),
     "my-short-checkpoint": ("embed of words", None),
+    "my-fine-tuned": ("fine-tuned", None),
     "my-reranker": ("rerank", None),
     "my-splade": ("splade", None),
     "my-embedding-bundle": ("embed of words", {}),
@@ -69,6 +70,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
     late = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 12, "document_length": 60}
     makers: dict[str, Callable[[Path], Path]] = {
         "embed": lambda path: make_word_checkpoint(path, task="embed", pooling="cls", max_positions=8192),
+        "fine-tuned": _save_embedder,
         "rerank": lambda path: make_word_checkpoint(path, task="classify", max_positions=8192),
         "splade": lambda path: add_sparse_modules(make_word_checkpoint(path, seed=7)),
         "tagger": lambda path: make_word_checkpoint(path, task="token-classify", num_labels=3, seed=3),
@@ -85,6 +87,17 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
         return made[kind]
 
     return checkpoint
+
+
+def _save_embedder(path: Path) -> Path:
+    """The built-in model as an embedder, as sentence-transformers saves one."""
+    library = pytest.importorskip("sentence_transformers", reason="the page is for models of sentence-transformers")
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    transformer = Transformer(str(builtin_path()), model_kwargs={"dtype": "float32"})
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
+    library.SentenceTransformer(modules=modules, device="cpu").save(str(path))
+    return path
 
 
 @pytest.fixture

@@ -130,6 +130,7 @@ def _bundle_rows(facts: Mapping[str, Any], manifest: Manifest) -> Iterator[tuple
     yield from (("faster here", line) for line in facts["faster_here"])
     size = sum(entry.size for entry in manifest.files.values())
     yield "size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"
+    yield "checksum", facts["checksum"]
     yield "made for", facts["made_for"]
     source = facts["source"]
     yield "made from", f"{source['name']}, weights sha256 {source['sha256'][:_HASH_DIGITS]}…"

@@ -386,9 +386,10 @@ def test_classify_tokens_for_people(run, tagger):
 def test_verify_and_info_of_a_bundle(run, word_checkpoints, bundle_of, tmp_path):
     bundle = bundle_of(word_checkpoints["embed"])
     code, out, _ = run("verify", bundle)
-    assert code == exit_codes.OK and "all as the manifest says" in out
+    written = json.loads((bundle / "manifest.json").read_bytes())["checksum"]
+    assert code == exit_codes.OK and out.endswith(f"all as the manifest says, checksum {written}\n")
     code, out, _ = run("verify", bundle, "--json")
-    assert code == exit_codes.OK and json.loads(out)["verified"] is True
+    assert code == exit_codes.OK and json.loads(out)["verified"] is True and json.loads(out)["checksum"] == written
     code, out, _ = run("info", bundle, "--json")
     facts = json.loads(out)
     assert code == exit_codes.OK and (facts["kind"], facts["spec"]["task"]) == ("bundle", "embed")

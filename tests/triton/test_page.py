@@ -1,4 +1,4 @@
-"""Every Python block of docs/triton-client.md runs as it stands against a real server, but for the ports."""
+"""Every Python block of the pages that show the client runs as it stands against a real server, but for the ports."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from triton_server import Server
 pytestmark = pytest.mark.xdist_group("triton")
 
 PAGE = ROOT / "docs" / "triton-client.md"
+TUTORIAL = ROOT / "docs" / "tutorials" / "operations.md"
 
 
 def test_the_blocks_run(
@@ -26,16 +27,23 @@ def test_the_blocks_run(
     bundle = bundle_of(builtin_path(), max_length=128)
     (tmp_path / "my-bundle").symlink_to(bundle)
     monkeypatch.chdir(tmp_path)
-    code = [block for block in blocks(PAGE.read_text(encoding="utf-8")) if block.kind == "python"]
+    code = [
+        (page.name, block)
+        for page in (TUTORIAL, PAGE)
+        for block in blocks(page.read_text(encoding="utf-8"))
+        if block.kind == "python"
+    ]
     with Server(repository_of(bundle), folder=triton) as server:
         space: dict[str, object] = {"__name__": "block"}
-        for block in code:
+        answers = []
+        for name, block in code:
             text = block.text.replace("localhost:8000", server.http).replace("localhost:8001", server.grpc)
             assert text != block.text, "the block asks another server"
             # What a block computes and does not print is its last line.
             lines = text.rstrip().splitlines()
             lines[-1] = lines[-1].replace("model.", "answer = model.", 1)
-            exec(compile("\n" * block.line + "\n".join(lines), PAGE.name, "exec"), space)
-            space.setdefault("first", space["answer"])
-    assert space["first"][0]["token_str"] == "states"  # type: ignore[index]
-    assert space["answer"].shape == (2, 256)  # type: ignore[attr-defined]
+            exec(compile("\n" * block.line + "\n".join(lines), name, "exec"), space)
+            answers.append(space["answer"])
+    embeddings, masks, *_, last = answers
+    assert embeddings.shape == last.shape == (2, 256)  # type: ignore[attr-defined]
+    assert masks[0]["token_str"] == "states"  # type: ignore[index]
