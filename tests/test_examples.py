@@ -121,6 +121,15 @@ def test_rerank(tiny_reranker):
     assert [line.split("  ")[1] for line in ranking] == [documents[i] for i in (-expected).argsort()]
 
 
+def test_rerank_by_the_built_in_model():
+    documents = ["Bread is made of flour.", "The river runs into the sea.", "The court decides who pays."]
+    ranking = run("rerank.py", "--demo", "the water of the river runs into the sea", *documents).splitlines()
+    assert len(ranking) == 3 and ranking[0].endswith(f"  {documents[1]}")
+    # By hand: the score is the sum of the tokens' best cosines, so a text has as many as it has tokens with itself.
+    (same,) = run("rerank.py", "--demo", documents[0], documents[0]).splitlines()
+    assert same == f"8.0000  {documents[0]}", "[CLS], five words, the full stop and [SEP]"
+
+
 @pytest.mark.parametrize("name", ["semantic_search.py", "late_chunking.py", "rerank.py", "clean_data.py"])
 def test_without_its_arguments_an_example_says_how_to_run_it(name):
     assert f"python examples/{name}" in run(name, code=1)
