@@ -158,8 +158,6 @@ def make_request(
     known = {name: meant for name, meant in PRECISION_ALIASES.items() if meant in kind.precisions}
     check_choice(f"precision of format {format}, target {kind.name}", precision, kind.precisions, known)
     check_choices(options)
-    if options.opset is not None:
-        check_integer("opset", options.opset, MIN_OPSET, MAX_OPSET)
     base: Any = kind.Options() if tensorrt is None else tensorrt
     chosen = kind(dataclasses.replace(base, **own))
     chosen.check(cast(Precision, precision))
@@ -169,6 +167,8 @@ def make_request(
             read_texts(Path(file))
     request = ExportRequest(chosen, options, cast(Precision, precision))
     refuse_options_not_for(format, request)
+    if options.opset is not None:
+        check_integer("opset", options.opset, MIN_OPSET, MAX_OPSET)
     return request
 
 

@@ -21,7 +21,7 @@ from gte_deploy.backends.onnxruntime import OnnxBackend  # noqa: E402
 from gte_deploy.backends.openvino import has_native_bf16  # noqa: E402
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle  # noqa: E402
-from gte_deploy.core.errors import CheckpointError, ExportError, InputError  # noqa: E402
+from gte_deploy.core.errors import CheckpointError, InputError  # noqa: E402
 from gte_deploy.core.exit_codes import FAILURE  # noqa: E402
 from gte_deploy.core.files import sha256_file  # noqa: E402
 from gte_deploy.core.spec import TensorSpec  # noqa: E402
@@ -281,7 +281,7 @@ def test_arguments_out_of_range_are_refused_before_any_work(small, tmp_path, opt
 
 
 def test_an_opset_that_is_not_offered(small, tmp_path):
-    with pytest.raises(ExportError, match="opset"):
+    with pytest.raises(InputError, match="opset must be an integer from 20 to 23, not 9"):
         export(small, tmp_path / "out", opset=9, max_length=LENGTH)
     assert list(tmp_path.iterdir()) == []
 

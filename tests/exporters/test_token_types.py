@@ -200,7 +200,7 @@ def test_profiles_and_the_trtexec_line_have_the_types():
 
 
 def test_tensorrt_rtx_builds_an_engine_of_it(graphs, tmp_path):
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     from gte_deploy.exporters.targets.tensorrt.engine import build_plan
     from gte_deploy.exporters.targets.tensorrt.options import TensorRTOptions
     from gte_deploy.exporters.targets.tensorrt.runtimes import choose_runtime

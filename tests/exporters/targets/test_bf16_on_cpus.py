@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
-pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'gte-deploy[openvino]'")
+pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
 
 import onnxruntime as ort  # noqa: E402
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("onnx")
-pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'gte-deploy[openvino]'")
+pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
 
 import gte_deploy  # noqa: E402
 from factories import make_checkpoint  # noqa: E402

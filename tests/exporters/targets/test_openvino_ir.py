@@ -59,7 +59,7 @@ def test_it_has_the_one_output_that_libraries_take(export_ir, checkpoint, task):
 
 
 def test_the_tokenizer_is_that_of_transformers_and_truncates(export_ir):
-    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers: pip install 'gte-deploy[genai]'")
+    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers: pip install '.[genai]'")
     bundle = export_ir("genai", task="embed", pooling="mean", precision="int8")
     compiled_tokenizer = openvino.compile_model(bundle / "openvino" / "openvino_tokenizer.xml", "CPU")
     found = compiled_tokenizer(TEXTS)

@@ -144,7 +144,7 @@ def test_a_bundle_of_the_graph_gives_what_transformers_does(checkpoints, whole, 
 @pytest.mark.parametrize("task", ["embed", "classify", "fill-mask"])
 def test_tensorrt_rtx_fuses_the_attention_of_its_last_layer_too(whole, tmp_path, task, precision):
     """One query a text has a kernel of its own; the masks of fill-mask are selected behind the attention."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     _, spec, graph = whole(task, precision, PADDED)
     part = parts_of(graph, spec)["answer"]
     save_graph(part, tmp_path / "answer.onnx")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 LAYERS, GEMMS = 12, 4 * 12
 MAX_BYTES = 2 << 30

@@ -2,7 +2,7 @@
 
 import pytest
 
-trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
 
 from gte_deploy.exporters.targets.tensorrt.profiles import default_profiles  # noqa: E402
 from tensorrt_listing import build_listing  # noqa: E402

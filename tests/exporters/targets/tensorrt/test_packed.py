@@ -166,7 +166,7 @@ def test_another_architecture_is_an_error(plain, sites, num_layers):
 
 @pytest.fixture(scope="module")
 def rtx():
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'gte-deploy[rtx]'")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install '.[rtx]'")
     return choose_runtime("rtx")
 
 
