@@ -327,7 +327,7 @@ def test_what_predict_refuses(run, classifier, tagger, checkpoints, tmp_path):
         (("-m", classifier, "--pairs", "a", "b", "c"), "--pairs takes the texts two by two, and there are 3"),
         (("-m", classifier, "--pairs", "-i", tmp_path / "lines"), "line 2 has 0 tabs"),
         (("-m", tagger, "a"), "use gte-deploy classify-tokens"),
-        (("-m", checkpoints["embed"], "a"), "use encode"),
+        (("-m", checkpoints["embed"], "a"), "use `gte-deploy encode`"),
     ):
         code, _, err = run("predict", *given)
         assert code == exit_codes.USAGE and says in err
