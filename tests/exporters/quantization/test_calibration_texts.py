@@ -137,4 +137,4 @@ def test_a_bundle_names_its_texts_and_its_accuracy_in_each_language(tmp_path, mo
         assert min(own["tokens"] for own in accuracy["languages"].values()) > 0
     page = (result.path / "report.html").read_text(encoding="utf-8")
     assert "tokens of texts in 20 languages" in page and "onnxruntime int8, by language" in page
-    assert "calibrated on 116 texts: built-in texts in 20 languages" in page and entry.sha256 in page
+    assert "<dd>116 texts: built-in texts in 20 languages" in page and entry.sha256 in page
