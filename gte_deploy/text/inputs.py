@@ -22,7 +22,7 @@ def check_integer(name: str, value: Any, low: int, high: int) -> int:
     Raises:
         InputError: it is not; booleans are not integers here.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise InputError(f"{name} must be an integer from {low:,} to {high:,}, not {value!r}")
     return int(value)
 
