@@ -261,8 +261,8 @@ FAMILIES_END = """## What was verified
   sentence-transformers do. They export them, and compare the bundles with transformers' pipelines,
   SentenceTransformer, CrossEncoder and SparseEncoder: ONNX Runtime and OpenVINO in FP32 for all families, INT8 on CPUs
   and TensorRT-RTX's build of an engine too (`make test-slow`). The bounds are those of [numerics](numerics.md).
-- The numbers of parameters of the published base and large models are tested from their sizes alone. The published
-  weights of families other than GTE were not downloaded, and their scores and speed were not measured here:
+- The numbers of parameters of the published base and large models are tested from their sizes alone. The
+  hub's weights were out of reach, and their scores and speed were not measured here:
   [published checkpoints](checkpoints-verified.md) lists them, and the command that verifies one.
 - CUDA graphs of families other than GTE were emulated on a CPU, and not run on a GPU.
 - ModernBERT's hidden states and logits are also compared with a computation in float64 from the paper, in NumPy.
