@@ -56,7 +56,7 @@ from gte_deploy.training.data.packing import (
     padded_micro_batches,
 )
 from gte_deploy.training.data.prepare import prepare
-from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.data.sampling import ChunkIndex, Chunking
 from gte_deploy.training.distributed import World, choose_device
 from gte_deploy.training.flops import device_peak_flops, training_flops
 from gte_deploy.training.model import build_model
@@ -178,7 +178,7 @@ def measure(
 def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[list[StepData], dict[str, float]]:
     """Make the workload's steps, the same in every form; return them and each form's share of real tokens."""
     corpus = make_corpus(workload, folder)
-    index = ChunkIndex(corpus, max_length=workload.max_length, seed=SEED)
+    index = ChunkIndex(corpus, Chunking(workload.max_length), seed=SEED)
     stage = _recipe(workload, compile=False).stages[0]
     mean = float(index.lengths.mean())
     batch_size = max(1, int(workload.micro_batches * workload.token_budget / mean))
@@ -187,7 +187,9 @@ def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[lis
     for number in range(DISTINCT_STEPS):
         packed = micro_batches(index, number, settings)
         static = [
-            pad_to_static(b, num_tokens=workload.token_budget, max_length=index.max_length, pad_id=corpus.vocab.pad_id)
+            pad_to_static(
+                b, num_tokens=workload.token_budget, max_length=workload.max_length, pad_id=corpus.vocab.pad_id
+            )
             for b in packed
         ]
         padded = [_trimmed(batch) for batch in padded_micro_batches(index, number, settings)]

@@ -12,6 +12,7 @@ from gte_deploy.models.presets import PRESETS
 __all__ = [
     "BUILTIN_NAME",
     "CHECKPOINT_PATTERNS",
+    "TOKENIZER_PATTERNS",
     "builtin_bundle",
     "builtin_path",
     "is_builtin",
@@ -28,6 +29,8 @@ _TEXT_MODULES = ("Transformer", "Router", "Asym")  # also MLMTransformer; a Rout
 
 CHECKPOINT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "README.md", "LICENSE*", "NOTICE")
 """The files of a checkpoint on the hub, and its licence. Pickles (*.bin, *.pt) and code (*.py) are never downloaded."""
+TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model")
+"""Those of its tokenizer."""
 
 
 def builtin_path() -> Path:

@@ -24,8 +24,10 @@ from gte_deploy.core.command_line import CommandParser, OutputOptions, completes
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_codes_help
 from gte_deploy.core.files import require_free, write_text
+from gte_deploy.core.hub import HubModel
 from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
-from gte_deploy.models import builtin_path, require_checkpoint
+from gte_deploy.models import TOKENIZER_PATTERNS, locate, require_checkpoint
+from gte_deploy.models.presets import PRESETS
 from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
     EXTRAPOLATION_FILE,
@@ -101,7 +103,7 @@ def _prepare(given: Given) -> int:
     from gte_deploy.training.state import TOKENIZER_FOLDER
 
     arguments = read_options(PrepareArguments, given)
-    tokenizer = arguments.tokenizer or builtin_path()
+    tokenizer = _tokenizer(arguments.tokenizer)
     options = read_options(PrepareOptions, {"workers": available_cpus(), **given})
     corpus = prepare(
         arguments.inputs, arguments.output, tokenizer=tokenizer, options=options, progress=shows_progress(given)
@@ -112,6 +114,13 @@ def _prepare(given: Given) -> int:
     copy_tokenizer(source, arguments.output / TOKENIZER_FOLDER)
     print(json.dumps(corpus_facts(corpus)) if "json" in given else describe_corpus(corpus))
     return OK
+
+
+def _tokenizer(name: str | None) -> Path:
+    if name is not None and Path(name).is_file():
+        return Path(name)
+    found = locate(name)
+    return found.download(TOKENIZER_PATTERNS) if isinstance(found, HubModel) else found
 
 
 def _estimate(given: Given) -> int:
@@ -224,7 +233,10 @@ def _recipe(given: Given, *overrides: str) -> Recipe:
     from gte_deploy.training.recipe import load_recipe
 
     arguments = read_options(RecipeArguments, given)
-    return load_recipe(arguments.recipe, overrides=[*arguments.overrides, *overrides])
+    recipe = load_recipe(arguments.recipe, overrides=[*arguments.overrides, *overrides])
+    if recipe.model not in PRESETS:
+        require_checkpoint(recipe.model)
+    return recipe
 
 
 def _require_corpus(folder: Path | None) -> None:

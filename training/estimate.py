@@ -8,28 +8,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import TokenCorpus
-from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.data.sampling import ChunkSurvey, SampleLengths, survey
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import format_seconds
-from gte_deploy.training.model import model_config
+from gte_deploy.training.model import model_config, model_source
 from gte_deploy.training.options import Hardware
 from gte_deploy.training.recipe import Recipe, Stage
+from gte_deploy.training.state import stage_seed
 
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sequence lengths of a stage in tokens: their mean, and the mean of their squares, for the cost of attention."""
+    """Sequence lengths of a stage in tokens: their mean, and the mean of their squares, for the cost of attention.
+
+    `survey` has what they were counted from.
+    """
 
     mean: float
     mean_square: float
+    survey: ChunkSurvey | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +51,21 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
+@dataclass(frozen=True)
+class StageData:
+    """What a stage sees of a corpus: all chunks, its samples, and how often it visits a chunk at most."""
+
+    all_chunks: SampleLengths
+    samples: SampleLengths
+    passes: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
-    """The estimate of one stage. Tokens do not count padding; FLOPs are model FLOPs of forward and backward pass."""
+    """The estimate of one stage. Tokens do not count padding; FLOPs are model FLOPs of forward and backward pass.
+
+    `data` is None without a corpus.
+    """
 
     name: str
     steps: int
@@ -63,6 +79,7 @@ class StageEstimate:
     memory: Memory
     gpu_hours: float
     hours: float
+    data: StageData | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +134,7 @@ def estimate(
     Raises:
         ConfigError: the recipe's model is neither a preset nor a folder with a config.json.
     """
-    config = model_config(recipe.model)
+    config = model_config(recipe, model_source(recipe, weights=False))
     sizes = parameter_sizes(config)
     lengths = lengths or [full_lengths(stage) for stage in recipe.stages]
     speed = hardware.peak * hardware.utilization
@@ -174,10 +191,13 @@ def average_lengths(stage: Stage, average: float) -> Lengths:
 
 
 def corpus_lengths(corpus: TokenCorpus, stage: Stage, *, seed: int) -> Lengths:
-    """Return the lengths that a stage samples from a corpus, after cutting and resampling, without language weights."""
-    index = ChunkIndex(corpus, max_length=stage.max_length, resampling=stage.resampling, seed=seed)
-    lengths = index.lengths.astype(np.float64)
-    return Lengths(float(lengths.mean()), float((lengths**2).mean()))
+    """Return the lengths that a stage samples from a corpus, after cutting, resampling and weighting.
+
+    Raises:
+        InputError: no chunk is left, or the stage's weights are not those of the corpus's languages.
+    """
+    found = survey(corpus, stage.chunking, seed=seed)
+    return Lengths(found.sampled.mean, found.sampled.mean_square, found)
 
 
 def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
@@ -188,7 +208,8 @@ def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Pat
     """
     if data is not None:
         corpus = TokenCorpus.open(data)
-        return [corpus_lengths(corpus, stage, seed=recipe.seed) for stage in recipe.stages]
+        seeds = [stage_seed(recipe.seed, number) for number in range(len(recipe.stages))]
+        return [corpus_lengths(corpus, stage, seed=seed) for stage, seed in zip(recipe.stages, seeds, strict=True)]
     if averages is None:
         return None
     if len(averages) != len(recipe.stages):
@@ -222,7 +243,7 @@ def logits_bytes(config: GteConfig, *, masked: float, bfloat16: bool) -> float:
 def _stage(
     stage: Stage, lengths: Lengths, *, recipe: Recipe, config: GteConfig, sizes: ParameterSizes, gpus: int, speed: float
 ) -> StageEstimate:
-    sequences = stage.steps * stage.batch_size
+    sequences, found = stage.steps * stage.batch_size, lengths.survey
     masked = stage.masking.probability
     # A token attends on average to `context` tokens: the sum of the squared lengths over the sum of the lengths.
     context = lengths.mean_square / lengths.mean
@@ -254,6 +275,7 @@ def _stage(
         ),
         gpu_hours=flops / speed / 3600,
         hours=flops / speed / 3600 / gpus,
+        data=found and StageData(found.cut, found.sampled, found.passes(sequences)),
     )
 
 
@@ -314,4 +336,10 @@ def table(result: Estimate) -> str:
     worst = max((stage.memory for stage in result.stages), key=lambda memory: memory.total)
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(worst).items())
     lines.append(f"memory of the largest stage, GiB per GPU: {parts}")
+    for stage in result.stages:
+        if stage.data is not None:
+            lines += [
+                f"{stage.name}, all chunks: {stage.data.all_chunks}",
+                f"{stage.name}, sampled: {stage.data.samples}; {stage.data.passes:.2g} passes",
+            ]
     return "\n".join(lines)

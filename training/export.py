@@ -14,13 +14,13 @@ from gte_deploy.training.state import TOKENIZER_FOLDER, Checkpoint
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> GteForMaskedLM:
-    """Load the model of a checkpoint, float32 on the CPU, with the RoPE base of its stage.
+    """Load the model of a checkpoint, float32 on the CPU, with the RoPE of its stage.
 
     Raises:
         CheckpointError: the weights do not fit the recorded config.
     """
     facts = dict(checkpoint.state.model_config)
-    model = build_model(GteConfig.from_dict(facts), rope_theta=facts["rope_parameters"]["rope_theta"])
+    model = build_model(GteConfig.from_dict(facts), rope_theta="keep")
     load_weights(model, checkpoint)
     return model.eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.core.errors import ConfigError
+from gte_deploy.core.hub import HubModel
+from gte_deploy.models import CHECKPOINT_PATTERNS, locate
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import build_config, read_config
@@ -20,6 +22,7 @@ from gte_deploy.models.presets import PRESETS
 
 if TYPE_CHECKING:
     from gte_deploy.training.data.packing import MicroBatch
+    from gte_deploy.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -76,51 +79,76 @@ def micro_batch_tensors(batch: MicroBatch, device: torch.device) -> dict[str, Te
     return {**arrays, "max_seqlen": int(batch.max_seqlen)}
 
 
-def model_config(source: str) -> GteConfig:
-    """Return the config of a preset, by its name, or of a folder with a config.json.
+def model_source(recipe: Recipe, *, weights: bool = True) -> Path | None:
+    """Return the folder of the model that a recipe names, or None for a preset that starts from random weights.
+
+    A hub id is downloaded once into the Hugging Face cache; without `weights` only its config.json.
 
     Raises:
-        ConfigError: `source` is neither, or is of another family than GTE.
+        CheckpointError: the model is neither a preset, a folder nor a hub id, or the download failed.
+        ConfigError: the folder has no config.json.
     """
-    if source in PRESETS:
-        return build_config(source)
-    if (Path(source) / "config.json").is_file():
-        config = read_config(source)
-        if not isinstance(config, GteConfig):
-            raise ConfigError(f"model {source!r} has model_type {config.model_type!r}; training knows GTE alone")
-        return config
-    raise ConfigError(f"model {source!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
+    if recipe.model in PRESETS and not recipe.pretrained:
+        return None
+    found = locate(recipe.model)
+    patterns = CHECKPOINT_PATTERNS if weights else ("config.json",)
+    folder = found.download(patterns) if isinstance(found, HubModel) else found
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model {str(folder)!r} has no config.json; training starts from a checkpoint's folder")
+    return folder
 
 
-def initial_model(source: str, *, rope_theta: float, seed: int) -> GteForMaskedLM:
+def model_config(recipe: Recipe, source: Path | None) -> GteConfig:
+    """Return the config of a recipe's model. Arguments as of `initial_model`.
+
+    Raises:
+        ConfigError: the model is of another family than GTE.
+    """
+    if source is None:
+        return build_config(recipe.model)
+    config = read_config(source)
+    if not isinstance(config, GteConfig):
+        raise ConfigError(f"model {recipe.model!r} has model_type {config.model_type!r}; training knows GTE alone")
+    return config
+
+
+def initial_model(recipe: Recipe, source: Path | None) -> GteForMaskedLM:
     """Make the model from which a run starts.
 
-    A preset, or a folder without weights, gives random weights from `seed`. A folder with weights gives these; a
-    warning tells if they were trained with another RoPE base.
+    A preset, or a folder without weights, gives random weights from the seed of the recipe. A folder with weights gives
+    these, in either layout; a warning tells if they were trained with another RoPE than that of the first stage.
+
+    Args:
+        recipe: its model, seed, first stage, and `pretrained` count.
+        source: the folder of its model, or None (see `model_source`).
 
     Raises:
-        ConfigError: `source` is neither a preset nor a folder with a config.json.
+        ConfigError: the recipe asks for pretrained weights, and there are none.
         CheckpointError: the weights do not fit the config.
     """
-    config = model_config(source)
-    model = build_model(config, rope_theta=rope_theta, seed=seed)
-    if any(Path(source).glob("*.safetensors*")):
-        logger.info("starting from the weights of %s", source)
-        trained = (config.rope_parameters or {}).get("rope_theta", rope_theta)
-        if trained != rope_theta:
-            logger.warning(
-                "the first stage has rope_theta %g, and the weights were trained with %g; stages.0.rope_theta=%g "
-                "goes on with theirs",
-                rope_theta,
-                trained,
-                trained,
-            )
-        model.load_state_dict(load_model(source, task="fill-mask", dtype=torch.float32).state_dict())
+    config = model_config(recipe, source)
+    model = build_model(config, rope_theta=recipe.stages[0].rope_theta, seed=recipe.seed)
+    if source is None or not any(source.glob("*.safetensors*")):
+        if recipe.pretrained:
+            raise ConfigError(f"pretrained is true, but model {recipe.model!r} has no weights (*.safetensors)")
+        return model
+    logger.info("starting from the weights of %s", source)
+    trained, first = config.rope_parameters or {}, model.config.rope_parameters
+    if trained != first:
+        logger.warning(
+            "the first stage has the RoPE %s, and the weights were trained with %s; stages.0.rope_theta=keep goes on "
+            "with theirs",
+            first,
+            trained,
+        )
+    model.load_state_dict(load_model(source, task="fill-mask", dtype=torch.float32).state_dict())
     return model
 
 
-def build_model(config: GteConfig, *, rope_theta: float, seed: int = 0) -> GteForMaskedLM:
-    """Build a float32 model with random weights, packed attention, and a plain RoPE with the base `rope_theta`.
+def build_model(config: GteConfig, *, rope_theta: float | Literal["keep"], seed: int = 0) -> GteForMaskedLM:
+    """Build a float32 model with random weights and packed attention.
+
+    A number as `rope_theta` gives a plain RoPE with this base; "keep" leaves that of the config, with its scaling.
 
     A stage with another RoPE base needs a new model: transformers computes the frequencies when it builds the model,
     does not store them in the state dict, and does not read the config again.
@@ -130,7 +158,8 @@ def build_model(config: GteConfig, *, rope_theta: float, seed: int = 0) -> GteFo
     """
     register_packed_attention()
     config = copy.deepcopy(config)
-    config.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
+    if rope_theta != "keep":
+        config.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta)}
     config.architectures = [GteForMaskedLM.__name__]
     if config.attention_probs_dropout_prob:
         raise ConfigError(

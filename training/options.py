@@ -150,17 +150,17 @@ class PrepareArguments:
 
     inputs: tuple[str, ...] = required(
         "file, folder or glob of .json.gz, .jsonl, .parquet or .txt files, or hf:NAME[@REVISION][:CONFIG[:SPLIT]] for "
-        "a Hugging Face dataset; LANGUAGE=INPUT names the language of an input",
+        "a Hugging Face dataset; NAME=INPUT names its language, or any other source that a recipe weights",
         positional=True,
         nargs="+",
         metavar="INPUT",
     )
     output: Path = required("folder of the corpus to write", flags=("-o", "--output"), metavar="FOLDER", parse=Path)
-    tokenizer: Path | None = option(
+    tokenizer: str | None = option(
         None,
-        "checkpoint folder with a tokenizer.json (default: the built-in model, whose tokenizer is bert-base-uncased's)",
-        metavar="FOLDER",
-        parse=Path,
+        "checkpoint folder with a tokenizer.json, or hub id (default: the built-in model, whose tokenizer is "
+        "bert-base-uncased's)",
+        metavar="MODEL",
     )
 
 

@@ -15,9 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from gte_deploy.core.errors import ConfigError, MissingDependencyError
+from gte_deploy.core.errors import ConfigError, InputError, MissingDependencyError
 from gte_deploy.training.data.masking import Masking
-from gte_deploy.training.data.sampling import Resampling
+from gte_deploy.training.data.sampling import Chunking, Resampling
 from gte_deploy.training.options import RECIPE_SUFFIX, Dtype, Sharding, shipped_recipes
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Stage:
     Args:
         name: the stage's name in checkpoints and logs.
         max_length: tokens of a sequence, at most.
-        rope_theta: the RoPE base.
+        rope_theta: the RoPE base; "keep" takes that of the model from which the run starts, with its scaling.
         steps: optimizer steps.
         batch_size: sequences of a step, over all ranks.
         learning_rate: the peak of the schedule.
@@ -81,7 +81,9 @@ class Stage:
         optimizer: settings of AdamW.
         masking: settings of the masking.
         resampling: rule that drops short chunks; the default keeps every chunk.
-        language_exponent: languages are drawn with q ∝ p^exponent, where p is their share; null does not weight them.
+        language_exponent: language i gets the share q ∝ p^exponent of the stage's tokens, where p is its share of the
+            corpus's tokens; null does not weight them.
+        source_weights: the share of each language, or other source, of the corpus by its name (see `Chunking`).
 
     Raises:
         ConfigError: a value is out of its range.
@@ -89,7 +91,7 @@ class Stage:
 
     name: str
     max_length: int
-    rope_theta: float
+    rope_theta: float | Literal["keep"]
     steps: int
     batch_size: int
     learning_rate: float
@@ -100,16 +102,26 @@ class Stage:
     masking: Masking = field(default_factory=Masking)
     resampling: Resampling = field(default_factory=Resampling)
     language_exponent: float | None = None
+    source_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without slashes")
-        _require(self.max_length >= 3, "max_length", self.max_length, "3 or more tokens")
-        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0")
+        kept = self.rope_theta == "keep"
+        _require(kept or self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0, or keep")
         _require(self.steps >= 1, "steps", self.steps, "1 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more sequences")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
         _require(0 < self.decay_ratio <= 1 - self.warmup_ratio, "decay_ratio", self.decay_ratio, "in (0, 1 - warm-up]")
+        try:
+            _ = self.chunking
+        except InputError as error:
+            raise ConfigError(str(error)) from error
+
+    @property
+    def chunking(self) -> Chunking:
+        """How the stage makes its samples of a corpus."""
+        return Chunking(self.max_length, self.resampling, self.language_exponent, self.source_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +130,10 @@ class Recipe:
 
     Args:
         name: the name of the run.
-        model: the name of a preset (the run starts from random weights), or a folder with a config.json (the run starts
-            from its weights, if it holds weights).
+        model: the name of a preset (the run starts from random weights), or a folder or hub id `owner/name` in either
+            layout (the run starts from its weights, if it has weights).
+        pretrained: the run starts from the weights of the model; for a preset from those of its checkpoint on the hub,
+            or of the built-in model. A model without weights is then an error.
         stages: the stages in order; each starts from the weights of the stage before, with a new optimizer.
         seed: seed of the first weights, the order of samples, the masks and the dropout.
         tokens_per_micro_batch: tokens that one rank sends through the model at once; at least the longest `max_length`.
@@ -138,6 +152,7 @@ class Recipe:
     name: str
     model: str
     stages: tuple[Stage, ...]
+    pretrained: bool = False
     seed: int = 0
     tokens_per_micro_batch: int = 32768
     dtype: Dtype = "bfloat16"
@@ -289,21 +304,29 @@ def _build(cls: type[T], raw: object, path: str) -> T:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Convert `value` to the type `hint`, one of the few types that recipes hold."""
+def _convert(hint: Any, value: Any, path: str, *words: str) -> Any:
+    """Convert `value` to the type `hint`, one of the few types that recipes hold; an error also names `words`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path)
+        words = [word for a in arguments if typing.get_origin(a) is Literal for word in typing.get_args(a)]
+        if value in words:
+            return value
+        plain = next(a for a in arguments if a is not type(None) and typing.get_origin(a) is not Literal)
+        return _convert(plain, value, path, *words)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)  # type: ignore[arg-type]
     if origin is tuple:
         return _convert_tuple(arguments, value, path)
     if origin is Literal:
         return _checked(value in arguments, value, path, f"one of {', '.join(map(str, arguments))}")
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is {value!r}; expected keys and values")
+        return {str(key): _convert(arguments[1], item, _join(path, key)) for key, item in value.items()}
     if hint is float:
-        return _convert_float(value, path)
+        return _convert_float(value, path, *words)
     kinds = {int: "a whole number", str: "a text", bool: "true or false"}
     return _checked(type(value) is hint, value, path, kinds[hint])
 
@@ -316,13 +339,14 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[A
     return tuple(_convert(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
 
 
-def _convert_float(value: Any, path: str) -> float:
+def _convert_float(value: Any, path: str, *words: str) -> float:
     # YAML 1.1 reads 2e-4, which has no dot, as a string.
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    return _checked(abs(number) < float("inf"), number, path, f"a finite number (received {value!r})")
+    expected = "".join(f", or {word}" for word in words)
+    return _checked(abs(number) < float("inf"), number, path, f"a finite number{expected} (received {value!r})")
 
 
 def _checked(condition: bool, value: Any, path: str, expected: str) -> Any:

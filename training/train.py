@@ -25,7 +25,7 @@ from gte_deploy.core.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.packing import MicroBatch, StepLoader, StepSettings, pad_to_static
-from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.data.sampling import ChunkIndex, survey
 from gte_deploy.training.distributed import (
     World,
     distribute,
@@ -38,9 +38,9 @@ from gte_deploy.training.distributed import (
 from gte_deploy.training.export import checkpoint_model, export_checkpoint
 from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
-from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors
+from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors, model_source
 from gte_deploy.training.optim import build_optimizer, learning_rate, set_learning_rate
-from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_to_dict
+from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_from_dict, recipe_to_dict
 from gte_deploy.training.run import Run, StepSize, StopSignal, corpus_fingerprint
 from gte_deploy.training.state import (
     CHECKPOINTS_FOLDER,
@@ -118,6 +118,8 @@ def train(
             run.log.start(total_step=run.total_step)
             stack.callback(_plot, output)
 
+            _tell_lengths(recipe, corpus, done=done.stage if done else 0)
+
         weights: Mapping[str, Tensor] = dict(model.named_parameters())
         for number, stage in enumerate(recipe.stages):
             start = 0
@@ -160,14 +162,8 @@ def _train_stage(
         load_optimizer_tensors(module, optimizer, tensors)
 
     seed = stage_seed(recipe.seed, number)
-    index = ChunkIndex(
-        run.corpus,
-        max_length=stage.max_length,
-        resampling=stage.resampling,
-        language_exponent=stage.language_exponent,
-        seed=seed,
-    )
-    logger.info("stage %s from step %d to %d\n%s", stage.name, start, stage.steps, index.histogram())
+    index = ChunkIndex(run.corpus, stage.chunking, seed=seed)
+    logger.info("stage %s from step %d to %d", stage.name, start, stage.steps)
     settings = StepSettings(
         batch_size=stage.batch_size,
         token_budget=recipe.tokens_per_micro_batch,
@@ -283,7 +279,7 @@ def _fill_up(
     )
     if recipe.compile:
         budget = recipe.tokens_per_micro_batch
-        empty = pad_to_static(empty, num_tokens=budget, max_length=index.max_length, pad_id=vocab.pad_id)
+        empty = pad_to_static(empty, num_tokens=budget, max_length=index.chunking.max_length, pad_id=vocab.pad_id)
     return [*batches, *[empty] * missing]
 
 
@@ -304,13 +300,19 @@ def _latest_checkpoint(store: CheckpointStore, recipe: Recipe, world: World) -> 
 def _model_to_continue(recipe: Recipe, resumed: Checkpoint | None) -> GteForMaskedLM:
     if resumed is not None:
         return checkpoint_model(resumed)
-    return initial_model(recipe.model, rope_theta=recipe.stages[0].rope_theta, seed=recipe.seed)
+    return initial_model(recipe, model_source(recipe))
 
 
 def _require_same_run(recipe: Recipe, corpus: TokenCorpus, resumed: Checkpoint | None) -> None:
     if resumed is None:
         return
-    changed = changed_fields(resumed.state.recipe, recipe_to_dict(recipe))
+    old = resumed.state.recipe
+    if any(stage.get("language_exponent") is not None and "source_weights" not in stage for stage in old["stages"]):
+        raise ConfigError(
+            f"{resumed.path} was begun by a version that weighted languages by their chunks, not by their tokens; it "
+            "cannot continue here. Export it with `gte-train export`, and start from its weights"
+        )
+    changed = changed_fields(recipe_to_dict(recipe_from_dict(old)), recipe_to_dict(recipe))
     if changed:
         raise ConfigError(
             f"{resumed.path} was trained with another recipe; it differs in {', '.join(changed)}. "
@@ -342,6 +344,14 @@ def _prepare_output(output: Path, recipe: Recipe, corpus: TokenCorpus, tokenizer
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / RECIPE_FILE, dump_recipe(recipe))
     copy_tokenizer(tokenizer, output / TOKENIZER_FOLDER)
+
+
+def _tell_lengths(recipe: Recipe, corpus: TokenCorpus, *, done: int) -> None:
+    """Log what each stage that is left will see, before the first of them runs."""
+    for number, stage in enumerate(recipe.stages[done:], done):
+        found = survey(corpus, stage.chunking, seed=stage_seed(recipe.seed, number))
+        passes = found.passes(stage.steps * stage.batch_size)
+        logger.info("stage %s, %.2f passes over its chunks\n%s", stage.name, passes, found)
 
 
 def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Module:

@@ -8,7 +8,7 @@ from transformers import GteConfig, GteForMaskedLM, get_linear_schedule_with_war
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import StepSettings, padded_micro_batches
-from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.data.sampling import ChunkIndex, Chunking
 from gte_deploy.training.log import read_log
 from gte_deploy.training.recipe import recipe_from_dict
 from gte_deploy.training.state import stage_seed
@@ -32,7 +32,7 @@ def plain_losses(architecture, corpus_folder) -> list[float]:
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6)
     schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * STEPS), STEPS)
     seed = stage_seed(SEED, 0)
-    index = ChunkIndex(TokenCorpus.open(corpus_folder), max_length=LENGTH, seed=seed)
+    index = ChunkIndex(TokenCorpus.open(corpus_folder), Chunking(LENGTH), seed=seed)
     settings = StepSettings(batch_size=BATCH, token_budget=BATCH * LENGTH, seed=seed, masking=Masking())
     losses = []
     for step in range(STEPS):

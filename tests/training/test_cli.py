@@ -99,7 +99,7 @@ def test_a_stopped_run_has_its_own_exit_code(recipe_file, corpus_folder, tmp_pat
     ("changes", "code", "message"),
     [
         (["--set", "stages.0.stepz=1"], FAILURE, "unknown key 'stages.0.stepz'; did you mean 'steps'?"),
-        (["--set", "model=nothing"], FAILURE, "'nothing' is neither a preset"),
+        (["--set", "model=nothing"], FAILURE, "no folder 'nothing'"),
         (["--data", "/nowhere"], USAGE, "/nowhere"),
         (["--tokenizer", "/nowhere"], FAILURE, "/nowhere/tokenizer.json is missing"),
     ],
@@ -114,7 +114,7 @@ def test_mistakes_are_told_in_one_line(recipe_file, corpus_folder, tmp_path, cap
 def test_unknown_recipe_and_checkpoint(corpus_folder, tmp_path, capsys):
     common = ["--data", str(corpus_folder), "--output", str(tmp_path / "out")]
     assert main(["run", "gte-en-mlm-bass", *common]) == FAILURE
-    assert "nor a shipped recipe (gte-en-mlm-base, " in capsys.readouterr().err
+    assert "nor a shipped recipe (domain-adaptation, gte-en-mlm-base, " in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "x")]) == FAILURE
     assert "is neither a training checkpoint nor" in capsys.readouterr().err
 

@@ -1,10 +1,16 @@
 """Recipes: every mistake is named by its path, and the shipped ones hold the published values."""
 
+import re
+from importlib import resources
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import yaml
 
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.sampling import survey
 from gte_deploy.training.recipe import (
     Optimizer,
     changed_fields,
@@ -15,6 +21,7 @@ from gte_deploy.training.recipe import (
     shipped_recipes,
 )
 
+RECIPES = resources.files("gte_deploy.training") / "recipes"
 STAGE = {
     "name": "a",
     "max_length": 64,
@@ -49,6 +56,17 @@ def recipe(**stage) -> dict:
         ({**recipe(), "stages": [STAGE, STAGE]}, "stages is .* expected names that differ"),
         ({**recipe(), "stages": []}, "stages is .* expected at least one"),
         ({**recipe(), "dtype": "float16"}, "dtype is 'float16'; expected one of bfloat16, float32"),
+        (recipe(rope_theta="same"), "stages.0.rope_theta is nan; expected a finite number, or keep .received 'same'"),
+        (recipe(rope_theta=0), "stages.0.rope_theta is 0.0; expected more than 0, or keep"),
+        (recipe(source_weights=3), "stages.0.source_weights is 3; expected keys and values"),
+        (recipe(source_weights={"a": "b"}), "stages.0.source_weights.a is nan"),
+        (recipe(source_weights={"a": -1}), "stages.0.source_weights has -1.0; expected 0 or more"),
+        (
+            recipe(source_weights={"a": 1}, language_exponent=0.5),
+            "language_exponent and source_weights are both",
+        ),
+        (recipe(max_length=2), "stages.0.max_length 2 leaves no room"),
+        (recipe(resampling={"short_threshold": 65}), "stages.0.short_threshold 65 is above max_length 64"),
         ([1, 2], "the recipe is .* expected keys and values"),
     ],
 )
@@ -98,11 +116,7 @@ def test_what_a_resumed_run_may_change():
 
 # (max_length, rope base, steps, batch, learning rate): the cards' tables.
 PUBLISHED = {
-    "gte-en-mlm-base": [
-        (512, 1e4, 300_000, 4096, 2e-4),
-        (2048, 1e4, 30_000, 4096, 5e-5),
-        (8192, 5e5, 30_000, 1024, 5e-5),
-    ],
+    "gte-en-mlm-base": [(2048, 1e4, 70_000, 4096, 5e-4), (8192, 5e5, 20_000, 1024, 5e-5)],
     "gte-en-mlm-large": [
         (512, 1e4, 300_000, 4096, 2e-4),
         (2048, 1e4, 30_000, 4096, 5e-5),
@@ -124,12 +138,56 @@ def test_shipped_recipes_hold_the_published_values(name):
         assert (stage.schedule, stage.warmup_ratio) == ("linear", 0.06)
         assert stage.language_exponent == (0.5 if "multilingual" in name else None)
     assert made.dtype == "bfloat16"
-    # Short texts are resampled after the first stage only.
+    # Short texts are dropped after the first stage only, by the same rule in each stage.
     assert [stage.resampling.keep_prob < 1 for stage in made.stages] == [False, *[True] * (len(made.stages) - 1)]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_value_of_a_published_recipe_has_its_source(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    lines = [line for line in text.splitlines() if re.match(r"(  )*\s*(?!name|model|stages|- )\w+: ", line)]
+    assert len(lines) > 15
+    sourced = ("[card]", "[paper]", "[chosen]", "as above")
+    assert [line for line in lines if not any(source in line.partition("#")[2] for source in sourced)] == []
+
+
+# C4's documents in tokens: log-normal, so that a document has 448 tokens on average, as in the audit of C4 (en).
+C4_DOCUMENTS, C4_LENGTHS = 365e6, {"mean": 5.5, "sigma": 1.1}
+
+
+@pytest.fixture(scope="module")
+def c4_like():
+    lengths = np.random.default_rng(0).lognormal(**C4_LENGTHS, size=400_000).astype(np.int64) + 1
+    count = len(lengths)
+    return SimpleNamespace(
+        folder="C4", lengths=lengths, num_documents=count, languages=("en",), language_of=np.zeros(count, np.int16)
+    )
+
+
+@pytest.mark.parametrize("name", ["gte-en-mlm-base", "gte-en-mlm-large"])
+def test_the_long_stages_are_long_on_text_like_c4(name, c4_like):
+    found = {stage.max_length: survey(c4_like, stage.chunking, seed=0) for stage in load_recipe(name).stages}
+    stages = {stage.max_length: stage for stage in load_recipe(name).stages}
+    means = [found[length].sampled.mean for length in sorted(found)]
+    assert means == sorted(means) and found[8192].sampled.mean > 2_400
+    assert found[8192].sampled.late > 0.35 > 4 * found[8192].cut.late  # tokens beyond 2,048
+    if 512 in found:
+        assert found[2048].sampled.mean > 1_000
+    # The text is not read over and over for that.
+    scale = C4_DOCUMENTS / c4_like.num_documents
+    for length, stage in stages.items():
+        assert found[length].passes(stage.steps * stage.batch_size) / scale < 3
+
+
+def test_source_weights_and_a_kept_rope_round_trip():
+    made = recipe_from_dict(recipe(source_weights={"domain": 3, "general": 1e-1}, rope_theta="keep"))
+    assert made.stages[0].source_weights == {"domain": 3.0, "general": 0.1}
+    assert made.stages[0].rope_theta == "keep"
+    assert recipe_from_dict(yaml.safe_load(dump_recipe(made))) == made
+
+
 def test_tiny_recipe_has_the_three_stages():
-    assert set(shipped_recipes()) == {*PUBLISHED, "gte-en-mlm-tiny"}
+    assert set(shipped_recipes()) == {*PUBLISHED, "gte-en-mlm-tiny", "domain-adaptation"}
     made = load_recipe("gte-en-mlm-tiny")
     assert [(s.max_length, s.rope_theta) for s in made.stages] == [(512, 1e4), (2048, 1e4), (8192, 1.6e5)]
     assert sum(s.steps * s.batch_size * s.max_length for s in made.stages) < 5e6  # minutes at some 4k tokens/s and up

@@ -1,9 +1,11 @@
 """The loop: what a step computes does not depend on how it is cut, stages hand over, the log is complete."""
 
+import hashlib
 import io
 import json
 import math
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -11,18 +13,19 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, GteFor
 
 from corpora import write_corpus
 from factories import WORDS, write_tokenizer
-from gte_deploy.core.errors import ConfigError, NonFiniteError
-from gte_deploy.models.checkpoint import load_model
+from gte_deploy.core.errors import CheckpointError, ConfigError, NonFiniteError
+from gte_deploy.models import builtin_path
+from gte_deploy.models.checkpoint import load_model, save_model
 from gte_deploy.training import train as train_module
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import StepSettings, micro_batches, pack, pad_to_static
-from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.data.sampling import ChunkIndex, Chunking
 from gte_deploy.training.distributed import World
 from gte_deploy.training.export import checkpoint_model, export_checkpoint
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import read_log
-from gte_deploy.training.model import PackedMaskedLM, initial_model
+from gte_deploy.training.model import PackedMaskedLM, initial_model, model_source
 from gte_deploy.training.recipe import recipe_from_dict
 from gte_deploy.training.state import find_checkpoint, stage_seed
 from gte_deploy.training.train import accumulate_gradients, train
@@ -42,13 +45,20 @@ def run(recipe, corpus_folder, output, **options):
 
 @pytest.fixture
 def index(corpus_folder):
-    return ChunkIndex(TokenCorpus.open(corpus_folder), max_length=32, seed=stage_seed(0, 0))
+    return ChunkIndex(TokenCorpus.open(corpus_folder), Chunking(32), seed=stage_seed(0, 0))
 
 
 @pytest.fixture
 def module(make_architecture):
     """An untrained model without dropout."""
-    return PackedMaskedLM(initial_model(str(make_architecture(hidden_dropout_prob=0.0)), rope_theta=1e4, seed=1))
+    folder = make_architecture(hidden_dropout_prob=0.0)
+    return PackedMaskedLM(initial_model(starting_from(folder), folder))
+
+
+def starting_from(model, *, rope_theta=1e4, **changes):
+    stage = {"name": "a", "max_length": 64, "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
+    stages = [{**stage, "rope_theta": rope_theta}]
+    return recipe_from_dict({"name": "r", "model": str(model), "seed": 1, "stages": stages, **changes})
 
 
 def step_of(index, *, budget=64, batch_size=16):
@@ -63,14 +73,109 @@ def gradients(module, batches):
     return loss.item(), {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
-def test_another_rope_base_than_that_of_the_weights_is_told(make_architecture, tmp_path, caplog):
-    config = AutoConfig.from_pretrained(make_architecture())
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 160_000.0}
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
-    initial_model(str(tmp_path), rope_theta=160_000, seed=0)
+@pytest.fixture(scope="module")
+def make_checkpoint(make_architecture, tmp_path_factory):
+    """`make_checkpoint(rope) -> Path`: weights that were trained with this RoPE."""
+
+    def make(rope):
+        config = AutoConfig.from_pretrained(make_architecture())
+        config.rope_parameters = rope
+        torch.manual_seed(3)
+        folder = tmp_path_factory.mktemp("trained") / "model"
+        AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def long_checkpoint(make_checkpoint):
+    return make_checkpoint({"rope_type": "linear", "rope_theta": 160_000.0, "factor": 2.0})
+
+
+def test_rope_is_kept_with_its_scaling_or_its_change_is_told(long_checkpoint, caplog):
+    wanted = AutoModelForMaskedLM.from_pretrained(long_checkpoint).eval()
+    kept = initial_model(starting_from(long_checkpoint, rope_theta="keep"), long_checkpoint).eval()
     assert not [each for each in caplog.records if each.levelname == "WARNING"]
-    initial_model(str(tmp_path), rope_theta=10_000, seed=0)
-    assert "stages.0.rope_theta=160000 goes on with" in caplog.text
+    assert kept.config.rope_parameters == wanted.config.rope_parameters
+    ids = torch.randint(5, 30, (1, 120), generator=torch.Generator().manual_seed(0))
+    kept.set_attn_implementation("eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(kept(ids).logits, wanted(ids).logits, rtol=1e-4, atol=1e-5)
+    plain = initial_model(starting_from(long_checkpoint, rope_theta=10_000), long_checkpoint)
+    assert plain.config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+    assert "stages.0.rope_theta=keep goes on with theirs" in caplog.text
+
+
+def test_a_run_keeps_rope_to_the_end(long_checkpoint, make_recipe, corpus_folder, tmp_path):
+    recipe = make_recipe(steps=(1, 1), model=str(long_checkpoint), stage={"rope_theta": "keep"})
+    result = run(recipe, corpus_folder, tmp_path / "run")
+    start = AutoConfig.from_pretrained(long_checkpoint)
+    assert AutoConfig.from_pretrained(result.model).rope_parameters == start.rope_parameters
+    checkpoint = find_checkpoint(tmp_path / "run")
+    assert checkpoint_model(checkpoint).config.rope_parameters == start.rope_parameters
+
+
+@pytest.mark.parametrize("layout", ["native", "original"])
+def test_a_run_goes_on_with_a_model_of_the_hub_in_either_layout(
+    layout, make_checkpoint, make_recipe, corpus_folder, tmp_path, monkeypatch
+):
+    trained, source = make_checkpoint({"rope_type": "default", "rope_theta": 160_000.0}), tmp_path / "source"
+    save_model(load_model(trained, task="fill-mask"), source, layout=layout)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: {"owner/mine": str(source)}[name])
+    stage = {"rope_theta": "keep", "learning_rate": 1e-12}
+    result = run(make_recipe(steps=(1,), model="owner/mine", stage=stage), corpus_folder, tmp_path / "run")
+    start, end = (AutoModelForMaskedLM.from_pretrained(path).state_dict() for path in (trained, result.model))
+    assert start.keys() == end.keys()
+    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
+
+
+def test_pretrained_takes_the_weights_of_a_preset_and_refuses_a_model_without(make_architecture):
+    recipe = starting_from("gte-en-mlm-tiny", pretrained=True, rope_theta="keep")
+    folder = model_source(recipe)
+    assert folder == builtin_path()
+    loaded = initial_model(recipe, folder).gte.embeddings.word_embeddings.weight
+    stored = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).gte.embeddings.word_embeddings.weight
+    assert torch.equal(loaded, stored)
+    assert model_source(starting_from("gte-en-mlm-tiny")) is None  # random weights, as pretraining needs
+    empty = make_architecture()
+    with pytest.raises(ConfigError, match="has no weights"):
+        initial_model(starting_from(empty, pretrained=True), empty)
+
+
+def rewrite(file, facts):
+    """Change state.json and what COMPLETE.json says of it."""
+    file.write_text(json.dumps(facts))
+    marker = file.with_name("COMPLETE.json")
+    complete = json.loads(marker.read_text())
+    content = file.read_bytes()
+    complete["files"][file.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    marker.write_text(json.dumps(complete))
+
+
+def test_an_old_run_with_other_shares_of_languages_does_not_continue(make_recipe, corpus_folder, tmp_path):
+    recipe = make_recipe(steps=(4,))
+    run(recipe, corpus_folder, tmp_path)
+    state = find_checkpoint(tmp_path).path / "state.json"
+    facts = json.loads(state.read_text())
+    for stage in facts["recipe"]["stages"]:
+        del stage["source_weights"]
+    del facts["recipe"]["pretrained"]
+    rewrite(state, facts)
+    assert run(recipe, corpus_folder, tmp_path).finished  # as before: the fields it lacks have their defaults
+    facts["recipe"]["stages"][0]["language_exponent"] = 0.5
+    rewrite(state, facts)
+    with pytest.raises(ConfigError, match="weighted languages by their chunks"):
+        run({**recipe, "stages": [{**recipe["stages"][0], "language_exponent": 0.5}]}, corpus_folder, tmp_path)
+
+
+def test_the_lengths_of_all_stages_are_told_before_the_first(make_recipe, corpus_folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(make_recipe(steps=(1, 1)), corpus_folder, tmp_path)
+    told = [each.getMessage() for each in caplog.records if "of the tokens beyond" in each.getMessage()]
+    first = next(i for i, each in enumerate(caplog.records) if "from step 0" in each.getMessage())
+    assert len(told) == 2 and all("passes over its chunks" in each and "sampled: " in each for each in told)
+    assert all("beyond" not in each.getMessage() for each in caplog.records[first:])
 
 
 # --- what a step computes -------------------------------------------------------------------------------------------
@@ -222,7 +327,7 @@ def test_log_has_each_step_once(three_stages, corpus_folder):
     ]
     assert [r["total_step"] for r in records] == list(range(1, 13))
     seed = stage_seed(3, 0)
-    index = ChunkIndex(TokenCorpus.open(corpus_folder), max_length=32, seed=seed)
+    index = ChunkIndex(TokenCorpus.open(corpus_folder), Chunking(32), seed=seed)
     first = micro_batches(index, 0, StepSettings(batch_size=8, token_budget=128, seed=seed, masking=Masking()))
     assert records[0]["tokens"] == sum(len(batch.input_ids) for batch in first)
     assert records[0]["masked_tokens"] == sum(len(batch.labels) for batch in first)
@@ -288,7 +393,7 @@ def test_what_does_not_fit_is_refused(make_recipe, make_architecture, corpus_fol
         recipe = make_recipe(steps=(1,), model=str(make_architecture(**changes)))
         with pytest.raises(ConfigError, match=message):
             run(recipe, corpus_folder, tmp_path / "out")
-    with pytest.raises(ConfigError, match="'gte-en-mlm-bass' is neither a preset"):
+    with pytest.raises(CheckpointError, match="no folder 'gte-en-mlm-bass'.* did you mean gte-en-mlm-base"):
         run(make_recipe(steps=(1,), model="gte-en-mlm-bass"), corpus_folder, tmp_path / "out")
 
 

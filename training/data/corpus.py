@@ -190,6 +190,13 @@ class LengthHistogram:
         used = int(np.flatnonzero(sequences)[-1]) + 1 if sequences.any() else 1
         return cls(*(tuple(a.tolist()) for a in (edges[: used + 1], sequences[:used], tokens[:used])))
 
+    def __add__(self, other: LengthHistogram) -> LengthHistogram:
+        longer, shorter = sorted((self, other), key=lambda each: len(each.edges), reverse=True)
+        rest = (0,) * (len(longer.sequences) - len(shorter.sequences))
+        sequences = zip(longer.sequences, (*shorter.sequences, *rest), strict=True)
+        tokens = zip(longer.tokens, (*shorter.tokens, *rest), strict=True)
+        return LengthHistogram(longer.edges, tuple(map(sum, sequences)), tuple(map(sum, tokens)))
+
     def as_dict(self) -> dict[str, list[int]]:
         """Return the histogram for JSON or a plot. `edges` has one number more than the counts."""
         return {"edges": list(self.edges), "sequences": list(self.sequences), "tokens": list(self.tokens)}

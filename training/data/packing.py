@@ -133,11 +133,10 @@ def padded_micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -
     Raises:
         InputError: the step is negative, or the budget is below one row.
     """
-    rows = settings.token_budget // index.max_length
+    width = index.chunking.max_length
+    rows = settings.token_budget // width
     if rows < 1:
-        raise InputError(
-            f"the token budget {settings.token_budget} is below one row of {index.max_length}: raise the budget"
-        )
+        raise InputError(f"the token budget {settings.token_budget} is below one row of {width}: raise the budget")
     epochs, chunks = _samples(index, step, settings)
     starts = range(0, settings.batch_size, rows)[settings.rank :: settings.world_size]
     return [_rectangle(_packed(index, epochs[i : i + rows], chunks[i : i + rows], settings), index) for i in starts]
@@ -206,7 +205,7 @@ def pad_to_static(batch: MicroBatch, *, num_tokens: int, max_length: int, pad_id
 
 
 def _rectangle(batch: MicroBatch, index: ChunkIndex) -> PaddedMicroBatch:
-    width = index.max_length
+    width = index.chunking.max_length
     flat = np.repeat(np.arange(batch.num_sequences) * width, np.diff(batch.cu_seqlens)) + batch.position_ids
     input_ids = np.full(batch.num_sequences * width, index.corpus.vocab.pad_id, dtype=np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -243,8 +242,8 @@ class StepLoader:
         static_tokens: int | None = None,
     ) -> None:
         budget = settings.token_budget
-        if budget < index.max_length:
-            raise InputError(f"token budget {budget} is below max_length {index.max_length}: raise the budget")
+        if budget < index.chunking.max_length:
+            raise InputError(f"token budget {budget} is below max_length {index.chunking.max_length}: raise the budget")
         if static_tokens is not None and static_tokens < budget:
             raise InputError(f"static_tokens {static_tokens} is below the token budget {budget}")
         if prefetch < 1:
@@ -265,7 +264,7 @@ class StepLoader:
                 pad_to_static(
                     batch,
                     num_tokens=self._static_tokens,
-                    max_length=self._index.max_length,
+                    max_length=self._index.chunking.max_length,
                     pad_id=self._index.corpus.vocab.pad_id,
                 )
                 for batch in batches

@@ -6,8 +6,9 @@ keyed permutation that is computed for each index. Every rank, and every resumed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,20 +52,25 @@ def samples_at(indices: ArrayLike, *, num_chunks: int, seed: int) -> tuple[NDArr
 
 
 class LanguageMixture:
-    """Draws languages with probability q proportional to p^exponent, where p is the language's share of the chunks.
+    """Draws chunks of several languages, or other sources, each with its weight.
 
-    The samples come in blocks of 65,536. q is rounded to whole samples per block, at least one for each language that
-    has chunks, so that every block holds the exact shares; a permutation mixes the languages within the block. The
-    number of samples of one language before an index therefore follows by arithmetic. That number walks through the
-    language's own chunks, each epoch in a new permutation.
+    The samples come in blocks of 65,536. The weights are rounded to whole samples per block, at least one for each
+    language that has chunks and a weight, so that every block holds the exact shares; a permutation mixes the languages
+    within the block. The number of samples of one language before an index therefore follows by arithmetic. That number
+    walks through the language's own chunks, each epoch in a new permutation.
+
+    Args:
+        chunks_per_language: `[L]`, the number of chunks of each.
+        weights: `[L]`, how often a chunk of each is drawn; only their ratios count.
+
+    Raises:
+        InputError: no language with chunks has a weight, or there are more languages than a block can hold.
     """
 
-    def __init__(self, chunks_per_language: ArrayLike, *, exponent: float) -> None:
+    def __init__(self, chunks_per_language: ArrayLike, weights: ArrayLike) -> None:
         self._sizes = np.asarray(chunks_per_language, dtype=np.int64)
-        if not 0 <= exponent <= 1:
-            raise InputError(f"language exponent {exponent} is outside 0..1 (1 keeps the shares, 0 makes them equal)")
         self._first_chunk = np.concatenate([[0], np.cumsum(self._sizes)])
-        self.quota = _quota(self._sizes, exponent)
+        self.quota = _quota(np.asarray(weights, dtype=np.float64) * (self._sizes > 0))
         self._quota_ends = np.cumsum(self.quota)
 
     @property
@@ -92,17 +98,29 @@ class LanguageMixture:
         return epochs, chunks
 
 
-def _quota(sizes: NDArray[np.int64], exponent: float) -> NDArray[np.int64]:
-    """Round q to whole samples of a block by the method of largest remainders."""
-    used = sizes > 0
-    if used.sum() > _MIXTURE_BLOCK:
-        raise InputError(f"{used.sum()} languages are more than the {_MIXTURE_BLOCK} that a mixture can hold")
-    weights = np.where(used, np.maximum(sizes, 1) / sizes.sum(), 0.0) ** exponent * used
+def token_shares(tokens: ArrayLike, *, exponent: float) -> NDArray[np.float64]:
+    """Return q ∝ p^exponent, `[L]`, where p is each language's share of the tokens (mGTE, arXiv 2407.19669).
+
+    Raises:
+        InputError: the exponent is outside 0..1.
+    """
+    if not 0 <= exponent <= 1:
+        raise InputError(f"language exponent {exponent} is outside 0..1 (1 keeps the shares, 0 makes them equal)")
+    counts = np.asarray(tokens, dtype=np.float64)
+    weights = np.where(counts > 0, counts / counts.sum(), 0.0) ** exponent * (counts > 0)
+    return weights / weights.sum()
+
+
+def _quota(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Round weights to whole samples of a block by the method of largest remainders."""
+    used = weights > 0
+    if not 0 < used.sum() <= _MIXTURE_BLOCK:
+        raise InputError(f"{used.sum()} languages with chunks and a weight; a mixture holds 1 to {_MIXTURE_BLOCK}")
     spare = _MIXTURE_BLOCK - int(used.sum())
     exact = weights / weights.sum() * spare
     quota = np.floor(exact).astype(np.int64) + used
     rest = _MIXTURE_BLOCK - int(quota.sum())
-    order = np.lexsort((np.arange(len(sizes)), -(exact - np.floor(exact)) * used))
+    order = np.lexsort((np.arange(len(weights)), -(exact - np.floor(exact)) * used))
     quota[order[:rest]] += 1
     return quota
 
@@ -128,16 +146,65 @@ class Resampling:
 
 
 @dataclass(frozen=True)
-class ResamplingReport:
-    """Chunk lengths before and after short chunks were dropped; `str()` gives text for a person."""
+class Chunking:
+    """How a stage makes its samples of a corpus.
 
-    before: LengthHistogram
-    after: LengthHistogram
+    The languages of a corpus are the names before `=` that `gte-train prepare` was given; they may be any sources.
+    Shares are shares of the tokens that a stage trains on, so they depend neither on `max_length` nor on how long the
+    documents of a language are.
 
-    def __str__(self) -> str:
-        if self.before == self.after:
-            return f"chunks, all kept\n{self.after}"
-        return f"chunks before resampling\n{self.before}\nchunks after resampling\n{self.after}"
+    Args:
+        max_length: tokens of a chunk, at most, with [CLS] and [SEP].
+        resampling: rule that drops short chunks.
+        language_exponent: language i gets a share q ∝ p^exponent, where p is its share of the corpus's tokens. None
+            draws all chunks alike.
+        source_weights: the share of each language by its name, up to a common factor; 0 leaves one out.
+
+    Raises:
+        InputError: a value is out of its range, or both an exponent and weights are given.
+    """
+
+    max_length: int
+    resampling: Resampling = Resampling()
+    language_exponent: float | None = None
+    source_weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        length, threshold = self.max_length, self.resampling.short_threshold
+        if length <= NUM_SPECIAL:
+            raise InputError(f"max_length {length} leaves no room beside [CLS] and [SEP]: use 3 or more")
+        if threshold > length:
+            raise InputError(f"short_threshold {threshold} is above max_length {length}: every chunk is short")
+        if self.language_exponent is not None and self.source_weights is not None:
+            raise InputError("language_exponent and source_weights are both given: use one of them")
+        if wrong := [weight for weight in (self.source_weights or {}).values() if not weight >= 0]:
+            raise InputError(f"source_weights has {wrong[0]}; expected 0 or more")
+
+    @property
+    def body(self) -> int:
+        """Tokens of a chunk, at most, without [CLS] and [SEP]."""
+        return self.max_length - NUM_SPECIAL
+
+    def shares(self, corpus: TokenCorpus) -> NDArray[np.float64] | None:
+        """Return the share of each language of `corpus` in the tokens of the stage, `[L]`; None weights nothing.
+
+        Raises:
+            InputError: the weights are not those of the corpus's languages.
+        """
+        if self.source_weights is not None:
+            if set(self.source_weights) != set(corpus.languages):
+                raise InputError(
+                    f"source_weights names {', '.join(map(repr, self.source_weights))}; {corpus.folder} has "
+                    f"{', '.join(map(repr, corpus.languages))}: give each a weight, 0 to leave one out"
+                )
+            weights = np.array([self.source_weights[name] for name in corpus.languages])
+            if not weights.any():
+                raise InputError("source_weights has no weight above 0")
+            return weights / weights.sum()
+        if self.language_exponent is None:
+            return None
+        ends = np.concatenate([[0], np.cumsum(corpus.lengths)])
+        return token_shares(np.diff(ends[corpus.language_bounds]), exponent=self.language_exponent)
 
 
 class ChunkIndex:
@@ -148,38 +215,26 @@ class ChunkIndex:
     to find any chunk: the index takes 8 bytes a document.
 
     Chunks are numbered after resampling. Whether a short chunk stays is a pure function of the seed and of the chunk's
-    number before resampling. With `language_exponent` None all chunks are sampled alike, otherwise a LanguageMixture
-    chooses the languages.
+    number before resampling. Without weights all chunks are sampled alike, otherwise a LanguageMixture chooses the
+    languages.
     """
 
-    def __init__(
-        self,
-        corpus: TokenCorpus,
-        *,
-        max_length: int,
-        resampling: Resampling = Resampling(),  # noqa: B008 - frozen
-        language_exponent: float | None = None,
-        seed: int,
-    ) -> None:
-        if max_length <= NUM_SPECIAL:
-            raise InputError(f"max_length {max_length} leaves no room beside [CLS] and [SEP]: use 3 or more")
-        if resampling.short_threshold > max_length:
-            raise InputError(
-                f"short_threshold {resampling.short_threshold} is above max_length {max_length}: every chunk is short"
-            )
-        self.corpus, self.max_length, self.resampling, self.seed = corpus, max_length, resampling, seed
-        self._body = max_length - NUM_SPECIAL
+    def __init__(self, corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> None:
+        self.corpus, self.chunking, self.seed = corpus, chunking, seed
         self._first_chunk = np.zeros(corpus.num_documents + 1, dtype=np.int64)
-        for block, chunks, _, keeps in self._blocks():
-            self._first_chunk[block.start + 1 : block.stop + 1] = chunks - ~keeps
+        tokens = np.zeros(len(corpus.languages))
+        for cut in _cuts(corpus, chunking, seed=seed):
+            self._first_chunk[cut.documents.start + 1 : cut.documents.stop + 1] = cut.chunks - ~cut.keeps
+            tokens += cut.sums(resampled=True)[:, 1]
         np.cumsum(self._first_chunk, out=self._first_chunk)
         self.num_chunks = int(self._first_chunk[-1])
         if not self.num_chunks:
-            raise InputError(f"no chunk of {corpus.folder} is left after {resampling}: lower the threshold")
+            raise InputError(f"no chunk of {corpus.folder} is left after {chunking.resampling}: lower the threshold")
         self.mixture: LanguageMixture | None = None
-        if language_exponent is not None:
-            chunks_per_language = np.diff(self._first_chunk[corpus.language_bounds])
-            self.mixture = LanguageMixture(chunks_per_language, exponent=language_exponent)
+        chunks = np.diff(self._first_chunk[corpus.language_bounds])
+        draws = _draws(corpus, chunking, chunks=chunks, tokens=tokens)
+        if draws is not None:
+            self.mixture = LanguageMixture(chunks, draws)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -193,8 +248,8 @@ class ChunkIndex:
     def locate(self, chunks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the document, the first token and the number of tokens (without special ones) of each chunk, [N]."""
         documents = np.searchsorted(self._first_chunk, chunks, side="right") - 1
-        starts = (chunks - self._first_chunk[documents]) * self._body
-        return documents, starts, np.minimum(self.corpus.lengths[documents] - starts, self._body)
+        starts = (chunks - self._first_chunk[documents]) * self.chunking.body
+        return documents, starts, np.minimum(self.corpus.lengths[documents] - starts, self.chunking.body)
 
     def chunk(self, index: int) -> NDArray[np.int64]:
         """Return the token ids of one chunk, with [CLS] and [SEP].
@@ -222,30 +277,204 @@ class ChunkIndex:
             return self.mixture.samples_at(indices, seed=seed)
         return samples_at(indices, num_chunks=self.num_chunks, seed=seed)
 
-    def histogram(self) -> ResamplingReport:
-        """Count the chunk lengths before and after resampling."""
-        return ResamplingReport(
-            before=LengthHistogram.of(self._chunk_lengths(resampled=False)),
-            after=LengthHistogram.of(self._chunk_lengths(resampled=True)),
+
+def _draws(
+    corpus: TokenCorpus, chunking: Chunking, *, chunks: NDArray[Any], tokens: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """Return how often a chunk of each language is drawn, so that its tokens get its share: q over the mean length.
+
+    Args:
+        corpus: its languages count.
+        chunking: the shares.
+        chunks: `[L]`, the chunks of each language that are left.
+        tokens: `[L]`, their tokens.
+    """
+    shares = chunking.shares(corpus)
+    if shares is None:
+        return None
+    empty = [name for name, share, left in zip(corpus.languages, shares, chunks, strict=True) if share and not left]
+    if empty and chunking.source_weights:
+        raise InputError(
+            f"no chunk of {', '.join(map(repr, empty))} is left after {chunking.resampling}: lower the threshold, or "
+            "set its weight to 0"
+        )
+    return np.where(chunks > 0, shares * chunks / np.maximum(tokens, 1), 0.0)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The chunks of a block of documents: for each, their number, the tokens of the last one, and whether it stays."""
+
+    corpus: TokenCorpus
+    max_length: int
+    documents: range
+    chunks: NDArray[np.int64]
+    tails: NDArray[np.int64]
+    keeps: NDArray[np.bool_]
+
+    def lengths(self, *, resampled: bool) -> Iterator[NDArray[np.int64]]:
+        yield self.tails[self.keeps] if resampled else self.tails
+        yield np.full(int((self.chunks - 1).sum()), self.max_length)
+
+    def sums(self, *, resampled: bool) -> NDArray[np.float64]:
+        """Sum over the chunks of each language, `[L, 5]`: 1, tokens, their square, 1 for a full chunk, late tokens."""
+        stays = self.keeps if resampled else np.ones(len(self.keeps), dtype=bool)
+        quarter, whole, tails = self.max_length // 4, self.chunks - 1, self.tails
+        columns = [
+            whole + stays,
+            whole * self.max_length + stays * tails,
+            whole * self.max_length**2 + stays * tails**2,
+            whole + stays * (tails == self.max_length),
+            whole * (self.max_length - quarter) + stays * np.maximum(tails - quarter, 0),
+        ]
+        languages = self.corpus.language_of[self.documents.start : self.documents.stop]
+        count = len(self.corpus.languages)
+        # bincount sums weights in float64, which is exact below 2**53.
+        return np.stack([np.bincount(languages, weights=column, minlength=count) for column in columns], axis=1)
+
+
+def _cuts(corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> Iterator[_Cut]:
+    key = stream_key(seed, STREAM_RESAMPLE)
+    first = 0
+    for start in range(0, corpus.num_documents, DOCUMENT_BLOCK):
+        lengths = corpus.lengths[start : start + DOCUMENT_BLOCK]
+        chunks = -(-lengths // chunking.body)
+        tails = lengths - (chunks - 1) * chunking.body + NUM_SPECIAL
+        numbers = first + np.cumsum(chunks) - 1
+        word, _, _, _ = philox4x32((*split_words(numbers), 0, 0), key)
+        lucky = word < np.uint64(round(chunking.resampling.keep_prob * (1 << 32)))
+        keeps = (tails >= chunking.resampling.short_threshold) | lucky
+        yield _Cut(corpus, chunking.max_length, range(start, start + len(lengths)), chunks, tails, keeps)
+        first += int(chunks.sum())
+
+
+# --- what a stage will see ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleLengths:
+    """Lengths of the samples of a stage in tokens.
+
+    Args:
+        mean: the mean length.
+        mean_square: the mean of the squares, for the cost of attention.
+        full: share of the samples that have `max_length` tokens.
+        late: share of the tokens at positions from `late_from` on.
+        late_from: a quarter of `max_length`.
+    """
+
+    mean: float
+    mean_square: float
+    full: float
+    late: float
+    late_from: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:,.0f} tokens on average, {self.full:.1%} full, {self.late:.0%} of the tokens beyond "
+            f"{self.late_from:,}"
         )
 
-    def _blocks(self) -> Iterator[tuple[range, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
-        """Yield, for each block of documents: its range, and per document the number of chunks before resampling, the
-        length of the last chunk, and whether that chunk stays.
-        """
-        key = stream_key(self.seed, STREAM_RESAMPLE)
-        first = 0
-        for start in range(0, self.corpus.num_documents, DOCUMENT_BLOCK):
-            lengths = self.corpus.lengths[start : start + DOCUMENT_BLOCK]
-            chunks = -(-lengths // self._body)
-            tail = lengths - (chunks - 1) * self._body + NUM_SPECIAL
-            numbers = first + np.cumsum(chunks) - 1
-            word, _, _, _ = philox4x32((*split_words(numbers), 0, 0), key)
-            lucky = word < np.uint64(round(self.resampling.keep_prob * (1 << 32)))
-            yield range(start, start + len(lengths)), chunks, tail, (tail >= self.resampling.short_threshold) | lucky
-            first += int(chunks.sum())
+    @classmethod
+    def of(cls, sums: NDArray[np.float64], draws: NDArray[np.float64], *, max_length: int) -> SampleLengths:
+        """Compute them from `_Cut.sums` and from how often each language is drawn, `[L]`."""
+        means = sums[:, 1:] / np.maximum(sums[:, :1], 1)
+        mean, mean_square, full, late = (draws / draws.sum()) @ means
+        return cls(float(mean), float(mean_square), float(full), float(late / mean), max_length // 4)
 
-    def _chunk_lengths(self, *, resampled: bool) -> Iterator[NDArray[np.int64]]:
-        for _, chunks, tail, keeps in self._blocks():
-            yield tail[keeps] if resampled else tail
-            yield np.full(int((chunks - 1).sum()), self.max_length)
+
+@dataclass(frozen=True)
+class LanguageSurvey:
+    """One language, or other source, of a stage: its shares of the corpus's tokens and of the stage's."""
+
+    name: str
+    corpus_share: float
+    share: float
+    chunks: int
+    draw: float
+    """Share of the samples."""
+
+
+@dataclass(frozen=True)
+class ChunkSurvey:
+    """The samples of a stage, before it runs; `str()` gives text for a person.
+
+    Args:
+        chunking: how the documents are cut, dropped and weighted.
+        before: lengths of the chunks before short ones are dropped.
+        after: lengths of the chunks that are left.
+        cut: statistics of the chunks before short ones are dropped, without weights.
+        sampled: statistics of the samples, with the weights of the languages.
+        languages: the languages of the corpus.
+    """
+
+    chunking: Chunking
+    before: LengthHistogram
+    after: LengthHistogram
+    cut: SampleLengths
+    sampled: SampleLengths
+    languages: tuple[LanguageSurvey, ...]
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that are left."""
+        return sum(self.after.sequences)
+
+    def passes(self, samples: int) -> float:
+        """Return how often `samples` samples visit each chunk of the language that is visited most often."""
+        return max(samples * each.draw / each.chunks for each in self.languages if each.chunks)
+
+    def __str__(self) -> str:
+        if self.before == self.after:
+            lines = [f"chunks, all kept\n{self.after}"]
+        else:
+            lines = [f"chunks before resampling\n{self.before}", f"chunks after resampling\n{self.after}"]
+            lines.append(f"all chunks: {self.cut}")
+        lines.append(f"sampled: {self.sampled}")
+        if len(self.languages) > 1:
+            lines += [
+                f"  {each.name or '(none)'}: {each.corpus_share:.2%} of the corpus's tokens, {each.share:.2%} of the "
+                f"stage's, {each.chunks:,} chunks"
+                for each in self.languages
+            ]
+        return "\n".join(lines)
+
+
+def survey(corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> ChunkSurvey:
+    """Describe the samples that a stage with this seed draws, without the index that draws them.
+
+    Raises:
+        InputError: no chunk is left, or the weights are not those of the corpus's languages.
+    """
+    count = len(corpus.languages)
+    cut, kept = np.zeros((count, 5)), np.zeros((count, 5))
+    before, after = LengthHistogram.of(()), LengthHistogram.of(())
+    for each in _cuts(corpus, chunking, seed=seed):
+        cut, kept = cut + each.sums(resampled=False), kept + each.sums(resampled=True)
+        before += LengthHistogram.of(each.lengths(resampled=False))
+        after += LengthHistogram.of(each.lengths(resampled=True))
+    if not kept[:, 0].any():
+        raise InputError(f"no chunk of {corpus.folder} is left after {chunking.resampling}: lower the threshold")
+    draws = _draws(corpus, chunking, chunks=kept[:, 0], tokens=kept[:, 1])
+    draws = kept[:, 0] if draws is None else draws
+    draws = draws / draws.sum()
+    tokens = draws * kept[:, 1] / np.maximum(kept[:, 0], 1)
+    raw = cut[:, 1] - NUM_SPECIAL * cut[:, 0]
+    return ChunkSurvey(
+        chunking=chunking,
+        before=before,
+        after=after,
+        cut=SampleLengths.of(cut, cut[:, 0], max_length=chunking.max_length),
+        sampled=SampleLengths.of(kept, draws, max_length=chunking.max_length),
+        languages=tuple(
+            LanguageSurvey(name, corpus_share=share, share=got, chunks=int(left), draw=draw)
+            for name, share, got, left, draw in zip(
+                corpus.languages,
+                (raw / raw.sum()).tolist(),
+                (tokens / tokens.sum()).tolist(),
+                kept[:, 0],
+                draws.tolist(),
+                strict=True,
+            )
+        ),
+    )

@@ -30,7 +30,7 @@ from gte_deploy.models.checkpoint import load_model
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_batches
-from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Resampling
+from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Chunking, Resampling
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.model import micro_batch_tensors
 from gte_deploy.training.options import ExtrapolationOptions
@@ -256,7 +256,7 @@ def _full_chunks(corpus: TokenCorpus, max_length: int, seed: int) -> ChunkIndex:
     if longest < max_length:
         raise InputError(f"the longest document of {corpus.folder} has {longest} tokens, not {max_length}")
     full_only = Resampling(short_threshold=max_length, keep_prob=0.0)
-    return ChunkIndex(corpus, max_length=max_length, resampling=full_only, seed=seed)
+    return ChunkIndex(corpus, Chunking(max_length, full_only), seed=seed)
 
 
 def _default_contexts(max_length: int) -> set[int]:

@@ -17,7 +17,7 @@ from gte_deploy.training.data.packing import (
     pad_to_static,
     padded_micro_batches,
 )
-from gte_deploy.training.data.sampling import ChunkIndex, samples_at
+from gte_deploy.training.data.sampling import ChunkIndex, Chunking, samples_at
 
 MAX_LENGTH = 64
 STEP = StepSettings(batch_size=96, token_budget=256, seed=4, masking=Masking())
@@ -40,7 +40,7 @@ def open_index(folder, lengths, *, max_length):
     index["vocabulary"] = {**vocabulary, "special_ids": [0, 1, 2, 3, 4]}
     index["shards"] = [{**shard, "tokens_sha256": "", "offsets_sha256": ""}]
     (folder / "index.json").write_text(json.dumps(index))
-    return ChunkIndex(TokenCorpus.open(folder), max_length=max_length, seed=1)
+    return ChunkIndex(TokenCorpus.open(folder), Chunking(max_length), seed=1)
 
 
 @pytest.fixture(scope="module")

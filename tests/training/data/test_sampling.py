@@ -8,9 +8,12 @@ from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import (
     ChunkIndex,
+    Chunking,
     LanguageMixture,
     Resampling,
     samples_at,
+    survey,
+    token_shares,
 )
 
 
@@ -63,11 +66,10 @@ def write_corpus(folder, lengths_by_language):
 def make_index(tmp_path):
     folders = (tmp_path / f"corpus{i}" for i in itertools.count())
 
-    def make(lengths, *, max_length=12, **options):
+    def make(lengths, *, max_length=12, seed=5, **options):
         folder = next(folders)
         write_corpus(folder, lengths if isinstance(lengths, dict) else {"": lengths})
-        corpus = TokenCorpus.open(folder)
-        return ChunkIndex(corpus, max_length=max_length, **({"seed": 5} | options))
+        return ChunkIndex(TokenCorpus.open(folder), Chunking(max_length, **options), seed=seed)
 
     return make
 
@@ -128,21 +130,48 @@ def test_the_index_does_not_depend_on_the_block_size(make_index, monkeypatch):
     monkeypatch.setattr("gte_deploy.training.data.sampling.DOCUMENT_BLOCK", 7)
     blocked = make_index([25, 3, 10, 11, 1] * 20, **options)
     assert np.array_equal(whole.lengths, blocked.lengths)
-    assert whole.histogram() == blocked.histogram()
+    assert survey(whole.corpus, whole.chunking, seed=5) == survey(blocked.corpus, blocked.chunking, seed=5)
 
 
-def test_histogram_shows_both_sides(make_index):
-    index = make_index([4, 25] * 1_000, resampling=Resampling(short_threshold=7, keep_prob=0.3), max_length=20)
-    report = index.histogram()
-    assert sum(report.before.sequences) == 3_000
-    assert sum(report.before.tokens) == 29_000 + 2 * 3_000
-    assert sum(report.after.sequences) == index.num_chunks
-    assert sum(report.after.tokens) == index.lengths.sum()
-    assert "before resampling" in str(report) and "after resampling" in str(report)
+def test_a_survey_tells_what_a_stage_will_see(make_index):
+    resampling = Resampling(short_threshold=7, keep_prob=0.3)
+    index = make_index([4, 25] * 1_000, resampling=resampling, max_length=20)
+    found = survey(index.corpus, index.chunking, seed=5)
+    assert sum(found.before.sequences) == 3_000
+    assert sum(found.before.tokens) == 29_000 + 2 * 3_000
+    assert sum(found.after.sequences) == found.chunks == index.num_chunks
+    lengths = index.lengths
+    assert sum(found.after.tokens) == lengths.sum()
+    assert (found.cut.mean, found.cut.full) == (35_000 / 3_000, 1_000 / 3_000)
+    assert found.sampled.mean == pytest.approx(lengths.mean())
+    assert found.sampled.mean_square == pytest.approx((lengths.astype(float) ** 2).mean())
+    assert found.sampled.full == pytest.approx((lengths == 20).mean())
+    assert found.sampled.late == pytest.approx(np.maximum(lengths - 5, 0).sum() / lengths.sum())
+    assert found.passes(2 * index.num_chunks) == pytest.approx(2)
+    text = str(found)
+    assert "before resampling" in text and "after resampling" in text
+    assert "all chunks: 12 tokens on average, 33.3% full, " in text and "of the tokens beyond 5" in text
+
+
+def test_a_survey_of_languages_is_that_of_the_samples(make_index):
+    index = make_index({"en": [25] * 300, "sw": [5] * 120}, source_weights={"en": 3.0, "sw": 1.0})
+    found = survey(index.corpus, index.chunking, seed=5)
+    _, chunks = index.samples_at(np.arange(65_536), seed=9)
+    lengths = index.lengths_of(chunks)
+    assert found.sampled.mean == pytest.approx(lengths.mean(), rel=1e-3)
+    assert found.sampled.mean_square == pytest.approx((lengths.astype(float) ** 2).mean(), rel=1e-3)
+    english, swahili = found.languages
+    assert (english.share, swahili.share) == pytest.approx((0.75, 0.25))
+    assert english.corpus_share == pytest.approx(7_500 / 8_100)
+    languages = index.corpus.language_of[index.locate(chunks)[0]]
+    assert swahili.draw == pytest.approx(languages.mean(), rel=1e-3)
+    assert found.passes(65_536) == pytest.approx(languages.sum() / 120, rel=1e-3)
+    assert "sw: 7.41% of the corpus's tokens, 25.00% of the stage's, 120 chunks" in str(found)
 
 
 def test_one_histogram_is_shown_where_no_chunk_is_dropped(make_index):
-    shown = str(make_index([4, 25] * 10).histogram())
+    index = make_index([4, 25] * 10)
+    shown = str(survey(index.corpus, index.chunking, seed=5))
     assert shown.count("sequences   share") == 1 and "resampling" not in shown
 
 
@@ -152,6 +181,11 @@ def test_one_histogram_is_shown_where_no_chunk_is_dropped(make_index):
         {"max_length": 2},
         {"resampling": Resampling(13, 0.5)},
         {"language_exponent": 1.5},
+        {"language_exponent": 0.5, "source_weights": {"": 1.0}},
+        {"source_weights": {"": 0.0}},
+        {"source_weights": {"": -1.0}},
+        {"source_weights": {"": float("nan")}},
+        {"source_weights": {"en": 1.0}},
     ],
     ids=str,
 )
@@ -176,12 +210,16 @@ def test_a_chunk_that_is_not_there_is_refused(make_index, chunk):
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_languages_are_drawn_by_the_exponent(exponent):
-    sizes = np.array([90_000, 9_000, 0, 1_000])
-    mixture = LanguageMixture(sizes, exponent=exponent)
-    expected = np.where(sizes > 0, (sizes / sizes.sum()) ** exponent, 0)
-    expected /= expected.sum()
-    np.testing.assert_allclose(mixture.probabilities, expected, atol=4 / 65_536)
+def test_shares_follow_the_exponent(exponent):
+    tokens = np.array([90_000, 9_000, 0, 1_000])
+    expected = np.where(tokens > 0, (tokens / tokens.sum()) ** exponent, 0)
+    np.testing.assert_allclose(token_shares(tokens, exponent=exponent), expected / expected.sum())
+
+
+def test_chunks_are_drawn_by_weight():
+    sizes, weights = np.array([90_000, 9_000, 0, 1_000]), np.array([0.6, 0.3, 0.2, 0.1])
+    mixture = LanguageMixture(sizes, weights)
+    np.testing.assert_allclose(mixture.probabilities, [0.6, 0.3, 0, 0.1], atol=4 / 65_536)
     assert mixture.quota.sum() == 65_536
 
     _, chunks = mixture.samples_at(np.arange(3 * 65_536), seed=1)
@@ -192,9 +230,29 @@ def test_languages_are_drawn_by_the_exponent(exponent):
     np.testing.assert_allclose(early, mixture.probabilities, atol=0.04)
 
 
+@pytest.mark.parametrize("max_length", [12, 60, 600])
+@pytest.mark.parametrize("resampling", [Resampling(), Resampling(12, 0.5)], ids=["all", "resampled"])
+def test_shares_are_of_tokens_whatever_the_length(make_index, max_length, resampling):
+    # As many tokens in each of "en" and "de", in documents of other lengths, and a quarter of them in "fr".
+    lengths = {"en": [400] * 100, "de": [40] * 1_000, "fr": [100] * 100}
+    index = make_index(lengths, max_length=max_length, resampling=resampling, language_exponent=0.5)
+    _, chunks = index.samples_at(np.arange(65_536), seed=9)
+    languages = index.corpus.language_of[index.locate(chunks)[0]]
+    tokens = np.bincount(languages, weights=index.lengths_of(chunks))
+    np.testing.assert_allclose(tokens / tokens.sum(), [0.4, 0.4, 0.2], atol=2e-3)
+
+
+def test_a_weight_of_a_source_without_chunks_is_refused(make_index):
+    resampling = Resampling(12, 0.0)
+    with pytest.raises(InputError, match="no chunk of 'sw' is left"):
+        make_index({"en": [25], "sw": [5]}, resampling=resampling, source_weights={"en": 1.0, "sw": 1.0})
+    index = make_index({"en": [25], "sw": [5]}, resampling=resampling, source_weights={"en": 1.0, "sw": 0.0})
+    assert index.mixture is not None and index.mixture.probabilities.tolist() == [1.0, 0.0]
+
+
 def test_a_language_goes_through_its_own_epochs():
     sizes = np.array([50, 7])
-    mixture = LanguageMixture(sizes, exponent=0.5)
+    mixture = LanguageMixture(sizes, np.sqrt(sizes))
     epochs, chunks = mixture.samples_at(np.arange(100_000), seed=2)
     for first, size in ((0, 50), (50, 7)):
         here = (chunks >= first) & (chunks < first + size)
@@ -204,7 +262,7 @@ def test_a_language_goes_through_its_own_epochs():
 
 
 def test_every_language_is_drawn_however_rare():
-    mixture = LanguageMixture([10**12, 1], exponent=1.0)
+    mixture = LanguageMixture([10**12, 1], [1e12, 1.0])
     assert mixture.quota.tolist() == [65_535, 1]
 
 
@@ -212,8 +270,9 @@ def test_mixture_of_an_index_keeps_languages_apart(make_index):
     index = make_index({"en": [25] * 300, "sw": [5] * 12}, language_exponent=0.0)
     epochs, chunks = index.samples_at(np.arange(65_536), seed=9)
     languages = index.corpus.language_of[index.locate(chunks)[0]]
-    assert np.bincount(languages).tolist() == [32_768, 32_768]
-    assert epochs.max() == 32_767 // 12
+    # The chunks of 12 and 7 tokens of "en" have 31 / 3 on average, those of "sw" 7; each gets half of the tokens.
+    assert np.bincount(languages)[0] / 65_536 == pytest.approx(7 / (7 + 31 / 3), abs=1e-4)
+    assert epochs.max() == (np.bincount(languages)[1] - 1) // 12
     again = index.samples_at(np.arange(100, 110), seed=9)
     assert np.array_equal(again[1], chunks[100:110]) and np.array_equal(again[0], epochs[100:110])
 
