@@ -275,7 +275,7 @@ def _stage(
         ),
         gpu_hours=flops / speed / 3600,
         hours=flops / speed / 3600 / gpus,
-        data=found and StageData(found.cut, found.sampled, found.passes(sequences)),
+        data=StageData(found.cut, found.sampled, found.passes(sequences)) if found else None,
     )
 
 

@@ -106,8 +106,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without slashes")
-        kept = self.rope_theta == "keep"
-        _require(kept or self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0, or keep")
+        theta = self.rope_theta
+        _require(theta == "keep" or theta > 0, "rope_theta", theta, "more than 0, or keep")
         _require(self.steps >= 1, "steps", self.steps, "1 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more sequences")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
@@ -310,7 +310,7 @@ def _convert(hint: Any, value: Any, path: str, *words: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        words = [word for a in arguments if typing.get_origin(a) is Literal for word in typing.get_args(a)]
+        words = tuple(word for a in arguments if typing.get_origin(a) is Literal for word in typing.get_args(a))
         if value in words:
             return value
         plain = next(a for a in arguments if a is not type(None) and typing.get_origin(a) is not Literal)

@@ -192,11 +192,9 @@ def _own_folder(results: Path) -> Iterator[Path]:
     """
     from gte_deploy.core.locks import try_lock
 
-    for number in itertools.count(1):
-        folder = results / (_WORK if number == 1 else f"{_WORK}-{number}")
-        release = try_lock(folder.with_name(f"{folder.name}.lock"))
-        if release is not None:
-            break
+    names = itertools.chain([_WORK], (f"{_WORK}-{number}" for number in itertools.count(2)))
+    held = ((results / name, try_lock(results / f"{name}.lock")) for name in names)
+    folder, release = next((folder, release) for folder, release in held if release is not None)
     try:
         yield folder
     finally:

@@ -233,7 +233,8 @@ def _on_text(measured: Sequence[EngineParity]) -> list[tuple[str, Callable[[Engi
         return lambda engine: _DASH if engine.accuracy is None else value(engine.accuracy, engine)
 
     def mean(cosine: float, engine: EngineParity) -> Html:
-        return _with_bound(cosine, ".5f", engine.accuracy_bounds and engine.accuracy_bounds.cosine_mean)
+        bounds = engine.accuracy_bounds
+        return _with_bound(cosine, ".5f", None if bounds is None else bounds.cosine_mean)
 
     found = [
         ("mean cosine of tokens", of(lambda a, e: mean(a.token_cosine_mean, e))),

@@ -330,7 +330,8 @@ class _Cut:
         languages = self.corpus.language_of[self.documents.start : self.documents.stop]
         count = len(self.corpus.languages)
         # bincount sums weights in float64, which is exact below 2**53.
-        return np.stack([np.bincount(languages, weights=column, minlength=count) for column in columns], axis=1)
+        sums = [np.bincount(languages, weights=column, minlength=count) for column in columns]
+        return np.array(sums, dtype=np.float64).T
 
 
 def _cuts(corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> Iterator[_Cut]:
