@@ -389,6 +389,7 @@ _TABLE = (
         pooling="mean",
         license="apache-2.0",
         sources={**_MTEB_SBERT, **_POOLED},
+        note="A test exports it from a package of PyPI and compares it with its library (docs/numerics.md).",
     ),
     Published(
         id="sentence-transformers/all-MiniLM-L12-v2",
