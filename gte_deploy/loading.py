@@ -176,7 +176,7 @@ def load(
         path=folder,
         backend_reason=opened.reason,
         query_weights=_query_weights(folder, opened.spec, opened.tokenizer),
-        origin=Origin(load_again, (where, opened.checksum, options), opened.reopen),
+        origin=Origin(load_again, (where, opened.checksum, options), opened.reopen, opened.checksum),
     )
 
 
@@ -196,7 +196,7 @@ def load_again(path: str | None, checksum: str | None, options: Mapping[str, Any
         BundleError: the path holds another bundle now. See also `load`.
     """
     model = load(path, **options)
-    found = model._origin and model._origin.arguments[1]
+    found = model.checksum
     if found != checksum:
         model.close()
         raise BundleError(

@@ -70,11 +70,13 @@ class Origin:
         again: function that builds the model from `arguments`, in any process. Function and arguments can be pickled.
         arguments: arguments of `again`.
         reopen: function that opens the engine alone again, with a given number of threads; None if that is impossible.
+        checksum: checksum of the bundle that was loaded; None for a checkpoint.
     """
 
     again: Callable[..., "Model"]
     arguments: tuple[Any, ...]
     reopen: Callable[[int], Backend] | None = None
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Model(TextInterface):
         self._is_closed = False
         follow(self)
         self._answerable = np.flatnonzero(tokenizer.known_ids(spec.vocab_size))
+
+    @property
+    def checksum(self) -> str | None:
+        """The checksum of the bundle that was loaded, as `gte-deploy verify` prints it; None for a checkpoint."""
+        return self._origin and self._origin.checksum
 
     def close(self) -> None:
         """Free the engine. Idempotent; later calls that compute raise BackendError."""

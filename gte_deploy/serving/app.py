@@ -351,7 +351,7 @@ def _tei_info(served: ServedModel) -> dict[str, Any]:
         kind = {"embedding": {"pooling": "splade" if spec.task == "sparse" else spec.pooling}}
     return {
         "model_id": served.name,
-        "model_sha": served.checksum,
+        "model_sha": model.checksum,
         "model_dtype": facts["precision"],
         "model_type": kind,
         "max_input_length": model.max_seq_length,

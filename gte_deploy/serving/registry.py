@@ -11,7 +11,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.core.errors import InputError
 from gte_deploy.model import Model
 from gte_deploy.serving.failures import RequestError, unhealthy
@@ -42,12 +41,6 @@ class ServedModel:
     def info(self) -> dict[str, Any]:
         """The facts about the model, which do not change."""
         return self.model.info()
-
-    @cached_property
-    def checksum(self) -> str | None:
-        """The checksum of the bundle that is served, as `gte-deploy verify` prints it; None for a checkpoint."""
-        path = self.model.path
-        return str(read_manifest(path).to_json()["checksum"]) if is_bundle(path) else None
 
 
 Suits = Callable[[ServedModel], bool]
@@ -193,7 +186,7 @@ def describe(served: ServedModel, routes: Sequence[str]) -> dict[str, Any]:
     spec, model = served.model.spec, served.model
     return {
         "name": served.name,
-        "checksum": served.checksum,
+        "checksum": model.checksum,
         "task": spec.task,
         "routes": list(routes),
         "backend": model.backend,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jsonschema
 import pytest
 import schemathesis
@@ -95,6 +97,14 @@ TEI_INFO = {
     *("model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length", "max_batch_tokens"),
     *("max_client_batch_size", "auto_truncate", "tokenization_workers", "version"),
 }
+
+
+def test_it_names_the_bundles_that_were_loaded(client, task_bundles):
+    sums = {name: json.loads((path / "manifest.json").read_text())["checksum"] for name, path in task_bundles.items()}
+    assert len(set(sums.values())) == len(sums)
+    assert {name: client.get(f"/info?model={name}").json()["model_sha"] for name in sums} == sums
+    models = client.get("/v1/models").json()["data"]
+    assert {model["name"]: model["checksum"] for model in models} == sums
 
 
 def test_it_has_the_fields_of_text_embeddings_inference(client):
