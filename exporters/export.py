@@ -42,8 +42,8 @@ _EXTRA = (
 class ExportResult:
     """A finished export: the path of the bundle, its manifest, and the comparison of its graphs with PyTorch.
 
-    `sensitivity` is the loss of each group of layers that was measured in 8 bits, first of the one that uses up most of a
-    bound; `kept_groups` are those that stay in a higher precision.
+    `sensitivity` is the loss of each group of layers that was measured in 8 bits, first of the one that uses up most of
+    a bound; `kept_groups` are those that stay in a higher precision.
     """
 
     path: Path

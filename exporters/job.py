@@ -134,7 +134,8 @@ class Built:
 
     Args:
         graphs: engine -> the graph that the runtime opens, saved at `path`.
-        sensitivity: group of layers -> its loss in low precision, the one that uses up most of a bound first; empty unless a sweep was needed.
+        sensitivity: group of layers -> its loss in low precision, first the one that uses up most of a bound; empty
+            unless a sweep was needed.
         kept_groups: those of `sensitivity` that stay in a higher precision.
         plan: the TensorRT engine, if there is one.
         keeps_graphs: whether the graphs stay in the bundle.

@@ -332,8 +332,8 @@ def _sensitivity(report: Mapping[str, Any], described: Manifest) -> Html:
         for group, cost in loss.items()
     ]
     caption = (
-        "Loss of the mean cosine of tokens (1 − cosine, no unit) by each group alone. First comes the group that uses up "
-        "most of a bound, which may also be that of sentences or of masked words."
+        "Loss of the mean cosine of tokens (1 − cosine, no unit) by each group alone. First comes the group that uses "
+        "up most of a bound, which may also be that of sentences or of masked words."
     )
     return page_section(title, element("p", sentence), bars(caption, ["group of layers", "loss", "value"], drawn))
 
