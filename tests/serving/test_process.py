@@ -79,7 +79,7 @@ def test_ctrl_c_ends_it_too(start, task_bundles):
 def test_a_model_that_cannot_be_loaded(start, tmp_path, task_bundles):
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "manifest.json").write_text('{"format": "gte-deploy bundle"}')
+    (broken / "manifest.json").write_text('{"format": "gte-deploy-bundle"}')
     server = start(f"good={task_bundles['embed']}", broken, ready=False)
     assert server.wait() == 1
     assert "gte-deploy: error: " in server.log and "Traceback" not in server.log and "ready" not in server.log

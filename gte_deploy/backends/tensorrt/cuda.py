@@ -199,6 +199,8 @@ class Buffer:
 
     def array(self, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> "NDArray[Any]":
         """Host memory as an array, valid until the buffer moves."""
+        import numpy as np  # not at the top: the exporter's command line imports this module, and waits for no numpy
+
         memory: Any = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(self.address)
         return np.frombuffer(memory, dtype).reshape(shape)
 

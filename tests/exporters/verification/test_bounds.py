@@ -181,7 +181,7 @@ def test_a_check_counts_like_a_bound(sound, broken):
     table = format_table(report)
     assert "words: FAILED, texts 3" in table and line in table and "skipped: sentence-transformers" in table
     page = ReportPage(report, json.loads((sound.path / "report.json").read_text()), sound.manifest).render()
-    assert 'words: <span class="failed-word">FAILED' in page and 'class="verdict failed"' in page
+    assert 'words: <span class="failed-word">MISSED' in page and 'class="verdict failed"' in page
     assert "sentence-transformers is not installed" in page and "gives 0.1 and not 0.9" in page
     if broken:
         with pytest.raises(BoundMissedError):

@@ -37,6 +37,7 @@ from gte_deploy.models.description import describe  # noqa: E402
 from gte_deploy.models.families.bert import BERT, HIDDEN_ACTIVATIONS  # noqa: E402
 from gte_deploy.models.field_tables import document  # noqa: E402
 from gte_deploy.training.model import model_config  # noqa: E402
+from gte_deploy.training.recipe import load_recipe  # noqa: E402
 
 LAYERS = 3
 LENGTH = LIMIT
@@ -194,7 +195,7 @@ def test_rows_without_padding_give_the_same_states(checkpoint):
 
 def test_training_refuses_it(checkpoint):
     with pytest.raises(ConfigError, match="model_type 'bert'; training knows GTE alone"):
-        model_config(str(checkpoint))
+        model_config(load_recipe("gte-en-mlm-tiny", overrides=[f"model={checkpoint}"]), checkpoint)
 
 
 def test_the_reference_computes_with_the_heads_of_the_family(checkpoint):
