@@ -136,7 +136,7 @@ class Model(TextInterface):
     @property
     def checksum(self) -> str | None:
         """The checksum of the bundle that was loaded, as `gte-deploy verify` prints it; None for a checkpoint."""
-        return self._origin and self._origin.checksum
+        return None if self._origin is None else self._origin.checksum
 
     def close(self) -> None:
         """Free the engine. Idempotent; later calls that compute raise BackendError."""
