@@ -75,6 +75,7 @@ BOTH = {
 }
 MODEL_ALONE = {
     "backend": None,
+    "checksum": None,
     "decode": "(self, embeddings, top_k=None)",
     "joining": None,
     "tokenize": "(self, texts, *, truncation=False, max_length=None)",
