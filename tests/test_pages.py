@@ -91,12 +91,12 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory, word_checkpoints: di
 
 def _save_embedder(path: Path) -> Path:
     """The built-in model as an embedder, as sentence-transformers saves one."""
-    library = pytest.importorskip("sentence_transformers", reason="the page is for models of sentence-transformers")
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     transformer = Transformer(str(builtin_path()), model_kwargs={"dtype": "float32"})
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()]
-    library.SentenceTransformer(modules=modules, device="cpu").save(str(path))
+    SentenceTransformer(modules=modules, device="cpu").save(str(path))
     return path
 
 

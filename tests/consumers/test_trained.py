@@ -58,8 +58,9 @@ def checkpoint() -> Path:
 
 @pytest.fixture(scope="module")
 def judge(checkpoint: Path) -> Any:
-    library = pytest.importorskip("sentence_transformers", reason="the judge is sentence-transformers")
-    return library.SentenceTransformer(str(checkpoint), device="cpu")
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(checkpoint), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def partners_found(embeddings: NDArray[np.float32]) -> int:
 
 def agreement(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Spearman's correlation of the similarities of all pairs of sentences."""
-    stats = pytest.importorskip("scipy.stats")
+    from scipy import stats
+
     upper = np.triu_indices(len(SENTENCES), 1)
     return float(stats.spearmanr((found @ found.T)[upper], (expected @ expected.T)[upper]).statistic)
 
@@ -128,7 +130,8 @@ def test_in_int8_some_layers_stay_and_the_user_is_told(exported: Callable[..., P
     assert list(losses)[: len(kept)] == kept
     printed = (bundle.parent / "printed.txt").read_text()
     assert f"{len(kept)} of 26 groups of layers stay in a higher precision" in printed and kept[0] in printed
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     graph = onnx.load(bundle / "onnx" / "model.onnx", load_external_data=False).graph
     integers = sum(node.op_type in ("MatMulInteger", "QLinearMatMul", "QGemm") for node in graph.node)
     assert integers > 0 and not json.loads((bundle / "manifest.json").read_bytes())["missed_bounds"]

@@ -13,10 +13,12 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import debian
+from debian import Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "arm64"
@@ -57,12 +59,6 @@ _PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 _WHEELS = ("numpy", "onnxruntime", "tokenizers", "huggingface_hub")
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 _QEMU = "qemu-aarch64-static"
-_TIMEOUT_S = 600
-_ERROR_CHARS = 800
-
-
-class Unavailable(Exception):
-    """The machine is not set up, or cannot be set up here: no apt, no network, or no package for it."""
 
 
 def installed(folder: Path = FOLDER) -> Path:
@@ -110,7 +106,7 @@ def run(folder: Path, cpu: str, log: Path, script: Path, *arguments: str | os.Pa
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": f"{folder / 'site'}:{ROOT}",
     }
-    return _run(command, RuntimeError, env=environment)
+    return debian.run(command, RuntimeError, env=environment)
 
 
 def reaches(log: Path, opcode: int, mask: int) -> bool:
@@ -139,33 +135,14 @@ def _requirements() -> list[str]:
 
 def _unpack_system(folder: Path) -> None:
     """Download and unpack Debian's packages for ARM64, and QEMU for this machine unless it is installed."""
-    missing = [name for name in ("apt-get", "dpkg-deb", "dpkg") if shutil.which(name) is None]
-    if missing:
-        raise Unavailable(f"{missing[0]} is missing here; the machine is made of Debian's packages")
-    here = _run(["dpkg", "--print-architecture"]).strip()
-    archives = folder / "cache" / "archives"
-    for path in (folder / "state" / "lists" / "partial", archives / "partial"):
-        path.mkdir(parents=True)
-    (folder / "status").touch()  # no package is installed there
-    options = {
-        "APT::Architecture": "arm64",
-        "APT::Install-Recommends": "false",
-        "APT::Sandbox::User": "root",
-        "Dir::State": folder / "state",
-        "Dir::State::status": folder / "status",
-        "Dir::Cache": folder / "cache",
-    }
-    apt = ["apt-get", "--quiet"]
-    for name, value in [*options.items(), ("APT::Architectures::", "arm64"), ("APT::Architectures::", here)]:
-        apt += ["-o", f"{name}={value}"]
-    _run([*apt, "update"])
-    _run([*apt, "--yes", "--download-only", "install", *_PACKAGES])
-    for archive in archives.glob("*.deb"):
-        _run(["dpkg-deb", "-x", str(archive), str(folder / "system")])
+    debian.require("dpkg")
+    here = debian.run(["dpkg", "--print-architecture"]).strip()
+    architectures = ("APT::Architecture", "arm64"), ("APT::Architectures::", "arm64"), ("APT::Architectures::", here)
+    apt = debian.unpack(_PACKAGES, folder / "system", folder, architectures)
     if shutil.which(_QEMU) is None:
-        _run([*apt, "download", f"qemu-user-static:{here}"], cwd=folder)
+        debian.run([*apt, "download", f"qemu-user-static:{here}"], cwd=folder)
         (archive,) = folder.glob("qemu-user-static_*.deb")
-        _run(["dpkg-deb", "-x", str(archive), str(folder / "qemu")])
+        debian.run(["dpkg-deb", "-x", str(archive), str(folder / "qemu")])
         (folder / "qemu" / "usr" / "bin" / _QEMU).rename(folder / _QEMU)
         shutil.rmtree(folder / "qemu")
         archive.unlink()
@@ -179,7 +156,7 @@ def _install_wheels(folder: Path) -> None:
     options = ["--only-binary", ":all:", "--python-version", version, "--target", str(folder / "site")]
     for platform in _PLATFORMS:
         options += ["--platform", platform]
-    _run([*command, *options, *_requirements()])
+    debian.run([*command, *options, *_requirements()])
 
 
 def _describe(folder: Path, cpu: str) -> None:
@@ -215,19 +192,6 @@ def _python(folder: Path) -> Path:
 
 def _qemu(folder: Path) -> str:
     return shutil.which(_QEMU) or str(folder / _QEMU)
-
-
-def _run(
-    command: list[str],
-    error: type[Exception] = Unavailable,
-    *,
-    cwd: Path | None = None,
-    env: dict[str, str] | None = None,
-) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=_TIMEOUT_S)
-    if done.returncode != 0:
-        raise error(f"{command[0]} failed ({done.returncode}): {done.stderr.strip()[-_ERROR_CHARS:]}")
-    return done.stdout
 
 
 if __name__ == "__main__":

