@@ -160,7 +160,7 @@ def c4_like():
     lengths = np.random.default_rng(0).lognormal(**C4_LENGTHS, size=400_000).astype(np.int64) + 1
     count = len(lengths)
     return SimpleNamespace(
-        folder="C4", lengths=lengths, num_documents=count, languages=("en",), language_of=np.zeros(count, np.int16)
+        folder="C4", lengths=lengths, num_documents=count, languages=("en",), language_bounds=np.array([0, count])
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,13 @@ class Chunking:
             return weights / weights.sum()
         if self.language_exponent is None:
             return None
-        ends = np.concatenate([[0], np.cumsum(corpus.lengths)])
-        return token_shares(np.diff(ends[corpus.language_bounds]), exponent=self.language_exponent)
+        tokens = [corpus.lengths[start:end].sum() for start, end in pairwise(corpus.language_bounds.tolist())]
+        return token_shares(tokens, exponent=self.language_exponent)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether languages have shares."""
+        return self.language_exponent is not None or self.source_weights is not None
 
 
 class ChunkIndex:
@@ -225,7 +231,8 @@ class ChunkIndex:
         tokens = np.zeros(len(corpus.languages))
         for cut in _cuts(corpus, chunking, seed=seed):
             self._first_chunk[cut.documents.start + 1 : cut.documents.stop + 1] = cut.chunks - ~cut.keeps
-            tokens += cut.sums(resampled=True)[:, 1]
+            if chunking.is_weighted:
+                tokens += cut.sums(resampled=True)[:, 1]
         np.cumsum(self._first_chunk, out=self._first_chunk)
         self.num_chunks = int(self._first_chunk[-1])
         if not self.num_chunks:
@@ -327,8 +334,9 @@ class _Cut:
             whole + stays * (tails == self.max_length),
             whole * (self.max_length - quarter) + stays * np.maximum(tails - quarter, 0),
         ]
-        languages = self.corpus.language_of[self.documents.start : self.documents.stop]
-        count = len(self.corpus.languages)
+        # For this block alone: the language of every document of a large corpus would take a gigabyte.
+        documents, count = np.arange(self.documents.start, self.documents.stop), len(self.corpus.languages)
+        languages = np.searchsorted(self.corpus.language_bounds, documents, side="right") - 1
         # bincount sums weights in float64, which is exact below 2**53.
         sums = [np.bincount(languages, weights=column, minlength=count) for column in columns]
         return np.array(sums, dtype=np.float64).T
