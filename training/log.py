@@ -1,4 +1,7 @@
-"""The log of a run: JSON lines, TensorBoard events, a progress line, and a plot."""
+"""The log of a run: JSON lines, TensorBoard events, a progress line, and a plot.
+
+A line of log.jsonl is one optimizer step, or an event between two steps. An event has a `kind`, and a step has none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -73,7 +76,7 @@ class RunLog:
             MissingDependencyError: TensorBoard events are to be written, and tensorboard is not installed.
         """
         path = self.folder / LOG_FILE
-        kept = [record for record in read_log(path) if record["total_step"] <= total_step]
+        kept = [record for record in _read_lines(path) if record["total_step"] <= total_step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         if self._tensorboard:
@@ -89,6 +92,20 @@ class RunLog:
                     if (value := getattr(record, name)) is not None:
                         self._writer.add_scalar(name, value, record.total_step)
         self._file.flush()
+
+    def write_event(self, kind: str, *, total_step: int, facts: Mapping[str, Any]) -> None:
+        """Append what happened after `total_step` steps, such as a change of the recipe, and show it in TensorBoard.
+
+        Args:
+            kind: the kind of the event, see `read_log`.
+            total_step: optimizer steps done in all stages.
+            facts: what to tell, as JSON takes it.
+        """
+        assert self._file is not None  # start comes first
+        self._file.write(json.dumps({"kind": kind, "total_step": total_step, **facts}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            self._writer.add_text(kind, json.dumps(facts), total_step)
 
     def progress(self, record: StepRecord, *, stage_steps: int, seconds_left: float) -> None:
         """Show the progress line. On a terminal it replaces the line before."""
@@ -144,8 +161,12 @@ class Meter:
         return result
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a log, up to a line that a kill cut short."""
+def read_log(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
+    """Read the steps of a log, or its events of one kind, up to a line that a kill cut short."""
+    return [record for record in _read_lines(path) if record.get("kind") == kind]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
