@@ -444,3 +444,7 @@ def _kept(result: "ExportResult") -> Iterator[str]:
     if kept := result.kept_groups:
         count = f"{len(kept)} of {len(result.sensitivity)} groups of layers stay in a higher precision"
         yield f"{count}, so that the bounds hold; the report says what each costs: {', '.join(kept)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

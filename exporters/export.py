@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.core.command_line import WARNING
 from gte_deploy.core.errors import InputError, ParityError, require_modules
 from gte_deploy.core.spec import Engine, MultiVectorSpec
 from gte_deploy.exporters.bundle.source import checkpoint_name, checkpoint_source
@@ -175,7 +176,7 @@ def _load(checkpoint: Description, folder: Path, request: ExportRequest, steps: 
             tokenizer.check_types(spec.type_vocab_size)
         texts = choose_texts(request, tokenizer, spec.vocab_size)
         for remark in texts.remarks:
-            steps.report(f"warning: {remark}")
+            steps.report(WARNING + remark)
     with steps("load the weights"):
         return Job(
             checkpoint=checkpoint,

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` in its result is the name of the chosen one."""
     parser = CommandParser(prog=_PROG, description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=f"gte-deploy {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, command in _COMMANDS.items():
         summary = command.summary

@@ -137,15 +137,16 @@ class OpenVino:
 class SentenceTransformers:
     """SentenceTransformer.encode on its torch backend."""
 
-    def __init__(self, checkpoint: Path, threads: int) -> None:
+    def __init__(self, checkpoint: Path, threads: int, batch_size: int = _BATCH) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
 
         torch.set_num_threads(threads)
+        self._batch_size = batch_size
         self._model = SentenceTransformer(str(checkpoint), device="cpu", local_files_only=True)
 
     def embed(self, job: Job) -> Array:
-        return self._model.encode(job.texts, show_progress_bar=False)
+        return self._model.encode(job.texts, batch_size=self._batch_size, show_progress_bar=False)
 
     def token_embeddings(self, job: Job) -> Array:
         rows = self._model.encode(job.texts, output_value="token_embeddings", show_progress_bar=False)
@@ -282,9 +283,25 @@ CONTESTANTS = (
     Contestant("ORT transformers.optimizer", "fp32", OnnxRuntime, "optimizer"),
     Contestant("OpenVINO direct fp32", "fp32", OpenVino, "plain"),
     Contestant(TEXT_REFERENCE, "fp32", SentenceTransformers, "checkpoint", takes_texts=True),
+    # It sorts texts by length, too, so that a user who sets a small batch size computes little padding.
+    Contestant(
+        f"{TEXT_REFERENCE}, batches of 8",
+        "fp32",
+        SentenceTransformers,
+        "checkpoint",
+        {"batch_size": 8},
+        takes_texts=True,
+    ),
     Contestant("FastEmbed", "fp32", FastEmbed, "bundle-fp32", takes_texts=True),
     Contestant("light-embed", "fp32", LightEmbed, "bundle-fp32", takes_texts=True),
     _peer("sentence-transformers openvino", SentenceTransformersBackend, "openvino", backend="openvino"),
+    _peer(
+        "sentence-transformers openvino, batches of 8",
+        SentenceTransformersBackend,
+        "openvino",
+        backend="openvino",
+        batch_size=8,
+    ),
     _peer("sentence-transformers onnx", SentenceTransformersBackend, "onnx", backend="onnx"),
     _peer("optimum-intel", OptimumIntel, "openvino"),
     _peer("infinity", Infinity, "infinity"),

@@ -57,7 +57,7 @@ class OptimumIntel:
 class SentenceTransformersBackend:
     """SentenceTransformer.encode on its OpenVINO or ONNX backend."""
 
-    def __init__(self, folder: Path, threads: int, backend: str) -> None:
+    def __init__(self, folder: Path, threads: int, backend: str, batch_size: int = 32) -> None:
         register()
         import torch
         from sentence_transformers import SentenceTransformer
@@ -74,9 +74,10 @@ class SentenceTransformersBackend:
         self._model = SentenceTransformer(
             str(folder), device="cpu", backend=backend, local_files_only=True, model_kwargs=options
         )
+        self._batch_size = batch_size
 
     def embed(self, texts: list[str]) -> Array:
-        return self._model.encode(texts, show_progress_bar=False)
+        return self._model.encode(texts, batch_size=self._batch_size, show_progress_bar=False)
 
     def token_embeddings(self, texts: list[str]) -> Array:
         rows = self._model.encode(texts, output_value="token_embeddings", show_progress_bar=False)

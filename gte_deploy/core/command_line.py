@@ -39,16 +39,29 @@ class OutputOptions:
     progress: bool = option(False, "show progress also where stderr is no terminal")
 
 
+WARNING = "warning: "
+"""The begin of a line about something doubtful that the user gave."""
+
+
 def shows_progress(given: Given) -> bool:
     """Whether a command shows progress: on a terminal or where it is asked for, and never with `--quiet`."""
     return "quiet" not in given and ("progress" in given or sys.stderr.isatty())
 
 
 def progress_lines(program: str, given: Given) -> Callable[[str], None] | None:
-    """Return the function that prints a line for each step of a command on stderr; None where none is shown."""
-    if not shows_progress(given):
+    """Return the function that prints a line for each step of a command on stderr; None with `--quiet`.
+
+    Where no progress is shown (see `shows_progress`), it prints only the lines that begin with `WARNING`.
+    """
+    if "quiet" in given:
         return None
-    return lambda line: print(f"{program}: {line}", file=sys.stderr, flush=True)
+    shown = "" if shows_progress(given) else WARNING
+
+    def tell(line: str) -> None:
+        if line.startswith(shown):
+            print(f"{program}: {line}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from factories import make_checkpoint
+from gte_deploy import __version__
 from gte_deploy.bundle import upload
 from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.bundle.upload import Pushed
@@ -236,6 +237,27 @@ def test_json_is_one_object_and_quiet_is_quiet(tiny, tmp_path, capsys):
     assert result["path"] == str(tmp_path / "out") and result["task"] == "fill-mask"
     assert result["parity"]["passed"] is True and result["parity"]["engines"][0]["cases"]
     assert result["files"] == {name: e.size for name, e in open_bundle(tmp_path / "out").files.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [([], ["warning: few"]), (["--progress"], ["read the texts", "warning: few"]), (["--quiet"], [])],
+)
+def test_a_warning_is_shown_also_without_a_terminal(options, shown, monkeypatch, capsys):
+    def told(*arguments, progress, **rest):
+        for line in ("read the texts", "warning: few") if progress else ():
+            progress(line)
+
+    monkeypatch.setattr(export, "export", told)
+    monkeypatch.setattr(cli, "_result_text", lambda result: "table")
+    assert main(options) == OK
+    assert capsys.readouterr().err.splitlines() == [f"gte-export: {line}" for line in shown]
+
+
+@pytest.mark.parametrize("module", ["gte_deploy", "gte_deploy.exporters.cli", "gte_deploy.training.cli"])
+def test_a_command_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"gte-deploy {__version__}"
 
 
 def test_a_failed_proof_is_a_failed_command(tiny, tmp_path, monkeypatch, capsys):
