@@ -30,10 +30,14 @@ from gte_deploy.models import TOKENIZER_PATTERNS, locate, require_checkpoint
 from gte_deploy.models.presets import PRESETS
 from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
+    EVALUATION_FILE,
+    EVALUATION_PLOT,
     EXTRAPOLATION_FILE,
     EXTRAPOLATION_PLOT,
     CheckpointExportOptions,
     EstimateOptions,
+    EvaluationArguments,
+    EvaluationOptions,
     ExportArguments,
     ExtrapolationArguments,
     ExtrapolationOptions,
@@ -183,6 +187,29 @@ def _export(given: Given) -> int:
     return OK
 
 
+def _evaluate(given: Given) -> int:
+    arguments, options = read_options(EvaluationArguments, given), read_options(EvaluationOptions, given)
+    _require_corpus(arguments.data)
+    from gte_deploy.training.state import is_run
+
+    for model in arguments.models:
+        if not is_run(Path(model)):
+            require_checkpoint(model)
+    from gte_deploy.training.evaluation.masked_lm import evaluate, plot_comparison, table
+
+    result = evaluate(arguments.models, data=arguments.data, options=options, progress=shows_progress(given))
+    for each in result.models:
+        if each.trained_on_this:
+            logger.warning("%s was trained on %s: its scores say nothing of new text", each.model, arguments.data)
+    text = json.dumps(result.to_dict(), indent=2)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.output / EVALUATION_FILE, text + "\n")
+        plot_comparison(result, arguments.output / EVALUATION_PLOT)
+    print(text if "json" in given else table(result))
+    return OK
+
+
 def _glue(given: Given) -> int:
     from gte_deploy.training.evaluation.published_glue import SYSTEMS, choose_systems, list_systems
 
@@ -285,6 +312,11 @@ _COMMANDS = {
     "run": _Command(_run, "run a recipe, or continue its run", (RunArguments, RunOptions, RecipeArguments)),
     "export": _Command(
         _export, "write a checkpoint of a run as a Hugging Face folder", (ExportArguments, CheckpointExportOptions)
+    ),
+    "evaluate": _Command(
+        _evaluate,
+        "compare masked language models on held-out text: loss, perplexity and accuracy of hidden tokens",
+        (EvaluationArguments, EvaluationOptions),
     ),
     "glue": _Command(
         _glue,

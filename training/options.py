@@ -29,6 +29,8 @@ GlueTask = Literal["cola", "sst2", "mnli", "mrpc", "stsb", "qqp", "qnli", "rte"]
 RECIPE_SUFFIX = ".yaml"
 EXTRAPOLATION_FILE = "extrapolation.json"
 EXTRAPOLATION_PLOT = "extrapolation.png"
+EVALUATION_FILE = "evaluation.json"
+EVALUATION_PLOT = "evaluation.png"
 _MAX_DOCUMENT_BYTES = 1 << 30
 
 
@@ -307,6 +309,62 @@ class CheckpointExportOptions:
         None, "folder with a tokenizer.json (default: the run's)", metavar="FOLDER", parse=Path
     )
     dtype: StoredDtype = option("float32", "dtype of the stored weights", choices=get_args(StoredDtype))
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationArguments:
+    """The models, the text and the output folder of an evaluation."""
+
+    models: tuple[str, ...] = required(
+        "masked-LM checkpoint (folder, preset name or hub id), folder of a run, or checkpoint of a run; differences "
+        "are to the first",
+        positional=True,
+        nargs="+",
+        metavar="MODEL",
+    )
+    data: Path = required("corpus folder; use text that no model was trained on", metavar="FOLDER", parse=Path)
+    output: Path | None = option(
+        None,
+        f"folder for {EVALUATION_FILE} and {EVALUATION_PLOT} (default: print only)",
+        flags=("-o", "--output"),
+        metavar="FOLDER",
+        parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(DeviceOptions):
+    """The tokens that an evaluation reads and hides.
+
+    Args:
+        device: "cuda" or "cpu"; None takes a GPU if there is one.
+        max_length: tokens of a chunk, at most.
+        mask_probability: share of the tokens that are hidden. Each becomes [MASK], as usual in evaluations.
+        max_tokens: tokens to read of each source (language) of the corpus, at most.
+        seed: seed of the choice of chunks and of the masks.
+        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
+
+    Raises:
+        InputError: a value is none of the choices.
+    """
+
+    max_length: int = option(
+        512, "tokens of a chunk, at most", flags=("--max-len", "--max-length"), metavar="TOKENS", parse=int
+    )
+    mask_probability: float = option(0.15, "share of the tokens that are hidden", metavar="P", parse=float)
+    max_tokens: int = option(
+        200_000, "tokens to read of each source of the corpus, at most", metavar="TOKENS", parse=int
+    )
+    seed: int = option(0, "seed of the chunks and the masks", metavar="SEED", parse=int)
+    dtype: Dtype | None = option(
+        None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 # --- glue -------------------------------------------------------------------------------------------------------------

@@ -176,6 +176,11 @@ class CheckpointStore:
                 _remove(path)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a training checkpoint, or the output folder of a run that has checkpoints."""
+    return (path / STATE_FILE).is_file() or (path / CHECKPOINTS_FOLDER).is_dir()
+
+
 def find_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in a folder, or the newest complete one in the output folder of a run.
 

@@ -238,10 +238,15 @@ class ChunkIndex:
         if not self.num_chunks:
             raise InputError(f"no chunk of {corpus.folder} is left after {chunking.resampling}: lower the threshold")
         self.mixture: LanguageMixture | None = None
-        chunks = np.diff(self._first_chunk[corpus.language_bounds])
+        chunks = np.diff(self.language_bounds)
         draws = _draws(corpus, chunking, chunks=chunks, tokens=tokens)
         if draws is not None:
             self.mixture = LanguageMixture(chunks, draws)
+
+    @property
+    def language_bounds(self) -> NDArray[np.int64]:
+        """The first chunk of each language, and the end, [languages + 1]. Languages lie side by side."""
+        return self._first_chunk[self.corpus.language_bounds]
 
     @property
     def lengths(self) -> NDArray[np.int64]:

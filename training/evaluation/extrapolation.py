@@ -6,7 +6,6 @@ into windows of each length. The same tokens are then predicted from more or few
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +31,7 @@ from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_batches
 from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Chunking, Resampling
 from gte_deploy.training.distributed import choose_device
+from gte_deploy.training.evaluation.held_out import ratio_of_sums
 from gte_deploy.training.model import micro_batch_tensors
 from gte_deploy.training.options import ExtrapolationOptions
 
@@ -206,12 +206,12 @@ class _RowMeans:
         sums = np.nansum(part, axis=1)
         if not counts.sum():
             raise InputError(f"no token of the positions {start} to {stop - 1} is masked: read more rows")
-        mean = sums.sum() / counts.sum()
-        # The standard error of a ratio of sums over rows, by the delta method.
-        residuals = sums - mean * counts
-        rows = len(counts)
-        error = math.sqrt(rows / max(1, rows - 1) * np.sum(residuals**2)) / counts.sum()
-        return {"loss": float(mean), "error": float(error), "tokens": int(counts.sum())}
+        means, errors = ratio_of_sums(sums[:, None], counts)
+        return {
+            "loss": float(means[0]),
+            "error": 0.0 if errors is None else float(errors[0]),
+            "tokens": int(counts.sum()),
+        }
 
 
 def _windows(row: MicroBatch, context: int, *, cls_id: int, sep_id: int, shortest: int) -> MicroBatch:
