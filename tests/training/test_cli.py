@@ -153,7 +153,7 @@ def test_help_does_not_wait_for_torch():
     code = """if True:
         import sys
         from gte_deploy.training.cli import main
-        for command in ([], ["prepare"], ["estimate"], ["run"], ["export"], ["glue"], ["extrapolate"]):
+        for command in ([], ["prepare"], ["estimate"], ["run"], ["export"], ["evaluate"], ["glue"], ["extrapolate"]):
             try:
                 main([*command, "--help"])
             except SystemExit as stop:
@@ -163,7 +163,7 @@ def test_help_does_not_wait_for_torch():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("prepare", "estimate", "run", "export", "glue", "extrapolate"):
+    for command in ("prepare", "estimate", "run", "export", "evaluate", "glue", "extrapolate"):
         assert f"usage: gte-train {command} " in done.stdout
 
 
