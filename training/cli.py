@@ -1,4 +1,4 @@
-"""`gte-train`: prepare a corpus, estimate and run a recipe, export a checkpoint, and evaluate a model.
+"""`gte-train`: prepare a corpus, estimate and run a recipe, export and fine-tune a checkpoint, and evaluate a model.
 
 Each command has a function, and dataclasses that state its options, see `training/options.py`. This module imports
 nothing heavy: numpy, torch and transformers are imported by the command that needs them, after its arguments were
@@ -22,12 +22,20 @@ from typing import TYPE_CHECKING, Any
 from gte_deploy._version import __version__
 from gte_deploy.core.command_line import CommandParser, OutputOptions, completes, run_command, shows_progress
 from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import require_modules
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_codes_help
 from gte_deploy.core.files import require_free, write_text
 from gte_deploy.core.hub import HubModel
 from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
 from gte_deploy.models import TOKENIZER_PATTERNS, locate, require_checkpoint
 from gte_deploy.models.presets import PRESETS
+from gte_deploy.training.finetune.options import (
+    ConvertArguments,
+    FineTuneArguments,
+    FineTuneKind,
+    RetrievalArguments,
+    RetrievalOptions,
+)
 from gte_deploy.training.flops import GPUS
 from gte_deploy.training.options import (
     EVALUATION_FILE,
@@ -35,6 +43,7 @@ from gte_deploy.training.options import (
     EXTRAPOLATION_FILE,
     EXTRAPOLATION_PLOT,
     CheckpointExportOptions,
+    DeviceOptions,
     EstimateOptions,
     EvaluationArguments,
     EvaluationOptions,
@@ -58,7 +67,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gte_deploy.training.cli")  # also where the module runs as __main__
 
 _PROG = "gte-train"
-_DESCRIPTION = "Prepare a corpus, estimate and run a recipe, export a checkpoint, and evaluate a model."
+_DESCRIPTION = (
+    "Prepare a corpus, estimate and run a recipe, export a checkpoint, fine-tune it on pairs of texts, and evaluate a "
+    "model."
+)
 _EPILOG = exit_codes_help(
     INTERRUPTED="stopped by SIGTERM or SIGINT, with a checkpoint written: run the same command again to continue"
 )
@@ -255,6 +267,64 @@ def _extrapolate(given: Given) -> int:
     return OK
 
 
+def _finetune(kind: FineTuneKind, given: Given) -> int:
+    arguments, options = read_options(FineTuneArguments, given), read_options(DeviceOptions, given)
+    from gte_deploy.training.finetune.recipe import load_finetune_recipe
+
+    recipe = load_finetune_recipe(arguments.recipe or kind, kind=kind, overrides=arguments.overrides)
+    require_checkpoint(recipe.model)
+    require_modules("sentence_transformers", "accelerate", "datasets", extra="train")
+    from gte_deploy.training.finetune.train import fine_tune
+
+    log = None if "quiet" in given else sys.stderr
+    result = fine_tune(
+        recipe,
+        data=arguments.data,
+        eval_data=arguments.eval_data,
+        output=arguments.output,
+        device=options.device,
+        progress=log,
+    )
+    if result.model is None:
+        return INTERRUPTED
+    if _is_main():
+        for name, value in result.after.items():
+            before = f"{result.before[name]:.4f} -> " if name in result.before else ""
+            logger.info("held-out pairs: %s %s%.4f", name, before, value)
+        print(json.dumps(result.to_dict()) if "json" in given else result.model)
+    return OK
+
+
+def _retrieval(given: Given) -> int:
+    arguments, options = read_options(RetrievalArguments, given), read_options(RetrievalOptions, given)
+    for model in arguments.models:
+        require_checkpoint(model)
+    require_modules("sentence_transformers", extra="train")
+    from gte_deploy.training.evaluation.retrieval import evaluate_retrieval, read_retrieval_set, table
+
+    data = read_retrieval_set(*arguments.files)
+    rows = evaluate_retrieval(arguments.models, data, options=options, progress=shows_progress(given))
+    text = json.dumps([row.to_dict() for row in rows], indent=2)
+    if arguments.output is not None:
+        write_text(arguments.output, text + "\n")
+    print(text if "json" in given else table(rows, data))
+    return OK
+
+
+def _convert(given: Given) -> int:
+    arguments = read_options(ConvertArguments, given)
+    require_checkpoint(arguments.model)
+    require_free(arguments.output, force=arguments.force)
+    import torch
+
+    from gte_deploy.training.finetune.conversion import convert_checkpoint
+
+    dtype = getattr(torch, arguments.dtype)
+    convert_checkpoint(arguments.model, arguments.output, layout=arguments.layout, dtype=dtype)
+    _print_path(arguments.output, given)
+    return OK
+
+
 def _recipe(given: Given, *overrides: str) -> Recipe:
     """The recipe of the command line, with its changes and then with `overrides`."""
     from gte_deploy.training.recipe import load_recipe
@@ -327,6 +397,31 @@ _COMMANDS = {
         _extrapolate,
         "measure a model's loss by position and by context length",
         (ExtrapolationArguments, ExtrapolationOptions),
+    ),
+    "embed": _Command(
+        partial(_finetune, "embed"),
+        "fine-tune an embedding model on pairs of texts",
+        (FineTuneArguments, DeviceOptions),
+    ),
+    "rerank": _Command(
+        partial(_finetune, "rerank"),
+        "fine-tune a reranker (cross-encoder) on pairs of texts",
+        (FineTuneArguments, DeviceOptions),
+    ),
+    "sparse": _Command(
+        partial(_finetune, "sparse"),
+        "fine-tune a sparse embedding model (SPLADE) on pairs of texts",
+        (FineTuneArguments, DeviceOptions),
+    ),
+    "retrieval": _Command(
+        _retrieval,
+        "measure how well models find documents, against BM25",
+        (RetrievalArguments, RetrievalOptions),
+    ),
+    "convert": _Command(
+        _convert,
+        "write a checkpoint in another layout or dtype, such as float32 for training elsewhere",
+        (ConvertArguments,),
     ),
 }
 

@@ -34,9 +34,9 @@ EVALUATION_PLOT = "evaluation.png"
 _MAX_DOCUMENT_BYTES = 1 << 30
 
 
-def shipped_recipes() -> list[str]:
-    """Return the names of the recipes inside the package."""
-    folder = resources.files("gte_deploy.training") / "recipes"
+def shipped_recipes(folder_name: str = "") -> list[str]:
+    """Return the names of the recipes inside the package: those for pretraining, or of an inner folder."""
+    folder = resources.files("gte_deploy.training") / "recipes" / folder_name
     names = (entry.name for entry in folder.iterdir())
     return sorted(name.removesuffix(RECIPE_SUFFIX) for name in names if name.endswith(RECIPE_SUFFIX))
 

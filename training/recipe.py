@@ -186,11 +186,27 @@ def load_recipe(source: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: there is no such recipe, it is not YAML, or a key or value is wrong; the message names its path.
         MissingDependencyError: PyYAML is not installed.
     """
-    raw = _parse_yaml(_read(source), str(source))
+    return load_recipe_as(Recipe, source, overrides=overrides)
+
+
+def load_recipe_as(kind: type[T], source: str | Path, *, overrides: Sequence[str] = (), folder: str = "") -> T:
+    """Read a recipe into a frozen dataclass.
+
+    Args:
+        kind: the dataclass; its fields have the types that `Recipe` and `Stage` use.
+        source: path of a YAML file, or one of `shipped_recipes(folder)`.
+        overrides: changes such as "stages.0.steps=10"; the value is read as YAML.
+        folder: the folder of the shipped recipes inside that of all recipes.
+
+    Raises:
+        ConfigError: there is no such recipe, it is not YAML, or a key or value is wrong; the message names its path.
+        MissingDependencyError: PyYAML is not installed.
+    """
+    raw = _parse_yaml(_read(source, folder), str(source))
     for override in overrides:
         _apply_override(raw, override)
     try:
-        return recipe_from_dict(raw)
+        return _build(kind, raw, "")
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 
@@ -204,12 +220,12 @@ def recipe_from_dict(raw: object) -> Recipe:
     return _build(Recipe, raw, "")
 
 
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain mappings and lists, which `recipe_from_dict` reads."""
+def recipe_to_dict(recipe: Any) -> dict[str, Any]:
+    """Return a recipe's dataclass as plain mappings and lists, which `recipe_from_dict` reads."""
     return _plain(dataclasses.asdict(recipe))
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Any) -> str:
     """Return the recipe as YAML, with every field."""
     return _yaml().safe_dump(recipe_to_dict(recipe), sort_keys=False)
 
@@ -232,14 +248,15 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     return [difference for key, a, b in pairs for difference in _differences(a, b, f"{path}.{key}".lstrip("."))]
 
 
-def _read(source: str | Path) -> str:
+def _read(source: str | Path, folder: str) -> str:
     path = Path(source)
-    if str(source) in shipped_recipes() and not path.is_file():
-        return (resources.files("gte_deploy.training") / "recipes" / f"{source}{RECIPE_SUFFIX}").read_text("utf-8")
+    if str(source) in shipped_recipes(folder) and not path.is_file():
+        recipes = resources.files("gte_deploy.training") / "recipes" / folder
+        return (recipes / f"{source}{RECIPE_SUFFIX}").read_text("utf-8")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(shipped_recipes())
+        names = ", ".join(shipped_recipes(folder))
         raise ConfigError(f"{source}: not a readable file ({error}), nor a shipped recipe ({names})") from error
 
 

@@ -249,8 +249,8 @@ def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
-def load_dataset(dataset: str) -> Any:
-    """Open a Hugging Face dataset, named as NAME[@REVISION][:CONFIG[:SPLIT]], as a stream.
+def load_dataset(dataset: str, *, streaming: bool = True) -> Any:
+    """Open a Hugging Face dataset, named as NAME[@REVISION][:CONFIG[:SPLIT]], as a stream or as a downloaded table.
 
     Raises:
         InputError: the name is malformed, or the dataset cannot be opened.
@@ -269,7 +269,7 @@ def load_dataset(dataset: str) -> Any:
             match["config"] or None,
             split=match["split"] or "train",
             revision=match["revision"],
-            streaming=True,
+            streaming=streaming,
             trust_remote_code=False,
         )
     except (OSError, ValueError) as error:

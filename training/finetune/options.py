@@ -1,0 +1,172 @@
+"""The options of `gte-train embed`, `rerank`, `sparse`, `retrieval` and `convert`; see `training/options.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_choices, option, required
+from gte_deploy.training.options import CheckpointLayout, StoredDtype, shipped_recipes
+
+FineTuneKind = Literal["embed", "rerank", "sparse"]
+FINETUNE_RECIPES = "finetune"
+"""The folder of the shipped recipes for fine-tuning, inside that of all recipes."""
+
+
+@dataclass(frozen=True)
+class FineTuneArguments:
+    """The recipe, the data and the output folder of a fine-tuning; see `fine_tune`."""
+
+    recipe: str | None = option(
+        None,
+        "YAML file, or the name of a shipped recipe: "
+        f"{', '.join(shipped_recipes(FINETUNE_RECIPES))} (default: the one that has the name of the command)",
+        positional=True,
+        nargs="?",
+        metavar="RECIPE",
+    )
+    data: tuple[str, ...] = required(
+        "files of pairs (.jsonl, .csv, .tsv or .parquet) with the columns query, positive and negative, or query, "
+        "document and score; or hf:NAME[@REVISION][:CONFIG[:SPLIT]] for a Hugging Face dataset",
+        nargs="+",
+        metavar="INPUT",
+    )
+    output: Path = required(
+        "folder of the run; if it holds checkpoints, the run continues",
+        flags=("-o", "--output"),
+        metavar="FOLDER",
+        parse=Path,
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        "pairs that are not trained on, as --data: the loss and the retrieval (or the correlation with the scores) are "
+        "measured on them before and after training",
+        nargs="+",
+        metavar="INPUT",
+    )
+    overrides: tuple[str, ...] = option(
+        (),
+        "change one value of the recipe, as in loss.temperature=0.02; may be repeated",
+        flags=("--set",),
+        metavar="KEY=VALUE",
+        repeated=True,
+    )
+
+
+@dataclass(frozen=True)
+class RetrievalArguments:
+    """The models and the retrieval set of an evaluation.
+
+    Args:
+        models: checkpoint folders, hub ids, or "bm25".
+        data: folder of a retrieval set in the layout of BEIR.
+        split: the file of relevance judgements in its folder qrels.
+        corpus: file of documents in place of the folder's.
+        queries: file of queries in place of the folder's.
+        qrels: file of relevance judgements in place of the folder's.
+        output: file for the result as JSON.
+
+    Raises:
+        InputError: a part of the retrieval set is missing.
+    """
+
+    models: tuple[str, ...] = option(
+        (),
+        "checkpoint folders or hub ids of embedding models, sparse models and rerankers (which order the best "
+        "documents of BM25); BM25 itself is always the first row",
+        positional=True,
+        nargs="*",
+        metavar="MODEL",
+    )
+    data: Path | None = option(
+        None,
+        "folder of a retrieval set in the layout of BEIR: corpus.jsonl, queries.jsonl and qrels/test.tsv",
+        metavar="FOLDER",
+        parse=Path,
+    )
+    split: str = option("test", "name of the file in the folder qrels", metavar="NAME")
+    corpus: Path | None = option(None, "documents, in place of the folder's", metavar="FILE", parse=Path)
+    queries: Path | None = option(None, "queries, in place of the folder's", metavar="FILE", parse=Path)
+    qrels: Path | None = option(None, "relevance judgements, in place of the folder's", metavar="FILE", parse=Path)
+    output: Path | None = option(
+        None, "file for the result as JSON", flags=("-o", "--output"), metavar="FILE", parse=Path
+    )
+
+    def __post_init__(self) -> None:
+        parts = {"--corpus": self.corpus, "--queries": self.queries, "--qrels": self.qrels}
+        missing = [name for name, path in parts.items() if path is None]
+        if self.data is None and missing:
+            raise InputError(f"give --data FOLDER, or {', '.join(missing)} too")
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """The files of the documents, the queries and the relevance judgements."""
+        folder = self.data or Path()
+        return (
+            self.corpus or folder / "corpus.jsonl",
+            self.queries or folder / "queries.jsonl",
+            self.qrels or folder / "qrels" / f"{self.split}.tsv",
+        )
+
+
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """How models are evaluated on a retrieval set.
+
+    Args:
+        top_k: rank at which nDCG and MRR are cut.
+        recall_at: ranks at which the recall is measured.
+        rerank_depth: number of BM25's documents that a reranker orders.
+        batch_size: texts that a model computes at once.
+        max_length: tokens at which texts are cut; None for the model's own limit.
+        resamples: number of bootstrap samples of the queries for the intervals.
+        seed: seed of the bootstrap.
+        device: "cuda" or "cpu"; None takes a GPU if there is one.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
+
+    top_k: int = option(10, "rank at which nDCG and MRR are cut", metavar="K", parse=int)
+    recall_at: tuple[int, ...] = option((1, 10, 100), "ranks for the recall", nargs="+", metavar="K", parse=int)
+    rerank_depth: int = option(100, "number of BM25's documents that a reranker orders", metavar="N", parse=int)
+    batch_size: int = option(32, "texts that a model computes at once", metavar="N", parse=int)
+    max_length: int | None = option(
+        None,
+        "tokens at which texts are cut (default: the model's own limit)",
+        flags=("--max-len", "--max-length"),
+        metavar="TOKENS",
+        parse=int,
+    )
+    resamples: int = option(1000, "bootstrap samples of the queries for the intervals", metavar="N", parse=int)
+    seed: int = option(0, "seed of the bootstrap", metavar="SEED", parse=int)
+    device: Literal["cpu", "cuda"] | None = option(
+        None, "where to compute (default: a GPU where there is one, else the CPU)", choices=("cpu", "cuda")
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        least = min(self.top_k, *self.recall_at, self.rerank_depth, self.batch_size, self.resamples)
+        if least < 1 or (self.max_length is not None and self.max_length < 4):
+            raise InputError(
+                f"top_k {self.top_k}, recall_at {self.recall_at}, rerank_depth {self.rerank_depth}, batch_size "
+                f"{self.batch_size}, resamples {self.resamples}, max_length {self.max_length}: expected at least 1, "
+                "and 4 tokens"
+            )
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """A checkpoint, and the folder, layout and dtype that it is written in; see `convert_checkpoint`."""
+
+    model: str = required("checkpoint folder, preset name or hub id", positional=True, metavar="MODEL")
+    output: Path = required("folder to write", positional=True, metavar="OUTPUT", parse=Path)
+    force: bool = option(False, "write into a folder that holds files already")
+    layout: CheckpointLayout = option(
+        "native",
+        "native: the layout of transformers' own GTE; original: the layout of the published checkpoints",
+        choices=get_args(CheckpointLayout),
+    )
+    dtype: StoredDtype = option("float32", "dtype of the stored weights", choices=get_args(StoredDtype))
