@@ -195,6 +195,8 @@ def _texts(table: datasets.Dataset, name: str, where: str) -> datasets.Dataset:
         return _split(table, name, where)
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise InputError(f"{where}: column {name} holds {kind}; expected texts")
+    if not pyarrow.types.is_string(kind):  # pandas makes large strings of a CSV file
+        table = table.cast_column(name, datasets.Value("string"))
     blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(values), "")
     bad = pyarrow.compute.indices_nonzero(pyarrow.compute.fill_null(blank, True))
     if len(bad):
