@@ -30,7 +30,7 @@ from gte_deploy.core.options import Given, add_arguments, parse_given, read_opti
 from gte_deploy.models import TOKENIZER_PATTERNS, locate, require_checkpoint
 from gte_deploy.models.presets import PRESETS
 from gte_deploy.training.finetune.options import (
-    ConvertArguments,
+    CheckpointConvertArguments,
     FineTuneArguments,
     FineTuneKind,
     RetrievalArguments,
@@ -274,10 +274,10 @@ def _finetune(kind: FineTuneKind, given: Given) -> int:
     recipe = load_finetune_recipe(arguments.recipe or kind, kind=kind, overrides=arguments.overrides)
     require_checkpoint(recipe.model)
     require_modules("sentence_transformers", "accelerate", "datasets", extra="train")
-    from gte_deploy.training.finetune.train import fine_tune
+    from gte_deploy.training.finetune.train import fine_tune_on_pairs
 
     log = None if "quiet" in given else sys.stderr
-    result = fine_tune(
+    result = fine_tune_on_pairs(
         recipe,
         data=arguments.data,
         eval_data=arguments.eval_data,
@@ -312,7 +312,7 @@ def _retrieval(given: Given) -> int:
 
 
 def _convert(given: Given) -> int:
-    arguments = read_options(ConvertArguments, given)
+    arguments = read_options(CheckpointConvertArguments, given)
     require_checkpoint(arguments.model)
     require_free(arguments.output, force=arguments.force)
     import torch
@@ -421,7 +421,7 @@ _COMMANDS = {
     "convert": _Command(
         _convert,
         "write a checkpoint in another layout or dtype, such as float32 for training elsewhere",
-        (ConvertArguments,),
+        (CheckpointConvertArguments,),
     ),
 }
 

@@ -118,7 +118,7 @@ def mine_negatives(
     return mined
 
 
-def fingerprint(rows: datasets.Dataset) -> str:
+def rows_fingerprint(rows: datasets.Dataset) -> str:
     """Return the sha256 of the rows, in their order."""
     digest = hashlib.sha256(repr(rows.column_names).encode())
     for batch in rows.with_format("arrow").iter(batch_size=1000):

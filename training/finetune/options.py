@@ -17,7 +17,7 @@ FINETUNE_RECIPES = "finetune"
 
 @dataclass(frozen=True)
 class FineTuneArguments:
-    """The recipe, the data and the output folder of a fine-tuning; see `fine_tune`."""
+    """The recipe, the data and the output folder of a fine-tuning; see `fine_tune_on_pairs`."""
 
     recipe: str | None = option(
         None,
@@ -158,7 +158,7 @@ class RetrievalOptions:
 
 
 @dataclass(frozen=True)
-class ConvertArguments:
+class CheckpointConvertArguments:
     """A checkpoint, and the folder, layout and dtype that it is written in; see `convert_checkpoint`."""
 
     model: str = required("checkpoint folder, preset name or hub id", positional=True, metavar="MODEL")

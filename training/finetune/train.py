@@ -35,7 +35,7 @@ from gte_deploy.core.errors import InputError, NonFiniteError
 from gte_deploy.core.files import read_json, write_text
 from gte_deploy.training.evaluation.retrieval import RetrievalSet, query_metrics, rank_by_model
 from gte_deploy.training.finetune.card import complete_card
-from gte_deploy.training.finetune.data import fingerprint, has_scores, read_pairs, relevance_of, training_rows
+from gte_deploy.training.finetune.data import has_scores, read_pairs, relevance_of, rows_fingerprint, training_rows
 from gte_deploy.training.finetune.log import RunCallback, plot_finetuning
 from gte_deploy.training.finetune.losses import build_loss
 from gte_deploy.training.finetune.opening import open_initial
@@ -77,7 +77,7 @@ class FineTuneResult:
         return {"path": model, "steps": self.steps, "before": dict(self.before), "after": dict(self.after)}
 
 
-def fine_tune(
+def fine_tune_on_pairs(
     recipe: FineTuneRecipe,
     *,
     data: Sequence[str],
@@ -110,7 +110,7 @@ def fine_tune(
         rows = read_pairs(data, recipe)
         held_out = read_pairs(eval_data, recipe) if eval_data else None
         finished = _finished(output)
-        _require_same_run(output, recipe, {"data": fingerprint(rows)})
+        _require_same_run(output, recipe, {"data": rows_fingerprint(rows)})
         if finished is not None:
             logger.info("%s is finished", output)
             return finished

@@ -13,7 +13,7 @@ import gte_deploy
 from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.training.finetune.opening import open_initial, open_trained
 from gte_deploy.training.finetune.recipe import HardNegatives
-from gte_deploy.training.finetune.train import fine_tune, measure
+from gte_deploy.training.finetune.train import fine_tune_on_pairs, measure
 from gte_deploy.training.log import read_log
 
 LIBRARY = {"embed": SentenceTransformer, "rerank": CrossEncoder, "sparse": SparseEncoder}
@@ -22,7 +22,7 @@ TEXTS = [text for pair in PAIRS for text in pair]
 
 
 def run(recipe, pairs_file, output, **rest):
-    return fine_tune(recipe, data=[str(pairs_file)], output=output, device="cpu", **rest)
+    return fine_tune_on_pairs(recipe, data=[str(pairs_file)], output=output, device="cpu", **rest)
 
 
 def recipe_of(make_finetune, kind, **fields):

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.training.finetune.data import fingerprint, mine_negatives, read_pairs, relevance_of, training_rows
+from gte_deploy.training.finetune.data import mine_negatives, read_pairs, relevance_of, rows_fingerprint, training_rows
 from gte_deploy.training.finetune.recipe import HardNegatives
 
 ROWS = [{"query": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"} for i in range(3)]
@@ -152,4 +152,4 @@ def test_the_fingerprint_tells_rows_and_their_order(tmp_path, make_finetune):
     first = read_pairs([write_jsonl(tmp_path / "a.jsonl", ROWS)], make_finetune())
     same = read_pairs([write_jsonl(tmp_path / "b.jsonl", ROWS)], make_finetune())
     other = read_pairs([write_jsonl(tmp_path / "c.jsonl", ROWS[::-1])], make_finetune())
-    assert fingerprint(first) == fingerprint(same) != fingerprint(other)
+    assert rows_fingerprint(first) == rows_fingerprint(same) != rows_fingerprint(other)
