@@ -19,19 +19,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gte_deploy.training.model import PackedMaskedLM
+from gte_deploy.training.state import TensorPart
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank, the number of ranks, and this process's device."""
+    """This process's rank, the number of ranks, and this process's device.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of ranks.
+        device: the device of this process.
+        votes: group in which the CPUs of the ranks talk; None for a single rank.
+        saves: as `votes`, for the threads that write checkpoints. Each group has one user, so that calls stay in order.
+    """
 
     rank: int
     size: int
     device: torch.device
+    votes: dist.ProcessGroup | None = None
+    saves: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -52,6 +63,19 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, flag: bool, *, group: dist.ProcessGroup | None = None) -> bool:
+        """Return whether the flag is true on any rank. Every rank has to call it; no rank waits for its GPU.
+
+        Args:
+            flag: the flag of this rank.
+            group: `votes` or `saves`; None for `votes`.
+        """
+        if self.size == 1:
+            return flag
+        value = torch.tensor(flag, dtype=torch.int32)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group or self.votes)
+        return bool(value.item())
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
@@ -81,7 +105,8 @@ def join_world(device: str | None = None) -> Iterator[World]:
         torch.cuda.set_device(kind)
     dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), kind)
+        votes, saves = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        yield World(dist.get_rank(), dist.get_world_size(), kind, votes, saves)
     finally:
         dist.destroy_process_group()
         # At the exit and not here: the caller still holds the model, which keeps the threads alive.
@@ -137,6 +162,25 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
+def parts_to_save(tensors: Mapping[str, Tensor], world: World) -> dict[str, TensorPart]:
+    """Return what this rank writes of a checkpoint: its rows of sharded tensors; rank 0 also every whole tensor."""
+    parts = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            part = _local_part(tensor, world.rank)
+            if part.rows.numel():
+                parts[name] = part
+        elif world.is_main:
+            parts[name] = TensorPart.whole(tensor.detach())
+    return parts
+
+
+def _local_part(tensor: DTensor, rank: int) -> TensorPart:
+    assert tensor.placements == (Shard(0),)  # as `distribute` shards, which cuts the rows as torch.chunk does
+    rows_of_each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return TensorPart(tensor.to_local().detach(), min(rank * rows_of_each, tensor.shape[0]), tuple(tensor.shape))
+
+
 def like_parameter(whole: Tensor, parameter: Tensor) -> Tensor:
     """Put a whole tensor on the device of a parameter of the same shape, sharded as the parameter is."""
     if isinstance(parameter, DTensor):
@@ -152,9 +196,9 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as `<parameter>.<field>`, gathered on the CPU. Every rank has to call it."""
+    """Return the optimizer's state as `<parameter>.<field>`, sharded as the parameters are."""
     return {
-        f"{name}.{key}": whole_tensor(value)
+        f"{name}.{key}": value
         for name, parameter in named_parameters(module).items()
         for key, value in optimizer.state[parameter].items()
     }

@@ -39,6 +39,18 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
+def decay_start(stage: Stage) -> int:
+    """The number of steps before the learning rate begins to fall: the end of the warm-up, or of the plateau."""
+    if stage.schedule == "linear":
+        return math.ceil(stage.warmup_ratio * stage.steps)
+    return stage.steps - math.ceil(stage.decay_ratio * stage.steps)
+
+
+def plateau_end(stage: Stage) -> int | None:
+    """The number of steps after which the plateau of a stage is over; None for a schedule without a plateau."""
+    return None if stage.schedule == "linear" else decay_start(stage)
+
+
 def learning_rate(stage: Stage, step: int) -> float:
     """The learning rate of a step in 0 … stage.steps - 1. It is a pure function: a resumed run needs no scheduler.
 
@@ -48,10 +60,8 @@ def learning_rate(stage: Stage, step: int) -> float:
     warmup = math.ceil(stage.warmup_ratio * stage.steps)
     if step < warmup:
         return stage.learning_rate * step / warmup
-    decay = stage.steps - warmup
-    if stage.schedule != "linear":
-        decay = math.ceil(stage.decay_ratio * stage.steps)
-    progress = max(0.0, (step - (stage.steps - decay)) / max(1, decay))
+    start = decay_start(stage)
+    progress = max(0.0, (step - start) / max(1, stage.steps - start))
     if stage.schedule == "one_minus_sqrt":
         progress = math.sqrt(progress)
     return stage.learning_rate * max(0.0, 1.0 - progress)

@@ -33,6 +33,11 @@ EXECUTION_FIELDS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
+        "deterministic",
+        "alarms.window",
+        "alarms.loss",
+        "alarms.gradient_norm",
+        "alarms.action",
     }
 )
 
@@ -65,6 +70,33 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alarms:
+    """When a step counts as a spike: its loss or gradient norm is far above the median of the steps before it.
+
+    Args:
+        window: steps of the stage to compare with, at most; the first 20 raise no alarm.
+        loss: deviations above the median at which a loss is a spike; null raises none. A deviation is estimated from
+            the median absolute deviation, and is at least 1 % of the median.
+        gradient_norm: as `loss`, for the gradient norm; there a deviation is at least 10 % of the median.
+        action: "warn" logs a spike; "stop" also ends the run, without a new checkpoint.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    window: int = 100
+    loss: float | None = 10.0
+    gradient_norm: float | None = 20.0
+    action: Literal["warn", "stop"] = "warn"
+
+    def __post_init__(self) -> None:
+        _require(self.window >= 20, "window", self.window, "20 or more steps")
+        for name in ("loss", "gradient_norm"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "more than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of the pretraining.
 
@@ -84,6 +116,7 @@ class Stage:
         language_exponent: language i gets the share q ∝ p^exponent of the stage's tokens, where p is its share of the
             corpus's tokens; null does not weight them.
         source_weights: the share of each language, or other source, of the corpus by its name (see `Chunking`).
+        skip_steps: ranges [first, last] of steps, numbered from 1 as in the log, whose batches are not trained on.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -103,6 +136,7 @@ class Stage:
     resampling: Resampling = field(default_factory=Resampling)
     language_exponent: float | None = None
     source_weights: Mapping[str, float] | None = None
+    skip_steps: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "name", self.name, "a name without slashes")
@@ -113,6 +147,8 @@ class Stage:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
         _require(0 < self.decay_ratio <= 1 - self.warmup_ratio, "decay_ratio", self.decay_ratio, "in (0, 1 - warm-up]")
+        skipped = all(1 <= first <= last for first, last in self.skip_steps)
+        _require(skipped, "skip_steps", self.skip_steps, "ranges [first, last], from 1, with first <= last")
         try:
             _ = self.chunking
         except InputError as error:
@@ -122,6 +158,10 @@ class Stage:
     def chunking(self) -> Chunking:
         """How the stage makes its samples of a corpus."""
         return Chunking(self.max_length, self.resampling, self.language_exponent, self.source_weights)
+
+    def skips(self, step: int) -> bool:
+        """Whether the batch of a step, numbered from 1, is not trained on."""
+        return any(first <= step <= last for first, last in self.skip_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +184,9 @@ class Recipe:
         checkpoint_every: steps between checkpoints; the end of a stage always has one.
         keep_checkpoints: number of newest checkpoints to keep, besides those at the ends of stages.
         log_every: steps between progress lines and between flushes of the log, which has a line for every step.
+        alarms: when a step counts as a spike, and what happens then.
+        deterministic: on CUDA, compute only with operations whose result is the same each time, bit for bit; that is
+            slower, and an operation that has no such form is an error. On a CPU this changes nothing.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -162,6 +205,8 @@ class Recipe:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     log_every: int = 10
+    alarms: Alarms = field(default_factory=Alarms)
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]

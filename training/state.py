@@ -4,8 +4,12 @@ A checkpoint is a folder `NN-STAGE-STEP`:
 
     model.safetensors       float32 weights; tied weights are stored once
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`
-    state.json              stage and step, seed, recipe, corpus, model config
+    state.json              stage and step, seed, recipe and its changes, corpus, model config
     COMPLETE.json           size and sha256 of the others; written last, so a folder without it is incomplete
+
+In a sharded run each of N ranks writes the rows that it has, into `model-RRRRR-of-NNNNN.safetensors` and
+`optimizer-RRRRR-of-NNNNN.safetensors`. Their header has a field `rows`: for each tensor its first row, and the shape of
+the whole. A checkpoint is read whole, so any number of ranks continues it.
 
 All other state of a run is a pure function of `state.json`. The order of samples and their masks follow from the seed
 and the step, so the step is also the position in the data. The learning rate follows from the recipe, the stage and the
@@ -19,9 +23,8 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +36,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)  # 1 had no shards and no changes
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MARKER_FILE = "COMPLETE.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 TOKENIZER_FOLDER = "tokenizer"
-_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
 _ASIDE_SUFFIX = ".tmp"
+_ROWS = "rows"  # the field of a shard's header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ class TrainingState:
         model_config: the model's config.json.
         corpus: fingerprint of the corpus; a run is not continued on another one.
         versions: versions of the libraries.
+        interventions: what was changed since the run began, the oldest first, see `training/rescue.py`.
+        recent: losses and gradient norms of the last steps, with which the alarms compare the next.
         format_version: version of the checkpoint's format.
     """
 
@@ -78,6 +84,8 @@ class TrainingState:
     model_config: Mapping[str, Any]
     corpus: str
     versions: Mapping[str, str]
+    interventions: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    recent: Mapping[str, Sequence[float]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -87,47 +95,117 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
+class TensorPart:
+    """What one rank writes of a tensor.
+
+    Args:
+        rows: consecutive rows of the tensor, or all of it.
+        start: number of the first row.
+        shape: shape of the whole tensor.
+    """
+
+    rows: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def whole(tensor: Tensor) -> TensorPart:
+        """All of a tensor."""
+        return TensorPart(tensor, 0, tuple(tensor.shape))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no other rank has rows of the tensor."""
+        return tuple(self.rows.shape) == self.shape
+
+
+Parts = Mapping[str, TensorPart]
+"""Tensors by name, as one rank writes them."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint; see `read_checkpoint`."""
+    """A complete checkpoint in `shards` parts; see `read_checkpoint`."""
 
     path: Path
     state: TrainingState
+    shards: int = 1
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Load the weights by parameter name, float32 on the CPU."""
-        return _load_tensors(self.path / MODEL_FILE)
+        return _load_tensors([self.path / name for name in _shard_names(MODEL_FILE, self.shards)])
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Load the optimizer's state by `<parameter>.<field>`, on the CPU."""
-        return _load_tensors(self.path / OPTIMIZER_FILE)
+        return _load_tensors([self.path / name for name in _shard_names(OPTIMIZER_FILE, self.shards)])
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder. It keeps the newest `keep` and the last one of each stage."""
+    """The checkpoints of one run in one folder.
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    Args:
+        folder: the folder.
+        keep: number of newest checkpoints to keep, besides the last one of each stage.
+        milestones: stage and step of further checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, milestones: Iterable[tuple[int, int]] = ()) -> None:
         self.folder = folder
         self.keep = keep
+        self._milestones = frozenset(milestones)
 
-    def save(self, state: TrainingState, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Path:
-        """Write a checkpoint into a temporary folder, rename it into place, and delete old checkpoints.
+    def save(self, state: TrainingState, *, model: Parts, optimizer: Parts) -> Path:
+        """Write a checkpoint, of which this process has all tensors.
 
         After a kill at any moment the earlier checkpoints are complete, and this one is complete or not there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / state.folder_name
-        aside = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}.", suffix=_ASIDE_SUFFIX))
+        self.begin(state)
         try:
-            _write_files(aside, state, model, optimizer)
-            if target.exists():  # the same step again, after its checkpoint was found corrupt
-                _remove(target)
-            aside.rename(target)
+            self.write_part(state, model=model, optimizer=optimizer)
+            return self.finish(state)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            self.abandon(state)
             raise
+
+    def begin(self, state: TrainingState) -> None:
+        """Make the temporary folder of a checkpoint. One process does this, before any writes its part."""
+        aside = self._aside(state)
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+
+    def write_part(
+        self, state: TrainingState, *, model: Parts, optimizer: Parts, shard: int = 0, shards: int = 1
+    ) -> None:
+        """Write the files of one rank, number `shard` of `shards`, into the temporary folder."""
+        aside, facts = self._aside(state), {}
+        for name, parts in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
+            file = aside / _shard_names(name, shards)[shard]
+            _save_tensors(file, parts)
+            facts[file.name] = _facts(file)
+        write_text(aside / _facts_name(shard), json.dumps(facts))
+
+    def finish(self, state: TrainingState, *, shards: int = 1) -> Path:
+        """Rename the temporary folder, of which every part is written, into place, and delete old checkpoints."""
+        aside, target = self._aside(state), self.folder / state.folder_name
+        write_text(aside / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+        files = {STATE_FILE: _facts(aside / STATE_FILE)}
+        for shard in range(shards):
+            part = aside / _facts_name(shard)
+            files |= _read_object(part)
+            part.unlink()
+        write_text(aside / MARKER_FILE, json.dumps({"shards": shards, "files": files}, indent=2) + "\n")
+        os.chmod(aside, DIRECTORY_MODE)
+        if target.exists():  # the same step again, after its checkpoint was found corrupt
+            _remove(target)
+        aside.rename(target)
         sync_directory(self.folder)
         self._prune()
         return target
+
+    def abandon(self, state: TrainingState) -> None:
+        """Delete the temporary folder of a checkpoint that could not be written."""
+        shutil.rmtree(self._aside(state), ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None if the run has no checkpoint. Refused ones are logged.
@@ -165,6 +243,9 @@ class CheckpointStore:
         for path in self.folder.glob(f".*{_ASIDE_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
 
+    def _aside(self, state: TrainingState) -> Path:
+        return self.folder / f".{state.folder_name}{_ASIDE_SUFFIX}"
+
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("[0-9]*-*") if path.is_dir())
 
@@ -172,7 +253,7 @@ class CheckpointStore:
         paths = self._paths()
         last_of_stage = {path.name.split("-")[0]: path for path in paths}
         for path in paths[: -self.keep]:
-            if path not in last_of_stage.values():
+            if path not in last_of_stage.values() and _stage_and_step(path) not in self._milestones:
                 _remove(path)
 
 
@@ -207,20 +288,24 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
             version.
     """
     marker = _read_object(path / MARKER_FILE)
-    expected = marker.get("files", {})
-    if set(expected) != set(_FILES):
-        raise CheckpointError(f"{path / MARKER_FILE} lists {sorted(expected)}; expected {sorted(_FILES)}")
-    for name, facts in expected.items():
+    listed, shards = marker.get("files", {}), marker.get("shards", 1)
+    if not isinstance(shards, int) or shards < 1:
+        raise CheckpointError(f"{path / MARKER_FILE} has {shards!r} shards; expected 1 or more")
+    expected = {STATE_FILE, *_shard_names(MODEL_FILE, shards), *_shard_names(OPTIMIZER_FILE, shards)}
+    if set(listed) != expected:
+        raise CheckpointError(f"{path / MARKER_FILE} lists {sorted(listed)}; expected {sorted(expected)}")
+    for name, facts in listed.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
-        if verify and {"bytes": file.stat().st_size, "sha256": sha256_file(file)} != facts:
+        if verify and _facts(file) != facts:
             raise CheckpointError(f"{path} is corrupt: {name} differs from its sha256")
     raw = _read_object(path / STATE_FILE)
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {raw.get('format_version')}; this version reads {FORMAT_VERSION}")
+    if raw.get("format_version") not in _READ_VERSIONS:
+        known = " and ".join(map(str, _READ_VERSIONS))
+        raise CheckpointError(f"{path} has format {raw.get('format_version')}; this version reads {known}")
     try:
-        return Checkpoint(path, TrainingState(**raw))
+        return Checkpoint(path, TrainingState(**raw), shards)
     except TypeError as error:
         raise CheckpointError(f"{path / STATE_FILE} does not hold a training state: {error}") from error
 
@@ -241,18 +326,22 @@ def _derived_seed(*path: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _write_files(
-    folder: Path, state: TrainingState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-) -> None:
-    from safetensors.torch import save_file
+def _shard_names(name: str, shards: int) -> list[str]:
+    """Return the names of the files that stand for one file in a checkpoint of so many parts."""
+    stem, dot, suffix = name.partition(".")
+    return [name] if shards == 1 else [f"{stem}-{i:05d}-of-{shards:05d}{dot}{suffix}" for i in range(shards)]
 
-    for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
-        sync_file(folder / name)
-    write_text(folder / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
-    facts = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256_file(folder / n)} for n in _FILES}
-    write_text(folder / MARKER_FILE, json.dumps({"files": facts}, indent=2) + "\n")
-    os.chmod(folder, DIRECTORY_MODE)
+
+def _facts_name(shard: int) -> str:
+    return f"part-{shard:05d}.json"
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+
+
+def _stage_and_step(path: Path) -> tuple[int, int]:
+    return int(path.name.split("-")[0]), int(path.name.split("-")[-1])
 
 
 def _remove(path: Path) -> None:
@@ -261,10 +350,36 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def _save_tensors(file: Path, parts: Parts) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: part.rows.contiguous() for name, part in parts.items()}
+    rows = {name: [part.start, *part.shape] for name, part in parts.items() if not part.is_whole}
+    save_file(tensors, file, {"format": "pt", **({_ROWS: json.dumps(rows)} if rows else {})})
+    sync_file(file)
+
+
+def _load_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Load tensors, and put those together of which each file has some rows."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    return load_file(path)
+    whole: dict[str, Tensor] = {}
+    missing: dict[str, int] = {}  # rows that no file had yet
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            rows = json.loads((opened.metadata() or {}).get(_ROWS, "{}"))
+        for name, tensor in load_file(file).items():
+            if name in rows:
+                start, *shape = rows[name]
+                target = whole[name] if name in whole else whole.setdefault(name, tensor.new_empty(shape))
+                target[start : start + len(tensor)] = tensor
+                missing[name] = missing.get(name, shape[0]) - len(tensor)
+            else:
+                whole[name] = tensor
+    if any(missing.values()):
+        raise CheckpointError(f"{files[0].parent}: the shards do not hold all rows of {max(missing, key=missing.get)}")
+    return whole
 
 
 def _read_object(path: Path) -> dict[str, Any]:

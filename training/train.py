@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -23,8 +24,9 @@ from transformers import GteConfig, GteForMaskedLM
 from gte_deploy.core.errors import ConfigError, MissingDependencyError
 from gte_deploy.core.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
+from gte_deploy.training.alarms import SpikeDetector
 from gte_deploy.training.data.corpus import TokenCorpus
-from gte_deploy.training.data.packing import MicroBatch, StepLoader, StepSettings, pad_to_static
+from gte_deploy.training.data.packing import MicroBatch, Step, StepLoader, StepSettings, pad_to_static
 from gte_deploy.training.data.sampling import ChunkIndex, survey
 from gte_deploy.training.distributed import (
     World,
@@ -39,9 +41,10 @@ from gte_deploy.training.export import checkpoint_model, export_checkpoint
 from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors, model_source
-from gte_deploy.training.optim import build_optimizer, learning_rate, set_learning_rate
+from gte_deploy.training.optim import build_optimizer, learning_rate, plateau_end, set_learning_rate
 from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_from_dict, recipe_to_dict
-from gte_deploy.training.run import Run, StepSize, StopSignal, corpus_fingerprint
+from gte_deploy.training.run import Run, StepSize, StopRequested, StopSignal, corpus_fingerprint
+from gte_deploy.training.saving import Saver
 from gte_deploy.training.state import (
     CHECKPOINTS_FOLDER,
     TOKENIZER_FOLDER,
@@ -103,13 +106,17 @@ def train(
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         corpus = TokenCorpus.open(data)
-        store = CheckpointStore(output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints)
+        store = CheckpointStore(
+            output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints, milestones=_plateau_ends(recipe)
+        )
         resumed = _latest_checkpoint(store, recipe, world)
         model = _model_to_continue(recipe, resumed)
         _require_same_run(recipe, corpus, resumed)
         _require_fit(recipe, corpus, model.config)
         done = resumed.state if resumed else None
-        run = Run(recipe, corpus, model.config, world, store, meter=Meter(peak_flops=_peak_of_all(peak_flops, world)))
+        saver = stack.enter_context(Saver(store, world, sharded=recipe.sharding == "fsdp" and world.size > 1))
+        meter, spikes = Meter(peak_flops=_peak_of_all(peak_flops, world)), SpikeDetector(recipe.alarms)
+        run = Run(recipe, corpus, model.config, world, saver, meter, spikes)
         if resumed:
             run.resume(resumed)
         if world.is_main:
@@ -132,9 +139,11 @@ def train(
             model.load_state_dict(weights, strict=False)
             finished, weights = _train_stage(run, stage, model, number=number, start=start, stop=stop)
             if not finished:
-                logger.warning("stopped by %s; the same command continues from %s", stop.received, run.saved)
+                run.finish_saving()
+                _tell_stop(stop, run)
                 return RunResult(False, run.saved, None)
 
+        run.finish_saving()
         assert run.saved is not None  # every stage ends with a checkpoint
         if world.is_main:
             export_checkpoint(read_checkpoint(run.saved), output / MODEL_FOLDER)
@@ -179,30 +188,33 @@ def _train_stage(
         stop_step=stage.steps,
         static_tokens=recipe.tokens_per_micro_batch if recipe.compile else None,
     )
+    if start == 0:
+        run.spikes.restart()
     run.meter.read()  # the time before the first step belongs to no step
+    plateau = plateau_end(stage)
     with loader:
         for step in loader:
-            size = _step_size(step.micro_batches, world, stopping=stop.received is not None)
-            if size.stopping:
-                if step.number > start:
-                    run.flush(stage)
-                    run.save(stage, module, optimizer, number=number, steps_done=step.number)
-                return False, {}
-
-            rate = learning_rate(stage, step.number)
-            set_learning_rate(optimizer, rate)
-            torch.manual_seed(step_seed(recipe.seed, number, step.number, world.rank))
-            micro_batches = _fill_up(step.micro_batches, size, index=index, recipe=recipe)
-            loss = accumulate_gradients(
-                module, micro_batches, world=world, masked_tokens=size.masked_tokens, dtype=recipe.dtype
-            )
-            norm = gradient_norm(module, clip_norm=stage.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-
+            run.saver.check()
             steps_done = step.number + 1
-            run.count(size, loss, norm, stage=stage, number=number, steps_done=steps_done, rate=rate)
-            checkpoint_due = steps_done % recipe.checkpoint_every == 0 or steps_done == stage.steps
+            if stage.skips(steps_done):
+                run.skip(stage, steps_done=steps_done)
+            else:
+                rate = learning_rate(stage, step.number)
+                set_learning_rate(optimizer, rate)
+                try:
+                    size, loss = _compute_gradients(run, module, step, index=index, number=number, stop=stop)
+                except StopRequested:
+                    optimizer.zero_grad()
+                    if step.number > start:
+                        run.flush(stage)
+                        run.save(stage, module, optimizer, number=number, steps_done=step.number)
+                    return False, {}
+                norm = gradient_norm(module, clip_norm=stage.optimizer.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                run.count(size, loss, norm, stage=stage, number=number, steps_done=steps_done, rate=rate)
+
+            checkpoint_due = steps_done % recipe.checkpoint_every == 0 or steps_done in (plateau, stage.steps)
             if checkpoint_due or steps_done % recipe.log_every == 0:
                 run.flush(stage)
             if checkpoint_due:
@@ -210,8 +222,42 @@ def _train_stage(
     return True, {name: whole_tensor(parameter) for name, parameter in named_parameters(module).items()}
 
 
+def _compute_gradients(
+    run: Run, module: nn.Module, step: Step, *, index: ChunkIndex, number: int, stop: StopSignal
+) -> tuple[StepSize, Tensor]:
+    """Compute the gradients of a step of stage `number`; return its size, and this rank's share of its loss.
+
+    The ranks vote before each micro-batch whether to stop. A rank with fewer of them votes without one at first: all
+    ranks have to take their last one together, because DDP reduces the gradients in that one.
+
+    Raises:
+        StopRequested: a signal has asked one of the ranks to stop.
+    """
+    recipe, world = run.recipe, run.world
+    size = _step_size(step.micro_batches, world)
+    torch.manual_seed(step_seed(recipe.seed, number, step.number, world.rank))
+    micro_batches = _fill_up(step.micro_batches, size, index=index, recipe=recipe)
+    for _ in range(size.micro_batches - len(micro_batches)):
+        stop.raise_if_any(world)
+    loss = accumulate_gradients(
+        module,
+        micro_batches,
+        world=world,
+        masked_tokens=size.masked_tokens,
+        dtype=recipe.dtype,
+        before_each=partial(stop.raise_if_any, world),
+    )
+    return size, loss
+
+
 def accumulate_gradients(
-    module: nn.Module, micro_batches: Sequence[MicroBatch], *, world: World, masked_tokens: int, dtype: str
+    module: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    world: World,
+    masked_tokens: int,
+    dtype: str,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Add up the gradients of one step's loss, over the micro-batches and, in the last one, over the ranks.
 
@@ -224,12 +270,14 @@ def accumulate_gradients(
         world: the ranks of the run.
         masked_tokens: number of masked tokens of the whole step.
         dtype: "bfloat16" for autocast, or "float32".
+        before_each: called before each micro-batch. It may raise an exception, which drops the step.
 
     Returns:
         This rank's share of the loss, a scalar on the device. The sum over the ranks is the loss of the step.
     """
     total = torch.zeros((), device=world.device)
     for i, batch in enumerate(micro_batches):
+        before_each()
         with gradient_sync(module, last=i + 1 == len(micro_batches)):
             with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
                 nats = module(**micro_batch_tensors(batch, world.device))
@@ -239,8 +287,8 @@ def accumulate_gradients(
     return total / masked_tokens
 
 
-def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -> StepSize:
-    """Agree with the other ranks on the size of the step, and on whether to stop before it."""
+def _step_size(batches: Sequence[MicroBatch], world: World) -> StepSize:
+    """Agree with the other ranks on the size of the step."""
     lengths = [np.diff(batch.cu_seqlens[: batch.num_sequences + 1]).astype(np.int64) for batch in batches]
     everyone = world.gather(
         [
@@ -248,11 +296,10 @@ def _step_size(batches: Sequence[MicroBatch], world: World, *, stopping: bool) -
             sum(int(x.sum()) for x in lengths),
             sum(int((x * x).sum()) for x in lengths),
             len(batches),
-            stopping,
         ]
     )
-    masked, tokens, squared, counts, stops = zip(*everyone, strict=True)
-    return StepSize(max(1, sum(masked)), sum(tokens), sum(squared), max(counts), any(stops))
+    masked, tokens, squared, counts = zip(*everyone, strict=True)
+    return StepSize(max(1, sum(masked)), sum(tokens), sum(squared), max(counts))
 
 
 def _fill_up(
@@ -374,6 +421,20 @@ def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, whole)
     return whole
+
+
+def _plateau_ends(recipe: Recipe) -> list[tuple[int, int]]:
+    """Number and step of the checkpoints before a decay, from which a stage can be prolonged."""
+    ends = [(number, plateau_end(stage)) for number, stage in enumerate(recipe.stages)]
+    return [(number, end) for number, end in ends if end is not None]
+
+
+def _tell_stop(stop: StopSignal, run: Run) -> None:
+    signal = stop.received or "a signal to another rank"
+    if run.saved is None:
+        logger.warning("stopped by %s before the first step; the same command starts again", signal)
+    else:
+        logger.warning("stopped by %s; the same command continues from %s", signal, run.saved)
 
 
 def _plot(output: Path) -> None:

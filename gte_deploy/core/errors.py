@@ -70,6 +70,10 @@ class NonFiniteError(BackendError):
     """A model computed NaN or Inf; no result of that batch is returned."""
 
 
+class SpikeError(GteDeployError, RuntimeError):
+    """A training run stopped itself at a spike of its loss or gradient norm, as its recipe asks."""
+
+
 class UnavailableError(BackendError):
     """A server cannot be reached, is overloaded, or did not answer in time; the same call may succeed later."""
 

@@ -19,23 +19,46 @@ from gte_deploy.training.recipe import recipe_from_dict
 from gte_deploy.training.state import find_checkpoint
 from gte_deploy.training.train import train
 
+# Rank 1 gets SIGTERM in its micro-batch STOP_AT of a command that names one.
 RUN_ALL = """
-import json, os, sys
+import json, os, signal, sys
 from gte_deploy.training import train as train_module
 from gte_deploy.training.cli import main
 train_module.plot_run = lambda folder: None
+tensors, accumulate = train_module.micro_batch_tensors, train_module.accumulate_gradients
 codes = []
-for port, arguments in json.loads(sys.argv[1]):
+for port, arguments, stop_at in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
+    sizes, computed = [], []
+
+    def counting(module, micro_batches, **options):
+        sizes.append(len(micro_batches))
+        return accumulate(module, micro_batches, **options)
+
+    def signalling(batch, device):
+        computed.append(1)
+        if len(computed) == stop_at and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return tensors(batch, device)
+
+    train_module.accumulate_gradients, train_module.micro_batch_tensors = counting, signalling
     codes.append(main(arguments))
+    if stop_at:
+        assert sum(sizes[:-1]) < len(computed) == stop_at < sum(sizes), (sizes, computed)  # in the midst of a step
+        assert codes.pop() == 130
 sys.exit(max(codes))
 """
 
 
-def start_ranks(commands: list[list[str]], *, size: int = 2) -> list[subprocess.Popen]:
-    """What torchrun does: the same commands in `size` processes, one after the other in each."""
+def start_ranks(
+    commands: list[list[str]], *, size: int = 2, stop_at: dict[int, int] | None = None
+) -> list[subprocess.Popen]:
+    """What torchrun does: the same commands in `size` processes, one after the other in each.
+
+    `stop_at` has the micro-batch in which a command, by its number, is stopped.
+    """
     # A group needs a port of its own: a rank could else join the one of the command before, as it closes.
-    jobs = json.dumps([(free_port(), arguments) for arguments in commands])
+    jobs = json.dumps([(free_port(), arguments, (stop_at or {}).get(i, 0)) for i, arguments in enumerate(commands)])
     common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
@@ -128,18 +151,41 @@ def test_two_ranks_equal_one_process(make_recipe, corpus_folder, tmp_path):
     ]
     dropout = make_recipe(steps=(20,), dropout=0.1, sharding="fsdp", checkpoint_every=20)
     stopped, whole = (command(dropout, corpus_folder, tmp_path / name) for name in ("stopped", "whole"))
-    ranks = start_ranks([*commands, whole, stopped])
+    inside = [
+        command({**dropout, "sharding": sharding, "stages": long_steps(dropout)}, corpus_folder, tmp_path / name)
+        for sharding in ("ddp", "fsdp")
+        for name in (f"inside-{sharding}", f"inside-{sharding}", f"whole-{sharding}")
+    ]
+    ranks = start_ranks([*inside, *commands, whole, stopped], stop_at={0: 9, 3: 9})
     for name, recipe in recipes.items():
         train(recipe_from_dict(recipe), data=corpus_folder, output=tmp_path / f"single-{name}", tensorboard=False)
     stop_when_running(ranks, tmp_path / "stopped")
     finish(start_ranks([stopped]))
     assert_bitwise_equal(tmp_path / "stopped", tmp_path / "whole")
     for sharding in ("ddp", "fsdp"):
+        assert_bitwise_equal(tmp_path / f"inside-{sharding}", tmp_path / f"whole-{sharding}")
+    assert_saved_by(1, tmp_path / "inside-ddp")
+    assert_saved_by(2, tmp_path / "inside-fsdp")
+    for sharding in ("ddp", "fsdp"):
         for name in recipes:
             assert_same_losses(tmp_path / f"{sharding}-{name}", tmp_path / f"single-{name}")
         assert_same_checkpoint(tmp_path / f"{sharding}-many", tmp_path / "single-many")
         go_on_alone(recipes["many"], corpus_folder, tmp_path / f"{sharding}-many")
         assert_same_losses(tmp_path / f"{sharding}-many", tmp_path / "single-many")
+
+
+def long_steps(recipe: dict) -> list[dict]:
+    """Stages of three steps with many micro-batches each."""
+    return [{**stage, "steps": 3, "batch_size": 60} for stage in recipe["stages"]]
+
+
+def assert_saved_by(ranks: int, output: Path) -> None:
+    """Each rank wrote its rows, and no rank all of them."""
+    checkpoint = find_checkpoint(output)
+    files = sorted(checkpoint.path.glob("model*.safetensors"))
+    assert checkpoint.shards == len(files) == ranks
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.model_tensors().values())
+    assert all(file.stat().st_size < 0.7 * whole for file in files) or ranks == 1
 
 
 def assert_same_losses(several: Path, single: Path) -> None:

@@ -17,7 +17,7 @@ from gte_deploy.core.errors import CheckpointError
 from gte_deploy.training import train as train_module
 from gte_deploy.training.log import RunLog, read_log
 from gte_deploy.training.recipe import recipe_from_dict
-from gte_deploy.training.state import CheckpointStore
+from gte_deploy.training.state import CheckpointStore, read_checkpoint
 from gte_deploy.training.train import train
 
 STEPS = (5, 4)  # two stages; checkpoints at 2, 4, 5 and 2, 4
@@ -118,6 +118,56 @@ def test_a_signal_saves_and_the_rest_is_bitwise_equal(
     assert_equal_runs(tmp_path, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("total_step", "batch", "saved"),
+    [(0, 0, None), (0, 1, None), (3, 1, 3), (4, 1, 4), (5, 1, 5)],
+    ids=["before all", "first step", "middle", "after a checkpoint", "first step of a stage"],
+)
+def test_a_signal_inside_a_step_drops_it_and_the_rest_is_bitwise_equal(
+    undisturbed, recipe, corpus_folder, tmp_path, monkeypatch, caplog, total_step, batch, saved
+):
+    """The signal comes after some micro-batches of a step. The step has more of them, which are not computed."""
+    steps, batches = signal_in_step(monkeypatch, after=total_step, batches=batch)
+    stopped = run(recipe, corpus_folder, tmp_path)
+    monkeypatch.undo()
+    assert len(steps) == total_step + 1 and len(batches) == batch < steps[-1]
+    assert "received SIGTERM: the run drops the step" in caplog.text
+    assert not stopped.finished
+    if saved is None:
+        assert stopped.checkpoint is None and "before the first step; the same command starts again" in caplog.text
+    else:
+        assert read_checkpoint(stopped.checkpoint).state.total_step == saved
+    assert run(recipe, corpus_folder, tmp_path).finished
+    assert_equal_runs(tmp_path, undisturbed)
+
+
+def signal_in_step(monkeypatch, *, after: int, batches: int) -> tuple[list[int], list[int]]:
+    """Send SIGTERM when `after` steps are done, and then `batches` micro-batches.
+
+    Returns the number of micro-batches of each step, and the micro-batches of the last one that were computed.
+    """
+    steps: list[int] = []
+    computed: list[int] = []
+    accumulate, tensors = train_module.accumulate_gradients, train_module.micro_batch_tensors
+
+    def counting(module, micro_batches, **options):
+        steps.append(len(micro_batches))
+        computed.clear()
+        if len(steps) == after + 1 and batches == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return accumulate(module, micro_batches, **options)
+
+    def signalling(batch, device):
+        computed.append(1)
+        if len(steps) == after + 1 and len(computed) == batches:
+            signal.raise_signal(signal.SIGTERM)
+        return tensors(batch, device)
+
+    monkeypatch.setattr(train_module, "accumulate_gradients", counting)
+    monkeypatch.setattr(train_module, "micro_batch_tensors", signalling)
+    return steps, computed
+
+
 def test_execution_settings_may_change_in_between(undisturbed, recipe, corpus_folder, tmp_path, monkeypatch):
     """Not bitwise then, but up to rounding."""
     monkeypatch.setattr(RunLog, "write", stop_at(3))
@@ -181,8 +231,8 @@ def start_run(recipe, corpus_folder, tmp_path_factory):
     return start
 
 
-# Files synced before the first checkpoint: the recipe, four of the tokenizer, the log. A checkpoint syncs four more.
-FIRST_WRITES = (7, 14)
+# Files synced before the first checkpoint: the recipe, four of the tokenizer, the log. A checkpoint syncs five more.
+FIRST_WRITES = (7, 16)
 
 
 def kill_until_finished(start_run, output, *, rng, kills, longest) -> tuple[int, int]:

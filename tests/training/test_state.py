@@ -1,5 +1,6 @@
 """Checkpoints: whole or refused, and what an interrupted write leaves."""
 
+import hashlib
 import json
 import os
 import stat
@@ -9,7 +10,7 @@ import torch
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.training import state as state_module
-from gte_deploy.training.state import CheckpointStore, TrainingState, read_checkpoint, stage_seed, step_seed
+from gte_deploy.training.state import CheckpointStore, TensorPart, TrainingState, read_checkpoint, stage_seed, step_seed
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -35,7 +36,11 @@ def make_state(stage=0, step=1, stage_steps=10) -> TrainingState:
 def save(store, step=1, stage=0):
     tensors = {"a.weight": torch.arange(6.0).view(2, 3) + step}
     moments = {"a.weight.exp_avg": torch.full((2, 3), 0.1), "a.weight.step": torch.tensor(float(step))}
-    return store.save(make_state(stage, step), model=tensors, optimizer=moments)
+    return store.save(make_state(stage, step), model=parts(tensors), optimizer=parts(moments))
+
+
+def parts(tensors):
+    return {name: TensorPart.whole(tensor) for name, tensor in tensors.items()}
 
 
 @pytest.fixture
@@ -96,8 +101,8 @@ def test_none_whole_is_an_error_not_a_new_start(store):
 
 def test_another_format_version_is_refused(store, monkeypatch):
     path = save(store, 1)
-    monkeypatch.setattr(state_module, "FORMAT_VERSION", 2)
-    with pytest.raises(CheckpointError, match="format 1; this version reads 2"):
+    monkeypatch.setattr(state_module, "_READ_VERSIONS", (1,))
+    with pytest.raises(CheckpointError, match="format 2; this version reads 1"):
         read_checkpoint(path)
 
 
@@ -105,7 +110,7 @@ class Killed(BaseException):
     """Stands for a kill: the clean-up of `save` must not be needed."""
 
 
-@pytest.mark.parametrize("call", range(1, 6))
+@pytest.mark.parametrize("call", range(1, 9))
 def test_a_write_cut_short_leaves_the_old_checkpoint(store, monkeypatch, call):
     before = save(store, 1)
     calls = 0
@@ -129,9 +134,62 @@ def test_a_write_cut_short_leaves_the_old_checkpoint(store, monkeypatch, call):
     assert list(store.folder.iterdir()) == [before]
 
 
+def test_parts_of_ranks_are_put_together(store):
+    """Five rows over two ranks, which torch.chunk cuts into three and two, and a scalar that rank 0 has."""
+    state, whole = make_state(step=4), torch.arange(10.0).view(5, 2)
+    cut = [TensorPart(whole[:3], 0, (5, 2)), TensorPart(whole[3:], 3, (5, 2))]
+    step = {"w.step": TensorPart.whole(torch.tensor(4.0))}
+    store.begin(state)
+    for rank in (1, 0):
+        rest = step if rank == 0 else {}
+        store.write_part(
+            state, model={"w": cut[rank]}, optimizer={"w.exp_avg": cut[rank], **rest}, shard=rank, shards=2
+        )
+    path = store.finish(state, shards=2)
+    assert sorted(file.name for file in path.glob("model*")) == [
+        "model-00000-of-00002.safetensors",
+        "model-00001-of-00002.safetensors",
+    ]
+    checkpoint = store.latest()
+    assert torch.equal(checkpoint.model_tensors()["w"], whole)
+    assert torch.equal(checkpoint.optimizer_tensors()["w.exp_avg"], whole)
+    assert checkpoint.optimizer_tensors()["w.step"] == 4
+
+
+def test_rows_that_no_rank_wrote_are_an_error(store):
+    state, rows = make_state(), TensorPart(torch.zeros(3, 2), 0, (5, 2))
+    store.begin(state)
+    for rank in (0, 1):
+        store.write_part(state, model={"w": rows} if rank == 0 else {}, optimizer={}, shard=rank, shards=2)
+    store.finish(state, shards=2)
+    with pytest.raises(CheckpointError, match="do not hold all rows of w"):
+        store.latest().model_tensors()
+
+
+def test_a_checkpoint_of_the_first_format_is_read(store):
+    """Format 1 had neither shards nor changes."""
+    path = save(store, 1)
+    state, marker = (json.loads((path / name).read_text()) for name in ("state.json", "COMPLETE.json"))
+    del state["interventions"], state["recent"], marker["shards"]
+    text = json.dumps({**state, "format_version": 1}).encode()
+    (path / "state.json").write_bytes(text)
+    marker["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (path / "COMPLETE.json").write_text(json.dumps(marker))
+    assert store.latest().state.format_version == 1 and store.latest().state.interventions == []
+    assert torch.equal(store.latest().model_tensors()["a.weight"], torch.arange(6.0).view(2, 3) + 1)
+
+
+def test_the_end_of_a_plateau_is_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, milestones=[(0, 2)])
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00-s0-00000002", "00-s0-00000004"]
+
+
 def test_deleting_starts_with_the_marker(store, monkeypatch):
     save(store, 1), save(store, 2)
-    monkeypatch.setattr(state_module.shutil, "rmtree", lambda path: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(state_module.CheckpointStore, "abandon", lambda *args: None)
+    monkeypatch.setattr(state_module.shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         save(store, 3)
     assert not (store.folder / "00-s0-00000001" / "COMPLETE.json").exists()
