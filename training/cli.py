@@ -57,6 +57,7 @@ from gte_deploy.training.options import (
     PrepareOptions,
     Protocol,
     RecipeArguments,
+    RescueOptions,
     RunArguments,
     RunOptions,
 )
@@ -170,6 +171,11 @@ def _estimate(given: Given) -> int:
 def _run(given: Given) -> int:
     arguments, options, recipe = read_options(RunArguments, given), parse_given(RunOptions, given), _recipe(given)
     _require_corpus(arguments.data)
+    rescue = parse_given(RescueOptions, given)
+    if rescue and _is_main():  # the other ranks find the change in the checkpoint
+        from gte_deploy.training.rescue import change_run
+
+        change_run(recipe, output=arguments.output, **rescue)
     from gte_deploy.training.train import train
 
     # The losses are the log of the run, which a job without a terminal keeps, too.
@@ -379,7 +385,11 @@ _COMMANDS = {
         "estimate FLOPs, tokens, memory and hours of a recipe on some GPUs",
         (Hardware, EstimateOptions, RecipeArguments),
     ),
-    "run": _Command(_run, "run a recipe, or continue its run", (RunArguments, RunOptions, RecipeArguments)),
+    "run": _Command(
+        _run,
+        "run a recipe, or continue its run",
+        (RunArguments, RunOptions, RecipeArguments, RescueOptions),
+    ),
     "export": _Command(
         _export, "write a checkpoint of a run as a Hugging Face folder", (ExportArguments, CheckpointExportOptions)
     ),

@@ -107,6 +107,11 @@ class RunLog:
         if self._writer is not None:
             self._writer.add_text(kind, json.dumps(facts), total_step)
 
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Return the events of one kind so far, each with its `total_step` and its facts."""
+        found = read_log(self.folder / LOG_FILE, kind=kind)
+        return [{key: value for key, value in event.items() if key != "kind"} for event in found]
+
     def progress(self, record: StepRecord, *, stage_steps: int, seconds_left: float) -> None:
         """Show the progress line. On a terminal it replaces the line before."""
         if self._progress is None:

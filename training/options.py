@@ -279,6 +279,33 @@ class RunOptions(DeviceOptions):
     tensorboard: bool = option(True, "write no TensorBoard events", flags=("--no-tensorboard",))
 
 
+@dataclass(frozen=True)
+class RescueOptions:
+    """Arguments of `change_run`.
+
+    Args:
+        changes: such as "stages.0.learning_rate=1e-4".
+        start_from: a checkpoint of the run, its name, or a checkpoint or the folder of another run.
+    """
+
+    changes: tuple[str, ...] = option(
+        (),
+        "change one value of a run that has checkpoints, from the next step on, as in stages.0.optimizer.clip_norm=1; "
+        "may be repeated",
+        flags=("--change",),
+        metavar="KEY=VALUE",
+        repeated=True,
+    )
+    start_from: Path | None = option(
+        None,
+        "go on from this checkpoint: an older one of the run (later ones are moved aside), or one of another run, of "
+        "which a new output folder becomes a branch",
+        flags=("--from",),
+        metavar="CHECKPOINT",
+        parse=Path,
+    )
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 

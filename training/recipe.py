@@ -256,6 +256,18 @@ def load_recipe_as(kind: type[T], source: str | Path, *, overrides: Sequence[str
         raise ConfigError(f"{source}: {error}") from error
 
 
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with changes such as "stages.0.steps=10"; the value is read as YAML.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    raw = recipe_to_dict(recipe)
+    for override in overrides:
+        _apply_override(raw, override)
+    return recipe_from_dict(raw)
+
+
 def recipe_from_dict(raw: object) -> Recipe:
     """Build a recipe from plain mappings and lists, as YAML or JSON give them.
 

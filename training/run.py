@@ -127,6 +127,15 @@ class Run:
         self.interventions = list(state.interventions)
         self.spikes = SpikeDetector(self.recipe.alarms, state.recent)
 
+    def log_interventions(self) -> None:
+        """Log the changes of the run that its log does not have yet."""
+        assert self.log is not None  # the main process alone calls this
+        known = self.log.events("change")
+        for entry in self.interventions:
+            if dict(entry) not in known:
+                facts = {key: value for key, value in entry.items() if key != "total_step"}
+                self.log.write_event("change", total_step=entry["total_step"], facts=facts)
+
     def count(
         self, size: StepSize, loss: Tensor, norm: Tensor, *, stage: Stage, number: int, steps_done: int, rate: float
     ) -> None:

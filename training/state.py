@@ -1,6 +1,6 @@
 """Checkpoints of a run: they hold safetensors and JSON only, are complete or not there, and are verified before use.
 
-A checkpoint is a folder `NN-STAGE-STEP`:
+A checkpoint is a folder `NN-STAGE-STEP`, or `NN-STAGE-STEP.R` after a change of the run (`training/rescue.py`):
 
     model.safetensors       float32 weights; tied weights are stored once
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`
@@ -131,6 +131,11 @@ class Checkpoint:
     state: TrainingState
     shards: int = 1
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Its stage, its step, and its revision among the checkpoints of this step, see `CheckpointStore.adopt`."""
+        return _place(self.path)
+
     def model_tensors(self) -> dict[str, Tensor]:
         """Load the weights by parameter name, float32 on the CPU."""
         return _load_tensors([self.path / name for name in _shard_names(MODEL_FILE, self.shards)])
@@ -152,7 +157,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int = 2, milestones: Iterable[tuple[int, int]] = ()) -> None:
         self.folder = folder
         self.keep = keep
-        self._milestones = frozenset(milestones)
+        self.milestones = frozenset(milestones)
 
     def save(self, state: TrainingState, *, model: Parts, optimizer: Parts) -> Path:
         """Write a checkpoint, of which this process has all tensors.
@@ -207,6 +212,39 @@ class CheckpointStore:
         """Delete the temporary folder of a checkpoint that could not be written."""
         shutil.rmtree(self._aside(state), ignore_errors=True)
 
+    def adopt(self, checkpoint: Checkpoint, state: TrainingState) -> Checkpoint:
+        """Add a checkpoint with the tensors of another one, of this run or not, and with a state of its own.
+
+        The files of the tensors are linked, or copied where the disk cannot do that. The new checkpoint has the step of
+        the old one, and a name that sorts behind it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        revision = 1
+        while (target := self.folder / f"{state.folder_name}.{revision}").exists():
+            revision += 1
+        aside = self.folder / f".{target.name}{_ASIDE_SUFFIX}"
+        aside.mkdir()
+        files = dict(_read_object(checkpoint.path / MARKER_FILE)["files"])
+        for name in files:
+            if name != STATE_FILE:
+                _link_or_copy(checkpoint.path / name, aside / name)
+        write_text(aside / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
+        files[STATE_FILE] = _facts(aside / STATE_FILE)
+        write_text(aside / MARKER_FILE, json.dumps({"shards": checkpoint.shards, "files": files}, indent=2) + "\n")
+        os.chmod(aside, DIRECTORY_MODE)
+        aside.rename(target)
+        sync_directory(self.folder)
+        return read_checkpoint(target, verify=False)
+
+    def later_than(self, checkpoint: Checkpoint) -> list[Path]:
+        """Return the checkpoints after one of this run, the oldest first."""
+        return [path for path in self._paths() if _place(path)[:2] > _place(checkpoint.path)[:2]]
+
+    def newest_of(self, *, stage: int, step: int) -> Path | None:
+        """Return the newest checkpoint of a stage that has at most so many steps."""
+        paths = [path for path in self._paths() if _place(path)[0] == stage and _place(path)[1] <= step]
+        return paths[-1] if paths else None
+
     def latest(self) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None if the run has no checkpoint. Refused ones are logged.
 
@@ -225,14 +263,19 @@ class CheckpointStore:
             )
         return None
 
-    def find(self, *, stage: int, step: int) -> Checkpoint:
+    def find(self, *, stage: int, step: int, revision: int = 0) -> Checkpoint:
         """Return the checkpoint of a step, without verification: another rank has verified it.
+
+        Args:
+            stage: index of the stage.
+            step: steps done in the stage.
+            revision: number of the checkpoint among those of this step, see `adopt`.
 
         Raises:
             CheckpointError: this rank does not find it.
         """
         for path in self._paths():
-            if path.name.startswith(f"{stage:02d}-") and path.name.endswith(f"-{step:08d}"):
+            if _place(path) == (stage, step, revision):
                 return read_checkpoint(path, verify=False)
         raise CheckpointError(
             f"{self.folder} has no checkpoint of stage {stage} step {step}: is it shared by all nodes?"
@@ -253,7 +296,7 @@ class CheckpointStore:
         paths = self._paths()
         last_of_stage = {path.name.split("-")[0]: path for path in paths}
         for path in paths[: -self.keep]:
-            if path not in last_of_stage.values() and _stage_and_step(path) not in self._milestones:
+            if path not in last_of_stage.values() and _place(path)[:2] not in self.milestones:
                 _remove(path)
 
 
@@ -340,8 +383,19 @@ def _facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
 
 
-def _stage_and_step(path: Path) -> tuple[int, int]:
-    return int(path.name.split("-")[0]), int(path.name.split("-")[-1])
+def _place(path: Path) -> tuple[int, int, int]:
+    """Return stage, step and revision of a checkpoint by its name."""
+    stage, *_, last = path.name.split("-")
+    step, _, revision = last.partition(".")
+    return int(stage), int(step), int(revision or 0)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+        sync_file(target)
 
 
 def _remove(path: Path) -> None:
@@ -378,7 +432,9 @@ def _load_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
             else:
                 whole[name] = tensor
     if any(missing.values()):
-        raise CheckpointError(f"{files[0].parent}: the shards do not hold all rows of {max(missing, key=missing.get)}")
+        raise CheckpointError(
+            f"{files[0].parent}: the shards do not hold all rows of {max(missing, key=missing.__getitem__)}"
+        )
     return whole
 
 

@@ -42,7 +42,8 @@ from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors, model_source
 from gte_deploy.training.optim import build_optimizer, learning_rate, plateau_end, set_learning_rate
-from gte_deploy.training.recipe import Recipe, Stage, changed_fields, dump_recipe, recipe_from_dict, recipe_to_dict
+from gte_deploy.training.recipe import Recipe, Stage, dump_recipe
+from gte_deploy.training.rescue import settled_recipe
 from gte_deploy.training.run import Run, StepSize, StopRequested, StopSignal, corpus_fingerprint
 from gte_deploy.training.saving import Saver
 from gte_deploy.training.state import (
@@ -106,12 +107,13 @@ def train(
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         corpus = TokenCorpus.open(data)
-        store = CheckpointStore(
-            output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints, milestones=_plateau_ends(recipe)
-        )
-        resumed = _latest_checkpoint(store, recipe, world)
+        store = CheckpointStore(output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints)
+        resumed = _latest_checkpoint(store, world)
+        if resumed:
+            _require_same_run(corpus, resumed)
+            recipe = settled_recipe(recipe, resumed)
+        store.milestones = frozenset(_plateau_ends(recipe))
         model = _model_to_continue(recipe, resumed)
-        _require_same_run(recipe, corpus, resumed)
         _require_fit(recipe, corpus, model.config)
         done = resumed.state if resumed else None
         saver = stack.enter_context(Saver(store, world, sharded=recipe.sharding == "fsdp" and world.size > 1))
@@ -123,6 +125,7 @@ def train(
             _prepare_output(output, recipe, corpus, tokenizer or corpus.folder / TOKENIZER_FOLDER)
             run.log = stack.enter_context(RunLog(output, progress=progress, tensorboard=tensorboard))
             run.log.start(total_step=run.total_step)
+            run.log_interventions()
             stack.callback(_plot, output)
 
             _tell_lengths(recipe, corpus, done=done.stage if done else 0)
@@ -330,7 +333,7 @@ def _fill_up(
     return [*batches, *[empty] * missing]
 
 
-def _latest_checkpoint(store: CheckpointStore, recipe: Recipe, world: World) -> Checkpoint | None:
+def _latest_checkpoint(store: CheckpointStore, world: World) -> Checkpoint | None:
     """Return the newest complete checkpoint. The main process verifies and chooses it for all ranks."""
     found = None
     if world.is_main:
@@ -338,10 +341,10 @@ def _latest_checkpoint(store: CheckpointStore, recipe: Recipe, world: World) -> 
         found = store.latest()
         if found is not None:
             logger.info("continuing from %s", found.path)
-    choice = world.gather([found.state.stage, found.state.step] if found else [-1, -1])[0]
-    if choice[0] < 0 or world.is_main:
+    stage, step, revision = world.gather(found.place if found else [-1, -1, 0])[0]
+    if stage < 0 or world.is_main:
         return found
-    return store.find(stage=choice[0], step=choice[1])
+    return store.find(stage=stage, step=step, revision=revision)
 
 
 def _model_to_continue(recipe: Recipe, resumed: Checkpoint | None) -> GteForMaskedLM:
@@ -350,20 +353,12 @@ def _model_to_continue(recipe: Recipe, resumed: Checkpoint | None) -> GteForMask
     return initial_model(recipe, model_source(recipe))
 
 
-def _require_same_run(recipe: Recipe, corpus: TokenCorpus, resumed: Checkpoint | None) -> None:
-    if resumed is None:
-        return
-    old = resumed.state.recipe
-    if any(stage.get("language_exponent") is not None and "source_weights" not in stage for stage in old["stages"]):
+def _require_same_run(corpus: TokenCorpus, resumed: Checkpoint) -> None:
+    stages = resumed.state.recipe["stages"]
+    if any(stage.get("language_exponent") is not None and "source_weights" not in stage for stage in stages):
         raise ConfigError(
             f"{resumed.path} was begun by a version that weighted languages by their chunks, not by their tokens; it "
             "cannot continue here. Export it with `gte-train export`, and start from its weights"
-        )
-    changed = changed_fields(recipe_to_dict(recipe_from_dict(old)), recipe_to_dict(recipe))
-    if changed:
-        raise ConfigError(
-            f"{resumed.path} was trained with another recipe; it differs in {', '.join(changed)}. "
-            "Use the same recipe, or another output folder"
         )
     if resumed.state.corpus != corpus_fingerprint(corpus):
         raise ConfigError(f"{resumed.path} was trained on another corpus than {corpus.folder}; use that one")

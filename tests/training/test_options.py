@@ -19,12 +19,17 @@ from gte_deploy.training.options import (
     Hardware,
     PrepareOptions,
     ReadOptions,
+    RescueOptions,
     RunOptions,
 )
+from gte_deploy.training.rescue import change_run
 from gte_deploy.training.train import train
 
 
-@pytest.mark.parametrize(("kind", "function"), [(RunOptions, train), (CheckpointExportOptions, export_checkpoint)])
+@pytest.mark.parametrize(
+    ("kind", "function"),
+    [(RunOptions, train), (RescueOptions, change_run), (CheckpointExportOptions, export_checkpoint)],
+)
 def test_options_are_the_functions_arguments_with_its_defaults(kind, function):
     parameters = inspect.signature(function).parameters
     for name, (default, _) in options_of(kind).items():
