@@ -230,8 +230,7 @@ def _compute_gradients(
 ) -> tuple[StepSize, Tensor]:
     """Compute the gradients of a step of stage `number`; return its size, and this rank's share of its loss.
 
-    The ranks vote before each micro-batch whether to stop. A rank with fewer of them votes without one at first: all
-    ranks have to take their last one together, because DDP reduces the gradients in that one.
+    The ranks vote before each micro-batch whether to stop, so each has the same number of them.
 
     Raises:
         StopRequested: a signal has asked one of the ranks to stop.
@@ -240,8 +239,6 @@ def _compute_gradients(
     size = _step_size(step.micro_batches, world)
     torch.manual_seed(step_seed(recipe.seed, number, step.number, world.rank))
     micro_batches = _fill_up(step.micro_batches, size, index=index, recipe=recipe)
-    for _ in range(size.micro_batches - len(micro_batches)):
-        stop.raise_if_any(world)
     loss = accumulate_gradients(
         module,
         micro_batches,
@@ -308,12 +305,12 @@ def _step_size(batches: Sequence[MicroBatch], world: World) -> StepSize:
 def _fill_up(
     batches: Sequence[MicroBatch], size: StepSize, *, index: ChunkIndex, recipe: Recipe
 ) -> Sequence[MicroBatch]:
-    """Add micro-batches without a loss if this rank has too few for the collective operations of the others.
+    """Add micro-batches without a loss if this rank has fewer than another.
 
-    DDP reduces the gradients once per step, in the last backward pass, so one micro-batch is enough. FSDP gathers the
-    weights in every micro-batch, so all ranks need the same number.
+    FSDP gathers the weights in every micro-batch. DDP reduces the gradients in the last one, and once in a run its
+    ranks agree on the buckets in the first one. The ranks vote in between. This one would else wait for the others.
     """
-    missing = (size.micro_batches if recipe.sharding == "fsdp" else 1) - len(batches)
+    missing = size.micro_batches - len(batches)
     if missing <= 0:
         return batches
     vocab = index.corpus.vocab
