@@ -169,8 +169,11 @@ def _estimate(given: Given) -> int:
 
 
 def _run(given: Given) -> int:
-    arguments, options, recipe = read_options(RunArguments, given), parse_given(RunOptions, given), _recipe(given)
+    arguments, options = read_options(RunArguments, given), parse_given(RunOptions, given)
+    eval_data = () if arguments.eval_data is None else (f"eval_data={json.dumps(str(arguments.eval_data))}",)
+    recipe = _recipe(given, *eval_data)
     _require_corpus(arguments.data)
+    _require_corpus(arguments.eval_data)
     rescue = parse_given(RescueOptions, given)
     if rescue and _is_main():  # the other ranks find the change in the checkpoint
         from gte_deploy.training.rescue import change_run

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -137,6 +137,7 @@ def distribute(module: PackedMaskedLM, world: World, *, sharding: str) -> nn.Mod
             fully_shard(layer, mesh=mesh)
         # The word embedding and the decoder share one matrix, so they have to be in one group, which is the root's.
         fully_shard(module, mesh=mesh)
+        register_fsdp_forward_method(module, "predictions")  # gathers the root's weights, as its forward does
         return module
     # The only buffers are RoPE frequencies, which never change. The flag has another name in older releases of torch.
     accepted = inspect.signature(DistributedDataParallel.__init__).parameters

@@ -9,13 +9,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.files import write_text, write_with
+from gte_deploy.training.evaluation.held_out import MaskedTokenScores
 
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "training.png"
@@ -76,7 +77,8 @@ class RunLog:
             MissingDependencyError: TensorBoard events are to be written, and tensorboard is not installed.
         """
         path = self.folder / LOG_FILE
-        kept = [record for record in _read_lines(path) if record["total_step"] <= total_step]
+        # A run that begins anew keeps nothing: an earlier try may have been evaluated before its first step.
+        kept = [record for record in _read_lines(path) if 0 < total_step >= record["total_step"]]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         if self._tensorboard:
@@ -111,6 +113,22 @@ class RunLog:
         """Return the events of one kind so far, each with its `total_step` and its facts."""
         found = read_log(self.folder / LOG_FILE, kind=kind)
         return [{key: value for key, value in event.items() if key != "kind"} for event in found]
+
+    def write_evaluation(self, *, stage: str, step: int, total_step: int, scores: Sequence[MaskedTokenScores]) -> None:
+        """Append the scores on held-out text after `total_step` steps: of all tokens first, and then by source."""
+        facts = {"stage": stage, "step": step, "scores": [score.to_dict() for score in scores]}
+        self.write_event("evaluation", total_step=total_step, facts=facts)
+        if self._writer is not None:
+            for score in scores:
+                for name in ("loss", "top1", "top5"):
+                    self._writer.add_scalar(f"held_out_{name}/{score.source}", getattr(score, name), total_step)
+        if self._progress is not None:
+            first, *sources = scores
+            by_source = ", ".join(f"{score.source} {score.loss:.4f}" for score in sources)
+            line = f"{stage} {step}  held-out loss {first.loss:.4f}  top-1 {first.top1:.1%}"
+            start = "\r\x1b[K" if self._rewrites else ""
+            self._progress.write(f"{start}{line}{by_source and f'  ({by_source})'}\n")
+            self._progress.flush()
 
     def progress(self, record: StepRecord, *, stage_steps: int, seconds_left: float) -> None:
         """Show the progress line. On a terminal it replaces the line before."""
@@ -202,6 +220,7 @@ def plot_run(folder: Path) -> Path:
         for stage in dict.fromkeys(record["stage"] for record in records):
             mine = [record for record in records if record["stage"] == stage]
             axes.plot([record["total_step"] for record in mine], [record[name] for record in mine], label=stage)
+    _plot_evaluations(panels[0], read_log(folder / LOG_FILE, kind="evaluation"))
     panels[-1].set_xlabel("optimizer step")
     if records:
         panels[0].legend()
@@ -215,6 +234,20 @@ _PANELS = {
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens/s",
 }
+
+
+def _plot_evaluations(axes: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Plot the losses on held-out text with their standard errors, a line for all tokens and one for each source."""
+    sources = dict.fromkeys(score["source"] for event in evaluations for score in event["scores"])
+    for source in sources:
+        points = [
+            (event["total_step"], score["loss"], score["loss_error"] or 0.0)
+            for event in evaluations
+            for score in event["scores"]
+            if score["source"] == source
+        ]
+        steps, losses, errors = zip(*points, strict=True)
+        axes.errorbar(steps, losses, errors, marker="o", linestyle="--", capsize=2, label=f"held out: {source}")
 
 
 def format_seconds(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # a label that is not predicted: static padding
+_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of their logits over a vocabulary of 250,000
 
 
 class PackedMaskedLM(nn.Module):
@@ -58,14 +60,54 @@ class PackedMaskedLM(nn.Module):
                 GteForMaskedLM would project all T tokens.
             labels: `[M] int64`, the ids to predict; -100 is not counted.
         """
-        hidden_states = self.model.gte(
+        logits = self.model.lm_head(self._rows(input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions))
+        return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+
+    def predictions(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        masked_positions: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss `[M] float32` and the rank `[M] int64` of each masked token; arguments as of `forward`."""
+        rows = self._rows(input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions)
+        return token_scores(self.model.lm_head, rows, labels)
+
+    def _rows(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, masked_positions: Tensor
+    ) -> Tensor:
+        """Return the hidden states of the masked tokens, `[M, H]`."""
+        hidden_states: Tensor = self.model.gte(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         ).last_hidden_state[0]
-        logits = self.model.lm_head(hidden_states[masked_positions])
-        return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        return hidden_states[masked_positions]
+
+
+def token_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the loss `[M] float32` and the rank `[M] int64` of each label, a block of rows at a time.
+
+    A rank is the number of words with a higher logit: 0 for the best answer.
+
+    Args:
+        head: from hidden states `[m, H]` to logits over the vocabulary `[m, V]`.
+        hidden: `[M, H]`.
+        labels: `[M] int64`.
+    """
+    losses, ranks = [], []
+    for rows, wanted in zip(hidden.split(_LOGITS_AT_ONCE), labels.split(_LOGITS_AT_ONCE), strict=True):
+        if len(wanted):
+            logits = head(rows).float()
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            ranks.append((logits > logits.gather(1, wanted[:, None])).sum(dim=1))
+    if not losses:
+        return labels.new_empty(0, dtype=torch.float32), labels.new_empty(0)
+    return torch.cat(losses), torch.cat(ranks)
 
 
 def micro_batch_tensors(batch: MicroBatch, device: torch.device) -> dict[str, Tensor | int]:

@@ -260,6 +260,13 @@ class RunArguments:
         metavar="FOLDER",
         parse=Path,
     )
+    eval_data: Path | None = option(
+        None,
+        "corpus of held-out text, on which the model is evaluated before the first step, at the end of each stage, and "
+        "every `evaluate_every` steps of the recipe (default: the recipe's `eval_data`)",
+        metavar="FOLDER",
+        parse=Path,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ EXECUTION_FIELDS = frozenset(
         "alarms.loss",
         "alarms.gradient_norm",
         "alarms.action",
+        "eval_data",
+        "evaluate_every",
+        "evaluate_tokens",
     }
 )
 
@@ -187,6 +190,10 @@ class Recipe:
         alarms: when a step counts as a spike, and what happens then.
         deterministic: on CUDA, compute only with operations whose result is the same each time, bit for bit; that is
             slower, and an operation that has no such form is an error. On a CPU this changes nothing.
+        eval_data: folder of a corpus of held-out text, on which the model is evaluated before the first step and at the
+            end of each stage; null does not evaluate. `gte-train run --eval-data` sets it.
+        evaluate_every: steps between further evaluations; null for none.
+        evaluate_tokens: tokens that an evaluation reads of each source (language) of `eval_data`, at most.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -207,12 +214,17 @@ class Recipe:
     log_every: int = 10
     alarms: Alarms = field(default_factory=Alarms)
     deterministic: bool = False
+    eval_data: str | None = None
+    evaluate_every: int | None = None
+    evaluate_tokens: int = 100_000
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         _require(bool(names), "stages", names, "at least one")
         _require(len(set(names)) == len(names), "stages", names, "names that differ")
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+        every = self.evaluate_every
+        _require(every is None or every >= 1, "evaluate_every", every, "1 or more, or null")
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every", "evaluate_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         longest = max(stage.max_length for stage in self.stages)
         budget = self.tokens_per_micro_batch

@@ -24,6 +24,7 @@ from gte_deploy.core.files import sha256_file
 from gte_deploy.training.alarms import SpikeDetector
 from gte_deploy.training.data.corpus import INDEX_FILE, TokenCorpus
 from gte_deploy.training.distributed import World, named_parameters, optimizer_tensors, parts_to_save
+from gte_deploy.training.evaluation.during_run import RunEvaluation
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import Meter, RunLog, StepRecord
 from gte_deploy.training.optim import learning_rate
@@ -112,6 +113,7 @@ class Run:
     saver: Saver
     meter: Meter
     spikes: SpikeDetector
+    evaluation: RunEvaluation | None = None
     log: RunLog | None = None
     saved: Path | None = None
     total_step: int = 0
@@ -225,6 +227,22 @@ class Run:
             f"--change {stage}.optimizer.clip_norm=1, --change {stage}.learning_rate=RATE, or "
             f"--change '{stage}.skip_steps=[[{first}, {record.step}]]'; --from CHECKPOINT goes on from an older one."
         )
+
+    def evaluation_is_due(self, stage: Stage, steps_done: int) -> bool:
+        """Whether the model is evaluated on held-out text after this step."""
+        return self.evaluation is not None and self.evaluation.is_due(stage, steps_done)
+
+    def evaluate(self, stage: Stage, module: nn.Module, *, steps_done: int) -> None:
+        """Evaluate the model on held-out text, and log the scores. Every rank has to call it, after `flush`.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite.
+        """
+        assert self.evaluation is not None  # as evaluation_is_due said
+        scores = self.evaluation.scores(module, stage)
+        if self.log is not None:
+            self.log.write_evaluation(stage=stage.name, step=steps_done, total_step=self.total_step, scores=scores)
+        self.meter.read()  # the time of an evaluation belongs to no step
 
     def save(
         self, stage: Stage, module: nn.Module, optimizer: torch.optim.Optimizer, *, number: int, steps_done: int

@@ -37,6 +37,7 @@ from gte_deploy.training.distributed import (
     named_parameters,
     whole_tensor,
 )
+from gte_deploy.training.evaluation.during_run import RunEvaluation
 from gte_deploy.training.export import checkpoint_model, export_checkpoint
 from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
@@ -119,6 +120,7 @@ def train(
         saver = stack.enter_context(Saver(store, world, sharded=recipe.sharding == "fsdp" and world.size > 1))
         meter, spikes = Meter(peak_flops=_peak_of_all(peak_flops, world)), SpikeDetector(recipe.alarms)
         run = Run(recipe, corpus, model.config, world, saver, meter, spikes)
+        run.evaluation = RunEvaluation.open(recipe, corpus, world)
         if resumed:
             run.resume(resumed)
         if world.is_main:
@@ -193,6 +195,8 @@ def _train_stage(
     )
     if start == 0:
         run.spikes.restart()
+    if run.total_step == 0 and run.evaluation is not None:
+        run.evaluate(stage, module, steps_done=0)
     run.meter.read()  # the time before the first step belongs to no step
     plateau = plateau_end(stage)
     with loader:
@@ -218,8 +222,11 @@ def _train_stage(
                 run.count(size, loss, norm, stage=stage, number=number, steps_done=steps_done, rate=rate)
 
             checkpoint_due = steps_done % recipe.checkpoint_every == 0 or steps_done in (plateau, stage.steps)
-            if checkpoint_due or steps_done % recipe.log_every == 0:
+            evaluation_due = run.evaluation_is_due(stage, steps_done)
+            if checkpoint_due or evaluation_due or steps_done % recipe.log_every == 0:
                 run.flush(stage)
+            if evaluation_due:
+                run.evaluate(stage, module, steps_done=steps_done)
             if checkpoint_due:
                 run.save(stage, module, optimizer, number=number, steps_done=steps_done)
     return True, {name: whole_tensor(parameter) for name, parameter in named_parameters(module).items()}

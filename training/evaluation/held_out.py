@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,7 +27,6 @@ from gte_deploy.training.data.packing import MicroBatch, pack
 from gte_deploy.training.data.random import STREAM_ORDER, permute, stream_key
 from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Chunking
 
-_LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of their logits over a vocabulary of 250,000
 TOP = (1, 5)
 
 Predict = Callable[[MicroBatch], tuple[Tensor, Tensor]]
@@ -203,27 +201,6 @@ def scored(
         values = np.stack([losses.astype(np.float64), *(ranks < best for best in TOP)], axis=1)
         np.add.at(sums, rows, values)
     return sums
-
-
-def token_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the loss `[M] float32` and the rank `[M] int64` of each label, a block of rows at a time.
-
-    A rank is the number of words with a higher logit: 0 for the best answer.
-
-    Args:
-        head: from hidden states `[m, H]` to logits over the vocabulary `[m, V]`.
-        hidden: `[M, H]`.
-        labels: `[M] int64`.
-    """
-    losses, ranks = [], []
-    for rows, wanted in zip(hidden.split(_LOGITS_AT_ONCE), labels.split(_LOGITS_AT_ONCE), strict=True):
-        if len(wanted):
-            logits = head(rows).float()
-            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
-            ranks.append((logits > logits.gather(1, wanted[:, None])).sum(dim=1))
-    if not losses:
-        return labels.new_empty(0, dtype=torch.float32), labels.new_empty(0)
-    return torch.cat(losses), torch.cat(ranks)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------

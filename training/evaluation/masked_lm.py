@@ -41,9 +41,9 @@ from gte_deploy.training.evaluation.held_out import (
     MaskedTokenScores,
     scored,
     scores_of,
-    token_scores,
 )
 from gte_deploy.training.export import checkpoint_model
+from gte_deploy.training.model import token_scores
 from gte_deploy.training.options import Dtype, EvaluationOptions
 from gte_deploy.training.run import corpus_fingerprint
 from gte_deploy.training.state import TOKENIZER_FOLDER, find_checkpoint, is_run
