@@ -115,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _prepare(given: Given) -> int:
-    from gte_deploy.training.data.corpus import corpus_facts, describe_corpus
-    from gte_deploy.training.data.prepare import prepare
+    from gte_deploy.training.data.corpus import TokenCorpus, corpus_facts, describe_corpus
+    from gte_deploy.training.data.prepare import HELD_OUT_FOLDER, prepare
     from gte_deploy.training.state import TOKENIZER_FOLDER
 
     arguments = read_options(PrepareArguments, given)
@@ -129,7 +129,13 @@ def _prepare(given: Given) -> int:
 
     source = tokenizer if tokenizer.is_dir() else tokenizer.parent
     copy_tokenizer(source, arguments.output / TOKENIZER_FOLDER)
-    print(json.dumps(corpus_facts(corpus)) if "json" in given else describe_corpus(corpus))
+    facts, shown = corpus_facts(corpus), [describe_corpus(corpus)]
+    if options.held_out:
+        held_out = TokenCorpus.open(arguments.output / HELD_OUT_FOLDER)
+        copy_tokenizer(source, held_out.folder / TOKENIZER_FOLDER)
+        facts["held_out"] = corpus_facts(held_out)
+        shown.append(describe_corpus(held_out))
+    print(json.dumps(facts) if "json" in given else "\n".join(shown))
     return OK
 
 

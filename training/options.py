@@ -123,6 +123,8 @@ class PrepareOptions(ReadOptions):
     Args:
         workers: number of processes. With more than one, the caller's main module must be importable
             (`if __name__ == "__main__"`).
+        held_out: share of the documents that become a second corpus, `held-out` inside the first, for evaluations. The
+            hash of a document decides, so that copies of it stay together, and the same documents are held out again.
         force: replace a corpus that exists already.
         restart: discard the work of an interrupted run.
 
@@ -133,6 +135,12 @@ class PrepareOptions(ReadOptions):
     workers: int = option(
         1, "number of worker processes (default: the CPUs that this process may use)", metavar="N", parse=int
     )
+    held_out: float = option(
+        0.0,
+        "share of the documents, such as 0.01, to keep out of the corpus and in OUTPUT/held-out, for evaluations",
+        metavar="SHARE",
+        parse=float,
+    )
     force: bool = option(False, "replace a corpus that exists already")
     restart: bool = option(False, "discard the work of an interrupted run")
 
@@ -140,6 +148,10 @@ class PrepareOptions(ReadOptions):
         super().__post_init__()
         if self.workers < 1:
             raise InputError(f"workers {self.workers} is below 1")
+        if not 0 <= self.held_out < 1:
+            raise InputError(
+                f"held_out {self.held_out} is outside [0, 1); expected a share of the documents, such as 0.01"
+            )
 
     def reading(self) -> ReadOptions:
         """The options for reading documents."""

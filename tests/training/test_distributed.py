@@ -11,9 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from gte_deploy.core.exit_codes import INTERRUPTED
+from gte_deploy.training.data.masking import Masking
+from gte_deploy.training.data.prepare import prepare
+from gte_deploy.training.evaluation.held_out import HeldOutText
 from gte_deploy.training.log import read_log
 from gte_deploy.training.recipe import recipe_from_dict
 from gte_deploy.training.state import find_checkpoint
@@ -234,3 +238,31 @@ def assert_bitwise_equal(first: Path, second: Path) -> None:
     assert losses(first).tolist() == losses(second).tolist()
     ends = [find_checkpoint(folder).model_tensors() for folder in (first, second)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.mark.slow
+def test_scores_on_held_out_text_do_not_depend_on_the_ranks(make_recipe, corpus_folder, tmp_path):
+    """Three batches on two ranks: one rank computes a batch more, whose result counts once."""
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(" ".join(f"w{i + j}" for j in range(0, 160, 7)) for i in range(5, 30))
+    )
+    tokenizer = corpus_folder / "tokenizer"
+    held_out = prepare([str(tmp_path / "text.txt")], tmp_path / "held-out", tokenizer=tokenizer)
+    recipe = make_recipe(steps=(3,), eval_data=str(held_out.folder), evaluate_every=2, tokens_per_micro_batch=256)
+    text = HeldOutText(held_out, 32, Masking(), 100_000, recipe["seed"])
+    assert len(text.packed(256)) % 2 == 1
+
+    train(recipe_from_dict(recipe), data=corpus_folder, output=tmp_path / "one", tensorboard=False)
+    kinds = ("ddp", "fsdp")
+    finish(
+        start_ranks([command({**recipe, "sharding": kind}, corpus_folder, tmp_path / kind) for kind in kinds]),
+    )
+    alone = read_log(tmp_path / "one" / "log.jsonl", kind="evaluation")
+    assert [event["step"] for event in alone] == [0, 2, 3]
+    for kind in kinds:
+        together = read_log(tmp_path / kind / "log.jsonl", kind="evaluation")
+        for mine, theirs in zip(alone, together, strict=True):
+            (one,), (other,) = mine["scores"], theirs["scores"]
+            assert one["masked_tokens"] == other["masked_tokens"] and one["documents"] == other["documents"]
+            assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["loss_error"] - other["loss_error"]) < 1e-5
+    assert find_checkpoint(tmp_path / "fsdp").state.step == 3

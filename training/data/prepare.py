@@ -13,6 +13,7 @@ a token is dropped and counted.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -56,7 +57,9 @@ logger = logging.getLogger(__name__)
 _BATCH_DOCUMENTS = 1_000
 _BATCH_CHARACTERS = 4 << 20
 _POLL_SECONDS = 0.25
-_SHARD_KEYS = ("name", "language", "documents", "tokens", "tokens_sha256", "offsets_sha256")
+_CORPUS = "corpus"  # the folder of the workspace that becomes the output
+HELD_OUT_FOLDER = "held-out"
+"""The corpus of held-out documents, inside the corpus they were taken from."""
 
 
 def prepare(
@@ -87,21 +90,27 @@ def prepare(
     _check_output(output, force=options.force)
     vocab, tokenizer_file = read_vocabulary(Path(tokenizer))
     units = plan_units(inputs)
-    header = {
+    header: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "tokenizer_sha256": sha256_file(tokenizer_file),
         "vocabulary": asdict(vocab),
         "options": asdict(replace(reading, skip_bad=False)),
     }
+    if options.held_out:
+        header["held_out"] = options.held_out
     with _workspace(output, header, restart=options.restart) as work:
-        job = PrepareJob(str(work), str(tokenizer_file), vocab.dtype.str, reading)
+        job = PrepareJob(str(work), str(tokenizer_file), vocab.dtype.str, reading, options.held_out)
         pending = _pending(job, units)
         if len(pending) < len(units):
             logger.info("resuming: %d of %d units are already encoded", len(units) - len(pending), len(units))
         with _progress_bar(units, pending, progress) as bar:
             _encode_all(pending, job, workers=options.workers, bar=bar)
-        _finish(job, units, header)
-        _install(work / "corpus", output)
+        if options.held_out:
+            _finish(job, units, header, HELD_OUT_FOLDER)
+        _finish(job, units, header, _CORPUS)
+        if options.held_out:
+            (work / HELD_OUT_FOLDER).rename(work / _CORPUS / HELD_OUT_FOLDER)
+        _install(work / _CORPUS, output)
     return TokenCorpus.open(output)
 
 
@@ -116,6 +125,19 @@ class PrepareJob:
     tokenizer_file: str
     dtype: str
     options: ReadOptions
+    held_out: float = 0.0
+
+    def holds_out(self, text: str) -> bool:
+        """Whether a document is kept out of the corpus: a pure function of its text."""
+        if not self.held_out:
+            return False
+        word = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        return word < self.held_out * 2.0**64
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of the workspace that get a shard of each unit."""
+        return (_CORPUS, HELD_OUT_FOLDER) if self.held_out else (_CORPUS,)
 
 
 class _Shared:
@@ -149,43 +171,60 @@ class _Encoder:
     def _encode(self, unit: Unit) -> None:
         work, counts = Path(self._job.work), Counter[str]()
         lengths: list[int] = []
-        tokens_file = work / "corpus" / f"{unit.name}.tokens"
+        held_out: list[list[int]] = []  # in memory until the end: a small share of one unit
 
         def write_tokens(aside: Path) -> None:
             with aside.open("wb") as file:
-                for ids in self._encoded(unit, counts):
+                for ids, others in self._encoded(unit, counts):
                     lengths.extend(map(len, ids))
-                    flat = itertools.chain.from_iterable(ids)
-                    file.write(np.fromiter(flat, dtype=self._job.dtype, count=sum(map(len, ids))).tobytes())
+                    file.write(self._bytes(ids))
+                    held_out.extend(others)
 
-        write_with(tokens_file, write_tokens)
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=OFFSET_DTYPE)]).astype(OFFSET_DTYPE)
-        offsets_file = tokens_file.with_suffix(".offsets")
-        write_bytes(offsets_file, offsets.tobytes())
+        write_with(work / _CORPUS / f"{unit.name}.tokens", write_tokens)
         record = {
             "unit": asdict(unit),
             "name": unit.name,
             "language": unit.language,
-            "documents": len(lengths),
-            "tokens": int(offsets[-1]),
-            "tokens_sha256": sha256_file(tokens_file),
-            "offsets_sha256": sha256_file(offsets_file),
-            "counts": dict(sorted(counts.items())),
+            _CORPUS: self._finish_shard(work / _CORPUS / unit.name, lengths),
         }
+        if self._job.held_out:
+            shard = work / HELD_OUT_FOLDER / unit.name
+            write_bytes(shard.with_suffix(".tokens"), self._bytes(held_out))
+            record[HELD_OUT_FOLDER] = self._finish_shard(shard, [len(ids) for ids in held_out])
+        record["counts"] = dict(sorted(counts.items()))
         write_text(work / "units" / f"{unit.name}.json", json.dumps(record))
 
-    def _encoded(self, unit: Unit, counts: Counter[str]) -> Iterator[list[list[int]]]:
+    def _bytes(self, documents: Sequence[Sequence[int]]) -> bytes:
+        flat = itertools.chain.from_iterable(documents)
+        return np.fromiter(flat, dtype=self._job.dtype, count=sum(map(len, documents))).tobytes()
+
+    @staticmethod
+    def _finish_shard(shard: Path, lengths: Sequence[int]) -> dict[str, Any]:
+        """Write the offsets beside the tokens, and return what the index says of the shard."""
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=OFFSET_DTYPE)]).astype(OFFSET_DTYPE)
+        write_bytes(shard.with_suffix(".offsets"), offsets.tobytes())
+        return {
+            "documents": len(lengths),
+            "tokens": int(offsets[-1]),
+            "tokens_sha256": sha256_file(shard.with_suffix(".tokens")),
+            "offsets_sha256": sha256_file(shard.with_suffix(".offsets")),
+        }
+
+    def _encoded(self, unit: Unit, counts: Counter[str]) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
+        """Yield the token ids of some documents at a time: of those that are kept, and of those that are held out."""
         reader = DocumentReader(self._job.options, counts=counts, advance=self._advance)
         for texts in _batches(reader.read(unit)):
             if self._shared.stop.is_set():
                 raise _StoppedError
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ids = [encoding.ids for encoding in encodings]
-            kept = [document for document in ids if document]
-            counts["empty_documents"] += len(ids) - len(kept)
+            split: tuple[list[list[int]], list[list[int]]] = ([], [])
+            for text, encoding in zip(texts, encodings, strict=True):
+                if encoding.ids:
+                    split[self._job.holds_out(text)].append(encoding.ids)
+            counts["empty_documents"] += len(texts) - sum(map(len, split))
             with self._shared.tokens_done.get_lock():
-                self._shared.tokens_done.value += sum(map(len, kept))
-            yield kept
+                self._shared.tokens_done.value += sum(len(ids) for part in split for ids in part)
+            yield split
 
     def _advance(self, num_bytes: int) -> None:
         with self._shared.bytes_done.get_lock():
@@ -349,7 +388,7 @@ def _begin(work: Path, header: str, restart: bool) -> None:
             f"{work} was begun with other options or another tokenizer: finish that run, or discard its work with "
             "restart=True"
         )
-    for folder in (work / "corpus", work / "units"):
+    for folder in (work / _CORPUS, work / HELD_OUT_FOLDER, work / "units"):
         if restart or known is None:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
@@ -360,8 +399,10 @@ def _begin(work: Path, header: str, restart: bool) -> None:
 def _pending(job: PrepareJob, units: Sequence[Unit]) -> list[Unit]:
     """Return the units that are still to be encoded. Remove the files of all others than finished units."""
     finished = {unit.name for unit in units if _record(job, unit) is not None}
-    for file in itertools.chain(*(Path(job.work, folder).iterdir() for folder in ("corpus", "units"))):
-        if file.stem not in finished:
+    for file in itertools.chain(*(Path(job.work, folder).iterdir() for folder in (*job.folders, "units"))):
+        if file.is_dir():  # the held-out corpus, moved into place by a run that was killed before its end
+            shutil.rmtree(file)
+        elif file.stem not in finished:
             file.unlink()
     return [unit for unit in units if unit.name not in finished]
 
@@ -370,11 +411,12 @@ def _record(job: PrepareJob, unit: Unit) -> dict[str, Any] | None:
     """Return the record of a finished unit, or None if the unit is to be encoded, perhaps again."""
     try:
         record = json.loads(Path(job.work, "units", f"{unit.name}.json").read_text("utf-8"))
-        sizes = {
-            ".tokens": record["tokens"] * np.dtype(job.dtype).itemsize,
-            ".offsets": (record["documents"] + 1) * OFFSET_DTYPE.itemsize,
-        }
-        whole = all(Path(job.work, "corpus", unit.name + end).stat().st_size == size for end, size in sizes.items())
+        sizes = {}
+        for folder in job.folders:
+            facts, shard = record[folder], Path(job.work, folder, unit.name)
+            sizes[shard.with_suffix(".tokens")] = facts["tokens"] * np.dtype(job.dtype).itemsize
+            sizes[shard.with_suffix(".offsets")] = (facts["documents"] + 1) * OFFSET_DTYPE.itemsize
+        whole = all(path.stat().st_size == size for path, size in sizes.items())
         same = record["unit"] == json.loads(json.dumps(asdict(unit)))
         skipped = record["counts"].get("bad_records", 0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -382,7 +424,12 @@ def _record(job: PrepareJob, unit: Unit) -> dict[str, Any] | None:
     return record if whole and same and (job.options.skip_bad or not skipped) else None
 
 
-def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any]) -> None:
+def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any], part: str) -> None:
+    """Write the index and the histograms of one of the job's folders.
+
+    Raises:
+        InputError: no document is held out, or all of them are.
+    """
     counts: Counter[str] = Counter()
     shards = []
     for unit in units:
@@ -391,7 +438,8 @@ def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any]) -
             raise GteDeployError(f"{unit.name} in {job.work} was altered during the run: run the same command again")
         counts.update(record["counts"])
         sources = [Path(file).name for file in unit.files] or [f"hf:{unit.dataset}#{unit.dataset_shard}"]
-        shards.append({key: record[key] for key in _SHARD_KEYS} | {"sources": sources})
+        names = {"name": record["name"], "language": record["language"]}
+        shards.append({**names, **record[part], "sources": sources})
     index = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -401,7 +449,10 @@ def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any]) -
         "counts": dict(sorted(counts.items())),
         "shards": shards,
     }
-    folder = Path(job.work, "corpus")
+    if job.held_out and not any(shard["documents"] for shard in shards):
+        which = "held out" if part == HELD_OUT_FOLDER else "left"
+        raise InputError(f"no document is {which} with held_out {job.held_out}: choose another share of the documents")
+    folder = Path(job.work, part)
     write_text(folder / INDEX_FILE, json.dumps(index, indent=1) + "\n")
     corpus = TokenCorpus.open(folder)
     everything = document_histogram(corpus)

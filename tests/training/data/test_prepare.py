@@ -510,3 +510,55 @@ def test_a_killed_worker_is_said_so(make, many_units, monkeypatch):
     monkeypatch.setattr(module, "_show", lambda *_: [child.kill() for child in multiprocessing.active_children()])
     with pytest.raises(GteDeployError, match="a worker process died"):
         make(many_units, workers=2)
+
+
+# --- held-out documents ---------------------------------------------------------------------------------------------
+
+MANY = [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 200)]
+
+
+def test_held_out_documents_are_in_the_second_corpus_alone(make, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", [*MANY, *MANY[:20], ""])
+    corpus = make(source, held_out=0.2)
+    held_out = TokenCorpus.open(tmp_path / "out" / module.HELD_OUT_FOLDER, verify=True)
+    kept, held = documents(TokenCorpus.open(tmp_path / "out", verify=True)), documents(held_out)
+    assert corpus.num_documents == len(kept) and len(kept) + len(held) == len(MANY) + 20
+    assert len(held) == pytest.approx(0.2 * len(MANY), abs=25)
+    assert not {tuple(ids) for ids in kept} & {tuple(ids) for ids in held}, "copies of a document stay together"
+    assert held_out.languages == corpus.languages and corpus.index["counts"] == {"empty_documents": 1}
+
+
+def test_which_documents_are_held_out_does_not_depend_on_files_and_workers(make, tmp_path, monkeypatch):
+    one = write_json_lines(tmp_path / "one.jsonl", MANY)
+    make(one, held_out=0.1)
+    alone = documents(TokenCorpus.open(tmp_path / "out" / module.HELD_OUT_FOLDER))
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    several = [write_json_lines(tmp_path / f"{i}.jsonl", MANY[i::3]) for i in range(3)]
+    make(*several, held_out=0.1, force=True)
+    together = documents(TokenCorpus.open(tmp_path / "out" / module.HELD_OUT_FOLDER))
+    assert sorted(together) == sorted(alone) and len(alone) > 5
+
+
+def test_an_interrupted_run_with_held_out_documents_goes_on(make, tmp_path, monkeypatch):
+    source = write_json_lines(tmp_path / "a.jsonl", MANY)
+    make(source, held_out=0.1)
+    whole = tree(tmp_path / "out")
+
+    def killed(made, output):
+        raise KeyboardInterrupt  # after the held-out corpus was moved into place in the workspace
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_install", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(source, held_out=0.1, force=True)
+    make(source, held_out=0.1, force=True)
+    assert tree(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(("share", "message"), [(1e-6, "no document is held out"), (0.999999, "no document is left")])
+def test_a_share_that_holds_out_nothing_or_all_is_refused(make, tmp_path, share, message):
+    source = write_json_lines(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=message):
+        make(source, held_out=share)
+    with pytest.raises(InputError, match=r"outside \[0, 1\)"):
+        make(source, held_out=1.0)
