@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -160,3 +161,26 @@ def test_the_shipped_model_is_measured(folder: Path, monkeypatch, capsys) -> Non
     found = result["accuracy"]["all"]
     assert found["windows"] == 4 and found["padded_ids_predicted"] == 0
     assert found["top5"] > found["top1"] > 2 * found["unigram_top1"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "batch", "rate"), [(None, 1500, 4, "6e-4"), ("2.5", 250, 16, "1e-3")], ids=["shipped", "longer"]
+)
+def test_the_first_stage_is_as_long_as_asked(tmp_path: Path, monkeypatch, epochs, steps, batch, rate) -> None:
+    for name in ("corpus", "warm-up", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "corpus" / "heldout.npz").touch()
+    np.savez(tmp_path / "corpus" / "train.npz", tokens=np.zeros(100 * 16 * 512, np.uint16))
+    (tmp_path / "warm-up" / "config.json").write_text('{"hidden_dropout_prob": 0.1}')
+    commands = {"gte-train": 'echo "$@" >> calls.txt', "python": f'[ "$1" != -c ] || exec {sys.executable} "$@"'}
+    for name, script in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("EPOCHS", epochs or "")
+    subprocess.run([SCRIPTS / "run.sh", tmp_path], check=True)
+    prepare, run, export = (tmp_path / "calls.txt").read_text().splitlines()
+    assert prepare.startswith("prepare corpus/train.jsonl") and export.startswith("export runs/tiny")
+    first = {"steps": steps, "batch_size": batch, "learning_rate": rate, "rope_theta": 160000}
+    assert {f"stages.0.{name}={value}" for name, value in first.items()} | {"dtype=float32"} <= set(run.split())
+    assert "0.1" not in (tmp_path / "warm-up" / "config.json").read_text()
