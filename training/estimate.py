@@ -12,6 +12,7 @@ import torch
 from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.core.errors import InputError
+from gte_deploy.training.cross_entropy import CHUNK_ROWS
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import ChunkSurvey, SampleLengths, survey
 from gte_deploy.training.flops import training_flops
@@ -217,14 +218,18 @@ def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Pat
     return [average_lengths(stage, average) for stage, average in zip(recipe.stages, averages, strict=True)]
 
 
-def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient_checkpointing: bool) -> float:
+def activation_bytes(
+    config: GteConfig, *, tokens: int, masked: float, bfloat16: bool, gradient_checkpointing: bool
+) -> float:
     """Count the bytes that the layers keep of one micro-batch for the backward pass, tensor by tensor, in eager mode.
 
-    With autocast the inputs of q, k, v and of up and gate are cast once each, and LayerNorm keeps its float32 input.
-    Dropout keeps a byte per element. `torch.compile` keeps less.
+    The last layer keeps keys and values of all tokens, and the rest of the `masked` ones. With autocast the inputs of
+    q, k, v and of up and gate are cast once each, and LayerNorm keeps its float32 input. Dropout keeps a byte per
+    element. `torch.compile` keeps less.
     """
     hidden, wide, size = config.hidden_size, config.intermediate_size, 2 if bfloat16 else 4
-    copies = 5 if bfloat16 else 2  # inputs of q, k, v, up, gate; in float32 the three, and the two, share one
+    # Inputs of q, k, v, up, gate, and of k and v alone; in float32 the three, and the two, share one.
+    copies, inputs = (5, 2) if bfloat16 else (2, 1)
     dropout = 1 if config.hidden_dropout_prob else 0
     attention = 4 * hidden * size + 4 * config.num_attention_heads  # q, k, v, output; logsumexp
     norms = 2 * 4 * hidden
@@ -232,12 +237,18 @@ def activation_bytes(config: GteConfig, *, tokens: int, bfloat16: bool, gradient
     layer = copies * hidden * size + attention + norms + gated + dropout * (2 * hidden + wide)
     if gradient_checkpointing:
         return tokens * (config.num_hidden_layers * 4 * hidden + layer)
-    return float(tokens * config.num_hidden_layers * layer)
+    last = tokens * (inputs + 2) * hidden * size + masked * layer
+    return float(tokens * (config.num_hidden_layers - 1) * layer + last)
 
 
 def logits_bytes(config: GteConfig, *, masked: float, bfloat16: bool) -> float:
-    """Count the bytes at the loss: the logits, their float32 copy, the log-softmax and its gradient."""
-    return masked * config.vocab_size * (2 + 4 + 4 + 4 if bfloat16 else 4 + 4 + 4)
+    """Count the bytes at the loss: of one chunk of rows the logits, their softmax in float32, and its copy as gradient.
+
+    The float32 gradient of the vocabulary's matrix adds up beside them, and is handed on at the end.
+    """
+    rows = min(masked, CHUNK_ROWS)
+    gradient = 4 * config.vocab_size * config.hidden_size
+    return rows * config.vocab_size * (2 + 4 + 2 if bfloat16 else 4 + 4) + gradient
 
 
 def _stage(
@@ -304,7 +315,11 @@ def _memory(
         gradients=4 * (sizes.total if shard == 1 or accumulates else sizes.total / shard + gathered),
         optimizer=8 * sizes.total / shard,
         activations=activation_bytes(
-            config, tokens=tokens, bfloat16=bfloat16, gradient_checkpointing=recipe.gradient_checkpointing
+            config,
+            tokens=tokens,
+            masked=masked * tokens,
+            bfloat16=bfloat16,
+            gradient_checkpointing=recipe.gradient_checkpointing,
         ),
         logits=logits_bytes(config, masked=masked * tokens, bfloat16=bfloat16),
     )

@@ -1,6 +1,8 @@
 """Floating-point operations of training, and the peaks of GPUs.
 
-They are model FLOPs: gradient checkpointing computes parts of the forward pass again, and these are not counted.
+A share of the peak is that of model FLOPs: those of the model as published, whatever a run computes. Gradient
+checkpointing computes parts of the forward pass again, and these are not counted; the last layer computes less than the
+others (see `training/last_layer.py`), and this is not deducted.
 """
 
 from __future__ import annotations
@@ -63,6 +65,27 @@ def training_flops(config: GteConfig, *, tokens: float, squared_lengths: float, 
     head = hidden * hidden + hidden * config.vocab_size
     products = config.num_hidden_layers * (layer * tokens + attention * squared_lengths) + head * masked
     return 2.0 * _FORWARD_AND_BACKWARD * products
+
+
+def computed_flops(
+    config: GteConfig, *, tokens: float, squared_lengths: float, masked: float, masked_by_lengths: float
+) -> float:
+    """Count the FLOPs that a pass of `PackedMaskedLM` really has, without gradient checkpointing.
+
+    They are fewer than `training_flops`: in the last layer only masked tokens have a query and an MLP.
+
+    Args:
+        config: the model's config.
+        tokens: number of tokens.
+        squared_lengths: sum of the squared lengths of the sequences.
+        masked: number of masked tokens.
+        masked_by_lengths: sum over the sequences of their masked tokens times their length.
+    """
+    hidden, wide = config.hidden_size, config.intermediate_size
+    unmasked_products = (2 * hidden * hidden + 3 * hidden * wide) * (tokens - masked)
+    unmasked_attention = 2 * hidden * (squared_lengths - masked_by_lengths)
+    whole = training_flops(config, tokens=tokens, squared_lengths=squared_lengths, masked=masked)
+    return whole - 2.0 * _FORWARD_AND_BACKWARD * (unmasked_products + unmasked_attention)
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -6,12 +6,13 @@ import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GteConfig, GteForMaskedLM
+from transformers.activations import gelu
 
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.hub import HubModel
@@ -20,6 +21,8 @@ from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attent
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.config import build_config, read_config
 from gte_deploy.models.presets import PRESETS
+from gte_deploy.training.cross_entropy import Softmax, linear_cross_entropy, softmax_of_labels
+from gte_deploy.training.last_layer import choose_rows_in_last_layer, rows_before
 
 if TYPE_CHECKING:
     from gte_deploy.training.data.packing import MicroBatch
@@ -27,16 +30,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100  # a label that is not predicted: static padding
 _LOGITS_AT_ONCE = 1024  # masked tokens; bounds the memory of their logits over a vocabulary of 250,000
 
 
 class PackedMaskedLM(nn.Module):
-    """Computes the loss of one packed micro-batch. T tokens, N sequences, M masked tokens."""
+    """Computes the loss of one packed micro-batch. T tokens, N sequences, M masked tokens.
+
+    The last layer runs for the masked tokens only (see `training/last_layer.py`), and no tensor holds all logits (see
+    `training/cross_entropy.py`). It takes over the model, whose own forward does not run after that.
+    """
 
     def __init__(self, model: GteForMaskedLM) -> None:
         super().__init__()
+        choose_rows_in_last_layer(model)
         self.model = model
+        self._transform: Callable[[Any, Tensor], Tensor] = _transform
+        self._softmax: Softmax = softmax_of_labels
+
+    def compile_parts(self) -> None:
+        """Compile each layer, the head and the softmax of the loss with torch.compile, in place.
+
+        Each layer by itself: one small graph is compiled once and serves all layers, however they are wrapped. The
+        number of masked tokens varies; the first other number compiles once more, for any number.
+        """
+        for layer in self.model.gte.layers:
+            layer.compile()
+        self._transform, self._softmax = torch.compile(_transform), torch.compile(softmax_of_labels)
 
     def forward(
         self,
@@ -56,12 +75,14 @@ class PackedMaskedLM(nn.Module):
             position_ids: `[T] int64`, from 0 in each sequence.
             cu_seqlens: `[N + 1] int32`, the offset of each sequence, and T.
             max_seqlen: upper bound of the sequences' lengths.
-            masked_positions: `[M] int64`, positions in the row. Only they are projected onto the vocabulary, whereas
-                GteForMaskedLM would project all T tokens.
+            masked_positions: `[M] int64`, positions in the row, ascending. Only they go through the last layer and the
+                vocabulary projection, whereas GteForMaskedLM would take all T tokens.
             labels: `[M] int64`, the ids to predict; -100 is not counted.
         """
-        logits = self.model.lm_head(self._rows(input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions))
-        return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        rows = self._rows(input_ids, position_ids, cu_seqlens, max_seqlen, masked_positions)
+        head = self.model.lm_head
+        features, decoder = self._transform(head, rows), head.decoder
+        return linear_cross_entropy(features, decoder.weight, decoder.bias, labels, softmax=self._softmax)
 
     def predictions(
         self,
@@ -80,13 +101,25 @@ class PackedMaskedLM(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, masked_positions: Tensor
     ) -> Tensor:
         """Return the hidden states of the masked tokens, `[M, H]`."""
-        hidden_states: Tensor = self.model.gte(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None],
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        ).last_hidden_state[0]
-        return hidden_states[masked_positions]
+        gte = self.model.gte
+        # Kernels refuse tensors without rows, and all ranks need the same collective operations.
+        chosen = masked_positions if len(masked_positions) else masked_positions.new_zeros(1)
+        hidden_states = gte.embeddings(input_ids=input_ids[None])  # [1, T, H]
+        shared = {
+            "position_embeddings": gte.rotary_emb(hidden_states, position_ids[None]),
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen,
+        }
+        *layers, last = gte.layers
+        for layer in layers:
+            hidden_states = layer(hidden_states, **shared)
+        rows = last(hidden_states, rows=chosen, cu_seqlens_q=rows_before(chosen, cu_seqlens), **shared)[0]
+        return rows[: len(masked_positions)]
+
+
+def _transform(head: Any, rows: Tensor) -> Tensor:
+    """Everything of GteLMHead before the projection onto the vocabulary, `[M, H]`."""
+    return head.layer_norm(gelu(head.dense(rows)))
 
 
 def token_scores(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

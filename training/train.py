@@ -404,12 +404,10 @@ def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Modul
     """Put a model on its device, with the recipe's gradient checkpointing, compilation and sharding."""
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    module = PackedMaskedLM(model)
     if recipe.compile:
-        # Each layer by itself: one small graph is compiled once and serves all layers, however they are wrapped.
-        for layer in model.gte.layers:
-            layer.compile()
-        model.lm_head.compile()
-    return distribute(PackedMaskedLM(model).to(world.device), world, sharding=recipe.sharding)
+        module.compile_parts()
+    return distribute(module.to(world.device), world, sharding=recipe.sharding)
 
 
 def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:
