@@ -14,6 +14,7 @@ Legend: M rows, V classes, H features, R rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def linear_cross_entropy(
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in (rows, weight, bias))
     kind = rows.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-    return _Chunked.apply(rows, weight, bias, labels, dtype, chunk_rows, needed, softmax or softmax_of_labels)
+    settings = _Settings(dtype, chunk_rows, needed, softmax or softmax_of_labels)
+    return _Chunked.apply(rows, weight, bias, labels, settings)
 
 
 def softmax_of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +88,14 @@ def softmax_of_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
     return nats[:, 0], exponentials.div_(total.masked_fill(~counts, torch.inf)).to(logits.dtype), of_labels[:, 0]
 
 
+@dataclass(frozen=True)
+class _Settings:
+    dtype: torch.dtype
+    chunk_rows: int
+    needs_gradients: bool
+    softmax: Softmax
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,18 +104,16 @@ class _Chunked(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         labels: Tensor,
-        dtype: torch.dtype,
-        chunk_rows: int,
-        needed: bool,
-        softmax: Softmax,
+        settings: _Settings,
     ) -> Tensor:
+        dtype = settings.dtype
         exact = torch.promote_types(dtype, torch.float32)
         with torch.autocast(rows.device.type, enabled=False):
             x, w, b = rows.to(dtype), weight.to(dtype), bias.to(dtype)
             nats = torch.zeros((), dtype=exact, device=rows.device)
-            sums = _Gradients(x, w, exact) if needed else None
-            for chunk, target in zip(x.split(chunk_rows), labels.split(chunk_rows), strict=True):
-                each, gradient, of_labels = softmax(F.linear(chunk, w, b), target)
+            sums = _Gradients(x, w, exact) if settings.needs_gradients else None
+            for chunk, target in zip(x.split(settings.chunk_rows), labels.split(settings.chunk_rows), strict=True):
+                each, gradient, of_labels = settings.softmax(F.linear(chunk, w, b), target)
                 nats += each.sum()
                 if sums is not None:
                     gradient.scatter_(1, target.clamp(min=0)[:, None], of_labels[:, None].to(dtype))
@@ -121,7 +129,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias = ctx.saved_tensors
         of_weight, of_bias = ctx.dtypes
-        return rows * factor.to(rows.dtype), (weight * factor).to(of_weight), (bias * factor).to(of_bias), *[None] * 5
+        return rows * factor.to(rows.dtype), (weight * factor).to(of_weight), (bias * factor).to(of_bias), None, None
 
 
 class _Gradients:
