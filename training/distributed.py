@@ -114,6 +114,25 @@ def join_world(device: str | None = None) -> Iterator[World]:
         atexit.register(_end_group_threads)
 
 
+@contextmanager
+def deterministic_algorithms(device: torch.device, *, enabled: bool) -> Iterator[None]:
+    """Let CUDA compute only with operations whose result is the same each time; on a CPU this changes nothing.
+
+    The backward pass of the variable-length flash kernel obeys it, too. It has to come before the first matrix product:
+    cuBLAS reads its workspace setting once.
+    """
+    if not enabled or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def _end_group_threads() -> None:
     """End the threads of destroyed process groups. They could otherwise abort the process while the interpreter ends.
 

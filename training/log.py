@@ -211,8 +211,15 @@ def plot_run(folder: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("matplotlib", "train") from error
-    records = read_log(folder / LOG_FILE)
     figure = Figure(figsize=(9, 8), layout="constrained")
+    _draw(figure, folder / LOG_FILE)
+    path = folder / PLOT_FILE
+    write_with(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+    return path
+
+
+def _draw(figure: Any, log: Path) -> None:
+    records = read_log(log)
     panels = figure.subplots(3, 1, sharex=True)
     for axes, (name, label) in zip(panels, _PANELS.items(), strict=True):
         axes.set_ylabel(label)
@@ -220,13 +227,21 @@ def plot_run(folder: Path) -> Path:
         for stage in dict.fromkeys(record["stage"] for record in records):
             mine = [record for record in records if record["stage"] == stage]
             axes.plot([record["total_step"] for record in mine], [record[name] for record in mine], label=stage)
-    _plot_evaluations(panels[0], read_log(folder / LOG_FILE, kind="evaluation"))
+    _plot_evaluations(panels[0], read_log(log, kind="evaluation"))
     panels[-1].set_xlabel("optimizer step")
+    _draw_events(panels, log, losses={record["total_step"]: record["loss"] for record in records})
     if records:
         panels[0].legend()
-    path = folder / PLOT_FILE
-    write_with(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
-    return path
+
+
+def _draw_events(panels: Any, log: Path, *, losses: Mapping[int, float]) -> None:
+    """Mark changes of the recipe with a line through all panels, and alarms with a cross on the loss."""
+    for i, event in enumerate(read_log(log, kind="change")):
+        for axes in panels:
+            axes.axvline(event["total_step"], color="0.4", linestyle="--", label=None if i else "change")
+    alarms = sorted({event["total_step"] for event in read_log(log, kind="alarm")} & set(losses))
+    if alarms:
+        panels[0].plot(alarms, [losses[step] for step in alarms], "x", color="red", label="alarm")
 
 
 _PANELS = {

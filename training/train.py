@@ -30,6 +30,7 @@ from gte_deploy.training.data.packing import MicroBatch, Step, StepLoader, StepS
 from gte_deploy.training.data.sampling import ChunkIndex, survey
 from gte_deploy.training.distributed import (
     World,
+    deterministic_algorithms,
     distribute,
     gradient_sync,
     join_world,
@@ -105,8 +106,10 @@ def train(
         ConfigError: recipe, model, corpus and the checkpoints in `output` do not fit together.
         CheckpointError: `output` has checkpoints, but none is complete.
         NonFiniteError: the loss became NaN or infinite; the earlier checkpoints stay.
+        SpikeError: the loss or the gradient norm rose suddenly, and the recipe's alarms stop the run.
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(deterministic_algorithms(world.device, enabled=recipe.deterministic))
         corpus = TokenCorpus.open(data)
         store = CheckpointStore(output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints)
         resumed = _latest_checkpoint(store, world)

@@ -17,6 +17,7 @@ import torch
 from gte_deploy.core.exit_codes import INTERRUPTED
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.prepare import prepare
+from gte_deploy.training.distributed import deterministic_algorithms
 from gte_deploy.training.evaluation.held_out import HeldOutText
 from gte_deploy.training.log import read_log
 from gte_deploy.training.recipe import recipe_from_dict
@@ -96,6 +97,24 @@ def command(recipe: dict, corpus_folder: Path, output: Path) -> list[str]:
     path = output / "given.yaml"
     path.write_text(json.dumps(recipe))
     return ["run", str(path), "--data", str(corpus_folder), "--output", str(output), "--device=cpu", "--no-tensorboard"]
+
+
+def test_deterministic_algorithms_are_for_cuda_and_for_the_run_alone(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic_algorithms(torch.device("cpu"), enabled=True):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_algorithms(torch.device("cuda"), enabled=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_on_a_gpu_is_bitwise_repeated(make_recipe, corpus_folder, tmp_path):
+    recipe = make_recipe(steps=(8,), dropout=0.1, dtype="bfloat16", deterministic=True)
+    for name in ("first", "second"):
+        train(recipe_from_dict(recipe), data=corpus_folder, output=tmp_path / name, device="cuda", tensorboard=False)
+    assert_bitwise_equal(tmp_path / "first", tmp_path / "second")
 
 
 LEAVE_A_GROUP = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gte_deploy.training.log import RunLog, StepRecord, read_log
+from gte_deploy.training.log import RunLog, StepRecord, _draw, read_log
 
 
 def step(number: int, **changes: object) -> StepRecord:
@@ -58,3 +58,21 @@ def test_tensorboard_shows_events_as_text(tmp_path):
     events.Reload()
     (told,) = events.Tensors("change/text_summary")
     assert told.step == 4 and b"clip_norm" in told.tensor_proto.string_val[0]
+
+
+def test_the_plot_marks_changes_and_alarms(tmp_path):
+    from matplotlib.figure import Figure
+
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log.start(total_step=0)
+        log.write([step(1), step(2), step(3)])
+        log.write_event("alarm", total_step=3, facts={"quantity": "loss"})
+        log.write_event("change", total_step=2, facts={})
+    figure = Figure()
+    _draw(figure, tmp_path / "log.jsonl")
+    loss, rate, _ = figure.axes
+    lines = {line.get_label(): line for line in loss.get_lines()}
+    assert set(lines) == {"a", "change", "alarm"}
+    assert list(lines["alarm"].get_xdata()) == [3] and list(lines["alarm"].get_ydata()) == [step(3).loss]
+    assert list(lines["change"].get_xdata()) == [2, 2]
+    assert len(rate.get_lines()) == 2
