@@ -61,6 +61,7 @@ from gte_deploy.training.options import (
     RunArguments,
     RunOptions,
 )
+from gte_deploy.training.xtreme_options import XtremeArguments, XtremeOptions
 
 if TYPE_CHECKING:
     from gte_deploy.training.recipe import Recipe
@@ -266,6 +267,24 @@ def _glue(given: Given) -> int:
     return FAILURE if any(row["error"] is not None for row in summary["systems"]) else OK
 
 
+def _xtreme(given: Given) -> int:
+    arguments = read_options(XtremeArguments, given)
+    from gte_deploy.training.evaluation.published_xtreme import XTREME_SYSTEMS, list_xtreme_systems
+
+    if arguments.list_systems:
+        print(json.dumps(list(XTREME_SYSTEMS.values()), indent=2) if "json" in given else list_xtreme_systems())
+        return OK
+    # XtremeArguments checked it
+    assert arguments.model is not None and arguments.output is not None and arguments.data is not None
+    require_checkpoint(arguments.model)
+    from gte_deploy.training.evaluation.xtreme import xtreme, xtreme_table
+
+    options = read_options(XtremeOptions, given)
+    summary = xtreme(arguments.model, output=arguments.output, data=arguments.data, options=options, progress=True)
+    print(json.dumps(summary, indent=2) if "json" in given else xtreme_table(summary))
+    return OK
+
+
 def _extrapolate(given: Given) -> int:
     arguments, options = read_options(ExtrapolationArguments, given), read_options(ExtrapolationOptions, given)
     require_checkpoint(arguments.model)
@@ -411,6 +430,11 @@ _COMMANDS = {
         _glue,
         "fine-tune a model, or every system of the published table, on the eight GLUE tasks and print the scores",
         (GlueArguments, GlueOptions, Protocol),
+    ),
+    "xtreme": _Command(
+        _xtreme,
+        "fine-tune a multilingual model in English and score it on the ten tasks of XTREME-R in all languages",
+        (XtremeArguments, XtremeOptions),
     ),
     "extrapolate": _Command(
         _extrapolate,

@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from gte_deploy.core.errors import CheckpointError, ConfigError, GteDeployError, InputError, NonFiniteError
 from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
@@ -42,22 +34,20 @@ from gte_deploy.training.evaluation.classifiers import (
     run_without_padding,
     start_from,
 )
+from gte_deploy.training.evaluation.finetuning import Encoded, fine_tune, predict
 from gte_deploy.training.evaluation.glue_tasks import (
     GLUE_TASKS,
-    Examples,
     TaskDescription,
     load_split,
     tasks_in_order,
 )
 from gte_deploy.training.evaluation.published_glue import SYSTEMS, GlueSystem, system_of
-from gte_deploy.training.options import GlueOptions, Protocol
+from gte_deploy.training.options import GlueOptions, PaddingChoice, Protocol
 
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "glue.json"
 SYSTEMS_FILE = "systems.json"
-_EVALUATION_BATCH = 128
-_TOKENIZED_AT_ONCE = 10_000
 
 
 def glue(
@@ -87,7 +77,7 @@ def glue(
         InputError: data are missing or wrong, or `output` holds results of another model or protocol.
         NonFiniteError: a fine-tuned model computes NaN.
     """
-    encoder = _open_model(model, system_of(model), tokenizer=options.tokenizer)
+    encoder = open_model(model, system_of(model), tokenizer=options.tokenizer)
     return _evaluate(model, encoder, output=output, options=options, protocol=protocol, progress=progress)
 
 
@@ -125,7 +115,7 @@ def compare_systems(
     for name, checkpoint in chosen.items():
         try:
             if checkpoint is not None:
-                encoders[name] = _open_model(checkpoint, SYSTEMS[name])
+                encoders[name] = open_model(checkpoint, SYSTEMS[name])
         except GteDeployError as error:
             problems.append(f"{name} ({checkpoint}): {error}")
     if problems:
@@ -158,7 +148,7 @@ def _system_row(name: str) -> dict[str, Any]:
     return {"name": name, "published": SYSTEMS[name].to_dict(), "scores": None, "average": None, "error": None}
 
 
-def _open_model(model: str, system: GlueSystem | None, *, tokenizer: str | None = None) -> PretrainedEncoder:
+def open_model(model: str, system: GlueSystem | None, *, tokenizer: str | None = None) -> PretrainedEncoder:
     """Find and read a checkpoint but its weights. A `tokenizer` replaces its own, that of the system a missing one."""
     folder = resolve_checkpoint(model)
     if not (folder / "config.json").is_file():
@@ -182,13 +172,13 @@ def _evaluate(
     dtype = options.dtype or ("bfloat16" if place.type == "cuda" else "float32")
     settings = {
         "model": model,
-        "checkpoint": _checkpoint_hash(encoder.folder),
+        "checkpoint": checkpoint_hash(encoder.folder),
         "data": "hub" if options.data is None else str(options.data.resolve()),
         "protocol": dataclasses.asdict(protocol),
         "dtype": dtype,
         **({} if options.tokenizer is None else {"tokenizer": options.tokenizer}),
     }
-    is_packed = _removes_padding(encoder, options, is_fast=place.type == "cuda" and dtype == "bfloat16")
+    is_packed = removes_padding(encoder, options.padding, is_fast=place.type == "cuda" and dtype == "bfloat16")
     ordered = tasks_in_order(options.tasks)
     results = []
     for seed in dict.fromkeys(options.seeds):
@@ -214,12 +204,16 @@ def _published(model: str) -> dict[str, Any] | None:
     return None if system is None else system.to_dict()
 
 
-def _removes_padding(encoder: PretrainedEncoder, options: GlueOptions, *, is_fast: bool) -> bool:
-    """Whether to fine-tune without padding: as the options say, or where attention has a kernel for it."""
+def removes_padding(encoder: PretrainedEncoder, padding: PaddingChoice, *, is_fast: bool) -> bool:
+    """Whether to fine-tune without padding: as the option says, or where attention has a kernel for it.
+
+    Raises:
+        ConfigError: padding is to be removed and the model needs it.
+    """
     reason = encoder.keeps_padding_because()
-    if options.padding == "remove" and reason is not None:
+    if padding == "remove" and reason is not None:
         raise ConfigError(f"{encoder.folder} cannot be fine-tuned without padding: {reason}. Leave --padding out.")
-    return options.padding == "remove" or (options.padding == "auto" and is_fast and reason is None)
+    return padding == "remove" or (padding == "auto" and is_fast and reason is None)
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -395,132 +389,7 @@ def _read_result(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is not a result of this command ({error!r}); remove it") from error
 
 
-def _checkpoint_hash(folder: Path) -> str:
+def checkpoint_hash(folder: Path) -> str:
+    """Return a text that changes with the weights and the config of a checkpoint."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return "+".join(sha256_file(file)[:16] for file in files)
-
-
-# --- examples as tokens ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """N examples as token ids, laid end to end, because a list of small arrays would take ten times the memory.
-
-    `type_ids` is None if the model has only one token type, or if the checkpoint's tokenizer returns no types.
-    """
-
-    input_ids: NDArray[np.int32]  # [T]
-    type_ids: NDArray[np.int8] | None  # [T]
-    ends: NDArray[np.int64]  # [N + 1]
-    labels: NDArray  # [N] int64 or float32
-    pad_id: int
-
-    @classmethod
-    def of(cls, examples: Examples, *, encoder: PretrainedEncoder, max_length: int) -> Encoded:
-        """Tokenize as the checkpoint's tokenizer says. Of two texts the longer one is truncated first."""
-        tokenizer = Tokenizer.from_str(encoder.tokenizer.backend.to_str())
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(
-            max_length, strategy="longest_first", direction=encoder.tokenizer.theirs.truncation_side
-        )
-        ids, types, lengths = [], [], []
-        for start in range(0, len(examples), _TOKENIZED_AT_ONCE):
-            texts = examples.texts[start : start + _TOKENIZED_AT_ONCE]
-            for encoding in tokenizer.encode_batch([text[0] if len(text) == 1 else text for text in texts]):
-                ids.append(np.array(encoding.ids, dtype=np.int32))
-                types.append(np.array(encoding.type_ids, dtype=np.int8))
-                lengths.append(len(encoding.ids))
-        return cls(
-            input_ids=np.concatenate(ids),
-            # The runtime and transformers' own tokenizer will feed the fine-tuned model in the same way.
-            type_ids=np.concatenate(types) if encoder.token_types else None,
-            ends=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            labels=examples.labels,
-            pad_id=encoder.tokenizer.pad_token_id,
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, members: NDArray[np.int64], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the model's inputs [B, S], padded to the longest example of the batch, and the labels [B]."""
-        starts, lengths = self.ends[members], self.ends[members + 1] - self.ends[members]
-        places = np.arange(int(lengths.max()))
-        mask = places < lengths[:, None]
-        source = np.where(mask, starts[:, None] + places, 0)
-        inputs = {
-            "input_ids": np.where(mask, self.input_ids[source], self.pad_id).astype(np.int64),
-            "attention_mask": mask.astype(np.int64),
-        }
-        if self.type_ids is not None:
-            inputs["token_type_ids"] = np.where(mask, self.type_ids[source], 0).astype(np.int64)
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-        return tensors, torch.from_numpy(self.labels[members]).to(device)
-
-
-# --- fine-tuning ----------------------------------------------------------------------------------------------------
-
-
-def fine_tune(
-    model: PreTrainedModel,
-    train: Encoded,
-    *,
-    protocol: Protocol,
-    seed: int,
-    bfloat16: bool = False,
-    progress: str | None = None,
-) -> None:
-    """Fine-tune a model in place, on its device: AdamW, linear warm-up and decay, and a new order in each epoch."""
-    device = model.device
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay, fused=device.type == "cuda"
-    )
-    steps = protocol.epochs * math.ceil(len(train) / protocol.batch_size)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(protocol.warmup_ratio * steps), steps)
-    torch.manual_seed(seed)
-    model.train()
-    with tqdm(total=steps, desc=progress, disable=progress is None, file=sys.stderr, unit="step") as bar:
-        for members in _order(len(train), protocol, seed):
-            inputs, labels = train.batch(members, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                logits = model(**inputs).logits.float()
-            loss = _loss(logits, labels)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.update()
-            if bar.n % 50 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-@torch.inference_mode()
-def predict(model: PreTrainedModel, data: Encoded, *, bfloat16: bool = False) -> NDArray[np.float32]:
-    """Compute the classifier's outputs, [N, labels]. Examples of similar length share a batch."""
-    model.eval()
-    order = np.argsort(np.diff(data.ends), kind="stable")
-    rows = []
-    for start in range(0, len(order), _EVALUATION_BATCH):
-        inputs, _ = data.batch(order[start : start + _EVALUATION_BATCH], model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
-            rows.append(model(**inputs).logits.float().cpu().numpy())
-    outputs = np.concatenate(rows)
-    back = np.empty_like(outputs)
-    back[order] = outputs
-    return back
-
-
-def _order(size: int, protocol: Protocol, seed: int) -> Iterator[NDArray[np.int64]]:
-    generator = np.random.default_rng(seed)
-    for _ in range(protocol.epochs):
-        order = generator.permutation(size)
-        yield from np.split(order, range(protocol.batch_size, size, protocol.batch_size))
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of classes, or the mean squared error for the float labels of a regression."""
-    if labels.is_floating_point():
-        return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels)

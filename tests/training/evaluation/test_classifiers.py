@@ -22,7 +22,7 @@ from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.models.checkpoint import load_model, save_model
 from gte_deploy.models.families import FAMILIES, bert, family_of_type
 from gte_deploy.training.evaluation.classifiers import open_encoder, run_without_padding, start_from
-from gte_deploy.training.evaluation.glue import Encoded, fine_tune, predict
+from gte_deploy.training.evaluation.finetuning import Encoded, fine_tune, predict
 from gte_deploy.training.evaluation.glue_tasks import Examples
 from gte_deploy.training.options import Protocol
 

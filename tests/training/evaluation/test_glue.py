@@ -22,7 +22,8 @@ from gte_deploy.models.checkpoint import copy_tokenizer, save_model
 from gte_deploy.training.cli import main
 from gte_deploy.training.evaluation import glue as glue_module
 from gte_deploy.training.evaluation.classifiers import open_encoder
-from gte_deploy.training.evaluation.glue import Encoded, fine_tune, glue, predict, table
+from gte_deploy.training.evaluation.finetuning import Encoded, fine_tune, predict
+from gte_deploy.training.evaluation.glue import glue, table
 from gte_deploy.training.evaluation.glue_tasks import (
     GLUE_TASKS,
     Examples,
