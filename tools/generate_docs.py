@@ -293,7 +293,7 @@ if this is more: as its model card says, raise it in config.json for longer text
 - Multi-vector models on ModernBERT whose queries are lengthened by tokens without attention to more than the window of
   local attention allows ([why](bundle.md#multi-vector-models)).
 - Pretraining (`gte-train run`) of other families than GTE. `gte-train glue` fine-tunes all of them
-  ([training](training.md#glue)).
+  ([evaluation](evaluation.md#glue)).
 - JinaBERT with normalised queries and keys (`jinaai/jina-bert-v2-qk-post-norm`, jina-embeddings-v2-base-code), which
   is another network under the same class names; JinaBERT with a table of positions.
 """

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gte_deploy.core.errors import CheckpointError, ConfigError, GteDeployError, InputError, NonFiniteError
-from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
+from gte_deploy.core.files import read_json, read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.tokenizer import has_tokenizer
 from gte_deploy.models.weight_files import weight_files
@@ -41,12 +41,15 @@ from gte_deploy.training.evaluation.glue_tasks import (
     load_split,
     tasks_in_order,
 )
+from gte_deploy.training.evaluation.plots import LOSSES_FILE, plot_losses, plot_scores
 from gte_deploy.training.evaluation.published_glue import SYSTEMS, GlueSystem, system_of
 from gte_deploy.training.options import GlueOptions, PaddingChoice, Protocol
 
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "glue.json"
+GLUE_PLOT_FILE = "glue.png"
+LOSSES_SUFFIX = ".losses.json"
 SYSTEMS_FILE = "systems.json"
 
 
@@ -77,7 +80,7 @@ def glue(
         InputError: data are missing or wrong, or `output` holds results of another model or protocol.
         NonFiniteError: a fine-tuned model computes NaN.
     """
-    encoder = open_model(model, system_of(model), tokenizer=options.tokenizer)
+    encoder = open_checkpoint(model, system_of(model), tokenizer=options.tokenizer)
     return _evaluate(model, encoder, output=output, options=options, protocol=protocol, progress=progress)
 
 
@@ -115,7 +118,7 @@ def compare_systems(
     for name, checkpoint in chosen.items():
         try:
             if checkpoint is not None:
-                encoders[name] = open_model(checkpoint, SYSTEMS[name])
+                encoders[name] = open_checkpoint(checkpoint, SYSTEMS[name])
         except GteDeployError as error:
             problems.append(f"{name} ({checkpoint}): {error}")
     if problems:
@@ -148,7 +151,7 @@ def _system_row(name: str) -> dict[str, Any]:
     return {"name": name, "published": SYSTEMS[name].to_dict(), "scores": None, "average": None, "error": None}
 
 
-def open_model(model: str, system: GlueSystem | None, *, tokenizer: str | None = None) -> PretrainedEncoder:
+def open_checkpoint(model: str, system: GlueSystem | None, *, tokenizer: str | None = None) -> PretrainedEncoder:
     """Find and read a checkpoint but its weights. A `tokenizer` replaces its own, that of the system a missing one."""
     folder = resolve_checkpoint(model)
     if not (folder / "config.json").is_file():
@@ -196,7 +199,26 @@ def _evaluate(
         results += [trainer.result(task) for task in ordered]
     summary = {**settings, **summarize(results), "published": _published(model)}
     write_text(output / RESULT_FILE, json.dumps(summary, indent=2) + "\n")
+    _plot(summary, output)
     return summary
+
+
+def _plot(summary: Mapping[str, Any], output: Path) -> None:
+    """Plot the scores beside those that are published with the scores of the tasks, and the losses."""
+    tasks = list(summary["scores"])
+    rows: dict[str, list[float | None]] = {"this run": [summary["scores"][task]["mean"] for task in tasks]}
+    shown = ("gte-en-mlm-base", "gte-en-mlm-large", "RoBERTa-base")
+    for name in dict.fromkeys((*([summary["published"]["name"]] if summary["published"] else []), *shown)):
+        if scores := SYSTEMS[name].scores:
+            rows[f"{name} (published)"] = [scores.get(task) for task in tasks]
+    plot_scores(output / GLUE_PLOT_FILE, [GLUE_TASKS[task].folder for task in tasks], rows)
+    losses: dict[str, list[float]] = {}
+    for result in summary["results"]:
+        file = output / f"seed-{result['seed']}" / f"{result['task']}{LOSSES_SUFFIX}"
+        values = read_json(file, error=InputError, advice="Remove the file.")
+        losses |= {f"{GLUE_TASKS[result['task']].folder}, seed {result['seed']}": values} if values else {}
+    if losses:
+        plot_losses(output / LOSSES_FILE, losses)
 
 
 def _published(model: str) -> dict[str, Any] | None:
@@ -338,7 +360,7 @@ class _Trainer:
         encode = partial(Encoded.of, encoder=self.encoder, max_length=max_length)
         bfloat16 = self.settings["dtype"] == "bfloat16"
         model.to(self.device)
-        fine_tune(
+        losses = fine_tune(
             model,
             encode(train),
             protocol=self.protocol,
@@ -351,6 +373,7 @@ class _Trainer:
             raise NonFiniteError(
                 f"{task.folder}, seed {self.seed}: the fine-tuned model computes NaN; lower the learning rate"
             )
+        write_text(self.output / f"{task.name}{LOSSES_SUFFIX}", json.dumps(losses) + "\n")
         predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
         if task.is_start:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -34,7 +34,7 @@ from gte_deploy.training.evaluation.finetuning import (
     predict,
     predict_tokens,
 )
-from gte_deploy.training.evaluation.glue import checkpoint_hash, open_model, removes_padding
+from gte_deploy.training.evaluation.glue import checkpoint_hash, open_checkpoint, removes_padding
 from gte_deploy.training.evaluation.glue_tasks import accuracy
 from gte_deploy.training.evaluation.heads import (
     AnswerRows,
@@ -113,7 +113,7 @@ def xtreme(
     tasks = choose_tasks(options.tasks)
     for task in tasks:  # before the first model is fine-tuned
         choose_languages(task, options.languages)
-    encoder = open_model(model, system_of(model), tokenizer=options.tokenizer)
+    encoder = open_checkpoint(model, system_of(model), tokenizer=options.tokenizer)
     device = choose_device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     is_fast = device.type == "cuda" and dtype == "bfloat16"

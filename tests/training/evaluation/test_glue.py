@@ -347,6 +347,13 @@ def test_the_result_says_how_texts_were_cut_and_padded(whole_run: tuple[Path, di
     assert {(result["max_length"], result["padding"]) for result in whole_run[1]["results"]} == {(32, "kept")}
 
 
+def test_scores_and_losses_are_plotted(whole_run: tuple[Path, dict[str, Any]]):
+    for name in ("glue.png", "losses.png"):
+        assert (whole_run[0] / name).read_bytes().startswith(b"\x89PNG")
+    losses = json.loads((whole_run[0] / "seed-0" / "sst2.losses.json").read_text())
+    assert len(losses) == 6 * 160 / 16 and sum(losses[-10:]) < sum(losses[:10])
+
+
 def test_finished_tasks_are_not_run_again(whole_run, tiny_mlm: Path, toy_data: Path, monkeypatch):
     output, summary = whole_run
     monkeypatch.setattr(glue_module, "fine_tune", lambda *args, **kwargs: pytest.fail("ran again"))

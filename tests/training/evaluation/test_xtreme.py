@@ -15,6 +15,7 @@ from gte_deploy.training.evaluation import xtreme as xtreme_module
 from gte_deploy.training.evaluation.plots import plot_losses, plot_scores
 from gte_deploy.training.evaluation.published_xtreme import XTREME_SYSTEMS, xtreme_system_of
 from gte_deploy.training.evaluation.xtreme import summarize_xtreme, xtreme, xtreme_table
+from gte_deploy.training.evaluation.xtreme_data import DATA_FILES
 from gte_deploy.training.evaluation.xtreme_tasks import TUNINGS, XTREME_TASKS, choose_languages, choose_tasks
 from gte_deploy.training.xtreme_options import XtremeOptions, XtremeTask
 from xtreme_data import LANGUAGES, write_toy_xtreme
@@ -32,6 +33,14 @@ def test_published_averages_are_the_means_of_their_tasks():
     for row in XTREME_SYSTEMS.values():
         assert sum(row["scores"].values()) / 10 == pytest.approx(row["average"], abs=0.006)
         assert tuple(row["scores"]) == tuple(XTREME_TASKS) == get_args(XtremeTask)
+
+
+def test_the_page_shows_the_published_table_and_the_files():
+    page = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert DATA_FILES in page
+    for name, row in XTREME_SYSTEMS.items():
+        scores = " | ".join(f"{score:.2f}" for score in row["scores"].values())
+        assert f"| {name} | {scores} | {row['average']:.2f} |" in page
 
 
 def test_a_published_system_is_known_by_its_hub_id():
