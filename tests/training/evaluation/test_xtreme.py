@@ -165,7 +165,7 @@ def test_finished_tasks_and_models_are_kept(whole_run, tiny_mlm: Path, toy: Path
 
 def test_results_of_another_protocol_are_refused(whole_run, tiny_mlm: Path, toy: Path):
     with pytest.raises(InputError, match=r"other settings \(changes\)"):
-        xtreme(str(tiny_mlm), output=whole_run[0], data=toy, options=replace(FAST, epochs=1, tasks=("wikiann",)))
+        xtreme(str(tiny_mlm), output=whole_run[0], data=toy, options=replace(FAST, epochs=2, tasks=("wikiann",)))
 
 
 def test_command(tiny_mlm: Path, toy: Path, tmp_path: Path, capsys):
