@@ -31,7 +31,7 @@ from gte_deploy.training.options import Protocol
 EVALUATION_BATCH = 128
 _TOKENIZED_AT_ONCE = 10_000
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+BatchLoss = Callable[[Tensor, Tensor], Tensor]
 """The loss of a batch: a function of the logits, float32, and the labels."""
 
 
@@ -152,7 +152,7 @@ def fine_tune(
     *,
     protocol: Protocol,
     seed: int,
-    loss_of: Loss | None = None,
+    loss_of: BatchLoss | None = None,
     bfloat16: bool = False,
     progress: str | None = None,
 ) -> list[float]:

@@ -26,8 +26,8 @@ from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation import xtreme_data as data_sets
 from gte_deploy.training.evaluation.classifiers import PretrainedEncoder, run_without_padding
 from gte_deploy.training.evaluation.finetuning import (
+    BatchLoss,
     Encoded,
-    Loss,
     TrainingRows,
     classification_loss,
     fine_tune,
@@ -73,7 +73,7 @@ XTREME_RESULT_FILE = "xtreme.json"
 XTREME_PLOT_FILE = "xtreme.png"
 _TOP = 20  # passages that count in the mean average precision
 _TAGS = {"udpos": data_sets.UPOS_TAGS, "wikiann": data_sets.WIKIANN_TAGS}
-_LOSSES: dict[str, Loss] = {
+_LOSSES: dict[str, BatchLoss] = {
     "classify": classification_loss,
     "choose": choice_loss,
     "tag": tag_loss,

@@ -223,7 +223,7 @@ def test_systems_run_side_by_side_and_are_not_run_again(checkpoints, toy_data: P
     assert lines[2].split() == ["published", *"57.00 93.40 86.70 92.10 90.20 88.80 91.90 84.80 85.61".split()]
     assert lines[4].split()[-1] == "86.40" and "did not follow the published protocol" in lines[5]
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("seed-0/*")}
-    assert len(before) == 2 * 4  # two results, that of MNLI, and MNLI's weights
+    assert len(before) == 2 * 7  # two results, that of MNLI, MNLI's weights, and the losses of each
     assert main([*arguments[:1], "--json", *arguments[1:]]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary == json.loads((tmp_path / "systems.json").read_text())
