@@ -41,8 +41,8 @@ class World:
     rank: int
     size: int
     device: torch.device
-    votes: dist.ProcessGroup | None = None
-    saves: dist.ProcessGroup | None = None
+    votes: Any = None
+    saves: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +64,7 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool, *, group: dist.ProcessGroup | None = None) -> bool:
+    def any(self, flag: bool, *, group: Any = None) -> bool:
         """Return whether the flag is true on any rank. Every rank has to call it; no rank waits for its GPU.
 
         Args:
