@@ -91,6 +91,7 @@ HELP = [
 ]
 BUNDLE = str(builtin_bundle())
 ENCODERS = ("fill-mask", "encode-sparse", "encode-hybrid", "encode-multi-vector", "predict", "classify-tokens")
+KINDS = ("embed", "rerank", "sparse")
 REFUSED = [
     ("gte-deploy", ["encode", "-m", "nowhere", "a"], exit_codes.FAILURE),
     ("gte-deploy", ["encode", "-m", "foreign", "a"], exit_codes.FAILURE),
@@ -132,6 +133,10 @@ REFUSED = [
     ("gte-train", ["run", "gte-en-mlm-tiny", "--data", "empty", "-o", "out"], exit_codes.USAGE),
     ("gte-train", ["export", "empty", "out"], exit_codes.FAILURE),
     ("gte-train", ["glue", "foreign", "-o", "out"], exit_codes.FAILURE),
+    ("gte-train", ["xtreme", "foreign", "--data", "empty", "-o", "out"], exit_codes.FAILURE),
+    ("gte-train", ["evaluate", "foreign", "--data", "empty"], exit_codes.FAILURE),
+    *(("gte-train", [kind, "--data", "nowhere.csv", "-o", "out"], exit_codes.USAGE) for kind in KINDS),
+    ("gte-train", ["retrieval", "foreign", "--data", "empty"], exit_codes.FAILURE),
     ("gte-train", ["extrapolate", BUNDLE, "--data", "empty"], exit_codes.FAILURE),
 ]
 

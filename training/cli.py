@@ -30,7 +30,6 @@ from gte_deploy.core.options import Given, add_arguments, parse_given, read_opti
 from gte_deploy.models import TOKENIZER_PATTERNS, locate, require_checkpoint
 from gte_deploy.models.presets import PRESETS
 from gte_deploy.training.finetune.options import (
-    CheckpointConvertArguments,
     FineTuneArguments,
     FineTuneKind,
     RetrievalArguments,
@@ -345,20 +344,6 @@ def _retrieval(given: Given) -> int:
     return OK
 
 
-def _convert(given: Given) -> int:
-    arguments = read_options(CheckpointConvertArguments, given)
-    require_checkpoint(arguments.model)
-    require_free(arguments.output, force=arguments.force)
-    import torch
-
-    from gte_deploy.training.finetune.conversion import convert_checkpoint
-
-    dtype = getattr(torch, arguments.dtype)
-    convert_checkpoint(arguments.model, arguments.output, layout=arguments.layout, dtype=dtype)
-    _print_path(arguments.output, given)
-    return OK
-
-
 def _recipe(given: Given, *overrides: str) -> Recipe:
     """The recipe of the command line, with its changes and then with `overrides`."""
     from gte_deploy.training.recipe import load_recipe
@@ -460,11 +445,6 @@ _COMMANDS = {
         _retrieval,
         "measure how well models find documents, against BM25",
         (RetrievalArguments, RetrievalOptions),
-    ),
-    "convert": _Command(
-        _convert,
-        "write a checkpoint in another layout or dtype, such as float32 for training elsewhere",
-        (CheckpointConvertArguments,),
     ),
 }
 

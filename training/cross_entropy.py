@@ -126,7 +126,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, weight, bias = ctx.saved_tensors
         of_weight, of_bias = ctx.dtypes
         return rows * factor.to(rows.dtype), (weight * factor).to(of_weight), (bias * factor).to(of_bias), None, None

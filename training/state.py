@@ -422,7 +422,7 @@ def _load_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     missing: dict[str, int] = {}  # rows that no file had yet
     for file in files:
         with safe_open(file, "pt") as opened:
-            rows = json.loads((opened.metadata() or {}).get(_ROWS, "{}"))
+            rows: dict[str, list[int]] = json.loads((opened.metadata() or {}).get(_ROWS, "{}"))
         for name, tensor in load_file(file).items():
             if name in rows:
                 start, *shape = rows[name]

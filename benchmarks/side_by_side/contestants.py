@@ -265,7 +265,8 @@ class Contestant:
 
 
 def _peer(name: str, factory: type, environment: str, **options: Any) -> Contestant:
-    return Contestant(name, "fp32", factory, "exported", options, takes_texts=True, environment=environment)
+    precision = "16-bit" if options.get("precision") == "bf16" else "fp32"
+    return Contestant(name, precision, factory, "exported", options, takes_texts=True, environment=environment)
 
 
 def _ours(name: str, precision: str, bundle: str, backend: str, compute_precision: str | None = None) -> Contestant:
@@ -309,6 +310,22 @@ CONTESTANTS = (
     _ours("openvino fp32", "fp32", "bundle-fp32", "openvino"),
     Contestant("torch bf16", "16-bit", Torch, "checkpoint", {"dtype": "bfloat16"}),
     Contestant("OpenVINO direct bf16", "16-bit", OpenVino, "plain", {"precision": "bf16"}),
+    _peer(
+        "sentence-transformers openvino bf16",
+        SentenceTransformersBackend,
+        "openvino",
+        backend="openvino",
+        precision="bf16",
+    ),
+    _peer(
+        "sentence-transformers openvino bf16, batches of 8",
+        SentenceTransformersBackend,
+        "openvino",
+        backend="openvino",
+        precision="bf16",
+        batch_size=8,
+    ),
+    _peer("optimum-intel bf16", OptimumIntel, "openvino", precision="bf16"),
     _ours("openvino bf16", "16-bit", "bundle-fp32", "openvino", "bf16"),
     Contestant("OpenVINO direct NNCF int8", "int8", OpenVino, "nncf"),
     Contestant("OpenVINO direct NNCF int8, rest bf16", "int8", OpenVino, "nncf", {"precision": "bf16"}),

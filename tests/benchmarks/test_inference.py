@@ -295,6 +295,9 @@ def test_contestants_of_a_precision_that_the_cpu_lacks_have_the_reason(inference
     assert without == {
         "torch bf16",
         "OpenVINO direct bf16",
+        "sentence-transformers openvino bf16",
+        "sentence-transformers openvino bf16, batches of 8",
+        "optimum-intel bf16",
         "gte-deploy openvino bf16",
         "OpenVINO direct NNCF int8, rest bf16",
         "gte-deploy openvino int8, rest bf16",

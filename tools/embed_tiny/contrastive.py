@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,7 +177,8 @@ def build_student(settings: Settings) -> SentenceTransformer:
     encoder = Transformer(
         str(settings.encoder or builtin_path()), max_seq_length=MAX_LENGTH, model_kwargs={"dtype": torch.float32}
     )
-    pooling = Pooling(encoder.get_embedding_dimension(), settings.pooling)
+    mode: Any = settings.pooling
+    pooling = Pooling(encoder.get_embedding_dimension(), mode)
     return SentenceTransformer(modules=[encoder, pooling, Normalize()], device="cpu")
 
 

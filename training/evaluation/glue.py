@@ -208,7 +208,8 @@ def _plot(summary: Mapping[str, Any], output: Path) -> None:
     tasks = list(summary["scores"])
     rows: dict[str, list[float | None]] = {"this run": [summary["scores"][task]["mean"] for task in tasks]}
     shown = ("gte-en-mlm-base", "gte-en-mlm-large", "RoBERTa-base")
-    for name in dict.fromkeys((*([summary["published"]["name"]] if summary["published"] else []), *shown)):
+    names: list[str] = [summary["published"]["name"]] if summary["published"] else []
+    for name in dict.fromkeys((*names, *shown)):
         if scores := SYSTEMS[name].scores:
             rows[f"{name} (published)"] = [scores.get(task) for task in tasks]
     plot_scores(output / GLUE_PLOT_FILE, [GLUE_TASKS[task].folder for task in tasks], rows)

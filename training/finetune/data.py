@@ -14,12 +14,15 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.compute
+from datasets.exceptions import DatasetsError
 
 from gte_deploy.core.errors import ConfigError, InputError
 from gte_deploy.training.data.readers import DATASET_PREFIX, load_dataset
 from gte_deploy.training.finetune.recipe import FineTuneRecipe, HardNegatives
 
 logger = logging.getLogger(__name__)
+
+_compute: Any = pyarrow.compute  # it makes its functions when it is imported, so type checkers do not see them
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -121,7 +124,8 @@ def mine_negatives(
 def rows_fingerprint(rows: datasets.Dataset) -> str:
     """Return the sha256 of the rows, in their order."""
     digest = hashlib.sha256(repr(rows.column_names).encode())
-    for batch in rows.with_format("arrow").iter(batch_size=1000):
+    batches: Any = rows.with_format("arrow").iter(batch_size=1000)
+    for batch in batches:
         digest.update(repr(batch.to_pydict()).encode())
     return digest.hexdigest()
 
@@ -136,7 +140,8 @@ def relevance_of(rows: datasets.Dataset) -> tuple[dict[str, str], dict[str, str]
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, float]] = {}
     negatives = [name for name in rows.column_names if name.startswith("negative")]
-    for row in rows:
+    each: Any = rows
+    for row in each:
         query = queries.setdefault(row["query"], f"q{len(queries)}")
         positive = documents.setdefault(row["positive"], f"d{len(documents)}")
         qrels.setdefault(query, {})[positive] = 1.0
@@ -155,7 +160,7 @@ def _open(name: str) -> datasets.Dataset:
     kind, options = _READERS[suffix]
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = error.__cause__ or error
         raise InputError(f"{name} cannot be read: {reason}") from error
 
@@ -197,8 +202,8 @@ def _texts(table: datasets.Dataset, name: str, where: str) -> datasets.Dataset:
         raise InputError(f"{where}: column {name} holds {kind}; expected texts")
     if not pyarrow.types.is_string(kind):  # pandas makes large strings of a CSV file
         table = table.cast_column(name, datasets.Value("string"))
-    blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(values), "")
-    bad = pyarrow.compute.indices_nonzero(pyarrow.compute.fill_null(blank, True))
+    blank = _compute.equal(_compute.utf8_trim_whitespace(values), "")
+    bad = _compute.indices_nonzero(_compute.fill_null(blank, True))
     if len(bad):
         rows = ", ".join(str(row.as_py() + 1) for row in bad[:_SHOWN])
         raise InputError(f"{where}: column {name} is empty in {len(bad)} rows, the first being {rows}")
@@ -207,8 +212,8 @@ def _texts(table: datasets.Dataset, name: str, where: str) -> datasets.Dataset:
 
 def _split(table: datasets.Dataset, name: str, where: str) -> datasets.Dataset:
     """Replace a column of lists by as many columns as the shortest list has items."""
-    lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(table.data.column(name)), 0)
-    count = pyarrow.compute.min(lengths).as_py() or 0
+    lengths = _compute.fill_null(_compute.list_value_length(table.data.column(name)), 0)
+    count = _compute.min(lengths).as_py() or 0
     if count < 1:
         raise InputError(f"{where}: column {name} has rows with an empty list; expected at least one text in each")
     taken = [f"{name}_{i + 1}" for i in range(count)]
@@ -226,7 +231,7 @@ def _scores(table: datasets.Dataset, where: str) -> datasets.Dataset:
     except (pyarrow.ArrowException, ValueError) as error:
         raise InputError(f"{where}: column score is no number: {error}") from error
     values = table.data.column("score")
-    if not pyarrow.compute.all(pyarrow.compute.fill_null(pyarrow.compute.is_finite(values), False)).as_py():
+    if not _compute.all(_compute.fill_null(_compute.is_finite(values), False)).as_py():
         raise InputError(f"{where}: column score has values that are no finite numbers")
     return table
 

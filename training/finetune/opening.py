@@ -21,10 +21,9 @@ from sentence_transformers.sparse_encoder.modules import SpladePooling
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.spec import ModelSpec, SparseActivation, SparsePooling
 from gte_deploy.models import resolve_checkpoint
-from gte_deploy.models.checkpoint import copy_tokenizer, save_model
+from gte_deploy.models.checkpoint import copy_tokenizer, load_described, save_model
 from gte_deploy.models.description import Description, describe
 from gte_deploy.training.evaluation.classifiers import open_encoder
-from gte_deploy.training.finetune.conversion import write_native
 from gte_deploy.training.finetune.options import FineTuneKind
 from gte_deploy.training.finetune.recipe import FineTuneRecipe
 
@@ -71,7 +70,7 @@ def open_initial(recipe: FineTuneRecipe, *, device: str | None = None) -> TextMo
             description = describe(folder, task="embed" if recipe.kind == "embed" else "fill-mask")
             if recipe.kind == "embed":
                 _refuse_dense(description)
-            write_native(description, native)
+            _write_native(description, native)
             parts = _initial_parts(recipe, description.spec)
         model = _assembled(native, parts, device)
     return model.train()
@@ -113,7 +112,7 @@ def open_trained(name: str, *, max_length: int | None = None, device: str | None
             "one label"
         )
     with tempfile.TemporaryDirectory() as work:
-        write_native(description, Path(work))
+        _write_native(description, Path(work))
         return parts.kind, _assembled(Path(work), parts, device).eval()
 
 
@@ -136,17 +135,24 @@ def _assembled(folder: Path, parts: _Parts, device: str | None) -> Any:
         transformer = Transformer(str(folder), transformer_task="fill-mask", **loading)
         return SparseEncoder(modules=[transformer, SpladePooling(*parts.splade)], device=device, prompts=parts.prompts)
     transformer = Transformer(str(folder), **loading)
-    modules: list[Any] = [transformer, Pooling(transformer.get_embedding_dimension(), parts.pooling)]
+    pooling: Any = parts.pooling  # one of the library's modes, which the recipe or the checkpoint names
+    modules: list[Any] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
     modules += [Normalize()] if parts.normalize else []
     return SentenceTransformer(
         modules=modules, device=device, prompts=parts.prompts, similarity_fn_name=parts.similarity or "cosine"
     )
 
 
+def _write_native(description: Description, folder: Path) -> None:
+    """Write the weights in float32, config and tokenizer of a checkpoint in the native layout."""
+    save_model(load_described(description, dtype=torch.float32), folder, layout="native", dtype=torch.float32)
+    copy_tokenizer(description.places.model, folder)
+
+
 def _write_reranker(folder: Path, native: Path, *, seed: int) -> None:
     description = describe(folder)
     if description.task == "classify" and description.spec.num_labels == 1:
-        write_native(description, native)
+        _write_native(description, native)
         return
     save_model(open_encoder(folder).classifier(num_labels=1, seed=seed), native, layout="native", dtype=torch.float32)
     copy_tokenizer(description.places.model, native)

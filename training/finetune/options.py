@@ -1,14 +1,14 @@
-"""The options of `gte-train embed`, `rerank`, `sparse`, `retrieval` and `convert`; see `training/options.py`."""
+"""The options of `gte-train embed`, `rerank`, `sparse` and `retrieval`; see `training/options.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choices, option, required
-from gte_deploy.training.options import CheckpointLayout, StoredDtype, shipped_recipes
+from gte_deploy.training.options import shipped_recipes
 
 FineTuneKind = Literal["embed", "rerank", "sparse"]
 FINETUNE_RECIPES = "finetune"
@@ -155,18 +155,3 @@ class RetrievalOptions:
                 f"{self.batch_size}, resamples {self.resamples}, max_length {self.max_length}: expected at least 1, "
                 "and 4 tokens"
             )
-
-
-@dataclass(frozen=True)
-class CheckpointConvertArguments:
-    """A checkpoint, and the folder, layout and dtype that it is written in; see `convert_checkpoint`."""
-
-    model: str = required("checkpoint folder, preset name or hub id", positional=True, metavar="MODEL")
-    output: Path = required("folder to write", positional=True, metavar="OUTPUT", parse=Path)
-    force: bool = option(False, "write into a folder that holds files already")
-    layout: CheckpointLayout = option(
-        "native",
-        "native: the layout of transformers' own GTE; original: the layout of the published checkpoints",
-        choices=get_args(CheckpointLayout),
-    )
-    dtype: StoredDtype = option("float32", "dtype of the stored weights", choices=get_args(StoredDtype))

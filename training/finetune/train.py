@@ -159,7 +159,8 @@ def _correlation(model: Any, rows: datasets.Dataset, recipe: FineTuneRecipe) -> 
         rest: dict[str, Any] = {"show_progress_bar": False, "convert_to_tensor": True}
         pairs = model.encode_query(queries, **rest), model.encode_document(documents, **rest)
         found = model.similarity_pairwise(*pairs).cpu().numpy()
-    return float(spearmanr(found, list(rows["score"])).statistic)
+    correlation: Any = spearmanr(found, list(rows["score"]))
+    return float(correlation.statistic)
 
 
 def _trainer(
