@@ -216,12 +216,12 @@ def _export(given: Given) -> int:
 
 def _evaluate(given: Given) -> int:
     arguments, options = read_options(EvaluationArguments, given), read_options(EvaluationOptions, given)
-    _require_corpus(arguments.data)
     from gte_deploy.training.state import is_run
 
     for model in arguments.models:
         if not is_run(Path(model)):
             require_checkpoint(model)
+    _require_corpus(arguments.data)
     from gte_deploy.training.evaluation.masked_lm import evaluate, plot_comparison, table
 
     result = evaluate(arguments.models, data=arguments.data, options=options, progress=shows_progress(given))

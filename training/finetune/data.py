@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,12 +17,14 @@ from datasets.exceptions import DatasetsError
 
 from gte_deploy.core.errors import ConfigError, InputError
 from gte_deploy.training.data.readers import DATASET_PREFIX, load_dataset
+from gte_deploy.training.finetune.options import pairs_suffix
 from gte_deploy.training.finetune.recipe import FineTuneRecipe, HardNegatives
 
 logger = logging.getLogger(__name__)
 
 _compute: Any = pyarrow.compute  # it makes its functions when it is imported, so type checkers do not see them
 
+# The keys are PAIR_SUFFIXES.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
@@ -151,15 +152,12 @@ def relevance_of(rows: datasets.Dataset) -> tuple[dict[str, str], dict[str, str]
 
 
 def _open(name: str) -> datasets.Dataset:
-    if name.startswith(DATASET_PREFIX):
+    suffix = pairs_suffix(name)
+    if suffix is None:
         return load_dataset(name.removeprefix(DATASET_PREFIX), streaming=False)
-    path = Path(name)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if not path.is_file() or suffix not in _READERS:
-        raise InputError(f"{name}: expected a file of {', '.join(_READERS)}, or hf:NAME")
     kind, options = _READERS[suffix]
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+        return datasets.load_dataset(kind, data_files=name, split="train", **options)
     except (OSError, ValueError, DatasetsError) as error:
         reason = error.__cause__ or error
         raise InputError(f"{name} cannot be read: {reason}") from error

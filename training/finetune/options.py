@@ -8,16 +8,37 @@ from typing import Literal
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import check_choices, option, required
+from gte_deploy.training.data.readers import DATASET_PREFIX
 from gte_deploy.training.options import shipped_recipes
 
 FineTuneKind = Literal["embed", "rerank", "sparse"]
+PAIR_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FINETUNE_RECIPES = "finetune"
 """The folder of the shipped recipes for fine-tuning, inside that of all recipes."""
 
 
+def pairs_suffix(name: str) -> str | None:
+    """Return the suffix of a file of pairs, without ".gz", or None for a Hugging Face dataset.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if name.startswith(DATASET_PREFIX):
+        return None
+    path = Path(name)
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if not path.is_file() or suffix not in PAIR_SUFFIXES:
+        raise InputError(f"{name}: expected a file of {', '.join(PAIR_SUFFIXES)}, or hf:NAME")
+    return suffix
+
+
 @dataclass(frozen=True)
 class FineTuneArguments:
-    """The recipe, the data and the output folder of a fine-tuning; see `fine_tune_on_pairs`."""
+    """The recipe, the data and the output folder of a fine-tuning; see `fine_tune_on_pairs`.
+
+    Raises:
+        InputError: a file of pairs is missing or of another kind.
+    """
 
     recipe: str | None = option(
         None,
@@ -53,6 +74,10 @@ class FineTuneArguments:
         metavar="KEY=VALUE",
         repeated=True,
     )
+
+    def __post_init__(self) -> None:
+        for name in (*self.data, *self.eval_data):
+            pairs_suffix(name)
 
 
 @dataclass(frozen=True)
