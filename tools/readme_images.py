@@ -26,10 +26,10 @@ BARS = {
     "sentence-transformers openvino": "sentence-transformers on OpenVINO, FP32",
     "sentence-transformers, batches of 8": "sentence-transformers on torch, FP32, batches of 8",
     "sentence-transformers openvino, batches of 8": "sentence-transformers on OpenVINO, FP32, batches of 8",
-    "gte-deploy openvino fp32": "gte-deploy, FP32",
+    "gte-deploy openvino fp32": "gte-deploy on OpenVINO, FP32",
     "sentence-transformers openvino bf16, batches of 8": "sentence-transformers on OpenVINO, BF16, batches of 8",
-    "gte-deploy openvino bf16": "gte-deploy, BF16",
-    "gte-deploy openvino int8": "gte-deploy, INT8",
+    "gte-deploy openvino bf16": "gte-deploy on OpenVINO, BF16",
+    "gte-deploy openvino int8": "gte-deploy on OpenVINO, INT8",
 }
 # (text, quiet text, a peer's bar, our bar)
 COLOURS = {

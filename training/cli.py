@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy._version import __version__
+from gte_deploy.bundle.manifest import is_bundle
 from gte_deploy.core.command_line import CommandParser, OutputOptions, completes, run_command, shows_progress
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import require_modules
@@ -331,7 +332,8 @@ def _finetune(kind: FineTuneKind, given: Given) -> int:
 def _retrieval(given: Given) -> int:
     arguments, options = read_options(RetrievalArguments, given), read_options(RetrievalOptions, given)
     for model in arguments.models:
-        require_checkpoint(model)
+        if not is_bundle(Path(model)):
+            require_checkpoint(model)
     require_modules("sentence_transformers", extra="train")
     from gte_deploy.training.evaluation.retrieval import evaluate_retrieval, read_retrieval_set, table
 

@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import io
 import json
-import math
 import sys
 import tarfile
 import zipfile
@@ -18,18 +17,18 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sklearn.decomposition import TruncatedSVD
 from transformers import AutoTokenizer, BertConfig, BertModel, GteConfig, GteModel
 
 from gte_deploy.exporters.verification.texts import builtin_texts
 from gte_deploy.models import builtin_path
+from gte_deploy.training.evaluation.retrieval import RetrievalSet, evaluate_retrieval, read_retrieval_set
 from loading import load_file
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "tools" / "embed_tiny"
-readers, pairs, contrastive, retrieval = (
-    load_file(SCRIPTS / f"{name}.py", f"embed_tiny_{name}") for name in ("readers", "pairs", "contrastive", "retrieval")
+readers, pairs, contrastive = (
+    load_file(SCRIPTS / f"{name}.py", f"embed_tiny_{name}") for name in ("readers", "pairs", "contrastive")
 )
 
 
@@ -236,10 +235,9 @@ def test_equal_queries_are_one_query_with_several_documents(tmp_path: Path) -> N
         pairs.Pair("c", "cat", "x"),
     ]
     assert pairs.write_retrieval_test(tmp_path, found) == {"queries": 2, "documents": 3}
-    test = retrieval.read_test(tmp_path)
-    assert test.queries == {"q0": "dog", "q1": "cat"} and test.relevant == {"q0": {"d0", "d1"}, "q1": {"d2"}}
-    part = retrieval.read_test(tmp_path, sample=1)
-    assert part.relevant == {"q0": {"d0", "d1"}} and set(part.documents) == {"d0", "d1", "d2"}
+    test = read_test(tmp_path)
+    assert test.queries == {"q0": "dog", "q1": "cat"} and set(test.corpus) == {"d0", "d1", "d2"}
+    assert test.qrels == {"q0": {"d0": 1.0, "d1": 1.0}, "q1": {"d2": 1.0}}
 
 
 def test_an_anchor_that_says_nothing_is_left_out(tmp_path: Path, archive) -> None:
@@ -253,31 +251,8 @@ def test_an_anchor_that_says_nothing_is_left_out(tmp_path: Path, archive) -> Non
     assert [pair.anchor for pair in found] == ["About the a", "About the c", "About the d"]
 
 
-def test_bm25_is_lucenes_formula() -> None:
-    documents = ["red apple red", "green apple tree grows", "blue sky", "apple"]
-    queries = ["red apple", "blue blue", "nothing"]
-    split = [document.split() for document in documents]
-    mean = sum(map(len, split)) / len(split)
-    expected = np.zeros((3, 4))
-    for row, query in enumerate(queries):
-        for word in query.split():
-            holding = sum(word in words for words in split)
-            for column, words in enumerate(split):
-                norm = 1.2 * (1 - 0.75 + 0.75 * len(words) / mean)
-                idf = math.log(1 + (4 - holding + 0.5) / (holding + 0.5))
-                expected[row, column] += idf * words.count(word) / (words.count(word) + norm)
-    np.testing.assert_allclose(retrieval.bm25_scores(queries, documents).toarray(), expected, rtol=1e-12)
-
-
-def test_figures_are_those_of_sentence_transformers(data: Path) -> None:
-    test = retrieval.read_test(data / "tests" / "unseen")
-    evaluator = InformationRetrievalEvaluator(test.queries, test.documents, test.relevant, name="x", write_csv=False)
-    expected = evaluator(SentenceTransformer(str(data / "whole"), device="cpu"))
-    found = retrieval.measure(str(data / "whole"), test)
-    for ours, theirs in (("ndcg@10", "ndcg@10"), ("recall@10", "recall@10"), ("accuracy@1", "accuracy@1")):
-        assert found[ours] == pytest.approx(expected[f"x_cosine_{theirs}"], abs=1e-9)
-    bm25 = retrieval.measure("bm25", test)
-    assert bm25["ndcg@10"] > 0.9 > found["ndcg@10"]  # the number of the text is in title and body
+def read_test(folder: Path) -> RetrievalSet:
+    return read_retrieval_set(folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / "test.tsv")
 
 
 def test_targets_are_the_principal_directions() -> None:
@@ -306,9 +281,9 @@ def test_the_model_learns_pairs_and_teacher_and_goes_on(data: Path, settings, tm
     texts = [pair["anchor"] for pair in contrastive.read_training_pairs(data)]
     embeddings = model.encode(texts)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
-    before = retrieval.measure(str(settings.encoder), retrieval.read_test(data / "tests" / "unseen"))
-    after = retrieval.measure(str(tmp_path / "run" / "model"), retrieval.read_test(data / "tests" / "unseen"))
-    assert after["ndcg@10"] > before["ndcg@10"]
+    test = read_test(data / "tests" / "unseen")
+    _, before, after = evaluate_retrieval([str(settings.encoder), str(tmp_path / "run" / "model")], test)
+    assert after.figures["ndcg@10"].mean > before.figures["ndcg@10"].mean
     # The similarities are nearer to those of the teacher.
     teacher, raw = (SentenceTransformer(str(data / name), device="cpu").encode(texts) for name in ("whole", "student"))
     assert correlation(embeddings, teacher) > correlation(raw, teacher) + 0.1

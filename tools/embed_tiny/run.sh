@@ -1,12 +1,12 @@
 #!/bin/sh
 # Make gte-en-embed-tiny, an embedding model of the encoder that ships inside the package: in WORK, from a checkout.
 #
-#   pip install -e '.[train,onnx]'         # on Debian 12, with `apt-get update` done
+#   pip install -e '.[train,export]'         # on Debian 12, with `apt-get update` done
 #   tools/embed_tiny/run.sh WORK           # hours on two CPU cores; the same command continues a stopped run
-#   SAMPLE=100 tools/embed_tiny/run.sh WORK --pairs 2048 --epochs 1     # in miniature
+#   QUERIES=100 tools/embed_tiny/run.sh WORK --pairs 2048 --epochs 1     # in miniature
 #
 # Further arguments go to contrastive.py. WORK/run/model then holds the model, WORK/bundle its INT8 bundle, and
-# WORK/figures.json what both find in held-out texts, beside BM25, the encoder and the teacher.
+# WORK/figures-TEST.json what both find in held-out texts, beside BM25, the encoder and the teacher.
 set -eu
 
 scripts=$(cd "$(dirname "$0")" && pwd)
@@ -20,15 +20,15 @@ cd "$work"
 [ -e run/model/model.safetensors ] || python "$scripts/contrastive.py" data run "$@"
 [ -e bundle/manifest.json ] || gte-export run/model --output bundle --precision int8
 
-# All queries and documents, unless SAMPLE says how many.
-encoder=$(python -c "from gte_deploy.models import builtin_path; print(builtin_path())")
+# All queries, unless QUERIES says how many of each test.
 teacher=data/teacher
 [ -e "$teacher/config.json" ] || teacher=    # with --distil 0 there is none
-# shellcheck disable=SC2086
-python "$scripts/retrieval.py" data ${SAMPLE:+--sample "$SAMPLE"} \
-    bm25 "$encoder" $teacher run/model bundle > figures.json.part
-mv figures.json.part figures.json
-cat figures.json
+for test in data/tests/*/; do
+    name=$(basename "$test")
+    # shellcheck disable=SC2086
+    gte-train retrieval gte-en-mlm-tiny $teacher run/model bundle --data "$test" ${QUERIES:+--max-queries "$QUERIES"} \
+        -o "figures-$name.json"
+done
 
 # What a download of the package would grow by: its archive is compressed, too.
 python -m zipfile -c bundle.zip bundle/

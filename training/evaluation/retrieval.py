@@ -5,6 +5,7 @@ The figures are means over the queries, with bootstrap intervals, and each model
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.core.errors import InputError, NonFiniteError
+from gte_deploy.bundle.manifest import is_bundle
+from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.training.evaluation.bm25 import BM25
 from gte_deploy.training.finetune.options import FineTuneKind, RetrievalOptions
 
@@ -34,6 +36,14 @@ _BASELINE = "bm25"
 _CHUNK = 20_000  # documents whose embeddings are held at once
 _QUERIES = 256  # queries that are compared with them at once
 _CONFIDENCE = 0.95
+# Task of a bundle -> how it ranks.
+_KINDS: Mapping[str, FineTuneKind] = {
+    "embed": "embed",
+    "fill-mask": "embed",
+    "hybrid": "embed",
+    "sparse": "sparse",
+    "classify": "rerank",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,12 @@ class RetrievalSet:
     def judged(self) -> list[str]:
         """Ids of the queries with a relevant document; the others cannot be evaluated."""
         return [i for i in self.queries if any(value > 0 for value in self.qrels.get(i, {}).values())]
+
+    def drawn(self, count: int, *, seed: int) -> RetrievalSet:
+        """Return the set with at most `count` judged queries, drawn by the seed, and all documents."""
+        judged = self.judged
+        chosen = np.random.default_rng(seed).permutation(len(judged))[:count]
+        return RetrievalSet(self.corpus, {judged[i]: self.queries[judged[i]] for i in sorted(chosen)}, self.qrels)
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ def evaluate_retrieval(
     """Evaluate BM25 and models on a retrieval set.
 
     Args:
-        models: folders or hub ids; see `open_trained`.
+        models: folders or hub ids of checkpoints, see `open_trained`; or folders of bundles, which gte_deploy runs.
         data: the retrieval set.
         options: metrics, depths and device.
         progress: whether lines on stderr tell what is computed.
@@ -132,16 +148,16 @@ def evaluate_retrieval(
         ConfigError: a model is for another task.
     """
     options = options or RetrievalOptions()
+    if options.max_queries is not None:
+        data = data.drawn(options.max_queries, seed=options.seed)
     first = rank_by_words(data, max(options.rerank_depth, *options.recall_at, options.top_k))
     values: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
     values[_BASELINE, _BASELINE] = query_metrics(first, data, options)
-    from gte_deploy.training.finetune.opening import open_trained
-
     for name in dict.fromkeys(models):
         if progress:
             print(f"{name}: {len(data.judged):,} queries, {len(data.corpus):,} documents", file=sys.stderr, flush=True)
-        kind, model = open_trained(name, max_length=options.max_length, device=options.device)
-        values[name, kind] = query_metrics(rank_by_model(kind, model, data, options, first=first), data, options)
+        with _opened(name, options) as (kind, model):
+            values[name, kind] = query_metrics(rank_by_model(kind, model, data, options, first=first), data, options)
     (_, baseline), *_ = values.items()
     rows = []
     for number, ((name, of), metrics) in enumerate(values.items()):
@@ -167,7 +183,7 @@ def rank_by_model(
 
     Args:
         kind: the kind of the model.
-        model: a SentenceTransformer, SparseEncoder or CrossEncoder.
+        model: a SentenceTransformer, SparseEncoder or CrossEncoder, or a model of gte_deploy, which has their methods.
         data: the retrieval set.
         options: depth and batch size.
         first: the ranking whose best documents a reranker orders; None takes BM25's.
@@ -216,6 +232,27 @@ def table(rows: Sequence[RetrievalRow], data: RetrievalSet) -> str:
             difference = f"{paired.mean:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}]"
         lines.append(f"{row.name:{width}}  {row.kind:6}{means}  {interval:>18}  {difference:>26}".rstrip())
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _opened(name: str, options: RetrievalOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+    """Open a checkpoint with sentence-transformers, or a bundle with gte_deploy; both cut texts that are too long."""
+    if not is_bundle(Path(name)):
+        from gte_deploy.training.finetune.opening import open_trained
+
+        yield open_trained(name, max_length=options.max_length, device=options.device)
+        return
+    import gte_deploy
+
+    with gte_deploy.load(name, device=options.device) as model:
+        spec = model.spec
+        kind = _KINDS.get(spec.task)
+        if kind is None or (kind == "rerank" and spec.num_labels != 1):
+            raise ConfigError(
+                f"{name} is a bundle for {spec.task}; expected one that embeds, or a reranker of one label"
+            )
+        model.max_seq_length = min(options.max_length or spec.max_length, spec.max_length)
+        yield kind, model
 
 
 def _rank_pairs(model: Any, data: RetrievalSet, options: RetrievalOptions, first: Ranking) -> Ranking:

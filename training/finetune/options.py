@@ -85,7 +85,7 @@ class RetrievalArguments:
     """The models and the retrieval set of an evaluation.
 
     Args:
-        models: checkpoint folders, hub ids, or "bm25".
+        models: checkpoint folders, hub ids, or folders of bundles.
         data: folder of a retrieval set in the layout of BEIR.
         split: the file of relevance judgements in its folder qrels.
         corpus: file of documents in place of the folder's.
@@ -99,8 +99,8 @@ class RetrievalArguments:
 
     models: tuple[str, ...] = option(
         (),
-        "checkpoint folders or hub ids of embedding models, sparse models and rerankers (which order the best "
-        "documents of BM25); BM25 itself is always the first row",
+        "checkpoint folders, hub ids or bundles of embedding models, sparse models and rerankers (which order the "
+        "best documents of BM25); BM25 itself is always the first row",
         positional=True,
         nargs="*",
         metavar="MODEL",
@@ -146,8 +146,9 @@ class RetrievalOptions:
         rerank_depth: number of BM25's documents that a reranker orders.
         batch_size: texts that a model computes at once.
         max_length: tokens at which texts are cut; None for the model's own limit.
+        max_queries: at most so many queries, drawn by the seed; None takes all.
         resamples: number of bootstrap samples of the queries for the intervals.
-        seed: seed of the bootstrap.
+        seed: seed of the bootstrap and of the drawn queries.
         device: "cuda" or "cpu"; None takes a GPU if there is one.
 
     Raises:
@@ -165,18 +166,22 @@ class RetrievalOptions:
         metavar="TOKENS",
         parse=int,
     )
+    max_queries: int | None = option(
+        None, "at most N queries, drawn by the seed, among all documents (default: all)", metavar="N", parse=int
+    )
     resamples: int = option(1000, "bootstrap samples of the queries for the intervals", metavar="N", parse=int)
-    seed: int = option(0, "seed of the bootstrap", metavar="SEED", parse=int)
+    seed: int = option(0, "seed of the bootstrap and of the drawn queries", metavar="SEED", parse=int)
     device: Literal["cpu", "cuda"] | None = option(
         None, "where to compute (default: a GPU where there is one, else the CPU)", choices=("cpu", "cuda")
     )
 
     def __post_init__(self) -> None:
         check_choices(self)
-        least = min(self.top_k, *self.recall_at, self.rerank_depth, self.batch_size, self.resamples)
+        counts = (self.top_k, *self.recall_at, self.rerank_depth, self.batch_size, self.resamples)
+        least = min(*counts, 1 if self.max_queries is None else self.max_queries)
         if least < 1 or (self.max_length is not None and self.max_length < 4):
             raise InputError(
                 f"top_k {self.top_k}, recall_at {self.recall_at}, rerank_depth {self.rerank_depth}, batch_size "
-                f"{self.batch_size}, resamples {self.resamples}, max_length {self.max_length}: expected at least 1, "
-                "and 4 tokens"
+                f"{self.batch_size}, resamples {self.resamples}, max_queries {self.max_queries}, max_length "
+                f"{self.max_length}: expected at least 1, and 4 tokens"
             )

@@ -11,6 +11,7 @@ from sklearn.metrics import ndcg_score
 from factories import SPELLING, make_checkpoint
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.exit_codes import OK, USAGE
+from gte_deploy.exporters.export import export
 from gte_deploy.training.cli import main
 from gte_deploy.training.evaluation.bm25 import BM25
 from gte_deploy.training.evaluation.retrieval import (
@@ -142,6 +143,20 @@ def test_chunks_of_documents_change_nothing(embedder, monkeypatch):
     for query, found in whole.items():
         assert [document for document, _ in found] == [document for document, _ in parts[query]]
         np.testing.assert_allclose([s for _, s in found], [s for _, s in parts[query]], atol=1e-6)
+
+
+def test_a_bundle_ranks_as_its_checkpoint(embedder, tmp_path):
+    bundle = export(embedder, tmp_path / "bundle", max_length=32).path
+    checkpoint, exported = evaluate_retrieval([str(embedder), str(bundle)], DATA)[1:]
+    assert (exported.name, exported.kind) == (str(bundle), "embed")
+    assert exported.figures == checkpoint.figures
+
+
+def test_a_part_of_the_queries_is_drawn_by_the_seed():
+    drawn = {seed: tuple(DATA.drawn(1, seed=seed).judged) for seed in range(20)}
+    assert set(drawn.values()) == {("q1",), ("q2",), ("q4",)}
+    assert DATA.drawn(1, seed=3).judged == list(drawn[3]) and DATA.drawn(1, seed=3).corpus == DOCUMENTS
+    assert DATA.drawn(9, seed=0).judged == DATA.judged
 
 
 def test_a_reranker_orders_the_best_of_bm25(tmp_path):
