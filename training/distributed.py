@@ -50,12 +50,12 @@ class World:
         return self.rank == 0
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """Return the integers of every rank, in the order of the ranks. Every rank has to call it."""
+        """Return the integers of every rank, in their order. Every rank has to call it; no rank waits for its GPU."""
         if self.size == 1:
             return [list(values)]
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        mine = torch.tensor(values, dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
+        dist.all_gather(everyone, mine, group=self.votes)
         return torch.stack(everyone).tolist()
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -306,7 +306,7 @@ def _memory(
     one layer is gathered ahead of the layer that computes. Between the micro-batches of a step the gradients add up
     unsharded.
     """
-    bfloat16 = recipe.dtype == "bfloat16"
+    bfloat16 = recipe.dtype != "float32"  # "auto" is bfloat16 on a GPU
     shard = gpus if recipe.sharding == "fsdp" else 1
     gathered = sizes.total - (config.num_hidden_layers - 2) * sizes.layer if shard > 1 else 0
     cast = 2 * sizes.matrices if bfloat16 else 0  # autocast keeps the weights' casts until the backward pass

@@ -44,7 +44,7 @@ from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors, model_source
 from gte_deploy.training.optim import build_optimizer, learning_rate, plateau_end, set_learning_rate
-from gte_deploy.training.recipe import Recipe, Stage, dump_recipe
+from gte_deploy.training.recipe import Recipe, Stage, dump_recipe, settled_execution
 from gte_deploy.training.rescue import settled_recipe
 from gte_deploy.training.run import Run, StepSize, StopRequested, StopSignal, corpus_fingerprint
 from gte_deploy.training.saving import Saver
@@ -116,6 +116,7 @@ def train(
         if resumed:
             _require_same_run(corpus, resumed)
             recipe = settled_recipe(recipe, resumed)
+        recipe = settled_execution(recipe, on_gpu=world.device.type == "cuda")
         store.milestones = frozenset(_plateau_ends(recipe))
         model = _model_to_continue(recipe, resumed)
         _require_fit(recipe, corpus, model.config)

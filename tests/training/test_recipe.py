@@ -1,5 +1,6 @@
 """Recipes: every mistake is named by its path, and the shipped ones hold the published values."""
 
+import dataclasses
 import re
 from importlib import resources
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from gte_deploy.core.errors import ConfigError
+from gte_deploy.training import recipe as recipe_module
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.sampling import survey
 from gte_deploy.training.recipe import (
@@ -18,6 +20,7 @@ from gte_deploy.training.recipe import (
     load_recipe,
     recipe_from_dict,
     recipe_to_dict,
+    settled_execution,
     shipped_recipes,
 )
 
@@ -55,7 +58,7 @@ def recipe(**stage) -> dict:
         (recipe(max_length=65536), "tokens_per_micro_batch is 32768; expected at least the longest max_length, 65536"),
         ({**recipe(), "stages": [STAGE, STAGE]}, "stages is .* expected names that differ"),
         ({**recipe(), "stages": []}, "stages is .* expected at least one"),
-        ({**recipe(), "dtype": "float16"}, "dtype is 'float16'; expected one of bfloat16, float32"),
+        ({**recipe(), "dtype": "float16"}, "dtype is 'float16'; expected one of auto, bfloat16, float32"),
         (recipe(rope_theta="same"), "stages.0.rope_theta is nan; expected a finite number, or keep .received 'same'"),
         (recipe(rope_theta=0), "stages.0.rope_theta is 0.0; expected more than 0, or keep"),
         (recipe(source_weights=3), "stages.0.source_weights is 3; expected keys and values"),
@@ -140,6 +143,26 @@ def test_shipped_recipes_hold_the_published_values(name):
     assert made.dtype == "bfloat16"
     # Short texts are dropped after the first stage only, by the same rule in each stage.
     assert [stage.resampling.keep_prob < 1 for stage in made.stages] == [False, *[True] * (len(made.stages) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "flags", "triton", "decided"),
+    [
+        (True, (), True, ("bfloat16", True)),
+        (True, (), False, ("bfloat16", False)),
+        (False, ("avx512_bf16", "amx_bf16"), True, ("bfloat16", False)),
+        (False, ("avx512_bf16",), True, ("float32", False)),
+    ],
+)
+def test_auto_is_decided_by_the_machine(on_gpu, flags, triton, decided, monkeypatch):
+    monkeypatch.setattr(recipe_module, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(recipe_module.importlib.util, "find_spec", lambda name: name if triton else None)
+    made = load_recipe("gte-en-mlm-tiny")
+    assert (made.dtype, made.compile) == ("auto", "auto")
+    found = settled_execution(made, on_gpu=on_gpu)
+    assert (found.dtype, found.compile) == decided
+    given = dataclasses.replace(made, dtype="float32", compile=False)
+    assert settled_execution(given, on_gpu=on_gpu) == given
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
