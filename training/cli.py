@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from gte_deploy._version import __version__
 from gte_deploy.bundle.manifest import is_bundle
 from gte_deploy.core.command_line import CommandParser, OutputOptions, completes, run_command, shows_progress
 from gte_deploy.core.cpus import available_cpus
-from gte_deploy.core.errors import require_modules
+from gte_deploy.core.errors import ConfigError, require_modules
 from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_codes_help
 from gte_deploy.core.files import require_free, write_text
 from gte_deploy.core.hub import HubModel
@@ -329,6 +329,37 @@ def _finetune(kind: FineTuneKind, given: Given) -> int:
     return OK
 
 
+# Task of a bundle -> how it ranks.
+_RANKS: Mapping[str, FineTuneKind] = {
+    "embed": "embed",
+    "fill-mask": "embed",
+    "hybrid": "embed",
+    "sparse": "sparse",
+    "classify": "rerank",
+}
+
+
+@contextlib.contextmanager
+def _open_for_ranking(name: str, options: RetrievalOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+    """Open a checkpoint with sentence-transformers, or a bundle with gte_deploy; both cut texts that are too long."""
+    if not is_bundle(Path(name)):
+        from gte_deploy.training.evaluation.retrieval import open_to_rank
+
+        with open_to_rank(name, options) as opened:
+            yield opened
+        return
+    import gte_deploy
+
+    with gte_deploy.load(name, device=options.device) as model:
+        spec = model.spec
+        kind = _RANKS.get(spec.task)
+        if kind is None or (kind == "rerank" and spec.num_labels != 1):
+            expected = "one that embeds, or a reranker of one label"
+            raise ConfigError(f"{name} is a bundle for {spec.task}; expected {expected}")
+        model.max_seq_length = min(options.max_length or spec.max_length, spec.max_length)
+        yield kind, model
+
+
 def _retrieval(given: Given) -> int:
     arguments, options = read_options(RetrievalArguments, given), read_options(RetrievalOptions, given)
     for model in arguments.models:
@@ -338,7 +369,9 @@ def _retrieval(given: Given) -> int:
     from gte_deploy.training.evaluation.retrieval import evaluate_retrieval, read_retrieval_set, table
 
     data = read_retrieval_set(*arguments.files)
-    rows = evaluate_retrieval(arguments.models, data, options=options, progress=shows_progress(given))
+    rows = evaluate_retrieval(
+        arguments.models, data, options=options, progress=shows_progress(given), open_model=_open_for_ranking
+    )
     text = json.dumps([row.to_dict() for row in rows], indent=2)
     if arguments.output is not None:
         write_text(arguments.output, text + "\n")

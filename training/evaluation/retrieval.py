@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.bundle.manifest import is_bundle
-from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
+from gte_deploy.core.errors import InputError, NonFiniteError
 from gte_deploy.training.evaluation.bm25 import BM25
 from gte_deploy.training.finetune.options import FineTuneKind, RetrievalOptions
 
@@ -32,18 +32,13 @@ logger = logging.getLogger(__name__)
 Ranking = dict[str, list[tuple[str, float]]]
 """Query id -> ids and scores of its documents, best first."""
 
+OpenModel = Callable[[str, RetrievalOptions], AbstractContextManager[tuple[FineTuneKind, Any]]]
+"""Opens a model for ranking: its kind, and the model with the methods that `rank_by_model` calls."""
+
 _BASELINE = "bm25"
 _CHUNK = 20_000  # documents whose embeddings are held at once
 _QUERIES = 256  # queries that are compared with them at once
 _CONFIDENCE = 0.95
-# Task of a bundle -> how it ranks.
-_KINDS: Mapping[str, FineTuneKind] = {
-    "embed": "embed",
-    "fill-mask": "embed",
-    "hybrid": "embed",
-    "sparse": "sparse",
-    "classify": "rerank",
-}
 
 
 @dataclass(frozen=True)
@@ -130,15 +125,21 @@ def read_retrieval_set(corpus: Path, queries: Path, qrels: Path) -> RetrievalSet
 
 
 def evaluate_retrieval(
-    models: Sequence[str], data: RetrievalSet, *, options: RetrievalOptions | None = None, progress: bool = False
+    models: Sequence[str],
+    data: RetrievalSet,
+    *,
+    options: RetrievalOptions | None = None,
+    progress: bool = False,
+    open_model: OpenModel | None = None,
 ) -> list[RetrievalRow]:
     """Evaluate BM25 and models on a retrieval set.
 
     Args:
-        models: folders or hub ids of checkpoints, see `open_trained`; or folders of bundles, which gte_deploy runs.
+        models: folders or hub ids of checkpoints, or whatever `open_model` opens.
         data: the retrieval set.
         options: metrics, depths and device.
         progress: whether lines on stderr tell what is computed.
+        open_model: opens a model by its name; None is `open_to_rank`.
 
     Returns:
         a row for BM25, and one for each model.
@@ -156,7 +157,7 @@ def evaluate_retrieval(
     for name in dict.fromkeys(models):
         if progress:
             print(f"{name}: {len(data.judged):,} queries, {len(data.corpus):,} documents", file=sys.stderr, flush=True)
-        with _opened(name, options) as (kind, model):
+        with (open_model or open_to_rank)(name, options) as (kind, model):
             values[name, kind] = query_metrics(rank_by_model(kind, model, data, options, first=first), data, options)
     (_, baseline), *_ = values.items()
     rows = []
@@ -235,24 +236,11 @@ def table(rows: Sequence[RetrievalRow], data: RetrievalSet) -> str:
 
 
 @contextlib.contextmanager
-def _opened(name: str, options: RetrievalOptions) -> Iterator[tuple[FineTuneKind, Any]]:
-    """Open a checkpoint with sentence-transformers, or a bundle with gte_deploy; both cut texts that are too long."""
-    if not is_bundle(Path(name)):
-        from gte_deploy.training.finetune.opening import open_trained
+def open_to_rank(name: str, options: RetrievalOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+    """Open a checkpoint with sentence-transformers; see `open_trained`. Texts that are too long are cut."""
+    from gte_deploy.training.finetune.opening import open_trained
 
-        yield open_trained(name, max_length=options.max_length, device=options.device)
-        return
-    import gte_deploy
-
-    with gte_deploy.load(name, device=options.device) as model:
-        spec = model.spec
-        kind = _KINDS.get(spec.task)
-        if kind is None or (kind == "rerank" and spec.num_labels != 1):
-            raise ConfigError(
-                f"{name} is a bundle for {spec.task}; expected one that embeds, or a reranker of one label"
-            )
-        model.max_seq_length = min(options.max_length or spec.max_length, spec.max_length)
-        yield kind, model
+    yield open_trained(name, max_length=options.max_length, device=options.device)
 
 
 def _rank_pairs(model: Any, data: RetrievalSet, options: RetrievalOptions, first: Ranking) -> Ranking:

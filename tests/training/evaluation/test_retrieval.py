@@ -145,11 +145,12 @@ def test_chunks_of_documents_change_nothing(embedder, monkeypatch):
         np.testing.assert_allclose([s for _, s in found], [s for _, s in parts[query]], atol=1e-6)
 
 
-def test_a_bundle_ranks_as_its_checkpoint(embedder, tmp_path):
+def test_a_bundle_ranks_as_its_checkpoint(embedder, folder, tmp_path, capsys):
     bundle = export(embedder, tmp_path / "bundle", max_length=32).path
-    checkpoint, exported = evaluate_retrieval([str(embedder), str(bundle)], DATA)[1:]
-    assert (exported.name, exported.kind) == (str(bundle), "embed")
-    assert exported.figures == checkpoint.figures
+    assert main(["retrieval", str(embedder), str(bundle), "--data", str(folder), "--json"]) == OK
+    _, checkpoint, exported = json.loads(capsys.readouterr().out)
+    assert (exported["model"], exported["kind"]) == (str(bundle), "embed")
+    assert exported["figures"] == checkpoint["figures"]
 
 
 def test_a_part_of_the_queries_is_drawn_by_the_seed():
