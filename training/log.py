@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.files import write_text, write_with
 from gte_deploy.training.evaluation.held_out import MaskedTokenScores
+from gte_deploy.training.figures import new_figure
 
 LOG_FILE = "log.jsonl"
 PLOT_FILE = "training.png"
@@ -207,11 +208,7 @@ def plot_run(folder: Path) -> Path:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train") from error
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = new_figure(9, 8)
     _draw(figure, folder / LOG_FILE)
     path = folder / PLOT_FILE
     write_with(path, lambda aside: figure.savefig(aside, format="png", dpi=120))

@@ -417,6 +417,39 @@ class EvaluationOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
+class FineTuningOptions(DeviceOptions):
+    """What the fine-tunings of GLUE and XTREME-R share.
+
+    Args:
+        device: "cuda" or "cpu"; None takes a GPU if there is one.
+        seeds: seeds of new heads, of dropout and of the order of the examples; each counts once.
+        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
+        tokenizer: folder or hub id of a tokenizer that replaces the checkpoint's; None for its own.
+        padding: "remove" lets the encoder compute no padding, "keep" pads each batch, and "auto" removes padding on a
+            GPU in bfloat16 where the model's family and its dropout of attention allow it.
+
+    Raises:
+        InputError: a value is none of the choices.
+    """
+
+    seeds: tuple[int, ...] = option((0,), "fine-tune once with each seed", nargs="+", metavar="SEED", parse=int)
+    dtype: Dtype | None = option(
+        None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
+    )
+    tokenizer: str | None = option(
+        None, "folder or hub id of a tokenizer that replaces the checkpoint's (default: its own)", metavar="TOKENIZER"
+    )
+    padding: PaddingChoice = option(
+        "auto",
+        "remove: the encoder computes no padding (default: on a GPU in bfloat16, where the model allows it)",
+        choices=get_args(PaddingChoice),
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(frozen=True)
 class GlueArguments:
     """The model or the systems to evaluate, and the folder of the results.
 
@@ -460,18 +493,12 @@ class GlueArguments:
 
 
 @dataclass(frozen=True)
-class GlueOptions(DeviceOptions):
-    """The tasks, data, seeds, tokenizer, padding and dtype of a GLUE evaluation.
+class GlueOptions(FineTuningOptions):
+    """The tasks and data of a GLUE evaluation, and what `FineTuningOptions` has.
 
     Args:
-        device: "cuda" or "cpu"; None takes a GPU if there is one.
         data: folder of the tasks' files, see `glue_tasks.load_split`; None reads the hub.
         tasks: names of the tasks; MNLI is added if a task starts from it.
-        seeds: seeds of the new head, the dropout and the order of the examples; each counts once.
-        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
-        tokenizer: folder or hub id of a tokenizer that replaces the checkpoint's; None for its own.
-        padding: "remove" lets the encoder compute no padding, "keep" pads each batch, and "auto" removes padding on a
-            GPU in bfloat16 where the model's family and its dropout of attention allow it.
 
     Raises:
         InputError: a value is none of the choices.
@@ -490,21 +517,6 @@ class GlueOptions(DeviceOptions):
         nargs="+",
         metavar="TASK",
     )
-    seeds: tuple[int, ...] = option((0,), "fine-tune once with each seed", nargs="+", metavar="SEED", parse=int)
-    dtype: Dtype | None = option(
-        None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
-    )
-    tokenizer: str | None = option(
-        None, "folder or hub id of a tokenizer that replaces the checkpoint's (default: its own)", metavar="TOKENIZER"
-    )
-    padding: PaddingChoice = option(
-        "auto",
-        "remove: the encoder computes no padding (default: on a GPU in bfloat16, where the model allows it)",
-        choices=get_args(PaddingChoice),
-    )
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)

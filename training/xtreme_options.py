@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import check_choices, option
-from gte_deploy.training.options import DeviceOptions, Dtype, PaddingChoice
+from gte_deploy.core.options import option
+from gte_deploy.training.options import FineTuningOptions
 
 XtremeTask = Literal[
     "xnli", "xcopa", "udpos", "wikiann", "xquad", "mlqa", "tydiqa", "mewslix", "lareqa", "tatoeba"
@@ -58,18 +58,12 @@ class XtremeArguments:
 
 
 @dataclass(frozen=True)
-class XtremeOptions(DeviceOptions):
-    """The tasks, languages, seeds, padding and dtype of an XTREME-R evaluation, and changes of its protocol.
+class XtremeOptions(FineTuningOptions):
+    """The tasks and languages of an XTREME-R evaluation, changes of its protocol, and what `FineTuningOptions` has.
 
     Args:
-        device: "cuda" or "cpu"; None takes a GPU if there is one.
         tasks: names of the tasks. Tasks that need the same fine-tuned model share it.
         languages: codes of the languages to test; None for all of each task.
-        seeds: seeds of new heads, of dropout and of the order of the examples; each counts once.
-        dtype: "bfloat16" for autocast, or "float32"; None is bfloat16 on a GPU, else float32.
-        tokenizer: folder or hub id of a tokenizer that replaces the checkpoint's; None for its own.
-        padding: "remove" lets the encoder compute no padding, "keep" pads each batch, and "auto" removes padding on a
-            GPU in bfloat16 where the model's family and its dropout of attention allow it.
         max_length: longest example in tokens; None, as for the next three, is the published value of each task.
         batch_size: examples of a step.
         learning_rate: peak learning rate.
@@ -89,18 +83,6 @@ class XtremeOptions(DeviceOptions):
     languages: tuple[str, ...] | None = option(
         None, "test only these languages, as in: en de (default: all of each task)", nargs="+", metavar="CODE"
     )
-    seeds: tuple[int, ...] = option((0,), "fine-tune once with each seed", nargs="+", metavar="SEED", parse=int)
-    dtype: Dtype | None = option(
-        None, "dtype of the computation (default: bfloat16 on a GPU, else float32)", choices=get_args(Dtype)
-    )
-    tokenizer: str | None = option(
-        None, "folder or hub id of a tokenizer that replaces the checkpoint's (default: its own)", metavar="TOKENIZER"
-    )
-    padding: PaddingChoice = option(
-        "auto",
-        "remove: the encoder computes no padding (default: on a GPU in bfloat16, where the model allows it)",
-        choices=get_args(PaddingChoice),
-    )
     max_length: int | None = option(
         None,
         "longest example in tokens (default: as published for each task)",
@@ -117,6 +99,3 @@ class XtremeOptions(DeviceOptions):
     epochs: int | None = option(
         None, "passes over the training examples (default: as published for each task)", metavar="N", parse=int
     )
-
-    def __post_init__(self) -> None:
-        check_choices(self)

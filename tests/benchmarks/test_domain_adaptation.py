@@ -56,7 +56,6 @@ def test_documents_are_split_by_their_hash():
 @pytest.mark.slow
 def test_the_measurement_in_miniature(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """Texts that are there are not downloaded; two steps of each run, a table, and a result with its commands."""
-    pytest.importorskip("matplotlib")
     entry = "A word that means a thing of the sea, and in old books a ship of war with many guns."
     for folder, held_out in (("domain", "held-out"), ("corpus", "heldout")):
         (tmp_path / folder).mkdir()

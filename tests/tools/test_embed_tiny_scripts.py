@@ -148,7 +148,10 @@ def test_pod_and_mallard_pair_titles_with_the_text_below(archive) -> None:
     ]
 
 
-@pytest.mark.skipif(not Path("/usr/lib/apt/apt-helper").exists(), reason="needs apt")
+@pytest.mark.skipif(
+    not Path("/usr/lib/apt/apt-helper").exists(),
+    reason="apt's own program reads Debian's package lists; only Debian has it",
+)
 def test_descriptions_of_packages_belong_to_their_source(tmp_path: Path) -> None:
     (tmp_path / "debian_main_Packages").write_text(
         "Package: game\nVersion: 1\n\nPackage: game-data\nSource: game (1)\n"

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GteForMaskedLM
 
-from gte_deploy.core.errors import ConfigError, InputError, MissingDependencyError, NonFiniteError
+from gte_deploy.core.errors import ConfigError, InputError, NonFiniteError
 from gte_deploy.core.files import write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
@@ -32,6 +32,7 @@ from gte_deploy.training.data.packing import MicroBatch, StepSettings, micro_bat
 from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex, Chunking, Resampling
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation.held_out import ratio_of_sums
+from gte_deploy.training.figures import new_figure
 from gte_deploy.training.model import micro_batch_tensors
 from gte_deploy.training.options import ExtrapolationOptions
 
@@ -172,11 +173,7 @@ def plot(result: Extrapolation, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     buckets, contexts = result.by_position, result.by_context
     middles = [(bucket.start + bucket.stop) / 2 for bucket in buckets]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.core.errors import ConfigError, MissingDependencyError
+from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.files import write_with
 from gte_deploy.models import resolve_checkpoint
 from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attention
@@ -43,6 +43,7 @@ from gte_deploy.training.evaluation.held_out import (
     scores_of,
 )
 from gte_deploy.training.export import checkpoint_model
+from gte_deploy.training.figures import new_figure
 from gte_deploy.training.model import token_scores
 from gte_deploy.training.options import Dtype, EvaluationOptions
 from gte_deploy.training.run import corpus_fingerprint
@@ -243,11 +244,7 @@ def plot_comparison(result: HeldOutComparison, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train") from error
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = new_figure(12, 4.5)
     panels = figure.subplots(1, 3)
     columns = (("loss, nats per masked token", 1), ("top-1 accuracy, %", 100), ("top-5 accuracy, %", 100))
     sources = [score.source or "(none)" for score in result.models[0].scores]

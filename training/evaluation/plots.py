@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.files import write_with
+from gte_deploy.training.figures import new_figure
 
 LOSSES_FILE = "losses.png"
 _MOST_POINTS = 200  # of one curve; more are averaged
@@ -78,8 +78,4 @@ def _averaged(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return new_figure(width, height)

@@ -10,8 +10,9 @@ from typing import Any, TextIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gte_deploy.core.errors import MissingDependencyError, NonFiniteError
+from gte_deploy.core.errors import NonFiniteError
 from gte_deploy.core.files import write_text, write_with
+from gte_deploy.training.figures import new_figure
 from gte_deploy.training.log import LOG_FILE, PLOT_FILE, format_seconds, read_log
 from gte_deploy.training.run import StopSignal
 
@@ -87,12 +88,8 @@ def plot_finetuning(folder: Path) -> Path:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "train") from error
     records = read_log(folder / LOG_FILE)
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = new_figure(9, 6)
     above, below = figure.subplots(2, 1, sharex=True)
     for axes, name, label in ((above, "loss", "training"), (above, "eval_loss", "evaluation"), (below, _RATE, "")):
         chosen = [record for record in records if name in record]

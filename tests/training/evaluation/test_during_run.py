@@ -117,8 +117,8 @@ def test_a_resumed_run_has_each_evaluation_once(evaluated, corpus_folder: Path, 
 def test_the_command_shows_them_in_progress_tensorboard_and_plot(
     make_recipe, corpus_folder: Path, held_out: Path, tmp_path: Path, capsys, monkeypatch
 ):
-    pytest.importorskip("matplotlib")
-    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as event_file
+
     monkeypatch.undo()
     (tmp_path / "recipe.yaml").write_text(json.dumps(make_recipe(steps=(2,))))
     arguments = ["run", str(tmp_path / "recipe.yaml"), "--data", str(corpus_folder), "-o", str(tmp_path / "run")]
@@ -131,7 +131,8 @@ def test_the_command_shows_them_in_progress_tensorboard_and_plot(
 
 
 def test_the_plot_has_a_line_for_each_source(evaluated, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
+    from matplotlib import figure
+
     from gte_deploy.training.log import plot_run
 
     labels: list[str] = []

@@ -252,7 +252,6 @@ def test_not_a_number_is_refused(tiny_mlm: Path, two_sources: Path, tmp_path: Pa
 
 
 def test_command_writes_json_and_plot(tiny_mlm: Path, other_mlm: Path, two_sources: Path, tmp_path: Path, capsys):
-    pytest.importorskip("matplotlib")
     arguments = ["evaluate", str(tiny_mlm), str(other_mlm), "--data", str(two_sources), "--max-len", "48"]
     arguments += ["--device", "cpu", "--max-tokens", "500"]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
@@ -273,6 +272,5 @@ def test_a_corpus_of_one_source_has_one_row(tiny_mlm: Path, corpus_folder: Path,
     result = evaluate([str(tiny_mlm)], data=corpus_folder, options=options(max_tokens=400))
     assert [score.source for score in result.models[0].scores] == ["all"]
     assert "minus" not in table(result)
-    pytest.importorskip("matplotlib")
     plot_comparison(result, tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()

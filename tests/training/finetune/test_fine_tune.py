@@ -62,17 +62,21 @@ def test_what_is_saved_is_float32_and_its_card_says_so(trained):
     assert LIBRARY[kind](str(result.model), device="cpu").max_seq_length == 64
 
 
+def answers_of_both(kind, ours, theirs):
+    """The answers of gte_deploy and of sentence-transformers to the same texts."""
+    if kind == "rerank":
+        return ours.predict(PAIRS), theirs.predict(PAIRS)
+    if kind == "embed":
+        return ours.encode(TEXTS), theirs.encode(TEXTS)
+    expected = theirs.encode(TEXTS).to_dense().numpy()
+    return np.stack([each.to_dense() for each in ours.encode_sparse(TEXTS)])[:, : expected.shape[1]], expected
+
+
 def test_both_libraries_answer_alike(trained):
     kind, _, _, result = trained
     theirs = LIBRARY[kind](str(result.model), device="cpu")
     with gte_deploy.load(result.model, backend="torch") as ours:
-        if kind == "rerank":
-            found, expected = ours.predict(PAIRS), theirs.predict(PAIRS)
-        elif kind == "embed":
-            found, expected = ours.encode(TEXTS), theirs.encode(TEXTS)
-        else:
-            expected = theirs.encode(TEXTS).to_dense().numpy()
-            found = np.stack([each.to_dense() for each in ours.encode_sparse(TEXTS)])[:, : expected.shape[1]]
+        found, expected = answers_of_both(kind, ours, theirs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     opened_kind, opened = open_trained(str(result.model), device="cpu")
     again = opened.predict(PAIRS) if kind == "rerank" else opened.encode(TEXTS)
@@ -90,13 +94,7 @@ def test_gte_export_takes_it(trained, tmp_path):
     assert main([str(result.model), str(tmp_path / "bundle"), "--max-len", "32", "--quiet"]) == 0
     theirs = LIBRARY[kind](str(result.model), device="cpu")
     with gte_deploy.load(tmp_path / "bundle", backend="onnx") as ours:
-        if kind == "rerank":
-            found, expected = ours.predict(PAIRS), theirs.predict(PAIRS)
-        elif kind == "embed":
-            found, expected = ours.encode(TEXTS), theirs.encode(TEXTS)
-        else:
-            expected = theirs.encode(TEXTS).to_dense().numpy()
-            found = np.stack([each.to_dense() for each in ours.encode_sparse(TEXTS)])[:, : expected.shape[1]]
+        found, expected = answers_of_both(kind, ours, theirs)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
