@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +96,13 @@ def make_recipe(make_architecture: Callable[..., Path]) -> Callable[..., dict[st
         return {**recipe, **changes}
 
     return make
+
+
+@pytest.fixture(scope="module")
+def without_plots() -> Iterator[None]:
+    """A plot takes longer than a run here; tests/training/test_train.py looks at one."""
+    from gte_deploy.training import train as train_module
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train_module, "plot_run", lambda folder: None)
+        yield

@@ -22,12 +22,7 @@ from gte_deploy.training.rescue import change_run
 from gte_deploy.training.state import CheckpointStore, find_checkpoint
 from gte_deploy.training.train import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def without_plots():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train_module, "plot_run", lambda folder: None)
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @pytest.fixture(scope="module")

@@ -57,12 +57,7 @@ def run(recipe, corpus_folder, output):
     return train(recipe_from_dict(recipe), data=corpus_folder, output=output, tensorboard=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_plots():
-    """A plot takes longer than a run here; tests/training/test_train.py looks at one."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train_module, "plot_run", lambda folder: None)
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @pytest.fixture(scope="module")

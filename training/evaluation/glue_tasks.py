@@ -307,9 +307,16 @@ def _read_tsv(file: Path, task: TaskDescription) -> Iterator[dict[str, str | Non
             yield {name: values[i] if i < len(values) else None for i, name in enumerate(header)}
 
 
-def _read_jsonl(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:
+def json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines; blank lines are skipped.
+
+    Raises:
+        InputError: a line is no JSON object; the message names it.
+    """
     with file.open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -317,6 +324,10 @@ def _read_jsonl(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: expected an object")
             yield row
+
+
+def _read_jsonl(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:
+    return json_rows(file)
 
 
 def _read_parquet(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:

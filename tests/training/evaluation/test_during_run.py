@@ -24,12 +24,7 @@ from gte_deploy.training.recipe import recipe_from_dict
 from gte_deploy.training.state import TOKENIZER_FOLDER
 from gte_deploy.training.train import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_plots():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "plot_run", lambda folder: None)
-        yield
+pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 @pytest.fixture(scope="module")
