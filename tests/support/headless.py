@@ -21,9 +21,13 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium, playwright's Browser; skips the test by name where there is none."""
+    """A headless Chromium, playwright's Browser; skips the test by name where there is none.
+
+    It ends with its module: playwright leaves an event loop running in this thread, in which no `asyncio.run` of
+    another test works.
+    """
     from playwright import sync_api as playwright
 
     try:

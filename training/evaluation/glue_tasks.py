@@ -307,7 +307,7 @@ def _read_tsv(file: Path, task: TaskDescription) -> Iterator[dict[str, str | Non
             yield {name: values[i] if i < len(values) else None for i, name in enumerate(header)}
 
 
-def json_rows(file: Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines; blank lines are skipped.
 
     Raises:
@@ -327,7 +327,7 @@ def json_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_jsonl(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:
-    return json_rows(file)
+    return read_json_lines(file)
 
 
 def _read_parquet(file: Path, task: TaskDescription) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.training.evaluation.glue_tasks import GLUE_TASKS, Examples, json_rows, load_split
+from gte_deploy.training.evaluation.glue_tasks import GLUE_TASKS, Examples, load_split, read_json_lines
 
 DATA_FILES = """\
 MNLI/train.tsv                                               as in GLUE, or xnli/train-en.tsv of XTREME
@@ -138,7 +138,7 @@ def load_xnli(data: Path, language: str) -> Examples:
 def load_siqa(data: Path) -> ChoiceExamples:
     """Read the training set of Social IQa."""
     file = _find(data, "siqa/socialIQa_v1.4_trn.jsonl", "siqa/train.jsonl", "siqa/socialiqa-train-dev/train.jsonl")
-    rows = list(json_rows(file))
+    rows = list(read_json_lines(file))
     names = ("answerA", "answerB", "answerC")
     if rows and "correct" in rows[0]:
         labels = ["ABC".find(str(row["correct"])) for row in rows]
@@ -162,7 +162,7 @@ def load_xcopa(data: Path, language: str) -> ChoiceExamples:
 
 
 def _load_copa(file: Path) -> ChoiceExamples:
-    rows = list(json_rows(file))
+    rows = list(read_json_lines(file))
     labels = [int(_field(row, "label", file)) for row in rows]
     return _choices(rows, labels, ("choice1", "choice2"), "{premise} What was the {question}?", file)
 
@@ -392,7 +392,7 @@ def load_tatoeba(data: Path, language: str) -> RetrievalData:
 def load_mewslix_train(data: Path) -> TextPairs:
     """Read the English pairs of Mewsli-X: a mention in its sentence, and the description of its entity."""
     file = _find(data, "mewslix/wikipedia_pairs-train.jsonl")
-    rows = list(json_rows(file))
+    rows = list(read_json_lines(file))
     mentions = [_mention_text(row["contextual_mention"], file) for row in rows]
     return TextPairs([text for text, _ in mentions], [_description(row["entity"]) for row in rows])
 
@@ -400,12 +400,12 @@ def load_mewslix_train(data: Path) -> TextPairs:
 def load_mewslix(data: Path, languages: Sequence[str]) -> RetrievalData:
     """Read Mewsli-X: mentions of each language, which search the descriptions of all entities."""
     file = _find(data, "mewslix/candidate_set_entities.jsonl")
-    entities = list(json_rows(file))
+    entities = list(read_json_lines(file))
     places = {str(_field(entity, "entity_id", file)): place for place, entity in enumerate(entities)}
     file = _find(data, "mewslix/wikinews_mentions-test.jsonl")
     queries: dict[str, list[str]] = {language: [] for language in languages}
     relevant: dict[str, list[set[int]]] = {language: [] for language in languages}
-    for row in json_rows(file):
+    for row in read_json_lines(file):
         context = _field(row, "context", file)
         if context["language"] not in queries:
             continue
