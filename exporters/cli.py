@@ -30,6 +30,7 @@ from gte_deploy.core.options import (
     read_options,
 )
 from gte_deploy.core.quiet import quiet_libraries
+from gte_deploy.core.streams import prepare_streams
 from gte_deploy.exporters.cli_options import (
     AdoptArguments,
     CheckArguments,
@@ -70,6 +71,7 @@ _MODEL_HELP = "checkpoint folder, preset name, or hub id owner/name[@revision]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gte-export`; returns the exit code (see `gte_deploy.core.exit_codes`)."""
+    prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     # A checkpoint folder with the name of a command must be given as ./onnx.
     command = words.pop(0) if words and words[0] in _COMMANDS else None

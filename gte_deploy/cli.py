@@ -1,16 +1,12 @@
 """`gte-deploy`: ask a model from the command line. Results on stdout, logs and progress on stderr."""
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
 import logging
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,8 +45,10 @@ from gte_deploy.core.command_line import CommandParser, completes, progress_line
 from gte_deploy.core.completion import completion_script
 from gte_deploy.core.errors import GteDeployError, InputError, MissingDependencyError
 from gte_deploy.core.exit_codes import OK
+from gte_deploy.core.files import follow_links, is_special, write_text, write_with
 from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
 from gte_deploy.core.spec import TaskName
+from gte_deploy.core.streams import prepare_streams
 from gte_deploy.serving.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -90,6 +88,7 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gte-deploy`; returns the exit code (see `gte_deploy.core.exit_codes`)."""
+    prepare_streams()
     parser = _parser()
     if completes(parser, argv):
         return OK
@@ -99,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO if "verbose" in given else logging.ERROR if "quiet" in given else logging.WARNING,
         format=f"{_PROG}: %(levelname)s: %(message)s",
     )
-    _never_fail_to_print()
     command = _COMMANDS[given["command"]]
     with warnings.catch_warnings():
         if "verbose" not in given:
@@ -148,9 +146,8 @@ def _encode(given: Given) -> None:
         _encode_files(given, files, "encode", arguments)
         return
     texts, output = _texts(given), files.output
-    if output is not None and (not output.parent.is_dir() or output_format(output, None) != "npy"):
-        what = "a list of texts is written as .npy" if output.parent.is_dir() else "the folder does not exist"
-        raise InputError(f"--output {output}: {what}")
+    if output is not None:
+        _check_output(output)
     if chunking and output is not None:
         raise InputError("--output holds one embedding for each text, and --chunks gives several; leave one out")
     with _load(given) as model:
@@ -170,6 +167,14 @@ def _encode(given: Given) -> None:
     _save_array(output, embeddings)
     if "quiet" not in given:
         print(f"{_PROG}: wrote {output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse an output for a list of texts, before the model is loaded; a device or a pipe needs no extension."""
+    if not follow_links(output).parent.is_dir():
+        raise InputError(f"--output {output}: the folder does not exist")
+    if not is_special(output) and output_format(output, None) != "npy":
+        raise InputError(f"--output {output}: a list of texts is written as .npy")
 
 
 def _are_files(given: Given, files: FileOptions) -> bool:
@@ -196,20 +201,20 @@ def _encode_files(
     options = read_options(BulkOptions, given)
     line = _ProgressLine()
     try:
-        with _interrupted_by_sigterm():
-            summary = encode_files(
-                str(files.input),
-                files.output or "",
-                model=_arguments(given, ModelOptions).get("path"),
-                options=options,
-                load_options=_load_arguments(given, task),
-                encode_options=arguments,
-                method=method,
-                report=line.show if shows_progress(given) else None,
-            )
+        summary = encode_files(
+            str(files.input),
+            files.output or "",
+            model=_arguments(given, ModelOptions).get("path"),
+            options=options,
+            load_options=_load_arguments(given, task),
+            encode_options=arguments,
+            method=method,
+            report=line.show if shows_progress(given) else None,
+        )
     except KeyboardInterrupt:
-        if Path(f"{files.output}.parts").is_dir():
-            print(f"{_PROG}: {files.output}.parts keeps what is done; repeat the command to go on", file=sys.stderr)
+        parts = None if files.output is None else Path(f"{follow_links(files.output)}.parts")
+        if parts is not None and parts.is_dir():
+            print(f"{_PROG}: {parts} keeps what is done; repeat the command to go on", file=sys.stderr)
         raise
     finally:
         line.end()
@@ -222,19 +227,6 @@ def _encode_files(
             f"{summary.failures:,} rows have no vector, and --max-failures is {files.max_failures:,}; "
             f"{summary.failures_file} says why"
         )
-
-
-@contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM, by which a scheduler ends a job, do what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 class _ProgressLine:
@@ -469,7 +461,6 @@ def _bench(given: Given) -> None:
 
 def _compare(given: Given) -> None:
     from gte_deploy.bundle.download import resolve_bundle
-    from gte_deploy.core.files import write_text
 
     options = read_options(CompareOptions, given)
     if options.html is not None and not options.html.parent.is_dir():
@@ -557,7 +548,7 @@ def _texts(given: Given) -> list[str]:
             raise InputError("give texts as arguments or with --input, not both")
         return list(options.texts)
     source = options.input or _STDIN
-    if source == _STDIN and options.input is None and sys.stdin.isatty():
+    if source == _STDIN and (sys.stdin is None or (options.input is None and sys.stdin.isatty())):
         raise InputError("no texts: give them as arguments, with --input FILE, or on stdin")
     try:
         data = sys.stdin.buffer.read() if source == _STDIN else Path(source).read_bytes()
@@ -574,19 +565,11 @@ def _texts(given: Given) -> list[str]:
 def _save_array(path: Path, array: Any) -> None:
     import numpy as np
 
-    from gte_deploy.core.files import write_with
-
     def write(aside: Path) -> None:
         with aside.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
     write_with(path, write)
-
-
-def _never_fail_to_print() -> None:
-    # A terminal that is not UTF-8 gets escapes, not a traceback.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 _TEXTS_OR_FILES = (FileOptions, TextOptions, BulkOptions)

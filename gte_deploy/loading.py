@@ -1,9 +1,12 @@
 """`load`: from a path or name to a Model."""
 
+import atexit
 import functools
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +37,9 @@ from gte_deploy.bundle.manifest import (
 from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.cpus import MAX_THREADS
 from gte_deploy.core.errors import BackendError, BundleError, InputError
-from gte_deploy.core.files import cache_folder
 from gte_deploy.core.forking import in_use
 from gte_deploy.core.options import check_choice
+from gte_deploy.core.own_cache import own_cache_folder, require_own
 from gte_deploy.core.spec import (
     BACKENDS,
     LOAD_PRECISIONS,
@@ -515,11 +518,21 @@ def _through_tensorrt(manifest: Manifest, graph: GraphEntry) -> ThroughTensorRT:
 
 
 def _compiled_folder(manifest: Manifest) -> Path | None:
-    """Create the cache folder for engines that ONNX Runtime compiles from this bundle; only this user may read it."""
+    """Create the cache folder for engines that ONNX Runtime compiles from this bundle.
+
+    Engines are executable code, so the folder is trusted only if nobody but this user or root can have written it and
+    its files. Otherwise it is a temporary one, which is removed when the process ends.
+    """
     try:
-        folder = cache_folder() / "tensorrt" / manifest.to_json()["checksum"][:32]
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = own_cache_folder("tensorrt", manifest.to_json()["checksum"][:32])
+        for file in folder.iterdir():
+            require_own(file, file.lstat())  # a link belongs to all
+        return folder
+    except PermissionError as error:
+        logger.warning("this process compiles the graph for itself: %s", error)
     except OSError as error:
         logger.warning("every load compiles the graph, because there is no cache folder: %s", error)
         return None
+    folder = Path(tempfile.mkdtemp(prefix="gte-deploy-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

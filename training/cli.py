@@ -28,6 +28,7 @@ from gte_deploy.core.exit_codes import FAILURE, INTERRUPTED, OK, exit_codes_help
 from gte_deploy.core.files import require_free, write_text
 from gte_deploy.core.hub import HubModel
 from gte_deploy.core.options import Given, add_arguments, parse_given, read_options
+from gte_deploy.core.streams import prepare_streams
 from gte_deploy.models import TOKENIZER_PATTERNS, locate, require_checkpoint
 from gte_deploy.models.presets import PRESETS
 from gte_deploy.training.finetune.options import (
@@ -74,7 +75,7 @@ _DESCRIPTION = (
     "model."
 )
 _EPILOG = exit_codes_help(
-    INTERRUPTED="stopped by SIGTERM or SIGINT, with a checkpoint written: run the same command again to continue"
+    INTERRUPTED="stopped by SIGTERM, SIGHUP or SIGINT, with a checkpoint: run the same command again to continue"
 )
 _PROTOCOL = "fine-tuning (the defaults are as published)"
 _NEAR_FULL = 0.92  # of a GPU's memory; the CUDA context and the allocator need the rest
@@ -91,6 +92,7 @@ class _Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; results go to stdout, progress and log to stderr."""
+    prepare_streams()
     parser = build_parser()
     if completes(parser, argv):
         return OK

@@ -40,7 +40,7 @@ class StopRequested(Exception):  # noqa: N818 -- no error: a signal asked for it
 
 
 class StopSignal:
-    """Takes SIGTERM or SIGINT as a request to save and stop. A second signal ends the process at once."""
+    """Takes SIGTERM, SIGHUP or SIGINT as a request to save and stop. A second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -48,8 +48,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
+                    self._previous.setdefault(number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, *_: object) -> None:

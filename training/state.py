@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import CheckpointError
-from gte_deploy.core.files import DIRECTORY_MODE, read_json_object, sha256_file, sync_directory, sync_file, write_text
+from gte_deploy.core.files import read_json_object, sha256_file, sync_directory, sync_file, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,7 +200,6 @@ class CheckpointStore:
             files |= _read_object(part)
             part.unlink()
         write_text(aside / MARKER_FILE, json.dumps({"shards": shards, "files": files}, indent=2) + "\n")
-        os.chmod(aside, DIRECTORY_MODE)
         if target.exists():  # the same step again, after its checkpoint was found corrupt
             _remove(target)
         aside.rename(target)
@@ -231,7 +230,6 @@ class CheckpointStore:
         write_text(aside / STATE_FILE, json.dumps(asdict(state), indent=2) + "\n")
         files[STATE_FILE] = _facts(aside / STATE_FILE)
         write_text(aside / MARKER_FILE, json.dumps({"shards": checkpoint.shards, "files": files}, indent=2) + "\n")
-        os.chmod(aside, DIRECTORY_MODE)
         aside.rename(target)
         sync_directory(self.folder)
         return read_checkpoint(target, verify=False)

@@ -21,7 +21,7 @@ from typing import Any
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, has_manifest, open_bundle, read_manifest
 from gte_deploy.core.errors import BundleError, OutputExistsError
-from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, sync_tree
+from gte_deploy.core.files import keep_mode, sha256_file, sync_directory, sync_tree
 from gte_deploy.core.locks import Release, try_lock
 
 _STAGING, _OLD, _LOCK = ".staging", ".old", ".lock"
@@ -111,7 +111,7 @@ def clean_stale(destination: Path) -> None:
 
 
 def seal(folder: Path, described: Manifest) -> Manifest:
-    """Sync and hash every file of `folder`, make it readable by other users, and write the manifest last.
+    """Sync and hash every file of `folder`, give them the modes of new files, and write the manifest last.
 
     Args:
         folder: the folder of a bundle, complete except for the manifest.
@@ -137,7 +137,7 @@ def hash_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def write_manifest(folder: Path, data: Mapping[str, Any]) -> None:
-    """Write the manifest as the last file of `folder`, make everything readable by other users, and sync it."""
+    """Write the manifest as the last file of `folder`, give everything the mode of new files, and sync it."""
     (folder / MANIFEST_NAME).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     sync_tree(folder)
 
@@ -151,6 +151,7 @@ def publish(
         OutputExistsError: the destination must not be replaced; see `check_destination`.
     """
     check_destination(destination, force=force, files_of=files_of)
+    keep_mode(folder, destination)
     if has_manifest(destination):
         _replace(folder, destination)
     else:
@@ -198,7 +199,7 @@ def _create_locked(destination: Path) -> tuple[Path, Release | None]:
     release = None
     with contextlib.suppress(OSError):  # a file system without locks
         release = try_lock(folder.with_suffix(_LOCK))
-    folder.mkdir(mode=DIRECTORY_MODE)
+    folder.mkdir()
     return folder, release
 
 

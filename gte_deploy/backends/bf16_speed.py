@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from gte_deploy.backends.picks import cpu_model, engine_versions
 from gte_deploy.core.cpus import cpu_flags
 from gte_deploy.core.files import cache_folder, write_text
+from gte_deploy.core.own_cache import own_cache_folder, read_own
 from gte_deploy.core.spec import ComputePrecision
 
+_FOLDER = "bf16-speed"
+_MAX_BYTES = 1 << 16
 _ROUNDS = 10
 # Seconds after which no further round begins, for CPUs that need more than some 10 ms for a product.
 _ENOUGH = 0.08
@@ -75,16 +78,16 @@ def _measured() -> Bf16Speed | None:
         attention=_ratio((1, 12, 128, 64), (1, 12, 128, 64), is_attention=True),
     )
     with contextlib.suppress(OSError):  # without a writable cache, every process measures
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"key": _key(), "speed": dataclasses.asdict(speed)}, indent=2) + "\n")
+        own_cache_folder(_FOLDER)
+        write_text(_file(), json.dumps({"key": _key(), "speed": dataclasses.asdict(speed)}, indent=2) + "\n")
     return speed
 
 
 def _recorded() -> Bf16Speed | None:
-    """The result in the cache for this CPU and OpenVINO; None if there is none, or it cannot be read."""
+    """The result in the cache for this CPU and OpenVINO; None if there is none, or another user can have written it."""
     try:
-        content = json.loads(_file().read_bytes())
+        own_cache_folder(_FOLDER, create=False)
+        content = json.loads(read_own(_file(), max_bytes=_MAX_BYTES))
         if content["key"] != _key():
             return None
         return Bf16Speed(**{name: float(value) for name, value in content["speed"].items()})
@@ -150,4 +153,4 @@ def _key() -> Mapping[str, Any]:
 
 def _file() -> Path:
     digest = hashlib.sha256(json.dumps(_key(), sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "bf16-speed" / f"{digest[:32]}.json"
+    return cache_folder() / _FOLDER / f"{digest[:32]}.json"

@@ -19,10 +19,12 @@ from gte_deploy._version import __version__
 from gte_deploy.backends.stream_plan import ListPick
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.files import cache_folder, write_text
+from gte_deploy.core.own_cache import own_cache_folder, read_own
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = "gte-deploy-pick"
+_FOLDER = "picks"
 _ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 _MAX_BYTES = 1 << 20
 
@@ -51,7 +53,8 @@ class Pick:
 def lookup(manifest_checksum: str) -> Pick | None:
     """The pick for the bundle whose manifest has this checksum; None if there is none for this machine.
 
-    A file that cannot be read, or that belongs to another bundle or machine, is ignored with a warning.
+    A file that cannot be read, that belongs to another bundle or machine, or that another user can have written, is
+    ignored with a warning.
     """
     key = _key(manifest_checksum)
     try:
@@ -72,11 +75,12 @@ def save(manifest_checksum: str, pick: Pick) -> Path:
     """Record `pick` for this bundle on this machine, in place of an older one; return the file.
 
     Raises:
+        PermissionError: the folder is another user's, or others may write to it.
         OSError: the cache cannot be written, or the user has no home folder.
     """
     key = _key(manifest_checksum)
+    own_cache_folder(_FOLDER)
     file = _file(key)
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": _FORMAT, "key": key, "pick": dataclasses.asdict(pick)}
     write_text(file, json.dumps(content, indent=2) + "\n")
     return file
@@ -114,13 +118,12 @@ def _key(manifest_checksum: str) -> dict[str, Any]:
 
 def _file(key: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "picks" / f"{digest[:32]}.json"
+    return cache_folder() / _FOLDER / f"{digest[:32]}.json"
 
 
 def _parsed(file: Path, key: Mapping[str, Any]) -> Pick:
-    if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{file} is too large to be a pick")
-    content = json.loads(file.read_bytes())
+    own_cache_folder(_FOLDER, create=False)
+    content = json.loads(read_own(file, max_bytes=_MAX_BYTES))
     if content["format"] != _FORMAT or content["key"] != key:
         raise ValueError(f"{file} is not a pick for this bundle and machine")
     fields = content["pick"]

@@ -15,7 +15,7 @@ from gte_deploy.bulk.options import OutputFormat
 from gte_deploy.bulk.parts import Part
 from gte_deploy.bulk.vectors import VectorColumns
 from gte_deploy.core.errors import MissingDependencyError
-from gte_deploy.core.files import sync_directory, sync_file, sync_tree, write_text
+from gte_deploy.core.files import keep_mode, replace_file, sync_directory, sync_tree, write_text
 
 METADATA_KEY = b"gte_deploy"
 """Key of the schema's metadata, in parquet and Lance files, whose value is JSON: `VectorColumns.metadata`."""
@@ -123,10 +123,10 @@ def _write_parquet(path: Path, schema: Any, tables: Iterator[Any]) -> None:
 def _put(aside: Path, output: Path) -> None:
     """Rename the finished output into its place."""
     if aside.is_file():
-        sync_file(aside)
-        aside.replace(output)
+        replace_file(aside, output)
     else:
         sync_tree(aside)
+        keep_mode(aside, output)
         if output.exists():
             output.rename(aside.with_name("replaced"))
         aside.rename(output)

@@ -1,9 +1,12 @@
 """`encode_files`: encodes the texts of files into a file of vectors."""
 
+import dataclasses
 import functools
 import hashlib
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +27,7 @@ from gte_deploy.bulk.vectors import VectorColumns, plain_arguments
 from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.files import follow_links, is_special, write_through, write_with
 from gte_deploy.loading import load
 from gte_deploy.model import Model
 
@@ -85,7 +89,9 @@ def encode_files(
 
     Args:
         input: a file (parquet, JSON lines, CSV, or a text a line), or a folder of files; see docs/bulk.md.
-        output: the file to write: .parquet, .npy, .jsonl, or a .lance folder. An older one is replaced at the end.
+        output: the file to write: .parquet, .npy, .jsonl, or a .lance folder. An older one is replaced at the end. A
+            device or a pipe gets the bytes at the end; such a run cannot be continued, and lists its failures in the
+            working directory.
         model: a loaded model, or what `gte_deploy.load` takes: a folder, a hub id, or None for the built-in model.
         options: how files are read and written, and where the model runs.
         load_options: arguments of `gte_deploy.load`, if `model` is not loaded.
@@ -104,6 +110,15 @@ def encode_files(
     started = time.monotonic()
     options, target = options or BulkOptions(), Path(output)
     kind = output_format(target, options.output_format)
+    if is_special(target):
+        if kind == "lance":
+            raise InputError(f"--output {target} is no folder, and Lance writes one; give another --output-format")
+        given: dict[str, Any] = {"model": model, "load_options": load_options, "encode_options": encode_options}
+        options = dataclasses.replace(options, output_format=kind)
+        return _write_special(
+            target, functools.partial(encode_files, input, options=options, method=method, report=report, **given)
+        )
+    target = follow_links(target)
     _check_output(target, kind)
     if target.resolve().is_relative_to(Path(input).resolve()):
         raise InputError(f"--output {target} is inside --input {input}: write it elsewhere")
@@ -129,7 +144,7 @@ def encode_files(
         folder.remove()
     failures = sum(part.failures for part in parts)
     return BulkSummary(
-        target,
+        Path(output),
         rows=sum(part.rows for part in parts),
         form=form,
         failures=failures,
@@ -138,6 +153,19 @@ def encode_files(
         tokens=sum(part.tokens for part in parts[len(before) :]),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _write_special(target: Path, encode: Callable[[Path], BulkSummary]) -> BulkSummary:
+    """Let `encode` write a temporary file, and copy that into a device or a pipe."""
+    with tempfile.TemporaryDirectory(prefix="gte-deploy-") as folder:
+        aside = Path(folder, target.name)
+        summary = encode(aside)
+        write_through(aside, target)
+        failed = None
+        if summary.failures_file is not None:
+            failed = Path.cwd() / summary.failures_file.name
+            write_with(failed, functools.partial(shutil.copyfile, summary.failures_file))
+    return dataclasses.replace(summary, output=target, failures_file=failed)
 
 
 def _run_here(job: BulkJob, cursor: Cursor, progress: BulkProgress) -> None:

@@ -28,6 +28,8 @@ from gte_deploy.core.exit_codes import (
     reader_went_away,
 )
 from gte_deploy.core.options import Given, HelpFormatter, did_you_mean, flags_of, option, options_of
+from gte_deploy.core.streams import CLOSED_STDOUT, drop_unwritten, is_closed_stdout
+from gte_deploy.core.termination import Terminated, signals_raise
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def run_command(
 ) -> int:
     """Run a command, and return its exit code; an error is told in a line, and no traceback is shown.
 
+    SIGTERM and SIGHUP end it as Ctrl-C does, so it removes its unfinished work; the exit code is 128 and their number.
+
     Args:
         program: name of the program, which begins the lines on stderr.
         work: the command; what it returns is the exit code, None for OK.
@@ -128,16 +132,19 @@ def run_command(
             flags of these options instead.
         extra: the extra that has every library of the command; a library that is missing is told with it. None where
             the command names the extra itself.
-        interrupted: the message of Ctrl-C.
+        interrupted: the message of Ctrl-C; that of another signal names the signal, too.
         names: further words of messages for callers in Python -> what they are on the command line.
     """
     try:
-        with _hub_progress(shown=shows_progress(given)):
+        with signals_raise(), _hub_progress(shown=shows_progress(given)):
             code = work()
-        sys.stdout.flush()
+            sys.stdout.flush()
         return OK if code is None else code
     except BrokenPipeError:
         return reader_went_away()
+    except Terminated as ended:
+        by_signal = interrupted.replace("interrupted", f"interrupted by {ended.signal.name}", 1)
+        return _fail(program, given, KeyboardInterrupt(by_signal), ended.exit_code)
     except KeyboardInterrupt:
         return _fail(program, given, KeyboardInterrupt(interrupted), INTERRUPTED)
     except GteDeployError as error:
@@ -148,7 +155,8 @@ def run_command(
         missing = MissingDependencyError(error.name, extra)
         return _fail(program, given, missing, exit_code_of(missing))
     except OSError as error:  # a full disk, a folder without permission
-        return _fail(program, given, error, FAILURE)
+        drop_unwritten()
+        return _fail(program, given, OSError(CLOSED_STDOUT) if is_closed_stdout(error) else error, FAILURE)
 
 
 def _fail(
@@ -166,11 +174,14 @@ def _fail(
         message, advice = (with_flags(text, kinds, words=not about_files) for text in (message, advice))
         for name, typed in names.items():
             message, advice = (re.sub(rf"\b{re.escape(name)}\b", typed, text) for text in (message, advice))
-    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone, or the disk of a log is full: the exit code tells it
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     if "json" in given:
         report = getattr(error, "report", None)  # of an export that missed its bounds
         more = {} if report is None else {"parity": report.to_json()}
-        print(json.dumps({**_error_object(type(error).__name__, message, advice, code), **more}), flush=True)
+        with contextlib.suppress(OSError):
+            print(json.dumps({**_error_object(type(error).__name__, message, advice, code), **more}), flush=True)
+        drop_unwritten()
     return code
 
 

@@ -22,7 +22,7 @@ MEANINGS: Mapping[int, str] = {
     USAGE: "wrong usage or bad input",
     MISSING_DEPENDENCY: "an optional dependency is not installed",
     EXISTS: "the output exists already (--force replaces what the command itself has written)",
-    INTERRUPTED: "interrupted",
+    INTERRUPTED: "interrupted (129 by SIGHUP, 143 by SIGTERM)",
     BROKEN_PIPE: "the reader of the output went away",
 }
 """Exit code -> its meaning, for `--help` and the documents."""

@@ -1,18 +1,30 @@
-"""Writes files that are either complete or absent: to a temporary file, which is synced and then renamed."""
+"""Writes files that are either complete or absent: to a temporary file, which is synced and then renamed.
 
+New files and folders have the mode that the umask of the process leaves them; a file that is replaced keeps its mode. A
+link stays, and the file that it names is replaced. A device or a pipe is never replaced: it gets the bytes.
+"""
+
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from gte_deploy.core.errors import CheckpointError, GteDeployError, OutputExistsError
 
-FILE_MODE = 0o644
-DIRECTORY_MODE = 0o755
 _CHUNK_BYTES = 1 << 20
+_MOST_LINKS = 40  # as in Linux
+_umask_lock = threading.Lock()
 
 
 def sha256_file(path: Path) -> str:
@@ -100,39 +112,175 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def umask() -> int:
+    """Return the bits of a mode that the process withholds from new files and folders."""
+    with contextlib.suppress(OSError):
+        found = re.search(rb"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_bytes(), re.MULTILINE)
+        if found:
+            return int(found[1], 8)
+    # Elsewhere it is read by setting it. Files that other threads make meanwhile are private, not public.
+    with _umask_lock:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
+
+
 def sync_file(path: Path) -> None:
-    """Flush a file that a library wrote, and make it readable by other users (libraries often set mode 0600)."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    path.chmod(FILE_MODE)
+    """Flush a file that a library wrote, and give it the mode of a new file (libraries often set 0600)."""
+    _sync(path, 0o666 & ~umask())
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and directory below `folder`, and make them readable by other users."""
+    """Flush every file and directory below `folder`, and give them the modes of new ones."""
+    mode = 0o777 & ~umask()
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
-            path.chmod(DIRECTORY_MODE)
+            inherited = path.stat().st_mode & (stat.S_ISGID | stat.S_ISVTX)
+            _set_mode(path, mode | inherited)
             sync_directory(path)
         else:
-            sync_file(path)
+            _sync(path, mode & 0o666)
+
+
+def follow_links(path: Path) -> Path:
+    """Return the path of the file or folder that `path` means: itself, or what a link names, which need not exist.
+
+    Raises:
+        OSError: the links go in a circle.
+    """
+    for _ in range(_MOST_LINKS):
+        path = path.parent.resolve() / path.name
+        if _is_descriptor(path) or not path.is_symlink():
+            return path
+        path = path.parent / path.readlink()
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` is neither a file nor a folder, but a device, a pipe, a socket, or an open file such as stdout.
+
+    Raises:
+        OSError: the links go in a circle.
+    """
+    if _is_descriptor(follow_links(path)):
+        return True
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it over `path`.
 
-    A failure or a kill leaves the old file unchanged; at worst a `.tmp` file stays beside it.
+    A failure or a kill leaves the old file unchanged; at worst a `.tmp` file stays beside it. What is no file, see
+    `is_special`, gets the bytes of a temporary file when `write` has filled that.
+
+    Raises:
+        OSError: the path is a folder, or cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    aside = Path(name)
+    if is_special(path):
+        with tempfile.TemporaryDirectory(prefix="gte-deploy-") as folder:
+            aside = Path(folder, "output")
+            write(aside)
+            write_through(aside, path)
+        return
+    target = follow_links(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    aside = _new_aside(target)
     try:
+        mode = stat.S_IMODE(aside.stat().st_mode)
         write(aside)
-        sync_file(aside)
-        aside.replace(path)
+        replace_file(aside, target, new_mode=mode)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def replace_file(aside: Path, path: Path, *, new_mode: int | None = None) -> None:
+    """Sync the finished file `aside` and rename it over `path`, whose mode and owner it takes over.
+
+    Args:
+        aside: a file on the same disk.
+        path: the file to replace or to make, which is no link.
+        new_mode: the mode if there is no file yet; None is what the umask leaves.
+    """
+    mode = 0o666 & ~umask() if new_mode is None else new_mode
+    with contextlib.suppress(FileNotFoundError):
+        mode = _adopt_owner(aside, path.stat())
+    _sync(aside, mode)
+    try:
+        aside.replace(path)
+    except OSError as error:
+        if error.errno != errno.EBUSY:  # a file that is mounted alone, as containers do, can only be overwritten
+            raise
+        write_through(aside, path)
+        aside.unlink()
     sync_directory(path.parent)
+
+
+def keep_mode(new: Path, old: Path) -> None:
+    """Give the folder `new` the mode and owner of the folder `old` that it is going to replace, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        inherited = new.stat().st_mode & (stat.S_ISGID | stat.S_ISVTX)
+        _set_mode(new, _adopt_owner(new, old.stat()) | inherited)
+
+
+def write_through(source: Path, path: Path) -> None:
+    """Write the bytes of the file `source` into what is at `path`: a device, a pipe, an open file, or a mounted one."""
+    with source.open("rb") as read, _opened_to_write(path) as written:
+        shutil.copyfileobj(read, written, _CHUNK_BYTES)
+
+
+def _opened_to_write(path: Path) -> BinaryIO:
+    named = follow_links(path)
+    if _is_descriptor(named) and named.parts[:3] in (("/", "proc", str(os.getpid())), ("/", "dev", "fd")):
+        # Opened again by its name, a file that the shell redirects to would be written from its beginning.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return open(os.dup(int(named.name)), "wb")
+    return open(os.open(path, os.O_WRONLY | (os.O_TRUNC if named.is_file() else 0)), "wb")
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Whether a path names an open file of a process, as /dev/stdout does through links."""
+    folder = path.parent
+    return folder == Path("/dev/fd") or (folder.name == "fd" and folder.is_relative_to("/proc"))
+
+
+def _new_aside(target: Path) -> Path:
+    """Create the temporary file beside `target`; what a private file will hold is private from the beginning."""
+    mode = 0o666
+    with contextlib.suppress(FileNotFoundError):
+        mode &= target.stat().st_mode
+    aside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(6)}.tmp")
+    os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode | stat.S_IRUSR | stat.S_IWUSR))
+    return aside
+
+
+def _adopt_owner(aside: Path, old: os.stat_result) -> int:
+    """Give `aside` the owner and group of an old file, as far as the system lets us; return the mode it should have."""
+    mode, own = old.st_mode & 0o777, aside.stat()
+    if hasattr(os, "chown") and (own.st_uid, own.st_gid) != (old.st_uid, old.st_gid):
+        try:
+            os.chown(aside, old.st_uid, old.st_gid)
+        except PermissionError:
+            # Its new group may do no more than everybody might before.
+            mode = (mode & ~0o070) | ((mode & 0o007) << 3)
+    return mode
+
+
+def _sync(path: Path, mode: int) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    _set_mode(path, mode)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # a disk without modes refuses to set them
+        path.chmod(mode)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

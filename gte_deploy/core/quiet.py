@@ -28,6 +28,8 @@ _TELEMETRY_OFF = {
 _CACHES = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "MPLCONFIGDIR": "matplotlib"}
 _OPENVINO_TELEMETRY = "openvino_telemetry"
 
+logger = logging.getLogger(__name__)
+
 
 def turn_off_telemetry() -> None:
     """Set the variables that turn telemetry off. Variables that the user set stay unchanged."""
@@ -38,8 +40,8 @@ def turn_off_telemetry() -> None:
 def keep_caches_in_ours() -> None:
     """Put the caches of PyTorch and Matplotlib into ours; call it before either is imported.
 
-    If there is no writable home folder, the caches go into a temporary folder that is removed when the process ends.
-    Variables that the user set stay unchanged.
+    If there is no writable home folder, or another user can have written the cache, they go into a temporary folder
+    that is removed when the process ends. Variables that the user set stay unchanged.
     """
     missing = [variable for variable in _CACHES if variable not in os.environ]
     folder = _writable_folder() if missing else None
@@ -90,13 +92,14 @@ def _writable_folder() -> "Path | None":
     import tempfile
     from pathlib import Path
 
-    from gte_deploy.core.files import cache_folder
+    from gte_deploy.core.own_cache import own_cache_folder
 
-    with contextlib.suppress(OSError):
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = own_cache_folder()  # PyTorch executes what it finds there
         if os.access(folder, os.W_OK):
             return folder
+    except OSError as error:
+        logger.info("the caches of PyTorch and Matplotlib last as long as this process: %s", error)
     try:
         folder = Path(tempfile.mkdtemp(prefix="gte-deploy-"))
     except OSError:

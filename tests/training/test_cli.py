@@ -146,7 +146,7 @@ def test_wrong_usage_and_help(capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == code
-    assert "130 stopped by SIGTERM" in capsys.readouterr().out.replace("\n", " ")
+    assert "130 stopped by SIGTERM, SIGHUP or SIGINT" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_help_does_not_wait_for_torch():

@@ -37,7 +37,15 @@ import numpy as np
 from tqdm import tqdm
 
 from gte_deploy.core.errors import GteDeployError, InputError, OutputExistsError
-from gte_deploy.core.files import DIRECTORY_MODE, sha256_file, sync_directory, write_bytes, write_text, write_with
+from gte_deploy.core.files import (
+    follow_links,
+    keep_mode,
+    sha256_file,
+    sync_directory,
+    write_bytes,
+    write_text,
+    write_with,
+)
 from gte_deploy.core.locks import try_lock
 from gte_deploy.training.data.corpus import (
     FORMAT,
@@ -85,7 +93,7 @@ def prepare(
             file and line.
         MissingDependencyError: an input is Parquet or a dataset, and its library is not installed.
     """
-    output = Path(output).absolute()
+    output = follow_links(Path(output))
     reading = options.reading()
     _check_output(output, force=options.force)
     vocab, tokenizer_file = read_vocabulary(Path(tokenizer))
@@ -392,7 +400,6 @@ def _begin(work: Path, header: str, restart: bool) -> None:
         if restart or known is None:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
-        folder.chmod(DIRECTORY_MODE)
     write_text(header_file, header)
 
 
@@ -465,6 +472,7 @@ def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any], p
 def _install(made: Path, output: Path) -> None:
     """Rename the finished folder into place. After a kill between the renames, the next run does it."""
     old = output.with_name(f".{output.name}.old")
+    keep_mode(made, output)
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)

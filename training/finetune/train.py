@@ -32,7 +32,7 @@ from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gte_deploy.core.errors import InputError, NonFiniteError
-from gte_deploy.core.files import read_json, write_text
+from gte_deploy.core.files import read_json, sync_tree, write_text
 from gte_deploy.training.evaluation.retrieval import RetrievalSet, query_metrics, rank_by_model
 from gte_deploy.training.finetune.card import complete_card
 from gte_deploy.training.finetune.data import has_scores, read_pairs, relevance_of, rows_fingerprint, training_rows
@@ -90,7 +90,7 @@ def fine_tune_on_pairs(
 
     The weights are float32 in training and in the saved model. The checkpoints of a run are those of transformers'
     Trainer: weights in safetensors, and optimizer, schedule and random state in files that it reads with torch's
-    restricted unpickler (`weights_only=True`), which runs no code. SIGTERM and SIGINT save one and stop.
+    restricted unpickler (`weights_only=True`), which runs no code. SIGTERM, SIGHUP and SIGINT save one and stop.
 
     Args:
         recipe: the recipe.
@@ -243,6 +243,7 @@ def _save(
     model.model_card_data.base_model = _base_model(recipe)
     model.save_pretrained(str(aside), model_name=recipe.name)
     complete_card(aside / "README.md", recipe, result.before, result.after, data=data, rows=rows)
+    sync_tree(aside)
     aside.rename(output / _MODEL)
     plot_finetuning(output)
     write_text(output / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")

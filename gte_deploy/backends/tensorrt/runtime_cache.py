@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import stat
 import tempfile
 import threading
 import time
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gte_deploy.core.files import cache_folder
+from gte_deploy.core.own_cache import own_cache_folder, require_own
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +35,7 @@ def cache_file(plan_sha256: str, version: str, capability: str) -> Path | None:
         )
         return None
     try:
-        folder = cache_folder() / _FOLDER
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _opened_folder(folder):
-            return folder / f"{plan_sha256}-{version}-{capability}.cache"
+        return own_cache_folder(_FOLDER) / f"{plan_sha256}-{version}-{capability}.cache"
     except OSError as error:
         logger.warning("TensorRT-RTX compiles its kernels in every process: %s", error)
         return None
@@ -136,7 +132,7 @@ def _read_own(file: Path) -> bytes:
     with _opened_folder(file.parent) as folder:
         descriptor = os.open(file.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
         with open(descriptor, "rb") as opened:
-            _check_owner(file, os.fstat(descriptor))
+            require_own(file, os.fstat(descriptor))
             return opened.read()
 
 
@@ -149,15 +145,7 @@ def _opened_folder(folder: Path) -> Iterator[int]:
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        _check_owner(folder, os.fstat(descriptor))
+        require_own(folder, os.fstat(descriptor))
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _check_owner(path: Path, found: os.stat_result) -> None:
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        raise PermissionError(
-            f"{path} belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):o}; it is for executable "
-            "code, so it must belong to this user, and no other user may write it"
-        )

@@ -66,14 +66,23 @@ def test_what_is_written_opens_and_lists_every_file(target):
     assert leftovers(target) == []
 
 
-def test_files_are_readable_by_others_under_any_umask(target):
-    old = os.umask(0o077)
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_umask_says_who_can_read_a_new_bundle(target, mask):
+    old = os.umask(mask)
     try:
         write(target, "new")
     finally:
         os.umask(old)
     for path in (target, *target.rglob("*")):
-        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_a_replaced_bundle_keeps_the_mode_of_its_folder(target):
+    target.mkdir(parents=True)
+    target.chmod(0o700)
+    for name in ("old", "new"):  # in place of an empty folder, and of a bundle
+        write(target, name, force=True)
+        assert stat.S_IMODE(target.stat().st_mode) == 0o700
 
 
 def test_force_replaces_a_bundle(target, way):

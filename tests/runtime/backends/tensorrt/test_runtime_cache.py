@@ -21,6 +21,7 @@ from gte_deploy.backends.tensorrt import runtime_cache
 from gte_deploy.backends.tensorrt.cuda import Cuda
 from gte_deploy.backends.tensorrt.runtime_cache import RuntimeCache, cache_file
 from gte_deploy.bundle.manifest import FileEntry
+from gte_deploy.core import own_cache
 from tensorrt_doubles import (
     SPEC,
     STRATEGIES,
@@ -102,7 +103,7 @@ def test_a_cache_that_others_may_write_is_not_read(caplog):
     cache_file(*ABOUT).chmod(0o666)
     backend = rtx_backend()
     run(backend, (1, 8))
-    assert engine_of(backend).compiled == [(1, 8)] and "no other user may write it" in caplog.text
+    assert engine_of(backend).compiled == [(1, 8)] and "no other user may write to it" in caplog.text
     backend.close()
     assert stat.S_IMODE(cache_file(*ABOUT).stat().st_mode) == 0o600, "a file of this user alone replaces it"
 
@@ -151,7 +152,7 @@ def test_a_folder_that_vanished_is_no_error(home, caplog):
 
 
 def test_without_a_home_folder_there_is_no_file(monkeypatch, caplog):
-    monkeypatch.setattr(runtime_cache, "cache_folder", lambda: (_ for _ in ()).throw(OSError("no home folder")))
+    monkeypatch.setattr(own_cache, "cache_folder", lambda: (_ for _ in ()).throw(OSError("no home folder")))
     assert cache_file(*ABOUT) is None and "no home folder" in caplog.text
     backend = rtx_backend()
     run(backend, (1, 8))
