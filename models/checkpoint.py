@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,7 +34,7 @@ from gte_deploy.models.families import family_of
 from gte_deploy.models.families.base import Family, TensorNames
 from gte_deploy.models.folder import CheckpointFiles
 from gte_deploy.models.modules import SentenceSettings, read_settings
-from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors
+from gte_deploy.models.stored_tensors import MAX_NAMED, StoredTensor, open_tensors, save_tensors
 from gte_deploy.models.weight_files import INDEX
 from gte_deploy.tasks import TASKS
 
@@ -178,8 +177,8 @@ def save_model(
 
     Raises:
         ConfigError: no family has the model's type.
-        CheckpointError: the model is of another class, the family lacks the layout, or the layout has no tensor for a
-            bias of the model.
+        CheckpointError: the model is of another class, the family lacks the layout, the layout has no tensor for a
+            bias of the model, or a file cannot be written.
     """
     folder = Path(folder)
     if not isinstance(model, PreTrainedModel):
@@ -411,7 +410,7 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: in
     split = split_torch_state_dict_into_shards(dict(state), max_shard_size=max_shard_size or 1 << 62)
     for name, members in split.filename_to_tensors.items():
         tensors = {member: state[member].contiguous() for member in members}
-        write_with(folder / name, partial(_save_tensors, tensors))
+        write_with(folder / name, partial(save_tensors, tensors))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -420,7 +419,3 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path, max_shard_size: in
     for file in folder.glob("model*.safetensors*"):
         if file.name not in kept:
             file.unlink()
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    save_file(dict(tensors), file, metadata={"format": "pt"})

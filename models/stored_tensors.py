@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's safetensors files, which are read only on request."""
+"""The tensors of a checkpoint's safetensors files: reads those that are asked for, and writes whole files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gte_deploy.core.errors import CheckpointError
@@ -46,6 +47,26 @@ class StoredTensor:
             return self.handle.get_tensor(self.name)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{self.file}: {self.name} cannot be read ({error}). Copy the file again.") from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file of PyTorch; a failure leaves a part of the file.
+
+    Args:
+        tensors: name -> tensor. No two may share memory.
+        file: the file.
+        metadata: further fields of its header.
+
+    Raises:
+        CheckpointError: the file cannot be written, because the disk is full for example.
+    """
+    try:
+        save_file(dict(tensors), file, {"format": "pt", **(metadata or {})})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be written: {error}",
+            advice="Make room on the disk, or write to another one, and repeat the command.",
+        ) from error
 
 
 def open_tensors(files: Mapping[Path, set[str] | None], stack: ExitStack) -> dict[str, StoredTensor]:

@@ -403,11 +403,11 @@ def _remove(path: Path) -> None:
 
 
 def _save_tensors(file: Path, parts: Parts) -> None:
-    from safetensors.torch import save_file
+    from gte_deploy.models.stored_tensors import save_tensors
 
     tensors = {name: part.rows.contiguous() for name, part in parts.items()}
     rows = {name: [part.start, *part.shape] for name, part in parts.items() if not part.is_whole}
-    save_file(tensors, file, {"format": "pt", **({_ROWS: json.dumps(rows)} if rows else {})})
+    save_tensors(tensors, file, {_ROWS: json.dumps(rows)} if rows else None)
     sync_file(file)
 
 

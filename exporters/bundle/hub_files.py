@@ -81,14 +81,13 @@ def _dense_folders(checkpoint: Description) -> dict[str, DenseModule]:
 
 def _write_inner_dense(folder: Path, checkpoint: Description, dense: DenseModule) -> None:
     """Write a projection that the checkpoint has among its other weights."""
-    from safetensors.torch import save_file
-
     from gte_deploy.models.dense import inner_weight
+    from gte_deploy.models.stored_tensors import save_tensors
 
     fields = {"in_features": dense.in_features, "out_features": dense.out_features, "bias": dense.bias}
     _write_json(folder / "config.json", {**fields, "activation_function": "torch.nn.modules.linear.Identity"})
     weight = {"linear.weight": inner_weight(checkpoint.places.weight_files, dense).float()}
-    write_with(folder / WEIGHTS, lambda file: save_file(weight, file, metadata={"format": "pt"}))
+    write_with(folder / WEIGHTS, lambda file: save_tensors(weight, file))
 
 
 def _write_json(file: Path, data: Any) -> None:

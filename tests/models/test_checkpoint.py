@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 from factories import make_checkpoint
 from gte_deploy.core.errors import CheckpointError, ConfigError
-from gte_deploy.models import checkpoint
+from gte_deploy.models import stored_tensors
 from gte_deploy.models.checkpoint import copy_tokenizer, load_model, save_model
 
 INPUT_IDS = torch.tensor([[2, 17, 4, 201, 99, 3], [2, 8, 4, 3, 0, 0]])
@@ -379,8 +379,8 @@ def test_an_interrupted_save_is_refused_on_loading(tmp_path, tiny_mlm, monkeypat
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(stored_tensors, "save_file", fail)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.\w+\.tmp cannot be written: no space"):
         save_model(model, tmp_path, layout="original")
     assert not list(tmp_path.glob(".*")), "the file aside is removed"
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):

@@ -179,6 +179,8 @@ def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(recipe_file, corpus_f
         [sys.executable, "-c", limit, *command, "--no-tensorboard"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == FAILURE, done.stderr
+    assert "safetensors cannot be written: " in done.stderr and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
     shutil.rmtree(tmp_path / "out")
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import resource
+import signal
 import stat
 
 import pytest
@@ -213,3 +215,21 @@ def test_step_seeds_differ_and_stay():
     seeds = {step_seed(0, stage, step, rank) for stage in range(3) for step in range(50) for rank in range(4)}
     assert len(seeds) == 600 and all(0 <= seed < 2**63 for seed in seeds)
     assert step_seed(1, 2, 3, 0) == step_seed(1, 2, 3, 0) != step_seed(2, 2, 3, 0)
+
+
+@pytest.mark.parametrize("most_bytes", [10, 100, 300])
+def test_a_full_disk_is_told_and_costs_no_checkpoint(store, most_bytes):
+    """The limit of file sizes refuses a write to every user, root included, as a full disk does."""
+    save(store, step=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        with pytest.raises((CheckpointError, OSError), match=r"cannot be written|File too large"):
+            save(store, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in store.folder.iterdir()] == [make_state(step=1).folder_name]
+    assert store.latest().state.step == 1
+    assert save(store, step=2) == store.latest().path

@@ -250,7 +250,8 @@ def _weight_files(checkpoint: Path) -> list[Path]:
 def _convert_weights(files: list[Path], view: Path, convert: Callable[[str, Any], dict[str, Any]]) -> None:
     """Write each file with the native names; tensors are views of the mapped file, so none is in memory twice."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
+
+    from gte_deploy.models.stored_tensors import save_tensors
 
     file_of: dict[str, str] = {}
     for number, file in enumerate(files):
@@ -259,7 +260,7 @@ def _convert_weights(files: list[Path], view: Path, convert: Callable[[str, Any]
         with safe_open(file, framework="pt") as stored:
             for key in stored.keys():  # noqa: SIM118 - not a mapping
                 tensors.update(convert(key, stored.get_tensor(key)))
-            save_file(tensors, view / name, metadata={"format": "pt"})
+            save_tensors(tensors, view / name)
         file_of.update(dict.fromkeys(tensors, name))
     if len(files) > 1:
         index = {"metadata": {}, "weight_map": file_of}
