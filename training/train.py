@@ -441,7 +441,7 @@ def _tell_stop(stop: StopSignal, run: Run) -> None:
 def _plot(output: Path) -> None:
     try:
         plot_run(output)
-    except MissingDependencyError as error:  # the run itself did not fail
+    except (MissingDependencyError, OSError) as error:  # the run itself did not fail, or for a reason of its own
         logger.warning("no plot: %s", error)
 
 
