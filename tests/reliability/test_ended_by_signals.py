@@ -1,0 +1,86 @@
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: no unfinished folder stays, and the exit code names the signal."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gte_deploy.core import exit_codes
+from gte_deploy.core.termination import Terminated, signals_raise
+
+# A command that fills a staging folder until it is ended, or ends a worker that it has forked.
+COMMAND = """
+import os, signal, sys, time
+from pathlib import Path
+from gte_deploy.core.command_line import run_command
+from gte_deploy.exporters.bundle.writer import staging
+
+target = Path(sys.argv[1])
+
+def export():
+    with staging(target, force=False) as folder:
+        (folder / "weights").write_bytes(b"half")
+        if "kill-the-worker" not in sys.argv:
+            print("ready", flush=True)
+            time.sleep(60)
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), folder.is_dir(), flush=True)
+
+sys.exit(run_command("gte-export", export, {}, interrupted="interrupted; nothing was written"))
+"""
+
+
+def start(target, *more, before=None):
+    command = [sys.executable, "-c", COMMAND, str(target), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_an_export_that_is_ended_leaves_nothing(number, tmp_path):
+    process = start(tmp_path / "bundle")
+    assert process.stdout.readline() == "ready\n"
+    assert len(list(tmp_path.iterdir())) == 2, "the staging folder and its lock"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    assert err == f"gte-export: error: interrupted{by}; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_ends_without_the_work_of_its_parent(tmp_path):
+    process = start(tmp_path / "bundle", "kill-the-worker")
+    out, err = process.communicate(timeout=30)
+    assert (out, err, process.returncode) == ("-15 True\n", "", exit_codes.OK)
+
+
+def test_after_nohup_sighup_is_ignored(tmp_path):
+    process = start(tmp_path / "bundle", before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_the_handlers_of_the_caller_come_back():
+    def own(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGHUP, own)
+    try:
+        with pytest.raises(Terminated) as caught, signals_raise():
+            assert signal.getsignal(signal.SIGHUP) is own, "a handler of the caller is left as it is"
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.exit_code == 143 and isinstance(caught.value, KeyboardInterrupt)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGHUP, before[1])
