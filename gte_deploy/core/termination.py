@@ -9,6 +9,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 _NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_previous: dict[signal.Signals, Any] = {}
+"""The signals that raise now, and the handlers that they had before."""
+_forking = threading.local()
 
 
 class Terminated(KeyboardInterrupt):  # noqa: N818 -- no error, as KeyboardInterrupt is none
@@ -28,29 +31,46 @@ class Terminated(KeyboardInterrupt):  # noqa: N818 -- no error, as KeyboardInter
 def signals_raise() -> Iterator[None]:
     """A `with` block in which SIGTERM and SIGHUP raise `Terminated`; a second signal ends the process at once.
 
-    A signal that is ignored, as after `nohup`, or that has a handler already, is left as it is.
+    A signal that is ignored, as after `nohup`, or that has a handler already, is left as it is. A forked process ends
+    at a signal as it would without the block: its parent cleans up.
     """
-    previous: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+    # Python allows handlers in the main thread alone. A block inside of another changes nothing.
+    sets = threading.current_thread() is threading.main_thread() and not _previous
+    if sets:
         for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
             if signal.getsignal(number) is signal.SIG_DFL:
-                previous[number] = signal.signal(number, _raising(os.getpid(), previous))
+                _previous[number] = signal.signal(number, _raise)
     try:
         yield
     finally:
-        _restore(previous)
+        if sets:
+            _restore()
 
 
-def _raising(owner: int, previous: dict[signal.Signals, Any]) -> Any:
-    def handle(number: int, frame: FrameType | None) -> NoReturn:
-        _restore(previous)
-        if os.getpid() != owner:  # a forked worker ends as it would without us: its parent cleans up
-            os.kill(os.getpid(), number)
-        raise Terminated(number)
-
-    return handle
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    _restore()
+    raise Terminated(number)
 
 
-def _restore(previous: dict[signal.Signals, Any]) -> None:
-    while previous:
-        signal.signal(*previous.popitem())
+def _restore() -> None:
+    while _previous:
+        signal.signal(*_previous.popitem())
+
+
+def _before_fork() -> None:
+    # A signal that comes before Python has set up the new process would be forgotten. So it waits.
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _previous) if _previous else None
+
+
+def _after_fork() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+    _restore()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
