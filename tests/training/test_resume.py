@@ -26,20 +26,19 @@ SCRIPT = """
 import json, os, signal
 from pathlib import Path
 from gte_deploy.core import files
-from gte_deploy.training import state
 from gte_deploy.training import train as train_module
 from gte_deploy.training.recipe import recipe_from_dict
 
-calls, original = 0, files.sync_file
+calls, original = 0, files._sync
 
-def sync_file(path):
+def sync(path, mode):
     global calls
     calls += 1
     if calls == KILL_AT:
         os.kill(os.getpid(), signal.SIGKILL)
-    original(path)
+    original(path, mode)
 
-files.sync_file = state.sync_file = sync_file
+files._sync = sync
 train_module.plot_run = lambda folder: None
 train_module.train(recipe_from_dict(json.loads(RECIPE)), data=Path(DATA), output=Path(OUTPUT), tensorboard=False)
 """
