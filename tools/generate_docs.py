@@ -211,12 +211,12 @@ What `gte-deploy`, `gte-export` and `gte-train` print for `--help`, below. They 
   text.
 - Choices are taken in lower or upper case, with `_` or `-`. What is unknown is refused with the nearest known word.
 - A command never replaces a bundle, repository, corpus or checkpoint that exists, unless `--force` is given. Files
-  (`gte-deploy encode --output vectors.parquet`) are replaced, when the new one is complete, and keep their mode; new ones
-  have the mode that the umask leaves. Of a link, the file is replaced that it names. A device or a pipe stays what it is,
-  and gets the bytes.
-- SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 or 129: unfinished folders are removed. `gte-train run`
-  and the fine-tuning commands write a checkpoint, and end with 130; at SIGTERM `gte-deploy serve` answers what is in
-  work, and ends with 0.
+  (`gte-deploy encode --output vectors.parquet`) are replaced, when the new one is complete, and keep their mode; new
+  ones have the mode that the umask leaves. Of a link, the file is replaced that it names. A device or a pipe stays what
+  it is, and gets the bytes.
+- SIGTERM and SIGHUP end a command as Ctrl-C does, with exit code 143 or 129: unfinished folders are removed.
+  `gte-train run` and the fine-tuning commands write a checkpoint, and end with 130; at SIGTERM `gte-deploy serve`
+  answers what is in work, and ends with 0.
 """
 
 

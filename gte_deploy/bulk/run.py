@@ -89,9 +89,7 @@ def encode_files(
 
     Args:
         input: a file (parquet, JSON lines, CSV, or a text a line), or a folder of files; see docs/bulk.md.
-        output: the file to write: .parquet, .npy, .jsonl, or a .lance folder. An older one is replaced at the end. A
-            device or a pipe gets the bytes at the end; such a run cannot be continued, and lists its failures in the
-            working directory.
+        output: the file to write: .parquet, .npy, .jsonl, or a .lance folder. An older one is replaced at the end.
         model: a loaded model, or what `gte_deploy.load` takes: a folder, a hub id, or None for the built-in model.
         options: how files are read and written, and where the model runs.
         load_options: arguments of `gte_deploy.load`, if `model` is not loaded.
