@@ -111,7 +111,7 @@ def _run_lines(serving: Serving, device: DeviceName) -> str:
     if serving.response_cache:
         option += " --cache-config=local,size=268435456"
     return f"""
-    # {device.upper()}
+    # {device.upper()}{" (not tried by the authors of gte-deploy)" if device == "gpu" else ""}
     docker run --rm{gpus} --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 -v "$PWD":/models:ro gte-triton \\
       tritonserver --model-repository=/models{option}
 """

@@ -101,7 +101,7 @@ def verdict(engine: EngineParity) -> str:
     return (
         f"{engine.title}: parity {'passed' if engine.passed else _miss(engine)}, {len(engine.cases)} cases"
         f"{parts_compared(engine)}, {numbers}"
-        f"{agreement} (bounds: {engine.tolerance})"
+        f"{agreement} (bounds: {engine.bounds})"
     )
 
 

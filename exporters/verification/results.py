@@ -70,6 +70,12 @@ class EngineParity:
         return engine_title(self.engine, self.precision, self.compute, device=self.device, emulated=self.emulated)
 
     @property
+    def bounds(self) -> str:
+        """The bounds on the cases in words; the one on labels only for a model that has labels."""
+        has_labels = any(found.labels for result in self.cases for _, found in result.differences())
+        return str(self.tolerance if has_labels else dataclasses.replace(self.tolerance, labels=None))
+
+    @property
     def passed(self) -> bool:
         """Whether every case and the means over them are within the bounds."""
         return not self.failures()
@@ -246,7 +252,7 @@ class BoundMissedError(ParityError):
     def __init__(self, report: ParityReport) -> None:
         parts = [
             f"{engine.title} differs from PyTorch FP32 in {len(failures)} respects, over {len(engine.cases)} cases "
-            f"(bounds: {engine.tolerance}):\n  " + "\n  ".join(failures)
+            f"(bounds: {engine.bounds}):\n  " + "\n  ".join(failures)
             for engine in report.engines
             if not engine.optional and (failures := engine.failures())
         ]

@@ -264,7 +264,7 @@ class JoiningBackend:
         """See `Backend.run`.
 
         Raises:
-            OverloadedError: more rows wait than the queue may hold.
+            OverloadedError: more rows wait than the queue may hold, or than can be computed before the deadline.
             CancelledCallError, DeadlineError: the current `Call` is over.
         """
         check_outputs(outputs, self.outputs)
@@ -353,18 +353,28 @@ class JoiningBackend:
         return [_Row(submission, index, lengths[index], masks[index], key) for index in range(len(lengths))]
 
     def _admit(self, submission: _Submission) -> None:
-        call, bound = submission.call, self._options.max_queue_tokens
-        tokens = _tokens(submission.rows)
-        is_admitted = call is not None and call.is_admitted
-        if bound is not None and self._queued_tokens and self._queued_tokens + tokens > bound and not is_admitted:
-            wait = self.estimated_wait_s or _UNKNOWN_WAIT_S
-            raise OverloadedError(
-                f"{self._queued_tokens:,} tokens wait already, and with the {tokens:,} of this call they would be more "
-                f"than max_queue_tokens={bound:,}. Try again in {wait:.1f} s.",
-                retry_after_s=wait,
-            )
+        call = submission.call
+        if call is not None and call.is_admitted:
+            return
+        if self._queued_tokens:
+            self._refuse_if_too_much_waits(submission)
         if call is not None:
             call.is_admitted = True
+
+    def _refuse_if_too_much_waits(self, submission: _Submission) -> None:
+        wait, bound, tokens = self.estimated_wait_s, self._options.max_queue_tokens, _tokens(submission.rows)
+        remaining = None if submission.call is None else submission.call.remaining_s
+        if bound is not None and self._queued_tokens + tokens > bound:
+            reason = f"with the {tokens:,} of this call they would be more than max_queue_tokens={bound:,}"
+        elif remaining is not None and wait > remaining:
+            reason = f"this call has {remaining:.1f} s left, before which they will not be computed"
+        else:
+            return
+        wait = wait or _UNKNOWN_WAIT_S
+        raise OverloadedError(
+            f"{self._queued_tokens:,} tokens wait already, and {reason}. Try again in {wait:.1f} s.",
+            retry_after_s=wait,
+        )
 
     # --- the queue; its lock is held -------------------------------------------------------------------------------
 

@@ -87,7 +87,10 @@ class NoAnswerError(UnavailableError, TimeoutError):
 
 
 class OverloadedError(UnavailableError):
-    """Too many tokens wait, so the call was refused at once; `retry_after_s` estimates when they are computed."""
+    """So many tokens wait that the call was refused at once: more than may wait, or more than its deadline allows.
+
+    `retry_after_s` estimates when they are computed.
+    """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)

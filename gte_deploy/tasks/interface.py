@@ -194,9 +194,9 @@ class TextInterface(DropIn, ABC):
     ) -> Any:
         """Return embeddings. The arguments are those of SentenceTransformer.encode.
 
-        One text gives [D] float32, a list of texts [N, D]. Three things differ from SentenceTransformer: a text that is
-        too long is an error unless `truncation` is on, an empty list is an error, and token embeddings are numpy
-        arrays unless tensors are requested. A sparse model gives the answers of `encode_sparse`. A multi-vector model
+        One text gives [D] float32, a list of texts [N, D]. Two things differ from SentenceTransformer: a text that is
+        too long is an error unless `truncation` is on, and token embeddings are numpy arrays unless tensors are
+        requested. A sparse model gives the answers of `encode_sparse`. A multi-vector model
         refuses the call: it embeds queries and documents in different ways.
 
         Args:

@@ -554,6 +554,25 @@ def test_a_full_queue_refuses_at_once_and_lets_in_again_what_fits(gate, callers)
     assert is_empty(backend) and backend._tokens_per_s > 0
 
 
+def test_a_call_whose_deadline_will_pass_in_the_queue_is_refused_at_once(gate, callers):
+    engine = Engine(gate=gate)
+    backend = joining(engine)
+    first = occupy(backend, engine, callers, gate)
+    call = Call(deadline=time.monotonic() + WAIT_S)
+    own = callers.submit(in_call, call, embed, backend, 15)  # nothing waits, so it may
+    wait_until(lambda: backend.queued_rows == 1)
+    backend._tokens_per_s = 15 / (2 * WAIT_S)
+    with pytest.raises(OverloadedError, match=r"15 tokens wait already, and this call has \d+\.\d s left") as refused:
+        in_call(Call(deadline=time.monotonic() + WAIT_S), embed, backend, 1)
+    assert refused.value.retry_after_s == pytest.approx(2 * WAIT_S) and backend.queued_rows == 1
+    patient = callers.submit(in_call, Call(deadline=time.monotonic() + 4 * WAIT_S), embed, backend, 1)
+    endless = callers.submit(embed, backend, 2)
+    wait_until(lambda: backend.queued_rows == 3)
+    gate.set()
+    for future in (first, own, patient, endless):
+        future.result(WAIT_S)
+
+
 def test_a_call_that_was_let_in_is_let_in_with_its_next_batches(gate, callers):
     engine = Engine(gate=gate)
     backend = joining(engine, max_queue_tokens=20)
