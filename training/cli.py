@@ -44,6 +44,7 @@ from gte_deploy.training.options import (
     EXTRAPOLATION_FILE,
     EXTRAPOLATION_PLOT,
     CheckpointExportOptions,
+    CorpusSource,
     DeviceOptions,
     EstimateOptions,
     EvaluationArguments,
@@ -179,9 +180,10 @@ def _estimate(given: Given) -> int:
 
 def _run(given: Given) -> int:
     arguments, options = read_options(RunArguments, given), parse_given(RunOptions, given)
+    source = read_options(CorpusSource, given)
     eval_data = () if arguments.eval_data is None else (f"eval_data={json.dumps(str(arguments.eval_data))}",)
     recipe = _recipe(given, *eval_data)
-    _require_corpus(arguments.data)
+    _require_corpus(source.data)
     _require_corpus(arguments.eval_data)
     rescue = parse_given(RescueOptions, given)
     if rescue and _is_main():  # the other ranks find the change in the checkpoint
@@ -192,7 +194,7 @@ def _run(given: Given) -> int:
 
     # The losses are the log of the run, which a job without a terminal keeps, too.
     log = None if "quiet" in given else sys.stderr
-    result = train(recipe, data=arguments.data, output=arguments.output, progress=log, **options)
+    result = train(recipe, data=source, output=arguments.output, progress=log, **options)
     if not result.finished:
         return INTERRUPTED
     if _is_main():
@@ -438,7 +440,7 @@ _COMMANDS = {
     "run": _Command(
         _run,
         "run a recipe, or continue its run",
-        (RunArguments, RunOptions, RecipeArguments, RescueOptions),
+        (CorpusSource, RunArguments, RunOptions, RecipeArguments, RescueOptions),
     ),
     "export": _Command(
         _export, "write a checkpoint of a run as a Hugging Face folder", (ExportArguments, CheckpointExportOptions)

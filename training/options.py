@@ -262,10 +262,27 @@ class EstimateOptions:
 
 
 @dataclass(frozen=True)
-class RunArguments:
-    """The corpus and the output folder of a run."""
+class CorpusSource:
+    """The corpus of a run, and how it is read.
+
+    Args:
+        data: the folder of the corpus.
+        verify: compare each file with its sha256 before the first step, unless the run did so before.
+    """
 
     data: Path = required("corpus folder that `gte-train prepare` wrote", metavar="FOLDER", parse=Path)
+    verify: bool = option(
+        True,
+        "do not compare the files of the corpus with their sha256 before the first step; sizes and offsets are always "
+        "checked",
+        flags=("--no-verify",),
+    )
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The output folder and the held-out text of a run."""
+
     output: Path = required(
         "folder of the run; if it holds checkpoints, the run continues",
         flags=("-o", "--output"),

@@ -180,6 +180,8 @@ class Recipe:
         pretrained: the run starts from the weights of the model; for a preset from those of its checkpoint on the hub,
             or of the built-in model. A model without weights is then an error.
         stages: the stages in order; each starts from the weights of the stage before, with a new optimizer.
+        shuffle_shards: samples are shuffled among so many shards of each language at a time, so that a step needs only
+            these; null shuffles all of them. For corpora that do not lie on this machine.
         seed: seed of the first weights, the order of samples, the masks and the dropout.
         tokens_per_micro_batch: tokens that one rank sends through the model at once; at least the longest `max_length`.
         dtype: "bfloat16" computes in bfloat16 autocast over float32 weights; "auto" does so where it is faster, on a
@@ -207,6 +209,7 @@ class Recipe:
     model: str
     stages: tuple[Stage, ...]
     pretrained: bool = False
+    shuffle_shards: int | None = None
     seed: int = 0
     tokens_per_micro_batch: int = 32768
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -226,6 +229,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         _require(bool(names), "stages", names, "at least one")
         _require(len(set(names)) == len(names), "stages", names, "names that differ")
+        width = self.shuffle_shards
+        _require(width is None or width >= 1, "shuffle_shards", width, "1 or more shards, or null")
         every = self.evaluate_every
         _require(every is None or every >= 1, "evaluate_every", every, "1 or more, or null")
         for name in ("checkpoint_every", "keep_checkpoints", "log_every", "evaluate_tokens"):

@@ -20,9 +20,8 @@ from transformers import GteConfig
 
 from gte_deploy._version import __version__
 from gte_deploy.core.errors import NonFiniteError, SpikeError
-from gte_deploy.core.files import sha256_file
 from gte_deploy.training.alarms import SpikeDetector
-from gte_deploy.training.data.corpus import INDEX_FILE, TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint
 from gte_deploy.training.distributed import World, named_parameters, optimizer_tensors, parts_to_save
 from gte_deploy.training.evaluation.during_run import RunEvaluation
 from gte_deploy.training.flops import training_flops
@@ -114,6 +113,7 @@ class Run:
     saver: Saver
     meter: Meter
     spikes: SpikeDetector
+    tables: Path
     evaluation: RunEvaluation | None = None
     log: RunLog | None = None
     saved: Path | None = None
@@ -277,8 +277,3 @@ class Run:
         """Wait until the newest checkpoint is there, on every rank, each of which has to call this."""
         self.saver.wait()
         self.world.barrier()
-
-
-def corpus_fingerprint(corpus: TokenCorpus) -> str:
-    """Return the sha256 of the corpus's index, which holds the sha256 of every shard."""
-    return sha256_file(corpus.folder / INDEX_FILE)

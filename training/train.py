@@ -25,7 +25,7 @@ from gte_deploy.core.errors import ConfigError, MissingDependencyError
 from gte_deploy.core.files import sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
 from gte_deploy.training.alarms import SpikeDetector
-from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint
 from gte_deploy.training.data.packing import MicroBatch, Step, StepLoader, StepSettings, pad_to_static
 from gte_deploy.training.data.sampling import ChunkIndex, survey
 from gte_deploy.training.distributed import (
@@ -44,9 +44,11 @@ from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors, model_source
 from gte_deploy.training.optim import build_optimizer, learning_rate, plateau_end, set_learning_rate
+from gte_deploy.training.options import CorpusSource
 from gte_deploy.training.recipe import Recipe, Stage, dump_recipe, settled_execution
 from gte_deploy.training.rescue import settled_recipe
-from gte_deploy.training.run import Run, StepSize, StopRequested, StopSignal, corpus_fingerprint
+from gte_deploy.training.run import Run, StepSize, StopRequested, StopSignal
+from gte_deploy.training.run_data import TABLES_FOLDER, remove_shared_tables, shared_index, verify_once
 from gte_deploy.training.saving import Saver
 from gte_deploy.training.state import (
     CHECKPOINTS_FOLDER,
@@ -82,7 +84,7 @@ class RunResult:
 def train(
     recipe: Recipe,
     *,
-    data: Path,
+    data: Path | CorpusSource,
     output: Path,
     device: str | None = None,
     progress: TextIO | None = None,
@@ -94,7 +96,7 @@ def train(
 
     Args:
         recipe: the recipe to run.
-        data: folder of a prepared TokenCorpus.
+        data: folder of a prepared TokenCorpus, or that with options for reading it.
         output: folder for checkpoints, logs, the plot and the finished model.
         device: "cuda" or "cpu"; None takes a GPU if there is one.
         progress: stream on which the main process shows its progress line.
@@ -104,13 +106,15 @@ def train(
 
     Raises:
         ConfigError: recipe, model, corpus and the checkpoints in `output` do not fit together.
+        InputError: the corpus is incomplete, or a file of it was altered.
         CheckpointError: `output` has checkpoints, but none is complete.
         NonFiniteError: the loss became NaN or infinite; the earlier checkpoints stay.
         SpikeError: the loss or the gradient norm rose suddenly, and the recipe's alarms stop the run.
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(deterministic_algorithms(world.device, enabled=recipe.deterministic))
-        corpus = TokenCorpus.open(data)
+        source = data if isinstance(data, CorpusSource) else CorpusSource(data=data)
+        corpus = TokenCorpus.open(source.data)
         store = CheckpointStore(output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints)
         resumed = _latest_checkpoint(store, world)
         if resumed:
@@ -123,7 +127,7 @@ def train(
         done = resumed.state if resumed else None
         saver = stack.enter_context(Saver(store, world, sharded=recipe.sharding == "fsdp" and world.size > 1))
         meter, spikes = Meter(peak_flops=_peak_of_all(peak_flops, world)), SpikeDetector(recipe.alarms)
-        run = Run(recipe, corpus, model.config, world, saver, meter, spikes)
+        run = Run(recipe, corpus, model.config, world, saver, meter, spikes, tables=output / TABLES_FOLDER)
         run.evaluation = RunEvaluation.open(recipe, corpus, world)
         if resumed:
             run.resume(resumed)
@@ -134,6 +138,9 @@ def train(
             run.log_interventions()
             stack.callback(_plot, output)
 
+        if source.verify:
+            verify_once(corpus, output, world)
+        if world.is_main:
             _tell_lengths(recipe, corpus, done=done.stage if done else 0)
 
         weights: Mapping[str, Tensor] = dict(model.named_parameters())
@@ -156,6 +163,7 @@ def train(
         assert run.saved is not None  # every stage ends with a checkpoint
         if world.is_main:
             export_checkpoint(read_checkpoint(run.saved), output / MODEL_FOLDER)
+            remove_shared_tables(run.tables)
         world.barrier()
         return RunResult(True, run.saved, output / MODEL_FOLDER)
 
@@ -180,7 +188,14 @@ def _train_stage(
         load_optimizer_tensors(module, optimizer, tensors)
 
     seed = stage_seed(recipe.seed, number)
-    index = ChunkIndex(run.corpus, stage.chunking, seed=seed)
+    index = shared_index(
+        run.corpus,
+        stage.chunking,
+        seed=seed,
+        shuffle_shards=recipe.shuffle_shards,
+        folder=run.tables,
+        world=world,
+    )
     logger.info("stage %s from step %d to %d", stage.name, start, stage.steps)
     settings = StepSettings(
         batch_size=stage.batch_size,

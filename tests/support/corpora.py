@@ -48,6 +48,19 @@ def write_corpus(
     return folder
 
 
+def write_empty_corpus(folder: Path, lengths: np.ndarray) -> Path:
+    """Write a corpus of one shard whose tokens are a hole of zeros: many documents that take no room on the disk."""
+    write_corpus(folder, [np.array([5])])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
+    (folder / "shard-00000.offsets").write_bytes(offsets.tobytes())
+    with (folder / "shard-00000.tokens").open("wb") as file:
+        file.truncate(2 * int(offsets[-1]))
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0].update(documents=len(lengths), tokens=int(offsets[-1]))
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
 def random_documents(lengths: Sequence[int], *, vocab_size: int = 256, seed: int = 0) -> list[np.ndarray]:
     """One array of ordinary ids per length."""
     rng = np.random.default_rng(seed)

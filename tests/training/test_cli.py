@@ -64,6 +64,21 @@ def test_prepare_run_export(recipe_file, tmp_path, capsys):
     assert not torch.equal(*weights)
 
 
+def test_a_run_refuses_an_altered_corpus_unless_told_not_to_look(make_recipe, corpus_folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(make_recipe(steps=(1,))))
+    data, output = shutil.copytree(corpus_folder, tmp_path / "data"), tmp_path / "run"
+    tokens = bytearray((data / "shard-00000.tokens").read_bytes())
+    tokens[200] ^= 1
+    (data / "shard-00000.tokens").write_bytes(tokens)
+    command = ["run", str(recipe), "--data", str(data), "--output", str(output), "--device=cpu"]
+    assert main(command) == USAGE
+    assert "shard-00000.tokens does not match its sha256" in capsys.readouterr().err
+    assert not list((output / "checkpoints").glob("0*"))
+    assert main([*command, "--no-verify"]) == OK
+    assert not (output / "chunks").exists()  # the table of the chunks goes at the end
+
+
 def test_prepare_of_an_existing_corpus_is_refused(corpus_folder, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("w5")
     tokenizer = str(corpus_folder / "tokenizer")

@@ -3,14 +3,15 @@
 import dataclasses
 import re
 from importlib import resources
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
+from corpora import write_empty_corpus
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.training import recipe as recipe_module
+from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.sampling import survey
 from gte_deploy.training.recipe import (
@@ -179,12 +180,9 @@ C4_DOCUMENTS, C4_LENGTHS = 365e6, {"mean": 5.5, "sigma": 1.1}
 
 
 @pytest.fixture(scope="module")
-def c4_like():
+def c4_like(tmp_path_factory):
     lengths = np.random.default_rng(0).lognormal(**C4_LENGTHS, size=400_000).astype(np.int64) + 1
-    count = len(lengths)
-    return SimpleNamespace(
-        folder="C4", lengths=lengths, num_documents=count, languages=("en",), language_bounds=np.array([0, count])
-    )
+    return TokenCorpus.open(write_empty_corpus(tmp_path_factory.mktemp("c4") / "corpus", lengths))
 
 
 @pytest.mark.parametrize("name", ["gte-en-mlm-base", "gte-en-mlm-large"])

@@ -12,8 +12,9 @@ The shards of one language lie side by side.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 OFFSET_DTYPE = np.dtype("<i8")
 _BAR_WIDTH = 40
+_READ_BYTES = 4 << 20  # a multiple of every token's size
 
 
 @dataclass(frozen=True)
@@ -78,54 +80,97 @@ class Vocabulary:
 
 
 class TokenCorpus:
-    """Documents as memory-mapped token ids. Open a corpus with `TokenCorpus.open`."""
+    """Documents as memory-mapped token ids. Open a corpus with `TokenCorpus.open`.
 
-    def __init__(self, folder: Path, index: Mapping[str, Any], *, verify: bool = False) -> None:
+    The sizes of all files, and that the offsets ascend from 0 to the end of their tokens, are always checked.
+
+    Args:
+        folder: the folder of index.json and the offsets.
+        index: what index.json holds.
+        verify: also read every file and compare its sha256, see `verify_shard`.
+        tokens: the token ids of each shard; None maps the files in `folder`.
+
+    Raises:
+        InputError: a file is missing, incomplete or altered.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        index: Mapping[str, Any],
+        *,
+        verify: bool = False,
+        tokens: Sequence[NDArray] | None = None,
+    ) -> None:
         self.folder = folder
         self.index = index
-        self.vocab = Vocabulary(**{**index["vocabulary"], "special_ids": tuple(index["vocabulary"]["special_ids"])})
+        self.vocab = read_corpus_vocabulary(index)
         self.languages: tuple[str, ...] = tuple(index["languages"])
         numbers = {language: i for i, language in enumerate(self.languages)}
-        self._shard_languages = np.array([numbers[shard["language"]] for shard in index["shards"]], dtype=np.int64)
-        self._tokens = [_map_tokens(folder, shard, self.vocab, verify) for shard in index["shards"]]
-        self._offsets = [_map_offsets(folder, shard, verify) for shard in index["shards"]]
+        self.shards: Sequence[Mapping[str, Any]] = index["shards"]
+        self.shard_languages = np.array([numbers[shard["language"]] for shard in self.shards], dtype=np.int64)
+        """The language of each shard, as its position in `languages`, [shards]."""
+        self._tokens = [map_tokens(folder, shard, self.vocab) for shard in self.shards] if tokens is None else tokens
+        self._offsets = [_map_offsets(folder, shard, self.vocab) for shard in self.shards]
+        if verify:
+            for shard in self.shards:
+                verify_shard(folder, shard, self.vocab)
         counts = np.array([len(offsets) - 1 for offsets in self._offsets], dtype=np.int64)
-        self._first_document = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.num_documents = int(self._first_document[-1])
-        self.num_tokens = sum(len(tokens) for tokens in self._tokens)
+        self.first_documents = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        """The first document of each shard, and the end, [shards + 1]."""
+        self.num_documents = int(self.first_documents[-1])
+        self.num_tokens = sum(shard["tokens"] for shard in self.shards)
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> TokenCorpus:
-        """Open a folder that `prepare` wrote. `verify` also reads every file and checks sha256, offsets and ids.
+        """Open a folder that `prepare` wrote. `verify` also reads every file and checks its sha256 and ids.
 
         Raises:
             InputError: the folder is no corpus, is incomplete or altered, or has another format version.
         """
         folder = Path(folder)
-        index = read_index(folder)
-        try:
-            corpus = cls(folder, index, verify=verify)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / INDEX_FILE} is damaged ({error!r}): run `gte-train prepare` again") from error
-        if not corpus.num_documents:
-            raise InputError(f"{folder} holds no document: check the inputs of `gte-train prepare`")
-        return corpus
+        return open_index(folder, read_index(folder), verify=verify)
 
-    @cached_property
+    @property
     def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each document, without special tokens, [num_documents]."""
+        """Number of tokens of each document, without special tokens, [num_documents]. Each access computes it anew."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64, copy=False)
+
+    def lengths_in(self, shard: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the lengths of the documents start..stop of a shard, in tokens, [stop - start]."""
+        return np.diff(self._offsets[shard][start : stop + 1]).astype(np.int64, copy=False)
+
+    def lengths_of_blocks(
+        self, shards: NDArray[np.int64], starts: NDArray[np.int64], *, width: int
+    ) -> NDArray[np.int64]:
+        """Return the lengths of `width` documents of each shard from a place on, [N, width]; 0 beyond the shard's end.
+
+        Only the pages of the offsets that hold these documents are read.
+        """
+        ends = np.empty((len(shards), width + 1), dtype=np.int64)
+        for row, shard, start in zip(ends, shards.tolist(), starts.tolist(), strict=True):
+            found = self._offsets[shard][start : start + width + 1]
+            row[: len(found)] = found
+            row[len(found) :] = found[-1]
+        return np.diff(ends, axis=1)
+
+    @property
+    def language_tokens(self) -> NDArray[np.int64]:
+        """The number of tokens of each language, [languages]."""
+        totals = np.zeros(len(self.languages), dtype=np.int64)
+        np.add.at(totals, self.shard_languages, [shard["tokens"] for shard in self.shards])
+        return totals
 
     @cached_property
     def language_of(self) -> NDArray[np.int16]:
         """Each document's language, as its position in `languages`, ascending, [num_documents]."""
-        return np.repeat(self._shard_languages.astype(np.int16), np.diff(self._first_document))
+        return np.repeat(self.shard_languages.astype(np.int16), np.diff(self.first_documents))
 
     @property
     def language_bounds(self) -> NDArray[np.int64]:
         """The first document of each language, and the end, [languages + 1]. Languages lie side by side."""
         totals = np.zeros(len(self.languages), dtype=np.int64)
-        np.add.at(totals, self._shard_languages, np.diff(self._first_document))
+        np.add.at(totals, self.shard_languages, np.diff(self.first_documents))
         return np.concatenate([[0], np.cumsum(totals)]).astype(np.int64)
 
     def tokens(self, document: int, start: int, stop: int) -> NDArray[np.unsignedinteger]:
@@ -136,9 +181,9 @@ class TokenCorpus:
         """
         if not 0 <= document < self.num_documents:
             raise InputError(f"document {document} is not in 0..{self.num_documents - 1}")
-        shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        shard = int(np.searchsorted(self.first_documents, document, side="right")) - 1
         offsets = self._offsets[shard]
-        local = document - int(self._first_document[shard])
+        local = document - int(self.first_documents[shard])
         first, end = int(offsets[local]), int(offsets[local + 1])
         if not 0 <= start <= stop <= end - first:
             raise InputError(f"tokens {start}..{stop} are not in document {document} of {end - first} tokens")
@@ -158,8 +203,8 @@ class TokenCorpus:
         This does the work of many calls of `tokens` without their overhead. The arguments are not checked: they come
         from a ChunkIndex.
         """
-        shards = np.searchsorted(self._first_document, documents, side="right") - 1
-        local = documents - self._first_document[shards]
+        shards = np.searchsorted(self.first_documents, documents, side="right") - 1
+        local = documents - self.first_documents[shards]
         rows = zip(shards.tolist(), local.tolist(), starts.tolist(), lengths.tolist(), at.tolist(), strict=True)
         for shard, document, start, length, target in rows:
             first = int(self._offsets[shard][document]) + start
@@ -197,6 +242,13 @@ class LengthHistogram:
         tokens = zip(longer.tokens, (*shorter.tokens, *rest), strict=True)
         return LengthHistogram(longer.edges, tuple(map(sum, sequences)), tuple(map(sum, tokens)))
 
+    def times(self, count: int) -> LengthHistogram:
+        """Return the histogram of `count` copies of the sequences."""
+        if not count:
+            return LengthHistogram.of(())
+        counts = (tuple(count * each for each in part) for part in (self.sequences, self.tokens))
+        return LengthHistogram(self.edges, *counts)
+
     def as_dict(self) -> dict[str, list[int]]:
         """Return the histogram for JSON or a plot. `edges` has one number more than the counts."""
         return {"edges": list(self.edges), "sequences": list(self.sequences), "tokens": list(self.tokens)}
@@ -215,7 +267,7 @@ class LengthHistogram:
 
 def document_histogram(corpus: TokenCorpus, language: str | None = None) -> LengthHistogram:
     """Count the document lengths of one language, or of all, in tokens."""
-    blocks = zip(corpus._shard_languages, corpus._offsets, strict=True)
+    blocks = zip(corpus.shard_languages, corpus._offsets, strict=True)
     wanted = (offsets for i, offsets in blocks if language in (None, corpus.languages[i]))
     return LengthHistogram.of(np.diff(offsets) for offsets in wanted)
 
@@ -240,9 +292,8 @@ def describe_corpus(corpus: TokenCorpus) -> str:
     ]
     lines += [f"  {name.replace('_', ' ')}: {count:,}" for name, count in corpus.index.get("counts", {}).items()]
     if len(corpus.languages) > 1:
-        bounds, ends = corpus.language_bounds, np.concatenate([[0], np.cumsum(corpus.lengths)])
-        for i, language in enumerate(corpus.languages):
-            documents, tokens = bounds[i + 1] - bounds[i], ends[bounds[i + 1]] - ends[bounds[i]]
+        documents_of, tokens_of = np.diff(corpus.language_bounds).tolist(), corpus.language_tokens.tolist()
+        for language, documents, tokens in zip(corpus.languages, documents_of, tokens_of, strict=True):
             share = tokens / corpus.num_tokens
             lines.append(f"  {language or '(none)'}: {documents:,} documents, {tokens:,} tokens ({share:.2%})")
     return "\n".join([*lines, str(document_histogram(corpus))])
@@ -270,17 +321,100 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _map_file(
-    path: Path, dtype: np.dtype, count: int, sha256: str, *, verify: bool, random_access: bool = False
-) -> NDArray:
-    expected = count * dtype.itemsize
+def open_index(
+    folder: Path, index: Mapping[str, Any], *, verify: bool = False, tokens: Sequence[NDArray] | None = None
+) -> TokenCorpus:
+    """Open the corpus that an index describes; arguments and errors as those of `TokenCorpus`."""
+    try:
+        corpus = TokenCorpus(folder, index, verify=verify, tokens=tokens)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / INDEX_FILE} is damaged ({error!r}): run `gte-train prepare` again") from error
+    if not corpus.num_documents:
+        raise InputError(f"{folder} holds no document: check the inputs of `gte-train prepare`")
+    return corpus
+
+
+def read_corpus_vocabulary(index: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary that an index states."""
+    return Vocabulary(**{**index["vocabulary"], "special_ids": tuple(index["vocabulary"]["special_ids"])})
+
+
+def corpus_fingerprint(corpus: TokenCorpus) -> str:
+    """Return the sha256 of the corpus's index, which holds the sha256 of every shard."""
+    return sha256_file(corpus.folder / INDEX_FILE)
+
+
+def shard_files(shard: Mapping[str, Any], vocab: Vocabulary) -> dict[str, tuple[int, str]]:
+    """Return the names of a shard's tokens and offsets -> their size in bytes, and their sha256."""
+    name = shard["name"]
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise InputError(f"the shard name {name!r} is not a plain file name: the corpus was altered")
+    return {
+        f"{name}.tokens": (shard["tokens"] * vocab.dtype.itemsize, shard["tokens_sha256"]),
+        f"{name}.offsets": ((shard["documents"] + 1) * OFFSET_DTYPE.itemsize, shard["offsets_sha256"]),
+    }
+
+
+def verify_shard(folder: Path, shard: Mapping[str, Any], vocab: Vocabulary) -> None:
+    """Read both files of a shard, and compare their sha256 with the index, and the ids with the vocabulary.
+
+    Raises:
+        InputError: a file is missing or was altered, or an id is outside the vocabulary.
+    """
+    tokens, offsets = shard_files(shard, vocab).items()
+    verify_file(folder / offsets[0], *offsets[1])
+    verify_file(folder / tokens[0], *tokens[1], vocab=vocab)
+
+
+def verify_file(path: Path, size: int, sha256: str, *, vocab: Vocabulary | None = None) -> None:
+    """Read a file, and compare its size and sha256, and with `vocab` the ids that it holds.
+
+    Raises:
+        InputError: the file is missing, incomplete or altered, or an id is outside the vocabulary.
+    """
+    _require_size(path, size)
+    digest, most = hashlib.sha256(), -1
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            if vocab is not None:
+                most = max(most, int(np.frombuffer(block, dtype=vocab.dtype).max()))
+    if digest.hexdigest() != sha256:
+        raise InputError(f"{path} does not match its sha256 in {INDEX_FILE}: the corpus was altered; prepare it again")
+    if vocab is not None and most >= vocab.size:
+        raise InputError(f"{path} holds id {most}, outside the vocabulary of {vocab.size}")
+
+
+def map_tokens(folder: Path, shard: Mapping[str, Any], vocab: Vocabulary) -> NDArray:
+    """Map the token ids of a shard, uint16 or uint32.
+
+    Raises:
+        InputError: the file is missing or incomplete.
+    """
+    tokens, _ = shard_files(shard, vocab).items()
+    return _map_file(folder / tokens[0], vocab.dtype, tokens[1][0], random_access=True)
+
+
+def _map_offsets(folder: Path, shard: Mapping[str, Any], vocab: Vocabulary) -> NDArray[np.int64]:
+    _, (name, (size, _)) = shard_files(shard, vocab).items()
+    path = folder / name
+    offsets = _map_file(path, OFFSET_DTYPE, size)
+    ends = (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, shard["tokens"]) or not bool(np.all(offsets[1:] > offsets[:-1])):
+        raise InputError(f"{path} does not fit its tokens (0..{shard['tokens']}, ascending): prepare the corpus again")
+    return offsets
+
+
+def _require_size(path: Path, expected: int) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != expected:
         came = "is missing" if size is None else f"has {size} bytes"
         raise InputError(f"{path} {came}, expected {expected}: the corpus is incomplete; prepare or copy it again")
-    if verify and sha256_file(path) != sha256:
-        raise InputError(f"{path} does not match its sha256 in {INDEX_FILE}: the corpus was altered; prepare it again")
-    if not count:
+
+
+def _map_file(path: Path, dtype: np.dtype, size: int, *, random_access: bool = False) -> NDArray:
+    _require_size(path, size)
+    if not size:
         return np.empty(0, dtype=dtype)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -288,27 +422,3 @@ def _map_file(
         # A sample is a few kilobytes anywhere in the file; read-ahead would fetch a hundred times as much.
         mapped.madvise(mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype=dtype)
-
-
-def _map_tokens(folder: Path, shard: Mapping[str, Any], vocab: Vocabulary, verify: bool) -> NDArray:
-    path = folder / f"{_shard_name(shard)}.tokens"
-    tokens = _map_file(path, vocab.dtype, shard["tokens"], shard["tokens_sha256"], verify=verify, random_access=True)
-    if verify and len(tokens) and int(tokens.max()) >= vocab.size:
-        raise InputError(f"{path} holds id {int(tokens.max())}, outside the vocabulary of {vocab.size}")
-    return tokens
-
-
-def _map_offsets(folder: Path, shard: Mapping[str, Any], verify: bool) -> NDArray[np.int64]:
-    path = folder / f"{_shard_name(shard)}.offsets"
-    offsets = _map_file(path, OFFSET_DTYPE, shard["documents"] + 1, shard["offsets_sha256"], verify=verify)
-    ends = (int(offsets[0]), int(offsets[-1]))
-    if ends != (0, shard["tokens"]) or (verify and bool(np.any(np.diff(offsets) <= 0))):
-        raise InputError(f"{path} does not fit its tokens (0..{shard['tokens']}, ascending): prepare the corpus again")
-    return offsets
-
-
-def _shard_name(shard: Mapping[str, Any]) -> str:
-    name = shard["name"]
-    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-        raise InputError(f"the shard name {name!r} is not a plain file name: the corpus was altered")
-    return name

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.training.data.masking import Masking, mask_places
-from gte_deploy.training.data.sampling import ChunkIndex
+from gte_deploy.training.data.sampling import NUM_SPECIAL, ChunkIndex
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ def micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[
         InputError: the step is negative, or a chunk is longer than the budget.
     """
     epochs, chunks = _samples(index, step, settings)
-    bins = pack(index.lengths_of(chunks), token_budget=settings.token_budget)
+    places = np.stack(index.locate(chunks))
+    bins = pack(places[2] + NUM_SPECIAL, token_budget=settings.token_budget)
     mine = bins[settings.rank :: settings.world_size]
-    return [_packed(index, epochs[members], chunks[members], settings) for members in mine]
+    return [_packed(index, epochs[members], chunks[members], places[:, members], settings) for members in mine]
 
 
 def padded_micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -> list[PaddedMicroBatch]:
@@ -139,7 +140,9 @@ def padded_micro_batches(index: ChunkIndex, step: int, settings: StepSettings) -
         raise InputError(f"the token budget {settings.token_budget} is below one row of {width}: raise the budget")
     epochs, chunks = _samples(index, step, settings)
     starts = range(0, settings.batch_size, rows)[settings.rank :: settings.world_size]
-    return [_rectangle(_packed(index, epochs[i : i + rows], chunks[i : i + rows], settings), index) for i in starts]
+    mine = [slice(start, start + rows) for start in starts]
+    places = np.stack(index.locate(chunks))
+    return [_rectangle(_packed(index, epochs[i], chunks[i], places[:, i], settings), index) for i in mine]
 
 
 def _samples(index: ChunkIndex, step: int, settings: StepSettings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -151,9 +154,14 @@ def _samples(index: ChunkIndex, step: int, settings: StepSettings) -> tuple[NDAr
 
 
 def _packed(
-    index: ChunkIndex, epochs: NDArray[np.int64], chunks: NDArray[np.int64], settings: StepSettings
+    index: ChunkIndex,
+    epochs: NDArray[np.int64],
+    chunks: NDArray[np.int64],
+    places: NDArray[np.int64],
+    settings: StepSettings,
 ) -> MicroBatch:
-    token_ids, ends = index.chunks(chunks)
+    """Pack and mask chunks, of which `places` has what `locate` returned, `[3, N]`."""
+    token_ids, ends = index.read(*places)
     lengths = np.diff(ends)
     places = _places(ends)
     input_ids, positions, labels = mask_places(

@@ -21,7 +21,7 @@ _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
 
 # One seed feeds several independent streams. The number of a stream is part of its key: changing it changes every run.
-STREAM_RESAMPLE, STREAM_ORDER, STREAM_LANGUAGE, STREAM_MASK = 1, 2, 3, 4
+STREAM_RESAMPLE, STREAM_ORDER, STREAM_LANGUAGE, STREAM_MASK, STREAM_SHARDS = 1, 2, 3, 4, 5
 FIRST_LANGUAGE_STREAM = 1 << 16
 
 Words = NDArray[np.uint64]

@@ -6,16 +6,30 @@ keyed permutation that is computed for each index. Every rank, and every resumed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus
+from gte_deploy.training.data.chunk_table import (
+    DOCUMENTS_PER_BLOCK,
+    TABLE_FORMAT,
+    ChunkTable,
+    num_blocks,
+    pack_bits,
+    read_table,
+    unpack_bits,
+    write_table,
+)
+from gte_deploy.training.data.corpus import LengthHistogram, TokenCorpus, corpus_fingerprint
 from gte_deploy.training.data.random import (
     FIRST_LANGUAGE_STREAM,
     STREAM_LANGUAGE,
@@ -26,10 +40,14 @@ from gte_deploy.training.data.random import (
     split_words,
     stream_key,
 )
+from gte_deploy.training.data.window_order import WindowOrder
+
+logger = logging.getLogger(__name__)
 
 NUM_SPECIAL = 2  # a chunk begins with [CLS] and ends with [SEP]
 _MIXTURE_BLOCK = 1 << 16  # samples; every language has its exact share in each such block
-DOCUMENT_BLOCK = 1 << 20  # documents computed at once; bounds the memory of an index over 10^8 documents
+DOCUMENT_BLOCK = 1 << 16  # documents computed at once, a multiple of DOCUMENTS_PER_BLOCK; bounds the memory
+_LOCATED_AT_ONCE = 1 << 14  # chunks; each may need the lengths of a block of documents
 
 # --- the order of a stage -------------------------------------------------------------------------------------------
 
@@ -63,13 +81,20 @@ class LanguageMixture:
     Args:
         chunks_per_language: `[L]`, the number of chunks of each.
         weights: `[L]`, how often a chunk of each is drawn; only their ratios count.
+        orders: `[L]`, the order of each language's chunks; by default all of them are shuffled in each epoch.
 
     Raises:
         InputError: no language with chunks has a weight, or there are more languages than a block can hold.
     """
 
-    def __init__(self, chunks_per_language: ArrayLike, weights: ArrayLike) -> None:
+    def __init__(
+        self,
+        chunks_per_language: ArrayLike,
+        weights: ArrayLike,
+        orders: Sequence[WindowOrder | None] | None = None,
+    ) -> None:
         self._sizes = np.asarray(chunks_per_language, dtype=np.int64)
+        self._orders = [None] * len(self._sizes) if orders is None else list(orders)
         self._first_chunk = np.concatenate([[0], np.cumsum(self._sizes)])
         self.quota = _quota(np.asarray(weights, dtype=np.float64) * (self._sizes > 0))
         self._quota_ends = np.cumsum(self.quota)
@@ -81,22 +106,34 @@ class LanguageMixture:
 
     def samples_at(self, indices: ArrayLike, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the epochs and the chunks of the samples at `indices`, [N] each; each language counts its epochs."""
+        languages, ordinals = self.ordinals_at(indices, seed=seed)
+        epochs, chunks = np.empty_like(ordinals), np.empty_like(ordinals)
+        for language in np.unique(languages).tolist():
+            here = languages == language
+            order, own_seed = self._orders[language], language_seed(seed, language)
+            if order is None:
+                size = int(self._sizes[language])
+                epochs[here], local = samples_at(ordinals[here], num_chunks=size, seed=own_seed)
+            else:
+                epochs[here], local = order.samples_at(ordinals[here], seed=own_seed)
+            chunks[here] = local + self._first_chunk[language]
+        return epochs, chunks
+
+    def ordinals_at(self, indices: ArrayLike, *, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the languages of the samples at `indices`, and the number of each among its language's, [N] each."""
         places = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         blocks, within = np.divmod(places, _MIXTURE_BLOCK)
         key = stream_key(seed, STREAM_LANGUAGE)
         drawn = permute(within, size=_MIXTURE_BLOCK, epochs=blocks, key=key)
         languages = np.searchsorted(self._quota_ends, drawn, side="right")
         quota = self.quota[languages]
-        ordinals = blocks * quota + drawn - (self._quota_ends[languages] - quota)
-        epochs, chunks = np.empty_like(places), np.empty_like(places)
-        for language in np.unique(languages):
-            here = languages == language
-            # Each language has its own seed: two languages of one size must not walk through their chunks in step.
-            low, high = stream_key(seed, FIRST_LANGUAGE_STREAM + int(language))
-            size = int(self._sizes[language])
-            epochs[here], local = samples_at(ordinals[here], num_chunks=size, seed=low | high << 32)
-            chunks[here] = local + self._first_chunk[language]
-        return epochs, chunks
+        return languages, blocks * quota + drawn - (self._quota_ends[languages] - quota)
+
+
+def language_seed(seed: int, language: int) -> int:
+    """Return the seed of one language: two languages of one size must not walk through their chunks in step."""
+    low, high = stream_key(seed, FIRST_LANGUAGE_STREAM + language)
+    return low | high << 32
 
 
 def token_shares(tokens: ArrayLike, *, exponent: float) -> NDArray[np.float64]:
@@ -204,8 +241,7 @@ class Chunking:
             return weights / weights.sum()
         if self.language_exponent is None:
             return None
-        tokens = [corpus.lengths[start:end].sum() for start, end in pairwise(corpus.language_bounds.tolist())]
-        return token_shares(tokens, exponent=self.language_exponent)
+        return token_shares(corpus.language_tokens, exponent=self.language_exponent)
 
     @property
     def is_weighted(self) -> bool:
@@ -217,36 +253,62 @@ class ChunkIndex:
     """The chunks of a corpus: each document is cut into chunks of at most `max_length` tokens.
 
     A chunk is [CLS], up to `max_length` - 2 tokens of one document, and [SEP]. Documents are never joined. Only the
-    last chunk of a document can be short. One number per document, the count of chunks before it, is therefore enough
-    to find any chunk: the index takes 8 bytes a document.
+    last chunk of a document can be short.
 
     Chunks are numbered after resampling. Whether a short chunk stays is a pure function of the seed and of the chunk's
     number before resampling. Without weights all chunks are sampled alike, otherwise a LanguageMixture chooses the
     languages.
+
+    Args:
+        corpus: the documents.
+        chunking: how they are cut, dropped and weighted.
+        seed: seed of the choice of short chunks.
+        shuffle_shards: the samples of an epoch stay among so many shards of each language at a time (see
+            `window_order`); None shuffles all of them.
+        table: where the chunks are, if that is known already, see `open_chunk_table`.
+
+    Raises:
+        InputError: no chunk is left, the weights are not those of the corpus's languages, or shuffle_shards is below 1.
     """
 
-    def __init__(self, corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> None:
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        chunking: Chunking,
+        *,
+        seed: int,
+        shuffle_shards: int | None = None,
+        table: ChunkTable | None = None,
+    ) -> None:
         self.corpus, self.chunking, self.seed = corpus, chunking, seed
-        self._first_chunk = np.zeros(corpus.num_documents + 1, dtype=np.int64)
-        tokens = np.zeros(len(corpus.languages))
-        for cut in _cuts(corpus, chunking, seed=seed):
-            self._first_chunk[cut.documents.start + 1 : cut.documents.stop + 1] = cut.chunks - ~cut.keeps
-            if chunking.is_weighted:
-                tokens += cut.sums(resampled=True)[:, 1]
-        np.cumsum(self._first_chunk, out=self._first_chunk)
-        self.num_chunks = int(self._first_chunk[-1])
+        self._table = build_chunk_table(corpus, chunking, seed=seed) if table is None else table
+        blocks = num_blocks(np.diff(corpus.first_documents))
+        self._first_block = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
+        self._shard_chunks = self._table.first_chunk[self._first_block]
+        self.num_chunks = self._table.num_chunks
         if not self.num_chunks:
             raise InputError(f"no chunk of {corpus.folder} is left after {chunking.resampling}: lower the threshold")
-        self.mixture: LanguageMixture | None = None
         chunks = np.diff(self.language_bounds)
-        draws = _draws(corpus, chunking, chunks=chunks, tokens=tokens)
-        if draws is not None:
-            self.mixture = LanguageMixture(chunks, draws)
+        draws = _draws(corpus, chunking, chunks=chunks, tokens=self._table.tokens)
+        self._orders = self._window_orders(shuffle_shards, weighted=draws is not None)
+        self.mixture = None if draws is None else LanguageMixture(chunks, draws, self._orders)
+
+    def _window_orders(self, width: int | None, *, weighted: bool) -> list[WindowOrder | None] | None:
+        """Return the order of each language's chunks; without weights, one order of all chunks."""
+        if width is None:
+            return None
+        sizes = np.diff(self._shard_chunks)
+        parts = [sizes]
+        if weighted:
+            bounds = np.searchsorted(self.corpus.shard_languages, np.arange(len(self.corpus.languages) + 1))
+            parts = [sizes[start:stop] for start, stop in pairwise(bounds)]
+        return [WindowOrder(part, width=width) if part.any() else None for part in parts]
 
     @property
     def language_bounds(self) -> NDArray[np.int64]:
         """The first chunk of each language, and the end, [languages + 1]. Languages lie side by side."""
-        return self._first_chunk[self.corpus.language_bounds]
+        shards = np.searchsorted(self.corpus.shard_languages, np.arange(len(self.corpus.languages) + 1))
+        return self._shard_chunks[shards]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -259,9 +321,25 @@ class ChunkIndex:
 
     def locate(self, chunks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the document, the first token and the number of tokens (without special ones) of each chunk, [N]."""
-        documents = np.searchsorted(self._first_chunk, chunks, side="right") - 1
-        starts = (chunks - self._first_chunk[documents]) * self.chunking.body
-        return documents, starts, np.minimum(self.corpus.lengths[documents] - starts, self.chunking.body)
+        starts = range(0, max(len(chunks), 1), _LOCATED_AT_ONCE)
+        parts = [self._locate(chunks[start : start + _LOCATED_AT_ONCE]) for start in starts]
+        documents, first, lengths = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return documents, first, lengths
+
+    def _locate(self, chunks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        body, table = self.chunking.body, self._table
+        blocks = np.searchsorted(table.first_chunk, chunks, side="right") - 1
+        used, row = np.unique(blocks, return_inverse=True)
+        shards = np.searchsorted(self._first_block, used, side="right") - 1
+        first_document = (used - self._first_block[shards]) * DOCUMENTS_PER_BLOCK
+        lengths = self.corpus.lengths_of_blocks(shards, first_document, width=DOCUMENTS_PER_BLOCK)  # [blocks, 64]
+        counts = -(-lengths // body) - ((lengths > 0) & ~unpack_bits(table.keeps[used]))
+        ends = np.cumsum(counts, axis=1)
+        within = chunks - table.first_chunk[blocks]
+        place = (ends[row] <= within[:, None]).sum(axis=1)  # of the document in its block
+        first = (within - (ends[row, place] - counts[row, place])) * body
+        documents = (self.corpus.first_documents[shards] + first_document)[row] + place
+        return documents, first, np.minimum(lengths[row, place] - first, body)
 
     def chunk(self, index: int) -> NDArray[np.int64]:
         """Return the token ids of one chunk, with [CLS] and [SEP].
@@ -275,7 +353,12 @@ class ChunkIndex:
 
     def chunks(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the token ids of the given chunks, end to end, [T], and each chunk's offset and the end, [N + 1]."""
-        documents, starts, lengths = self.locate(indices)
+        return self.read(*self.locate(indices))
+
+    def read(
+        self, documents: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return what `chunks` does, of chunks that `locate` has found."""
         ends = np.concatenate([[0], np.cumsum(lengths + NUM_SPECIAL)])
         token_ids = np.empty(int(ends[-1]), dtype=np.int64)
         self.corpus.copy_tokens(documents, starts, lengths, out=token_ids, at=ends[:-1] + 1)
@@ -287,6 +370,8 @@ class ChunkIndex:
         """Return the epochs and the chunks of the samples at `indices` of a stage, [N] each."""
         if self.mixture is not None:
             return self.mixture.samples_at(indices, seed=seed)
+        if self._orders is not None and self._orders[0] is not None:
+            return self._orders[0].samples_at(indices, seed=seed)
         return samples_at(indices, num_chunks=self.num_chunks, seed=seed)
 
 
@@ -315,51 +400,114 @@ def _draws(
 
 @dataclass(frozen=True)
 class _Cut:
-    """The chunks of a block of documents: for each, their number, the tokens of the last one, and whether it stays."""
+    """The chunks of some neighbouring documents of a shard.
 
-    corpus: TokenCorpus
+    Args:
+        language: number of the language of the shard.
+        max_length: tokens of a chunk, at most.
+        chunks: `[D]`, the number of chunks of each document.
+        tails: `[D]`, the tokens of its last chunk, with [CLS] and [SEP].
+        keeps: `[D]`, whether that chunk stays.
+    """
+
+    language: int
     max_length: int
-    documents: range
     chunks: NDArray[np.int64]
     tails: NDArray[np.int64]
     keeps: NDArray[np.bool_]
 
-    def lengths(self, *, resampled: bool) -> Iterator[NDArray[np.int64]]:
-        yield self.tails[self.keeps] if resampled else self.tails
-        yield np.full(int((self.chunks - 1).sum()), self.max_length)
+    def histogram(self, *, resampled: bool) -> LengthHistogram:
+        """Count the chunks by their lengths."""
+        tails = self.tails[self.keeps] if resampled else self.tails
+        whole = LengthHistogram.of([np.array([self.max_length])]).times(int((self.chunks - 1).sum()))
+        return LengthHistogram.of([tails]) + whole
 
     def sums(self, *, resampled: bool) -> NDArray[np.float64]:
-        """Sum over the chunks of each language, `[L, 5]`: 1, tokens, their square, 1 for a full chunk, late tokens."""
-        stays = self.keeps if resampled else np.ones(len(self.keeps), dtype=bool)
-        quarter, whole, tails = self.max_length // 4, self.chunks - 1, self.tails
-        columns = [
-            whole + stays,
-            whole * self.max_length + stays * tails,
-            whole * self.max_length**2 + stays * tails**2,
-            whole + stays * (tails == self.max_length),
-            whole * (self.max_length - quarter) + stays * np.maximum(tails - quarter, 0),
-        ]
-        # For this block alone: the language of every document of a large corpus would take a gigabyte.
-        documents, count = np.arange(self.documents.start, self.documents.stop), len(self.corpus.languages)
-        languages = np.searchsorted(self.corpus.language_bounds, documents, side="right") - 1
-        # bincount sums weights in float64, which is exact below 2**53.
-        sums = [np.bincount(languages, weights=column, minlength=count) for column in columns]
-        return np.array(sums, dtype=np.float64).T
+        """Sum over the chunks, `[5]`: 1, tokens, their square, 1 for a full chunk, late tokens."""
+        tails, most, quarter = (
+            self.tails[self.keeps] if resampled else self.tails,
+            self.max_length,
+            self.max_length // 4,
+        )
+        whole = int((self.chunks - 1).sum())
+        return np.array(
+            [
+                whole + len(tails),
+                whole * most + int(tails.sum()),
+                whole * most**2 + int((tails**2).sum()),
+                whole + np.count_nonzero(tails == most),
+                whole * (most - quarter) + int(np.maximum(tails - quarter, 0).sum()),
+            ],
+            dtype=np.float64,
+        )
 
 
 def _cuts(corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> Iterator[_Cut]:
-    key = stream_key(seed, STREAM_RESAMPLE)
+    """Cut all documents, and decide which of the short last chunks stay. The documents of a shard come in order."""
+    key, rule = stream_key(seed, STREAM_RESAMPLE), chunking.resampling
     first = 0
-    for start in range(0, corpus.num_documents, DOCUMENT_BLOCK):
-        lengths = corpus.lengths[start : start + DOCUMENT_BLOCK]
-        chunks = -(-lengths // chunking.body)
-        tails = lengths - (chunks - 1) * chunking.body + NUM_SPECIAL
-        numbers = first + np.cumsum(chunks) - 1
-        word, _, _, _ = philox4x32((*split_words(numbers), 0, 0), key)
-        lucky = word < np.uint64(round(chunking.resampling.keep_prob * (1 << 32)))
-        keeps = (tails >= chunking.resampling.short_threshold) | lucky
-        yield _Cut(corpus, chunking.max_length, range(start, start + len(lengths)), chunks, tails, keeps)
-        first += int(chunks.sum())
+    for shard, language in enumerate(corpus.shard_languages.tolist()):
+        count = int(corpus.first_documents[shard + 1] - corpus.first_documents[shard])
+        for start in range(0, count, DOCUMENT_BLOCK):
+            lengths = corpus.lengths_in(shard, start, min(start + DOCUMENT_BLOCK, count))
+            chunks = -(-lengths // chunking.body)
+            tails = lengths - (chunks - 1) * chunking.body + NUM_SPECIAL
+            keeps = tails >= rule.short_threshold
+            short = np.flatnonzero(~keeps)
+            numbers = (first + np.cumsum(chunks) - 1)[short]
+            word, _, _, _ = philox4x32((*split_words(numbers), 0, 0), key)
+            keeps[short] = word < np.uint64(round(rule.keep_prob * (1 << 32)))
+            yield _Cut(language, chunking.max_length, chunks, tails, keeps)
+            first += int(chunks.sum())
+
+
+def build_chunk_table(corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> ChunkTable:
+    """Find the chunks of a corpus. This reads the offsets of all documents."""
+    total = int(num_blocks(np.diff(corpus.first_documents)).sum())
+    counts, keeps = np.zeros(total + 1, dtype=np.int64), np.zeros(total, dtype=np.uint64)
+    tokens = np.zeros(len(corpus.languages))
+    block = 0
+    for cut in _cuts(corpus, chunking, seed=seed):
+        starts = np.arange(0, len(cut.chunks), DOCUMENTS_PER_BLOCK)
+        stop = block + len(starts)
+        counts[block + 1 : stop + 1] = np.add.reduceat(cut.chunks - ~cut.keeps, starts)
+        keeps[block:stop] = pack_bits(cut.keeps)
+        tokens[cut.language] += cut.sums(resampled=True)[1]
+        block = stop
+    return ChunkTable(np.cumsum(counts), keeps, tokens)
+
+
+def open_chunk_table(
+    corpus: TokenCorpus, chunking: Chunking, *, seed: int, folder: Path, write: bool
+) -> ChunkTable | None:
+    """Map the table of a stage that lies in `folder`.
+
+    Args:
+        corpus: the documents.
+        chunking: how they are cut and dropped.
+        seed: seed of the choice of short chunks.
+        folder: folder of the tables of a run.
+        write: build the table and write it if it is missing or damaged. One process does so; the others map it then.
+
+    Returns:
+        The table; None if there is none, and `write` is false.
+
+    Raises:
+        InputError: the table is damaged, and `write` is false.
+    """
+    made_of = [TABLE_FORMAT, corpus_fingerprint(corpus), chunking.max_length, asdict(chunking.resampling), seed]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    table = None
+    try:
+        table = read_table(folder, key, verify=write)
+    except InputError as error:
+        if not write:
+            raise
+        logger.warning("%s; it is made again", error)
+    if table is None and write:
+        write_table(build_chunk_table(corpus, chunking, seed=seed), folder, key)
+        table = read_table(folder, key, verify=False)
+    return table
 
 
 # --- what a stage will see ------------------------------------------------------------------------------------------
@@ -459,9 +607,10 @@ def survey(corpus: TokenCorpus, chunking: Chunking, *, seed: int) -> ChunkSurvey
     cut, kept = np.zeros((count, 5)), np.zeros((count, 5))
     before, after = LengthHistogram.of(()), LengthHistogram.of(())
     for each in _cuts(corpus, chunking, seed=seed):
-        cut, kept = cut + each.sums(resampled=False), kept + each.sums(resampled=True)
-        before += LengthHistogram.of(each.lengths(resampled=False))
-        after += LengthHistogram.of(each.lengths(resampled=True))
+        cut[each.language] += each.sums(resampled=False)
+        kept[each.language] += each.sums(resampled=True)
+        before += each.histogram(resampled=False)
+        after += each.histogram(resampled=True)
     if not kept[:, 0].any():
         raise InputError(f"no chunk of {corpus.folder} is left after {chunking.resampling}: lower the threshold")
     draws = _draws(corpus, chunking, chunks=kept[:, 0], tokens=kept[:, 1])

@@ -31,7 +31,7 @@ from gte_deploy.models.attention import PACKED_ATTENTION, register_packed_attent
 from gte_deploy.models.checkpoint import load_model
 from gte_deploy.models.families import family_of, head_of, head_transform_of
 from gte_deploy.models.heads import encode_packed, encode_padded
-from gte_deploy.training.data.corpus import TokenCorpus
+from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.packing import MicroBatch
 from gte_deploy.training.data.vocabulary import read_tokenizer
@@ -46,7 +46,6 @@ from gte_deploy.training.export import checkpoint_model
 from gte_deploy.training.figures import new_figure
 from gte_deploy.training.model import token_scores
 from gte_deploy.training.options import Dtype, EvaluationOptions
-from gte_deploy.training.run import corpus_fingerprint
 from gte_deploy.training.state import TOKENIZER_FOLDER, find_checkpoint, is_run
 
 _TOKENS_AT_ONCE = 16_384  # of a batch; a longer chunk makes a batch of its own

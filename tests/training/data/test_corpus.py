@@ -103,6 +103,10 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[:-2])
 
 
+def write_offsets(folder, offsets):
+    (folder / "shard-00000.offsets").write_bytes(np.array(offsets, dtype="<i8").tobytes())
+
+
 DAMAGE = {
     "no index": (lambda folder: (folder / "index.json").unlink(), "no index.json"),
     "no JSON": (lambda folder: (folder / "index.json").write_text("{"), "not valid JSON.*prepare` again"),
@@ -117,6 +121,12 @@ DAMAGE = {
     ),
     "tokens missing": (lambda folder: (folder / "shard-00001.tokens").unlink(), "is missing"),
     "tokens cut": (cut, "has 1444 bytes, expected 1446"),
+    "offsets descend": (lambda folder: write_offsets(folder, [0, 23, 20, 723]), "ascending"),
+    "offsets stand still": (lambda folder: write_offsets(folder, [0, 3, 3, 723]), "ascending"),
+    "offsets below 0": (lambda folder: write_offsets(folder, [0, -1, 23, 723]), "ascending"),
+    "offsets beyond the tokens": (lambda folder: write_offsets(folder, [0, 3, 900, 723]), "ascending"),
+    "offsets do not begin at 0": (lambda folder: write_offsets(folder, [1, 3, 23, 723]), "ascending"),
+    "offsets end early": (lambda folder: write_offsets(folder, [0, 3, 23, 722]), "ascending"),
     "empty": (lambda folder: edit_index(folder, lambda i: i.update(shards=[])), "holds no document"),
 }
 

@@ -127,7 +127,7 @@ def test_keep_prob_bounds(make_index):
 def test_the_index_does_not_depend_on_the_block_size(make_index, monkeypatch):
     options = {"resampling": Resampling(short_threshold=12, keep_prob=0.5)}
     whole = make_index([25, 3, 10, 11, 1] * 20, **options)
-    monkeypatch.setattr("gte_deploy.training.data.sampling.DOCUMENT_BLOCK", 7)
+    monkeypatch.setattr("gte_deploy.training.data.sampling.DOCUMENT_BLOCK", 64)
     blocked = make_index([25, 3, 10, 11, 1] * 20, **options)
     assert np.array_equal(whole.lengths, blocked.lengths)
     assert survey(whole.corpus, whole.chunking, seed=5) == survey(blocked.corpus, blocked.chunking, seed=5)

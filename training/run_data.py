@@ -1,0 +1,129 @@
+"""The corpus of a run: verified once, and its chunk tables shared by the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent import futures
+from functools import partial
+from pathlib import Path
+
+from gte_deploy.core.cpus import available_cpus
+from gte_deploy.core.errors import GteDeployError, InputError
+from gte_deploy.core.files import read_json_object, write_text
+from gte_deploy.training.data.chunk_table import remove_tables
+from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint, shard_files, verify_shard
+from gte_deploy.training.data.sampling import ChunkIndex, Chunking, open_chunk_table
+from gte_deploy.training.distributed import World
+
+logger = logging.getLogger(__name__)
+
+TABLES_FOLDER = "chunks"
+"""The chunk table of the present stage, in the folder of a run."""
+VERIFIED_FILE = "corpus-verified.json"
+"""Which states of the corpus were verified, in the folder of a run."""
+_MOST_THREADS = 8
+
+
+def verify_once(corpus: TokenCorpus, output: Path, world: World) -> None:
+    """Compare every file of the corpus with its sha256, unless this run did so before and no file has changed since.
+
+    The ranks of a node share the work; each node reads its own copy, or the shared one. A file counts as unchanged if
+    it has the same size, time of modification and inode. Every rank has to call this.
+
+    Raises:
+        InputError: a file was altered, on this rank or on another one.
+    """
+    state, record = _state(corpus), output / VERIFIED_FILE
+    known = _verified_states(record)
+    damaged = True
+    try:
+        if state not in known:
+            start = time.perf_counter()
+            size = sum(stat.st_size for stat in _stats(corpus))
+            logger.info("verifying %s, %.1f GB; it is remembered for this run", corpus.folder, size / 1e9)
+            _verify_share(corpus)
+            logger.info("verified in %.0f s", time.perf_counter() - start)
+        damaged = False
+    finally:
+        damaged_anywhere = world.any(damaged)
+    if damaged_anywhere:
+        raise InputError(f"{corpus.folder} is damaged, as another rank found; its message names the file")
+    states = sorted({state for [state] in world.gather([state])})
+    if world.is_main and states != known:
+        write_text(record, json.dumps({"verified": states}) + "\n")
+
+
+def shared_index(
+    corpus: TokenCorpus, chunking: Chunking, *, seed: int, shuffle_shards: int | None, folder: Path, world: World
+) -> ChunkIndex:
+    """Open the index of a stage. The main process makes its table in `folder`, if it is not there; every rank maps it.
+
+    A rank that does not see the folder makes a table for itself. Every rank has to call this.
+
+    Raises:
+        InputError: no chunk is left, or the weights are not those of the corpus's languages.
+        GteDeployError: the main process could not make the table.
+    """
+    table, failed = None, world.is_main
+    try:
+        if world.is_main:
+            table = open_chunk_table(corpus, chunking, seed=seed, folder=folder, write=True)
+            failed = False
+    finally:
+        failed_anywhere = world.any(failed)
+    if failed_anywhere:
+        raise GteDeployError(f"the main process could not make a table in {folder}; its message says why")
+    if not world.is_main:
+        table = open_chunk_table(corpus, chunking, seed=seed, folder=folder, write=False)
+    return ChunkIndex(corpus, chunking, seed=seed, shuffle_shards=shuffle_shards, table=table)
+
+
+def remove_shared_tables(folder: Path) -> None:
+    """Remove the tables of a finished run."""
+    if folder.is_dir():
+        remove_tables(folder)
+        folder.rmdir()
+
+
+def _verify_share(corpus: TokenCorpus) -> None:
+    """Verify this rank's share of the shards; torchrun says which ranks are on this node."""
+    rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = min(_MOST_THREADS, max(1, available_cpus() // size))
+    _in_threads(partial(_verify, corpus), range(rank, len(corpus.shards), size), threads)
+
+
+def _verify(corpus: TokenCorpus, shard: int) -> None:
+    verify_shard(corpus.folder, corpus.shards[shard], corpus.vocab)
+
+
+def _in_threads(work: partial[None], items: Sequence[int], threads: int) -> None:
+    executor = futures.ThreadPoolExecutor(threads, thread_name_prefix="verify")
+    try:
+        for each in futures.as_completed([executor.submit(work, item) for item in items]):
+            each.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _stats(corpus: TokenCorpus) -> list[os.stat_result]:
+    return [(corpus.folder / name).stat() for shard in corpus.shards for name in shard_files(shard, corpus.vocab)]
+
+
+def _state(corpus: TokenCorpus) -> int:
+    """Return a number that stands for the corpus and the present state of its files."""
+    stamps = [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in _stats(corpus)]
+    digest = hashlib.sha256(json.dumps([corpus_fingerprint(corpus), stamps]).encode()).digest()
+    return int.from_bytes(digest[:7], "big")  # as a signed 64-bit integer, which the ranks exchange
+
+
+def _verified_states(record: Path) -> list[int]:
+    try:
+        states = read_json_object(record, error=InputError).get("verified", [])
+    except InputError:  # it is written again
+        return []
+    return [state for state in states if isinstance(state, int)] if isinstance(states, list) else []
