@@ -165,7 +165,8 @@ def _estimate(given: Given) -> int:
         return OK
     print(table(result))
     if options.price is not None:
-        print(f"at {options.price:g} a GPU-hour: {result.gpu_hours * options.price:,.0f}")
+        bill = result.gpu_hours * options.price
+        print(f"at {options.price:g} a GPU-hour: {f'{bill:,.0f}' if bill >= 10 else f'{bill:.2g}'}")
     most, memory = max(stage.memory.total for stage in result.stages), GPUS[hardware.gpu].memory
     if hardware.peak_flops is None and most > _NEAR_FULL * memory:
         logger.warning(

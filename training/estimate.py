@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -325,11 +325,32 @@ def _memory(
     )
 
 
+# Name of a unit -> its size, the largest first.
+_FLOPS = {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12}
+_TIMES = {"GPU-hours": 1.0, "GPU-min": 1 / 60, "GPU-s": 1 / 3600}
+
+
+def _unit(total: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """Return the largest unit of which `total` is at least one, or else the smallest, and its size."""
+    return next(((name, size) for name, size in units.items() if total >= size), list(units.items())[-1])
+
+
+def _figure(value: float) -> str:
+    """Format with one digit after the point, and a value below 1 with two that count."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _wall_time(hours: float) -> str:
+    return format_seconds(hours * 3600) if hours * 60 >= 1 else f"{_figure(hours * 3600)} s"
+
+
 def table(result: Estimate) -> str:
-    """Format the estimate for a person."""
+    """Format the estimate for a person, in units that suit the whole run."""
+    flops_name, flops_unit = _unit(result.flops, _FLOPS)
+    time_name, time_unit = _unit(result.gpu_hours, _TIMES)
     header = (
         f"{'stage':<14} {'steps':>9} {'tokens':>10} {'MFLOP/token':>12} {'body':>6} {'attn':>6} {'head':>6} "
-        f"{'EFLOP':>9} {'GPU-hours':>10} {'wall time':>14} {'GiB/GPU':>8}"
+        f"{flops_name:>9} {time_name:>10} {'wall time':>14} {'GiB/GPU':>8}"
     )
     lines = [
         f"{result.recipe}: {result.parameters / 1e6:.1f} M parameters, {result.gpus} GPU(s) of "
@@ -341,12 +362,13 @@ def table(result: Estimate) -> str:
         parts = " ".join(f"{part / stage.flops_per_token:>6.0%}" for part in shares)
         lines.append(
             f"{stage.name:<14} {stage.steps:>9,} {stage.tokens:>10.3g} {stage.flops_per_token / 1e6:>12,.0f} {parts} "
-            f"{stage.flops / 1e18:>9,.1f} {stage.gpu_hours:>10,.1f} {format_seconds(stage.hours * 3600):>14} "
-            f"{stage.memory.total / GIB:>8.1f}"
+            f"{_figure(stage.flops / flops_unit):>9} {_figure(stage.gpu_hours / time_unit):>10} "
+            f"{_wall_time(stage.hours):>14} {stage.memory.total / GIB:>8.1f}"
         )
     lines.append(
         f"{'total':<14} {sum(s.steps for s in result.stages):>9,} {result.tokens:>10.3g} {'':>33} "
-        f"{result.flops / 1e18:>9,.1f} {result.gpu_hours:>10,.1f} {format_seconds(result.hours * 3600):>14}"
+        f"{_figure(result.flops / flops_unit):>9} {_figure(result.gpu_hours / time_unit):>10} "
+        f"{_wall_time(result.hours):>14}"
     )
     worst = max((stage.memory for stage in result.stages), key=lambda memory: memory.total)
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(worst).items())

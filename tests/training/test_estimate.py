@@ -199,6 +199,25 @@ def test_table_shows_every_stage():
     assert "mlm-2048" in text and "mlm-8192" in text and "306.2 M" in text
 
 
+def test_small_runs_are_shown_in_small_units(capsys):
+    """Nothing that takes time or money is shown as 0: each figure is the exact one in the unit of its column."""
+    assert main(["estimate", "gte-en-mlm-tiny", "--price", "2"]) == 0
+    out = capsys.readouterr().out
+    result = estimate(load_recipe("gte-en-mlm-tiny"), Hardware())
+    _, header, *rows = out.splitlines()
+    assert header.split()[7:9] == ["TFLOP", "GPU-s"]
+    for stage, row in zip(result.stages, rows, strict=False):
+        flops, seconds = map(float, row.split()[7:9])
+        assert flops == pytest.approx(stage.flops / 1e12, rel=0.05) and seconds > 0
+        assert seconds == pytest.approx(stage.gpu_hours * 3600, rel=0.05)
+        assert row.split()[9:11] == [row.split()[8], "s"]  # on one GPU
+    assert float(out.splitlines()[-1].rpartition(": ")[2]) == pytest.approx(2 * result.gpu_hours, rel=0.05)
+    hours = table(estimate(load_recipe("gte-en-mlm-tiny"), Hardware(peak_flops=1e11)))
+    assert "GPU-hours" in hours and "GPU-min" in table(
+        estimate(load_recipe("gte-en-mlm-tiny"), Hardware(peak_flops=1e12))
+    )
+
+
 def test_the_table_in_the_documentation_is_what_the_command_prints():
     text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
     printed = table(estimate(load_recipe("gte-en-mlm-base"), Hardware(gpus=8, peak_flops=H100))).splitlines()
