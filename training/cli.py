@@ -38,6 +38,7 @@ from gte_deploy.training.finetune.options import (
     RetrievalOptions,
 )
 from gte_deploy.training.flops import GPUS
+from gte_deploy.training.needle_options import NEEDLES_FILE, NEEDLES_PLOT, NeedleArguments, NeedleOptions
 from gte_deploy.training.options import (
     EVALUATION_FILE,
     EVALUATION_PLOT,
@@ -58,6 +59,7 @@ from gte_deploy.training.options import (
     PrepareArguments,
     PrepareOptions,
     Protocol,
+    ReadOptions,
     RecipeArguments,
     RescueOptions,
     RunArguments,
@@ -165,8 +167,8 @@ def _estimate(given: Given) -> int:
         return OK
     print(table(result))
     if options.price is not None:
-        bill = result.gpu_hours * options.price
-        print(f"at {options.price:g} a GPU-hour: {f'{bill:,.0f}' if bill >= 10 else f'{bill:.2g}'}")
+        cost = result.gpu_hours * options.price
+        print(f"at {options.price:g} a GPU-hour: {f'{cost:,.0f}' if cost >= 10 else f'{cost:.2g}'}")
     most, memory = max(stage.memory.total for stage in result.stages), GPUS[hardware.gpu].memory
     if hardware.peak_flops is None and most > _NEAR_FULL * memory:
         logger.warning(
@@ -365,15 +367,25 @@ def _open_for_ranking(name: str, options: RetrievalOptions) -> Iterator[tuple[Fi
         yield kind, model
 
 
-def _retrieval(given: Given) -> int:
-    arguments, options = read_options(RetrievalArguments, given), read_options(RetrievalOptions, given)
-    for model in arguments.models:
+def _require_ranking(models: Sequence[str]) -> None:
+    """Refuse what is no model before torch is imported."""
+    for model in models:
         if not is_bundle(Path(model)):
             require_checkpoint(model)
     require_modules("sentence_transformers", extra="train")
-    from gte_deploy.training.evaluation.retrieval import evaluate_retrieval, read_retrieval_set, table
 
-    data = read_retrieval_set(*arguments.files)
+
+def _retrieval(given: Given) -> int:
+    arguments, options = read_options(RetrievalArguments, given), read_options(RetrievalOptions, given)
+    _require_ranking(arguments.models)
+    from gte_deploy.training.evaluation.retrieval import evaluate_retrieval, table
+    from gte_deploy.training.evaluation.retrieval_sets import open_retrieval_set, read_retrieval_set
+
+    if arguments.files is None:
+        assert arguments.data is not None  # RetrievalArguments checked it
+        data = open_retrieval_set(arguments.data, split=arguments.split)
+    else:
+        data = read_retrieval_set(*arguments.files)
     rows = evaluate_retrieval(
         arguments.models, data, options=options, progress=shows_progress(given), open_model=_open_for_ranking
     )
@@ -381,6 +393,38 @@ def _retrieval(given: Given) -> int:
     if arguments.output is not None:
         write_text(arguments.output, text + "\n")
     print(text if "json" in given else table(rows, data))
+    return OK
+
+
+def _needles(given: Given) -> int:
+    arguments, options = read_options(NeedleArguments, given), read_options(NeedleOptions, given)
+    reading = read_options(ReadOptions, given)
+    _require_ranking(arguments.models)
+    from gte_deploy.training.evaluation.haystacks import read_needles, read_texts
+    from gte_deploy.training.evaluation.needles import (
+        find_needles,
+        hide_needles,
+        plot_needles,
+        published_needles,
+        table,
+    )
+
+    if arguments.longembed is not None:
+        made = published_needles(arguments.longembed, options=options)
+    else:
+        needles = None if arguments.needles is None else read_needles(arguments.needles)
+        tokenizer = _tokenizer(next(iter(arguments.models), None))
+        file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+        made = hide_needles(read_texts(arguments.data, reading), file, options=options, needles=needles)
+    rows = find_needles(
+        arguments.models, made, options=options, progress=shows_progress(given), open_model=_open_for_ranking
+    )
+    text = json.dumps([row.to_dict() for row in rows], indent=2)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.output / NEEDLES_FILE, text + "\n")
+        plot_needles(rows, arguments.output / NEEDLES_PLOT)
+    print(text if "json" in given else table(rows))
     return OK
 
 
@@ -485,6 +529,11 @@ _COMMANDS = {
         _retrieval,
         "measure how well models find documents, against BM25",
         (RetrievalArguments, RetrievalOptions),
+    ),
+    "needles": _Command(
+        _needles,
+        "measure whether models find a sentence in long documents, by the documents' length",
+        (NeedleArguments, NeedleOptions, ReadOptions),
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -28,19 +29,22 @@ class BM25:
 
     def __init__(self, documents: Sequence[str], *, k1: float = 0.9, b: float = 0.4) -> None:
         self._count = len(documents)
-        places: dict[str, list[int]] = {}
-        times: dict[str, list[int]] = {}
+        # Arrays of C integers: a long text has a thousand different words, and lists would take eight times the memory.
+        places: dict[str, array[int]] = {}
+        times: dict[str, array[int]] = {}
         lengths = np.zeros(self._count)
         for number, text in enumerate(documents):
             words = words_of(text)
             lengths[number] = len(words)
             for word, frequency in Counter(words).items():
-                places.setdefault(word, []).append(number)
-                times.setdefault(word, []).append(frequency)
+                if word not in places:
+                    places[word], times[word] = array("i"), array("i")
+                places[word].append(number)
+                times[word].append(frequency)
         norm = k1 * (1 - b + b * lengths / max(lengths.mean() if self._count else 1.0, 1e-9))
-        self._weights: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        self._weights: dict[str, tuple[NDArray[np.int32], NDArray[np.float64]]] = {}
         for word, numbers in places.items():
-            having, f = np.array(numbers), np.array(times[word], float)
+            having, f = np.array(numbers, np.int32), np.array(times[word], float)
             idf = math.log(1 + (self._count - len(having) + 0.5) / (len(having) + 0.5))
             self._weights[word] = having, idf * f / (f + norm[having])
 

@@ -6,28 +6,23 @@ The figures are means over the queries, with bootstrap intervals, and each model
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.core.errors import InputError, NonFiniteError
+from gte_deploy.core.errors import NonFiniteError
 from gte_deploy.training.evaluation.bm25 import BM25
+from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet
 from gte_deploy.training.finetune.options import FineTuneKind, RetrievalOptions
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 Ranking = dict[str, list[tuple[str, float]]]
 """Query id -> ids and scores of its documents, best first."""
@@ -39,32 +34,6 @@ _BASELINE = "bm25"
 _CHUNK = 20_000  # documents whose embeddings are held at once
 _QUERIES = 256  # queries that are compared with them at once
 _CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class RetrievalSet:
-    """Documents, queries, and the relevance of documents for queries.
-
-    Args:
-        corpus: id -> text of a document.
-        queries: id -> query.
-        qrels: query id -> document id -> relevance, above 0 for a relevant document.
-    """
-
-    corpus: Mapping[str, str]
-    queries: Mapping[str, str]
-    qrels: Mapping[str, Mapping[str, float]]
-
-    @property
-    def judged(self) -> list[str]:
-        """Ids of the queries with a relevant document; the others cannot be evaluated."""
-        return [i for i in self.queries if any(value > 0 for value in self.qrels.get(i, {}).values())]
-
-    def drawn(self, count: int, *, seed: int) -> RetrievalSet:
-        """Return the set with at most `count` judged queries, drawn by the seed, and all documents."""
-        judged = self.judged
-        chosen = np.random.default_rng(seed).permutation(len(judged))[:count]
-        return RetrievalSet(self.corpus, {judged[i]: self.queries[judged[i]] for i in sorted(chosen)}, self.qrels)
 
 
 @dataclass(frozen=True)
@@ -96,32 +65,6 @@ class RetrievalRow:
         """Return plain values for JSON."""
         shown = {key: {name: vars(f) for name, f in getattr(self, key).items()} for key in ("figures", "differences")}
         return {"model": self.name, "kind": self.kind, **shown}
-
-
-def read_retrieval_set(corpus: Path, queries: Path, qrels: Path) -> RetrievalSet:
-    """Read a retrieval set in the layout of BEIR (arXiv 2104.08663).
-
-    Args:
-        corpus: JSON lines with _id, text and perhaps title, which is put before the text.
-        queries: JSON lines with _id and text.
-        qrels: tab-separated query-id, corpus-id and score, with these names in the first line.
-
-    Raises:
-        InputError: a file cannot be read, has another form, or names ids that do not exist.
-    """
-    documents = {_id(record, where): _document(record, where) for record, where in _records(corpus)}
-    texts = {_id(record, where): _text(record, where) for record, where in _records(queries)}
-    judgements: dict[str, dict[str, float]] = {}
-    unknown = 0
-    for query, document, score in _judgements(qrels):
-        unknown += query not in texts or document not in documents
-        judgements.setdefault(query, {})[document] = score
-    found = RetrievalSet(documents, texts, judgements)
-    if not found.judged:
-        raise InputError(f"{qrels}: no query of {queries} has a relevant document")
-    if unknown:
-        logger.warning("%s: %d judgements name a query or document that does not exist", qrels, unknown)
-    return found
 
 
 def evaluate_retrieval(
@@ -302,50 +245,3 @@ def _figure(values: NDArray[np.float64], options: RetrievalOptions) -> Figure:
 
 def _discounted(gains: Sequence[float]) -> float:
     return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
-
-
-def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise InputError(f"{path}:{number}: expected an object with _id and text")
-                    yield record, f"{path}:{number}"
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON lines: {error}") from error
-
-
-def _id(record: Mapping[str, Any], where: str) -> str:
-    if not isinstance(record.get("_id"), (str, int)):
-        raise InputError(f"{where}: expected the field _id; it has {', '.join(record)}")
-    return str(record["_id"])
-
-
-def _text(record: Mapping[str, Any], where: str) -> str:
-    if not isinstance(record.get("text"), str):
-        raise InputError(f"{where}: expected the field text; it has {', '.join(record)}")
-    return record["text"]
-
-
-def _document(record: Mapping[str, Any], where: str) -> str:
-    return f"{record.get('title') or ''} {_text(record, where)}".strip()
-
-
-def _judgements(path: Path) -> Iterator[tuple[str, str, float]]:
-    names = ("query-id", "corpus-id", "score")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if missing := [name for name in names if name not in (reader.fieldnames or ())]:
-                raise InputError(
-                    f"{path}: the first line has no {', '.join(missing)}; expected {', '.join(names)}, tab-separated"
-                )
-            for row in reader:
-                try:
-                    yield row["query-id"], row["corpus-id"], float(row["score"])
-                except (TypeError, ValueError) as error:
-                    raise InputError(f"{path}:{reader.line_num}: the score is {row['score']!r}, no number") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error

@@ -86,8 +86,8 @@ class RetrievalArguments:
 
     Args:
         models: checkpoint folders, hub ids, or folders of bundles.
-        data: folder of a retrieval set in the layout of BEIR.
-        split: the file of relevance judgements in its folder qrels.
+        data: a retrieval set, as for `open_retrieval_set`.
+        split: its queries, or their file of relevance judgements.
         corpus: file of documents in place of the folder's.
         queries: file of queries in place of the folder's.
         qrels: file of relevance judgements in place of the folder's.
@@ -105,13 +105,13 @@ class RetrievalArguments:
         nargs="*",
         metavar="MODEL",
     )
-    data: Path | None = option(
+    data: str | None = option(
         None,
-        "folder of a retrieval set in the layout of BEIR: corpus.jsonl, queries.jsonl and qrels/test.tsv",
-        metavar="FOLDER",
-        parse=Path,
+        "folder of a retrieval set in the layout of BEIR (corpus.jsonl, queries.jsonl and qrels/test.tsv), of MLDR or "
+        "of a task of LongEmbed; or hf:NAME[@REVISION][:PART], such as hf:Shitao/MLDR:en, for a dataset of the hub",
+        metavar="FOLDER|hf:NAME",
     )
-    split: str = option("test", "name of the file in the folder qrels", metavar="NAME")
+    split: str = option("test", "the queries: name of the file in qrels, or of MLDR's file", metavar="NAME")
     corpus: Path | None = option(None, "documents, in place of the folder's", metavar="FILE", parse=Path)
     queries: Path | None = option(None, "queries, in place of the folder's", metavar="FILE", parse=Path)
     qrels: Path | None = option(None, "relevance judgements, in place of the folder's", metavar="FILE", parse=Path)
@@ -126,9 +126,11 @@ class RetrievalArguments:
             raise InputError(f"give --data FOLDER, or {', '.join(missing)} too")
 
     @property
-    def files(self) -> tuple[Path, Path, Path]:
-        """The files of the documents, the queries and the relevance judgements."""
-        folder = self.data or Path()
+    def files(self) -> tuple[Path, Path, Path] | None:
+        """The files of the documents, the queries and the relevance judgements; None where none was named."""
+        if not (self.corpus or self.queries or self.qrels):
+            return None
+        folder = Path(self.data or "")
         return (
             self.corpus or folder / "corpus.jsonl",
             self.queries or folder / "queries.jsonl",

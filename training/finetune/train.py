@@ -33,7 +33,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gte_deploy.core.errors import InputError, NonFiniteError
 from gte_deploy.core.files import read_json, sync_tree, write_text
-from gte_deploy.training.evaluation.retrieval import RetrievalSet, query_metrics, rank_by_model
+from gte_deploy.training.evaluation.retrieval import query_metrics, rank_by_model
+from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet
 from gte_deploy.training.finetune.card import complete_card
 from gte_deploy.training.finetune.data import has_scores, read_pairs, relevance_of, rows_fingerprint, training_rows
 from gte_deploy.training.finetune.log import RunCallback, plot_finetuning

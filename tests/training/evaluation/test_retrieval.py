@@ -15,14 +15,13 @@ from gte_deploy.exporters.export import export
 from gte_deploy.training.cli import main
 from gte_deploy.training.evaluation.bm25 import BM25
 from gte_deploy.training.evaluation.retrieval import (
-    RetrievalSet,
     evaluate_retrieval,
     query_metrics,
     rank_by_model,
     rank_by_words,
-    read_retrieval_set,
     table,
 )
+from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet, read_retrieval_set
 from gte_deploy.training.finetune.opening import open_trained
 from gte_deploy.training.finetune.options import RetrievalOptions
 
@@ -217,7 +216,7 @@ def test_what_cannot_be_read_is_refused(folder, tmp_path, capsys):
         ((tmp_path / "nowhere.jsonl", good[1], folder / "qrels" / "test.tsv"), "nowhere.jsonl cannot be read"),
         ((*good, tmp_path / "no_header.tsv"), "the first line has no query-id"),
         ((*good, tmp_path / "no_score.tsv"), "no_score.tsv:2: the score is 'high'"),
-        ((*good, tmp_path / "others.tsv"), "has a relevant document"),
+        ((*good, tmp_path / "others.tsv"), "no query has a relevant document"),
     ):
         with pytest.raises(InputError) as refused:
             read_retrieval_set(*arguments)
