@@ -400,7 +400,7 @@ def _needles(given: Given) -> int:
     arguments, options = read_options(NeedleArguments, given), read_options(NeedleOptions, given)
     reading = read_options(ReadOptions, given)
     _require_ranking(arguments.models)
-    from gte_deploy.training.evaluation.haystacks import read_needles, read_texts
+    from gte_deploy.training.evaluation.haystacks import read_needles, read_filler
     from gte_deploy.training.evaluation.needles import (
         find_needles,
         hide_needles,
@@ -415,7 +415,7 @@ def _needles(given: Given) -> int:
         needles = None if arguments.needles is None else read_needles(arguments.needles)
         tokenizer = _tokenizer(next(iter(arguments.models), None))
         file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-        made = hide_needles(read_texts(arguments.data, reading), file, options=options, needles=needles)
+        made = hide_needles(read_filler(arguments.data, reading), file, options=options, needles=needles)
     rows = find_needles(
         arguments.models, made, options=options, progress=shows_progress(given), open_model=_open_for_ranking
     )

@@ -162,7 +162,7 @@ class Filler:
         return token if word is None else word
 
 
-def read_texts(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
+def read_filler(inputs: Sequence[str], options: ReadOptions) -> Iterator[str]:
     """Yield the documents of files, folders or datasets, as `gte-train prepare` reads them.
 
     Raises:

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer
 from factories import SPELLING, make_checkpoint
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.exit_codes import OK, USAGE
+from gte_deploy.models import builtin_path
 from gte_deploy.training.cli import main
 from gte_deploy.training.data.vocabulary import read_tokenizer
-from gte_deploy.training.evaluation.haystacks import Filler, Needle, generate_needles, read_texts
+from gte_deploy.training.evaluation.haystacks import Filler, Needle, generate_needles, read_filler
 from gte_deploy.training.evaluation.needles import (
     find_needles,
     hide_needles,
@@ -36,6 +37,7 @@ from gte_deploy.training.options import ReadOptions
 from retrieval_layouts import LENGTHS, write_long_embed
 
 SMALL = NeedleOptions(lengths=(320, 160), queries=6, documents=9, batch_tokens=640, device="cpu")
+TOKENIZER = read_tokenizer(builtin_path() / "tokenizer.json")
 TEXTS = tuple(
     " ".join(f"the old river {chr(97 + i % 26)}{chr(97 + j % 26)} is in the city." for j in range(30)) for i in range(9)
 )
@@ -112,6 +114,17 @@ def test_texts_without_spaces_take_a_needle(tmp_path: Path):
     assert before.rstrip().endswith("。") and len(before) == pytest.approx(len(after), abs=12)
 
 
+def test_words_that_are_cut_make_no_document_longer():
+    """The rest of a word may have more tokens than it had in the word; the document is cut until it fits."""
+    filler = Filler(["uncharacteristically antidisestablishmentarianism " * 30], TOKENIZER, most=10_000)
+    lengths = [
+        len(TOKENIZER.encode(filler.document("a key", length=48, start=start, depth=depth)).ids)
+        for start in range(60)
+        for depth in (0.0, 0.3, 1.0)
+    ]
+    assert max(lengths) == 48 and min(lengths) > 40
+
+
 def test_too_little_is_refused(embedder: Path):
     file = embedder / "tokenizer.json"
     with pytest.raises(InputError, match="have 9 tokens, and a document needs 160"):
@@ -122,7 +135,9 @@ def test_too_little_is_refused(embedder: Path):
         hide_needles(TEXTS, file, options=SMALL, needles=[Needle("a", "b")])
     with pytest.raises(InputError, match="is longer than 160 tokens"):
         hide_needles(TEXTS, file, options=SMALL, needles=[Needle("a " * 200, "b")] * 9)
-    for wrong in ({"lengths": (8,)}, {"queries": 200}, {"documents": 1}, {"tests": ()}, {"max_length": 1}):
+    wrongs: list[dict[str, Any]] = [{"lengths": (8,)}, {"queries": 200}, {"tests": ()}, {"max_length": 1}]
+    wrongs.append({"documents": 1, "queries": 1})
+    for wrong in wrongs:
         with pytest.raises(InputError, match="expected|below 4"):
             NeedleOptions(**wrong)
 
@@ -185,16 +200,25 @@ def test_a_model_that_cuts_finds_only_what_lies_first(embedder: Path):
     assert "* the model cuts documents" in text and "*" in text.splitlines()[3] and "*" not in text.splitlines()[2]
 
 
-def test_a_reranker_orders_all_documents(haystacks, tmp_path: Path):
-    folder = make_checkpoint(tmp_path, task="classify", layout="native", vocab=SPELLING)
-    _, row = find_needles([str(folder)], {("needle", 160): haystacks["needle", 160]}, options=SMALL)
-    _, model = open_trained(str(folder), device="cpu")
-    data = haystacks["needle", 160].data
-    hits = [
-        int(np.argmax(model.predict([(question, text) for text in data.corpus.values()]))) == i
-        for i, question in enumerate(data.queries.values())
-    ]
-    assert row.kind == "rerank" and row.scores[0].accuracy == pytest.approx(np.mean(hits))
+class Letters:
+    """A reranker that knows the answer from the last letter of a question."""
+
+    def predict(self, pairs: list[tuple[str, str]], **_: Any) -> list[float]:
+        return [float(f"cat {question[-2] * 3} " in text) for question, text in pairs]
+
+
+def test_a_reranker_orders_all_documents(embedder: Path):
+    """Also those that share no word with the question, which BM25 does not return."""
+    needles = [Needle(f"the cat {chr(97 + i) * 3} sleeps", f"who {chr(97 + i)}?") for i in range(9)]
+    made = hide_needles(TEXTS, embedder / "tokenizer.json", options=SMALL, needles=needles)
+    assert list(made) == [("needle", 160), ("needle", 320)]
+
+    @contextlib.contextmanager
+    def opened(name: str, options: Any) -> Iterator[tuple[Any, Any]]:
+        yield "rerank", Letters()
+
+    bm25, row = find_needles(["letters"], made, options=SMALL, open_model=opened)
+    assert bm25.mean("needle") < 0.5 and row.mean("needle") == 1.0
 
 
 def test_published_tests_are_taken_by_length(tmp_path: Path):
@@ -245,7 +269,7 @@ def test_the_command_refuses_by_name(tmp_path: Path, capsys):
 
 def test_texts_are_read_as_prepare_reads_them(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
-    assert list(read_texts([str(tmp_path)], ReadOptions(text_column="body"))) == ["one", "two"]
+    assert list(read_filler([str(tmp_path)], ReadOptions(text_column="body"))) == ["one", "two"]
 
 
 def test_plots_have_a_panel_for_each_test(haystacks, tmp_path: Path):
