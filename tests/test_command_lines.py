@@ -137,6 +137,7 @@ REFUSED = [
     ("gte-train", ["evaluate", "foreign", "--data", "empty"], exit_codes.FAILURE),
     *(("gte-train", [kind, "--data", "nowhere.csv", "-o", "out"], exit_codes.USAGE) for kind in KINDS),
     ("gte-train", ["retrieval", "foreign", "--data", "empty"], exit_codes.FAILURE),
+    ("gte-train", ["needles", "foreign", "--data", "empty"], exit_codes.FAILURE),
     ("gte-train", ["extrapolate", BUNDLE, "--data", "empty"], exit_codes.FAILURE),
 ]
 
