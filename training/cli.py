@@ -400,7 +400,7 @@ def _needles(given: Given) -> int:
     arguments, options = read_options(NeedleArguments, given), read_options(NeedleOptions, given)
     reading = read_options(ReadOptions, given)
     _require_ranking(arguments.models)
-    from gte_deploy.training.evaluation.haystacks import read_needles, read_filler
+    from gte_deploy.training.evaluation.haystacks import read_filler, read_needles
     from gte_deploy.training.evaluation.needles import (
         find_needles,
         hide_needles,
