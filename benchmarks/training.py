@@ -2,6 +2,7 @@
 
     python benchmarks/training.py            # a table, and a file in benchmarks/results/
     python benchmarks/training.py --json     # the same as JSON on stdout
+    python benchmarks/training.py --roofline # what arithmetic predicts for an H100; needs none (training_roofline.py)
 
 Four variants compute the same optimizer step from the same texts, masks and weights; the losses must agree:
 
@@ -115,7 +116,12 @@ class Variant:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--roofline" in given:
+        from training_roofline import main as predict
+
+        return predict([argument for argument in given if argument != "--roofline"])
+    args = _parse(given)
     device = choose_device(args.device)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else device_peak_flops(device)
     started, results = time.monotonic(), []
@@ -440,6 +446,9 @@ def _workloads(args: argparse.Namespace, device: torch.device) -> list[Workload]
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--roofline", action="store_true", help="predict in place of measuring; `--roofline --help` has its options"
+    )
     parser.add_argument("--models", nargs="+", metavar="PRESET", help="default: base and large on a GPU, tiny on a CPU")
     parser.add_argument("--lengths", nargs="+", type=int, help="default: 512 8192 on a GPU, 128 512 on a CPU")
     parser.add_argument("--kinds", nargs="+", choices=["full", "c4"], default=["full", "c4"], help="default: both")

@@ -9,6 +9,7 @@ import atexit
 import gc
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,14 +147,32 @@ def _end_group_threads() -> None:
     gc.collect()
 
 
-def distribute(module: PackedMaskedLM, world: World, *, sharding: str) -> nn.Module:
-    """Wrap the model for its ranks: "ddp" copies it to each rank; "fsdp" shards each layer and the rest (FSDP2)."""
+# Linear layers under autocast compute with bfloat16 copies of their weights. Copies that are made before the weights
+# are gathered are the same ones, and half as many bytes. Inputs stay as they are, and gradients add up in float32.
+_GATHERED_IN_BFLOAT16 = MixedPrecisionPolicy(
+    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+)
+
+
+def distribute(module: PackedMaskedLM, world: World, *, sharding: str, dtype: str) -> nn.Module:
+    """Wrap the model for its ranks.
+
+    Gathering in bfloat16 changes the result by the order of additions alone. It takes attention and MLP apart from the
+    norms, so torch.compile fuses less across them (see `benchmarks/training_roofline.py`).
+
+    Args:
+        module: the model, on its device.
+        world: the ranks.
+        sharding: "ddp" copies the model to each rank; "fsdp" shards each layer and the rest (FSDP2).
+        dtype: "bfloat16" for a model that runs under autocast: the linear layers' weights of each layer are then
+            gathered in bfloat16. Norms, embedding and head are gathered in float32.
+    """
     if world.size == 1:
         return module
     if sharding == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
         for layer in module.model.gte.layers:
-            fully_shard(layer, mesh=mesh)
+            _shard_layer(layer, mesh, dtype=dtype)
         # The word embedding and the decoder share one matrix, so they have to be in one group, which is the root's.
         fully_shard(module, mesh=mesh)
         register_fsdp_forward_method(module, "predictions")  # gathers the root's weights, as its forward does
@@ -165,6 +184,17 @@ def distribute(module: PackedMaskedLM, world: World, *, sharding: str) -> nn.Mod
     return DistributedDataParallel(
         module, device_ids=[world.device] if world.device.type == "cuda" else None, **options
     )
+
+
+def _shard_layer(layer: Any, mesh: DeviceMesh, *, dtype: str) -> None:
+    if dtype != "bfloat16":
+        fully_shard(layer, mesh=mesh)
+        return
+    # Their outputs are views, and no operation in place follows, of which torch warns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    fully_shard([layer.self_attn, layer.mlp], mesh=mesh, mp_policy=_GATHERED_IN_BFLOAT16)
+    # The norms are left, a few kilobytes: they stay gathered until the backward pass.
+    fully_shard(layer, mesh=mesh, reshard_after_forward=False)
 
 
 def gradient_sync(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:

@@ -8,10 +8,13 @@ Legend: T tokens of a packed row, N sequences, M chosen tokens, H hidden size, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GteForMaskedLM
-from transformers.models.gte.modeling_gte import GteLayer, rotate_half
+from transformers.models.gte.modeling_gte import GteAttention, GteLayer, rotate_half
 
 from gte_deploy.models.attention import packed_attention
 
@@ -40,22 +43,56 @@ class ChosenRowsLayer(GteLayer):
             max_seqlen: upper bound of the sequences' lengths.
         """
         chosen = hidden_states.index_select(1, rows)
-        attention, head_dim = self.self_attn, self.self_attn.head_dim
-        of_rows = [x.index_select(1, rows) for x in position_embeddings]
-        attended, _ = packed_attention(
-            attention,
-            _rotate(_heads(attention.q_proj(chosen), head_dim), *of_rows),
-            _rotate(_heads(attention.k_proj(hidden_states), head_dim), *position_embeddings),
-            _heads(attention.v_proj(hidden_states), head_dim),
-            None,
-            scaling=attention.scaling,
+        attended = self.self_attn(
+            hidden_states,
+            chosen=chosen,
+            position_embeddings=position_embeddings,
+            of_chosen=[x.index_select(1, rows) for x in position_embeddings],
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             cu_seqlens_q=cu_seqlens_q,
         )
-        attended = attention.o_proj(attended.flatten(2))
         chosen = self.post_attention_layernorm(chosen + self.post_attention_dropout(attended))
         return self.post_mlp_layernorm(chosen + self.post_mlp_dropout(self.mlp(chosen)))
+
+
+class ChosenRowsAttention(GteAttention):
+    """The attention of a ChosenRowsLayer, with the parameters of GteAttention: sharding gathers them when it runs."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: Tensor,
+        *,
+        chosen: Tensor,
+        position_embeddings: Sequence[Tensor],
+        of_chosen: Sequence[Tensor],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cu_seqlens_q: Tensor,
+    ) -> Tensor:
+        """Compute what the attention adds to the chosen rows, `[1, M, H]`.
+
+        Args:
+            hidden_states: `[1, T, H]`, for keys and values.
+            chosen: `[1, M, H]`, for queries.
+            position_embeddings: cosines and sines of RoPE of all tokens, `[1, T, D]` each.
+            of_chosen: those of the chosen rows, `[1, M, D]` each.
+            cu_seqlens: `[N + 1] int32`, as of ChosenRowsLayer.
+            max_seqlen: as of ChosenRowsLayer.
+            cu_seqlens_q: `[N + 1] int32`, as of ChosenRowsLayer.
+        """
+        attended, _ = packed_attention(
+            self,
+            _rotate(_heads(self.q_proj(chosen), self.head_dim), *of_chosen),
+            _rotate(_heads(self.k_proj(hidden_states), self.head_dim), *position_embeddings),
+            _heads(self.v_proj(hidden_states), self.head_dim),
+            None,
+            scaling=self.scaling,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            cu_seqlens_q=cu_seqlens_q,
+        )
+        return self.o_proj(attended.flatten(2))
 
 
 def rows_before(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -67,8 +104,8 @@ def rows_before(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 def choose_rows_in_last_layer(model: GteForMaskedLM) -> None:
     """Turn the last layer of a model into a ChosenRowsLayer, in place. The model's own forward does not run then."""
     # A class of its own, and no module around the layer, which would change the names of the parameters.
-    last: nn.Module = model.gte.layers[-1]
-    last.__class__ = ChosenRowsLayer
+    last: Any = model.gte.layers[-1]
+    last.__class__, last.self_attn.__class__ = ChosenRowsLayer, ChosenRowsAttention
 
 
 def _heads(x: Tensor, size: int) -> Tensor:

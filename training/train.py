@@ -426,7 +426,7 @@ def place_model(model: GteForMaskedLM, recipe: Recipe, world: World) -> nn.Modul
     module = PackedMaskedLM(model)
     if recipe.compile:
         module.compile_parts()
-    return distribute(module.to(world.device), world, sharding=recipe.sharding)
+    return distribute(module.to(world.device), world, sharding=recipe.sharding, dtype=recipe.dtype)
 
 
 def gradient_norm(module: nn.Module, *, clip_norm: float | None) -> Tensor:

@@ -117,6 +117,88 @@ def test_a_deterministic_run_on_a_gpu_is_bitwise_repeated(make_recipe, corpus_fo
     assert_bitwise_equal(tmp_path / "first", tmp_path / "second")
 
 
+GATHER = """
+import json, os, sys
+from collections import Counter
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gte_deploy.models.config import read_config
+from gte_deploy.training.data.packing import MicroBatch
+from gte_deploy.training.distributed import distribute, join_world, named_parameters, whole_tensor
+from gte_deploy.training.model import PackedMaskedLM, build_model
+from gte_deploy.training.train import accumulate_gradients
+
+
+class Gathers(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numbers = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("c10d::_allgather_base_"):
+            self.numbers[str(args[1].dtype)] += args[1].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def micro_batch(seed):
+    ids, places = np.random.default_rng(seed).integers(5, 256, 64), np.arange(0, 64, 3)
+    bounds = np.array([0, 32, 64], dtype=np.int32)
+    return MicroBatch(ids, np.arange(64) % 32, bounds, 32, places, ids[places], num_sequences=2)
+
+
+with join_world("cpu") as world:
+    results = []
+    for dtype, checkpointing in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        model = build_model(read_config(sys.argv[1]), rope_theta=10_000.0, seed=1)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        module = distribute(PackedMaskedLM(model), world, sharding="fsdp", dtype=dtype)
+        batches = [micro_batch(10 * world.rank + i) for i in range(2)]
+        torch.manual_seed(world.rank)
+        with Gathers() as gathers:
+            loss = accumulate_gradients(module, batches, world=world, masked_tokens=88, dtype="bfloat16")
+        gradients = {name: whole_tensor(p.grad).tolist() for name, p in named_parameters(module).items()}
+        results.append({"loss": loss.item(), "gathered": gathers.numbers, "gradients": gradients})
+    if world.is_main:
+        print(json.dumps(results))
+"""
+
+
+def test_linear_layers_are_gathered_in_bfloat16_with_the_gradients_of_float32_gathers(make_architecture):
+    """Autocast casts their weights in any case; the order of additions alone differs. Also with checkpointing."""
+    architecture = make_architecture()
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", GATHER, str(architecture)],
+            env={**common, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    (printed, log), (_, other_log) = (rank.communicate(timeout=240) for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], log + other_log
+    assert "returned a view" not in log
+    wide, *narrow = json.loads(printed)
+    assert set(wide["gathered"]) == {"torch.float32"}
+    layers = {name: torch.tensor(value) for name, value in wide["gradients"].items() if "layers." in name}
+    linear = sum(x.numel() for name, x in layers.items() if "norm" not in name)
+    for found in narrow:
+        assert found["loss"] == wide["loss"]
+        # Each rank sends half of them, in two micro-batches, for the forward and the backward pass.
+        assert found["gathered"]["torch.bfloat16"] == 2 * linear
+        assert found["gathered"]["torch.float32"] < wide["gathered"]["torch.float32"] - 2 * linear + 1
+        for name, gradient in wide["gradients"].items():
+            torch.testing.assert_close(
+                torch.tensor(found["gradients"][name]), torch.tensor(gradient), rtol=1e-5, atol=1e-7, msg=name
+            )
+
+
 LEAVE_A_GROUP = """
 import atexit
 from pathlib import Path
