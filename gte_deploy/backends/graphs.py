@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from gte_deploy.bundle.inspection import inspect_onnx
 from gte_deploy.bundle.manifest import GraphEntry
 from gte_deploy.core.errors import BackendError
+from gte_deploy.core.files import is_below
 from gte_deploy.tasks.base import HIDDEN
 
 OutputNames = tuple[str, ...]
@@ -38,8 +39,8 @@ def without_links(graph: Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be read, or there is no space for a copy.
     """
-    names = [graph.name, *inspect_onnx(graph).external_files] if graph.is_symlink() else []
-    if not names or any("/" in name for name in names):
+    names = [graph.name, *sorted(inspect_onnx(graph).external_files)]
+    if not any((graph.parent / name).is_symlink() for name in names) or not all(map(is_below, names)):
         yield graph
         return
     with contextlib.ExitStack() as stack:
@@ -54,6 +55,7 @@ def _copy_of(folder: Path, names: Sequence[str], stack: contextlib.ExitStack) ->
         with contextlib.ExitStack() as attempt, contextlib.suppress(OSError):
             copy = Path(attempt.enter_context(tempfile.TemporaryDirectory(prefix=".gte-deploy-", dir=parent)))
             for name, source in sources.items():
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 make(source, copy / name)
             stack.push(attempt.pop_all())
             return copy
