@@ -376,7 +376,7 @@ def _classify_tokens(given: Given) -> None:
 def _verify(given: Given) -> None:
     from gte_deploy.bundle.download import resolve_bundle
     from gte_deploy.bundle.inspection import check_graphs
-    from gte_deploy.bundle.manifest import open_bundle
+    from gte_deploy.bundle.manifest import files_besides, open_bundle
 
     options = read_options(VerifyOptions, given)
     if options.checkpoint is not None:
@@ -388,6 +388,13 @@ def _verify(given: Given) -> None:
     tell(f"compare the files of {folder} with its manifest")
     manifest = open_bundle(folder)
     check_graphs(folder, manifest)
+    if besides := files_besides(folder, manifest):
+        logging.getLogger(__name__).warning(
+            "the manifest does not name %d files of %s, which nothing verifies or loads; the first: %s",
+            len(besides),
+            folder,
+            besides[0],
+        )
     size = sum(entry.size for entry in manifest.files.values())
     checksum = manifest.to_json()["checksum"]
     check = None

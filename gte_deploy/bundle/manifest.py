@@ -7,6 +7,7 @@ match its manifest is refused before any loader reads its files.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ FORMAT_VERSION = 4
 # Their fields still mean the same.
 _READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
+# What the runtime and `gte-export adopt` read if it is there, besides the graphs and the weights of queries.
+_READ_BY_NAME = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 # Fields whose name in files is older than their name here.
 _JSON_NAMES = {"variant": "flavour"}
 
@@ -261,7 +264,8 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check `path`/manifest.json; the files it names are not opened.
 
     Raises:
-        BundleError: the manifest is missing or not JSON, has another format or version, or a field has a wrong form.
+        BundleError: the manifest is missing or not JSON, has another format or version, or a field has a wrong form; or
+            the folder has a file that would be read and is not named.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
@@ -289,9 +293,39 @@ def read_manifest(path: Path) -> Manifest:
     if checksum != _checksum(data):
         raise BundleError(f"{file} does not match its own checksum: it was altered. Export the bundle again.")
     try:
-        return _manifest_from_json(data)
+        manifest = _manifest_from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{file} is malformed ({type(error).__name__}: {error}). Export the bundle again.") from error
+    _require_inside(file, path)
+    _refuse_unnamed(path, manifest)
+    return manifest
+
+
+def files_besides(path: Path, manifest: Manifest) -> list[str]:
+    """Return the files in the folder of a bundle that its manifest does not name, without hidden ones; sorted."""
+    found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
+    named = {MANIFEST_NAME, *manifest.files}
+    return sorted(
+        file.as_posix()
+        for file in found
+        if file.as_posix() not in named and not any(part.startswith(".") for part in file.parts)
+    )
+
+
+def _refuse_unnamed(path: Path, manifest: Manifest) -> None:
+    """Refuse files that the runtime reads and nothing verifies.
+
+    Raises:
+        BundleError: the message names the first.
+    """
+    sparse = manifest.spec.sparse
+    weights = () if sparse is None or sparse.query_weights is None else (sparse.query_weights,)
+    for name in (*_READ_BY_NAME, *weights):
+        if name not in manifest.files and os.path.lexists(path / name):
+            raise BundleError(
+                f"{path / name} would be read, and the manifest does not name it. Remove it, or export the bundle "
+                "again."
+            )
 
 
 def verify_bundle(path: Path, manifest: Manifest) -> None:
@@ -302,8 +336,7 @@ def verify_bundle(path: Path, manifest: Manifest) -> None:
     """
     for name, entry in manifest.files.items():
         file = path / name
-        if file.is_symlink() and not _inside(file, path):
-            raise BundleError(f"{file} is a link that points out of the bundle; a bundle must hold its own files.")
+        _require_inside(file, path)
         # A file of the Hugging Face cache is a link; huggingface_hub downloads what its target lacks.
         remedy = f"Remove {file.resolve()} and download it again." if file.is_symlink() else "Export it again."
         if not file.is_file():
@@ -329,11 +362,14 @@ def _checksum(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _inside(file: Path, folder: Path) -> bool:
+def _require_inside(file: Path, folder: Path) -> None:
     # A Hugging Face cache links each file of a snapshot into ../../blobs of the same repository.
-    target = file.resolve()
-    root = folder.resolve()
-    return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
+    target, root = file.resolve(), folder.resolve()
+    if not (target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")):
+        raise BundleError(
+            f"{file} is a link that points out of the bundle, or is in a linked folder; a bundle must hold its own "
+            "files."
+        )
 
 
 def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:

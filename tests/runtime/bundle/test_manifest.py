@@ -12,6 +12,7 @@ from gte_deploy.bundle.manifest import (
     FORMAT,
     FORMAT_VERSION,
     TextsEntry,
+    files_besides,
     is_bundle,
     open_bundle,
     read_manifest,
@@ -369,6 +370,41 @@ def test_a_link_out_of_the_bundle_is_refused(write, tmp_path_factory):
     (path / "onnx/model.onnx").symlink_to(outside)
     with pytest.raises(BundleError, match="link"):
         open_bundle(path)
+
+
+@pytest.mark.parametrize("what", ["onnx", "manifest.json"])
+def test_a_linked_folder_or_manifest_is_refused(write, tmp_path_factory, what):
+    path = write()
+    outside = tmp_path_factory.mktemp("outside") / what
+    (path / what).rename(outside)
+    (path / what).symlink_to(outside)
+    with pytest.raises(BundleError, match="out of the bundle, or is in a linked folder"):
+        open_bundle(path)
+
+
+def test_a_linked_folder_inside_the_bundle_is_read(write):
+    path = write()
+    (path / "onnx").rename(path / "graphs")
+    (path / "onnx").symlink_to("graphs")
+    assert open_bundle(path).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "query_weights.npy"]
+)
+def test_a_file_that_is_read_and_not_named_is_refused(write, name):
+    path = write()
+    (path / name).write_text("{}")
+    with pytest.raises(BundleError, match=rf"{name} would be read, and the manifest does not name it\. Remove it"):
+        read_manifest(path)
+
+
+def test_files_that_nothing_reads_are_listed_and_allowed(write):
+    path = write()
+    (path / ".cache").mkdir()
+    for name in ("notes.md", "onnx/tool.py", ".gitattributes", ".cache/download"):
+        (path / name).write_text("")
+    assert files_besides(path, open_bundle(path)) == ["notes.md", "onnx/tool.py"]
 
 
 def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(write, tmp_path):
