@@ -36,7 +36,7 @@ from gte_deploy.tasks.base import HIDDEN, Outputs, Request
 from gte_deploy.tasks.chunks import ChunkedTexts, ChunkRequest, ChunkSums, Window, windows_of
 from gte_deploy.tasks.classify import ScoreRequest
 from gte_deploy.tasks.embed import EmbeddingRequest
-from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, split_by_masks
+from gte_deploy.tasks.fill_mask import MaskAnswer, MaskRequest, check_mask, check_size, split_by_masks
 from gte_deploy.tasks.hybrid import HybridRequest
 from gte_deploy.tasks.interface import Batches, BatchOptions, Pairs, TextInterface, Texts
 from gte_deploy.tasks.multi_vector import MultiVectorRequest
@@ -461,16 +461,23 @@ class Model(TextInterface):
                     masks.extend(more)
             return indices, found
 
-        return self._in_lanes(answer, self._masked_token_ids(texts, options))
+        return self._in_lanes(answer, self._masked_token_ids(texts, options, min(top_k, len(candidates))))
 
-    def _masked_token_ids(self, texts: Texts, options: BatchOptions) -> TokenIds:
-        """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early."""
+    def _masked_token_ids(self, texts: Texts, options: BatchOptions, top_k: int) -> TokenIds:
+        """Return token ids of texts that must all have a mask. Texts that may have none come first, to fail early.
+
+        Raises:
+            InputError: a text has no mask, or more answers than `check_size` allows.
+        """
         mask, tokenize = self._tokenizer.mask_token, self._tokenize_texts(texts, options.truncation, options.max_length)
+        mask_token_id = self._tokenizer.mask_token_id
 
         def checked(indices: list[int]) -> Rows:
             rows = tokenize(indices)
             for index, row in zip(indices, rows, strict=True):
                 check_mask(index, texts[index], row, self._tokenizer)
+                assert mask_token_id is not None  # the row has it
+                check_size(f"input {index}", [row.count(mask_token_id)], [len(row)], top_k)
             return rows
 
         sizes = {i: len(text) if mask is not None and mask in text else math.inf for i, text in texts.items()}

@@ -21,6 +21,7 @@ from gte_deploy.serving.failures import RequestError
 from gte_deploy.serving.options import ServerOptions
 from gte_deploy.serving.registry import ServedModel
 from gte_deploy.tasks.chunks import ChunkEmbeddings
+from gte_deploy.tasks.fill_mask import MAX_ANSWERS
 from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.similarity import similarity_matrix
 from gte_deploy.tasks.sparse import SparseEmbedding
@@ -370,8 +371,8 @@ def fill_mask(work: Work, request: forms.FillMaskRequest) -> Answer:
     texts = work.texts(request.inputs)
     tokenizer, parameters = work.served.model.tokenizer, request.parameters
     masks = [text.count(tokenizer.mask_token) if tokenizer.mask_token else 1 for text in as_list(texts)]
-    if sum(masks) * parameters.top_k > MAX_OBJECTS:
-        raise _too_large(f"more than {MAX_OBJECTS:,} candidates")
+    if sum(masks) * parameters.top_k > MAX_ANSWERS:
+        raise _too_large(f"more than {MAX_ANSWERS:,} candidates")
     if sum(number * len(text) for number, text in zip(masks, as_list(texts), strict=True)) * parameters.top_k > (
         MAX_CHARACTERS
     ):

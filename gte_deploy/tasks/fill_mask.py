@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 MAX_LOGITS = 1 << 26
 """Vocabulary logits held at once: 256 MB. A batch with more masks is run again for the rest of them."""
 
+MAX_ANSWERS = 1 << 18
+"""The most answers for one text, and for one request to a server: masks times `top_k`."""
+
+MAX_ANSWER_TOKENS = 1 << 24
+"""The most tokens of the answers for one text, and for one request to a server: each answer repeats its text."""
+
 SERVED = Ensemble("gte_fill_mask", ("MASKS", "TOKEN", "TOKEN_ID", "SCORE", "SEQUENCE"), ("TOP_K", "TARGETS"))
 
 
@@ -116,17 +122,20 @@ def answers(
 ) -> list[MaskAnswer]:
     """The answers for the mask at `position` of the token ids `row`.
 
-    As in the pipeline, `sequence` leaves special tokens out only if the text has a single mask: otherwise the
-    other masks would vanish from it.
+    The time is that of decoding the row once, and of one token for each answer. As in the pipeline, `sequence` leaves
+    special tokens out only if the text has a single mask: otherwise the other masks would vanish from it.
     """
     single = row.count(row[position]) == 1
     before, after = ([i for i in part if i != pad_token_id] for part in (row[:position], row[position + 1 :]))
-    result: list[MaskAnswer] = []
-    for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
-        filled = [*before, *([token] if token != pad_token_id else ()), *after]
-        sequence = tokenizer.decode(filled, skip_special_tokens=single)
-        result.append({"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": sequence})
-    return result
+    found = tokens.tolist()
+    sequences = tokenizer.decode_filled(before, found, after, skip_special_tokens=single)
+    if pad_token_id in found:
+        sequences[found.index(pad_token_id)] = tokenizer.decode([*before, *after], skip_special_tokens=single)
+    words = tokenizer.decode_filled([], found, [], skip_special_tokens=False)
+    return [
+        {"score": score, "token": token, "token_str": word, "sequence": sequence}
+        for score, token, word, sequence in zip(scores.tolist(), found, words, sequences, strict=True)
+    ]
 
 
 def check_mask(index: int, text: str, row: Sequence[int], tokenizer: "TextTokenizer") -> None:
@@ -144,6 +153,28 @@ def check_mask(index: int, text: str, row: Sequence[int], tokenizer: "TextTokeni
             "or shorten the text."
         )
     raise InputError(f"input {index} has no mask; write {mask} where a word is to be predicted")
+
+
+def check_size(what: str, masks: Sequence[int], lengths: Sequence[int], top_k: int) -> None:
+    """Refuse answers that would take too long and too much memory, before anything is computed.
+
+    Args:
+        what: the name of the texts in the error, such as "input 3".
+        masks: the number of masks of each text.
+        lengths: the number of tokens of each text.
+        top_k: answers for each mask.
+
+    Raises:
+        InputError: the texts together have more than `MAX_ANSWERS` answers, or `MAX_ANSWER_TOKENS` tokens in them.
+    """
+    answers = sum(masks) * top_k
+    tokens = sum(count * length for count, length in zip(masks, lengths, strict=True)) * top_k
+    if answers > MAX_ANSWERS or tokens > MAX_ANSWER_TOKENS:
+        raise InputError(
+            f"{what} with {sum(masks):,} masks and top_k {top_k:,} would get {answers:,} answers with {tokens:,} "
+            f"tokens; the limits are {MAX_ANSWERS:,} answers and {MAX_ANSWER_TOKENS:,} tokens. Lower top_k, or give "
+            "shorter texts with fewer masks."
+        )
 
 
 def to_tensors(found: Sequence[Sequence[Sequence[MaskAnswer]]], width: int) -> dict[str, NDArray[Any]]:

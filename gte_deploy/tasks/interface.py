@@ -674,7 +674,9 @@ class TextInterface(DropIn, ABC):
 
         Raises:
             InputError: the model is not a fill-mask model; a text has no mask, or lost it by truncation; `top_k` is 0
-                or above the size of the vocabulary; no target is usable; see also `encode`.
+                or above the size of the vocabulary; no target is usable; a text has more than 262,144 answers (its
+                masks times `top_k`), or they have more than 16,777,216 tokens together (each answer repeats the
+                text); see also `encode`.
             UnavailableError: the server is overloaded, gone or slow; the same call may succeed later.
             NonFiniteError, BackendError: the model or the server failed.
         """

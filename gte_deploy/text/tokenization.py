@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 import logging
-import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tokenizers import Tokenizer, decoders
 from gte_deploy.core.errors import CheckpointError, InputError, TooLongError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.text.batching import TypedRow
+from gte_deploy.text.filling import cleaned_up, filled_texts
 from gte_deploy.text.inputs import check_integer
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # The first attempt on a long text takes this many characters for each wanted token; English has 4 to 5.
 _CHARS_PER_TOKEN = 8
 _LOOK_AHEAD_GROWTH = 4
+MAX_TOKENIZED_CHARS = 1 << 20
+"""The most characters of a text that are tokenised to find the tokens that are kept: about half a second of work."""
+
 # A text of so many characters, alone, is tokenised in the caller's thread. A batch wakes a thread, which takes longer,
 # but does not compute offsets.
 _ALONE_CHARS = 256
@@ -241,7 +244,7 @@ class TextTokenizer:
         budget = max_length - self._num_special(1)
         rows = []
         numbers = range(len(texts)) if indices is None else indices
-        for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget), strict=True):
+        for index, (ids, whole) in zip(numbers, self._encode_bounded(texts, budget, numbers), strict=True):
             if len(ids) > budget:
                 if not truncation:
                     raise _too_many_tokens(index, len(ids) + max_length - budget, max_length, whole=whole)
@@ -262,10 +265,15 @@ class TextTokenizer:
         Raises:
             InputError: as `encode_texts`.
         """
-        flat = list(dict.fromkeys(chain.from_iterable(inputs)))  # each text once: many pairs may share a query
-        encoded = dict(zip(flat, self._encode_bounded(flat, max_length), strict=True))
+        numbers = range(len(inputs)) if indices is None else indices
+        firsts: dict[str, int] = {}  # each text once: many pairs may share a query
+        for index, texts in zip(numbers, inputs, strict=True):
+            for text in texts:
+                firsts.setdefault(text, index)
+        flat = list(firsts)
+        encoded = dict(zip(flat, self._encode_bounded(flat, max_length, list(firsts.values())), strict=True))
         rows = []
-        for index, texts in zip(range(len(inputs)) if indices is None else indices, inputs, strict=True):
+        for index, texts in zip(numbers, inputs, strict=True):
             parts = [encoded[text] for text in texts]
             special = self._num_special(len(parts))
             count = sum(len(ids) for ids, _ in parts) + special
@@ -274,9 +282,15 @@ class TextTokenizer:
                 whole = all(whole for _, whole in parts)
                 raise _too_many_tokens(index, count, max_length, whole=whole, first_fits=first_fits)
             budget = max_length
-            while len(parts) == 2 and not _known_which_is_longer(parts, max_length):
+            # Two long texts keep equally many tokens, but for the odd one.
+            while len(parts) == 2 and (max_length - special) % 2 and not _known_which_is_longer(parts, max_length):
+                if min(map(len, texts)) > MAX_TOKENIZED_CHARS:
+                    raise InputError(
+                        f"input {index} is a pair of {len(texts[0]):,} and {len(texts[1]):,} characters; one of the "
+                        f"two may have at most {MAX_TOKENIZED_CHARS:,}. Shorten it."
+                    )
                 budget *= _LOOK_AHEAD_GROWTH
-                parts = self._encode_bounded(texts, budget)
+                parts = self._encode_bounded(texts, budget, [index] * len(texts))
             rows.append(self.template.row(*self._cut([ids for ids, _ in parts], max_length - special)))
         return rows
 
@@ -302,7 +316,7 @@ class TextTokenizer:
             check_integer("stride", stride, 0, budget - 1)
         pieces: list[Piece] = []
         numbers = range(len(texts)) if indices is None else indices
-        encodings = self._encodings(texts, None if stride is not None else budget)
+        encodings = self._encodings(texts, None if stride is not None else budget, numbers)
         for index, text, (encoding, kept, whole) in zip(numbers, texts, encodings, strict=True):
             if kept > budget and stride is None and not truncation:
                 raise _too_many_tokens(index, kept + max_length - budget, max_length, whole=whole)
@@ -313,12 +327,12 @@ class TextTokenizer:
         return pieces
 
     def _encodings(
-        self, texts: Sequence[str] | Sequence[Sequence[str]], budget: int | None
+        self, texts: Sequence[str] | Sequence[Sequence[str]], budget: int | None, indices: Sequence[int]
     ) -> Iterator[tuple[Any, int, bool]]:
         """For each text: its encoding without special tokens, the number of valid tokens, and whether they are all."""
-        for text in texts:
+        for index, text in zip(indices, texts, strict=True):
             if isinstance(text, str) and budget is not None and len(text) > self._look_ahead(budget):
-                found = next((found for found in self._beginnings(text, budget) if found[1] > budget), None)
+                found = next((found for found in self._beginnings(text, budget, index) if found[1] > budget), None)
                 if found is not None:
                     yield *found, False
                     continue
@@ -363,7 +377,20 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids, as transformers decodes them."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return _cleaned_up(text) if self._clean_up else text
+        return cleaned_up(text) if self._clean_up else text
+
+    def decode_filled(
+        self, before: Sequence[int], candidates: Sequence[int], after: Sequence[int], *, skip_special_tokens: bool
+    ) -> list[str]:
+        """For each candidate the text that `decode` gives for the ids `[*before, candidate, *after]`, in less time."""
+        return filled_texts(
+            self._tokenizer,
+            before,
+            candidates,
+            after,
+            skip_special_tokens=skip_special_tokens,
+            clean_up=cleaned_up if self._clean_up else None,
+        )
 
     def target_ids(self, targets: Sequence[str]) -> list[int]:
         """Ids of the target words, each once, in the order given.
@@ -406,19 +433,21 @@ class TextTokenizer:
         found: Sequence[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
         return found
 
-    def _encode_bounded(self, texts: Sequence[str], budget: int) -> list[tuple[list[int], bool]]:
+    def _encode_bounded(
+        self, texts: Sequence[str], budget: int, indices: Sequence[int]
+    ) -> list[tuple[list[int], bool]]:
         """Ids of each text without special tokens, and whether they are all the ids of the text."""
         look_ahead = self._look_ahead(budget)
         short = [text for text in texts if len(text) <= look_ahead]
         encodings = iter(self._encode_all(short))
         return [
-            (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget)
-            for text in texts
+            (next(encodings).ids, True) if len(text) <= look_ahead else self._encode_long(text, budget, index)
+            for index, text in zip(indices, texts, strict=True)
         ]
 
-    def _look_ahead(self, budget: int) -> float:
-        """The most characters of a text that is tokenised whole; there is no limit if the last tokens are kept."""
-        return math.inf if self._cuts_left else _CHARS_PER_TOKEN * budget
+    def _look_ahead(self, budget: int) -> int:
+        """The most characters of a text that is tokenised whole."""
+        return MAX_TOKENIZED_CHARS if self._cuts_left else min(_CHARS_PER_TOKEN * budget, MAX_TOKENIZED_CHARS)
 
     def _cut(self, parts: list[list[int]], budget: int) -> list[list[int]]:
         """The ids of one or two texts, cut to `budget` tokens."""
@@ -427,16 +456,25 @@ class TextTokenizer:
             return [ids[max(0, len(ids) - size) :] for ids, size in zip(parts, sizes, strict=True)]
         return [ids[:size] for ids, size in zip(parts, sizes, strict=True)]
 
-    def _encode_long(self, text: str, budget: int) -> tuple[list[int], bool]:
+    def _encode_long(self, text: str, budget: int, index: int) -> tuple[list[int], bool]:
         """Tokenise longer and longer beginnings of `text` until one has enough tokens that no cut changed."""
-        for encoding, safe in self._beginnings(text, budget):
+        for encoding, safe in self._beginnings(text, budget, index):
             if safe > budget:
                 return encoding.ids[:safe], False
         return self._encode(text).ids, True
 
-    def _beginnings(self, text: str, budget: int) -> Iterator[tuple[Any, int]]:
-        """Encodings of longer and longer beginnings of `text`, and the number of their tokens that no cut changed."""
-        size = _CHARS_PER_TOKEN * budget
+    def _beginnings(self, text: str, budget: int, index: int) -> Iterator[tuple[Any, int]]:
+        """Encodings of longer and longer beginnings of `text`, and the number of their tokens that no cut changed.
+
+        Raises:
+            InputError: the longest beginning that is tokenised was not enough.
+        """
+        if self._cuts_left:
+            raise InputError(
+                f"input {index} has {len(text):,} characters; a tokenizer that keeps the last tokens of a text reads "
+                f"at most {MAX_TOKENIZED_CHARS:,}. Give the end of the text alone."
+            )
+        size = self._look_ahead(budget)
         while size < len(text):
             encoding = self._tokenizer.encode(
                 text[:size], add_special_tokens=False
@@ -444,7 +482,12 @@ class TextTokenizer:
             words = [word or 0 for word in encoding.word_ids]
             last_safe = (words[-1] if words else 0) - _UNSAFE_WORDS
             yield encoding, bisect_right(words, last_safe)
-            size *= _LOOK_AHEAD_GROWTH
+            if size == MAX_TOKENIZED_CHARS:
+                raise InputError(
+                    f"input {index} has {len(text):,} characters, of which at most {size:,} are read to find its first "
+                    f"{budget:,} tokens; those have {len(words):,}. Shorten the text."
+                )
+            size = min(size * _LOOK_AHEAD_GROWTH, MAX_TOKENIZED_CHARS)
 
     def _num_special(self, num_texts: int) -> int:
         template = self.template
@@ -572,21 +615,3 @@ def _too_many_tokens(index: int, count: int, limit: int, *, whole: bool, first_f
         "Pass truncation=True to keep the first ones, or split the text.",
         first_fits=first_fits,
     )
-
-
-def _cleaned_up(text: str) -> str:
-    # transformers' PreTrainedTokenizerBase.clean_up_tokenization, in its order.
-    for old, new in (
-        (" .", "."),
-        (" ?", "?"),
-        (" !", "!"),
-        (" ,", ","),
-        (" ' ", "'"),
-        (" n't", "n't"),
-        (" 'm", "'m"),
-        (" 's", "'s"),
-        (" 've", "'ve"),
-        (" 're", "'re"),
-    ):
-        text = text.replace(old, new)
-    return text

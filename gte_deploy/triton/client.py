@@ -45,7 +45,7 @@ from gte_deploy.tasks.multi_vector import MultiVectorRequest
 from gte_deploy.tasks.pooling import l2_normalize
 from gte_deploy.tasks.token_classify import TaggedTexts, TaggingRequest
 from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
-from gte_deploy.text.inputs import MAX_BATCH_TOKENS, check_integer, distinct
+from gte_deploy.text.inputs import MAX_BATCH_TOKENS, MAX_TEXT_BYTES, check_integer, distinct
 from gte_deploy.text.model_tokenizer import ModelTokenizer
 from gte_deploy.text.tokenization import checked_max_length
 from gte_deploy.triton.tokenizing import ClientTokenizer, TextKind, open_tokenizer
@@ -57,6 +57,8 @@ _MAX_CONNECTIONS = 1024
 # Tokens are guessed before the server counts them: English has 4 to 5 bytes a token, Chinese 3.
 _BYTES_PER_TOKEN = 3
 _SPECIAL_TOKENS = 4
+# Masks of a text; with more, and many answers for each, a request may be above the server's limits.
+_EXPECTED_MASKS = 16
 _DESCRIPTIONS = ("gte_deploy", "gte_deploy_spec")
 _INDEX = re.compile(r"\b(inputs? )(\d+(?:, \d+)*)\b")
 
@@ -356,6 +358,14 @@ class Client(TextInterface):
         inputs = {"TOP_K": _one(top_k, np.int32)}
         if targets is not None:
             inputs["TARGETS"] = _bytes([targets])
+        # The server bounds the answers of a request, and who sends texts does not know how many masks they have.
+        most = top_k * _EXPECTED_MASKS
+        limits = dataclasses.replace(
+            options.limits,
+            max_rows=min(options.limits.max_rows, max(1, fill_mask.MAX_ANSWERS // most)),
+            max_tokens=min(options.limits.max_tokens, max(1, fill_mask.MAX_ANSWER_TOKENS // most)),
+        )
+        options = dataclasses.replace(options, limits=limits)
         call = _Call(fill_mask.SERVED, options, inputs, ids="gte_fill_mask_ids", kind="masked")
         for numbers, values in self._infer_all(call, texts):
             yield numbers, fill_mask.from_tensors(values)
@@ -398,12 +408,12 @@ class Client(TextInterface):
             return
         numbers = list(rows)
         lengths = [min(self.spec.max_length, _guessed_tokens(row)) for row in rows.values()]
-        for group in plan_batches(lengths, limits):
-            indices = [numbers[i] for i in group]
+        groups = ([numbers[i] for i in group] for group in plan_batches(lengths, limits))
+        for indices in itertools.chain.from_iterable(_within_characters(group, rows) for group in groups):
             columns = zip(*(rows[number] for number in indices), strict=True)
             named = zip(("TEXT", "TEXT_PAIR"), columns, strict=False)
             inputs = {name: _bytes([[text] for text in column]) for name, column in named}
-            inputs |= _repeated({**_text_inputs(call.options), **call.before, **call.inputs}, len(group))
+            inputs |= _repeated({**_text_inputs(call.options), **call.before, **call.inputs}, len(indices))
             yield _Request(call.ensemble.name, inputs, indices)
 
     def _id_requests(
@@ -492,6 +502,20 @@ class _Request:
     model: str
     inputs: "Values"
     indices: list[int]
+
+
+def _within_characters(numbers: Sequence[int], rows: Pairs) -> Iterator[list[int]]:
+    """Split the numbers of rows, so that each part has no more characters than the server takes in a request."""
+    part: list[int] = []
+    count = 0
+    for number in numbers:
+        size = sum(map(len, rows[number]))
+        if part and count + size > MAX_TEXT_BYTES:
+            yield part
+            part, count = [], 0
+        part.append(number)
+        count += size
+    yield part
 
 
 def _repeated(options: Values, rows: int) -> Values:

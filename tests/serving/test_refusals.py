@@ -174,6 +174,7 @@ def test_too_much(client_of):
 def test_answers_that_would_be_too_large(client, monkeypatch):
     monkeypatch.setattr("gte_deploy.serving.handlers.MAX_NUMBERS", 1000)
     monkeypatch.setattr("gte_deploy.serving.handlers.MAX_OBJECTS", 30)
+    monkeypatch.setattr("gte_deploy.serving.handlers.MAX_ANSWERS", 30)
     monkeypatch.setattr("gte_deploy.serving.handlers.MAX_CHARACTERS", 100)
     for path, body in (
         ("/embed_all", {"inputs": ["the old city"] * 8}),

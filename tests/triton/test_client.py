@@ -138,6 +138,35 @@ def test_a_request_holds_only_so_many_tokens(client: triton.Client, transport: F
     assert [len(inputs["TEXT"]) for _, inputs in transport.requests] == [2, 2, 2]
 
 
+def test_a_request_holds_only_so_many_characters(
+    client: triton.Client, transport: FakeTransport, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(triton, "MAX_TEXT_BYTES", 100)
+    texts = [f"{number}" + " " * length for number, length in enumerate((10, 60, 40, 120, 30, 3))]
+    assert client.encode(texts, truncation=True)[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    sent = [[len(text) for text in inputs["TEXT"][:, 0]] for _, inputs in transport.requests]
+    assert all(sum(lengths) <= 100 or lengths == [121] for lengths in sent) and len(sent) >= 3
+
+
+@pytest.mark.parametrize(("top_k", "most"), [(5, MAX_BATCH), (1 << 12, 4), (1 << 17, 1)])
+def test_many_answers_are_asked_for_fewer_texts_at_once(monkeypatch: pytest.MonkeyPatch, top_k: int, most: int):
+    spec = ModelSpec(**{**asdict(SPEC), "task": "fill-mask", "vocab_size": 1 << 18, "logits": "masked"})
+    fake = FakeTransport(spec)
+
+    def infer(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        fake.requests.append((model, inputs))
+        texts, names = inputs["TEXT"], ("TOKEN", "TOKEN_ID", "SCORE", "SEQUENCE")
+        kinds = (object, np.int64, np.float32, object)
+        empty = {name: np.zeros((len(texts), 1, 0), kind) for name, kind in zip(names, kinds, strict=True)}
+        return {"MASKS": np.ones((len(texts), 1), np.int32), **empty}
+
+    fake.infer = infer  # type: ignore[method-assign]
+    monkeypatch.setattr(triton, "open_transport", lambda url, **options: fake)
+    with triton.Client() as client:
+        client.fill_mask([f"a [MASK] {number}" for number in range(20)], top_k=top_k)
+    assert max(len(inputs["TEXT"]) for _, inputs in fake.requests) == most
+
+
 def test_options_are_sent_only_where_they_differ(client: triton.Client, transport: FakeTransport):
     client.encode(["1", "2"])
     client.encode(["1", "2"], pooling="cls", normalize_embeddings=True, truncate_dim=3, truncation=True, max_length=9)

@@ -369,3 +369,33 @@ def test_a_server_of_something_else_and_one_that_is_gone(
     for protocol in ("http", "grpc"):
         with pytest.raises(UnavailableError):
             connect(server, protocol)
+
+
+def raw_masks(text: str, top_k: int) -> list[Any]:
+    import tritonclient.grpc
+
+    kinds = {"TEXT": "BYTES", "TOP_K": "INT32"}
+    inputs = [tritonclient.grpc.InferInput(name, [1, 1], kind) for name, kind in kinds.items()]
+    inputs[0].set_data_from_numpy(np.array([[text.encode()]], dtype=object))
+    inputs[1].set_data_from_numpy(np.array([[top_k]], dtype=np.int32))
+    return inputs
+
+
+@pytest.mark.parametrize("bundle", ["tiny"], indirect=True)  # the time is that of the answers, not of the encoder
+def test_many_masks_and_answers_keep_nobody_waiting(raw: Any, server: Any, connect: Callable[..., Any]):
+    """A request of 2 kB that would get 91,566 long answers is refused; one within the limits takes seconds at most."""
+    from tritonclient.utils import InferenceServerException
+
+    words = "the " * 500
+    with connect(server, "http") as client:
+        expected = client.fill_mask("The [MASK] sat.")
+        started = time.monotonic()
+        with pytest.raises(InferenceServerException, match="with 3 masks and top_k 30,522 would get 91,566 answers"):
+            raw.infer("gte_fill_mask", raw_masks(words + "[MASK] [MASK] [MASK]", 30_522))
+        assert client.fill_mask("The [MASK] sat.") == expected
+        assert time.monotonic() - started < 5  # 36 s and 0.4 GB when each answer decoded its whole text
+        # As many answers as one text may get.
+        whole = raw.infer("gte_fill_mask", raw_masks(words + "[MASK]", 30_000)).as_numpy("SEQUENCE")
+        assert whole.shape == (1, 1, 30_000) and len(set(whole.ravel())) > 29_000
+        assert client.fill_mask("The [MASK] sat.") == expected
+        assert time.monotonic() - started < 20

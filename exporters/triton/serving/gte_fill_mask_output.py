@@ -22,7 +22,7 @@ from gte_deploy.exporters.triton.serving.exchange import (
     required,
     shared_texts,
 )
-from gte_deploy.tasks.fill_mask import MaskRequest, to_tensors
+from gte_deploy.tasks.fill_mask import MaskRequest, check_size, to_tensors
 from gte_deploy.text.inputs import as_texts, check_integer
 from gte_deploy.text.tokenization import load_tokenizer
 
@@ -49,10 +49,13 @@ class TritonPythonModel:
         ids, mask = required(request, "input_ids"), required(request, "attention_mask")
         check_ids(ids, self._spec.vocab_size)
         masks = (ids == self._tokenizer.mask_token_id) & (mask == 1)
+        counts, kept = masks.sum(axis=1).tolist(), min(top_k, len(candidates))
+        # The tensors of the answer have as many places for each text as for the one with the most masks.
+        check_size(f"a request of {len(ids)} texts", [max(counts)] * len(ids), mask.sum(axis=1).tolist(), kept)
         batch = Batch(ids, mask, np.argwhere(masks))
-        logits = _logits_of_masks(floats(request, "logits"), masks.sum(axis=1).tolist())
+        logits = _logits_of_masks(floats(request, "logits"), counts)
         found = MaskRequest(self._spec, self._tokenizer, candidates, top_k).answer(batch, {"logits": logits})
-        return to_tensors(found, min(top_k, len(candidates)))
+        return to_tensors(found, kept)
 
     def _candidates(self, request: Inputs) -> NDArray[np.int64]:
         targets = shared_texts(request, "TARGETS", "target")

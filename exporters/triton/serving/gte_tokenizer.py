@@ -125,6 +125,7 @@ class TritonPythonModel:
         assert given is not None
         if len(given) > self._max_rows:
             raise InputError(f"the request has {len(given)} rows; the limit is {self._max_rows}")
+        check_characters(given)
         if len(inputs) == 1:
             how = self._defaults.get(kind) or self._defaults.setdefault(kind, self._how(inputs, kind))
         else:
@@ -132,6 +133,7 @@ class TritonPythonModel:
         if kind == "FIRST":
             second = texts(inputs, "SECOND")
             columns = (given,) if second is None else (given, second)
+            check_characters([text for column in columns for text in column])
             return Texts(how, as_pairs(list(zip(*columns, strict=True)), prompt=how.prompt)[0])
         if _MOST_BYTES * (len(how.prompt) + max(map(len, given))) <= MAX_TEXT_BYTES:
             # Short texts that were UTF-8 need none of the checks of `as_texts`.
@@ -258,6 +260,19 @@ class TritonPythonModel:
             )
         positions = tensors["mask_positions"]
         return {**tensors, "mask_positions": np.ascontiguousarray(positions[:, : mask_width(most)])}
+
+
+def check_characters(given: Sequence[str]) -> None:
+    """Refuse texts of a request that together are too long: one process tokenises for all callers.
+
+    Raises:
+        InputError: the message names the number of characters and the limit.
+    """
+    if len(given) > 1 and (count := sum(map(len, given))) > MAX_TEXT_BYTES:
+        raise InputError(
+            f"a request has {count:,} characters of text; it may have at most {MAX_TEXT_BYTES:,}. Send its texts in "
+            "several requests, or shorten them."
+        )
 
 
 def pad_together(requests: Iterable[Texts], buckets: Sequence[int], spare_tokens: int) -> None:

@@ -93,6 +93,38 @@ def test_options_of_fill_mask(repository, local):
     assert_equal_answers(answer, local["fill-mask"].fill_mask(texts, top_k=9, targets=["king", "Paris"]))
 
 
+def test_too_many_answers_fail_alone(repository, local, monkeypatch):
+    """The bound is on the product: masks times top_k times tokens, of all rows of a request."""
+    import gte_deploy.tasks.fill_mask as tasks
+
+    texts = ["[MASK] of the [MASK]", "a [MASK]"]
+    good = {"TEXT": texts, "TOP_K": [2, 2]}
+    opened = repository("fill-mask")
+    (expected,) = opened.ask("gte_fill_mask", good)
+    for name, most in (("MAX_ANSWERS", 8), ("MAX_ANSWER_TOKENS", 50)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tasks, name, most)
+            answer, refused = opened.ask("gte_fill_mask", good, {"TEXT": texts, "TOP_K": [3, 3]})
+            assert refused.code == "INVALID_ARG"
+            assert "a request of 2 texts with 4 masks and top_k 3 would get 12 answers" in str(refused)
+            np.testing.assert_array_equal(answer["TOKEN_ID"], expected["TOKEN_ID"])
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "MAX_ANSWERS", 5)
+        assert len(local["fill-mask"].fill_mask(["a [MASK]"] * 9, top_k=5)) == 9  # the bound is that of a text
+        with pytest.raises(gte_deploy.InputError, match="input 1 with 2 masks and top_k 3 would get 6 answers"):
+            local["fill-mask"].fill_mask(["a [MASK]", texts[0]], top_k=3)
+
+
+def test_too_many_characters_fail_alone(repository, monkeypatch):
+    good, long = {"TEXT": ["the king"]}, {"TEXT": ["the " * 10, "king " * 9], "TRUNCATION": [True] * 2}
+    opened = repository("embed")
+    (expected,) = opened.ask("gte_embed", good)
+    monkeypatch.setitem(opened.model("gte_tokenizer").execute.__globals__, "MAX_TEXT_BYTES", 80)
+    answer, refused = opened.ask("gte_embed", good, long)
+    assert refused.code == "INVALID_ARG" and "85 characters of text; it may have at most 80" in str(refused)
+    np.testing.assert_array_equal(answer["EMBEDDING"], expected["EMBEDDING"])
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 def test_rerank(softmax, repository, local):
     pairs = [("what is this", "a king"), ("the", "river and water " * 8), ("", "")]

@@ -263,3 +263,54 @@ def test_texts_of_another_family(unigram, words, max_length):
     assert ours.decode(whole, skip_special_tokens=True) == tokenizer.decode(whole)
     pair = tokenizer.encode(text, "the king").ids
     assert ours.encode_pairs([(text, "the king")], max_length=10_000, truncation=False) == [pair]
+
+
+@pytest.fixture
+def reads_only_200_characters(monkeypatch):
+    monkeypatch.setattr("gte_deploy.text.tokenization.MAX_TOKENIZED_CHARS", 200)
+
+
+GAPS = {"gap": "the" + " " * 300, "word": "x" * 300, "marks": "a" + "\u0301" * 300}
+
+
+@pytest.mark.usefixtures("reads_only_200_characters")
+@pytest.mark.parametrize("text", GAPS.values(), ids=GAPS)
+@pytest.mark.parametrize("truncation", [True, False])
+def test_a_text_without_an_end_is_refused(ours, text, truncation):
+    """As many characters as the limit are read, of however long a text; a shorter text is answered whole."""
+    message = (
+        r"input 7 has 30\d characters, of which at most 200 are read to find its first 8 tokens; those have [01]\."
+    )
+    options = {"max_length": 10, "truncation": truncation}
+    with pytest.raises(InputError, match=message):
+        ours.encode_texts(["a", text], [3, 7], **options)
+    with pytest.raises(InputError, match=message):
+        ours.encode_places(["a", text], [3, 7], **options)
+    with pytest.raises(InputError, match=message.replace("8 tokens", "10 tokens")):
+        ours.encode_pairs([("a", "the"), ("a", text)], [3, 7], **options)
+    assert len(ours.encode_texts([text[:200]], **options)[0]) == 3
+
+
+@pytest.mark.usefixtures("reads_only_200_characters")
+def test_a_long_text_of_words_is_cut_as_before(ours, theirs):
+    text = "the king of Paris " * 100
+    for max_length in (10, 11, 30):
+        (row,) = ours.encode_texts([text], max_length=max_length, truncation=True)
+        assert row == theirs(text, truncation=True, max_length=max_length)["input_ids"]
+    # With an even number of tokens to share, it does not matter which of two long texts is the longer one.
+    pair = theirs(text, text[4:], truncation=True, max_length=11)["input_ids"]
+    assert ours.encode_pairs([(text, text[4:])], max_length=11, truncation=True) == [pair]
+    with pytest.raises(InputError, match="input 2 is a pair of 1,800 and 1,796 characters; one of the two may have"):
+        ours.encode_pairs([(text, text[4:])], [2], max_length=12, truncation=True)
+
+
+@pytest.mark.usefixtures("reads_only_200_characters")
+def test_a_tokenizer_that_keeps_the_end_reads_no_longer_text(folder, tmp_path):
+    copy = tmp_path / "left"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "truncation_side": "left"}))
+    left = load_tokenizer(copy)
+    assert len(left.encode_texts(["the " * 50], max_length=9, truncation=True)[0]) == 9
+    with pytest.raises(InputError, match="input 0 has 204 characters; a tokenizer that keeps the last .* at most 200"):
+        left.encode_texts(["the " * 51], max_length=9, truncation=True)
