@@ -15,7 +15,6 @@ Shapes: N inputs, B rows of a request, S tokens, H hidden size, D embedding size
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +29,8 @@ from numpy.typing import NDArray
 from gte_deploy._version import __version__
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_finite
-from gte_deploy.bundle.manifest import spec_from_json
 from gte_deploy.core.errors import BackendError, InputError, NonFiniteError, UnavailableError
 from gte_deploy.core.forking import follow, keep_for_good
-from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import TASKS, classify, embed, fill_mask, hybrid, multi_vector, sparse, token_classify
 from gte_deploy.tasks.base import Ensemble, from_counted
 from gte_deploy.tasks.chunks import ChunkedTexts, ChunkRequest, ChunkSums, Document, Window
@@ -48,8 +45,10 @@ from gte_deploy.text.batching import BatchLimits, plan_batches, token_batches
 from gte_deploy.text.inputs import MAX_BATCH_TOKENS, MAX_TEXT_BYTES, check_integer, distinct
 from gte_deploy.text.model_tokenizer import ModelTokenizer
 from gte_deploy.text.tokenization import checked_max_length
+from gte_deploy.triton.address import checked_headers, parse_address
+from gte_deploy.triton.answers import checked_answer, forms, read_description
 from gte_deploy.triton.tokenizing import ClientTokenizer, TextKind, open_tokenizer
-from gte_deploy.triton.transport import open_transport
+from gte_deploy.triton.transport import MAX_ANSWER_BYTES, open_transport
 
 DEFAULT_MAX_BATCH_TOKENS = 16_384
 
@@ -59,7 +58,6 @@ _BYTES_PER_TOKEN = 3
 _SPECIAL_TOKENS = 4
 # Masks of a text; with more, and many answers for each, a request may be above the server's limits.
 _EXPECTED_MASKS = 16
-_DESCRIPTIONS = ("gte_deploy", "gte_deploy_spec")
 _INDEX = re.compile(r"\b(inputs? )(\d+(?:, \d+)*)\b")
 
 Values = dict[str, NDArray[Any]]
@@ -86,12 +84,14 @@ class Client(TextInterface):
         max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
         headers: Mapping[str, str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         """Connect to a server and read the description of its models.
 
         Args:
-            url: http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// with TLS.
-            timeout_s: seconds that one request may take.
+            url: http://HOST:PORT or grpc://HOST:PORT; https:// and grpcs:// with TLS. A user and a password in it
+                (https://USER:PASSWORD@HOST) are sent as Authorization and shown nowhere.
+            timeout_s: seconds that one request may take, from the connection to the last byte of the answer.
             connections: the most requests at once for one list of texts, and the most HTTP connections, which stay
                 open.
             max_batch_tokens: the most tokens of a request, padding included, as estimated from the bytes of its texts;
@@ -101,6 +101,7 @@ class Client(TextInterface):
                 tokenizer files. With it, texts are tokenised here and token ids are sent, which saves the server most
                 of its work on a CPU. Token embeddings of models for other tasks than multi-vector, labels of tokens,
                 stored weights of queries, and embeddings with another pooling still send texts.
+            max_answer_bytes: the largest answer to one request; a larger one is an error before it is in memory.
 
         Raises:
             InputError: an argument is out of range, or the server has another tokenizer.
@@ -108,14 +109,18 @@ class Client(TextInterface):
             UnreachableError: there is no connection to the server: its port is closed, or its host is unknown.
             NoAnswerError: the server does not answer within `timeout_s`.
             UnavailableError: the server is overloaded; the base class of the two errors above.
-            BackendError: the server has no repository that gte-export wrote.
+            BackendError: the server has no repository that gte-export wrote. Later calls raise it for an answer that
+                has not the form, the size or the number of rows that was asked for.
             MissingDependencyError: tritonclient is not installed.
         """
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
             raise InputError(f"timeout_s must be a positive number of seconds, not {timeout_s!r}")
         check_integer("connections", connections, 1, _MAX_CONNECTIONS)
+        check_integer("max_answer_bytes", max_answer_bytes, 1, (1 << 63) - 1)
+        address = parse_address(url)
+        checked_headers(headers, address)
         self._max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
-        self._name = url
+        self._name, self._is_grpc = str(address), address.is_grpc
         self._options: dict[str, Any] = {
             "url": url,
             "timeout_s": timeout_s,
@@ -123,20 +128,19 @@ class Client(TextInterface):
             "max_batch_tokens": max_batch_tokens,
             "headers": dict(headers or {}),
             "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
+            "max_answer_bytes": max_answer_bytes,
         }
         self._closed = self._is_cut_off = False
         self._connect()
         follow(self)
         try:
-            config = self._config()
-            self._facts, self.spec = _described(config, url)
-            self._tokenizer = (
-                None if tokenizer is None else open_tokenizer(Path(tokenizer), self._facts, self.spec, url)
-            )
+            self._served = read_description(self._config(), self._name)
+            self.spec = self._served.spec
+            self._tokenizer = None if tokenizer is None else open_tokenizer(Path(tokenizer), self._served, self._name)
         except BaseException:
             self.close()
             raise
-        self._max_rows = int(config.get("max_batch_size", 0)) or int(self._facts.get("max_batch_size", 1))
+        self._max_rows = self._served.max_rows
 
     def close(self) -> None:
         """Close the connections. Idempotent; later calls that compute raise BackendError."""
@@ -146,7 +150,9 @@ class Client(TextInterface):
             self._transport.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle or copy a client as its URL and options, `headers` included; the new client asks the server again.
+        """Pickle or copy a client as its URL and options, passwords and `headers` included.
+
+        The new client asks the server again.
 
         Raises:
             BackendError: the client is closed.
@@ -159,7 +165,7 @@ class Client(TextInterface):
         """See `forking.Follower`: a child opens new HTTP connections; gRPC does not work in a child."""
         if self._closed:
             return
-        if self._options["url"].startswith("grpc"):
+        if self._is_grpc:
             keep_for_good(self._transport)
             self._is_cut_off = True
         else:
@@ -167,7 +173,8 @@ class Client(TextInterface):
 
     def _connect(self) -> None:
         """Open connections and threads of this process: on a shared socket, answers could reach the other process."""
-        options = {name: self._options[name] for name in ("url", "connections", "timeout_s", "headers")}
+        names = ("url", "connections", "timeout_s", "headers", "max_answer_bytes")
+        options = {name: self._options[name] for name in names}
         self._transport = open_transport(**options)
         self._pool = ThreadPoolExecutor(self._options["connections"], thread_name_prefix="gte-triton")
 
@@ -196,7 +203,7 @@ class Client(TextInterface):
 
     def info(self) -> dict[str, Any]:
         """Facts about the served model, as plain JSON data."""
-        served = {"served_by" if name == "version" else name: value for name, value in self._facts.items()}
+        served = {"served_by" if name == "version" else name: value for name, value in self._served.told.items()}
         return {"gte_deploy": __version__, "url": self._name, **served, **dataclasses.asdict(self.spec)}
 
     def _embed_batches(self, request: EmbeddingRequest, texts: Texts, options: BatchOptions) -> Batches:
@@ -214,7 +221,7 @@ class Client(TextInterface):
     def _require_states(self, request: EmbeddingRequest) -> None:
         """Refuse a request that needs hidden states if the server's engine gives only the answer of its task."""
         is_answer = request.output_value == "sentence_embedding" and request.pooling == self.spec.pooling
-        if not (self._facts.get("hidden_states", True) or (is_answer and TASKS[self.spec.task].pools)):
+        if not (self._served.hidden_states or (is_answer and TASKS[self.spec.task].pools)):
             raise BackendError(
                 f"the engine of the server at {self._name} gives only the answer of task {self.spec.task}, and this "
                 "call needs hidden states. Export it with --outputs all"
@@ -224,9 +231,9 @@ class Client(TextInterface):
         """Embeddings from the encoder itself if it gives them; a Python model on the server computes the others."""
         kept = self.spec.truncate_dim or self.spec.embedding_width
         size = request.truncate_dim or self.spec.embedding_width
-        own = request.pooling == self.spec.pooling and "tokenizer" in self._facts
+        own = request.pooling == self.spec.pooling and self._served.tokenizer is not None
         # The server's cache belongs to gte_embed.
-        fast = self._tokenizer is not None or not self._facts.get("response_cache")
+        fast = self._tokenizer is not None or not self._served.response_cache
         if own and fast and (size == kept or (size < kept and self._tokenizer is not None)):
             # A shorter vector is cut and scaled here.
             name = "NORMALIZED_EMBEDDING" if request.normalize and size == kept else "EMBEDDING"
@@ -383,18 +390,18 @@ class Client(TextInterface):
                 "client after the fork, in each process that uses it, or use an http:// URL."
             )
         limits = call.options.limits
-        if call.ensemble == embed.TOKENS_SERVED and (rows := self._facts.get("max_state_rows")):
-            limits = dataclasses.replace(limits, max_rows=min(limits.max_rows, rows))
+        if call.ensemble == embed.TOKENS_SERVED and (most := self._served.max_state_rows):
+            limits = dataclasses.replace(limits, max_rows=min(limits.max_rows, most))
         rows = {number: (item,) if isinstance(item, str) else item for number, item in inputs.items()}
         requests = self._requests(call, rows, limits)
         first, second = next(requests), next(requests, None)
         if second is None:
-            yield first.indices, self._infer(first, call.outputs)
+            yield first.indices, self._infer(first, call)
             return
         waiting: list[tuple[list[int], Future[Values]]] = []
         try:
             for request in itertools.chain((first, second), requests):
-                waiting.append((request.indices, self._pool.submit(self._infer, request, call.outputs)))
+                waiting.append((request.indices, self._pool.submit(self._infer, request, call)))
             for indices, future in waiting:
                 yield indices, future.result()
         finally:
@@ -438,14 +445,22 @@ class Client(TextInterface):
             inputs = tokenizer.tensors(ids, call.kind) | _repeated(call.inputs, len(ids))
             yield _Request(name, inputs, indices)
 
-    def _infer(self, request: "_Request", outputs: Sequence[str]) -> Values:
+    def _infer(self, request: "_Request", call: "_Call") -> Values:
         indices = request.indices
         try:
-            values = self._transport.infer(request.model, request.inputs, outputs)
+            values = self._transport.infer(request.model, request.inputs, call.outputs)
         except (InputError, NonFiniteError) as error:
             raise type(error)(_INDEX.sub(lambda found: _renumbered(found, indices), str(error))) from error
+        asked = request.inputs.get("TRUNCATE_DIM")
+        width = int(asked[0, 0]) if asked is not None else self.spec.truncate_dim or self.spec.embedding_width
+        values = checked_answer(
+            {name: values[name] for name in call.outputs},
+            forms(call.ensemble, self.spec, width),
+            len(indices),
+            where=f"{request.model} at {self._name}",
+        )
         mask = values.get("ATTENTION_MASK", np.ones((len(indices), 1), dtype=np.int64))
-        floats = {name: array for name, array in values.items() if array.dtype == np.float32}
+        floats = {name: array for name, array in values.items() if array.dtype.kind == "f"}
         check_finite(floats, Batch(values.get("INPUT_IDS", mask), mask), indices)
         return values
 
@@ -551,15 +566,3 @@ def _client(options: Mapping[str, Any]) -> Client:
 def _renumbered(found: re.Match[str], indices: Sequence[int]) -> str:
     rows = [int(row) for row in found[2].split(", ")]
     return found[1] + ", ".join(str(indices[row]) if row < len(indices) else str(row) for row in rows)
-
-
-def _described(config: Mapping[str, Any], url: str) -> tuple[dict[str, Any], ModelSpec]:
-    """The facts about the model that gte-export wrote into the configuration of every ensemble."""
-    try:
-        facts, spec = (json.loads(config["parameters"][name]["string_value"]) for name in _DESCRIPTIONS)
-        return dict(facts), spec_from_json(spec)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BackendError(
-            f"gte_embed at {url} does not come from this version of gte-export ({error!r}). Export the repository "
-            "again with gte-export --format triton."
-        ) from error

@@ -22,6 +22,7 @@ from gte_deploy.text.batching import collate
 from gte_deploy.text.fingerprint import fingerprint
 from gte_deploy.text.padding import bucket_of, masks_by_row
 from gte_deploy.text.tokenization import TextTokenizer, checked_max_length, load_tokenizer
+from gte_deploy.triton.answers import ServedDescription
 
 TextKind = Literal["plain", "masked", "pairs"] | MultiVectorRequest
 """Plain texts, texts with masks, pairs for a classifier; or queries or documents of a multi-vector model."""
@@ -110,7 +111,7 @@ class ClientTokenizer:
             )
 
 
-def open_tokenizer(folder: Path, facts: dict[str, Any], spec: ModelSpec, url: str) -> ClientTokenizer:
+def open_tokenizer(folder: Path, served: ServedDescription, url: str) -> ClientTokenizer:
     """Load the tokenizer of a bundle or checkpoint, and compare it with the server's.
 
     Raises:
@@ -118,16 +119,16 @@ def open_tokenizer(folder: Path, facts: dict[str, Any], spec: ModelSpec, url: st
         BackendError: the server's repository does not take token ids.
         CheckpointError: the folder has no tokenizer.
     """
-    if "tokenizer" not in facts or "length_buckets" not in facts:
+    if served.tokenizer is None:
         raise BackendError(
             f"{url} takes only texts. Export its repository again with gte-export --format triton, or leave tokenizer "
             "out."
         )
     tokenizer = load_tokenizer(folder)
     own = fingerprint(folder, tokenizer)
-    if own != facts["tokenizer"]:
+    if own != served.tokenizer:
         raise InputError(
             f"the tokenizer of {folder} (SHA-256 {own[:12]}…) is not that of {url} (SHA-256 "
-            f"{facts['tokenizer'][:12]}…). Give the bundle or checkpoint that the server's repository comes from."
+            f"{served.tokenizer[:12]}…). Give the bundle or checkpoint that the server's repository comes from."
         )
-    return ClientTokenizer(tokenizer, spec, tuple(facts["length_buckets"]), facts.get("max_masks"))
+    return ClientTokenizer(tokenizer, served.spec, served.buckets, served.max_masks)

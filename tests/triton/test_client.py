@@ -72,7 +72,8 @@ class FakeTransport:
             self.at_once -= 1
         self.fail(texts)
         values = np.array([self.value(text) for text in texts], dtype=np.float32).reshape(len(texts), -1)
-        return {"EMBEDDING": np.repeat(values, 4, axis=1), "LOGITS": values, "SCORE": values}
+        width = inputs["TRUNCATE_DIM"][0, 0] if "TRUNCATE_DIM" in inputs else 4
+        return {"EMBEDDING": np.repeat(values, width, axis=1), "LOGITS": values, "SCORE": values}
 
     def close(self) -> None:
         pass

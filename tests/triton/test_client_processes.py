@@ -52,16 +52,19 @@ SERVER = """
                 numbers.append(float(body[4:4 + size]))
                 body = body[4 + size:]
             time.sleep(0.01)
-            data = [value for number in numbers for value in (number, number)]
-            output = {"name": "EMBEDDING", "datatype": "FP32", "shape": [len(numbers), 2], "data": data}
-            self.answer({"model_name": "gte_embed", "model_version": "1", "outputs": [output]})
+            data = np.repeat(np.array(numbers, "<f4"), 2).tobytes()
+            size = {"binary_data_size": len(data)}
+            output = {"name": "EMBEDDING", "datatype": "FP32", "shape": [len(numbers), 2], "parameters": size}
+            self.answer({"model_name": "gte_embed", "model_version": "1", "outputs": [output]}, data)
 
-        def answer(self, content):
-            data = json.dumps(content).encode()
+        def answer(self, content, data=b""):
+            header = json.dumps(content).encode()
             self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(len(header) + len(data)))
+            if data:
+                self.send_header("Inference-Header-Content-Length", str(len(header)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(header + data)
 
         def log_message(self, *arguments):
             pass
@@ -131,7 +134,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     yield calls
 
 
-OPTIONS: dict[str, Any] = {"timeout_s": 3.0, "connections": 2, "max_batch_tokens": 99, "headers": {"a": "b"}}
+OPTIONS: dict[str, Any] = {
+    "timeout_s": 3.0,
+    "connections": 2,
+    "max_batch_tokens": 99,
+    "headers": {"a": "b"},
+    "max_answer_bytes": 1 << 20,
+}
 
 
 @pytest.mark.parametrize("again", [lambda client: pickle.loads(pickle.dumps(client)), copy.deepcopy, copy.copy])
