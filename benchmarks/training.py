@@ -2,14 +2,21 @@
 
     python benchmarks/training.py            # a table, and a file in benchmarks/results/
     python benchmarks/training.py --json     # the same as JSON on stdout
+    python benchmarks/training.py --all      # every measure, before and after, in ten minutes on a GPU
     python benchmarks/training.py --roofline # what arithmetic predicts for an H100; needs none (training_roofline.py)
 
-Four variants compute the same optimizer step from the same texts, masks and weights; the losses must agree:
+The variants compute the same optimizer step from the same texts, masks and weights; the losses must agree:
 
     packed         the engine of `gte-train run`: no padding, vocabulary projection at masked positions only
     packed+compile the same with `compile: true` (GPU only)
+    packed+compile+fa3  the same with FlashAttention-3 (Hopper with the package flash-attn-3 only)
+    before         packed, but the last layer runs for all tokens, and the loss has all logits at once
     padded         the engine's step with rows padded to the longest of each micro-batch
     transformers   a plain loop: GteForMaskedLM with labels (all logits), padded rows, torch.optim.AdamW
+
+`before` and FlashAttention-3 are in `--all`, which takes the stages of the published recipes, profiles a step (time of
+products, of attention, and of the rest), and writes the prediction of the roofline beside what it measured, if one is
+stored for this GPU. A variant that needs more memory than there is, and what the time does not allow, are named.
 
 There are two kinds of text: "c4" has log-normal lengths like C4's (median 245 tokens, cut at the row's length), "full"
 has full rows, as the published totals count. Only real tokens count, and FLOPs are model FLOPs of real tokens, so
@@ -22,6 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
@@ -30,7 +38,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +47,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.profiler
 import transformers
 from torch import Tensor, nn
-from transformers import GteConfig
+from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy._version import __version__
 from gte_deploy.core.files import write_text
@@ -59,8 +69,9 @@ from gte_deploy.training.data.packing import (
 from gte_deploy.training.data.prepare import prepare
 from gte_deploy.training.data.sampling import ChunkIndex, Chunking
 from gte_deploy.training.distributed import World, choose_device
+from gte_deploy.training.flash_attention import flash_attention, why_not_flash_attention_3
 from gte_deploy.training.flops import device_peak_flops, training_flops
-from gte_deploy.training.model import build_model
+from gte_deploy.training.model import PackedMaskedLM, build_model
 from gte_deploy.training.optim import build_optimizer
 from gte_deploy.training.recipe import Recipe, Stage
 
@@ -69,7 +80,17 @@ SEED = 0
 C4_LOG_MEAN, C4_LOG_DEVIATION = 5.5, 1.1
 DISTINCT_STEPS = 2
 # The values of the recipes; other models use the first one.
-TOKEN_BUDGETS = {"gte-en-mlm-base": 32768, "gte-en-mlm-large": 16384}
+TOKEN_BUDGETS = {"gte-en-mlm-base": 32768, "gte-en-mlm-large": 16384, "gte-multilingual-mlm-base": 16384}
+# The stages of the published recipes for `--all`, the most important first.
+STAGES = (
+    ("gte-en-mlm-base", 2048, "full"),
+    ("gte-en-mlm-large", 512, "full"),
+    ("gte-en-mlm-base", 8192, "full"),
+    ("gte-multilingual-mlm-base", 2048, "full"),
+    ("gte-en-mlm-large", 8192, "full"),
+    ("gte-en-mlm-large", 2048, "full"),
+    ("gte-multilingual-mlm-base", 8192, "full"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,7 @@ class Variant:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     gradients: Callable[[StepData], Tensor]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def step(self, data: StepData) -> Tensor:
         loss = self.gradients(data)
@@ -124,51 +146,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(given)
     device = choose_device(args.device)
     peak = args.peak_tflops * 1e12 if args.peak_tflops else device_peak_flops(device)
-    started, results = time.monotonic(), []
+    started, results, longest = time.monotonic(), [], 0.0
     for workload in _workloads(args, device):
         spent = time.monotonic() - started
-        if spent > args.minutes * 60:
-            _say(f"{workload.name}: left out, {args.minutes:g} minutes are over")
+        if spent + longest > args.minutes * 60:
+            _say(f"{workload.name}: left out, it would not end within {args.minutes:g} minutes")
             results.append({**dataclasses.asdict(workload), "skipped": f"after {spent:.0f} s"})
             continue
-        results.append(measure(workload, device=device, peak_flops=peak, rounds=args.rounds, variants=args.variants))
+        results.append(
+            measure(
+                workload, device=device, peak_flops=peak, rounds=args.rounds, variants=args.variants, profiled=args.all
+            )
+        )
+        longest = max(longest, time.monotonic() - started - spent) if args.all else 0.0
     report = {**environment(device), "rounds": args.rounds, "peak_flops": peak, "workloads": results}
+    if args.all:
+        report["predictions"] = stored_predictions(report["hardware"].get("gpu", ""))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.output, json.dumps(report, indent=2) + "\n")
+    if args.all:
+        write_text(args.output.with_suffix(".md"), markdown(report))
     print(json.dumps(report, indent=2) if args.json else table(report))
     _say(f"written to {args.output}")
     return 0
 
 
 def measure(
-    workload: Workload, *, device: torch.device, peak_flops: float | None, rounds: int, variants: Sequence[str]
+    workload: Workload,
+    *,
+    device: torch.device,
+    peak_flops: float | None,
+    rounds: int,
+    variants: Sequence[str],
+    profiled: bool = False,
 ) -> dict[str, Any]:
     """Time optimizer steps of every variant on one workload, and return the workload's entry of the report."""
     config = build_config(workload.model)
     with tempfile.TemporaryDirectory() as folder:
         steps, fill = make_steps(workload, config, Path(folder))
-    chosen = [make(config, workload, device) for name, make in VARIANTS.items() if name in variants]
+    chosen: list[Variant] = []
+    too_large: list[str] = []
+    first: dict[str, float] = {}  # with the time to compile
+    for name in variants:
+        started = time.monotonic()
+        with _enough_memory(name, too_large):
+            chosen.append(started_variant(VARIANTS[name], config, workload, device, steps[0]))
+            first[name] = time.monotonic() - started
     require_same_loss(chosen, steps[0], bfloat16=device.type == "cuda")
     seconds: dict[str, list[float]] = {variant.name: [] for variant in chosen}
     memory: dict[str, int] = {}
-    for number in range(-1, rounds):  # round -1 warms up: it chooses kernels and compiles graphs
-        for variant in chosen:
-            taken = _timed_step(variant, steps[number % DISTINCT_STEPS], device)
-            if number >= 0:
-                seconds[variant.name].append(taken / steps[number % DISTINCT_STEPS].tokens)
-            if device.type == "cuda":
-                memory[variant.name] = torch.cuda.max_memory_allocated(device)
+    for number in range(-1, rounds):  # round -1 warms up: it chooses kernels
+        for variant in [variant for variant in chosen if variant.name not in too_large]:
+            with _enough_memory(variant.name, too_large), variant.around():
+                taken = _timed_step(variant, steps[number % DISTINCT_STEPS], device)
+                if number >= 0:
+                    seconds[variant.name].append(taken / steps[number % DISTINCT_STEPS].tokens)
+                if device.type == "cuda":
+                    memory[variant.name] = torch.cuda.max_memory_allocated(device)
         _say(f"{workload.name}: round {number + 1} of {rounds}")
+    chosen = [variant for variant in chosen if variant.name not in too_large]
     flops_per_token = sum(step.flops for step in steps) / sum(step.tokens for step in steps)
     rows = {}
-    for name, per_token in seconds.items():
+    for name, per_token in ((variant.name, seconds[variant.name]) for variant in chosen):
         speed = 1 / statistics.median(per_token)
         rows[name] = {
             "tokens_per_second": speed,
             "peak_share": None if peak_flops is None else speed * flops_per_token / peak_flops,
             "tokens_per_second_by_round": [1 / value for value in per_token],
             "peak_memory_bytes": memory.get(name),
+            "first_seconds": first[name],
         }
+    if profiled:
+        for variant in chosen:
+            rows[variant.name]["seconds_by_kind"] = profile(variant, steps[0], device)
     del chosen
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -177,8 +227,58 @@ def measure(
         "tokens_per_step": [step.tokens for step in steps],
         "flops_per_token": flops_per_token,
         "fill": fill,
+        "out_of_memory": too_large,
         "variants": rows,
     }
+
+
+def started_variant(
+    make: Callable[[GteConfig, Workload, torch.device], Variant],
+    config: GteConfig,
+    workload: Workload,
+    device: torch.device,
+    data: StepData,
+) -> Variant:
+    """Make a variant, and compute a step's gradients, which compiles what it compiles."""
+    variant = make(config, workload, device)
+    with variant.around():
+        variant.gradients(data).item()
+    variant.optimizer.zero_grad()
+    return variant
+
+
+@contextmanager
+def _enough_memory(name: str, too_large: list[str]) -> Iterator[None]:
+    """Note a variant for which the GPU's memory is too small, and go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        too_large.append(name)
+        torch.cuda.empty_cache()
+
+
+# Parts of the names of CUDA kernels, and of CPU operators; the first that fits counts.
+KINDS = {
+    "attention": ("flash", "fmha", "scaled_dot_product", "varlen_attn"),
+    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn"),
+}
+
+
+def profile(variant: Variant, data: StepData, device: torch.device) -> dict[str, float]:
+    """Return the seconds that the kernels of one step take, by kind, as torch's profiler sees them."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with variant.around(), torch.profiler.profile(activities=[activity]) as profiler:
+        variant.step(data)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    seconds = dict.fromkeys((*KINDS, "rest"), 0.0)
+    for event in profiler.key_averages():
+        taken = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
+        seconds[kind] += taken / 1e6
+    return seconds
 
 
 def make_steps(workload: Workload, config: GteConfig, folder: Path) -> tuple[list[StepData], dict[str, float]]:
@@ -235,7 +335,8 @@ def require_same_loss(variants: Sequence[Variant], data: StepData, *, bfloat16: 
     losses = {}
     for variant in variants:
         variant.module.eval()
-        losses[variant.name] = variant.gradients(data).item()
+        with variant.around():
+            losses[variant.name] = variant.gradients(data).item()
         variant.optimizer.zero_grad()
         variant.module.train()
     if max(losses.values()) - min(losses.values()) > (2e-2 if bfloat16 else 1e-4):
@@ -263,6 +364,40 @@ def make_packed(config: GteConfig, workload: Workload, device: torch.device, *, 
 
 def make_compiled(config: GteConfig, workload: Workload, device: torch.device) -> Variant:
     return make_packed(config, workload, device, compile=True)
+
+
+def make_flash_attention_3(config: GteConfig, workload: Workload, device: torch.device) -> Variant:
+    compiled = make_compiled(config, workload, device)
+    return dataclasses.replace(
+        compiled, name="packed+compile+fa3", around=functools.partial(flash_attention, "FA3", device)
+    )
+
+
+class WholeMaskedLM(PackedMaskedLM):
+    """The last layer for all tokens, and all logits at once."""
+
+    def __init__(self, model: GteForMaskedLM) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        places, labels = kwargs.pop("masked_positions"), kwargs.pop("labels")
+        out = self.model.gte(input_ids=input_ids[None], position_ids=position_ids[None], **kwargs)
+        logits = self.model.lm_head(out.last_hidden_state[0][places])
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def make_before(config: GteConfig, workload: Workload, device: torch.device) -> Variant:
+    module = WholeMaskedLM(build_model(config, rope_theta=10_000, seed=SEED)).to(device)
+    stage, world = _recipe(workload, compile=False).stages[0], World(0, 1, device)
+    gpu = device.type == "cuda"
+    optimizer = build_optimizer(module, stage.optimizer, learning_rate=stage.learning_rate, fused=gpu)
+
+    def gradients(data: StepData) -> Tensor:
+        dtype = "bfloat16" if gpu else "float32"
+        return engine.accumulate_gradients(module, data.packed, world=world, masked_tokens=data.masked, dtype=dtype)
+
+    return Variant("before", module, optimizer, gradients)
 
 
 def make_padded(config: GteConfig, workload: Workload, device: torch.device) -> Variant:
@@ -298,8 +433,10 @@ def make_transformers(config: GteConfig, workload: Workload, device: torch.devic
 
 
 VARIANTS: dict[str, Callable[[GteConfig, Workload, torch.device], Variant]] = {
+    "before": make_before,
     "packed": make_packed,
     "packed+compile": make_compiled,
+    "packed+compile+fa3": make_flash_attention_3,
     "padded": make_padded,
     "transformers": make_transformers,
 }
@@ -417,6 +554,68 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# The row of the roofline that predicts a variant.
+PREDICTED = {
+    "before": "eager, all logits at once, whole last layer",
+    "packed": "+ loss in chunks",
+    "packed+compile": "+ torch.compile",
+    "packed+compile+fa3": "+ FlashAttention-3",
+}
+
+
+def stored_predictions(gpu: str) -> list[dict[str, Any]]:
+    """Return what the newest stored roofline predicts for full rows on this GPU; nothing for one that it has not."""
+    files = sorted(RESULTS.glob("*-training-roofline.json"))
+    if not files:
+        return []
+    stored = json.loads(files[-1].read_text("utf-8"))
+    if stored["machine"]["name"].split()[0] not in gpu:
+        return []
+    return [
+        {"model": stage["recipe"], "max_length": stage["max_length"], "variant": variant}
+        | {key: stage["rows"][row][key] for key in ("tokens_per_second", "share_of_peak")}
+        for stage in stored["stages"]
+        for variant, row in PREDICTED.items()
+    ]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the report of `--all` as a Markdown table."""
+    where = report["hardware"].get("gpu", report["hardware"]["cpu"])
+    lines = [
+        f"{report['date']}, {where}, {report['dtype']}, torch {report['versions']['torch']}: `{report['command']}`",
+        "",
+        "| model, tokens, text | variant | tokens/s | of peak | predicted "
+        "| products | attention | rest | GB | first, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    predicted = {(p["model"], p["max_length"], p["variant"]): p for p in report["predictions"]}
+    for workload in report["workloads"]:
+        head = f"{workload['model']}, {workload['max_length']}, {workload['kind']}"
+        if "skipped" in workload:
+            lines.append(f"| {head} | left out {workload['skipped']} |" + " |" * 8)
+            continue
+        for name in workload["out_of_memory"]:
+            lines.append(f"| {head} | {name}: out of memory |" + " |" * 8)
+        for name, row in workload["variants"].items():
+            found = predicted.get((workload["model"], workload["max_length"], name))
+            known = found if workload["kind"] == "full" else None
+            lines.append("| " + " | ".join([head, *_cells(name, row, known)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(name: str, row: dict[str, Any], predicted: dict[str, Any] | None) -> Iterator[str]:
+    yield name
+    yield f"{row['tokens_per_second']:,.0f}"
+    yield "" if row["peak_share"] is None else f"{row['peak_share']:.1%}"
+    yield "" if predicted is None else f"{predicted['tokens_per_second']:,.0f}, {predicted['share_of_peak']:.1%}"
+    total = sum(row["seconds_by_kind"].values()) or 1.0
+    for kind in ("gemm", "attention", "rest"):
+        yield f"{row['seconds_by_kind'][kind] / total:.0%}"
+    yield "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.1f}"
+    yield f"{row['first_seconds']:.1f}"
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -428,6 +627,12 @@ def _cpu_name() -> str:
 def _workloads(args: argparse.Namespace, device: torch.device) -> list[Workload]:
     """Return the workloads, the most important first: the last ones are left out when the time is over."""
     gpu = device.type == "cuda"
+    if args.all and gpu and not args.models and not args.lengths:
+        stages = [*STAGES, *((model, length, "c4") for model, length, _ in STAGES[:2])]
+        return [
+            Workload(model, kind, length, args.token_budget or TOKEN_BUDGETS[model], args.micro_batches)
+            for model, length, kind in stages
+        ]
     models = args.models or (["gte-en-mlm-base", "gte-en-mlm-large"] if gpu else ["gte-en-mlm-tiny"])
     lengths = args.lengths or ([512, 8192] if gpu else [128, 512])
     return [
@@ -446,6 +651,7 @@ def _workloads(args: argparse.Namespace, device: torch.device) -> list[Workload]
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every variant on the stages of the published recipes")
     parser.add_argument(
         "--roofline", action="store_true", help="predict in place of measuring; `--roofline --help` has its options"
     )
@@ -458,20 +664,37 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--token-budget", type=int, help="tokens of a micro-batch; default: the recipes', 2,048 on a CPU"
     )
     parser.add_argument("--micro-batches", type=int, help="number in one step; default: 2 on a GPU, 1 on a CPU")
-    parser.add_argument("--minutes", type=float, help="no workload starts later; default: 8 on a GPU, 2 on a CPU")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="none starts later, with --all none that would end later; default: 8 on a GPU (--all: 9), 2 on a CPU",
+    )
     parser.add_argument("--peak-tflops", type=float, help="the device's peak, unless it is a known GPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/training-DEVICE-DATE.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
-    gpu = choose_device(args.device).type == "cuda"
-    args.variants = args.variants or [name for name in VARIANTS if gpu or name != "packed+compile"]
+    device = choose_device(args.device)
+    gpu = device.type == "cuda"
+    args.variants = args.variants or _variants(device, every=args.all)
     args.rounds = args.rounds or (5 if gpu else 3)
     args.micro_batches = args.micro_batches or (2 if gpu else 1)
-    args.minutes = args.minutes if args.minutes is not None else (8 if gpu else 2)
+    args.minutes = args.minutes if args.minutes is not None else (8 + args.all if gpu else 2)
     kind = torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu"
     args.output = args.output or RESULTS / f"training-{kind}-{datetime.date.today().isoformat()}.json"
     return args
+
+
+def _variants(device: torch.device, *, every: bool) -> list[str]:
+    """Return the variants that can run on a device, without those that only `--all` measures."""
+    left_out = set() if every else {"before", "packed+compile+fa3"}
+    if device.type != "cuda":
+        left_out.add("packed+compile")
+    if missing := why_not_flash_attention_3(device):
+        left_out.add("packed+compile+fa3")
+        if every:
+            _say(f"without FlashAttention-3: {missing}")
+    return [name for name in VARIANTS if name not in left_out]
 
 
 def _say(text: str) -> None:

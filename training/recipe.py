@@ -31,6 +31,7 @@ EXECUTION_FIELDS = frozenset(
         "dtype",
         "gradient_checkpointing",
         "compile",
+        "flash_attention",
         "sharding",
         "checkpoint_every",
         "keep_checkpoints",
@@ -189,6 +190,8 @@ class Recipe:
         gradient_checkpointing: keep only the layers' inputs, and compute the rest again in the backward pass.
         compile: compile each layer with torch.compile; micro-batches are padded to one static shape. "auto" compiles
             on a GPU.
+        flash_attention: kernel of attention on a GPU: "default" is torch's own FlashAttention-2, "FA3" FlashAttention-3
+            of the package flash-attn-3 on Hopper, "auto" takes it where it can run.
         sharding: "ddp" holds the whole model on each rank, "fsdp" shards weights and optimizer (FSDP2).
         checkpoint_every: steps between checkpoints; the end of a stage always has one.
         keep_checkpoints: number of newest checkpoints to keep, besides those at the ends of stages.
@@ -215,6 +218,7 @@ class Recipe:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool | Literal["auto"] = "auto"
+    flash_attention: Literal["auto", "default", "FA3"] = "auto"
     sharding: Sharding = "ddp"
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2

@@ -40,6 +40,7 @@ from gte_deploy.training.distributed import (
 )
 from gte_deploy.training.evaluation.during_run import RunEvaluation
 from gte_deploy.training.export import checkpoint_model, export_checkpoint
+from gte_deploy.training.flash_attention import flash_attention
 from gte_deploy.training.flops import device_peak_flops
 from gte_deploy.training.log import Meter, RunLog, plot_run
 from gte_deploy.training.model import PackedMaskedLM, build_model, initial_model, micro_batch_tensors, model_source
@@ -121,6 +122,7 @@ def train(
             _require_same_run(corpus, resumed)
             recipe = settled_recipe(recipe, resumed)
         recipe = settled_execution(recipe, on_gpu=world.device.type == "cuda")
+        stack.enter_context(flash_attention(recipe.flash_attention, world.device))
         store.milestones = frozenset(_plateau_ends(recipe))
         model = _model_to_continue(recipe, resumed)
         _require_fit(recipe, corpus, model.config)

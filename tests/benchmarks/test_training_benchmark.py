@@ -98,6 +98,60 @@ def test_what_time_does_not_allow_is_named(benchmark: ModuleType, tmp_path: Path
     assert "left out" in benchmark.table(printed)
 
 
+@pytest.fixture(scope="module")
+def everything(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """`--all` in miniature."""
+    output = tmp_path_factory.mktemp("results") / "all.json"
+    arguments = ["--all", "--device", "cpu", "--lengths", "32", "--kinds", "full", "--token-budget", "64"]
+    assert benchmark.main([*arguments, "--rounds", "1", "--output", str(output)]) == 0
+    return json.loads(output.read_text()), output.with_suffix(".md").read_text()
+
+
+def test_all_measures_before_and_after_and_profiles_a_step(everything: tuple[dict[str, Any], str]):
+    report, table = everything
+    (workload,) = report["workloads"]
+    assert list(workload["variants"]) == ["before", "packed", "padded", "transformers"]
+    for name, row in workload["variants"].items():
+        kinds = row["seconds_by_kind"]
+        assert kinds["gemm"] > 0 and kinds["attention"] > 0 and kinds["rest"] > 0 and row["first_seconds"] > 0
+        assert f"| gte-en-mlm-tiny, 32, full | {name} | {row['tokens_per_second']:,.0f} |" in table
+    assert "python" in table.splitlines()[0] and report["predictions"] == []
+
+
+def test_predictions_are_those_of_the_stored_roofline_for_its_gpu_alone(benchmark: ModuleType):
+    assert benchmark.stored_predictions("NVIDIA A100-SXM4-80GB") == []
+    found = benchmark.stored_predictions("NVIDIA H100 80GB HBM3")
+    stored = json.loads(sorted(benchmark.RESULTS.glob("*-training-roofline.json"))[-1].read_text())
+    rows = {(s["recipe"], s["max_length"]): s["rows"] for s in stored["stages"]}
+    assert len(found) == 4 * len(rows) and {p["variant"] for p in found} <= set(benchmark.VARIANTS)
+    for prediction in found:
+        row = rows[prediction["model"], prediction["max_length"]][benchmark.PREDICTED[prediction["variant"]]]
+        assert prediction["tokens_per_second"] == row["tokens_per_second"]
+
+
+def test_a_variant_that_needs_too_much_memory_is_named(benchmark: ModuleType, monkeypatch, tmp_path: Path):
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("by the test")
+
+    monkeypatch.setitem(benchmark.VARIANTS, "transformers", too_large)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    workload = benchmark.Workload("gte-en-mlm-tiny", "full", 32, 64, 1)
+    found = benchmark.measure(
+        workload, device=torch.device("cpu"), peak_flops=None, rounds=1, variants=["packed", "transformers"]
+    )
+    assert found["out_of_memory"] == ["transformers"] and list(found["variants"]) == ["packed"]
+
+
+@pytest.mark.gpu
+def test_all_runs_on_a_gpu_within_its_minutes(benchmark: ModuleType, tmp_path: Path):
+    output = tmp_path / "all.json"
+    arguments = ["--all", "--models", "gte-en-mlm-base", "--lengths", "512", "--kinds", "full", "--rounds", "1"]
+    assert benchmark.main([*arguments, "--output", str(output)]) == 0
+    (workload,) = json.loads(output.read_text())["workloads"]
+    assert {"before", "packed", "packed+compile"} <= set(workload["variants"])
+    assert all(row["seconds_by_kind"]["gemm"] > 0 for row in workload["variants"].values())
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_targets_on_one_h100(benchmark: ModuleType, tmp_path: Path):
