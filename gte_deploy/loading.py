@@ -38,7 +38,7 @@ from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.cpus import MAX_THREADS
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.forking import in_use
-from gte_deploy.core.options import check_choice
+from gte_deploy.core.options import check_choice, check_flags
 from gte_deploy.core.own_cache import own_cache_folder, require_own
 from gte_deploy.core.spec import (
     BACKENDS,
@@ -132,6 +132,7 @@ def load(
         num_threads = check_integer("num_threads", num_threads, 1, MAX_THREADS)
     if max_batch_tokens is not None:
         max_batch_tokens = check_integer("max_batch_tokens", max_batch_tokens, 1, MAX_BATCH_TOKENS)
+    check_flags(compile=compile)
     check_choice("backend", backend, BACKENDS)
     if precision is not None:
         check_choice("precision", precision, LOAD_PRECISIONS)

@@ -30,6 +30,7 @@ from gte_deploy.core.calls import Call, Usage, current_call
 from gte_deploy.core.errors import BackendError, BundleError, InputError
 from gte_deploy.core.forking import follow, in_use
 from gte_deploy.core.lanes import Result, in_lanes
+from gte_deploy.core.options import check_flags
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.tasks import TASKS
 from gte_deploy.tasks.base import HIDDEN, Outputs, Request
@@ -263,6 +264,7 @@ class Model(TextInterface):
         Raises:
             InputError: see `encode`.
         """
+        check_flags(truncation=truncation)
         texts = as_texts(texts, name="texts")[0]
         rows = self._tokenize_texts(dict(enumerate(texts)), truncation, max_length)(list(range(len(texts))))
         batch = collate(rows, pad_token_id=self.spec.pad_token_id, token_types=self.spec.token_types)

@@ -7,6 +7,7 @@ in docs/ are all built from such fields.
 import argparse
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -162,13 +163,15 @@ def read_options(kind: type[T], given: Given) -> T:
 
 
 def check_choices(values: Any) -> None:
-    """Check the values of an instance of an options dataclass against their choices.
+    """Check the values of an instance of an options dataclass against their choices, and flags by `check_flags`.
 
     Raises:
         InputError: the message names the option, its value and the allowed values.
     """
     for name, (default, described) in options_of(type(values)).items():
         value = getattr(values, name)
+        if isinstance(default, bool):
+            check_flags(**{name: value})
         if described.choices and value != default:
             for each in value if described.is_tuple else (value,):
                 check_choice(name, each, described.choices, described.aliases)
@@ -191,6 +194,22 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any], aliases: Mapping
         meant = (aliases or {}).get(plain_word(str(value)))
         near = did_you_mean(str(value), known) if meant is None else f"; {str(value)!r} is {meant!r} here"
         raise InputError(f"{name} is {value!r}; expected one of {', '.join(known)}{near}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse values of flags that mean something else than they say: for Python, "false" is true.
+
+    Args:
+        **flags: name of the argument -> True, False (also numpy's, or 1 and 0), or None, which is the default.
+
+    Raises:
+        InputError: the message names the argument and its value.
+    """
+    for name, value in flags.items():
+        # NumPy's booleans have these names, and importing this module loads no numpy.
+        known = value is None or type(value).__name__ in ("bool", "bool_")
+        if not known and not (isinstance(value, numbers.Integral) and value in (0, 1)):
+            raise InputError(f"{name} is {value!r}; expected True or False")
 
 
 def plain_word(text: str) -> str:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from gte_deploy.core.errors import InputError, TooLongError
-from gte_deploy.core.options import check_choice
+from gte_deploy.core.options import check_choice, check_flags
 from gte_deploy.core.spec import (
     SPARSE_ROUTES,
     AggregationStrategy,
@@ -239,6 +239,7 @@ class TextInterface(DropIn, ABC):
             MissingDependencyError: tensors are requested and torch is not installed.
         """
         self._check_device(device)
+        check_flags(normalize_embeddings=normalize_embeddings, convert_to_sparse_tensor=convert_to_sparse_tensor)
         refuse_processes(pool, chunk_size)
         default_pooling = self.spec.pooling if chunks is None else "mean"
         request = EmbeddingRequest(
@@ -246,7 +247,7 @@ class TextInterface(DropIn, ABC):
             pooling=default_pooling if pooling is None else pooling,
             output_value=output_value,
             precision=precision or "float32",
-            return_type=return_type(convert_to_numpy, bool(convert_to_tensor)),
+            return_type=return_type(convert_to_numpy, convert_to_tensor),
             normalize=normalize_embeddings,
             truncate_dim=self.spec.truncate_dim if truncate_dim is None else truncate_dim,
         )
@@ -408,6 +409,7 @@ class TextInterface(DropIn, ABC):
             MissingDependencyError: tensors are requested and torch is not installed.
         """
         self._require_hybrid()
+        check_flags(normalize_embeddings=normalize_embeddings)
         form = SparseForm.of(convert_to_tensor, None, as_dict, by_default=self._gives_dictionaries)
         form.check()
         dense = EmbeddingRequest(
@@ -472,6 +474,7 @@ class TextInterface(DropIn, ABC):
         if unknown := sorted(set(options) - _MULTI_VECTOR_OPTIONS):
             known = ", ".join(sorted(_MULTI_VECTOR_OPTIONS))
             raise InputError(f"encode_multi_vector has no option {', '.join(unknown)}; it has {known}")
+        check_flags(is_query=is_query, normalize_embeddings=normalize_embeddings)
         if self.spec.multi_vector is not None:
             if is_query is None or projection is not None:
                 raise InputError(
@@ -562,6 +565,7 @@ class TextInterface(DropIn, ABC):
         """
         self._require_task("classify", "token-classify")
         self._check_device(device)
+        check_flags(apply_softmax=apply_softmax)
         refuse_processes(pool, chunk_size)
         by_token = self.spec.task == "token-classify"
         request = (TokenScoreRequest if by_token else ScoreRequest)(
@@ -631,6 +635,7 @@ class TextInterface(DropIn, ABC):
             NonFiniteError, BackendError: the model or the server failed.
         """
         self._require_task("token-classify")
+        check_flags(is_split_into_words=is_split_into_words)
         if self._takes_whole_texts_only:
             _refuse_parts(
                 self._name, stride=stride, is_split_into_words=is_split_into_words, offset_mapping=offset_mapping
@@ -764,6 +769,7 @@ class TextInterface(DropIn, ABC):
         self._require_task("classify", "multi-vector")
         if self.spec.task == "classify" and self.spec.num_labels != 1:
             raise InputError(f"rank needs a model with one label, and this has {self.spec.num_labels}; use predict")
+        check_flags(return_documents=return_documents)
         texts, single = as_texts(documents, name="documents")
         if single:
             raise InputError("documents must be a list of texts, not one text")
@@ -855,6 +861,7 @@ class TextInterface(DropIn, ABC):
     def _batch_options(
         self, batch_size: int, max_batch_tokens: int | None, truncation: bool, max_length: int | None
     ) -> BatchOptions:
+        check_flags(truncation=truncation)
         tokens = self._max_batch_tokens if max_batch_tokens is None else max_batch_tokens
         if max_length is None and self._cut_to is not None:
             truncation, max_length = True, self._cut_to
@@ -1037,8 +1044,13 @@ def one_of(inputs: Any, sentences: Any) -> Any:
     return sentences if inputs is None else inputs
 
 
-def return_type(convert_to_numpy: bool, convert_to_tensor: bool) -> ReturnType:
-    """The type that `encode` returns, as SentenceTransformer.encode reads the two arguments."""
+def return_type(convert_to_numpy: bool, convert_to_tensor: bool | None) -> ReturnType:
+    """The type that `encode` returns, as SentenceTransformer.encode reads the two arguments.
+
+    Raises:
+        InputError: one of them is no flag.
+    """
+    check_flags(convert_to_numpy=convert_to_numpy, convert_to_tensor=convert_to_tensor)
     if convert_to_tensor:
         return "tensor"
     return "numpy" if convert_to_numpy else "list of tensors"
@@ -1052,6 +1064,7 @@ def in_order(batches: Batches, inputs: Sequence[Hashable], show_progress_bar: bo
         inputs: all inputs of the call.
         show_progress_bar: None shows it if the package logs at INFO or DEBUG.
     """
+    check_flags(show_progress_bar=show_progress_bar)
     answers: dict[int, Any] = {}
     for numbers, found in _with_progress(batches, inputs, show_progress_bar):
         answers.update(zip(numbers, found, strict=True))

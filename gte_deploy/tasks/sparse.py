@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import check_flags
 from gte_deploy.core.spec import ModelSpec, SparseRoute, TaskName
 from gte_deploy.tasks.base import HIDDEN, Ensemble, Library, Outputs, Task, Tensors, filled, import_torch
 
@@ -202,7 +203,14 @@ class SparseForm:
         *,
         by_default: bool,
     ) -> "SparseForm":
-        """Read the arguments of `encode_sparse`; `by_default` says whether dictionaries are the form if none is."""
+        """Read the arguments of `encode_sparse`; `by_default` says whether dictionaries are the form if none is.
+
+        Raises:
+            InputError: one of them is no flag.
+        """
+        check_flags(
+            convert_to_tensor=convert_to_tensor, convert_to_sparse_tensor=convert_to_sparse_tensor, as_dict=as_dict
+        )
         tensor = bool(convert_to_tensor) or convert_to_sparse_tensor is not None
         return cls(
             tensor=tensor,
