@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ from gte_deploy.bundle.manifest import (
 )
 from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.cpus import MAX_THREADS
-from gte_deploy.core.errors import BackendError, BundleError, InputError
+from gte_deploy.core.errors import BackendError, BundleError, CheckpointError, GteDeployError, InputError
 from gte_deploy.core.forking import in_use
 from gte_deploy.core.options import check_choice, check_flags
 from gte_deploy.core.own_cache import own_cache_folder, require_own
@@ -65,8 +65,25 @@ logger = logging.getLogger(__name__)
 _MAX_BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 # Masks of one run through ONNX Runtime's TensorRT provider. More masks take several runs.
 _MAX_MASKS = 512
+_Arguments = ParamSpec("_Arguments")
 
 
+def _errors_of_files(load: Callable[_Arguments, Model]) -> Callable[_Arguments, Model]:
+    """Let an error of the system, of a file that may not be read for example, be one that `load` documents."""
+
+    @functools.wraps(load)
+    def loading(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Model:
+        try:
+            return load(*args, **kwargs)
+        except OSError as error:
+            if isinstance(error, GteDeployError):
+                raise
+            raise CheckpointError(f"the model cannot be read: {error}") from error
+
+    return loading
+
+
+@_errors_of_files
 def load(
     path: str | os.PathLike[str] | None = None,
     *,
@@ -122,7 +139,8 @@ def load(
     Raises:
         InputError: an argument is out of range.
         BundleError: the bundle is incomplete or altered; every file is checked before any is loaded.
-        CheckpointError, ConfigError: the checkpoint cannot be read, or has settings that are not supported.
+        CheckpointError, ConfigError: the model is not found, a file cannot be read, or a checkpoint has settings that
+            are not supported.
         BackendError: the backend cannot run this model, or not on this device.
         MissingDependencyError: a package is missing; the message names the extra to install.
     """

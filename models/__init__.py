@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from gte_deploy.core.errors import CheckpointError, ConfigError
-from gte_deploy.core.files import read_json
+from gte_deploy.core.errors import CheckpointError, ConfigError, InputError
+from gte_deploy.core.files import read_json, require_utf8
 from gte_deploy.core.hub import HubModel, split_revision
 from gte_deploy.core.options import did_you_mean
 from gte_deploy.models.presets import PRESETS
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 BUILTIN_NAME = "gte-en-mlm-tiny"
+_MOST_SHOWN = 200  # characters of a name in a message
 _FORMATS = "gte-deploy-"  # how the formats begin that the manifest.json of bundles and repositories name
 _FIRST_FILES = ("config.json", "modules.json", "adapter_config.json")
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".plan")
@@ -138,19 +140,25 @@ def locate(
     """Say where a model is, without a download: in a folder, or on the hub. Arguments as in `resolve_checkpoint`.
 
     Raises:
-        CheckpointError: the name is neither a folder nor a hub id.
+        InputError: an argument is no text.
+        CheckpointError: the name is neither a folder nor a hub id, or cannot be looked up.
     """
+    _require_texts(path=name_or_path, revision=revision, cache_dir=cache_dir, token=token)
     if name_or_path is None or is_builtin(name_or_path):
         return builtin_path()
     try:
         path = Path(name_or_path).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
     except RuntimeError as error:  # the user does not exist, or has no home folder
         raise CheckpointError(f"{name_or_path}: {error} Give the whole path instead of ~.") from error
-    if path.is_dir():
+    except OSError as error:  # too long a name, or a folder above it that may not be read
+        raise CheckpointError(f"{str(name_or_path)[:_MOST_SHOWN]} cannot be looked up: {error.strerror}") from error
+    if is_folder:
+        require_utf8(path)
         if revision is not None:
             raise CheckpointError(f"revision {revision!r} was given for the folder {path}; only hub ids have revisions")
         return path
-    if path.exists():
+    if exists:
         raise CheckpointError(
             f"{path} is a file; a checkpoint or bundle is a folder, with config.json or manifest.json in it.",
             advice=f"Give the folder: {path.parent}",
@@ -159,6 +167,14 @@ def locate(
     if None not in (revision, in_name) and revision != in_name:
         raise CheckpointError(f"two revisions were given: {in_name!r} in {str(name_or_path)!r}, and {revision!r}")
     return HubModel(_hub_id(name), revision or in_name, cache_dir, token)
+
+
+def _require_texts(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        takes_paths = name in ("path", "cache_dir")
+        text = os.fspath(value) if takes_paths and isinstance(value, os.PathLike) else value
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{name} must be a text{' or a Path' if takes_paths else ''}, not {type(text).__name__}")
 
 
 def _hub_id(name: str) -> str:

@@ -89,7 +89,7 @@ def _tensors(file: Path) -> dict[str, Floats]:
         header = json.loads(data[_LENGTH_BYTES:start])
         header.pop("__metadata__", None)
         return {name: _tensor(data[start:], **fields) for name, fields in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}). Copy it again.") from error
 
 

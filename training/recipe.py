@@ -368,7 +368,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     yaml = _yaml()
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.core.errors import ConfigError, MissingDependencyError
-from gte_deploy.core.files import sha256_file, write_text
+from gte_deploy.core.files import require_utf8, sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
 from gte_deploy.training.alarms import SpikeDetector
 from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint
@@ -408,6 +408,7 @@ def _prepare_output(output: Path, recipe: Recipe, corpus: TokenCorpus, tokenizer
         raise ConfigError(
             f"{file} is missing, or is not the tokenizer of {corpus.folder}; name the folder of the corpus's tokenizer"
         )
+    require_utf8(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / RECIPE_FILE, dump_recipe(recipe))
     copy_tokenizer(tokenizer, output / TOKENIZER_FOLDER)

@@ -89,7 +89,7 @@ def own_metadata(checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint's own card states, of the fields that hold for a bundle; {} without a readable card."""
     try:
         found = metadata_load(checkpoint / CARD) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or one that people wrote by hand
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no card, or one that people wrote by hand
         return {}
     return {name: found[name] for name in _CARRIED_OVER if found.get(name)}
 

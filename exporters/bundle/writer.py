@@ -21,7 +21,7 @@ from typing import Any
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, has_manifest, open_bundle, read_manifest
 from gte_deploy.core.errors import BundleError, OutputExistsError
-from gte_deploy.core.files import keep_mode, sha256_file, sync_directory, sync_tree
+from gte_deploy.core.files import keep_mode, require_utf8, sha256_file, sync_directory, sync_tree
 from gte_deploy.core.locks import Release, try_lock
 
 _STAGING, _OLD, _LOCK = ".staging", ".old", ".lock"
@@ -46,7 +46,9 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
 
     Raises:
         OutputExistsError: `destination` is not empty and `force` is False, or it holds anything besides such an export.
+        InputError: its path is not UTF-8.
     """
+    require_utf8(destination)
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():

@@ -338,7 +338,7 @@ def verify_bundle(path: Path, manifest: Manifest) -> None:
         file = path / name
         _require_inside(file, path)
         # A file of the Hugging Face cache is a link; huggingface_hub downloads what its target lacks.
-        remedy = f"Remove {file.resolve()} and download it again." if file.is_symlink() else "Export it again."
+        remedy = f"Remove {os.path.realpath(file)} and download it again." if file.is_symlink() else "Export it again."
         if not file.is_file():
             raise BundleError(f"{file} is missing, but the manifest names it. Export or download the bundle again.")
         size = file.stat().st_size
@@ -364,7 +364,8 @@ def _checksum(data: Mapping[str, Any]) -> str:
 
 def _require_inside(file: Path, folder: Path) -> None:
     # A Hugging Face cache links each file of a snapshot into ../../blobs of the same repository.
-    target, root = file.resolve(), folder.resolve()
+    # Not by Path.resolve, which raises RuntimeError for links in a circle.
+    target, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     if not (target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")):
         raise BundleError(
             f"{file} is a link that points out of the bundle, or is in a linked folder; a bundle must hold its own "

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from gte_deploy.core.errors import CheckpointError, GteDeployError, OutputExistsError
+from gte_deploy.core.errors import CheckpointError, GteDeployError, InputError, OutputExistsError
 
 _CHUNK_BYTES = 1 << 20
 _MOST_LINKS = 40  # as in Linux
@@ -48,6 +48,21 @@ def require_free(output: Path, *, force: bool) -> None:
         raise OutputExistsError(f"{output} is not a folder.", advice="Choose another output, or remove it.")
     if not force and any(output.iterdir()):
         raise OutputExistsError(f"{output} exists already.", advice="Replace it with --force, or choose another.")
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse a path that the libraries of the engines and tokenizers cannot open: they take UTF-8 alone.
+
+    Raises:
+        InputError: the path has other bytes, or Python was started with an encoding that does not know them.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the path {ascii(str(path))} is not UTF-8 for this process (encoding {sys.getfilesystemencoding()}). "
+            "Rename it or give a link with another name; PYTHONUTF8=1 helps where the locale is the reason."
+        ) from None
 
 
 def is_below(name: str) -> bool:
@@ -149,7 +164,7 @@ def follow_links(path: Path) -> Path:
         OSError: the links go in a circle.
     """
     for _ in range(_MOST_LINKS):
-        path = path.parent.resolve() / path.name
+        path = Path(os.path.realpath(path.parent), path.name)
         if _is_descriptor(path) or not path.is_symlink():
             return path
         path = path.parent / path.readlink()

@@ -40,6 +40,7 @@ from gte_deploy.core.errors import GteDeployError, InputError, OutputExistsError
 from gte_deploy.core.files import (
     follow_links,
     keep_mode,
+    require_utf8,
     sha256_file,
     sync_directory,
     write_bytes,
@@ -363,6 +364,7 @@ def _show(bar: tqdm, before: int, shared: _Shared) -> None:
 
 
 def _check_output(output: Path, *, force: bool) -> None:
+    require_utf8(output)
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         return
@@ -426,7 +428,7 @@ def _record(job: PrepareJob, unit: Unit) -> dict[str, Any] | None:
         whole = all(path.stat().st_size == size for path, size in sizes.items())
         same = record["unit"] == json.loads(json.dumps(asdict(unit)))
         skipped = record["counts"].get("bad_records", 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if whole and same and (job.options.skip_bad or not skipped) else None
 

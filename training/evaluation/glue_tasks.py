@@ -319,7 +319,7 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: expected an object")

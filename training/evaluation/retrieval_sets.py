@@ -232,7 +232,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                     if not isinstance(record, dict):
                         raise InputError(f"{path}:{number}: expected an object with an id and a text")
                     yield record, f"{path}:{number}"
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON lines: {error}") from error
 
 

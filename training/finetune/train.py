@@ -32,7 +32,7 @@ from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gte_deploy.core.errors import InputError, NonFiniteError
-from gte_deploy.core.files import read_json, sync_tree, write_text
+from gte_deploy.core.files import read_json, require_utf8, sync_tree, write_text
 from gte_deploy.training.evaluation.retrieval import query_metrics, rank_by_model
 from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet
 from gte_deploy.training.finetune.card import complete_card
@@ -274,6 +274,7 @@ def _require_same_run(output: Path, recipe: FineTuneRecipe, facts: Mapping[str, 
                 f"{output} holds a run that differs in {', '.join(changed)}. Choose another folder, or remove this one"
             )
         return
+    require_utf8(output)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "recipe.yaml", dump_recipe(recipe))
     write_text(output / _RUN_FILE, json.dumps(now, indent=2) + "\n")

@@ -340,7 +340,7 @@ def _own_copy(link: Path) -> None:
 def _load(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
 
 
