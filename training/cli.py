@@ -439,11 +439,11 @@ def _recipe(given: Given, *overrides: str) -> Recipe:
     return recipe
 
 
-def _require_corpus(folder: Path | None) -> None:
-    """Refuse a folder that is no corpus before torch is imported, which takes seconds."""
+def _require_corpus(folder: Path | str | None) -> None:
+    """Refuse a folder that is no corpus before torch is imported, which takes seconds. A URL is opened by the run."""
     from gte_deploy.training.data.corpus import read_index
 
-    if folder is not None:
+    if isinstance(folder, Path):
         read_index(folder)
 
 

@@ -52,6 +52,11 @@ def _teraflops(text: str) -> float:
     return value * 1e12
 
 
+def _place(text: str) -> Path | str:
+    """A URL as it is, anything else as a path."""
+    return text if "://" in text else Path(text)
+
+
 # --- what several commands share --------------------------------------------------------------------------------------
 
 
@@ -123,6 +128,7 @@ class PrepareOptions(ReadOptions):
     Args:
         workers: number of processes. With more than one, the caller's main module must be importable
             (`if __name__ == "__main__"`).
+        shard_bytes: bytes of token ids that a shard holds, at most, unless one document has more.
         held_out: share of the documents that become a second corpus, `held-out` inside the first, for evaluations. The
             hash of a document decides, so that copies of it stay together, and the same documents are held out again.
         force: replace a corpus that exists already.
@@ -135,6 +141,12 @@ class PrepareOptions(ReadOptions):
     workers: int = option(
         1, "number of worker processes (default: the CPUs that this process may use)", metavar="N", parse=int
     )
+    shard_bytes: int = option(
+        128 << 20,
+        "bytes of token ids in a shard, at most; a run can fetch shards one by one from an object storage",
+        metavar="BYTES",
+        parse=int,
+    )
     held_out: float = option(
         0.0,
         "share of the documents, such as 0.01, to keep out of the corpus and in OUTPUT/held-out, for evaluations",
@@ -146,8 +158,9 @@ class PrepareOptions(ReadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 1:
-            raise InputError(f"workers {self.workers} is below 1")
+        for name in ("workers", "shard_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is below 1")
         if not 0 <= self.held_out < 1:
             raise InputError(
                 f"held_out {self.held_out} is outside [0, 1); expected a share of the documents, such as 0.01"
@@ -266,17 +279,41 @@ class CorpusSource:
     """The corpus of a run, and how it is read.
 
     Args:
-        data: the folder of the corpus.
-        verify: compare each file with its sha256 before the first step, unless the run did so before.
+        data: the folder of the corpus, or its URL, such as s3://bucket/tokens or hf://datasets/owner/name/tokens.
+        verify: compare each file with its sha256 before the first step, unless the run did so before. Of a corpus at a
+            URL each shard is always compared, when it has been fetched.
+        cache: folder for the shards of a corpus at a URL; None for a folder of this user's cache.
+        cache_bytes: bytes that these shards may take.
+
+    Raises:
+        InputError: cache_bytes is below 1.
     """
 
-    data: Path = required("corpus folder that `gte-train prepare` wrote", metavar="FOLDER", parse=Path)
+    data: Path | str = required(
+        "corpus folder that `gte-train prepare` wrote, or its URL (s3://, gs://, hf://datasets/..., https://), from "
+        "which shards are fetched when they are needed",
+        metavar="FOLDER",
+        parse=_place,
+    )
     verify: bool = option(
         True,
         "do not compare the files of the corpus with their sha256 before the first step; sizes and offsets are always "
         "checked",
         flags=("--no-verify",),
     )
+    cache: Path | None = option(
+        None,
+        "folder for the shards of a corpus at a URL (default: corpora in this user's cache)",
+        metavar="FOLDER",
+        parse=Path,
+    )
+    cache_bytes: int = option(
+        64 << 30, "bytes that the shards of corpora at URLs may take in the cache", metavar="BYTES", parse=int
+    )
+
+    def __post_init__(self) -> None:
+        if self.cache_bytes < 1:
+            raise InputError(f"cache_bytes {self.cache_bytes} is below 1")
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,14 @@ from pathlib import Path
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import GteDeployError, InputError
 from gte_deploy.core.files import read_json_object, write_text
+from gte_deploy.models.checkpoint import TOKENIZER_FILES
 from gte_deploy.training.data.chunk_table import remove_tables
 from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint, shard_files, verify_shard
+from gte_deploy.training.data.remote import is_url, open_remote_corpus
 from gte_deploy.training.data.sampling import ChunkIndex, Chunking, open_chunk_table
 from gte_deploy.training.distributed import World
+from gte_deploy.training.options import CorpusSource
+from gte_deploy.training.state import TOKENIZER_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +33,38 @@ VERIFIED_FILE = "corpus-verified.json"
 _MOST_THREADS = 8
 
 
+def open_corpus(source: CorpusSource) -> TokenCorpus:
+    """Open the corpus of a run: a folder, or a URL. Call its `close` at the end.
+
+    Raises:
+        InputError: there is no corpus, or a file of it is missing, incomplete or altered.
+        UnavailableError: the storage did not answer, however often it was asked.
+    """
+    if not is_url(source.data):
+        return TokenCorpus.open(Path(source.data))
+    rank, size = _local_rank()
+    return open_remote_corpus(
+        str(source.data),
+        cache=source.cache,
+        cache_bytes=source.cache_bytes,
+        part=(rank, size),
+        others=[f"{TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES],
+    )
+
+
 def verify_once(corpus: TokenCorpus, output: Path, world: World) -> None:
     """Compare every file of the corpus with its sha256, unless this run did so before and no file has changed since.
 
     The ranks of a node share the work; each node reads its own copy, or the shared one. A file counts as unchanged if
     it has the same size, time of modification and inode. Every rank has to call this.
 
+    Of a corpus at a URL each shard is verified when it has been fetched, and nothing is left to do here.
+
     Raises:
         InputError: a file was altered, on this rank or on another one.
     """
+    if corpus.files.cache_bytes is not None:
+        return
     state, record = _state(corpus), output / VERIFIED_FILE
     known = _verified_states(record)
     damaged = True
@@ -59,14 +86,22 @@ def verify_once(corpus: TokenCorpus, output: Path, world: World) -> None:
 
 
 def shared_index(
-    corpus: TokenCorpus, chunking: Chunking, *, seed: int, shuffle_shards: int | None, folder: Path, world: World
+    corpus: TokenCorpus,
+    chunking: Chunking,
+    *,
+    seed: int,
+    shuffle_shards: int | None,
+    batch_size: int,
+    folder: Path,
+    world: World,
 ) -> ChunkIndex:
     """Open the index of a stage. The main process makes its table in `folder`, if it is not there; every rank maps it.
 
     A rank that does not see the folder makes a table for itself. Every rank has to call this.
 
     Raises:
-        InputError: no chunk is left, or the weights are not those of the corpus's languages.
+        InputError: no chunk is left, the weights are not those of the corpus's languages, or the cache of a corpus at a
+            URL cannot hold the shards that a step needs.
         GteDeployError: the main process could not make the table.
     """
     table, failed = None, world.is_main
@@ -80,7 +115,9 @@ def shared_index(
         raise GteDeployError(f"the main process could not make a table in {folder}; its message says why")
     if not world.is_main:
         table = open_chunk_table(corpus, chunking, seed=seed, folder=folder, write=False)
-    return ChunkIndex(corpus, chunking, seed=seed, shuffle_shards=shuffle_shards, table=table)
+    index = ChunkIndex(corpus, chunking, seed=seed, shuffle_shards=shuffle_shards, table=table)
+    index.require_cache(batch_size)
+    return index
 
 
 def remove_shared_tables(folder: Path) -> None:
@@ -91,10 +128,15 @@ def remove_shared_tables(folder: Path) -> None:
 
 
 def _verify_share(corpus: TokenCorpus) -> None:
-    """Verify this rank's share of the shards; torchrun says which ranks are on this node."""
-    rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Verify this rank's share of the shards."""
+    rank, size = _local_rank()
     threads = min(_MOST_THREADS, max(1, available_cpus() // size))
     _in_threads(partial(_verify, corpus), range(rank, len(corpus.shards), size), threads)
+
+
+def _local_rank() -> tuple[int, int]:
+    """Return the number of this rank among those of its node, and how many these are, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _verify(corpus: TokenCorpus, shard: int) -> None:

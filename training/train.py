@@ -49,7 +49,7 @@ from gte_deploy.training.options import CorpusSource
 from gte_deploy.training.recipe import Recipe, Stage, dump_recipe, settled_execution
 from gte_deploy.training.rescue import settled_recipe
 from gte_deploy.training.run import Run, StepSize, StopRequested, StopSignal
-from gte_deploy.training.run_data import TABLES_FOLDER, remove_shared_tables, shared_index, verify_once
+from gte_deploy.training.run_data import TABLES_FOLDER, open_corpus, remove_shared_tables, shared_index, verify_once
 from gte_deploy.training.saving import Saver
 from gte_deploy.training.state import (
     CHECKPOINTS_FOLDER,
@@ -85,7 +85,7 @@ class RunResult:
 def train(
     recipe: Recipe,
     *,
-    data: Path | CorpusSource,
+    data: Path | str | CorpusSource,
     output: Path,
     device: str | None = None,
     progress: TextIO | None = None,
@@ -97,7 +97,7 @@ def train(
 
     Args:
         recipe: the recipe to run.
-        data: folder of a prepared TokenCorpus, or that with options for reading it.
+        data: folder or URL of a prepared TokenCorpus, or that with options for reading it.
         output: folder for checkpoints, logs, the plot and the finished model.
         device: "cuda" or "cpu"; None takes a GPU if there is one.
         progress: stream on which the main process shows its progress line.
@@ -115,7 +115,8 @@ def train(
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(deterministic_algorithms(world.device, enabled=recipe.deterministic))
         source = data if isinstance(data, CorpusSource) else CorpusSource(data=data)
-        corpus = TokenCorpus.open(source.data)
+        corpus = open_corpus(source)
+        stack.callback(corpus.close)
         store = CheckpointStore(output / CHECKPOINTS_FOLDER, keep=recipe.keep_checkpoints)
         resumed = _latest_checkpoint(store, world)
         if resumed:
@@ -195,6 +196,7 @@ def _train_stage(
         stage.chunking,
         seed=seed,
         shuffle_shards=recipe.shuffle_shards,
+        batch_size=stage.batch_size,
         folder=run.tables,
         world=world,
     )

@@ -1,14 +1,17 @@
 """A run's corpus: what is verified, when it is verified again, and who makes the table of chunks."""
 
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from corpora import random_documents, write_corpus
 from gte_deploy.core.errors import GteDeployError, InputError
@@ -17,7 +20,11 @@ from gte_deploy.training.data import sampling
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.sampling import Chunking
 from gte_deploy.training.distributed import World
+from gte_deploy.training.log import LOG_FILE, read_log
+from gte_deploy.training.options import CorpusSource
+from gte_deploy.training.recipe import recipe_from_dict
 from gte_deploy.training.run_data import VERIFIED_FILE, remove_shared_tables, shared_index, verify_once
+from gte_deploy.training.train import train
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -162,13 +169,20 @@ def test_damage_that_one_rank_finds_stops_all(folder, output, monkeypatch):
     assert not (output / VERIFIED_FILE).exists()
 
 
+def open_shared(corpus, place, world):
+    options = {"seed": 1, "shuffle_shards": None, "batch_size": 8}
+    return shared_index(corpus, Chunking(12), **options, folder=place, world=world)
+
+
 def test_one_rank_makes_the_table_and_all_map_it(folder, tmp_path, monkeypatch):
     corpus, made = TokenCorpus.open(folder), []
     build = sampling.build_chunk_table
     monkeypatch.setattr(sampling, "build_chunk_table", lambda *a, **k: made.append(1) or build(*a, **k))
 
     def work(world):
-        return shared_index(corpus, Chunking(12), seed=1, shuffle_shards=None, folder=tmp_path / "chunks", world=world)
+        return shared_index(
+            corpus, Chunking(12), seed=1, shuffle_shards=None, batch_size=8, folder=tmp_path / "chunks", world=world
+        )
 
     indexes = on_ranks(work, size=3)
     assert made == [1]
@@ -186,7 +200,7 @@ def test_a_rank_that_does_not_see_the_folder_makes_its_own(folder, tmp_path):
 
     def work(world):
         place = tmp_path / f"disk-of-{world.rank}"
-        return shared_index(corpus, Chunking(12), seed=1, shuffle_shards=None, folder=place, world=world)
+        return open_shared(corpus, place, world)
 
     first, second = on_ranks(work)
     np.testing.assert_array_equal(first.samples_at(np.arange(50), seed=2), second.samples_at(np.arange(50), seed=2))
@@ -197,11 +211,45 @@ def test_a_table_that_cannot_be_made_stops_all(folder, tmp_path):
     (tmp_path / "chunks").write_text("a file")
 
     def work(world):
-        shared_index(corpus, Chunking(12), seed=1, shuffle_shards=None, folder=tmp_path / "chunks", world=world)
+        shared_index(
+            corpus, Chunking(12), seed=1, shuffle_shards=None, batch_size=8, folder=tmp_path / "chunks", world=world
+        )
 
     first, second = on_ranks(work)
     assert isinstance(first, FileExistsError)
     assert isinstance(second, GteDeployError) and "main process" in str(second)
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_a_run_from_a_url_equals_one_from_a_folder_bit_by_bit(make_recipe, corpus_folder, tmp_path, monkeypatch):
+    tokens = TokenCorpus.open(corpus_folder).lengths
+    documents = random_documents(tokens, seed=2)
+    data = write_corpus(tmp_path / "data", {f"l{i}": documents[i::6] for i in range(6)})
+    shutil.copytree(corpus_folder / "tokenizer", data / "tokenizer")
+    index = json.loads((data / "index.json").read_text())
+    known = json.loads((corpus_folder / "index.json").read_text())
+    index.update(vocabulary=known["vocabulary"], tokenizer_sha256=known["tokenizer_sha256"])
+    (data / "index.json").write_text(json.dumps(index))
+    recipe = recipe_from_dict(make_recipe(steps=(4,), shuffle_shards=1, checkpoint_every=2))
+    sizes = sorted(path.stat().st_size for path in data.glob("*.tokens"))
+    remote = CorpusSource(data=data.as_uri(), cache=tmp_path / "cache", cache_bytes=sum(sizes[2:]))
+
+    train(recipe, data=data, output=tmp_path / "folder", device="cpu")
+    train(recipe, data=remote, output=tmp_path / "url", device="cpu")
+    # Begun with the folder, and continued with the URL.
+    shutil.copytree(tmp_path / "folder", tmp_path / "both")
+    shutil.rmtree(sorted((tmp_path / "both" / "checkpoints").iterdir())[-1])
+    train(recipe, data=remote, output=tmp_path / "both", device="cpu")
+    models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("folder", "url", "both")]
+    for model in models[1:]:
+        assert all(torch.equal(model[key], models[0][key]) for key in models[0])
+    losses = [[step["loss"] for step in read_log(tmp_path / name / LOG_FILE)] for name in ("folder", "url")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.tokens")) <= sum(sizes[2:])
+
+    small = dataclasses.replace(remote, cache_bytes=sizes[0])
+    with pytest.raises(InputError, match="cache_bytes"):
+        train(recipe, data=small, output=tmp_path / "small", device="cpu")
 
 
 def test_what_is_verified_is_said(folder, output, caplog):

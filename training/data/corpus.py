@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,42 @@ class Vocabulary:
         return np.flatnonzero(~self.is_special)
 
 
+class TokenFiles(Protocol):
+    """Gives the token ids of each shard, wherever they lie.
+
+    `cache_bytes` bounds the shards that lie on this machine at a time; None means that all of them do.
+    """
+
+    @property
+    def cache_bytes(self) -> int | None: ...
+
+    def __getitem__(self, shard: int, /) -> NDArray: ...
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Fetch these shards in the background, in this order; all others may make room for them."""
+
+    def close(self) -> None:
+        """End what is fetched in the background."""
+
+
+class MappedFiles:
+    """The token files of a folder, memory-mapped."""
+
+    cache_bytes = None
+
+    def __init__(self, folder: Path, shards: Sequence[Mapping[str, Any]], vocab: Vocabulary) -> None:
+        self._maps = [map_tokens(folder, shard, vocab) for shard in shards]
+
+    def __getitem__(self, shard: int, /) -> NDArray:
+        return self._maps[shard]
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Do nothing: all shards are here."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class TokenCorpus:
     """Documents as memory-mapped token ids. Open a corpus with `TokenCorpus.open`.
 
@@ -88,7 +124,7 @@ class TokenCorpus:
         folder: the folder of index.json and the offsets.
         index: what index.json holds.
         verify: also read every file and compare its sha256, see `verify_shard`.
-        tokens: the token ids of each shard; None maps the files in `folder`.
+        files: the token ids of each shard; None maps the files in `folder`.
 
     Raises:
         InputError: a file is missing, incomplete or altered.
@@ -100,7 +136,7 @@ class TokenCorpus:
         index: Mapping[str, Any],
         *,
         verify: bool = False,
-        tokens: Sequence[NDArray] | None = None,
+        files: TokenFiles | None = None,
     ) -> None:
         self.folder = folder
         self.index = index
@@ -110,7 +146,7 @@ class TokenCorpus:
         self.shards: Sequence[Mapping[str, Any]] = index["shards"]
         self.shard_languages = np.array([numbers[shard["language"]] for shard in self.shards], dtype=np.int64)
         """The language of each shard, as its position in `languages`, [shards]."""
-        self._tokens = [map_tokens(folder, shard, self.vocab) for shard in self.shards] if tokens is None else tokens
+        self.files: TokenFiles = MappedFiles(folder, self.shards, self.vocab) if files is None else files
         self._offsets = [_map_offsets(folder, shard, self.vocab) for shard in self.shards]
         if verify:
             for shard in self.shards:
@@ -130,6 +166,10 @@ class TokenCorpus:
         """
         folder = Path(folder)
         return open_index(folder, read_index(folder), verify=verify)
+
+    def close(self) -> None:
+        """End what is fetched in the background. A corpus in a folder needs no end."""
+        self.files.close()
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -187,7 +227,7 @@ class TokenCorpus:
         first, end = int(offsets[local]), int(offsets[local + 1])
         if not 0 <= start <= stop <= end - first:
             raise InputError(f"tokens {start}..{stop} are not in document {document} of {end - first} tokens")
-        return self._tokens[shard][first + start : first + stop]
+        return self.files[shard][first + start : first + stop]
 
     def copy_tokens(
         self,
@@ -208,7 +248,7 @@ class TokenCorpus:
         rows = zip(shards.tolist(), local.tolist(), starts.tolist(), lengths.tolist(), at.tolist(), strict=True)
         for shard, document, start, length, target in rows:
             first = int(self._offsets[shard][document]) + start
-            out[target : target + length] = self._tokens[shard][first : first + length]
+            out[target : target + length] = self.files[shard][first : first + length]
 
 
 # --- histograms ---------------------------------------------------------------------------------------------------
@@ -322,11 +362,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def open_index(
-    folder: Path, index: Mapping[str, Any], *, verify: bool = False, tokens: Sequence[NDArray] | None = None
+    folder: Path, index: Mapping[str, Any], *, verify: bool = False, files: TokenFiles | None = None
 ) -> TokenCorpus:
     """Open the corpus that an index describes; arguments and errors as those of `TokenCorpus`."""
     try:
-        corpus = TokenCorpus(folder, index, verify=verify, tokens=tokens)
+        corpus = TokenCorpus(folder, index, verify=verify, files=files)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / INDEX_FILE} is damaged ({error!r}): run `gte-train prepare` again") from error
     if not corpus.num_documents:

@@ -266,6 +266,8 @@ class StepLoader:
 
     def step(self, number: int) -> Step:
         """Compute one step in the caller's thread."""
+        size = self._settings.batch_size
+        self._index.fetch_ahead(number * size, (number + 1) * size, seed=self._settings.seed)
         batches = micro_batches(self._index, number, self._settings)
         if self._static_tokens is not None:
             batches = [

@@ -43,9 +43,9 @@ from gte_deploy.core.files import (
     require_utf8,
     sha256_file,
     sync_directory,
+    sync_file,
     write_bytes,
     write_text,
-    write_with,
 )
 from gte_deploy.core.locks import try_lock
 from gte_deploy.training.data.corpus import (
@@ -104,11 +104,14 @@ def prepare(
         "tokenizer_sha256": sha256_file(tokenizer_file),
         "vocabulary": asdict(vocab),
         "options": asdict(replace(reading, skip_bad=False)),
+        "shard_bytes": options.shard_bytes,
     }
     if options.held_out:
         header["held_out"] = options.held_out
     with _workspace(output, header, restart=options.restart) as work:
-        job = PrepareJob(str(work), str(tokenizer_file), vocab.dtype.str, reading, options.held_out)
+        job = PrepareJob(
+            str(work), str(tokenizer_file), vocab.dtype.str, reading, options.shard_bytes, options.held_out
+        )
         pending = _pending(job, units)
         if len(pending) < len(units):
             logger.info("resuming: %d of %d units are already encoded", len(units) - len(pending), len(units))
@@ -134,6 +137,7 @@ class PrepareJob:
     tokenizer_file: str
     dtype: str
     options: ReadOptions
+    shard_bytes: int
     held_out: float = 0.0
 
     def holds_out(self, text: str) -> bool:
@@ -178,46 +182,25 @@ class _Encoder:
             raise
 
     def _encode(self, unit: Unit) -> None:
-        work, counts = Path(self._job.work), Counter[str]()
-        lengths: list[int] = []
-        held_out: list[list[int]] = []  # in memory until the end: a small share of one unit
-
-        def write_tokens(aside: Path) -> None:
-            with aside.open("wb") as file:
-                for ids, others in self._encoded(unit, counts):
-                    lengths.extend(map(len, ids))
-                    file.write(self._bytes(ids))
-                    held_out.extend(others)
-
-        write_with(work / _CORPUS / f"{unit.name}.tokens", write_tokens)
+        job, work, counts = self._job, Path(self._job.work), Counter[str]()
+        with contextlib.ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    _ShardWriter(work / folder, unit.name, dtype=np.dtype(job.dtype), shard_bytes=job.shard_bytes)
+                )
+                for folder in job.folders
+            ]
+            for split in self._encoded(unit, counts):
+                for writer, documents in zip(writers, split, strict=False):  # without held-out ones the second is empty
+                    writer.add(documents)
+            shards = {folder: writer.finish() for folder, writer in zip(job.folders, writers, strict=True)}
         record = {
             "unit": asdict(unit),
-            "name": unit.name,
             "language": unit.language,
-            _CORPUS: self._finish_shard(work / _CORPUS / unit.name, lengths),
+            **shards,
+            "counts": dict(sorted(counts.items())),
         }
-        if self._job.held_out:
-            shard = work / HELD_OUT_FOLDER / unit.name
-            write_bytes(shard.with_suffix(".tokens"), self._bytes(held_out))
-            record[HELD_OUT_FOLDER] = self._finish_shard(shard, [len(ids) for ids in held_out])
-        record["counts"] = dict(sorted(counts.items()))
         write_text(work / "units" / f"{unit.name}.json", json.dumps(record))
-
-    def _bytes(self, documents: Sequence[Sequence[int]]) -> bytes:
-        flat = itertools.chain.from_iterable(documents)
-        return np.fromiter(flat, dtype=self._job.dtype, count=sum(map(len, documents))).tobytes()
-
-    @staticmethod
-    def _finish_shard(shard: Path, lengths: Sequence[int]) -> dict[str, Any]:
-        """Write the offsets beside the tokens, and return what the index says of the shard."""
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=OFFSET_DTYPE)]).astype(OFFSET_DTYPE)
-        write_bytes(shard.with_suffix(".offsets"), offsets.tobytes())
-        return {
-            "documents": len(lengths),
-            "tokens": int(offsets[-1]),
-            "tokens_sha256": sha256_file(shard.with_suffix(".tokens")),
-            "offsets_sha256": sha256_file(shard.with_suffix(".offsets")),
-        }
 
     def _encoded(self, unit: Unit, counts: Counter[str]) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
         """Yield the token ids of some documents at a time: of those that are kept, and of those that are held out."""
@@ -238,6 +221,72 @@ class _Encoder:
     def _advance(self, num_bytes: int) -> None:
         with self._shared.bytes_done.get_lock():
             self._shared.bytes_done.value += num_bytes
+
+
+class _ShardWriter:
+    """Writes the documents of a unit into shards: NAME, NAME-0001 and so on, each of `shard_bytes` at most."""
+
+    def __init__(self, folder: Path, name: str, *, dtype: np.dtype, shard_bytes: int) -> None:
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._most = max(1, shard_bytes // dtype.itemsize)  # tokens of a shard
+        self._finished: list[dict[str, Any]] = []
+        self._open()
+
+    def add(self, documents: Sequence[Sequence[int]]) -> None:
+        """Write documents. A shard that would become too large ends before the document."""
+        start = 0
+        while start < len(documents):
+            ends = np.cumsum([len(document) for document in documents[start:]])
+            fits = int(np.searchsorted(ends, self._most - self._held, side="right"))
+            if not fits and self._lengths:
+                self._finish_shard()
+                self._open()
+                continue
+            stop = start + max(fits, 1)
+            self._write(documents[start:stop])
+            start = stop
+
+    def finish(self) -> list[dict[str, Any]]:
+        """End the last shard, and return what the index says of each."""
+        self._finish_shard()
+        return self._finished
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        number = len(self._finished)
+        self._shard = self._folder / (f"{self._name}-{number:04d}" if number else self._name)
+        self._lengths: list[int] = []
+        self._held = 0
+        # Not aside: what has no record yet is removed by the next run.
+        self._file = self._shard.with_suffix(".tokens").open("wb")
+
+    def _write(self, documents: Sequence[Sequence[int]]) -> None:
+        lengths = [len(document) for document in documents]
+        flat = itertools.chain.from_iterable(documents)
+        self._file.write(np.fromiter(flat, dtype=self._dtype, count=sum(lengths)).tobytes())
+        self._lengths += lengths
+        self._held += sum(lengths)
+
+    def _finish_shard(self) -> None:
+        self._file.close()
+        tokens, offsets_file = self._shard.with_suffix(".tokens"), self._shard.with_suffix(".offsets")
+        sync_file(tokens)
+        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=OFFSET_DTYPE)]).astype(OFFSET_DTYPE)
+        write_bytes(offsets_file, offsets.tobytes())  # this syncs the folder, too
+        self._finished.append(
+            {
+                "name": self._shard.name,
+                "documents": len(self._lengths),
+                "tokens": int(offsets[-1]),
+                "tokens_sha256": sha256_file(tokens),
+                "offsets_sha256": sha256_file(offsets_file),
+            }
+        )
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -407,13 +456,14 @@ def _begin(work: Path, header: str, restart: bool) -> None:
 
 def _pending(job: PrepareJob, units: Sequence[Unit]) -> list[Unit]:
     """Return the units that are still to be encoded. Remove the files of all others than finished units."""
-    finished = {unit.name for unit in units if _record(job, unit) is not None}
+    records = {unit.name: record for unit in units if (record := _record(job, unit)) is not None}
+    shards = {shard["name"] for record in records.values() for folder in job.folders for shard in record[folder]}
     for file in itertools.chain(*(Path(job.work, folder).iterdir() for folder in (*job.folders, "units"))):
         if file.is_dir():  # the held-out corpus, moved into place by a run that was killed before its end
             shutil.rmtree(file)
-        elif file.stem not in finished:
+        elif file.stem not in (records if file.suffix == ".json" else shards):
             file.unlink()
-    return [unit for unit in units if unit.name not in finished]
+    return [unit for unit in units if unit.name not in records]
 
 
 def _record(job: PrepareJob, unit: Unit) -> dict[str, Any] | None:
@@ -422,9 +472,10 @@ def _record(job: PrepareJob, unit: Unit) -> dict[str, Any] | None:
         record = json.loads(Path(job.work, "units", f"{unit.name}.json").read_text("utf-8"))
         sizes = {}
         for folder in job.folders:
-            facts, shard = record[folder], Path(job.work, folder, unit.name)
-            sizes[shard.with_suffix(".tokens")] = facts["tokens"] * np.dtype(job.dtype).itemsize
-            sizes[shard.with_suffix(".offsets")] = (facts["documents"] + 1) * OFFSET_DTYPE.itemsize
+            for facts in record[folder]:
+                shard = Path(job.work, folder, facts["name"])
+                sizes[shard.with_suffix(".tokens")] = facts["tokens"] * np.dtype(job.dtype).itemsize
+                sizes[shard.with_suffix(".offsets")] = (facts["documents"] + 1) * OFFSET_DTYPE.itemsize
         whole = all(path.stat().st_size == size for path, size in sizes.items())
         same = record["unit"] == json.loads(json.dumps(asdict(unit)))
         skipped = record["counts"].get("bad_records", 0)
@@ -447,8 +498,7 @@ def _finish(job: PrepareJob, units: Sequence[Unit], header: Mapping[str, Any], p
             raise GteDeployError(f"{unit.name} in {job.work} was altered during the run: run the same command again")
         counts.update(record["counts"])
         sources = [Path(file).name for file in unit.files] or [f"hf:{unit.dataset}#{unit.dataset_shard}"]
-        names = {"name": record["name"], "language": record["language"]}
-        shards.append({**names, **record[part], "sources": sources})
+        shards += [{**facts, "language": record["language"], "sources": sources} for facts in record[part]]
     index = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +127,20 @@ class LanguageMixture:
         languages = np.searchsorted(self._quota_ends, drawn, side="right")
         quota = self.quota[languages]
         return languages, blocks * quota + drawn - (self._quota_ends[languages] - quota)
+
+    def block_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the samples of the whole blocks that the samples start..stop lie in, as start and stop."""
+        return start // _MIXTURE_BLOCK * _MIXTURE_BLOCK, -(-stop // _MIXTURE_BLOCK) * _MIXTURE_BLOCK
+
+    def ordinals_between(self, start: int, stop: int, *, language: int) -> tuple[int, int]:
+        """Return the first and the last sample of a language, counted among its own, in whole blocks start..stop."""
+        quota = int(self.quota[language])
+        return start // _MIXTURE_BLOCK * quota, stop // _MIXTURE_BLOCK * quota - 1
+
+    def most_in_step(self, batch_size: int) -> list[int]:
+        """Return the samples of each language, [L], in the blocks that a step can lie in."""
+        blocks = -(-batch_size // _MIXTURE_BLOCK) + 1
+        return [int(quota) * blocks for quota in self.quota]
 
 
 def language_seed(seed: int, language: int) -> int:
@@ -290,6 +303,8 @@ class ChunkIndex:
             raise InputError(f"no chunk of {corpus.folder} is left after {chunking.resampling}: lower the threshold")
         chunks = np.diff(self.language_bounds)
         draws = _draws(corpus, chunking, chunks=chunks, tokens=self._table.tokens)
+        self._order_starts = [0]  # the first shard of each order
+        self._fetched: tuple[int, int] | None = None
         self._orders = self._window_orders(shuffle_shards, weighted=draws is not None)
         self.mixture = None if draws is None else LanguageMixture(chunks, draws, self._orders)
 
@@ -298,10 +313,10 @@ class ChunkIndex:
         if width is None:
             return None
         sizes = np.diff(self._shard_chunks)
-        parts = [sizes]
         if weighted:
-            bounds = np.searchsorted(self.corpus.shard_languages, np.arange(len(self.corpus.languages) + 1))
-            parts = [sizes[start:stop] for start, stop in pairwise(bounds)]
+            languages = np.arange(len(self.corpus.languages))
+            self._order_starts = np.searchsorted(self.corpus.shard_languages, languages).tolist()
+        parts = np.split(sizes, self._order_starts[1:])
         return [WindowOrder(part, width=width) if part.any() else None for part in parts]
 
     @property
@@ -373,6 +388,57 @@ class ChunkIndex:
         if self._orders is not None and self._orders[0] is not None:
             return self._orders[0].samples_at(indices, seed=seed)
         return samples_at(indices, num_chunks=self.num_chunks, seed=seed)
+
+    def fetch_ahead(self, start: int, stop: int, *, seed: int) -> None:
+        """Let a corpus that lies elsewhere fetch the shards of the samples start..stop, and of those after them."""
+        if self.corpus.files.cache_bytes is None:
+            return
+        block = (start, stop) if self.mixture is None else self.mixture.block_range(start, stop)
+        if block == self._fetched:
+            return
+        self._fetched = block
+        now, ahead = self._shards_between(*block, seed=seed)
+        self.corpus.files.fetch_ahead(list(dict.fromkeys([*now, *ahead])))
+
+    def require_cache(self, batch_size: int) -> None:
+        """Refuse a cache that cannot hold the shards of a step of `batch_size` samples, and those that come after them.
+
+        Raises:
+            InputError: the cache is too small; the message says how large it has to be.
+        """
+        most = self.corpus.files.cache_bytes
+        if most is None:
+            return
+        size = self.corpus.vocab.dtype.itemsize
+        bytes_of_shards = np.array([shard["tokens"] * size for shard in self.corpus.shards])
+        needed = int(bytes_of_shards.sum())
+        if self._orders is not None:
+            parts = np.split(bytes_of_shards, self._order_starts[1:])
+            samples = self.mixture.most_in_step(batch_size) if self.mixture is not None else [batch_size]
+            orders = zip(self._orders, parts, samples, strict=True)
+            needed = sum(order.most_bytes(part, samples=n) for order, part, n in orders if order is not None and n)
+        if needed > most:
+            advice = "set `shuffle_shards`" if self._orders is None else "lower `shuffle_shards`"
+            raise InputError(
+                f"a step needs up to {needed} bytes of the corpus's shards at a time, and cache_bytes is {most}: raise "
+                f"it (--cache-bytes), or {advice} in the recipe, so that samples stay among fewer shards"
+            )
+
+    def _shards_between(self, start: int, stop: int, *, seed: int) -> tuple[list[int], list[int]]:
+        now: list[int] = []
+        ahead: list[int] = []
+        if self._orders is None:
+            return np.flatnonzero(np.diff(self._shard_chunks)).tolist(), ahead
+        for number, (order, first_shard) in enumerate(zip(self._orders, self._order_starts, strict=True)):
+            first, last, own_seed = start, stop - 1, seed
+            if self.mixture is not None:
+                first, last = self.mixture.ordinals_between(start, stop, language=number)
+                own_seed = language_seed(seed, number)
+            if order is not None and first <= last:
+                parts = order.shards_between(first, last, seed=own_seed)
+                now += [first_shard + shard for shard in parts[0]]
+                ahead += [first_shard + shard for shard in parts[1]]
+        return now, ahead
 
 
 def _draws(

@@ -73,6 +73,22 @@ class WindowOrder:
         start, stop = self._bounds[window % self.num_windows :][:2]
         return [int(shard) for shard in order[start:stop]]
 
+    def shards_between(self, first: int, last: int, *, seed: int) -> tuple[list[int], list[int]]:
+        """Return the shards of the samples first..last, and those of the window after them."""
+        start, stop = self.windows_at(first, seed=seed)[0], self.windows_at(last, seed=seed)[-1]
+        now: dict[int, None] = {}
+        for window in range(start, min(stop, start + 2 * self.num_windows) + 1):  # all shards are in so many windows
+            now.update(dict.fromkeys(self.shards_of(window, seed=seed)))
+        return list(now), self.shards_of(stop + 1, seed=seed)
+
+    def most_bytes(self, bytes_of_shards: ArrayLike, *, samples: int) -> int:
+        """Return the bytes of the shards that so many neighbouring samples, and the window after them, can need."""
+        sizes = np.sort(np.asarray(bytes_of_shards, dtype=np.int64)[self._shards])[::-1]
+        width = int(np.diff(self._bounds).max())
+        smallest = int(np.sort(np.diff(self._first_chunk)[self._shards])[: int(np.diff(self._bounds).min())].sum())
+        windows = -(-samples // smallest) + 2  # the samples may begin anywhere in a window, and one more is fetched
+        return int(sizes[: windows * width].sum())
+
     def _windows(self, places: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the window of each index, and its place among the window's chunks, before they are shuffled."""
         if places.size and places.min() < 0:

@@ -332,6 +332,43 @@ def test_files_are_readable_by_others_and_complete(tmp_path, make, many_units):
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards_have_a_bound_and_the_documents_stay_as_they_are(tmp_path, tokenizer, many_units, workers):
+    whole = prepare([many_units], tmp_path / "whole", tokenizer=tokenizer)
+    options = PrepareOptions(workers=workers, shard_bytes=300, held_out=0.2)
+    cut = prepare([many_units], tmp_path / "cut", tokenizer=tokenizer, options=options)
+    held_out = TokenCorpus.open(cut.folder / "held-out", verify=True)
+    TokenCorpus.open(cut.folder, verify=True)
+    for corpus in (cut, held_out):
+        sizes = [(shard["tokens"] * 2, shard["documents"]) for shard in corpus.index["shards"]]
+        assert len(sizes) > 12 and all(size <= 300 or count == 1 for size, count in sizes)
+        names = [shard["name"] for shard in corpus.index["shards"]]
+        assert names == sorted(names) and names[:2] == ["shard-00000", "shard-00000-0001"]
+    assert sorted(documents(whole)) == sorted([*documents(cut), *documents(held_out)])
+    kept = set(map(tuple, documents(cut)))
+    assert [each for each in documents(whole) if tuple(each) in kept] == documents(cut)
+
+
+def test_a_document_above_the_bound_has_a_shard_of_its_own(tmp_path, make):
+    texts = [" ".join(["w7"] * count) for count in (2, 50, 3, 4, 6)]
+    corpus = make(write_json_lines(tmp_path / "text.jsonl", texts), shard_bytes=20)
+    assert [shard["tokens"] for shard in corpus.index["shards"]] == [2, 50, 7, 6]
+    assert corpus.lengths.tolist() == [2, 50, 3, 4, 6]
+
+
+def test_another_bound_of_shards_needs_a_restart_and_an_interrupted_run_goes_on(tmp_path, make, many_units):
+    expected = tree(make(many_units, shard_bytes=3_000).folder)
+    (tmp_path / "out").rename(tmp_path / "expected")
+    good = (tmp_path / "c4-5.json.gz").read_bytes()
+    (tmp_path / "c4-5.json.gz").write_bytes(good[:100])
+    with pytest.raises(InputError):
+        make(many_units, shard_bytes=3_000)
+    (tmp_path / "c4-5.json.gz").write_bytes(good)
+    with pytest.raises(InputError, match="other options"):
+        make(many_units, shard_bytes=4_000)
+    assert tree(make(many_units, shard_bytes=3_000).folder) == expected
+
+
 def test_histogram_files_tell_the_lengths(tmp_path, make):
     corpus = make(f"en={write_json_lines(tmp_path / 'a.jsonl')}", f"de={write_json_lines(tmp_path / 'b.jsonl')}")
     plot = json.loads((tmp_path / "out" / "histogram.json").read_text())
@@ -478,7 +515,8 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(tmp_path, tokenizer, many_
     expected = tree(prepare([many_units], tmp_path / "expected", tokenizer=tokenizer).folder)
     work = tmp_path / ".out.partial"
     for condition in (
-        lambda: any((work / "corpus").glob(".*.tokens.*.tmp")),  # inside a shard
+        # inside a shard
+        lambda: any(not file.with_suffix(".offsets").exists() for file in (work / "corpus").glob("*.tokens")),
         lambda: len(list((work / "units").glob("*.json"))) >= 2,
     ):
         process = start(workers)
