@@ -1,15 +1,18 @@
 """Finds the operators that an ONNX file calls and the files that it reads, without the `onnx` package.
 
-It walks over the protobuf wire format (https://protobuf.dev/programming-guides/encoding/) and skips tensor data. The
-field numbers are those of onnx.proto3, which never change.
+The file is read as strictly as `gte_deploy.bundle.wire` says, and may have only the fields of `onnx_fields`. So every
+engine's parser sees what the inspection saw, or the file is refused.
 """
 
-import mmap
-from collections.abc import Iterator, Mapping
+import functools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gte_deploy.bundle.manifest import Manifest
+from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
+from gte_deploy.bundle.onnx_fields import MESSAGES
+from gte_deploy.bundle.wire import Message, Schema, encode_field, map_fields
 from gte_deploy.core.errors import BundleError
 
 # Domains that are built into every engine. Operators of another domain need a library of custom operators.
@@ -22,53 +25,90 @@ _REFUSED_OPERATORS = frozenset(("EPContext",))
 # `file_identifier` in ExecuTorch's schema/program.fbs; it stands behind the offset of the root table.
 _PROGRAM_IDENTIFIER = b"ET12"
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_MAX_DEPTH = 64
-
-# For each message: field number -> the message inside it. Other fields are skipped.
-_CHILDREN: Mapping[str, Mapping[int, str]] = {
-    "model": {7: "graph", 25: "function"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse_tensor"},
-    "sparse_tensor": {1: "tensor", 2: "tensor"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse_tensor", 23: "sparse_tensor"},
-    "tensor": {13: "entry"},
-    "entry": {},
-}
-_NODE_OP_TYPE, _NODE_DOMAIN = 4, 7
+_SCHEMA = Schema(
+    MESSAGES,
+    kept={
+        "NodeProto": frozenset(("op_type", "domain")),
+        "TensorProto": frozenset(("name", "data_type", "dims", "data_location", "external_data")),
+        "StringStringEntryProto": frozenset(("key", "value")),
+    },
+)
+_EXTERNAL = 1  # TensorProto.DataLocation
+_EXTERNAL_KEYS = frozenset(("location", "offset", "length", "checksum"))
+_MAX_FILE_BYTES = 1 << 31
+# How many messages are around an initializer of the main graph, and the numbers of the fields that lead to the entries
+# of its external data: ModelProto.graph, GraphProto.initializer, TensorProto.external_data.
+_INITIALIZER_DEPTH = 2
+_PATH_TO_ENTRIES = (7, 5, 13)
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 
 @dataclass(frozen=True)
+class ExternalTensor:
+    """A tensor of a graph whose data are in another file.
+
+    Args:
+        name: name of the initializer.
+        data_type: number of its type in `TensorProto.DataType`.
+        dims: its shape.
+        location: the file, relative to the folder of the graph.
+        offset: where its data begin in the file, in bytes.
+        length: number of bytes; None for all that its type and shape need.
+    """
+
+    name: str
+    data_type: int
+    dims: tuple[int, ...]
+    location: str
+    offset: int
+    length: int | None
+
+
+@dataclass(frozen=True)
 class OnnxContents:
-    """Operators as (domain, name), and the paths of external data relative to the folder of the file."""
+    """Operators as (domain, name), and the tensors whose data are in other files."""
 
     operators: frozenset[tuple[str, str]]
-    external_files: frozenset[str]
+    external: tuple[ExternalTensor, ...]
+
+    @property
+    def external_files(self) -> frozenset[str]:
+        """The paths of external data relative to the folder of the file."""
+        return frozenset(tensor.location for tensor in self.external)
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
     """Refuse a bundle with a graph that calls foreign code or reads files that are not in the manifest.
 
     Raises:
-        BundleError: a graph has an operator of another domain, an EPContext node, or data outside the manifest.
+        BundleError: a graph has an operator of another domain, an EPContext node, data outside the manifest, or an
+            encoding that parsers read differently.
     """
     if (program := manifest.graphs.get("executorch")) is not None:
         _check_program(folder, program.path)
-    onnx = [entry for engine, entry in manifest.graphs.items() if engine != "executorch"]
-    for graph in (graph for entry in onnx for graph in entry.files):
-        contents = inspect_onnx(folder / graph.path)
-        for domain, operator in sorted(contents.operators):
-            known = domain in _ALLOWED_DOMAINS or (domain, operator) in _ALLOWED_OPERATORS
-            if operator in _REFUSED_OPERATORS or not known:
-                raise BundleError(
-                    f"{graph.path} has a node {domain or 'ai.onnx'}::{operator}. Compiled engines and custom operators "
-                    "are not loaded from a bundle; export the checkpoint with gte-export."
-                )
-        for location in sorted(contents.external_files):
-            if str(PurePosixPath(graph.path).parent / location) not in manifest.files:
-                raise BundleError(f"{graph.path} reads {location!r}, which the manifest does not name.")
+    for graph in onnx_graphs(manifest):
+        check_graph(graph.path, inspect_onnx(folder / graph.path), manifest)
+
+
+def onnx_graphs(manifest: Manifest) -> tuple[GraphEntry | GraphPart, ...]:
+    """Return every ONNX file of a bundle: the graphs of all engines, and their parts."""
+    entries = (entry for engine, entry in manifest.graphs.items() if engine != "executorch")
+    return tuple(graph for entry in entries for graph in entry.files)
+
+
+def check_graph(path: str, contents: OnnxContents, manifest: Manifest) -> None:
+    """Refuse what a graph of a bundle contains; `path` is its path in the bundle. Raises as `check_graphs`."""
+    for domain, operator in sorted(contents.operators):
+        known = domain in _ALLOWED_DOMAINS or (domain, operator) in _ALLOWED_OPERATORS
+        if operator in _REFUSED_OPERATORS or not known:
+            raise BundleError(
+                f"{path} has a node {domain or 'ai.onnx'}::{operator}. Compiled engines and custom operators "
+                "are not loaded from a bundle; export the checkpoint with gte-export."
+            )
+    for location in sorted(contents.external_files):
+        plain = str(PurePosixPath(location)) == location and not location.startswith("/")
+        if not plain or str(PurePosixPath(path).parent / location) not in manifest.files:
+            raise BundleError(f"{path} reads {location!r}, which the manifest does not name.")
 
 
 def _check_program(folder: Path, name: str) -> None:
@@ -82,67 +122,88 @@ def _check_program(folder: Path, name: str) -> None:
 
 
 def inspect_onnx(path: Path) -> OnnxContents:
-    """Read the operators and external files of an ONNX file.
+    """Read the operators and external data of an ONNX file.
 
     Raises:
-        BundleError: the file is empty or not a protobuf message.
+        BundleError: the file cannot be read, or is not an ONNX model in the one encoding that all parsers read alike.
     """
-    operators: set[tuple[str, str]] = set()
-    files: set[str] = set()
     try:
-        with path.open("rb") as file:
-            # Python unmaps it when the last view is gone; the traceback of an error may hold some.
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        _walk(memoryview(data), "model", operators, files, 0)
-    except (ValueError, IndexError, UnicodeDecodeError) as error:
+        size = path.stat().st_size
+        data = path.read_bytes() if size < _MAX_FILE_BYTES else b""
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error}). Export the bundle again.") from error
+    return inspect_bytes(data, path)
+
+
+def inspect_bytes(data: bytes, path: Path | str) -> OnnxContents:
+    """Read the operators and external data of an ONNX file's content; `path` is for messages. See `inspect_onnx`."""
+    if not 0 < len(data) < _MAX_FILE_BYTES:
+        raise BundleError(f"{path} is not an ONNX model: it is empty, or has 2 GiB or more. Export the bundle again.")
+    found = _Found()
+    try:
+        _SCHEMA.read(data, "ModelProto", found.visit)
+    except ValueError as error:
         raise BundleError(f"{path} is not an ONNX model ({error}). Export the bundle again.") from error
-    return OnnxContents(frozenset(operators), frozenset(files))
+    return OnnxContents(frozenset(found.operators), tuple(found.external))
 
 
-def _walk(view: memoryview, kind: str, operators: set[tuple[str, str]], files: set[str], depth: int) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"messages nested deeper than {_MAX_DEPTH}")
-    children = _CHILDREN[kind]
-    texts: dict[int, str] = {}
-    for field, content in _fields(view):
-        if field in children:
-            _walk(content, children[field], operators, files, depth + 1)
-        elif (kind == "node" and field in (_NODE_OP_TYPE, _NODE_DOMAIN)) or kind == "entry":
-            texts[field] = bytes(content).decode("utf-8")
-    if kind == "node":
-        operators.add((texts.get(_NODE_DOMAIN, ""), texts.get(_NODE_OP_TYPE, "")))
-    elif kind == "entry" and texts.get(_ENTRY_KEY) == "location":
-        files.add(texts.get(_ENTRY_VALUE, ""))
+class _Found:
+    """Collects what the messages of a model say."""
+
+    def __init__(self) -> None:
+        self.operators: set[tuple[str, str]] = set()
+        self.external: list[ExternalTensor] = []
+
+    def visit(self, message: str, fields: Message, depth: int) -> None:
+        if message == "NodeProto":
+            self.operators.add((fields.get("domain", ""), fields.get("op_type", "")))
+        elif message == "TensorProto" and ("external_data" in fields or fields.get("data_location") == _EXTERNAL):
+            tensor = _external_tensor(fields)
+            if depth != _INITIALIZER_DEPTH:
+                raise ValueError(f"the tensor {tensor.name!r} is no initializer, and has its data in another file")
+            self.external.append(tensor)
 
 
-def _fields(view: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each length-delimited field; other fields are skipped."""
-    at = 0
-    while at < len(view):
-        tag, at = _varint(view, at)
-        wire = tag & 7
-        if wire == _VARINT:
-            _, at = _varint(view, at)
-        elif wire in (_FIXED64, _FIXED32):
-            at += 8 if wire == _FIXED64 else 4
-        elif wire == _BYTES:
-            size, at = _varint(view, at)
-            if at + size > len(view):
-                raise ValueError("a field runs past the end")
-            yield tag >> 3, view[at : at + size]
-            at += size
-        else:
-            raise ValueError(f"unknown wire type {wire}")
-    if at != len(view):
-        raise ValueError("a field runs past the end")
+def _external_tensor(fields: Message) -> ExternalTensor:
+    name = fields.get("name", "")
+    entries = [(entry.get("key", ""), entry.get("value", "")) for entry in fields.get("external_data", ())]
+    values = dict(entries)
+    if len(values) < len(entries) or not values.keys() <= _EXTERNAL_KEYS:
+        raise ValueError(f"the external data of {name!r} have the keys {', '.join(key for key, _ in entries)}")
+    if fields.get("data_location") != _EXTERNAL or not values.get("location"):
+        raise ValueError(f"it is not clear whether the data of {name!r} are in another file")
+    # Engines take the location */_ORT_MEM_ADDR_/* for the offset's address in their own memory.
+    if "*" in values["location"]:
+        raise ValueError(f"the data of {name!r} are in no file, but in {values['location']!r}")
+    numbers = {key: values[key] for key in ("offset", "length") if key in values}
+    if not all(re.fullmatch("[0-9]{1,18}", value) for value in numbers.values()):
+        raise ValueError(f"the external data of {name!r} have the place {numbers}")
+    return ExternalTensor(
+        name=name,
+        data_type=fields.get("data_type", 0),
+        dims=tuple(fields.get("dims", ())),
+        location=values["location"],
+        offset=int(numbers.get("offset", 0)),
+        length=int(numbers["length"]) if "length" in numbers else None,
+    )
 
 
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = view[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number has more than ten bytes")
+def with_locations(data: bytes, places: Mapping[str, str]) -> bytes:
+    """Return an inspected ONNX file with other locations of its external data.
+
+    Args:
+        data: the file; `inspect_bytes` accepted it.
+        places: every location in the file -> the one to replace it.
+    """
+
+    def replaced(entry: bytes) -> bytes:
+        fields = _SCHEMA.read(entry, "StringStringEntryProto")
+        if fields["key"] != "location":
+            return entry
+        return encode_field(_ENTRY_KEY, b"location") + encode_field(_ENTRY_VALUE, places[fields["value"]].encode())
+
+    def descend(content: bytes, path: tuple[int, ...]) -> bytes:
+        inner = functools.partial(descend, path=path[1:]) if path[1:] else replaced
+        return map_fields(content, path[0], inner)
+
+    return descend(data, _PATH_TO_ENTRIES)
