@@ -64,12 +64,13 @@ def model_with_everything() -> bytes:
     other = helper.make_graph(
         [helper.make_node("Abs", ["x"], ["else"])], "else", [], [helper.make_tensor_value_info("else", 1, None)]
     )
+    constant = numpy_helper.from_array(np.asarray([3.0, -1.0, 0.5], np.float32), "k")
     nodes = [
         helper.make_node("Add", ["x", "w"], ["a"], name="add"),
         helper.make_node("If", ["yes"], ["b"], then_branch=inner, else_branch=other),
         helper.make_node("Softmax", ["a"], ["s"], axis=-1),
         helper.make_node("Mul", ["s", "b"], ["m"]),
-        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.asarray([3.0, -1.0, 0.5], np.float32), "k")),
+        helper.make_node("Constant", [], ["c"], value=constant),
         helper.make_node("Sub", ["m", "c"], ["y"]),
     ]
     weights = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2, 3], data_location=TensorProto.EXTERNAL)
