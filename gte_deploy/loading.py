@@ -18,22 +18,21 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Backend
 from gte_deploy.backends.choice import ASKED, ENGINE_OF, EngineChoice, choose_engine, is_for_gpus, streams_of
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.graphs import graph_files
+from gte_deploy.backends.graphs import GraphFiles, verified_graphs
 from gte_deploy.backends.joining import JoiningBackend
 from gte_deploy.backends.onnxruntime import OnnxBackend, ThroughTensorRT
 from gte_deploy.backends.stream_plan import StreamPlan, stream_count
 from gte_deploy.backends.streams import StreamedBackend
 from gte_deploy.bundle.download import resolve_model
-from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import (
     MANIFEST_NAME,
     GraphEntry,
     Manifest,
     has_manifest,
     is_bundle,
-    open_bundle,
     read_manifest,
 )
+from gte_deploy.bundle.verified import VerifiedBundle
 from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.cpus import MAX_THREADS
 from gte_deploy.core.errors import BackendError, BundleError, CheckpointError, GteDeployError, InputError
@@ -378,8 +377,22 @@ def _open_bundle(
             f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
             "checkpoint that it was exported from."
         )
-    manifest = open_bundle(folder)
-    check_graphs(folder, manifest)
+    bundle = VerifiedBundle(folder)
+    try:
+        return _open_verified(bundle, backend, precision, device, num_threads, streams)
+    finally:
+        bundle.close()
+
+
+def _open_verified(
+    bundle: VerifiedBundle,
+    backend: str,
+    precision: ComputePrecision | None,
+    device: str | None,
+    num_threads: int | None,
+    streams: int | None,
+) -> _Opened:
+    folder, manifest = bundle.folder, bundle.manifest
     if manifest.missed_bounds:
         logger.warning(
             "%s was exported with --bounds report and misses its bounds in %d respects; the first: %s",
@@ -407,18 +420,28 @@ def _open_bundle(
         reopen = None
     else:
         # ExecuTorch's threads are gone in a forked process, and it has no way to start others.
-        reopen = None if choice.backend == "executorch" else _reopening(folder, manifest, choice)
-        opened = _open_graph(folder, manifest, choice, num_threads)
+        open_graph = functools.partial(_open_graph, folder, manifest, choice, _graphs_of(bundle, choice))
+        reopen = None if choice.backend == "executorch" else _reopening(folder, manifest, open_graph)
+        opened = open_graph(num_threads)
         if plan.streams > 1 and reopen is not None:
             opened = StreamedBackend(opened, plan, functools.partial(reopen, plan.threads, plan))
     again = precision if is_for_gpus(manifest) else choice.precision
     checksum = manifest.to_json()["checksum"]
-    return _Opened(
-        opened, load_tokenizer(folder), manifest.spec, choice.reason, again, checksum, reopen, plan.batch_tokens
-    )
+    tokenizer = load_tokenizer(folder)
+    bundle.require_same_paths()
+    return _Opened(opened, tokenizer, manifest.spec, choice.reason, again, checksum, reopen, plan.batch_tokens)
 
 
-def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callable[..., Backend]:
+def _graphs_of(bundle: VerifiedBundle, choice: EngineChoice) -> GraphFiles:
+    """Return the ONNX graph of an engine and its parts; empty if the bundle has none for it."""
+    graphs = bundle.manifest.graphs
+    entry = graphs.get(ENGINE_OF[choice.backend])
+    if entry is None and choice.backend == "onnx":
+        entry = graphs.get("tensorrt")
+    return {} if entry is None or choice.backend == "executorch" else verified_graphs(bundle, entry)
+
+
+def _reopening(folder: Path, manifest: Manifest, open_graph: Callable[..., Backend]) -> Callable[..., Backend]:
     """Return a function that opens the graph again, unless its files changed since they were verified.
 
     The function takes a number of threads, and the plan if the engine is for streams.
@@ -429,7 +452,7 @@ def _reopening(folder: Path, manifest: Manifest, choice: EngineChoice) -> Callab
     def reopen(num_threads: int, plan: StreamPlan | None = None) -> Backend:
         if _identities(folder, manifest) != found:
             raise BackendError(f"{folder} has changed since it was loaded; load it again in this process")
-        return _open_graph(folder, manifest, choice, num_threads, plan)
+        return open_graph(num_threads, plan)
 
     return reopen
 
@@ -444,7 +467,12 @@ def _identities(folder: Path, manifest: Manifest) -> list[tuple[int, ...]]:
 
 
 def _open_graph(
-    folder: Path, manifest: Manifest, choice: EngineChoice, num_threads: int | None, plan: StreamPlan | None = None
+    folder: Path,
+    manifest: Manifest,
+    choice: EngineChoice,
+    graphs: GraphFiles,
+    num_threads: int | None,
+    plan: StreamPlan | None = None,
 ) -> Backend:
     """Open a graph for single batches on `num_threads`; with a plan, for streams of so many threads each."""
     graph = manifest.graphs.get(ENGINE_OF[choice.backend])
@@ -489,11 +517,11 @@ def _open_graph(
 
         if plan is not None:
             options["streams"] = plan.streams
-        return OpenVinoBackend(graph_files(folder, graph), manifest.spec, **options)
+        return OpenVinoBackend(graphs, manifest.spec, **options)
     if plan is not None:
         options["packed"] = plan.packed
     options["half_weights"] = graph.half_weights
-    return OnnxBackend(graph_files(folder, graph), manifest.spec, **options)
+    return OnnxBackend(graphs, manifest.spec, **options)
 
 
 def _no_graph(folder: Path, manifest: Manifest, backend: str) -> str:

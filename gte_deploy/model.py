@@ -143,6 +143,8 @@ class Model(TextInterface):
         """Free the engine. Idempotent; later calls that compute raise BackendError."""
         self._is_closed = True
         self._backend.close()
+        if self._origin is not None:  # it keeps the files open, to open the engine again
+            self._origin = dataclasses.replace(self._origin, reopen=None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle or copy the model as its path and options; the receiving process calls `load` again.

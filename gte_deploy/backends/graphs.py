@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gte_deploy.bundle.inspection import inspect_onnx
-from gte_deploy.bundle.manifest import GraphEntry
+from gte_deploy.bundle.manifest import GraphEntry, GraphPart
+from gte_deploy.bundle.verified import VerifiedBundle, VerifiedGraph
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.files import is_below
 from gte_deploy.tasks.base import HIDDEN
 
 OutputNames = tuple[str, ...]
-GraphFiles = Mapping[OutputNames, Path]
+GraphFile = Path | VerifiedGraph
+"""A graph that an engine can open: one of a verified bundle, or any file."""
+GraphFiles = Mapping[OutputNames, GraphFile]
 """The names of a graph's outputs -> its file: the whole graph with all outputs, and its parts."""
 
 Opened = TypeVar("Opened")
@@ -24,8 +27,17 @@ Opened = TypeVar("Opened")
 
 
 def graph_files(folder: Path, entry: GraphEntry) -> GraphFiles:
-    """Return the files of a graph in the bundle `folder`, and of its parts."""
-    return {tuple(tensor.name for tensor in graph.outputs): folder / graph.path for graph in entry.with_parts}
+    """Return the files of a graph in the folder of a bundle, and of its parts. Nothing is verified."""
+    return {_output_names(graph): folder / graph.path for graph in entry.with_parts}
+
+
+def verified_graphs(bundle: VerifiedBundle, entry: GraphEntry) -> GraphFiles:
+    """Return a graph of a bundle, and its parts, as they were verified."""
+    return {_output_names(graph): bundle.graph(graph) for graph in entry.with_parts}
+
+
+def _output_names(graph: GraphEntry | GraphPart) -> OutputNames:
+    return tuple(tensor.name for tensor in graph.outputs)
 
 
 @contextlib.contextmanager
@@ -75,7 +87,7 @@ class OpenGraphs(Generic[Opened]):
     def __init__(
         self,
         files: GraphFiles,
-        open_graph: Callable[[OutputNames, Path], Opened],
+        open_graph: Callable[[OutputNames, GraphFile], Opened],
         opened: Mapping[OutputNames, Opened] | None = None,
     ) -> None:
         """Open the graph for the answer: for all outputs besides the hidden states.
@@ -100,10 +112,16 @@ class OpenGraphs(Generic[Opened]):
         """Return the graph with the fewest outputs that has all of `names`, which are known; the first call opens it.
 
         Raises:
-            BackendError: the graphs are closed, or the engine refuses the graph.
+            BackendError: the graphs are closed, the engine refuses the graph, or its data have changed since they were
+                verified.
         """
         wanted = set(names)
-        outputs, file = next(choice for choice in self._files if wanted.issubset(choice[0]))
+        files = self._files
+        if self._opened is None:
+            raise BackendError("this model is closed; load it again")
+        outputs, file = next(choice for choice in files if wanted.issubset(choice[0]))
+        if not isinstance(file, Path):
+            file.require_unchanged()
         # Without the lock: calls for an open graph need not wait until another one is open.
         graph = None if self._opened is None else self._opened.get(outputs)
         if graph is None:
@@ -116,6 +134,7 @@ class OpenGraphs(Generic[Opened]):
         return graph
 
     def close(self) -> None:
-        """Drop the open graphs. Idempotent."""
+        """Drop the open graphs and their files. Idempotent."""
         with self._lock:
             self._opened = None
+            self._files = []

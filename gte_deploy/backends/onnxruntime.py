@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames
+from gte_deploy.backends.graphs import GraphFile, GraphFiles, OpenGraphs, OutputNames
+from gte_deploy.backends.mapped import mapped_weights
 from gte_deploy.backends.tensorrt.shapes import PaddedLayout, split_batch, write_inputs
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError, MissingDependencyError
@@ -51,10 +52,11 @@ class ThroughTensorRT:
 
 @dataclass(frozen=True)
 class _OpenGraph:
-    """An inference session and the names of its inputs."""
+    """An inference session, the names of its inputs, and the weights in memory that it refers to."""
 
     session: Any
     inputs: OutputNames
+    weights: Sequence[Any] = ()
 
 
 class OnnxBackend:
@@ -142,7 +144,7 @@ class OnnxBackend:
                 layout.place(name, values, sub_batch, results[name])
         return results
 
-    def _open_for(self, outputs: OutputNames, graph: Path) -> _OpenGraph:
+    def _open_for(self, outputs: OutputNames, graph: GraphFile) -> _OpenGraph:
         """Open a graph, and check that it has the outputs that the manifest gives it."""
         opened = self._open(graph)
         found = tuple(output.name for output in opened.session.get_outputs())
@@ -153,7 +155,7 @@ class OnnxBackend:
             )
         return opened
 
-    def _open(self, graph: Path) -> _OpenGraph:
+    def _open(self, graph: GraphFile) -> _OpenGraph:
         ort = self._ort
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.num_threads
@@ -178,10 +180,25 @@ class OnnxBackend:
         if self._tensorrt is not None:
             with contextlib.suppress(ImportError):
                 importlib.import_module("tensorrt_libs")  # loads the libraries of pip's tensorrt-cu13
+        # A GPU's providers read the weights by path.
+        verified = None if isinstance(graph, Path) else graph
+        on_cpu = parse_device(self.device)[0] == "cpu"
+        weights = mapped_weights(verified) if verified is not None and on_cpu else None
+        model: bytes | str = str(graph)
+        values = []
+        if verified is not None and weights is not None:
+            model = verified.content
+            values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
+            options.add_external_initializers(list(weights), values)
+            # By its bytes alone, a model in ONNX Runtime's own format could pass for one in ONNX's.
+            options.add_session_config_entry("session.load_model_format", "ONNX")
         try:
-            session = ort.InferenceSession(str(graph), options, providers=providers)
+            session = ort.InferenceSession(model, options, providers=providers)
         except self._errors as error:
             raise BackendError(f"ONNX Runtime cannot open {graph}: {error}") from error
+        if verified is not None:
+            # By path, only a look at the path afterwards tells whether it was the verified file.
+            verified.require_same_paths() if weights is None else verified.release_pages()
         wanted, active = providers[0][0], session.get_providers()[0]
         if active != wanted:
             raise BackendError(
@@ -190,7 +207,7 @@ class OnnxBackend:
             )
         inputs = tuple(node.name for node in session.get_inputs())
         check_graph_inputs(graph, inputs, self.spec)
-        return _OpenGraph(session, inputs)
+        return _OpenGraph(session, inputs, values)
 
 
 def _import_onnxruntime(device: str) -> Any:

@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import io
 import os
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from numpy.typing import NDArray
 from gte_deploy.backends.base import Batch
 from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs, has_costly_head
 from gte_deploy.backends.devices import parse_device
-from gte_deploy.backends.graphs import GraphFiles, OpenGraphs, OutputNames, without_links
+from gte_deploy.backends.graphs import GraphFile, GraphFiles, OpenGraphs, OutputNames, without_links
+from gte_deploy.backends.mapped import mapped_weights
+from gte_deploy.bundle.inspection import with_data_as_inputs
+from gte_deploy.bundle.verified import VerifiedGraph
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.quiet import import_openvino
@@ -33,9 +37,10 @@ _ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 @dataclass(frozen=True)
 class _OpenGraph:
-    """The idle requests of a compiled model, and the names of its inputs."""
+    """The idle requests of a compiled model, the names of its inputs, and the weights in memory that it refers to."""
 
     inputs: OutputNames
+    weights: Mapping[str, NDArray[Any]]
     idle: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
     def infer(self, request: Any, batch: Batch) -> Any:
@@ -117,20 +122,31 @@ class OpenVinoBackend:
         """See `Backend.close`."""
         self._graphs.close()
 
-    def _read(self, graph: Path) -> Any:
+    def _read(self, graph: GraphFile, weights: Mapping[str, NDArray[Any]] | None = None) -> Any:
+        """Read a graph with its weights from memory; without them, or if it is not verified, with those of its files.
+
+        `graph` is verified if there are `weights`.
+        """
         try:
-            with without_links(graph) as file:
-                return _core(self._openvino).read_model(file)
+            if not isinstance(graph, Path) and weights is not None:
+                return _read_with_weights(self._openvino, graph, weights)
+            with without_links(graph if isinstance(graph, Path) else graph.path) as file:
+                model = _core(self._openvino).read_model(file)
         except (RuntimeError, OSError) as error:
             raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
+        if not isinstance(graph, Path):
+            # By path, only a look at the path afterwards tells whether it was the verified file.
+            graph.require_same_paths()
+        return model
 
-    def _open(self, outputs: OutputNames, graph: Path) -> _OpenGraph:
+    def _open(self, outputs: OutputNames, graph: GraphFile) -> _OpenGraph:
         """Compile what computes `outputs`, and run it once."""
-        model = self._read(graph)
+        weights = None if isinstance(graph, Path) else mapped_weights(graph)
+        model = self._read(graph, weights)
         results = [output for output in model.outputs if output.any_name in outputs]
         if len(results) < len(outputs):
             raise BackendError(f"{graph} lacks some of the outputs {', '.join(outputs)}. Export the bundle again.")
-        opened = _OpenGraph(tuple(node.any_name for node in model.inputs))
+        opened = _OpenGraph(tuple(node.any_name for node in model.inputs), weights or {})
         check_graph_inputs(graph, opened.inputs, self.spec)
         if len(results) < len(model.outputs):
             model = self._openvino.Model(results, model.get_parameters())
@@ -146,7 +162,31 @@ class OpenVinoBackend:
                 opened.idle.put(request)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile the graph: {error}") from error
+        if not isinstance(graph, Path):
+            graph.release_pages()
         return opened
+
+
+def _read_with_weights(openvino: Any, graph: VerifiedGraph, weights: Mapping[str, NDArray[Any]]) -> Any:
+    """Read the content of a graph, and put constants over these weights in the places of its tensors in other files.
+
+    OpenVINO reads no weights from memory together with an ONNX file. So it reads a file in which they are inputs.
+    """
+    # The front end by its name: by its content, OpenVINO could take a file for one of another format.
+    front_end = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+    content = with_data_as_inputs(graph.content, graph.external)
+    model = front_end.convert(front_end.load(io.BytesIO(content)))
+    parameters = []
+    for parameter in model.get_parameters():
+        name = parameter.get_friendly_name()
+        if name not in weights:
+            parameters.append(parameter)
+            continue
+        constant = openvino.op.Constant(openvino.Tensor(weights[name], shared_memory=True))
+        constant.set_friendly_name(name)
+        for target in parameter.output(0).get_target_inputs():
+            target.replace_source_output(constant.output(0))
+    return openvino.Model(model.get_results(), parameters, model.get_friendly_name())
 
 
 def has_native_bf16() -> bool:

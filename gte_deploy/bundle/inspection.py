@@ -4,15 +4,14 @@ The file is read as strictly as `gte_deploy.bundle.wire` says, and may have only
 engine's parser sees what the inspection saw, or the file is refused.
 """
 
-import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
 from gte_deploy.bundle.onnx_fields import MESSAGES
-from gte_deploy.bundle.wire import Message, Schema, encode_field, map_fields
+from gte_deploy.bundle.wire import Message, Schema, encode_field, encode_number, map_fields
 from gte_deploy.core.errors import BundleError
 
 # Domains that are built into every engine. Operators of another domain need a library of custom operators.
@@ -36,11 +35,9 @@ _SCHEMA = Schema(
 _EXTERNAL = 1  # TensorProto.DataLocation
 _EXTERNAL_KEYS = frozenset(("location", "offset", "length", "checksum"))
 _MAX_FILE_BYTES = 1 << 31
-# How many messages are around an initializer of the main graph, and the numbers of the fields that lead to the entries
-# of its external data: ModelProto.graph, GraphProto.initializer, TensorProto.external_data.
+# How many messages are around an initializer of the main graph: the graph and the model.
 _INITIALIZER_DEPTH = 2
-_PATH_TO_ENTRIES = (7, 5, 13)
-_ENTRY_KEY, _ENTRY_VALUE = 1, 2
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _GRAPH_INPUT = 7, 5, 11
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
         BundleError: a graph has an operator of another domain, an EPContext node, data outside the manifest, or an
             encoding that parsers read differently.
     """
-    if (program := manifest.graphs.get("executorch")) is not None:
-        _check_program(folder, program.path)
+    check_program(folder, manifest)
     for graph in onnx_graphs(manifest):
         check_graph(graph.path, inspect_onnx(folder / graph.path), manifest)
 
@@ -111,14 +107,19 @@ def check_graph(path: str, contents: OnnxContents, manifest: Manifest) -> None:
             raise BundleError(f"{path} reads {location!r}, which the manifest does not name.")
 
 
-def _check_program(folder: Path, name: str) -> None:
+def check_program(folder: Path, manifest: Manifest) -> None:
     """Refuse a file that is no program for ExecuTorch, by the identifier of its FlatBuffers schema.
 
     A program calls the operators that the runtime was built with; it holds no code.
+
+    Raises:
+        BundleError: the bundle is made for ExecuTorch, and its file is something else.
     """
-    with (folder / name).open("rb") as file:
+    if (program := manifest.graphs.get("executorch")) is None:
+        return
+    with (folder / program.path).open("rb") as file:
         if file.read(8)[4:] != _PROGRAM_IDENTIFIER:
-            raise BundleError(f"{name} is not a program for ExecuTorch. Export the bundle again.")
+            raise BundleError(f"{program.path} is not a program for ExecuTorch. Export the bundle again.")
 
 
 def inspect_onnx(path: Path) -> OnnxContents:
@@ -188,22 +189,26 @@ def _external_tensor(fields: Message) -> ExternalTensor:
     )
 
 
-def with_locations(data: bytes, places: Mapping[str, str]) -> bytes:
-    """Return an inspected ONNX file with other locations of its external data.
+def with_data_as_inputs(data: bytes, external: Sequence[ExternalTensor]) -> bytes:
+    """Return an inspected ONNX file in which the tensors in other files are no initializers, but inputs of the graph.
 
     Args:
         data: the file; `inspect_bytes` accepted it.
-        places: every location in the file -> the one to replace it.
+        external: all of its tensors in other files, as `inspect_bytes` found them.
     """
 
-    def replaced(entry: bytes) -> bytes:
-        fields = _SCHEMA.read(entry, "StringStringEntryProto")
-        if fields["key"] != "location":
-            return entry
-        return encode_field(_ENTRY_KEY, b"location") + encode_field(_ENTRY_VALUE, places[fields["value"]].encode())
+    def without_external(tensor: bytes) -> bytes | None:
+        return None if "external_data" in _SCHEMA.read(tensor, "TensorProto") else tensor
 
-    def descend(content: bytes, path: tuple[int, ...]) -> bytes:
-        inner = functools.partial(descend, path=path[1:]) if path[1:] else replaced
-        return map_fields(content, path[0], inner)
+    def changed(graph: bytes) -> bytes:
+        inputs = (encode_field(_GRAPH_INPUT, _value_info(tensor)) for tensor in external)
+        return map_fields(graph, _GRAPH_INITIALIZER, without_external) + b"".join(inputs)
 
-    return descend(data, _PATH_TO_ENTRIES)
+    return map_fields(data, _MODEL_GRAPH, changed)
+
+
+def _value_info(tensor: ExternalTensor) -> bytes:
+    """Encode a ValueInfoProto: name, and type with tensor_type, which has elem_type, and shape with each dim_value."""
+    dims = b"".join(encode_field(1, encode_number(1, size)) for size in tensor.dims)
+    type = encode_number(1, tensor.data_type) + encode_field(2, dims)
+    return encode_field(1, tensor.name.encode()) + encode_field(2, encode_field(1, type))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gte_deploy.bundle.held import HeldFile, require_inside
 from gte_deploy.core.errors import BundleError
-from gte_deploy.core.files import is_below, sha256_file
+from gte_deploy.core.files import is_below
 from gte_deploy.core.spec import (
     DEVICE_TYPES,
     ENGINES,
@@ -296,7 +297,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = _manifest_from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{file} is malformed ({type(error).__name__}: {error}). Export the bundle again.") from error
-    _require_inside(file, path)
+    require_inside(file, path)
     _refuse_unnamed(path, manifest)
     return manifest
 
@@ -335,18 +336,7 @@ def verify_bundle(path: Path, manifest: Manifest) -> None:
         BundleError: a file is missing or differs; the message names it and both values.
     """
     for name, entry in manifest.files.items():
-        file = path / name
-        _require_inside(file, path)
-        # A file of the Hugging Face cache is a link; huggingface_hub downloads what its target lacks.
-        remedy = f"Remove {os.path.realpath(file)} and download it again." if file.is_symlink() else "Export it again."
-        if not file.is_file():
-            raise BundleError(f"{file} is missing, but the manifest names it. Export or download the bundle again.")
-        size = file.stat().st_size
-        if size != entry.size:
-            raise BundleError(f"{file} has {size:,} bytes, and the manifest says {entry.size:,}. {remedy}")
-        digest = sha256_file(file)
-        if digest != entry.sha256:
-            raise BundleError(f"{file} has sha256 {digest}, and the manifest says {entry.sha256}. {remedy}")
+        HeldFile(path, name, entry.size, entry.sha256).close()
 
 
 def open_bundle(path: Path) -> Manifest:
@@ -360,17 +350,6 @@ def _checksum(data: Mapping[str, Any]) -> str:
     # Through JSON and back first, so that the hash covers the data as a reader sees them, with strings as keys.
     text = json.dumps(json.loads(json.dumps(data)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _require_inside(file: Path, folder: Path) -> None:
-    # A Hugging Face cache links each file of a snapshot into ../../blobs of the same repository.
-    # Not by Path.resolve, which raises RuntimeError for links in a circle.
-    target, root = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
-    if not (target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")):
-        raise BundleError(
-            f"{file} is a link that points out of the bundle, or is in a linked folder; a bundle must hold its own "
-            "files."
-        )
 
 
 def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:

@@ -179,10 +179,15 @@ def encode_field(number: int, content: bytes) -> bytes:
     return encode_varint(number << 3 | _BYTES) + encode_varint(len(content)) + content
 
 
-def map_fields(data: bytes, number: int, change: Callable[[bytes], bytes]) -> bytes:
+def encode_number(number: int, value: int) -> bytes:
+    """Return a field with a number that is not negative."""
+    return encode_varint(number << 3 | _VARINT) + encode_varint(value)
+
+
+def map_fields(data: bytes, number: int, change: Callable[[bytes], bytes | None]) -> bytes:
     """Return a message with `change` applied to the content of each field of bytes with this number.
 
-    The message must have been read by `Schema.read` before: nothing is checked here.
+    A field is left out if `change` returns None. Nothing is checked: `Schema.read` must have read the message before.
     """
     parts: list[bytes] = []
     at = copied = 0
@@ -196,7 +201,8 @@ def map_fields(data: bytes, number: int, change: Callable[[bytes], bytes]) -> by
             size, at = _varint(data, at)
             content, at = at, at + size
             if tag >> 3 == number:
-                parts += (data[copied:start], encode_field(number, change(data[content:at])))
+                changed = change(data[content:at])
+                parts += (data[copied:start], b"" if changed is None else encode_field(number, changed))
                 copied = at
         else:
             at += _FIXED_BYTES[wire]

@@ -10,7 +10,7 @@ pytest.importorskip("onnxruntime")
 
 from graph_engines import locations_of, opened_by, operators_of  # noqa: E402
 from graph_mutations import model_with_everything, mutations, random_mutation  # noqa: E402
-from gte_deploy.bundle.inspection import OnnxContents, inspect_bytes, with_locations  # noqa: E402
+from gte_deploy.bundle.inspection import OnnxContents, inspect_bytes, with_data_as_inputs  # noqa: E402
 from gte_deploy.bundle.onnx_fields import MESSAGES  # noqa: E402
 from gte_deploy.core.errors import BundleError  # noqa: E402
 from gte_deploy.models import builtin_bundle  # noqa: E402
@@ -123,18 +123,21 @@ def test_external_data_of_a_real_graph():
     assert {t.name: (t.data_type, t.dims, t.location, t.offset, t.length) for t in found} == expected
 
 
-@pytest.mark.parametrize("value_first", [False, True])
-def test_locations_are_replaced_and_nothing_else(value_first):
-    data = model_with_everything()
-    if value_first:  # parsers take the fields of a message in any order
-        key, value = b"\n\x08location", b"\x12\x0bweights.bin"
-        assert data.count(key + value) == 1
-        data = data.replace(key + value, value + key)
-    place = "/proc/self/fd/1234" * 20
-    changed = onnx.load_from_string(with_locations(data, {"weights.bin": place}))
-    assert locations_of(changed) == {place}
-    changed.graph.initializer[0].external_data[0].value = "weights.bin"
-    assert changed == onnx.load_from_string(data)
+def test_data_in_other_files_become_inputs_and_nothing_else_changes():
+    for data in (model_with_everything(), (builtin_bundle() / "model_openvino.onnx").read_bytes()):
+        expected = onnx.load_from_string(data)
+        outside = [tensor for tensor in expected.graph.initializer if tensor.external_data]
+        inside = [
+            onnx.TensorProto.FromString(t.SerializeToString())
+            for t in expected.graph.initializer
+            if not t.external_data
+        ]
+        for tensor in outside:
+            expected.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        del expected.graph.initializer[:]
+        expected.graph.initializer.extend(inside)
+        assert outside
+        assert onnx.load_from_string(with_data_as_inputs(data, inspect_bytes(data, "a graph").external)) == expected
 
 
 def external(**changes):
