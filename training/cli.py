@@ -282,7 +282,7 @@ def _xtreme(given: Given) -> int:
         print(json.dumps(list(XTREME_SYSTEMS.values()), indent=2) if "json" in given else list_xtreme_systems())
         return OK
     # XtremeArguments checked it
-    assert arguments.model is not None and arguments.output is not None and arguments.data is not None
+    assert arguments.model is not None and arguments.output is not None
     require_checkpoint(arguments.model)
     from gte_deploy.training.evaluation.xtreme import xtreme, xtreme_table
 

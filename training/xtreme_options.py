@@ -22,11 +22,11 @@ class XtremeArguments:
     Args:
         model: checkpoint folder, preset name or hub id.
         output: folder of the results.
-        data: folder that holds the published files of the tasks, see `evaluation/xtreme_data.py`.
+        data: folder that holds the published files of the tasks, or clones of the hub's datasets; None reads the hub.
         list_systems: only print the published table.
 
     Raises:
-        InputError: model, output or data is missing, and not only the published table is asked for.
+        InputError: model or output is missing, and not only the published table is asked for.
     """
 
     model: str | None = option(
@@ -44,14 +44,18 @@ class XtremeArguments:
         parse=Path,
     )
     data: Path | None = option(
-        None, "folder that holds the published files, one folder per data set", metavar="FOLDER", parse=Path
+        None,
+        "folder that holds the published files, one folder per data set, or clones of the hub's datasets, each in "
+        "OWNER/NAME (default: read them from the hub)",
+        metavar="FOLDER",
+        parse=Path,
     )
     list_systems: bool = option(False, "print the published table and its source")
 
     def __post_init__(self) -> None:
         if self.list_systems:
             return
-        needed = {"MODEL": self.model, "-o/--output": self.output, "--data": self.data}
+        needed = {"MODEL": self.model, "-o/--output": self.output}
         missing = [name for name, value in needed.items() if value is None]
         if missing:
             raise InputError(f"missing: {', '.join(missing)}; or give --list-systems alone")

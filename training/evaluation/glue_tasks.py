@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError, MissingDependencyError
+from gte_deploy.core.hub import hub_errors
 
 logger = logging.getLogger(__name__)
 
@@ -271,11 +272,17 @@ def _label(task: TaskDescription, value: Any, where: str) -> float | int:
 def _rows_of_hub(task: TaskDescription, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise MissingDependencyError("datasets", "train") from error
-    # `datasets` declares the rows of every format that can be set; without one a row is a dict.
-    rows = cast(Iterable[Mapping[str, Any]], load_dataset(HUB_DATASET, task.name, split=split))
-    return rows, f"{HUB_DATASET} {task.name} {split}"
+    where = f"{HUB_DATASET} {task.name} {split}"
+    try:
+        # `datasets` declares the rows of every format that can be set; without one a row is a dict.
+        rows = cast(Iterable[Mapping[str, Any]], load_dataset(HUB_DATASET, task.name, split=split))
+    except (*hub_errors(), DatasetsError, RuntimeError) as error:
+        advice = "Check the network and HF_HUB_OFFLINE, or give the files with --data"
+        raise InputError(f"{where} cannot be opened: {str(error).rstrip('.')}. {advice}") from error
+    return rows, where
 
 
 def _rows_of_folder(task: TaskDescription, stems: Sequence[str], data: Path) -> tuple[Iterator[Mapping[str, Any]], str]:

@@ -55,6 +55,7 @@ from gte_deploy.training.evaluation.heads import (
 from gte_deploy.training.evaluation.plots import LOSSES_FILE, plot_losses, plot_scores
 from gte_deploy.training.evaluation.published_glue import system_of
 from gte_deploy.training.evaluation.published_xtreme import XTREME_SYSTEMS, xtreme_system_of
+from gte_deploy.training.evaluation.xtreme_hub import has_clones, readers_of_hub
 from gte_deploy.training.evaluation.xtreme_metrics import answer_f1, answer_match, chunk_f1, mean_average_precision
 from gte_deploy.training.evaluation.xtreme_tasks import (
     TUNINGS,
@@ -86,7 +87,7 @@ def xtreme(
     model: str,
     *,
     output: Path,
-    data: Path,
+    data: Path | None = None,
     options: XtremeOptions = XtremeOptions(),  # noqa: B008 - frozen
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def xtreme(
         model: checkpoint folder, preset name or hub id.
         output: folder of the results. For each seed it holds the fine-tuned models and a result of each task, which
             later calls do not compute again.
-        data: folder of the data sets, see `xtreme_data.DATA_FILES`.
+        data: folder of the data sets, see `xtreme_data.DATA_FILES`, or of clones of the hub's datasets, each in
+            OWNER/NAME; None reads the hub, see `xtreme_hub.HUB_SOURCES`.
         options: tasks, languages, seeds, padding, device, and changes of the protocol.
         progress: show progress bars on stderr.
 
@@ -120,17 +122,20 @@ def xtreme(
     settings = {
         "model": model,
         "checkpoint": checkpoint_hash(encoder.folder),
-        "data": str(data.resolve()),
+        "data": "hub" if data is None else str(data.resolve()),
         "dtype": dtype,
         "changes": _changes(options),
         **({} if options.tokenizer is None else {"tokenizer": options.tokenizer}),
     }
+    commits: dict[str, str] = {}
+    readers = _readers(data, commits)
     results = []
     for seed in dict.fromkeys(options.seeds):
         run = _Run(
             encoder=encoder,
             output=output / f"seed-{seed}",
-            data=data,
+            readers=readers,
+            commits=commits,
             seed=seed,
             device=device,
             is_packed=removes_padding(encoder, options.padding, is_fast=is_fast),
@@ -198,6 +203,12 @@ def xtreme_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _readers(data: Path | None, commits: dict[str, str]) -> data_sets.XtremeReaders:
+    if data is None:
+        return readers_of_hub(commits=commits)
+    return readers_of_hub(data) if has_clones(data) else data_sets.readers_of_files(data)
+
+
 def _changes(options: XtremeOptions) -> dict[str, Any]:
     names = ("max_length", "batch_size", "learning_rate", "epochs")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -227,7 +238,8 @@ class _Run:
 
     encoder: PretrainedEncoder
     output: Path
-    data: Path
+    readers: data_sets.XtremeReaders
+    commits: Mapping[str, str]
     seed: int
     device: torch.device
     is_packed: bool
@@ -252,6 +264,7 @@ class _Run:
             **self._test(task, languages),
             "seconds": round(time.monotonic() - started, 1),
             "settings": dict(self.settings),
+            **({"commits": dict(self.commits)} if self.commits else {}),
         }
         write_text(file, json.dumps(result, indent=2) + "\n")
         logger.info("%s, seed %d: %s %.2f", task.title, self.seed, task.metric, result["score"])
@@ -272,12 +285,12 @@ class _Run:
         model = self._tuned(tuning)
         model.to(self.device)
         if task.name in ("lareqa", "mewslix"):  # all languages search the same passages
-            load = data_sets.load_lareqa if task.name == "lareqa" else data_sets.load_mewslix
-            scores = self._search(model, tuning, load(self.data, languages), _precision)
+            load = self.readers.lareqa if task.name == "lareqa" else self.readers.mewslix
+            scores = self._search(model, tuning, load(languages), _precision)
         elif task.name == "tatoeba":
             scores = {}
             for code in languages:
-                scores |= self._search(model, tuning, data_sets.load_tatoeba(self.data, code), _hit_rate)
+                scores |= self._search(model, tuning, self.readers.tatoeba(code), _hit_rate)
         elif tuning.head == "answer":
             return self._test_answers(task, model, tuning, languages)
         else:
@@ -287,19 +300,17 @@ class _Run:
     def _score(self, task: CrossLingualTask, model: Any, tuning: Tuning, language: str) -> float:
         protocol = self._protocol(tuning)
         if tuning.head == "classify":
-            examples = data_sets.load_xnli(self.data, language)
+            examples = self.readers.xnli(language)
             rows = Encoded.of(examples, encoder=self.encoder, max_length=protocol.max_length)
             return accuracy(self._finite(task, predict(model, rows, bfloat16=self._bfloat16)).argmax(1), rows.labels)
         if tuning.head == "choose":
-            choices = data_sets.load_xcopa(self.data, language)
+            choices = self.readers.xcopa(language)
             asked = ChoiceRows.of(choices, encoder=self.encoder, max_length=protocol.max_length)
             outputs = self._finite(task, predict(model, asked.rows, bfloat16=self._bfloat16))
             return accuracy(outputs.reshape(-1, choices.num_choices).argmax(1), choices.labels)
-        load = data_sets.load_udpos if task.name == "udpos" else data_sets.load_wikiann
+        load = self.readers.udpos if task.name == "udpos" else self.readers.wikiann
         tags = _TAGS[task.name]
-        sentences = TagRows.of(
-            load(self.data, language, "test"), tags, encoder=self.encoder, max_length=protocol.max_length
-        )
+        sentences = TagRows.of(load(language, "test"), tags, encoder=self.encoder, max_length=protocol.max_length)
         found = predict_tokens(model, sentences.rows, bfloat16=self._bfloat16)
         self._finite(task, *found)
         return chunk_f1(*sentences.decode(found, tags))
@@ -307,15 +318,11 @@ class _Run:
     def _test_answers(
         self, task: CrossLingualTask, model: Any, tuning: Tuning, languages: Sequence[str]
     ) -> dict[str, Any]:
-        loaders: dict[str, Callable[[Path, str], list[data_sets.ContextQuestion]]] = {
-            "xquad": data_sets.load_xquad,
-            "mlqa": data_sets.load_mlqa,
-            "tydiqa": data_sets.load_tydiqa,
-        }
+        loaders = {"xquad": self.readers.xquad, "mlqa": self.readers.mlqa, "tydiqa": self.readers.tydiqa}
         protocol = self._protocol(tuning)
         f1, exact = {}, {}
         for code in languages:
-            questions = loaders[task.name](self.data, code)
+            questions = loaders[task.name](code)
             rows = AnswerRows.of(questions, encoder=self.encoder, max_length=protocol.max_length, stride=tuning.stride)
             outputs = predict_tokens(model, rows.rows, bfloat16=self._bfloat16)
             self._finite(task, *outputs)
@@ -406,21 +413,21 @@ class _Run:
         return DualEncoder(encoder)
 
     def _training_rows(self, tuning: Tuning) -> TrainingRows:
-        length, encoder, data = self._protocol(tuning).max_length, self.encoder, self.data
+        length, encoder, readers = self._protocol(tuning).max_length, self.encoder, self.readers
         if tuning.name == "mnli":
-            return Encoded.of(data_sets.load_mnli(data), encoder=encoder, max_length=length)
+            return Encoded.of(readers.mnli(), encoder=encoder, max_length=length)
         if tuning.head == "choose":
-            load = data_sets.load_siqa if tuning.name == "siqa" else data_sets.load_copa
-            return ChoiceRows.of(load(data), encoder=encoder, max_length=length)
+            load = readers.siqa if tuning.name == "siqa" else readers.copa
+            return ChoiceRows.of(load(), encoder=encoder, max_length=length)
         if tuning.head == "tag":
-            read = data_sets.load_udpos if tuning.name == "udpos" else data_sets.load_wikiann
-            return TagRows.of(read(data, "en", "train"), _TAGS[tuning.name], encoder=encoder, max_length=length)
+            read = readers.udpos if tuning.name == "udpos" else readers.wikiann
+            return TagRows.of(read("en", "train"), _TAGS[tuning.name], encoder=encoder, max_length=length)
         if tuning.head == "answer":
-            ask = data_sets.load_squad if tuning.name == "squad" else data_sets.load_tydiqa_train
-            return AnswerRows.of(ask(data), encoder=encoder, max_length=length, stride=tuning.stride).rows
-        pairs = data_sets.load_mewslix_train if tuning.name == "mewslix" else data_sets.load_squad_pairs
+            ask = readers.squad if tuning.name == "squad" else readers.tydiqa_train
+            return AnswerRows.of(ask(), encoder=encoder, max_length=length, stride=tuning.stride).rows
+        pairs = readers.mewslix_train if tuning.name == "mewslix" else readers.squad_pairs
         query_length = min(tuning.query_length, length)
-        return PairRows.of(pairs(data), encoder=encoder, query_length=query_length, max_length=length)
+        return PairRows.of(pairs(), encoder=encoder, query_length=query_length, max_length=length)
 
     def _protocol(self, tuning: Tuning) -> Protocol:
         protocol = dataclasses.replace(tuning.protocol, **self.settings["changes"])

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ NLI_CLASSES = GLUE_TASKS["mnli"].classes
 WIKIANN_TAGS = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
 UPOS_TAGS = tuple("ADJ ADP ADV AUX CCONJ DET INTJ NOUN NUM PART PRON PROPN PUNCT SCONJ SYM VERB X".split())
 
-_TYDIQA_NAMES = {
+TYDIQA_NAMES = {
     "en": "english",
     "ar": "arabic",
     "bn": "bengali",
@@ -52,7 +53,7 @@ _TYDIQA_NAMES = {
     "sw": "swahili",
     "te": "telugu",
 }
-_ISO_639_3 = {
+ISO_639_3 = {
     pair[:2]: pair[3:]
     for pair in (
         "af:afr ar:ara az:aze bg:bul bn:ben de:deu el:ell es:spa et:est eu:eus fa:pes fi:fin fr:fra he:heb hi:hin "
@@ -113,6 +114,55 @@ class RetrievalData:
     relevant: dict[str, list[set[int]]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class XtremeReaders:
+    """Where the data come from: a function for each data set, which may take a language, languages or a split.
+
+    `readers_of_files` reads the authors' files, `readers_of_hub` the hub's datasets.
+    """
+
+    mnli: Callable[[], Examples]
+    xnli: Callable[[str], Examples]
+    siqa: Callable[[], ChoiceExamples]
+    copa: Callable[[], ChoiceExamples]
+    xcopa: Callable[[str], ChoiceExamples]
+    udpos: Callable[[str, str], TaggedSentences]
+    wikiann: Callable[[str, str], TaggedSentences]
+    squad: Callable[[], list[ContextQuestion]]
+    xquad: Callable[[str], list[ContextQuestion]]
+    mlqa: Callable[[str], list[ContextQuestion]]
+    tydiqa_train: Callable[[], list[ContextQuestion]]
+    tydiqa: Callable[[str], list[ContextQuestion]]
+    squad_pairs: Callable[[], TextPairs]
+    lareqa: Callable[[Sequence[str]], RetrievalData]
+    tatoeba: Callable[[str], RetrievalData]
+    mewslix_train: Callable[[], TextPairs]
+    mewslix: Callable[[Sequence[str]], RetrievalData]
+
+
+def readers_of_files(data: Path) -> XtremeReaders:
+    """Return readers of the files of DATA_FILES in a folder."""
+    return XtremeReaders(
+        mnli=partial(load_mnli, data),
+        xnli=partial(load_xnli, data),
+        siqa=partial(load_siqa, data),
+        copa=partial(load_copa, data),
+        xcopa=partial(load_xcopa, data),
+        udpos=partial(load_udpos, data),
+        wikiann=partial(load_wikiann, data),
+        squad=partial(load_squad, data),
+        xquad=partial(load_xquad, data),
+        mlqa=partial(load_mlqa, data),
+        tydiqa_train=partial(load_tydiqa_train, data),
+        tydiqa=partial(load_tydiqa, data),
+        squad_pairs=partial(load_squad_pairs, data),
+        lareqa=partial(load_lareqa, data),
+        tatoeba=partial(load_tatoeba, data),
+        mewslix_train=partial(load_mewslix_train, data),
+        mewslix=partial(load_mewslix, data),
+    )
+
+
 # --- classification ---------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +197,7 @@ def load_siqa(data: Path) -> ChoiceExamples:
         if not listed.is_file():
             raise InputError(f"{file} has no labels, and {listed} is missing")
         labels = [int(line) - 1 for line in listed.read_text("utf-8").split()]
-    return _choices(rows, labels, names, "{context} {question}", file)
+    return choice_examples(rows, labels, names, "{context} {question}", file)
 
 
 def load_copa(data: Path) -> ChoiceExamples:
@@ -164,23 +214,35 @@ def load_xcopa(data: Path, language: str) -> ChoiceExamples:
 def _load_copa(file: Path) -> ChoiceExamples:
     rows = list(read_json_lines(file))
     labels = [int(_field(row, "label", file)) for row in rows]
-    return _choices(rows, labels, ("choice1", "choice2"), "{premise} What was the {question}?", file)
+    return choice_examples(rows, labels, ("choice1", "choice2"), "{premise} What was the {question}?", file)
 
 
-def _choices(
-    rows: Sequence[Mapping[str, Any]], labels: Sequence[int], names: Sequence[str], template: str, file: Path
+def choice_examples(
+    rows: Sequence[Mapping[str, Any]], labels: Sequence[int], names: Sequence[str], template: str, where: Path | str
 ) -> ChoiceExamples:
+    """Put the premise of each row before each of its choices.
+
+    Args:
+        rows: the examples.
+        labels: the number of the right choice of each.
+        names: the columns of the choices.
+        template: the premise, with the columns that it is made of in braces.
+        where: the file of the rows, for messages.
+
+    Raises:
+        InputError: there is no example, a column is missing, or a label is none of the choices.
+    """
     if len(rows) != len(labels) or not rows:
-        raise InputError(f"{file} holds {len(rows)} examples and {len(labels)} labels; expected at least one of each")
+        raise InputError(f"{where} holds {len(rows)} examples and {len(labels)} labels; expected at least one of each")
     if not all(0 <= label < len(names) for label in labels):
-        raise InputError(f"{file}: a label is none of the {len(names)} choices")
+        raise InputError(f"{where}: a label is none of the {len(names)} choices")
     texts = []
     for row in rows:
         try:
             premise = template.format(**row)
         except KeyError as error:
-            raise InputError(f"{file}: an example has no field {error}") from error
-        texts += [(premise, str(_field(row, name, file))) for name in names]
+            raise InputError(f"{where}: an example has no field {error}") from error
+        texts += [(premise, str(_field(row, name, where))) for name in names]
     return ChoiceExamples(texts, np.array(labels, dtype=np.int64))
 
 
@@ -215,30 +277,42 @@ def load_udpos(data: Path, language: str, split: str) -> TaggedSentences:
     """Read the words and parts of speech of all treebanks of a language in one split: "train" or "test"."""
     table = data / "udpos" / f"{split}-{language}.tsv"
     if table.is_file():
-        return _tagged(_table_sentences(table), UPOS_TAGS, table)
+        return tagged_sentences(_table_sentences(table), UPOS_TAGS, table)
     pattern = f"**/UD_*/{language}_*-ud-{split}.conllu"
     files = sorted(data.glob(pattern))
     if not files:
         raise InputError(f"{data} has neither {table.relative_to(data)} nor {pattern}")
     sentences = (sentence for file in files for sentence in _conllu_sentences(file, language))
-    return _tagged(sentences, UPOS_TAGS, files[0])
+    return tagged_sentences(sentences, UPOS_TAGS, files[0])
 
 
 def load_wikiann(data: Path, language: str, split: str) -> TaggedSentences:
     """Read the words and entities of WikiANN in a language and a split: "train" or "test"."""
     file = _find(data, f"wikiann/{language}/{split}", f"panx/{split}-{language}.tsv", f"panx/{language}-{split}")
-    return _tagged(_table_sentences(file, prefix=f"{language}:"), WIKIANN_TAGS, file)
+    return tagged_sentences(_table_sentences(file, prefix=f"{language}:"), WIKIANN_TAGS, file)
 
 
-def _tagged(sentences: Iterable[list[tuple[str, str]]], known: Sequence[str], file: Path) -> TaggedSentences:
+def tagged_sentences(
+    sentences: Iterable[list[tuple[str, str]]], known: Sequence[str], where: Path | str
+) -> TaggedSentences:
+    """Check the tags of sentences of words and tags.
+
+    Args:
+        sentences: word and tag of each word.
+        known: the tags that there are.
+        where: the file of the sentences, for messages.
+
+    Raises:
+        InputError: there is no sentence, or an unknown tag.
+    """
     words, tags = [], []
     for sentence in sentences:
         if odd := sorted({tag for _, tag in sentence} - set(known)):
-            raise InputError(f"{file}: unknown tags {', '.join(map(repr, odd[:5]))}; expected {', '.join(known)}")
+            raise InputError(f"{where}: unknown tags {', '.join(map(repr, odd[:5]))}; expected {', '.join(known)}")
         words.append([word for word, _ in sentence])
         tags.append([tag for _, tag in sentence])
     if not words:
-        raise InputError(f"{file} holds no sentence")
+        raise InputError(f"{where} holds no sentence")
     return TaggedSentences(words, tags)
 
 
@@ -316,7 +390,7 @@ def load_tydiqa_train(data: Path) -> list[ContextQuestion]:
 def load_tydiqa(data: Path, language: str) -> list[ContextQuestion]:
     """Read the development set of TyDiQA-GoldP in a language, on which XTREME-R tests."""
     folder = "tydiqa/tydiqa-goldp-v1.1-dev"
-    names = (f"tydiqa-goldp-dev-{_TYDIQA_NAMES[language]}.json", f"tydiqa.{language}.dev.json")
+    names = (f"tydiqa-goldp-dev-{TYDIQA_NAMES[language]}.json", f"tydiqa.{language}.dev.json")
     return _squad_questions(_find(data, *(f"{folder}/{name}" for name in names)))
 
 
@@ -355,10 +429,24 @@ def _squad_rows(file: Path) -> Iterator[tuple[Mapping[str, Any], Mapping[str, An
 # --- retrieval --------------------------------------------------------------------------------------------------------
 
 
+def pairs_of_questions(questions: Sequence[ContextQuestion]) -> TextPairs:
+    """Pair each question with its whole text."""
+    return TextPairs([item.question for item in questions], [item.context for item in questions])
+
+
+def search_of_pairs(pairs: Mapping[str, TextPairs]) -> RetrievalData:
+    """Let the queries of every language search the passages of all; a passage that stands twice is one."""
+    places: dict[str, int] = {}
+    relevant = {
+        language: [{places.setdefault(passage, len(places))} for passage in both.passages]
+        for language, both in pairs.items()
+    }
+    return RetrievalData({language: both.queries for language, both in pairs.items()}, list(places), relevant)
+
+
 def load_squad_pairs(data: Path) -> TextPairs:
     """Read the questions of SQuAD 1.1's training set, each with its whole text."""
-    questions = load_squad(data)
-    return TextPairs([item.question for item in questions], [item.context for item in questions])
+    return pairs_of_questions(load_squad(data))
 
 
 def load_lareqa(data: Path, languages: Sequence[str]) -> RetrievalData:
@@ -367,26 +455,18 @@ def load_lareqa(data: Path, languages: Sequence[str]) -> RetrievalData:
     Only a question's own text is relevant, as in the published table. LAReQA itself asks for sentences, and counts
     those of every language.
     """
-    places: dict[str, int] = {}
-    queries: dict[str, list[str]] = {}
-    relevant: dict[str, list[set[int]]] = {}
-    for language in languages:
-        items = _squad_questions(_find(data, f"lareqa/xquad-r/{language}.json", f"xquad-r/{language}.json"))
-        queries[language] = [item.question for item in items]
-        relevant[language] = [{places.setdefault(item.context, len(places))} for item in items]
-    return RetrievalData(queries, list(places), relevant)
+    files = {code: _find(data, f"lareqa/xquad-r/{code}.json", f"xquad-r/{code}.json") for code in languages}
+    return search_of_pairs({code: pairs_of_questions(_squad_questions(file)) for code, file in files.items()})
 
 
 def load_tatoeba(data: Path, language: str) -> RetrievalData:
     """Read Tatoeba: sentences of a language, each of which searches its English translation."""
-    code = _ISO_639_3[language]
+    code = ISO_639_3[language]
     names = [f"tatoeba.{code}-eng.{end}" for end in (code, "eng")]
     theirs, english = (_find(data, f"tatoeba/{n}", f"tatoeba/v1/{n}").read_text("utf-8").splitlines() for n in names)
     if len(theirs) != len(english) or not theirs:
         raise InputError(f"tatoeba.{code}-eng has {len(theirs)} sentences and {len(english)} translations")
-    places: dict[str, int] = {}
-    relevant = [{places.setdefault(sentence, len(places))} for sentence in english]
-    return RetrievalData({language: theirs}, list(places), {language: relevant})
+    return search_of_pairs({language: TextPairs(theirs, english)})
 
 
 def load_mewslix_train(data: Path) -> TextPairs:
@@ -467,7 +547,7 @@ def _columns(header: Sequence[str], names: Sequence[str], file: Path) -> list[in
     return [header.index(name) for name in names]
 
 
-def _field(row: Mapping[str, Any], name: str, file: Path) -> Any:
+def _field(row: Mapping[str, Any], name: str, file: Path | str) -> Any:
     if name not in row:
         raise InputError(f"{file}: an example has no {name!r}; it has {', '.join(row)}")
     return row[name]

@@ -175,8 +175,8 @@ def test_command(tiny_mlm: Path, toy: Path, tmp_path: Path, capsys):
     assert "XCOPA" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["changes"] == {"max_length": 16, "epochs": 1}
-    assert main(["xtreme", str(tiny_mlm), "-o", str(tmp_path / "out")]) == 2
-    assert "missing: --data" in capsys.readouterr().err
+    assert main(["xtreme", str(tiny_mlm)]) == 2
+    assert "missing: -o/--output" in capsys.readouterr().err
     assert main(["xtreme", "--list-systems"]) == 0
     assert "arXiv 2407.19669" in capsys.readouterr().out
 
