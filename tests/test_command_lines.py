@@ -138,6 +138,7 @@ REFUSED = [
     *(("gte-train", [kind, "--data", "nowhere.csv", "-o", "out"], exit_codes.USAGE) for kind in KINDS),
     ("gte-train", ["retrieval", "foreign", "--data", "empty"], exit_codes.FAILURE),
     ("gte-train", ["needles", "foreign", "--data", "empty"], exit_codes.FAILURE),
+    ("gte-train", ["mteb", "foreign", "--tasks", "NFCorpus", "--batch-size", "0"], exit_codes.USAGE),
     ("gte-train", ["extrapolate", BUNDLE, "--data", "empty"], exit_codes.FAILURE),
 ]
 

@@ -38,6 +38,7 @@ from gte_deploy.training.finetune.options import (
     RetrievalOptions,
 )
 from gte_deploy.training.flops import GPUS
+from gte_deploy.training.mteb_options import MTEB_FILE, MtebArguments, MtebOptions
 from gte_deploy.training.needle_options import NEEDLES_FILE, NEEDLES_PLOT, NeedleArguments, NeedleOptions
 from gte_deploy.training.options import (
     EVALUATION_FILE,
@@ -428,6 +429,42 @@ def _needles(given: Given) -> int:
     return OK
 
 
+@contextlib.contextmanager
+def _open_for_mteb(name: str, options: MtebOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+    if not is_bundle(Path(name)):
+        from gte_deploy.training.evaluation.mteb_tasks import open_for_mteb
+
+        with open_for_mteb(name, options) as opened:
+            yield opened
+        return
+    from gte_deploy.integrations.mteb import GteCrossEncoder, GteEncoder
+
+    with _open_for_ranking(name, RetrievalOptions(max_length=options.max_length, device=options.device)) as opened:
+        kind, model = opened
+        yield kind, GteCrossEncoder(model) if kind == "rerank" else GteEncoder(model)
+
+
+def _mteb(given: Given) -> int:
+    arguments, options = read_options(MtebArguments, given), read_options(MtebOptions, given)
+    require_modules("mteb", extra="mteb")
+    _require_ranking(arguments.models)
+    from gte_deploy.training.evaluation.mteb_tasks import evaluate_on_mteb, table
+
+    rows = evaluate_on_mteb(
+        arguments.models,
+        arguments.tasks,
+        options=options,
+        progress=shows_progress(given),
+        open_model=_open_for_mteb,
+    )
+    text = json.dumps([row.to_dict() for row in rows], indent=2)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.output / MTEB_FILE, text + "\n")
+    print(text if "json" in given else table(rows))
+    return OK
+
+
 def _recipe(given: Given, *overrides: str) -> Recipe:
     """The recipe of the command line, with its changes and then with `overrides`."""
     from gte_deploy.training.recipe import load_recipe
@@ -534,6 +571,11 @@ _COMMANDS = {
         _needles,
         "measure whether models find a sentence in long documents, by the documents' length",
         (NeedleArguments, NeedleOptions, ReadOptions),
+    ),
+    "mteb": _Command(
+        _mteb,
+        "run tasks of MTEB for checkpoints and bundles, side by side",
+        (MtebArguments, MtebOptions),
     ),
 }
 
