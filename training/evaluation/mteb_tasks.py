@@ -6,6 +6,7 @@ load the stored type, and the code of the original layout.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -126,10 +127,9 @@ def table(rows: Sequence[MtebRow]) -> str:
 
 def _library() -> Any:
     try:
-        import mteb
+        return importlib.import_module("mteb")  # by name: type checkers need not have it
     except ImportError as error:
         raise MissingDependencyError("mteb", "mteb") from error
-    return mteb
 
 
 def _tasks(mteb: Any, names: Sequence[str], languages: Sequence[str] | None) -> list[Any]:
