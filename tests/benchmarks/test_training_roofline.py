@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import metrics
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GteConfig
@@ -132,6 +133,39 @@ def test_a_chain_is_one_kernel_that_reads_and_writes_once(kernels: ModuleType):
     assert backward.bytes >= 3 * 4 * TOKENS * INPUT
 
 
+@pytest.mark.slow
+def test_a_layer_norm_and_mlp_move_the_bytes_that_inductor_counts_after_its_fusions(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    """Inductor compiles for the CPU here; its log of metrics turns the count on, and a cached graph has none."""
+    layer: Any = build_model(build_config("gte-en-mlm-tiny"), rope_theta=10_000.0).gte.layers[0]
+
+    def compute(x: Tensor) -> Tensor:
+        return layer.post_mlp_layernorm(x + layer.post_mlp_dropout(layer.mlp(x)))
+
+    def under_autocast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return compute(x)
+
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._logging.set_logs(inductor_metrics=True)
+    try:
+        metrics.reset()
+        x = torch.randn(1, 1024, 256, requires_grad=True)
+        torch.compile(under_autocast)(x).sum().backward()
+        counted = metrics.num_bytes_accessed
+    finally:
+        torch._logging.set_logs()
+        torch._dynamo.reset()
+    assert counted > 0
+    with kernels.on_fake_gpu():
+        layer = build_model(build_config("gte-en-mlm-tiny"), rope_theta=10_000.0).gte.layers[0]
+        found = kernels.kernels_of(
+            kernels.compiled_kernels, layer, compute, (torch.zeros(1, 1024, 256, requires_grad=True),)
+        )
+    assert sum(kernel.bytes for kernel in found) == pytest.approx(counted, rel=0.03)
+
+
 def test_adamw_reads_and_writes_what_its_update_needs(kernels: ModuleType):
     parameter = nn.Parameter(torch.zeros(40, 50))
     optimizer = build_optimizer(nn.ParameterList([parameter]), Optimizer(), learning_rate=1e-3, fused=True)
@@ -163,7 +197,7 @@ def test_measures_save_what_they_are_said_to_save(roofline: ModuleType, config: 
     config.vocab_size = 8192
     shape = roofline.Shape(4096, 512, 1228)
     rows = [roofline.predict(config, shape, m, micro_batches=2) for m in roofline.STEPS.values()]
-    whole, last, chunks, compiled, packed, flash3 = rows
+    whole, last, chunks, compiled, packed, flash3, halved = rows
     assert last.computed_flops < whole.computed_flops and last.model_flops == whole.model_flops
     assert chunks.logits_bytes < last.logits_bytes
     assert compiled.bytes["elementwise"] < 0.6 * chunks.bytes["elementwise"]
@@ -182,6 +216,17 @@ def test_the_command_writes_a_table_that_says_what_it_is(folder_of_benchmarks: N
     assert "Modelled, not measured" in printed and output.with_suffix(".md").read_text() == printed
     assert [stage["stage"] for stage in report["stages"]] == ["mlm-512", "mlm-2048", "mlm-8192"]
     assert report["machine"]["gemm_flops"] == 650e12 and report["versions"]["torch"] == torch.__version__
+
+
+def test_the_table_of_the_documentation_is_that_of_the_stored_result():
+    page = (FOLDER.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = ("eager, all logits at once, whole last layer", "+ torch.compile", "+ FlashAttention-3")
+    for stage in json.loads(RESULT.read_text())["stages"]:
+        rows = [stage["rows"][name] for name in shown]
+        cells = [f"{r['share_of_peak'] * 100:.0f} %, {round(r['tokens_per_second'], -3):,.0f}" for r in rows]
+        logits = [stage["rows"][name]["logits_bytes"] / 1e9 for name in (shown[0], "+ loss in chunks")]
+        row = f"| {stage['recipe']}, {stage['stage']} | {' | '.join(cells)} | {logits[0]:.1f} → {logits[1]:.1f} |"
+        assert row in page
 
 
 @pytest.mark.slow
