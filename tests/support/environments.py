@@ -43,14 +43,14 @@ REQUIREMENTS = {
     ),
     "bulk": (
         *("ray[data]>=2.51", "pylance>=1", "pyarrow>=17", "polars", "faiss-cpu", "usearch"),
-        *("onnxruntime>=1.30.1", "numpy", "tokenizers", "huggingface_hub"),
+        *("onnxruntime>=1.31", "numpy", "tokenizers", "huggingface_hub"),
     ),
     "coreml": ("coremltools>=9", *_CONVERSION),
     "executorch": (
         "executorch>=1.5",
         "torch",
         "transformers>=5.23",
-        *("onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0", "onnxruntime>=1.30.1", "matplotlib>=3.9", "safetensors"),
+        *("onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0", "onnxruntime>=1.31", "matplotlib>=3.9", "safetensors"),
     ),
     "genai": ("openvino-genai",),
     "infinity": ("infinity-emb[torch,optimum,server]", "torch"),
@@ -62,7 +62,7 @@ REQUIREMENTS = {
     "openvino": ("sentence-transformers[openvino]>=6", "torch"),
     "optimum": (  # beside what gte-export needs: pyproject.toml
         *("optimum>=2.1", "torch", "transformers>=5.23", "onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0"),
-        *("matplotlib>=3.9", "onnxruntime>=1.30.1", "openvino>=2026.1", "safetensors>=0.5"),
+        *("matplotlib>=3.9", "onnxruntime>=1.31", "openvino>=2026.1", "safetensors>=0.5"),
     ),
     "ort120": ("onnxruntime==1.20.*", "tokenizers"),
     "ort122": ("onnxruntime==1.22.*", "tokenizers"),

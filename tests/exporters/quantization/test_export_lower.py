@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import gte_deploy
+from gte_deploy.backends import choice
 from gte_deploy.core.errors import ParityError
 from gte_deploy.exporters import export as export_module
 from gte_deploy.exporters.cli import main
 from gte_deploy.exporters.export import export
 from gte_deploy.exporters.verification import accuracy
+from hub import in_cache
 
 TEXT = "the president of the united [MASK] of america."
 
@@ -45,6 +47,18 @@ def test_the_report_says_what_int8_costs(int8):
     page = (int8.path / "report.html").read_text()
     assert "same best word as PyTorch" in page and "<small>95 %: " in page and "int8_linears 29" in page
     assert "every group of layers in INT8, the graph keeps its bounds" in page and "onnxruntime int8" in page
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx", "openvino"])
+def test_it_runs_from_the_hubs_cache_as_from_its_own_folder(int8, tmp_path, backend, monkeypatch):
+    # A CPU with INT8 instructions, on which "auto" is OpenVINO. In the cache, the files are links out of their folder.
+    monkeypatch.setattr(choice, "cpu_flags", lambda: frozenset({"avx512_vnni", "avx512f", "avx2"}))
+    texts = ["A short text.", "a longer text about the state of the union"]
+    with gte_deploy.load(int8.path, backend=backend, num_threads=1) as model:
+        expected, engine = model.encode(texts), model.backend
+    with gte_deploy.load(in_cache(int8.path, tmp_path), backend=backend, num_threads=1) as model:
+        np.testing.assert_allclose(model.encode(texts), expected, atol=1e-6)
+        assert model.backend == engine == ("openvino" if backend == "auto" else backend)
 
 
 def test_the_bundle_answers_like_fp32_and_is_small(int8):

@@ -17,7 +17,7 @@ from gte_deploy.core.install import install_command
 ROOT = Path(__file__).resolve().parents[3]
 REQUIRES = [
     "numpy>=1.26",
-    'onnxruntime>=1.30.1; python_version >= "3.11" and extra == "cpu"',
+    'onnxruntime>=1.31; python_version >= "3.11" and extra == "cpu"',
     'onnxruntime>=1.23; python_version < "3.11" and extra == "cpu"',
     'gte-deploy[cpu]; extra == "export"',
     'onnx>=1.22; extra == "export"',
