@@ -126,8 +126,8 @@ def save_graph(graph: Graph, path: Path) -> list[Path]:
 def save_graphs(graphs: Mapping[Path, Graph], data: Path) -> list[Path]:
     """Write each graph to its path, and the weights of all graphs to `data` in the same folder; return the files.
 
-    Equal weights are written once. Each file is written to a temporary folder, synced and renamed; other users can read
-    it. The same graphs give the same bytes.
+    Equal weights are written once. Each file is written to a temporary folder, synced and renamed. The same graphs give
+    the same bytes.
     """
     with tempfile.TemporaryDirectory(dir=data.parent, prefix=f".{data.name}.", suffix=".tmp") as temporary:
         store = _WeightStore(Path(temporary) / data.name)

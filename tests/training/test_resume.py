@@ -85,7 +85,7 @@ def test_dropout_is_on(undisturbed, make_recipe, corpus_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("at", "number"),
-    [(1, signal.SIGTERM), (3, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGTERM), (7, signal.SIGTERM)],
+    [(1, signal.SIGTERM), (3, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGHUP), (7, signal.SIGTERM)],
     ids=["first step", "between checkpoints", "SIGINT", "stage border", "second stage"],
 )
 def test_a_signal_saves_and_the_rest_is_bitwise_equal(
