@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent import futures
-from functools import partial
 from pathlib import Path
 
 from gte_deploy.core.cpus import available_cpus
@@ -22,6 +21,7 @@ from gte_deploy.training.data.remote import is_url, open_remote_corpus
 from gte_deploy.training.data.sampling import ChunkIndex, Chunking, open_chunk_table
 from gte_deploy.training.distributed import World
 from gte_deploy.training.options import CorpusSource
+from gte_deploy.training.run import StopRequested
 from gte_deploy.training.state import TOKENIZER_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ TABLES_FOLDER = "chunks"
 VERIFIED_FILE = "corpus-verified.json"
 """Which states of the corpus were verified, in the folder of a run."""
 _MOST_THREADS = 8
+_POLL_S = 0.2
 
 
 def open_corpus(source: CorpusSource) -> TokenCorpus:
@@ -52,7 +53,9 @@ def open_corpus(source: CorpusSource) -> TokenCorpus:
     )
 
 
-def verify_once(corpus: TokenCorpus, output: Path, world: World) -> None:
+def verify_once(
+    corpus: TokenCorpus, output: Path, world: World, *, stopped: Callable[[], bool] = lambda: False
+) -> None:
     """Compare every file of the corpus with its sha256, unless this run did so before and no file has changed since.
 
     The ranks of a node share the work; each node reads its own copy, or the shared one. A file counts as unchanged if
@@ -60,8 +63,15 @@ def verify_once(corpus: TokenCorpus, output: Path, world: World) -> None:
 
     Of a corpus at a URL each shard is verified when it has been fetched, and nothing is left to do here.
 
+    Args:
+        corpus: the corpus.
+        output: the folder of the run, which remembers what was verified.
+        world: the ranks of the run.
+        stopped: says whether a signal has asked this rank to stop.
+
     Raises:
         InputError: a file was altered, on this rank or on another one.
+        StopRequested: a signal has asked one of the ranks to stop.
     """
     if corpus.files.cache_bytes is not None:
         return
@@ -73,13 +83,17 @@ def verify_once(corpus: TokenCorpus, output: Path, world: World) -> None:
             start = time.perf_counter()
             size = sum(stat.st_size for stat in _stats(corpus))
             logger.info("verifying %s, %.1f GB; it is remembered for this run", corpus.folder, size / 1e9)
-            _verify_share(corpus)
+            _verify_share(corpus, stopped)
             logger.info("verified in %.0f s", time.perf_counter() - start)
         damaged = False
+    except StopRequested:
+        damaged = False  # as far as was read
     finally:
         damaged_anywhere = world.any(damaged)
     if damaged_anywhere:
         raise InputError(f"{corpus.folder} is damaged, as another rank found; its message names the file")
+    if world.any(stopped()):
+        raise StopRequested
     states = sorted({state for [state] in world.gather([state])})
     if world.is_main and states != known:
         write_text(record, json.dumps({"verified": states}) + "\n")
@@ -127,11 +141,26 @@ def remove_shared_tables(folder: Path) -> None:
         folder.rmdir()
 
 
-def _verify_share(corpus: TokenCorpus) -> None:
-    """Verify this rank's share of the shards."""
+def _verify_share(corpus: TokenCorpus, stopped: Callable[[], bool]) -> None:
+    """Verify this rank's share of the shards.
+
+    Raises:
+        InputError: a file was altered.
+        StopRequested: a signal has asked this rank to stop.
+    """
     rank, size = _local_rank()
     threads = min(_MOST_THREADS, max(1, available_cpus() // size))
-    _in_threads(partial(_verify, corpus), range(rank, len(corpus.shards), size), threads)
+    executor = futures.ThreadPoolExecutor(threads, thread_name_prefix="verify")
+    try:
+        pending = {executor.submit(_verify, corpus, shard) for shard in range(rank, len(corpus.shards), size)}
+        while pending:
+            if stopped():
+                raise StopRequested
+            done, pending = futures.wait(pending, _POLL_S, futures.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _local_rank() -> tuple[int, int]:
@@ -141,15 +170,6 @@ def _local_rank() -> tuple[int, int]:
 
 def _verify(corpus: TokenCorpus, shard: int) -> None:
     verify_shard(corpus.folder, corpus.shards[shard], corpus.vocab)
-
-
-def _in_threads(work: partial[None], items: Sequence[int], threads: int) -> None:
-    executor = futures.ThreadPoolExecutor(threads, thread_name_prefix="verify")
-    try:
-        for each in futures.as_completed([executor.submit(work, item) for item in items]):
-            each.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def _stats(corpus: TokenCorpus) -> list[os.stat_result]:

@@ -142,7 +142,11 @@ def train(
             stack.callback(_plot, output)
 
         if source.verify:
-            verify_once(corpus, output, world)
+            try:
+                verify_once(corpus, output, world, stopped=lambda: stop.received is not None)
+            except StopRequested:
+                _tell_stop(stop, run)
+                return RunResult(False, run.saved, None)
         if world.is_main:
             _tell_lengths(recipe, corpus, done=done.stage if done else 0)
 

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from gte_deploy.training.distributed import World
 from gte_deploy.training.log import LOG_FILE, read_log
 from gte_deploy.training.options import CorpusSource
 from gte_deploy.training.recipe import recipe_from_dict
+from gte_deploy.training.run import StopRequested
 from gte_deploy.training.run_data import VERIFIED_FILE, remove_shared_tables, shared_index, verify_once
 from gte_deploy.training.train import train
 
@@ -154,7 +157,7 @@ def on_ranks(work, size=2):
 def test_damage_that_one_rank_finds_stops_all(folder, output, monkeypatch):
     corpus = TokenCorpus.open(folder)
 
-    def share_of(corpus):
+    def share_of(corpus, stopped):
         if threading.current_thread().name == "finds":
             raise InputError("shard-00001.tokens does not match")
 
@@ -167,6 +170,35 @@ def test_damage_that_one_rank_finds_stops_all(folder, output, monkeypatch):
     first, second = on_ranks(work)
     assert "another rank" in str(first) and "does not match" in str(second)
     assert not (output / VERIFIED_FILE).exists()
+
+
+def test_a_signal_ends_the_verification_on_all_ranks(folder, output, monkeypatch):
+    corpus, read = TokenCorpus.open(folder), []
+    monkeypatch.setattr(run_data, "verify_shard", lambda *_: read.append(time.sleep(0.3)))
+    monkeypatch.setattr(run_data, "available_cpus", lambda: 1)
+
+    def work(world):
+        verify_once(corpus, output, world, stopped=lambda: world.rank == 1)
+
+    first, second = on_ranks(work)
+    assert isinstance(first, StopRequested) and isinstance(second, StopRequested)
+    assert len(read) < 2 * len(corpus.shards) and not (output / VERIFIED_FILE).exists()
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_a_run_that_is_stopped_while_it_verifies_has_no_step(make_recipe, corpus_folder, tmp_path, monkeypatch):
+    original = run_data.verify_shard
+
+    def signalled(*arguments):
+        original(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)  # which the main thread handles
+
+    monkeypatch.setattr(run_data, "verify_shard", signalled)
+    recipe = recipe_from_dict(make_recipe(steps=(1,)))
+    result = train(recipe, data=corpus_folder, output=tmp_path / "run", device="cpu")
+    assert (result.finished, result.checkpoint, result.model) == (False, None, None)
+    monkeypatch.setattr(run_data, "verify_shard", original)
+    assert train(recipe, data=corpus_folder, output=tmp_path / "run", device="cpu").finished
 
 
 def open_shared(corpus, place, world):

@@ -292,12 +292,13 @@ def persistently(work: Callable[[], None], what: str, closing: threading.Event) 
         except PermissionError as error:
             raise InputError(f"{what} may not be read: check the credentials ({error})") from error
         except Exception as error:  # each storage has exceptions of its own
+            ours = isinstance(error, GteDeployError)
+            said = str(error) if ours else f"{what} could not be fetched: {type(error).__name__}: {error}"
             if pause is None or closing.is_set():
-                if isinstance(error, GteDeployError):
+                if ours:
                     raise
-                said = f"{type(error).__name__}: {error}"
-                raise UnavailableError(f"{what} could not be fetched: {said}; try again later") from error
-            logger.warning("%s: %s; the next try is in %g s", what, error, pause)
+                raise UnavailableError(f"{said}; try again later") from error
+            logger.warning("%s; the next try is in %g s", said, pause)
             closing.wait(pause)
 
 

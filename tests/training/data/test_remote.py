@@ -1,13 +1,18 @@
 """A corpus at a URL against the same corpus in a folder; storages that fail; a cache that processes share."""
 
+import contextlib
 import http.server
 import importlib.util
+import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from functools import partial
+from urllib.parse import parse_qs
 
 import fsspec
 import numpy as np
@@ -61,6 +66,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[:100])
+        elif fault == "wait":
+            self.send_response(200)
+            self.send_header("Content-Length", "1200")
+            self.end_headers()
+            self.wfile.write(bytes(100))
+            self.rfile.read(1)  # until the client goes away
         elif fault == "short":
             self.send_response(200)
             self.send_header("Content-Length", "100")
@@ -77,9 +88,17 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def server(folder):
     """An HTTP server of the corpus: its URL, the counts of its answers, its faults."""
     kind = type("OwnHandler", (Handler,), {"counts": Counter(), "faults": {}})
+    with serving(kind, folder) as url:
+        yield url, kind.counts, kind.faults
+
+
+@contextlib.contextmanager
+def serving(kind, folder):
+    """Serve a folder on a port of this machine; the URL."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=str(folder))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", kind.counts, kind.faults
+        poll = partial(running.serve_forever, poll_interval=0.02)
+        threading.Thread(target=poll, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 
@@ -180,6 +199,61 @@ def test_other_files_come_where_there_are_any(memory, open_at):
     fsspec.filesystem("memory").pipe(f"{memory.removeprefix('memory:/')}/tokenizer/tokenizer.json", b"{}")
     corpus = open_at(memory, others=["tokenizer/tokenizer.json", "tokenizer/vocab.txt"])
     assert [path.name for path in (corpus.folder / "tokenizer").iterdir()] == ["tokenizer.json"]
+
+
+class HubHandler(Handler):
+    """Answers what huggingface_hub asks of a dataset owner/name that has the corpus in its folder tokens."""
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/owner/name/tree/main"):
+            self.answer([self.entry(file) for file in os.listdir(self.directory)])
+        elif path in ("/api/datasets/owner/name", "/api/datasets/owner/name/revision/main"):
+            self.answer({"id": "owner/name", "sha": "a" * 40, "siblings": []})
+        else:
+            self.path = path.removeprefix("/datasets/owner/name/resolve/main/tokens")
+            super().do_GET()
+
+    def do_POST(self):
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        files = [os.path.basename(name) for name in asked if name.startswith("tokens/")]
+        self.answer([self.entry(file) for file in files if os.path.exists(os.path.join(self.directory, file))])
+
+    def entry(self, file):
+        size = os.path.getsize(os.path.join(self.directory, file))
+        return {"type": "file", "path": f"tokens/{file}", "size": size, "oid": "b" * 40}
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+READ = """
+import sys
+from pathlib import Path
+from gte_deploy.training.data.remote import open_remote_corpus
+corpus = open_remote_corpus(sys.argv[1], cache=Path(sys.argv[2]), cache_bytes=10**6)
+print(corpus.tokens(90, 0, 20).tolist())
+corpus.close()
+"""
+
+
+def test_a_dataset_on_the_hub(folder, tmp_path):
+    kind = type("OwnHandler", (HubHandler,), {"counts": Counter(), "faults": {}})
+    with serving(kind, folder) as url:
+        hub = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        found = subprocess.run(
+            [sys.executable, "-c", READ, "hf://datasets/owner/name/tokens", str(tmp_path / "cache")],
+            env={**os.environ, **hub},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert json.loads(found.stdout) == TokenCorpus.open(folder).tokens(90, 0, 20).tolist()
+    assert kind.counts["shard-00003.tokens"] == 1
 
 
 # --- storages that fail -----------------------------------------------------------------------------------------------
@@ -343,6 +417,21 @@ def test_what_a_killed_fetch_left_is_written_over_or_removed(memory, open_at, tm
         os.utime(part, (1_000, 1_000))
     corpus.tokens(0, 0, 20)
     assert [path.name for path in held(tmp_path)] == ["shard-00000.tokens"] and not held(tmp_path, ".*.part")
+
+
+def test_the_next_process_fetches_what_a_killed_one_had_begun(server, open_at, tmp_path, folder):
+    url, counts, faults = server
+    faults["shard-00003.tokens"] = ["wait"]
+    process = subprocess.Popen([sys.executable, "-c", READ, url, str(tmp_path / "cache")])
+    deadline = time.monotonic() + 30
+    while not counts["shard-00003.tokens"]:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    assert held(tmp_path, ".shard-00003.tokens.lock")
+    process.kill()
+    process.wait()
+    np.testing.assert_array_equal(open_at(url).tokens(90, 0, 20), TokenCorpus.open(folder).tokens(90, 0, 20))
+    assert counts["shard-00003.tokens"] == 2 and not held(tmp_path, ".*")
 
 
 @pytest.mark.parametrize(("width", "needed"), [(None, 12), (1, 4), (2, 6), (4, 12)])
