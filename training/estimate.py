@@ -156,11 +156,12 @@ def estimate(
 
 @dataclass(frozen=True)
 class ParameterSizes:
-    """Number of parameters of the model, of one layer, and of all matrices together. Tied parameters count once."""
+    """Number of parameters of the model, of one layer, and of their matrices. Tied parameters count once."""
 
     total: int
     layer: int
     matrices: int
+    layer_matrices: int
 
 
 def parameter_sizes(config: GteConfig) -> ParameterSizes:
@@ -172,6 +173,7 @@ def parameter_sizes(config: GteConfig) -> ParameterSizes:
         total=sum(p.numel() for p in parameters),
         layer=sum(p.numel() for p in model.gte.layers[0].parameters()),
         matrices=sum(p.numel() for p in parameters if p.ndim > 1),
+        layer_matrices=sum(p.numel() for p in model.gte.layers[0].parameters() if p.ndim > 1),
     )
 
 
@@ -303,16 +305,18 @@ def _memory(
     """Count float32 weights and gradients, AdamW's two moments, and the tensors of one micro-batch.
 
     FSDP2 shards weights, gradients and moments by layers. The root (embedding and head) is gathered and stays so; and
-    one layer is gathered ahead of the layer that computes. Between the micro-batches of a step the gradients add up
-    unsharded.
+    one layer is gathered ahead of the layer that computes. In bfloat16 runs layers are gathered in bfloat16 and need no
+    casts. Between the micro-batches of a step the gradients add up unsharded.
     """
     bfloat16 = recipe.dtype != "float32"  # "auto" is bfloat16 on a GPU
     shard = gpus if recipe.sharding == "fsdp" else 1
-    gathered = sizes.total - (config.num_hidden_layers - 2) * sizes.layer if shard > 1 else 0
-    cast = 2 * sizes.matrices if bfloat16 else 0  # autocast keeps the weights' casts until the backward pass
+    root = sizes.total - config.num_hidden_layers * sizes.layer
+    gathered = 4 * root + (2 if bfloat16 else 4) * 2 * sizes.layer if shard > 1 else 0
+    # Autocast keeps the weights' casts until the backward pass.
+    cast = sizes.matrices - (config.num_hidden_layers * sizes.layer_matrices if shard > 1 else 0)
     return Memory(
-        weights=4 * (sizes.total / shard + gathered) + cast,
-        gradients=4 * (sizes.total if shard == 1 or accumulates else sizes.total / shard + gathered),
+        weights=4 * sizes.total / shard + gathered + (2 * cast if bfloat16 else 0),
+        gradients=4 * (sizes.total if shard == 1 or accumulates else sizes.total / shard + root + 2 * sizes.layer),
         optimizer=8 * sizes.total / shard,
         activations=activation_bytes(
             config,

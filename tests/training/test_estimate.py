@@ -116,6 +116,20 @@ def test_fsdp_shards_and_accumulated_gradients_stay_whole():
     assert many.memory.gradients < whole.memory.gradients / 4
 
 
+def test_fsdp_gathers_layers_in_bfloat16_and_needs_no_casts_of_them():
+    """Counted by hand: shards of everything; root and two layers gathered; casts of the root's matrices."""
+    recipe = load_recipe("gte-en-mlm-base", overrides=["sharding=fsdp"])
+    with torch.device("meta"):
+        model = build_model(build_config("gte-en-mlm-base"), rope_theta=10_000)
+    layers = list(model.gte.layers.parameters())
+    total, in_layers = (sum(p.numel() for p in some) for some in (model.parameters(), layers))
+    root_matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1) - sum(
+        p.numel() for p in layers if p.ndim > 1
+    )
+    found = estimate(recipe, Hardware(gpus=8, peak_flops=H100)).stages[0].memory.weights
+    assert found == 4 * total / 8 + 4 * (total - in_layers) + 2 * in_layers / 6 + 2 * root_matrices
+
+
 def test_lengths_of_a_corpus_are_those_that_are_sampled(corpus_folder: Path, make_recipe):
     recipe = recipe_from_dict(make_recipe(steps=(6, 6, 6), stage={"resampling": {"short_threshold": 20}}))
     corpus = TokenCorpus.open(corpus_folder)
