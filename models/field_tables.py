@@ -32,6 +32,26 @@ The weights are in `model.safetensors`, or in shards with their index, in the or
 transformers. Every tensor must belong to the model, and every parameter must get a tensor. If a folder has other
 weights instead, the error names their kind and a command that helps: pickles (`*.bin`, `*.pt`), Git LFS pointers, GGUF,
 ONNX, TensorFlow and Flax files, quantised weights, and adapters if `peft` is not installed.
+
+## Limits
+
+A checkpoint may come from anybody, so these are errors before anything is built or read:
+
+| what | limit |
+|---|---|
+| layers and heads of config.json | 1,024 |
+| hidden size and token types | 65,536 |
+| intermediate size and labels | 1,048,576 |
+| vocabulary | 16,777,216 |
+| other integers | 2,147,483,647 |
+| the limit of tokens of a text | at least the special tokens and one more |
+| JSON files, tokenizer.json | 256 MiB; only files: no pipe, socket, device or circle of links |
+| normalizer and decoder of tokenizer.json | at most 64 characters for one, all rules together; 256 rules, 32 deep |
+| words of a WordPiece tokenizer (`max_input_chars_per_word`) | 256 characters |
+| ids of tokens | twice the number of tokens, and 65,536 |
+
+If the rules of a tokenizer fail on a text, as a pattern does that goes back and forth without end, the error is an
+`InputError` for that call; it is a `CheckpointError` if they fail on the special tokens.
 """
 _EFFECTS = {"honoured": "**honoured**", "fixed": "**fixed**", "without effect": "without effect"}
 _UNKNOWN = {

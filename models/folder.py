@@ -9,6 +9,7 @@ from typing import Any
 
 from gte_deploy.core.errors import ConfigError
 from gte_deploy.core.files import checked_object, is_below, read_json
+from gte_deploy.models.weight_files import refuse_irregular
 
 MODULES_FILE = "modules.json"
 _LIBRARY = "sentence_transformers."
@@ -67,10 +68,14 @@ class CheckpointFiles:
 
     Args:
         path: the folder.
+
+    Raises:
+        CheckpointError: one of its files is a pipe, a socket or a device.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        refuse_irregular(self.path)
         self.json = _Parsed(lambda name: read_json(self.path / name))
         """Name of a file -> its contents, or None if there is no such file.
 

@@ -393,7 +393,11 @@ def _prompts(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     if not isinstance(prompts, dict):
         raise CheckpointError(f"{file}: prompts must be an object of name -> text")
-    if default is not None and default not in prompts:
+    if wrong := [name for name, text in prompts.items() if text is not None and not isinstance(text, str)]:
+        raise CheckpointError(
+            f"{file}: the prompt {wrong[0]!r} is {type(prompts[wrong[0]]).__name__}; it must be a text"
+        )
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise ConfigError(f"{file} names the default prompt {default!r}, and has {', '.join(prompts) or 'none'}.")
     return {str(name): str(text or "") for name, text in prompts.items()}, default
 

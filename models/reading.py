@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
+from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
 
 SIZES = (
     "vocab_size",
@@ -23,6 +24,24 @@ SIZES = (
 )
 """Fields of config.json for the sizes that every encoder has; each is an integer of at least 1."""
 
+_LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 10,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+    "type_vocab_size": 1 << 16,
+    "num_labels": 1 << 20,
+    # The names of GPT-2, which Nomic's files have.
+    "n_layer": 1 << 10,
+    "n_head": 1 << 10,
+    "n_embd": 1 << 16,
+    "n_inner": 1 << 20,
+}
+"""The largest values of fields for which modules, tensors or names are made before any weight is compared."""
+
+_LARGEST_INTEGER = (1 << 31) - 1
+
 
 def read_required_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file that must be there.
@@ -32,7 +51,7 @@ def read_required_json(file: Path) -> dict[str, Any]:
         ConfigError: the file is not a JSON object.
     """
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(read_regular(file, MAX_JSON_BYTES))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); a checkpoint folder has one") from error
     except (ValueError, RecursionError) as error:
@@ -88,11 +107,14 @@ class Reader:
         """Return the integer in a field.
 
         Raises:
-            ConfigError: the field is missing, or holds another value.
+            ConfigError: the field is missing, holds another value, or one that no model has (`_LARGEST`).
         """
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
             raise self.refuse(key, value, f"an integer of at least {at_least}")
+        most = _LARGEST.get(key, _LARGEST_INTEGER)
+        if value > most:
+            raise ConfigError(f"{self.file}: {key} is above {most:,}, the largest value that is read")
         return value
 
     def number(self, key: str, *, at_least: float = 0.0, below: float = math.inf) -> float:
@@ -192,6 +214,8 @@ def label_fields(reader: Reader) -> dict[str, Any]:
     if labels is not None:
         if not isinstance(labels, dict) or sorted(labels) != sorted(str(i) for i in range(len(labels))):
             raise reader.refuse("id2label", labels, "an object with the keys 0, 1, …")
+        if len(labels) > _LARGEST["num_labels"]:
+            raise ConfigError(f"{reader.file}: id2label has {len(labels):,} labels; at most 1,048,576 are read")
         fields["id2label"] = {int(index): str(label) for index, label in labels.items()}
         fields["label2id"] = {label: index for index, label in fields["id2label"].items()}
     if "num_labels" in reader.raw:

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, normalizers
 from gte_deploy.core.errors import CheckpointError, ConfigError, MissingDependencyError
 from gte_deploy.core.files import write_text
 from gte_deploy.models.reading import without_warnings_of_types
-from gte_deploy.models.weight_files import refuse_pointer
+from gte_deploy.models.weight_files import refuse_irregular, refuse_pointer
+from gte_deploy.text.rules import check_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,6 +150,7 @@ def resolve_tokenizer(
         CheckpointError: AutoTokenizer cannot read the files, or builds something other than a fast tokenizer.
         MissingDependencyError: the folder has a sentencepiece model alone, and sentencepiece is not installed.
     """
+    refuse_irregular(folder)
     _require_sentencepiece(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         refuse_pointer(folder / name)
@@ -170,6 +172,7 @@ def resolve_tokenizer(
             f"{folder}: transformers reads a {type(theirs).__name__}, which runs in Python and has no tokenizer.json. "
             "Convert it with transformers to a fast tokenizer, and save that."
         )
+    check_rules(backend)
     if theirs.pad_token is None:
         raise CheckpointError(f"{folder}: no file of the tokenizer names a pad_token. Add it to tokenizer_config.json.")
     if getattr(theirs, "split_special_tokens", False):
@@ -213,7 +216,9 @@ def _auto_tokenizer(folder: Path, arguments: dict[str, Any]) -> PreTrainedTokeni
             return AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **arguments
             )
-    except Exception as error:  # many libraries; the tokenizers library raises plain Exception
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # many libraries; the tokenizers library raises plain Exception, or panics
         raise CheckpointError(
             f"{folder}: transformers' AutoTokenizer cannot read the tokenizer ({type(error).__name__}: {error}). "
             "A checkpoint has a tokenizer.json, or a vocab.txt with a tokenizer_config.json that names its class."

@@ -1,16 +1,19 @@
 """Finds the weight files of a checkpoint folder, and says what a folder without weights holds instead. No torch."""
 
 import json
+import os
 from pathlib import Path
 
 from gte_deploy.core.errors import CheckpointError
-from gte_deploy.core.files import read_json_object
+from gte_deploy.core.files import is_special, read_json_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+# The ends of the names that a reader of checkpoints opens.
+_READ = (".json", ".safetensors", ".txt", ".model", ".metadata", ".jinja")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TO_SAFETENSORS = (
@@ -57,12 +60,36 @@ def has_weights(folder: Path) -> bool:
     return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
 
 
-def refuse_pointer(file: Path) -> None:
-    """Refuse a file that is only the pointer of Git LFS.
+def refuse_irregular(folder: Path) -> None:
+    """Refuse a folder that has a pipe, a socket or a device under a name that some reader would open.
 
     Raises:
-        CheckpointError: the file is a pointer.
+        CheckpointError: the message names it.
     """
+    try:
+        names = [name for name in os.listdir(folder) if name.endswith(_READ)]
+    except OSError:
+        return  # there is no such folder, which its readers tell
+    for name in names:
+        _refuse_irregular_file(folder / name)
+
+
+def _refuse_irregular_file(file: Path) -> None:
+    try:
+        special = is_special(file)
+    except OSError as error:  # links in a circle, or a folder of somebody else
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if special:
+        raise CheckpointError(f"{file} is a pipe, a socket or a device, not a file. Copy the checkpoint again.")
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a file that is only the pointer of Git LFS, or that is no regular file.
+
+    Raises:
+        CheckpointError: the file is a pointer, a pipe, a socket or a device.
+    """
+    _refuse_irregular_file(file)
     try:
         with file.open("rb") as stream:
             is_pointer = stream.read(len(_POINTER)) == _POINTER

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from gte_deploy.core.errors import CheckpointError, GteDeployError, InputError, OutputExistsError
+from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
 
 _CHUNK_BYTES = 1 << 20
 _MOST_LINKS = 40  # as in Linux
@@ -86,7 +87,7 @@ def read_json(
         GteDeployError: the file cannot be read, or is not JSON; it is an instance of `error`.
     """
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        return json.loads(read_regular(path, MAX_JSON_BYTES)) if path.is_file() else None
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause}") from cause
     except (ValueError, RecursionError) as cause:

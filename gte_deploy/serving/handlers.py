@@ -26,6 +26,7 @@ from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.similarity import similarity_matrix
 from gte_deploy.tasks.sparse import SparseEmbedding
 from gte_deploy.text.chunking import SentenceChunks, TokenChunks
+from gte_deploy.text.rules import failures_as
 
 # What one answer may hold: numbers of token embeddings, and objects of JSON, of which each takes far more memory.
 MAX_NUMBERS = 1 << 25
@@ -345,7 +346,8 @@ def tokenize(work: Work, request: forms.TokenizeRequest) -> Answer:
     count = 0
     for text in texts:
         whole = prompt + text
-        found = work.served.tokenizer.encode(whole, add_special_tokens=request.add_special_tokens)
+        with failures_as(InputError, "a text cannot be tokenised"):
+            found = work.served.tokenizer.encode(whole, add_special_tokens=request.add_special_tokens)
         count += len(found.ids)
         if count > MAX_OBJECTS:
             raise _too_large(f"more than {MAX_OBJECTS:,} tokens")

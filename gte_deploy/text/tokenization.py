@@ -22,9 +22,11 @@ from tokenizers import Tokenizer, decoders
 
 from gte_deploy.core.errors import CheckpointError, InputError, TooLongError
 from gte_deploy.core.files import read_json_object
+from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
 from gte_deploy.text.batching import TypedRow
 from gte_deploy.text.filling import cleaned_up, filled_texts
 from gte_deploy.text.inputs import check_integer
+from gte_deploy.text.rules import check_rules, failures_as
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +119,14 @@ class TextTokenizer:
         """
         if truncation_side not in ("right", "left"):
             raise CheckpointError(f"truncation_side is {truncation_side!r}; expected 'right' or 'left'")
+        check_rules(tokenizer)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._clean_up = clean_up
         self._cuts_left = truncation_side == "left"
-        self.template = _template(tokenizer, pad_token)
+        with failures_as(CheckpointError, "the rules of tokenizer.json fail"):
+            self.template = _template(tokenizer, pad_token)
         self.pad_token_id: int | None = tokenizer.token_to_id(pad_token)
         self.mask_token = mask_token
         self.mask_token_id = None if mask_token is None else tokenizer.token_to_id(mask_token)
@@ -336,7 +340,10 @@ class TextTokenizer:
                 if found is not None:
                     yield *found, False
                     continue
-            encoding = self._tokenizer.encode(text, is_pretokenized=not isinstance(text, str), add_special_tokens=False)
+            with failures_as(InputError, _fails(f"input {index}")):
+                encoding = self._tokenizer.encode(
+                    text, is_pretokenized=not isinstance(text, str), add_special_tokens=False
+                )
             yield encoding, len(encoding.ids), True
 
     def _piece(self, index: int, encoding: Any, cut: tuple[int, int], *, as_words: bool) -> Piece:
@@ -376,21 +383,23 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids, as transformers decodes them."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with failures_as(InputError, "these token ids cannot be decoded"):
+            text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return cleaned_up(text) if self._clean_up else text
 
     def decode_filled(
         self, before: Sequence[int], candidates: Sequence[int], after: Sequence[int], *, skip_special_tokens: bool
     ) -> list[str]:
         """For each candidate the text that `decode` gives for the ids `[*before, candidate, *after]`, in less time."""
-        return filled_texts(
-            self._tokenizer,
-            before,
-            candidates,
-            after,
-            skip_special_tokens=skip_special_tokens,
-            clean_up=cleaned_up if self._clean_up else None,
-        )
+        with failures_as(InputError, "these token ids cannot be decoded"):
+            return filled_texts(
+                self._tokenizer,
+                before,
+                candidates,
+                after,
+                skip_special_tokens=skip_special_tokens,
+                clean_up=cleaned_up if self._clean_up else None,
+            )
 
     def target_ids(self, targets: Sequence[str]) -> list[int]:
         """Ids of the target words, each once, in the order given.
@@ -428,10 +437,11 @@ class TextTokenizer:
         return self._encode_all([text])[0]
 
     def _encode_all(self, texts: Sequence[str]) -> Sequence[Any]:
-        if len(texts) == 1 and len(texts[0]) <= _ALONE_CHARS:
-            return [self._tokenizer.encode(texts[0], add_special_tokens=False)]
-        found: Sequence[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
-        return found
+        with failures_as(InputError, _fails("one of the texts")):
+            if len(texts) == 1 and len(texts[0]) <= _ALONE_CHARS:
+                return [self._tokenizer.encode(texts[0], add_special_tokens=False)]
+            found: Sequence[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
+            return found
 
     def _encode_bounded(
         self, texts: Sequence[str], budget: int, indices: Sequence[int]
@@ -447,7 +457,7 @@ class TextTokenizer:
 
     def _look_ahead(self, budget: int) -> int:
         """The most characters of a text that is tokenised whole."""
-        return MAX_TOKENIZED_CHARS if self._cuts_left else min(_CHARS_PER_TOKEN * budget, MAX_TOKENIZED_CHARS)
+        return MAX_TOKENIZED_CHARS if self._cuts_left else min(_CHARS_PER_TOKEN * max(1, budget), MAX_TOKENIZED_CHARS)
 
     def _cut(self, parts: list[list[int]], budget: int) -> list[list[int]]:
         """The ids of one or two texts, cut to `budget` tokens."""
@@ -476,9 +486,9 @@ class TextTokenizer:
             )
         size = self._look_ahead(budget)
         while size < len(text):
-            encoding = self._tokenizer.encode(
-                text[:size], add_special_tokens=False
-            )  # encode_batch_fast gives no word ids
+            with failures_as(InputError, _fails(f"input {index}")):
+                # encode_batch_fast gives no word ids
+                encoding = self._tokenizer.encode(text[:size], add_special_tokens=False)
             words = [word or 0 for word in encoding.word_ids]
             last_safe = (words[-1] if words else 0) - _UNSAFE_WORDS
             yield encoding, bisect_right(words, last_safe)
@@ -509,9 +519,12 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
             ".save_pretrained(…)."
         )
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises Exception for every malformed file
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+        data = read_regular(path, MAX_JSON_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    # The Rust library raises Exception for every malformed file, and panics for some.
+    with failures_as(CheckpointError, f"{path} cannot be read as a tokenizer"):
+        tokenizer = Tokenizer.from_buffer(data)
     config = read_json_object(folder / "tokenizer_config.json")
     if tokenizer.decoder is None and str(config.get("tokenizer_class")).startswith("Bert"):
         tokenizer.decoder = decoders.WordPiece(prefix="##")  # the default of that class in transformers
@@ -529,8 +542,22 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def checked_max_length(value: int | None, *, low: int, limit: int) -> int:
-    """The caller's `max_length`, or the model's own `limit` if the caller gives none."""
+    """The caller's `max_length`, or the model's own `limit` if the caller gives none.
+
+    Raises:
+        InputError: the value is outside its range.
+        CheckpointError: the model takes fewer tokens than `low`, which its special tokens and the text need.
+    """
+    if limit < low:
+        raise CheckpointError(
+            f"the model takes {limit} tokens, and its special tokens with one token of each text are {low}. Correct "
+            "max_seq_length or model_max_length in the checkpoint's files."
+        )
     return limit if value is None else check_integer("max_length", value, low, limit)
+
+
+def _fails(what: str) -> str:
+    return f"{what} cannot be tokenised: the rules of tokenizer.json fail on it"
 
 
 def _content(token: Any) -> str | None:
