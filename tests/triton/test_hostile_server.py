@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gte_deploy.core.errors import (
     BackendError,
@@ -29,8 +31,11 @@ from gte_deploy.core.errors import (
     UnavailableError,
 )
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.tasks import fill_mask
 from gte_deploy.triton import Client
 from gte_deploy.triton import transport as triton_transport
+from gte_deploy.triton.address import parse_address
+from gte_deploy.triton.answers import checked_answer, forms, read_description
 
 Answer = bytes | Iterable[bytes]
 
@@ -771,3 +776,43 @@ def test_an_empty_configuration_of_grpc(grpc_server: Any):
     grpc_server.config = lambda *_: service_pb2.ModelConfigResponse()
     with pytest.raises(BackendError, match="the configuration of gte_"):
         Client(grpc_server.url)
+
+
+@st.composite
+def changed(draw: st.DrawFn, good: bytes) -> bytes:
+    """A few bytes of an answer replaced, removed, put in or repeated."""
+    data = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(data)))
+        end = min(len(data), place + draw(st.integers(0, 8)))
+        data[place:end] = draw(st.one_of(st.binary(max_size=8), st.just(bytes(data[place:end]) * 3)))
+    return bytes(data)
+
+
+ADDRESS = parse_address("http://server:8000")
+HEADER, DATA = body_of(*MASKS).partition(b"\r\n\r\n")[2].split(b"}]}", 1)
+MASKS_HEADER = HEADER + b"}]}"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(header=st.one_of(st.just(MASKS_HEADER), changed(MASKS_HEADER)), data=st.one_of(st.just(DATA), changed(DATA)))
+def test_any_answer_is_right_or_a_typed_error(header: bytes, data: bytes):
+    spec = ModelSpec(task="fill-mask", max_length=512, vocab_size=VOCABULARY, hidden_size=4, pad_token_id=0)
+    try:
+        parts = triton_transport._http_outputs(header + data, str(len(header)), "m", ADDRESS)
+        values = triton_transport._arrays(parts, fill_mask.SERVED.outputs, "m", ADDRESS)
+        checked = checked_answer(values, forms(fill_mask.SERVED, spec, 4), 3, where="m")
+    except BackendError:
+        return
+    found = fill_mask.from_tensors(checked)
+    assert len(found) == 3 and all(1 <= len(masks) <= 2 for masks in found)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(config=changed(config_of()))
+def test_any_description_is_read_or_a_typed_error(config: bytes):
+    try:
+        found = read_description(triton_transport._json_object(config, "m", ADDRESS), "m")
+    except BackendError:
+        return
+    assert 1 <= found.max_rows <= 65_536 and found.spec.max_length >= 1

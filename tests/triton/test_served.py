@@ -399,3 +399,19 @@ def test_many_masks_and_answers_keep_nobody_waiting(raw: Any, server: Any, conne
         assert whole.shape == (1, 1, 30_000) and len(set(whole.ravel())) > 29_000
         assert client.fill_mask("The [MASK] sat.") == expected
         assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("bundle", ["tiny"], indirect=True)
+def test_gaps_without_end_keep_nobody_waiting(server: Any, connect: Callable[..., Any]):
+    """Four megabytes of spaces have no token, so all of them would be read to find the ones that stay."""
+    with connect(server, "http") as client:
+        expected = client.encode("The cat sat.")
+        started = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(InputError, match="of which at most 1,048,576 are read to find its first 8,190 tokens"):
+                client.encode(" " * (4 << 20), truncation=True)
+        np.testing.assert_array_equal(client.encode("The cat sat."), expected)
+        assert time.monotonic() - started < 8  # it took 1.7 s for each of them, on an idle machine
+        # Long texts of words are cut as ever, and a list of them goes in several requests.
+        long = ["the cat sat " * 100_000 + str(number) for number in range(5)]
+        assert client.encode(long, truncation=True, max_length=16).shape == (5, 256)
