@@ -123,6 +123,11 @@ class Run:
     interventions: list[Mapping[str, Any]] = field(default_factory=list)
     _pending: list[tuple[StepRecord, Tensor, Tensor]] = field(default_factory=list)
 
+    @property
+    def corpora(self) -> list[TokenCorpus]:
+        """The corpus, and that of the held-out text if there is one."""
+        return [self.corpus] if self.evaluation is None else [self.corpus, self.evaluation.corpus]
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Take over the totals of a checkpoint."""
         self.saved, state = checkpoint.path, checkpoint.state

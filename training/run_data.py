@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -54,9 +54,9 @@ def open_corpus(source: CorpusSource) -> TokenCorpus:
 
 
 def verify_once(
-    corpus: TokenCorpus, output: Path, world: World, *, stopped: Callable[[], bool] = lambda: False
+    corpora: Sequence[TokenCorpus], output: Path, world: World, *, stopped: Callable[[], bool] = lambda: False
 ) -> None:
-    """Compare every file of the corpus with its sha256, unless this run did so before and no file has changed since.
+    """Compare every file of the corpora with its sha256, unless this run did so before and no file has changed since.
 
     The ranks of a node share the work; each node reads its own copy, or the shared one. A file counts as unchanged if
     it has the same size, time of modification and inode. Every rank has to call this.
@@ -64,7 +64,7 @@ def verify_once(
     Of a corpus at a URL each shard is verified when it has been fetched, and nothing is left to do here.
 
     Args:
-        corpus: the corpus.
+        corpora: the corpora of the run.
         output: the folder of the run, which remembers what was verified.
         world: the ranks of the run.
         stopped: says whether a signal has asked this rank to stop.
@@ -73,13 +73,14 @@ def verify_once(
         InputError: a file was altered, on this rank or on another one.
         StopRequested: a signal has asked one of the ranks to stop.
     """
-    if corpus.files.cache_bytes is not None:
-        return
-    state, record = _state(corpus), output / VERIFIED_FILE
+    here = [corpus for corpus in corpora if corpus.files.cache_bytes is None]
+    own_states, record = [_state(corpus) for corpus in here], output / VERIFIED_FILE
     known = _verified_states(record)
     damaged = True
     try:
-        if state not in known:
+        for corpus, state in zip(here, own_states, strict=True):
+            if state in known:
+                continue
             start = time.perf_counter()
             size = sum(stat.st_size for stat in _stats(corpus))
             logger.info("verifying %s, %.1f GB; it is remembered for this run", corpus.folder, size / 1e9)
@@ -91,10 +92,10 @@ def verify_once(
     finally:
         damaged_anywhere = world.any(damaged)
     if damaged_anywhere:
-        raise InputError(f"{corpus.folder} is damaged, as another rank found; its message names the file")
+        raise InputError("a corpus is damaged, as another rank found; its message names the file")
     if world.any(stopped()):
         raise StopRequested
-    states = sorted({state for [state] in world.gather([state])})
+    states = sorted({state for row in world.gather(own_states) for state in row})
     if world.is_main and states != known:
         write_text(record, json.dumps({"verified": states}) + "\n")
 

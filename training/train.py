@@ -143,7 +143,7 @@ def train(
 
         if source.verify:
             try:
-                verify_once(corpus, output, world, stopped=lambda: stop.received is not None)
+                verify_once(run.corpora, output, world, stopped=lambda: stop.received is not None)
             except StopRequested:
                 _tell_stop(stop, run)
                 return RunResult(False, run.saved, None)

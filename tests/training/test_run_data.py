@@ -52,7 +52,7 @@ def flip(path, at=100):
 
 
 def verify(folder, output):
-    verify_once(TokenCorpus.open(folder), output, ALONE)
+    verify_once([TokenCorpus.open(folder)], output, ALONE)
 
 
 @pytest.mark.parametrize("name", ["shard-00000.tokens", "shard-00003.tokens", "shard-00002.offsets"])
@@ -113,6 +113,21 @@ def test_the_ranks_of_a_node_share_the_work(folder, output, monkeypatch):
         verify(folder, output)
 
 
+def test_the_held_out_text_is_verified_and_remembered_too(folder, output, tmp_path, monkeypatch):
+    held_out = write_corpus(tmp_path / "held-out", random_documents([20] * 3))
+
+    def both():
+        verify_once([TokenCorpus.open(folder), TokenCorpus.open(held_out)], output, ALONE)
+
+    both()
+    with monkeypatch.context() as patched:
+        patched.setattr(run_data, "verify_shard", refuse)
+        both()
+    flip(held_out / "shard-00000.tokens")
+    with pytest.raises(InputError, match="held-out/shard-00000.tokens does not match its sha256"):
+        both()
+
+
 class Ranks:
     """Worlds of threads that vote as processes do."""
 
@@ -165,7 +180,7 @@ def test_damage_that_one_rank_finds_stops_all(folder, output, monkeypatch):
 
     def work(world):
         threading.current_thread().name = "finds" if world.rank else "finds nothing"
-        verify_once(corpus, output, world)
+        verify_once([corpus], output, world)
 
     first, second = on_ranks(work)
     assert "another rank" in str(first) and "does not match" in str(second)
@@ -178,7 +193,7 @@ def test_a_signal_ends_the_verification_on_all_ranks(folder, output, monkeypatch
     monkeypatch.setattr(run_data, "available_cpus", lambda: 1)
 
     def work(world):
-        verify_once(corpus, output, world, stopped=lambda: world.rank == 1)
+        verify_once([corpus], output, world, stopped=lambda: world.rank == 1)
 
     first, second = on_ranks(work)
     assert isinstance(first, StopRequested) and isinstance(second, StopRequested)

@@ -29,7 +29,7 @@ class RunEvaluation:
     """The held-out text of a run. Tokens are hidden as the stage hides them, so that the losses can be compared."""
 
     def __init__(self, corpus: TokenCorpus, recipe: Recipe, world: World) -> None:
-        self._corpus, self._recipe, self._world = corpus, recipe, world
+        self.corpus, self._recipe, self._world = corpus, recipe, world
         self._texts: dict[str, HeldOutText] = {}
 
     @classmethod
@@ -76,7 +76,7 @@ class RunEvaluation:
 
         def predict(batch: MicroBatch) -> tuple[Tensor, Tensor]:
             if recipe.compile:  # the shape for which the layers are compiled
-                budget, pad_id = recipe.tokens_per_micro_batch, self._corpus.vocab.pad_id
+                budget, pad_id = recipe.tokens_per_micro_batch, self.corpus.vocab.pad_id
                 batch = pad_to_static(batch, num_tokens=budget, max_length=stage.max_length, pad_id=pad_id)
             inner: Any = module.module if isinstance(module, DistributedDataParallel) else module
             with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
@@ -93,7 +93,7 @@ class RunEvaluation:
             recipe = self._recipe
             self._texts = {
                 stage.name: HeldOutText(
-                    self._corpus, stage.max_length, stage.masking, recipe.evaluate_tokens, recipe.seed
+                    self.corpus, stage.max_length, stage.masking, recipe.evaluate_tokens, recipe.seed
                 )
             }
         return self._texts[stage.name]
