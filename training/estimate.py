@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +19,9 @@ from gte_deploy.training.data.sampling import ChunkSurvey, SampleLengths, survey
 from gte_deploy.training.flops import training_flops
 from gte_deploy.training.log import format_seconds
 from gte_deploy.training.model import model_config, model_source
-from gte_deploy.training.options import Hardware
+from gte_deploy.training.options import CorpusSource, Hardware
 from gte_deploy.training.recipe import Recipe, Stage
+from gte_deploy.training.run_data import open_corpus
 from gte_deploy.training.state import stage_seed
 
 GIB = 1 << 30
@@ -203,16 +205,16 @@ def corpus_lengths(corpus: TokenCorpus, stage: Stage, *, seed: int) -> Lengths:
     return Lengths(found.sampled.mean, found.sampled.mean_square, found)
 
 
-def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Path | None) -> list[Lengths] | None:
-    """Return the lengths of each stage: from the corpus folder `data`, or from one average per stage, or None.
+def stage_lengths(recipe: Recipe, *, averages: Sequence[float] | None, data: Path | str | None) -> list[Lengths] | None:
+    """Return the lengths of each stage: from the corpus in the folder or at the URL `data`, or from averages, or None.
 
     Raises:
-        InputError: the folder is no corpus, the averages are not one for each stage, or one is above max_length.
+        InputError: there is no corpus, the averages are not one for each stage, or one is above max_length.
     """
     if data is not None:
-        corpus = TokenCorpus.open(data)
-        seeds = [stage_seed(recipe.seed, number) for number in range(len(recipe.stages))]
-        return [corpus_lengths(corpus, stage, seed=seed) for stage, seed in zip(recipe.stages, seeds, strict=True)]
+        with contextlib.closing(open_corpus(CorpusSource(data=data))) as corpus:
+            seeds = [stage_seed(recipe.seed, number) for number in range(len(recipe.stages))]
+            return [corpus_lengths(corpus, stage, seed=seed) for stage, seed in zip(recipe.stages, seeds, strict=True)]
     if averages is None:
         return None
     if len(averages) != len(recipe.stages):

@@ -240,7 +240,7 @@ class EstimateOptions:
     Args:
         sharding: sharding in place of the recipe's.
         averages: mean tokens of a sequence, one number for each stage.
-        data: folder of a corpus, whose sampled lengths replace full sequences.
+        data: folder or URL of a corpus, whose sampled lengths replace full sequences.
         price: price of one GPU-hour.
 
     Raises:
@@ -258,11 +258,11 @@ class EstimateOptions:
         metavar="N",
         parse=float,
     )
-    data: Path | None = option(
+    data: Path | str | None = option(
         None,
-        "corpus folder, whose sampled lengths replace full sequences; not with --avg-tokens",
+        "corpus folder or URL, whose sampled lengths replace full sequences; not with --avg-tokens",
         metavar="FOLDER",
-        parse=Path,
+        parse=_place,
     )
     price: float | None = option(None, "price of one GPU-hour; the total price is printed", metavar="P", parse=float)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from gte_deploy.training.estimate import (
     corpus_lengths,
     estimate,
     parameter_sizes,
+    stage_lengths,
     table,
 )
 from gte_deploy.training.flops import GPUS, device_peak_flops
@@ -143,6 +145,16 @@ def test_lengths_of_a_corpus_are_those_that_are_sampled(corpus_folder: Path, mak
     assert sampled.flops < full.flops
     bound = estimate(recipe, Hardware(peak_flops=1e12), lengths=[average_lengths(recipe.stages[0], 16)] * 3).stages[0]
     assert (bound.tokens, bound.attention_flops_per_token) == (6 * 8 * 16, full.stages[0].attention_flops_per_token)
+
+
+def test_lengths_of_a_corpus_at_a_url_need_no_shard_of_tokens(corpus_folder: Path, make_recipe, tmp_path):
+    recipe = recipe_from_dict(make_recipe(steps=(6, 6)))
+    place = shutil.copytree(corpus_folder, tmp_path / "storage")
+    for file in place.glob("*.tokens"):
+        file.unlink()
+    assert stage_lengths(recipe, averages=None, data=place.as_uri()) == stage_lengths(
+        recipe, averages=None, data=corpus_folder
+    )
 
 
 def test_peaks_are_those_of_the_training_log(monkeypatch):

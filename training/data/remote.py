@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FETCHES = 4  # at once, in each process
-_PAUSES_S = (1.0, 4.0, 16.0)  # before the second try of a fetch, and before those after it
+_PAUSES_S = (1.0, 4.0, 16.0, 60.0, 60.0)  # before the second try of a fetch, and before those after it
+_WRONG_PAUSES = 2  # of them, for a file that came, and does not match its sha256
 _POLL_S = 0.05
 _ABANDONED_S = 3600.0  # a file that nobody has written to for so long was left by a killed process
 _TRIES = 4  # of a file that another process removes, or that is damaged in the cache
@@ -271,6 +272,8 @@ class _Shelf:
                     break
                 path.unlink(missing_ok=True)  # a process that has mapped it keeps it until it is done with it
                 excess -= sizes[path]
+            if excess > 0:  # what is in use stays, whatever the bound
+                logger.warning("%s holds %d bytes more than cache_bytes %d", root, excess, self.cache_bytes)
             self._parts[part.name] = size
             part.touch()
         finally:
@@ -281,10 +284,10 @@ def persistently(work: Callable[[], None], what: str, closing: threading.Event) 
     """Call `work` until it succeeds, a few times, with growing pauses.
 
     Raises:
-        InputError: the file does not exist, or did not match its sha256 each time.
+        InputError: the file does not exist or may not be read, or did not match its sha256 each time.
         UnavailableError: the storage failed each time, or `closing` was set.
     """
-    for pause in (*_PAUSES_S, None):
+    for number, pause in enumerate((*_PAUSES_S, None)):
         try:
             return work()
         except FileNotFoundError as error:
@@ -294,7 +297,7 @@ def persistently(work: Callable[[], None], what: str, closing: threading.Event) 
         except Exception as error:  # each storage has exceptions of its own
             ours = isinstance(error, GteDeployError)
             said = str(error) if ours else f"{what} could not be fetched: {type(error).__name__}: {error}"
-            if pause is None or closing.is_set():
+            if pause is None or closing.is_set() or (ours and number == _WRONG_PAUSES):
                 if ours:
                     raise
                 raise UnavailableError(f"{said}; try again later") from error

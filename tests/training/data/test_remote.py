@@ -105,7 +105,7 @@ def serving(kind, folder):
 @pytest.fixture
 def open_at(tmp_path, monkeypatch):
     """Open a corpus at a URL with a cache in tmp_path, and close it at the end."""
-    monkeypatch.setattr(remote, "_PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.01, 0.01, 0.01))
     opened = []
 
     def call(url, *, cache_bytes=ROOM, **options):
@@ -270,13 +270,23 @@ def test_a_fetch_that_breaks_off_is_repeated(server, open_at, caplog, folder, fa
 
 
 def test_a_storage_that_stays_away_is_named(server, open_at):
-    url, _, faults = server
+    url, counts, faults = server
     corpus = open_at(url)
     faults["shard-00003.tokens"] = ["error"] * 9
     with pytest.raises(UnavailableError, match=f"{url}/shard-00003.tokens could not be fetched.*503"):
         corpus.tokens(90, 0, 20)
+    assert counts["shard-00003.tokens"] == 4
     faults.clear()
     corpus.tokens(90, 0, 20)  # it comes back
+
+
+def test_a_file_that_is_another_one_is_fetched_three_times(server, open_at):
+    url, counts, faults = server
+    corpus = open_at(url)
+    faults["shard-00003.tokens"] = ["short"] * 9
+    with pytest.raises(InputError, match="is not the file that the index"):
+        corpus.tokens(90, 0, 20)
+    assert counts["shard-00003.tokens"] == 3
 
 
 def test_a_truncated_shard_is_refused(memory, open_at, tmp_path):
@@ -407,6 +417,15 @@ def test_shards_that_are_needed_do_not_make_room(memory, open_at, tmp_path):
     for shard in (4, 5):
         corpus.tokens(30 * shard, 0, 20)
     assert [path.name for path in held(tmp_path)] == [f"shard-{i:05d}.tokens" for i in (0, 1, 5)]
+
+
+def test_a_bound_that_cannot_be_kept_is_told(memory, open_at, tmp_path, caplog):
+    corpus = open_at(memory, cache_bytes=SHARD_BYTES)
+    corpus.files.fetch_ahead([0])
+    settle(tmp_path, ["shard-00000.tokens"])
+    with caplog.at_level(logging.WARNING):
+        corpus.tokens(30, 0, 20)
+    assert f"{SHARD_BYTES} bytes more than cache_bytes {SHARD_BYTES}" in caplog.text
 
 
 def test_what_a_killed_fetch_left_is_written_over_or_removed(memory, open_at, tmp_path):
