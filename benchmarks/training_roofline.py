@@ -85,6 +85,7 @@ class Measures:
     packed_projections: bool = False
     flash: str = "FA2"
     half_residuals: bool = False
+    apart: bool = False  # attention and MLP are compiled apart from the norms, as sharding: fsdp in bfloat16 makes it
 
 
 # In the order of the table; each has those before it.
@@ -95,6 +96,7 @@ STEPS: dict[str, Measures] = {
     "+ last layer for masked tokens": Measures(compile=False, chunked_loss=False, packed_projections=False),
     "+ loss in chunks": Measures(compile=False, packed_projections=False),
     "+ torch.compile": Measures(packed_projections=False),
+    "the same with sharding: fsdp": Measures(packed_projections=False, apart=True),
     "+ packed projections (left out)": Measures(packed_projections=True),
     "+ FlashAttention-3": Measures(packed_projections=True, flash="FA3"),
     "+ residuals in bfloat16 (left out)": Measures(packed_projections=True, flash="FA3", half_residuals=True),
@@ -169,14 +171,14 @@ class StepModel:
         else:
             end = kernels_of(trace, last, ordinary(last), (x, cos, sin, bounds))
             end += kernels_of(eager_kernels, nn.Identity(), lambda x, rows: x[0].index_select(0, rows), (x, rows))
+        if self.measures.apart:
+            ordinary_layer = layer_apart(first, (x, cos, sin, bounds), length=shape.length)
+        else:
+            ordinary_layer = kernels_of(trace, first, ordinary(first), (x, cos, sin, bounds))
         transform = kernels_of(trace, head, lambda chosen: _transform(head, chosen), (chosen[0],))
         return [
             Part("embeddings", 1, kernels_of(eager_kernels, gte.embeddings, embed, (ids,))),
-            Part(
-                "layer",
-                self.config.num_hidden_layers - 1,
-                kernels_of(trace, first, ordinary(first), (x, cos, sin, bounds)),
-            ),
+            Part("layer", self.config.num_hidden_layers - 1, ordinary_layer),
             Part("last layer", 1, end),
             Part("head", 1, transform),
             Part("loss", 1, tuple(self._loss())),
@@ -224,6 +226,35 @@ class StepModel:
             "accumulate": Kernel("accumulate", "elementwise", 0.0, 3 * size),
             "optimizer": Kernel("norm and AdamW", "elementwise", 0.0, size + 7 * size),
         }
+
+
+class FlatLinear(nn.Linear):
+    """A linear layer on rows: its output is no view of another tensor, which the trace does not take."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(0, -2))
+
+
+def layer_apart(layer: Any, inputs: Sequence[Tensor], *, length: int) -> tuple[Kernel, ...]:
+    """Kernels of a layer, which it changes, of which attention, MLP and the rest are compiled by themselves."""
+    layer.self_attn.o_proj.__class__ = layer.mlp.down_proj.__class__ = FlatLinear
+    x = inputs[0].flatten(0, 1).detach().requires_grad_()
+    added = torch.zeros_like(x, dtype=torch.bfloat16, requires_grad=True)
+
+    def attend(x: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor) -> Tensor:
+        return layer.self_attn(x, position_embeddings=(cos, sin), cu_seqlens=bounds, max_seqlen=length)[0]
+
+    def add(x: Tensor, added: Tensor) -> Tensor:
+        return layer.post_mlp_layernorm(x + layer.post_mlp_dropout(added))
+
+    between = kernels_of(compiled_kernels, layer.post_mlp_layernorm, add, (x, added))
+    # The gradients of x as a residual and as an input are added outside of both.
+    residual = Kernel("add", "elementwise", 0.0, 3.0 * x.numel() * x.element_size())
+    return (
+        *kernels_of(compiled_kernels, layer.self_attn, attend, inputs),
+        *kernels_of(compiled_kernels, layer.mlp, layer.mlp, (inputs[0],)),
+        *(*between, residual) * 2,
+    )
 
 
 # --- measures that `gte-train` does not have ------------------------------------------------------------------------
@@ -391,13 +422,15 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 def communication(config: GteConfig, machine: Machine, *, gpus: int) -> dict[str, float]:
     """Seconds that the traffic of a rank takes on its link if nothing hides it. All collectives are rings."""
     with on_fake_gpu():
-        parameters = sum(p.numel() for p in build_model(config, rope_theta=10_000.0).parameters())
-    each = (gpus - 1) / gpus * parameters / machine.link
+        model = build_model(config, rope_theta=10_000.0)
+        layers = sum(p.numel() for p in model.gte.layers.parameters())
+        rest = sum(p.numel() for p in model.parameters()) - layers
+    each = (gpus - 1) / gpus / machine.link
     return {
-        "ddp: all-reduce of float32 gradients, once a step": 2 * 4 * each,
-        "fsdp: float32 weights gathered, twice a micro-batch": 2 * 4 * each,
-        "fsdp: bfloat16 weights gathered, twice a micro-batch": 2 * 2 * each,
-        "fsdp: float32 gradients scattered, once a step": 4 * each,
+        "ddp: all-reduce of float32 gradients, once a step": 2 * 4 * (layers + rest) * each,
+        "fsdp: layers gathered twice a micro-batch, the rest once, float32": (2 * 4 * layers + 4 * rest) * each,
+        "fsdp: the same with the layers in bfloat16": (2 * 2 * layers + 4 * rest) * each,
+        "fsdp: float32 gradients scattered, once a step": 4 * (layers + rest) * each,
     }
 
 

@@ -197,10 +197,12 @@ def test_measures_save_what_they_are_said_to_save(roofline: ModuleType, config: 
     config.vocab_size = 8192
     shape = roofline.Shape(4096, 512, 1228)
     rows = [roofline.predict(config, shape, m, micro_batches=2) for m in roofline.STEPS.values()]
-    whole, last, chunks, compiled, packed, flash3, halved = rows
+    whole, last, chunks, compiled, apart, packed, flash3, halved = rows
     assert last.computed_flops < whole.computed_flops and last.model_flops == whole.model_flops
     assert chunks.logits_bytes < last.logits_bytes
     assert compiled.bytes["elementwise"] < 0.6 * chunks.bytes["elementwise"]
+    assert compiled.bytes["elementwise"] < apart.bytes["elementwise"] < 1.3 * compiled.bytes["elementwise"]
+    assert apart.computed_flops == compiled.computed_flops
     assert packed.kernels < compiled.kernels and packed.computed_flops == compiled.computed_flops
     assert (
         flash3.by_kind["attention"] <= packed.by_kind["attention"] and flash3.by_kind["gemm"] == packed.by_kind["gemm"]
