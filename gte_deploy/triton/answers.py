@@ -8,7 +8,7 @@ K answers for each, N entries or entities.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,50 +81,78 @@ class ServedDescription:
 
 def forms(ensemble: Ensemble, spec: ModelSpec, width: int) -> dict[str, Form]:
     """The form of each tensor that an ensemble may answer; `width` is the size of its embeddings."""
-    last = spec.vocab_size - 1
-    dense = {"EMBEDDING": Form(_ENCODED, (width,)), "NORMALIZED_EMBEDDING": Form(_ENCODED, (width,))}
-    weights = {
+    make = _FORMS.get(ensemble.name)
+    return _dense(width) if make is None else make(spec, width)
+
+
+def _dense(width: int) -> dict[str, Form]:
+    return {"EMBEDDING": Form(_ENCODED, (width,)), "NORMALIZED_EMBEDDING": Form(_ENCODED, (width,))}
+
+
+def _weights(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {
         "TOKENS": Form(_INT32, (1,), low=0, counts="N"),
         "TOKEN": Form(_TEXT, ("N",)),
-        "TOKEN_ID": Form(_INT64, ("N",), low=0, high=last, counted_by="TOKENS"),
+        "TOKEN_ID": Form(_INT64, ("N",), low=0, high=spec.vocab_size - 1, counted_by="TOKENS"),
         "WEIGHT": Form(_FLOAT32, ("N",)),
     }
-    states = {
-        "INPUT_IDS": Form(_INT64, ("S",), low=0, high=last),
+
+
+def _dense_and_weights(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {**_dense(width), **_weights(spec, width)}
+
+
+def _states(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {
+        "INPUT_IDS": Form(_INT64, ("S",), low=0, high=spec.vocab_size - 1),
         "ATTENTION_MASK": Form(_INT64, ("S",), low=0, high=1),
         "TOKEN_TYPE_IDS": Form(_INT64, ("S",), low=0, high=max(0, spec.type_vocab_size - 1)),
         "TOKEN_EMBEDDINGS": Form(_ENCODED, ("S", spec.hidden_size)),
     }
-    tokens = Form(_INT32, (1,), low=0, counts="T")
-    vectors = {"TOKENS": tokens, "TOKEN_EMBEDDINGS": Form(_FLOAT32, ("T", spec.embedding_width))}
-    masks = {
+
+
+def _vectors(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {"TOKENS": _TOKENS, "TOKEN_EMBEDDINGS": Form(_FLOAT32, ("T", spec.embedding_width))}
+
+
+def _scores(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {name: Form(_FLOAT32, (max(1, spec.num_labels),)) for name in ("SCORE", "LOGITS")}
+
+
+def _masks(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {
         "MASKS": Form(_INT32, (1,), low=1, counts="M"),
         "TOKEN": Form(_TEXT, ("M", "K")),
-        "TOKEN_ID": Form(_INT64, ("M", "K"), low=0, high=last, counted_by="MASKS"),
+        "TOKEN_ID": Form(_INT64, ("M", "K"), low=0, high=spec.vocab_size - 1, counted_by="MASKS"),
         "SCORE": Form(_FLOAT32, ("M", "K")),
         "SEQUENCE": Form(_TEXT, ("M", "K")),
     }
-    entities = {
+
+
+def _entities(spec: ModelSpec, width: int) -> dict[str, Form]:
+    return {
         "ENTITIES": Form(_INT32, (1,), low=0, counts="N"),
         **{name: Form(_TEXT, ("N",)) for name in ("LABEL", "WORD")},
         "INDEX": Form(_INT32, ("N",), low=-1),
         **{name: Form(_INT32, ("N",), low=0, counted_by="ENTITIES") for name in ("START", "END")},
         "SCORE": Form(_FLOAT32, ("N",)),
-        "TOKENS": tokens,
+        "TOKENS": _TOKENS,
         "LOGITS": Form(_FLOAT32, ("T", spec.num_labels)),
     }
-    known: dict[str, dict[str, Form]] = {
-        embed.TOKENS_SERVED.name: states,
-        sparse.SERVED.name: weights,
-        sparse.QUERIES_SERVED.name: weights,
-        hybrid.SERVED.name: {**dense, **weights},
-        multi_vector.QUERY_VECTORS_SERVED.name: vectors,
-        multi_vector.DOCUMENT_VECTORS_SERVED.name: vectors,
-        classify.SERVED.name: {name: Form(_FLOAT32, (max(1, spec.num_labels),)) for name in ("SCORE", "LOGITS")},
-        fill_mask.SERVED.name: masks,
-        token_classify.ENTITIES_SERVED.name: entities,
-    }
-    return known.get(ensemble.name, dense)
+
+
+_TOKENS = Form(_INT32, (1,), low=0, counts="T")
+_FORMS: Mapping[str, Callable[[ModelSpec, int], dict[str, Form]]] = {
+    embed.TOKENS_SERVED.name: _states,
+    sparse.SERVED.name: _weights,
+    sparse.QUERIES_SERVED.name: _weights,
+    hybrid.SERVED.name: _dense_and_weights,
+    multi_vector.QUERY_VECTORS_SERVED.name: _vectors,
+    multi_vector.DOCUMENT_VECTORS_SERVED.name: _vectors,
+    classify.SERVED.name: _scores,
+    fill_mask.SERVED.name: _masks,
+    token_classify.ENTITIES_SERVED.name: _entities,
+}
 
 
 def checked_answer(values: Tensors, expected: Mapping[str, Form], rows: int, *, where: str) -> dict[str, NDArray[Any]]:

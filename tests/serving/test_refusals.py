@@ -188,6 +188,11 @@ def test_answers_that_would_be_too_large(client, monkeypatch):
         assert status == 413 and "the answer would have" in message, path
 
 
+def test_a_gap_without_end_is_not_read_to_its_end(client):
+    status, _, message = error(client.post("/embed", json={"inputs": " " * (3 << 20), "truncate": True}))
+    assert status == 422 and "of which at most 1,048,576 are read" in message
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "soon", "nan"])
 def test_the_header_of_the_deadline(client, given):
     response = client.post("/embed", json={"inputs": "a"}, headers={"X-Request-Timeout": given})

@@ -3,12 +3,14 @@
 import json
 import shutil
 import threading
+import time
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gte_deploy.core.errors import CheckpointError, InputError
+from gte_deploy.text.inputs import MAX_TEXT_BYTES
 from gte_deploy.text.tokenization import load_tokenizer
 
 WORDS = [
@@ -314,3 +316,13 @@ def test_a_tokenizer_that_keeps_the_end_reads_no_longer_text(folder, tmp_path):
     assert len(left.encode_texts(["the " * 50], max_length=9, truncation=True)[0]) == 9
     with pytest.raises(InputError, match="input 0 has 204 characters; a tokenizer that keeps the last .* at most 200"):
         left.encode_texts(["the " * 51], max_length=9, truncation=True)
+
+
+@pytest.mark.parametrize("gap", [" ", "\u0301"], ids=["spaces", "marks"])
+def test_four_megabytes_without_an_end_cost_little(ours, gap):
+    """A text of the greatest length with hardly a token: it took seconds of CPU to find that out."""
+    text = "the" + gap * (MAX_TEXT_BYTES // len(gap.encode()) - 3)
+    started = time.process_time()
+    with pytest.raises(InputError, match=r"input 0 has [\d,]+ characters, of which at most 1,048,576 are read"):
+        ours.encode_texts([text], max_length=128, truncation=True)
+    assert time.process_time() - started < 2.5  # on a busy machine
