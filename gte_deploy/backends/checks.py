@@ -52,6 +52,26 @@ def check_graph_inputs(graph: object, names: Collection[str], spec: ModelSpec) -
     check_takes_types(graph, names, spec)
 
 
+def check_graph_outputs(graph: object, shapes: Mapping[str, Sequence[int | str | None]], spec: ModelSpec) -> None:
+    """Refuse a graph whose outputs do not have the widths of the model.
+
+    Args:
+        graph: names the graph in messages.
+        shapes: name of each output -> its shape; an axis that is no positive number is not known before it runs.
+        spec: the facts about the model.
+
+    Raises:
+        BackendError: the message names `graph`, the output and both widths.
+    """
+    for name, shape in shapes.items():
+        width, found = spec.width_of(name), shape[-1] if shape else None
+        if width is not None and isinstance(found, int) and 0 < found != width:
+            raise BackendError(
+                f"the output {name} of {graph} has {found} values in a row, and the model {width}. Export the bundle "
+                "again."
+            )
+
+
 def check_takes_types(graph: object, names: Collection[str], spec: ModelSpec) -> None:
     """Refuse a graph that takes token types if the model has none, or that lacks them if the model has some.
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs
+from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_graph_outputs, check_outputs
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.graphs import GraphFile, GraphFiles, OpenGraphs, OutputNames
 from gte_deploy.backends.mapped import mapped_weights
@@ -207,6 +207,7 @@ class OnnxBackend:
             )
         inputs = tuple(node.name for node in session.get_inputs())
         check_graph_inputs(graph, inputs, self.spec)
+        check_graph_outputs(graph, {node.name: node.shape for node in session.get_outputs()}, self.spec)
         return _OpenGraph(session, inputs, values)
 
 
@@ -253,7 +254,8 @@ def _error_types() -> tuple[type[Exception], ...]:
     # The error classes have no common base except Exception.
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     kinds = (value for value in vars(state).values() if isinstance(value, type))
-    return (*(kind for kind in kinds if issubclass(kind, Exception)), RuntimeError)
+    # A message with bytes of a graph that are no UTF-8 cannot even be raised.
+    return (*(kind for kind in kinds if issubclass(kind, Exception)), RuntimeError, UnicodeDecodeError)
 
 
 def _providers(ort: Any, device: str, tensorrt: ThroughTensorRT | None = None) -> list[tuple[str, dict[str, Any]]]:

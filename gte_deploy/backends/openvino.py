@@ -14,7 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gte_deploy.backends.base import Batch
-from gte_deploy.backends.checks import check_batch, check_graph_inputs, check_outputs, has_costly_head
+from gte_deploy.backends.checks import (
+    check_batch,
+    check_graph_inputs,
+    check_graph_outputs,
+    check_outputs,
+    has_costly_head,
+)
 from gte_deploy.backends.devices import parse_device
 from gte_deploy.backends.graphs import GraphFile, GraphFiles, OpenGraphs, OutputNames, without_links
 from gte_deploy.backends.mapped import mapped_weights
@@ -132,7 +138,7 @@ class OpenVinoBackend:
                 return _read_with_weights(self._openvino, graph, weights)
             with without_links(graph if isinstance(graph, Path) else graph.path) as file:
                 model = _core(self._openvino).read_model(file)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise BackendError(f"OpenVINO cannot open {graph}: {error}") from error
         if not isinstance(graph, Path):
             # By path, only a look at the path afterwards tells whether it was the verified file.
@@ -148,6 +154,7 @@ class OpenVinoBackend:
             raise BackendError(f"{graph} lacks some of the outputs {', '.join(outputs)}. Export the bundle again.")
         opened = _OpenGraph(tuple(node.any_name for node in model.inputs), weights or {})
         check_graph_inputs(graph, opened.inputs, self.spec)
+        check_graph_outputs(graph, {output.any_name: _shape(output) for output in results}, self.spec)
         if len(results) < len(model.outputs):
             model = self._openvino.Model(results, model.get_parameters())
         token = np.zeros((1, 1), np.int64)
@@ -165,6 +172,14 @@ class OpenVinoBackend:
         if not isinstance(graph, Path):
             graph.release_pages()
         return opened
+
+
+def _shape(output: Any) -> list[int | None]:
+    """Return the shape of an output of a model, with None for each dynamic axis."""
+    shape = output.get_partial_shape()
+    if shape.rank.is_dynamic:
+        return []
+    return [axis.get_length() if axis.is_static else None for axis in shape]
 
 
 def _read_with_weights(openvino: Any, graph: VerifiedGraph, weights: Mapping[str, NDArray[Any]]) -> Any:

@@ -8,41 +8,29 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from gte_deploy.bundle.held import HeldFile, require_inside
 from gte_deploy.core.errors import BundleError
-from gte_deploy.core.files import is_below
 from gte_deploy.core.spec import (
     DEVICE_TYPES,
     ENGINES,
-    LATE_INTERACTIONS,
-    LOGITS,
-    POOLINGS,
     PRECISIONS,
-    SIMILARITIES,
-    SPARSE_ACTIVATIONS,
-    SPARSE_HEADS,
-    SPARSE_POOLINGS,
-    SPARSE_ROUTES,
-    TASK_NAMES,
     TENSORRT_VARIANTS,
     DeviceType,
     Engine,
     ModelSpec,
-    MultiVectorSpec,
     Precision,
     Profile,
-    QueryExpansion,
-    SparseSpec,
     TensorRTVariant,
     TensorSpec,
     is_packed,
 )
+from gte_deploy.core.spec_json import read_name, read_spec
+from gte_deploy.core.typed_json import JsonValue
 
 MANIFEST_NAME = "manifest.json"
 _PROJECT = "gte-deploy-"
@@ -58,6 +46,8 @@ _MAX_MANIFEST_BYTES = 4 << 20
 _READ_BY_NAME = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
 # Fields whose name in files is older than their name here.
 _JSON_NAMES = {"variant": "flavour"}
+_ENDINGS = {"executorch": ".pte"}  # of the file of an engine; that of all others is .onnx
+_MAX_FILE_BYTES = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -294,9 +284,9 @@ def read_manifest(path: Path) -> Manifest:
     if checksum != _checksum(data):
         raise BundleError(f"{file} does not match its own checksum: it was altered. Export the bundle again.")
     try:
-        manifest = _manifest_from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{file} is malformed ({type(error).__name__}: {error}). Export the bundle again.") from error
+        manifest = _manifest_from_json(JsonValue(data))
+    except ValueError as error:
+        raise BundleError(f"{file} is malformed: {error}. Export the bundle again.") from error
     require_inside(file, path)
     _refuse_unnamed(path, manifest)
     return manifest
@@ -352,106 +342,110 @@ def _checksum(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _manifest_from_json(data: Mapping[str, Any]) -> Manifest:
-    files = {_checked_name(name): FileEntry(**entry) for name, entry in data["files"].items()}
-    for name, entry in files.items():
-        if not isinstance(entry.size, int) or entry.size < 0 or not isinstance(entry.sha256, str):
-            raise ValueError(f"files[{name!r}] needs a size and a sha256")
+def _manifest_from_json(data: JsonValue) -> Manifest:
+    files = {_file_name(name): _file_entry(entry) for name, entry in data["files"].fields().items()}
     graphs: dict[Engine, GraphEntry] = {
-        engine: _graph_from_json(data["graphs"][engine], files) for engine in ENGINES if engine in data["graphs"]
+        JsonValue(engine, "an engine of graphs").one_of(ENGINES): _graph_entry(entry, engine, files)
+        for engine, entry in data["graphs"].fields().items()
     }
-    if len(graphs) < len(data["graphs"]):
-        raise ValueError(f"graphs has {', '.join(data['graphs'])}; the known engines are {', '.join(ENGINES)}")
-    plan = None if data.get("plan") is None else _plan_from_json(data["plan"], files)
+    plan = data.get("plan").or_none(lambda entry: _plan_entry(entry, files))
     if not graphs and plan is None:
         raise ValueError("graphs is empty and there is no plan, so nothing can run")
-    # Older bundles have no target.
-    target = data.get("target", "cpu")
-    for name, value, allowed in (("precision", data["precision"], PRECISIONS), ("target", target, DEVICE_TYPES)):
-        if value not in allowed:
-            raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
-    missed = data.get("missed_bounds", [])  # older bundles do not have it
-    if not isinstance(missed, list) or not all(isinstance(line, str) for line in missed):
-        raise ValueError(f"missed_bounds must be a list of sentences, not {missed!r}")
-    return Manifest(
-        spec=spec_from_json(data["spec"]),
-        precision=data["precision"],
+    spec = read_spec(data["spec"])
+    manifest = Manifest(
+        spec=spec,
+        precision=data["precision"].one_of(PRECISIONS),
         graphs=graphs,
         files=files,
-        versions={str(name): str(version) for name, version in data["versions"].items()},
-        source={str(name): str(value) for name, value in data["source"].items()},
-        target=target,
+        versions={name: version.text() for name, version in data["versions"].fields().items()},
+        source={name: value.text() for name, value in data["source"].fields().items()},
+        # Older bundles have no target, missed bounds and calibration.
+        target=data.get("target", "cpu").one_of(DEVICE_TYPES),
         plan=plan,
-        missed_bounds=tuple(missed),
-        # Older bundles do not have it.
-        calibration=None if data.get("calibration") is None else _calibration_from_json(data["calibration"]),
+        missed_bounds=tuple(line.text() for line in data.get("missed_bounds", []).entries()),
+        calibration=data.get("calibration").or_none(_calibration_entry),
+    )
+    for graph in (*(file for entry in graphs.values() for file in entry.files), *([] if plan is None else [plan])):
+        _check_widths(graph, spec)
+    return manifest
+
+
+def _check_widths(graph: GraphEntry | GraphPart | PlanEntry, spec: ModelSpec) -> None:
+    """Refuse outputs whose last axis is not that of the spec."""
+    for tensor in graph.outputs:
+        width, size = spec.width_of(tensor.name), tensor.shape[-1] if tensor.shape else None
+        if width is not None and size is not None and isinstance(size, int) and size != width:
+            raise ValueError(
+                f"the output {tensor.name} of {graph.path} has the shape {list(tensor.shape)}, and by the spec its "
+                f"last axis is {width}"
+            )
+
+
+def _file_name(name: str) -> str:
+    return read_name(JsonValue(name, "a name in files"))
+
+
+def _file_entry(data: JsonValue) -> FileEntry:
+    data.has_only(("size", "sha256"))
+    return FileEntry(size=data["size"].whole(0, _MAX_FILE_BYTES), sha256=data["sha256"].text())
+
+
+def _calibration_entry(data: JsonValue) -> TextsEntry:
+    data.has_only([field.name for field in dataclasses.fields(TextsEntry)])
+    return TextsEntry(
+        source=data["source"].text(),
+        languages=tuple(language.text() for language in data["languages"].entries()),
+        texts=data["texts"].whole(1),
+        sha256=data["sha256"].text(),
     )
 
 
-def _calibration_from_json(data: Mapping[str, Any]) -> TextsEntry:
-    entry = TextsEntry(**{**data, "languages": tuple(data["languages"])})
-    strings = (entry.source, entry.sha256, *entry.languages)
-    if not all(isinstance(value, str) for value in strings) or type(entry.texts) is not int or entry.texts < 1:
-        raise ValueError(f"calibration must have a source, languages, a number of texts and a sha256, not {data!r}")
-    return entry
-
-
-def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> PlanEntry:
-    for name in ("path", "timing_cache"):
-        if data[name] not in files and not (name == "timing_cache" and data[name] is None):
-            raise ValueError(f"plan.{name} {data[name]!r} is not among the files")
-    if data["flavour"] not in TENSORRT_VARIANTS:
-        raise ValueError(f"plan.flavour {data['flavour']!r} is none of {', '.join(TENSORRT_VARIANTS)}")
-    for name, value, pattern in (
-        ("version", data["version"], r"\d+(\.\d+)+"),
-        *(("compute_capabilities", capability, r"\d+\.\d") for capability in data["compute_capabilities"]),
-    ):
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"plan.{name} has {value!r}, which is not of the form {pattern}")
-    for name in ("compute_capabilities", "profiles", "inputs", "outputs"):
-        if not isinstance(data[name], list) or not data[name]:
-            raise ValueError(f"plan.{name} must be a list with at least one entry")
-    if any(type(count) is not int or count < 0 for count in data["layers"].values()):
-        raise ValueError(f"plan.layers must count layers, not {data['layers']!r}")
-    caveats = data.get("caveats", [])  # older bundles do not have it
-    if not isinstance(caveats, list) or not all(isinstance(line, str) for line in caveats):
-        raise ValueError(f"plan.caveats must be a list of sentences, not {caveats!r}")
+def _plan_entry(data: JsonValue, files: Mapping[str, FileEntry]) -> PlanEntry:
     return PlanEntry(
-        path=data["path"],
-        variant=data["flavour"],
-        version=data["version"],
-        compute_capabilities=tuple(data["compute_capabilities"]),
-        profiles=tuple(
-            Profile(**{name: tuple(size) for name, size in profile.items()}) for profile in data["profiles"]
-        ),
-        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
-        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
-        layers={str(name): count for name, count in data["layers"].items()},
-        timing_cache=data["timing_cache"],
-        caveats=tuple(caveats),
+        path=_path(data["path"], files),
+        variant=data["flavour"].one_of(TENSORRT_VARIANTS),
+        version=data["version"].text(r"\d+(\.\d+)+"),
+        compute_capabilities=tuple(entry.text(r"\d+\.\d") for entry in data["compute_capabilities"].entries(least=1)),
+        profiles=tuple(_profile(profile) for profile in data["profiles"].entries(least=1)),
+        inputs=_tensors(data["inputs"], least=1),
+        outputs=_tensors(data["outputs"], least=1),
+        layers={name: count.whole() for name, count in data["layers"].fields().items()},
+        timing_cache=data["timing_cache"].or_none(lambda path: _path(path, files)),
+        caveats=tuple(line.text() for line in data.get("caveats", []).entries()),  # older bundles do not have it
     )
 
 
-def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphEntry:
-    _require_file(data["path"], files)
-    computes = tuple(data["computes"])
-    emulated = tuple(data.get("emulated", ()))  # older bundles do not have it
+def _profile(data: JsonValue) -> Profile:
+    data.has_only(("min", "opt", "max"))
+    sizes = {name: [size.whole(1) for size in data[name].entries()] for name in ("min", "opt", "max")}
+    for name, pair in sizes.items():
+        if len(pair) != 2:
+            raise data[name].refuse("pairs of positive integers (batch, sequence)")
+    try:
+        return Profile(**{name: (pair[0], pair[1]) for name, pair in sizes.items()})
+    except ValueError as error:
+        raise ValueError(f"{data.place}: {error}") from error
+
+
+def _graph_entry(data: JsonValue, engine: str, files: Mapping[str, FileEntry]) -> GraphEntry:
+    ending = _ENDINGS.get(engine, ".onnx")
+    computes = tuple(entry.one_of(PRECISIONS) for entry in data["computes"].entries())
+    # Older bundles do not have it.
+    emulated = tuple(entry.one_of(PRECISIONS) for entry in data.get("emulated", []).entries())
     if not set(emulated) <= set(computes):
-        raise ValueError(f"emulated {', '.join(emulated)} must be among the verified precisions {', '.join(computes)}")
-    if not set(computes) <= set(PRECISIONS):
-        raise ValueError(f"computes {', '.join(computes)}; the known precisions are {', '.join(PRECISIONS)}")
+        raise data["emulated"].refuse(f"some of the verified precisions {', '.join(computes)}")
     entry = GraphEntry(
-        path=data["path"],
-        opset=int(data["opset"]),
-        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
-        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
-        fusions={str(name): int(count) for name, count in data["fusions"].items()},
+        path=_path(data["path"], files, ending),
+        opset=data["opset"].whole(),
+        inputs=_tensors(data["inputs"]),
+        outputs=_tensors(data["outputs"]),
+        fusions={name: count.whole() for name, count in data["fusions"].fields().items()},
         computes=computes,
         emulated=emulated,
-        # Older bundles have neither of these.
-        parts=tuple(_part_from_json(part, files) for part in data.get("parts", [])),
-        all_logits=None if data.get("all_logits") is None else _part_from_json(data["all_logits"], files),
-        half_weights=data.get("half_weights", False) is True,
+        # Older bundles have none of these.
+        parts=tuple(_graph_part(part, files, ending) for part in data.get("parts", []).entries()),
+        all_logits=data.get("all_logits").or_none(lambda part: _graph_part(part, files, ending)),
+        half_weights=data.get("half_weights", False).flag(),
     )
     for part in entry.parts:
         if _names(part.inputs) != _names(entry.inputs) or not set() < _names(part.outputs) < _names(entry.outputs):
@@ -464,111 +458,37 @@ def _graph_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) ->
     return entry
 
 
-def _part_from_json(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> GraphPart:
-    _require_file(data["path"], files)
+def _graph_part(data: JsonValue, files: Mapping[str, FileEntry], ending: str) -> GraphPart:
     return GraphPart(
-        path=data["path"],
-        inputs=tuple(_tensor_from_json(tensor) for tensor in data["inputs"]),
-        outputs=tuple(_tensor_from_json(tensor) for tensor in data["outputs"]),
+        path=_path(data["path"], files, ending), inputs=_tensors(data["inputs"]), outputs=_tensors(data["outputs"])
     )
+
+
+def _path(data: JsonValue, files: Mapping[str, FileEntry], ending: str = "") -> str:
+    path = data.text()
+    if path not in files:
+        raise data.refuse("one of the files")
+    # Engines choose a parser by the name, and the inspection has that of one format.
+    if not path.endswith(ending):
+        raise data.refuse(f"a file whose name ends in {ending}")
+    return path
+
+
+def _tensors(data: JsonValue, *, least: int = 0) -> tuple[TensorSpec, ...]:
+    found = tuple(
+        TensorSpec(
+            name=tensor["name"].text(),
+            dtype=tensor["dtype"].text(),
+            shape=tuple(
+                axis.text() if isinstance(axis.value, str) else axis.whole(0) for axis in tensor["shape"].entries()
+            ),
+        )
+        for tensor in data.entries(least=least)
+    )
+    if len(_names(found)) < len(found):
+        raise ValueError(f"{data.place} has two tensors of one name: {', '.join(tensor.name for tensor in found)}")
+    return found
 
 
 def _names(tensors: Sequence[TensorSpec]) -> set[str]:
     return {tensor.name for tensor in tensors}
-
-
-def _require_file(graph: str, files: Mapping[str, FileEntry]) -> None:
-    if graph not in files:
-        raise ValueError(f"the graph {graph!r} is not among the files")
-
-
-def spec_from_json(data: Mapping[str, Any]) -> ModelSpec:
-    """Rebuild a spec from `dataclasses.asdict(spec)` that was stored as JSON.
-
-    Raises:
-        ValueError, TypeError, KeyError: the data are not a spec.
-    """
-    from gte_deploy.core.activations import ACTIVATIONS  # needs numpy, for which a command's --help need not wait
-
-    id2label = {int(i): str(label) for i, label in data["id2label"].items()}
-    sparse = None if data.get("sparse") is None else _sparse_from_json(data["sparse"])
-    multi_vector = None if data.get("multi_vector") is None else _multi_vector_from_json(data["multi_vector"])
-    spec = ModelSpec(**{**data, "id2label": id2label, "sparse": sparse, "multi_vector": multi_vector})
-    similarities = LATE_INTERACTIONS if spec.task == "multi-vector" else SIMILARITIES
-    for name, value, allowed in (
-        ("task", spec.task, TASK_NAMES),
-        ("pooling", spec.pooling, POOLINGS),
-        ("logits", spec.logits, LOGITS),
-        ("similarity", spec.similarity, (None, *similarities)),
-        ("activation", spec.activation, (None, *ACTIVATIONS)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"spec.{name} {value!r} is none of {', '.join(map(str, allowed))}")
-    for name in ("max_length", "vocab_size", "hidden_size"):
-        if type(value := getattr(spec, name)) is not int or value < 1:
-            raise ValueError(f"spec.{name} must be a positive integer, not {value!r}")
-    if type(spec.token_types) is not bool or type(spec.type_vocab_size) is not int:
-        raise ValueError(f"spec.token_types must be a boolean and spec.type_vocab_size an integer, not {spec}")
-    if spec.token_types and spec.type_vocab_size < 2:
-        raise ValueError(f"spec.token_types is true, and spec.type_vocab_size {spec.type_vocab_size} is below 2")
-    if spec.task in ("sparse", "hybrid") and sparse is None:
-        raise ValueError(f"spec.sparse is missing, though the task is {spec.task}")
-    if spec.task == "hybrid" and sparse is not None and sparse.head != "token-weights":
-        raise ValueError(f"spec.sparse.head is {sparse.head!r}, though the task is hybrid")
-    if (multi_vector is None) != (spec.task != "multi-vector"):
-        raise ValueError(f"spec.multi_vector is {multi_vector}, though the task is {spec.task}")
-    if multi_vector is not None:
-        _check_multi_vector(multi_vector, spec)
-    if type(spec.pad_token_id) is not int or not 0 <= spec.pad_token_id < spec.vocab_size:
-        raise ValueError(f"spec.pad_token_id {spec.pad_token_id!r} is outside the vocabulary of {spec.vocab_size}")
-    return spec
-
-
-def _sparse_from_json(data: Mapping[str, Any]) -> SparseSpec:
-    unweighted = tuple(data.get("unweighted", ()))
-    sparse = SparseSpec(**{**data, "unweighted": unweighted})
-    for name, allowed in (
-        ("head", SPARSE_HEADS),
-        ("activation", SPARSE_ACTIVATIONS),
-        ("pooling", SPARSE_POOLINGS),
-        ("default_route", (None, *SPARSE_ROUTES)),
-    ):
-        if (value := getattr(sparse, name)) not in allowed:
-            raise ValueError(f"spec.sparse.{name} {value!r} is none of {', '.join(map(str, allowed))}")
-    if sparse.query_weights is not None:
-        _checked_name(sparse.query_weights)
-    for name, numbers in (("max_active_dims", (sparse.max_active_dims or 1,)), ("unweighted", unweighted)):
-        if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError(f"spec.sparse.{name} must have whole numbers, not {numbers!r}")
-    return sparse
-
-
-def _multi_vector_from_json(data: Mapping[str, Any]) -> MultiVectorSpec:
-    expansion = None if data["expansion"] is None else QueryExpansion(**data["expansion"])
-    skipped = {name: tuple(data[name]) for name in ("skipped_in_queries", "skipped_in_documents")}
-    return MultiVectorSpec(**{**data, **skipped, "expansion": expansion})
-
-
-def _check_multi_vector(found: MultiVectorSpec, spec: ModelSpec) -> None:
-    lengths = {"query_length": found.query_length, "document_length": found.document_length}
-    ids: list[int] = [*found.skipped_in_queries, *found.skipped_in_documents, *found.prefixes]
-    if (expansion := found.expansion) is not None:
-        lengths["expansion.length"] = expansion.length
-        ids.append(expansion.token)
-        if type(expansion.attended) is not bool or type(expansion.fixed) is not bool:
-            raise ValueError(f"spec.multi_vector.expansion must say true or false, not {expansion}")
-    for name, length in lengths.items():
-        if type(length) is not int or not 1 <= length <= spec.max_length:
-            raise ValueError(f"spec.multi_vector.{name} must be 1 to {spec.max_length}, not {length!r}")
-    if any(type(token) is not int or not 0 <= token < spec.vocab_size for token in ids):
-        raise ValueError(f"spec.multi_vector has token ids outside the vocabulary of {spec.vocab_size}: {ids}")
-
-
-def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(name=data["name"], dtype=data["dtype"], shape=tuple(data["shape"]))
-
-
-def _checked_name(name: str) -> str:
-    if not is_below(name) or str(PurePosixPath(name)) != name:
-        raise ValueError(f"files: {name!r} is not a plain relative path")
-    return name

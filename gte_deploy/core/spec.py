@@ -285,6 +285,18 @@ class ModelSpec:
         """Dimensions of a sentence embedding, before any truncation."""
         return self.embedding_size or self.hidden_size
 
+    def width_of(self, output: str) -> int | None:
+        """Return the size of the last axis of a graph's output; None for an output of another name."""
+        widths = {
+            "last_hidden_state": self.hidden_size,
+            "sentence_embedding": self.embedding_width,
+            "token_vectors": self.embedding_width,
+            "sparse_embedding": self.vocab_size,
+            "token_weights": 1,
+            "logits": self.vocab_size if self.task == "fill-mask" else self.num_labels,
+        }
+        return widths.get(output)
+
     @property
     def head_task(self) -> TaskName:
         """The task whose head the model has; see `head_task`."""

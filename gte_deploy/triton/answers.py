@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gte_deploy.bundle.manifest import spec_from_json
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.core.spec_json import spec_from_json
 from gte_deploy.tasks import classify, embed, fill_mask, hybrid, multi_vector, sparse, token_classify
 from gte_deploy.tasks.base import Ensemble, Tensors
 from gte_deploy.text.inputs import MAX_BATCH_SIZE

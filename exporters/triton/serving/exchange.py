@@ -14,9 +14,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]  # Triton's own module
 from numpy.typing import NDArray
 
-from gte_deploy.bundle.manifest import spec_from_json
 from gte_deploy.core.errors import GteDeployError, InputError, NonFiniteError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.core.spec_json import spec_from_json
 from gte_deploy.text.inputs import check_integer
 
 logger = logging.getLogger(__name__)

@@ -155,7 +155,8 @@ def test_options_reach_the_configurations(bundles, tmp_path):
 
 
 def test_the_spec_reaches_clients_and_python_models(repository, bundles):
-    from gte_deploy.bundle.manifest import read_manifest, spec_from_json
+    from gte_deploy.bundle.manifest import read_manifest
+    from gte_deploy.core.spec_json import spec_from_json
 
     opened = repository("embed")
     expected = read_manifest(bundles["embed"]).spec

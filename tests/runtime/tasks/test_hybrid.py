@@ -7,8 +7,9 @@ import pytest
 
 import gte_deploy
 from factories import make_checkpoint
-from gte_deploy.bundle.manifest import read_manifest, spec_from_json
+from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.cli import main
+from gte_deploy.core.spec_json import spec_from_json
 from gte_deploy.models.config import task_of
 from gte_deploy.tasks.hybrid import HybridEmbedding
 from gte_deploy.tasks.sparse import SparseEmbedding
