@@ -429,9 +429,9 @@ def _profile(data: JsonValue) -> Profile:
 
 def _graph_entry(data: JsonValue, engine: str, files: Mapping[str, FileEntry]) -> GraphEntry:
     ending = _ENDINGS.get(engine, ".onnx")
-    computes = tuple(entry.one_of(PRECISIONS) for entry in data["computes"].entries())
+    computes: tuple[Precision, ...] = tuple(entry.one_of(PRECISIONS) for entry in data["computes"].entries())
     # Older bundles do not have it.
-    emulated = tuple(entry.one_of(PRECISIONS) for entry in data.get("emulated", []).entries())
+    emulated: tuple[Precision, ...] = tuple(entry.one_of(PRECISIONS) for entry in data.get("emulated", []).entries())
     if not set(emulated) <= set(computes):
         raise data["emulated"].refuse(f"some of the verified precisions {', '.join(computes)}")
     entry = GraphEntry(
