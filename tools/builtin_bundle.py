@@ -181,8 +181,8 @@ def write(folder: Path) -> Description:
         )
     for name in _TOKENIZER_FILES:
         write_bytes(folder / name, (folder / CHECKPOINT / name).read_bytes())
-    # Not the rest of the checkpoint: the model card may be edited without a new bundle.
-    names = [*(graph.path for entry in entries.values() for graph in entry.files), *_TOKENIZER_FILES, _STORED_WEIGHTS]
+    names = [*(graph.path for entry in entries.values() for graph in entry.files), *_TOKENIZER_FILES]
+    names += [f"{CHECKPOINT}/{file.name}" for file in (folder / CHECKPOINT).iterdir()]
     manifest = Manifest(
         spec=spec,
         precision="fp32",
