@@ -40,10 +40,11 @@ class _Rule:
 
 @dataclass(frozen=True)
 class _Rules:
-    """A message: its name, and the tag of each field -> its rule."""
+    """A message: its name, the tag of each field -> its rule, and whether any of its fields are kept."""
 
     name: str
     fields: dict[int, _Rule]
+    visited: bool
 
 
 class Schema:
@@ -53,7 +54,7 @@ class Schema:
         self, messages: Mapping[str, Mapping[int, tuple[str, str]]], *, kept: Mapping[str, frozenset[str]]
     ) -> None:
         """Take a table as in `onnx_fields`, and the names of the fields whose values are kept, for each message."""
-        self._rules = {name: _Rules(name, {}) for name in messages}
+        self._rules = {name: _Rules(name, {}, name in kept) for name in messages}
         for message, fields in messages.items():
             for number, (name, spelled) in fields.items():
                 self._add(message, number, name, spelled, name in kept.get(message, ()))
@@ -74,8 +75,8 @@ class Schema:
         Args:
             data: the message.
             message: its name in the table.
-            visit: is called with each message inside it and then itself: its name, the fields that are kept, and how
-                many messages are around it.
+            visit: is called with each message inside it and then itself, if fields of such messages are kept: its name,
+                these fields, and how many messages are around it.
 
         Raises:
             ValueError: the data are not in the one encoding that is read; the message of the error says where.
@@ -98,6 +99,7 @@ class _Reader:
         data, fields = self._data, rules.fields
         kept: dict[str, Any] = {}
         seen: set[str] = set()
+        value: Any
         while at < end:
             start = at
             tag = data[at]
@@ -119,7 +121,13 @@ class _Reader:
                 start, at = at, at + size
                 if at > end:
                     raise ValueError(f"{rules.name}.{rule.name} runs past the end of its message, at byte {start}")
-                value = self._bytes(rule, start, at, depth)
+                # The two commonest kinds first.
+                if rule.child is not None:
+                    value = self.message(start, at, rule.child, depth + 1)
+                elif rule.type == "string":
+                    value = data[start:at].decode("utf-8")
+                else:
+                    value = self._content(rule, start, at)
             elif rule.wire == _VARINT:
                 value, at = _varint(data, at)
                 if rule.type == "int32" and (1 << 31) <= value < (1 << 64) - (1 << 31):
@@ -133,14 +141,12 @@ class _Reader:
                     kept[rule.name] = value
         if at != end:
             raise ValueError(f"the last field of a {rules.name} runs past its end, at byte {end}")
-        self._visit(rules.name, kept, depth)
+        if rules.visited:
+            self._visit(rules.name, kept, depth)
         return kept
 
-    def _bytes(self, rule: _Rule, start: int, end: int, depth: int) -> Any:
-        if rule.child is not None:
-            return self.message(start, end, rule.child, depth + 1)
-        if rule.type == "string":
-            return self._data[start:end].decode("utf-8")
+    def _content(self, rule: _Rule, start: int, end: int) -> list[int] | None:
+        """Check the content of a field of bytes: bytes as they are, or numbers that stand together."""
         if rule.type == "bytes":
             return None
         wire = _WIRE_TYPES[rule.type]
