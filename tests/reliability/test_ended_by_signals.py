@@ -1,12 +1,17 @@
 """SIGTERM and SIGHUP end a command as Ctrl-C does: no unfinished folder stays, and the exit code names the signal."""
 
+import contextlib
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.core import exit_codes
 from gte_deploy.core.termination import Terminated, signals_raise
 
@@ -52,6 +57,35 @@ def test_an_export_that_is_ended_leaves_nothing(number, tmp_path):
     by = "" if number == signal.SIGINT else f" by {number.name}"
     assert err == f"gte-export: error: interrupted{by}; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_real_exports_that_are_ended_at_random_moments_leave_nothing(number, tmp_path):
+    """From the first imports to the last rename. A process that ends before it takes signals has written nothing."""
+    rng = random.Random(number)
+    words = ["-m", "gte_deploy.exporters.cli", "-o", "bundle", "--max-length", "64"]
+    begun = time.monotonic()
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True)
+    whole = time.monotonic() - begun
+    shutil.rmtree(tmp_path / "bundle")
+    codes = []
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, whole))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        codes.append(process.returncode)
+        assert codes[-1] in (exit_codes.OK, 128 + number, -number), err
+        if codes[-1] == exit_codes.OK:
+            open_bundle(tmp_path / "bundle")
+            shutil.rmtree(tmp_path / "bundle")
+        assert list(tmp_path.iterdir()) == [], err
+    assert 128 + number in codes
 
 
 def test_a_worker_ends_without_the_work_of_its_parent(tmp_path):
