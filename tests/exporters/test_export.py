@@ -220,7 +220,7 @@ def test_the_report(exported, task):
 def test_other_libraries_get_a_fill_mask_graph_that_the_runtime_never_opens(exported, monkeypatch):
     bundle, result = exported["fill-mask"]
     opened, open_graph = [], OnnxBackend._open
-    monkeypatch.setattr(OnnxBackend, "_open", lambda backend, path: opened.append(path) or open_graph(backend, path))
+    monkeypatch.setattr(OnnxBackend, "_open", lambda backend, graph: opened.append(graph) or open_graph(backend, graph))
     for engine, name in (("onnxruntime", "model"), ("openvino", "model_openvino")):
         graph = result.manifest.graphs[engine]
         assert (graph.path, graph.all_logits.path) == (f"onnx/{name}_masked.onnx", f"onnx/{name}.onnx")
@@ -229,7 +229,7 @@ def test_other_libraries_get_a_fill_mask_graph_that_the_runtime_never_opens(expo
     with gte_deploy.load(bundle, backend="onnx", num_threads=1) as model:
         model.fill_mask("w20 [MASK] w30")
         model.encode("w20", output_value="token_embeddings")
-    assert {path.name for path in opened} == {"model_answer.onnx", "model_masked.onnx"}
+    assert {graph.path.name for graph in opened} == {"model_answer.onnx", "model_masked.onnx"}
     report = read(bundle / "report.json")
     for engine in report["parity"]["engines"]:
         compared = [set(case["all_logits"]) for case in engine["cases"] if case["length"] * case["batch"] <= 512]
