@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, normalizers
 
 from gte_deploy.core.errors import CheckpointError, ConfigError, MissingDependencyError
 from gte_deploy.core.files import write_text
+from gte_deploy.core.tokenizer_rules import check_rules
 from gte_deploy.models.reading import without_warnings_of_types
 from gte_deploy.models.weight_files import refuse_irregular, refuse_pointer
-from gte_deploy.text.rules import check_rules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,6 +16,7 @@ from gte_deploy.core.activations import identity, sigmoid, softmax
 from gte_deploy.core.calls import current_call
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.spec import ModelSpec
+from gte_deploy.core.tokenizer_rules import failures_as
 from gte_deploy.serving import requests as forms
 from gte_deploy.serving.failures import RequestError
 from gte_deploy.serving.options import ServerOptions
@@ -26,7 +27,6 @@ from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.similarity import similarity_matrix
 from gte_deploy.tasks.sparse import SparseEmbedding
 from gte_deploy.text.chunking import SentenceChunks, TokenChunks
-from gte_deploy.text.rules import failures_as
 
 # What one answer may hold: numbers of token embeddings, and objects of JSON, of which each takes far more memory.
 MAX_NUMBERS = 1 << 25

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, decoders
 from gte_deploy.core.errors import CheckpointError, InputError, TooLongError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
+from gte_deploy.core.tokenizer_rules import check_rules, failures_as
 from gte_deploy.text.batching import TypedRow
 from gte_deploy.text.filling import cleaned_up, filled_texts
 from gte_deploy.text.inputs import check_integer
-from gte_deploy.text.rules import check_rules, failures_as
 
 logger = logging.getLogger(__name__)
 

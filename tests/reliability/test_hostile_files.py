@@ -16,7 +16,7 @@ import pytest
 import gte_deploy
 from gte_deploy.core.errors import CheckpointError, ConfigError, InputError
 from gte_deploy.core.regular import read_regular
-from gte_deploy.text.rules import MAX_GROWTH
+from gte_deploy.core.tokenizer_rules import MAX_GROWTH
 from gte_deploy.text.tokenization import load_tokenizer
 from runtime_models import make_word_checkpoint
 

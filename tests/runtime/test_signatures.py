@@ -87,7 +87,7 @@ LOAD = (
 )
 CLIENT = (
     "(url='http://localhost:8000', *, timeout_s=60.0, connections=8, max_batch_tokens=16384, headers=None, "
-    "tokenizer=None)"
+    "tokenizer=None, max_answer_bytes=1073741824)"
 )
 
 
