@@ -175,8 +175,8 @@ def test_external_data_anywhere_else_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.soak
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_mutated_graphs_in_the_engines(engine, tmp_path):
+@pytest.mark.parametrize(("engine", "files"), [("onnxruntime", 1500), ("openvino", 300)])  # OpenVINO compiles slowly
+def test_mutated_graphs_in_the_engines(engine, files, tmp_path):
     """No accepted graph crashes an engine, or has an operator that ONNX Runtime sees and the inspection does not."""
     pytest.importorskip(engine)
     rng = random.Random(1)
@@ -186,14 +186,13 @@ def test_mutated_graphs_in_the_engines(engine, tmp_path):
     accepted = {data: contents for data in changed if (contents := inspected(data)) is not None}
     names = {}
     (tmp_path / "weights.bin").write_bytes(bytes(24))
-    for number, data in enumerate(rng.sample(sorted(accepted), min(len(accepted), 1500))):
+    for number, data in enumerate(rng.sample(sorted(accepted), files)):
         path = tmp_path / f"{number}.onnx"
         path.write_bytes(data)
         names[path] = accepted[data]
-    assert len(names) > 500
     opened = 0
     for path, seen in opened_by(engine, list(names)):
         assert seen != "crashed", path
         opened += seen is not None
         assert seen is None or seen <= names[path].operators, path
-    assert opened > 100
+    assert opened > files / 15
