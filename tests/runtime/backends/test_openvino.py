@@ -15,7 +15,7 @@ import gte_deploy  # noqa: E402
 from gte_deploy.backends.base import Batch  # noqa: E402
 from gte_deploy.backends.openvino import OpenVinoBackend, has_native_bf16  # noqa: E402
 from gte_deploy.bundle.manifest import read_manifest  # noqa: E402
-from gte_deploy.core.errors import BackendError, InputError, MissingDependencyError  # noqa: E402
+from gte_deploy.core.errors import BackendError, BundleError, InputError, MissingDependencyError  # noqa: E402
 from gte_deploy.core.quiet import import_openvino  # noqa: E402
 
 
@@ -50,8 +50,8 @@ def test_without_openvino_the_extra_is_named(graph, monkeypatch):
 def test_a_file_that_is_no_graph(tmp_path, graph):
     _, spec = graph
     (tmp_path / "x.onnx").write_bytes(b"x" * 100)
-    for name in ("x.onnx", "none.onnx"):
-        with pytest.raises(BackendError, match="OpenVINO cannot open"):
+    for name, message in (("x.onnx", "is not an ONNX model"), ("none.onnx", "cannot be read")):
+        with pytest.raises(BundleError, match=message):
             OpenVinoBackend(tmp_path / name, spec)
 
 

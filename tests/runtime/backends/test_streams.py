@@ -322,7 +322,7 @@ def test_load_takes_the_measured_streams_and_info_names_them(
 
 
 MEMORY = """
-    import sys, pathlib
+    import dataclasses, sys, pathlib
     import numpy as np, onnx
     from onnx import TensorProto, helper, numpy_helper
     from gte_deploy.backends.base import Batch
@@ -349,7 +349,7 @@ MEMORY = """
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="w.data", size_threshold=1024)
     del model, graph, tensors, values
-    spec = read_manifest(bundle).spec
+    spec = dataclasses.replace(read_manifest(bundle).spec, hidden_size=width)
 
     def own_bytes():
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
