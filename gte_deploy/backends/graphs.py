@@ -51,7 +51,8 @@ def without_links(graph: Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be read, or there is no space for a copy.
     """
-    names = [graph.name, *sorted(inspect_onnx(graph).external_files)]
+    # OpenVINO's own format is opened only where an export has just written it.
+    names = [graph.name, *(sorted(inspect_onnx(graph).external_files) if graph.suffix == ".onnx" else ())]
     if not any((graph.parent / name).is_symlink() for name in names) or not all(map(is_below, names)):
         yield graph
         return

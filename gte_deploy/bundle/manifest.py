@@ -485,7 +485,8 @@ def _tensors(data: JsonValue, *, least: int = 0) -> tuple[TensorSpec, ...]:
         )
         for tensor in data.entries(least=least)
     )
-    if len(_names(found)) < len(found):
+    # A graph gives one tensor under one name twice if a multi-vector model has no projection.
+    if len(_names(found)) < len(set(found)):
         raise ValueError(f"{data.place} has two tensors of one name: {', '.join(tensor.name for tensor in found)}")
     return found
 

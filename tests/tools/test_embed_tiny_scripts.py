@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, BertConfig, BertModel, GteConfig, GteMod
 
 from gte_deploy.exporters.verification.texts import builtin_texts
 from gte_deploy.models import builtin_path
-from gte_deploy.training.evaluation.retrieval import RetrievalSet, evaluate_retrieval, read_retrieval_set
+from gte_deploy.training.evaluation.retrieval import evaluate_retrieval
+from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet, read_retrieval_set
 from loading import load_file
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "tools" / "embed_tiny"

@@ -42,7 +42,7 @@ from gte_deploy.exporters.verification.emulation import cpu_emulation  # noqa: E
 from gte_deploy.models.checkpoint import load_model  # noqa: E402
 from gte_deploy.models.families import fusion_sites  # noqa: E402
 
-HEADS, WIDTH, VOCABULARY = 4, 32, 256
+HEADS, WIDTH, DENSE_WIDTH, VOCABULARY = 4, 32, 24, 256
 TASKS: dict[str, dict[str, Any]] = {
     "cls": {"task": "embed", "pooling": "cls"},
     "dense": {"task": "embed", "pooling": "cls"},
@@ -74,7 +74,9 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
             made[name] = load_model(folder, task=task)
             if name == "dense":
                 torch.manual_seed(1)
-                made[name].sentence_projection = torch.nn.Sequential(torch.nn.Linear(WIDTH, 24), torch.nn.Tanh())
+                made[name].sentence_projection = torch.nn.Sequential(
+                    torch.nn.Linear(WIDTH, DENSE_WIDTH), torch.nn.Tanh()
+                )
         return made[name]
 
     return get
@@ -89,6 +91,7 @@ def spec_of(name: str) -> ModelSpec:
         hidden_size=WIDTH,
         pad_token_id=0,
         num_labels=labels,
+        embedding_size=DENSE_WIDTH if name == "dense" else None,
         **TASKS[name],
         **types,
     )
