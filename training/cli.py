@@ -60,6 +60,7 @@ from gte_deploy.training.options import (
     PrepareArguments,
     PrepareOptions,
     Protocol,
+    RankingModelOptions,
     ReadOptions,
     RecipeArguments,
     RescueOptions,
@@ -348,7 +349,7 @@ _RANKS: Mapping[str, FineTuneKind] = {
 
 
 @contextlib.contextmanager
-def _open_for_ranking(name: str, options: RetrievalOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+def _open_for_ranking(name: str, options: RankingModelOptions) -> Iterator[tuple[FineTuneKind, Any]]:
     """Open a checkpoint with sentence-transformers, or a bundle with gte_deploy; both cut texts that are too long."""
     if not is_bundle(Path(name)):
         from gte_deploy.training.evaluation.retrieval import open_to_rank
@@ -366,6 +367,15 @@ def _open_for_ranking(name: str, options: RetrievalOptions) -> Iterator[tuple[Fi
             raise ConfigError(f"{name} is a bundle for {spec.task}; expected {expected}")
         model.max_seq_length = min(options.max_length or spec.max_length, spec.max_length)
         yield kind, model
+
+
+def _print_rows(rows: Sequence[Any], table: str, given: Given, *, file: Path | None) -> None:
+    """Print the rows of models as a table or as JSON, and write the JSON into a file if there is one."""
+    text = json.dumps([row.to_dict() for row in rows], indent=2)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text + "\n")
+    print(text if "json" in given else table)
 
 
 def _require_ranking(models: Sequence[str]) -> None:
@@ -390,10 +400,7 @@ def _retrieval(given: Given) -> int:
     rows = evaluate_retrieval(
         arguments.models, data, options=options, progress=shows_progress(given), open_model=_open_for_ranking
     )
-    text = json.dumps([row.to_dict() for row in rows], indent=2)
-    if arguments.output is not None:
-        write_text(arguments.output, text + "\n")
-    print(text if "json" in given else table(rows, data))
+    _print_rows(rows, table(rows, data), given, file=arguments.output)
     return OK
 
 
@@ -420,28 +427,21 @@ def _needles(given: Given) -> int:
     rows = find_needles(
         arguments.models, made, options=options, progress=shows_progress(given), open_model=_open_for_ranking
     )
-    text = json.dumps([row.to_dict() for row in rows], indent=2)
+    _print_rows(rows, table(rows), given, file=arguments.output and arguments.output / NEEDLES_FILE)
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.output / NEEDLES_FILE, text + "\n")
         plot_needles(rows, arguments.output / NEEDLES_PLOT)
-    print(text if "json" in given else table(rows))
     return OK
 
 
 @contextlib.contextmanager
-def _open_for_mteb(name: str, options: MtebOptions) -> Iterator[tuple[FineTuneKind, Any]]:
-    if not is_bundle(Path(name)):
-        from gte_deploy.training.evaluation.mteb_tasks import open_for_mteb
+def _open_for_mteb(name: str, options: RankingModelOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+    """Open a model as `_open_for_ranking` does, a bundle with the methods that MTEB calls."""
+    with _open_for_ranking(name, options) as (kind, model):
+        if is_bundle(Path(name)):
+            from gte_deploy.integrations.mteb import GteCrossEncoder, GteEncoder
 
-        with open_for_mteb(name, options) as opened:
-            yield opened
-        return
-    from gte_deploy.integrations.mteb import GteCrossEncoder, GteEncoder
-
-    with _open_for_ranking(name, RetrievalOptions(max_length=options.max_length, device=options.device)) as opened:
-        kind, model = opened
-        yield kind, GteCrossEncoder(model) if kind == "rerank" else GteEncoder(model)
+            model = GteCrossEncoder(model) if kind == "rerank" else GteEncoder(model)
+        yield kind, model
 
 
 def _mteb(given: Given) -> int:
@@ -457,11 +457,7 @@ def _mteb(given: Given) -> int:
         progress=shows_progress(given),
         open_model=_open_for_mteb,
     )
-    text = json.dumps([row.to_dict() for row in rows], indent=2)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.output / MTEB_FILE, text + "\n")
-    print(text if "json" in given else table(rows))
+    _print_rows(rows, table(rows), given, file=arguments.output and arguments.output / MTEB_FILE)
     return OK
 
 

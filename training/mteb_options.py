@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option, required
-from gte_deploy.training.options import DeviceOptions
+from gte_deploy.training.options import RankingModelOptions
 
 MTEB_FILE = "mteb.json"
 
@@ -37,13 +37,12 @@ class MtebArguments:
 
 
 @dataclass(frozen=True)
-class MtebOptions(DeviceOptions):
+class MtebOptions(RankingModelOptions):
     """How the models of an evaluation by MTEB compute.
 
     Args:
         languages: codes of three letters; tasks of several languages are run in these alone. None takes all.
         batch_size: texts that a model computes at once.
-        max_length: tokens at which texts are cut; None for the model's own limit.
 
     Raises:
         InputError: a number is out of its range.
@@ -53,16 +52,8 @@ class MtebOptions(DeviceOptions):
         None, "run tasks of several languages in these alone, as in: eng deu (default: all)", nargs="+", metavar="CODE"
     )
     batch_size: int = option(32, "texts that a model computes at once", metavar="N", parse=int)
-    max_length: int | None = option(
-        None,
-        "tokens at which texts are cut (default: the model's own limit)",
-        flags=("--max-len", "--max-length"),
-        metavar="TOKENS",
-        parse=int,
-    )
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or (self.max_length is not None and self.max_length < 4):
-            raise InputError(
-                f"batch_size {self.batch_size}, max_length {self.max_length}: expected at least 1, and 4 tokens"
-            )
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise InputError(f"batch_size {self.batch_size} is below 1")

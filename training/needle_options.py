@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import check_choices, option
-from gte_deploy.training.options import DeviceOptions
+from gte_deploy.core.options import option
+from gte_deploy.training.options import RankingModelOptions
 
 NeedleTest = Literal["passkey", "needle"]
 
@@ -73,7 +73,7 @@ class NeedleArguments:
 
 
 @dataclass(frozen=True)
-class NeedleOptions(DeviceOptions):
+class NeedleOptions(RankingModelOptions):
     """The size of a test of long contexts.
 
     Args:
@@ -82,7 +82,6 @@ class NeedleOptions(DeviceOptions):
         queries: questions for each length.
         documents: documents that each question searches, all of the same length.
         batch_tokens: tokens that a model computes at once; at least one document.
-        max_length: tokens at which texts are cut; None for the model's own limit.
         seed: seed of the sentences, their places and the texts around them.
 
     Raises:
@@ -105,17 +104,10 @@ class NeedleOptions(DeviceOptions):
     queries: int = option(50, "questions for each length (LongEmbed's are all taken)", metavar="N", parse=int)
     documents: int = option(100, "documents that each question searches, all of one length", metavar="N", parse=int)
     batch_tokens: int = option(32_768, "tokens that a model computes at once", metavar="TOKENS", parse=int)
-    max_length: int | None = option(
-        None,
-        "tokens at which texts are cut (default: the model's own limit)",
-        flags=("--max-len", "--max-length"),
-        metavar="TOKENS",
-        parse=int,
-    )
     seed: int = option(0, "seed of the sentences, their places and the texts around them", metavar="SEED", parse=int)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if not self.tests or not self.lengths or min(self.lengths) < _SHORTEST:
             raise InputError(f"tests {self.tests}, lengths {self.lengths}: expected one or more, of {_SHORTEST} tokens")
         if not 1 <= self.queries <= self.documents or self.documents < 2 or self.batch_tokens < 1:
@@ -123,5 +115,3 @@ class NeedleOptions(DeviceOptions):
                 f"queries {self.queries}, documents {self.documents}, batch_tokens {self.batch_tokens}: expected at "
                 "least 1, 2 and 1, and no more queries than documents"
             )
-        if self.max_length is not None and self.max_length < 4:
-            raise InputError(f"max_length {self.max_length} is below 4 tokens")

@@ -89,6 +89,31 @@ class DeviceOptions:
     )
 
 
+@dataclass(frozen=True)
+class RankingModelOptions(DeviceOptions):
+    """How a model that ranks texts is opened.
+
+    Args:
+        max_length: tokens at which texts are cut; None for the model's own limit.
+
+    Raises:
+        InputError: the number is out of its range.
+    """
+
+    max_length: int | None = option(
+        None,
+        "tokens at which texts are cut (default: the model's own limit)",
+        flags=("--max-len", "--max-length"),
+        metavar="TOKENS",
+        parse=int,
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.max_length is not None and self.max_length < 4:
+            raise InputError(f"max_length {self.max_length} is below 4 tokens")
+
+
 # --- prepare ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gte_deploy.core.errors import InputError, MissingDependencyError
-from gte_deploy.training.finetune.options import FineTuneKind
+from gte_deploy.training.evaluation.retrieval import OpenModel, open_to_rank
 from gte_deploy.training.mteb_options import MtebOptions
-
-OpenForMteb = Callable[[str, MtebOptions], AbstractContextManager[tuple[FineTuneKind, Any]]]
-"""Opens a model by its name: its kind, and an object that `mteb.evaluate` takes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def evaluate_on_mteb(
     *,
     options: MtebOptions,
     progress: bool = False,
-    open_model: OpenForMteb | None = None,
+    open_model: OpenModel | None = None,
 ) -> list[MtebRow]:
     """Run tasks of MTEB.
 
@@ -64,7 +60,7 @@ def evaluate_on_mteb(
         tasks: names of the tasks.
         options: languages, batches, limit of the texts, and device.
         progress: whether lines on stderr tell what is computed.
-        open_model: opens a model by its name; None is `open_for_mteb`.
+        open_model: opens a model by its name; None is `open_to_rank`.
 
     Returns:
         a row for each model.
@@ -80,7 +76,7 @@ def evaluate_on_mteb(
     arguments = {"batch_size": options.batch_size, "show_progress_bar": False}
     rows = []
     for name in dict.fromkeys(models):
-        with (open_model or open_for_mteb)(name, options) as (kind, model):
+        with (open_model or open_to_rank)(name, options) as (kind, model):
             found = {}
             for task in chosen:
                 if progress:
@@ -100,14 +96,6 @@ def evaluate_on_mteb(
             )
         )
     return rows
-
-
-@contextmanager
-def open_for_mteb(name: str, options: MtebOptions) -> Iterator[tuple[FineTuneKind, Any]]:
-    """Open a checkpoint with sentence-transformers; see `open_trained`. Texts that are too long are cut."""
-    from gte_deploy.training.finetune.opening import open_trained
-
-    yield open_trained(name, max_length=options.max_length, device=options.device)
 
 
 def table(rows: Sequence[MtebRow]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist, fmean
@@ -174,8 +174,7 @@ def find_needles(
     by_words = {place: rank_by_words(each.data, len(each.data.corpus)) for place, each in haystacks.items()}
     rows = [NeedleRow(_BASELINE, _BASELINE, _scores(haystacks, by_words.__getitem__, asking, limit=None))]
     for name in dict.fromkeys(models):
-        opening = replace(next(iter(asking.values())), max_length=options.max_length)
-        with (open_model or open_to_rank)(name, opening) as (kind, model):
+        with (open_model or open_to_rank)(name, options) as (kind, model):
 
             def ranked(place: tuple[str, int], kind: Any = kind, model: Any = model, name: str = name) -> Ranking:
                 if progress:

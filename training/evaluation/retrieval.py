@@ -20,6 +20,7 @@ from gte_deploy.core.errors import NonFiniteError
 from gte_deploy.training.evaluation.bm25 import BM25
 from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet
 from gte_deploy.training.finetune.options import FineTuneKind, RetrievalOptions
+from gte_deploy.training.options import RankingModelOptions
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Ranking = dict[str, list[tuple[str, float]]]
 """Query id -> ids and scores of its documents, best first."""
 
-OpenModel = Callable[[str, RetrievalOptions], AbstractContextManager[tuple[FineTuneKind, Any]]]
+OpenModel = Callable[[str, RankingModelOptions], AbstractContextManager[tuple[FineTuneKind, Any]]]
 """Opens a model for ranking: its kind, and the model with the methods that `rank_by_model` calls."""
 
 _BASELINE = "bm25"
@@ -179,7 +180,7 @@ def table(rows: Sequence[RetrievalRow], data: RetrievalSet) -> str:
 
 
 @contextlib.contextmanager
-def open_to_rank(name: str, options: RetrievalOptions) -> Iterator[tuple[FineTuneKind, Any]]:
+def open_to_rank(name: str, options: RankingModelOptions) -> Iterator[tuple[FineTuneKind, Any]]:
     """Open a checkpoint with sentence-transformers; see `open_trained`. Texts that are too long are cut."""
     from gte_deploy.training.finetune.opening import open_trained
 

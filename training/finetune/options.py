@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import check_choices, option, required
+from gte_deploy.core.options import option, required
 from gte_deploy.training.data.readers import DATASET_PREFIX
-from gte_deploy.training.options import shipped_recipes
+from gte_deploy.training.options import RankingModelOptions, shipped_recipes
 
 FineTuneKind = Literal["embed", "rerank", "sparse"]
 PAIR_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -139,7 +139,7 @@ class RetrievalArguments:
 
 
 @dataclass(frozen=True)
-class RetrievalOptions:
+class RetrievalOptions(RankingModelOptions):
     """How models are evaluated on a retrieval set.
 
     Args:
@@ -147,11 +147,9 @@ class RetrievalOptions:
         recall_at: ranks at which the recall is measured.
         rerank_depth: number of BM25's documents that a reranker orders.
         batch_size: texts that a model computes at once.
-        max_length: tokens at which texts are cut; None for the model's own limit.
         max_queries: at most so many queries, drawn by the seed; None takes all.
         resamples: number of bootstrap samples of the queries for the intervals.
         seed: seed of the bootstrap and of the drawn queries.
-        device: "cuda" or "cpu"; None takes a GPU if there is one.
 
     Raises:
         InputError: a number is out of its range.
@@ -161,29 +159,18 @@ class RetrievalOptions:
     recall_at: tuple[int, ...] = option((1, 10, 100), "ranks for the recall", nargs="+", metavar="K", parse=int)
     rerank_depth: int = option(100, "number of BM25's documents that a reranker orders", metavar="N", parse=int)
     batch_size: int = option(32, "texts that a model computes at once", metavar="N", parse=int)
-    max_length: int | None = option(
-        None,
-        "tokens at which texts are cut (default: the model's own limit)",
-        flags=("--max-len", "--max-length"),
-        metavar="TOKENS",
-        parse=int,
-    )
     max_queries: int | None = option(
         None, "at most N queries, drawn by the seed, among all documents (default: all)", metavar="N", parse=int
     )
     resamples: int = option(1000, "bootstrap samples of the queries for the intervals", metavar="N", parse=int)
     seed: int = option(0, "seed of the bootstrap and of the drawn queries", metavar="SEED", parse=int)
-    device: Literal["cpu", "cuda"] | None = option(
-        None, "where to compute (default: a GPU where there is one, else the CPU)", choices=("cpu", "cuda")
-    )
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         counts = (self.top_k, *self.recall_at, self.rerank_depth, self.batch_size, self.resamples)
         least = min(*counts, 1 if self.max_queries is None else self.max_queries)
-        if least < 1 or (self.max_length is not None and self.max_length < 4):
+        if least < 1:
             raise InputError(
                 f"top_k {self.top_k}, recall_at {self.recall_at}, rerank_depth {self.rerank_depth}, batch_size "
-                f"{self.batch_size}, resamples {self.resamples}, max_queries {self.max_queries}, max_length "
-                f"{self.max_length}: expected at least 1, and 4 tokens"
+                f"{self.batch_size}, resamples {self.resamples}, max_queries {self.max_queries}: expected at least 1"
             )
