@@ -280,8 +280,8 @@ class _Shelf:
             release()
 
 
-def persistently(work: Callable[[], None], what: str, closing: threading.Event) -> None:
-    """Call `work` until it succeeds, a few times, with growing pauses.
+def persistently(work: Callable[[], T], what: str, closing: threading.Event) -> T:
+    """Call `work` until it succeeds, a few times, with growing pauses; return what it returns.
 
     Raises:
         InputError: the file does not exist or may not be read, or did not match its sha256 each time.
@@ -303,16 +303,16 @@ def persistently(work: Callable[[], None], what: str, closing: threading.Event) 
                 raise UnavailableError(f"{said}; try again later") from error
             logger.warning("%s; the next try is in %g s", said, pause)
             closing.wait(pause)
+    raise AssertionError("unreachable")
 
 
 def _fetch_index(storage: _Storage, root: Path) -> Path:
     """Fetch the index, and return the folder that the cache has for this state of the corpus."""
-    found: list[bytes] = []
-    persistently(partial(_read_into, found, storage, INDEX_FILE), f"{storage.url}/{INDEX_FILE}", threading.Event())
-    folder = root / hashlib.sha256(found[0]).hexdigest()[:16]
+    index = _read(storage, INDEX_FILE)
+    folder = root / hashlib.sha256(index).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
-    if not (folder / INDEX_FILE).is_file() or (folder / INDEX_FILE).read_bytes() != found[0]:
-        write_bytes(folder / INDEX_FILE, found[0])
+    if not (folder / INDEX_FILE).is_file() or (folder / INDEX_FILE).read_bytes() != index:
+        write_bytes(folder / INDEX_FILE, index)
     return folder
 
 
@@ -322,15 +322,15 @@ def _fetch_others(storage: _Storage, folder: Path, names: Sequence[str]) -> None
         path = folder / name
         if path.is_file():
             continue
-        found: list[bytes] = []
         with contextlib.suppress(InputError):
-            persistently(partial(_read_into, found, storage, name), f"{storage.url}/{name}", threading.Event())
+            content = _read(storage, name)
             path.parent.mkdir(exist_ok=True)
-            write_bytes(path, found[0])
+            write_bytes(path, content)
 
 
-def _read_into(found: list[bytes], storage: _Storage, name: str) -> None:
-    found.append(storage.read(name))
+def _read(storage: _Storage, name: str) -> bytes:
+    """Return a small file of the corpus; see `persistently`."""
+    return persistently(partial(storage.read, name), f"{storage.url}/{name}", threading.Event())
 
 
 def _fetch_all(shelf: _Shelf, files: Iterable[tuple[str, int, str]]) -> None:
