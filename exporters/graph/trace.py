@@ -82,6 +82,7 @@ def trace(
         traced = _export(wrapper, max_length, opset, token_types=token_types)
     _set_names(traced.graph)
     _simplify(traced)
+    _separate_outputs(traced.graph, wrapper.output_names)
     return traced
 
 
@@ -378,6 +379,21 @@ def _simplify(model: ir.Model) -> None:
         clean(model)
     separate_joined_layers(model)
     model.producer_name, model.producer_version = "gte-deploy", None
+
+
+def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give each output a value and a name of its own: without a projection, the states of tokens are their vectors."""
+    seen: list[ir.Value] = []
+    for index, name in enumerate(names):
+        value = graph.outputs[index]
+        if any(value is other for other in seen):
+            node = ir.node("Identity", [value], name=name)
+            copy = node.outputs[0]
+            copy.type, copy.shape = value.type, value.shape
+            graph.append(node)
+            graph.outputs[index] = value = copy
+        value.name = name
+        seen.append(value)
 
 
 def _type_products(graph: ir.Graph) -> None:

@@ -485,7 +485,7 @@ def _tensors(data: JsonValue, *, least: int = 0) -> tuple[TensorSpec, ...]:
         )
         for tensor in data.entries(least=least)
     )
-    # A graph gives one tensor under one name twice if a multi-vector model has no projection.
+    # Bundles of multi-vector models without a projection had one tensor twice.
     if len(_names(found)) < len(set(found)):
         raise ValueError(f"{data.place} has two tensors of one name: {', '.join(tensor.name for tensor in found)}")
     return found

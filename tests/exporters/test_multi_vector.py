@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 import gte_deploy
@@ -168,6 +169,9 @@ def test_a_limit_of_the_export(checkpoint, tmp_path):
 def test_without_a_projection(tmp_path):
     folder = make(tmp_path / "model", library="sentence-transformers", widths=(), mask={}, config={})
     export(folder, tmp_path / "bundle")
+    for graph in (tmp_path / "bundle" / "onnx").glob("*.onnx"):
+        names = [output.name for output in onnx.load(graph, load_external_data=False).graph.output]
+        assert names in (["last_hidden_state", "token_vectors"], ["token_vectors"])
     with gte_deploy.load(folder, backend="torch") as model, gte_deploy.load(tmp_path / "bundle") as exported:
         assert model.get_embedding_dimension() == model.spec.hidden_size
         for ours, theirs in zip(exported.encode_document(TEXTS), model.encode_document(TEXTS), strict=True):
