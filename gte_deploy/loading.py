@@ -1,6 +1,7 @@
 """`load`: from a path or name to a Model."""
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -164,8 +165,9 @@ def load(
         raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
     with in_use():
         if is_bundle(folder):
-            _require_task_of_bundle(folder, task)
-            opened = _open_bundle(folder, backend, asked, device, num_threads, wanted)
+            _require_for_bundle(folder, backend, task)
+            with contextlib.closing(VerifiedBundle(folder)) as bundle:
+                opened = _open_bundle(bundle, backend, asked, device, num_threads, wanted)
         else:
             _refuse_streams(folder, wanted)
             opened = _open_checkpoint(folder, backend, asked, device or "cpu", num_threads, compile, task)
@@ -310,7 +312,13 @@ def _needs_checkpoint(backend: str, task: str) -> bool:
     return backend == "torch" or no_other or task not in ("auto", read_manifest(builtin_bundle()).spec.task)
 
 
-def _require_task_of_bundle(folder: Path, task: str) -> None:
+def _require_for_bundle(folder: Path, backend: str, task: str) -> None:
+    """Refuse what no bundle can do, before its files are verified."""
+    if backend == "torch":
+        raise BackendError(
+            f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
+            "checkpoint that it was exported from."
+        )
     if task != "auto" and (own := read_manifest(folder).spec.task) != task:
         raise InputError(
             f"{folder} is a bundle for {own}, not for {task}. Export its checkpoint again with --task {task}, or leave "
@@ -365,26 +373,6 @@ def _open_checkpoint(
 
 
 def _open_bundle(
-    folder: Path,
-    backend: str,
-    precision: ComputePrecision | None,
-    device: str | None,
-    num_threads: int | None,
-    streams: int | None,
-) -> _Opened:
-    if backend == "torch":
-        raise BackendError(
-            f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
-            "checkpoint that it was exported from."
-        )
-    bundle = VerifiedBundle(folder)
-    try:
-        return _open_verified(bundle, backend, precision, device, num_threads, streams)
-    finally:
-        bundle.close()
-
-
-def _open_verified(
     bundle: VerifiedBundle,
     backend: str,
     precision: ComputePrecision | None,

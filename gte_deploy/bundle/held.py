@@ -8,16 +8,14 @@ import functools
 import hashlib
 import mmap
 import os
-import stat
 import threading
 import weakref
 from pathlib import Path
 
 from gte_deploy.core.errors import BackendError, BundleError
+from gte_deploy.core.regular import open_regular
 
 _CHUNK_BYTES = 1 << 20
-# Opening a named pipe waits for a writer without the first, and Windows translates line ends without the second.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 Identity = tuple[int, int, int, int]
 """Device, number, size in bytes and time of the last write of a file: they change with its content."""
@@ -65,7 +63,7 @@ class HeldFile:
 
     def _open(self) -> int:
         try:
-            descriptor = os.open(self.path, _FLAGS)
+            return open_regular(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BundleError(
                 f"{self.path} is missing, but the manifest names it. Export or download the bundle again."
@@ -74,10 +72,6 @@ class HeldFile:
             raise BundleError(
                 f"{self.path} cannot be opened ({error}). Export or download the bundle again."
             ) from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise BundleError(f"{self.path} is no regular file. Export or download the bundle again.")
-        return descriptor
 
     def _hash(self, keeps_content: bool = False) -> str:
         digest = hashlib.sha256()

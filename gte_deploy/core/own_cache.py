@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from gte_deploy.core.files import cache_folder
+from gte_deploy.core.regular import open_regular
 
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -47,12 +48,8 @@ def read_own(file: Path, *, max_bytes: int) -> bytes:
         OSError: it cannot be read, or is no file.
         ValueError: it has more than `max_bytes`.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(file, flags), "rb") as opened:
-        found = os.fstat(opened.fileno())
-        require_own(file, found)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{file} is no file")
+    with open(open_regular(file, follow_links=False), "rb") as opened:
+        require_own(file, os.fstat(opened.fileno()))
         data = opened.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"{file} has more than {max_bytes:,} bytes")
