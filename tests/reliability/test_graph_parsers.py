@@ -3,17 +3,15 @@
 import random
 from pathlib import Path
 
+import onnx
 import pytest
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-
-from graph_engines import locations_of, opened_by, operators_of  # noqa: E402
-from graph_mutations import model_with_everything, mutations, random_mutation  # noqa: E402
-from gte_deploy.bundle.inspection import OnnxContents, inspect_bytes, with_data_as_inputs  # noqa: E402
-from gte_deploy.bundle.onnx_fields import MESSAGES  # noqa: E402
-from gte_deploy.core.errors import BundleError  # noqa: E402
-from gte_deploy.models import builtin_bundle  # noqa: E402
+from graph_engines import locations_of, opened_by, operators_of
+from graph_mutations import model_with_everything, mutations, random_mutation
+from gte_deploy.bundle.inspection import OnnxContents, inspect_bytes, with_data_as_inputs
+from gte_deploy.bundle.onnx_fields import MESSAGES
+from gte_deploy.core.errors import BundleError
+from gte_deploy.models import builtin_bundle
 
 # Files that were found by `test_mutated_graphs_in_the_engines`: ONNX Runtime opened each of them, and the inspection
 # before 2026-12 either accepted it, or saw other operators or files.
@@ -178,7 +176,6 @@ def test_external_data_anywhere_else_are_refused():
 @pytest.mark.parametrize(("engine", "files"), [("onnxruntime", 1500), ("openvino", 300)])  # OpenVINO compiles slowly
 def test_mutated_graphs_in_the_engines(engine, files, tmp_path):
     """No accepted graph crashes an engine, or has an operator that ONNX Runtime sees and the inspection does not."""
-    pytest.importorskip(engine)
     rng = random.Random(1)
     whole = model_with_everything()
     changed = [data for _, data in mutations(whole)]

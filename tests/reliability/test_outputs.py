@@ -10,6 +10,7 @@ import pytest
 
 from gte_deploy.cli import main
 from gte_deploy.core.exit_codes import FAILURE, OK, USAGE
+from null_device import make_null_device
 
 TEXTS = ["a river", "two rivers"]
 
@@ -23,14 +24,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def device(tmp_path):
-    """/dev/null under another name, so that a test that fails costs the machine nothing."""
-    path = tmp_path / "null"
-    try:
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        path.open("wb").close()
-    except OSError as error:
-        pytest.skip(f"needs root and a container that makes devices: {error}")
-    return path
+    return make_null_device(tmp_path / "null")
 
 
 def encode(*words):

@@ -8,18 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("onnx")
-
-import gte_deploy  # noqa: E402
-from factories import make_checkpoint  # noqa: E402
-from gte_deploy import loading  # noqa: E402
-from gte_deploy.bundle.manifest import MANIFEST_NAME, read_manifest  # noqa: E402
-from gte_deploy.bundle.verified import VerifiedBundle  # noqa: E402
-from gte_deploy.core.errors import BackendError, BundleError  # noqa: E402
-from gte_deploy.exporters.bundle.writer import seal  # noqa: E402
-from gte_deploy.exporters.export import export  # noqa: E402
-from gte_deploy.exporters.job import WEIGHTS_PATH  # noqa: E402
+import gte_deploy
+from factories import make_checkpoint
+from gte_deploy import loading
+from gte_deploy.bundle.manifest import MANIFEST_NAME, read_manifest
+from gte_deploy.bundle.verified import VerifiedBundle
+from gte_deploy.core.errors import BackendError, BundleError
+from gte_deploy.exporters.bundle.writer import seal
+from gte_deploy.exporters.export import export
+from gte_deploy.exporters.job import WEIGHTS_PATH
 
 TEXT = "a text of some words"
 GRAPHS = ("onnx/model.onnx", "onnx/model_answer.onnx", "onnx/model_openvino.onnx", "onnx/model_openvino_answer.onnx")
@@ -27,7 +24,6 @@ GRAPHS = ("onnx/model.onnx", "onnx/model_answer.onnx", "onnx/model_openvino.onnx
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    pytest.importorskip("openvino")
     folder = tmp_path_factory.mktemp("exported")
     checkpoint = make_checkpoint(folder / "checkpoint", task="embed", layers=1, pooling="cls")
     return export(checkpoint, folder / "bundle", max_length=16).path
@@ -134,7 +130,7 @@ def test_a_new_time_alone_changes_nothing(bundle, engine, expected):
 def test_a_pipe_in_place_of_a_file_is_refused_at_once(bundle, engine):
     (bundle / "tokenizer.json").unlink()
     os.mkfifo(bundle / "tokenizer.json")
-    with pytest.raises(BundleError, match="is no regular file"):
+    with pytest.raises(BundleError, match="not a file"):
         gte_deploy.load(bundle, backend=engine)
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 Operators = frozenset[tuple[str, str]]
 
@@ -44,34 +45,23 @@ def opened_by(engine: str, files: Sequence[Path]) -> Iterator[tuple[Path, Operat
 
 def operators_of(model: object) -> Operators:
     """Return the operators that a `ModelProto` contains anywhere, as the `onnx` package reads it."""
-    found: set[tuple[str, str]] = set()
-
-    def descend(message: object) -> None:
-        if message.DESCRIPTOR.name == "NodeProto":  # type: ignore[attr-defined]
-            found.add((message.domain, message.op_type))  # type: ignore[attr-defined]
-        for descriptor, value in message.ListFields():  # type: ignore[attr-defined]
-            if descriptor.message_type is not None:
-                for inner in value if not hasattr(value, "DESCRIPTOR") else [value]:
-                    descend(inner)
-
-    descend(model)
-    return frozenset(found)
+    return frozenset((node.domain, node.op_type) for node in _messages(model, "NodeProto"))
 
 
 def locations_of(model: object) -> frozenset[str]:
     """Return the locations of external data anywhere in a `ModelProto`, as the `onnx` package reads it."""
-    found: set[str] = set()
+    entries = (entry for tensor in _messages(model, "TensorProto") for entry in tensor.external_data)
+    return frozenset(entry.value for entry in entries if entry.key == "location")
 
-    def descend(message: object) -> None:
-        if message.DESCRIPTOR.name == "TensorProto":  # type: ignore[attr-defined]
-            found.update(entry.value for entry in message.external_data if entry.key == "location")  # type: ignore[attr-defined]
-        for descriptor, value in message.ListFields():  # type: ignore[attr-defined]
-            if descriptor.message_type is not None:
-                for inner in value if not hasattr(value, "DESCRIPTOR") else [value]:
-                    descend(inner)
 
-    descend(model)
-    return frozenset(found)
+def _messages(message: Any, kind: str) -> Iterator[Any]:
+    """Yield each message of a kind in a message, at any depth."""
+    if message.DESCRIPTOR.name == kind:
+        yield message
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for inner in value if not hasattr(value, "DESCRIPTOR") else [value]:
+                yield from _messages(inner, kind)
 
 
 def _with_onnxruntime() -> Callable[[Path], list[tuple[str, str]]]:

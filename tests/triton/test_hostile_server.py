@@ -654,9 +654,9 @@ def test_an_unknown_length_of_time_is_no_hole(server: RawServer):
 @pytest.fixture
 def grpc_server() -> Iterator[Any]:
     """`.url`, and `.config` and `.infer`: functions that answer, with the arguments of a gRPC servicer."""
-    grpc = pytest.importorskip("grpc")
     from concurrent.futures import ThreadPoolExecutor
 
+    import grpc
     from google.protobuf import json_format
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 

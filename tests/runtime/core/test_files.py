@@ -21,8 +21,10 @@ from gte_deploy.core.files import (
     write_text,
     write_with,
 )
+from null_device import make_null_device
 
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes a device, or a file of another user")
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no modes, owners, devices and pipes of POSIX")
+AS_ROOT = pytest.mark.skipif(os.name != "nt" and os.geteuid() != 0, reason="needs root: makes a file of another user")
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def mode_of(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@POSIX
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o027])
 def test_new_files_and_folders_have_the_modes_that_the_umask_leaves(tmp_path, with_umask, mask):
     with_umask(mask)
@@ -53,12 +56,14 @@ def test_new_files_and_folders_have_the_modes_that_the_umask_leaves(tmp_path, wi
     assert mode_of(folder / "weights") == 0o666 & ~mask
 
 
+@POSIX
 def test_a_system_that_does_not_tell_the_umask_is_asked_by_setting_it(monkeypatch, with_umask):
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"Name:\tno such line\n")
     with_umask(0o026)
     assert umask() == 0o026 and umask() == 0o026
 
 
+@POSIX
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o666])
 def test_a_replaced_file_keeps_its_mode(tmp_path, mode):
     path = tmp_path / "a.bin"
@@ -74,6 +79,7 @@ def test_a_replaced_file_keeps_its_mode(tmp_path, mode):
     assert path.read_bytes() == b"new" and mode_of(path) == mode
 
 
+@POSIX
 @AS_ROOT
 def test_a_replaced_file_keeps_its_owner(tmp_path):
     path = tmp_path / "a.bin"
@@ -83,6 +89,7 @@ def test_a_replaced_file_keeps_its_owner(tmp_path):
     assert (path.stat().st_uid, path.stat().st_gid, mode_of(path)) == (65534, 65533, 0o600)
 
 
+@POSIX
 def test_a_group_that_cannot_be_kept_gets_what_everybody_has(tmp_path, monkeypatch):
     path = tmp_path / "a.bin"
     path.touch()
@@ -97,6 +104,7 @@ def test_a_group_that_cannot_be_kept_gets_what_everybody_has(tmp_path, monkeypat
     assert files._adopt_owner(path, other) == 0o644
 
 
+@POSIX
 def test_a_replaced_folder_keeps_its_mode(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
@@ -108,6 +116,7 @@ def test_a_replaced_folder_keeps_its_mode(tmp_path):
     assert mode_of(new) == 0o750
 
 
+@POSIX
 def test_a_link_stays_and_its_file_is_written(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("second")
@@ -120,6 +129,7 @@ def test_a_link_stays_and_its_file_is_written(tmp_path):
     assert follow_links(tmp_path / "link") == (tmp_path / "there" / "file").resolve()
 
 
+@POSIX
 def test_links_in_a_circle_and_folders_are_refused(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
@@ -131,6 +141,7 @@ def test_links_in_a_circle_and_folders_are_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@POSIX
 def test_a_pipe_gets_the_bytes_and_stays(tmp_path):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
@@ -143,14 +154,9 @@ def test_a_pipe_gets_the_bytes_and_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [pipe]
 
 
-@AS_ROOT
+@POSIX
 def test_a_device_stays(tmp_path):
-    device = tmp_path / "null"
-    try:
-        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        device.open("wb").close()
-    except OSError as error:
-        pytest.skip(f"this container makes or opens no devices: {error}")
+    device = make_null_device(tmp_path / "null")
     (tmp_path / "link").symlink_to(device)
     for path in (device, tmp_path / "link"):
         assert is_special(path)
@@ -158,6 +164,7 @@ def test_a_device_stays(tmp_path):
     assert device.is_char_device() and (tmp_path / "link").is_symlink()
 
 
+@POSIX
 def test_an_open_file_is_written_where_it_stands(tmp_path):
     with (tmp_path / "log").open("ab") as opened:
         opened.write(b"before ")
