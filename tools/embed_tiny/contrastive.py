@@ -62,6 +62,8 @@ class Settings:
         contrast: weight of the contrastive loss.
         distil: weight of the distance to the teacher; at 0 no teacher is needed.
         scale: factor of the cosines in the contrastive loss, the inverse of its temperature.
+        bf16: whether to compute in bfloat16, which a CPU that multiplies it does 1.5 to 2.5 times as fast. The weights
+            stay in float32.
     """
 
     encoder: Path | None = None
@@ -73,6 +75,7 @@ class Settings:
     contrast: float = 0.1
     distil: float = 1.0
     scale: float = 20.0
+    bf16: bool = False
 
 
 class ContrastiveDistillation(torch.nn.Module):
@@ -127,7 +130,7 @@ def unpack_teacher(data: Path) -> Path:
     return folder
 
 
-def teacher_embeddings(data: Path, pairs: list[dict[str, str]]) -> np.ndarray:
+def teacher_embeddings(data: Path, pairs: list[dict[str, str]], *, bf16: bool = False) -> np.ndarray:
     """Compute the teacher's embeddings [pairs, 2, 384] float16, in chunks that a later call finds in `embeddings`.
 
     The first pairs of the seed's order come first, so that a run on few pairs and one on all of them share chunks.
@@ -145,7 +148,8 @@ def teacher_embeddings(data: Path, pairs: list[dict[str, str]]) -> np.ndarray:
                 teacher.max_seq_length = MAX_LENGTH
             began = time.perf_counter()
             texts = [pair[column] for pair in part for column in ("anchor", "positive")]
-            vectors = teacher.encode(texts, batch_size=64, normalize_embeddings=True, convert_to_numpy=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                vectors = teacher.encode(texts, batch_size=64, normalize_embeddings=True, convert_to_numpy=True)
             vectors = vectors.astype(np.float16).reshape(len(part), 2, -1)
             array = io.BytesIO()
             np.save(array, vectors)
@@ -204,7 +208,7 @@ def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
     targets = None
     if settings.distil:
         dimensions = model.get_embedding_dimension()
-        targets, kept = project(teacher_embeddings(data, pairs), int(dimensions or 0))
+        targets, kept = project(teacher_embeddings(data, pairs, bf16=settings.bf16), int(dimensions or 0))
         logger.info("the targets keep %.1f %% of the squared length of the teacher's embeddings", 100 * kept)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(output / "checkpoints"),
@@ -221,6 +225,7 @@ def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
         save_steps=500,
         save_total_limit=1,
         seed=SEED,
+        bf16=settings.bf16,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -250,6 +255,7 @@ def main() -> None:
     for name in ("epochs", "batch_size", "learning_rate", "contrast", "distil", "scale"):
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="(%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, for CPUs that multiply it natively")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = vars(parser.parse_args())
     train(arguments.pop("data"), arguments.pop("output"), Settings(**arguments))
