@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import io
 import json
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -21,6 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sklearn.decomposition import TruncatedSVD
 from transformers import AutoTokenizer, BertConfig, BertModel, GteConfig, GteModel
 
+from gte_deploy.bundle.manifest import open_bundle
 from gte_deploy.exporters.verification.texts import builtin_texts
 from gte_deploy.models import builtin_path
 from gte_deploy.training.evaluation.retrieval import evaluate_retrieval
@@ -28,8 +30,8 @@ from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet, read_ret
 from loading import load_file
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "tools" / "embed_tiny"
-readers, pairs, contrastive = (
-    load_file(SCRIPTS / f"{name}.py", f"embed_tiny_{name}") for name in ("readers", "pairs", "contrastive")
+readers, pairs, contrastive, card = (
+    load_file(SCRIPTS / f"{name}.py", f"embed_tiny_{name}") for name in ("readers", "pairs", "contrastive", "card")
 )
 
 
@@ -286,7 +288,7 @@ def test_the_model_learns_pairs_and_teacher_and_goes_on(data: Path, settings, tm
     embeddings = model.encode(texts)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
     test = read_test(data / "tests" / "unseen")
-    _, before, after = evaluate_retrieval([str(settings.encoder), str(tmp_path / "run" / "model")], test)
+    _, before, after = evaluate_retrieval([str(settings.encoder), str(tmp_path / "run" / "gte-en-embed-tiny")], test)
     assert after.figures["ndcg@10"].mean > before.figures["ndcg@10"].mean
     # The similarities are nearer to those of the teacher.
     teacher, raw = (SentenceTransformer(str(data / name), device="cpu").encode(texts) for name in ("whole", "student"))
@@ -296,7 +298,7 @@ def test_the_model_learns_pairs_and_teacher_and_goes_on(data: Path, settings, tm
     again = contrastive.train(data, tmp_path / "run", settings)
     assert any((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     np.testing.assert_allclose(again.encode(texts[:4]), embeddings[:4], atol=1e-6)  # another batch, other padding
-    assert SentenceTransformer(str(tmp_path / "run" / "model")).max_seq_length == 512
+    assert SentenceTransformer(str(tmp_path / "run" / "gte-en-embed-tiny")).max_seq_length == 512
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
@@ -319,3 +321,34 @@ def test_without_a_teacher_the_loss_is_that_of_in_batch_negatives(data: Path, se
     scores = 10.0 * anchors @ positives.T
     expected = sum(torch.nn.functional.cross_entropy(each, torch.arange(6)) for each in (scores, scores.T)) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_card_has_the_figures(tmp_path: Path, bundle_of, word_checkpoints) -> None:
+    shutil.copytree(bundle_of(word_checkpoints["embed"]), tmp_path / "bundle")
+    kinds = {"wordnet": 700, "sections": 800}
+    run = {**vars(contrastive.Settings()), "pairs": kinds, "steps": 77, "teacher_kept": 0.9}
+    tests = [
+        {"test": name, "queries": 3000, "documents": 4000} for name in ("unseen", "sections", "packages", "glosses")
+    ]
+    source = {"archive": "git-doc_1:2.39_all.deb", "licence": "GPL-2", "train": 1500, "held_out": 50}
+    files = {"run/run.json": run, "data/manifest.json": [source, *tests]}
+    for number, test in enumerate(tests):
+        rows = [("bm25", 0.1), ("bundle", 0.2 + number / 1000)]
+        files[f"figures-{test['test']}.json"] = [
+            {"model": name, "figures": {metric: {"mean": value} for metric in ("ndcg@10", "recall@10")}}
+            for name, value in rows
+        ]
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content, default=str))
+    card.write_card(tmp_path)
+    text = (tmp_path / "bundle" / "README.md").read_text()
+    assert "| **this bundle**, INT8 | 20.0, 20.0 | 20.1, 20.1 | 20.2, 20.2 | 20.3, 20.3 |" in text
+    assert (
+        "1,500 pairs of texts (800 of sections, 700 of wordnet)" in " ".join(text.split())
+        and "| git-doc | GPL-2 | 1,500 | 50 |" in text
+    )
+    assert text.index("## Retrieval") < text.index("## Use") < text.index("## Agreement with PyTorch")
+    open_bundle(tmp_path / "bundle")
+    card.write_card(tmp_path)
+    assert (tmp_path / "bundle" / "README.md").read_text() == text

@@ -3,8 +3,8 @@
     python tools/embed_tiny/contrastive.py data runs/embed
 
 The first folder is the one that `pairs.py` wrote. It also keeps the teacher's embeddings, which are computed once. The
-second folder keeps checkpoints, so that the same command continues a stopped run, and receives `model`, a folder of
-sentence-transformers that `gte-export` takes.
+second folder keeps checkpoints, so that the same command continues a stopped run. It receives `gte-en-embed-tiny`, a
+folder of sentence-transformers that `gte-export` takes, and `run.json`, which says how it was trained.
 
 The loss is a weighted sum of two of sentence-transformers' losses: in-batch negatives in both directions
 (`MultipleNegativesRankingLoss`), and one minus the cosine between the embedding of a text and its target
@@ -20,22 +20,27 @@ import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerModelCardData,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers, MultiDatasetBatchSamplers
 
-from gte_deploy.core.files import write_bytes
-from gte_deploy.models import builtin_path
+from gte_deploy.core.files import write_bytes, write_text
+from gte_deploy.models import BUILTIN_EMBED_NAME, builtin_path
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +188,8 @@ def build_student(settings: Settings) -> SentenceTransformer:
     )
     mode: Any = settings.pooling
     pooling = Pooling(encoder.get_embedding_dimension(), mode)
-    return SentenceTransformer(modules=[encoder, pooling, Normalize()], device="cpu")
+    card = SentenceTransformerModelCardData(language="en", license="apache-2.0", model_name=BUILTIN_EMBED_NAME)
+    return SentenceTransformer(modules=[encoder, pooling, Normalize()], device="cpu", model_card_data=card)
 
 
 def datasets_by_kind(pairs: list[dict[str, str]], batch_size: int) -> dict[str, Dataset]:
@@ -201,11 +207,11 @@ def datasets_by_kind(pairs: list[dict[str, str]], batch_size: int) -> dict[str, 
 
 
 def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
-    """Train, or continue the run in `output`, and write `output/model`."""
+    """Train, or continue the run in `output`, and write the model and `run.json` there."""
     pairs = read_training_pairs(data, settings.pairs)
     torch.manual_seed(SEED)
     model = build_student(settings)
-    targets = None
+    targets, kept = None, 0.0
     if settings.distil:
         dimensions = model.get_embedding_dimension()
         targets, kept = project(teacher_embeddings(data, pairs, bf16=settings.bf16), int(dimensions or 0))
@@ -230,16 +236,21 @@ def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
         use_cpu=True,
         disable_tqdm=True,
     )
+    datasets = datasets_by_kind(pairs, settings.batch_size)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=datasets_by_kind(pairs, settings.batch_size),
+        train_dataset=datasets,
         loss=ContrastiveDistillation(model, targets, settings),
     )
     stopped = any((output / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=stopped)
+    done = trainer.train(resume_from_checkpoint=stopped)
     model.max_seq_length = SERVED_LENGTH
-    model.save_pretrained(str(output / "model"))
+    model.save_pretrained(str(output / BUILTIN_EMBED_NAME))
+    counts = {kind: len(dataset) for kind, dataset in datasets.items()}
+    facts = {"pairs": counts, "steps": done.global_step, "teacher_kept": kept, "loss": done.training_loss}
+    shown = {name: value for name, value in asdict(settings).items() if name not in ("encoder", "pairs")}
+    write_text(output / "run.json", json.dumps({**shown, **facts}, indent=2) + "\n")
     return model
 
 
@@ -247,7 +258,7 @@ def main() -> None:
     """Train on the data folder, and write the model into the output folder."""
     parser = argparse.ArgumentParser(description="Make an embedding model of an encoder, from pairs and a teacher.")
     parser.add_argument("data", type=Path, help="folder that pairs.py wrote")
-    parser.add_argument("output", type=Path, help="folder of the run; receives the folder `model`")
+    parser.add_argument("output", type=Path, help=f"folder of the run; receives the folder {BUILTIN_EMBED_NAME}")
     default = Settings()
     parser.add_argument("--encoder", type=Path, help="folder of the encoder (default: the built-in model)")
     parser.add_argument("--pooling", choices=("mean", "cls"), default=default.pooling)

@@ -5,20 +5,22 @@
 #   tools/embed_tiny/run.sh WORK           # hours on two CPU cores; the same command continues a stopped run
 #   QUERIES=100 tools/embed_tiny/run.sh WORK --pairs 2048 --epochs 1     # in miniature
 #
-# Further arguments go to contrastive.py. WORK/run/model then holds the model, WORK/bundle its INT8 bundle, and
-# WORK/figures-TEST.json what both find in held-out texts, beside BM25, the encoder and the teacher.
+# Further arguments go to contrastive.py. WORK/run/gte-en-embed-tiny then holds the model, WORK/figures-TEST.json what it
+# and its bundle find in held-out texts, beside BM25, the encoder and the teacher, and WORK/bundle its INT8 bundle, which
+# ships as models/builtin_embed.
 set -eu
 
 scripts=$(cd "$(dirname "$0")" && pwd)
 work=${1:?usage: run.sh WORK [options of contrastive.py]}
 shift
 most_bytes=12000000
+model=run/gte-en-embed-tiny
 mkdir -p "$work"
 cd "$work"
 
 [ -e data/manifest.json ] || python "$scripts/pairs.py" data
-[ -e run/model/model.safetensors ] || python "$scripts/contrastive.py" data run "$@"
-[ -e bundle/manifest.json ] || gte-export run/model --output bundle --precision int8
+[ -e run/run.json ] || python "$scripts/contrastive.py" data run "$@"
+[ -e bundle/manifest.json ] || gte-export "$model" --output bundle --precision int8
 
 # All queries, unless QUERIES says how many of each test.
 teacher=data/teacher
@@ -26,9 +28,11 @@ teacher=data/teacher
 for test in data/tests/*/; do
     name=$(basename "$test")
     # shellcheck disable=SC2086
-    gte-train retrieval gte-en-mlm-tiny $teacher run/model bundle --data "$test" ${QUERIES:+--max-queries "$QUERIES"} \
+    gte-train retrieval gte-en-mlm-tiny $teacher $model bundle --data "$test" ${QUERIES:+--max-queries "$QUERIES"} \
         -o "figures-$name.json"
 done
+
+python "$scripts/card.py" .
 
 # What a download of the package would grow by: its archive is compressed, too.
 python -m zipfile -c bundle.zip bundle/
