@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from battery import attempts, pytest_addoption, pytest_configure  # noqa: F401  a fixture, and hooks
 from factories import make_checkpoint
 from headless import chromium  # noqa: F401  a fixture
 from runtime_models import (  # noqa: F401  fixtures
@@ -36,8 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests on one worker, which builds the file's fixtures once; `make test` spreads groups of tests.
 
     Tests of every backend stay single: what they share is the backend's models, and they are in the order of backends.
+    Those of `tests/reliability` get the marker of the reliability battery. Its slow tests are those of `soak`.
     """
+    battery = Path(__file__).with_name("reliability")
     for item in items:
+        if battery in item.path.parents:
+            item.add_marker(pytest.mark.reliability)
+        if item.get_closest_marker("reliability") and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.soak)
         shares_its_file = "backend" not in getattr(item, "fixturenames", ())
         if shares_its_file and item.get_closest_marker("xdist_group") is None:
             group = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()

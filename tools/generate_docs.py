@@ -5,9 +5,9 @@
 
 docs/python-api.md is built from signatures and docstrings, docs/command-line.md from the output of `--help`,
 docs/families.md from the registry of families, docs/checkpoints-verified.md from the table of published checkpoints and
-the results of `gte-export verify-published`. In every other page, the blocks between
-`<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled, and those between `<!-- file: PATH -->` and
-`<!-- end -->` with the file.
+the results of `gte-export verify-published`, docs/reliability.md from the results of the reliability battery. In every
+other page, the blocks between `<!-- generated: COMMAND --help -->` and `<!-- end -->` are filled, and those between
+`<!-- file: PATH -->` and `<!-- end -->` with the file.
 """
 
 import argparse
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 API, COMMANDS = ROOT / "docs" / "python-api.md", ROOT / "docs" / "command-line.md"
 FAMILY_PAGE = ROOT / "docs" / "families.md"
 PUBLISHED_PAGE, PUBLISHED_RESULTS = ROOT / "docs" / "checkpoints-verified.md", ROOT / "benchmarks/results/published"
+RELIABILITY_PAGE, BATTERY_RESULTS = ROOT / "docs" / "reliability.md", ROOT / "benchmarks/results/reliability"
 BLOCK = re.compile(r"(<!-- generated: ([\w -]+?) --help -->\n).*?(<!-- end -->)", re.DOTALL)
 FILE_BLOCK = re.compile(r"(<!-- file: ([\w./-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LANGUAGES = {".py": "python", ".mjs": "javascript", ".html": "html"}
@@ -371,7 +372,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield COMMANDS, commands_page()
     yield FAMILY_PAGE, families_page()
     yield PUBLISHED_PAGE, published_page()
-    written = {API, COMMANDS, FAMILY_PAGE, PUBLISHED_PAGE}
+    yield RELIABILITY_PAGE, importlib.import_module("tools.reliability_page").reliability_page(BATTERY_RESULTS)
+    written = {API, COMMANDS, FAMILY_PAGE, PUBLISHED_PAGE, RELIABILITY_PAGE}
     for file in (ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - written)):
         yield file, filled(file.read_text(encoding="utf-8"))
 

@@ -172,7 +172,6 @@ def test_external_data_anywhere_else_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 @pytest.mark.parametrize(("engine", "files"), [("onnxruntime", 1500), ("openvino", 300)])  # OpenVINO compiles slowly
 def test_mutated_graphs_in_the_engines(engine, files, tmp_path):
     """No accepted graph crashes an engine, or has an operator that ONNX Runtime sees and the inspection does not."""

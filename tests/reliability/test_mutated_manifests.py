@@ -144,7 +144,6 @@ def test_values_of_every_type(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 def test_every_value_of_every_type_at_every_place(tmp_path):
     changes = mutations(whole())
     assert len(changes) > 5000
