@@ -323,6 +323,25 @@ def test_without_a_teacher_the_loss_is_that_of_in_batch_negatives(data: Path, se
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_kinds_are_divided_by_length() -> None:
+    sources = ["wordnet-base"] * 100 + ["git-doc"] * 40 + ["dict-foldoc"] * 3
+    lengths = np.random.default_rng(0).permutation(len(sources))
+    pairs = [
+        {"source": name, "anchor": "a", "positive": "p" * int(n)} for name, n in zip(sources, lengths, strict=True)
+    ]
+    datasets = contrastive.datasets_by_kind(pairs, batch_size=4)
+    sizes = {name: len(dataset) for name, dataset in datasets.items()}
+    assert sizes == {**{name: 17 for name in sizes if "wordnet" in name}, "sections": 20, "sections-1": 20} | {
+        "wordnet-4": 16,
+        "wordnet-5": 16,
+    }
+    assert "foldoc" not in "".join(sizes)  # less than a batch
+    for name, dataset in datasets.items():
+        assert [pairs[label]["positive"] for label in dataset["label"]] == list(dataset["positive"])
+        if name.endswith("-1"):
+            assert min(map(len, dataset["positive"])) >= max(map(len, datasets[name[:-2]]["positive"]))
+
+
 def test_the_card_has_the_figures(tmp_path: Path, bundle_of, word_checkpoints) -> None:
     shutil.copytree(bundle_of(word_checkpoints["embed"]), tmp_path / "bundle")
     kinds = {"wordnet": 700, "sections": 800}

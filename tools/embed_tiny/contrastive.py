@@ -18,7 +18,7 @@ import json
 import logging
 import time
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ MAX_LENGTH = 128
 SERVED_LENGTH = 512
 """Tokens of a text that the saved model reads."""
 _CHUNK = 4096
+_LENGTHS, _LEAST_BATCHES = 8, 4
+"""Parts of a kind by length, and batches that a part has at least."""
 _KINDS = {"wordnet-base": "wordnet", "dict-gcide": "gcide", "dict-foldoc": "foldoc", "package-descriptions": "packages"}
 
 
@@ -182,9 +184,15 @@ def project(embeddings: np.ndarray, dimensions: int) -> tuple[np.ndarray, float]
 
 
 def build_student(settings: Settings) -> SentenceTransformer:
-    """Build a model in float32 with pooling and normalization over the encoder."""
+    """Build a model in float32 with pooling and normalization over the encoder.
+
+    It has no dropout, which takes a fifth of the time: the teacher's targets keep it from learning pairs by heart.
+    """
     encoder = Transformer(
-        str(settings.encoder or builtin_path()), max_seq_length=MAX_LENGTH, model_kwargs={"dtype": torch.float32}
+        str(settings.encoder or builtin_path()),
+        max_seq_length=MAX_LENGTH,
+        model_kwargs={"dtype": torch.float32},
+        config_kwargs={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     )
     mode: Any = settings.pooling
     pooling = Pooling(encoder.get_embedding_dimension(), mode)
@@ -193,17 +201,23 @@ def build_student(settings: Settings) -> SentenceTransformer:
 
 
 def datasets_by_kind(pairs: list[dict[str, str]], batch_size: int) -> dict[str, Dataset]:
-    """Divide the pairs by the kind of their source: negatives of the same kind are the harder ones.
+    """Divide the pairs by the kind of their source, and each kind by the length of its positives.
 
-    The label of a pair is its number. A kind with less than a batch is left out.
+    Negatives of the same kind are the harder ones, and texts of like lengths need little padding. A dataset is named
+    "kind", or "kind-2" for its third part. The label of a pair is its number. A kind below one batch is left out.
     """
-    rows: dict[str, dict[str, list]] = defaultdict(lambda: {"anchor": [], "positive": [], "label": []})
+    numbers: dict[str, list[int]] = defaultdict(list)
     for number, pair in enumerate(pairs):
-        columns = rows[_KINDS.get(pair["source"], "sections")]
-        columns["anchor"].append(pair["anchor"])
-        columns["positive"].append(pair["positive"])
-        columns["label"].append(number)
-    return {kind: Dataset.from_dict(columns) for kind, columns in rows.items() if len(columns["label"]) >= batch_size}
+        numbers[_KINDS.get(pair["source"], "sections")].append(number)
+    datasets = {}
+    for kind, of_kind in numbers.items():
+        of_kind.sort(key=lambda number: len(pairs[number]["positive"]))
+        parts = min(_LENGTHS, len(of_kind) // (_LEAST_BATCHES * batch_size)) or 1
+        for index, part in enumerate(np.array_split(of_kind, parts)):
+            if len(part) >= batch_size:
+                columns = {name: [pairs[number][name] for number in part] for name in ("anchor", "positive")}
+                datasets[f"{kind}-{index}" if index else kind] = Dataset.from_dict({**columns, "label": part.tolist()})
+    return datasets
 
 
 def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
@@ -247,7 +261,9 @@ def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
     done = trainer.train(resume_from_checkpoint=stopped)
     model.max_seq_length = SERVED_LENGTH
     model.save_pretrained(str(output / BUILTIN_EMBED_NAME))
-    counts = {kind: len(dataset) for kind, dataset in datasets.items()}
+    counts = Counter[str]()
+    for name, dataset in datasets.items():
+        counts[name.partition("-")[0]] += len(dataset)
     facts = {"pairs": counts, "steps": done.global_step, "teacher_kept": kept, "loss": done.training_loss}
     shown = {name: value for name, value in asdict(settings).items() if name not in ("encoder", "pairs")}
     write_text(output / "run.json", json.dumps({**shown, **facts}, indent=2) + "\n")
