@@ -26,6 +26,7 @@ from gte_deploy.bundle.manifest import (
     read_manifest,
     verify_bundle,
 )
+from gte_deploy.bundle.signature import SIGNATURE_NAME
 from gte_deploy.core.errors import BundleError, ExportError, InputError, MissingDependencyError, OutputExistsError
 from gte_deploy.core.files import read_json_object, sha256_file, write_bytes, write_text
 from gte_deploy.core.spec import ModelSpec, Profile, TensorRTVariant, TensorSpec
@@ -130,6 +131,8 @@ def adopt(
     )
     for caveat in entry.caveats:
         report(caveat)
+    if (folder / SIGNATURE_NAME).exists():
+        report("remove the signatures, which are of the manifest without the engine: sign the bundle again")
     report("write the plan, the model card and the manifest")
     _write(folder, manifest, entry, data)
     return AdoptionResult(Path(bundle), entry, len(data))
@@ -351,7 +354,11 @@ def _num_layers(config: Mapping[str, Any]) -> int:
 
 
 def _write(folder: Path, manifest: Manifest, entry: PlanEntry, data: bytes) -> None:
-    """Write the plan, the card and the manifest; a kill in between leaves a valid bundle without an engine."""
+    """Write the plan, the card and the manifest; a kill in between leaves a valid bundle without an engine.
+
+    Signatures are removed: they are of the old manifest.
+    """
+    (folder / SIGNATURE_NAME).unlink(missing_ok=True)
     adopted = dataclasses.replace(manifest, plan=entry)
     changed = {PLAN_PATH: data}
     from gte_deploy.exporters.bundle.card import CARD, REPORT, adopted_card

@@ -27,6 +27,7 @@ from gte_deploy.core.errors import (
     OutputExistsError,
     OverloadedError,
     ParityError,
+    SignatureError,
     UnavailableError,
     UnreachableError,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "OverloadedError",
     "ParityError",
     "SentenceChunks",
+    "SignatureError",
     "TokenChunks",
     "UnavailableError",
     "UnreachableError",

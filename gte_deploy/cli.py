@@ -37,6 +37,7 @@ from gte_deploy.cli_options import (
     PushOptions,
     RankOptions,
     ServedModelsOptions,
+    SignOptions,
     TextOptions,
     VerifyOptions,
 )
@@ -54,6 +55,7 @@ from gte_deploy.serving.options import ServerOptions
 if TYPE_CHECKING:
     from gte_deploy.bulk.options import BulkMethod
     from gte_deploy.bulk.progress import BulkState
+    from gte_deploy.bundle.signature import TrustedKeys
     from gte_deploy.core.activations import Activation
     from gte_deploy.core.spec import ModelSpec, ScoreFunction
     from gte_deploy.model import Model
@@ -376,17 +378,19 @@ def _classify_tokens(given: Given) -> None:
 def _verify(given: Given) -> None:
     from gte_deploy.bundle.download import resolve_bundle
     from gte_deploy.bundle.inspection import check_graphs
-    from gte_deploy.bundle.manifest import files_besides, open_bundle
+    from gte_deploy.bundle.manifest import files_besides, manifest_bytes, open_bundle
+    from gte_deploy.bundle.signature import TrustedKeys, read_signatures
 
     options = read_options(VerifyOptions, given)
+    trusted = None if options.keys is None else TrustedKeys(options.keys)
     if options.checkpoint is not None:
         from gte_deploy.models import require_checkpoint
 
         require_checkpoint(options.checkpoint)
     tell = progress_lines(_PROG, given) or (lambda line: None)
-    folder = resolve_bundle(options.bundle)
+    folder = resolve_bundle(options.bundle, trusted)
     tell(f"compare the files of {folder} with its manifest")
-    manifest = open_bundle(folder)
+    manifest = open_bundle(folder, trusted)
     check_graphs(folder, manifest)
     if besides := files_besides(folder, manifest):
         logging.getLogger(__name__).warning(
@@ -397,6 +401,7 @@ def _verify(given: Given) -> None:
         )
     size = sum(entry.size for entry in manifest.files.values())
     checksum = manifest.to_json()["checksum"]
+    signer = None if trusted is None else trusted.require_signature(folder, manifest_bytes(folder))
     check = None
     if options.checkpoint is not None:
         tell(f"compare its answers with those of {options.checkpoint}")
@@ -405,15 +410,29 @@ def _verify(given: Given) -> None:
         check = verify_against(folder, options.checkpoint)
     if "json" in given:
         counts = {"files": len(manifest.files), "bytes": size}
-        facts = {"path": str(folder), "verified": True, **counts, "checksum": checksum}
+        facts = {"path": str(folder), "verified": True, **counts, "checksum": checksum, "signed_by": signer}
         print(json.dumps(facts if check is None else {**facts, "answers": check.to_json()}))
         return
     print(
         f"{options.bundle}: {len(manifest.files)} files, {size:,} bytes, all as the manifest says, checksum {checksum}"
     )
+    if signer is not None:
+        print(f"The manifest is signed by the key {signer}")
+    elif read_signatures(folder):
+        print("Its signature was not checked: --key FILE checks it")
     if check is not None:
         compared = ", ".join(f"{what} {value}" for what, value in check.compared.items())
         print("\n".join([f"It answers as {options.checkpoint} does: {compared}", *check.skipped]))
+
+
+def _sign(given: Given) -> None:
+    from gte_deploy.bundle.signing import sign_bundle
+
+    arguments = _arguments(given, SignOptions)
+    if (tell := progress_lines(_PROG, given)) is not None:
+        tell(f"compare the files of {arguments['bundle']} with its manifest, and sign it")
+    signed = sign_bundle(**arguments)
+    print(json.dumps(signed.to_json()) if "json" in given else signed.describe())
 
 
 def _push(given: Given) -> None:
@@ -496,25 +515,30 @@ def _serve(given: Given) -> None:
         from gte_deploy.serving.server import serve
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "starlette", "serve") from error
+    from gte_deploy.bundle.signature import TrustedKeys
     from gte_deploy.loading import load
     from gte_deploy.serving.registry import named_sources
 
     arguments = {**_arguments(given, ServedModelsOptions), **_load_arguments(given)}
     names = named_sources(arguments.pop("models"))
+    keys = arguments.get("trusted_keys")
+    trusted = None if keys is None else TrustedKeys(keys)
     for path in names.values():
-        _require_model(path)
+        _require_model(path, trusted)
     join = JoinOptions(max_queue_tokens=options.max_queue_tokens)
     sources = {name: partial(load, path, join_calls=join, **arguments) for name, path in names.items()}
     serve(sources, options)
 
 
-def _require_model(path: str) -> None:
+def _require_model(path: str, trusted: "TrustedKeys | None") -> None:
     """Refuse what is plainly no model before the server says that it serves it; a hub id is not looked up."""
-    from gte_deploy.bundle.manifest import is_bundle
+    from gte_deploy.bundle.manifest import is_bundle, read_manifest
     from gte_deploy.models import locate, require_checkpoint
 
     folder = locate(path)
-    if not (isinstance(folder, Path) and is_bundle(folder)):
+    if isinstance(folder, Path) and trusted is not None:
+        read_manifest(folder, trusted)
+    elif not (isinstance(folder, Path) and is_bundle(folder)):
         require_checkpoint(path)
 
 
@@ -528,7 +552,7 @@ def _load(given: Given, task: TaskName | None = None) -> "Model":
 def _load_arguments(given: Given, task: TaskName | None = None) -> dict[str, Any]:
     """Return the arguments of `load` that the command line gives, without the model; `task` is that of a checkpoint."""
     arguments = _arguments(given, LoadOptions)
-    if task is not None:
+    if task is not None and "trusted_keys" not in arguments:  # which only bundles satisfy
         from gte_deploy.bundle.download import resolve_model
         from gte_deploy.bundle.manifest import is_bundle
         from gte_deploy.models import is_builtin
@@ -627,7 +651,10 @@ _COMMANDS = {
         "Serve models over HTTP, with the routes of text-embeddings-inference, OpenAI and Cohere.",
         (ServedModelsOptions, LoadOptions, ServerOptions),
     ),
-    "verify": _Command(_verify, "Check every file of a bundle against its manifest.", (VerifyOptions,)),
+    "verify": _Command(
+        _verify, "Check every file of a bundle against its manifest, and its signature.", (VerifyOptions,)
+    ),
+    "sign": _Command(_sign, "Sign a bundle with your private key.", (SignOptions,)),
     "push": _Command(_push, "Verify a bundle and push it to the Hugging Face hub.", (PushOptions,)),
     "info": _Command(_info, "Say what a bundle or checkpoint is, without loading its weights.", (InfoOptions,)),
     "bench": _Command(

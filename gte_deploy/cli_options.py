@@ -103,6 +103,14 @@ class LoadOptions:
     streams: int | Literal["auto"] = option(
         "auto", "batches of a list to compute at once, or auto: as suits the CPUs", metavar="N", parse=_word_or_integer
     )
+    trusted_keys: tuple[str, ...] | None = option(
+        None,
+        "load only a bundle that this key has signed: a public Ed25519 key in PEM; repeat it to trust several keys, of "
+        "which one is enough",
+        flags=("--trusted-key",),
+        metavar="FILE",
+        repeated=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -334,11 +342,29 @@ class VerifyOptions:
     """Options of `gte-deploy verify`."""
 
     bundle: str = required("folder of the bundle, or hub id owner/name[@revision]", positional=True, metavar="BUNDLE")
+    keys: tuple[str, ...] | None = option(
+        None,
+        "check that this key has signed the bundle, too: a public Ed25519 key in PEM; repeat it to trust several keys, "
+        "of which one is enough (needs the [sign] extra)",
+        flags=("--key",),
+        metavar="FILE",
+        repeated=True,
+    )
     checkpoint: Path | None = option(
         None,
         "compare the bundle's answers with those of this checkpoint in its own library, too (needs the [export] extra)",
         metavar="FOLDER",
         parse=Path,
+    )
+
+
+@dataclass(frozen=True)
+class SignOptions:
+    """Options of `gte-deploy sign`: arguments of `gte_deploy.bundle.signing.sign_bundle`."""
+
+    bundle: Path = required("folder of the bundle", positional=True, metavar="BUNDLE", parse=Path)
+    key: str = required(
+        "private Ed25519 key in PEM; `openssl genpkey -algorithm ed25519` makes one", flags=("--key",), metavar="FILE"
     )
 
 

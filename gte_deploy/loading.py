@@ -4,11 +4,12 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import io
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec
@@ -32,7 +33,9 @@ from gte_deploy.bundle.manifest import (
     has_manifest,
     is_bundle,
     read_manifest,
+    require_manifest,
 )
+from gte_deploy.bundle.signature import KeySource, TrustedKeys
 from gte_deploy.bundle.verified import VerifiedBundle
 from gte_deploy.core.calls import JoinOptions
 from gte_deploy.core.cpus import MAX_THREADS
@@ -99,6 +102,7 @@ def load(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | None = None,
+    trusted_keys: Sequence[KeySource] | None = None,
 ) -> Model:
     """Load a bundle or a checkpoint.
 
@@ -135,10 +139,14 @@ def load(
         revision: branch, tag or commit on the hub; None is the default branch.
         cache_dir: folder for downloads; None is the Hugging Face cache.
         token: access token for gated and private models; None is HF_TOKEN, or the one of `hf auth login`.
+        trusted_keys: public Ed25519 keys in PEM, as paths or as their text: load only a bundle that one of them has
+            signed (`gte-deploy sign`). Nothing is parsed before the signature holds. Checkpoints are refused. None
+            loads signed and unsigned models alike.
 
     Raises:
         InputError: an argument is out of range.
         BundleError: the bundle is incomplete or altered; every file is checked before any is loaded.
+        SignatureError: no trusted key has signed the bundle as it is.
         CheckpointError, ConfigError: the model is not found, a file cannot be read, or a checkpoint has settings that
             are not supported.
         BackendError: the backend cannot run this model, or not on this device.
@@ -158,15 +166,18 @@ def load(
     check_choice("task", task, ("auto", *TASKS), TASK_ALIASES)
     wanted = stream_count(streams)
     joins = _join_options(join_calls)
-    folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token)
+    trusted = None if trusted_keys is None else TrustedKeys(trusted_keys)
+    folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token, trusted=trusted)
     if folder == builtin_bundle() and (compile or _needs_checkpoint(backend, task)):
         folder = builtin_path()
-    if compile and is_bundle(folder):
-        raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
+    if trusted is not None:
+        require_manifest(folder, folder)
+    # The one time that the manifest is read: what a signature was verified of is what is used.
+    manifest = read_manifest(folder, trusted) if trusted is not None or is_bundle(folder) else None
     with in_use():
-        if is_bundle(folder):
-            _require_for_bundle(folder, backend, task)
-            with contextlib.closing(VerifiedBundle(folder)) as bundle:
+        if manifest is not None:
+            _require_for_bundle(folder, manifest, backend, task, compile)
+            with contextlib.closing(VerifiedBundle(folder, manifest)) as bundle:
                 opened = _open_bundle(bundle, backend, asked, device, num_threads, wanted)
         else:
             _refuse_streams(folder, wanted)
@@ -183,6 +194,7 @@ def load(
         "compile": compile,
         "join_calls": join_calls,
         "task": task,
+        "trusted_keys": None if trusted is None else trusted.pem,
     }
     where = None if is_builtin(path) else str(folder.absolute())
     usual = opened.batch_tokens or _MAX_BATCH_TOKENS[parse_device(engine.device)[0]]
@@ -198,7 +210,7 @@ def load(
         max_batch_tokens=tokens,
         path=folder,
         backend_reason=opened.reason,
-        query_weights=_query_weights(folder, opened.spec, opened.tokenizer),
+        query_weights=opened.query_weights,
         origin=Origin(load_again, (where, opened.checksum, options), opened.reopen, opened.checksum),
     )
 
@@ -242,6 +254,7 @@ class _Opened:
         checksum: checksum of the bundle's manifest.
         reopen: function that opens the engine again in a forked process, with a given number of threads.
         batch_tokens: the recorded limit of tokens in a batch; None for the usual one.
+        query_weights: the stored query weights [V] of a sparse model, if it has any.
     """
 
     backend: Backend
@@ -252,12 +265,13 @@ class _Opened:
     checksum: str | None = None
     reopen: Callable[[int], Backend] | None = None
     batch_tokens: int | None = None
+    query_weights: NDArray[np.float32] | None = None
 
 
-def _query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
-    """Return a sparse model's stored query weights [V], from the bundle's file or the checkpoint's modules, or None."""
-    if spec.sparse is None or spec.sparse.query_weights is None or is_bundle(folder):
-        return stored_query_weights(folder, spec)
+def _checkpoint_query_weights(folder: Path, spec: ModelSpec, tokenizer: TextTokenizer) -> NDArray[np.float32] | None:
+    """Return a sparse model's query weights [V] from the checkpoint's modules, or None."""
+    if spec.sparse is None or spec.sparse.query_weights is None:
+        return None
     from gte_deploy.models.folder import CheckpointFiles
     from gte_deploy.models.sparse_modules import read_query_weights, read_sparse_modules
 
@@ -287,8 +301,12 @@ def open_folder(folder: Path, backend: Backend, spec: ModelSpec) -> Model:
     )
 
 
-def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] | None:
+def stored_query_weights(
+    bundle: Path, spec: ModelSpec, verified: Mapping[str, bytes] | None = None
+) -> NDArray[np.float32] | None:
     """Return the query weights [V] that a bundle stores, or None if queries go through the model.
+
+    `verified` holds the content of their file, if it was verified; None reads the folder.
 
     Raises:
         BundleError: the file is missing, or does not match the spec.
@@ -297,8 +315,9 @@ def stored_query_weights(bundle: Path, spec: ModelSpec) -> NDArray[np.float32] |
         return None
     file = bundle / spec.sparse.query_weights
     try:
-        weights = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        source = file if verified is None else io.BytesIO(verified[spec.sparse.query_weights])
+        weights = np.load(source, allow_pickle=False)
+    except (OSError, KeyError, ValueError) as error:
         raise BundleError(f"{file} cannot be read as query weights ({error}). Export the bundle again.") from error
     if weights.dtype != np.float32 or weights.shape != (spec.vocab_size,):
         raise BundleError(f"{file} must be float32 [{spec.vocab_size}], and is {weights.dtype} {list(weights.shape)}")
@@ -312,14 +331,16 @@ def _needs_checkpoint(backend: str, task: str) -> bool:
     return backend == "torch" or no_other or task not in ("auto", read_manifest(builtin_bundle()).spec.task)
 
 
-def _require_for_bundle(folder: Path, backend: str, task: str) -> None:
+def _require_for_bundle(folder: Path, manifest: Manifest, backend: str, task: str, compile: bool) -> None:
     """Refuse what no bundle can do, before its files are verified."""
+    if compile:
+        raise InputError(f"{folder} is a bundle: it is compiled already. compile=True is for checkpoints.")
     if backend == "torch":
         raise BackendError(
             f"{folder} is a bundle, and the torch backend runs checkpoints. Load it with backend='onnx', or load the "
             "checkpoint that it was exported from."
         )
-    if task != "auto" and (own := read_manifest(folder).spec.task) != task:
+    if task != "auto" and (own := manifest.spec.task) != task:
         raise InputError(
             f"{folder} is a bundle for {own}, not for {task}. Export its checkpoint again with --task {task}, or leave "
             "task out."
@@ -369,7 +390,8 @@ def _open_checkpoint(
         compile=compile,
     )
     reason = ASKED if backend == "torch" else "torch runs checkpoints"
-    return _Opened(opened, tokenizer, opened.spec, reason, precision)
+    weights = _checkpoint_query_weights(folder, opened.spec, tokenizer)
+    return _Opened(opened, tokenizer, opened.spec, reason, precision, query_weights=weights)
 
 
 def _open_bundle(
@@ -415,9 +437,11 @@ def _open_bundle(
             opened = StreamedBackend(opened, plan, functools.partial(reopen, plan.threads, plan))
     again = precision if is_for_gpus(manifest) else choice.precision
     checksum = manifest.to_json()["checksum"]
-    tokenizer = load_tokenizer(folder)
+    contents = bundle.contents()
+    tokenizer = load_tokenizer(folder, contents)
+    weights = stored_query_weights(folder, manifest.spec, contents)
     bundle.require_same_paths()
-    return _Opened(opened, tokenizer, manifest.spec, choice.reason, again, checksum, reopen, plan.batch_tokens)
+    return _Opened(opened, tokenizer, manifest.spec, choice.reason, again, checksum, reopen, plan.batch_tokens, weights)
 
 
 def _graphs_of(bundle: VerifiedBundle, choice: EngineChoice) -> GraphFiles:

@@ -20,6 +20,7 @@ from typing import Any
 
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, has_manifest, open_bundle, read_manifest
+from gte_deploy.bundle.signature import SIGNATURE_NAME
 from gte_deploy.core.errors import BundleError, OutputExistsError
 from gte_deploy.core.files import keep_mode, require_utf8, sha256_file, sync_directory, sync_tree
 from gte_deploy.core.locks import Release, try_lock
@@ -64,7 +65,7 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
             f"{destination} exists already.", advice="Replace it with --force, or choose another output."
         )
     try:
-        known = {MANIFEST_NAME, *files_of(destination)}
+        known = {MANIFEST_NAME, SIGNATURE_NAME, *files_of(destination)}
     except BundleError as error:
         raise OutputExistsError(
             f"{destination} is not replaced: {error}", advice="Remove it, or choose another output."

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from gte_deploy.bundle.signature import KeySource
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.options import option
 from gte_deploy.text.inputs import check_integer
@@ -46,6 +47,8 @@ class TritonOptions:
             GPU half the CPUs of this machine, but at least 2.
         response_cache: whether the server caches answers, if it is started with a cache.
         model_version: number of the models' version folders.
+        trusted_keys: public Ed25519 keys in PEM; the served bundle must be signed by one of them, as for
+            `gte_deploy.load`. None takes any bundle.
     """
 
     engine: Path | None = option(
@@ -87,6 +90,14 @@ class TritonOptions:
     )
     response_cache: bool = option(False, "let the server cache answers, if it is started with a cache")
     model_version: int = option(1, "number of the models' version folders", metavar="N", parse=int)
+    trusted_keys: tuple[KeySource, ...] | None = option(
+        None,
+        "serve only a bundle that this key has signed: a public Ed25519 key in PEM; repeat it to trust several keys, "
+        "of which one is enough. The repository itself is not signed",
+        flags=("--trusted-key",),
+        metavar="FILE",
+        repeated=True,
+    )
 
     def check(self) -> None:
         """Check every value.

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import gte_deploy
+from gte_deploy.core.spec import TOKENIZER_NAMES
 
 SERVING = "gte_deploy.exporters.triton.serving"
-SERVED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZING = (
     "gte_tokenizer",
     "gte_fill_mask_output",
@@ -43,7 +43,7 @@ def write_python_model(name: str, folder: Path, tokenizer: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     if name in _TOKENIZING:
-        for file_name in SERVED_TOKENIZER_FILES:
+        for file_name in TOKENIZER_NAMES:
             if (tokenizer / file_name).is_file():
                 shutil.copyfile(tokenizer / file_name, folder / file_name)
 

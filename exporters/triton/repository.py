@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from gte_deploy._version import __version__
 from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.inspection import check_graphs, inspect_onnx
-from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.bundle.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    is_bundle,
+    open_bundle,
+    read_manifest,
+    require_manifest,
+)
+from gte_deploy.bundle.signature import TrustedKeys
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ConfigError, ExportError, InputError, ParityError, require_modules
 from gte_deploy.core.hub import HubModel
@@ -105,6 +114,7 @@ def export_repository(
     Raises:
         InputError: an argument is out of range.
         BundleError: the bundle is damaged, or has no graph or plan that Triton can run.
+        SignatureError: trusted keys are given, and none of them has signed the bundle.
         ParityError: the encoder's graph differs from the bundle's.
         OutputExistsError: the output must not be replaced.
         ExportError: the configurations do not pass their checks.
@@ -115,17 +125,17 @@ def export_repository(
     options = dataclasses.replace(options or TritonOptions(), **own)
     options.check()
     engine = options.engine
+    trusted = None if options.trusted_keys is None else TrustedKeys(options.trusted_keys)
     if options.engine is None and isinstance(locate(model), HubModel):
-        model = resolve_model(model)  # a bundle or a checkpoint
-    bundle_given = model if engine is None else engine
-    served = Path(bundle_given) if bundle_given is not None and is_bundle(Path(bundle_given)) else None
+        model = resolve_model(model, trusted=trusted)  # a bundle or a checkpoint
+    served = _served(model if engine is None else engine, trusted)
     _check_arguments(model, served, options, export_options)
     report = progress or (lambda line: None)
     path = Path(output if output is not None else _default_output(model, served, export_options))
     destination = Path(os.path.realpath(path))
     with staging(destination, force=force, files_of=repository_files) as folder:
         bundle = served or export(model, folder / _BUNDLE, progress=report, **export_options).path
-        manifest = open_bundle(bundle)
+        manifest = open_bundle(bundle, trusted)
         check_graphs(bundle, manifest)
         if any(graph.half_weights for graph in manifest.graphs.values()):
             raise ExportError(
@@ -185,6 +195,20 @@ def repository_files(folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
+
+
+def _served(given: str | os.PathLike[str] | None, trusted: TrustedKeys | None) -> Path | None:
+    """Return the bundle that is served as it is; None for a model that is exported first.
+
+    Raises:
+        SignatureError: trusted keys are given, and none of them has signed it.
+    """
+    path = None if given is None else Path(given)
+    if trusted is not None:
+        require_manifest(path, given or "the built-in model")
+    elif path is None or not is_bundle(path):
+        return None
+    return path
 
 
 def _check_arguments(

@@ -26,6 +26,7 @@ from gte_deploy.bulk.shards import Cursor, find_files
 from gte_deploy.bulk.vectors import VectorColumns, plain_arguments
 from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
+from gte_deploy.bundle.signature import TrustedKeys
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.files import follow_links, is_special, write_through, write_with
 from gte_deploy.loading import load
@@ -225,10 +226,15 @@ def _source(
             raise InputError("load_options are for a model that is not loaded; leave them out")
         return model, {"model": _fingerprint(model.path), "load": {}}, model.device.startswith("cuda")
     where = {name: load_options.get(name) for name in ("revision", "cache_dir", "token")}
-    folder = resolve_model(model, **where)
+    keys = load_options.get("trusted_keys")
+    trusted = None if keys is None else TrustedKeys(keys)
+    folder = resolve_model(model, **where, trusted=trusted)
+    manifest = read_manifest(folder, trusted) if trusted is not None or is_bundle(folder) else None
     device = load_options.get("device")
-    if device is None and is_bundle(folder) and is_for_gpus(read_manifest(folder)):
+    if device is None and manifest is not None and is_for_gpus(manifest):
         device = "cuda"
+    if trusted is not None:
+        load_options = {**load_options, "trusted_keys": trusted.pem}  # other machines of Ray have no such files
     # The number of threads changes the speed; these may change the vectors.
     kept = {name: load_options[name] for name in ("backend", "precision", "device", "task") if name in load_options}
     identity = {"model": _fingerprint(folder), "load": kept}

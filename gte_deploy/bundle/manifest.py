@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from gte_deploy.bundle.held import HeldFile, require_inside
-from gte_deploy.core.errors import BundleError
+from gte_deploy.bundle.signature import SIGNATURE_NAME, TrustedKeys
+from gte_deploy.core.errors import BundleError, SignatureError
 from gte_deploy.core.spec import (
     DEVICE_TYPES,
     ENGINES,
     PRECISIONS,
     TENSORRT_VARIANTS,
+    TOKENIZER_NAMES,
     DeviceType,
     Engine,
     ModelSpec,
@@ -43,7 +45,7 @@ FORMAT_VERSION = 4
 _READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 _MAX_MANIFEST_BYTES = 4 << 20
 # What the runtime and `gte-export adopt` read if it is there, besides the graphs and the weights of queries.
-_READ_BY_NAME = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+_READ_BY_NAME = (*TOKENIZER_NAMES, "config.json")
 # Fields whose name in files is older than their name here.
 _JSON_NAMES = {"variant": "flavour"}
 _ENDINGS = {"executorch": ".pte"}  # of the file of an engine; that of all others is .onnx
@@ -251,12 +253,42 @@ def is_bundle(path: Path) -> bool:
     return isinstance(data, dict) and str(data.get("format")).startswith(_PROJECT)
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, trusted: TrustedKeys | None = None) -> Manifest:
     """Read and check `path`/manifest.json; the files it names are not opened.
+
+    With trusted keys, the signature of the very bytes that are parsed is verified first.
 
     Raises:
         BundleError: the manifest is missing or not JSON, has another format or version, or a field has a wrong form; or
             the folder has a file that would be read and is not named.
+        SignatureError: no trusted key has signed the manifest, or there is none.
+    """
+    if trusted is not None:
+        require_manifest(path, path)
+    data = manifest_bytes(path)
+    if trusted is not None:
+        trusted.require_signature(path, data)
+    return parse_manifest(path, data)
+
+
+def require_manifest(path: Path | None, name: object) -> None:
+    """Refuse a model without a manifest where a signed bundle is asked for; `path` is None if there is none on the hub.
+
+    Raises:
+        SignatureError: only bundles are signed, and `name` is none.
+    """
+    if path is None or not has_manifest(path):
+        raise SignatureError(
+            f"{name} is not signed: only bundles are, it has no {MANIFEST_NAME}, and a trusted key is asked for.",
+            advice=f"Make a bundle of it with: gte-export {name}. Then sign it with gte-deploy sign.",
+        )
+
+
+def manifest_bytes(path: Path) -> bytes:
+    """Read `path`/manifest.json, whatever it holds.
+
+    Raises:
+        BundleError: there is none, or it is too large.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
@@ -268,8 +300,14 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST_NAME}. Write one with gte-export.")
     if file.stat().st_size > _MAX_MANIFEST_BYTES:
         raise BundleError(f"{file} has {file.stat().st_size:,} bytes; a manifest has at most {_MAX_MANIFEST_BYTES:,}")
+    return file.read_bytes()
+
+
+def parse_manifest(path: Path, content: bytes) -> Manifest:
+    """Parse and check the bytes of `path`/manifest.json. Raises BundleError as `read_manifest`."""
+    file = path / MANIFEST_NAME
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not valid JSON ({error}). Export the bundle again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -295,7 +333,7 @@ def read_manifest(path: Path) -> Manifest:
 def files_besides(path: Path, manifest: Manifest) -> list[str]:
     """Return the files in the folder of a bundle that its manifest does not name, without hidden ones; sorted."""
     found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir())
-    named = {MANIFEST_NAME, *manifest.files}
+    named = {MANIFEST_NAME, SIGNATURE_NAME, *manifest.files}
     return sorted(
         file.as_posix()
         for file in found
@@ -329,9 +367,9 @@ def verify_bundle(path: Path, manifest: Manifest) -> None:
         HeldFile(path, name, entry.size, entry.sha256).close()
 
 
-def open_bundle(path: Path) -> Manifest:
-    """Read the manifest of a bundle and verify every file against it."""
-    manifest = read_manifest(path)
+def open_bundle(path: Path, trusted: TrustedKeys | None = None) -> Manifest:
+    """Read the manifest of a bundle, signed by a trusted key if any are given, and verify every file against it."""
+    manifest = read_manifest(path, trusted)
     verify_bundle(path, manifest)
     return manifest
 

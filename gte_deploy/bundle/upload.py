@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gte_deploy.bundle.download import is_data
 from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, Manifest, is_bundle, open_bundle, read_manifest
+from gte_deploy.bundle.signature import SIGNATURE_NAME, read_signatures
 from gte_deploy.core.errors import BundleError, ExportError, InputError
 from gte_deploy.core.hub import HubModel, hub_errors, split_revision
 
@@ -104,7 +105,7 @@ def _push(folder: Path, manifest: Manifest, target: HubModel, *, private: bool, 
     from huggingface_hub import HfApi
 
     api, branch = HfApi(token=target.token), target.revision
-    names = [MANIFEST_NAME, *manifest.files]
+    names = [MANIFEST_NAME, *([SIGNATURE_NAME] if read_signatures(folder) else []), *manifest.files]
     try:
         api.create_repo(target.id, private=private, exist_ok=True)
         if branch is not None:
@@ -138,7 +139,7 @@ def _earlier_files(api: "HfApi", target: HubModel) -> set[str]:
     found = set(api.list_repo_files(target.id, revision=target.revision))
     earlier: Iterable[str] = ()
     if MANIFEST_NAME in found and (file := target.file(MANIFEST_NAME)) is not None and is_bundle(file.parent):
-        earlier = {MANIFEST_NAME, *read_manifest(file.parent).files}
+        earlier = {MANIFEST_NAME, SIGNATURE_NAME, *read_manifest(file.parent).files}
     if strangers := sorted(found - set(earlier) - _HUB_FILES):
         raise BundleError(
             f"it holds files that no bundle has: {', '.join(strangers[:5])}. Choose another repository, or a branch of "

@@ -13,7 +13,10 @@ from gte_deploy.bundle.inspection import (
     inspect_bytes,
     onnx_graphs,
 )
-from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest, read_manifest
+from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
+from gte_deploy.core.errors import BundleError
+from gte_deploy.core.regular import MAX_JSON_BYTES
+from gte_deploy.core.spec import TOKENIZER_NAMES
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,22 @@ class VerifiedGraph:
 class VerifiedBundle:
     """A bundle with each file of its manifest open, until `close`. Its graphs keep their own files open longer."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the manifest, verify every file, and inspect every graph.
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Verify every file against the manifest, and inspect every graph.
 
         Raises:
-            BundleError: the manifest is missing or malformed, a file is missing or differs, or a graph calls foreign
-                code or reads files that are not in the manifest.
+            BundleError: a file is missing or differs, or a graph calls foreign code or reads files that are not in the
+                manifest.
         """
         self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+        self.manifest = manifest
         names = {graph.path for graph in onnx_graphs(self.manifest)}
+        kept = {name for name in self._read_by_content() if name in manifest.files}
+        for name in kept:
+            if (size := manifest.files[name].size) > MAX_JSON_BYTES:
+                raise BundleError(f"{folder / name} has {size:,} bytes; expected at most {MAX_JSON_BYTES:,}")
         self._files = {
-            name: HeldFile(folder, name, entry.size, entry.sha256, keeps_content=name in names)
+            name: HeldFile(folder, name, entry.size, entry.sha256, keeps_content=name in names | kept)
             for name, entry in self.manifest.files.items()
         }
         self._contents: dict[str, OnnxContents] = {}
@@ -85,6 +92,16 @@ class VerifiedBundle:
             check_graph(name, self._contents[name], self.manifest)
         check_program(folder, self.manifest)
 
+    def _read_by_content(self) -> tuple[str, ...]:
+        sparse = self.manifest.spec.sparse
+        weights = None if sparse is None else sparse.query_weights
+        return TOKENIZER_NAMES if weights is None else (*TOKENIZER_NAMES, weights)
+
+    def contents(self) -> dict[str, bytes]:
+        """Return the verified content of the tokenizer's files and of stored query weights: name -> bytes."""
+        found = {name: self._files[name].content for name in self._read_by_content() if name in self._files}
+        return {name: content for name, content in found.items() if content is not None}
+
     def graph(self, entry: GraphEntry | GraphPart) -> VerifiedGraph:
         """Return an ONNX graph of the bundle."""
         contents, folder = self._contents[entry.path], PurePosixPath(entry.path).parent
@@ -94,7 +111,7 @@ class VerifiedBundle:
     def require_same_paths(self) -> None:
         """Refuse a bundle in which a file was replaced since it was verified.
 
-        For the files that are read by path: the tokenizer's, a TensorRT engine and others.
+        For the files that are read by path: a program for ExecuTorch, everything for a GPU and others.
 
         Raises:
             BundleError: the message names the file.

@@ -50,6 +50,10 @@ class BundleError(GteDeployError, ValueError):
     """A bundle is missing, incomplete, altered, or of another format version."""
 
 
+class SignatureError(BundleError):
+    """A trusted key is asked for, and none has signed the bundle as it is; nothing of it was read but its manifest."""
+
+
 class ExportError(GteDeployError, RuntimeError):
     """An export could not be completed: a pass did not match as the architecture requires, or a target refused."""
 

@@ -87,9 +87,22 @@ def read_json(
         GteDeployError: the file cannot be read, or is not JSON; it is an instance of `error`.
     """
     try:
-        return json.loads(read_regular(path, MAX_JSON_BYTES)) if path.is_file() else None
+        data = read_regular(path, MAX_JSON_BYTES) if path.is_file() else None
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause}") from cause
+    return None if data is None else parse_json(data, path, error=error, advice=advice)
+
+
+def parse_json(
+    data: bytes,
+    path: Path,
+    *,
+    error: type[GteDeployError] = CheckpointError,
+    advice: str = "Download the checkpoint again.",
+) -> Any:
+    """Parse the contents of the JSON file `path`. Other arguments and errors as in `read_json`."""
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not valid JSON ({cause}). {advice}") from cause
 

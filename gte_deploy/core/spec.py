@@ -80,6 +80,8 @@ SPARSE_ROUTES: tuple[SparseRoute, ...] = get_args(SparseRoute)
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DEVICE_TYPES: tuple[DeviceType, ...] = get_args(DeviceType)
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""The files of a tokenizer that are read, of a checkpoint as of a bundle."""
 TENSORRT_VARIANTS: tuple[TensorRTVariant, ...] = get_args(TensorRTVariant)
 COMPUTE_PRECISIONS: tuple[ComputePrecision, ...] = get_args(ComputePrecision)
 LOAD_PRECISIONS: tuple[LoadPrecision, ...] = get_args(LoadPrecision)

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
 from gte_deploy.core.errors import CheckpointError, InputError, TooLongError
-from gte_deploy.core.files import read_json_object
+from gte_deploy.core.files import checked_object, parse_json
 from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
+from gte_deploy.core.spec import TOKENIZER_NAMES
 from gte_deploy.core.tokenizer_rules import check_rules, failures_as
 from gte_deploy.text.batching import TypedRow
 from gte_deploy.text.filling import cleaned_up, filled_texts
@@ -506,29 +507,31 @@ class TextTokenizer:
         return len(template.prefix) + len(template.middle) + len(template.pair_suffix)
 
 
-def load_tokenizer(folder: Path) -> TextTokenizer:
+def load_tokenizer(folder: Path, verified: Mapping[str, bytes] | None = None) -> TextTokenizer:
     """Load the tokenizer of a checkpoint or bundle folder.
+
+    Args:
+        folder: the folder.
+        verified: name -> content of those files of `TOKENIZER_NAMES` that a verified bundle has; nothing is read then.
+            None reads the folder.
 
     Raises:
         CheckpointError: tokenizer.json is missing or unreadable, or lacks the special tokens.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    found = _tokenizer_files(folder) if verified is None else verified
+    if path.name not in found:
         raise CheckpointError(
             f"{folder} has no tokenizer.json. Write one with transformers: AutoTokenizer.from_pretrained(…)"
             ".save_pretrained(…)."
         )
-    try:
-        data = read_regular(path, MAX_JSON_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     # The Rust library raises Exception for every malformed file, and panics for some.
     with failures_as(CheckpointError, f"{path} cannot be read as a tokenizer"):
-        tokenizer = Tokenizer.from_buffer(data)
-    config = read_json_object(folder / "tokenizer_config.json")
+        tokenizer = Tokenizer.from_buffer(found[path.name])
+    config, special_tokens = (_object(found, folder / name) for name in TOKENIZER_NAMES[1:])
     if tokenizer.decoder is None and str(config.get("tokenizer_class")).startswith("Bert"):
         tokenizer.decoder = decoders.WordPiece(prefix="##")  # the default of that class in transformers
-    special = {**read_json_object(folder / "special_tokens_map.json"), **config}
+    special = {**special_tokens, **config}
     pad_token = _content(special.get("pad_token"))
     if pad_token is None:
         raise CheckpointError(f"{folder}: neither tokenizer_config.json nor special_tokens_map.json names a pad_token")
@@ -539,6 +542,27 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
         clean_up=config.get("clean_up_tokenization_spaces") is True and type(tokenizer.model).__name__ != "BPE",
         truncation_side=config.get("truncation_side", "right"),
     )
+
+
+def _tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Read those of `TOKENIZER_NAMES` that are in a folder: name -> content.
+
+    Raises:
+        CheckpointError: one cannot be read, or is too large.
+    """
+    found = {}
+    for path in (folder / name for name in TOKENIZER_NAMES):
+        if path.is_file():
+            try:
+                found[path.name] = read_regular(path, MAX_JSON_BYTES)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def _object(found: Mapping[str, bytes], path: Path) -> dict[str, Any]:
+    data = found.get(path.name)
+    return {} if data is None else checked_object(parse_json(data, path), path)
 
 
 def checked_max_length(value: int | None, *, low: int, limit: int) -> int:

@@ -21,6 +21,7 @@ import gte_deploy  # noqa: E402
 from factories import make_checkpoint  # noqa: E402
 from gte_deploy.backends.tensorrt import cuda as cuda_module  # noqa: E402
 from gte_deploy.bundle.manifest import open_bundle, read_manifest  # noqa: E402
+from gte_deploy.bundle.signature import SIGNATURE_NAME  # noqa: E402
 from gte_deploy.core import exit_codes  # noqa: E402
 from gte_deploy.core.errors import (  # noqa: E402
     BackendError,
@@ -170,6 +171,7 @@ def test_a_plan_becomes_the_engine_of_its_bundle(task, bundle, machine):
     assert (manifest.plan.inputs, manifest.plan.outputs) == (graph.inputs, graph.outputs)
     assert manifest.plan.layers == {"fused_attention": 2}
     assert (folder / PLAN).read_bytes() == plan_bytes() and machine.seen == [plan_bytes()]
+    assert not any("sign" in line for line in told)
     (caveat,) = manifest.plan.caveats
     assert "built elsewhere" in caveat and caveat in told and "TensorRT 10.16.2.10" in " ".join(told)
     # Nothing else changes, and the manifest tells nothing else.
@@ -200,6 +202,14 @@ def test_the_card_of_an_adopted_engine_tells_the_truth(task, bundle, machine):
     open_bundle(folder)
     adopt(folder / "model.plan", folder, force=True)
     assert ModelCard.load(folder / "README.md").content == card.content
+
+
+def test_signatures_of_the_manifest_without_the_engine_are_removed(bundle, machine):
+    folder, told = bundle(), []
+    (folder / SIGNATURE_NAME).write_bytes(bytes(64))
+    machine.engine = Engine(read_manifest(folder).graphs["tensorrt"])
+    adopt(folder / "model.plan", folder, progress=told.append)
+    assert not (folder / SIGNATURE_NAME).exists() and any("sign the bundle again" in line for line in told)
 
 
 def test_a_bundle_without_a_card_gets_none(bundle, machine):

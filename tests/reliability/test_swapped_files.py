@@ -60,8 +60,8 @@ def other_weights(bundle: Path) -> bytes:
 def after_verification(monkeypatch, act):
     """Let `act` run in `load` when every file is verified, and none is given to an engine yet."""
 
-    def open_and_act(folder):
-        verified = VerifiedBundle(folder)
+    def open_and_act(folder, manifest):
+        verified = VerifiedBundle(folder, manifest)
         act()
         return verified
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gte_deploy.bundle.manifest import GraphEntry, Manifest, open_bundle
+from gte_deploy.bundle.signature import SIGNATURE_NAME
 from gte_deploy.core.errors import ExportError
 from gte_deploy.core.locks import try_lock
 from gte_deploy.core.spec import ModelSpec, TensorSpec
@@ -87,9 +88,10 @@ def test_a_replaced_bundle_keeps_the_mode_of_its_folder(target):
 
 def test_force_replaces_a_bundle(target, way):
     write(target, "old")
+    (target / SIGNATURE_NAME).write_bytes(bytes(64))
     write(target, "new", force=True)
     assert open_bundle(target).source["name"] == "new"
-    assert leftovers(target) == []
+    assert leftovers(target) == [] and not (target / SIGNATURE_NAME).exists()
 
 
 def test_a_bundle_is_refused_without_force(target):

@@ -1,13 +1,16 @@
 """`gte-export triton` and `gte-export check`, and the flat forms of both."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from gte_deploy.bundle.signing import sign_bundle
 from gte_deploy.core.exit_codes import FAILURE, OK, USAGE
 from gte_deploy.exporters import cli
 from gte_deploy.exporters.triton import repository
+from gte_deploy.models import builtin_path
 
 
 def test_a_repository_of_a_bundle(bundles, tmp_path, capsys):
@@ -33,11 +36,30 @@ def test_json(bundles, tmp_path, capsys):
     assert err == ""
 
 
+def test_only_a_signed_bundle_is_served_where_a_trusted_key_is_given(bundles, tmp_path, capsys):
+    pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[sign]'")
+    from keys import new_keys
+
+    keys = new_keys()
+    (tmp_path / "public.pem").write_bytes(keys.public)
+    bundle = shutil.copytree(bundles["embed"], tmp_path / "bundle")
+    ask = ["--format", "triton", "--trusted-key", str(tmp_path / "public.pem"), "-o", str(tmp_path / "r"), "-m"]
+    assert cli.main([*ask, str(bundle)]) == FAILURE
+    assert "is not signed: it has no manifest.json.sig" in capsys.readouterr().err
+    assert cli.main([*ask, str(builtin_path())]) == FAILURE
+    assert "is not signed: only bundles are" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+    sign_bundle(bundle, keys.private)
+    assert cli.main([*ask, str(bundle)]) == OK
+    assert not list((tmp_path / "r").rglob("*.sig")), "the signature is of the bundle's manifest alone"
+
+
 def test_every_option_reaches_the_export(monkeypatch):
     calls = []
     monkeypatch.setattr(repository, "export_repository", lambda *args, **options: calls.append((args, options)))
     line = "model out --format triton --precision int8 --max-len 64 --max-batch-size 4 --max-queue-size 5 --threads 3"
     line += " --queue-timeout 0.5 --response-cache --model-version 2 --accelerator cuda --force --quiet"
+    line += " --trusted-key old.pem --trusted-key new.pem"
     monkeypatch.setattr(cli, "_result_text", str)
     assert cli.main(line.split()) == OK
     assert calls == [
@@ -53,6 +75,7 @@ def test_every_option_reaches_the_export(monkeypatch):
                 "response_cache": True,
                 "model_version": 2,
                 "accelerator": "cuda",
+                "trusted_keys": ("old.pem", "new.pem"),
                 "force": True,
                 "progress": None,
             },

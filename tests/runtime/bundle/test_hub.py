@@ -262,3 +262,61 @@ def test_commands_take_a_hub_id(hub, bundle, tmp_path):
         asked = run(hub, tmp_path, "-m", "gte_deploy", *command, "owner/bundle@main", "--json")
         assert asked.returncode == 0, asked.stderr
         assert asked.stdout.strip()
+
+
+_SIGNED = """
+import json, sys, gte_deploy
+from gte_deploy.core.errors import GteDeployError
+try:
+    with gte_deploy.load(sys.argv[1], trusted_keys=[sys.argv[2]], num_threads=1) as model:
+        print(json.dumps([str(model.path), model.encode("a text").tolist()]))
+except GteDeployError as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+def test_a_signed_bundle_keeps_its_signature_and_an_unsigned_one_is_not_downloaded(hub, bundle, tmp_path):
+    pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[sign]'")
+    from gte_deploy.bundle.signing import sign_bundle
+    from keys import new_keys
+
+    keys, public = new_keys(), tmp_path / "public.pem"
+    public.write_bytes(keys.public)
+    signed = shutil.copytree(bundle, tmp_path / "signed")
+    sign_bundle(signed, keys.private)
+    pushed = run(hub, tmp_path, "-m", "gte_deploy", "push", signed, "owner/signed", token=True)
+    assert pushed.returncode == 0, pushed.stderr
+    assert hub.repositories["owner/signed"].commits[hub.repositories["owner/signed"].refs["main"]] == {
+        ".gitattributes": b"",
+        **files_of(signed),
+    }
+
+    def load_signed(name: str, home: str) -> Any:
+        asked = run(hub, tmp_path / home, "-c", _SIGNED, name, public)
+        assert asked.returncode == 0, asked.stderr
+        return json.loads(asked.stdout)
+
+    path, _ = load_signed("owner/signed", "one")
+    assert files_of(Path(path)) == files_of(signed)
+    # Loaded without keys, it brings its signature along, for whoever verifies it later.
+    (folder,) = resolve(hub, tmp_path / "two", "owner/signed")
+    assert files_of(Path(folder)) == files_of(signed)
+
+    hub.add("owner/unsigned", files_of(bundle))
+    hub.add("owner/altered", {**files_of(signed), "manifest.json": files_of(signed)["manifest.json"] + b" "})
+    hub.add("owner/checkpoint", {"config.json": b"{}", "model.safetensors": b""})
+    for name, said in (
+        ("owner/unsigned", "has no manifest.json.sig"),
+        ("owner/altered", "altered since"),
+        ("owner/checkpoint", "owner/checkpoint is not signed: only bundles are"),
+    ):
+        hub.requests.clear()
+        answer = load_signed(name, "three")
+        assert answer.startswith("SignatureError: ") and said in answer
+        asked = {request.rpartition("/")[2] for request in hub.requests if f"/{name}/resolve/" in request}
+        assert "manifest.json" in asked and asked <= {"manifest.json", "manifest.json.sig"}, "the signature comes first"
+
+    pushed = run(hub, tmp_path, "-m", "gte_deploy", "push", bundle, "owner/signed", token=True)
+    assert pushed.returncode == 0, pushed.stderr
+    left = hub.repositories["owner/signed"].commits[hub.repositories["owner/signed"].refs["main"]]
+    assert "manifest.json.sig" not in left, "the signature of the earlier bundle is of another manifest"
