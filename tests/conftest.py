@@ -18,6 +18,7 @@ from runtime_models import (  # noqa: F401  fixtures
     load_on,
     models,
     repeat_tolerance,
+    row_tolerance,
     word_checkpoints,
 )
 from traces import shared_traces  # noqa: F401  a fixture

@@ -9,16 +9,12 @@ import pytest
 import gte_deploy
 from gte_deploy.backends.base import Batch
 from gte_deploy.text.batching import collate
+from runtime_models import HALVES, ROW_TOLERANCE, ROW_TOLERANCE_OF_HALVES
 from runtime_models import TEXTS as MASKED_TEXTS
 
 GOLDEN_TOLERANCE, GOLDEN_LONG_TOLERANCE = 1e-4, 5e-4  # see tests/golden/README.md
 # Of the largest value. Random weights make more of bfloat16's rounding than trained ones, for which parity is strict.
 GOLDEN_BF16_SHARE = 0.1
-# A row beside others against the row alone: the same float32 sums in another order, and on a GPU of other tiles.
-ROW_TOLERANCE, ROW_TOLERANCE_ON_GPUS = 1e-5, 1e-4
-# The same where another shape may round to 16 bits elsewhere.
-ROW_TOLERANCE_OF_HALVES = 0.1
-HALVES = ("tensorrt", "torch cuda bf16")
 
 TEXTS = ["the king of france", "a", "", "walking and playing in the old city " * 3, "中国 water!", "the queen is not"]
 
@@ -29,13 +25,6 @@ def batch_of(rows, length=None, *, positions=None):
         return dataclasses.replace(batch, mask_positions=positions)
     pad = ((0, 0), (0, length - batch.input_ids.shape[1]))
     return Batch(np.pad(batch.input_ids, pad), np.pad(batch.attention_mask, pad), positions)
-
-
-@pytest.fixture
-def row_tolerance(backend):
-    if backend in HALVES:
-        return ROW_TOLERANCE_OF_HALVES
-    return ROW_TOLERANCE_ON_GPUS if "cuda" in backend else ROW_TOLERANCE
 
 
 @pytest.fixture

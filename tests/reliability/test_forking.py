@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 
 import gte_deploy
+from battery import Attempts
 from gte_deploy.core import forking
 from gte_deploy.core.errors import BackendError, BundleError
 
@@ -95,9 +98,10 @@ def path_for(bundle_of: Callable[..., Path], word_checkpoints: dict[str, Path]) 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
 @pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.slow)])
-def test_forked_children_answer(backend: str, count: int, path_for: Callable[[str], Path]) -> None:
+def test_forked_children_answer(backend: str, count: int, path_for: Callable[[str], Path], attempts: Attempts) -> None:
     done = python(FORKS, path_for(backend), backend, count)
     assert (done.returncode, done.stdout) == (0, f"{[0] * count}\n"), done.stderr[-2000:]
+    attempts(f"forks, all but two of them while threads compute: {backend}", count)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
@@ -293,14 +297,44 @@ def test_what_cannot_travel_says_what_to_do(path_for: Callable[[str], Path]) -> 
         copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("backend_name", ["onnx", "openvino"])
-def test_spawned_workers_take_a_model_as_an_argument(backend_name: str, path_for: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("start", "backend_name"),
+    [
+        ("spawn", "onnx"),
+        ("spawn", "openvino"),
+        ("forkserver", "onnx"),
+        ("fork", "onnx"),
+        *(
+            pytest.param(start, name, marks=pytest.mark.slow)
+            for start, name in itertools.product(("spawn", "forkserver", "fork"), ("torch", "openvino"))
+            if (start, name) != ("spawn", "openvino")
+        ),
+    ],
+)
+def test_workers_of_a_pool_take_a_model_as_an_argument(
+    start: str, backend_name: str, path_for: Callable[[str], Path], attempts: Attempts
+) -> None:
+    """Also while other threads compute with it: a pool that forks waits for them."""
     # pytest's import mode gives this module no name that a spawned process could import: a method of the model has one.
     with gte_deploy.load(path_for(backend_name), backend=backend_name, num_threads=1) as model:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(model.encode, TEXTS).result(timeout=120)
-        np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-6)
+        stopped, expected = threading.Event(), model.encode(TEXTS)
+
+        def work() -> None:
+            while not stopped.is_set():
+                model.encode(TEXTS)
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(start)) as pool:
+                for answer in [pool.submit(model.encode, TEXTS) for _ in range(4)]:
+                    np.testing.assert_allclose(answer.result(timeout=300), expected, atol=1e-6)
+        finally:
+            stopped.set()
+            for thread in threads:
+                thread.join()
+    attempts(f"models sent to the workers of a pool, which {start} starts, while threads compute", 4)
 
 
 def test_what_cuda_and_unknown_engines_say_in_a_child() -> None:
@@ -327,8 +361,6 @@ def test_what_cuda_and_unknown_engines_say_in_a_child() -> None:
 
 
 def test_an_engine_that_does_not_open_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     from gte_deploy.backends import inherited
 
     class Engine:

@@ -146,6 +146,11 @@ def _skip_without_openvino(precision: str | None) -> None:
         pytest.skip("this CPU does not compute in bfloat16")
 
 
+# A row beside others against the row alone: the same float32 sums in another order, and on a GPU of other tiles.
+ROW_TOLERANCE, ROW_TOLERANCE_ON_GPUS = 1e-5, 1e-4
+# The same where another shape may round to 16 bits elsewhere.
+ROW_TOLERANCE_OF_HALVES = 0.1
+HALVES = ("tensorrt", "torch cuda bf16")
 _GPU = ("onnx cuda", "torch cuda", "torch cuda bf16", "tensorrt")
 
 
@@ -168,6 +173,14 @@ def backend(request: pytest.FixtureRequest) -> str:
 def repeat_tolerance(backend: str) -> float:
     """How far the same batch may be from itself: TensorRT-RTX goes over to kernels that it compiles meanwhile."""
     return 0.1 if backend == "tensorrt" else 0.0
+
+
+@pytest.fixture(scope="session")
+def row_tolerance(backend: str) -> float:
+    """How far a row in a batch may be from the row alone."""
+    if backend in HALVES:
+        return ROW_TOLERANCE_OF_HALVES
+    return ROW_TOLERANCE_ON_GPUS if "cuda" in backend else ROW_TOLERANCE
 
 
 @pytest.fixture(scope="session")
