@@ -126,6 +126,8 @@ def tensor_names(file: Path) -> list[str]:
             if not 0 < size <= file.stat().st_size - 8:
                 raise ValueError(f"its header claims {size:,} bytes")
             header = json.loads(stream.read(size))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is {type(header).__name__}, not an object")
         return [name for name in header if name != "__metadata__"]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}). Copy it again.") from error

@@ -52,6 +52,7 @@ REQUIREMENTS = {
         "transformers>=5.23",
         *("onnx>=1.22", "onnxscript>=0.7", "onnx-ir>=1.0", "onnxruntime>=1.31", "matplotlib>=3.9", "safetensors"),
     ),
+    "fuzz": ("atheris>=3", "numpy", "tokenizers>=0.21", "huggingface_hub>=0.30", "starlette"),
     "genai": ("openvino-genai",),
     "infinity": ("infinity-emb[torch,optimum,server]", "torch"),
     "litert": ("litert-torch>=0.10", *_CONVERSION),
