@@ -73,6 +73,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"epilog": exit_codes_help(), "formatter_class": HelpFormatter, **arguments})
         self._words: Sequence[str] = ()
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Some versions of Python take `--` away even from `--option=--`, and leave an empty list instead of a value.
+        if action.option_strings and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "expected a value, and -- is none")
+        return super()._get_values(action, arg_strings)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore - of its overloads
         """Parse; an unknown option is an error of the command that it was given to, whose options are looked through.
 

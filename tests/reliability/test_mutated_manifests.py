@@ -14,6 +14,7 @@ import gte_deploy
 from gte_deploy.bundle.manifest import MANIFEST_NAME, Manifest, _checksum, read_manifest
 from gte_deploy.core.errors import BundleError
 from gte_deploy.models import builtin_bundle
+from json_documents import places, put
 
 # Values of every type of JSON that no field of a manifest has, or that its type alone does not exclude.
 WRONG = [
@@ -81,27 +82,6 @@ def whole() -> dict[str, Any]:
     del data["checksum"]
     data["spec"]["sparse"] = SPARSE
     return copy.deepcopy({**data, "plan": PLAN, "calibration": CALIBRATION, "missed_bounds": ["a line"]})
-
-
-def places(value: Any, path: tuple[Any, ...] = ()):
-    """Yield the path to every value of a document."""
-    if path:
-        yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inside in items:
-        yield from places(inside, (*path, key))
-
-
-def put(data: Any, path: tuple[Any, ...], value: Any) -> Any:
-    changed = copy.deepcopy(data)
-    inside = changed
-    for key in path[:-1]:
-        inside = inside[key]
-    if value is ...:
-        del inside[path[-1]]
-    else:
-        inside[path[-1]] = value
-    return changed
 
 
 def read(folder: Path, data: Any) -> Manifest | BundleError:
