@@ -119,15 +119,17 @@ def assert_read_or_refused(folder: Path, changes: Sequence[tuple[tuple[Any, ...]
     assert refused > len(changes) / 2
 
 
-def test_values_of_every_type(tmp_path):
+def test_values_of_every_type(tmp_path, attempts):
     assert_read_or_refused(tmp_path, random.Random(0).sample(mutations(whole()), 500))
+    attempts("manifests with one wrong value", 500)
 
 
 @pytest.mark.slow
-def test_every_value_of_every_type_at_every_place(tmp_path):
+def test_every_value_of_every_type_at_every_place(tmp_path, attempts):
     changes = mutations(whole())
     assert len(changes) > 5000
     assert_read_or_refused(tmp_path, changes)
+    attempts("manifests with one wrong value", len(changes))
 
 
 @pytest.mark.parametrize("field", ["spec", "graphs", "files", "versions", "source", "plan", "calibration"])

@@ -16,6 +16,7 @@ from gte_deploy.serving.document import openapi_document
 from gte_deploy.serving.routes import MODEL_ROUTES
 from http_server import ServerProcess, serve_command
 
+pytestmark = pytest.mark.reliability
 load_all_checks()
 KEPT = (
     "not_a_server_error",
@@ -64,20 +65,23 @@ PATHS = [*sorted(openapi_document()["paths"])]
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_it_answers_as_the_document_says(url, path):
+def test_it_answers_as_the_document_says(url, path, attempts):
     check(url, path, GenerationMode.POSITIVE, 10)
+    attempts(f"requests that schemathesis made of the document: {GenerationMode.POSITIVE.value}", 10)
 
 
 @pytest.mark.parametrize("path", [route.path for route in MODEL_ROUTES])
-def test_it_refuses_as_the_document_says(url, path):
+def test_it_refuses_as_the_document_says(url, path, attempts):
     check(url, path, GenerationMode.NEGATIVE, 10)
+    attempts(f"requests that schemathesis made of the document: {GenerationMode.NEGATIVE.value}", 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
 @pytest.mark.parametrize("path", [route.path for route in MODEL_ROUTES])
-def test_it_answers_as_the_document_says_at_length(url, path, mode):
+def test_it_answers_as_the_document_says_at_length(url, path, mode, attempts):
     check(url, path, mode, 300)
+    attempts(f"requests that schemathesis made of the document: {mode.value}", 300)
 
 
 # The fields of text-embeddings-inference 1.7.1, from its docs/openapi.json.

@@ -16,6 +16,7 @@ import pytest
 
 from gte_deploy.serving.server import _listen
 
+pytestmark = pytest.mark.reliability
 SLOW = Path(__file__).with_name("slow_server.py")
 
 

@@ -37,6 +37,7 @@ from gte_deploy.triton import transport as triton_transport
 from gte_deploy.triton.address import parse_address
 from gte_deploy.triton.answers import checked_answer, forms, read_description
 
+pytestmark = pytest.mark.reliability
 Answer = bytes | Iterable[bytes]
 
 VOCABULARY = 100
