@@ -293,6 +293,9 @@ def test_the_model_learns_pairs_and_teacher_and_goes_on(data: Path, settings, tm
     # The similarities are nearer to those of the teacher.
     teacher, raw = (SentenceTransformer(str(data / name), device="cpu").encode(texts) for name in ("whole", "student"))
     assert correlation(embeddings, teacher) > correlation(raw, teacher) + 0.1
+    words = model[0].auto_model.get_input_embeddings().weight
+    assert not words[1:100].any() and not words[30522:].any()  # [unused0] to [unused98], and padding
+    assert words[2000:30522].any(1).all()
     # The embeddings of the teacher are not computed again; a run that ended has nothing left to do.
     monkeypatch.setattr(contrastive, "unpack_teacher", lambda _: pytest.fail("the teacher runs once"))
     again = contrastive.train(data, tmp_path / "run", settings)
@@ -360,7 +363,7 @@ def test_the_card_has_the_figures(tmp_path: Path, bundle_of, word_checkpoints) -
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content, default=str))
-    card.write_card(tmp_path)
+    card.write_card(tmp_path, 1000)
     text = (tmp_path / "bundle" / "README.md").read_text()
     assert "| **this bundle**, INT8 | 20.0, 20.0 | 20.1, 20.1 | 20.2, 20.2 | 20.3, 20.3 |" in text
     assert (
@@ -368,6 +371,7 @@ def test_the_card_has_the_figures(tmp_path: Path, bundle_of, word_checkpoints) -
         and "| git-doc | GPL-2 | 1,500 | 50 |" in text
     )
     assert text.index("## Retrieval") < text.index("## Use") < text.index("## Agreement with PyTorch")
+    assert "1,000 queries, 4,000 documents" in text
     open_bundle(tmp_path / "bundle")
-    card.write_card(tmp_path)
+    card.write_card(tmp_path, 1000)
     assert (tmp_path / "bundle" / "README.md").read_text() == text

@@ -34,13 +34,13 @@ _TESTS = {
 }
 
 
-def sections(work: Path) -> str:
-    """Return the sections about retrieval, training and text."""
+def sections(work: Path, queries: int) -> str:
+    """Return the sections about retrieval, with so many queries of each test, training and text."""
     run = _read(work / "run" / "run.json")
-    return "\n".join([_retrieval(work), _training(run), _text(_read(work / "data" / "manifest.json"))])
+    return "\n".join([_retrieval(work, queries), _training(run), _text(_read(work / "data" / "manifest.json"))])
 
 
-def _retrieval(work: Path) -> str:
+def _retrieval(work: Path, queries: int) -> str:
     figures = {name: _figures(work / f"figures-{name}.json") for name in _TESTS}
     counts = {each["test"]: each for each in _read(work / "data" / "manifest.json") if "test" in each}
     lines = [
@@ -52,7 +52,7 @@ def _retrieval(work: Path) -> str:
         "",
     ]
     lines += [
-        f"- **{name}**: {what}; {counts[name]['queries']:,} queries, {counts[name]['documents']:,} documents"
+        f"- **{name}**: {what}; {min(queries, counts[name]['queries']):,} queries, {counts[name]['documents']:,} documents"
         for name, what in _TESTS.items()
     ]
     lines += ["", f"| {', '.join(_METRICS.values())} (%) | {' | '.join(_TESTS)} |", "|---|" + "---|" * len(_TESTS)]
@@ -111,13 +111,13 @@ def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_card(work: Path) -> None:
+def write_card(work: Path, queries: int) -> None:
     """Put the sections into the card of the bundle; those of an earlier call are replaced."""
     bundle = work / "bundle"
     card = (bundle / _CARD).read_text(encoding="utf-8")
     before, _, after = card.partition(_FIRST)
     before = before.partition(_TITLE)[0]
-    write_text(bundle / _CARD, f"{before}{sections(work)}\n{_FIRST}{after}")
+    write_text(bundle / _CARD, f"{before}{sections(work, queries)}\n{_FIRST}{after}")
     manifest = read_manifest(bundle)
     (bundle / MANIFEST_NAME).unlink()
     seal(bundle, manifest)
@@ -127,7 +127,9 @@ def main() -> None:
     """Write the card of the bundle in the folder that the command line names."""
     parser = argparse.ArgumentParser(description="Write training and figures into the card of gte-en-embed-tiny.")
     parser.add_argument("work", type=Path, help="folder of run.sh")
-    write_card(parser.parse_args().work)
+    parser.add_argument("--queries", type=int, required=True, help="queries that were drawn of each test")
+    arguments = parser.parse_args()
+    write_card(arguments.work, arguments.queries)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import logging
+import re
 import time
 import zipfile
 from collections import Counter, defaultdict
@@ -200,6 +201,16 @@ def build_student(settings: Settings) -> SentenceTransformer:
     return SentenceTransformer(modules=[encoder, pooling, Normalize()], device="cpu", model_card_data=card)
 
 
+def clear_unused_words(model: SentenceTransformer) -> None:
+    """Set the embeddings of words that no text has to zero: they take no space in a compressed download then."""
+    words: Any = model[0]
+    weights, ids = words.auto_model.get_input_embeddings().weight, words.tokenizer.get_vocab()
+    unused = {number for word, number in ids.items() if re.fullmatch(r"\[unused\d+\]", word)}
+    padding = set(range(len(weights))) - set(ids.values())
+    with torch.no_grad():
+        weights[sorted(unused | padding)] = 0.0
+
+
 def datasets_by_kind(pairs: list[dict[str, str]], batch_size: int) -> dict[str, Dataset]:
     """Divide the pairs by the kind of their source, and each kind by the length of its positives.
 
@@ -259,6 +270,7 @@ def train(data: Path, output: Path, settings: Settings) -> SentenceTransformer:
     )
     stopped = any((output / "checkpoints").glob("checkpoint-*"))
     done = trainer.train(resume_from_checkpoint=stopped)
+    clear_unused_words(model)
     model.max_seq_length = SERVED_LENGTH
     model.save_pretrained(str(output / BUILTIN_EMBED_NAME))
     counts = Counter[str]()

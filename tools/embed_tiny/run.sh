@@ -22,17 +22,18 @@ cd "$work"
 [ -e run/run.json ] || python "$scripts/contrastive.py" data run "$@"
 [ -e bundle/manifest.json ] || gte-export "$model" --output bundle --precision int8
 
-# All queries, unless QUERIES says how many of each test.
+# QUERIES says how many queries of each test are drawn.
+queries=${QUERIES:-1000}
 teacher=data/teacher
 [ -e "$teacher/config.json" ] || teacher=    # with --distil 0 there is none
 for test in data/tests/*/; do
     name=$(basename "$test")
     # shellcheck disable=SC2086
-    gte-train retrieval gte-en-mlm-tiny $teacher $model bundle --data "$test" ${QUERIES:+--max-queries "$QUERIES"} \
+    gte-train retrieval gte-en-mlm-tiny $teacher $model bundle --data "$test" --max-queries "$queries" \
         -o "figures-$name.json"
 done
 
-python "$scripts/card.py" .
+python "$scripts/card.py" . --queries "$queries"
 
 # What a download of the package would grow by: its archive is compressed, too.
 python -m zipfile -c bundle.zip bundle/
