@@ -50,6 +50,8 @@ def _section(result: dict[str, Any]) -> Iterator[str]:
         f"{tried:,} attempts, {lost:,} lost: {result['date']}, {result['minutes']:.0f} minutes on {result['cpu']} "
         f"({result['cpus']} CPUs); {versions}. The command was `{result['command']}`.\n"
     )
+    if result["interrupted"]:
+        yield "This run was interrupted: the table has only the tests that had run by then.\n"
     yield "| what was tried, or what holds | attempts | lost | tests |\n|---|---|---|---|"
     for row in rows:
         kind = row["kind"].replace("|", "\\|")

@@ -106,7 +106,7 @@ class Battery:
                 row.lost += lost
                 row.seconds += report.duration if number == 0 else 0
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
         if hasattr(self._config, "workerinput"):
             return
         from gte_deploy.backends.picks import cpu_model, engine_versions
@@ -119,6 +119,7 @@ class Battery:
             "cpu": cpu_model(),
             "cpus": available_cpus(),
             "versions": {"python": platform.python_version(), **engine_versions()},
+            "interrupted": exitstatus == pytest.ExitCode.INTERRUPTED,
             "minutes": round((time.monotonic() - self._started) / 60, 1),
             "rows": [
                 {**dataclasses.asdict(row), "seconds": round(row.seconds, 1)} for _, row in sorted(self._rows.items())
