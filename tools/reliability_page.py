@@ -17,6 +17,7 @@ write this page anew:
 
 <!-- not run: it takes half an hour -->
 ```console
+$ python tests/support/environments.py fuzz    # once: atheris, for the fuzzers of the long part
 $ pytest -m "reliability and not slow" --battery-results benchmarks/results/reliability/quick.json
 $ pytest -m soak --battery-results benchmarks/results/reliability/soak.json
 $ make docs
