@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 _PROG = "gte-deploy"
 _STDIN = "-"
+_BYTE_ORDER_MARK = "\ufeff"  # with which some programs for Windows begin a file
 _SECONDS_BETWEEN_LINES = 60
 _METHODS = (
     "fill_mask",
@@ -166,7 +167,9 @@ def _encode(given: Given) -> None:
         for embedding in embeddings.tolist():
             print(json.dumps(embedding))
         return
-    _save_array(output, embeddings)
+    from gte_deploy.core.arrays import array_writer  # imports numpy
+
+    write_with(output, array_writer(embeddings))
     if "quiet" not in given:
         print(f"{_PROG}: wrote {output}: {embeddings.shape} {embeddings.dtype}", file=sys.stderr)
 
@@ -583,7 +586,7 @@ def _texts(given: Given) -> list[str]:
         raise InputError("no texts: give them as arguments, with --input FILE, or on stdin")
     try:
         data = sys.stdin.buffer.read() if source == _STDIN else Path(source).read_bytes()
-        lines = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8").removeprefix(_BYTE_ORDER_MARK).split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8: {error.reason} at byte {error.start:,}") from error
     except OSError as error:
@@ -591,16 +594,6 @@ def _texts(given: Given) -> list[str]:
     if lines[-1] == "":
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
-
-
-def _save_array(path: Path, array: Any) -> None:
-    import numpy as np
-
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-
-    write_with(path, write)
 
 
 _TEXTS_OR_FILES = (FileOptions, TextOptions, BulkOptions)

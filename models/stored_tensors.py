@@ -63,10 +63,15 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     try:
         save_file(dict(tensors), file, {"format": "pt", **(metadata or {})})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be written: {error}",
-            advice="Make room on the disk, or write to another one, and repeat the command.",
-        ) from error
+        raise unwritten(file, error) from error
+
+
+def unwritten(place: Path, error: Exception) -> CheckpointError:
+    """The error of a file or folder that safetensors could not write, because the disk is full for example."""
+    return CheckpointError(
+        f"{place} cannot be written: {error}",
+        advice="Make room on the disk, or write to another one, and repeat the command.",
+    )
 
 
 def open_tensors(files: Mapping[Path, set[str] | None], stack: ExitStack) -> dict[str, StoredTensor]:

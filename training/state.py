@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from gte_deploy.core.errors import CheckpointError
 from gte_deploy.core.files import read_json_object, sha256_file, sync_directory, sync_file, write_text
+from gte_deploy.core.formats import check_version, is_newer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,6 +146,10 @@ class Checkpoint:
         return _load_tensors([self.path / name for name in _shard_names(OPTIMIZER_FILE, self.shards)])
 
 
+class _NewerCheckpointError(CheckpointError):
+    """A newer gte-deploy wrote the checkpoint, which is no reason to go on from an older one."""
+
+
 class CheckpointStore:
     """The checkpoints of one run in one folder.
 
@@ -247,12 +252,14 @@ class CheckpointStore:
         """Return the newest complete checkpoint, or None if the run has no checkpoint. Refused ones are logged.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is complete.
+            CheckpointError: there are checkpoints, but none is complete; or a newer gte-deploy wrote the newest.
         """
         paths = self._paths()
         for path in reversed(paths):
             try:
                 return read_checkpoint(path)
+            except _NewerCheckpointError:
+                raise
             except CheckpointError as error:
                 logger.warning("refused a checkpoint, trying the one before: %s", error)
         if paths:
@@ -330,6 +337,7 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     """
     marker = _read_object(path / MARKER_FILE)
     listed, shards = marker.get("files", {}), marker.get("shards", 1)
+    _refuse_newer(path, listed)  # which may list other files
     if not isinstance(shards, int) or shards < 1:
         raise CheckpointError(f"{path / MARKER_FILE} has {shards!r} shards; expected 1 or more")
     expected = {STATE_FILE, *_shard_names(MODEL_FILE, shards), *_shard_names(OPTIMIZER_FILE, shards)}
@@ -342,13 +350,25 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         if verify and _facts(file) != facts:
             raise CheckpointError(f"{path} is corrupt: {name} differs from its sha256")
     raw = _read_object(path / STATE_FILE)
-    if raw.get("format_version") not in _READ_VERSIONS:
-        known = " and ".join(map(str, _READ_VERSIONS))
-        raise CheckpointError(f"{path} has format {raw.get('format_version')}; this version reads {known}")
+    advice = "Install the gte-deploy that wrote it."
+    check_version(path / STATE_FILE, raw.get("format_version"), _READ_VERSIONS, error=CheckpointError, advice=advice)
     try:
         return Checkpoint(path, TrainingState(**raw), shards)
     except TypeError as error:
         raise CheckpointError(f"{path / STATE_FILE} does not hold a training state: {error}") from error
+
+
+def _refuse_newer(path: Path, listed: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a newer format, if its state is undamaged: else the version could be a flipped bit.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    file = path / STATE_FILE
+    if file.is_file() and listed.get(STATE_FILE) == _facts(file):
+        version = _read_object(file).get("format_version")
+        if is_newer(version, _READ_VERSIONS):
+            check_version(file, version, _READ_VERSIONS, error=_NewerCheckpointError, advice="")
 
 
 def step_seed(seed: int, stage: int, step: int, rank: int) -> int:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GteConfig, GteForMaskedLM
 
 from gte_deploy.core.errors import ConfigError, MissingDependencyError
-from gte_deploy.core.files import require_utf8, sha256_file, write_text
+from gte_deploy.core.files import names_in_errors, require_utf8, sha256_file, write_text
 from gte_deploy.models.checkpoint import copy_tokenizer
 from gte_deploy.training.alarms import SpikeDetector
 from gte_deploy.training.data.corpus import TokenCorpus, corpus_fingerprint
@@ -113,6 +113,7 @@ def train(
         SpikeError: the loss or the gradient norm rose suddenly, and the recipe's alarms stop the run.
     """
     with join_world(device) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(names_in_errors(output))
         stack.enter_context(deterministic_algorithms(world.device, enabled=recipe.deterministic))
         source = data if isinstance(data, CorpusSource) else CorpusSource(data=data)
         corpus = open_corpus(source)

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gte_deploy.bundle.manifest import GraphEntry, GraphPart, Manifest
+from gte_deploy.core.arrays import save_array
 from gte_deploy.core.errors import BundleError
 from gte_deploy.core.files import read_json_object
 from gte_deploy.core.spec import Engine
@@ -32,7 +31,7 @@ def write_model_files(job: Job) -> None:
         token_id = job.tokenizer.known_or_unknown_id
         weights = read_query_weights(job.checkpoint.files, job.checkpoint.places.sparse, job.spec.vocab_size, token_id)
         assert weights is not None  # the spec names them
-        np.save(job.folder / sparse.query_weights, weights, allow_pickle=False)
+        save_array(job.folder / sparse.query_weights, weights)
 
 
 def write_report(job: Job, built: Built, parity: ParityReport, *, source: Mapping[str, str]) -> Manifest:

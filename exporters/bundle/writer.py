@@ -22,7 +22,7 @@ from gte_deploy.bundle.inspection import check_graphs
 from gte_deploy.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, has_manifest, open_bundle, read_manifest
 from gte_deploy.bundle.signature import SIGNATURE_NAME
 from gte_deploy.core.errors import BundleError, OutputExistsError
-from gte_deploy.core.files import keep_mode, require_utf8, sha256_file, sync_directory, sync_tree
+from gte_deploy.core.files import keep_mode, names_in_errors, require_utf8, sha256_file, sync_directory, sync_tree
 from gte_deploy.core.locks import Release, try_lock
 
 _STAGING, _OLD, _LOCK = ".staging", ".old", ".lock"
@@ -82,21 +82,27 @@ def check_destination(destination: Path, *, force: bool, files_of: Callable[[Pat
 def staging(destination: Path, *, force: bool, files_of: Callable[[Path], set[str]] = bundle_files) -> Iterator[Path]:
     """Yield a new folder beside `destination`, which is removed at the end unless `publish` renamed it.
 
-    Leftovers of killed exports to the same destination are removed first.
+    Leftovers of killed exports to the same destination are removed first. Folders above that are missing are made, and
+    removed again if nothing is written into them.
 
     Raises:
         OutputExistsError: the destination must not be replaced; see `check_destination`.
     """
+    made = [above for above in destination.parents if not above.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
     clean_stale(destination)
     check_destination(destination, force=force, files_of=files_of)
     folder, release = _create_locked(destination)
     try:
-        yield folder
+        with names_in_errors(destination):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if release is not None:
             release()
+        for above in made:
+            with contextlib.suppress(OSError):  # it has something in it
+                above.rmdir()
 
 
 def clean_stale(destination: Path) -> None:
@@ -155,13 +161,18 @@ def publish(
     """
     check_destination(destination, force=force, files_of=files_of)
     keep_mode(folder, destination)
-    if has_manifest(destination):
+    if force and has_manifest(destination):
         _replace(folder, destination)
     else:
-        # Windows renames to no existing folder. A folder with files, which appeared just now, is never removed.
-        with contextlib.suppress(FileNotFoundError):
-            destination.rmdir()
-        folder.rename(destination)
+        try:
+            # Windows renames to no existing folder. A folder with files, which appeared just now, is never removed.
+            with contextlib.suppress(FileNotFoundError):
+                destination.rmdir()
+            folder.rename(destination)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            publish(folder, destination, force=force, files_of=files_of)  # another export was quicker
     sync_directory(destination.parent)
 
 
@@ -202,7 +213,12 @@ def _create_locked(destination: Path) -> tuple[Path, Release | None]:
     release = None
     with contextlib.suppress(OSError):  # a file system without locks
         release = try_lock(folder.with_suffix(_LOCK))
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except BaseException:
+        if release is not None:
+            release()
+        raise
     return folder, release
 
 

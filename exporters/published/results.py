@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.files import read_json_object, write_text
+from gte_deploy.core.formats import check_version
 from gte_deploy.core.options import check_choice
 
 FORMAT = 1
@@ -87,8 +88,9 @@ def read_result(file: Path) -> PublishedResult:
     """
     data = dict(read_json_object(file, error=InputError, advice="Delete it."))
     names = {field.name for field in dataclasses.fields(PublishedResult)}
-    if data.pop("format", None) != FORMAT or set(data) != names:
-        raise InputError(f"{file} is no result of verify-published in format {FORMAT}: move it out of the folder")
+    check_version(file, data.pop("format", None), (FORMAT,), error=InputError, advice="Move it out of the folder.")
+    if set(data) != names:
+        raise InputError(f"{file} is no result of verify-published: move it out of the folder")
     check_choice(f"verdict of {file}", data["verdict"], VERDICTS)
     lists = {name: tuple(data[name]) for name in ("parity", "checks", "expected")}
     return PublishedResult(**{**data, **lists})

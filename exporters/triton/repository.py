@@ -32,6 +32,7 @@ from gte_deploy.bundle.manifest import (
 from gte_deploy.bundle.signature import TrustedKeys
 from gte_deploy.core.cpus import available_cpus
 from gte_deploy.core.errors import BundleError, ConfigError, ExportError, InputError, ParityError, require_modules
+from gte_deploy.core.formats import check_version
 from gte_deploy.core.hub import HubModel
 from gte_deploy.core.install import install_command
 from gte_deploy.core.options import options_of
@@ -185,16 +186,18 @@ def repository_files(folder: Path) -> set[str]:
     """The files that the manifest of a repository names.
 
     Raises:
-        BundleError: `export_repository` did not write the folder.
+        BundleError: `export_repository` did not write the folder, or that of a newer gte-deploy did.
     """
     file = folder / MANIFEST_NAME
     try:
         data = json.loads(file.read_bytes())
-        if data["format"] == FORMAT:
-            return set(data["files"])
+        is_ours, version, files = data["format"] == FORMAT, data["format_version"], set(data["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
+        is_ours = False
+    if not is_ours:
+        raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
+    check_version(file, version, (FORMAT_VERSION,), error=BundleError, advice="Export the repository again.")
+    return files
 
 
 def _served(given: str | os.PathLike[str] | None, trusted: TrustedKeys | None) -> Path | None:

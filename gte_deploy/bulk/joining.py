@@ -6,14 +6,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from gte_deploy.bulk.columns import common_schema, dump_json, import_pyarrow, in_schema
 from gte_deploy.bulk.options import OutputFormat
 from gte_deploy.bulk.parts import Part
 from gte_deploy.bulk.vectors import VectorColumns
+from gte_deploy.core.arrays import save_rows
 from gte_deploy.core.errors import MissingDependencyError
 from gte_deploy.core.files import keep_mode, replace_file, sync_directory, sync_tree, write_text
 
@@ -55,8 +54,9 @@ def join_parts(parts: Sequence[Part], output: Path, kind: OutputFormat, vectors:
         OSError: the disk is full, or fails.
     """
     if kind == "npy":
-        with aside.open("wb") as file:
-            _write_npy(file, parts, vectors)
+        first = vectors.dense(parts[0])
+        shape = (sum(part.rows for part in parts), first.shape[1])
+        save_rows(aside, map(vectors.dense, parts), shape=shape, dtype=first.dtype)
     elif kind == "jsonl":
         with aside.open("w", encoding="utf-8") as lines:
             lines.writelines(_json_lines(parts, vectors))
@@ -74,18 +74,6 @@ def join_parts(parts: Sequence[Part], output: Path, kind: OutputFormat, vectors:
     else:
         failed.unlink(missing_ok=True)
     _put(aside, output)
-
-
-def _write_npy(file: BinaryIO, parts: Sequence[Part], vectors: VectorColumns) -> None:
-    first = vectors.dense(parts[0])
-    header = {
-        "descr": np.lib.format.dtype_to_descr(first.dtype),
-        "fortran_order": False,
-        "shape": (sum(part.rows for part in parts), first.shape[1]),
-    }
-    np.lib.format.write_array_header_1_0(file, header)
-    for part in parts:
-        file.write(np.ascontiguousarray(vectors.dense(part)).data)
 
 
 def _json_lines(parts: Sequence[Part], vectors: VectorColumns) -> Iterator[str]:

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from gte_deploy.bulk.columns import dump_json, json_rows, table_of
 from gte_deploy.bulk.rows import Start
 from gte_deploy.bulk.shards import Cursor, Position, Shard
+from gte_deploy.core.arrays import save_array
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.files import read_json_object, sync_directory, sync_tree, write_text
+from gte_deploy.core.formats import check_version
 from gte_deploy.core.locks import try_lock
 
 JOURNAL_VERSION = 2
@@ -30,6 +32,7 @@ _PART = "part.json"
 _FAILURES = "failures.jsonl"
 _TABLE = "columns.parquet"
 _LINES = "columns.jsonl"
+_RESTART = "Pass --restart to begin again."
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class PartsFolder:
         aside = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}."))
         try:
             for name, array in arrays.items():
-                np.save(aside / f"{name}.npy", array, allow_pickle=False)
+                save_array(aside / f"{name}.npy", array)
             if columns == "arrow":
                 import pyarrow.parquet
 
@@ -163,6 +166,9 @@ class PartsFolder:
 
     def remove(self) -> None:
         """Remove the folder, with everything in it."""
+        # Each at once, and the last one first: a kill leaves a journal, and whole parts from the first one on.
+        for part in sorted(self.folder.glob("part-*"), reverse=True):
+            part.rename(self.folder / f".{part.name}")
         shutil.rmtree(self.folder)
 
 
@@ -190,7 +196,8 @@ def open_parts(output: Path, identity: Mapping[str, Any], *, restart: bool) -> I
         _clear(folder, everything=restart)
         journal = folder / _JOURNAL
         if any(folder.glob("part-*")):
-            known = read_json_object(journal, error=InputError, advice="Pass --restart to begin again.")
+            known = read_json_object(journal, error=InputError, advice=_RESTART)
+            check_version(journal, known.get("version"), (JOURNAL_VERSION,), error=InputError, advice=_RESTART)
             if known != json.loads(json.dumps(wanted)):
                 raise InputError(
                     f"{folder} holds an unfinished run with another {_difference(known, wanted)}. Repeat that one to "
@@ -230,13 +237,11 @@ def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _part(folder: Path) -> Part:
-    entry = read_json_object(folder / _PART, error=InputError, advice="Pass --restart to begin again.")
+    entry = read_json_object(folder / _PART, error=InputError, advice=_RESTART)
     try:
         return Part(folder, _cursor(entry.pop("cursor")), _cursor(entry.pop("after")), **entry)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder / _PART} is not of a finished part ({error}). Pass --restart to begin again."
-        ) from error
+        raise InputError(f"{folder / _PART} is not of a finished part ({error}).", advice=_RESTART) from error
 
 
 def _cursor(data: dict[str, Any]) -> Cursor:

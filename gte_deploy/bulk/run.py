@@ -28,7 +28,7 @@ from gte_deploy.bundle.download import resolve_model
 from gte_deploy.bundle.manifest import is_bundle, read_manifest
 from gte_deploy.bundle.signature import TrustedKeys
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.files import follow_links, is_special, write_through, write_with
+from gte_deploy.core.files import follow_links, is_special, names_in_errors, write_through, write_with
 from gte_deploy.loading import load
 from gte_deploy.model import Model
 
@@ -130,7 +130,7 @@ def encode_files(
         "encode": plain_arguments(arguments),
         "options": _settings(options, kind),
     }
-    with open_parts(target, identity, restart=options.restart) as folder:
+    with names_in_errors(target), open_parts(target, identity, restart=options.restart) as folder:
         job = BulkJob(files, folder, COLUMNS_OF[kind], options, source, method, arguments, on_gpu)
         before = folder.finished()
         with BulkProgress(before, report) as progress:

@@ -16,6 +16,7 @@ from typing import Any
 from gte_deploy.bundle.held import HeldFile, require_inside
 from gte_deploy.bundle.signature import SIGNATURE_NAME, TrustedKeys
 from gte_deploy.core.errors import BundleError, SignatureError
+from gte_deploy.core.formats import check_version
 from gte_deploy.core.spec import (
     DEVICE_TYPES,
     ENGINES,
@@ -312,12 +313,8 @@ def parse_manifest(path: Path, content: bytes) -> Manifest:
         raise BundleError(f"{file} is not valid JSON ({error}). Export the bundle again.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f"{file} is not the manifest of a {FORMAT}. Write a bundle with gte-export.")
-    if data.get("format_version") not in _READ_VERSIONS:
-        raise BundleError(
-            f"{file} has format version {data.get('format_version')!r}; this gte-deploy reads "
-            f"{', '.join(map(str, _READ_VERSIONS))}. "
-            "Export the bundle again, or install the gte-deploy that wrote it."
-        )
+    advice = "Export the bundle again, or install the gte-deploy that wrote it."
+    check_version(file, data.get("format_version"), _READ_VERSIONS, error=BundleError, advice=advice)
     checksum = data.pop("checksum", None)
     if checksum != _checksum(data):
         raise BundleError(f"{file} does not match its own checksum: it was altered. Export the bundle again.")

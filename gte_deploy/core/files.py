@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
 
 _CHUNK_BYTES = 1 << 20
 _MOST_LINKS = 40  # as in Linux
+_OF_DISKS = {errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _umask_lock = threading.Lock()
 
 
@@ -200,6 +201,17 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+@contextlib.contextmanager
+def names_in_errors(path: Path) -> Iterator[None]:
+    """Let an error of the disk name `path` if it names no file: those of a write do not, only those of an opening."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None and error.errno in _OF_DISKS:
+            raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+        raise
+
+
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, sync it and rename it over `path`.
 
@@ -209,23 +221,24 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the path is a folder, or cannot be written.
     """
-    if is_special(path):
-        with tempfile.TemporaryDirectory(prefix="gte-deploy-") as folder:
-            aside = Path(folder, "output")
+    with names_in_errors(path):
+        if is_special(path):
+            with tempfile.TemporaryDirectory(prefix="gte-deploy-") as folder:
+                aside = Path(folder, "output")
+                write(aside)
+                write_through(aside, path)
+            return
+        target = follow_links(path)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        aside = _new_aside(target)
+        try:
+            mode = stat.S_IMODE(aside.stat().st_mode)
             write(aside)
-            write_through(aside, path)
-        return
-    target = follow_links(path)
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    aside = _new_aside(target)
-    try:
-        mode = stat.S_IMODE(aside.stat().st_mode)
-        write(aside)
-        replace_file(aside, target, new_mode=mode)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+            replace_file(aside, target, new_mode=mode)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def replace_file(aside: Path, path: Path, *, new_mode: int | None = None) -> None:

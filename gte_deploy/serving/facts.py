@@ -31,7 +31,8 @@ class Facts:
         inputs: number of texts or pairs.
         characters: characters of the texts.
         call: deadline and cost of the computation.
-        stages: name of a stage -> its beginning and end in nanoseconds since the epoch.
+        stages: name of a stage -> its beginning and end as `now_ns` told them.
+        clock_offset_ns: from the monotonic clock to the time since 1970, when the request began.
     """
 
     request_id: str
@@ -41,15 +42,20 @@ class Facts:
     characters: int = 0
     call: Call | None = None
     stages: dict[str, tuple[int, int]] = field(default_factory=dict)
+    clock_offset_ns: int = field(default_factory=lambda: time.time_ns() - time.perf_counter_ns())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Take the time of a stage."""
-        begun = time.time_ns()
+        begun = self.now_ns()
         try:
             yield
         finally:
-            self.stages[name] = begun, time.time_ns()
+            self.stages[name] = begun, self.now_ns()
+
+    def now_ns(self) -> int:
+        """The time in nanoseconds since 1970: as the clock said when the request began, and what has passed since."""
+        return self.clock_offset_ns + time.perf_counter_ns()
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each stage; those of `compute` in the queue and in the engine, too."""

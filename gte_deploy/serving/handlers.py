@@ -27,6 +27,7 @@ from gte_deploy.tasks.interface import prompt_text
 from gte_deploy.tasks.similarity import similarity_matrix
 from gte_deploy.tasks.sparse import SparseEmbedding
 from gte_deploy.text.chunking import SentenceChunks, TokenChunks
+from gte_deploy.text.inputs import as_texts
 
 # What one answer may hold: numbers of token embeddings, and objects of JSON, of which each takes far more memory.
 MAX_NUMBERS = 1 << 25
@@ -344,8 +345,7 @@ def tokenize(work: Work, request: forms.TokenizeRequest) -> Answer:
     prompt = prompt_text(work.spec, None, request.prompt_name) if request.prompt_name is not None else ""
     content = []
     count = 0
-    for text in texts:
-        whole = prompt + text
+    for whole in as_texts(texts, prompt=prompt)[0]:
         with failures_as(InputError, "a text cannot be tokenised"):
             found = work.served.tokenizer.encode(whole, add_special_tokens=request.add_special_tokens)
         count += len(found.ids)

@@ -78,7 +78,7 @@ class Observed:
         given = headers.get("x-request-id", "")
         facts = Facts(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
         scope[FACTS] = facts
-        span = self._tracing.begin(scope["method"], scope["path"], headers)
+        span = self._tracing.begin(scope["method"], scope["path"], headers, facts)
         status = 0
 
         async def observed_send(message: Message) -> None:

@@ -4,7 +4,6 @@ Nothing here chooses an exporter: `opentelemetry-instrument` does, from the vari
 """
 
 import importlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ class Tracing:
             return
         self._tracer = self._trace.get_tracer("gte_deploy.serving")
 
-    def begin(self, method: str, path: str, headers: Mapping[str, str]) -> Any:
+    def begin(self, method: str, path: str, headers: Mapping[str, str], facts: Facts) -> Any:
         """Return the span of a request, a child of the caller's if its headers name one; None without the API."""
         if self._trace is None:
             return None
@@ -32,6 +31,7 @@ class Tracing:
             method,
             context=self._propagate.extract(headers),
             kind=self._trace.SpanKind.SERVER,
+            start_time=facts.now_ns(),
             attributes={"http.request.method": method, "url.path": path},
         )
 
@@ -56,7 +56,7 @@ class Tracing:
             inside = self._trace.set_span_in_context(span)
             for stage, (begun, ended) in facts.stages.items():
                 self._tracer.start_span(stage, context=inside, start_time=begun).end(end_time=ended)
-        span.end(end_time=time.time_ns())
+        span.end(end_time=facts.now_ns())
 
     def trace_id(self, span: Any) -> str | None:
         """The id of the trace that a span belongs to, in hexadecimal digits; None if it belongs to none."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -165,6 +166,36 @@ def test_a_run_that_was_killed_while_it_joined(embedder, source, tmp_path, monke
     summary = encode_files(source, output, model=embedder)
     assert summary.resumed_rows == summary.rows == len(pyarrow.parquet.read_table(output)) and summary.tokens == 0
     assert not output.with_name("out.parquet.parts").exists()
+
+
+@pytest.mark.parametrize("removed", [0, 2, 6])
+def test_a_run_that_was_killed_while_it_removed_its_parts(embedder, source, tmp_path, monkeypatch, removed):
+    """Its output is there; a repetition takes over the parts that are left, and gives the same output."""
+    output, options, rename, hidden = tmp_path / "out.npy", BulkOptions(shard_rows=100), Path.rename, []
+
+    def stops(self, target):
+        if self.name.startswith("part-"):
+            if len(hidden) == removed:
+                raise Stop
+            hidden.append(self)
+        return rename(self, target)
+
+    def stops_at_the_folder(folder, **_):
+        if folder.name == "out.npy.parts" and len(hidden) < 7:
+            hidden.append(folder)
+            raise Stop
+
+    monkeypatch.setattr(Path, "rename", stops)
+    monkeypatch.setattr("gte_deploy.bulk.parts.shutil.rmtree", stops_at_the_folder)
+    with pytest.raises(Stop):
+        encode_files(source, output, model=embedder, options=options)
+    monkeypatch.undo()
+    whole = output.read_bytes()
+    assert finished(output) == 6 - removed
+    summary = encode_files(source, output, model=embedder, options=options)
+    assert output.read_bytes() == whole and summary.rows + summary.failures == ROWS
+    assert (summary.resumed_rows == 0) == (removed == 6)
+    assert not output.with_name("out.npy.parts").exists()
 
 
 def test_two_runs_do_not_write_one_output(embedder, source, tmp_path):

@@ -104,7 +104,7 @@ def test_none_whole_is_an_error_not_a_new_start(store):
 def test_another_format_version_is_refused(store, monkeypatch):
     path = save(store, 1)
     monkeypatch.setattr(state_module, "_READ_VERSIONS", (1,))
-    with pytest.raises(CheckpointError, match="format 2; this version reads 1"):
+    with pytest.raises(CheckpointError, match="format version 2; this gte-deploy reads 1"):
         read_checkpoint(path)
 
 

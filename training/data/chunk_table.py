@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gte_deploy.core.arrays import array_writer
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.files import read_json_object, sha256_file, write_text, write_with
 
@@ -73,12 +74,7 @@ def write_table(table: ChunkTable, folder: Path, key: str) -> None:
     remove_tables(folder)
     rows = np.stack([table.first_chunk, np.append(table.keeps, np.uint64(0)).view(np.int64)])
     array = folder / f"{_PREFIX}{key}.npy"
-
-    def write(aside: Path) -> None:
-        with aside.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-
-    write_with(array, write)
+    write_with(array, array_writer(rows))
     facts = {"sha256": sha256_file(array), "tokens": [int(count) for count in table.tokens]}
     write_text(_facts_file(folder, key), json.dumps(facts) + "\n")
 

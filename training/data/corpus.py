@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError
 from gte_deploy.core.files import read_json_object, sha256_file
+from gte_deploy.core.formats import check_version
 
 FORMAT = "gte-token-corpus"
 FORMAT_VERSION = 1
@@ -354,10 +355,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_json_object(path, error=InputError, advice="Run `gte-train prepare` again.")
     if index.get("format") != FORMAT:
         raise InputError(f"{path} is no index of a token corpus: expected format {FORMAT!r}")
-    if index.get("version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {index.get('version')!r}, expected {FORMAT_VERSION}: prepare the corpus again"
-        )
+    advice = "Prepare the corpus again with `gte-train prepare`."
+    check_version(path, index.get("version"), (FORMAT_VERSION,), error=InputError, advice=advice)
     return index
 
 

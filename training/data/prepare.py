@@ -40,6 +40,8 @@ from gte_deploy.core.errors import GteDeployError, InputError, OutputExistsError
 from gte_deploy.core.files import (
     follow_links,
     keep_mode,
+    names_in_errors,
+    read_json_object,
     require_utf8,
     sha256_file,
     sync_directory,
@@ -47,6 +49,7 @@ from gte_deploy.core.files import (
     write_bytes,
     write_text,
 )
+from gte_deploy.core.formats import check_version
 from gte_deploy.core.locks import try_lock
 from gte_deploy.training.data.corpus import (
     FORMAT,
@@ -66,6 +69,7 @@ logger = logging.getLogger(__name__)
 _BATCH_DOCUMENTS = 1_000
 _BATCH_CHARACTERS = 4 << 20
 _POLL_SECONDS = 0.25
+_DISCARD = "Finish that run, or discard its work with restart=True."
 _CORPUS = "corpus"  # the folder of the workspace that becomes the output
 HELD_OUT_FOLDER = "held-out"
 """The corpus of held-out documents, inside the corpus they were taken from."""
@@ -431,10 +435,11 @@ def _workspace(output: Path, header: Mapping[str, Any], *, restart: bool) -> Ite
     if release is None:
         raise InputError(f"{work} is in use: another prepare is writing {output}")
     try:
-        work.mkdir(exist_ok=True)
-        _begin(work, json.dumps(header, sort_keys=True), restart)
-        yield work
-        shutil.rmtree(work)
+        with names_in_errors(output):
+            work.mkdir(exist_ok=True)
+            _begin(work, json.dumps(header, sort_keys=True), restart)
+            yield work
+            shutil.rmtree(work)
     finally:
         release()
 
@@ -443,10 +448,9 @@ def _begin(work: Path, header: str, restart: bool) -> None:
     header_file = work / "header.json"
     known = header_file.read_text("utf-8") if header_file.is_file() else None
     if known not in (None, header) and not restart:
-        raise InputError(
-            f"{work} was begun with other options or another tokenizer: finish that run, or discard its work with "
-            "restart=True"
-        )
+        version = read_json_object(header_file, error=InputError, advice=_DISCARD).get("version")
+        check_version(header_file, version, (FORMAT_VERSION,), error=InputError, advice=_DISCARD)
+        raise InputError(f"{work} was begun with other options or another tokenizer.", advice=_DISCARD)
     for folder in (work / _CORPUS, work / HELD_OUT_FOLDER, work / "units"):
         if restart or known is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -45,7 +45,6 @@ _FETCHES = 4  # at once, in each process
 _PAUSES_S = (1.0, 4.0, 16.0, 60.0, 60.0)  # before the second try of a fetch, and before those after it
 _WRONG_PAUSES = 2  # of them, for a file that came, and does not match its sha256
 _POLL_S = 0.05
-_ABANDONED_S = 3600.0  # a file that nobody has written to for so long was left by a killed process
 _TRIES = 4  # of a file that another process removes, or that is damaged in the cache
 
 
@@ -258,11 +257,10 @@ class _Shelf:
             sizes: dict[Path, int] = {}
             used: list[tuple[float, Path]] = []
             for path in (*root.glob("*/*.tokens"), *root.glob("*/.*.tokens.part")):
+                if path != part and path.suffix == ".part" and _remove_abandoned(path):
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
-                    if path.suffix == ".part" and time.time() - stat.st_mtime > _ABANDONED_S:
-                        path.unlink()
-                        continue
                     sizes[path] = max(stat.st_size, self._parts.get(path.name, 0))
                     if path.suffix != ".part" and not (path.parent == self.folder and path.name in self._kept):
                         used.append((stat.st_mtime, path))
@@ -278,6 +276,19 @@ class _Shelf:
             part.touch()
         finally:
             release()
+
+
+def _remove_abandoned(part: Path) -> bool:
+    """Remove an unfinished file that no living process fetches, which would hold its lock; return whether it was one.
+
+    No time is compared: the clock may jump, and a fetch may wait for long.
+    """
+    release = try_lock(part.with_suffix(".lock"))
+    if release is None:
+        return False
+    part.unlink(missing_ok=True)
+    release()
+    return True
 
 
 def persistently(work: Callable[[], T], what: str, closing: threading.Event) -> T:

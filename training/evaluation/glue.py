@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gte_deploy.core.errors import CheckpointError, ConfigError, GteDeployError, InputError, NonFiniteError
 from gte_deploy.core.files import read_json, read_json_object, sha256_file, write_text, write_with
 from gte_deploy.models import resolve_checkpoint
+from gte_deploy.models.stored_tensors import save_tensors
 from gte_deploy.models.tokenizer import has_tokenizer
 from gte_deploy.models.weight_files import weight_files
 from gte_deploy.training.distributed import choose_device
@@ -378,7 +379,7 @@ class _Trainer:
         predictions = outputs[:, 0] if task.is_regression else outputs.argmax(axis=1)
         if task.is_start:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-            write_with(self._weights(task), lambda aside: save_file(tensors, aside))
+            write_with(self._weights(task), lambda aside: save_tensors(tensors, aside))
         return {
             "task": task.name,
             "seed": self.seed,

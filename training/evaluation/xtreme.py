@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gte_deploy.core.errors import InputError, NonFiniteError
 from gte_deploy.core.files import read_json_object, write_text, write_with
+from gte_deploy.models.stored_tensors import save_tensors
 from gte_deploy.training.distributed import choose_device
 from gte_deploy.training.evaluation import xtreme_data as data_sets
 from gte_deploy.training.evaluation.classifiers import PretrainedEncoder, run_without_padding
@@ -384,7 +385,7 @@ class _Run:
                 f"{tuning.name}, seed {self.seed}: the loss becomes NaN or infinite; lower the learning rate"
             )
         tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_with(weights, lambda aside: save_file(tensors, aside))
+        write_with(weights, lambda aside: save_tensors(tensors, aside))
         facts = {
             "tuning": tuning.name,
             "protocol": dataclasses.asdict(self._protocol(tuning)),

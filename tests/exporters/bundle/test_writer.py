@@ -155,11 +155,47 @@ def test_a_target_that_appears_meanwhile_is_not_overwritten(target):
     assert leftovers(target) == []
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_target_that_appears_in_the_last_moment(target, monkeypatch, force):
+    """After the check of what is there: refused as at the check, or replaced with force."""
+    keep_mode = bundle_writer.keep_mode
+
+    def appears(new, old):
+        monkeypatch.setattr(bundle_writer, "keep_mode", keep_mode)
+        write(target, "fast")
+        keep_mode(new, old)
+
+    def write_slowly():
+        with staging(target, force=force) as folder:
+            fill(folder, "slow")
+            monkeypatch.setattr(bundle_writer, "keep_mode", appears)
+            publish(folder, target, force=force)
+
+    if force:
+        write_slowly()
+    else:
+        with pytest.raises(ExportError, match="exists already"):
+            write_slowly()
+    assert open_bundle(target).source["name"] == ("slow" if force else "fast")
+    assert leftovers(target) == []
+
+
+def test_folders_above_that_were_made_go_if_nothing_is_written(tmp_path):
+    (tmp_path / "kept").mkdir()
+    target = tmp_path / "kept" / "new" / "newer" / "bundle"
+    with pytest.raises(RuntimeError), staging(target, force=False):
+        assert target.parent.is_dir()
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+    write(target, "new")
+    assert open_bundle(target).source["name"] == "new"
+
+
 def test_a_failure_leaves_nothing(target):
     with pytest.raises(RuntimeError), staging(target, force=False) as folder:
         fill(folder, "new")
         raise RuntimeError
-    assert not target.exists() and leftovers(target) == []
+    assert not target.parent.exists(), "which the export had made"
 
 
 def test_a_failed_second_rename_puts_the_old_bundle_back(target, monkeypatch):

@@ -19,6 +19,7 @@ import pytest
 
 from corpora import random_documents, write_corpus
 from gte_deploy.core.errors import GteDeployError, InputError, UnavailableError
+from gte_deploy.core.locks import try_lock
 from gte_deploy.training.data import remote
 from gte_deploy.training.data.corpus import TokenCorpus
 from gte_deploy.training.data.masking import Masking
@@ -429,11 +430,25 @@ def test_a_bound_that_cannot_be_kept_is_told(memory, open_at, tmp_path, caplog):
 def test_what_a_killed_fetch_left_is_written_over_or_removed(memory, open_at, tmp_path):
     corpus = open_at(memory)
     for name in ("shard-00000", "shard-00007"):
-        part = corpus.folder / f".{name}.tokens.part"
-        part.write_bytes(b"half")
-        os.utime(part, (1_000, 1_000))
+        (corpus.folder / f".{name}.tokens.part").write_bytes(b"half")
     corpus.tokens(0, 0, 20)
     assert [path.name for path in held(tmp_path)] == ["shard-00000.tokens"] and not held(tmp_path, ".*.part")
+
+
+def test_what_a_living_process_fetches_stays_whatever_the_clock_says(memory, open_at, tmp_path, monkeypatch):
+    corpus = open_at(memory)
+    part = corpus.folder / ".shard-00007.tokens.part"
+    part.write_bytes(b"half")
+    os.utime(part, (1_000, 1_000))
+    release = try_lock(part.with_suffix(".lock"))  # as its process holds it
+    now = time.time()
+    for shard, years in enumerate((-50, 50)):
+        monkeypatch.setattr(time, "time", lambda years=years: now + years * 31_557_600)
+        corpus.tokens(30 * shard, 0, 20)
+        assert part.read_bytes() == b"half"
+    release()
+    corpus.tokens(60, 0, 20)
+    assert not part.exists()
 
 
 def test_the_next_process_fetches_what_a_killed_one_had_begun(server, open_at, tmp_path, folder):
