@@ -142,6 +142,9 @@ def _shows_bar(given: Given, inputs: Sequence[Any]) -> bool:
 
 
 def _encode(given: Given) -> None:
+    from gte_deploy.models import BUILTIN_EMBED_NAME
+
+    given = {"path": BUILTIN_EMBED_NAME, **given}
     files = read_options(FileOptions, given)
     arguments = _arguments(given, EncodeOptions, PromptOptions, BatchingOptions)
     arguments |= (chunking := read_options(ChunkingOptions, given).arguments())

@@ -72,7 +72,8 @@ class ModelOptions:
 
     path: str | None = option(
         None,
-        "bundle or checkpoint: folder, or hub id owner/name[@revision] (default: the built-in model)",
+        "bundle or checkpoint: folder, or hub id owner/name[@revision] (default: the built-in gte-en-mlm-tiny; of "
+        "encode, gte-en-embed-tiny)",
         flags=("-m", "--model"),
         metavar="MODEL",
     )

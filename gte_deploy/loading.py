@@ -56,7 +56,7 @@ from gte_deploy.core.spec import (
     is_packed,
 )
 from gte_deploy.model import Model, Origin
-from gte_deploy.models import builtin_bundle, builtin_path, is_builtin, require_checkpoint
+from gte_deploy.models import BUILTIN_EMBED_NAME, BUILTIN_NAMES, builtin_bundle, builtin_path, require_checkpoint
 from gte_deploy.tasks import TASKS
 from gte_deploy.text.batching import BatchLimits
 from gte_deploy.text.inputs import MAX_BATCH_SIZE, MAX_BATCH_TOKENS, check_integer
@@ -108,8 +108,9 @@ def load(
 
     Args:
         path: a bundle folder, a checkpoint folder, the id of either on the Hugging Face Hub (`owner/name`, or
-            `owner/name@revision`), or None for the built-in model. That is a bundle; what only a checkpoint can do,
-            such as backend "torch" and other tasks, is done with its checkpoint.
+            `owner/name@revision`), or the name of a model inside the package. None is "gte-en-embed-tiny" for the task
+            "embed", and else "gte-en-mlm-tiny". Both are bundles; what only a checkpoint can do, such as backend
+            "torch" and other tasks, is done with the checkpoint of the latter.
         backend: "onnx" (ONNX Runtime), "openvino", "tensorrt" and "executorch" run a bundle, "torch" runs a checkpoint.
             For a bundle, "auto" takes its TensorRT engine if that fits GPU and TensorRT, else the engine recorded on
             this machine by `gte-deploy bench --pick`, else the engine that was measured to be faster on similar CPUs.
@@ -166,6 +167,8 @@ def load(
     check_choice("task", task, ("auto", *TASKS), TASK_ALIASES)
     wanted = stream_count(streams)
     joins = _join_options(join_calls)
+    if path is None and task == "embed":
+        path = BUILTIN_EMBED_NAME
     trusted = None if trusted_keys is None else TrustedKeys(trusted_keys)
     folder = resolve_model(path, revision=revision, cache_dir=cache_dir, token=token, trusted=trusted)
     if folder == builtin_bundle() and (compile or _needs_checkpoint(backend, task)):
@@ -196,7 +199,8 @@ def load(
         "task": task,
         "trusted_keys": None if trusted is None else trusted.pem,
     }
-    where = None if is_builtin(path) else str(folder.absolute())
+    # A pickled model of the package is found again where another package lies.
+    where = str(path) if path in BUILTIN_NAMES else None if path is None else str(folder.absolute())
     usual = opened.batch_tokens or _MAX_BATCH_TOKENS[parse_device(engine.device)[0]]
     tokens = usual if max_batch_tokens is None else max_batch_tokens
     if joins is not None:

@@ -11,10 +11,13 @@ from gte_deploy.core.options import did_you_mean
 from gte_deploy.models.presets import PRESETS
 
 __all__ = [
+    "BUILTIN_EMBED_NAME",
     "BUILTIN_NAME",
+    "BUILTIN_NAMES",
     "CHECKPOINT_PATTERNS",
     "TOKENIZER_PATTERNS",
     "builtin_bundle",
+    "builtin_embed_bundle",
     "builtin_path",
     "is_builtin",
     "locate",
@@ -23,6 +26,9 @@ __all__ = [
 ]
 
 BUILTIN_NAME = "gte-en-mlm-tiny"
+BUILTIN_EMBED_NAME = "gte-en-embed-tiny"
+BUILTIN_NAMES = (BUILTIN_NAME, BUILTIN_EMBED_NAME)
+_KNOWN_NAMES = sorted({*PRESETS, *BUILTIN_NAMES})
 _MOST_SHOWN = 200  # characters of a name in a message
 _FORMATS = "gte-deploy-"  # how the formats begin that the manifest.json of bundles and repositories name
 _FIRST_FILES = ("config.json", "modules.json", "adapter_config.json")
@@ -45,8 +51,13 @@ def builtin_bundle() -> Path:
     return Path(__file__).with_name("builtin")
 
 
+def builtin_embed_bundle() -> Path:
+    """Folder of the bundle of `gte-en-embed-tiny`, the embedding model that ships inside the package, in INT8."""
+    return Path(__file__).with_name("builtin_embed")
+
+
 def is_builtin(name_or_path: str | os.PathLike[str] | None) -> bool:
-    """Whether this means the built-in model, as in `resolve_checkpoint`."""
+    """Whether this means the built-in model with a checkpoint, as in `resolve_checkpoint`."""
     return name_or_path is None or str(name_or_path) == BUILTIN_NAME
 
 
@@ -146,6 +157,8 @@ def locate(
     _require_texts(path=name_or_path, revision=revision, cache_dir=cache_dir, token=token)
     if name_or_path is None or is_builtin(name_or_path):
         return builtin_path()
+    if str(name_or_path) == BUILTIN_EMBED_NAME:
+        return builtin_embed_bundle()
     try:
         path = Path(name_or_path).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
@@ -184,7 +197,7 @@ def _hub_id(name: str) -> str:
     if is_path or name.count("/") != 1 or name.endswith("/"):
         raise CheckpointError(
             f"no folder {name!r} (looked in {Path.cwd()}), and it is not a hub id of the form owner/name"
-            f"{did_you_mean(name, PRESETS) or '.'}",
-            advice=f"Known names: {', '.join(sorted(PRESETS))}.",
+            f"{did_you_mean(name, _KNOWN_NAMES) or '.'}",
+            advice=f"Known names: {', '.join(_KNOWN_NAMES)}.",
         )
     return name

@@ -15,7 +15,7 @@ from environments import Unavailable, interpreter
 from packages import build, packaged_tree
 
 NOBODY = 65534
-WHEEL_LIMIT = 25_000_000
+WHEEL_LIMIT = 37_000_000  # 25 MB without the embedding model
 SENTENCE = "The [MASK] sat."
 OFFLINE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
 

@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_BYTES = 1 << 20
-LARGE = ("models/builtin/gte_en_mlm_tiny/model.safetensors",)
+LARGE = ("models/builtin/gte_en_mlm_tiny/model.safetensors", "models/builtin_embed/onnx/model.onnx_data")
 # Files byte for byte as tests need them.
 RAW = "tests/reliability/corpus/"
 # Files written by hand. Other text is data, and keeps the form in which its library wrote it.

@@ -20,7 +20,7 @@ from gte_deploy.bundle.manifest import read_manifest
 from gte_deploy.core.spec import BackendName
 from gte_deploy.exporters.triton.repository import export_repository
 from gte_deploy.exporters.verification.report import library_versions
-from gte_deploy.models import builtin_bundle, builtin_path
+from gte_deploy.models import BUILTIN_NAME, builtin_bundle, builtin_path
 from loading import load_file
 
 ENGINES: list[BackendName] = ["onnx", "openvino"]
@@ -106,7 +106,7 @@ def test_commands_take_it(capsys):
     assert "united states of america" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [{"backend": "torch"}, {"task": "embed"}, {"task": "sparse"}])
+@pytest.mark.parametrize("options", [{"backend": "torch"}, {"path": BUILTIN_NAME, "task": "embed"}, {"task": "sparse"}])
 def test_what_only_a_checkpoint_can_do_is_done_with_the_checkpoint(options):
     with gte_deploy.load(**options) as opened:
         assert (opened.backend, opened.path) == ("torch", builtin_path())

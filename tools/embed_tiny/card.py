@@ -52,8 +52,9 @@ def _retrieval(work: Path, queries: int) -> str:
         "",
     ]
     lines += [
-        f"- **{name}**: {what}; {min(queries, counts[name]['queries']):,} queries, {counts[name]['documents']:,} documents"
+        f"- **{name}**: {what}; {min(queries, found['queries']):,} queries, {found['documents']:,} documents"
         for name, what in _TESTS.items()
+        for found in [counts[name]]
     ]
     lines += ["", f"| {', '.join(_METRICS.values())} (%) | {' | '.join(_TESTS)} |", "|---|" + "---|" * len(_TESTS)]
     for name, title in _MODELS.items():
