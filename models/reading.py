@@ -6,13 +6,14 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gte_deploy.core.errors import CheckpointError, ConfigError
 from gte_deploy.core.regular import MAX_JSON_BYTES, read_regular
+from gte_deploy.core.typed_json import MAX_COUNT, JsonValue, Read
 
 SIZES = (
     "vocab_size",
@@ -39,8 +40,6 @@ _LARGEST = {
     "n_inner": 1 << 20,
 }
 """The largest values of fields for which modules, tensors or names are made before any weight is compared."""
-
-_LARGEST_INTEGER = (1 << 31) - 1
 
 
 def read_required_json(file: Path) -> dict[str, Any]:
@@ -109,13 +108,7 @@ class Reader:
         Raises:
             ConfigError: the field is missing, holds another value, or one that no model has (`_LARGEST`).
         """
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise self.refuse(key, value, f"an integer of at least {at_least}")
-        most = _LARGEST.get(key, _LARGEST_INTEGER)
-        if value > most:
-            raise ConfigError(f"{self.file}: {key} is above {most:,}, the largest value that is read")
-        return value
+        return self._read(key, lambda value: value.whole(at_least, _LARGEST.get(key, MAX_COUNT)))
 
     def number(self, key: str, *, at_least: float = 0.0, below: float = math.inf) -> float:
         """Return the number in a field, at least `at_least` and below `below`.
@@ -123,10 +116,7 @@ class Reader:
         Raises:
             ConfigError: the field is missing, or holds another value.
         """
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:
-            raise self.refuse(key, value, f"a number of at least {at_least} and below {below}")
-        return value
+        return self._read(key, lambda value: value.number(at_least, below))
 
     def boolean(self, key: str) -> bool:
         """Return true or false in a field.
@@ -134,10 +124,7 @@ class Reader:
         Raises:
             ConfigError: the field is missing, or holds another value.
         """
-        value = self.get(key)
-        if not isinstance(value, bool):
-            raise self.refuse(key, value, "true or false")
-        return value
+        return self._read(key, JsonValue.flag)
 
     def one_of(self, key: str, names: Collection[str]) -> str:
         """Return the name in a field.
@@ -145,10 +132,13 @@ class Reader:
         Raises:
             ConfigError: the field is missing, or holds none of `names`.
         """
-        value = self.get(key)
-        if not isinstance(value, str) or value not in names:
-            raise self.refuse(key, value, f"one of {', '.join(names)}")
-        return value
+        return self._read(key, lambda value: value.one_of(tuple(names)))
+
+    def _read(self, key: str, read: Callable[[JsonValue], Read]) -> Read:
+        try:
+            return read(JsonValue(self.get(key), key))
+        except ValueError as error:
+            raise ConfigError(f"{self.file}: {error}") from error
 
 
 def encoder_fields(reader: Reader, *, fewest_types: int) -> dict[str, Any]:

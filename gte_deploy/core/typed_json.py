@@ -4,6 +4,7 @@ A `JsonValue` is a value and its place. Each of its methods takes one type, chec
 nothing behind the edge meets a float for an integer, a string for a list, or a number without bounds.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,13 @@ class JsonValue:
         if type(self.value) is not int or not low <= self.value <= high:
             raise self.refuse(f"a whole number, {low} to {high:,}")
         return self.value
+
+    def number(self, low: float = 0.0, below: float = math.inf) -> float:
+        """Return a number from `low` up to, and not, `below`. Raises ValueError: this is none; NaN is none, either."""
+        if type(self.value) not in (int, float) or not low <= self.value < below:
+            raise self.refuse(f"a number of at least {low:g}" + (f" and below {below:g}" if below < math.inf else ""))
+        number: float = self.value
+        return number
 
     def flag(self) -> bool:
         """Return a boolean. Raises ValueError: this is none."""

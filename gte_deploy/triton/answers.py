@@ -8,6 +8,7 @@ K answers for each, N entries or entities.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from gte_deploy.core.errors import BackendError
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.core.spec_json import spec_from_json
+from gte_deploy.core.typed_json import JsonValue
 from gte_deploy.tasks import classify, embed, fill_mask, hybrid, multi_vector, sparse, token_classify
 from gte_deploy.tasks.base import Ensemble, Tensors
 from gte_deploy.text.inputs import MAX_BATCH_SIZE
@@ -28,7 +30,6 @@ _INT32 = (np.dtype(np.int32),)
 _INT64 = (np.dtype(np.int64),)
 _TEXT = (np.dtype(np.object_),)
 _DESCRIPTIONS = ("gte_deploy", "gte_deploy_spec")
-_MAX_FACT = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -225,50 +226,36 @@ def read_description(config: Mapping[str, Any], url: str) -> ServedDescription:
         BackendError: the configuration has other parts, or values that no export writes.
     """
     try:
-        facts, spec = (json.loads(config["parameters"][name]["string_value"]) for name in _DESCRIPTIONS)
-        return _description(facts, spec_from_json(spec), config)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        parameters = JsonValue(config)["parameters"]
+        facts, spec = (json.loads(parameters[name]["string_value"].text()) for name in _DESCRIPTIONS)
+        return _description(JsonValue(facts), spec_from_json(spec), config)
+    except (ValueError, RecursionError) as error:
         raise BackendError(
-            f"gte_embed at {url} does not come from this version of gte-export ({error!r:.300}). Export the repository "
+            f"gte_embed at {url} does not come from this version of gte-export ({error!s:.300}). Export the repository "
             "again with gte-export --format triton."
         ) from error
 
 
-def _description(facts: Any, spec: ModelSpec, config: Mapping[str, Any]) -> ServedDescription:
-    if not isinstance(facts, dict):
-        raise TypeError(f"the facts are {type(facts).__name__}")
-    most = config.get("max_batch_size") or facts.get("max_batch_size", 1)
-    buckets = _typed(facts, "length_buckets", list, [])
-    if not all(type(size) is int and 0 < size < _MAX_FACT for size in buckets) or buckets != sorted(buckets):
-        raise ValueError(f"length_buckets are {buckets!r:.100}")
-    tokenizer = _typed(facts, "tokenizer", str, None)
+def _description(facts: JsonValue, spec: ModelSpec, config: Mapping[str, Any]) -> ServedDescription:
+    most = JsonValue(config.get("max_batch_size") or facts.get("max_batch_size", 1).value, "max_batch_size")
+    buckets = facts.get("length_buckets").or_none(lambda sizes: [size.whole(1) for size in sizes.entries()]) or []
+    if buckets != sorted(buckets):
+        raise facts["length_buckets"].refuse("rising lengths")
+    tokenizer = facts.get("tokenizer").or_none(JsonValue.text)
     return ServedDescription(
         spec=spec,
-        max_rows=min(_positive("max_batch_size", most), MAX_BATCH_SIZE),
-        max_state_rows=_positive("max_state_rows", facts.get("max_state_rows"), optional=True) or None,
-        hidden_states=_typed(facts, "hidden_states", bool, True),
-        response_cache=_typed(facts, "response_cache", bool, False),
+        max_rows=min(_count(most), MAX_BATCH_SIZE),
+        max_state_rows=facts.get("max_state_rows").or_none(_count),
+        hidden_states=facts.get("hidden_states", True).flag(),
+        response_cache=facts.get("response_cache", False).flag(),
         tokenizer=tokenizer if buckets else None,
         buckets=tuple(buckets),
-        max_masks=_positive("max_masks", facts.get("max_masks"), optional=True) or None,
-        told=facts,
+        max_masks=facts.get("max_masks").or_none(_count),
+        told=facts.value,
     )
 
 
-def _typed(facts: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = facts.get(name)
-    if value is None:
-        return default
-    if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r:.100}")
-    return value
-
-
-def _positive(name: str, value: Any, *, optional: bool = False) -> int:
-    if value is None and optional:
-        return 0
-    # Triton writes integers of 64 bits as texts.
-    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 12 else value
-    if type(number) is not int or not 1 <= number < _MAX_FACT:
-        raise ValueError(f"{name} is {value!r:.100}")
-    return number
+def _count(number: JsonValue) -> int:
+    """Return an integer of at least 1. Triton writes those of 64 bits as texts."""
+    is_text = isinstance(number.value, str) and re.fullmatch("[0-9]{1,12}", number.value)
+    return (JsonValue(int(number.value), number.place) if is_text else number).whole(1)

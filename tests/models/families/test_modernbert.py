@@ -157,7 +157,7 @@ ROPE = {"rope_type": "default", "rope_theta": 500.0}
         ({"norm_bias": 1}, "norm_bias is 1; expected true or false"),
         ({"num_attention_heads": 5}, r"hidden_size is 768; expected num_attention_heads \(5\) times an even head size"),
         ({"head_dim": 32}, "head_dim is 32; expected 64"),
-        ({"local_attention": 0}, "local_attention is 0; expected an integer of at least 1"),
+        ({"local_attention": 0}, "local_attention is 0; expected a whole number, 1 to "),
         ({"sliding_window": 64}, "sliding_window is 64"),
         ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers is 0"),
         ({"layer_types": ["full_attention"]}, r"layer_types is .*; expected a list of num_hidden_layers \(22\) times"),

@@ -154,7 +154,7 @@ def test_a_config_without_these_positions_is_refused(fields, said, checkpoints, 
 def test_padding_without_an_id_is_refused(checkpoints, tmp_path):
     raw = json.loads((checkpoints("roberta") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "pad_token_id": None}))
-    with pytest.raises(ConfigError, match="pad_token_id is None; expected an integer"):
+    with pytest.raises(ConfigError, match="pad_token_id is None; expected a whole number"):
         read_config(tmp_path)
 
 
