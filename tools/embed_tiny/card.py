@@ -47,8 +47,8 @@ def _retrieval(work: Path, queries: int) -> str:
         _TITLE,
         _paragraph(
             "Tests of the sources below. No pair of a test is in the training data; the pretraining of the encoder has "
-            "read the text of some of these sources, the jargon file among them. A query has to find its document among "
-            "all of the test. They are not MTEB: this model was never compared on a public benchmark."
+            "read the text of some of these sources, the jargon file among them. A query has to find its document "
+            "among all of the test. They are not MTEB: this model was never compared on a public benchmark."
         ),
         "",
     ]
