@@ -192,8 +192,8 @@ def repository_files(folder: Path) -> set[str]:
     try:
         data = json.loads(file.read_bytes())
         is_ours, version, files = data["format"] == FORMAT, data["format_version"], set(data["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        is_ours = False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"{file} is not the manifest of a {FORMAT}.") from error
     if not is_ours:
         raise BundleError(f"{file} is not the manifest of a {FORMAT}.")
     check_version(file, version, (FORMAT_VERSION,), error=BundleError, advice="Export the repository again.")
