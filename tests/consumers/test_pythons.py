@@ -57,9 +57,9 @@ def test_the_runtime_answers(wheel, tmp_path, version):
         return _run(python, _main("gte_deploy.cli"), *arguments, cwd=tmp_path)
 
     answers, vector = (json.loads(run(*command)) for command in (["fill-mask", TEXT, "--json"], ["encode", "a text"]))
-    with gte_deploy.load(backend="onnx") as here:
+    with gte_deploy.load(backend="onnx") as here, gte_deploy.load(task="embed", backend="onnx") as embedder:
         assert [one["token"] for one in answers] == [one["token"] for one in here.fill_mask(TEXT)]
-        assert vector == pytest.approx(here.encode("a text").tolist(), abs=1e-5)
+        assert float(embedder.encode("a text") @ vector) > 0.9999  # of length 1; INT8 kernels differ by version
     assert "all as the manifest says" in run("verify", "gte-en-mlm-tiny")
 
 

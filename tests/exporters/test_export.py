@@ -396,7 +396,7 @@ def test_a_full_disk_leaves_the_old_bundle(trace_once, small, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == FAILURE
-    assert "gte-export: error: [Errno 27] File too large" in capsys.readouterr().err
+    assert f"gte-export: error: {target}: File too large" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -119,7 +119,7 @@ def test_only_what_is_given_is_passed_on(run, monkeypatch):
     monkeypatch.setattr("gte_deploy.loading.load", lambda **options: calls.append(options) or FakeModel(calls))
     assert run("encode", "a")[0] == run("encode", "-m", "x", "--compute-precision", "bf16", "--max-len", 9, "a")[0] == 0
     progress = {"show_progress_bar": sys.stderr.isatty()}
-    assert calls[:2] == [{}, progress]
+    assert calls[:2] == [{"path": "gte-en-embed-tiny"}, progress]
     assert calls[2:] == [{"path": "x", "precision": "bf16"}, {**progress, "max_length": 9}]
 
 

@@ -83,7 +83,8 @@ MODEL_ALONE = {
 }
 LOAD = (
     "(path=None, *, backend='auto', precision='auto', device=None, num_threads=None, max_batch_tokens=None, "
-    "streams='auto', compile=False, join_calls=False, task='auto', revision=None, cache_dir=None, token=None)"
+    "streams='auto', compile=False, join_calls=False, task='auto', revision=None, cache_dir=None, token=None, "
+    "trusted_keys=None)"
 )
 CLIENT = (
     "(url='http://localhost:8000', *, timeout_s=60.0, connections=8, max_batch_tokens=16384, headers=None, "
