@@ -18,8 +18,8 @@ write this page anew:
 <!-- not run: it takes half an hour -->
 ```console
 $ python tests/support/environments.py fuzz    # once: atheris, for the fuzzers of the long part
-$ pytest -m "reliability and not slow" --battery-results benchmarks/results/reliability/quick.json
-$ pytest -m soak --battery-results benchmarks/results/reliability/soak.json
+$ pytest tests -m "reliability and not slow" --battery-results benchmarks/results/reliability/quick.json
+$ pytest tests -m soak --battery-results benchmarks/results/reliability/soak.json
 $ make docs
 ```
 

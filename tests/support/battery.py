@@ -1,6 +1,6 @@
 """Counts what the reliability battery tries and loses, for docs/reliability.md.
 
-    pytest -m reliability --battery-results FILE
+    pytest tests -m reliability --battery-results FILE
 
 The battery is every test with the marker `reliability`, which those of `tests/reliability` have without saying so. A
 test counts as one attempt at what the docstring of its module says, and one of hypothesis as so many as there were
