@@ -14,7 +14,7 @@ from gte_deploy.bulk.parts import Part
 from gte_deploy.bulk.vectors import VectorColumns
 from gte_deploy.core.arrays import save_rows
 from gte_deploy.core.errors import MissingDependencyError
-from gte_deploy.core.files import keep_mode, replace_file, sync_directory, sync_tree, write_text
+from gte_deploy.core.files import follow_links, keep_mode, replace_file, sync_directory, sync_tree
 
 METADATA_KEY = b"gte_deploy"
 """Key of the schema's metadata, in parquet and Lance files, whose value is JSON: `VectorColumns.metadata`."""
@@ -70,7 +70,9 @@ def join_parts(parts: Sequence[Part], output: Path, kind: OutputFormat, vectors:
             import_lance().write_dataset(reader, str(aside), mode="create")
     failed = failures_file(output)
     if any(part.failures for part in parts):
-        write_text(failed, "".join(part.failure_lines() for part in parts))
+        lines_aside = aside.with_name(f"{aside.name}.failures")  # a kill leaves nothing beside the output
+        lines_aside.write_text("".join(part.failure_lines() for part in parts), encoding="utf-8")
+        _put(lines_aside, follow_links(failed))
     else:
         failed.unlink(missing_ok=True)
     _put(aside, output)
