@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import datasets
 import transformers
+from safetensors import SafetensorError
 from sentence_transformers import (
     CrossEncoderTrainer,
     CrossEncoderTrainingArguments,
@@ -31,8 +32,9 @@ from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import Spla
 from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gte_deploy.core.errors import InputError, NonFiniteError
-from gte_deploy.core.files import read_json, require_utf8, sync_tree, write_text
+from gte_deploy.core.errors import CheckpointError, InputError, NonFiniteError
+from gte_deploy.core.files import names_in_errors, read_json, require_utf8, sync_tree, write_text
+from gte_deploy.models.stored_tensors import unwritten
 from gte_deploy.training.evaluation.retrieval import query_metrics, rank_by_model
 from gte_deploy.training.evaluation.retrieval_sets import RetrievalSet
 from gte_deploy.training.finetune.card import complete_card
@@ -107,7 +109,7 @@ def fine_tune_on_pairs(
         CheckpointError: the model to start from cannot be loaded.
         NonFiniteError: the loss is NaN or infinite.
     """
-    with _quiet_libraries():
+    with _quiet_libraries(), names_in_errors(output):
         rows = read_pairs(data, recipe)
         held_out = read_pairs(eval_data, recipe) if eval_data else None
         finished = _finished(output)
@@ -121,7 +123,10 @@ def fine_tune_on_pairs(
         with StopSignal() as stop:
             trainer = _trainer(model, recipe, train_rows, output, held_out=held_out, device=device)
             trainer.add_callback(RunCallback(output, stop=stop, progress=progress))
-            trainer.train(resume_from_checkpoint=_newest_checkpoint(output))
+            try:
+                trainer.train(resume_from_checkpoint=_newest_checkpoint(output))
+            except SafetensorError as error:  # of a checkpoint, where the disk is full
+                raise unwritten(output / _CHECKPOINTS, error) from error
         state = trainer.state
         if state.global_step < state.max_steps:
             return FineTuneResult(None, state.global_step, before, {})
@@ -242,9 +247,13 @@ def _save(
     aside = output / f"{_MODEL}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     model.model_card_data.base_model = _base_model(recipe)
-    model.save_pretrained(str(aside), model_name=recipe.name)
+    try:
+        model.save_pretrained(str(aside), model_name=recipe.name)
+    except SafetensorError as error:
+        raise unwritten(aside, error) from error
     complete_card(aside / "README.md", recipe, result.before, result.after, data=data, rows=rows)
     sync_tree(aside)
+    shutil.rmtree(output / _MODEL, ignore_errors=True)  # of a run that was killed before it wrote its results
     aside.rename(output / _MODEL)
     plot_finetuning(output)
     write_text(output / RESULTS_FILE, json.dumps(result.to_dict(), indent=2) + "\n")
@@ -282,8 +291,15 @@ def _require_same_run(output: Path, recipe: FineTuneRecipe, facts: Mapping[str, 
 
 def _newest_checkpoint(output: Path) -> str | None:
     """The newest checkpoint that was written to its end: the trainer writes its state last."""
-    found = [path for path in (output / _CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    found = [path for path in (output / _CHECKPOINTS).glob("checkpoint-*") if _has_state(path)]
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _has_state(checkpoint: Path) -> bool:
+    try:
+        return read_json(checkpoint / "trainer_state.json") is not None
+    except CheckpointError:  # a killed run wrote a part of it
+        return False
 
 
 @contextlib.contextmanager

@@ -135,6 +135,20 @@ def test_a_stopped_run_goes_on_to_the_same_weights(make_finetune, pairs_file, tm
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_was_killed_before_it_wrote_its_results_goes_on(make_finetune, pairs_file, tmp_path):
+    """The model was renamed into its place already, and a newer checkpoint is there in part."""
+    recipe = recipe_of(make_finetune, "embed", steps=2)
+    whole = run(recipe, pairs_file, tmp_path / "out")
+    expected = (whole.model / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "results.json").unlink()
+    torn = tmp_path / "out" / "checkpoints" / "checkpoint-9"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    assert run(recipe, pairs_file, tmp_path / "out").model == whole.model
+    assert (whole.model / "model.safetensors").read_bytes() == expected
+    assert run(recipe, pairs_file, tmp_path / "out").model == whole.model
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(make_finetune, pairs_file, tmp_path):
     recipe = recipe_of(make_finetune, "embed", learning_rate=1e30, clip_norm=None, warmup_ratio=0.0)
     with pytest.raises(NonFiniteError, match=r"step \d: .*nan. Lower learning_rate"):
