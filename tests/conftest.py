@@ -19,6 +19,8 @@ from runtime_models import (  # noqa: F401  fixtures
     models,
     repeat_tolerance,
     row_tolerance,
+    task_bundles,
+    task_checkpoints,
     word_checkpoints,
 )
 from traces import shared_traces  # noqa: F401  a fixture

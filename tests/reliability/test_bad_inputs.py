@@ -1,5 +1,6 @@
 """The battery of bad inputs: a typed error that names index and limit, or a finite answer; and no trace is left."""
 
+import functools
 import time
 
 import numpy as np
@@ -8,21 +9,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gte_deploy
+from bad_inputs import (
+    BAD_ITEMS,
+    EMPTY,
+    FINITE,
+    GOOD,
+    MAX_LENGTHS,
+    MEGABYTES,
+    NESTED,
+    NOT_TEXTS,
+    SURROGATES,
+    TOO_LARGE,
+    rows,
+)
 from gte_deploy import GteDeployError, InputError
-from gte_deploy.text.inputs import MAX_TEXT_BYTES
 
 CALLS = {
     "fill_mask": lambda models, inputs, **options: models["fill-mask"].fill_mask(inputs, **options),
     "encode": lambda models, inputs, **options: models["embed"].encode(inputs, **options),
     "tokenize": lambda models, inputs, **options: models["embed"].tokenize(inputs, **options),
     "predict": lambda models, inputs, **options: models["classify"].predict(inputs, **options),
+    "rank": lambda models, inputs, **options: models["classify"].rank(
+        "a king", [inputs] if isinstance(inputs, str) else inputs, **options
+    ),
 }
-GOOD = "the [MASK] is old"
 
 
 @pytest.fixture(params=list(CALLS))
 def call(request, models):
-    return lambda inputs, **options: CALLS[request.param](models, inputs, **options)
+    return functools.partial(CALLS[request.param], models)
 
 
 @pytest.fixture(autouse=True)
@@ -35,84 +50,72 @@ def _the_next_good_request_is_unchanged(models, repeat_tolerance):
     np.testing.assert_allclose(after[1], before[1], rtol=0, atol=repeat_tolerance)
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [None, 7, 1.5, float("nan"), True, b"text", bytearray(b"text"), {"text": 1}, {"a"}, object()],
-    ids=lambda value: type(value).__name__,
-)
-def test_no_text_at_all(call, inputs):
-    with pytest.raises(InputError, match="inputs|texts"):
-        call(inputs)
+@pytest.mark.parametrize("row", rows(NOT_TEXTS))
+def test_no_text_at_all(call, row):
+    with pytest.raises(InputError, match=row.says):
+        call(row.value)
 
 
-@pytest.mark.parametrize("inputs", [[], ()], ids=["list", "tuple"])
-def test_no_texts(models, inputs):
+@pytest.mark.parametrize("row", rows(EMPTY))
+def test_no_texts(models, row):
     """No embeddings, as from SentenceTransformer (tests/runtime/test_what_people_try.py); else there is no answer."""
-    assert len(models["embed"].encode(inputs)) == 0
+    assert len(models["embed"].encode(row.value)) == 0
     for name in ("fill_mask", "tokenize", "predict"):
-        with pytest.raises(InputError, match="inputs|texts"):
-            CALLS[name](models, inputs)
+        with pytest.raises(InputError, match=row.says):
+            CALLS[name](models, row.value)
 
 
-@pytest.mark.parametrize("item", [None, 7, float("nan"), b"text", {"a": 1}, {"[MASK]"}], ids=repr)
-def test_one_bad_item_names_its_index(call, item):
-    with pytest.raises(InputError, match=r"(inputs|texts)\[0\]"):
-        call([item, GOOD])
-    with pytest.raises(InputError, match=r"(inputs|texts)\[1\]"):
-        call([GOOD, item])
+@pytest.mark.parametrize("row", rows(BAD_ITEMS))
+def test_one_bad_item_names_its_index(call, row):
+    with pytest.raises(InputError, match=r"(inputs|texts|documents)\[0\]"):
+        call([row.value, GOOD])
+    with pytest.raises(InputError, match=r"(inputs|texts|documents)\[1\]"):
+        call([GOOD, row.value])
 
 
-@pytest.mark.parametrize("inputs", [[[GOOD]], [GOOD, [GOOD]], [[]]], ids=repr)
+@pytest.mark.parametrize("row", rows(NESTED))
 @pytest.mark.parametrize("name", ["fill_mask", "encode", "tokenize"])
-def test_nested_lists(models, name, inputs):
-    with pytest.raises(InputError, match=r"(inputs|texts)\[\d\] must be a text \(str\), not list"):
-        CALLS[name](models, inputs)
+def test_nested_lists(models, name, row):
+    with pytest.raises(InputError, match=row.says):
+        CALLS[name](models, row.value)
 
 
-@pytest.mark.parametrize("surrogate", ["\ud800", "\udfff", "a\udc80b", "\udc00\ud800"], ids=ascii)
-def test_lone_surrogates(call, models, surrogate):
-    text = f"[MASK] {surrogate}"
-    with pytest.raises(InputError, match=r"lone surrogate '\\ud"):
-        call(text)
+@pytest.mark.parametrize("row", rows(SURROGATES))
+def test_lone_surrogates(call, models, row):
+    with pytest.raises(InputError, match=row.says):
+        call(row.value)
     with pytest.raises(InputError, match=r"\[1\] has a lone surrogate"):
-        call([GOOD, text])
+        call([GOOD, row.value])
     with pytest.raises(InputError, match="targets"):
-        models["fill-mask"].fill_mask(GOOD, targets=["city", surrogate])
+        models["fill-mask"].fill_mask(GOOD, targets=["city", row.value])
     with pytest.raises(InputError, match="lone surrogate"):
-        models["embed"].encode("a", prompt=surrogate)
+        models["embed"].encode("a", prompt=row.value)
+    with pytest.raises(InputError, match="lone surrogate"):
+        models["classify"].rank(row.value, [GOOD])
 
 
-@pytest.mark.parametrize("max_length", [0, -1, 1, 2, 129, 2**31, 2.0, "9", True])
-def test_max_length(call, max_length):
-    with pytest.raises(InputError, match=r"max_length must be an integer from [35] to 128"):
-        call(GOOD, max_length=max_length, truncation=True)
+@pytest.mark.parametrize("row", rows(MAX_LENGTHS))
+def test_max_length(call, row):
+    with pytest.raises(InputError, match=row.says):
+        call(GOOD, max_length=row.value, truncation=True)
 
 
-def test_ten_megabytes_are_refused_at_once(call):
-    for text in ("x" * 10_000_000, "é" * 5_000_000, "[MASK] " * 1_500_000):
-        started = time.thread_time()
-        with pytest.raises(InputError, match=f"at most {MAX_TEXT_BYTES:,} bytes"):
-            call(text)
-        with pytest.raises(InputError, match=r"\[1\] has"):
-            call([GOOD, text], truncation=True)
-        assert (time.thread_time() - started) / 2 < 0.05
+@pytest.mark.parametrize("row", rows(TOO_LARGE))
+def test_ten_megabytes_are_refused_at_once(call, row):
+    started = time.thread_time()
+    with pytest.raises(InputError, match=row.says):
+        call(row.value)
+    with pytest.raises(InputError, match=r"\[1\] has"):
+        call([GOOD, row.value], truncation=True)
+    assert (time.thread_time() - started) / 2 < 0.05
 
 
-MEGABYTES = {
-    "words": "the old king " * 80_000,
-    "a word": "x" * 1_000_000,
-    "中": "中" * 330_000,
-    "[MASK]": "[MASK]" * 160_000,
-}
-
-
-# With ids: those that pytest makes of the texts would go to and fro between the workers, for each of these tests.
-@pytest.mark.parametrize("text", MEGABYTES.values(), ids=MEGABYTES)
-def test_a_megabyte_is_cut_quickly(call, text):
+@pytest.mark.parametrize("row", rows(MEGABYTES))
+def test_a_megabyte_is_cut_quickly(call, row):
     started = time.process_time()
-    assert call("[MASK] " + text, truncation=True) is not None
+    assert call(row.value, truncation=True) is not None
     # Seconds of CPU; all of the plain text would take two. A word cannot be cut, and takes one.
-    assert time.process_time() - started < (2 if "xxx" in text else 0.5)
+    assert time.process_time() - started < (2 if "xxx" in row.value else 0.5)
 
 
 def test_lengths_around_the_limit(models):
@@ -129,25 +132,9 @@ def test_lengths_around_the_limit(models):
             assert len(model.fill_mask("[MASK]" + " the" * (limit - 3))) == 5
 
 
-FINITE = {
-    "empty": "",
-    "spaces": "   \t\n ",
-    "NUL": "\0",
-    "NUL inside": "the\0king",
-    "replacement": "\ufffd the \ufffd",
-    "ZWJ": "a\u200db \u200d",
-    "right to left": "שלום \u202eking\u202c مرحبا",
-    "combining marks": "a" + "\u0301" * 100_000,
-    "emoji": "👩‍👩‍👧‍👦" * 20,
-    "literal specials": "[SEP] [CLS] [PAD] [UNK] </s> <mask>",
-    "control": "".join(map(chr, range(1, 32))),
-    "private use": "\ue000\U0010ffff",
-    "byte order mark": "\ufeffking",
-}
-
-
-@pytest.mark.parametrize("text", FINITE.values(), ids=FINITE)
-def test_odd_texts_give_finite_answers(models, text):
+@pytest.mark.parametrize("row", rows(FINITE))
+def test_odd_texts_give_finite_answers(models, row):
+    text = row.value
     embeddings = models["embed"].encode([text, GOOD, text])
     assert np.isfinite(embeddings).all()
     np.testing.assert_allclose(embeddings[0], embeddings[2], atol=1e-5)

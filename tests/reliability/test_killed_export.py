@@ -1,29 +1,22 @@
 """kill -9 while a bundle is written: what is at the target is the old bundle, the new one, or nothing."""
 
-import contextlib
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from factories import make_checkpoint
+from fork_server import ForkServer
 from gte_deploy.bundle.manifest import open_bundle
 
-# Starts once and forks for each kill, so that a kill costs what the killed work costs and not an interpreter. The
-# child dies by its own SIGKILL at the `at`-th event: a file system call beside the target (seen through an audit
+# The child dies by its own SIGKILL at the `at`-th event: a file system call beside the target (seen through an audit
 # hook, so that no call can be forgotten) or a progress line of an export.
 SERVER = """
-import json, os, signal, sys
+import sys
 from pathlib import Path
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+from fork_server import die, serve
 
 class Countdown:
     def __init__(self, at):
@@ -75,48 +68,15 @@ else:
     for folder in sys.argv[2:]:
         traced[folder] = graph.build_graphs(load_model(folder), task="fill-mask", max_length=32)
 work = {"small": write_small, "export": run_export}[sys.argv[1]]
-print("ready", flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        work(Path(request.pop("target")), **request)
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+serve(lambda target, **request: work(Path(target), **request))
 """
 
 NEVER = 10**9
 
 
-class Server:
-    def __init__(self, work, *checkpoints):
-        command = [sys.executable, "-c", SERVER, work, *map(str, checkpoints)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.read() == "ready"
-
-    def read(self):
-        return self.process.stdout.readline().strip()
-
-    def start(self, **request):
-        """Fork a child for the request; returns its process id."""
-        self.process.stdin.write(json.dumps({**request, "target": str(request["target"])}) + "\n")
-        self.process.stdin.flush()
-        return int(self.read())
-
-    def run(self, **request):
-        """The child's exit code: 0, or -9 where it was killed."""
-        self.start(**request)
-        return int(self.read())
-
-    def close(self):
-        self.process.stdin.close()
-        assert self.process.wait(30) == 0
-
-
 @pytest.fixture
 def small():
-    server = Server("small")
+    server = ForkServer(SERVER, "small")
     yield server
     server.close()
 
@@ -172,16 +132,9 @@ def test_random_moments_of_writing(small, tmp_path):
     for number in range(1, 51):
         before = name_at(target)
         pid = small.start(target=target, mark=str(number), at=NEVER, exchange=True)
-        killed += kill_after(small, pid, rng.uniform(0, whole))
+        killed += small.killed_after(pid, rng.uniform(0, whole))
         assert name_at(target) in (before, str(number))
     assert killed > 5
-
-
-def kill_after(server, pid, seconds):
-    time.sleep(seconds)
-    with contextlib.suppress(ProcessLookupError):  # it had ended
-        os.kill(pid, signal.SIGKILL)
-    return int(server.read()) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +147,7 @@ def checkpoints(tmp_path_factory):
 def exporting(checkpoints):
     pytest.importorskip("torch")
     pytest.importorskip("onnx")
-    server = Server("export", *checkpoints)
+    server = ForkServer(SERVER, "export", *checkpoints)
     yield server
     server.close()
 
@@ -227,6 +180,6 @@ def test_an_export_killed_at_random_moments(exporting, checkpoints, tmp_path):
         before = name_at(target)
         goal = checkpoints[number % 2]
         pid = exporting.start(target=target, checkpoint=str(goal), at=NEVER)
-        killed += kill_after(exporting, pid, rng.uniform(0, whole))
+        killed += exporting.killed_after(pid, rng.uniform(0, whole))
         assert name_at(target) in (before, goal.name)
     assert killed >= 25

@@ -14,28 +14,6 @@ import gte_deploy
 from gte_deploy.serving.app import create_app
 from gte_deploy.serving.options import ServerOptions
 from http_server import KeptOpen, ServerProcess, serve_command
-from runtime_models import make_word_checkpoint
-
-
-@pytest.fixture(scope="session")
-def task_checkpoints(word_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint for each kind of route, by the name of its model."""
-    folder = tmp_path_factory.mktemp("served")
-    more: dict[str, dict[str, Any]] = {
-        "labels": {"task": "classify", "num_labels": 3, "seed": 5},
-        "tags": {"task": "token-classify", "num_labels": 3, "seed": 6},
-    }
-    made = {name: make_word_checkpoint(folder / name, **options) for name, options in more.items()}
-    return {"embed": word_checkpoints["embed"], "rank": word_checkpoints["classify"], **made} | {
-        "mask": word_checkpoints["fill-mask"]
-    }
-
-
-@pytest.fixture(scope="session")
-def task_bundles(task_checkpoints: dict[str, Path], bundle_of: Callable[..., Path]) -> dict[str, Path]:
-    """A bundle of each of `task_checkpoints`, and a sparse one of the fill-mask model."""
-    bundles = {name: bundle_of(checkpoint) for name, checkpoint in task_checkpoints.items()}
-    return bundles | {"sparse": bundle_of(task_checkpoints["mask"], task="sparse")}
 
 
 @pytest.fixture(scope="session")

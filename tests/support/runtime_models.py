@@ -103,6 +103,27 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Calla
 
 
 @pytest.fixture(scope="session")
+def task_checkpoints(word_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint for each kind of route, by the name of its model."""
+    folder = tmp_path_factory.mktemp("served")
+    more: dict[str, dict[str, Any]] = {
+        "labels": {"task": "classify", "num_labels": 3, "seed": 5},
+        "tags": {"task": "token-classify", "num_labels": 3, "seed": 6},
+    }
+    made = {name: make_word_checkpoint(folder / name, **options) for name, options in more.items()}
+    return {"embed": word_checkpoints["embed"], "rank": word_checkpoints["classify"], **made} | {
+        "mask": word_checkpoints["fill-mask"]
+    }
+
+
+@pytest.fixture(scope="session")
+def task_bundles(task_checkpoints: dict[str, Path], bundle_of: Callable[..., Path]) -> dict[str, Path]:
+    """A bundle of each of `task_checkpoints`, and a sparse one of the fill-mask model."""
+    bundles = {name: bundle_of(checkpoint) for name, checkpoint in task_checkpoints.items()}
+    return bundles | {"sparse": bundle_of(task_checkpoints["mask"], task="sparse")}
+
+
+@pytest.fixture(scope="session")
 def load_on(bundle_of: Callable[..., Path]) -> Callable[..., Any]:
     """`load_on(backend, checkpoint, max_length=None, **options)`: the checkpoint on "torch", its bundle elsewhere."""
     import gte_deploy
