@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 BUNDLE := build/gte-en-mlm-tiny-onnx-fp32
 SOURCES := $(shell find -L gte_deploy -type f -not -name "*.pyc")
 
-.PHONY: help export test test-slow test-gpu test-arm64 test-consumers lint format docs site clean
+.PHONY: help export test test-slow test-gpu test-arm64 test-consumers lint audit build format docs site clean
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
@@ -43,9 +43,9 @@ export: $(BUNDLE)/manifest.json
 	$(BIN)/gte-deploy fill-mask --model $(BUNDLE) "The president of the united [MASK] of America."
 
 test: $(VENV)/.dev
-	@echo "Setting up a Triton server and an environment of other libraries (some 500 MB, once)"
+	@echo "Setting up a Triton server, an environment of other libraries, and one of the lowest versions (some 1 GB, once)"
 	@$(BIN)/python tests/support/triton_server.py > /dev/null || true
-	@$(BIN)/python tests/support/environments.py light > /dev/null || true
+	@$(BIN)/python tests/support/environments.py light lowest > /dev/null || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/.dev
@@ -71,6 +71,16 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy tools
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python tools/check_files.py
+
+# Known vulnerabilities of all that is installed; it fails, too, where their data cannot be reached.
+audit: $(VENV)/.dev
+	$(BIN)/python tools/audit.py
+
+# The source distribution, the wheel, and the wheel's bill of materials (SBOM, CycloneDX), in dist.
+build: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tools/sbom.py dist/*.whl
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

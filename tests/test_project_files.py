@@ -55,7 +55,7 @@ def test_workflows_run_the_scripts_that_everybody_can_run():
 
 
 def test_workflows_name_four_systems_and_pythons_that_the_package_takes():
-    images = " ".join(str(job["strategy"]["matrix"]) for _, job in jobs())
+    images = " ".join(str(job["strategy"]["matrix"]) for _, job in jobs() if "strategy" in job)
     assert all(image in images for image in ("ubuntu-24.04'", "ubuntu-24.04-arm", "macos-", "windows-"))
     minors = [int(minor) for minor in re.findall(r"'3\.(\d+)'", images)]
     assert minors and {f"Programming Language :: Python :: 3.{minor}" for minor in minors} <= {*PROJECT["classifiers"]}

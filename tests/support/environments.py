@@ -1,5 +1,7 @@
 """Virtual environments of other libraries, which pin versions that this project cannot run beside: made once, kept.
 
+Two have the lowest versions that pyproject.toml declares (`LOWEST`), which uv finds.
+
     python tests/support/environments.py                 # make all under build/environments; nothing when repeated
     python tests/support/environments.py light onnx      # make some
 
@@ -72,6 +74,14 @@ REQUIREMENTS = {
 }
 """Name of an environment -> what pip installs in it; a bare "torch" stands for the version of this environment."""
 
+LOWEST = {
+    "lowest": ("bulk", "cpu", "openvino", "serve", "sign", "triton"),
+    "lowest-export": ("export", "train"),
+}
+"""Name of an environment -> the extras of this project whose lowest versions it has. The first has no torch."""
+# What runs the tests of the runtime there: the lowest versions of these, too.
+_TOOLS = ("pytest>=8,<9.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+
 _FAILED = "failed.txt"
 _DONE = "requirements.txt"
 _PIP_MINUTES = 30
@@ -82,9 +92,37 @@ class Unavailable(Exception):
 
 
 def requirements_of(name: str) -> tuple[str, ...]:
-    """Return the requirements of an environment of REQUIREMENTS, with the same torch as here."""
+    """Return the requirements of an environment of REQUIREMENTS, with the same torch as here, or of LOWEST.
+
+    Raises:
+        Unavailable: uv, which finds lowest versions, is not installed, or finds none.
+    """
+    if name in LOWEST:
+        return ("--no-deps", *lowest_versions(LOWEST[name]))
     torch = f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
     return tuple(torch if one == "torch" else one for one in REQUIREMENTS[name])
+
+
+def lowest_versions(extras: Sequence[str]) -> list[str]:
+    """Return a requirement, ==, for every package that extras need: of those in pyproject.toml the lowest that fits.
+
+    Raises:
+        Unavailable: uv is not installed, or no versions fit together.
+    """
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--resolution", "lowest-direct"]
+    command += ["--no-header", "--no-annotate", "--python", sys.executable]
+    command += [word for extra in extras for word in ("--extra", extra)]
+    done = subprocess.run(
+        [*command, str(FOLDER.parents[1] / "pyproject.toml"), "-"],
+        input="\n".join(_TOOLS),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_PIP_MINUTES * 60,
+    )
+    if done.returncode != 0:
+        raise Unavailable(f"uv finds no lowest versions of {', '.join(extras)}: {done.stderr.strip()}")
+    return done.stdout.split("\n")[:-1]
 
 
 def make(name: str, requirements: Sequence[str], *, folder: Path = FOLDER) -> Path:
@@ -156,10 +194,11 @@ def versions(name: str, distributions: Sequence[str], *, folder: Path = FOLDER) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make environments; return 1 if pip cannot make one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(REQUIREMENTS)} (default: all)")
-    names = parser.parse_args(argv).names or list(REQUIREMENTS)
-    if unknown := set(names) - set(REQUIREMENTS):
-        parser.error(f"there is no environment {', '.join(sorted(unknown))}; there are {', '.join(REQUIREMENTS)}")
+    known = [*REQUIREMENTS, *LOWEST]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all)")
+    names = parser.parse_args(argv).names or known
+    if unknown := set(names) - set(known):
+        parser.error(f"there is no environment {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     failed = False
     for name in names:
         try:

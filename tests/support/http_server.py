@@ -21,10 +21,12 @@ _STARTED = re.compile(r"gte-deploy: (http://\S+) serves ")
 class ServerProcess:
     """A process that runs `command`, which must say where it listens as `gte-deploy serve` does."""
 
-    def __init__(self, command: Sequence[str], *, cwd: Path, **variables: str) -> None:
+    def __init__(
+        self, command: Sequence[str], *, cwd: Path, python: str | Path = sys.executable, **variables: str
+    ) -> None:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **variables}
         self._process = subprocess.Popen(
-            [sys.executable, *command], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
+            [python, *command], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
         )
         self.lines: list[str] = []
         self._found = threading.Event()
