@@ -53,11 +53,12 @@ def shape_tolerance(backend: str, row_tolerance: float) -> float:
     return 0.02 if "bf16" in backend else row_tolerance
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, backend: str) -> str:
-    if "streams" in request.param and not backend.startswith(("onnx", "openvino")) or "cuda" in backend:
-        pytest.skip(f"{backend} has no streams")
-    return request.param
+# On PyTorch and on a GPU there are no streams; `load` refuses them (tests/runtime/backends/test_streams.py).
+BY_WAY = pytest.mark.parametrize(
+    ("backend", "way"),
+    [("torch", "joined"), *itertools.product(("onnx", "openvino", "openvino bf16"), WAYS)],
+    indirect=["backend"],
+)
 
 
 @pytest.fixture
@@ -82,6 +83,7 @@ def test_encodes_of_mixed_lengths_equal_the_serial_ones(
     attempts(f"calls from {THREADS} threads at once: {backend}", len(requests))
 
 
+@BY_WAY
 def test_calls_that_share_batches_or_streams_equal_the_serial_ones(
     models: dict[str, Any],
     requests: list[Request],
@@ -155,6 +157,7 @@ def answered_until_closed(
         return sum(thread.result(120) for thread in running)
 
 
+@BY_WAY
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_model_that_is_closed_while_threads_use_it(
     models: dict[str, Any],

@@ -192,7 +192,8 @@ def test_a_bundle(disk, kind, fill):
 
 @KINDS
 def test_a_checkpoint_of_a_training_run(disk, kind, fill):
-    torch = pytest.importorskip("torch")
+    import torch
+
     from gte_deploy.training.state import CheckpointStore, TensorPart, TrainingState
 
     store = CheckpointStore(disk.folder / "checkpoints", keep=5)

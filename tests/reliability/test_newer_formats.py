@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import gte_deploy
 from gte_deploy.backends import picks
@@ -83,7 +84,6 @@ def test_a_triton_repository(tmp_path, refused):
 @pytest.fixture
 def store(tmp_path):
     """Checkpoints of steps 1 and 2; the second says that its format is newer, and is sealed as it is."""
-    torch = pytest.importorskip("torch")
     store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=5)
     for step in (1, 2):
         state = TrainingState(

@@ -84,7 +84,6 @@ def printed(script: str, *arguments: object) -> Any:
 @pytest.fixture
 def path_for(bundle_of: Callable[..., Path], word_checkpoints: dict[str, Path]) -> Callable[[str], Path]:
     def path(backend: str) -> Path:
-        pytest.importorskip({"onnx": "onnxruntime"}.get(backend, backend))
         return word_checkpoints["embed"] if backend == "torch" else bundle_of(word_checkpoints["embed"])
 
     return path

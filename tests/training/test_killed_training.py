@@ -35,7 +35,6 @@ serve(work)
 
 @pytest.fixture(scope="module")
 def training(make_recipe, corpus_folder, tmp_path_factory):
-    pytest.importorskip("torch")
     recipe = tmp_path_factory.mktemp("recipe") / "recipe.json"
     recipe.write_text(json.dumps(make_recipe(steps=(3, 2), dropout=0.1)))
     server = ForkServer(TRAINING, recipe, corpus_folder)

@@ -276,7 +276,6 @@ except GteDeployError as error:
 
 
 def test_a_signed_bundle_keeps_its_signature_and_an_unsigned_one_is_not_downloaded(hub, bundle, tmp_path):
-    pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[sign]'")
     from gte_deploy.bundle.signing import sign_bundle
     from keys import new_keys
 

@@ -26,7 +26,6 @@ from gte_deploy.core.errors import BundleError, InputError, MissingDependencyErr
 from gte_deploy.models import builtin_bundle, builtin_path
 from hub import in_cache
 
-pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[sign]'")
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="the command openssl is not installed")
 
 TEXT = "the [MASK] is old"
