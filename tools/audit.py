@@ -30,7 +30,7 @@ def installed() -> list[str]:
     return sorted(f"{name}=={version}" for name, version in found if name != _OWN)
 
 
-def verdict(report: Any) -> tuple[int, list[str]]:
+def findings(report: Any) -> tuple[int, list[str]]:
     """Return the exit code and the lines to print for a report of pip-audit in JSON."""
     packages = report["dependencies"]
     lines = [
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command += [] if options.osv_url is None else ["--osv-url", options.osv_url]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        code, lines = verdict(json.loads(done.stdout))
+        code, lines = findings(json.loads(done.stdout))
     except ValueError:
         said = done.stderr.strip().splitlines()[-1:] or [f"pip-audit ended with {done.returncode}"]
         code, lines = UNKNOWN, [f"The data of vulnerabilities cannot be reached, so nothing was looked up: {said[0]}"]

@@ -110,10 +110,10 @@ def test_packages_that_were_skipped_are_no_clean_bill():
         ],
         "fixes": [],
     }
-    code, lines = tool.verdict(report)
+    code, lines = tool.findings(report)
     assert code == tool.UNKNOWN and f"urllib3: {reason}" in lines and "1 of 2 packages were looked up" in lines[-1]
     del report["dependencies"][1]
-    assert tool.verdict(report) == (tool.CLEAN, ["1 of 1 packages were looked up; none has a known vulnerability"])
+    assert tool.findings(report) == (tool.CLEAN, ["1 of 1 packages were looked up; none has a known vulnerability"])
 
 
 @pytest.mark.consumers
