@@ -65,7 +65,7 @@ def test_the_runtime_answers(wheel, tmp_path, version):
 
 @pytest.fixture(scope="module")
 def oldest(wheel) -> Path:
-    """The oldest Python with all that exports and trains; pip downloads some 2 GB once, with an older transformers."""
+    """The oldest Python with all that exports and trains; pip downloads some 3 GB once, with an older transformers."""
     folder = environments.FOLDER / f"python{OLDEST}"
     python, done = folder / "bin" / "python", folder / "requirements.txt"
     wanted = "export,train"
@@ -78,6 +78,7 @@ def oldest(wheel) -> Path:
     return python
 
 
+@pytest.mark.slow  # for the download
 def test_the_oldest_python_exports(oldest, tmp_path):
     options = ["--max-len", 32, "--output", "bundle", "--reference-cache", tmp_path / "cache"]
     printed = _run(oldest, _main("gte_deploy.exporters.cli"), *options, cwd=tmp_path)
@@ -86,6 +87,7 @@ def test_the_oldest_python_exports(oldest, tmp_path):
         np.testing.assert_allclose(there.encode(["a text"]), here.encode(["a text"]), atol=1e-5)
 
 
+@pytest.mark.slow  # for the download
 def test_the_oldest_python_trains(oldest, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"The house number {i} is old and small." for i in range(99)))
     stage = {"name": "one", "max_length": 32, "rope_theta": 160_000, "steps": 3, "batch_size": 8, "learning_rate": 1e-3}
