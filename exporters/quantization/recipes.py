@@ -46,7 +46,7 @@ CALIBRATION_TOKENS = 4000
 SWEEP_TOKENS = 1000
 # The longest of the parity cases that a sweep judges; the export compares all lengths at the end.
 _CASE_LENGTH = 128
-_HELD_OUT = "on held-out text: "
+_HELD_OUT, _RANDOM = "on held-out text: ", "on random tokens: "
 _CALIBRATION = "all"  # the calibration texts are judged together, whatever their languages
 # The number of groups that an error message names.
 _NAMED_GROUPS = 3
@@ -281,7 +281,7 @@ class _Judge:
             missed = [f"{_HELD_OUT}{line}" for line in self._bounds.missed(held_out, by_estimate=True)]
         if not missed:
             report = check_parity(self._reference, {("onnxruntime", self._cases.precision): candidate}, self._cases)
-            missed = report.failures()
+            missed = [f"{_RANDOM}{line}" for line in report.failures()]
         return Judgement(accuracy, missed)
 
 
@@ -298,7 +298,7 @@ def _advice(error: SweepError, measured: Calibration, groups: Mapping[str, Seque
         ratio = "" if found is None else f"; its largest input channel is {outlier_ratio(found):,.0f} × the median"
         worst.append(f"\n  {group} loses {loss:.1e} of the token cosine{ratio}")
     named = f"\nThe most sensitive groups of layers, each alone in 8 bits:{''.join(worst)}" if worst else ""
-    if all(line.startswith(_HELD_OUT) for line in error.missed):
+    if all(line.startswith((_HELD_OUT, _RANDOM)) for line in error.missed):
         advice = "The calibration texts keep the bounds: calibrate on more texts like those that will be served."
     else:
         advice = "Other calibration texts do not help."

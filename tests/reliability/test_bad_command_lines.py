@@ -37,7 +37,7 @@ def bundles(task_bundles):
 
 
 @pytest.fixture
-def run(bundles, monkeypatch, capsys):
+def run(bundles, monkeypatch, capfd):
     """`run(command, *words, stdin=bytes)`: exit code, stdout and stderr of the command with its model."""
 
     def run(command, *words, stdin=None):
@@ -45,7 +45,7 @@ def run(bundles, monkeypatch, capsys):
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
         code = deploy_cli.main([command, "-m", bundles[command], "--json", "--backend", "onnx", *given, *words])
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         assert "Traceback" not in err
         return code, out, err
 
@@ -231,7 +231,8 @@ def options_with_values(parser):
             yield flags[-1]
 
 
-def try_values(program, name, parser, values, capsys, attempts):
+def try_values(program, name, parser, values, capfd, attempts):
+    # capsys would refuse a byte that is no UTF-8, which the real stderr escapes.
     model = ["-m", "nowhere/model", "a"] if program == "gte-deploy" else ["nowhere/model", "nowhere/out"]
     base = NOWHERE.get(name, model if program != "gte-train" else ["nowhere/model"])
     words = [] if name is None else [name]
@@ -242,14 +243,10 @@ def try_values(program, name, parser, values, capsys, attempts):
             code = MAINS[program]([*words, *base, f"{flag}={value}"])
         except SystemExit as stop:
             code = stop.code
-        out, err = capsys.readouterr()
-        assert code in (exit_codes.FAILURE, exit_codes.USAGE, exit_codes.EXISTS, exit_codes.MISSING_DEPENDENCY), (
-            flag,
-            value,
-            out,
-            err,
-        )
-        assert "error: " in err and "Traceback" not in err, (flag, value, err)
+        out, err = capfd.readouterr()
+        said = f"{flag}={value!a}: {out} {err}"
+        assert code in (exit_codes.FAILURE, exit_codes.USAGE, exit_codes.EXISTS, exit_codes.MISSING_DEPENDENCY), said
+        assert "error: " in err and "Traceback" not in err, said
 
 
 @pytest.fixture
@@ -263,12 +260,12 @@ ALL = [pytest.param(*each, id=f"{each[0]} {each[1] or ''}".strip()) for each in 
 
 
 @pytest.mark.parametrize(("program", "name", "parser"), ALL)
-def test_every_option_refuses_what_it_cannot_take(program, name, parser, empty_folder, capsys, attempts):
+def test_every_option_refuses_what_it_cannot_take(program, name, parser, empty_folder, capfd, attempts):
     """No value is a traceback, and none makes a file."""
-    try_values(program, name, parser, BAD_VALUES[:2], capsys, attempts)
+    try_values(program, name, parser, BAD_VALUES[:2], capfd, attempts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("program", "name", "parser"), ALL)
-def test_every_option_with_every_bad_value(program, name, parser, empty_folder, capsys, attempts):
-    try_values(program, name, parser, BAD_VALUES, capsys, attempts)
+def test_every_option_with_every_bad_value(program, name, parser, empty_folder, capfd, attempts):
+    try_values(program, name, parser, BAD_VALUES, capfd, attempts)

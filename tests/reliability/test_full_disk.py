@@ -26,7 +26,7 @@ from gte_deploy.core.files import write_text, write_with
 from gte_deploy.core.spec import ModelSpec
 from gte_deploy.exporters.bundle import writer
 from runtime_models import make_texts
-from small_disk import mounted
+from small_disk import PAGE, mounted
 
 MOST_STEPS = 400
 
@@ -187,6 +187,34 @@ def test_a_bundle(disk, kind, fill):
         assert [path.name for path in disk.folder.iterdir()] == ["bundle"]
 
     assert fill(kind, lambda: write_bundle(target, "old"), lambda: write_bundle(target, "new"), is_old) >= 4
+    assert open_bundle(target).source["name"] == "new"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_whole_export(disk, tmp_path, precision, fill):
+    """The disk fills while the graphs, their copies for INT8, the report or the manifest are written."""
+    from factories import make_checkpoint
+    from gte_deploy.exporters.export import export
+
+    old, new = (make_checkpoint(tmp_path / name, seed=seed, layers=1) for name, seed in (("old", 0), ("new", 3)))
+    bundles = [tmp_path / "old-bundle", tmp_path / "new-bundle"]
+    for checkpoint, bundle in zip((old, new), bundles, strict=True):
+        export(checkpoint, bundle, max_length=32, precision=precision)
+    target = disk.folder / "bundle"
+    needed = sum(path.stat().st_size // PAGE + 1 for path in bundles[1].rglob("*"))
+
+    def is_old():
+        assert contents(target) == contents(bundles[0])
+        assert [path.name for path in disk.folder.iterdir()] == ["bundle"]
+
+    steps = [*(round(needed * share) for share in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)), 3 * needed]
+    fill(
+        "pages",
+        lambda: shutil.copytree(bundles[0], target),
+        lambda: export(new, target, max_length=32, precision=precision, force=True),
+        is_old,
+        steps,
+    )
     assert open_bundle(target).source["name"] == "new"
 
 

@@ -419,7 +419,6 @@ def _show(bar: tqdm, before: int, shared: _Shared) -> None:
 def _check_output(output: Path, *, force: bool) -> None:
     require_utf8(output)
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
         return
     if not force:
         raise OutputExistsError(f"{output} exists already.", advice="Replace it with --force, or choose another.")
@@ -431,6 +430,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 def _workspace(output: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Path]:
     """Lock the folder `.NAME.partial`, which must have been begun with the same header; remove it at the end."""
     work = output.with_name(f".{output.name}.partial")
+    work.parent.mkdir(parents=True, exist_ok=True)
     release = try_lock(work.with_name(f"{work.name}.lock"))
     if release is None:
         raise InputError(f"{work} is in use: another prepare is writing {output}")

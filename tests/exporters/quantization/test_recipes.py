@@ -1,4 +1,5 @@
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,16 @@ def test_a_model_that_cannot_be_int8_is_told_why(quantize, tiny, monkeypatch):
     assert "int8 misses its bounds with this model" in message and "No bundle was written" in message
     assert "mlp.down_proj loses" in message and "× the median" in message
     assert "Other calibration texts do not help" in message and "int8-weight" in message
+
+
+def test_what_only_random_tokens_miss_asks_for_more_calibration_texts(quantize, tiny, monkeypatch):
+    """Their values lie outside of the ranges that the calibration texts gave."""
+    missed = types.SimpleNamespace(failures=lambda: ["length 17: smallest cosine 0.5"])
+    monkeypatch.setattr(lower_precision, "check_parity", lambda *arguments: missed)
+    made, _ = quantize(graphs={"onnxruntime": tiny["onnxruntime"]})
+    failure = made.finer().sweep.failure
+    assert "on random tokens: length 17: smallest cosine 0.5" in failure
+    assert "calibrate on more texts like those that will be served" in failure
 
 
 def test_a_users_texts_decide_the_ranges(quantize, tiny, tmp_path):
