@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gte_deploy.core.command_line import OutputOptions
 from gte_deploy.core.completion import SHELLS, Shell
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import option, required
+from gte_deploy.core.options import natural, option, required
 from gte_deploy.core.spec import (
     AGGREGATION_STRATEGIES,
     BACKENDS,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def _word_or_integer(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    return text if (number := natural(text)) is None else number
 
 
 @dataclass(frozen=True)
@@ -222,14 +222,15 @@ class ChunkingOptions:
     def _rule(self, chunks: str) -> "ChunkRule":
         from gte_deploy.text.chunking import SentenceChunks, TokenChunks
 
-        kind, _, size = chunks.partition(":")
-        if kind not in ("tokens", "sentences") or not (size.isascii() and size.isdigit()):
+        kind, _, text = chunks.partition(":")
+        size = natural(text)
+        if kind not in ("tokens", "sentences") or size is None:
             raise InputError(f"--chunks is {chunks!r}; expected tokens:N or sentences:N, such as tokens:256")
         if kind == "tokens":
-            return TokenChunks(int(size), self.chunk_overlap or 0)
+            return TokenChunks(size, self.chunk_overlap or 0)
         if self.chunk_overlap is not None:
             raise InputError("--chunk-overlap is for --chunks tokens:N; whole sentences do not overlap")
-        return SentenceChunks(int(size))
+        return SentenceChunks(size)
 
 
 @dataclass(frozen=True)

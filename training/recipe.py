@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from gte_deploy.core.cpus import cpu_flags
 from gte_deploy.core.errors import ConfigError, InputError, MissingDependencyError
+from gte_deploy.core.options import natural
 from gte_deploy.training.data.masking import Masking
 from gte_deploy.training.data.sampling import Chunking, Resampling
 from gte_deploy.training.options import RECIPE_SUFFIX, Sharding, shipped_recipes
@@ -368,7 +369,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     yaml = _yaml()
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of 5,000 digits
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
 
 
@@ -382,9 +383,9 @@ def _apply_override(raw: Any, override: str) -> None:
     for depth, key in enumerate(keys):
         place: Any = key
         if isinstance(node, list):
-            if not key.isdecimal() or int(key) >= len(node):
+            place = natural(key)
+            if place is None or place >= len(node):
                 raise ConfigError(f"override {override!r}: {key!r} is not an index below {len(node)}")
-            place = int(key)
         elif not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} has no fields")
         if depth == len(keys) - 1:

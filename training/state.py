@@ -209,7 +209,7 @@ class CheckpointStore:
             _remove(target)
         aside.rename(target)
         sync_directory(self.folder)
-        self._prune()
+        self.prune()
         return target
 
     def abandon(self, state: TrainingState) -> None:
@@ -291,18 +291,19 @@ class CheckpointStore:
         for path in self.folder.glob(f".*{_ASIDE_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _aside(self, state: TrainingState) -> Path:
-        return self.folder / f".{state.folder_name}{_ASIDE_SUFFIX}"
-
-    def _paths(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("[0-9]*-*") if path.is_dir())
-
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Delete old checkpoints, but for the last of each stage and the milestones."""
         paths = self._paths()
         last_of_stage = {path.name.split("-")[0]: path for path in paths}
         for path in paths[: -self.keep]:
             if path not in last_of_stage.values() and _place(path)[:2] not in self.milestones:
                 _remove(path)
+
+    def _aside(self, state: TrainingState) -> Path:
+        return self.folder / f".{state.folder_name}{_ASIDE_SUFFIX}"
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("[0-9]*-*") if path.is_dir())
 
 
 def is_run(path: Path) -> bool:

@@ -126,6 +126,9 @@ def train(
         recipe = settled_execution(recipe, on_gpu=world.device.type == "cuda")
         stack.enter_context(flash_attention(recipe.flash_attention, world.device))
         store.milestones = frozenset(_plateau_ends(recipe))
+        # A run that was killed while it deleted has one too many. Where later ones were refused, none is too many.
+        if resumed and world.is_main and not store.later_than(resumed):
+            store.prune()
         model = _model_to_continue(recipe, resumed)
         _require_fit(recipe, corpus, model.config)
         done = resumed.state if resumed else None

@@ -135,10 +135,12 @@ class _Reader:
             else:
                 at, value = at + _FIXED_BYTES[rule.wire], None
             if rule.kept:
-                if rule.once is None:
-                    kept.setdefault(rule.name, []).append(value)
-                else:
+                if rule.once is not None:
                     kept[rule.name] = value
+                elif isinstance(value, list):  # numbers that stand together
+                    kept.setdefault(rule.name, []).extend(value)
+                else:
+                    kept.setdefault(rule.name, []).append(value)
         if at != end:
             raise ValueError(f"the last field of a {rules.name} runs past its end, at byte {end}")
         if rules.visited:

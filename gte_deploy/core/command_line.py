@@ -74,8 +74,10 @@ class CommandParser(argparse.ArgumentParser):
         self._words: Sequence[str] = ()
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # Some versions of Python take `--` away even from `--option=--`, and leave an empty list instead of a value.
-        if action.option_strings and arg_strings == ["--"]:
+        # Some versions of Python take `--` away even from `--option=--` or, after another, from `-- --`, and leave an
+        # empty list instead of a value.
+        optional = (argparse.OPTIONAL, argparse.ZERO_OR_MORE, argparse.PARSER)
+        if arg_strings == ["--"] and (action.option_strings or action.nargs not in optional):
             raise argparse.ArgumentError(action, "expected a value, and -- is none")
         return super()._get_values(action, arg_strings)
 

@@ -21,6 +21,7 @@ Given = Mapping[str, Any]
 """The options given on a command line: name -> value, as `add_arguments` parsed it."""
 
 _KEY = "option"
+_MAX_DIGITS = 18
 _CLOSE = 0.6  # how alike two words must be, from 0 to 1, for "did you mean"
 
 
@@ -151,6 +152,14 @@ def parse_given(kind: type, given: Given) -> dict[str, Any]:
         if name in given:
             found[name] = _parsed(described, given[name])
     return found
+
+
+def natural(text: str) -> int | None:
+    """The number that a text of at most 18 digits stands for; None for any other text.
+
+    More digits are no number that any option means, and Python refuses to read 5,000 of them in its own way.
+    """
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 def read_options(kind: type[T], given: Given) -> T:

@@ -120,8 +120,8 @@ def test_options_of_an_export(
     """The whole command, up to the checkpoint, which is not there."""
     monkeypatch.chdir(tmp_path)
     parser = export_cli._parser(None, "onnx")
-    missing = "./no-such-checkpoint"
-    fuzz(lambda line: export_cli.main([*line, missing]), lines([], flags_of(parser)), examples)
+    missing = ["--", "./no-such-checkpoint"]  # which is no value of the last option then
+    fuzz(lambda line: export_cli.main([*line, *missing]), lines([], flags_of(parser)), examples)
     assert list(tmp_path.iterdir()) == []
     attempts("command lines of gte-export", examples)
 
@@ -134,6 +134,8 @@ def test_options_of_an_export(
         (train_cli.main, ["glue", "--json=--"]),
         (export_cli.main, ["--check-repository=--"]),
         (export_cli.main, ["--output=--"]),
+        (train_cli.main, ["export", "run", "--", "--"]),
+        (deploy_cli.main, ["compare", "one", "--", "--"]),
     ],
 )
 def test_two_dashes_are_no_value(main: Callable[[list[str]], int], line: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -133,7 +134,7 @@ def test_a_server_does_not_grow(
         with httpx.Client(timeout=60) as http:
             for number, body in enumerate(bodies[first::clients]):
                 if number % 40 == 39:
-                    with httpx.Client(timeout=0.001) as hasty, pytest.raises(httpx.TimeoutException):
+                    with httpx.Client(timeout=0.001) as hasty, contextlib.suppress(httpx.TimeoutException):
                         hasty.post(f"{server.url}/embed", json=body)
                 response = http.post(f"{server.url}/embed", json=body)
                 assert response.status_code == (422 if body["inputs"] == 3 else 200), response.text

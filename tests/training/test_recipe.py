@@ -97,6 +97,8 @@ def test_overrides(tmp_path):
         ("stages.0.stepz=7", "unknown key 'stages.0.stepz'"),
         ("seed", "is not KEY.KEY=VALUE"),
         ("seed.x=1", "unknown key|has no fields|expected a whole number"),
+        (f"stages.{'9' * 5000}.steps=7", "is not an index below 1"),
+        (f"seed={'9' * 5000}", "not valid YAML"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load_recipe(path, overrides=[override])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gte_deploy.core.errors import InputError, MissingDependencyError
 from gte_deploy.core.hub import hub_errors
+from gte_deploy.core.options import natural
 
 logger = logging.getLogger(__name__)
 
@@ -264,8 +265,8 @@ def _label(task: TaskDescription, value: Any, where: str) -> float | int:
     text = str(value)
     if text in task.classes:
         return task.classes.index(text)
-    if text.isdecimal() and int(text) < len(task.classes):
-        return int(text)
+    if (index := natural(text)) is not None and index < len(task.classes):
+        return index
     raise InputError(f"{where}: the label is {value!r}; expected one of {', '.join(task.classes)}, or its number")
 
 

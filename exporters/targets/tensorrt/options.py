@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from gte_deploy.core.errors import InputError
-from gte_deploy.core.options import option
+from gte_deploy.core.options import natural, option
 from gte_deploy.core.spec import Profile
 from gte_deploy.exporters.targets.calibration import CalibrationOptions
 from gte_deploy.exporters.targets.cuda.target import Padding
@@ -19,9 +19,9 @@ EngineOutputs = Literal["all", "answer"]
 
 
 def _mebibytes(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
+    if not (size := natural(text)):
         raise InputError(f"workspace is {text!r}; expected a positive number of MiB")
-    return int(text) << 20
+    return size << 20
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gte_deploy.core.errors import InputError
+from gte_deploy.core.options import natural
 from gte_deploy.core.spec import Profile
 
 TOKEN_BUDGET = 32_768
@@ -67,9 +68,9 @@ def read_lengths(path: Path) -> list[int]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if not line.strip().isascii() or not line.strip().isdigit() or int(line) < 1:
+        if not (length := natural(line.strip())):
             raise InputError(f"{path}, line {number}: {line[:40]!r} is not a length in tokens, such as 128")
-        lengths.append(int(line))
+        lengths.append(length)
     if not lengths:
         raise InputError(f"{path} holds no length; expected one length in tokens per line")
     return lengths

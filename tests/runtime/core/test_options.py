@@ -11,6 +11,7 @@ from gte_deploy.core.options import (
     add_arguments,
     check_choices,
     flags_of,
+    natural,
     option,
     options_given,
     options_of,
@@ -179,3 +180,9 @@ def test_table_for_the_docs():
     assert "| `--max-len`, `--max-length` | N |  | length (default: the longest) |" in lines
     assert "| `--seed` |  | `0` | seed |" in lines
     assert "| `-q`, `--query` |  |  | query |" in lines
+
+
+def test_numbers_of_a_command_line():
+    """Python would raise an error of its own for 5,000 digits."""
+    assert [natural(text) for text in ("0", "08", "9" * 18)] == [0, 8, 10**18 - 1]
+    assert {natural(text) for text in ("", "-1", "1.5", " 1", "\u0663", "9" * 19, "9" * 5000)} == {None}
