@@ -92,7 +92,14 @@ def run_export(arguments: argparse.Namespace, command: str | None = None) -> int
         return run_command(_PROG, partial(_check, given), given)
     kinds = (ExportOptions, *(kind.Options for kind in target_classes()), TritonOptions)
     work = partial(_run, _RUNS.get(command or "", _export), given)
-    return run_command(_PROG, work, given, kinds=kinds, interrupted="interrupted; nothing was written")
+    return run_command(_PROG, work, given, kinds=kinds, interrupted=_what_was_interrupted)
+
+
+def _what_was_interrupted() -> str:
+    from gte_deploy.exporters.bundle.writer import published
+
+    written = published()
+    return f"interrupted; {'nothing was' if written is None else f'{written} is'} written"
 
 
 def _run(make: "Callable[[Given], _Result]", given: Given) -> None:

@@ -26,6 +26,8 @@ from gte_deploy.core.files import keep_mode, names_in_errors, require_utf8, sha2
 from gte_deploy.core.locks import Release, try_lock
 
 _STAGING, _OLD, _LOCK = ".staging", ".old", ".lock"
+# What `publish` began last: the destination, and device and inode of the folder that it renames.
+_published: tuple[Path, tuple[int, int]] | None = None
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # Errors of a kernel, C library or file system without renameat2(RENAME_EXCHANGE).
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
@@ -159,8 +161,10 @@ def publish(
     Raises:
         OutputExistsError: the destination must not be replaced; see `check_destination`.
     """
+    global _published
     check_destination(destination, force=force, files_of=files_of)
     keep_mode(folder, destination)
+    _published = destination, _identity(folder)
     if force and has_manifest(destination):
         _replace(folder, destination)
     else:
@@ -174,6 +178,21 @@ def publish(
                 raise
             publish(folder, destination, force=force, files_of=files_of)  # another export was quicker
     sync_directory(destination.parent)
+
+
+def published() -> Path | None:
+    """Return the folder that this process wrote last, if it is there: what an interruption came too late for."""
+    if _published is not None:
+        destination, identity = _published
+        with contextlib.suppress(OSError):
+            if _identity(destination) == identity:
+                return destination
+    return None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _replace(folder: Path, destination: Path) -> None:

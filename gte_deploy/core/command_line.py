@@ -125,7 +125,7 @@ def run_command(
     *,
     kinds: Sequence[type] = (),
     extra: str | None = None,
-    interrupted: str = "interrupted",
+    interrupted: str | Callable[[], str] = "interrupted",
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run a command, and return its exit code; an error is told in a line, and no traceback is shown.
@@ -140,7 +140,7 @@ def run_command(
             flags of these options instead.
         extra: the extra that has every library of the command; a library that is missing is told with it. None where
             the command names the extra itself.
-        interrupted: the message of Ctrl-C; that of another signal names the signal, too.
+        interrupted: the message of Ctrl-C, or what gives it; that of another signal names the signal, too.
         names: further words of messages for callers in Python -> what they are on the command line.
     """
     try:
@@ -150,11 +150,12 @@ def run_command(
         return OK if code is None else code
     except BrokenPipeError:
         return reader_went_away()
-    except Terminated as ended:
-        by_signal = interrupted.replace("interrupted", f"interrupted by {ended.signal.name}", 1)
-        return _fail(program, given, KeyboardInterrupt(by_signal), ended.exit_code)
-    except KeyboardInterrupt:
-        return _fail(program, given, KeyboardInterrupt(interrupted), INTERRUPTED)
+    except KeyboardInterrupt as ended:
+        said, code = interrupted if isinstance(interrupted, str) else interrupted(), INTERRUPTED
+        if isinstance(ended, Terminated):
+            said = said.replace("interrupted", f"interrupted by {ended.signal.name}", 1)
+            code = ended.exit_code
+        return _fail(program, given, KeyboardInterrupt(said), code)
     except GteDeployError as error:
         return _fail(program, given, error, exit_code_of(error), kinds, names)
     except ModuleNotFoundError as error:

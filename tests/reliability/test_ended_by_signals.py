@@ -63,7 +63,7 @@ def test_an_export_that_is_ended_leaves_nothing(number, tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_real_exports_that_are_ended_at_random_moments_leave_nothing(number, tmp_path):
-    """From the first imports to the last rename. A process that ends after that has written all.
+    """From the first imports to the last rename. A process that ends after that has written all, and says so.
 
     Before it takes signals and after the work, a signal ends a process as if there were no handler.
     """
@@ -84,11 +84,37 @@ def test_real_exports_that_are_ended_at_random_moments_leave_nothing(number, tmp
         _, err = process.communicate(timeout=120)
         codes.append(process.returncode)
         assert codes[-1] in (exit_codes.OK, 128 + number, -number), err
-        if codes[-1] == exit_codes.OK or (codes[-1] == -number and (tmp_path / "bundle").exists()):
+        if (tmp_path / "bundle").exists():
+            assert codes[-1] != 128 + number or b"bundle is written" in err, err
             open_bundle(tmp_path / "bundle")
             shutil.rmtree(tmp_path / "bundle")
         assert list(tmp_path.iterdir()) == [], err
     assert 128 + number in codes
+
+
+# A signal while an export says where its bundle is.
+TOO_LATE = """
+import os, signal, sys
+from gte_deploy.exporters import cli
+
+def text(result):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    return "the bundle"
+
+cli._result_text = text
+sys.exit(cli.main(["-o", "bundle", "--max-length", "16", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_work_is_told_what_was_written(number, tmp_path):
+    for options in ([], ["--force"]):
+        command = [sys.executable, "-c", TOO_LATE, str(int(number)), *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        assert done.returncode == 128 + number
+        assert done.stderr.endswith(f"error: interrupted{by}; {tmp_path / 'bundle'} is written\n"), done.stderr
+        open_bundle(tmp_path / "bundle")
 
 
 def test_a_worker_ends_without_the_work_of_its_parent(tmp_path):

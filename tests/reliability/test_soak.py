@@ -25,6 +25,8 @@ CALLS = 10_000
 TOLERANCE = 0.01
 # Several threads allocate, in another order each time.
 TOLERANCE_WITH_THREADS = 0.03
+# By default glibc gives threads heaps of their own, in which by chance much or little stays: up to a sixth of all.
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
 
 SCRIPT = """
     import json, os, sys
@@ -54,7 +56,7 @@ SCRIPT = """
 """
 # Each round loads, computes with streams and shared batches, and closes.
 LOADS = """
-    import gc, json, os, sys
+    import ctypes, gc, json, os, sys
     import gte_deploy
     from gte_deploy.tuning.measure import resident_bytes
 
@@ -64,6 +66,7 @@ LOADS = """
         with gte_deploy.load(path, backend=backend, num_threads=2, join_calls=number % 2 == 1) as model:
             model.encode(["the king " * (1 + n % 50) for n in range(40)])
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps differs by chance
         held.append((resident_bytes() / 1e6, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
     print(json.dumps(held))
 """
@@ -76,7 +79,7 @@ def printed(script: str, *arguments: object) -> Any:
         text=True,
         timeout=900,
         check=False,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        env={**os.environ, **ONE_HEAP, "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -125,7 +128,7 @@ def test_a_server_does_not_grow(
 ) -> None:
     """Requests of 8 clients: right ones, refused ones, new connections, and clients that do not wait for the answer."""
     command = serve_command(path_for(backend), "--backend", backend, "--access-log", "off", "--threads", 1)
-    server = ServerProcess(command, cwd=tmp_path)
+    server = ServerProcess(command, cwd=tmp_path, **ONE_HEAP)
     rng, clients, tenth = np.random.default_rng(0), 8, CALLS // 10
     bodies = [{"inputs": ["the king " * int(n)]} for n in np.minimum(62, rng.pareto(1.2, tenth) * 4 + 1)]
     bodies[::50] = [{"inputs": 3}] * len(bodies[::50])
@@ -150,6 +153,7 @@ def test_a_server_does_not_grow(
     finally:
         server.kill()
     memory, descriptors, threads = np.array(found).T
-    assert np.median(memory[-3:]) < (1 + TOLERANCE_WITH_THREADS) * np.median(memory[1:4]), found
+    # Requests that share batches make hundreds of shapes. OpenVINO keeps kernels for them, up to a bound.
+    assert np.median(memory[-3:]) < (1 + TOLERANCE_WITH_THREADS) * np.median(memory[4:7]), found
     assert descriptors[-1] <= descriptors[1] + clients and threads[-1] <= threads[1] + clients, found
     attempts(f"requests to one server, whose memory, descriptors and threads stay: {backend}", CALLS)

@@ -253,6 +253,8 @@ def test_a_plateau_is_prolonged_in_place_or_in_a_branch(long_run, wsd, corpus_fo
     run(recipe, corpus_folder, tmp_path / "short")
     kept = sorted(path.name for path in (tmp_path / "short" / "checkpoints").iterdir())
     assert "00-mlm-32-00000003" in kept  # the end of the plateau, of which checkpoint_every knows nothing
+    run(recipe, corpus_folder, tmp_path / "short")  # it has ended, and looks what it should not keep
+    assert sorted(path.name for path in (tmp_path / "short" / "checkpoints").iterdir()) == kept
     before = find_checkpoint(tmp_path / "short").path
     plateau = tmp_path / "short" / "checkpoints" / "00-mlm-32-00000003"
     change(recipe, tmp_path / "branch", "stages.0.steps=10", start_from=plateau)

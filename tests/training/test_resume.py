@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -69,6 +70,17 @@ def undisturbed(recipe, corpus_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
     assert run(recipe, corpus_folder, output).finished
     return output
+
+
+def test_a_checkpoint_that_a_killed_run_did_not_delete_goes(recipe, corpus_folder, undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "run") / "checkpoints"
+    kept = sorted(path.name for path in folder.iterdir())
+    for complete in (True, False):
+        one_too_many = shutil.copytree(folder / kept[0], folder / kept[0].replace("5", "4"))
+        if not complete:
+            (one_too_many / "COMPLETE.json").unlink()
+        assert run(recipe, corpus_folder, tmp_path / "run").finished
+        assert sorted(path.name for path in folder.iterdir()) == kept
 
 
 def assert_equal_runs(output: Path, undisturbed: Path) -> None:
