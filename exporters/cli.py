@@ -65,6 +65,7 @@ _COMMANDS = {
     CHECK: "check the configurations of a Triton model repository",
     VERIFY_PUBLISHED: "export published checkpoints, and compare them with the values that others recorded",
 }
+_ADOPT_INTERRUPTED = "interrupted; the bundle is valid, with the engine or without one: run the same command again"
 _TARGET_ALIASES = {"gpu": "cuda", "nvidia": "cuda", "onnxruntime": "cpu", "trt": "tensorrt", "intel": "openvino"}
 _MODEL_HELP = "checkpoint folder, preset name, or hub id owner/name[@revision]"
 
@@ -92,7 +93,8 @@ def run_export(arguments: argparse.Namespace, command: str | None = None) -> int
         return run_command(_PROG, partial(_check, given), given)
     kinds = (ExportOptions, *(kind.Options for kind in target_classes()), TritonOptions)
     work = partial(_run, _RUNS.get(command or "", _export), given)
-    return run_command(_PROG, work, given, kinds=kinds, interrupted=_what_was_interrupted)
+    said = _ADOPT_INTERRUPTED if command == ADOPT else _what_was_interrupted
+    return run_command(_PROG, work, given, kinds=kinds, interrupted=said)
 
 
 def _what_was_interrupted() -> str:

@@ -12,14 +12,14 @@ _INTRODUCTION = """# Reliability
 
 What the tests try in order to break gte-deploy, how often they tried it, and how often it did not hold. They are the
 *reliability battery*: `tests/reliability`, and the tests elsewhere with the marker `reliability`. Its quick part runs
-with all other tests (`make test`). Its long part takes about half an hour on two cores. These commands run both, and
-write this page anew:
+with all other tests (`make test`). Its long part takes about a quarter of an hour on two cores. These commands run
+both, and write this page anew:
 
-<!-- not run: it takes half an hour -->
+<!-- not run: it takes a quarter of an hour -->
 ```console
 $ python tests/support/environments.py fuzz    # once: atheris, for the fuzzers of the long part
-$ pytest tests -m "reliability and not slow" --battery-results benchmarks/results/reliability/quick.json
-$ pytest tests -m soak --battery-results benchmarks/results/reliability/soak.json
+$ pytest tests -n 2 --dist loadgroup -m "reliability and not slow" --battery-results benchmarks/results/reliability/quick.json
+$ pytest tests -n 2 --dist loadgroup -m soak --battery-results benchmarks/results/reliability/soak.json
 $ make docs
 ```
 
