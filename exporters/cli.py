@@ -98,9 +98,9 @@ def run_export(arguments: argparse.Namespace, command: str | None = None) -> int
 
 
 def _what_was_interrupted() -> str:
-    from gte_deploy.exporters.bundle.writer import published
+    from gte_deploy.exporters.bundle.writer import written_last
 
-    written = published()
+    written = written_last()
     return f"interrupted; {'nothing was' if written is None else f'{written} is'} written"
 
 

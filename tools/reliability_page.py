@@ -18,8 +18,9 @@ both, and write this page anew:
 <!-- not run: it takes a quarter of an hour -->
 ```console
 $ python tests/support/environments.py fuzz    # once: atheris, for the fuzzers of the long part
-$ pytest tests -n 2 --dist loadgroup -m "reliability and not slow" --battery-results benchmarks/results/reliability/quick.json
-$ pytest tests -n 2 --dist loadgroup -m soak --battery-results benchmarks/results/reliability/soak.json
+$ results=benchmarks/results/reliability
+$ pytest tests -n 2 --dist loadgroup -m "reliability and not slow" --battery-results $results/quick.json
+$ pytest tests -n 2 --dist loadgroup -m soak --battery-results $results/soak.json
 $ make docs
 ```
 
@@ -56,8 +57,8 @@ def _section(result: dict[str, Any]) -> Iterator[str]:
     yield "| what was tried, or what holds | attempts | lost | tests |\n|---|---|---|---|"
     for row in rows:
         kind = row["kind"].replace("|", "\\|")
-        yield f"| {kind} | {row['attempts']:,} | {row['lost']:,} | `{row['source'].removeprefix('tests/')}` |"
+        yield f"| {kind} | {row['attempts']:,} | {row['lost']:,} | `{row['source']}` |"
     if result["skipped"]:
         yield "\nNot run there:\n"
         for row in result["skipped"]:
-            yield f"- {row['tests']} of `{row['source'].removeprefix('tests/')}`: {row['reason']}"
+            yield f"- {row['tests']} of `{row['source']}`: {row['reason']}"

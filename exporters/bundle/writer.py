@@ -180,7 +180,7 @@ def publish(
     sync_directory(destination.parent)
 
 
-def published() -> Path | None:
+def written_last() -> Path | None:
     """Return the folder that this process wrote last, if it is there: what an interruption came too late for."""
     if _published is not None:
         destination, identity = _published
